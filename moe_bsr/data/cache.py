@@ -1,0 +1,35 @@
+"""Decoded images kept in memory up to a cap, so that each is decoded once."""
+
+import threading
+
+import numpy as np
+
+
+class DecodedCache:
+    """Keeps the first images that fit into `megabytes` (10**6 bytes) and never evicts.
+
+    Training walks through permutations of all images: with a cap below the data set, evicting the
+    least recently used would evict each image just before its next use. Keeping the first ones
+    serves cap / total of all requests.
+    """
+
+    def __init__(self, megabytes: float):
+        self.bytes_allowed = int(megabytes * 1e6)
+        self.bytes_used = 0
+        self._images: dict[tuple[int, int], np.ndarray] = {}
+        self._sources: dict[int, object] = {}  # held, so that an id is never used twice
+        self._lock = threading.Lock()
+
+    def image(self, source, index: int) -> np.ndarray:
+        """Image `index` of `source`, uint8 (H, W, 3); not to be written to."""
+        place = (id(source), index)
+        image = self._images.get(place)
+        if image is None:
+            image = source.image(index)
+            with self._lock:
+                fits = self.bytes_used + image.nbytes <= self.bytes_allowed
+                if fits and place not in self._images:
+                    self._sources[id(source)] = source
+                    self._images[place] = image
+                    self.bytes_used += image.nbytes
+        return image

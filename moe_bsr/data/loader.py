@@ -1,0 +1,81 @@
+"""Batches in the order of a plan, made in process or some ahead in one background thread.
+
+A thread and not processes: decoding, resizing and copying release the interpreter lock, the cache
+stays in one place, and nothing is sent between processes. It runs torch on a single thread, for a
+second team of spinning compute threads slows the first one down many times.
+"""
+
+import threading
+from collections.abc import Iterable, Iterator
+from queue import SimpleQueue
+
+import numpy as np
+import torch
+
+from moe_bsr.data.task import TaskData
+from moe_bsr.data.transforms import Pipeline
+
+Batch = tuple[str, torch.Tensor, torch.Tensor]
+
+
+class Loader:
+    """Iterates over (task, uint8 images (B, 3, S, S), int64 labels (B,)).
+
+    `plan` yields (task, positions (B,), epochs (B,)); with `prefetch=n` it is read up to n batches
+    ahead of what has been taken. The batches are the same for every `prefetch`. An exception made
+    ahead is raised when its batch is asked for.
+    """
+
+    def __init__(
+        self,
+        tasks: dict[str, TaskData],
+        pipeline: Pipeline,
+        plan: Iterable[tuple[str, np.ndarray, np.ndarray]],
+        prefetch: int = 0,
+    ):
+        if prefetch < 0:
+            raise ValueError(f"prefetch: {prefetch} is below 0 (0 is in process)")
+        self.tasks = tasks
+        self.pipeline = pipeline
+        self.plan = plan
+        self.prefetch = prefetch
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._ahead() if self.prefetch else self._batches()
+
+    def _batches(self) -> Iterator[Batch]:
+        for task, positions, epochs in self.plan:
+            yield task, *self.pipeline.train_batch(self.tasks[task], positions, epochs)
+
+    def _ahead(self) -> Iterator[Batch]:
+        ready: SimpleQueue = SimpleQueue()  # batches, then an exception or None
+        room = threading.Semaphore(self.prefetch)
+        running, stopped = threading.Event(), threading.Event()
+
+        def work() -> None:
+            torch.set_num_threads(1)
+            running.set()
+            batches = self._batches()
+            try:
+                while room.acquire() and not stopped.is_set():
+                    ready.put(batch := next(batches, None))
+                    if batch is None:
+                        return
+            except BaseException as error:  # noqa: BLE001 - handed to the consumer
+                ready.put(error)
+
+        threads = torch.get_num_threads()
+        worker = threading.Thread(target=work, name="loader", daemon=True)
+        worker.start()
+        running.wait()
+        torch.set_num_threads(threads)  # the worker's call also set what later threads start with
+        try:
+            while (batch := ready.get()) is not None:
+                if isinstance(batch, BaseException):
+                    raise batch
+                room.release()
+                yield batch
+        finally:
+            stopped.set()
+            room.release()
+            worker.join()

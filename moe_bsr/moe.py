@@ -1,0 +1,337 @@
+"""The mixture-of-experts FFN: router | dispatch | experts | combine, and the balance loss.
+
+A task-routed MoE in place of a block's FFN (M3ViT style; BSR section 5.2). Every token of the block,
+class token included, is routed on its own to its top-k experts; nothing is dropped. Shapes:
+
+    T tokens of the micro-batch (images x tokens), D width, E experts, K = top_k, F hidden width,
+    R = T * K rows, sorted by expert
+"""
+
+from dataclasses import dataclass
+from zlib import crc32
+
+import numpy as np
+import torch
+from timm.layers import Mlp
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe_bsr.config import MoEConfig, require
+from moe_bsr.decisions import Decisions
+
+TASK_EMBEDDING = 64
+
+
+@dataclass(slots=True)
+class Routing:
+    """What one MoE layer did with the tokens of one micro-batch.
+
+    Attributes:
+        experts: (B, N, K) int64 chosen experts, best first.
+        gates: (B, N, K) float32 combine weights, in the graph.
+        probabilities: (B, N, E) float32 softmax over all experts, detached.
+        importance: (E,) sum of the kept gates, in the graph (V-MoE, Riquelme et al. 2021, eq. 7).
+        load: (E,) number of tokens; in the graph and smooth if there is gate noise, a count otherwise.
+    """
+
+    experts: Tensor
+    gates: Tensor
+    probabilities: Tensor
+    importance: Tensor
+    load: Tensor
+
+
+def seeded(*key: int) -> torch.Generator:
+    """A CPU generator that depends on the whole key and on nothing else."""
+    state = np.random.SeedSequence([k & 0xFFFFFFFF for k in key]).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
+
+
+class PerTaskRouter(nn.Module):
+    """One bias-free linear router per task ("multi-gate" in M3ViT); float32 whatever the autocast."""
+
+    def __init__(self, width: int, experts: int, tasks: list[str], seed: tuple[int, ...]) -> None:
+        super().__init__()
+        # Each task's router has its own generator: adding a task changes no other.
+        self.weight = nn.ParameterDict({task: nn.Parameter(
+            0.02 * torch.randn(experts, width, generator=seeded(*seed, crc32(task.encode()))))
+            for task in tasks})
+
+    def forward(self, x: Tensor, task: str) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight[task])
+
+
+class TaskConditionedRouter(nn.Module):
+    """One router for all tasks; it sees each token with an embedding of the task beside it.
+
+    The linear map of the concatenation [token, embedding] is computed as the sum of its two halves.
+    """
+
+    def __init__(self, width: int, experts: int, tasks: list[str], seed: tuple[int, ...]) -> None:
+        super().__init__()
+        self.tasks = list(tasks)
+        self.embed = nn.Sequential(nn.Linear(len(tasks), TASK_EMBEDDING), nn.GELU(),
+                                   nn.Linear(TASK_EMBEDDING, TASK_EMBEDDING),
+                                   nn.LayerNorm(TASK_EMBEDDING))
+        self.weight = nn.Parameter(torch.empty(experts, width + TASK_EMBEDDING))
+        generator = seeded(*seed)
+        for parameter in (self.embed[0].weight, self.embed[2].weight, self.weight):
+            std = 0.02 if parameter is self.weight else parameter.shape[1] ** -0.5
+            parameter.data = std * torch.randn(parameter.shape, generator=generator)
+        for layer in (self.embed[0], self.embed[2]):
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, task: str) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            one_hot = torch.zeros(len(self.tasks), device=x.device)
+            one_hot[self.tasks.index(task)] = 1.0
+            of_token, of_task = self.weight.split((x.shape[-1], TASK_EMBEDDING), dim=1)
+            return F.linear(x.float(), of_token) + F.linear(self.embed(one_hot), of_task)
+
+
+ROUTERS = {"per_task": PerTaskRouter, "task_conditioned": TaskConditionedRouter}
+
+
+class Dispatch(torch.autograd.Function):
+    """Rows of the experts' batch: row r is token order[r] // K. (T, D) -> (R, D).
+
+    The backward gathers by the inverse permutation and adds K neighbours: the same sum in the same
+    order every time, where the backward of plain indexing adds atomically in any order.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.k = k
+        return x[order // k]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (inverse,) = ctx.saved_tensors
+        return grad[inverse].view(-1, ctx.k, grad.shape[1]).sum(1), None, None, None
+
+
+class Combine(torch.autograd.Function):
+    """Gate-weighted sum of each token's K expert outputs. (R, D), (T, K) -> (T, D)."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, gates: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, gates, order, inverse)
+        by_token = rows[inverse].view(*gates.shape, -1)
+        return (gates.to(rows.dtype).unsqueeze(1) @ by_token).squeeze(1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        rows, gates, order, inverse = ctx.saved_tensors
+        grad = grad.to(rows.dtype)
+        weight = gates.to(rows.dtype).flatten()[order].unsqueeze(1)
+        grad_rows = grad[order // gates.shape[1]] * weight
+        by_token = rows[inverse].view(*gates.shape, -1)
+        grad_gates = (by_token @ grad.unsqueeze(2)).squeeze(2).to(gates.dtype)
+        return grad_rows, grad_gates, None, None
+
+
+class Experts(nn.Module):
+    """E independent two-layer MLPs, their parameters stacked; input rows come sorted by expert."""
+
+    def __init__(self, mlp: Mlp, config: MoEConfig, seed: tuple[int, ...]) -> None:
+        """Upcycle a pretrained FFN into experts (see `MoE.__init__` for what each copy holds)."""
+        super().__init__()
+        hidden, width = mlp.fc1.weight.shape
+        require(hidden % (config.ratio * width) == 0, "moe.ratio", config.ratio,
+                f"ratio x width = {config.ratio * width} must divide the FFN's hidden width {hidden}")
+        slices = hidden // (config.ratio * width)
+        generator = seeded(*seed)
+        units = [torch.arange(e % slices, hidden, slices) for e in range(config.experts)]
+        stacked = {
+            "fc1_weight": [mlp.fc1.weight[u] for u in units],
+            "fc1_bias": None if mlp.fc1.bias is None else [mlp.fc1.bias[u] for u in units],
+            "fc2_weight": [slices * mlp.fc2.weight[:, u] for u in units],
+            "fc2_bias": None if mlp.fc2.bias is None else [mlp.fc2.bias] * config.experts,
+        }
+        for name, copies in stacked.items():
+            value = None if copies is None else torch.stack([c.detach() for c in copies])
+            if value is not None and config.clone_noise:
+                noise = torch.randn(value.shape, generator=generator).to(value.device)
+                value = value + config.clone_noise * value.std() * noise
+            self.register_parameter(name, None if value is None else nn.Parameter(value))
+        self.act = mlp.act
+        self.engine = config.engine
+
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """(R, D) rows sorted by expert, (E,) int64 rows of each expert -> (R, D)."""
+        device = rows.device.type
+        if torch.is_autocast_enabled(device):
+            rows = rows.to(torch.get_autocast_dtype(device))
+        grouped = device == "cuda" if self.engine == "auto" else self.engine == "grouped"
+        return self._grouped(rows, counts) if grouped else self._loop(rows, counts)
+
+    def _loop(self, rows: Tensor, counts: Tensor) -> Tensor:
+        # unbind once: indexing the stack inside the loop would zero-fill all of it in every backward.
+        parts = [rows.split(counts.tolist())]
+        for parameter in (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias):
+            parts.append([None] * len(counts) if parameter is None else parameter.unbind(0))
+        return torch.cat([F.linear(self.act(F.linear(x, w1, b1)), w2, b2)
+                          for x, w1, b1, w2, b2 in zip(*parts, strict=True) if len(x)])
+
+    def _grouped(self, rows: Tensor, counts: Tensor) -> Tensor:
+        aligned = all(size * rows.element_size() % 16 == 0 for size in self.fc1_weight.shape[1:])
+        require(aligned, "moe.engine", "grouped", f"expert shapes {tuple(self.fc1_weight.shape[1:])} "
+                f"in {rows.dtype} are not 16-byte multiples; use loop")
+        ends = counts.cumsum(0).to(torch.int32)
+        expert = torch.repeat_interleave(counts, output_size=len(rows))
+
+        def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            y = F.grouped_mm(x, weight.to(x.dtype).transpose(-2, -1), offs=ends)
+            return y if bias is None else y + F.embedding(expert, bias.to(x.dtype))
+
+        hidden = self.act(linear(rows, self.fc1_weight, self.fc1_bias))
+        return linear(hidden, self.fc2_weight, self.fc2_bias)
+
+
+class MoE(nn.Module):
+    """Task-routed top-k mixture of experts, upcycled from a pretrained FFN.
+
+    At `ratio` equal to the FFN's own every expert starts as its copy, so that with renormalised gates
+    the layer equals the FFN. At a smaller ratio expert e takes the hidden units j with
+    j mod S = e mod S (S = FFN hidden width / expert hidden width), fc2 scaled by S, bias as it is: exact
+    only when equal gates cover every residue equally; `start_error` measures the rest.
+    """
+
+    def __init__(self, mlp: nn.Module, config: MoEConfig, tasks: list[str], seed: tuple[int, ...]) -> None:
+        super().__init__()
+        require(type(mlp) is Mlp and isinstance(mlp.norm, nn.Identity), "plan.experts",
+                type(mlp).__name__, "experts are copies of a plain two-layer Mlp FFN; this backbone has "
+                "another kind, so leave plan.experts empty")
+        self.top_k, self.renormalise = config.top_k, config.renormalise
+        self.noise_std = config.gate_noise / config.experts
+        self.router = ROUTERS[config.router](mlp.fc1.in_features, config.experts, tasks, (*seed, 1))
+        self.experts = Experts(mlp, config, (*seed, 2))
+
+    def forward(self, x: Tensor, task: str, decisions: Decisions, noise_key: tuple[int, ...] | None = None
+                ) -> tuple[Tensor, Routing]:
+        """(B, N, D) -> (B, N, D) and the routing record.
+
+        Args:
+            noise_key: seeds the gate noise, used in training when there is any.
+        """
+        flat = x.reshape(-1, x.shape[-1])
+        routing = self.route(flat, task, decisions, noise_key)
+        flat_experts = routing.experts.flatten()
+        order = flat_experts.argsort(stable=True)
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(len(order), device=order.device)
+        counts = torch.bincount(flat_experts, minlength=len(routing.importance))
+        rows = Dispatch.apply(flat, order, inverse, self.top_k)
+        y = Combine.apply(self.experts(rows, counts), routing.gates, order, inverse)
+        for name in ("experts", "gates", "probabilities"):
+            value = getattr(routing, name)
+            setattr(routing, name, value.view(*x.shape[:2], value.shape[-1]))
+        return y.view_as(x), routing
+
+    def route(self, x: Tensor, task: str, decisions: Decisions, noise_key: tuple[int, ...] | None
+              ) -> Routing:
+        """Choose top-k experts for each of (T, D) tokens; the record's shapes are (T, ...)."""
+        clean = logits = self.router(x, task)
+        noisy = self.training and self.noise_std > 0
+        if noisy:
+            if noise_key is None:
+                raise ValueError("gate noise in training needs forward(..., noise_key=(seed, step, ...))")
+            noise = decisions.once("gate noise", lambda: torch.randn(
+                clean.shape, generator=seeded(*noise_key)).to(clean.device))
+            logits = clean + self.noise_std * noise
+        probabilities = logits.softmax(-1)
+        chosen = decisions.once("experts", lambda: probabilities.topk(self.top_k).indices)
+        gates = probabilities.gather(1, chosen)
+        if self.renormalise:
+            gates = gates / gates.sum(1, keepdim=True)
+        importance = gates.new_zeros(gates.shape[0], clean.shape[1]).scatter(1, chosen, gates).sum(0)
+        load = (smooth_load(clean, logits, chosen, self.noise_std) if noisy else
+                torch.bincount(chosen.flatten(), minlength=clean.shape[1]).to(gates.dtype))
+        return Routing(chosen, gates, probabilities.detach(), importance, load)
+
+
+    def multiply_adds(self, tokens: int) -> int:
+        """Of one image's forward pass: the router on every token, top_k experts for each."""
+        one_expert = self.experts.fc1_weight[0].numel() + self.experts.fc2_weight[0].numel()
+        experts, width, _ = self.experts.fc2_weight.shape
+        return tokens * (self.top_k * one_expert + experts * width)
+
+
+def smooth_load(clean: Tensor, noisy: Tensor, chosen: Tensor, std: float) -> Tensor:
+    """(E,) expected tokens per expert if each expert's noise were drawn again (Shazeer et al. 2017, eq. 9).
+
+    Args:
+        clean, noisy: (T, E) logits. chosen: (T, K). std: of the noise.
+    """
+    experts, k = clean.shape[1], chosen.shape[1]
+    if k == experts:
+        return clean.new_full((experts,), float(clean.shape[0]))
+    best = noisy.topk(k + 1).values
+    inside = torch.zeros_like(clean, dtype=torch.bool).scatter(1, chosen, True)
+    threshold = torch.where(inside, best[:, k:], best[:, k - 1:k])
+    return torch.special.ndtr((clean - threshold) / std).sum(0)
+
+
+def squared_cv(amount: Tensor) -> Tensor:
+    """Squared coefficient of variation over the last dimension: population variance / mean^2.
+
+    Through the variance, not the standard deviation: its gradient stays finite at perfect balance.
+    """
+    return amount.var(-1, correction=0) / amount.mean(-1) ** 2
+
+
+class Balance(nn.Module):
+    """The balance loss of all MoE layers, with the running shares that `across_tasks` needs.
+
+    per_task (M3ViT) pushes every task to use all experts alike. across_tasks adds the other tasks'
+    running shares (detached) before the variation is taken: the experts are used alike by all tasks
+    together, and each task may specialise.
+    """
+
+    MOMENTUM = 0.9
+
+    def __init__(self, config: MoEConfig, tasks: list[str], blocks: list[int]) -> None:
+        super().__init__()
+        self.kind, self.weight = config.balance, config.balance_weight
+        self.tasks, self.blocks = list(tasks), list(blocks)
+        for name in ("importance", "load"):
+            self.register_buffer(name, torch.zeros(len(tasks), len(blocks), config.experts))
+
+    def forward(self, routing: dict[int, Routing], task: str) -> Tensor:
+        """weight x mean over layers of (cv^2 of importance + cv^2 of load); a scalar."""
+        if self.kind == "none" or not routing:
+            return torch.zeros((), device=self.importance.device)
+        return self.weight * torch.stack(
+            [squared_cv(self._amount(routing[block], name, layer, task)).to(torch.float32)
+             for layer, block in enumerate(self.blocks) for name in ("importance", "load")]
+        ).sum() / len(self.blocks)
+
+    def _amount(self, routing: Routing, name: str, layer: int, task: str) -> Tensor:
+        amount = getattr(routing, name)
+        if self.kind == "per_task":
+            return amount
+        others = [i for i, other in enumerate(self.tasks) if other != task]
+        return amount / amount.sum() + getattr(self, name)[others, layer].sum(0)
+
+    @torch.no_grad()
+    def update(self, routing: dict[int, Routing], task: str) -> None:
+        """Fold one micro-batch into the running shares; a task's first one sets them."""
+        row = self.tasks.index(task)
+        for layer, block in enumerate(self.blocks):
+            for name in ("importance", "load"):
+                share = getattr(routing[block], name) / getattr(routing[block], name).sum()
+                running = getattr(self, name)[row, layer]
+                running.copy_(torch.where(running.sum() > 0, torch.lerp(share, running, self.MOMENTUM),
+                                          share))
+
+
+@torch.no_grad()
+def start_error(moe: MoE, mlp: Mlp, norm: nn.Module, task: str) -> float:
+    """Relative L2 distance of a fresh MoE from the FFN it came from, on 256 normalised random tokens."""
+    x = norm(torch.randn(1, 256, mlp.fc1.in_features, generator=seeded(0)).to(mlp.fc1.weight))
+    training = moe.training
+    y, _ = moe.eval()(x, task, Decisions())
+    moe.train(training)
+    return float((y - mlp(x)).norm() / mlp(x).norm())

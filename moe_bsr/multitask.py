@@ -1,0 +1,157 @@
+"""The model: one shared backbone, one linear head per task; the task is an argument of the forward.
+
+No module keeps the state of a step: everything a caller may want to know of a forward pass is in the
+`Output` it returns.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from zlib import crc32
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from moe_bsr import backbone, block
+from moe_bsr.config import Config
+from moe_bsr.decisions import Decisions
+from moe_bsr.moe import Balance, MoE, seeded, start_error
+from moe_bsr.plan import embedding_trains, freeze, gradient_path_start, make_plan
+from moe_bsr.storage import STORAGES
+from moe_bsr.tokens import Tokens
+
+
+@dataclass(slots=True)
+class Output:
+    """Result of one forward pass.
+
+    Attributes:
+        logits: (B, classes of the task) float.
+        auxiliary_loss: scalar to add to the task's loss (the weighted balance loss; 0 without experts).
+        records: what each block that drops or routes did, by block index.
+    """
+
+    logits: Tensor
+    auxiliary_loss: Tensor
+    records: dict[int, block.Record] = field(default_factory=dict)
+
+    @property
+    def routing(self) -> dict:
+        return {i: r.routing for i, r in self.records.items() if r.routing is not None}
+
+
+class MultitaskViT(nn.Module):
+    """A planned backbone with heads. Build it with `build`."""
+
+    def __init__(self, vit: VisionTransformer, config: Config, classes: dict[str, int]) -> None:
+        """Apply the plan of `config` to `vit` (which is changed in place) and add the heads.
+
+        Args:
+            classes: number of classes by task name.
+        """
+        super().__init__()
+        self.vit = vit
+        self.backbone_sha256 = backbone.digest(vit.state_dict()) if _has_values(vit) else ""
+        self.tokens_config = config.tokens
+        self.storage = STORAGES[config.storage]
+        self.plan = make_plan(config.plan, len(vit.blocks))
+        self.tasks = list(classes)
+        self.start_errors: dict[int, float] = {}
+        for index in config.plan.experts:
+            mlp = vit.blocks[index].mlp
+            moe = MoE(mlp, config.moe, self.tasks, seed=(config.seed, index))
+            if _has_values(vit):
+                self.start_errors[index] = start_error(moe, mlp, vit.blocks[index].norm2, self.tasks[0])
+            vit.blocks[index].mlp = moe
+        freeze(vit, config.plan)
+        if not config.moe.train_router:
+            for index in config.plan.experts:
+                vit.blocks[index].mlp.router.requires_grad_(False)
+        self.balance = Balance(config.moe, self.tasks, sorted(config.plan.experts))
+        self.heads = nn.ModuleDict({task: nn.Linear(vit.num_features, n) for task, n in classes.items()})
+        for task, head in self.heads.items():
+            noise = torch.randn(head.weight.shape, generator=seeded(config.seed, crc32(task.encode())))
+            head.weight.data.copy_(0.01 * noise)
+            nn.init.zeros_(head.bias)
+        self.embedding_trains = embedding_trains(vit)
+        self.path_start = gradient_path_start(vit)
+
+    def forward(self, images: Tensor, task: str, noise_key: tuple[int, ...] | None = None) -> Output:
+        """(B, 3, S, S) normalised images of one task -> its logits and what happened on the way.
+
+        Args:
+            noise_key: integers that seed the gate noise (training with moe.gate_noise > 0 needs it).
+        """
+        tokens, records = self.stem(images, task)
+        return self.finish(tokens, task, noise_key, dict(records))
+
+    def stem(self, images: Tensor, task: str = "") -> tuple[Tokens, dict[int, block.Record]]:
+        """Everything before the gradient path, under no_grad: the same for every task.
+
+        One call serves all tasks: `for task in tasks: model.finish(tokens, task)`.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.embedding_trains):
+            x = self.vit.norm_pre(self.vit.patch_drop(self.vit._pos_embed(self.vit.patch_embed(images))))
+            patches = x.shape[1] - self.vit.num_prefix_tokens
+            tokens = Tokens(x, torch.arange(patches, device=x.device).expand(len(x), -1))
+            records: dict[int, block.Record] = {}
+            for index in range(self.path_start):
+                tokens = self._block(index, tokens, task, None, records)
+        return tokens, records
+
+    def finish(self, tokens: Tokens, task: str, noise_key: tuple[int, ...] | None = None,
+               records: dict[int, block.Record] | None = None) -> Output:
+        """The gradient path and the head of `task`, from the tokens `stem` returned."""
+        records = {} if records is None else records
+        for index in range(self.path_start, len(self.plan)):
+            key = None if noise_key is None else (*noise_key, index)
+            tokens = self._block(index, tokens, task, key, records)
+        features = self.vit.forward_head(self.vit.norm(tokens.x), pre_logits=True)
+        # In float32: bf16 logits of a hundred classes tie, and ties decide about accuracy.
+        with torch.autocast(features.device.type, enabled=False):
+            output = Output(self.heads[task](features.float()), None, records)
+        output.auxiliary_loss = self.balance(output.routing, task)
+        return output
+
+    def stem_key(self) -> tuple:
+        """Models with equal keys have the same stem: its result for one serves the others."""
+        if self.embedding_trains:
+            return (id(self),)
+        return self.backbone_sha256, self.path_start, tuple(self.plan[:self.path_start])
+
+    def commit(self, output: Output, task: str) -> None:
+        """Fold a training micro-batch into the running statistics; once per micro-batch."""
+        if output.routing:
+            self.balance.update(output.routing, task)
+
+    def reference_names(self) -> set[str]:
+        """Names in the state dict that are the backbone's own, unchanged: not worth saving again."""
+        experts = tuple(f"blocks.{i}.mlp." for i, plan in enumerate(self.plan) if plan.experts)
+        return {f"vit.{name}" for name, p in self.vit.named_parameters()
+                if not p.requires_grad and not name.startswith(experts)}
+
+    def _block(self, index: int, tokens: Tokens, task: str, noise_key: tuple[int, ...] | None,
+               records: dict[int, block.Record]) -> Tokens:
+        run = partial(
+            block.forward, self.vit.blocks[index], plan=self.plan[index], config=self.tokens_config,
+            prefix=self.vit.num_prefix_tokens, has_class_token=self.vit.has_class_token, task=task,
+            decisions=Decisions(), noise_key=noise_key)
+        storage = self.storage if torch.is_grad_enabled() else STORAGES["exact"]
+        tokens, record = storage(run, tokens)
+        if record.dropped is not None or record.routing is not None:
+            records[index] = record
+        return tokens
+
+
+def _has_values(vit: VisionTransformer) -> bool:
+    return vit.patch_embed.proj.weight.device.type != "meta"
+
+
+def build(config: Config, classes: dict[str, int]) -> MultitaskViT:
+    """A model as the configuration says, on the CPU in float32; checked before weights are read.
+
+    Raises:
+        ConfigError: impossible plan, unknown backbone, or weights that do not fit it.
+    """
+    make_plan(config.plan, len(backbone.skeleton(config.backbone).blocks))
+    return MultitaskViT(backbone.load(config.backbone, config.seed), config, classes)

@@ -1,0 +1,213 @@
+"""The run folder: what a run writes down about itself, and how a trained model comes back from it.
+
+`config.yaml` holds the configuration and, under `resolved`, everything it led to: precision, threads,
+image settings, classes, the hash of the backbone's weights, versions.
+"""
+
+import datetime
+import json
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+
+from moe_bsr import backbone, checkpoint
+from moe_bsr import config as configuration
+from moe_bsr.config import Config, ConfigError
+from moe_bsr.data import Pipeline, TaskData, load_spec, load_task
+from moe_bsr.machine import Machine, prepare
+from moe_bsr.multitask import MultitaskViT, build
+
+# What may differ between a run and its resumption without changing what is computed.
+FREE_TO_CHANGE = ("machine", "data.root", "data.download", "data.cache_mb", "data.prefetch",
+                  "train.checkpoint_every", "train.test", "backbone.weights")
+
+
+@dataclass(slots=True)
+class Loaded:
+    """A trained run, ready to use.
+
+    Attributes:
+        models: by task; in a multitask run the same model for all, in an STL run one each.
+        step: of the checkpoint; in an STL run the largest of its models'.
+        weights: "average" (EMA) or "live".
+    """
+
+    run: Path
+    config: Config
+    models: dict[str, MultitaskViT]
+    pipeline: Pipeline
+    machine: Machine
+    class_names: dict[str, list[str]]
+    step: int
+    weights: str
+    data_root: str | None = None
+    _data: dict[str, TaskData] = field(default_factory=dict)
+
+    def data(self, task: str) -> TaskData:
+        """The task's dataset, opened at the first call."""
+        if task not in self._data:
+            paths = dict(zip(self.config.task_names(), self.config.tasks, strict=True))
+            data = open_task(self.config, paths[task], self.data_root)
+            if list(data.class_names) != self.class_names[task]:
+                raise ConfigError(f"task {task}: its data now have other classes than the run was trained "
+                                  f"on ({data.origin})")
+            self._data[task] = data
+        return self._data[task]
+
+
+def load(run: str | Path, checkpoint_name: str | int = "best", data_root: str | None = None,
+         device: str | None = None) -> Loaded:
+    """The model of a run with its transforms and class names, in evaluation mode.
+
+    Args:
+        checkpoint_name: "best" (by mean validation top-1), "last", or a step.
+        data_root: where the datasets are now, if not where they were.
+        device: where to compute, if not where the run did. The precision stays the run's.
+    Raises:
+        ConfigError: not a run folder. CheckpointError: missing or damaged checkpoint.
+    """
+    run = Path(run)
+    config, resolved = read_config(run)
+    if config.mode == "stl":
+        parts = {task: load(run / task, checkpoint_name, data_root, device) for task in config.task_names()}
+        first = next(iter(parts.values()))
+        return Loaded(run, config, {t: p.models[t] for t, p in parts.items()}, first.pipeline, first.machine,
+                      {t: p.class_names[t] for t, p in parts.items()},
+                      max(p.step for p in parts.values()), first.weights, data_root)
+    config.machine.device = device or config.machine.device
+    config.machine.precision = resolved["precision"]
+    machine = prepare(config.machine)
+    names = {task: about["classes"] for task, about in resolved["tasks"].items()}
+    model = build(config, {task: len(classes) for task, classes in names.items()})
+    folder = _named_checkpoint(run, checkpoint_name)
+    tensors, state = checkpoint.read(folder)
+    restore_weights(model, tensors["weights"], resolved["backbone_sha256"], folder)
+    average = tensors.get("average")
+    if average:
+        model.load_state_dict(average, strict=False)
+    return Loaded(run, config, dict.fromkeys(names, model.eval().to(machine.device)),
+                  make_pipeline(config, model), machine, names, state["step"],
+                  "average" if average else "live", data_root)
+
+
+def open_task(config: Config, task: str, root: str | None = None) -> TaskData:
+    data = config.data
+    return load_task(load_spec(task), root=Path(root or data.root).expanduser(), download=data.download,
+                     validation=data.validation, data_seed=data.data_seed)
+
+
+def make_pipeline(config: Config, model: MultitaskViT) -> Pipeline:
+    settings = backbone.image_settings(config.backbone, model.vit)
+    scale = config.data.crop_scale
+    return Pipeline(**asdict(settings), resize=config.data.resize, flip=config.data.flip,
+                    crop_scale=None if scale is None else tuple(scale), seed=config.seed,
+                    cache_mb=config.data.cache_mb)
+
+
+def write_config(run: Path, config: Config, model: MultitaskViT, pipeline: Pipeline, machine: Machine,
+                 tasks: dict[str, TaskData]) -> None:
+    resolved = {
+        "backbone_sha256": model.backbone_sha256,
+        "images": {"size": pipeline.size, "mean": list(pipeline.mean), "std": list(pipeline.std),
+                   "interpolation": pipeline.interpolation, "crop_pct": pipeline.crop_pct},
+        "tasks": {name: {"origin": data.origin, "train": len(data.train), "val": len(data.val),
+                         "test": len(data.test), "classes": list(data.class_names)}
+                  for name, data in tasks.items()},
+        **environment(machine),
+    }
+    tree = configuration.to_dict(config) | {"resolved": resolved}
+    checkpoint.write_whole(run / "config.yaml", yaml.safe_dump(tree, sort_keys=False, width=110))
+
+
+def environment(machine: Machine) -> dict[str, Any]:
+    return {"precision": machine.precision, "precision_why": machine.why, "threads": machine.threads,
+            "device": str(machine.device), "processor": processor(machine), "torch": str(torch.__version__),
+            "timm": timm.__version__, "python": platform.python_version()}
+
+
+def processor(machine: Machine) -> str:
+    if machine.device.type == "cuda":
+        return torch.cuda.get_device_name(machine.device)
+    capabilities = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} {capabilities}"
+
+
+def read_config(run: Path) -> tuple[Config, dict[str, Any]]:
+    """The configuration of a run and what it resolved to.
+
+    Raises:
+        ConfigError: there is no config.yaml.
+    """
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"{run} is not a run folder: it has no config.yaml")
+    tree = yaml.safe_load(file.read_text())
+    resolved = tree.pop("resolved", {})
+    return configuration.from_dict(tree), resolved
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Dotted keys in which two configurations differ, those free to change on resume left out."""
+    def walk(a: Any, b: Any, key: str) -> list[str]:
+        if key in FREE_TO_CHANGE or a == b:
+            return []
+        if isinstance(a, dict) and isinstance(b, dict):
+            return [d for k in a.keys() | b.keys() for d in walk(a.get(k), b.get(k), f"{key}.{k}".lstrip("."))]
+        return [f"{key} was {a!r}, now {b!r}"]
+    return sorted(walk(configuration.to_dict(old), configuration.to_dict(new), ""))
+
+
+def restore_weights(model: MultitaskViT, weights: dict[str, torch.Tensor], backbone_sha256: str,
+                    folder: Path) -> None:
+    """Load what training changed over the backbone it was trained from.
+
+    Raises:
+        CheckpointError: another backbone than the run's, or other parameters than the model's.
+    """
+    reference = model.reference_names()
+    if reference - weights.keys() and model.backbone_sha256 != backbone_sha256:
+        raise checkpoint.CheckpointError(
+            f"{folder} holds only what training changed, over a backbone with sha256 "
+            f"{backbone_sha256[:12]}...; backbone.weights now gives {model.backbone_sha256[:12]}...")
+    expected = model.state_dict().keys()
+    problems = [f"missing {k}" for k in expected - weights.keys() - reference]
+    problems += [f"unexpected {k}" for k in weights.keys() - expected]
+    if problems:
+        raise checkpoint.CheckpointError(f"{folder} does not fit the model: {'; '.join(sorted(problems)[:6])}")
+    model.load_state_dict(weights, strict=False)
+
+
+def count_test_evaluation(run: Path) -> int:
+    """Note one more evaluation on test data and return how many there were; the report keeps the count.
+
+    Counting comes before evaluating: one that fails half-way has seen test data too.
+    """
+    file = run / "report.json"
+    report = json.loads(file.read_text()) if file.is_file() else {}
+    if "parts" in report:
+        count = max(count_test_evaluation(run / part) for part in report["parts"])
+    else:
+        log = run / "test_evaluations.log"
+        with log.open("a") as stream:
+            stream.write(f"{datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')}\n")
+        count = len(log.read_text().splitlines())
+    if report:
+        checkpoint.write_whole(file, json.dumps(report | {"test_evaluations": count}, indent=1))
+    return count
+
+
+def _named_checkpoint(run: Path, name: str | int) -> Path:
+    if name in ("best", "last"):
+        newest = checkpoint.latest(run)
+        best = checkpoint.best_step(newest)
+        return newest if name == "last" or best is None else run / "checkpoint" / str(best)
+    folder = run / "checkpoint" / str(name)
+    if not folder.is_dir():
+        raise checkpoint.CheckpointError(f"no checkpoint {name} in {run}; there are best, last and "
+                                         f"{', '.join(map(str, checkpoint.steps(run)))}")
+    return folder

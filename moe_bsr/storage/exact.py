@@ -1,0 +1,8 @@
+"""Keep what autograd keeps: the plain forward, fastest, most memory."""
+
+from moe_bsr.storage import register
+
+
+@register("exact")
+def run(forward, tokens):
+    return forward(tokens)

@@ -1,0 +1,342 @@
+"""The one trainer: it draws batches, takes optimiser steps, evaluates, checkpoints and emits records.
+
+It knows no method: what trains, drops or routes is the model's business, which task comes next the
+sampler's, and what becomes of the numbers the observers'.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_bsr import checkpoint, describe, report, run
+from moe_bsr import config as configuration
+from moe_bsr.config import Config, ConfigError
+from moe_bsr.data import Loader, Pipeline, TaskData
+from moe_bsr.data.sampler import MultitaskSampler
+from moe_bsr.evaluate import evaluate
+from moe_bsr.machine import Machine, prepare
+from moe_bsr.multitask import MultitaskViT, build
+from moe_bsr.observers import Evaluation, Observer, Start, Step
+from moe_bsr.observers.console import Console
+from moe_bsr.observers.experts import ExpertUse
+from moe_bsr.observers.jsonl import Jsonl
+from moe_bsr.observers.tensorboard import TensorBoard
+from moe_bsr.optimise import MovingAverage, learning_rate, make_optimiser
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training diverged; the message names the step, the task and the last good checkpoint."""
+
+
+class Interrupted(Exception):
+    """A signal arrived while nothing of the training state was changing."""
+
+
+def train(config: Config, folder: str | Path = "runs/run", resume: bool = False) -> dict[str, Any]:
+    """Train as the configuration says, into a run folder, and return its report.
+
+    Args:
+        resume: continue from the newest sound checkpoint of the folder, or start if there is none.
+    Raises:
+        ConfigError: an impossible configuration, or a folder that holds another run.
+        NonFiniteLoss: the loss or the gradient became infinite or NaN.
+        FloatingPointError: an evaluation met logits that are.
+    """
+    folder = Path(folder)
+    machine = prepare(config.machine)
+    _check_folder(config, folder, resume)
+    if resume and (done := report.read(folder)) is not None and done["status"] == "finished":
+        return done
+    if config.mode == "stl":
+        return _train_each(config, folder, machine, resume)
+    names = config.task_names()
+    tasks = {name: run.open_task(config, path) for name, path in zip(names, config.tasks, strict=True)}
+    model = build(config, {name: len(data.class_names) for name, data in tasks.items()})
+    return Trainer(config, model.to(machine.device), tasks, machine, folder).fit(resume)
+
+
+def _train_each(config: Config, folder: Path, machine: Machine, resume: bool) -> dict[str, Any]:
+    """One complete run per task; finished ones are not repeated on resume."""
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_whole(folder / "config.yaml", configuration.dump(config))
+    parts: dict[str, dict[str, Any]] = {}
+    for name, path in zip(config.task_names(), config.tasks, strict=True):
+        weights = {t: w for t, w in config.train.task_weights.items() if t == name}
+        alone = configuration.replace(config, mode="multitask", tasks=[path], train__task_weights=weights)
+        parts[name] = train(alone, folder / name, resume)
+        whole = report.aggregate(parts)
+        report.write(folder, whole)
+        if parts[name]["status"] != "finished":
+            break
+    return whole
+
+
+def _check_folder(config: Config, folder: Path, resume: bool) -> None:
+    if not (folder / "config.yaml").is_file():
+        return
+    if not resume and (checkpoint.steps(folder) or (folder / "report.json").is_file()):
+        raise ConfigError(f"--run {folder}: holds a run already; add --resume to go on with it, or name "
+                          "another folder")
+    if resume and (changed := run.differences(run.read_config(folder)[0], config)):
+        raise ConfigError(f"--resume {folder}: the configuration changed: {'; '.join(changed[:4])}")
+
+
+class Trainer:
+    """One model, its tasks and one run folder."""
+
+    def __init__(self, config: Config, model: MultitaskViT, tasks: dict[str, TaskData], machine: Machine,
+                 folder: Path, observers: list[Observer] | None = None) -> None:
+        self.config, self.model, self.tasks, self.machine, self.folder = config, model, tasks, machine, folder
+        settings = config.train
+        self.pipeline: Pipeline = run.make_pipeline(config, model)
+        self.sampler = MultitaskSampler({name: len(data.train) for name, data in tasks.items()},
+                                        settings.batch_size, settings.steps, config.sampler, config.seed)
+        self.optimiser = make_optimiser(model, settings, len(model.plan))
+        self.average = None if settings.ema is None else MovingAverage(model, settings.ema)
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
+        mean_weight = sum(settings.task_weights.get(t, 1.0) for t in tasks) / len(tasks)
+        self.weights = {t: settings.task_weights.get(t, 1.0) / mean_weight for t in tasks}
+        self.observers = observers if observers is not None else [
+            Console(), Jsonl(folder), TensorBoard(folder), ExpertUse()]
+        self.best: tuple[float, int] | None = None  # mean validation top-1, step
+        self.step = 0
+        self.signal = 0
+        self.evaluating = False
+        self.seconds = 0.0
+
+    def fit(self, resume: bool = False) -> dict[str, Any]:
+        """Train to the last step (or a signal), test once, write and return the report."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.machine.reset_peak()
+        pending, about = self._restore(resume)
+        run.write_config(self.folder, self.config, self.model, self.pipeline, self.machine, self.tasks)
+        start = Start(self.folder, self.config, list(self.tasks), self.step, [*self._about(), *about])
+        for observer in self.observers:
+            observer.on_start(start)
+        with self._signals():
+            try:
+                self._loop(pending)
+            except Interrupted:
+                self._save(pending_evaluation=True)
+            try:
+                result = self._report()
+            except Interrupted:  # while testing, when everything had been saved
+                result = self._report()
+        for observer in self.observers:
+            observer.on_end(result)
+        report.write(self.folder, result)
+        return result
+
+    def _loop(self, pending: bool) -> None:
+        settings, clock = self.config.train, time.monotonic()
+        checkpoint_every = settings.checkpoint_every or max(1, settings.steps // 10)
+        if pending:
+            self._evaluate_and_save()
+        batches = iter(Loader(self.tasks, self.pipeline, self.sampler.batches(self.step),
+                              self.config.data.prefetch))
+        while self.step < settings.steps and not self.signal:
+            self._update(batches)
+            self.seconds += time.monotonic() - clock
+            if self.step == settings.steps or (settings.evaluate_every
+                                               and self.step % settings.evaluate_every == 0):
+                self._evaluate_and_save()
+            elif self.step % checkpoint_every == 0 or self.signal:
+                self._save()
+            clock = time.monotonic()
+        batches.close()
+
+    def _update(self, batches: Iterator) -> None:
+        """One optimiser update: one batch of one task, or of each task when sampling jointly."""
+        began, settings = time.monotonic(), self.config.train
+        self.model.train()
+        rate = learning_rate(settings, self.step)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate * group["lr_scale"]
+        tasks = self.sampler.tasks(self.step)
+        done = []
+        for index in range(len(tasks)):
+            task, images, labels = next(batches)
+            share = self.weights[task] / len(tasks)
+            done.append((task, *self._backward(task, images, labels, share, index * settings.accumulate)))
+        norm = self._clip()
+        if not math.isfinite(norm):
+            self._refuse(f"gradient norm {norm}", tasks[0])
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(self.model)
+        self.step += 1
+        progress = self.sampler.progress(self.step)
+        speed = len(tasks) * settings.batch_size / (time.monotonic() - began)
+        for task, metrics, outputs in done:
+            record = Step(self.step, task, metrics | {"lr": rate, "gradient_norm": norm}, progress, outputs,
+                          speed)
+            for observer in self.observers:
+                observer.on_step(record)
+
+    def _backward(self, task: str, images: Tensor, labels: Tensor, share: float, first_micro: int
+                  ) -> tuple[dict[str, float], list]:
+        """Accumulate the gradient of one batch, in micro-batches of equal size."""
+        settings, outputs = self.config.train, []
+        loss_sum = auxiliary_sum = correct = 0.0
+        parts = zip(images.chunk(settings.accumulate), labels.chunk(settings.accumulate), strict=True)
+        for micro, (image_part, label_part) in enumerate(parts, first_micro):
+            inputs = self.pipeline.normalise(image_part, device=self.machine.device)
+            targets = label_part.to(self.machine.device)
+            with self.machine.autocast():
+                output = self.model(inputs, task, noise_key=(self.config.seed, self.step, micro))
+            loss = self.criterion(output.logits.float(), targets)
+            (share / settings.accumulate * (loss + output.auxiliary_loss)).backward()
+            self.model.commit(output, task)
+            outputs.append(output)
+            loss_sum += loss.item()
+            auxiliary_sum += output.auxiliary_loss.item()
+            correct += (output.logits.detach().argmax(1) == targets).sum().item()
+        n = settings.accumulate
+        if not math.isfinite(loss_sum + auxiliary_sum):
+            self._refuse(f"loss {loss_sum / n} (auxiliary {auxiliary_sum / n})", task)
+        return {"loss": loss_sum / n, "auxiliary_loss": auxiliary_sum / n,
+                "accuracy": correct / len(images)}, outputs
+
+    def _clip(self) -> float:
+        trained = [p for group in self.optimiser.param_groups for p in group["params"] if p.grad is not None]
+        limit = self.config.train.clip
+        return float(nn.utils.clip_grad_norm_(trained, math.inf if limit is None else limit))
+
+    def _refuse(self, what: str, task: str) -> None:
+        saved = checkpoint.steps(self.folder)
+        good = self.folder / "checkpoint" / str(saved[-1]) if saved else "none was written yet"
+        raise NonFiniteLoss(f"{what} at step {self.step + 1}, task {task}; last good checkpoint: {good}; "
+                            "lower train.lr, set train.clip, or use machine.precision=fp32")
+
+    def _evaluate(self, split: str) -> dict[str, dict[str, Any]]:
+        """Scores of every task; the averaged weights are scored if there are any."""
+        self.evaluating = True
+        if self.average is not None:
+            self.average.swap(self.model)
+        try:
+            if self.signal:
+                raise Interrupted
+            return {name: evaluate(self.model, data, split, self.pipeline, self.machine)
+                    for name, data in self.tasks.items()}
+        finally:
+            self.evaluating = False
+            if self.average is not None:
+                self.average.swap(self.model)
+
+    def _evaluate_and_save(self) -> None:
+        scores = self._evaluate("val")
+        mean = sum(s["top1"] for s in scores.values()) / len(scores)
+        if self.config.train.select == "last" or self.best is None or mean > self.best[0]:
+            self.best = (mean, self.step)
+        for observer in self.observers:
+            observer.on_evaluate(Evaluation(self.step, "val", scores))
+        self._save()
+
+    def _save(self, pending_evaluation: bool = False) -> None:
+        saved = self.model.state_dict()
+        if self.config.train.save == "trained":
+            reference = self.model.reference_names()
+            saved = {name: value for name, value in saved.items() if name not in reference}
+        names = {p: n for group in self.optimiser.param_groups
+                 for p, n in zip(group["params"], group["names"], strict=True)}
+        moments = {f"{names[p]}/{key}": value for p, values in self.optimiser.state.items()
+                   for key, value in values.items() if isinstance(value, Tensor)}
+        tensors = {"weights": saved, "optimiser": moments}
+        if self.average is not None:
+            tensors["average"] = self.average.average
+        state = {"step": self.step, "pending_evaluation": pending_evaluation, "seconds": self.seconds,
+                 "best_step": self.best and self.best[1], "best_mean_top1": self.best and self.best[0],
+                 "observers": {type(o).__name__: o.state() for o in self.observers}}
+        checkpoint.save(self.folder, self.step, tensors, state)
+
+    def _restore(self, resume: bool) -> tuple[bool, list[str]]:
+        """Continue from the newest sound checkpoint, if asked to and there is one."""
+        notes: list[str] = []
+        state: dict[str, Any] = {}
+        if resume and checkpoint.steps(self.folder):
+            place = checkpoint.latest(self.folder, warn=notes.append)
+            tensors, state = checkpoint.read(place)
+            resolved = run.read_config(self.folder)[1]
+            self._load(tensors, resolved["backbone_sha256"], place)
+            self.step, self.seconds = state["step"], state["seconds"]
+            if state["best_step"] is not None:
+                self.best = (state["best_mean_top1"], state["best_step"])
+            notes.append(f"resumed from {place}")
+            now = run.environment(self.machine)
+            changed = [f"{key} was {resolved[key]}, now {value}" for key, value in now.items()
+                       if resolved.get(key) != value]
+            if changed:
+                notes.append(f"not bit-exact with the run so far: {'; '.join(changed)}")
+        for observer in self.observers:
+            observer.restore(state.get("observers", {}).get(type(observer).__name__, {}))
+        return state.get("pending_evaluation", False), notes
+
+    def _load(self, tensors: dict[str, dict[str, Tensor]], backbone_sha256: str, place: Path) -> None:
+        run.restore_weights(self.model, tensors["weights"], backbone_sha256, place)
+        if self.average is not None:
+            for name, held in self.average.average.items():
+                held.copy_(tensors["average"][name])
+        parameters = dict(self.model.named_parameters())
+        for name, value in tensors["optimiser"].items():
+            name, _, key = name.rpartition("/")
+            parameter = parameters[name]
+            # AdamW keeps its step count on the CPU whatever the device.
+            place_on = "cpu" if key == "step" else parameter.device
+            self.optimiser.state[parameter][key] = value.to(place_on)
+
+    def _report(self) -> dict[str, Any]:
+        """The report; a run that reached its end is tested first, with the weights selected."""
+        split = "test" if self.config.train.test else "val"
+        scores, tested = None, 0
+        if not self.signal:
+            if self.best[1] != self.step:
+                tensors, _ = checkpoint.read(self.folder / "checkpoint" / str(self.best[1]))
+                self.model.load_state_dict(tensors["weights"], strict=False)
+                if self.average is not None:
+                    for name, value in tensors["average"].items():
+                        self.average.average[name].copy_(value)
+            if split == "test":
+                tested = run.count_test_evaluation(self.folder)
+            scores = self._evaluate(split)
+            for observer in self.observers:
+                observer.on_evaluate(Evaluation(self.step, split, scores))
+        return report.make(
+            status="interrupted" if self.signal else "finished", signal=self.signal, scores=scores, split=split, progress=self.sampler.progress(self.step),
+            step=self.step, best=self.best, weights="live" if self.average is None else "average",
+            train_seconds=self.seconds, measured_peak_mb=self.machine.peak_mb(), test_evaluations=tested,
+            gflops_per_image=describe.forward_gflops(self.model))
+
+    def _about(self) -> list[str]:
+        sizes = ", ".join(f"{n} {len(d.train)}/{len(d.val)}/{len(d.test)}" for n, d in self.tasks.items())
+        return [*describe.summary(self.model, self.config), f"train/val/test images: {sizes}",
+                f"{self.config.train.steps} updates of {self.config.train.batch_size} images "
+                f"({self.config.sampler.kind}); {self.machine.precision} ({self.machine.why}), "
+                f"{self.machine.threads} threads on {self.machine.device}; run folder {self.folder}"]
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM: finish the update, save, leave; a running evaluation is left at once."""
+        def note(number: int, frame: object) -> None:
+            self.signal = number
+            if self.evaluating:
+                self.evaluating = False
+                raise Interrupted
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)

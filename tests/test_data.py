@@ -1,0 +1,349 @@
+"""Task files, sources in their official layouts, splits and the carving of validation."""
+
+import hashlib
+import json
+import pickle
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torchvision
+from PIL import Image
+from scipy.io import savemat
+
+from moe_bsr.data import FolderSource, TorchvisionSource, carve, load_spec, load_task
+from moe_bsr.data.task import validation_seats
+
+
+def picture(seed: int, size=(12, 10)) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def save(path: Path, seed: int, **options) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture(seed).save(path, **options)
+
+
+def fake_cifar(root: Path, dataset, monkeypatch) -> None:
+    """Twenty images in the official files, and a checksum list that fits them."""
+    fine = dataset is torchvision.datasets.CIFAR100
+    folder, rng = root / dataset.base_folder, np.random.default_rng(0)
+    folder.mkdir()
+
+    def write(name: str, content: dict) -> list[str]:
+        (folder / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+    for listed in ("train_list", "test_list"):
+        batches = [
+            write(name, {
+                "data": rng.integers(0, 256, (4, 3072), dtype=np.uint8),
+                "fine_labels" if fine else "labels": [0, 1, 0, 1],
+            })
+            for name, _ in getattr(dataset, listed)
+        ]  # fmt: skip
+        monkeypatch.setattr(dataset, listed, batches)
+    name, digest = write(dataset.meta["filename"], {dataset.meta["key"]: ["apple", "boat"]})
+    monkeypatch.setattr(dataset, "meta", {**dataset.meta, "filename": name, "md5": digest})
+
+
+def fake_flowers(root: Path, monkeypatch) -> None:
+    folder = root / "flowers-102"
+    for number in range(1, 13):
+        save(folder / "jpg" / f"image_{number:05d}.jpg", number)
+    savemat(folder / "imagelabels.mat", {"labels": [[1, 2, 102] * 4]})
+    splits = {"trnid": [[1, 2, 3]], "valid": [[4, 5, 6]], "tstid": [[7, 8, 9, 10, 11, 12]]}
+    savemat(folder / "setid.mat", splits)
+    files = dict(torchvision.datasets.Flowers102._file_dict)
+    for name in ("label", "setid"):
+        file = files[name][0]
+        files[name] = (file, hashlib.md5((folder / file).read_bytes()).hexdigest())
+    monkeypatch.setattr(torchvision.datasets.Flowers102, "_file_dict", files)
+
+
+def fake_pets(root: Path) -> None:
+    folder = root / "oxford-iiit-pet"
+    (folder / "annotations").mkdir(parents=True)
+    for split, first in (("trainval", 1), ("test", 10)):
+        lines = []
+        for label, breed in enumerate(["Abyssinian", "american_bulldog"], start=1):
+            for number in range(first, first + 3):
+                save(folder / "images" / f"{breed}_{number}.jpg", 100 * label + number)
+                lines.append(f"{breed}_{number} {label} {label} 1\n")
+        (folder / "annotations" / f"{split}.txt").write_text("".join(lines))
+
+
+def fake_food(root: Path) -> None:
+    folder = root / "food-101"
+    (folder / "meta").mkdir(parents=True)
+    for split, numbers in (("train", range(3)), ("test", range(3, 5))):
+        names = {c: [f"{c}/{n}" for n in numbers] for c in ("apple_pie", "waffles")}
+        (folder / "meta" / f"{split}.json").write_text(json.dumps(names))
+        for number, name in enumerate(n for group in names.values() for n in group):
+            save(folder / "images" / f"{name}.jpg", number)
+
+
+FAKES = {
+    "CIFAR10": lambda root, mp: fake_cifar(root, torchvision.datasets.CIFAR10, mp),
+    "CIFAR100": lambda root, mp: fake_cifar(root, torchvision.datasets.CIFAR100, mp),
+    "Flowers102": fake_flowers,
+    "OxfordIIITPet": lambda root, mp: fake_pets(root),
+    "Food101": lambda root, mp: fake_food(root),
+}
+EXPECTED = {  # splits, labels in order
+    "CIFAR10": (["train"], [0, 1] * 10),
+    "CIFAR100": (["test"], [0, 1] * 2),
+    "Flowers102": (["train", "val"], [0, 1, 101] * 2),
+    "OxfordIIITPet": (["trainval"], [0, 0, 0, 1, 1, 1]),
+    "Food101": (["test"], [0, 0, 1, 1]),
+}
+
+
+@pytest.mark.parametrize("dataset", FAKES)
+def test_official_layout_gives_torchvisions_images_and_labels(dataset, tmp_path, monkeypatch):
+    FAKES[dataset](tmp_path, monkeypatch)
+    splits, labels = EXPECTED[dataset]
+    source = TorchvisionSource(dataset, tmp_path, splits)
+    assert source.labels.dtype == np.int64 and source.labels.tolist() == labels
+    assert len(source) == len(labels) and len(source.class_names) > max(labels)
+    kind = getattr(torchvision.datasets, dataset)
+    plain = [
+        item
+        for split in splits
+        for item in (
+            kind(tmp_path, train=split == "train")
+            if dataset.startswith("CIFAR")
+            else kind(tmp_path, split=split)
+        )
+    ]
+    for i, (image, label) in enumerate(plain):
+        assert label == source.labels[i]
+        np.testing.assert_array_equal(source.image(i), np.asarray(image))
+
+
+@pytest.mark.parametrize("dataset", FAKES)
+def test_absent_dataset_says_where_it_is_expected(dataset, tmp_path):
+    with pytest.raises(FileNotFoundError, match="Expected .*download"):
+        TorchvisionSource(dataset, tmp_path, EXPECTED[dataset][0])
+
+
+def test_damaged_cifar_is_refused_before_it_is_unpickled(tmp_path, monkeypatch):
+    FAKES["CIFAR10"](tmp_path, monkeypatch)
+    (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(b"cos\nsystem\n.")
+    with pytest.raises(FileNotFoundError, match="corrupted"):
+        TorchvisionSource("CIFAR10", tmp_path, ["train"])
+
+
+def test_half_unpacked_dataset_is_refused(tmp_path):
+    fake_food(tmp_path)
+    (tmp_path / "food-101/images/waffles/4.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of 4 images are missing.*waffles/4\.jpg"):
+        TorchvisionSource("Food101", tmp_path, ["test"])
+
+
+@pytest.mark.parametrize(
+    "dataset, splits, word", [("CIFAR1", ["train"], "CIFAR10"), ("Food101", ["val"], "train, test")]
+)
+def test_unknown_dataset_or_split(dataset, splits, word, tmp_path):
+    with pytest.raises(ValueError, match=word):
+        TorchvisionSource(dataset, tmp_path, splits)
+
+
+def folder_task(root: Path, classes=("ant", "bee", "cat"), each=10) -> Path:
+    for split, count in (("train", each), ("test", 2)):
+        for k, name in enumerate(classes):
+            for n in range(count):
+                save(root / "pictures" / split / name / f"{n}.png", 1000 * k + n)
+    file = root / "pictures.yaml"
+    file.write_text("title: Pictures\nsource: folder\npath: pictures\n")
+    return file
+
+
+def test_folder_task(tmp_path):
+    data = load_task(load_spec(folder_task(tmp_path)), root=tmp_path)
+    assert data.class_names == ["ant", "bee", "cat"] and data.name == "pictures"
+    assert (len(data.train), len(data.val), len(data.test)) == (27, 3, 6)
+    assert sorted(data.val.labels) == [0, 1, 2]
+    assert not set(data.train.index) & set(data.val.index)
+    for split in (data.train, data.val, data.test):
+        np.testing.assert_array_equal(split.labels, split.source.labels[split.index])
+    np.testing.assert_array_equal(data.train.source.image(11), np.asarray(picture(1001)))
+    assert "folder" in data.origin
+
+
+def test_test_folder_may_lack_classes_but_not_add_any(tmp_path):
+    folder_task(tmp_path)
+    save(tmp_path / "test" / "cat" / "0.png", 0)
+    assert FolderSource(tmp_path / "test", ["ant", "bee", "cat"]).labels.tolist() == [2]
+    save(tmp_path / "test" / "dog" / "0.png", 0)
+    with pytest.raises(ValueError, match="'dog'"):
+        FolderSource(tmp_path / "test", ["ant", "bee", "cat"])
+
+
+def test_folder_refusals(tmp_path):
+    file = folder_task(tmp_path)
+    with pytest.raises(FileNotFoundError, match="test"):
+        (tmp_path / "pictures/test").rename(tmp_path / "elsewhere")
+        load_task(load_spec(file), root=tmp_path)
+    (tmp_path / "pictures/train/empty").mkdir()
+    with pytest.raises(ValueError, match="empty: no images"):
+        FolderSource(tmp_path / "pictures/train")
+    with pytest.raises(ValueError, match="no class folders"):
+        FolderSource(tmp_path / "pictures/train/empty")
+
+
+def test_unreadable_image_is_named(tmp_path):
+    folder_task(tmp_path)
+    (tmp_path / "pictures/train/bee/3.png").write_bytes(b"\x89PNG and no more")
+    source = FolderSource(tmp_path / "pictures/train")
+    with pytest.raises(ValueError, match=r"bee/3\.png.*not a readable image"):
+        source.image(13)
+
+
+def test_photographs_are_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(tmp_path / "a" / "0.png", 0, exif=exif)
+    expected = np.rot90(np.asarray(picture(0)), -1)
+    np.testing.assert_array_equal(FolderSource(tmp_path).image(0), expected)
+
+
+def test_generated_task_is_drawn_by_its_family(tmp_path, monkeypatch):
+    class Generated:
+        def __init__(self, family, split, count, seed):
+            self.asked = (family, split, count, seed)
+            self.labels, self.class_names = np.arange(count) % 2, ["a", "b"]
+
+        def __len__(self):
+            return len(self.labels)
+
+    module = types.ModuleType("generated")
+    module.Generated = Generated
+    monkeypatch.setitem(sys.modules, "moe_bsr.data.generated", module)
+    file = tmp_path / "dots.yaml"
+    file.write_text(
+        "title: Dots\nsource: generated\nfamily: dots\nclasses: 2\ntrain: 20\ntest: 6\nseed: 7\n"
+    )
+    data = load_task(load_spec(file), root=tmp_path)
+    assert data.train.source.asked == ("dots", "train", 20, 7)
+    assert data.test.source.asked == ("dots", "test", 6, 7)
+
+
+@pytest.mark.parametrize(
+    "counts, fraction, seats",
+    [
+        ([10, 10, 10], 0.1, [1, 1, 1]),
+        ([100, 50, 5], 0.1, [10, 5, 1]),
+        ([20, 2, 1, 0], 0.1, [1, 1, 0, 0]),
+        ([1000] * 60, 0.1, [84] * 20 + [83] * 40),
+        ([2, 2], 0.45, [1, 1]),
+        ([45, 45, 10], 0.1, [5, 4, 1]),
+    ],
+)
+def test_validation_seats(counts, fraction, seats):
+    assert validation_seats(np.array(counts), fraction).tolist() == seats
+
+
+def test_carve_is_a_stratified_partition_fixed_by_its_key():
+    labels = np.random.default_rng(0).integers(0, 7, 500)
+    train, val = carve(labels, 0.2, 3)
+    assert sorted([*train, *val]) == list(range(500)) and len(val) == 100
+    share = np.bincount(labels[val]) / np.bincount(labels)
+    assert (abs(share - 0.2) < 0.02).all()
+    np.testing.assert_array_equal(val, carve(labels, 0.2, 3)[1])
+    assert not np.array_equal(val, carve(labels, 0.2, 4)[1])
+
+
+@pytest.mark.parametrize("fraction", [0, -0.1, 0.5, 1])
+def test_carve_refuses_other_fractions(fraction):
+    with pytest.raises(ValueError, match="validation"):
+        carve(np.zeros(10, dtype=np.int64), fraction, 0)
+
+
+def test_lone_images_stay_in_training_with_a_warning(tmp_path):
+    file = folder_task(tmp_path)
+    save(tmp_path / "pictures/train/eel/0.png", 5)
+    with pytest.warns(UserWarning, match="single training image"):
+        data = load_task(load_spec(file), root=tmp_path)
+    assert 3 in data.train.labels and 3 not in data.val.labels
+
+
+def test_data_seed_moves_validation_and_task_name_too(tmp_path):
+    file = folder_task(tmp_path)
+    other = tmp_path / "others.yaml"
+    other.write_text(file.read_text())
+    carved = [
+        load_task(load_spec(f), root=tmp_path, data_seed=seed).val.index.tolist()
+        for f, seed in ((file, 0), (file, 1), (other, 0), (file, 0))
+    ]
+    assert carved[0] == carved[3] and carved[0] != carved[1] and carved[0] != carved[2]
+
+
+@pytest.mark.parametrize(
+    "text, word",
+    [
+        ("title: x\nsource: folder\npath: p\ncrop_scael: [1, 1]", "crop_scale"),
+        ("title: x\nsource: foldr\npath: p", "folder"),
+        ("title: x\nsource: folder", "'path'"),
+        ("source: folder\npath: p", "'title'"),
+        ("title: x\nsource: folder\npath: p\nfamily: dots", "means nothing"),
+        ("title: x\nsource: folder\npath: p\nflip: 1", "flip"),
+        ("title: x\nsource: folder\npath: p\ncrop_scale: [0.5, 0.2]", "crop_scale"),
+        ("title: x\nsource: folder\npath: p\nclasses: ten", "classes"),
+        ("title: x\nsource: folder\npath: 3", "path"),
+        ("title: x\nsource: torchvision\ndataset: CIFAR10\nsplits: {train: [train]}", "splits"),
+        (
+            "title: x\nsource: torchvision\ndataset: C\nsplits: {train: [a], test: [a]}",
+            "in train and in test",
+        ),
+        ("- a list", "keys and values"),
+        ("title: [", "YAML"),
+    ],
+)
+def test_impossible_task_files(text, word, tmp_path):
+    file = tmp_path / "odd.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=word):
+        load_spec(file)
+
+
+def test_unknown_task_lists_the_known_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="cifar100.*did you mean 'pets'"):
+        load_spec("petz")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/mine.yaml").write_text("title: Mine\nsource: folder\npath: p\n")
+    assert load_spec("mine").title == "Mine"
+
+
+def test_classes_must_agree_with_the_data(tmp_path):
+    file = folder_task(tmp_path)
+    file.write_text(file.read_text() + "classes: 4\n")
+    with pytest.raises(ValueError, match="classes: 4 in its file, but 3"):
+        load_task(load_spec(file), root=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "flowers102", "pets", "food101"])
+def test_shipped_task_files_name_splits_that_exist(name):
+    from moe_bsr.data.sources import TORCHVISION
+
+    spec = load_spec(name)
+    assert spec.source == "torchvision" and spec.homepage and spec.licence != "not stated"
+    assert {s for part in spec.splits.values() for s in part} <= set(TORCHVISION[spec.dataset][0])
+
+
+def test_download_only_on_request(tmp_path, monkeypatch):
+    def fetch(dataset) -> None:
+        if not dataset._check_exists():
+            fake_food(Path(dataset.root))
+
+    monkeypatch.setattr(torchvision.datasets.Food101, "_download", fetch)
+    spec = load_spec("food101")
+    with pytest.raises(FileNotFoundError):
+        load_task(spec, root=tmp_path)
+    with pytest.raises(ValueError, match="classes: 101 in its file, but 2"):
+        load_task(spec, root=tmp_path, download=True)
+    assert (tmp_path / "food-101").is_dir()

@@ -1,0 +1,89 @@
+"""Runs that train in about a second: two drawn tasks of unequal size and a backbone of six narrow blocks."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moe_bsr import config as configuration
+from moe_bsr import run
+from moe_bsr.config import Config
+from moe_bsr.machine import prepare
+from moe_bsr.multitask import build
+from moe_bsr.observers import Observer, Step
+from moe_bsr.observers.jsonl import Jsonl
+from moe_bsr.train import Trainer
+
+TASKS = {"shapes": (10, 30), "fractals": (12, 60)}  # classes, images of which one per class validates
+SIZES = {"shapes": 20, "fractals": 48}
+TASK = "{{title: {0}, source: generated, family: {0}, classes: {1}, train: {2}, test: {1}, licence: none}}\n"
+
+
+def make_config(folder: Path, **changes) -> Config:
+    """Eight updates of eight images with experts and token dropping; changes as `train__steps=4`."""
+    paths = []
+    for name, (classes, count) in TASKS.items():
+        paths.append(folder / f"{name}.yaml")
+        paths[-1].write_text(TASK.format(name, classes, count))
+    config = configuration.from_dict({
+        "tasks": [str(path) for path in paths],
+        "backbone": {"name": "test_vit", "weights": "random", "image_size": 32},
+        "plan": {"trainable": [1, 3, 5], "drop": [1, 3], "experts": [3, 5]},
+        "moe": {"experts": 4, "top_k": 2, "ratio": 3},
+        "train": {"steps": 8, "batch_size": 8, "lr": 1e-2, "checkpoint_every": 3},
+        "machine": {"device": "cpu", "precision": "fp32", "threads": 1},
+    })
+    return configuration.replace(config, **changes)
+
+
+def make_trainer(config: Config, folder: Path, observers: list[Observer] | None = None) -> Trainer:
+    """What `train` builds, with observers of one's own."""
+    tasks = {name: run.open_task(config, path)
+             for name, path in zip(config.task_names(), config.tasks, strict=True)}
+    model = build(config, {name: len(data.class_names) for name, data in tasks.items()})
+    return Trainer(config, model, tasks, prepare(config.machine), folder, observers or [])
+
+
+def state_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+class Snapshots(Observer):
+    """Keeps the whole state after every update, and the task it was for."""
+
+    def __init__(self) -> None:
+        self.trainer: Trainer | None = None
+        self.states: list[dict[str, Tensor]] = []
+        self.tasks: list[str] = []
+
+    def on_step(self, step: Step) -> None:
+        self.states.append(state_of(self.trainer.model))
+        self.tasks.append(step.task)
+
+
+def watch(config: Config, folder: Path) -> tuple[Trainer, Snapshots]:
+    """A trainer whose states are kept; the first is the one before any update."""
+    snapshots = Snapshots()
+    snapshots.trainer = make_trainer(config, folder, [snapshots])
+    snapshots.states.append(state_of(snapshots.trainer.model))
+    return snapshots.trainer, snapshots
+
+
+class Crash(Exception):
+    """Stands for whatever ends a process in the middle."""
+
+
+def act_at(monkeypatch, step: int, action) -> None:
+    """Call `action` when update `step` has been written to metrics.jsonl."""
+    write = Jsonl.on_step
+
+    def on_step(self, record: Step) -> None:
+        write(self, record)
+        if record.step == step:
+            action()
+
+    monkeypatch.setattr(Jsonl, "on_step", on_step)
+
+
+def crash() -> None:
+    raise Crash

@@ -1,0 +1,38 @@
+"""Set finished runs side by side, from their report.json files.
+
+    python tools/compare.py runs/quickstart_last runs/quickstart --experts
+    python tools/compare.py runs/*/ --markdown > table.md
+
+Per task top-1 in percent with its 95 % interval (of the finite test set, not of the training), then the
+mean over tasks, the images seen per task, training seconds, peak memory and forward GFLOPs an image.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from moe_bsr import report
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("--markdown", action="store_true", help="a Markdown table, intervals in every cell")
+    parser.add_argument("--experts", action="store_true", help="also: share of the last run's experts by task")
+    arguments = parser.parse_args()
+    reports = {}
+    for path in map(Path, arguments.runs):
+        reports[path.name] = report.read(path)
+        if reports[path.name] is None:
+            print(f"compare.py: {path} has no report.json: not a finished run", file=sys.stderr)
+            return 2
+    rows = report.comparison(reports, intervals=arguments.markdown)
+    print(report.as_markdown(rows) if arguments.markdown else report.as_text(rows))
+    if arguments.experts:
+        print(report.expert_use(reports[path.name]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

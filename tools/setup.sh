@@ -1,0 +1,28 @@
+# Sourced by quickstart.sh and test.sh: makes .venv when absent and installs the project into it.
+# With MOE_BSR_PYTHON set to an interpreter that has moe_bsr installed already, that one is used instead.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [ -n "${MOE_BSR_PYTHON:-}" ]; then
+    python="$MOE_BSR_PYTHON"
+else
+    python=.venv/bin/python
+    stamp=.venv/installed-from
+    if [ ! -x "$python" ]; then
+        base=""
+        for candidate in python3.11 python3.12 python3.13 python3; do
+            if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+                base="$candidate"
+                break
+            fi
+        done
+        [ -n "$base" ] || { echo "Python 3.11 or newer is needed; none found" >&2; exit 1; }
+        "$base" -m venv .venv
+    fi
+    # Reinstall only when the dependencies changed: a second run starts at once.
+    if ! cmp -s pyproject.toml "$stamp"; then
+        echo "installing moe_bsr and what it needs into .venv (torch is large: one to three minutes) ..."
+        "$python" -m pip install --quiet --disable-pip-version-check -e '.[test]' 2> >(grep -v '^WARNING: Location' >&2)
+        cp pyproject.toml "$stamp"
+    fi
+fi

@@ -1,0 +1,67 @@
+"""Train several tasks as a configuration says, and write a run folder.
+
+    python tools/train.py configs/quickstart.yaml
+    python tools/train.py configs/deit_tiny_moe_bsr.yaml data.root=data train.steps=2000 --run runs/mine
+    python tools/train.py configs/deit_tiny_moe_bsr.yaml --run runs/mine --resume
+    python tools/train.py configs/quickstart.yaml --dry-run
+
+Exit status: 0 finished, 1 training failed, 2 refused, 128 + signal if interrupted (saved; --resume goes on).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from moe_bsr import config as configuration
+from moe_bsr import describe, run
+from moe_bsr.checkpoint import CheckpointError
+from moe_bsr.config import ConfigError
+from moe_bsr.multitask import build
+from moe_bsr.train import NonFiniteLoss, train
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a YAML file of configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.steps=200")
+    parser.add_argument("--run", metavar="DIR", help="the run folder (default runs/<name of CONFIG>)")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, exit")
+    arguments = parser.parse_intermixed_args()
+    folder = Path(arguments.run or Path("runs") / Path(arguments.config).stem)
+    try:
+        config = configuration.load(arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            return dry_run(config, folder)
+        result = train(config, folder, arguments.resume)
+    except (ConfigError, CheckpointError, FileNotFoundError, ValueError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except (NonFiniteLoss, FloatingPointError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    print((folder / "report.md").read_text())
+    if result["status"] == "interrupted":
+        print(f"interrupted; saved in {folder}. Go on with: python tools/train.py {arguments.config} "
+              f"{' '.join(arguments.overrides)} --run {folder} --resume")
+        return 128 + result["signal"]
+    return 0
+
+
+def dry_run(config: configuration.Config, folder: Path) -> int:
+    """Open every dataset and the backbone, print the plan; write nothing."""
+    tasks = {name: run.open_task(config, path)
+             for name, path in zip(config.task_names(), config.tasks, strict=True)}
+    for name, data in tasks.items():
+        print(f"{name}: {len(data.class_names)} classes, train {len(data.train)}, val {len(data.val)}, "
+              f"test {len(data.test)} ({data.origin})")
+    model = build(config, {name: len(data.class_names) for name, data in tasks.items()})
+    print("\n".join([*describe.summary(model, config), *describe.table(model, config)]))
+    state = "exists: it needs --resume" if (folder / "config.yaml").exists() else "new"
+    print(f"run folder {folder} ({state})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
