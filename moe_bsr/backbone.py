@@ -4,6 +4,7 @@ timm's parameter names are kept, so every published checkpoint of such a model l
 embeddings are resized to the image size asked for.
 """
 
+import difflib
 import hashlib
 import json
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 import timm
 import torch
 from safetensors import safe_open
+from timm.layers import PatchEmbed
 from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
@@ -51,6 +53,8 @@ def load(config: BackboneConfig, seed: int = 0) -> VisionTransformer:
     """
     skeleton(config)
     if config.weights == "hub":
+        require(_shipped_file(config.name) is None, "backbone.weights", "hub",
+                f"{config.name} is not on the hub but shipped here: use shipped")
         try:
             return _create(config, pretrained=True)
         except Exception as error:  # hub clients raise many kinds; all mean the same to the user
@@ -96,24 +100,30 @@ def _create(config: BackboneConfig, pretrained: bool = False) -> VisionTransform
         else:
             vit = timm.create_model(config.name, pretrained=pretrained, num_classes=0, **size)
     except RuntimeError as error:
-        if "Unknown model" not in str(error):
-            raise
         known = [p.stem for p in SHIPPED.glob("*.safetensors")]
-        near = timm.list_models(f"*{config.name.split('_')[0]}*patch*")[:6]
-        raise ConfigError(f"backbone.name = {config.name!r}: unknown to timm; shipped here: "
-                          f"{', '.join(known)}; timm has for example {', '.join(near)}") from None
+        names = timm.list_models(["vit_*", "deit*"], pretrained="." in config.name)
+        near = difflib.get_close_matches(config.name, names, 4)
+        raise ConfigError(f"backbone.name = {config.name!r}: {error}; shipped here: {', '.join(known)}; "
+                          f"nearest in timm: {', '.join(near) or 'none'}") from None
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(f"backbone.image_size = {config.image_size}: {error}") from None
     except TypeError as error:
         raise ConfigError(f"backbone.image_size = {config.image_size}: {config.name} takes no image "
                           f"size ({error}); it is no timm VisionTransformer") from None
     require(type(vit) is VisionTransformer, "backbone.name", config.name,
             f"is a timm {type(vit).__name__}; only plain VisionTransformers work here (distilled, "
             "hybrid, Swin, EVA and convolutional models have another forward)")
+    require(type(vit.patch_embed) is PatchEmbed, "backbone.name", config.name,
+            "is a hybrid: a convolutional network makes its tokens; only plain patch embeddings work")
     odd = [type(b).__name__ for b in vit.blocks if not block.supported(b)]
     require(not odd, "backbone.name", config.name,
             f"its blocks are {', '.join(sorted(set(odd)))}; only timm's plain Block with Attention works")
     height, width = vit.patch_embed.img_size
     require(height == width, "backbone.name", config.name, f"takes {height} x {width} images; only "
             "square ones work")
+    patch = vit.patch_embed.patch_size[0]
+    require(height >= patch and height % patch == 0, "backbone.image_size", height,
+            f"a multiple of the patch size {patch}")
     return vit
 
 
@@ -145,17 +155,22 @@ def _load_file(vit: VisionTransformer, file: Path, config: BackboneConfig) -> No
     if file.suffix == ".npz":
         try:
             vit.load_pretrained(str(file))
-        except (KeyError, RuntimeError) as error:
-            raise ConfigError(f"backbone.weights = {str(file)!r}: does not fit {config.name}: {error}"
-                              ) from error
+        except Exception as error:  # a damaged archive and a misfit raise many kinds
+            raise ConfigError(f"backbone.weights = {str(file)!r}: unreadable, or no fit for {config.name}: "
+                              f"{error}") from error
         return
-    state = checkpoint_filter_fn(load_state_dict(str(file), weights_only=True), vit)
+    try:
+        raw = load_state_dict(str(file), weights_only=True)
+    except Exception as error:  # every format has its own kinds of errors
+        raise ConfigError(f"backbone.weights = {str(file)!r}: unreadable ({str(error).splitlines()[0]}); a "
+                          "checkpoint may hold tensors and nothing that needs unpickling") from error
+    state = checkpoint_filter_fn(raw, vit)
     state = {k: v.float() for k, v in state.items() if not k.startswith(NOT_BACKBONE)}
     expected = vit.state_dict()
-    problems = [f"missing {k}" for k in expected if k not in state]
+    problems = [f"{k} is {tuple(state[k].shape)}, expected {tuple(expected[k].shape)}"
+                for k in expected if k in state and state[k].shape != expected[k].shape][:3]
+    problems += [f"missing {k}" for k in expected if k not in state]
     problems += [f"unexpected {k}" for k in state if k not in expected]
-    problems += [f"{k} is {tuple(state[k].shape)}, expected {tuple(expected[k].shape)}"
-                 for k in expected if k in state and state[k].shape != expected[k].shape]
     if problems:
         more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise ConfigError(f"backbone.weights = {str(file)!r}: does not fit {config.name}: "

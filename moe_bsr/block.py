@@ -83,7 +83,7 @@ def multiply_adds(block: Block, plan: BlockPlan, attention_tokens: int, ffn_toke
     if attention.gate is not None:
         total += n * attention.gate.weight.numel()
     if plan.keep < 1:
-        total += n * inner
+        total += n * inner  # the class token's row of scores
     if isinstance(block.mlp, MoE):
         return total + block.mlp.multiply_adds(ffn_tokens)
     return total + ffn_tokens * sum(p.numel() for p in block.mlp.parameters() if p.ndim == 2)

@@ -8,6 +8,8 @@ with its default and what it means; that page is the reference, and a test keeps
 
 import dataclasses
 import difflib
+import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -15,6 +17,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+
+# Attributes of torch's module dictionaries, which therefore cannot name an entry.
+RESERVED = ("clear", "copy", "forward", "get", "items", "keys", "pop", "training", "train", "type",
+            "update", "values")
 
 
 class ConfigError(ValueError):
@@ -32,6 +39,10 @@ class BackboneConfig:
     name: str = "vit_pico_patch8_64"
     weights: str = "shipped"
     image_size: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.image_size is None or self.image_size >= 1, "backbone.image_size", self.image_size,
+                "null (the backbone's own) or a multiple of its patch size in pixels")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -109,6 +120,7 @@ class DataConfig:
         scale = self.crop_scale
         require(scale is None or (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1),
                 "data.crop_scale", scale, "null (the task's own) or [low, high] within (0, 1]")
+        require(self.cache_mb >= 0, "data.cache_mb", self.cache_mb, "at least 0 megabytes")
         require(self.prefetch >= 0, "data.prefetch", self.prefetch, "at least 0 batches ahead")
 
 
@@ -147,11 +159,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for key in ("steps", "batch_size", "accumulate"):
             require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "at least 1")
-        for key in ("evaluate_every", "checkpoint_every", "min_lr", "weight_decay", "momentum"):
+        for key in ("evaluate_every", "checkpoint_every", "weight_decay"):
             require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "at least 0")
         require(self.batch_size % self.accumulate == 0, "train.accumulate", self.accumulate,
                 f"must divide train.batch_size = {self.batch_size}: micro-batches split one batch")
-        require(self.lr > 0, "train.lr", self.lr, "above 0")
+        require(0 < self.lr < math.inf, "train.lr", self.lr, "above 0 and finite")
+        require(0 <= self.min_lr <= self.lr, "train.min_lr", self.min_lr, f"0 to train.lr = {self.lr}")
+        require(0 <= self.momentum < 1, "train.momentum", self.momentum, "[0, 1)")
         require(0 < self.layer_decay <= 1, "train.layer_decay", self.layer_decay, "in (0, 1]")
         require(0 <= self.warmup, "train.warmup", self.warmup,
                 "a fraction of train.steps below 1, or a number of updates")
@@ -167,6 +181,10 @@ class MachineConfig:
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     threads: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.threads is None or self.threads >= 1, "machine.threads", self.threads,
+                "null or at least 1")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -188,6 +206,10 @@ class Config:
     def __post_init__(self) -> None:
         require(len(self.tasks) >= 1, "tasks", self.tasks, "at least one task")
         names = self.task_names()
+        for name in names:
+            require(re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None and name not in RESERVED, "tasks",
+                    name, "a task's name has letters, digits, _ and - only (it names folders, heads and "
+                    f"tags) and is none of {', '.join(RESERVED)}")
         require(len(set(names)) == len(names), "tasks", self.tasks, "each task once")
         unknown = sorted(set(self.train.task_weights) - set(names))
         require(not unknown, "train.task_weights", self.train.task_weights,
@@ -248,14 +270,26 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     parent = tree.pop("extends", None)
     if parent is None:
         return tree
+    require(isinstance(parent, str), "extends", parent, "the name of one YAML file beside this one")
     return _merge(_read_tree(path.parent / parent, (*seen, path.resolve())), tree)
 
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _NoDuplicates)
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not valid YAML: {str(error).splitlines()[0]}") from None
+
+
+class _NoDuplicates(yaml.SafeLoader):
+    """YAML as usual, but a key written twice is refused: the first one would be lost silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ConfigError(f"{key}: written twice {node.start_mark}")
+        return super().construct_mapping(node, deep)
 
 
 def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from moe_bsr.config import ConfigError, MachineConfig, require
+from moe_bsr.config import ConfigError, MachineConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,6 @@ def prepare(config: MachineConfig) -> Machine:
         raise ConfigError(f"machine.device = {config.device!r}: {str(error).splitlines()[0]}; use auto, cpu "
                           "or a device torch sees here") from error
     if config.threads is not None:
-        require(config.threads >= 1, "machine.threads", config.threads, "null or at least 1")
         torch.set_num_threads(config.threads)
     keep_freed_memory()
     fast, why = _bf16_is_fast(device)

@@ -8,9 +8,7 @@ class token included, is routed on its own to its top-k experts; nothing is drop
 """
 
 from dataclasses import dataclass
-from zlib import crc32
 
-import numpy as np
 import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
@@ -18,6 +16,7 @@ from torch.nn import functional as F
 
 from moe_bsr.config import MoEConfig, require
 from moe_bsr.decisions import Decisions
+from moe_bsr.seeding import generator
 
 TASK_EMBEDDING = 64
 
@@ -41,20 +40,14 @@ class Routing:
     load: Tensor
 
 
-def seeded(*key: int) -> torch.Generator:
-    """A CPU generator that depends on the whole key and on nothing else."""
-    state = np.random.SeedSequence([k & 0xFFFFFFFF for k in key]).generate_state(2, np.uint32)
-    return torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
-
-
 class PerTaskRouter(nn.Module):
     """One bias-free linear router per task ("multi-gate" in M3ViT); float32 whatever the autocast."""
 
-    def __init__(self, width: int, experts: int, tasks: list[str], seed: tuple[int, ...]) -> None:
+    def __init__(self, width: int, experts: int, tasks: list[str], seed: tuple) -> None:
         super().__init__()
         # Each task's router has its own generator: adding a task changes no other.
         self.weight = nn.ParameterDict({task: nn.Parameter(
-            0.02 * torch.randn(experts, width, generator=seeded(*seed, crc32(task.encode()))))
+            0.02 * torch.randn(experts, width, generator=generator(*seed, task)))
             for task in tasks})
 
     def forward(self, x: Tensor, task: str) -> Tensor:
@@ -68,17 +61,17 @@ class TaskConditionedRouter(nn.Module):
     The linear map of the concatenation [token, embedding] is computed as the sum of its two halves.
     """
 
-    def __init__(self, width: int, experts: int, tasks: list[str], seed: tuple[int, ...]) -> None:
+    def __init__(self, width: int, experts: int, tasks: list[str], seed: tuple) -> None:
         super().__init__()
         self.tasks = list(tasks)
         self.embed = nn.Sequential(nn.Linear(len(tasks), TASK_EMBEDDING), nn.GELU(),
                                    nn.Linear(TASK_EMBEDDING, TASK_EMBEDDING),
                                    nn.LayerNorm(TASK_EMBEDDING))
         self.weight = nn.Parameter(torch.empty(experts, width + TASK_EMBEDDING))
-        generator = seeded(*seed)
+        draws = generator(*seed)
         for parameter in (self.embed[0].weight, self.embed[2].weight, self.weight):
             std = 0.02 if parameter is self.weight else parameter.shape[1] ** -0.5
-            parameter.data = std * torch.randn(parameter.shape, generator=generator)
+            parameter.data = std * torch.randn(parameter.shape, generator=draws)
         for layer in (self.embed[0], self.embed[2]):
             nn.init.zeros_(layer.bias)
 
@@ -135,14 +128,14 @@ class Combine(torch.autograd.Function):
 class Experts(nn.Module):
     """E independent two-layer MLPs, their parameters stacked; input rows come sorted by expert."""
 
-    def __init__(self, mlp: Mlp, config: MoEConfig, seed: tuple[int, ...]) -> None:
+    def __init__(self, mlp: Mlp, config: MoEConfig, seed: tuple) -> None:
         """Upcycle a pretrained FFN into experts (see `MoE.__init__` for what each copy holds)."""
         super().__init__()
         hidden, width = mlp.fc1.weight.shape
         require(hidden % (config.ratio * width) == 0, "moe.ratio", config.ratio,
                 f"ratio x width = {config.ratio * width} must divide the FFN's hidden width {hidden}")
         slices = hidden // (config.ratio * width)
-        generator = seeded(*seed)
+        draws = generator(*seed)
         units = [torch.arange(e % slices, hidden, slices) for e in range(config.experts)]
         stacked = {
             "fc1_weight": [mlp.fc1.weight[u] for u in units],
@@ -153,7 +146,7 @@ class Experts(nn.Module):
         for name, copies in stacked.items():
             value = None if copies is None else torch.stack([c.detach() for c in copies])
             if value is not None and config.clone_noise:
-                noise = torch.randn(value.shape, generator=generator).to(value.device)
+                noise = torch.randn(value.shape, generator=draws).to(value.device)
                 value = value + config.clone_noise * value.std() * noise
             self.register_parameter(name, None if value is None else nn.Parameter(value))
         self.act = mlp.act
@@ -164,7 +157,11 @@ class Experts(nn.Module):
         device = rows.device.type
         if torch.is_autocast_enabled(device):
             rows = rows.to(torch.get_autocast_dtype(device))
-        grouped = device == "cuda" if self.engine == "auto" else self.engine == "grouped"
+        aligned = all(size * rows.element_size() % 16 == 0 for size in self.fc1_weight.shape[1:])
+        if self.engine == "grouped":
+            require(aligned, "moe.engine", "grouped", f"experts of {tuple(self.fc1_weight.shape[1:])} in "
+                    f"{rows.dtype} are no multiples of 16 bytes; use loop")
+        grouped = device == "cuda" and aligned if self.engine == "auto" else self.engine == "grouped"
         return self._grouped(rows, counts) if grouped else self._loop(rows, counts)
 
     def _loop(self, rows: Tensor, counts: Tensor) -> Tensor:
@@ -176,9 +173,6 @@ class Experts(nn.Module):
                           for x, w1, b1, w2, b2 in zip(*parts, strict=True) if len(x)])
 
     def _grouped(self, rows: Tensor, counts: Tensor) -> Tensor:
-        aligned = all(size * rows.element_size() % 16 == 0 for size in self.fc1_weight.shape[1:])
-        require(aligned, "moe.engine", "grouped", f"expert shapes {tuple(self.fc1_weight.shape[1:])} "
-                f"in {rows.dtype} are not 16-byte multiples; use loop")
         ends = counts.cumsum(0).to(torch.int32)
         expert = torch.repeat_interleave(counts, output_size=len(rows))
 
@@ -199,15 +193,15 @@ class MoE(nn.Module):
     only when equal gates cover every residue equally; `start_error` measures the rest.
     """
 
-    def __init__(self, mlp: nn.Module, config: MoEConfig, tasks: list[str], seed: tuple[int, ...]) -> None:
+    def __init__(self, mlp: nn.Module, config: MoEConfig, tasks: list[str], seed: tuple) -> None:
         super().__init__()
         require(type(mlp) is Mlp and isinstance(mlp.norm, nn.Identity), "plan.experts",
                 type(mlp).__name__, "experts are copies of a plain two-layer Mlp FFN; this backbone has "
                 "another kind, so leave plan.experts empty")
         self.top_k, self.renormalise = config.top_k, config.renormalise
         self.noise_std = config.gate_noise / config.experts
-        self.router = ROUTERS[config.router](mlp.fc1.in_features, config.experts, tasks, (*seed, 1))
-        self.experts = Experts(mlp, config, (*seed, 2))
+        self.router = ROUTERS[config.router](mlp.fc1.in_features, config.experts, tasks, (*seed, "router"))
+        self.experts = Experts(mlp, config, (*seed, "experts"))
 
     def forward(self, x: Tensor, task: str, decisions: Decisions, noise_key: tuple[int, ...] | None = None
                 ) -> tuple[Tensor, Routing]:
@@ -239,7 +233,7 @@ class MoE(nn.Module):
             if noise_key is None:
                 raise ValueError("gate noise in training needs forward(..., noise_key=(seed, step, ...))")
             noise = decisions.once("gate noise", lambda: torch.randn(
-                clean.shape, generator=seeded(*noise_key)).to(clean.device))
+                clean.shape, generator=generator(*noise_key)).to(clean.device))
             logits = clean + self.noise_std * noise
         probabilities = logits.softmax(-1)
         chosen = decisions.once("experts", lambda: probabilities.topk(self.top_k).indices)
@@ -330,7 +324,7 @@ class Balance(nn.Module):
 @torch.no_grad()
 def start_error(moe: MoE, mlp: Mlp, norm: nn.Module, task: str) -> float:
     """Relative L2 distance of a fresh MoE from the FFN it came from, on 256 normalised random tokens."""
-    x = norm(torch.randn(1, 256, mlp.fc1.in_features, generator=seeded(0)).to(mlp.fc1.weight))
+    x = norm(torch.randn(1, 256, mlp.fc1.in_features, generator=generator("start error")).to(mlp.fc1.weight))
     training = moe.training
     y, _ = moe.eval()(x, task, Decisions())
     moe.train(training)

@@ -6,7 +6,6 @@ No module keeps the state of a step: everything a caller may want to know of a f
 
 from dataclasses import dataclass, field
 from functools import partial
-from zlib import crc32
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 from moe_bsr import backbone, block
 from moe_bsr.config import Config
 from moe_bsr.decisions import Decisions
-from moe_bsr.moe import Balance, MoE, seeded, start_error
+from moe_bsr.moe import Balance, MoE, start_error
 from moe_bsr.plan import embedding_trains, freeze, gradient_path_start, make_plan
+from moe_bsr.seeding import generator
 from moe_bsr.storage import STORAGES
 from moe_bsr.tokens import Tokens
 
@@ -59,7 +59,7 @@ class MultitaskViT(nn.Module):
         self.start_errors: dict[int, float] = {}
         for index in config.plan.experts:
             mlp = vit.blocks[index].mlp
-            moe = MoE(mlp, config.moe, self.tasks, seed=(config.seed, index))
+            moe = MoE(mlp, config.moe, self.tasks, seed=(config.seed, "block", index))
             if _has_values(vit):
                 self.start_errors[index] = start_error(moe, mlp, vit.blocks[index].norm2, self.tasks[0])
             vit.blocks[index].mlp = moe
@@ -70,7 +70,7 @@ class MultitaskViT(nn.Module):
         self.balance = Balance(config.moe, self.tasks, sorted(config.plan.experts))
         self.heads = nn.ModuleDict({task: nn.Linear(vit.num_features, n) for task, n in classes.items()})
         for task, head in self.heads.items():
-            noise = torch.randn(head.weight.shape, generator=seeded(config.seed, crc32(task.encode())))
+            noise = torch.randn(head.weight.shape, generator=generator(config.seed, "head", task))
             head.weight.data.copy_(0.01 * noise)
             nn.init.zeros_(head.bias)
         self.embedding_trains = embedding_trains(vit)
@@ -153,5 +153,5 @@ def build(config: Config, classes: dict[str, int]) -> MultitaskViT:
     Raises:
         ConfigError: impossible plan, unknown backbone, or weights that do not fit it.
     """
-    make_plan(config.plan, len(backbone.skeleton(config.backbone).blocks))
+    MultitaskViT(backbone.skeleton(config.backbone), config, classes)  # on the meta device: checks alone
     return MultitaskViT(backbone.load(config.backbone, config.seed), config, classes)

@@ -7,6 +7,7 @@ work, the number of workers and a resume cannot change what is drawn.
 import hashlib
 
 import numpy as np
+import torch
 
 
 def key(*name: str | int) -> int:
@@ -22,3 +23,8 @@ def stream(key: int, *counter: int) -> np.random.Generator:
     """
     first, second = (*counter, 0, 0)[:2]
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, first, second]))
+
+
+def generator(*name: str | int) -> torch.Generator:
+    """A torch generator (on the CPU) for a name: its numbers are the same whatever the device."""
+    return torch.Generator().manual_seed(key(*name) & (2**63 - 1))

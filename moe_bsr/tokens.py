@@ -51,7 +51,7 @@ class Dropped:
 
 def count_kept(candidates: int, keep: float) -> int:
     """K = max(1, ceil(keep * C)). 197 tokens at 0.5: 196 -> 98."""
-    # The rounding keeps binary fractions honest: 0.7 * 10 is 7, not 7.000000000000001.
+    # The rounding keeps binary fractions honest: 0.07 * 100 is 7, not 7.000000000000001.
     return max(1, math.ceil(round(keep * candidates, 6)))
 
 

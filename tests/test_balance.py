@@ -5,15 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from tiny_models import TASKS, normal
 
 from moe_bsr.config import MoEConfig
 from moe_bsr.moe import Balance, Routing, smooth_load, squared_cv
-
-TASKS = ["one", "two", "three"]
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def routing(importance: list[float], load: list[float]) -> Routing:
@@ -29,7 +24,8 @@ def cv2(values) -> float:
 
 
 def make(kind: str, blocks: list[int], tasks: list[str] = TASKS, weight: float = 0.1) -> Balance:
-    return Balance(MoEConfig(experts=4, top_k=2, balance=kind, balance_weight=weight), tasks, blocks)
+    config = MoEConfig(experts=4, top_k=2, balance=kind, balance_weight=weight)
+    return Balance(config, tasks, blocks)
 
 
 def test_squared_cv_is_population_variance_over_squared_mean():
@@ -78,7 +74,8 @@ def test_across_tasks_adds_the_running_shares_of_the_other_tasks():
     balance.update({5: routing([0.0, 0.0, 0.0, 8.0], [0.0, 0.0, 0.0, 8.0])}, "one")
     now = routing([1.0, 0.0, 0.0, 1.0], [3.0, 0.0, 0.0, 1.0])
     loss = balance({5: now}, "one")
-    importance = [0.5 + 0.5, 0.5, 0.9, 0.5 + 0.1]  # this task's share + the two others', not its own past
+    # This task's share and the two others'; its own past does not count.
+    importance = [0.5 + 0.5, 0.5, 0.9, 0.5 + 0.1]
     load = [0.75 + 0.75, 0.25, 0.5, 0.25 + 0.5]
     assert loss.item() == pytest.approx(0.1 * (cv2(importance) + cv2(load)), rel=1e-5)
     loss.backward()
@@ -101,7 +98,8 @@ def test_running_shares_start_at_the_first_and_move_by_a_tenth():
 
 
 def test_across_tasks_lets_two_tasks_use_disjoint_halves():
-    left, right = ({0: routing(half, half)} for half in ([2.0, 2.0, 0.0, 0.0], [0.0, 0.0, 2.0, 2.0]))
+    halves = [2.0, 2.0, 0.0, 0.0], [0.0, 0.0, 2.0, 2.0]
+    left, right = ({0: routing(half, half)} for half in halves)
     losses = {}
     for kind in ("per_task", "across_tasks"):
         balance = make(kind, [0], ["one", "two"])
@@ -139,7 +137,8 @@ def slow_smooth_load(clean: torch.Tensor, noisy: torch.Tensor, k: int, std: floa
         for t in range(clean.shape[0]):
             others = sorted((noisy[t, o] for o in range(clean.shape[1]) if o != e),
                             key=lambda value: -value.item())
-            expected = expected + 0.5 * (1 + torch.erf((clean[t, e] - others[k - 1]) / std / math.sqrt(2)))
+            margin = (clean[t, e] - others[k - 1]) / std
+            expected = expected + 0.5 * (1 + torch.erf(margin / math.sqrt(2)))
         load.append(expected)
     return torch.stack(load)
 

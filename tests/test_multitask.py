@@ -1,4 +1,4 @@
-"""The whole model against timm's own network, a plain-loop reference, and itself recomputed."""
+"""The whole model against timm's own network and a plain-loop reference."""
 
 import copy
 import itertools
@@ -6,71 +6,22 @@ import math
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from tiny_models import (
+    CLASSES,
+    KINDS,
+    gradients,
+    make_model,
+    make_vit,
+    normal,
+    saved_for_backward,
+    scale_routers,
+)
 from torch.nn import functional as F
 
-from moe_bsr import block, multitask
 from moe_bsr.config import Config, ConfigError, MoEConfig, PlanConfig, TokensConfig
-from moe_bsr.decisions import Decisions
 from moe_bsr.moe import MoE
 from moe_bsr.multitask import MultitaskViT
-from moe_bsr.tokens import FUSED, Tokens
-
-CLASSES = {"one": 3, "two": 5, "three": 2}
-KINDS = {
-    "class-token": {},
-    "registers": {"reg_tokens": 3, "no_embed_class": True},
-    "average-pool": {"class_token": False, "global_pool": "avg"},
-    "class-token-average-pool": {"global_pool": "avg"},
-    "registers-without-class-token": {"class_token": False, "reg_tokens": 2, "global_pool": "avg"},
-    "layer-scale": {"init_values": 0.3},
-    "qk-norm": {"qk_norm": True},
-    "pre-norm": {"pre_norm": True},
-    "attention-pool": {"class_token": False, "global_pool": "map"},
-    "no-bias": {"qkv_bias": False, "proj_bias": False},
-    "scaled-attention-norm": {"scale_attn_norm": True},
-    "dynamic-size": {"dynamic_img_size": True},
-}
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def make_vit(kind: str = "class-token", num_classes: int = 0) -> VisionTransformer:
-    """Four blocks, 16 patches, and no parameter at a value that could hide a mistake."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(1)
-        vit = VisionTransformer(**{
-            "img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2,
-            "num_classes": num_classes} | KINDS[kind])
-        for parameter in vit.parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.25 if parameter.ndim > 1 else 0.1))
-    return vit
-
-
-def make_model(kind: str = "class-token", *, vit=None, classes=CLASSES, storage="exact", trainable=(1, 3),
-               drop=(1, 2), keep=0.5, experts=(), tokens=None, head_scale=30.0, **moe) -> MultitaskViT:
-    config = Config(
-        storage=storage, tokens=tokens or TokensConfig(), moe=MoEConfig(**{"experts": 4, "top_k": 2} | moe),
-        plan=PlanConfig(trainable=trainable if trainable == "all" else list(trainable), drop=list(drop),
-                        keep=keep, experts=list(experts)))
-    model = MultitaskViT(vit or make_vit(kind), config, classes)
-    with torch.no_grad():
-        for head in model.heads.values():
-            head.weight.mul_(head_scale)
-    return model
-
-
-def scale_routers(model: MultitaskViT, scale: float) -> None:
-    with torch.no_grad():
-        for index in model.balance.blocks:
-            for parameter in model.vit.blocks[index].mlp.router.parameters():
-                parameter.mul_(scale)
-
-
-def gradients(model: MultitaskViT) -> dict[str, torch.Tensor]:
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+from moe_bsr.tokens import FUSED
 
 
 # --- keep rate 1.0 is timm's own network ---
@@ -80,7 +31,7 @@ def gradients(model: MultitaskViT) -> dict[str, torch.Tensor]:
 def test_without_dropping_and_experts_it_is_timms_own_network(kind, training):
     theirs, images = make_vit(kind, num_classes=5).train(training), normal(3, 3, 16, 16)
     ours = make_vit(kind)
-    ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith("head.")})
+    ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if "head." not in k})
     model = make_model(vit=ours, keep=1.0).train(training)
     model.heads["two"].load_state_dict(theirs.head.state_dict())
     output = model(images, "two")
@@ -91,7 +42,7 @@ def test_without_dropping_and_experts_it_is_timms_own_network(kind, training):
 # --- keep rate below 1 is a plain-loop reference ---
 
 def reference_logits(model: MultitaskViT, images: torch.Tensor, task: str):
-    """One image at a time, one token at a time, explicit attention maps, no MoE. Logits and traces."""
+    """Logits and traces, one image and one token at a time, by explicit attention maps."""
     vit, config, prefix = model.vit, model.tokens_config, model.vit.num_prefix_tokens
     logits, traces = [], []
     for image in images:
@@ -223,15 +174,9 @@ def test_stem_and_finish_are_the_forward_for_every_task(trainable):
         assert torch.equal(whole.logits, parts.logits)
         assert set(whole.records) == set(parts.records) == {1, 2}
         for index in (1, 2):
-            assert torch.equal(whole.records[index].dropped.origin, parts.records[index].dropped.origin)
+            assert torch.equal(whole.records[index].dropped.origin,
+                               parts.records[index].dropped.origin)
     assert all(index < model.path_start for index in records)
-
-
-def saved_for_backward(run) -> list[torch.Tensor]:
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        run()
-    return saved
 
 
 @pytest.mark.parametrize("storage", ["exact", "recompute"])
@@ -296,110 +241,6 @@ def test_the_balance_loss_reaches_the_router_by_itself():
     assert model.vit.blocks[1].mlp.router.weight["one"].grad is None
 
 
-# --- recomputation is exact ---
-
-@pytest.fixture
-def decided(monkeypatch) -> list[str]:
-    """Names of the decisions made while the test runs, in order."""
-    made = []
-
-    class Counting(Decisions):
-        def once(self, name, decide):
-            return super().once(name, lambda: made.append(name) or decide())
-
-    monkeypatch.setattr(multitask, "Decisions", Counting)
-    return made
-
-
-def train_step(storage: str, images: torch.Tensor, noise: float, router: str, tokens: TokensConfig):
-    vit = make_vit()
-    if images.std() == 0:
-        vit.pos_embed.data[:, 1:] = 0.0  # with a constant image every patch ties with every other
-    model = make_model(vit=vit, storage=storage, trainable=(0, 2, 3), drop=(0, 1, 2), keep=0.6,
-                       experts=(0, 2, 3), router=router, gate_noise=noise, clone_noise=0.1,
-                       balance="across_tasks", balance_weight=1.0, tokens=tokens).train()
-    scale_routers(model, 20.0)
-    for task in ("one", "two"):
-        model.zero_grad()
-        output = model(images, task, noise_key=(0, 7, 0))
-        (F.cross_entropy(output.logits, torch.tensor([0, 1, 2])) + output.auxiliary_loss).backward()
-        model.commit(output, task)
-    return model, output
-
-
-@pytest.mark.parametrize("router", ["per_task", "task_conditioned"])
-@pytest.mark.parametrize("noise", [0.0, 4.0], ids=["silent", "noisy"])
-@pytest.mark.parametrize("ties", [False, True], ids=["", "ties"])
-@pytest.mark.parametrize("tokens", [TokensConfig(), TokensConfig(protect=True, rank="logits")],
-                         ids=["raw", "protect-logits"])
-def test_recomputation_is_exact_and_decides_nothing_again(decided, router, noise, ties, tokens):
-    images = torch.ones(3, 3, 16, 16) if ties else normal(3, 3, 16, 16)
-    runs, counts = [], []
-    for storage in ("exact", "recompute"):
-        decided.clear()
-        runs.append(train_step(storage, images, noise, router, tokens))
-        counts.append({name: decided.count(name) for name in set(decided)})
-    assert counts[0] == counts[1] == {"kept tokens": 6, "experts": 6} | (
-        {"gate noise": 6} if noise else {})
-
-    (exact, output), (again, replayed) = runs
-    assert torch.equal(output.logits, replayed.logits)
-    assert torch.equal(output.auxiliary_loss, replayed.auxiliary_loss)
-    left, right = gradients(exact), gradients(again)
-    assert left.keys() == right.keys() and any(".router." in name for name in left)
-    for name, gradient in left.items():
-        assert torch.equal(gradient, right[name]), name
-    for (name, one), two in zip(exact.state_dict().items(), again.state_dict().values(), strict=True):
-        assert torch.equal(one, two), f"{name}: statistics are folded in once"
-    for index, record in output.records.items():
-        other = replayed.records[index]
-        if record.dropped is not None:
-            assert torch.equal(record.dropped.origin, other.dropped.origin)
-        if record.routing is not None:
-            assert torch.equal(record.routing.experts, other.routing.experts)
-            assert torch.equal(record.routing.load, other.routing.load)
-    if ties:
-        assert output.records[0].dropped.origin[0].tolist() == [*range(10), FUSED]
-
-
-def test_recomputation_keeps_less():
-    sizes = []
-    for storage in ("exact", "recompute"):
-        model = make_model(storage=storage, trainable=(1, 3), experts=(1, 3))
-        saved = saved_for_backward(lambda model=model: model(normal(3, 3, 16, 16), "one"))
-        sizes.append(sum(t.numel() for t in saved if not isinstance(t, torch.nn.Parameter)))
-    assert sizes[1] < 0.1 * sizes[0]
-
-
-def test_without_gradients_nothing_is_recomputed_and_the_result_is_the_same():
-    images = normal(3, 3, 16, 16)
-    exact, again = (make_model(storage=s, experts=(1, 3)).eval() for s in ("exact", "recompute"))
-    with torch.no_grad():
-        assert torch.equal(exact(images, "one").logits, again(images, "one").logits)
-
-
-@pytest.mark.parametrize("noise", [0.0, 4.0])
-def test_a_block_run_again_on_a_rounded_input_keeps_its_decisions(noise):
-    """What an int8 copy of the block input would do: close values, the same discrete choices."""
-    model = make_model(experts=(1, 3), gate_noise=noise).train()
-    scale_routers(model, 20.0)
-    x = normal(8, 17, 16)
-    step = x.abs().max() / 31
-    rounded = (x / step).round() * step
-    origin = torch.arange(16).expand(8, -1)
-
-    def run(x, decisions):
-        tokens, record = block.forward(
-            model.vit.blocks[1], Tokens(x, origin), plan=model.plan[1], config=model.tokens_config,
-            prefix=1, has_class_token=True, task="one", decisions=decisions, noise_key=(1, 2))
-        return tokens.origin, record.routing.experts
-
-    decisions = Decisions()
-    first, replayed, fresh = run(x, decisions), run(rounded, decisions), run(rounded, Decisions())
-    assert all(torch.equal(a, b) for a, b in zip(first, replayed, strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(first, fresh, strict=True))
-
-
 # --- statistics ---
 
 def test_only_commit_moves_the_running_statistics():
@@ -424,10 +265,12 @@ def test_gate_noise_differs_between_blocks_and_follows_its_key():
     assert same == [True, True] and other == [False, False]
     flat = make_model(experts=(1, 3), gate_noise=4.0).train()
     scale_routers(flat, 0.0)
-    first, second = (flat(images, "one", noise_key=(0, 1, 0)).routing[i].probabilities for i in (1, 3))
+    routing = flat(images, "one", noise_key=(0, 1, 0)).routing
+    first, second = (routing[i].probabilities for i in (1, 3))
     assert not torch.equal(first[:, :6], second[:, :6])
     model.eval()
-    assert torch.equal(model(images, "one").logits, model(images, "one", noise_key=(0, 9, 9)).logits)
+    assert torch.equal(model(images, "one").logits,
+                       model(images, "one", noise_key=(0, 9, 9)).logits)
 
 
 # --- any shape ---

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from tiny_models import saved_for_backward
 
 from moe_bsr.config import TokensConfig
 from moe_bsr.decisions import Decisions
@@ -71,7 +72,8 @@ OPTIONS = [TokensConfig(fuse=fuse, detach=detach, protect=protect, rank=rank)
 
 @pytest.mark.parametrize("fused", [False, True], ids=["first", "second"])
 @pytest.mark.parametrize("prefix, has_class_token", [(1, True), (4, True), (0, False), (2, False)])
-@pytest.mark.parametrize("config", OPTIONS, ids=lambda c: f"{c.fuse}-{c.detach}-{c.protect}-{c.rank}")
+@pytest.mark.parametrize("config", OPTIONS,
+                         ids=lambda c: f"{c.fuse}-{c.detach}-{c.protect}-{c.rank}")
 def test_drop_equals_plain_loops_in_value_and_gradient(config, prefix, has_class_token, fused):
     x, q, k, origin = inputs(prefix + 11, prefix, fused=fused)
     keep = 0.4
@@ -118,12 +120,13 @@ def test_ties_go_to_the_lower_index_at_any_size(size):
 
 def test_a_constant_image_keeps_its_first_tokens():
     x, q, k, origin = inputs(9, 1)
-    tokens, _ = dropped_stream(x, torch.zeros_like(q), k, origin, False, 0.5, 1, True, TokensConfig())
+    tokens, _ = dropped_stream(
+        x, torch.zeros_like(q), k, origin, False, 0.5, 1, True, TokensConfig())
     assert tokens.origin.tolist() == [[10, 11, 12, 13, FUSED]] * BATCH
 
 
 def test_ranking_by_logits_is_another_ranking_but_fuses_probabilities():
-    # Patch 2 has most of head 1's attention but a hopeless logit in head 0; patch 1 is second in both.
+    # Patch 2 has most of head 1's attention but a hopeless logit in head 0; patch 1 is between.
     logits = torch.tensor([[0.0, 10.0, 6.0, -20.0, 0.0], [0.0, 10.0, 6.0, 12.0, 0.0]])
     q = torch.zeros(1, 2, 5, 1)
     q[:, :, 0] = 1.0
@@ -133,8 +136,9 @@ def test_ranking_by_logits_is_another_ranking_but_fuses_probabilities():
     scores = logits.softmax(-1).mean(0)[1:]
     kept = {}
     for rank in ("probabilities", "logits"):
-        tokens, _ = drop(Tokens(x, origin), q, k, scale=1.0, keep=0.5, prefix=1, has_class_token=True,
-                         config=TokensConfig(rank=rank), decisions=Decisions())
+        tokens, _ = drop(Tokens(x, origin), q, k, scale=1.0, keep=0.5, prefix=1,
+                         has_class_token=True, config=TokensConfig(rank=rank),
+                         decisions=Decisions())
         kept[rank] = tokens.origin[0, :-1].tolist()
         lost = [i for i in range(4) if i not in kept[rank]]
         expected = sum(scores[i] * x[0, 1 + i] for i in lost)
@@ -143,8 +147,8 @@ def test_ranking_by_logits_is_another_ranking_but_fuses_probabilities():
 
 
 @pytest.mark.parametrize("candidates, keep, kept", [
-    (196, 0.5, 98), (99, 0.5, 50), (51, 0.5, 26), (10, 0.7, 7), (30, 0.1, 3), (100, 0.29, 29), (100, 0.55, 55),
-    (100, 0.07, 7),
+    (196, 0.5, 98), (99, 0.5, 50), (51, 0.5, 26), (10, 0.7, 7), (30, 0.1, 3), (100, 0.29, 29),
+    (100, 0.55, 55), (100, 0.07, 7),
     (3, 0.01, 1), (1, 0.5, 1), (7, 1.0, 7), (196, 0.7, 138), (196, 0.999, 196), (1024, 1 / 3, 342)])
 def test_count_kept(candidates, keep, kept):
     assert count_kept(candidates, keep) == kept
@@ -176,7 +180,8 @@ def test_when_all_would_be_kept_the_stream_stays(candidates, keep):
     before = Tokens(x, origin, True)
     after, record = drop(before, q, k, scale=SCALE, keep=keep, prefix=1, has_class_token=True,
                          config=TokensConfig(), decisions=Decisions())
-    assert after is before and torch.equal(record.origin, origin) and record.scores.shape == origin.shape
+    assert after is before and torch.equal(record.origin, origin)
+    assert record.scores.shape == origin.shape
 
 
 def test_a_protected_token_survives_the_weakest_score():
@@ -225,7 +230,8 @@ def test_replayed_decisions_keep_the_same_tokens_of_another_input():
     first, _ = dropped_stream(x, q, k, origin, False, 0.5, 1, True, TokensConfig(), decisions)
     again, record = dropped_stream(other_x, other_q, other_k, origin, False, 0.5, 1, True,
                                    TokensConfig(), decisions)
-    fresh, _ = dropped_stream(other_x, other_q, other_k, origin, False, 0.5, 1, True, TokensConfig())
+    fresh, _ = dropped_stream(other_x, other_q, other_k, origin, False, 0.5, 1, True,
+                              TokensConfig())
     assert torch.equal(again.origin, first.origin) and not torch.equal(again.origin, fresh.origin)
     positions = first.origin[:, :-1] - 10
     assert torch.equal(again.x[:, 1:-1], take(other_x[:, 1:], positions)), "values are not replayed"
@@ -247,13 +253,6 @@ def test_a_decision_is_made_once_and_outside_the_graph():
     first = decisions.once("a", decide)
     assert decisions.once("a", decide) is first and len(made) == 1
     assert not first.requires_grad and decisions.once("b", lambda: 3) == 3
-
-
-def saved_for_backward(run) -> list[torch.Tensor]:
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        run()
-    return saved
 
 
 def test_take_keeps_the_positions_and_not_its_source():

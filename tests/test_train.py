@@ -5,12 +5,11 @@ import json
 
 import pytest
 import torch
-from tiny_runs import make_config, make_trainer, state_of, watch
+from tiny_runs import make_config, make_trainer, script_scores, state_of, watch
 from torch.nn import functional as F
 
-import moe_bsr.train
 from moe_bsr import checkpoint
-from moe_bsr.evaluate import evaluate
+from moe_bsr.observers.jsonl import Jsonl
 from moe_bsr.train import NonFiniteLoss, train
 
 PLAIN_SGD = {"train__optimiser": "sgd", "train__momentum": 0.0, "train__weight_decay": 0.0,
@@ -125,7 +124,7 @@ def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_reported(tmp_p
     for clip in (None, 0.25):
         folder = tmp_path / str(clip)
         trainer, snapshots = watch(make_config(tmp_path, **settings | {"train__clip": clip}), folder)
-        trainer.observers.append(moe_bsr.train.Jsonl(folder))
+        trainer.observers.append(Jsonl(folder))
         trainer.fit()
         before, after = snapshots.states
         moved = [(after[n] - before[n]).norm() for n, p in trainer.model.named_parameters() if p.requires_grad]
@@ -137,26 +136,11 @@ def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_reported(tmp_p
 
 # --- which weights are scored ---
 
-def scored_heads(monkeypatch, scripted: list[float] = ()) -> list[tuple[str, torch.Tensor]]:
-    """Record a head at every evaluation; replace validation top-1 by the numbers given, in order."""
-    seen, means = [], iter(scripted)
-
-    def watching(model, data, split, *arguments):
-        scores = evaluate(model, data, split, *arguments)
-        if data.name == "shapes":
-            seen.append((split, model.heads["shapes"].weight.detach().clone()))
-            watching.mean = next(means, 0.0) if split == "val" else 50.0
-        return scores | {"top1": watching.mean}
-
-    monkeypatch.setattr(moe_bsr.train, "evaluate", watching)
-    return seen
-
-
 @pytest.mark.parametrize("select, step, mean", [("best", 4, 30.0), ("last", 8, 25.0)])
 @pytest.mark.parametrize("ema", [None, 0.5])
 def test_the_weights_tested_are_those_selected(tmp_path, monkeypatch, select, step, mean, ema):
     """Two evaluations tie at 30: the first counts."""
-    seen = scored_heads(monkeypatch, [10.0, 30.0, 30.0, 25.0])
+    seen = script_scores(monkeypatch, [10.0, 30.0, 30.0, 25.0])
     config = make_config(tmp_path, train__evaluate_every=2, train__select=select, train__ema=ema)
     report = train(config, tmp_path / "run")
     assert [split for split, _ in seen] == ["val"] * 4 + ["test"]
@@ -168,7 +152,7 @@ def test_the_weights_tested_are_those_selected(tmp_path, monkeypatch, select, st
 
 
 def test_the_moving_average_is_scored_and_the_live_weights_train_on(tmp_path, monkeypatch):
-    seen = scored_heads(monkeypatch)
+    seen = script_scores(monkeypatch, [10.0] * 6)
     config = make_config(tmp_path, train__ema=0.8, train__evaluate_every=3, train__select="last")
     trainer, snapshots = watch(config, tmp_path / "run")
     trainer.fit()

@@ -75,7 +75,7 @@ def _julia(centre, reach):
 
     def escape(rng):
         c = np.complex64(centre + reach * complex(*rng.normal(0, 1, 2)))
-        z = Pose(rng, size=(0.45, 0.7), shift=0.15).field() * np.complex64(0.95)
+        z = Pose(rng, size=(0.25, 0.5), shift=0.35, stretch=1.7).field() * np.complex64(0.95)
         stay = np.zeros(z.shape, np.float32)
         for _ in range(18):
             z = z * z + c
@@ -110,6 +110,6 @@ FRACTALS = {
 def draw_fractal(label, rng):
     figure = list(FRACTALS.values())[label](rng)
     if np.iscomplexobj(figure):
-        pose = Pose(rng, size=(0.55, 0.9), shift=0.2, stretch=1.3)
-        figure = dust(pose.place(figure), gain=rng.uniform(1, 1.6))
-    return paint(rng, figure, clutter=6)
+        pose = Pose(rng, size=(0.3, 0.7), shift=0.35, stretch=1.7)
+        figure = dust(pose.place(figure), gain=rng.uniform(0.8, 1.6))
+    return paint(rng, figure, clutter=14)

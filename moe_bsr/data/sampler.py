@@ -7,11 +7,11 @@ permutations: always a full batch, nothing skipped, short datasets cycle.
 
 from collections.abc import Iterator
 from functools import lru_cache
-from zlib import crc32
 
 import numpy as np
 
 from moe_bsr.config import SamplerConfig
+from moe_bsr.seeding import key, stream
 
 WINDOW = 100  # updates over which proportional and temperature sampling fill their quotas
 
@@ -64,8 +64,7 @@ class MultitaskSampler:
 
     @lru_cache(maxsize=64)  # noqa: B019  (one sampler lives as long as the run)
     def _permutation(self, task: str, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, crc32(task.encode()), int(epoch)]).permutation(
-            self.sizes[task])
+        return stream(key(self.seed, task, "order"), int(epoch)).permutation(self.sizes[task])
 
 
 def _order(config: SamplerConfig, sizes: list[int], batch_size: int, steps: int, seed: int) -> np.ndarray:
@@ -91,7 +90,8 @@ def _by_quota(rates: np.ndarray, steps: int, seed: int) -> np.ndarray:
         missing = (end - start) - quota.sum()
         quota[np.argsort(quota - due, kind="stable")[:missing]] += 1
         given += quota
-        order.append(np.random.default_rng([seed, window]).permutation(np.repeat(np.arange(len(rates)), quota)))
+        order.append(stream(key(seed, "windows"), window).permutation(
+            np.repeat(np.arange(len(rates)), quota)))
     return np.concatenate(order)
 
 

@@ -13,12 +13,12 @@ from moe_bsr.data.drawing import (
     CANVAS,
     TAU,
     Pose,
+    backdrop,
     corners,
     curve,
     finish,
     paint,
     polygons,
-    ramp,
     smooth_noise,
     strokes,
     two_colours,
@@ -47,7 +47,7 @@ SHAPES = {
 
 
 def draw_shape(label, rng):
-    pose = Pose(rng, size=(0.32, 0.75), shift=0.3, stretch=1.5)
+    pose = Pose(rng, size=(0.4, 0.8), shift=0.25, stretch=1.4)
     outline = list(SHAPES.values())[label]
     style = rng.integers(0, 3)
     hole = pose.place(outline * rng.uniform(0.5, 0.75))
@@ -55,7 +55,7 @@ def draw_shape(label, rng):
     if style == 2:
         bars = np.sin((CANVAS * np.exp(1j * rng.uniform(0, TAU))).real * rng.uniform(12, 30))
         mask = mask * np.clip(0.7 + 1.2 * bars, 0.25, 1)
-    return paint(rng, mask, clutter=10)
+    return paint(rng, mask, clutter=8)
 
 
 # ---- textures: a surface that fills the image ----------------------------------------------------
@@ -153,14 +153,16 @@ _OWN = list(TEXTURES).index("mosaic")
 
 def draw_texture(label, rng):
     surface = list(TEXTURES.values())[label]
-    pose = Pose(rng, size=(0.18, 0.42), shift=0.6, stretch=1.3)
-    z = pose.field()
+    pose = Pose(rng, size=(0.14, 0.5), shift=0.6, stretch=1.6)
+    swell = smooth_noise(rng, 2) + 1j * smooth_noise(rng, 2)  # the surface is not quite flat
+    z = pose.field() + (rng.uniform(0, 0.25) / pose.scale * swell).astype(np.complex64)
     value = surface(z) if label < _OWN else surface(z, rng)
     if rng.random() < 0.5:
         value = 1 - value
-    value = (value * rng.uniform(0.5, 1))[..., None].astype(np.float32)
+    value = (value * rng.uniform(0.2, 0.8))[..., None].astype(np.float32)
     first, second = two_colours(rng)
-    return finish(rng, first + value * (second - first) + ramp(rng, 0.2)[..., None])
+    ground = backdrop(rng, first, clutter=12)
+    return finish(rng, ground + value * (second - ground))
 
 
 # ---- glyphs: the signs of an invented script, handwritten ----------------------------------------

@@ -1,0 +1,94 @@
+"""Models of a few thousand parameters that several test files share."""
+
+import torch
+from timm.layers import Mlp
+from timm.models.vision_transformer import VisionTransformer
+
+from moe_bsr.config import Config, MoEConfig, PlanConfig, TokensConfig
+from moe_bsr.moe import MoE
+from moe_bsr.multitask import MultitaskViT
+
+WIDTH = 8
+CLASSES = {"one": 3, "two": 5, "three": 2}
+TASKS = list(CLASSES)
+KINDS = {
+    "class-token": {},
+    "registers": {"reg_tokens": 3, "no_embed_class": True},
+    "average-pool": {"class_token": False, "global_pool": "avg"},
+    "class-token-average-pool": {"global_pool": "avg"},
+    "registers-without-class-token": {"class_token": False, "reg_tokens": 2, "global_pool": "avg"},
+    "layer-scale": {"init_values": 0.3},
+    "qk-norm": {"qk_norm": True},
+    "pre-norm": {"pre_norm": True},
+    "attention-pool": {"class_token": False, "global_pool": "map"},
+    "no-bias": {"qkv_bias": False, "proj_bias": False},
+    "scaled-attention-norm": {"scale_attn_norm": True},
+    "dynamic-size": {"dynamic_img_size": True},
+}
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Standard normal numbers that depend on shape and seed alone."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_mlp(hidden: int = 4 * WIDTH, bias: bool = True, seed: int = 0) -> Mlp:
+    mlp = Mlp(WIDTH, hidden, bias=bias)
+    for i, parameter in enumerate(mlp.parameters()):
+        parameter.data = 0.5 * normal(*parameter.shape, seed=100 * seed + i)
+    return mlp
+
+
+def make_moe(bias: bool = True, distinct: bool = True, scale: float = 50.0, **options) -> MoE:
+    """Experts that differ from one another unless told otherwise, and a decided router."""
+    config = MoEConfig(**{"experts": 6, "top_k": 2, "clone_noise": float(distinct)} | options)
+    moe = MoE(make_mlp(bias=bias), config, TASKS, (0, 3))
+    with torch.no_grad():
+        for parameter in moe.router.parameters():
+            parameter.mul_(scale)
+    return moe
+
+def make_vit(kind: str = "class-token", num_classes: int = 0) -> VisionTransformer:
+    """Four blocks, 16 patches, and no parameter at a value that could hide a mistake."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(1)
+        vit = VisionTransformer(**{
+            "img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2,
+            "num_classes": num_classes} | KINDS[kind])
+        for parameter in vit.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.25 if parameter.ndim > 1 else 0.1))
+    return vit
+
+
+def make_model(kind: str = "class-token", *, vit=None, classes=CLASSES, storage="exact",
+               trainable=(1, 3), drop=(1, 2), keep=0.5, experts=(), tokens=None,
+               **moe) -> MultitaskViT:
+    """A model of `CLASSES`: blocks 1 and 3 train, 1 and 2 drop, unless told otherwise."""
+    plan = PlanConfig(trainable=trainable if trainable == "all" else list(trainable),
+                      drop=list(drop), keep=keep, experts=list(experts))
+    config = Config(storage=storage, plan=plan, tokens=tokens or TokensConfig(),
+                    moe=MoEConfig(**{"experts": 4, "top_k": 2} | moe))
+    model = MultitaskViT(vit or make_vit(kind), config, classes)
+    with torch.no_grad():
+        for head in model.heads.values():
+            head.weight.mul_(30.0)
+    return model
+
+
+def scale_routers(model: MultitaskViT, scale: float) -> None:
+    with torch.no_grad():
+        for index in model.balance.blocks:
+            for parameter in model.vit.blocks[index].mlp.router.parameters():
+                parameter.mul_(scale)
+
+
+def gradients(model: MultitaskViT) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def saved_for_backward(run) -> list[torch.Tensor]:
+    """The tensors autograd keeps while `run()` runs."""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        run()
+    return saved
