@@ -10,8 +10,8 @@ from einops import rearrange
 from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from moe_bsr.attention import attention
 from moe_bsr.config import TokensConfig
 from moe_bsr.decisions import Decisions
 from moe_bsr.moe import MoE, Routing
@@ -59,29 +59,28 @@ def forward(block: Block, tokens: Tokens, *, plan: BlockPlan, config: TokensConf
     return Tokens(x, tokens.origin, tokens.fused), record
 
 
-def project(attention: Attention, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def project(layer: Attention, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(B, N, D) -> queries, keys, values, each (B, H, N, D/H), as the attention product takes them."""
-    q, k, v = rearrange(attention.qkv(hidden), "b n (three h d) -> three b h n d", three=3,
-                        h=attention.num_heads)
-    return attention.q_norm(q), attention.k_norm(k), v
+    q, k, v = rearrange(layer.qkv(hidden), "b n (three h d) -> three b h n d", three=3,
+                        h=layer.num_heads)
+    return layer.q_norm(q), layer.k_norm(k), v
 
 
-def attend(attention: Attention, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(layer: Attention, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention over all tokens on the fused path, (B, N, D): no N x N map is ever kept."""
-    y = F.scaled_dot_product_attention(q, k, v, scale=attention.scale)
-    y = attention.norm(rearrange(y, "b h n d -> b n (h d)"))
-    if attention.gate is not None:
-        y = y * attention.gate(hidden).sigmoid()
-    return attention.proj(y)
+    y = layer.norm(rearrange(attention(q, k, v, layer.scale), "b h n d -> b n (h d)"))
+    if layer.gate is not None:
+        y = y * layer.gate(hidden).sigmoid()
+    return layer.proj(y)
 
 
 def multiply_adds(block: Block, plan: BlockPlan, attention_tokens: int, ffn_tokens: int) -> int:
     """Multiply-adds of one image's forward pass: 4 D^2 n + 2 D n^2 for the attention, the scores, the FFN."""
-    n, attention = attention_tokens, block.attn
-    inner = attention.num_heads * attention.head_dim
-    total = n * (attention.qkv.weight.numel() + attention.proj.weight.numel()) + 2 * n * n * inner
-    if attention.gate is not None:
-        total += n * attention.gate.weight.numel()
+    n, layer = attention_tokens, block.attn
+    inner = layer.num_heads * layer.head_dim
+    total = n * (layer.qkv.weight.numel() + layer.proj.weight.numel()) + 2 * n * n * inner
+    if layer.gate is not None:
+        total += n * layer.gate.weight.numel()
     if plan.keep < 1:
         total += n * inner  # the class token's row of scores
     if isinstance(block.mlp, MoE):

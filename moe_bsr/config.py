@@ -7,31 +7,19 @@ with its default and what it means; that page is the reference, and a test keeps
 """
 
 import dataclasses
-import difflib
 import math
 import re
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from moe_bsr.strict import ConfigError, convert, parse, read_tree, require, set_dotted
 
 # Attributes of torch's module dictionaries, which therefore cannot name an entry.
 RESERVED = ("clear", "copy", "forward", "get", "items", "keys", "pop", "training", "train", "type",
             "update", "values")
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be: the message names the key, the value and what is allowed."""
-
-
-def require(condition: bool, key: str, value: Any, allowed: str) -> None:
-    """Raise a ConfigError of the one form used everywhere unless `condition` holds."""
-    if not condition:
-        raise ConfigError(f"{key} = {value!r}: {allowed}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -226,18 +214,18 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     Raises:
         ConfigError: unreadable file, unknown key, wrong type or impossible value.
     """
-    tree = _read_tree(Path(path), ())
+    tree = read_tree(Path(path))
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"override {text!r}: write key=value, for example train.steps=200")
-        _set_dotted(tree, key.strip(), _parse(value, key))
+        set_dotted(tree, key.strip(), parse(value, key))
     return from_dict(tree)
 
 
 def from_dict(tree: dict[str, Any]) -> Config:
     """Build a checked Config from nested dictionaries (as in a resolved `config.yaml`)."""
-    return _convert(tree, Config, "")
+    return convert(tree, Config, "")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -253,126 +241,5 @@ def replace(config: Config, **changes: Any) -> Config:
     """A copy with changed values; keys as in `train__steps=10` reach into sections. Checked again."""
     tree = to_dict(config)
     for key, value in changes.items():
-        _set_dotted(tree, key.replace("__", "."), value)
+        set_dotted(tree, key.replace("__", "."), value)
     return from_dict(tree)
-
-
-def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise ConfigError(f"extends: {path} extends itself through {[p.name for p in seen]}")
-    if not path.is_file():
-        beside = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, beside, 1)
-        raise ConfigError(f"no configuration file {path}" + (f"; did you mean {near[0]}?" if near else ""))
-    tree = _parse(path.read_text(), str(path)) or {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected keys and values, found {type(tree).__name__}")
-    parent = tree.pop("extends", None)
-    if parent is None:
-        return tree
-    require(isinstance(parent, str), "extends", parent, "the name of one YAML file beside this one")
-    return _merge(_read_tree(path.parent / parent, (*seen, path.resolve())), tree)
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _NoDuplicates)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not valid YAML: {str(error).splitlines()[0]}") from None
-
-
-class _NoDuplicates(yaml.SafeLoader):
-    """YAML as usual, but a key written twice is refused: the first one would be lost silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ConfigError(f"{key}: written twice {node.start_mark}")
-        return super().construct_mapping(node, deep)
-
-
-def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in change.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = _merge(base[key], value) if both else value
-    return merged
-
-
-def _set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
-    *sections, last = key.split(".")
-    for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{key}: {section!r} is a value, not a section")
-    tree[last] = value
-
-
-def _convert(value: Any, hint: Any, key: str) -> Any:
-    """`value` as the type `hint` asks for, or a ConfigError that says what was expected."""
-    if dataclasses.is_dataclass(hint):
-        return _convert_section(value, hint, key)
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        for option in arguments:
-            try:
-                return _convert(value, option, key)
-            except ConfigError:
-                continue
-    elif origin is Literal:
-        if value in arguments and type(value) is type(arguments[0]):
-            return value
-        near = difflib.get_close_matches(str(value), [str(a) for a in arguments], 1)
-        hint_text = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{key} = {value!r}: one of {', '.join(map(str, arguments))}{hint_text}")
-    elif origin is list and isinstance(value, (list, tuple)):
-        return [_convert(item, arguments[0], f"{key}[{i}]") for i, item in enumerate(value)]
-    elif origin is dict and isinstance(value, dict):
-        return {k: _convert(v, arguments[1], f"{key}.{k}") for k, v in value.items()}
-    elif hint is types.NoneType and value is None:
-        return None
-    elif hint is float and isinstance(value, str) and _is_number(value):
-        return float(value)  # YAML 1.1 reads 1e-3 as a string
-    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    elif hint in (int, bool, str) and type(value) is hint:
-        return value
-    raise ConfigError(f"{key} = {value!r}: expected {_describe(hint)}")
-
-
-def _convert_section(value: Any, cls: type, key: str) -> Any:
-    if not isinstance(value, dict):
-        raise ConfigError(f"{key} = {value!r}: expected a section with keys and values")
-    hints = typing.get_type_hints(cls)
-    for name in value:
-        if name not in hints:
-            near = difflib.get_close_matches(str(name), hints, 1)
-            full = f"{key}.{name}" if key else str(name)
-            raise ConfigError(f"unknown key {full}" + (f"; did you mean {near[0]!r}?" if near else "")
-                              + f" (allowed: {', '.join(hints)})")
-    prefix = f"{key}." if key else ""
-    return cls(**{name: _convert(item, hints[name], prefix + name) for name, item in value.items()})
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _describe(hint: Any) -> str:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return " or ".join(_describe(option) for option in arguments)
-    if origin is Literal:
-        return " or ".join(repr(option) for option in arguments)
-    if origin is list:
-        return f"a list of {_describe(arguments[0])}s"
-    if origin is dict:
-        return f"a mapping of names to {_describe(arguments[1])}s"
-    names = {int: "whole number", float: "number", bool: "true/false value", str: "text",
-             types.NoneType: "null"}
-    return names.get(hint, str(hint))

@@ -1,10 +1,10 @@
-"""The mixture-of-experts FFN: router | dispatch | experts | combine, and the balance loss.
+"""The mixture-of-experts FFN: router | dispatch | experts | combine, upcycled from a dense FFN.
 
 A task-routed MoE in place of a block's FFN (M3ViT style; BSR section 5.2). Every token of the block,
 class token included, is routed on its own to its top-k experts; nothing is dropped. Shapes:
 
     T tokens of the micro-batch (images x tokens), D width, E experts, K = top_k, F hidden width,
-    R = T * K rows, sorted by expert
+    R rows of the experts' batch, grouped by expert: T * K and padding
 """
 
 from dataclasses import dataclass
@@ -86,43 +86,65 @@ class TaskConditionedRouter(nn.Module):
 ROUTERS = {"per_task": PerTaskRouter, "task_conditioned": TaskConditionedRouter}
 
 
-class Dispatch(torch.autograd.Function):
-    """Rows of the experts' batch: row r is token order[r] // K. (T, D) -> (R, D).
+def plan_rows(chosen: Tensor, experts: int, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each assignment goes in the experts' batch, whose rows are grouped by expert.
 
-    The backward gathers by the inverse permutation and adds K neighbours: the same sum in the same
-    order every time, where the backward of plain indexing adds atomically in any order.
+    Args:
+        chosen: (T, K) int64 experts. multiple: each expert's rows are padded to a multiple of this.
+    Returns:
+        slot (T * K,) row of each assignment; token (R,) token of each row (0 in padding); rows of each
+        expert (E,), padding included.
+    """
+    flat = chosen.flatten()
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=experts)
+    padded = (counts + multiple - 1) // multiple * multiple
+    shift = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)
+    row = torch.arange(len(flat), device=flat.device) + shift[flat[order]]
+    slot = torch.empty_like(order).scatter(0, order, row)
+    # Without padding the size is known, and a GPU need not be waited for.
+    size = len(flat) if multiple == 1 else int(padded.sum())
+    token = torch.zeros(size, dtype=torch.int64, device=flat.device).scatter(0, row, order // chosen.shape[1])
+    return slot, token, padded
+
+
+class Dispatch(torch.autograd.Function):
+    """Rows of the experts' batch from the tokens. (T, D) -> (R, D).
+
+    The backward gathers each token's K rows and adds them: the same sum in the same order every time,
+    where the backward of plain indexing adds atomically in any order.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.k = k
-        return x[order // k]
+    def forward(ctx, x: Tensor, slot: Tensor, token: Tensor) -> Tensor:
+        ctx.save_for_backward(slot)
+        ctx.tokens = len(x)
+        return x[token]
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (inverse,) = ctx.saved_tensors
-        return grad[inverse].view(-1, ctx.k, grad.shape[1]).sum(1), None, None, None
+        (slot,) = ctx.saved_tensors
+        return grad[slot].view(ctx.tokens, -1, grad.shape[1]).sum(1), None, None
 
 
 class Combine(torch.autograd.Function):
     """Gate-weighted sum of each token's K expert outputs. (R, D), (T, K) -> (T, D)."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, gates: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, gates, order, inverse)
-        by_token = rows[inverse].view(*gates.shape, -1)
+    def forward(ctx, rows: Tensor, gates: Tensor, slot: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, gates, slot)
+        by_token = rows[slot].view(*gates.shape, -1)
         return (gates.to(rows.dtype).unsqueeze(1) @ by_token).squeeze(1)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        rows, gates, order, inverse = ctx.saved_tensors
+        rows, gates, slot = ctx.saved_tensors
         grad = grad.to(rows.dtype)
-        weight = gates.to(rows.dtype).flatten()[order].unsqueeze(1)
-        grad_rows = grad[order // gates.shape[1]] * weight
-        by_token = rows[inverse].view(*gates.shape, -1)
+        grad_rows = torch.zeros_like(rows)
+        grad_rows[slot] = (gates.to(rows.dtype).unsqueeze(2) * grad.unsqueeze(1)).flatten(0, 1)
+        by_token = rows[slot].view(*gates.shape, -1)
         grad_gates = (by_token @ grad.unsqueeze(2)).squeeze(2).to(gates.dtype)
-        return grad_rows, grad_gates, None, None
+        return grad_rows, grad_gates, None
 
 
 class Experts(nn.Module):
@@ -152,16 +174,24 @@ class Experts(nn.Module):
         self.act = mlp.act
         self.engine = config.engine
 
-    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """(R, D) rows sorted by expert, (E,) int64 rows of each expert -> (R, D)."""
-        device = rows.device.type
+    def prepare(self, x: Tensor) -> tuple[Tensor, int]:
+        """The tokens in the type the experts compute in, and the multiple to pad their rows to.
+
+        In bf16 on a CPU every new matrix shape costs oneDNN a compilation, ten times the product of 800
+        rows itself; padded to multiples of 64 the row counts soon repeat.
+        """
+        device = x.device.type
         if torch.is_autocast_enabled(device):
-            rows = rows.to(torch.get_autocast_dtype(device))
+            x = x.to(torch.get_autocast_dtype(device))
+        return x, 64 if device == "cpu" and x.dtype == torch.bfloat16 else 1
+
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """(R, D) rows grouped by expert, (E,) int64 rows of each expert -> (R, D)."""
         aligned = all(size * rows.element_size() % 16 == 0 for size in self.fc1_weight.shape[1:])
         if self.engine == "grouped":
             require(aligned, "moe.engine", "grouped", f"experts of {tuple(self.fc1_weight.shape[1:])} in "
                     f"{rows.dtype} are no multiples of 16 bytes; use loop")
-        grouped = device == "cuda" and aligned if self.engine == "auto" else self.engine == "grouped"
+        grouped = rows.is_cuda and aligned if self.engine == "auto" else self.engine == "grouped"
         return self._grouped(rows, counts) if grouped else self._loop(rows, counts)
 
     def _loop(self, rows: Tensor, counts: Tensor) -> Tensor:
@@ -212,13 +242,10 @@ class MoE(nn.Module):
         """
         flat = x.reshape(-1, x.shape[-1])
         routing = self.route(flat, task, decisions, noise_key)
-        flat_experts = routing.experts.flatten()
-        order = flat_experts.argsort(stable=True)
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(len(order), device=order.device)
-        counts = torch.bincount(flat_experts, minlength=len(routing.importance))
-        rows = Dispatch.apply(flat, order, inverse, self.top_k)
-        y = Combine.apply(self.experts(rows, counts), routing.gates, order, inverse)
+        inputs, multiple = self.experts.prepare(flat)
+        slot, token, counts = plan_rows(routing.experts, len(routing.importance), multiple)
+        rows = self.experts(Dispatch.apply(inputs, slot, token), counts)
+        y = Combine.apply(rows, routing.gates, slot)
         for name in ("experts", "gates", "probabilities"):
             value = getattr(routing, name)
             setattr(routing, name, value.view(*x.shape[:2], value.shape[-1]))
@@ -266,59 +293,6 @@ def smooth_load(clean: Tensor, noisy: Tensor, chosen: Tensor, std: float) -> Ten
     inside = torch.zeros_like(clean, dtype=torch.bool).scatter(1, chosen, True)
     threshold = torch.where(inside, best[:, k:], best[:, k - 1:k])
     return torch.special.ndtr((clean - threshold) / std).sum(0)
-
-
-def squared_cv(amount: Tensor) -> Tensor:
-    """Squared coefficient of variation over the last dimension: population variance / mean^2.
-
-    Through the variance, not the standard deviation: its gradient stays finite at perfect balance.
-    """
-    return amount.var(-1, correction=0) / amount.mean(-1) ** 2
-
-
-class Balance(nn.Module):
-    """The balance loss of all MoE layers, with the running shares that `across_tasks` needs.
-
-    per_task (M3ViT) pushes every task to use all experts alike. across_tasks adds the other tasks'
-    running shares (detached) before the variation is taken: the experts are used alike by all tasks
-    together, and each task may specialise.
-    """
-
-    MOMENTUM = 0.9
-
-    def __init__(self, config: MoEConfig, tasks: list[str], blocks: list[int]) -> None:
-        super().__init__()
-        self.kind, self.weight = config.balance, config.balance_weight
-        self.tasks, self.blocks = list(tasks), list(blocks)
-        for name in ("importance", "load"):
-            self.register_buffer(name, torch.zeros(len(tasks), len(blocks), config.experts))
-
-    def forward(self, routing: dict[int, Routing], task: str) -> Tensor:
-        """weight x mean over layers of (cv^2 of importance + cv^2 of load); a scalar."""
-        if self.kind == "none" or not routing:
-            return torch.zeros((), device=self.importance.device)
-        return self.weight * torch.stack(
-            [squared_cv(self._amount(routing[block], name, layer, task)).to(torch.float32)
-             for layer, block in enumerate(self.blocks) for name in ("importance", "load")]
-        ).sum() / len(self.blocks)
-
-    def _amount(self, routing: Routing, name: str, layer: int, task: str) -> Tensor:
-        amount = getattr(routing, name)
-        if self.kind == "per_task":
-            return amount
-        others = [i for i, other in enumerate(self.tasks) if other != task]
-        return amount / amount.sum() + getattr(self, name)[others, layer].sum(0)
-
-    @torch.no_grad()
-    def update(self, routing: dict[int, Routing], task: str) -> None:
-        """Fold one micro-batch into the running shares; a task's first one sets them."""
-        row = self.tasks.index(task)
-        for layer, block in enumerate(self.blocks):
-            for name in ("importance", "load"):
-                share = getattr(routing[block], name) / getattr(routing[block], name).sum()
-                running = getattr(self, name)[row, layer]
-                running.copy_(torch.where(running.sum() > 0, torch.lerp(share, running, self.MOMENTUM),
-                                          share))
 
 
 @torch.no_grad()

@@ -12,9 +12,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from moe_bsr import backbone, block
+from moe_bsr.balance import Balance
 from moe_bsr.config import Config
 from moe_bsr.decisions import Decisions
-from moe_bsr.moe import Balance, MoE, start_error
+from moe_bsr.moe import MoE, start_error
 from moe_bsr.plan import embedding_trains, freeze, gradient_path_start, make_plan
 from moe_bsr.seeding import generator
 from moe_bsr.storage import STORAGES

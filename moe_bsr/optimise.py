@@ -43,7 +43,8 @@ def layer_of(name: str, depth: int) -> int:
 def make_optimiser(model: nn.Module, config: TrainConfig, depth: int) -> torch.optim.Optimizer:
     groups = parameter_groups(model, config, depth)
     if config.optimiser == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+        # Not fused: that one fails where some parameters have momentum and others are new (another task).
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from tiny_models import TASKS, normal
 
+from moe_bsr.balance import Balance, squared_cv
 from moe_bsr.config import MoEConfig
-from moe_bsr.moe import Balance, Routing, smooth_load, squared_cv
+from moe_bsr.moe import Routing, smooth_load
 
 
 def routing(importance: list[float], load: list[float]) -> Routing:

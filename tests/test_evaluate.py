@@ -326,7 +326,7 @@ def test_predictions_are_those_of_the_whole_forward(tools, model, pipeline, tmp_
     assert len(stem_passes) == 1
     monkeypatch.undo()
     report = json.loads(capsys.readouterr().out)
-    assert report["models"] == [{"tasks": ["many", "few"], "blocks": 4, "shared_blocks": 1}]
+    assert report["stems"] == [{"tasks": ["many", "few"], "blocks": 4, "shared_blocks": 1}]
     images = torch.stack([pipeline.eval_image(Image.open(path)) for path in paths])
     for task, classes in CLASSES.items():
         with torch.no_grad():
@@ -348,7 +348,11 @@ def test_predict_says_what_was_shared(tools, tmp_path, capsys):
     assert "1 of 4 blocks ran once for all of them, 3 once for each task" in capsys.readouterr().out
     tools.loaded.models["few"] = network({"few": 3}, depth=2, trainable=[1], drop=[], experts=[])
     tools.predict(["RUN", path])
-    assert "a model of its own: no block was shared" in capsys.readouterr().out
+    assert "ran once" not in capsys.readouterr().out
+    torch.manual_seed(0)  # a model of its own over the same frozen blocks
+    tools.loaded.models["few"] = network({"few": 3}, depth=4, trainable=[1, 3], drop=[0, 2], experts=[1, 3])
+    tools.predict(["RUN", path])
+    assert "1 of 4 blocks ran once for all of them, 3 once for each task" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no image"])

@@ -106,8 +106,8 @@ def test_metrics_are_one_object_a_line(finished):
     steps = [line for line in lines if "split" not in line]
     assert [line["step"] for line in steps] == list(range(1, 9))
     assert [line["task"] for line in steps] == ["shapes", "fractals"] * 4
-    assert all({"loss", "auxiliary_loss", "accuracy", "lr", "gradient_norm", "images", "epochs"} <= line.keys()
-               for line in steps)
+    numbers = {"loss", "auxiliary_loss", "accuracy", "lr", "gradient_norm", "images", "epochs"}
+    assert all(numbers <= line.keys() for line in steps)
     scores = [(line["step"], line["split"], line["task"]) for line in lines if "split" in line]
     assert scores == [(step, split, task) for step, split in ((3, "val"), (6, "val"), (8, "val"), (8, "test"))
                       for task in TASKS]

@@ -73,7 +73,7 @@ def watch(config: Config, folder: Path) -> tuple[Trainer, Snapshots]:
 
 
 def script_scores(monkeypatch, means: list[float]) -> list[tuple[str, Tensor]]:
-    """Replace validation top-1 by `means` in turn, test top-1 by 50; returns (split, scored head) as they come."""
+    """Replace validation top-1 by `means` in turn, test top-1 by 50; returns (split, scored head)."""
     seen, turns = [], iter(means)
 
     def scripted(model, data, split, *arguments):

@@ -47,15 +47,15 @@ SHAPES = {
 
 
 def draw_shape(label, rng):
-    pose = Pose(rng, size=(0.4, 0.8), shift=0.25, stretch=1.4)
+    pose = Pose(rng, size=(0.45, 0.8), shift=0.25, stretch=1.3)
     outline = list(SHAPES.values())[label]
-    style = rng.integers(0, 3)
+    style = rng.integers(0, 4)  # outlined, hatched, or else solid
     hole = pose.place(outline * rng.uniform(0.5, 0.75))
     mask = polygons([pose.place(outline)], [hole] if style == 1 else [])
     if style == 2:
         bars = np.sin((CANVAS * np.exp(1j * rng.uniform(0, TAU))).real * rng.uniform(12, 30))
-        mask = mask * np.clip(0.7 + 1.2 * bars, 0.25, 1)
-    return paint(rng, mask, clutter=8)
+        mask = mask * np.clip(0.7 + 1.2 * bars, 0.4, 1)
+    return paint(rng, mask, clutter=6)
 
 
 # ---- textures: a surface that fills the image ----------------------------------------------------
