@@ -76,12 +76,12 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        for name, sha in manifest["sha256"].items():
-            if _sha256(folder / name) != sha:
+        for name in ("weights.safetensors", "state.json", *manifest["sha256"]):
+            if _sha256(folder / name) != manifest["sha256"][name]:
                 return f"{folder / name} does not match its hash in manifest.json"
-    except FileNotFoundError as error:
-        return f"{error.filename} is missing"
-    except (ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        return f"{error.filename} is missing or unreadable"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{folder / 'manifest.json'} is unreadable ({error})"
     return None
 

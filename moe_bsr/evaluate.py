@@ -128,7 +128,8 @@ def wilson_interval(hits: int, n: int, z: float = NORMAL_975) -> tuple[float, fl
     share, spread = hits / n, z * z / n
     half = z * (share * (1 - share) / n + spread / (4 * n)) ** 0.5
     middle = share + spread / 2
-    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
+    low, high = (middle - half) / (1 + spread), (middle + half) / (1 + spread)
+    return 0.0 if hits == 0 else low, 1.0 if hits == n else high
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:

@@ -148,11 +148,16 @@ def _has_values(vit: VisionTransformer) -> bool:
     return vit.patch_embed.proj.weight.device.type != "meta"
 
 
+def plan_only(config: Config, classes: dict[str, int]) -> MultitaskViT:
+    """The model without values, on the meta device: instant, checks everything that needs no weights."""
+    return MultitaskViT(backbone.skeleton(config.backbone), config, classes)
+
+
 def build(config: Config, classes: dict[str, int]) -> MultitaskViT:
     """A model as the configuration says, on the CPU in float32; checked before weights are read.
 
     Raises:
         ConfigError: impossible plan, unknown backbone, or weights that do not fit it.
     """
-    MultitaskViT(backbone.skeleton(config.backbone), config, classes)  # on the meta device: checks alone
+    plan_only(config, classes)
     return MultitaskViT(backbone.load(config.backbone, config.seed), config, classes)

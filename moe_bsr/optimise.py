@@ -49,7 +49,7 @@ def make_optimiser(model: nn.Module, config: TrainConfig, depth: int) -> torch.o
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Learning rate of update `step` (from 0): linear warm-up, then cosine to min_lr at the last update."""
+    """Learning rate of update `step` (from 0): linear warm-up, then cosine towards min_lr."""
     warmup = round(config.warmup * config.steps) if config.warmup < 1 else int(config.warmup)
     if step < warmup:
         return config.lr * (step + 1) / warmup

@@ -26,12 +26,17 @@ def make(*, status: str, signal: int, scores: dict[str, dict[str, Any]] | None, 
     }
 
 
-def aggregate(parts: dict[str, dict[str, Any] | None]) -> dict[str, Any]:
-    """Report of several single-task runs in the form of one: sums of time, maxima of memory."""
-    done = [part for part in parts.values() if part is not None]
-    tasks = {name: part["tasks"][name] for name, part in parts.items() if part is not None}
+def aggregate(parts: dict[str, dict[str, Any]], names: list[str]) -> dict[str, Any]:
+    """Report of several single-task runs in the form of one: sums of time, maxima of memory.
+
+    Args:
+        parts: reports so far, by task. names: all tasks; finished is only what has them all finished.
+    """
+    done = list(parts.values())
+    tasks = {name: part["tasks"][name] for name, part in parts.items()}
+    finished = list(parts) == names and all(part["status"] == "finished" for part in done)
     return {
-        "status": "finished" if all(p["status"] == "finished" for p in done) else done[-1]["status"],
+        "status": "finished" if finished else "interrupted",
         "signal": done[-1]["signal"], "split": done[0]["split"], "tasks": tasks,
         "mean_top1": _mean([t.get("top1") for t in tasks.values()]),
         "selected_mean_val_top1": _mean([p["selected_mean_val_top1"] for p in done]),

@@ -20,7 +20,7 @@ from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError
 from moe_bsr.data import Pipeline, TaskData, load_spec, load_task
 from moe_bsr.machine import Machine, prepare
-from moe_bsr.multitask import MultitaskViT, build
+from moe_bsr.multitask import MultitaskViT, build, plan_only
 
 # What may differ between a run and its resumption without changing what is computed.
 FREE_TO_CHANGE = ("machine", "data.root", "data.download", "data.cache_mb", "data.prefetch",
@@ -83,9 +83,12 @@ def load(run: str | Path, checkpoint_name: str | int = "best", data_root: str | 
     config.machine.precision = resolved["precision"]
     machine = prepare(config.machine)
     names = {task: about["classes"] for task, about in resolved["tasks"].items()}
-    model = build(config, {task: len(classes) for task, classes in names.items()})
+    classes = {task: len(known) for task, known in names.items()}
     folder = _named_checkpoint(run, checkpoint_name)
     tensors, state = checkpoint.read(folder)
+    if plan_only(config, classes).state_dict().keys() <= tensors["weights"].keys():
+        config.backbone.weights = "random"  # everything was saved: no need for the backbone's file
+    model = build(config, classes)
     restore_weights(model, tensors["weights"], resolved["backbone_sha256"], folder)
     average = tensors.get("average")
     if average:
@@ -195,10 +198,16 @@ def count_test_evaluation(run: Path) -> int:
         log = run / "test_evaluations.log"
         with log.open("a") as stream:
             stream.write(f"{datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')}\n")
-        count = len(log.read_text().splitlines())
+        count = test_evaluations(run)
     if report:
         checkpoint.write_whole(file, json.dumps(report | {"test_evaluations": count}, indent=1))
     return count
+
+
+def test_evaluations(run: Path) -> int:
+    """How often the test split of a complete run was evaluated."""
+    log = run / "test_evaluations.log"
+    return len(log.read_text().splitlines()) if log.is_file() else 0
 
 
 def _named_checkpoint(run: Path, name: str | int) -> Path:

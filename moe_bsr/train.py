@@ -8,6 +8,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,11 +69,12 @@ def _train_each(config: Config, folder: Path, machine: Machine, resume: bool) ->
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.write_whole(folder / "config.yaml", configuration.dump(config))
     parts: dict[str, dict[str, Any]] = {}
-    for name, path in zip(config.task_names(), config.tasks, strict=True):
+    names = config.task_names()
+    for name, path in zip(names, config.tasks, strict=True):
         weights = {t: w for t, w in config.train.task_weights.items() if t == name}
         alone = configuration.replace(config, mode="multitask", tasks=[path], train__task_weights=weights)
         parts[name] = train(alone, folder / name, resume)
-        whole = report.aggregate(parts)
+        whole = report.aggregate(parts, names)
         report.write(folder, whole)
         if parts[name]["status"] != "finished":
             break
@@ -111,6 +113,7 @@ class Trainer:
         self.signal = 0
         self.evaluating = False
         self.seconds = 0.0
+        self.saved_step = -1
 
     def fit(self, resume: bool = False) -> dict[str, Any]:
         """Train to the last step (or a signal), test once, write and return the report."""
@@ -121,18 +124,22 @@ class Trainer:
         start = Start(self.folder, self.config, list(self.tasks), self.step, [*self._about(), *about])
         for observer in self.observers:
             observer.on_start(start)
-        with self._signals():
-            try:
-                self._loop(pending)
-            except Interrupted:
-                self._save(pending_evaluation=True)
-            try:
-                result = self._report()
-            except Interrupted:  # while testing, when everything had been saved
-                result = self._report()
-        for observer in self.observers:
-            observer.on_end(result)
-        report.write(self.folder, result)
+        try:
+            with self._signals():
+                try:
+                    self._loop(pending)
+                except Interrupted:
+                    self._save(pending_evaluation=True)
+                try:
+                    result = self._report()
+                except Interrupted:  # while testing, when everything had been saved
+                    result = self._report()
+            for observer in self.observers:
+                observer.on_end(result)
+            report.write(self.folder, result)
+        finally:
+            for observer in self.observers:
+                observer.close()
         return result
 
     def _loop(self, pending: bool) -> None:
@@ -148,10 +155,12 @@ class Trainer:
             if self.step == settings.steps or (settings.evaluate_every
                                                and self.step % settings.evaluate_every == 0):
                 self._evaluate_and_save()
-            elif self.step % checkpoint_every == 0 or self.signal:
+            elif self.step % checkpoint_every == 0:
                 self._save()
             clock = time.monotonic()
         batches.close()
+        if self.saved_step != self.step:
+            self._save()
 
     def _update(self, batches: Iterator) -> None:
         """One optimiser update: one batch of one task, or of each task when sampling jointly."""
@@ -219,10 +228,10 @@ class Trainer:
 
     def _evaluate(self, split: str) -> dict[str, dict[str, Any]]:
         """Scores of every task; the averaged weights are scored if there are any."""
-        self.evaluating = True
         if self.average is not None:
             self.average.swap(self.model)
         try:
+            self.evaluating = True  # from here on a signal raises Interrupted
             if self.signal:
                 raise Interrupted
             return {name: evaluate(self.model, data, split, self.pipeline, self.machine)
@@ -257,6 +266,7 @@ class Trainer:
                  "best_step": self.best and self.best[1], "best_mean_top1": self.best and self.best[0],
                  "observers": {type(o).__name__: o.state() for o in self.observers}}
         checkpoint.save(self.folder, self.step, tensors, state)
+        self.saved_step = self.step
 
     def _restore(self, resume: bool) -> tuple[bool, list[str]]:
         """Continue from the newest sound checkpoint, if asked to and there is one."""
@@ -268,6 +278,7 @@ class Trainer:
             resolved = run.read_config(self.folder)[1]
             self._load(tensors, resolved["backbone_sha256"], place)
             self.step, self.seconds = state["step"], state["seconds"]
+            self.saved_step = self.step
             if state["best_step"] is not None:
                 self.best = (state["best_mean_top1"], state["best_step"])
             notes.append(f"resumed from {place}")
@@ -288,32 +299,40 @@ class Trainer:
         parameters = dict(self.model.named_parameters())
         for name, value in tensors["optimiser"].items():
             name, _, key = name.rpartition("/")
-            parameter = parameters[name]
-            # AdamW keeps its step count on the CPU whatever the device.
-            place_on = "cpu" if key == "step" else parameter.device
-            self.optimiser.state[parameter][key] = value.to(place_on)
+            self.optimiser.state[parameters[name]][key] = value.to(parameters[name].device)
 
     def _report(self) -> dict[str, Any]:
         """The report; a run that reached its end is tested first, with the weights selected."""
         split = "test" if self.config.train.test else "val"
-        scores, tested = None, 0
+        scores = None
         if not self.signal:
-            if self.best[1] != self.step:
-                tensors, _ = checkpoint.read(self.folder / "checkpoint" / str(self.best[1]))
-                self.model.load_state_dict(tensors["weights"], strict=False)
-                if self.average is not None:
-                    for name, value in tensors["average"].items():
-                        self.average.average[name].copy_(value)
+            self._select_best()
             if split == "test":
-                tested = run.count_test_evaluation(self.folder)
+                run.count_test_evaluation(self.folder)
             scores = self._evaluate(split)
             for observer in self.observers:
                 observer.on_evaluate(Evaluation(self.step, split, scores))
         return report.make(
             status="interrupted" if self.signal else "finished", signal=self.signal, scores=scores, split=split, progress=self.sampler.progress(self.step),
             step=self.step, best=self.best, weights="live" if self.average is None else "average",
-            train_seconds=self.seconds, measured_peak_mb=self.machine.peak_mb(), test_evaluations=tested,
+            train_seconds=self.seconds, measured_peak_mb=self.machine.peak_mb(),
+            test_evaluations=run.test_evaluations(self.folder),
             gflops_per_image=describe.forward_gflops(self.model))
+
+    def _select_best(self) -> None:
+        """Put the weights with the best mean validation top-1 into the model."""
+        if self.best[1] == self.step:
+            return
+        try:
+            tensors, _ = checkpoint.read(self.folder / "checkpoint" / str(self.best[1]))
+        except checkpoint.CheckpointError as error:
+            warnings.warn(f"{error}; the last weights are reported in place of the best", stacklevel=2)
+            self.best = (None, self.step)
+            return
+        self.model.load_state_dict(tensors["weights"], strict=False)
+        if self.average is not None:
+            for name, value in tensors["average"].items():
+                self.average.average[name].copy_(value)
 
     def _about(self) -> list[str]:
         sizes = ", ".join(f"{n} {len(d.train)}/{len(d.val)}/{len(d.test)}" for n, d in self.tasks.items())

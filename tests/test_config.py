@@ -295,24 +295,3 @@ def test_a_task_given_as_a_file_is_named_by_it():
 @pytest.mark.parametrize("name", ["v1.5", "", "type", "a/b"])
 def test_a_task_name_that_no_module_or_folder_can_carry_is_refused(name):
     assert refusal({"tasks": [name]}).startswith("tasks")
-
-
-# --- the shipped files ---
-
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_shipped_configuration_is_possible(path):
-    assert isinstance(load(path), Config)
-
-
-def test_base_lists_every_key_with_its_default():
-    tree = yaml.safe_load((CONFIGS / "base.yaml").read_text())
-    assert from_dict(tree) == Config()
-
-    def keys(tree: dict, prefix: str = "") -> set[str]:
-        found = set()
-        for key, value in tree.items():
-            section = isinstance(value, dict) and f"{prefix}{key}" != "train.task_weights"
-            found |= keys(value, f"{prefix}{key}.") if section else {f"{prefix}{key}"}
-        return found
-
-    assert keys(tree) == keys(to_dict(Config()))

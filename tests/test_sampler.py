@@ -124,11 +124,13 @@ def test_extreme_temperatures_are_the_largest_task_alone_and_uniform():
 
 
 @pytest.mark.parametrize("kind", ["proportional", "temperature"])
-def test_windows_are_shuffled_by_the_seed(kind):
-    taken = order(make(kind))
-    assert taken == order(make(kind)) != order(make(kind, seed=4))
-    first, second = taken[:100], taken[100:200]
-    assert first != sorted(first) and first != second
+def test_windows_of_equal_quotas_are_shuffled_apart_by_the_seed(kind):
+    windows = []
+    for seed in (3, 4):
+        taken = order(make(kind, sizes={"a": 30, "b": 10}, temperature=1.0, steps=400, seed=seed))
+        windows += [tuple(taken[start:start + WINDOW]) for start in range(0, 400, WINDOW)]
+    assert {window.count("a") for window in windows} == {75} and len(set(windows)) == 8
+    assert order(make(kind)) == order(make(kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)

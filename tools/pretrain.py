@@ -1,7 +1,7 @@
 """Make the shipped backbone: train a small ViT on the generated `source` family, write its weights.
 
     python tools/pretrain.py         # a quarter of an hour on one core of a CPU with AMX
-    python tools/pretrain.py --images 4000 --pool 2000 --out /tmp/smoke.safetensors  # < 1 minute
+    python tools/pretrain.py --images 2000 --pool 1000 --out /tmp/smoke.safetensors  # < 1 minute
 
 Images are drawn once into a pool in memory; every batch crops its images anew, and after each
 pass a fifth of the pool is redrawn. A batch sees a random half of the patches until the last
@@ -113,6 +113,7 @@ def save(model, path, source):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     save_file(state, part, metadata)
+    part.chmod(0o644)
     part.replace(path)
 
 

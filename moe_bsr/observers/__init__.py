@@ -67,6 +67,9 @@ class Observer:
     def on_end(self, report: dict[str, Any]) -> None:
         """After the last record; `report` may be added to."""
 
+    def close(self) -> None:
+        """Always called at the end, also when training failed."""
+
     def state(self) -> dict[str, Any]:
         """JSON values from which `restore` can undo what is written later; everything is on disk."""
         return {}

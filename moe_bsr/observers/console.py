@@ -11,6 +11,8 @@ LINES = 20  # progress lines over a run when there is no terminal
 
 
 class Console(Observer):
+    bar: tqdm | None = None
+
     def on_start(self, start: Start) -> None:
         self.steps = start.config.train.steps
         self.started, self.first = time.monotonic(), start.step
@@ -36,7 +38,7 @@ class Console(Observer):
         mean = sum(s["top1"] for s in evaluation.scores.values()) / len(evaluation.scores)
         self._say(f"{evaluation.step:>6}/{self.steps} {evaluation.split} top-1 %: {scores}  mean {mean:.2f}")
 
-    def on_end(self, report: dict) -> None:
+    def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None

@@ -18,8 +18,8 @@ class Jsonl(Observer):
         self.stream = None
 
     def restore(self, state: dict) -> None:
-        self.stream = self.path.open("ab")
-        self.stream.truncate(state.get("bytes", 0))
+        self.stream = self.path.open("ab", buffering=0)
+        self.stream.truncate(min(self.path.stat().st_size, state.get("bytes", 0)))
 
     def on_step(self, step: Step) -> None:
         self._write({"step": step.step, "task": step.task, **step.metrics,
@@ -32,12 +32,12 @@ class Jsonl(Observer):
                          **{name: scores[name] for name in SCORES}})
 
     def state(self) -> dict:
-        self.stream.flush()
         os.fsync(self.stream.fileno())
         return {"bytes": self.path.stat().st_size}
 
-    def on_end(self, report: dict) -> None:
-        self.stream.close()
+    def close(self) -> None:
+        if self.stream is not None:
+            self.stream.close()
 
     def _write(self, line: dict) -> None:
         self.stream.write((json.dumps(line) + "\n").encode())

@@ -1,11 +1,11 @@
 """TensorBoard scalars, per task: training under `train/<task>/`, evaluations under `val/<task>/`."""
 
-import json
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
 from moe_bsr.observers import Evaluation, Observer, Start, Step
+from moe_bsr.report import markdown
 
 SCORES = ("top1", "top5", "mean_class_accuracy", "ece", "loss")
 
@@ -13,6 +13,7 @@ SCORES = ("top1", "top5", "mean_class_accuracy", "ece", "loss")
 class TensorBoard(Observer):
     def __init__(self, run: Path) -> None:
         self.folder = run / "tensorboard"
+        self.writer: SummaryWriter | None = None
 
     def restore(self, state: dict) -> None:
         """Cut the event files back to their length at the checkpoint and delete later ones."""
@@ -20,7 +21,7 @@ class TensorBoard(Observer):
         for file in self.folder.glob("events.out.tfevents.*"):
             if file.name in lengths:
                 with file.open("ab") as stream:
-                    stream.truncate(lengths[file.name])
+                    stream.truncate(min(file.stat().st_size, lengths[file.name]))
             else:
                 file.unlink()
 
@@ -45,5 +46,8 @@ class TensorBoard(Observer):
         return {"bytes": {f.name: f.stat().st_size for f in self.folder.glob("events.out.tfevents.*")}}
 
     def on_end(self, report: dict) -> None:
-        self.writer.add_text("report", f"```json\n{json.dumps(report['tasks'], indent=1)}\n```")
-        self.writer.close()
+        self.writer.add_text("report", markdown(report))
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()

@@ -1,0 +1,59 @@
+"""Compare the variants at equal images: learning rate from one grid on validation, then one test each.
+
+    python tools/variants.py --data DIR --weights FILE --out runs/variants [--steps 250] [--grid-steps 75]
+
+Every variant sees the same images of each task (steps x batch / tasks). The learning rate is the best of
+the grid by mean validation top-1 after --grid-steps; the test split is scored once, after the full run.
+Finished runs are kept, so that the command can be repeated. `compare.py` makes the table.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from moe_bsr import report
+
+VARIANTS = ["last", "stl_full", "stl_bsr", "dense_bsr", "moe_full", "moe_bsr", "random_router"]
+GRID = [2e-4, 6e-4, 2e-3]
+TASKS = 5
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="data root of the five real datasets")
+    parser.add_argument("--weights", required=True, help="DeiT-Tiny weights, or hub")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=250, help="updates in all, over the five tasks")
+    parser.add_argument("--grid-steps", type=int, default=75)
+    parser.add_argument("--grid", type=float, nargs="+", default=GRID)
+    parser.add_argument("--variants", nargs="+", default=VARIANTS)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_args()
+    for variant in arguments.variants:
+        scores = {}
+        for rate in arguments.grid:
+            folder = arguments.out / "grid" / f"{variant}_{rate:g}"
+            train(arguments, variant, rate, arguments.grid_steps, folder, "train.test=false")
+            scores[rate] = report.read(folder)["selected_mean_val_top1"]
+        best = max(scores, key=scores.get)
+        print(json.dumps({"variant": variant, "validation": scores, "chosen": best}), flush=True)
+        train(arguments, variant, best, arguments.steps, arguments.out / variant)
+    return 0
+
+
+def train(arguments: argparse.Namespace, variant: str, rate: float, steps: int, folder: Path, *more: str
+          ) -> None:
+    steps = steps // TASKS if variant.startswith("stl") else steps  # there they are counted per task
+    scale = 5 if variant == "last" else 1  # a linear head wants more
+    subprocess.run(
+        [sys.executable, "tools/train.py", f"configs/deit_tiny_{variant}.yaml", "--run", folder, "--resume",
+         f"data.root={arguments.data}", f"backbone.weights={arguments.weights}", "train.evaluate_every=0",
+         "backbone.name=deit_tiny_patch16_224", f"train.steps={steps}", f"train.lr={scale * rate}",
+         *more, *arguments.overrides], check=True, stdout=subprocess.DEVNULL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
