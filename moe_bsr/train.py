@@ -5,12 +5,9 @@ sampler's, and what becomes of the numbers the observers'.
 """
 
 import math
-import signal
-import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +28,11 @@ from moe_bsr.observers.experts import ExpertUse
 from moe_bsr.observers.jsonl import Jsonl
 from moe_bsr.observers.tensorboard import TensorBoard
 from moe_bsr.optimise import MovingAverage, learning_rate, make_optimiser
+from moe_bsr.signals import Interrupted, StopSignals
 
 
 class NonFiniteLoss(RuntimeError):
     """Training diverged; the message names the step, the task and the last good checkpoint."""
-
-
-class Interrupted(Exception):
-    """A signal arrived while nothing of the training state was changing."""
 
 
 def train(config: Config, folder: str | Path = "runs/run", resume: bool = False) -> dict[str, Any]:
@@ -109,9 +103,9 @@ class Trainer:
         self.observers = observers if observers is not None else [
             Console(), Jsonl(folder), TensorBoard(folder), ExpertUse()]
         self.best: tuple[float, int] | None = None  # mean validation top-1, step
+        self.best_scores: dict[str, dict[str, Any]] | None = None  # unknown after a resume
         self.step = 0
-        self.signal = 0
-        self.evaluating = False
+        self.stop = StopSignals()
         self.seconds = 0.0
         self.saved_step = -1
 
@@ -125,7 +119,7 @@ class Trainer:
         for observer in self.observers:
             observer.on_start(start)
         try:
-            with self._signals():
+            with self.stop:
                 try:
                     self._loop(pending)
                 except Interrupted:
@@ -149,7 +143,7 @@ class Trainer:
             self._evaluate_and_save()
         batches = iter(Loader(self.tasks, self.pipeline, self.sampler.batches(self.step),
                               self.config.data.prefetch))
-        while self.step < settings.steps and not self.signal:
+        while self.step < settings.steps and not self.stop.number:
             self._update(batches)
             self.seconds += time.monotonic() - clock
             if self.step == settings.steps or (settings.evaluate_every
@@ -231,13 +225,10 @@ class Trainer:
         if self.average is not None:
             self.average.swap(self.model)
         try:
-            self.evaluating = True  # from here on a signal raises Interrupted
-            if self.signal:
-                raise Interrupted
-            return {name: evaluate(self.model, data, split, self.pipeline, self.machine)
-                    for name, data in self.tasks.items()}
+            with self.stop.at_once():
+                return {name: evaluate(self.model, data, split, self.pipeline, self.machine)
+                        for name, data in self.tasks.items()}
         finally:
-            self.evaluating = False
             if self.average is not None:
                 self.average.swap(self.model)
 
@@ -245,7 +236,7 @@ class Trainer:
         scores = self._evaluate("val")
         mean = sum(s["top1"] for s in scores.values()) / len(scores)
         if self.config.train.select == "last" or self.best is None or mean > self.best[0]:
-            self.best = (mean, self.step)
+            self.best, self.best_scores = (mean, self.step), scores
         for observer in self.observers:
             observer.on_evaluate(Evaluation(self.step, "val", scores))
         self._save()
@@ -305,16 +296,18 @@ class Trainer:
         """The report; a run that reached its end is tested first, with the weights selected."""
         split = "test" if self.config.train.test else "val"
         scores = None
-        if not self.signal:
+        if not self.stop.number:
             self._select_best()
             if split == "test":
                 run.count_test_evaluation(self.folder)
-            scores = self._evaluate(split)
-            for observer in self.observers:
-                observer.on_evaluate(Evaluation(self.step, split, scores))
+                scores = self._evaluate(split)
+                for observer in self.observers:
+                    observer.on_evaluate(Evaluation(self.step, split, scores))
+            else:
+                scores = self.best_scores or self._evaluate(split)
         return report.make(
-            status="interrupted" if self.signal else "finished", signal=self.signal, scores=scores, split=split, progress=self.sampler.progress(self.step),
-            step=self.step, best=self.best, weights="live" if self.average is None else "average",
+            status="interrupted" if self.stop.number else "finished", signal=self.stop.number,
+            scores=scores, split=split, progress=self.sampler.progress(self.step), step=self.step, best=self.best, weights="live" if self.average is None else "average",
             train_seconds=self.seconds, measured_peak_mb=self.machine.peak_mb(),
             test_evaluations=run.test_evaluations(self.folder),
             gflops_per_image=describe.forward_gflops(self.model))
@@ -340,22 +333,3 @@ class Trainer:
                 f"{self.config.train.steps} updates of {self.config.train.batch_size} images "
                 f"({self.config.sampler.kind}); {self.machine.precision} ({self.machine.why}), "
                 f"{self.machine.threads} threads on {self.machine.device}; run folder {self.folder}"]
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM: finish the update, save, leave; a running evaluation is left at once."""
-        def note(number: int, frame: object) -> None:
-            self.signal = number
-            if self.evaluating:
-                self.evaluating = False
-                raise Interrupted
-
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)

@@ -14,13 +14,13 @@ from pathlib import Path
 from moe_bsr import report
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--markdown", action="store_true", help="a Markdown table, intervals in every cell")
     parser.add_argument("--experts", action="store_true", help="also: share of the last run's experts by task")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(arguments)
     reports = {}
     for path in map(Path, arguments.runs):
         reports[path.name] = report.read(path)

@@ -20,7 +20,7 @@ from moe_bsr.multitask import build
 from moe_bsr.train import NonFiniteLoss, train
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a YAML file of configs/")
@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--run", metavar="DIR", help="the run folder (default runs/<name of CONFIG>)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, exit")
-    arguments = parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args(arguments)
     folder = Path(arguments.run or Path("runs") / Path(arguments.config).stem)
     try:
         config = configuration.load(arguments.config, arguments.overrides)

@@ -1,0 +1,64 @@
+"""The training launcher and the comparison as a person meets them: what they print, how they exit."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+from tiny_runs import make_config
+
+from moe_bsr import config as configuration
+from moe_bsr import report
+
+TOOLS = Path(__file__).resolve().parents[1] / "tools"
+
+
+def tool(name: str):
+    return runpy.run_path(str(TOOLS / f"{name}.py"))["main"]
+
+
+@pytest.fixture
+def written(tmp_path) -> str:
+    (tmp_path / "tiny.yaml").write_text(configuration.dump(make_config(tmp_path)))
+    return str(tmp_path / "tiny.yaml")
+
+
+def test_a_dry_run_prints_every_block_and_writes_nothing(written, tmp_path, capsys):
+    assert tool("train")([written, "--dry-run", "--run", str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr().out
+    assert "shapes: 10 classes, train 20, val 10, test 10" in printed
+    rows = {line.split()[0]: line for line in printed.splitlines() if line.strip()[:1].isdigit()}
+    assert "5 -> 4" in rows["1"] and "yes" in rows["1"]  # 4 patches: 2 kept, 1 fused, the class token
+    assert "top-2 of 4 experts x3" in rows["3"] and "dense" in rows["0"] and "(0)" in rows["0"]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["train.stepz=3"], "did you mean 'steps'"),
+    (["train.lr=fast"], "train.lr = 'fast': expected number"),
+    (["plan.trainable=[9]", "plan.experts=[]"], "outside the backbone's blocks 0 to 5"),
+    (["plan.drop=[5]"], "block 5 is the last"),
+    (["tasks=[nothing]", "data.root=nowhere"], "nothing"),
+    (["moe.top_k=5"], "moe.top_k = 5: 1 to moe.experts = 4"),
+])
+def test_what_cannot_be_is_refused_in_one_line_with_status_2(written, tmp_path, capsys, arguments, words):
+    assert tool("train")([written, *arguments, "--run", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.startswith("train.py: ") and len(error.splitlines()) == 1
+
+
+def test_training_prints_the_report_and_runs_are_set_side_by_side(written, tmp_path, capsys):
+    for name, change in (("moe", []), ("dense", ["plan.experts=[]"])):
+        assert tool("train")([written, "train.steps=2", *change, "--run", str(tmp_path / name)]) == 0
+    assert "| shapes |" in capsys.readouterr().out
+    assert tool("compare")([str(tmp_path / "dense"), str(tmp_path / "moe"), "--experts"]) == 0
+    header, chance, dense, moe, *use = capsys.readouterr().out.splitlines()
+    assert header.split()[:4] == ["top-1", "%", "shapes", "fractals"] and chance.split()[1] == "10.0"
+    assert f"{report.read(tmp_path / 'moe')['tasks']['shapes']['top1']:.1f}" == moe.split()[1]
+    assert dense.startswith("dense") and any("block 5" in line for line in use)
+    assert tool("compare")([str(tmp_path)]) == 2
+
+
+def test_divergence_exits_with_1(written, tmp_path, capsys):
+    extreme = ["train.lr=1e30", "train.clip=null"]
+    assert tool("train")([written, *extreme, "--run", str(tmp_path / "run")]) == 1
+    assert "last good checkpoint" in capsys.readouterr().err
