@@ -272,7 +272,6 @@ class MoE(nn.Module):
                 torch.bincount(chosen.flatten(), minlength=clean.shape[1]).to(gates.dtype))
         return Routing(chosen, gates, probabilities.detach(), importance, load)
 
-
     def multiply_adds(self, tokens: int) -> int:
         """Of one image's forward pass: the router on every token, top_k experts for each."""
         one_expert = self.experts.fc1_weight[0].numel() + self.experts.fc2_weight[0].numel()

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from moe_bsr.config import ConfigError, MoEConfig
 from moe_bsr.decisions import Decisions
-from moe_bsr.moe import Experts, MoE, start_error
+from moe_bsr.moe import Experts, MoE, plan_rows, start_error
 
 ROUTERS = ["per_task", "task_conditioned"]
 ENGINES = ["loop", "grouped"]
@@ -218,3 +218,36 @@ def test_only_a_plain_mlp_becomes_experts(mlp):
 def test_a_ratio_that_does_not_divide_the_ffn_is_refused(ratio):
     with pytest.raises(ConfigError, match=rf"moe.ratio = {ratio}.*{ratio * WIDTH}.*32"):
         Experts(make_mlp(), MoEConfig(ratio=ratio), (0,))
+
+
+# --- the experts' batch ---
+
+@pytest.mark.parametrize("multiple", [1, 4, 64])
+def test_every_assignment_has_a_row_of_its_expert_and_padding_has_none(multiple):
+    generator = torch.Generator().manual_seed(3)
+    chosen = torch.stack([torch.randperm(5, generator=generator)[:2] for _ in range(23)])
+    chosen[chosen == 3] = 4  # an expert without tokens (and tokens that chose one expert twice)
+    slot, token, counts = plan_rows(chosen, 5, multiple)
+    assert len(token) == counts.sum() and counts[3] == 0 and (counts % multiple == 0).all()
+    assert len(set(slot.tolist())) == chosen.numel()
+    ends = counts.cumsum(0)
+    for assignment, row in enumerate(slot.tolist()):
+        expert = chosen.flatten()[assignment]
+        assert ends[expert] - counts[expert] <= row < ends[expert]
+        assert token[row] == assignment // 2
+
+
+def test_padding_changes_neither_value_nor_gradient():
+    """bf16 on the CPU pads rows; in float32 of the same numbers nothing is padded."""
+    moe = make_moe()
+    x = normal(2, 5, 8)
+    results = []
+    for precision in (torch.float32, torch.bfloat16):
+        moe.zero_grad()
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
+            y, _ = moe(leaf, "one", Decisions())
+        y.float().square().sum().backward()
+        results.append([y.float().detach(), leaf.grad, *(p.grad for p in moe.experts.parameters())])
+    for exact, padded in zip(*results, strict=True):
+        assert (padded - exact).norm() <= 0.03 * exact.norm()
