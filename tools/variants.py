@@ -1,9 +1,9 @@
 """Compare the variants at equal images: learning rate from one grid on validation, then one test each.
 
-    python tools/variants.py --data DIR --weights FILE --out runs/variants [--steps 250] [--grid-steps 75]
+    python tools/variants.py --data DIR --weights FILE --out runs/variants [--steps 300] [--grid-steps 75]
 
 Every variant sees the same images of each task (steps x batch / tasks). The learning rate is the best of
-the grid by mean validation top-1 after --grid-steps; the test split is scored once, after the full run.
+the grid by mean validation top-1 after --grid-steps (one value: that one); the test split is scored once, after the full run.
 Finished runs are kept, so that the command can be repeated. `compare.py` makes the table.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from moe_bsr import report
 
 VARIANTS = ["last", "stl_full", "stl_bsr", "dense_bsr", "moe_full", "moe_bsr", "random_router"]
-GRID = [2e-4, 6e-4, 2e-3]
+GRID = [1e-4, 4e-4]
 TASKS = 5
 
 
@@ -26,15 +26,15 @@ def main() -> int:
     parser.add_argument("--data", required=True, help="data root of the five real datasets")
     parser.add_argument("--weights", required=True, help="DeiT-Tiny weights, or hub")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=250, help="updates in all, over the five tasks")
+    parser.add_argument("--steps", type=int, default=300, help="updates in all, over the five tasks")
     parser.add_argument("--grid-steps", type=int, default=75)
     parser.add_argument("--grid", type=float, nargs="+", default=GRID)
     parser.add_argument("--variants", nargs="+", default=VARIANTS)
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", dest="overrides")
     arguments = parser.parse_args()
     for variant in arguments.variants:
-        scores = {}
-        for rate in arguments.grid:
+        scores = dict.fromkeys(arguments.grid, 0.0)
+        for rate in arguments.grid if len(arguments.grid) > 1 else []:
             folder = arguments.out / "grid" / f"{variant}_{rate:g}"
             train(arguments, variant, rate, arguments.grid_steps, folder, "train.test=false")
             scores[rate] = report.read(folder)["selected_mean_val_top1"]
@@ -47,7 +47,7 @@ def main() -> int:
 def train(arguments: argparse.Namespace, variant: str, rate: float, steps: int, folder: Path, *more: str
           ) -> None:
     steps = steps // TASKS if variant.startswith("stl") else steps  # there they are counted per task
-    scale = 5 if variant == "last" else 1  # a linear head wants more
+    scale = 10 if variant == "last" else 1  # a linear head wants more
     subprocess.run(
         [sys.executable, "tools/train.py", f"configs/deit_tiny_{variant}.yaml", "--run", folder, "--resume",
          f"data.root={arguments.data}", f"backbone.weights={arguments.weights}", "train.evaluate_every=0",
