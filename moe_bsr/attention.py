@@ -1,37 +1,106 @@
-"""Scaled dot-product attention whose backward is fast on CPUs in bf16.
+"""Scaled dot-product attention whose backward is fast, and small, on CPUs in bf16.
 
 torch's fused forward is kept, and with it its memory: queries, keys and values, never an N x N map. Its
-fused backward on a CPU is 2 to 5 times slower in bf16 than recomputing the map with matrix products
-(DeiT-Tiny, batch 32, one core with AMX, forward + backward: 197 tokens 48 -> 24 ms, 100 tokens 35 -> 7 ms,
-52 tokens 16 -> 3.5 ms). In float32, and on GPUs, the fused backward is the faster one and is used.
+fused backward on a CPU is 2 to 5 times slower in bf16 than recomputing the map with matrix products a few
+images at a time, so that the maps of a part stay in the cache (DeiT-S, batch 32, two cores with AMX:
+197 tokens 14 ms, 100 tokens 5 ms, 28 tokens 1.5 ms). In float32, and on GPUs, the fused backward is the
+faster one and is used.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+MAP_BYTES = 4 * 2**20  # of one attention map recomputed at once in the backward
 
-class _MatmulBackward(torch.autograd.Function):
+
+def images_at_once(batch: int, heads: int, tokens: int, element_size: int) -> int:
+    """Into how many images' maps the recomputation of a batch's attention is cut."""
+    return max(1, min(batch, MAP_BYTES // (heads * tokens * tokens * element_size)))
+
+
+def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, N, 3 H d) -> queries, keys, values, views of it, each (B, H, N, d)."""
+    batch, tokens, width = qkv.shape
+    return qkv.view(batch, tokens, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def join_heads(y: Tensor) -> Tensor:
+    """(B, H, N, d) -> (B, N, H d)."""
+    return y.transpose(1, 2).flatten(2)
+
+
+def class_row(qkv: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    """The class token's attention in float32: (probabilities, logits), each (B, H, 1, N)."""
+    with torch.autocast(qkv.device.type, enabled=False):
+        q, k, _ = split_heads(qkv, heads)
+        logits = (q[:, :, :1].float() * scale) @ k.float().transpose(-2, -1)
+        return logits.softmax(-1), logits
+
+
+class MatmulBackward(torch.autograd.Function):
+    """(B, N, 3 H d) projections -> attention (B, N, H d) and the class token's row; keeps the projections.
+
+    The row, (B, N) probabilities and logits, mean over heads, comes with `scores`; else None. Its gradient
+    is added to the queries' and keys' in place.
+    """
+
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        ctx.scale = scale
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    def forward(ctx, qkv: Tensor, heads: int, scale: float, scores: bool):
+        ctx.save_for_backward(qkv)
+        ctx.heads, ctx.scale = heads, scale
+        ctx.set_materialize_grads(False)
+        y = join_heads(F.scaled_dot_product_attention(*split_heads(qkv, heads), scale=scale))
+        if not scores:
+            return y, None, None
+        probabilities, logits = (row.mean(1).squeeze(1) for row in class_row(qkv, heads, scale))
+        ctx.mark_non_differentiable(logits)
+        return y, probabilities, logits
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        q, k, v = (t.contiguous() for t in ctx.saved_tensors)
-        grad, q = grad.contiguous(), q * ctx.scale
-        attention = (q @ k.transpose(-2, -1)).softmax(-1)
-        grad_v = attention.transpose(-2, -1) @ grad
-        grad_attention = grad @ v.transpose(-2, -1)
-        grad_logits = torch.ops.aten._softmax_backward_data(
-            grad_attention, attention, -1, attention.dtype)
-        return (grad_logits @ k) * ctx.scale, grad_logits.transpose(-2, -1) @ q, grad_v, None
+    def backward(ctx, grad: Tensor, grad_probabilities: Tensor | None, _: None):
+        (qkv,) = ctx.saved_tensors
+        batch, tokens, _ = qkv.shape
+        grad_qkv = torch.empty_like(qkv)
+        ins = [*split_heads(qkv, ctx.heads), grad.unflatten(2, (ctx.heads, -1)).transpose(1, 2)]
+        grads = split_heads(grad_qkv, ctx.heads)
+        step = images_at_once(batch, ctx.heads, tokens, qkv.element_size())
+        for first in range(0, batch, step):
+            part = slice(first, first + step)
+            q, k, v, g = (t[part].flatten(0, 1).contiguous() for t in ins)
+            q = q * ctx.scale
+            attention = torch.bmm(q, k.transpose(1, 2))
+            torch.softmax(attention, -1, out=attention)
+            grad_v = torch.bmm(attention.transpose(1, 2), g)
+            grad_logits = torch.ops.aten._softmax_backward_data(
+                torch.bmm(g, v.transpose(1, 2)), attention, -1, attention.dtype)
+            grad_q = torch.bmm(grad_logits, k).mul_(ctx.scale)
+            grad_k = torch.bmm(grad_logits.transpose(1, 2), q)
+            for whole, of_part in zip(grads, (grad_q, grad_k, grad_v), strict=True):
+                whole[part] = of_part.unflatten(0, (-1, ctx.heads))
+        if grad_probabilities is not None:
+            row, _ = class_row(qkv, ctx.heads, ctx.scale)
+            grad_row = (grad_probabilities / ctx.heads)[:, None, None, :].expand_as(row)
+            grad_row = ctx.scale * torch.ops.aten._softmax_backward_data(
+                grad_row, row, -1, row.dtype).to(qkv.dtype)
+            q, k, _ = ins[:3]
+            grads[0][:, :, :1] += grad_row @ k
+            grads[1].add_(grad_row.transpose(-2, -1) * q[:, :, :1])
+        return grad_qkv, None, None, None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """softmax(scale q k^T) v for (B, H, N, d) queries, keys and values; (B, H, N, d)."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
-        return _MatmulBackward.apply(q, k, v, scale)
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+def attention(qkv: Tensor, heads: int, scale: float, scores: bool = False, attached: bool = True
+              ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """softmax(scale q k^T) v of (B, N, 3 H d) projections, heads joined: (B, N, H d).
+
+    With `scores` also the class token's row of the attention, mean over heads: (B, N) probabilities
+    and logits, float32; None and None otherwise. Logits carry no gradient, probabilities if `attached`.
+    """
+    if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and torch.is_grad_enabled():
+        return MatmulBackward.apply(qkv, heads, scale, scores)
+    y = join_heads(F.scaled_dot_product_attention(*split_heads(qkv, heads), scale=scale))
+    if not scores:
+        return y, None, None
+    with torch.set_grad_enabled(attached and torch.is_grad_enabled()):
+        probabilities, logits = (row.mean(1).squeeze(1) for row in class_row(qkv, heads, scale))
+    return y, probabilities, logits.detach()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from moe_bsr.config import ConfigError, MachineConfig
 
@@ -34,6 +35,12 @@ class Machine:
         if self.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """A `MultitaskViT` on the device, its frozen matrices in the type they are computed in."""
+        if self.precision == "bf16":
+            model.keep_frozen_in(torch.bfloat16)
+        return model.to(self.device)
 
     def reset_peak(self) -> None:
         """Start a new measurement of the peak (Linux and CUDA; elsewhere it covers the process)."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from moe_bsr import backbone, block
 from moe_bsr.balance import Balance
 from moe_bsr.config import Config
 from moe_bsr.decisions import Decisions
+from moe_bsr.linear import compute_dtype, keep_in
 from moe_bsr.moe import MoE, start_error
 from moe_bsr.plan import embedding_trains, freeze, gradient_path_start, make_plan
 from moe_bsr.seeding import generator
@@ -93,6 +95,7 @@ class MultitaskViT(nn.Module):
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.embedding_trains):
             x = self.vit.norm_pre(self.vit.patch_drop(self.vit._pos_embed(self.vit.patch_embed(images))))
+            x = x.to(compute_dtype(x))
             patches = x.shape[1] - self.vit.num_prefix_tokens
             tokens = Tokens(x, torch.arange(patches, device=x.device).expand(len(x), -1))
             records: dict[int, block.Record] = {}
@@ -119,6 +122,14 @@ class MultitaskViT(nn.Module):
         if self.embedding_trains:
             return (id(self),)
         return self.backbone_sha256, self.path_start, tuple(self.plan[:self.path_start])
+
+    def keep_frozen_in(self, dtype: torch.dtype) -> None:
+        """Keep the frozen matrices of the blocks and the patch embedding in the compute dtype alone."""
+        keep_in(self.vit.patch_embed.proj, dtype)
+        for layer in self.vit.blocks:
+            mlp = [layer.mlp.fc1, layer.mlp.fc2] if isinstance(layer.mlp, Mlp) else []
+            for part in [layer.attn.qkv, layer.attn.proj, *mlp]:
+                keep_in(part, dtype)
 
     def commit(self, output: Output, task: str) -> None:
         """Fold a training micro-batch into the running statistics; once per micro-batch."""

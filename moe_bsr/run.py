@@ -93,7 +93,7 @@ def load(run: str | Path, checkpoint_name: str | int = "best", data_root: str | 
     average = tensors.get("average")
     if average:
         model.load_state_dict(average, strict=False)
-    return Loaded(run, config, dict.fromkeys(names, model.eval().to(machine.device)),
+    return Loaded(run, config, dict.fromkeys(names, machine.place(model.eval())),
                   make_pipeline(config, model), machine, names, state["step"],
                   "average" if average else "live", data_root)
 

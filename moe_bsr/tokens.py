@@ -55,26 +55,22 @@ def count_kept(candidates: int, keep: float) -> int:
     return max(1, math.ceil(round(keep * candidates, 6)))
 
 
-def cls_attention(q: Tensor, k: Tensor, scale: float, prefix: int, has_class_token: bool,
-                  chunk: int = 64) -> tuple[Tensor, Tensor]:
-    """Scores of the tokens after the prefix: (probabilities, logits), each (B, N - P) float32.
-
-    Only the class token's row of the attention is computed. Without a class token a token's score is
-    the mean attention it receives from all tokens, computed `chunk` queries at a time.
+def received_attention(q: Tensor, k: Tensor, scale: float, chunk: int = 64) -> tuple[Tensor, Tensor]:
+    """Mean attention each token receives from all: the score where there is no class token.
 
     Args:
-        q, k: (B, H, N, D/H) queries and keys as the attention uses them.
+        q, k: (B, H, N, d) queries and keys as the attention uses them, taken `chunk` queries at a time.
+    Returns:
+        (probabilities, logits), each (B, N) float32.
     """
     with torch.autocast(q.device.type, enabled=False):
         keys = k.float().transpose(-2, -1)
-        queries = q[:, :, :1] if has_class_token else q
         probabilities = logits = 0.0
-        for part in queries.float().split(chunk, dim=2):
+        for part in q.float().split(chunk, dim=2):
             row = (part * scale) @ keys
             probabilities = probabilities + row.softmax(-1).mean(1).sum(1)
             logits = logits + row.mean(1).sum(1)
-        rows = queries.shape[2]
-        return (probabilities / rows)[:, prefix:], (logits / rows)[:, prefix:]
+        return probabilities / q.shape[2], logits / q.shape[2]
 
 
 def select(scores: Tensor, kept: int) -> tuple[Tensor, Tensor]:
@@ -95,21 +91,54 @@ def take(x: Tensor, positions: Tensor) -> Tensor:
     return x[torch.arange(len(x), device=x.device).unsqueeze(1), positions]
 
 
-def drop(tokens: Tokens, q: Tensor, k: Tensor, *, scale: float, keep: float, prefix: int,
-         has_class_token: bool, config: TokensConfig, decisions: Decisions) -> tuple[Tokens, Dropped]:
+class Reduce(torch.autograd.Function):
+    """Kept tokens in their order and one weighted sum of the dropped ones, placed last.
+
+    (B, N, D) -> (B, P + K + 1, D), or without weights (B, P + K, D). Every token is kept or summed once,
+    so the backward writes each row of the gradient once. Of the tokens only the dropped are kept for it,
+    and these only if the weights need a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, kept: Tensor, dropped: Tensor, weights: Tensor | None, prefix: int) -> Tensor:
+        """kept (B, K), dropped (B, C - K): positions after the prefix; weights (B, C - K), of x's type."""
+        parts = [x[:, :prefix], take(x[:, prefix:], kept)]
+        away = None
+        if weights is not None:
+            away = take(x[:, prefix:], dropped)
+            parts.append(weights.unsqueeze(1) @ away)
+        ctx.save_for_backward(kept, dropped, weights, away if ctx.needs_input_grad[3] else None)
+        ctx.prefix, ctx.tokens = prefix, x.shape[1]
+        return torch.cat(parts, 1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        kept, dropped, weights, away = ctx.saved_tensors
+        batch, prefix = len(grad), ctx.prefix
+        grad_x = grad.new_empty(batch, ctx.tokens, grad.shape[2])
+        grad_x[:, :prefix] = grad[:, :prefix]
+        images = torch.arange(batch, device=grad.device).unsqueeze(1)
+        grad_x[images, prefix + kept] = grad[:, prefix:prefix + kept.shape[1]]
+        fused = grad[:, -1:]
+        grad_x[images, prefix + dropped] = 0.0 if weights is None else weights.unsqueeze(2) * fused
+        grad_weights = None if away is None else (away @ fused.transpose(1, 2)).squeeze(2)
+        return grad_x, None, None, grad_weights, None
+
+
+def drop(tokens: Tokens, probabilities: Tensor, logits: Tensor, *, keep: float, prefix: int,
+         config: TokensConfig, decisions: Decisions) -> tuple[Tokens, Dropped]:
     """Keep the best-scored tokens and fuse the rest into one, placed last (BSR section 4.1).
 
     Args:
-        tokens: N tokens after the attention. q, k: (B, H, N, D/H) of that attention.
+        tokens: N tokens after the attention. probabilities, logits: (B, N) float32 scores of them.
         keep: share of the candidates to keep, in (0, 1].
     Returns:
         The shorter stream and what was done. If everything would be kept, the stream unchanged.
     """
     x, origin = tokens.x, tokens.origin
-    # Ranking has no gradient: only the weights of the fused token need the scores in the graph.
-    attached = torch.is_grad_enabled() and config.fuse != "none" and not config.detach
-    with torch.set_grad_enabled(attached):
-        probabilities, logits = cls_attention(q, k, scale, prefix, has_class_token)
+    probabilities, logits = probabilities[:, prefix:], logits[:, prefix:]
+    if config.detach:
+        probabilities = probabilities.detach()
     protected = config.protect and tokens.fused
     candidates = origin.shape[1] - protected
     kept_count = count_kept(candidates, keep)
@@ -119,14 +148,15 @@ def drop(tokens: Tokens, q: Tensor, k: Tensor, *, scale: float, keep: float, pre
     ranking = probabilities if config.rank == "probabilities" else logits
     kept, dropped = decisions.once(
         "kept tokens", lambda: select(ranking[:, :candidates], kept_count))
-    patches = x[:, prefix:]
-    parts, origins = [x[:, :prefix], take(patches, kept)], [take(origin, kept)]
+    origins, weights = [take(origin, kept)], None
     if config.fuse != "none":
         weights = take(probabilities, dropped)
         if config.fuse == "normalised":
             weights = weights / weights.sum(1, keepdim=True)
-        fused = weights.to(x.dtype).unsqueeze(1) @ take(patches, dropped)
-        parts.append((fused + patches[:, -1:] if protected else fused).to(x.dtype))
         origins.append(torch.full_like(origin[:, :1], FUSED))
-    shorter = Tokens(torch.cat(parts, 1), torch.cat(origins, 1), config.fuse != "none")
-    return shorter, Dropped(origin, shorter.origin, probabilities.detach())
+    if protected:  # the fused token of an earlier drop, the last one, is added as it is
+        dropped = torch.cat([dropped, torch.full_like(dropped[:, :1], candidates)], 1)
+        weights = torch.cat([weights, torch.ones_like(weights[:, :1])], 1)
+    shorter = Reduce.apply(x, kept, dropped, None if weights is None else weights.to(x.dtype), prefix)
+    after = Tokens(shorter, torch.cat(origins, 1), weights is not None)
+    return after, Dropped(origin, after.origin, probabilities.detach())

@@ -4,46 +4,83 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from moe_bsr.attention import _MatmulBackward, attention
+from moe_bsr import attention as module
+from moe_bsr.attention import MatmulBackward, attention, join_heads, split_heads
+
+HEADS, SCALE = 3, 0.3
 
 
-def inputs(dtype: torch.dtype, tokens: int = 37) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(2, 3, tokens, 16, generator=generator).to(dtype) for _ in range(4)]
+def inputs(dtype: torch.dtype, tokens: int = 37) -> tuple[torch.Tensor, ...]:
+    """Projections, and gradients of the output and of the class token's probabilities."""
+    draw = torch.Generator().manual_seed(0)
+    return (torch.randn(4, tokens, 3 * HEADS * 16, generator=draw).to(dtype),
+            torch.randn(4, tokens, HEADS * 16, generator=draw).to(dtype),
+            torch.randn(4, tokens, generator=draw))
 
 
-def gradients(function, q, k, v, grad, scale: float = 0.3) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
-    y = function(*leaves, scale)
-    return y.detach(), torch.autograd.grad(y, leaves, grad)
+def gradients(function, qkv, grad, grad_row) -> list[torch.Tensor]:
+    """Output, class row's probabilities and logits, and the gradient of the projections."""
+    leaf = qkv.clone().requires_grad_()
+    y, row, logits = function(leaf, HEADS, SCALE, True)
+    torch.autograd.backward([y, row], [grad.to(y.dtype), grad_row.to(row.dtype)])
+    return [y.detach(), row.detach(), logits.detach(), leaf.grad]
 
 
-def written_out(q, k, v, scale):
-    return ((scale * q @ k.transpose(-2, -1)).softmax(-1)) @ v
+def written_out(qkv, heads, scale, scores):
+    q, k, v = split_heads(qkv, heads)
+    logits = scale * q @ k.transpose(-2, -1)
+    return (join_heads(logits.softmax(-1) @ v), logits.softmax(-1)[:, :, 0].mean(1), logits[:, :, 0].mean(1))
 
 
-def test_in_float32_value_and_gradients_are_the_softmaxs():
+@pytest.mark.parametrize("map_bytes", [1, 3 * 37 * 37 * 4 * 3, 2**22], ids=["one", "three", "all"])
+def test_in_float32_value_and_gradients_are_the_softmaxs(monkeypatch, map_bytes):
+    monkeypatch.setattr(module, "MAP_BYTES", map_bytes)
     tensors = inputs(torch.float32)
-    y, expected = gradients(written_out, *tensors)
-    got, grads = gradients(_MatmulBackward.apply, *tensors)
-    torch.testing.assert_close(got, y)
-    for have, want in zip(grads, expected, strict=True):
+    for have, want in zip(gradients(MatmulBackward.apply, *tensors), gradients(written_out, *tensors),
+                          strict=True):
+        torch.testing.assert_close(have, want)
+
+
+def test_the_plain_path_gives_the_same():
+    tensors = inputs(torch.float32)
+    for have, want in zip(gradients(attention, *tensors), gradients(written_out, *tensors), strict=True):
         torch.testing.assert_close(have, want)
 
 
 def test_in_bf16_it_is_as_near_to_float32_as_the_fused_backward():
-    tensors = inputs(torch.bfloat16)
-    _, expected = gradients(written_out, *[t.float() for t in tensors])
-    _, ours = gradients(attention, *tensors)
-    _, fused = gradients(lambda q, k, v, s: F.scaled_dot_product_attention(q, k, v, scale=s), *tensors)
-    for have, peer, want in zip(ours, fused, expected, strict=True):
-        assert (have.float() - want).norm() <= 1.5 * (peer.float() - want).norm() + 1e-3 * want.norm()
+    qkv, grad, _ = inputs(torch.bfloat16)
+    no_row = torch.zeros(4, 37)
+    *_, expected = gradients(written_out, qkv.float(), grad.float(), no_row)
+    *_, ours = gradients(attention, qkv, grad, no_row)
+    leaf = qkv.clone().requires_grad_()
+    join_heads(F.scaled_dot_product_attention(*split_heads(leaf, HEADS), scale=SCALE)).backward(grad)
+    error, peer = ((g.float() - expected).norm() for g in (ours, leaf.grad))
+    assert error <= 1.5 * peer + 1e-3 * expected.norm()
+
+
+def test_in_bf16_the_class_row_is_float32_and_its_gradient_arrives():
+    qkv, grad, grad_row = inputs(torch.bfloat16)
+    zero = torch.zeros_like(grad)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, row, logits, ours = gradients(attention, qkv, zero, grad_row)
+    _, want_row, want_logits, expected = gradients(written_out, qkv.float(), zero.float(), grad_row)
+    assert row.dtype == logits.dtype == torch.float32
+    torch.testing.assert_close(row, want_row)
+    torch.testing.assert_close(logits, want_logits)
+    assert (ours.float() - expected).norm() <= 0.01 * expected.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_map_of_tokens_by_tokens_is_kept(dtype):
     tokens, kept = 64, []
-    q, k, v, _ = inputs(dtype, tokens)
+    qkv, *_ = inputs(dtype, tokens)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
-        attention(q.requires_grad_(), k, v, 0.3)
+        attention(qkv.requires_grad_(), HEADS, SCALE)
     assert kept and all(shape[-2:] != (tokens, tokens) for shape in kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unattached_scores_have_no_gradient(dtype):
+    qkv, *_ = inputs(dtype)
+    _, row, logits = attention(qkv.float().requires_grad_(), HEADS, SCALE, True, attached=False)
+    assert not row.requires_grad and not logits.requires_grad

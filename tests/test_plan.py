@@ -169,9 +169,9 @@ def test_token_counts_are_what_dropping_leaves(tokens, prefix, keep, options):
     for block in plan:
         entering = stream.x.shape[1]
         if block.keep < 1:
-            q = k = torch.randn(1, 1, entering, 2)
-            stream, _ = drop(stream, q, k, scale=1.0, keep=block.keep, prefix=prefix,
-                             has_class_token=prefix > 0, config=config, decisions=Decisions())
+            scores = torch.rand(1, entering)
+            stream, _ = drop(stream, scores, scores, keep=block.keep, prefix=prefix, config=config,
+                             decisions=Decisions())
         expected.append((entering, stream.x.shape[1]))
     assert token_counts(plan, tokens, prefix, config.fuse != "none", config.protect) == expected
 

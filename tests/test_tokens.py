@@ -7,9 +7,10 @@ import pytest
 import torch
 from tiny_models import saved_for_backward
 
+from moe_bsr.attention import attention, join_heads
 from moe_bsr.config import TokensConfig
 from moe_bsr.decisions import Decisions
-from moe_bsr.tokens import FUSED, Tokens, cls_attention, count_kept, drop, select, take
+from moe_bsr.tokens import FUSED, Tokens, count_kept, drop, received_attention, select, take
 
 BATCH, HEADS, HEAD_WIDTH = 3, 2, 4
 WIDTH = HEADS * HEAD_WIDTH
@@ -58,9 +59,17 @@ def reference_drop(x, q, k, origin, fused, keep, prefix, has_class_token, config
     return torch.stack(streams), torch.tensor(origins), scores
 
 
+def scores(q, k, has_class_token, attached=True, scale=SCALE):
+    if not has_class_token:
+        return received_attention(q, k, scale)
+    qkv = torch.cat([join_heads(t) for t in (q, k, k)], -1)
+    return attention(qkv, q.shape[1], scale, True, attached)[1:]
+
+
 def dropped_stream(x, q, k, origin, fused, keep, prefix, has_class_token, config, decisions=None):
-    return drop(Tokens(x, origin, fused), q, k, scale=SCALE, keep=keep, prefix=prefix,
-                has_class_token=has_class_token, config=config, decisions=decisions or Decisions())
+    attached = config.fuse != "none" and not config.detach
+    return drop(Tokens(x, origin, fused), *scores(q, k, has_class_token, attached), keep=keep,
+                prefix=prefix, config=config, decisions=decisions or Decisions())
 
 
 OPTIONS = [TokensConfig(fuse=fuse, detach=detach, protect=protect, rank=rank)
@@ -133,15 +142,14 @@ def test_ranking_by_logits_is_another_ranking_but_fuses_probabilities():
     k = logits.view(1, 2, 5, 1)
     x = torch.randn(1, 5, 2, generator=torch.Generator().manual_seed(0))
     origin = torch.arange(4).view(1, 4)
-    scores = logits.softmax(-1).mean(0)[1:]
+    weights = logits.softmax(-1).mean(0)[1:]
     kept = {}
     for rank in ("probabilities", "logits"):
-        tokens, _ = drop(Tokens(x, origin), q, k, scale=1.0, keep=0.5, prefix=1,
-                         has_class_token=True, config=TokensConfig(rank=rank),
-                         decisions=Decisions())
+        tokens, _ = drop(Tokens(x, origin), *scores(q, k, True, scale=1.0), keep=0.5, prefix=1,
+                         config=TokensConfig(rank=rank), decisions=Decisions())
         kept[rank] = tokens.origin[0, :-1].tolist()
         lost = [i for i in range(4) if i not in kept[rank]]
-        expected = sum(scores[i] * x[0, 1 + i] for i in lost)
+        expected = sum(weights[i] * x[0, 1 + i] for i in lost)
         torch.testing.assert_close(tokens.x[0, -1], expected)
     assert kept == {"probabilities": [0, 2], "logits": [0, 1]}
 
@@ -165,8 +173,8 @@ def test_three_drops_of_197_tokens(config, counts):
     for step in range(3):
         q, k = torch.randn(2, 2, HEADS, tokens.x.shape[1], HEAD_WIDTH,
                            generator=torch.Generator().manual_seed(step))
-        tokens, _ = drop(tokens, q, k, scale=SCALE, keep=0.5, prefix=1, has_class_token=True,
-                         config=config, decisions=Decisions())
+        tokens, _ = drop(tokens, *scores(q, k, True), keep=0.5, prefix=1, config=config,
+                         decisions=Decisions())
         seen.append(tokens.x.shape[1])
         patches = [i for i in tokens.origin[0].tolist() if i != FUSED]
         assert patches == sorted(set(patches)), "kept patches in their order, each once"
@@ -178,8 +186,8 @@ def test_three_drops_of_197_tokens(config, counts):
 def test_when_all_would_be_kept_the_stream_stays(candidates, keep):
     x, q, k, origin = inputs(1 + candidates, 1)
     before = Tokens(x, origin, True)
-    after, record = drop(before, q, k, scale=SCALE, keep=keep, prefix=1, has_class_token=True,
-                         config=TokensConfig(), decisions=Decisions())
+    after, record = drop(before, *scores(q, k, True), keep=keep, prefix=1, config=TokensConfig(),
+                         decisions=Decisions())
     assert after is before and torch.equal(record.origin, origin)
     assert record.scores.shape == origin.shape
 
@@ -207,19 +215,19 @@ def test_register_tokens_are_never_dropped_nor_scored():
 def test_without_a_class_token_a_score_is_the_mean_attention_received(chunk):
     x, q, k, _ = inputs(12, 2)
     logits = SCALE * torch.einsum("bhnd,bhmd->bhnm", q, k)
-    probabilities, raw = cls_attention(q, k, SCALE, 2, False, chunk=chunk)
-    torch.testing.assert_close(probabilities, logits.softmax(-1).mean((1, 2))[:, 2:])
-    torch.testing.assert_close(raw, logits.mean((1, 2))[:, 2:])
+    probabilities, raw = received_attention(q, k, SCALE, chunk=chunk)
+    torch.testing.assert_close(probabilities, logits.softmax(-1).mean((1, 2)))
+    torch.testing.assert_close(raw, logits.mean((1, 2)))
 
 
 def test_scores_are_float32_under_autocast_and_the_stream_keeps_its_type():
     x, q, k, origin = inputs(10, 1)
-    expected = cls_attention(q.bfloat16().float(), k.bfloat16().float(), SCALE, 1, True)
+    expected = scores(q.bfloat16().float(), k.bfloat16().float(), True)
     with torch.autocast("cpu", torch.bfloat16):
-        scores = cls_attention(q.bfloat16(), k.bfloat16(), SCALE, 1, True)
+        given = scores(q.bfloat16(), k.bfloat16(), True)
         tokens, _ = dropped_stream(x, q, k, origin, False, 0.5, 1, True, TokensConfig())
     assert all(torch.equal(a, b) and a.dtype == torch.float32
-               for a, b in zip(scores, expected, strict=True))
+               for a, b in zip(given, expected, strict=True))
     assert tokens.x.dtype == x.dtype
 
 
@@ -268,8 +276,9 @@ def test_take_keeps_the_positions_and_not_its_source():
                          ids=["none", "detach"])
 def test_without_gradient_through_the_scores_nothing_of_the_attention_is_kept(config):
     x, q, k, origin = (t.requires_grad_() if t.is_floating_point() else t for t in inputs(12, 1))
-    saved = saved_for_backward(
-        lambda: dropped_stream(x, q, k, origin, False, 0.5, 1, True, config))
+    given = scores(q, k, True, attached=False)
+    saved = saved_for_backward(lambda: drop(Tokens(x, origin), *given, keep=0.5, prefix=1, config=config,
+                                            decisions=Decisions()))
     kept_whole = [t for t in saved if t.untyped_storage().data_ptr() in
                   {s.untyped_storage().data_ptr() for s in (x, q, k)}]
     assert not kept_whole
