@@ -25,12 +25,19 @@ def keep_in(layer: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-class _OneDnnLinear(torch.autograd.Function):
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weight^T + bias of operands of one type, by the fastest kernel; outside of autograd."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         needs_x, needs_weight, ctx.needs_bias = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -44,9 +51,25 @@ class _OneDnnLinear(torch.autograd.Function):
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """(..., in) -> (..., out) in the compute dtype."""
     dtype = compute_dtype(x)
-    weight, bias = layer.weight.to(dtype), layer.bias
-    bias = None if bias is None else bias.to(dtype)
-    x = x.to(dtype)
-    if dtype == torch.bfloat16 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        return _OneDnnLinear.apply(x, weight, bias)
-    return F.linear(x, weight, bias)
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    return _Linear.apply(x.to(dtype), layer.weight.to(dtype), bias)
+
+
+class _Float32Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.dtype = x.dtype
+        return F.linear(x.float(), weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        return ((grad @ weight).to(ctx.dtype) if ctx.needs_input_grad[0] else None,
+                None if x is None else grad.t() @ x.float())
+
+
+def float32_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T of (T, in) in float32 whatever the type of x, which is kept as it came."""
+    with torch.autocast(x.device.type, enabled=False):
+        return _Float32Linear.apply(x, weight)

@@ -7,6 +7,7 @@ class token included, is routed on its own to its top-k experts; nothing is drop
     R rows of the experts' batch, grouped by expert: T * K and padding
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from moe_bsr.config import MoEConfig, require
 from moe_bsr.decisions import Decisions
+from moe_bsr.linear import compute_dtype, float32_linear, product
 from moe_bsr.seeding import generator
 
 TASK_EMBEDDING = 64
@@ -51,8 +53,7 @@ class PerTaskRouter(nn.Module):
             for task in tasks})
 
     def forward(self, x: Tensor, task: str) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.weight[task])
+        return float32_linear(x, self.weight[task])
 
 
 class TaskConditionedRouter(nn.Module):
@@ -80,7 +81,7 @@ class TaskConditionedRouter(nn.Module):
             one_hot = torch.zeros(len(self.tasks), device=x.device)
             one_hot[self.tasks.index(task)] = 1.0
             of_token, of_task = self.weight.split((x.shape[-1], TASK_EMBEDDING), dim=1)
-            return F.linear(x.float(), of_token) + F.linear(self.embed(one_hot), of_task)
+            return float32_linear(x, of_token) + F.linear(self.embed(one_hot), of_task)
 
 
 ROUTERS = {"per_task": PerTaskRouter, "task_conditioned": TaskConditionedRouter}
@@ -147,6 +148,79 @@ class Combine(torch.autograd.Function):
         return grad_rows, grad_gates, None
 
 
+class ExpertLoop(torch.autograd.Function):
+    """Dispatch, experts and combine, one expert after the other. (T, D), (T, K) -> (T, D).
+
+    It keeps the tokens, each row's hidden values before the activation and each row's output (for the
+    gates); rows are gathered and activations computed again. Master weights are cast expert by expert;
+    the copies are kept for the backward, for casting costs as much time as a small expert's product.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gates: Tensor, slot: Tensor, token: Tensor, counts: list[int],
+                act: nn.Module, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
+        rows, kept = x.new_empty(len(token), x.shape[1]), []
+        keeps = any(ctx.needs_input_grad)
+        for expert, of_expert, tokens in _parts(token, counts):
+            (first, bias1), (second, bias2) = _cast(x, w1, b1, expert), _cast(x, w2, b2, expert)
+            before = product(x.index_select(0, tokens), first, bias1)
+            rows[of_expert] = product(act(before), second, bias2)
+            if keeps:
+                kept += [before, first, second]
+        ctx.save_for_backward(x, gates, slot, token, rows, w1, b1, w2, b2, *kept)
+        ctx.counts, ctx.act = counts, act
+        return _combine(rows, gates, slot)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, gates, slot, token, rows, w1, b1, w2, b2, *kept = ctx.saved_tensors
+        grad = grad.to(x.dtype)
+        by_token = rows.index_select(0, slot).view(*gates.shape, -1)
+        grad_gates = (by_token @ grad.unsqueeze(2)).squeeze(2).to(gates.dtype)
+        del by_token
+        gate_of_row = grad.new_zeros(len(token)).scatter(0, slot, gates.flatten().to(x.dtype)).unsqueeze(1)
+        grad_rows = torch.empty_like(rows)
+        grads = [None if p is None else torch.empty_like(p) for p in (w1, b1, w2, b2)]
+        for unused in (expert for expert, count in enumerate(ctx.counts) if not count):
+            for whole in grads:
+                if whole is not None:
+                    whole[unused] = 0.0
+        for place, (expert, of_expert, tokens) in enumerate(_parts(token, ctx.counts)):
+            before, first, second = kept[3 * place:3 * place + 3]
+            with torch.enable_grad():
+                before = before.detach().requires_grad_()
+                after = ctx.act(before)
+            out = grad.index_select(0, tokens).mul_(gate_of_row[of_expert])
+            (back,) = torch.autograd.grad(after, before, out @ second)
+            grads[2][expert] = out.t() @ after.detach()
+            grads[0][expert] = back.t() @ x.index_select(0, tokens)
+            for bias, summed in ((grads[1], back), (grads[3], out)):
+                if bias is not None:
+                    bias[expert] = summed.sum(0)
+            torch.mm(back, first, out=grad_rows[of_expert])
+        grad_x = grad_rows.index_select(0, slot).view(*gates.shape, -1).sum(1)
+        return grad_x, grad_gates, None, None, None, None, *grads
+
+
+def _combine(rows: Tensor, gates: Tensor, slot: Tensor) -> Tensor:
+    """Gate-weighted sum of each token's rows. (R, D), (T, K) -> (T, D)."""
+    by_token = rows.index_select(0, slot).view(*gates.shape, -1)
+    return (gates.to(rows.dtype).unsqueeze(1) @ by_token).squeeze(1)
+
+
+def _parts(token: Tensor, counts: list[int]) -> Iterator[tuple[int, slice, Tensor]]:
+    """(expert, its rows, the tokens of its rows) for each expert that has any."""
+    first = 0
+    for expert, count in enumerate(counts):
+        if count:
+            yield expert, slice(first, first + count), token[first:first + count]
+        first += count
+
+
+def _cast(x: Tensor, weight: Tensor, bias: Tensor | None, expert: int) -> tuple[Tensor, Tensor | None]:
+    return weight[expert].to(x.dtype), None if bias is None else bias[expert].to(x.dtype)
+
+
 class Experts(nn.Module):
     """E independent two-layer MLPs, their parameters stacked; input rows come sorted by expert."""
 
@@ -174,33 +248,22 @@ class Experts(nn.Module):
         self.act = mlp.act
         self.engine = config.engine
 
-    def prepare(self, x: Tensor) -> tuple[Tensor, int]:
-        """The tokens in the type the experts compute in, and the multiple to pad their rows to.
-
-        In bf16 on a CPU every new matrix shape costs oneDNN a compilation, ten times the product of 800
-        rows itself; padded to multiples of 64 the row counts soon repeat.
-        """
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
-        return x, 64 if device == "cpu" and x.dtype == torch.bfloat16 else 1
-
-    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """(R, D) rows grouped by expert, (E,) int64 rows of each expert -> (R, D)."""
-        aligned = all(size * rows.element_size() % 16 == 0 for size in self.fc1_weight.shape[1:])
+    def forward(self, x: Tensor, gates: Tensor, chosen: Tensor) -> Tensor:
+        """Gate-weighted sum of each token's chosen experts: (T, D), (T, K) float32, (T, K) int64 -> (T, D)."""
+        x = x.to(compute_dtype(x))
+        parameters = [self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias]
+        aligned = all(size * x.element_size() % 16 == 0 for size in self.fc1_weight.shape[1:])
         if self.engine == "grouped":
             require(aligned, "moe.engine", "grouped", f"experts of {tuple(self.fc1_weight.shape[1:])} in "
-                    f"{rows.dtype} are no multiples of 16 bytes; use loop")
-        grouped = rows.is_cuda and aligned if self.engine == "auto" else self.engine == "grouped"
-        return self._grouped(rows, counts) if grouped else self._loop(rows, counts)
-
-    def _loop(self, rows: Tensor, counts: Tensor) -> Tensor:
-        # unbind once: indexing the stack inside the loop would zero-fill all of it in every backward.
-        parts = [rows.split(counts.tolist())]
-        for parameter in (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias):
-            parts.append([None] * len(counts) if parameter is None else parameter.unbind(0))
-        return torch.cat([F.linear(self.act(F.linear(x, w1, b1)), w2, b2)
-                          for x, w1, b1, w2, b2 in zip(*parts, strict=True) if len(x)])
+                    f"{x.dtype} are no multiples of 16 bytes; use loop")
+        grouped = x.is_cuda and aligned if self.engine == "auto" else self.engine == "grouped"
+        # In bf16 on a CPU every new matrix shape costs oneDNN a compilation, ten times the product of 800
+        # rows itself; padded to multiples of 64 the row counts soon repeat.
+        padded = x.device.type == "cpu" and x.dtype == torch.bfloat16
+        slot, token, counts = plan_rows(chosen, len(self.fc1_weight), 64 if padded else 1)
+        if not grouped:
+            return ExpertLoop.apply(x, gates, slot, token, counts.tolist(), self.act, *parameters)
+        return Combine.apply(self._grouped(Dispatch.apply(x, slot, token), counts), gates, slot)
 
     def _grouped(self, rows: Tensor, counts: Tensor) -> Tensor:
         ends = counts.cumsum(0).to(torch.int32)
@@ -242,10 +305,7 @@ class MoE(nn.Module):
         """
         flat = x.reshape(-1, x.shape[-1])
         routing = self.route(flat, task, decisions, noise_key)
-        inputs, multiple = self.experts.prepare(flat)
-        slot, token, counts = plan_rows(routing.experts, len(routing.importance), multiple)
-        rows = self.experts(Dispatch.apply(inputs, slot, token), counts)
-        y = Combine.apply(rows, routing.gates, slot)
+        y = self.experts(flat, routing.gates, routing.experts)
         for name in ("experts", "gates", "probabilities"):
             value = getattr(routing, name)
             setattr(routing, name, value.view(*x.shape[:2], value.shape[-1]))
