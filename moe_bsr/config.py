@@ -21,6 +21,8 @@ from moe_bsr.strict import ConfigError, convert, parse, read_tree, require, set_
 RESERVED = ("clear", "copy", "forward", "get", "items", "keys", "pop", "training", "train", "type",
             "update", "values")
 
+Storage = Literal["exact", "bf16", "int8", "recompute", "recompute_int8"]
+
 
 @dataclass(kw_only=True, slots=True)
 class BackboneConfig:
@@ -181,7 +183,7 @@ class Config:
     tasks: list[str] = field(
         default_factory=lambda: ["shapes", "textures", "glyphs", "petals", "fractals"])
     seed: int = 0
-    storage: Literal["exact", "recompute"] = "exact"
+    storage: Storage | dict[Storage, list[int]] = "exact"
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     tokens: TokensConfig = field(default_factory=TokensConfig)

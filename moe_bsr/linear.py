@@ -33,15 +33,20 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
+    """Saved for backward: the input, if the weight trains. A cast weight is held beside it: a storage may
+    treat what is saved as activations."""
+
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         needs_x, needs_weight, ctx.needs_bias = ctx.needs_input_grad
-        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
-        return product(x, weight, bias)
+        copy = weight.to(x.dtype)
+        ctx.save_for_backward(x if needs_weight else None)
+        ctx.weight = copy if needs_x else None
+        return product(x, copy, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, weight = ctx.saved_tensors
+        (x,), weight = ctx.saved_tensors, ctx.weight
         flat = grad.flatten(0, -2)
         return (None if weight is None else (flat @ weight).view(*grad.shape[:-1], -1),
                 None if x is None else flat.t() @ x.flatten(0, -2),
@@ -50,9 +55,7 @@ class _Linear(torch.autograd.Function):
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """(..., in) -> (..., out) in the compute dtype."""
-    dtype = compute_dtype(x)
-    bias = None if layer.bias is None else layer.bias.to(dtype)
-    return _Linear.apply(x.to(dtype), layer.weight.to(dtype), bias)
+    return _Linear.apply(x.to(compute_dtype(x)), layer.weight, layer.bias)
 
 
 class _Float32Linear(torch.autograd.Function):

@@ -159,21 +159,22 @@ class ExpertLoop(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, gates: Tensor, slot: Tensor, token: Tensor, counts: list[int],
                 act: nn.Module, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
-        rows, kept = x.new_empty(len(token), x.shape[1]), []
+        rows, hidden, copies = x.new_empty(len(token), x.shape[1]), [], []
         keeps = any(ctx.needs_input_grad)
         for expert, of_expert, tokens in _parts(token, counts):
             (first, bias1), (second, bias2) = _cast(x, w1, b1, expert), _cast(x, w2, b2, expert)
             before = product(x.index_select(0, tokens), first, bias1)
             rows[of_expert] = product(act(before), second, bias2)
             if keeps:
-                kept += [before, first, second]
-        ctx.save_for_backward(x, gates, slot, token, rows, w1, b1, w2, b2, *kept)
-        ctx.counts, ctx.act = counts, act
+                hidden.append(before)
+                copies.append((first, second))
+        ctx.save_for_backward(x, gates, slot, token, rows, w1, b1, w2, b2, *hidden)
+        ctx.counts, ctx.act, ctx.copies = counts, act, copies
         return _combine(rows, gates, slot)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, gates, slot, token, rows, w1, b1, w2, b2, *kept = ctx.saved_tensors
+        x, gates, slot, token, rows, w1, b1, w2, b2, *hidden = ctx.saved_tensors
         grad = grad.to(x.dtype)
         by_token = rows.index_select(0, slot).view(*gates.shape, -1)
         grad_gates = (by_token @ grad.unsqueeze(2)).squeeze(2).to(gates.dtype)
@@ -186,7 +187,7 @@ class ExpertLoop(torch.autograd.Function):
                 if whole is not None:
                     whole[unused] = 0.0
         for place, (expert, of_expert, tokens) in enumerate(_parts(token, ctx.counts)):
-            before, first, second = kept[3 * place:3 * place + 3]
+            before, (first, second) = hidden[place], ctx.copies[place]
             with torch.enable_grad():
                 before = before.detach().requires_grad_()
                 after = ctx.act(before)

@@ -18,7 +18,7 @@ from moe_bsr.config import Config
 from moe_bsr.decisions import Decisions
 from moe_bsr.linear import compute_dtype, keep_in
 from moe_bsr.moe import MoE, start_error
-from moe_bsr.plan import embedding_trains, freeze, gradient_path_start, make_plan
+from moe_bsr.plan import block_storages, embedding_trains, freeze, gradient_path_start, make_plan
 from moe_bsr.seeding import generator
 from moe_bsr.storage import STORAGES
 from moe_bsr.tokens import Tokens
@@ -56,8 +56,8 @@ class MultitaskViT(nn.Module):
         self.vit = vit
         self.backbone_sha256 = backbone.digest(vit.state_dict()) if _has_values(vit) else ""
         self.tokens_config = config.tokens
-        self.storage = STORAGES[config.storage]
         self.plan = make_plan(config.plan, len(vit.blocks))
+        self.storages = block_storages(config.storage, len(vit.blocks))
         self.tasks = list(classes)
         self.start_errors: dict[int, float] = {}
         for index in config.plan.experts:
@@ -148,8 +148,11 @@ class MultitaskViT(nn.Module):
             block.forward, self.vit.blocks[index], plan=self.plan[index], config=self.tokens_config,
             prefix=self.vit.num_prefix_tokens, has_class_token=self.vit.has_class_token, task=task,
             decisions=Decisions(), noise_key=noise_key)
-        storage = self.storage if torch.is_grad_enabled() else STORAGES["exact"]
-        tokens, record = storage(run, tokens)
+        if torch.is_grad_enabled():
+            trained = [p for p in self.vit.blocks[index].parameters() if p.requires_grad]
+            tokens, record = STORAGES[self.storages[index]](run, tokens, trained)
+        else:
+            tokens, record = run(tokens)
         if record.dropped is not None or record.routing is not None:
             records[index] = record
         return tokens

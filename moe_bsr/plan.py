@@ -40,6 +40,26 @@ def make_plan(config: PlanConfig, depth: int) -> list[BlockPlan]:
             for i in range(depth)]
 
 
+def block_storages(config: str | dict[str, list[int]], depth: int) -> list[str]:
+    """The name of each block's storage: one for all, or those named and "exact" for the others.
+
+    Raises:
+        ConfigError: an index outside 0..depth-1, or a block named twice.
+    """
+    if isinstance(config, str):
+        return [config] * depth
+    storages = ["exact"] * depth
+    named = [i for blocks in config.values() for i in blocks]
+    outside = [i for i in named if not 0 <= i < depth]
+    require(not outside, "storage", config, f"{outside} outside the backbone's blocks 0 to {depth - 1} "
+            "(counted from 0)")
+    require(len(set(named)) == len(named), "storage", config, "each block once")
+    for name, blocks in config.items():
+        for index in blocks:
+            storages[index] = name
+    return storages
+
+
 def freeze(vit: nn.Module, config: PlanConfig) -> None:
     """Set requires_grad of a timm VisionTransformer's parameters as the plan says.
 

@@ -95,7 +95,7 @@ def convert(value: Any, hint: Any, key: str) -> Any:
     elif origin is list and isinstance(value, (list, tuple)):
         return [convert(item, arguments[0], f"{key}[{i}]") for i, item in enumerate(value)]
     elif origin is dict and isinstance(value, dict):
-        return {k: convert(v, arguments[1], f"{key}.{k}") for k, v in value.items()}
+        return {convert(k, arguments[0], key): convert(v, arguments[1], f"{key}.{k}") for k, v in value.items()}
     elif hint is types.NoneType and value is None:
         return None
     elif hint is float and isinstance(value, str) and _is_number(value):

@@ -4,5 +4,5 @@ from moe_bsr.storage import register
 
 
 @register("exact")
-def run(forward, tokens):
+def run(forward, tokens, parameters):
     return forward(tokens)
