@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe_bsr.ledger import ROW, Backward, Held, Ledger
+
 MAP_BYTES = 4 * 2**20  # of one attention map recomputed at once in the backward
 
 
@@ -34,8 +36,21 @@ def class_row(qkv: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
     """The class token's attention in float32: (probabilities, logits), each (B, H, 1, N)."""
     with torch.autocast(qkv.device.type, enabled=False):
         q, k, _ = split_heads(qkv, heads)
-        logits = (q[:, :, :1].float() * scale) @ k.float().transpose(-2, -1)
+        # Not as a matrix product, which would lay out, and keep, a second copy of the keys.
+        logits = ((q[:, :, :1].float() * scale) * k).sum(-1, dtype=torch.float32).unsqueeze(2)
         return logits.softmax(-1), logits
+
+
+def _images_backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scale: float
+                     ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of some images' queries, keys and values, all (images x H, N, d)."""
+    q = q * scale
+    attention = torch.bmm(q, k.transpose(1, 2))
+    torch.softmax(attention, -1, out=attention)
+    grad_v = torch.bmm(attention.transpose(1, 2), grad)
+    grad_logits = torch.ops.aten._softmax_backward_data(
+        torch.bmm(grad, v.transpose(1, 2)), attention, -1, attention.dtype)
+    return torch.bmm(grad_logits, k).mul_(scale), torch.bmm(grad_logits.transpose(1, 2), q), grad_v
 
 
 class MatmulBackward(torch.autograd.Function):
@@ -67,17 +82,10 @@ class MatmulBackward(torch.autograd.Function):
         step = images_at_once(batch, ctx.heads, tokens, qkv.element_size())
         for first in range(0, batch, step):
             part = slice(first, first + step)
-            q, k, v, g = (t[part].flatten(0, 1).contiguous() for t in ins)
-            q = q * ctx.scale
-            attention = torch.bmm(q, k.transpose(1, 2))
-            torch.softmax(attention, -1, out=attention)
-            grad_v = torch.bmm(attention.transpose(1, 2), g)
-            grad_logits = torch.ops.aten._softmax_backward_data(
-                torch.bmm(g, v.transpose(1, 2)), attention, -1, attention.dtype)
-            grad_q = torch.bmm(grad_logits, k).mul_(ctx.scale)
-            grad_k = torch.bmm(grad_logits.transpose(1, 2), q)
-            for whole, of_part in zip(grads, (grad_q, grad_k, grad_v), strict=True):
+            found = _images_backward(*(t[part].flatten(0, 1).contiguous() for t in ins), ctx.scale)
+            for whole, of_part in zip(grads, found, strict=True):
                 whole[part] = of_part.unflatten(0, (-1, ctx.heads))
+            del found, of_part
         if grad_probabilities is not None:
             row, _ = class_row(qkv, ctx.heads, ctx.scale)
             grad_row = (grad_probabilities / ctx.heads)[:, None, None, :].expand_as(row)
@@ -104,3 +112,68 @@ def attention(qkv: Tensor, heads: int, scale: float, scores: bool = False, attac
     with torch.set_grad_enabled(attached and torch.is_grad_enabled()):
         probabilities, logits = (row.mean(1).squeeze(1) for row in class_row(qkv, heads, scale))
     return y, probabilities, logits.detach()
+
+
+def attention_bytes(ledger: Ledger, qkv: Held, batch: int, heads: int, tokens: int, width: int, *,
+                    scores: bool, attached: bool) -> tuple[Held, Held | None, Backward]:
+    """Kept: the projections; in float32 also the output and a log-sum per row and head.
+
+    Returns the output, the scores (probabilities and logits, mean over heads) and the backward.
+    """
+    stream = batch * tokens * width  # elements
+    rows, size = batch * heads * tokens * ROW, ledger.size
+    y, sums = ledger.make(stream * size), ledger.make(rows, packable=False)
+    ledger.scratch(_fused_scratch(ledger, stream, tokens, width // heads))
+    given, row = None, None
+    if scores:
+        ledger.scratch(stream * ROW)
+        row = ledger.make(rows, packable=False)
+        ledger.scratch(rows)
+        given = ledger.make(2 * batch * tokens * ROW, packable=False)
+    ledger.save(qkv, "queries, keys, values")
+    plain = size == 4
+    if plain:
+        # Packed, this is another tensor than the output's, which has its heads joined.
+        apart = y if ledger.pack is None else Held(y.bytes, True)
+        apart.held = apart is y
+        ledger.save(apart, "attention outputs")
+        ledger.save(sums, "attention sums")
+        if row is not None and attached:
+            ledger.save(row, "class rows")
+    ledger.free(sums, row)
+
+    def backward(grad: Held) -> Held:
+        ledger.restore(qkv)
+        if plain:
+            ledger.restore(apart)
+            parts = [ledger.make(stream * size) for _ in range(3)]
+            ledger.release(apart)
+            ledger.release(sums)
+            ledger.free(grad)
+            out = ledger.make(3 * stream * size)
+            ledger.free(*parts)
+            if row is not None and attached:  # its own way back through the projections' views
+                of_row = [ledger.make(stream * size) for _ in range(2)]
+                second = ledger.make(3 * stream * size)
+                ledger.free(*of_row, second)
+                ledger.release(row)
+        else:
+            out = ledger.make(3 * stream * size)
+            step = images_at_once(batch, heads, tokens, size)
+            ledger.scratch(step * max(5 * tokens * width + 3 * heads * tokens * tokens,
+                                      7 * tokens * width + 2 * heads * tokens * tokens) * size)
+            if scores and attached:
+                ledger.scratch(stream * ROW + 3 * rows)
+            ledger.free(grad)
+        ledger.release(qkv)
+        return out
+
+    return y, given, backward
+
+
+def _fused_scratch(ledger: Ledger, stream: int, tokens: int, head_width: int) -> int:
+    """Of torch's fused kernel on a CPU: blocks of the map per thread; in bf16 keys and values packed."""
+    block = min(tokens, 256 if tokens >= 768 else 64 if tokens >= 192 else 32)
+    keys = min(tokens, 512)
+    scratch = ledger.threads * block * (keys + 2 + head_width) * ROW
+    return scratch if ledger.size == 4 else scratch + ledger.threads * block * 4 * keys + 2 * stream * ledger.size

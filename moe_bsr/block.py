@@ -11,13 +11,14 @@ from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from moe_bsr.attention import attention, join_heads, split_heads
+from moe_bsr.attention import attention, attention_bytes, join_heads, split_heads
 from moe_bsr.config import TokensConfig
 from moe_bsr.decisions import Decisions
-from moe_bsr.linear import linear
-from moe_bsr.moe import MoE, Routing
+from moe_bsr.ledger import INDEX, ROW, Backward, Held, Ledger, add_bytes, norm_bytes
+from moe_bsr.linear import linear, linear_bytes
+from moe_bsr.moe import MoE, Routing, moe_bytes
 from moe_bsr.plan import BlockPlan
-from moe_bsr.tokens import Dropped, Tokens, drop, received_attention
+from moe_bsr.tokens import Dropped, Tokens, drop, drop_bytes, received_attention
 
 
 @dataclass(slots=True)
@@ -43,22 +44,39 @@ def forward(block: Block, tokens: Tokens, *, plan: BlockPlan, config: TokensConf
         decisions: kept tokens, experts and gate noise: made here at first, replayed ever after.
     """
     record = Record()
-    hidden = block.norm1(tokens.x)
-    qkv = project(block.attn, hidden)
     attached = config.fuse != "none" and not config.detach  # only the fused token's weights have a gradient
-    hidden, *scores = attend(block.attn, hidden, qkv, plan.keep < 1, has_class_token, attached)
+    hidden, *scores = attend(block.attn, block.norm1(tokens.x), plan.keep < 1, has_class_token, attached)
     x = tokens.x + block.drop_path1(block.ls1(hidden))
     tokens = Tokens(x, tokens.origin, tokens.fused)
+    del hidden, x  # or they would live through the FFN, the widest part
     if plan.keep < 1:
         tokens, record.dropped = drop(tokens, *scores, keep=plan.keep, prefix=prefix, config=config,
                                       decisions=decisions)
-    hidden = block.norm2(tokens.x)
     if isinstance(block.mlp, MoE):
-        hidden, record.routing = block.mlp(hidden, task, decisions, noise_key)
+        hidden, record.routing = block.mlp(block.norm2(tokens.x), task, decisions, noise_key)
     else:
-        hidden = feed_forward(block.mlp, hidden)
+        hidden = feed_forward(block.mlp, block.norm2(tokens.x))
     x = tokens.x + block.drop_path2(block.ls2(hidden))
     return Tokens(x, tokens.origin, tokens.fused), record
+
+
+def attend(layer: Attention, hidden: Tensor, scores: bool, has_class_token: bool, attached: bool
+           ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Attention over all tokens, (B, N, D), and if wanted the scores of the tokens: no N x N map is kept.
+
+    Scores are (B, N) probabilities and logits: the class token's attention, or without a class token
+    the mean attention received.
+    """
+    qkv = project(layer, hidden)
+    y, *given = attention(qkv, layer.num_heads, layer.scale, scores and has_class_token, attached)
+    if scores and not has_class_token:
+        with torch.set_grad_enabled(attached and torch.is_grad_enabled()):
+            given = received_attention(*split_heads(qkv, layer.num_heads)[:2], layer.scale)
+    del qkv
+    y = layer.norm(y)
+    if layer.gate is not None:
+        y = y * linear(layer.gate, hidden).sigmoid()
+    return linear(layer.proj, y), *given
 
 
 def project(layer: Attention, hidden: Tensor) -> Tensor:
@@ -70,28 +88,93 @@ def project(layer: Attention, hidden: Tensor) -> Tensor:
     return torch.cat([join_heads(t) for t in (layer.q_norm(q), layer.k_norm(k), v)], -1)
 
 
-def attend(layer: Attention, hidden: Tensor, qkv: Tensor, scores: bool, has_class_token: bool,
-           attached: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Attention over all tokens, (B, N, D), and if wanted the scores of the tokens: no N x N map is kept.
-
-    Scores are (B, N) probabilities and logits: the class token's attention, or without a class token
-    the mean attention received.
-    """
-    y, *given = attention(qkv, layer.num_heads, layer.scale, scores and has_class_token, attached)
-    if scores and not has_class_token:
-        with torch.set_grad_enabled(attached and torch.is_grad_enabled()):
-            given = received_attention(*split_heads(qkv, layer.num_heads)[:2], layer.scale)
-    y = layer.norm(y)
-    if layer.gate is not None:
-        y = y * linear(layer.gate, hidden).sigmoid()
-    return linear(layer.proj, y), *given
-
-
-def feed_forward(mlp: Mlp, hidden: Tensor) -> Tensor:
+def feed_forward(mlp: Mlp, x: Tensor) -> Tensor:
     """(B, N, D) -> (B, N, D): a plain two-layer FFN; other kinds run as timm wrote them."""
     if type(mlp) is not Mlp:
-        return mlp(hidden)
-    return linear(mlp.fc2, mlp.norm(mlp.act(linear(mlp.fc1, hidden))))
+        return mlp(x)
+    x = linear(mlp.fc1, x)
+    x = mlp.act(x)
+    return linear(mlp.fc2, mlp.norm(x))
+
+
+def block_bytes(ledger: Ledger, block: Block, plan: BlockPlan, config: TokensConfig, x: Held, batch: int,
+                before: int, after: int, prefix: int, needs_x: bool) -> tuple[Held, list[Held], Backward]:
+    """What `forward` allocates and keeps for `batch` images of `before` tokens, `after` in the FFN.
+
+    Args:
+        needs_x: whether the input needs a gradient.
+    Returns:
+        The output, what the record holds, and the backward.
+    """
+    layer, size = block.attn, ledger.size
+    width, rows, rows_after = layer.qkv.in_features, batch * before, batch * after
+    needs = needs_x or any(p.requires_grad for p in layer.parameters())
+    records: list[Held] = []
+
+    ledger.tokens = before
+    hidden, of_norm1 = norm_bytes(ledger, block.norm1, x, rows, width, needs_x)
+    qkv, of_qkv = linear_bytes(ledger, layer.qkv, hidden, rows, needs_x or needs)
+    attached = config.fuse != "none" and not config.detach
+    y, scores, of_attention = attention_bytes(
+        ledger, qkv, batch, layer.num_heads, before, layer.num_heads * layer.head_dim,
+        scores=plan.keep < 1, attached=attached)
+    ledger.free(qkv)
+    out, of_proj = linear_bytes(ledger, layer.proj, y, rows, True)
+    ledger.free(y, hidden)
+    stream = ledger.make(rows * width * size)
+    ledger.free(out)
+    of_drop = None
+    if after < before:
+        records.append(ledger.make(batch * (before + after - 2 * prefix) * INDEX
+                                   + batch * (before - prefix) * ROW, packable=False))
+        shorter, of_drop = drop_bytes(ledger, stream, batch, before, after, prefix, width, config, needs)
+        ledger.free(stream)
+        stream, ledger.tokens = shorter, after
+    ledger.free(scores)
+    hidden, of_norm2 = norm_bytes(ledger, block.norm2, stream, rows_after, width, needs)
+    if isinstance(block.mlp, MoE):
+        out, held, of_ffn = moe_bytes(ledger, block.mlp, hidden, rows_after, needs)
+        records += held
+        ledger.free(hidden)
+    else:
+        out, of_ffn = mlp_bytes(ledger, block.mlp, hidden, rows_after, needs)
+    end = ledger.make(rows_after * width * size)
+    ledger.free(out, stream)
+
+    def backward(grad: Held) -> Held | None:
+        branch = ledger.make(0)  # the incoming gradient goes down both ways at once, uncopied
+        grad = add_bytes(ledger, grad, of_norm2(of_ffn(branch)))
+        if of_drop is not None:
+            grad = of_drop(grad)
+        branch = of_norm1(of_qkv(of_attention(of_proj(ledger.make(0)))))
+        if branch is None:
+            ledger.free(grad)
+            return None
+        return add_bytes(ledger, grad, branch)
+
+    return end, records, backward
+
+
+def mlp_bytes(ledger: Ledger, mlp: Mlp, x: Held, rows: int, needs: bool) -> tuple[Held, Backward]:
+    """Kept: the hidden values before the activation, and after it if fc2 trains. Takes x over."""
+    hidden, of_fc1 = linear_bytes(ledger, mlp.fc1, x, rows, needs)
+    ledger.free(x)
+    after = ledger.make(hidden.bytes)
+    if needs:
+        ledger.save(hidden, "activation inputs")
+    ledger.free(hidden)
+    out, of_fc2 = linear_bytes(ledger, mlp.fc2, after, rows, needs)
+    ledger.free(after)
+
+    def backward(grad: Held) -> Held:
+        back = of_fc2(grad)
+        ledger.restore(hidden)
+        inner = ledger.make(back.bytes)
+        ledger.release(hidden)
+        ledger.free(back)
+        return of_fc1(inner)
+
+    return out, backward
 
 
 def multiply_adds(block: Block, plan: BlockPlan, attention_tokens: int, ffn_tokens: int) -> int:
@@ -106,3 +189,17 @@ def multiply_adds(block: Block, plan: BlockPlan, attention_tokens: int, ffn_toke
     if isinstance(block.mlp, MoE):
         return total + block.mlp.multiply_adds(ffn_tokens)
     return total + ffn_tokens * sum(p.numel() for p in block.mlp.parameters() if p.ndim == 2)
+
+
+def backward_multiply_adds(block: Block, plan: BlockPlan, attention_tokens: int, ffn_tokens: int
+                           ) -> tuple[int, int]:
+    """Multiply-adds of one image's backward pass: (for the inputs, for the weights that train).
+
+    The two products of attention have two operands each, and the map is computed once more.
+    """
+    n, layer = attention_tokens, block.attn
+    inner = layer.num_heads * layer.head_dim
+    forward = multiply_adds(block, plan, attention_tokens, ffn_tokens)
+    products = 2 * n * n * inner + (n * inner if plan.keep < 1 else 0)
+    inputs = forward + products + n * n * inner
+    return inputs, forward - products if plan.trainable else 0

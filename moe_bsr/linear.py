@@ -1,14 +1,18 @@
 """Linear layers in the compute dtype: no casts of what is constant, no detour on CPUs.
 
 Under autocast, torch casts a frozen float32 weight anew in every step. Here frozen weights may be kept in
-the compute dtype alone (`keep_in`), and trained ones are cast once a pass from their float32 masters. On a
+the compute dtype alone (`MultitaskViT.keep_frozen_in`), and trained ones are cast once a pass from their float32 masters. On a
 CPU in bf16 the product goes to oneDNN with its bias; `F.linear` would first write the bias to the output
 and then add the product to it (DeiT-S, 32 x 197 tokens, fc1, two cores: 3.1 -> 2.1 ms).
 """
 
 import torch
+from einops import rearrange
+from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from moe_bsr.ledger import Backward, Held, Ledger
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -17,12 +21,13 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-@torch.no_grad()
-def keep_in(layer: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the frozen parameters of a layer in `dtype` alone: the values autocast would compute with."""
-    for parameter in layer.parameters(recurse=False):
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+def frozen_matrices(vit: nn.Module) -> list[nn.Parameter]:
+    """The frozen parameters of a timm ViT's patch embedding and of its blocks' linear layers."""
+    layers = [vit.patch_embed.proj]
+    for block in vit.blocks:
+        mlp = [block.mlp.fc1, block.mlp.fc2] if isinstance(block.mlp, Mlp) else []
+        layers += [block.attn.qkv, block.attn.proj, *mlp]
+    return [p for layer in layers for p in layer.parameters(recurse=False) if not p.requires_grad]
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -47,6 +52,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         (x,), weight = ctx.saved_tensors, ctx.weight
+        ctx.weight = None  # the graph may live on with the output
         flat = grad.flatten(0, -2)
         return (None if weight is None else (flat @ weight).view(*grad.shape[:-1], -1),
                 None if x is None else flat.t() @ x.flatten(0, -2),
@@ -56,6 +62,55 @@ class _Linear(torch.autograd.Function):
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """(..., in) -> (..., out) in the compute dtype."""
     return _Linear.apply(x.to(compute_dtype(x)), layer.weight, layer.bias)
+
+
+def embed_patches(layer: PatchEmbed, images: Tensor) -> Tensor:
+    """(B, C, S, S) -> (B, patches, D): where types differ, the patch convolution as a product of patches.
+
+    In bf16 on a CPU, oneDNN's convolution would take tens of megabytes of scratch memory for it.
+    """
+    dtype = compute_dtype(images)
+    plain = dtype == images.dtype == layer.proj.weight.dtype
+    if plain or not layer.flatten or images.shape[2:] != layer.img_size:
+        return layer(images)
+    height, width = layer.patch_size
+    x = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=height, q=width).to(dtype)
+    return layer.norm(_Linear.apply(x, layer.proj.weight.flatten(1), layer.proj.bias))
+
+
+def linear_bytes(ledger: Ledger, layer: nn.Linear, x: Held, rows: int, needs_x: bool
+                 ) -> tuple[Held, Backward]:
+    """Kept: the input, if the weight trains, and the weight's copy in the compute dtype."""
+    outputs, inputs = layer.weight.flatten(1).shape
+    trains, size = layer.weight.requires_grad, ledger.size
+    weight = outputs * inputs * size
+    scratch = weight if size == 2 else 0  # oneDNN lays the weight out anew
+    copy = ledger.make(weight, packable=False) if trains and size == 2 else None
+    y = ledger.make(rows * outputs * size)
+    ledger.scratch(scratch)
+    if trains:
+        ledger.save(x, "linear inputs")
+    if copy is not None and needs_x:
+        ledger.save(copy, "weight copies")
+    ledger.free(copy)
+
+    def backward(grad: Held) -> Held | None:
+        if trains:
+            ledger.restore(x)
+        out = ledger.make(rows * inputs * size) if needs_x else None
+        ledger.scratch(scratch)
+        if trains:
+            of_weight = ledger.make(weight if size == 2 else 0)  # in float32 it is the gradient itself
+            # oneDNN's for this product as measured: it grows with the rows up to 1.6 MB
+            ledger.scratch(0 if size == 4 else min(rows * min(inputs, outputs) * 2 + 290_000, 1_600_000))
+            ledger.release(x)
+            ledger.free(of_weight)
+        if copy is not None and needs_x:
+            ledger.release(copy)
+        ledger.free(grad)
+        return out
+
+    return y, backward
 
 
 class _Float32Linear(torch.autograd.Function):

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from moe_bsr.config import MoEConfig, require
 from moe_bsr.decisions import Decisions
+from moe_bsr.ledger import INDEX, ROW, Backward, Held, Ledger
 from moe_bsr.linear import compute_dtype, float32_linear, product
 from moe_bsr.seeding import generator
 
@@ -158,9 +159,8 @@ class ExpertLoop(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, gates: Tensor, slot: Tensor, token: Tensor, counts: list[int],
-                act: nn.Module, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
+                keeps: bool, act: nn.Module, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
         rows, hidden, copies = x.new_empty(len(token), x.shape[1]), [], []
-        keeps = any(ctx.needs_input_grad)
         for expert, of_expert, tokens in _parts(token, counts):
             (first, bias1), (second, bias2) = _cast(x, w1, b1, expert), _cast(x, w2, b2, expert)
             before = product(x.index_select(0, tokens), first, bias1)
@@ -169,12 +169,13 @@ class ExpertLoop(torch.autograd.Function):
                 hidden.append(before)
                 copies.append((first, second))
         ctx.save_for_backward(x, gates, slot, token, rows, w1, b1, w2, b2, *hidden)
-        ctx.counts, ctx.act, ctx.copies = counts, act, copies
+        ctx.counts, ctx.act, ctx.copies = counts, act, copies  # no activations, so no storage's business
         return _combine(rows, gates, slot)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, gates, slot, token, rows, w1, b1, w2, b2, *hidden = ctx.saved_tensors
+        copies, ctx.copies = ctx.copies, None
         grad = grad.to(x.dtype)
         by_token = rows.index_select(0, slot).view(*gates.shape, -1)
         grad_gates = (by_token @ grad.unsqueeze(2)).squeeze(2).to(gates.dtype)
@@ -187,7 +188,7 @@ class ExpertLoop(torch.autograd.Function):
                 if whole is not None:
                     whole[unused] = 0.0
         for place, (expert, of_expert, tokens) in enumerate(_parts(token, ctx.counts)):
-            before, (first, second) = hidden[place], ctx.copies[place]
+            before, (first, second) = hidden[place], copies[place]
             with torch.enable_grad():
                 before = before.detach().requires_grad_()
                 after = ctx.act(before)
@@ -200,7 +201,7 @@ class ExpertLoop(torch.autograd.Function):
                     bias[expert] = summed.sum(0)
             torch.mm(back, first, out=grad_rows[of_expert])
         grad_x = grad_rows.index_select(0, slot).view(*gates.shape, -1).sum(1)
-        return grad_x, grad_gates, None, None, None, None, *grads
+        return grad_x, grad_gates, None, None, None, None, None, *grads
 
 
 def _combine(rows: Tensor, gates: Tensor, slot: Tensor) -> Tensor:
@@ -263,7 +264,8 @@ class Experts(nn.Module):
         padded = x.device.type == "cpu" and x.dtype == torch.bfloat16
         slot, token, counts = plan_rows(chosen, len(self.fc1_weight), 64 if padded else 1)
         if not grouped:
-            return ExpertLoop.apply(x, gates, slot, token, counts.tolist(), self.act, *parameters)
+            return ExpertLoop.apply(x, gates, slot, token, counts.tolist(),
+                                    torch.is_grad_enabled(), self.act, *parameters)
         return Combine.apply(self._grouped(Dispatch.apply(x, slot, token), counts), gates, slot)
 
     def _grouped(self, rows: Tensor, counts: Tensor) -> Tensor:
@@ -338,6 +340,65 @@ class MoE(nn.Module):
         one_expert = self.experts.fc1_weight[0].numel() + self.experts.fc2_weight[0].numel()
         experts, width, _ = self.experts.fc2_weight.shape
         return tokens * (self.top_k * one_expert + experts * width)
+
+
+def moe_bytes(ledger: Ledger, moe: MoE, x: Held, tokens: int, needs_x: bool
+              ) -> tuple[Held, list[Held], Backward]:
+    """Kept: tokens, choices, gates, and of each row its hidden values and its output; weights' copies.
+
+    How many rows each expert gets is decided by values; the statement is that of equal shares, each
+    padded by half of what rows are padded to. Returns output, what the routing record holds, and the backward.
+    """
+    experts, hidden, width = moe.experts.fc1_weight.shape
+    size, k = ledger.size, moe.top_k
+    padding = min(32, tokens) * experts if size == 2 else 0
+    rows = tokens * k + padding
+    each, weight = rows // experts, hidden * width * size
+    routers = any(p.requires_grad for p in moe.router.parameters())
+
+    wide = ledger.make(tokens * width * ROW if size == 2 else 0)
+    logits, probabilities = (ledger.make(tokens * experts * ROW, packable=experts >= 16) for _ in range(2))
+    ledger.free(wide, logits)
+    chosen = ledger.make(tokens * k * INDEX, packable=False)
+    ledger.decided += chosen.bytes
+    gates = ledger.make(2 * tokens * k * ROW, packable=False)
+    places = ledger.make((tokens * k + rows) * INDEX, packable=False)
+    by_row, out = ledger.make(rows * width * size), None
+    before = [ledger.make(each * hidden * size) for _ in range(experts)] if ledger.grad else []
+    copies = ledger.make(2 * experts * weight, packable=False) if ledger.grad and size == 2 else None
+    ledger.scratch(each * (2 * width + 2 * hidden) * size + (0 if size == 4 else 3 * weight))
+    ledger.scratch(tokens * k * width * size)
+    out = ledger.make(tokens * width * size)
+    for tensor, kind in ((x, "expert inputs"), (places, "routing"), (gates, "routing"), (chosen, "routing"),
+                         (by_row, "expert outputs"), (copies, "weight copies"),
+                         *((part, "expert hidden") for part in before)):
+        if tensor is not None:
+            ledger.save(tensor, kind)
+    if routers and ledger.grad:
+        ledger.save(probabilities, "routing")
+        ledger.save(x, "expert inputs")
+    ledger.free(places, by_row, copies, *before)
+
+    def backward(grad: Held) -> Held | None:
+        for tensor in (x, by_row, *before):
+            ledger.restore(tensor)
+        ledger.scratch(tokens * k * width * size)
+        of_rows = ledger.make(rows * width * size)
+        ledger.scratch((each * (2 * width + 4 * hidden) + hidden * width) * size)
+        ledger.scratch(tokens * k * width * size + tokens * width * size)
+        of_x = ledger.make(tokens * width * size)
+        for tensor in (x, places, gates, chosen, by_row, copies, *before):
+            if tensor is not None:
+                ledger.release(tensor)
+        ledger.free(of_rows, grad)
+        if routers:
+            ledger.restore(x)
+            ledger.scratch(3 * tokens * experts * ROW + 2 * tokens * width * ROW)
+            ledger.release(probabilities)
+            ledger.release(x)
+        return of_x
+
+    return out, [chosen, gates, probabilities], backward
 
 
 def smooth_load(clean: Tensor, noisy: Tensor, chosen: Tensor, std: float) -> Tensor:

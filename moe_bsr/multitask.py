@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from moe_bsr import backbone, block
 from moe_bsr.balance import Balance
 from moe_bsr.config import Config
 from moe_bsr.decisions import Decisions
-from moe_bsr.linear import compute_dtype, keep_in
+from moe_bsr.linear import compute_dtype, embed_patches, frozen_matrices
 from moe_bsr.moe import MoE, start_error
 from moe_bsr.plan import block_storages, embedding_trains, freeze, gradient_path_start, make_plan
 from moe_bsr.seeding import generator
@@ -85,8 +84,7 @@ class MultitaskViT(nn.Module):
         Args:
             noise_key: integers that seed the gate noise (training with moe.gate_noise > 0 needs it).
         """
-        tokens, records = self.stem(images, task)
-        return self.finish(tokens, task, noise_key, dict(records))
+        return self._finish(*self.stem(images, task), task, noise_key)
 
     def stem(self, images: Tensor, task: str = "") -> tuple[Tokens, dict[int, block.Record]]:
         """Everything before the gradient path, under no_grad: the same for every task.
@@ -94,10 +92,7 @@ class MultitaskViT(nn.Module):
         One call serves all tasks: `for task in tasks: model.finish(tokens, task)`.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.embedding_trains):
-            x = self.vit.norm_pre(self.vit.patch_drop(self.vit._pos_embed(self.vit.patch_embed(images))))
-            x = x.to(compute_dtype(x))
-            patches = x.shape[1] - self.vit.num_prefix_tokens
-            tokens = Tokens(x, torch.arange(patches, device=x.device).expand(len(x), -1))
+            tokens = self._embed(images)
             records: dict[int, block.Record] = {}
             for index in range(self.path_start):
                 tokens = self._block(index, tokens, task, None, records)
@@ -106,11 +101,22 @@ class MultitaskViT(nn.Module):
     def finish(self, tokens: Tokens, task: str, noise_key: tuple[int, ...] | None = None,
                records: dict[int, block.Record] | None = None) -> Output:
         """The gradient path and the head of `task`, from the tokens `stem` returned."""
-        records = {} if records is None else records
+        return self._finish(tokens, dict(records or {}), task, noise_key)
+
+    def _embed(self, images: Tensor) -> Tokens:
+        vit = self.vit
+        x = vit.norm_pre(vit.patch_drop(vit._pos_embed(embed_patches(vit.patch_embed, images))))
+        origin = torch.arange(x.shape[1] - vit.num_prefix_tokens, device=x.device)
+        return Tokens(x.to(compute_dtype(x)), origin.expand(len(x), -1))
+
+    def _finish(self, tokens: Tokens, records: dict[int, block.Record], task: str,
+                noise_key: tuple[int, ...] | None) -> Output:
         for index in range(self.path_start, len(self.plan)):
             key = None if noise_key is None else (*noise_key, index)
             tokens = self._block(index, tokens, task, key, records)
-        features = self.vit.forward_head(self.vit.norm(tokens.x), pre_logits=True)
+        # Only the class token is looked at: no need to normalise the others.
+        x = tokens.x[:, :1] if self.vit.global_pool == "token" else tokens.x
+        features = self.vit.forward_head(self.vit.norm(x), pre_logits=True)
         # In float32: bf16 logits of a hundred classes tie, and ties decide about accuracy.
         with torch.autocast(features.device.type, enabled=False):
             output = Output(self.heads[task](features.float()), None, records)
@@ -124,12 +130,9 @@ class MultitaskViT(nn.Module):
         return self.backbone_sha256, self.path_start, tuple(self.plan[:self.path_start])
 
     def keep_frozen_in(self, dtype: torch.dtype) -> None:
-        """Keep the frozen matrices of the blocks and the patch embedding in the compute dtype alone."""
-        keep_in(self.vit.patch_embed.proj, dtype)
-        for layer in self.vit.blocks:
-            mlp = [layer.mlp.fc1, layer.mlp.fc2] if isinstance(layer.mlp, Mlp) else []
-            for part in [layer.attn.qkv, layer.attn.proj, *mlp]:
-                keep_in(part, dtype)
+        """Keep the frozen matrices in the compute dtype alone: the values autocast would compute with."""
+        for parameter in frozen_matrices(self.vit):
+            parameter.data = parameter.data.to(dtype)
 
     def commit(self, output: Output, task: str) -> None:
         """Fold a training micro-batch into the running statistics; once per micro-batch."""
@@ -150,7 +153,7 @@ class MultitaskViT(nn.Module):
             decisions=Decisions(), noise_key=noise_key)
         if torch.is_grad_enabled():
             trained = [p for p in self.vit.blocks[index].parameters() if p.requires_grad]
-            tokens, record = STORAGES[self.storages[index]](run, tokens, trained)
+            tokens, record = STORAGES[self.storages[index]].run(run, tokens, trained)
         else:
             tokens, record = run(tokens)
         if record.dropped is not None or record.routing is not None:

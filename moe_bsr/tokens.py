@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moe_bsr.config import TokensConfig
 from moe_bsr.decisions import Decisions
+from moe_bsr.ledger import INDEX, ROW, Backward, Held, Ledger
 
 FUSED = -1  # what the trace says of a fused token
 
@@ -160,3 +161,49 @@ def drop(tokens: Tokens, probabilities: Tensor, logits: Tensor, *, keep: float, 
     shorter = Reduce.apply(x, kept, dropped, None if weights is None else weights.to(x.dtype), prefix)
     after = Tokens(shorter, torch.cat(origins, 1), weights is not None)
     return after, Dropped(origin, after.origin, probabilities.detach())
+
+
+def drop_bytes(ledger: Ledger, x: Held, batch: int, before: int, after: int, prefix: int, width: int,
+               config: TokensConfig, needs_x: bool) -> tuple[Held, Backward]:
+    """Kept: the positions, and for the weights of the fused token these and the dropped tokens.
+
+    Args:
+        before, after: tokens entering and leaving, prefix included.
+    """
+    size, fuses = ledger.size, config.fuse != "none"
+    kept = after - prefix - fuses
+    dropped = before - prefix - kept
+    token = batch * width * size
+    attached = fuses and not config.detach
+    positions = ledger.make(batch * (before - prefix) * INDEX, packable=False)
+    ledger.decided += positions.bytes
+    away = ledger.make(dropped * token) if fuses else None
+    taken = ledger.make(kept * token)
+    out = ledger.make(after * token)
+    ledger.free(taken)
+    weights = ledger.make(batch * dropped * (ROW + size), packable=False) if fuses else None
+    if needs_x:
+        ledger.save(positions, "positions")
+        if fuses:
+            ledger.save(weights, "fusion weights")
+    if attached and ledger.grad:
+        ledger.save(away, "dropped tokens")
+        if not needs_x:
+            ledger.save(positions, "positions")
+    ledger.free(positions, away, weights)
+
+    def backward(grad: Held) -> Held | None:
+        if attached:
+            ledger.restore(away)
+        back = ledger.make(before * token)
+        ledger.scratch(dropped * token)
+        if attached:
+            ledger.release(away)
+        if needs_x or attached:
+            ledger.release(positions)
+        if needs_x and fuses:
+            ledger.release(weights)
+        ledger.free(grad)
+        return back
+
+    return out, backward

@@ -24,7 +24,7 @@ from moe_bsr.machine import Machine, prepare
 from moe_bsr.multitask import MultitaskViT, build
 from moe_bsr.observers import Evaluation, Observer, Start, Step
 from moe_bsr.observers.console import Console
-from moe_bsr.observers.experts import ExpertUse
+from moe_bsr.observers.experts import ExpertViews
 from moe_bsr.observers.jsonl import Jsonl
 from moe_bsr.observers.tensorboard import TensorBoard
 from moe_bsr.optimise import MovingAverage, learning_rate, make_optimiser
@@ -55,7 +55,7 @@ def train(config: Config, folder: str | Path = "runs/run", resume: bool = False)
     names = config.task_names()
     tasks = {name: run.open_task(config, path) for name, path in zip(names, config.tasks, strict=True)}
     model = build(config, {name: len(data.class_names) for name, data in tasks.items()})
-    return Trainer(config, model.to(machine.device), tasks, machine, folder).fit(resume)
+    return Trainer(config, machine.place(model), tasks, machine, folder).fit(resume)
 
 
 def _train_each(config: Config, folder: Path, machine: Machine, resume: bool) -> dict[str, Any]:
@@ -100,8 +100,9 @@ class Trainer:
         self.criterion = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
         mean_weight = sum(settings.task_weights.get(t, 1.0) for t in tasks) / len(tasks)
         self.weights = {t: settings.task_weights.get(t, 1.0) / mean_weight for t in tasks}
+        board = TensorBoard(folder)
         self.observers = observers if observers is not None else [
-            Console(), Jsonl(folder), TensorBoard(folder), ExpertUse()]
+            Console(), Jsonl(folder), board, ExpertViews(board)]
         self.best: tuple[float, int] | None = None  # mean validation top-1, step
         self.best_scores: dict[str, dict[str, Any]] | None = None  # unknown after a resume
         self.step = 0
@@ -115,7 +116,8 @@ class Trainer:
         self.machine.reset_peak()
         pending, about = self._restore(resume)
         run.write_config(self.folder, self.config, self.model, self.pipeline, self.machine, self.tasks)
-        start = Start(self.folder, self.config, list(self.tasks), self.step, [*self._about(), *about])
+        start = Start(self.folder, self.config, list(self.tasks), self.step, [*self._about(), *about],
+                      self.model, self.tasks, self.pipeline, self.machine)
         for observer in self.observers:
             observer.on_start(start)
         try:

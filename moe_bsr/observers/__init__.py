@@ -9,18 +9,29 @@ from pathlib import Path
 from typing import Any
 
 from moe_bsr.config import Config
-from moe_bsr.multitask import Output
+from moe_bsr.data import Pipeline, TaskData
+from moe_bsr.machine import Machine
+from moe_bsr.multitask import MultitaskViT, Output
 
 
 @dataclass(slots=True)
 class Start:
-    """The run about to start or go on. `about` holds lines worth telling a person."""
+    """The run about to start or go on.
+
+    Attributes:
+        about: lines worth telling a person.
+        model, data, pipeline, machine: the trainer's own, to look at and leave as they are.
+    """
 
     run: Path
     config: Config
     tasks: list[str]
     step: int
     about: list[str]
+    model: MultitaskViT
+    data: dict[str, TaskData]
+    pipeline: Pipeline
+    machine: Machine
 
 
 @dataclass(slots=True)

@@ -4,18 +4,31 @@ A storage is a function `run(forward, tokens, parameters) -> (tokens, record)` t
 `forward(tokens)` now and arranges what the backward pass will find; `parameters` are the block's trained
 ones. Registering one makes it a value of the `storage` key. What a block decided (kept tokens, experts,
 noise) is replayed by the block itself, so a storage may call `forward` again as often as it likes.
+
+What a storage costs it states beside its forward: `cost(ledger, part, x) -> (output, records, backward)`
+retells the bytes, given a `part(x)` that retells the plain block's.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
-STORAGES: dict[str, Callable] = {}
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """Attributes:
+        run: the forward under this storage. cost: its bytes. again: whether the block runs twice.
+    """
+
+    run: Callable
+    cost: Callable
+    again: bool = False
 
 
-def register(name: str) -> Callable[[Callable], Callable]:
-    def add(run: Callable) -> Callable:
-        STORAGES[name] = run
-        return run
-    return add
+STORAGES: dict[str, Storage] = {}
+
+
+def register(name: str, run: Callable, *, cost: Callable, again: bool = False) -> None:
+    STORAGES[name] = Storage(run, cost, again)
 
 
 from moe_bsr.storage import exact, packed, recompute  # noqa: E402, F401  (they register themselves)

@@ -4,11 +4,17 @@ The forward pass is exact; only what the backward pass finds is rounded. Paramet
 per-token statistics stay as they are, and a tensor that several operations keep is packed once.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from moe_bsr.ledger import Held, Ledger
 from moe_bsr.storage import register
+
+NARROW = 16  # values a token; what is narrower stays as it is
 
 
 class Rounded:
@@ -38,13 +44,14 @@ class Quantised:
 
 
 def packable(x: Tensor) -> bool:
-    """Activations: floating, no parameter, and wider than per-token statistics and gates."""
-    return x.is_floating_point() and not isinstance(x, nn.Parameter) and x.ndim >= 2 and x.shape[-1] >= 16
+    """Activations: floating, no parameter or view of one, and wider than per-token statistics and gates."""
+    source = x if x._base is None else x._base
+    return (x.is_floating_point() and not isinstance(source, nn.Parameter) and x.ndim >= 2
+            and x.shape[-1] >= NARROW)
 
 
 def _run_packed(kind: type, forward, tokens):
-    packed: dict[tuple, object] = {}
-    alive: list[Tensor] = []  # while they are, no other tensor can have their address
+    packed: dict[tuple, tuple[StorageWeakRef, object]] = {}
 
     def pack(x: Tensor) -> object:
         if not packable(x):
@@ -52,26 +59,37 @@ def _run_packed(kind: type, forward, tokens):
         # The same values in another shape are the same values; strided ones are told apart by their strides.
         layout = x.numel() if x.is_contiguous() else (x.shape, x.stride())
         key = (x.data_ptr(), layout, x._version)
-        if key not in packed:
-            packed[key] = kind(x.detach())
-            alive.append(x.detach())
-        return packed[key], x.shape
+        if key not in packed or packed[key][0].expired():  # an address may have been used again
+            packed[key] = StorageWeakRef(x.untyped_storage()), kind(x.detach())
+        return packed[key][1], x.shape
 
     def unpack(kept: object) -> Tensor:
         return kept if isinstance(kept, Tensor) else kept[0].restore().view(kept[1])
 
     with saved_tensors_hooks(pack, unpack):
         result = forward(tokens)
-    packed.clear()
-    alive.clear()
+    packed.clear()  # autograd holds on to `pack`
     return result
 
 
-@register("bf16")
-def run_bf16(forward, tokens, parameters):
-    return _run_packed(Rounded, forward, tokens)
+def rounded_bytes(ledger: Ledger, x: Held) -> tuple[int, int]:
+    """(bytes of the packed form of a tensor, temporary bytes in making it) of `Rounded`."""
+    return x.bytes * 2 // ledger.size, 0
 
 
-@register("int8")
-def run_int8(forward, tokens, parameters):
-    return _run_packed(Quantised, forward, tokens)
+def quantised_bytes(ledger: Ledger, x: Held) -> tuple[int, int]:
+    """The same of `Quantised`: a byte for each value and two for each channel."""
+    values = x.bytes // ledger.size
+    return values + 2 * values // ledger.tokens, x.bytes
+
+
+def _register(name: str, kind: type, packed: Callable[[Ledger, Held], tuple[int, int]]) -> None:
+    def cost(ledger: Ledger, part, x: Held):
+        with ledger.mode(ledger.grad, lambda tensor: packed(ledger, tensor)):
+            return part(x)
+
+    register(name, lambda forward, tokens, parameters: _run_packed(kind, forward, tokens), cost=cost)
+
+
+_register("bf16", Rounded, rounded_bytes)
+_register("int8", Quantised, quantised_bytes)

@@ -7,9 +7,11 @@ replayed and nothing in it draws random numbers. `recompute_int8` keeps the inpu
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
+from moe_bsr.ledger import Held, Ledger
 from moe_bsr.storage import register
-from moe_bsr.storage.packed import Quantised
+from moe_bsr.storage.packed import Quantised, quantised_bytes
 from moe_bsr.tokens import Tokens
 
 
@@ -35,10 +37,12 @@ class Again(torch.autograd.Function):
         kept, *parameters = ctx.saved_tensors
         needs_x = ctx.needs_input_grad[4]
         x = (ctx.packed.restore() if kept is None else kept.detach()).requires_grad_(needs_x)
+        ctx.packed = None
         with torch.enable_grad(), torch.autocast(**ctx.autocast):
             outputs = _differentiable(*ctx.forward(Tokens(x, ctx.origin, ctx.fused)))
+        pairs = [(get_gradient_edge(o), g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
+        del outputs  # only their place in the graph is needed
         wanted = [x, *parameters] if needs_x else parameters
-        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
         found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
         return None, None, None, None, *([] if needs_x else [None]), *found
 
@@ -57,11 +61,38 @@ def _run(pack, forward, tokens, parameters):
     return Tokens(x, after.origin, after.fused), record
 
 
-@register("recompute")
-def run(forward, tokens, parameters):
-    return _run(None, forward, tokens, parameters)
+def _register(name: str, pack, packed_bytes) -> None:
+    def cost(ledger: Ledger, part, x: Held):
+        ledger.decided = 0
+        with ledger.mode(False):
+            out, records, _ = part(x)
+        decisions = ledger.make(ledger.decided, packable=False)
+        ledger.save(decisions, "decisions")
+        ledger.free(decisions)
+        kept = x
+        if pack is not None:
+            size, temporary = packed_bytes(ledger, x)
+            ledger.scratch(temporary)
+            kept = ledger.make(size, packable=False)
+        ledger.save(kept, "block inputs")
+
+        def backward(grad: Held) -> Held | None:
+            restored = ledger.make(x.bytes) if pack is not None else x
+            ledger.free(kept if pack is not None else None)
+            with ledger.mode(True):
+                again, twice, back = part(restored)
+                ledger.free(again, *twice)
+                out = back(grad)
+            ledger.release(kept)
+            ledger.release(decisions)
+            ledger.free(restored if pack is not None else None)
+            return out
+
+        return out, records, backward
+
+    register(name, lambda forward, tokens, parameters: _run(pack, forward, tokens, parameters), cost=cost,
+             again=True)
 
 
-@register("recompute_int8")
-def run_int8(forward, tokens, parameters):
-    return _run(Quantised, forward, tokens, parameters)
+_register("recompute", None, None)
+_register("recompute_int8", Quantised, quantised_bytes)

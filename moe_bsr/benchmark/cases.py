@@ -1,0 +1,168 @@
+"""What is compared: anchors, our plans and storages, and the expert layer against a dense one."""
+
+from dataclasses import dataclass, field
+
+import timm
+import torch
+from timm.layers import Mlp
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe_bsr import block
+from moe_bsr import config as configuration
+from moe_bsr.benchmark.explicit import ExplicitBSR
+from moe_bsr.config import Config
+from moe_bsr.cost.step import Step, random_batch, training_step
+from moe_bsr.decisions import Decisions
+from moe_bsr.machine import Machine, prepare
+from moe_bsr.moe import MoE
+from moe_bsr.multitask import build
+from moe_bsr.storage import STORAGES
+
+CLASSES = 100
+BSR = {"trainable": [3, 7, 11], "drop": [3, 6, 9], "keep": 0.5, "experts": []}
+PLANS = {
+    "full": BSR | {"trainable": "all", "drop": []},
+    "bsr": BSR,
+    "moe_full": BSR | {"trainable": "all", "drop": [], "experts": [3, 7, 11]},
+    "moe_bsr": BSR | {"experts": [3, 7, 11]},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One contestant.
+
+    Attributes:
+        subject: timm (stock modules), explicit (the public form of BSR), moe_ffn and dense_ffn (one
+            layer, forward and backward), or a plan of `PLANS`.
+        tuned: with our allocator settings; otherwise the process stays as Python started it.
+        changes: dotted keys of the configuration, written as `moe__experts`.
+    """
+
+    subject: str
+    precision: str = "fp32"
+    tuned: bool = True
+    storage: str = "exact"
+    backbone: str = "deit_small_patch16_224"
+    image_size: int | None = None
+    batch: int = 32
+    tasks: int = 1
+    device: str = "cpu"
+    threads: int | None = None
+    changes: dict = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        parts = [self.subject, self.precision]
+        if self.subject in PLANS and self.storage != "exact":
+            parts.append(self.storage)
+        if self.subject in ("timm", "explicit"):
+            parts.append("tuned" if self.tuned else "stock")
+        return " ".join(parts)
+
+
+def suite(storages: list[str] | None = None, **shared) -> dict[str, list[Case]]:
+    """The groups of cases that run side by side; each holds what the table of targets compares.
+
+    All cases at once would not fit into memory.
+
+    Args:
+        storages: of the BSR cases; all that exist by default.
+        shared: backbone, batch, device and so on, for every case.
+    """
+    storages = list(STORAGES) if storages is None else storages
+
+    def plans(subject: str, precision: str, stored: list[str]) -> list[Case]:
+        return [Case(subject=subject, precision=precision, storage=storage, **shared) for storage in stored]
+
+    def anchors(precision: str) -> list[Case]:
+        plain = [Case(subject=subject, precision=precision, tuned=tuned, **shared)
+                 for subject in ("timm", "explicit") for tuned in (False, True)]
+        return plain + plans("full", precision, ["exact"])
+
+    def experts(precision: str) -> list[Case]:
+        stock = Case(subject="timm", precision=precision, tuned=False, **shared)
+        return ([stock] + plans("moe_full", precision, ["exact"]) + plans("moe_bsr", precision, storages)
+                + plans("moe_ffn", precision, ["exact"]) + plans("dense_ffn", precision, ["exact"]))
+
+    return {"fp32": anchors("fp32") + plans("bsr", "fp32", ["exact"]) + plans("bsr", "bf16", storages),
+            "bf16": anchors("bf16") + plans("bsr", "bf16", ["exact"]),
+            "experts bf16": experts("bf16"), "experts fp32": experts("fp32")}
+
+
+def make(case: Case) -> Step:
+    """The case's step, on random weights and images; call it in a process of its own."""
+    config = configuration.from_dict({
+        "tasks": [f"task{i}" for i in range(case.tasks)], "storage": case.storage,
+        "backbone": {"name": case.backbone, "weights": "random", "image_size": case.image_size},
+        "plan": PLANS.get(case.subject, BSR), "train": {"batch_size": case.batch},
+        "machine": {"device": case.device, "precision": case.precision, "threads": case.threads}})
+    config = configuration.replace(config, **case.changes)
+    if case.tuned:
+        machine = prepare(config.machine)
+    else:  # what `prepare` does, and no allocator settings
+        if case.threads is not None:
+            torch.set_num_threads(case.threads)
+        machine = Machine(torch.device(case.device), case.precision, torch.get_num_threads(), "asked for")
+    if case.subject in PLANS:
+        model = machine.place(build(config, {task: CLASSES for task in config.task_names()}))
+        return training_step(model, config, machine, batch=case.batch)
+    if case.subject in ("moe_ffn", "dense_ffn"):
+        return _layer_step(case, config, machine)
+    return _plain_step(case, config, machine)
+
+
+def _plain_step(case: Case, config: Config, machine: Machine) -> Step:
+    """timm's model, or the explicit BSR, in the loop a user writes first: AdamW as torch offers it."""
+    size = {} if case.image_size is None else {"img_size": case.image_size}
+    model = timm.create_model(case.backbone, num_classes=CLASSES, **size)
+    images, labels = random_batch(case.batch, model.patch_embed.img_size[0], CLASSES, machine.device)
+    if case.subject == "explicit":
+        model = ExplicitBSR(model, config.plan)
+    model = model.to(machine.device)
+    optimiser = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
+    return Step(model, machine, optimiser, output=lambda: model(images),
+                loss=lambda logits: F.cross_entropy(logits.float(), labels))
+
+
+def _layer_step(case: Case, config: Config, machine: Machine) -> Step:
+    """One FFN on the tokens of a batch: experts, or a dense one of as many multiplications."""
+    vit = timm.create_model(case.backbone, num_classes=0)
+    width, tokens = vit.embed_dim, vit.patch_embed.num_patches + vit.num_prefix_tokens
+    draws = torch.Generator().manual_seed(0)
+    dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
+    x, gradient = (torch.randn(case.batch, tokens, width, generator=draws).to(machine.device, dtype)
+                   for _ in range(2))
+    x.requires_grad_()
+    if case.subject == "moe_ffn":
+        model = MoE(vit.blocks[0].mlp, config.moe, config.task_names(), (0,)).to(machine.device)
+        for weight in model.router.parameters():
+            weight.data.mul_(10)  # trained routers are decided
+
+        def output() -> Tensor:
+            return model(x, config.task_names()[0], Decisions())[0]
+    else:
+        model = Mlp(width, config.moe.top_k * config.moe.ratio * width).to(machine.device)
+
+        def output() -> Tensor:
+            return block.feed_forward(model, x)
+    return LayerStep(model, machine, x, gradient, output)
+
+
+class LayerStep(Step):
+    """One layer's forward and backward, no optimiser: that would count the experts' size, not their work."""
+
+    def __init__(self, model: nn.Module, machine: Machine, x: Tensor, gradient: Tensor, output) -> None:
+        """Args: x: (B, N, D) input, whose gradient is computed. gradient: (B, N, D) of the output."""
+        super().__init__(model, machine, torch.optim.SGD([x, *model.parameters()], lr=0.0), output=output,
+                         loss=lambda y: y)
+        self.gradient = gradient
+
+    def backward(self) -> None:
+        self.loss.backward(self.gradient)
+        self.loss = self.output = None
+        self.trained = [p for p in self.model.parameters() if p.grad is not None]
+
+    def update(self) -> None:
+        self.optimiser.zero_grad(set_to_none=True)

@@ -1,0 +1,63 @@
+"""How cost grows: step time and peak of MoE-BSR against tokens, batch, experts and tasks."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from moe_bsr.benchmark.cases import Case
+from moe_bsr.benchmark.turns import contestants
+
+SWEEPS: dict[str, tuple[list[int], Callable[[int], dict[str, Any]]]] = {
+    "image size": ([96, 128, 160, 224, 288, 384], lambda n: {"image_size": n}),
+    "batch": ([4, 8, 16, 32, 64], lambda n: {"batch": n}),
+    "experts": ([1, 2, 4, 8, 16, 32, 64],
+                lambda n: {"changes": {"moe__experts": n, "moe__top_k": min(4, n)}}),
+    "tasks": ([1, 2, 5, 10, 20], lambda n: {"tasks": n}),
+}
+
+
+def measure(shared: dict[str, Any], rounds: int, steps: int, note: Callable[[str], None]) -> dict[str, Any]:
+    """{sweep: [{"at": n, "seconds": raw times, "peak": bytes, "kept": bytes}, ...]}, bf16 on every point.
+
+    The points of a sweep take turns, as everything compared here does.
+    """
+    result = {}
+    for name, (points, change) in SWEEPS.items():
+        note(f"{name}: {points}")
+        cases = [replace(Case(subject="moe_bsr", precision="bf16", **shared), **change(n)) for n in points]
+        with contestants(cases) as group:
+            turns = [[] for _ in points]
+            for _ in range(rounds):
+                for times, one in zip(turns, group, strict=True):
+                    times += one.ask("seconds", steps)
+            memory = [one.ask("memory") for one in group]
+        result[name] = [{"at": n, "seconds": times, "peak": max(m["transients"].values()), "kept": m["kept"]}
+                        for n, times, m in zip(points, turns, memory, strict=True)]
+    return {"scaling": result}
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, points in result["scaling"].items():
+        lines.append(f"{name:<12}  step ms  peak MiB  kept MiB")
+        lines += [f"  {p['at']:>10}  {1e3 * statistics.median(p['seconds']):>7.1f}  {p['peak'] / 2**20:>8.1f}"
+                  f"  {p['kept'] / 2**20:>8.1f}" for p in points]
+    return lines
+
+
+def draw(result: dict[str, Any], file: Path) -> None:
+    """One picture: a panel a sweep, time on the left axis and peak on the right, both from zero."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 3.2), layout="constrained")
+    for axis, (name, points) in zip(figure.subplots(1, len(result["scaling"])), result["scaling"].items(),
+                                    strict=True):
+        at = [p["at"] for p in points]
+        right = axis.twinx()
+        axis.plot(at, [1e3 * statistics.median(p["seconds"]) for p in points], "o-", color="C0")
+        right.plot(at, [p["peak"] / 2**20 for p in points], "s--", color="C1")
+        axis.set(xlabel=name, ylabel="step, ms (circles)", ylim=(0, None))
+        right.set(ylabel="peak, MiB (squares)", ylim=(0, None))
+    figure.savefig(file, dpi=120)

@@ -1,0 +1,129 @@
+"""What the benchmark's figures are held against: the published gain, the bound, and what ours must reach."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Results = dict[str, dict[str, dict[str, Any]]]  # group -> case -> {"seconds": ..., "memory": ...}
+BSR, MOE = "bsr bf16", "moe_bsr bf16"
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A row's figure, what it is of, and the same figure for the other cases, anchors among them."""
+
+    value: float
+    detail: str
+    others: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One row.
+
+    Attributes:
+        value: the figure, from the results of one benchmark run.
+        at_least: whether `limit` must be reached from below (a gain) or not be exceeded (a cost).
+        bound: what no implementation can pass, where there is one.
+    """
+
+    what: str
+    published: str
+    bound: str
+    limit: float
+    at_least: bool
+    value: Callable[[Results], Figure]
+
+
+def step_seconds(results: Results, group: str, case: str) -> float:
+    """Median over all steps of all rounds."""
+    return statistics.median(t for turn in results[group][case]["seconds"] for t in turn)
+
+
+def gain(group: str, slow: str, fast: str) -> Callable[[Results], Figure]:
+    """Ratio of the medians, the range of the ratios of single rounds, and how every other case compares."""
+    def value(results: Results) -> Figure:
+        cases = results[group]
+        turns = zip(cases[slow]["seconds"], cases[fast]["seconds"], strict=True)
+        ratios = [statistics.median(a) / statistics.median(b) for a, b in turns]
+        against = {case: step_seconds(results, group, case) / step_seconds(results, group, fast)
+                   for case in cases if case != fast}
+        detail = f"{slow} / {fast}; rounds {min(ratios):.2f} to {max(ratios):.2f}"
+        return Figure(against[slow], detail, against)
+    return value
+
+
+def memory_gain(least_speed: float) -> Callable[[Results], Figure]:
+    """Bytes kept per image, stock timm in fp32 against the leanest storage that is fast enough."""
+    def value(results: Results) -> Figure:
+        group, stock = results["fp32"], "timm fp32 stock"
+        whole = step_seconds(results, "fp32", stock)
+        speeds = {case: whole / step_seconds(results, "fp32", case) for case in group if case.startswith(BSR)}
+        fast = [case for case, speed in speeds.items() if speed >= least_speed]
+        kept = {case: about["memory"]["kept_per_image"] for case, about in group.items()}
+        leanest = min(fast or speeds, key=kept.__getitem__)
+        detail = f"{leanest}: {kept[leanest] / 2**20:.3f} MiB an image at {speeds[leanest]:.1f}x the speed"
+        if not fast:
+            detail += f", slower than the {least_speed:g}x asked for"
+        return Figure(kept[stock] / kept[leanest], detail,
+                      {case: size / kept[leanest] for case, size in kept.items() if case != leanest})
+    return value
+
+
+def peak_ratio(group: str, plan: str) -> Callable[[Results], Figure]:
+    """Weights and transients of a step over weights and transients of inference; the leanest storage."""
+    def value(results: Results) -> Figure:
+        ratios = {case: (m["weights"] + max(m["transients"].values())) / (m["weights"] + m["inference_peak"])
+                  for case, about in results[group].items() for m in [about["memory"]]
+                  if not case.endswith("_ffn " + plan.split()[1])}
+        least = min((case for case in ratios if case.startswith(plan)), key=ratios.__getitem__)
+        return Figure(ratios[least], least, {case: ratio for case, ratio in ratios.items() if case != least})
+    return value
+
+
+def products_share(results: Results) -> Figure:
+    about = results["fp32"][BSR]
+    share = about["products"]["seconds"] / step_seconds(results, "fp32", BSR)
+    return Figure(share, f"{BSR}: {about['products']['flops'] / 1e9:.0f} GFLOPs in products a step", {})
+
+
+TARGETS = [
+    Target("BSR step bf16 against stock timm full fine-tuning fp32", "2.43x (GPU)", "", 15, True,
+           gain("fp32", "timm fp32 stock", BSR)),
+    Target("both bf16, against stock timm", "", "", 6, True, gain("bf16", "timm bf16 stock", BSR)),
+    Target("both fp32, against stock timm", "", "", 4.8, True, gain("fp32", "timm fp32 stock", "bsr fp32")),
+    Target("the method's own gain: BSR against our full fine-tuning, bf16", "", "3.64x by FLOPs", 3.4, True,
+           gain("bf16", "full bf16", BSR)),
+    Target("the same in fp32", "", "3.64x by FLOPs", 3.4, True, gain("fp32", "full fp32", "bsr fp32")),
+    Target("MoE-BSR against our MoE baseline, bf16", "2.3x by FLOPs", "3.52x by FLOPs", 3.2, True,
+           gain("experts bf16", "moe_full bf16", MOE)),
+    Target("the same in fp32", "2.3x by FLOPs", "3.52x by FLOPs", 3.2, True,
+           gain("experts fp32", "moe_full fp32", "moe_bsr fp32")),
+    Target("MoE FFN forward + backward against a dense one of equal products, bf16", "1.2-2.2x", "1", 1.25,
+           False, gain("experts bf16", "moe_ffn bf16", "dense_ffn bf16")),
+    Target("the same in fp32", "1.2-2.2x", "1", 1.25, False,
+           gain("experts fp32", "moe_ffn fp32", "dense_ffn fp32")),
+    Target("activation bytes kept per image: stock timm fp32 against ours, step >= 12x faster", "62x (WASI)",
+           "", 100, True, memory_gain(12)),
+    Target("peak of a BSR training step against a no_grad forward, weights in both", "", "1", 1.25, False,
+           peak_ratio("fp32", BSR)),
+    Target("the same for MoE-BSR", "", "1", 1.5, False, peak_ratio("experts bf16", MOE)),
+    Target("best isolated times of the step's own products / step time", "", "1", 0.7, True, products_share),
+]
+
+
+def judge(results: Results) -> list[dict[str, Any]]:
+    """A row for each target whose cases were run."""
+    rows = []
+    for target in TARGETS:
+        try:
+            figure = target.value(results)
+        except (KeyError, ValueError):  # its cases were left out
+            continue
+        reached = figure.value >= target.limit if target.at_least else figure.value <= target.limit
+        rows.append({"what": target.what, "published": target.published, "bound": target.bound,
+                     "target": f"{'>=' if target.at_least else '<='} {target.limit:g}x",
+                     "value": figure.value, "reached": reached, "detail": figure.detail,
+                     "others": figure.others})
+    return rows

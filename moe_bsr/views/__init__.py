@@ -1,0 +1,1 @@
+"""Views: what a run did with experts and patches, as statistics, pictures and pages."""

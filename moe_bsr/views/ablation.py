@@ -1,0 +1,154 @@
+"""Expert ablation: the accuracy each task loses when one expert of one block is masked.
+
+How often an expert is chosen says what the router does, not what the expert is good for. Here an
+expert's logit becomes minus infinity, so that the token's next expert steps in, and the same images are
+classified again. Only what comes after the cached input of the MoE block is run again.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from scipy.special import bdtr
+from torch import Tensor
+
+from moe_bsr.data import Pipeline, TaskData
+from moe_bsr.machine import Machine
+from moe_bsr.multitask import MultitaskViT
+from moe_bsr.tokens import Tokens
+from moe_bsr.views import style
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+GAP, HEAD, FOOT, NAMES = 18, 108, 46, 130  # pixels
+PALE = 5.0  # points up to which no cell has full colour: noise should look like noise
+NUMBERED = 16, 10  # experts and tasks up to which the cells carry numbers
+
+
+@dataclass(slots=True)
+class Ablation:
+    """What masking each of the E experts of one block does to each of T tasks; counts of images.
+
+    Attributes:
+        images, right: (T,) int64 images of the task, and those right with all experts.
+        lost, gained: (T, E) int64 images right before and wrong after masking, and the reverse.
+    """
+
+    tasks: list[str]
+    images: np.ndarray
+    right: np.ndarray
+    lost: np.ndarray
+    gained: np.ndarray
+
+    def points(self) -> np.ndarray:
+        """(T, E) accuracy lost, in percentage points; negative where masking helps."""
+        return 100 * (self.lost - self.gained) / self.images[:, None]
+
+    def clear(self) -> np.ndarray:
+        """(T, E) bool: more than chance does to as many changed answers (exact McNemar test at 5 %)."""
+        return 2 * bdtr(np.minimum(self.lost, self.gained), self.lost + self.gained, 0.5) <= 0.05
+
+
+def ablate(model: MultitaskViT, datasets: dict[str, TaskData], pipeline: Pipeline, machine: Machine,
+           batch_size: int = 64) -> dict[int, Ablation]:
+    """Mask every expert of every MoE block in turn, on all validation images of `datasets`.
+
+    Args:
+        model: in evaluation mode. datasets: by task.
+    Returns:
+        By MoE block; empty for a model without experts, or with a single one, which nothing can replace.
+    """
+    experts = model.balance.importance.shape[2]
+    blocks = model.balance.blocks if experts > 1 else []
+    tasks = list(datasets)
+    found = {index: Ablation(tasks, np.zeros(len(tasks), np.int64), np.zeros(len(tasks), np.int64),
+                             *np.zeros((2, len(tasks), experts), np.int64)) for index in blocks}
+    with torch.inference_mode(), machine.autocast():
+        for row, task in enumerate(tasks if blocks else []):
+            for images, labels in pipeline.eval_batches(datasets[task], "val", batch_size):
+                inputs, logits = _first_pass(model, pipeline.normalise(images, device=machine.device), task)
+                labels = labels.to(machine.device)
+                right = logits.argmax(1) == labels
+                for index, result in found.items():
+                    result.images[row] += len(labels)
+                    result.right[row] += int(right.sum())
+                    for expert in range(experts):
+                        with masked(model, index, expert):
+                            still = _rest(model, inputs[index], index, task).argmax(1) == labels
+                        result.lost[row, expert] += int((right & ~still).sum())
+                        result.gained[row, expert] += int((~right & still).sum())
+    return found
+
+
+def _first_pass(model: MultitaskViT, images: Tensor, task: str) -> tuple[dict[int, Tokens], Tensor]:
+    """What enters each MoE block, and the logits with all experts."""
+    tokens, _ = model.stem(images)
+    start, inputs = model.path_start, {}
+    for index in model.balance.blocks:  # all on the gradient path: experts are trained
+        for passed in range(start, index):
+            tokens = model._block(passed, tokens, task, None, {})
+        inputs[index], start = tokens, index
+    return inputs, _rest(model, tokens, start, task)
+
+
+def _rest(model: MultitaskViT, tokens: Tokens, start: int, task: str) -> Tensor:
+    """Logits (B, classes) float32 from the tokens that enter block `start`."""
+    for index in range(start, len(model.plan)):
+        tokens = model._block(index, tokens, task, None, {})
+    features = model.vit.forward_head(model.vit.norm(tokens.x), pre_logits=True)
+    with torch.autocast(features.device.type, enabled=False):
+        return model.heads[task](features.float())
+
+
+@contextmanager
+def masked(model: MultitaskViT, index: int, expert: int):
+    """Within, block `index` never chooses `expert`: its router logit is minus infinity."""
+    def mask(router: torch.nn.Module, inputs: tuple, logits: Tensor) -> Tensor:
+        return logits.index_fill(1, torch.tensor([expert], device=logits.device), -torch.inf)
+
+    handle = model.vit.blocks[index].mlp.router.register_forward_hook(mask)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def figure(result: Ablation, block: int, split: str, step: int | None = None) -> Figure:
+    """Tasks x experts, coloured by the points lost; numbers in the cells unless there are too many."""
+    points, clear = result.points(), result.clear()
+    tasks, experts = points.shape
+    numbered = experts <= NUMBERED[0] and tasks <= NUMBERED[1]
+    left, right, high = GAP + NAMES, style.WIDTH - GAP, 44 if tasks <= NUMBERED[1] else 26
+    wide, bottom = (right - left) / experts, HEAD + tasks * high
+    drawn, axes = style.paper(style.WIDTH, bottom + FOOT)
+
+    def text(x: float, y: float, words: object, size: float = style.SMALL, **how) -> None:
+        axes.text(x, y, str(words), size=size, **{"va": "center", "color": style.INK} | how)
+
+    when = split if step is None else f"{split}, step {step:,}"
+    text(GAP, 28, f"Block {block}: accuracy lost without one expert", style.HEADING, weight="bold")
+    text(GAP, 58, f"percentage points; {when}, {result.images.max()} images a task", color=style.MUTED)
+    colours = style.diverging(points / max(np.abs(points).max(), PALE))
+    axes.imshow(colours, extent=(left, right, bottom, HEAD), interpolation="nearest", aspect="auto")
+    line = min(1.5, 0.1 * wide)
+    axes.vlines(left + wide * np.arange(experts + 1), HEAD, bottom, "white", linewidth=line)
+    axes.hlines(HEAD + high * np.arange(tasks + 1), left, right, "white", linewidth=line)
+    axes.plot([left, right, right, left, left], [HEAD, HEAD, bottom, bottom, HEAD], color=style.FAINT)
+    for row, task in enumerate(result.tasks):
+        name = task if len(task) < 14 else f"{task[:12]}\u2026"
+        text(left - 10, HEAD + (row + 0.5) * high, name, ha="right")
+    for column in range(0, experts, 1 if wide >= 20 else 4):
+        text(left + (column + 0.5) * wide, HEAD - 14, column, style.TINY + 3, ha="center", color=style.MUTED)
+    for (row, column), value in np.ndenumerate(points) if numbered else ():
+        text(left + (column + 0.5) * wide, HEAD + (row + 0.5) * high, f"{value:.{int(abs(value) < 9.95)}f}",
+             style.TINY + 1, ha="center", color=style.on(colours[row, column]),
+             weight="bold" if clear[row, column] else "normal")
+    loss, gain = max(0, points.max()), max(0, -points.min())
+    words = f"blue: loss, at most {loss:.1f}; brown: gain, at most {gain:.1f}"
+    text(right, bottom + 24, words + "; bold: more than chance" * numbered, color=style.MUTED, ha="right")
+    return drawn

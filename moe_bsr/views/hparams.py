@@ -1,0 +1,66 @@
+"""A run's row in TensorBoard's HParams tab: what was chosen, and what came of it.
+
+The three messages of the tab go through the run's own writer. (`SummaryWriter.add_hparams` would open a
+second, time-stamped run beside it.)
+"""
+
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from moe_bsr.config import Config
+
+
+def write(writer: SummaryWriter, config: Config, report: dict[str, Any]) -> None:
+    """Add the row of a finished run; nothing for one that was interrupted and has no result yet.
+
+    Args:
+        report: as `moe_bsr.report.make` returns it.
+    """
+    if report["mean_top1"] is None:
+        return
+    results = outcomes(report)
+    for message in hparams(choices(config), results):
+        writer.file_writer.add_summary(message)
+    for tag, value in results.items():
+        writer.add_scalar(tag, value, report["step"])
+
+
+def choices(config: Config) -> dict[str, str | float]:
+    """The columns by which runs are told apart; lists as text, because the tab knows no lists.
+
+    TensorBoard sorts columns by name and shows five at first: the names put the plan there.
+    """
+    plan, moe = config.plan, config.moe
+    keeps = plan.keep if isinstance(plan.keep, list) else [plan.keep] * bool(plan.drop)
+    return {
+        "blocks trained": plan.trainable if plan.trainable == "all" else _listed(plan.trainable),
+        "drop in blocks": _listed(plan.drop),
+        "drop keeps": _listed(keeps),
+        "expert blocks": _listed(plan.experts),
+        "experts": f"top {moe.top_k} of {moe.experts}" if plan.experts else "none",
+        "images per batch": float(config.train.batch_size),
+        "learning rate": config.train.lr,
+        "load balance": moe.balance if plan.experts else "none",
+        "router": moe.router if plan.experts else "none",
+        "sampler": config.sampler.kind,
+        "seed": float(config.seed),
+        "steps": float(config.train.steps),
+        "storage": config.storage,
+        "tasks": ", ".join(config.task_names()),
+    }
+
+
+def outcomes(report: dict[str, Any]) -> dict[str, float]:
+    """The tab's results, by scalar tag, the first five shown; accuracies on the report's split."""
+    return {
+        "result/mean top-1 %": report["mean_top1"],
+        "result/peak MB": report["measured_peak_mb"],
+        "result/GFLOPs per image": report["gflops_per_image"],
+        "result/train seconds": report["train_seconds"],
+    } | {f"result/{task} top-1 %": scores["top1"] for task, scores in report["tasks"].items()}
+
+
+def _listed(values: list) -> str:
+    return ", ".join(map(str, values)) or "none"

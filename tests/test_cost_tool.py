@@ -1,0 +1,140 @@
+"""What a configuration costs, as a person asks: predictions beside measurements, budgets, refusals."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+from tiny_runs import make_config
+
+from moe_bsr import config as configuration
+from moe_bsr.config import ConfigError
+from moe_bsr.cost import sweep
+from moe_bsr.cost.budget import answer, largest, parse_bytes
+from moe_bsr.cost.exact import predict
+from moe_bsr.multitask import plan_only
+from moe_bsr.storage import STORAGES
+
+CLASSES = {"shapes": 10, "fractals": 12}
+
+
+@pytest.fixture
+def ask(tmp_path, capsys):
+    """Run tools/cost.py on a tiny configuration with overrides; returns (exit status, stdout, stderr)."""
+    (tmp_path / "tiny.yaml").write_text(configuration.dump(make_config(tmp_path)))
+    tool = Path(__file__).resolve().parents[1] / "tools" / "cost.py"
+    main = runpy.run_path(str(tool), run_name="cost")["main"]
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        status = main([str(tmp_path / "tiny.yaml"), *arguments])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("600MB", 600 * 2**20), ("1.5 GB", 1536 * 2**20), ("12kb", 12288), ("4000000", 4000000), ("7B", 7)])
+def test_sizes_are_read(text, expected):
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "MB", "-3MB", "0", "6 0MB0", "nan", "inf", "600MiB"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ConfigError, match="^--budget = .*600MB"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 7, 8, 9, 1000, 2**16, 2**20])
+def test_the_largest_batch_is_found(limit):
+    assert largest(lambda n: n <= limit) == min(limit, 2**16)
+
+
+def test_the_table_adds_up_to_the_json(ask):
+    status, out, _ = ask("--json")
+    result = json.loads(out)
+    assert status == 0
+    assert sum(sum(kinds.values()) for kinds in result["kept_by_block"].values()) == result["kept"]
+    config = configuration.from_dict({})
+    assert result["batch"] == 8 and result["precision"] == "fp32" and config.storage == "exact"
+    status, text, _ = ask()
+    assert status == 0 and f"{result['peak'] / 2**20:.3f}" in text
+
+
+def test_the_measurement_stands_beside_the_prediction(ask):
+    status, out, _ = ask("--measure", "--json", "storage=recompute")
+    compared = json.loads(out)["measured"]["quantities"]
+    assert status == 0
+    for quantity, tolerance in sweep.TOLERANCES.items():
+        assert abs(compared[quantity]["difference"]) <= tolerance, quantity
+
+
+def test_a_budget_says_what_fits_and_every_change_keeps_its_word(tmp_path):
+    config = make_config(tmp_path)
+    model = plan_only(config, CLASSES)
+    peak = predict(model, config, batch=64, precision="fp32").peak
+    one = predict(model, config, batch=1, precision="fp32").peak
+    told = answer(config, CLASSES, (one + peak) // 2, batch=64, precision="fp32")
+    assert not told.fits and told.peak == peak and 0 < told.largest_batch < 64
+    for images, fits in ((told.largest_batch, True), (told.largest_batch + 1, False)):
+        assert (predict(model, config, batch=images, precision="fp32").peak <= told.budget) == fits
+    assert {"drop one block earlier", "compute in bf16", "store recompute"} <= {c.what for c in told.changes}
+    for change in told.changes:
+        (tmp_path / "c.yaml").write_text(configuration.dump(config))
+        changed = configuration.load(tmp_path / "c.yaml", change.overrides.split())
+        cost = predict(plan_only(changed, CLASSES), changed, batch=64, precision=changed.machine.precision)
+        assert (peak - cost.peak, cost.peak <= told.budget) == (change.bytes, change.fits)
+    free = [c.flops <= 0 for c in told.changes]
+    assert free == sorted(free, reverse=True)
+    rates = [c.bytes / c.flops for c in told.changes if c.flops > 0]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_the_exit_status_tells_whether_a_budget_holds(ask):
+    assert ask("--budget", "1GB")[0] == 0
+    status, out, _ = ask("--budget", "3MB", "train.batch_size=512")
+    assert status == 1 and "does not fit" in out
+
+
+def test_a_budget_below_the_parameters_is_refused_with_the_floor(ask):
+    status, _, error = ask("--budget", "100KB")
+    assert status == 2 and "the parameters alone take" in error
+
+
+def test_one_model_per_task_tells_the_largest(ask):
+    one = json.loads(ask("--json", "mode=stl")[1])
+    both = json.loads(ask("--json")[1])
+    assert one["parameters"] < both["parameters"]
+    assert "this is the one of fractals" in ask("mode=stl")[1]
+
+
+def test_a_task_without_a_number_of_classes_needs_one(ask, tmp_path):
+    (tmp_path / "mine.yaml").write_text("{title: Mine, source: folder, path: mine}\n")
+    task = f"tasks=[{tmp_path / 'mine.yaml'}]"
+    status, _, error = ask(task)
+    assert status == 2 and "--classes" in error
+    assert ask(task, "--classes", "7")[0] == 0
+
+
+@pytest.mark.parametrize(("arguments", "named"), [
+    (["plan.trainable=[9]"], "plan.trainable"), (["backbone.name=vit_tiny"], "backbone.name"),
+    (["--mode", "paper", "--measure"], "--mode"), (["moe.ratio=7"], "moe.ratio")])
+def test_what_cannot_be_costed_is_named(ask, arguments, named):
+    status, _, error = ask(*arguments)
+    assert status == 2 and named in error and error.count("\n") == 1
+
+
+def test_the_published_rules_need_no_machine_of_ours(ask):
+    paper, ancestor = (json.loads(ask("--mode", mode, "--json")[1]) for mode in ("paper", "backrazor"))
+    assert paper["total"] == paper["batch"] * paper["peak_per_image"] + paper["parameters"]
+    assert ancestor["total"] > paper["total"]  # it charges q, k and v three times
+
+
+@pytest.mark.parametrize(("batch", "storages"), [(2, list(STORAGES)), (5, ["exact"])])
+def test_predictions_hold_for_every_plan_precision_batch_and_storage(tmp_path, batch, storages):
+    """The sweep of `cost.py --sweep` at a width of 64 and 64 px."""
+    records = list(sweep.sweep(make_config(tmp_path), CLASSES, backbones=["test_vit"], image_size=64,
+                               batches=[batch], storages=storages))
+    assert len(records) == 6 * 2 * len(storages)
+    total = sweep.summary(records)
+    for quantity, tolerance in sweep.TOLERANCES.items():
+        assert total[quantity]["worst"] <= tolerance, (quantity, total[quantity])

@@ -1,0 +1,127 @@
+"""Side-by-side timings and memory of one training step: stock timm, the public form of BSR, and ours.
+
+    python tools/benchmark.py                                     # DeiT-S, 224 px, batch 32: ten minutes
+    python tools/benchmark.py --backbone vit_base_patch16_224 --batch 8 --storages exact   # 20 GB
+    python tools/benchmark.py --only bsr full --rounds 3 --profile # some cases, and where their time goes
+    python tools/benchmark.py --scaling                           # against tokens, batch, experts and tasks
+    python tools/benchmark.py --json > benchmark.json
+
+Every case is a process of its own and all take turns, so only compare figures of one run. Weights and images
+are random; data loading is not timed. --json prints everything, the raw times of every step included.
+"""
+
+import argparse
+import json
+import sys
+import textwrap
+from pathlib import Path
+
+import torch
+
+from moe_bsr import run
+from moe_bsr.benchmark import scaling
+from moe_bsr.benchmark.cases import Case, suite
+from moe_bsr.benchmark.targets import BSR, MOE, Results, judge, step_seconds
+from moe_bsr.benchmark.turns import contestants, interleave
+from moe_bsr.config import ConfigError, MachineConfig, require
+from moe_bsr.machine import prepare
+
+MIB = 2**20
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default="deit_small_patch16_224", help="a timm VisionTransformer")
+    parser.add_argument("--image-size", type=int, help="pixels (default: the backbone's own)")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, help="compute threads (default: torch's choice)")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=2, help="steps of a case in a round")
+    parser.add_argument("--storages", nargs="+", help="of the BSR cases (default: all)")
+    parser.add_argument("--only", nargs="+", metavar="SUBJECT", help="timm, explicit, full, bsr, moe_full, "
+                        "moe_bsr, moe_ffn, dense_ffn; targets that need others are left out")
+    parser.add_argument("--profile", action="store_true", help="the ten costliest operators of each case")
+    parser.add_argument("--scaling", action="store_true", help="how step time and peak grow")
+    parser.add_argument("--picture", type=Path, default=Path("scaling.png"), help="of --scaling")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args(arguments)
+    shared = {"backbone": arguments.backbone, "image_size": arguments.image_size, "batch": arguments.batch,
+              "device": arguments.device, "threads": arguments.threads}
+    try:
+        require(arguments.batch >= 2, "--batch", arguments.batch, "at least 2: bytes kept per image are the "
+                "growth from half the batch to all of it")
+        if arguments.scaling:
+            result = scaling.measure(shared, arguments.rounds, arguments.steps, note)
+            scaling.draw(result, arguments.picture)
+            lines = [*scaling.table(result), f"picture: {arguments.picture}"]
+        else:
+            groups = {name: [c for c in cases if not arguments.only or c.subject in arguments.only]
+                      for name, cases in suite(arguments.storages, **shared).items()}
+            result = compare(groups, arguments)
+            lines = [*case_table(result["groups"], arguments.batch), *target_table(result["targets"])]
+    except (ConfigError, RuntimeError) as error:
+        print(f"benchmark.py: {error}", file=sys.stderr)
+        return 1
+    about = {"arguments": shared, **run.environment(prepare(MachineConfig(device=arguments.device)))}
+    print(json.dumps(about | result, indent=1) if arguments.json else "\n".join(lines))
+    return 0
+
+
+def compare(groups: dict[str, list[Case]], arguments: argparse.Namespace) -> dict:
+    """Time and measure every case of every group, and hold the figures against the targets."""
+    results: Results = {}
+    for name, cases in groups.items():
+        note(f"{name}: {len(cases)} cases")
+        results[name] = {}
+        with contestants(cases) as group:
+            times = interleave(group, arguments.rounds, arguments.steps)
+            for one in group:
+                results[name][one.case.name] = about = {
+                    "seconds": times[one.case.name], "memory": one.ask("memory")}
+                if one.case.name in (BSR, MOE):
+                    about["products"] = one.ask("products")
+                if arguments.profile:
+                    about["hot_spots"] = one.ask("hot_spots")
+    return {"groups": results, "targets": judge(results)}
+
+
+def case_table(results: Results, batch: int) -> list[str]:
+    """Each case: times, what it keeps, its peak over what lived before the step (MiB)."""
+    lines = []
+    for group, cases in results.items():
+        if cases:
+            lines += [f"{group:<24}  step ms  images/s  kept MiB/image  peak MiB  inference  process MiB"]
+        for name, about in cases.items():
+            ms, memory = 1e3 * step_seconds(results, group, name), about["memory"]
+            peak = max(memory["transients"].values())
+            lines.append(f"  {name:<22}  {ms:>7.1f}  {1e3 * batch / ms:>8.1f}  "
+                         f"{memory['kept_per_image'] / MIB:>14.3f}  {peak / MIB:>8.1f}"
+                         f"  {memory['inference_peak'] / MIB:>9.1f}  {memory['process_peak'] / MIB:>11.0f}")
+            lines += [f"      {t:>8.1f} ms  {calls:>5} x  {operator}"
+                      for operator, t, calls in about.get("hot_spots", [])]
+        lines.append("")
+    return lines
+
+
+def target_table(rows: list[dict]) -> list[str]:
+    lines = []
+    for row in rows:
+        known = ", ".join(f"{key} {row[key]}" for key in ("published", "bound") if row[key])
+        verdict = "reached" if row["reached"] else "missed"
+        lines += [f"{verdict:<7}  {row['value']:>7.2f}x  {row['target']:<8}  {row['what']}"
+                  + (f" ({known})" if known else ""), f"{'':<29}{row['detail']}"]
+        if row["others"]:
+            others = ", ".join(f"{case} {value:.2f}" for case, value in row["others"].items())
+            lines += textwrap.wrap(f"the same for {others}", 110, initial_indent=" " * 29,
+                                   subsequent_indent=" " * 31)
+    return lines
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
