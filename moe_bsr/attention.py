@@ -127,7 +127,7 @@ def attention_bytes(ledger: Ledger, qkv: Held, batch: int, heads: int, tokens: i
     given, row = None, None
     if scores:
         ledger.scratch(stream * ROW)
-        row = ledger.make(rows, packable=False)
+        row = ledger.make(rows + batch * width * ROW, packable=False)  # and the class token's queries
         ledger.scratch(rows)
         given = ledger.make(2 * batch * tokens * ROW, packable=False)
     ledger.save(qkv, "queries, keys, values")

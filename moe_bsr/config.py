@@ -135,6 +135,7 @@ class TrainConfig:
     momentum: float = 0.9
     weight_decay: float = 0.05
     layer_decay: float = 1.0
+    head_lr: float = 1.0
     warmup: float = 0.05
     clip: float | None = 1.0
     label_smoothing: float = 0.0
@@ -157,6 +158,7 @@ class TrainConfig:
         require(0 <= self.min_lr <= self.lr, "train.min_lr", self.min_lr, f"0 to train.lr = {self.lr}")
         require(0 <= self.momentum < 1, "train.momentum", self.momentum, "[0, 1)")
         require(0 < self.layer_decay <= 1, "train.layer_decay", self.layer_decay, "in (0, 1]")
+        require(self.head_lr > 0, "train.head_lr", self.head_lr, "above 0; relative to train.lr")
         require(0 <= self.warmup, "train.warmup", self.warmup,
                 "a fraction of train.steps below 1, or a number of updates")
         require(self.clip is None or self.clip > 0, "train.clip", self.clip, "null or above 0")

@@ -65,16 +65,17 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def embed_patches(layer: PatchEmbed, images: Tensor) -> Tensor:
-    """(B, C, S, S) -> (B, patches, D): where types differ, the patch convolution as a product of patches.
+    """(B, C, S, S) -> (B, patches, D), or (B, h, w, D) as timm has it: where types differ, the patch convolution as a product of patches.
 
     In bf16 on a CPU, oneDNN's convolution would take tens of megabytes of scratch memory for it.
     """
     dtype = compute_dtype(images)
     plain = dtype == images.dtype == layer.proj.weight.dtype
-    if plain or not layer.flatten or images.shape[2:] != layer.img_size:
+    if plain or layer.output_fmt == "NCHW" and not layer.flatten or images.shape[2:] != layer.img_size:
         return layer(images)
     height, width = layer.patch_size
-    x = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=height, q=width).to(dtype)
+    pattern = "b (h w) (c p q)" if layer.flatten else "b h w (c p q)"
+    x = rearrange(images, f"b c (h p) (w q) -> {pattern}", p=height, q=width).to(dtype)
     return layer.norm(_Linear.apply(x, layer.proj.weight.flatten(1), layer.proj.bias))
 
 
@@ -101,8 +102,7 @@ def linear_bytes(ledger: Ledger, layer: nn.Linear, x: Held, rows: int, needs_x: 
         ledger.scratch(scratch)
         if trains:
             of_weight = ledger.make(weight if size == 2 else 0)  # in float32 it is the gradient itself
-            # oneDNN's for this product as measured: it grows with the rows up to 1.6 MB
-            ledger.scratch(0 if size == 4 else min(rows * min(inputs, outputs) * 2 + 290_000, 1_600_000))
+            ledger.scratch(0 if size == 4 else _transposed_scratch(rows, min(inputs, outputs)))
             ledger.release(x)
             ledger.free(of_weight)
         if copy is not None and needs_x:
@@ -111,6 +111,11 @@ def linear_bytes(ledger: Ledger, layer: nn.Linear, x: Held, rows: int, needs_x: 
         return out
 
     return y, backward
+
+
+def _transposed_scratch(rows: int, width: int) -> int:
+    """oneDNN's for the product of a weight's gradient, fitted to measurements; it stops at 1.6 MB."""
+    return min(2 * rows * width + 600 * width + 60_000, 1_600_000)
 
 
 class _Float32Linear(torch.autograd.Function):

@@ -369,6 +369,7 @@ def moe_bytes(ledger: Ledger, moe: MoE, x: Held, tokens: int, needs_x: bool
     ledger.scratch(each * (2 * width + 2 * hidden) * size + (0 if size == 4 else 3 * weight))
     ledger.scratch(tokens * k * width * size)
     out = ledger.make(tokens * width * size)
+    images_tokens, ledger.tokens = ledger.tokens, each
     for tensor, kind in ((x, "expert inputs"), (places, "routing"), (gates, "routing"), (chosen, "routing"),
                          (by_row, "expert outputs"), (copies, "weight copies"),
                          *((part, "expert hidden") for part in before)):
@@ -377,6 +378,7 @@ def moe_bytes(ledger: Ledger, moe: MoE, x: Held, tokens: int, needs_x: bool
     if routers and ledger.grad:
         ledger.save(probabilities, "routing")
         ledger.save(x, "expert inputs")
+    ledger.tokens = images_tokens
     ledger.free(places, by_row, copies, *before)
 
     def backward(grad: Held) -> Held | None:

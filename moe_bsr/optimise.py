@@ -22,6 +22,8 @@ def parameter_groups(model: nn.Module, config: TrainConfig, depth: int) -> list[
         if not parameter.requires_grad:
             continue
         scale = config.layer_decay ** (depth + 1 - layer_of(name, depth))
+        if name.startswith("heads."):
+            scale *= config.head_lr
         decays = parameter.ndim > 1 and not name.endswith(NO_DECAY)
         decay = config.weight_decay if decays else 0.0
         group = groups.setdefault((scale, decay), {

@@ -22,7 +22,7 @@ def make(*, status: str, signal: int, scores: dict[str, dict[str, Any]] | None, 
         "status": status, "signal": signal, "split": split, "tasks": tasks,
         "mean_top1": _mean([t.get("top1") for t in tasks.values()]),
         "selected_step": best and best[1], "selected_mean_val_top1": best and best[0],
-        "predicted_peak_mb": None, **measured,
+        **measured,
     }
 
 
@@ -40,7 +40,7 @@ def aggregate(parts: dict[str, dict[str, Any]], names: list[str]) -> dict[str, A
         "signal": done[-1]["signal"], "split": done[0]["split"], "tasks": tasks,
         "mean_top1": _mean([t.get("top1") for t in tasks.values()]),
         "selected_mean_val_top1": _mean([p["selected_mean_val_top1"] for p in done]),
-        "predicted_peak_mb": None,
+        "predicted_peak_mb": max(p["predicted_peak_mb"] for p in done),
         "train_seconds": sum(p["train_seconds"] for p in done),
         "measured_peak_mb": max(p["measured_peak_mb"] for p in done),
         "gflops_per_image": _mean([p["gflops_per_image"] for p in done]),
@@ -71,8 +71,9 @@ def markdown(report: dict[str, Any]) -> str:
         lines.append(f"| {name} | {score} | {t['images']} | {t['epochs']:.2f} | {t['updates']} |")
     if report["mean_top1"] is not None:
         lines.append(f"| mean | {report['mean_top1']:.2f} | | | | | | |")
-    lines += ["", f"Training took {report['train_seconds']:.0f} s; peak memory {report['measured_peak_mb']:.0f} "
-              f"MB; {report['gflops_per_image']:.2f} GFLOPs an image forward."]
+    lines += ["", f"Training took {report['train_seconds']:.0f} s; {report['gflops_per_image']:.2f} GFLOPs an image "
+              f"forward. Predicted peak of a step's tensors {report['predicted_peak_mb']:.0f} MB; peak of the process, "
+              f"with libraries and cached images, {report['measured_peak_mb']:.0f} MB."]
     return "\n".join(lines) + "\n"
 
 

@@ -176,7 +176,8 @@ def drop_bytes(ledger: Ledger, x: Held, batch: int, before: int, after: int, pre
     token = batch * width * size
     attached = fuses and not config.detach
     positions = ledger.make(batch * (before - prefix) * INDEX, packable=False)
-    ledger.decided += positions.bytes
+    # A block that runs again also holds its tokens' origins, those after the last drop.
+    ledger.decided += positions.bytes + batch * (after - prefix) * INDEX
     away = ledger.make(dropped * token) if fuses else None
     taken = ledger.make(kept * token)
     out = ledger.make(after * token)

@@ -129,7 +129,7 @@ def test_the_published_rules_need_no_machine_of_ours(ask):
     assert ancestor["total"] > paper["total"]  # it charges q, k and v three times
 
 
-@pytest.mark.parametrize(("batch", "storages"), [(2, list(STORAGES)), (5, ["exact"])])
+@pytest.mark.parametrize(("batch", "storages"), [(24, list(STORAGES)), (40, ["exact"])])
 def test_predictions_hold_for_every_plan_precision_batch_and_storage(tmp_path, batch, storages):
     """The sweep of `cost.py --sweep` at a width of 64 and 64 px."""
     records = list(sweep.sweep(make_config(tmp_path), CLASSES, backbones=["test_vit"], image_size=64,

@@ -47,11 +47,11 @@ def main() -> int:
 def train(arguments: argparse.Namespace, variant: str, rate: float, steps: int, folder: Path, *more: str
           ) -> None:
     steps = steps // TASKS if variant.startswith("stl") else steps  # there they are counted per task
-    scale = 10 if variant == "last" else 1  # a linear head wants more
     subprocess.run(
         [sys.executable, "tools/train.py", f"configs/deit_tiny_{variant}.yaml", "--run", folder, "--resume",
          f"data.root={arguments.data}", f"backbone.weights={arguments.weights}", "train.evaluate_every=0",
-         "backbone.name=deit_tiny_patch16_224", f"train.steps={steps}", f"train.lr={scale * rate}",
+         "backbone.name=deit_tiny_patch16_224", f"train.steps={steps}", f"train.lr={rate}",
+         "train.head_lr=10",  # the same for all: a head starts from nothing and wants more than a block
          *more, *arguments.overrides], check=True, stdout=subprocess.DEVNULL)
 
 

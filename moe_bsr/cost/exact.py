@@ -53,23 +53,28 @@ class Cost:
         return dataclasses.asdict(self)
 
 
-def predict(model: MultitaskViT, config: Config, *, batch: int, precision: str, task: str | None = None
-            ) -> Cost:
+def predict(model: MultitaskViT, config: Config, *, batch: int, precision: str, task: str | None = None,
+            all_tasks: bool = False) -> Cost:
     """The cost of training steps of one task's micro-batches of `batch` images.
 
     Args:
         model: on any device, `plan_only`'s included. precision: "fp32" or "bf16".
         task: by default the one with the most classes.
+        all_tasks: as in a run in which every task had its turn: optimiser state of all heads and routers
+            (and with joint sampling their gradients).
     """
     size = 2 if precision == "bf16" else 4
     classes = model.heads[task].out_features if task else max(h.out_features for h in model.heads.values())
     trained = [p for p in _active(model, task) if p.requires_grad]
+    stepped = [p for p in model.parameters() if p.requires_grad] if all_tasks else trained
+    if all_tasks and config.sampler.kind == "joint":
+        trained = stepped
     gradients = sum(p.numel() for p in trained) * ROW
     ledger = Ledger(size, THREADS)
     forward, backward, kept = _play(ledger, model, batch, classes)
     total = sum(sum(kinds.values()) for kinds in kept.values())
     parameters = _weights(model, size)
-    optimiser = _state(model, config)
+    optimiser = _state(stepped, config)
     transients = {"forward": forward, "backward": backward, "optimiser": _update(trained, config)}
     largest = max(forward, backward + gradients, transients["optimiser"] + gradients)
     return Cost(parameters=parameters, gradients=gradients, optimiser=optimiser, kept=total,
@@ -87,7 +92,7 @@ def _play(ledger: Ledger, model: MultitaskViT, batch: int, classes: int
     records: list[Held] = []
     tape = []
 
-    ledger.section = "embedding"
+    ledger.section, ledger.tokens = "embedding", tokens
     ledger.grad = model.embedding_trains
     pixels = batch * 3 * side * side
     laid_out = ledger.make(0 if size == 4 else pixels * ROW)
@@ -170,9 +175,8 @@ def _weights(model: MultitaskViT, size: int) -> int:
             + sum(b.numel() * b.element_size() for b in model.buffers()))
 
 
-def _state(model: MultitaskViT, config: Config) -> int:
+def _state(trained: list[nn.Parameter], config: Config) -> int:
     """AdamW: two moments and a step count for each parameter that ever had a gradient; SGD: momentum."""
-    trained = [p for p in _active(model, None) if p.requires_grad]
     if config.train.optimiser == "sgd":
         return sum(p.numel() for p in trained) * ROW if config.train.momentum else 0
     return sum(2 * p.numel() + 1 for p in trained) * ROW

@@ -63,7 +63,7 @@ def _run(pack, forward, tokens, parameters):
 
 def _register(name: str, pack, packed_bytes) -> None:
     def cost(ledger: Ledger, part, x: Held):
-        ledger.decided = 0
+        ledger.decided, tokens = 0, ledger.tokens
         with ledger.mode(False):
             out, records, _ = part(x)
         decisions = ledger.make(ledger.decided, packable=False)
@@ -71,7 +71,9 @@ def _register(name: str, pack, packed_bytes) -> None:
         ledger.free(decisions)
         kept = x
         if pack is not None:
+            ledger.tokens, left = tokens, ledger.tokens
             size, temporary = packed_bytes(ledger, x)
+            ledger.tokens = left
             ledger.scratch(temporary)
             kept = ledger.make(size, packable=False)
         ledger.save(kept, "block inputs")
