@@ -153,7 +153,7 @@ def attention_bytes(ledger: Ledger, qkv: Held, batch: int, heads: int, tokens: i
             out = ledger.make(3 * stream * size)
             ledger.free(*parts)
             if row is not None and attached:  # its own way back through the projections' views
-                of_row = [ledger.make(stream * size) for _ in range(2)]
+                of_row = [ledger.make(stream * size)]
                 second = ledger.make(3 * stream * size)
                 ledger.free(*of_row, second)
                 ledger.release(row)

@@ -84,7 +84,7 @@ class MultitaskViT(nn.Module):
         Args:
             noise_key: integers that seed the gate noise (training with moe.gate_noise > 0 needs it).
         """
-        return self._finish(*self.stem(images, task), task, noise_key)
+        return self._finish([self.stem(images, task)], task, noise_key)
 
     def stem(self, images: Tensor, task: str = "") -> tuple[Tokens, dict[int, block.Record]]:
         """Everything before the gradient path, under no_grad: the same for every task.
@@ -101,7 +101,7 @@ class MultitaskViT(nn.Module):
     def finish(self, tokens: Tokens, task: str, noise_key: tuple[int, ...] | None = None,
                records: dict[int, block.Record] | None = None) -> Output:
         """The gradient path and the head of `task`, from the tokens `stem` returned."""
-        return self._finish(tokens, dict(records or {}), task, noise_key)
+        return self._finish([(tokens, dict(records or {}))], task, noise_key)
 
     def _embed(self, images: Tensor) -> Tokens:
         vit = self.vit
@@ -109,8 +109,9 @@ class MultitaskViT(nn.Module):
         origin = torch.arange(x.shape[1] - vit.num_prefix_tokens, device=x.device)
         return Tokens(x.to(compute_dtype(x)), origin.expand(len(x), -1))
 
-    def _finish(self, tokens: Tokens, records: dict[int, block.Record], task: str,
+    def _finish(self, start: list[tuple[Tokens, dict[int, block.Record]]], task: str,
                 noise_key: tuple[int, ...] | None) -> Output:
+        tokens, records = start.pop()  # in a list, or the caller's frame would hold the tokens to the end
         for index in range(self.path_start, len(self.plan)):
             key = None if noise_key is None else (*noise_key, index)
             tokens = self._block(index, tokens, task, key, records)
