@@ -1,13 +1,11 @@
-"""The mixture-of-experts FFN: router | dispatch | experts | combine, upcycled from a dense FFN.
+"""The mixture-of-experts FFN: router | experts, upcycled from a dense FFN.
 
 A task-routed MoE in place of a block's FFN (M3ViT style; BSR section 5.2). Every token of the block,
 class token included, is routed on its own to its top-k experts; nothing is dropped. Shapes:
 
-    T tokens of the micro-batch (images x tokens), D width, E experts, K = top_k, F hidden width,
-    R rows of the experts' batch, grouped by expert: T * K and padding
+    T tokens of the micro-batch (images x tokens), D width, E experts, K = top_k
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +15,9 @@ from torch.nn import functional as F
 
 from moe_bsr.config import MoEConfig, require
 from moe_bsr.decisions import Decisions
+from moe_bsr.experts import Experts
 from moe_bsr.ledger import INDEX, ROW, Backward, Held, Ledger
-from moe_bsr.linear import compute_dtype, float32_linear, product
+from moe_bsr.linear import float32_linear
 from moe_bsr.seeding import generator
 
 TASK_EMBEDDING = 64
@@ -86,198 +85,6 @@ class TaskConditionedRouter(nn.Module):
 
 
 ROUTERS = {"per_task": PerTaskRouter, "task_conditioned": TaskConditionedRouter}
-
-
-def plan_rows(chosen: Tensor, experts: int, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each assignment goes in the experts' batch, whose rows are grouped by expert.
-
-    Args:
-        chosen: (T, K) int64 experts. multiple: each expert's rows are padded to a multiple of this.
-    Returns:
-        slot (T * K,) row of each assignment; token (R,) token of each row (0 in padding); rows of each
-        expert (E,), padding included.
-    """
-    flat = chosen.flatten()
-    order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=experts)
-    padded = (counts + multiple - 1) // multiple * multiple
-    shift = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)
-    row = torch.arange(len(flat), device=flat.device) + shift[flat[order]]
-    slot = torch.empty_like(order).scatter(0, order, row)
-    # Without padding the size is known, and a GPU need not be waited for.
-    size = len(flat) if multiple == 1 else int(padded.sum())
-    token = torch.zeros(size, dtype=torch.int64, device=flat.device).scatter(0, row, order // chosen.shape[1])
-    return slot, token, padded
-
-
-class Dispatch(torch.autograd.Function):
-    """Rows of the experts' batch from the tokens. (T, D) -> (R, D).
-
-    The backward gathers each token's K rows and adds them: the same sum in the same order every time,
-    where the backward of plain indexing adds atomically in any order.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, slot: Tensor, token: Tensor) -> Tensor:
-        ctx.save_for_backward(slot)
-        ctx.tokens = len(x)
-        return x[token]
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (slot,) = ctx.saved_tensors
-        return grad[slot].view(ctx.tokens, -1, grad.shape[1]).sum(1), None, None
-
-
-class Combine(torch.autograd.Function):
-    """Gate-weighted sum of each token's K expert outputs. (R, D), (T, K) -> (T, D)."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, gates: Tensor, slot: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, gates, slot)
-        by_token = rows[slot].view(*gates.shape, -1)
-        return (gates.to(rows.dtype).unsqueeze(1) @ by_token).squeeze(1)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        rows, gates, slot = ctx.saved_tensors
-        grad = grad.to(rows.dtype)
-        grad_rows = torch.zeros_like(rows)
-        grad_rows[slot] = (gates.to(rows.dtype).unsqueeze(2) * grad.unsqueeze(1)).flatten(0, 1)
-        by_token = rows[slot].view(*gates.shape, -1)
-        grad_gates = (by_token @ grad.unsqueeze(2)).squeeze(2).to(gates.dtype)
-        return grad_rows, grad_gates, None
-
-
-class ExpertLoop(torch.autograd.Function):
-    """Dispatch, experts and combine, one expert after the other. (T, D), (T, K) -> (T, D).
-
-    It keeps the tokens, each row's hidden values before the activation and each row's output (for the
-    gates); rows are gathered and activations computed again. Master weights are cast expert by expert;
-    the copies are kept for the backward, for casting costs as much time as a small expert's product.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, gates: Tensor, slot: Tensor, token: Tensor, counts: list[int],
-                keeps: bool, act: nn.Module, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
-        rows, hidden, copies = x.new_empty(len(token), x.shape[1]), [], []
-        for expert, of_expert, tokens in _parts(token, counts):
-            (first, bias1), (second, bias2) = _cast(x, w1, b1, expert), _cast(x, w2, b2, expert)
-            before = product(x.index_select(0, tokens), first, bias1)
-            rows[of_expert] = product(act(before), second, bias2)
-            if keeps:
-                hidden.append(before)
-                copies.append((first, second))
-        ctx.save_for_backward(x, gates, slot, token, rows, w1, b1, w2, b2, *hidden)
-        ctx.counts, ctx.act, ctx.copies = counts, act, copies  # no activations, so no storage's business
-        return _combine(rows, gates, slot)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, gates, slot, token, rows, w1, b1, w2, b2, *hidden = ctx.saved_tensors
-        copies, ctx.copies = ctx.copies, None
-        grad = grad.to(x.dtype)
-        by_token = rows.index_select(0, slot).view(*gates.shape, -1)
-        grad_gates = (by_token @ grad.unsqueeze(2)).squeeze(2).to(gates.dtype)
-        del by_token
-        gate_of_row = grad.new_zeros(len(token)).scatter(0, slot, gates.flatten().to(x.dtype)).unsqueeze(1)
-        grad_rows = torch.empty_like(rows)
-        grads = [None if p is None else torch.empty_like(p) for p in (w1, b1, w2, b2)]
-        for unused in (expert for expert, count in enumerate(ctx.counts) if not count):
-            for whole in grads:
-                if whole is not None:
-                    whole[unused] = 0.0
-        for place, (expert, of_expert, tokens) in enumerate(_parts(token, ctx.counts)):
-            before, (first, second) = hidden[place], copies[place]
-            with torch.enable_grad():
-                before = before.detach().requires_grad_()
-                after = ctx.act(before)
-            out = grad.index_select(0, tokens).mul_(gate_of_row[of_expert])
-            (back,) = torch.autograd.grad(after, before, out @ second)
-            grads[2][expert] = out.t() @ after.detach()
-            grads[0][expert] = back.t() @ x.index_select(0, tokens)
-            for bias, summed in ((grads[1], back), (grads[3], out)):
-                if bias is not None:
-                    bias[expert] = summed.sum(0)
-            torch.mm(back, first, out=grad_rows[of_expert])
-        grad_x = grad_rows.index_select(0, slot).view(*gates.shape, -1).sum(1)
-        return grad_x, grad_gates, None, None, None, None, None, *grads
-
-
-def _combine(rows: Tensor, gates: Tensor, slot: Tensor) -> Tensor:
-    """Gate-weighted sum of each token's rows. (R, D), (T, K) -> (T, D)."""
-    by_token = rows.index_select(0, slot).view(*gates.shape, -1)
-    return (gates.to(rows.dtype).unsqueeze(1) @ by_token).squeeze(1)
-
-
-def _parts(token: Tensor, counts: list[int]) -> Iterator[tuple[int, slice, Tensor]]:
-    """(expert, its rows, the tokens of its rows) for each expert that has any."""
-    first = 0
-    for expert, count in enumerate(counts):
-        if count:
-            yield expert, slice(first, first + count), token[first:first + count]
-        first += count
-
-
-def _cast(x: Tensor, weight: Tensor, bias: Tensor | None, expert: int) -> tuple[Tensor, Tensor | None]:
-    return weight[expert].to(x.dtype), None if bias is None else bias[expert].to(x.dtype)
-
-
-class Experts(nn.Module):
-    """E independent two-layer MLPs, their parameters stacked; input rows come sorted by expert."""
-
-    def __init__(self, mlp: Mlp, config: MoEConfig, seed: tuple) -> None:
-        """Upcycle a pretrained FFN into experts (see `MoE.__init__` for what each copy holds)."""
-        super().__init__()
-        hidden, width = mlp.fc1.weight.shape
-        require(hidden % (config.ratio * width) == 0, "moe.ratio", config.ratio,
-                f"ratio x width = {config.ratio * width} must divide the FFN's hidden width {hidden}")
-        slices = hidden // (config.ratio * width)
-        draws = generator(*seed)
-        units = [torch.arange(e % slices, hidden, slices) for e in range(config.experts)]
-        stacked = {
-            "fc1_weight": [mlp.fc1.weight[u] for u in units],
-            "fc1_bias": None if mlp.fc1.bias is None else [mlp.fc1.bias[u] for u in units],
-            "fc2_weight": [slices * mlp.fc2.weight[:, u] for u in units],
-            "fc2_bias": None if mlp.fc2.bias is None else [mlp.fc2.bias] * config.experts,
-        }
-        for name, copies in stacked.items():
-            value = None if copies is None else torch.stack([c.detach() for c in copies])
-            if value is not None and config.clone_noise:
-                noise = torch.randn(value.shape, generator=draws).to(value.device)
-                value = value + config.clone_noise * value.std() * noise
-            self.register_parameter(name, None if value is None else nn.Parameter(value))
-        self.act = mlp.act
-        self.engine = config.engine
-
-    def forward(self, x: Tensor, gates: Tensor, chosen: Tensor) -> Tensor:
-        """Gate-weighted sum of each token's chosen experts: (T, D), (T, K) float32, (T, K) int64 -> (T, D)."""
-        x = x.to(compute_dtype(x))
-        parameters = [self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias]
-        aligned = all(size * x.element_size() % 16 == 0 for size in self.fc1_weight.shape[1:])
-        if self.engine == "grouped":
-            require(aligned, "moe.engine", "grouped", f"experts of {tuple(self.fc1_weight.shape[1:])} in "
-                    f"{x.dtype} are no multiples of 16 bytes; use loop")
-        grouped = x.is_cuda and aligned if self.engine == "auto" else self.engine == "grouped"
-        # In bf16 on a CPU every new matrix shape costs oneDNN a compilation, ten times the product of 800
-        # rows itself; padded to multiples of 64 the row counts soon repeat.
-        padded = x.device.type == "cpu" and x.dtype == torch.bfloat16
-        slot, token, counts = plan_rows(chosen, len(self.fc1_weight), 64 if padded else 1)
-        if not grouped:
-            return ExpertLoop.apply(x, gates, slot, token, counts.tolist(),
-                                    torch.is_grad_enabled(), self.act, *parameters)
-        return Combine.apply(self._grouped(Dispatch.apply(x, slot, token), counts), gates, slot)
-
-    def _grouped(self, rows: Tensor, counts: Tensor) -> Tensor:
-        ends = counts.cumsum(0).to(torch.int32)
-        expert = torch.repeat_interleave(counts, output_size=len(rows))
-
-        def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            y = F.grouped_mm(x, weight.to(x.dtype).transpose(-2, -1), offs=ends)
-            return y if bias is None else y + F.embedding(expert, bias.to(x.dtype))
-
-        hidden = self.act(linear(rows, self.fc1_weight, self.fc1_bias))
-        return linear(hidden, self.fc2_weight, self.fc2_bias)
 
 
 class MoE(nn.Module):
@@ -363,7 +170,7 @@ def moe_bytes(ledger: Ledger, moe: MoE, x: Held, tokens: int, needs_x: bool
     ledger.decided += chosen.bytes
     gates = ledger.make(2 * tokens * k * ROW, packable=False)
     places = ledger.make((tokens * k + rows) * INDEX, packable=False)
-    by_row, out = ledger.make(rows * width * size), None
+    by_row = ledger.make(rows * width * size)
     before = [ledger.make(each * hidden * size) for _ in range(experts)] if ledger.grad else []
     copies = ledger.make(2 * experts * weight, packable=False) if ledger.grad and size == 2 else None
     ledger.scratch(each * (2 * width + 2 * hidden) * size + (0 if size == 4 else 3 * weight))

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from moe_bsr.config import ConfigError, MoEConfig
 from moe_bsr.decisions import Decisions
-from moe_bsr.moe import Experts, MoE, plan_rows, start_error
+from moe_bsr.experts import Experts, plan_rows
+from moe_bsr.moe import MoE, start_error
 
 ROUTERS = ["per_task", "task_conditioned"]
 ENGINES = ["loop", "grouped"]
