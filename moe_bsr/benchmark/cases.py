@@ -83,7 +83,8 @@ def suite(storages: list[str] | None = None, **shared) -> dict[str, list[Case]]:
 
     def experts(precision: str) -> list[Case]:
         stock = Case(subject="timm", precision=precision, tuned=False, **shared)
-        return ([stock] + plans("moe_full", precision, ["exact"]) + plans("moe_bsr", precision, storages)
+        lean = [storage for storage in ("exact", "recompute") if storage in storages]
+        return ([stock] + plans("moe_full", precision, ["exact"]) + plans("moe_bsr", precision, lean)
                 + plans("moe_ffn", precision, ["exact"]) + plans("dense_ffn", precision, ["exact"]))
 
     return {"fp32": anchors("fp32") + plans("bsr", "fp32", ["exact"]) + plans("bsr", "bf16", storages),
