@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from moe_bsr.ledger import ROW, Backward, Held, Ledger
 
-MAP_BYTES = 4 * 2**20  # of one attention map recomputed at once in the backward
+MAP_BYTES = 2 * 2**20  # of one attention map recomputed at once in the backward
 
 
 def images_at_once(batch: int, heads: int, tokens: int, element_size: int) -> int:

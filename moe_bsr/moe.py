@@ -151,7 +151,7 @@ class MoE(nn.Module):
 
 def moe_bytes(ledger: Ledger, moe: MoE, x: Held, tokens: int, needs_x: bool
               ) -> tuple[Held, list[Held], Backward]:
-    """Kept: tokens, choices, gates, and of each row its hidden values and its output; weights' copies.
+    """Kept: tokens, choices, gates, and of each row its hidden values and its output.
 
     How many rows each expert gets is decided by values; the statement is that of equal shares, each
     padded by half of what rows are padded to. Returns output, what the routing record holds, and the backward.
@@ -172,33 +172,31 @@ def moe_bytes(ledger: Ledger, moe: MoE, x: Held, tokens: int, needs_x: bool
     places = ledger.make((tokens * k + rows) * INDEX, packable=False)
     by_row = ledger.make(rows * width * size)
     before = [ledger.make(each * hidden * size) for _ in range(experts)] if ledger.grad else []
-    copies = ledger.make(2 * experts * weight, packable=False) if ledger.grad and size == 2 else None
     ledger.scratch(each * (2 * width + 2 * hidden) * size + (0 if size == 4 else 3 * weight))
     ledger.scratch(tokens * k * width * size)
     out = ledger.make(tokens * width * size)
     images_tokens, ledger.tokens = ledger.tokens, each
     for tensor, kind in ((x, "expert inputs"), (places, "routing"), (gates, "routing"), (chosen, "routing"),
-                         (by_row, "expert outputs"), (copies, "weight copies"),
+                         (by_row, "expert outputs"),
                          *((part, "expert hidden") for part in before)):
-        if tensor is not None:
-            ledger.save(tensor, kind)
+        ledger.save(tensor, kind)
     if routers and ledger.grad:
         ledger.save(probabilities, "routing")
         ledger.save(x, "expert inputs")
     ledger.tokens = images_tokens
-    ledger.free(places, by_row, copies, *before)
+    ledger.free(places, by_row, *before)
 
     def backward(grad: Held) -> Held | None:
         for tensor in (x, by_row, *before):
             ledger.restore(tensor)
         ledger.scratch(tokens * k * width * size)
         of_rows = ledger.make(rows * width * size)
-        ledger.scratch((each * (2 * width + 4 * hidden) + hidden * width) * size)
+        weights = 3 if size == 2 else 1  # a cast one, its gradient in bf16, and scratch
+        ledger.scratch((each * (2 * width + 4 * hidden) + weights * hidden * width) * size)
         ledger.scratch(tokens * k * width * size + tokens * width * size)
         of_x = ledger.make(tokens * width * size)
-        for tensor in (x, places, gates, chosen, by_row, copies, *before):
-            if tensor is not None:
-                ledger.release(tensor)
+        for tensor in (x, places, gates, chosen, by_row, *before):
+            ledger.release(tensor)
         ledger.free(of_rows, grad)
         if routers:
             ledger.restore(x)
