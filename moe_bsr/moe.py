@@ -191,8 +191,8 @@ def moe_bytes(ledger: Ledger, moe: MoE, x: Held, tokens: int, needs_x: bool
             ledger.restore(tensor)
         ledger.scratch(tokens * k * width * size)
         of_rows = ledger.make(rows * width * size)
-        weights = 3 if size == 2 else 1  # a cast one, its gradient in bf16, and scratch
-        ledger.scratch((each * (2 * width + 4 * hidden) + weights * hidden * width) * size)
+        weights = 3 if size == 2 else 2  # halves of a weight: a cast one, its gradient in bf16, as measured
+        ledger.scratch((each * (2 * width + 4 * hidden) + weights * hidden * width // 2) * size)
         ledger.scratch(tokens * k * width * size + tokens * width * size)
         of_x = ledger.make(tokens * width * size)
         for tensor in (x, places, gates, chosen, by_row, *before):
