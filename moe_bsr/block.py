@@ -12,7 +12,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from moe_bsr.attention import attention, attention_bytes, join_heads, split_heads
-from moe_bsr.config import TokensConfig
+from moe_bsr.config import TokensConfig, require
 from moe_bsr.decisions import Decisions
 from moe_bsr.ledger import INDEX, ROW, Backward, Held, Ledger, add_bytes, norm_bytes
 from moe_bsr.linear import linear, linear_bytes
@@ -156,7 +156,13 @@ def block_bytes(ledger: Ledger, block: Block, plan: BlockPlan, config: TokensCon
 
 
 def mlp_bytes(ledger: Ledger, mlp: Mlp, x: Held, rows: int, needs: bool) -> tuple[Held, Backward]:
-    """Kept: the hidden values before the activation, and after it if fc2 trains. Takes x over."""
+    """Kept: the hidden values before the activation, and after it if fc2 trains. Takes x over.
+
+    Raises:
+        ConfigError: another kind of FFN than timm's Mlp, which runs but states no cost.
+    """
+    require(type(mlp) is Mlp, "backbone.name", type(mlp).__name__, "this FFN states no cost: such a backbone "
+            "trains but cannot be costed; take one with plain Mlp blocks")
     hidden, of_fc1 = linear_bytes(ledger, mlp.fc1, x, rows, needs)
     ledger.free(x)
     after = ledger.make(hidden.bytes)

@@ -1,6 +1,7 @@
 """The report of a run: `report.json` for programs, `report.md` for people."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def aggregate(parts: dict[str, dict[str, Any]], names: list[str]) -> dict[str, A
         "signal": done[-1]["signal"], "split": done[0]["split"], "tasks": tasks,
         "mean_top1": _mean([t.get("top1") for t in tasks.values()]),
         "selected_mean_val_top1": _mean([p["selected_mean_val_top1"] for p in done]),
-        "predicted_peak_mb": max(p["predicted_peak_mb"] for p in done),
+        "predicted_peak_mb": max((p["predicted_peak_mb"] or 0 for p in done)) or None,
         "train_seconds": sum(p["train_seconds"] for p in done),
         "measured_peak_mb": max(p["measured_peak_mb"] for p in done),
         "gflops_per_image": _mean([p["gflops_per_image"] for p in done]),
@@ -72,7 +73,7 @@ def markdown(report: dict[str, Any]) -> str:
     if report["mean_top1"] is not None:
         lines.append(f"| mean | {report['mean_top1']:.2f} | | | | | | |")
     lines += ["", f"Training took {report['train_seconds']:.0f} s; {report['gflops_per_image']:.2f} GFLOPs an image "
-              f"forward. Predicted peak of a step's tensors {report['predicted_peak_mb']:.0f} MB; peak of the process, "
+              f"forward. Predicted peak of a step's tensors {report['predicted_peak_mb'] or math.nan:.0f} MB; peak of the process, "
               f"with libraries and cached images, {report['measured_peak_mb']:.0f} MB."]
     return "\n".join(lines) + "\n"
 

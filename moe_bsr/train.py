@@ -97,8 +97,11 @@ class Trainer:
         self.sampler = MultitaskSampler({name: len(data.train) for name, data in tasks.items()},
                                         settings.batch_size, settings.steps, config.sampler, config.seed)
         self.optimiser = make_optimiser(model, settings, len(model.plan))
-        self.predicted = predict(model, config, batch=settings.batch_size // settings.accumulate,
-                                 precision=machine.precision, all_tasks=True)
+        try:
+            self.predicted = predict(model, config, batch=settings.batch_size // settings.accumulate,
+                                     precision=machine.precision, all_tasks=True)
+        except ConfigError:  # a part that states no cost may train all the same
+            self.predicted = None
         self.average = None if settings.ema is None else MovingAverage(model, settings.ema)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
         mean_weight = sum(settings.task_weights.get(t, 1.0) for t in tasks) / len(tasks)
@@ -313,7 +316,7 @@ class Trainer:
         return report.make(
             status="interrupted" if self.stop.number else "finished", signal=self.stop.number,
             scores=scores, split=split, progress=self.sampler.progress(self.step), step=self.step, best=self.best, weights="live" if self.average is None else "average",
-            train_seconds=self.seconds, predicted_peak_mb=self.predicted.peak / 2**20, measured_peak_mb=self.machine.peak_mb(),
+            train_seconds=self.seconds, predicted_peak_mb=self.predicted and self.predicted.peak / 2**20, measured_peak_mb=self.machine.peak_mb(),
             test_evaluations=run.test_evaluations(self.folder),
             gflops_per_image=describe.forward_gflops(self.model))
 
@@ -334,11 +337,13 @@ class Trainer:
 
     def _about(self) -> list[str]:
         sizes = ", ".join(f"{n} {len(d.train)}/{len(d.val)}/{len(d.test)}" for n, d in self.tasks.items())
-        batch = self.config.train.batch_size // self.config.train.accumulate
+        batch, cost = self.config.train.batch_size // self.config.train.accumulate, self.predicted
+        cost = "no predicted cost: a part of this backbone states none" if cost is None else (
+            f"predicted: {cost.peak / 2**20:.0f} MB of tensors at the peak of a step "
+            f"({cost.kept / 2**20:.0f} MB kept for backward, storage {self.config.storage}), "
+            f"{cost.step_flops / batch / 1e9:.2f} GFLOPs an image to train")
         return [*describe.summary(self.model, self.config), f"train/val/test images: {sizes}",
                 f"{self.config.train.steps} updates of {self.config.train.batch_size} images "
                 f"({self.config.sampler.kind}); {self.machine.precision} ({self.machine.why}), "
                 f"{self.machine.threads} threads on {self.machine.device}; run folder {self.folder}",
-                f"predicted: {self.predicted.peak / 2**20:.0f} MB of tensors at the peak of a step "
-                f"({self.predicted.kept / 2**20:.0f} MB kept for backward, storage {self.config.storage}), "
-                f"{self.predicted.step_flops / batch / 1e9:.2f} GFLOPs an image to train"]
+                cost]

@@ -29,8 +29,6 @@ def step_flops(model: MultitaskViT) -> int:
             continue
         products, of_weights = block.backward_multiply_adds(layer, plan, n, m)
         total += products + of_weights
-        if index == model.path_start and not model.embedding_trains:
-            total -= 0
         if STORAGES[model.storages[index]].again:
             total += forward
     return round(2 * total)
