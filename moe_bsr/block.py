@@ -15,7 +15,7 @@ from moe_bsr.attention import attention, attention_bytes, join_heads, split_head
 from moe_bsr.config import TokensConfig, require
 from moe_bsr.decisions import Decisions
 from moe_bsr.ledger import INDEX, ROW, Backward, Held, Ledger, add_bytes, norm_bytes
-from moe_bsr.linear import linear, linear_bytes
+from moe_bsr.linear import activated_linear, activated_linear_bytes, linear, linear_bytes
 from moe_bsr.moe import MoE, Routing, moe_bytes
 from moe_bsr.plan import BlockPlan
 from moe_bsr.tokens import Dropped, Tokens, drop, drop_bytes, received_attention
@@ -93,6 +93,8 @@ def feed_forward(mlp: Mlp, x: Tensor) -> Tensor:
     if type(mlp) is not Mlp:
         return mlp(x)
     x = linear(mlp.fc1, x)
+    if torch.is_grad_enabled() and mlp.fc2.weight.requires_grad and isinstance(mlp.norm, nn.Identity):
+        return activated_linear(mlp.act, mlp.fc2, x)
     x = mlp.act(x)
     return linear(mlp.fc2, mlp.norm(x))
 
@@ -156,7 +158,7 @@ def block_bytes(ledger: Ledger, block: Block, plan: BlockPlan, config: TokensCon
 
 
 def mlp_bytes(ledger: Ledger, mlp: Mlp, x: Held, rows: int, needs: bool) -> tuple[Held, Backward]:
-    """Kept: the hidden values before the activation, and after it if fc2 trains. Takes x over.
+    """Kept: fc1's input, if it trains, and the hidden values before the activation. Takes x over.
 
     Raises:
         ConfigError: another kind of FFN than timm's Mlp, which runs but states no cost.
@@ -165,6 +167,9 @@ def mlp_bytes(ledger: Ledger, mlp: Mlp, x: Held, rows: int, needs: bool) -> tupl
             "trains but cannot be costed; take one with plain Mlp blocks")
     hidden, of_fc1 = linear_bytes(ledger, mlp.fc1, x, rows, needs)
     ledger.free(x)
+    if ledger.grad and mlp.fc2.weight.requires_grad:
+        out, of_fc2 = activated_linear_bytes(ledger, mlp.fc2, hidden, rows)
+        return out, lambda grad: of_fc1(of_fc2(grad))
     after = ledger.make(hidden.bytes)
     if needs:
         ledger.save(hidden, "activation inputs")

@@ -100,9 +100,11 @@ class DataConfig:
     validation: float = 0.1
     data_seed: int = 0
     resize: Literal["timm", "straight"] = "timm"
+    augment: bool = True
     crop_scale: list[float] | None = None
     flip: bool | None = None
     cache_mb: int = 2048
+    stem_mb: int = 0
     prefetch: int = 0
 
     def __post_init__(self) -> None:
@@ -110,7 +112,12 @@ class DataConfig:
         scale = self.crop_scale
         require(scale is None or (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1),
                 "data.crop_scale", scale, "null (the task's own) or [low, high] within (0, 1]")
-        require(self.cache_mb >= 0, "data.cache_mb", self.cache_mb, "at least 0 megabytes")
+        require(self.augment or (scale is None and self.flip is None), "data.augment", self.augment,
+                "true with data.crop_scale or data.flip, which say how to augment; else leave these null")
+        for key in ("cache_mb", "stem_mb"):
+            require(getattr(self, key) >= 0, f"data.{key}", getattr(self, key), "at least 0 megabytes")
+        require(not self.stem_mb or not self.augment, "data.stem_mb", self.stem_mb,
+                "0 while data.augment is true: a crop that differs each time has no output to keep")
         require(self.prefetch >= 0, "data.prefetch", self.prefetch, "at least 0 batches ahead")
 
 

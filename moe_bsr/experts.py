@@ -123,8 +123,8 @@ class ExpertLoop(torch.autograd.Function):
                 after = ctx.act(before)
             out = grad.index_select(0, tokens).mul_(gate_of_row[of_expert])
             (back,) = torch.autograd.grad(after, before, out @ _cast(x, w2, None, expert)[0])
-            grads[2][expert] = out.t() @ after.detach()
-            grads[0][expert] = back.t() @ x.index_select(0, tokens)
+            _product_into(grads[2][expert], out.t(), after.detach())
+            _product_into(grads[0][expert], back.t(), x.index_select(0, tokens))
             for bias, summed in ((grads[1], back), (grads[3], out)):
                 if bias is not None:
                     bias[expert] = summed.sum(0)
@@ -137,6 +137,14 @@ def _combine(rows: Tensor, gates: Tensor, slot: Tensor) -> Tensor:
     """Gate-weighted sum of each token's rows. (R, D), (T, K) -> (T, D)."""
     by_token = rows.index_select(0, slot).view(*gates.shape, -1)
     return (gates.to(rows.dtype).unsqueeze(1) @ by_token).squeeze(1)
+
+
+def _product_into(place: Tensor, a: Tensor, b: Tensor) -> None:
+    """place = a b; in float32 without a copy."""
+    if place.dtype == a.dtype:
+        torch.mm(a, b, out=place)
+    else:
+        place.copy_(a @ b)
 
 
 def _parts(token: Tensor, counts: list[int]) -> Iterator[tuple[int, slice, Tensor]]:

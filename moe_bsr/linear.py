@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
 from moe_bsr.ledger import Backward, Held, Ledger
@@ -79,16 +80,47 @@ def embed_patches(layer: PatchEmbed, images: Tensor) -> Tensor:
     return layer.norm(_Linear.apply(x, layer.proj.weight.flatten(1), layer.proj.bias))
 
 
+class _ActivatedLinear(torch.autograd.Function):
+    """Saved for backward: x. What the weight's gradient needs, act(x), is computed from it again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, act: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.act = act
+        return product(act(x), weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            after = ctx.act(x)
+        flat = grad.flatten(0, -2)
+        of_weight = flat.t() @ after.detach().flatten(0, -2)
+        edge = get_gradient_edge(after)
+        del after  # or it would live beside its gradient and that of x
+        back = (flat @ weight.to(x.dtype)).view(x.shape)
+        (back,) = torch.autograd.grad(edge, x, back)
+        return back, None, of_weight, flat.sum(0) if ctx.needs_input_grad[3] else None
+
+
+def activated_linear(act: nn.Module, layer: nn.Linear, x: Tensor) -> Tensor:
+    """layer(act(x)) of x in the compute dtype, (..., in) -> (..., out); `act` has no parameters.
+
+    For a layer that trains: as two operations they would keep x for the one and act(x) for the other.
+    """
+    return _ActivatedLinear.apply(x, act, layer.weight, layer.bias)
+
+
 def linear_bytes(ledger: Ledger, layer: nn.Linear, x: Held, rows: int, needs_x: bool
                  ) -> tuple[Held, Backward]:
     """Kept: the input, if the weight trains, and the weight's copy in the compute dtype."""
     outputs, inputs = layer.weight.flatten(1).shape
     trains, size = layer.weight.requires_grad, ledger.size
     weight = outputs * inputs * size
-    scratch = weight if size == 2 else 0  # oneDNN lays the weight out anew
     copy = ledger.make(weight, packable=False) if trains and size == 2 else None
     y = ledger.make(rows * outputs * size)
-    ledger.scratch(scratch)
+    ledger.scratch(ledger.product_scratch(rows, inputs, outputs))
     if trains:
         ledger.save(x, "linear inputs")
     if copy is not None and needs_x:
@@ -99,10 +131,10 @@ def linear_bytes(ledger: Ledger, layer: nn.Linear, x: Held, rows: int, needs_x: 
         if trains:
             ledger.restore(x)
         out = ledger.make(rows * inputs * size) if needs_x else None
-        ledger.scratch(scratch)
+        ledger.scratch(ledger.product_scratch(rows, outputs, inputs) if needs_x else 0)
         if trains:
             of_weight = ledger.make(weight if size == 2 else 0)  # in float32 it is the gradient itself
-            ledger.scratch(0 if size == 4 else _transposed_scratch(rows, min(inputs, outputs)))
+            ledger.scratch(ledger.weight_gradient_scratch(rows, inputs, outputs))
             ledger.release(x)
             ledger.free(of_weight)
         if copy is not None and needs_x:
@@ -113,9 +145,34 @@ def linear_bytes(ledger: Ledger, layer: nn.Linear, x: Held, rows: int, needs_x: 
     return y, backward
 
 
-def _transposed_scratch(rows: int, width: int) -> int:
-    """oneDNN's for the product of a weight's gradient, fitted to measurements; it stops at 1.6 MB."""
-    return min(2 * rows * width + 600 * width + 60_000, 1_600_000)
+def activated_linear_bytes(ledger: Ledger, layer: nn.Linear, x: Held, rows: int) -> tuple[Held, Backward]:
+    """Kept: x, the values before the activation. Takes x over."""
+    outputs, inputs = layer.weight.shape
+    size = ledger.size
+    copy = outputs * inputs * size if size == 2 else 0
+    after, cast = ledger.make(x.bytes), ledger.make(copy)
+    y = ledger.make(rows * outputs * size)
+    ledger.scratch(ledger.product_scratch(rows, inputs, outputs))
+    ledger.free(after, cast)
+    ledger.save(x, "activation inputs")
+    ledger.free(x)
+
+    def backward(grad: Held) -> Held:
+        ledger.restore(x)
+        after = ledger.make(x.bytes)
+        of_weight = ledger.make(copy)  # in float32 it is the gradient itself
+        ledger.scratch(ledger.weight_gradient_scratch(rows, inputs, outputs))
+        ledger.free(after)
+        cast, back = ledger.make(copy), ledger.make(x.bytes)
+        ledger.scratch(ledger.product_scratch(rows, outputs, inputs))
+        ledger.free(cast)
+        inner = ledger.make(x.bytes)
+        ledger.free(back)
+        ledger.release(x)
+        ledger.free(of_weight, grad)
+        return inner
+
+    return y, backward
 
 
 class _Float32Linear(torch.autograd.Function):

@@ -5,6 +5,7 @@ The choices are made once at the start of a run and written into it.
 
 import contextlib
 import ctypes
+import functools
 import os
 import platform
 import resource
@@ -83,7 +84,7 @@ def prepare(config: MachineConfig) -> Machine:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     keep_freed_memory()
-    fast, why = _bf16_is_fast(device)
+    fast, why = bf16_is_fast(device)
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if fast else "fp32"
@@ -106,7 +107,9 @@ def keep_freed_memory() -> None:
             libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def _bf16_is_fast(device: torch.device) -> tuple[bool, str]:
+@functools.cache
+def bf16_is_fast(device: torch.device) -> tuple[bool, str]:
+    """Whether the device has instructions for it, and which."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0), torch.cuda.get_device_name(device)
     if device.type == "cpu":

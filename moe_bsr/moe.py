@@ -172,7 +172,8 @@ def moe_bytes(ledger: Ledger, moe: MoE, x: Held, tokens: int, needs_x: bool
     places = ledger.make((tokens * k + rows) * INDEX, packable=False)
     by_row = ledger.make(rows * width * size)
     before = [ledger.make(each * hidden * size) for _ in range(experts)] if ledger.grad else []
-    ledger.scratch(each * (2 * width + 2 * hidden) * size + (0 if size == 4 else 3 * weight))
+    cast = 0 if size == 4 else weight
+    ledger.scratch(each * (2 * width + 2 * hidden) * size + 2 * cast + ledger.product_scratch(each, width, hidden))
     ledger.scratch(tokens * k * width * size)
     out = ledger.make(tokens * width * size)
     images_tokens, ledger.tokens = ledger.tokens, each
@@ -191,8 +192,9 @@ def moe_bytes(ledger: Ledger, moe: MoE, x: Held, tokens: int, needs_x: bool
             ledger.restore(tensor)
         ledger.scratch(tokens * k * width * size)
         of_rows = ledger.make(rows * width * size)
-        weights = 3 if size == 2 else 2  # halves of a weight: a cast one, its gradient in bf16, as measured
-        ledger.scratch((each * (2 * width + 4 * hidden) + weights * hidden * width // 2) * size)
+        # A cast weight or a gradient's narrow form, and what oneDNN lays out of it, as measured.
+        of_weight = weight // 2 if ledger.native else ledger.weight_gradient_scratch(each, width, hidden)
+        ledger.scratch(each * (2 * width + 4 * hidden) * size + (0 if size == 4 else weight + of_weight))
         ledger.scratch(tokens * k * width * size + tokens * width * size)
         of_x = ledger.make(tokens * width * size)
         for tensor in (x, places, gates, chosen, by_row, *before):

@@ -4,6 +4,7 @@ No module keeps the state of a step: everything a caller may want to know of a f
 `Output` it returns.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -78,13 +79,15 @@ class MultitaskViT(nn.Module):
         self.embedding_trains = embedding_trains(vit)
         self.path_start = gradient_path_start(vit)
 
-    def forward(self, images: Tensor, task: str, noise_key: tuple[int, ...] | None = None) -> Output:
+    def forward(self, images: Tensor, task: str, noise_key: tuple[int, ...] | None = None,
+                stem: Callable[[Tensor, str], tuple[Tokens, dict[int, block.Record]]] | None = None) -> Output:
         """(B, 3, S, S) normalised images of one task -> its logits and what happened on the way.
 
         Args:
             noise_key: integers that seed the gate noise (training with moe.gate_noise > 0 needs it).
+            stem: takes the place of `self.stem`.
         """
-        return self._finish([self.stem(images, task)], task, noise_key)
+        return self._finish([(stem or self.stem)(images, task)], task, noise_key)
 
     def stem(self, images: Tensor, task: str = "") -> tuple[Tokens, dict[int, block.Record]]:
         """Everything before the gradient path, under no_grad: the same for every task.

@@ -23,7 +23,7 @@ from moe_bsr.machine import Machine, prepare
 from moe_bsr.multitask import MultitaskViT, build, plan_only
 
 # What may differ between a run and its resumption without changing what is computed.
-FREE_TO_CHANGE = ("machine", "data.root", "data.download", "data.cache_mb", "data.prefetch",
+FREE_TO_CHANGE = ("machine", "data.root", "data.download", "data.cache_mb", "data.stem_mb", "data.prefetch",
                   "train.checkpoint_every", "train.test", "backbone.weights")
 
 
@@ -107,7 +107,7 @@ def open_task(config: Config, task: str, root: str | None = None) -> TaskData:
 def make_pipeline(config: Config, model: MultitaskViT) -> Pipeline:
     settings = backbone.image_settings(config.backbone, model.vit)
     scale = config.data.crop_scale
-    return Pipeline(**asdict(settings), resize=config.data.resize, flip=config.data.flip,
+    return Pipeline(**asdict(settings), resize=config.data.resize, augment=config.data.augment, flip=config.data.flip,
                     crop_scale=None if scale is None else tuple(scale), seed=config.seed,
                     cache_mb=config.data.cache_mb)
 

@@ -8,9 +8,11 @@ import math
 import time
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,7 @@ from moe_bsr.observers.jsonl import Jsonl
 from moe_bsr.observers.tensorboard import TensorBoard
 from moe_bsr.optimise import MovingAverage, learning_rate, make_optimiser
 from moe_bsr.signals import Interrupted, StopSignals
+from moe_bsr.stems import Stems
 
 
 class NonFiniteLoss(RuntimeError):
@@ -94,6 +97,10 @@ class Trainer:
         self.config, self.model, self.tasks, self.machine, self.folder = config, model, tasks, machine, folder
         settings = config.train
         self.pipeline: Pipeline = run.make_pipeline(config, model)
+        self.stems: Stems | None = None
+        if config.data.stem_mb:
+            with machine.autocast():
+                self.stems = Stems(model, {t: len(d.train) for t, d in tasks.items()}, config.data.stem_mb)
         self.sampler = MultitaskSampler({name: len(data.train) for name, data in tasks.items()},
                                         settings.batch_size, settings.steps, config.sampler, config.seed)
         self.optimiser = make_optimiser(model, settings, len(model.plan))
@@ -149,8 +156,9 @@ class Trainer:
         checkpoint_every = settings.checkpoint_every or max(1, settings.steps // 10)
         if pending:
             self._evaluate_and_save()
+        known = {} if self.stems is None else {"known": self.stems.know}
         batches = iter(Loader(self.tasks, self.pipeline, self.sampler.batches(self.step),
-                              self.config.data.prefetch))
+                              self.config.data.prefetch, **known))
         while self.step < settings.steps and not self.stop.number:
             self._update(batches)
             self.seconds += time.monotonic() - clock
@@ -174,9 +182,9 @@ class Trainer:
         tasks = self.sampler.tasks(self.step)
         done = []
         for index in range(len(tasks)):
-            task, images, labels = next(batches)
+            task, *batch = next(batches)
             share = self.weights[task] / len(tasks)
-            done.append((task, *self._backward(task, images, labels, share, index * settings.accumulate)))
+            done.append((task, *self._backward(task, *batch, share, index * settings.accumulate)))
         norm = self._clip()
         if not math.isfinite(norm):
             self._refuse(f"gradient norm {norm}", tasks[0])
@@ -193,17 +201,19 @@ class Trainer:
             for observer in self.observers:
                 observer.on_step(record)
 
-    def _backward(self, task: str, images: Tensor, labels: Tensor, share: float, first_micro: int
-                  ) -> tuple[dict[str, float], list]:
+    def _backward(self, task: str, positions: np.ndarray, images: Tensor | None, labels: Tensor, share: float,
+                  first_micro: int) -> tuple[dict[str, float], list]:
         """Accumulate the gradient of one batch, in micro-batches of equal size."""
         settings, outputs = self.config.train, []
         loss_sum = auxiliary_sum = correct = 0.0
-        parts = zip(images.chunk(settings.accumulate), labels.chunk(settings.accumulate), strict=True)
-        for micro, (image_part, label_part) in enumerate(parts, first_micro):
-            inputs = self.pipeline.normalise(image_part, device=self.machine.device)
-            targets = label_part.to(self.machine.device)
+        size = len(labels) // settings.accumulate
+        for micro in range(settings.accumulate):
+            part = slice(micro * size, (micro + 1) * size)
+            inputs = None if images is None else self.pipeline.normalise(images[part], device=self.machine.device)
+            targets = labels[part].to(self.machine.device)
+            stem = self.stems and partial(self.stems.of, positions=positions[part])
             with self.machine.autocast():
-                output = self.model(inputs, task, noise_key=(self.config.seed, self.step, micro))
+                output = self.model(inputs, task, (self.config.seed, self.step, first_micro + micro), stem)
             loss = self.criterion(output.logits.float(), targets)
             (share / settings.accumulate * (loss + output.auxiliary_loss)).backward()
             self.model.commit(output, task)
@@ -215,7 +225,7 @@ class Trainer:
         if not math.isfinite(loss_sum + auxiliary_sum):
             self._refuse(f"loss {loss_sum / n} (auxiliary {auxiliary_sum / n})", task)
         return {"loss": loss_sum / n, "auxiliary_loss": auxiliary_sum / n,
-                "accuracy": correct / len(images)}, outputs
+                "accuracy": correct / len(labels)}, outputs
 
     def _clip(self) -> float:
         trained = [p for group in self.optimiser.param_groups for p in group["params"] if p.grad is not None]
@@ -346,4 +356,4 @@ class Trainer:
                 f"{self.config.train.steps} updates of {self.config.train.batch_size} images "
                 f"({self.config.sampler.kind}); {self.machine.precision} ({self.machine.why}), "
                 f"{self.machine.threads} threads on {self.machine.device}; run folder {self.folder}",
-                cost]
+                cost, *([str(self.stems)] if self.stems else [])]

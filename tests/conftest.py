@@ -1,5 +1,15 @@
 """One compute thread: the tests' tensors are tiny, and spinning threads would slow everything down."""
 
+import kill_campaign
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def undrawn():
+    """Runs draw no pictures, for tests of anything else: they take longer than everything else in a small run."""
+    with pytest.MonkeyPatch.context() as patch:
+        kill_campaign.without_drawing(patch.setattr)
+        yield

@@ -18,6 +18,8 @@ from moe_bsr.config import Config, ConfigError, replace
 from moe_bsr.optimise import MovingAverage
 from moe_bsr.train import Trainer, train
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Config:

@@ -23,7 +23,7 @@ def test_killed_at_random_and_in_every_stage_of_a_checkpoint_write():
 def test_sigterm_saves_and_resume_finishes_the_same_run(tmp_path):
     import kill_campaign as campaign  # noqa: PLC0415
 
-    config = campaign.make_config(tmp_path)
+    config = campaign.configuration.replace(campaign.make_config(tmp_path), train__evaluate_every=0)
     file = tmp_path / "config.yaml"
     file.write_text(campaign.configuration.dump(config))
     command = [sys.executable, CAMPAIGN.parent.parent / "tools" / "train.py", file, "--resume", "--run"]

@@ -17,6 +17,8 @@ from moe_bsr.config import Config, ConfigError
 from moe_bsr.evaluate import evaluate
 from moe_bsr.train import train
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 ACCURACIES = ("top1", "top5", "chance", "mean_class_accuracy", "ece", "loss", "n")
 
 

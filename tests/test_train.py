@@ -12,6 +12,8 @@ from moe_bsr import checkpoint
 from moe_bsr.observers.jsonl import Jsonl
 from moe_bsr.train import NonFiniteLoss, train
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 PLAIN_SGD = {"train__optimiser": "sgd", "train__momentum": 0.0, "train__weight_decay": 0.0,
              "train__warmup": 0, "train__clip": None, "train__test": False}
 

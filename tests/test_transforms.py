@@ -222,6 +222,16 @@ def test_unknown_split():
         next(pipeline().eval_batches(task(), "valid", 4))
 
 
+def test_without_augmentation_training_sees_what_evaluation_sees():
+    data = task("dots", sizes=SIZES)
+    transforms = pipeline(augment=False)
+    expected = torch.cat([images for images, _ in transforms.eval_batches(data, "train", 3)])
+    positions = np.arange(len(data.train))
+    for epoch in (0, 5):
+        images, _ = transforms.train_batch(data, positions, np.full(len(positions), epoch))
+        assert torch.equal(images, expected)
+
+
 def plan(steps=10):
     rng = np.random.default_rng(0)
     for step in range(steps):
@@ -235,9 +245,19 @@ TASKS = {"dots": task("dots"), "lines": task("lines", sizes=SIZES * 2)}
 def test_batches_are_the_same_for_any_prefetch(prefetch):
     expected = list(Loader(TASKS, pipeline(), plan()))
     got = list(Loader(TASKS, pipeline(), plan(), prefetch))
-    assert [name for name, _, _ in got] == ["dots", "lines"] * 5
+    assert [name for name, *_ in got] == ["dots", "lines"] * 5
     for ours, theirs in zip(got, expected, strict=True):
-        assert torch.equal(ours[1], theirs[1]) and torch.equal(ours[2], theirs[2])
+        assert np.array_equal(ours[1], theirs[1])
+        assert torch.equal(ours[2], theirs[2]) and torch.equal(ours[3], theirs[3])
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_images_nobody_will_look_at_are_not_made(prefetch):
+    whole = list(Loader(TASKS, pipeline(), plan()))
+    for ours, theirs in zip(Loader(TASKS, pipeline(), plan(), prefetch, lambda task, _: task == "dots"), whole,
+                            strict=True):
+        assert ours[2] is None if ours[0] == "dots" else torch.equal(ours[2], theirs[2])
+        assert torch.equal(ours[3], theirs[3])
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 3])

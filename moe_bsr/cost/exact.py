@@ -9,6 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from moe_bsr import describe
@@ -17,6 +18,7 @@ from moe_bsr.config import Config
 from moe_bsr.cost.flops import forward_flops, step_flops
 from moe_bsr.ledger import INDEX, ROW, Held, Ledger, norm_bytes
 from moe_bsr.linear import frozen_matrices, linear_bytes
+from moe_bsr.machine import bf16_is_fast
 from moe_bsr.multitask import MultitaskViT
 from moe_bsr.storage import STORAGES
 
@@ -70,7 +72,7 @@ def predict(model: MultitaskViT, config: Config, *, batch: int, precision: str, 
     if all_tasks and config.sampler.kind == "joint":
         trained = stepped
     gradients = sum(p.numel() for p in trained) * ROW
-    ledger = Ledger(size, THREADS)
+    ledger = Ledger(size, THREADS, native=bf16_is_fast(torch.device("cpu"))[0])
     forward, backward, kept = _play(ledger, model, batch, classes)
     total = sum(sum(kinds.values()) for kinds in kept.values())
     parameters = _weights(model, size)

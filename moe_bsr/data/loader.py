@@ -6,7 +6,7 @@ second team of spinning compute threads slows the first one down many times.
 """
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from queue import SimpleQueue
 
 import numpy as np
@@ -15,15 +15,16 @@ import torch
 from moe_bsr.data.task import TaskData
 from moe_bsr.data.transforms import Pipeline
 
-Batch = tuple[str, torch.Tensor, torch.Tensor]
+Batch = tuple[str, np.ndarray, torch.Tensor | None, torch.Tensor]
 
 
 class Loader:
-    """Iterates over (task, uint8 images (B, 3, S, S), int64 labels (B,)).
+    """Iterates over (task, positions (B,), uint8 images (B, 3, S, S), int64 labels (B,)).
 
     `plan` yields (task, positions (B,), epochs (B,)); with `prefetch=n` it is read up to n batches
     ahead of what has been taken. The batches are the same for every `prefetch`. An exception made
-    ahead is raised when its batch is asked for.
+    ahead is raised when its batch is asked for. Where `known(task, positions)`, nobody will look at the
+    images: they are None.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Loader:
         pipeline: Pipeline,
         plan: Iterable[tuple[str, np.ndarray, np.ndarray]],
         prefetch: int = 0,
+        known: Callable[[str, np.ndarray], bool] = lambda task, positions: False,
     ):
         if prefetch < 0:
             raise ValueError(f"prefetch: {prefetch} is below 0 (0 is in process)")
@@ -39,13 +41,19 @@ class Loader:
         self.pipeline = pipeline
         self.plan = plan
         self.prefetch = prefetch
+        self.known = known
 
     def __iter__(self) -> Iterator[Batch]:
         return self._ahead() if self.prefetch else self._batches()
 
     def _batches(self) -> Iterator[Batch]:
         for task, positions, epochs in self.plan:
-            yield task, *self.pipeline.train_batch(self.tasks[task], positions, epochs)
+            data = self.tasks[task]
+            if self.known(task, positions):
+                images, labels = None, torch.from_numpy(data.train.labels[positions])
+            else:
+                images, labels = self.pipeline.train_batch(data, positions, epochs)
+            yield task, positions, images, labels
 
     def _ahead(self) -> Iterator[Batch]:
         ready: SimpleQueue = SimpleQueue()  # batches, then an exception or None

@@ -30,8 +30,8 @@ class Pipeline:
 
     `mean`, `std` (of values 0 to 1), `interpolation` and `crop_pct` come from timm's data config of
     the backbone. `resize="timm"`: evaluation resizes the short side to floor(size / crop_pct) and
-    crops the centre; `"straight"`: resizes to the square, aspect not kept. `crop_scale` and `flip`
-    override the tasks' own. `seed` is the augmentation's. `cache_mb`: 10**6 bytes of decoded images
+    crops the centre; `"straight"`: resizes to the square, aspect not kept. Without `augment` training
+    images are seen as evaluation sees them; `crop_scale` and `flip` override the tasks' own. `seed` is the augmentation's. `cache_mb`: 10**6 bytes of decoded images
     kept. Raises ValueError naming the field.
     """
 
@@ -41,6 +41,7 @@ class Pipeline:
     interpolation: str = "bicubic"
     crop_pct: float = 0.9
     resize: str = "timm"
+    augment: bool = True
     crop_scale: tuple[float, float] | None = None
     flip: bool | None = None
     seed: int = 0
@@ -71,6 +72,9 @@ class Pipeline:
         pixels = self._empty(len(positions))
         for row, index, epoch in zip(pixels, data.train.index[positions], epochs):
             image = self._cache.image(data.train.source, int(index))
+            if not self.augment:
+                row[:] = self.evaluation_view(image)
+                continue
             uniforms = stream(stream_key, int(epoch), int(index)).random(2 * ATTEMPTS + 3)
             top, left, height, width = crop_box(*image.shape[:2], scale, uniforms)
             crop = image[top : top + height, left : left + width]
