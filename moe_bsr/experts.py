@@ -19,6 +19,17 @@ from moe_bsr.linear import compute_dtype, product
 from moe_bsr.seeding import generator
 
 
+def row_multiple(assignments: int, experts: int, narrow: bool) -> int:
+    """To a multiple of what the loop pads each expert's rows: 1, or with `narrow`, bf16 on a CPU, 16 or 64.
+
+    There every new matrix shape costs oneDNN a compilation, ten times the product of 800 rows itself;
+    padded row counts soon repeat. Small groups have few counts anyway, and the most to lose by padding.
+    """
+    if not narrow:
+        return 1
+    return 64 if assignments > 512 * experts else 16
+
+
 def plan_rows(chosen: Tensor, experts: int, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
     """Where each assignment goes in the experts' batch, whose rows are grouped by expert.
 
@@ -196,10 +207,9 @@ class Experts(nn.Module):
             require(aligned, "moe.engine", "grouped", f"experts of {tuple(self.fc1_weight.shape[1:])} in "
                     f"{x.dtype} are no multiples of 16 bytes; use loop")
         grouped = x.is_cuda and aligned if self.engine == "auto" else self.engine == "grouped"
-        # In bf16 on a CPU every new matrix shape costs oneDNN a compilation, ten times the product of 800
-        # rows itself; padded to multiples of 64 the row counts soon repeat.
-        padded = x.device.type == "cpu" and x.dtype == torch.bfloat16
-        slot, token, counts = plan_rows(chosen, len(self.fc1_weight), 64 if padded else 1)
+        narrow = x.device.type == "cpu" and x.dtype == torch.bfloat16
+        slot, token, counts = plan_rows(chosen, len(self.fc1_weight),
+                                        row_multiple(chosen.numel(), len(self.fc1_weight), narrow))
         if not grouped:
             return ExpertLoop.apply(x, gates, slot, token, counts.tolist(),
                                     torch.is_grad_enabled(), self.act, *parameters)

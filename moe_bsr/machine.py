@@ -102,7 +102,8 @@ def keep_freed_memory() -> None:
     if platform.system() == "Linux":
         with contextlib.suppress(OSError, AttributeError):
             libc = ctypes.CDLL("libc.so.6")
-            m_trim_threshold, m_mmap_max = -1, -4
+            m_trim_threshold, m_mmap_max, m_mxfast = -1, -4, 1
+            libc.mallopt(m_mxfast, 0)  # chips between aligned blocks join them again; see tools/allocator.py
             libc.mallopt(m_mmap_max, 0)
             libc.mallopt(m_trim_threshold, 2**31 - 1)
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from moe_bsr.config import MoEConfig, require
 from moe_bsr.decisions import Decisions
-from moe_bsr.experts import Experts
+from moe_bsr.experts import Experts, row_multiple
 from moe_bsr.ledger import INDEX, ROW, Backward, Held, Ledger
 from moe_bsr.linear import float32_linear
 from moe_bsr.seeding import generator
@@ -158,7 +158,7 @@ def moe_bytes(ledger: Ledger, moe: MoE, x: Held, tokens: int, needs_x: bool
     """
     experts, hidden, width = moe.experts.fc1_weight.shape
     size, k = ledger.size, moe.top_k
-    padding = min(32, tokens) * experts if size == 2 else 0
+    padding = min(row_multiple(tokens * k, experts, size == 2) // 2, tokens) * experts
     rows = tokens * k + padding
     each, weight = rows // experts, hidden * width * size
     routers = any(p.requires_grad for p in moe.router.parameters())

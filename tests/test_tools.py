@@ -1,6 +1,8 @@
 """The training launcher and the comparison as a person meets them: what they print, how they exit."""
 
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,3 +64,18 @@ def test_divergence_exits_with_1(written, tmp_path, capsys):
     extreme = ["train.lr=1e30", "train.clip=null"]
     assert tool("train")([written, *extreme, "--run", str(tmp_path / "run")]) == 1
     assert "last good checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's setting")
+@pytest.mark.parametrize(("before", "after"), [
+    ("", "glibc.malloc.tcache_count=0"),
+    ("glibc.malloc.perturb=1", "glibc.malloc.perturb=1:glibc.malloc.tcache_count=0"),
+    ("glibc.malloc.tcache_count=3", "glibc.malloc.tcache_count=3"),
+])
+def test_a_tool_starts_again_with_the_allocators_setting_and_its_arguments(tmp_path, before, after):
+    program = tmp_path / "program.py"
+    program.write_text(f"import sys\nsys.path.insert(0, {str(TOOLS)!r})\nimport allocator\nallocator.start_again()\n"
+                       "import os\nprint(os.environ['GLIBC_TUNABLES'], sys.argv[1:], sys.flags.optimize)\n")
+    done = subprocess.run([sys.executable, "-O", program, "a b", "--c"], capture_output=True, text=True, check=True,
+                          env={"GLIBC_TUNABLES": before})
+    assert done.stdout == f"{after} ['a b', '--c'] 1\n"

@@ -11,6 +11,11 @@ nothing else. Every evaluation of the test split is counted in the run; choose b
     python tools/evaluate.py runs/real --task flowers102 pets --split test --json > test.json
 """
 
+if __name__ == "__main__":
+    import allocator
+
+    allocator.start_again()  # before anything else is imported, or it would be imported twice
+
 import argparse
 import json
 import statistics

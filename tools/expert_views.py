@@ -12,6 +12,11 @@ replaces what was drawn before.
     python tools/expert_views.py runs/real --no-serve --images 8 --ablate 0
 """
 
+if __name__ == "__main__":
+    import allocator
+
+    allocator.start_again()  # before anything else is imported, or it would be imported twice
+
 import argparse
 import contextlib
 import subprocess

@@ -8,6 +8,11 @@
 Exit status: 0 finished, 1 training failed, 2 refused, 128 + signal if interrupted (saved; --resume goes on).
 """
 
+if __name__ == "__main__":
+    import allocator
+
+    allocator.start_again()  # before anything else is imported, or it would be imported twice
+
 import argparse
 import sys
 from pathlib import Path
