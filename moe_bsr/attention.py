@@ -1,10 +1,10 @@
-"""Scaled dot-product attention whose backward is fast, and small, on CPUs in bf16.
+"""Scaled dot-product attention whose backward is fast, and small, on CPUs.
 
 torch's fused forward is kept, and with it its memory: queries, keys and values, never an N x N map. Its
 fused backward on a CPU is 2 to 5 times slower in bf16 than recomputing the map with matrix products a few
 images at a time, so that the maps of a part stay in the cache (DeiT-S, batch 32, two cores with AMX:
 197 tokens 14 ms, 100 tokens 5 ms, 28 tokens 1.5 ms). In float32, and on GPUs, the fused backward is the
-faster one and is used.
+faster one and is used; on CPUs its gradients go straight into the projections' layout.
 """
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from moe_bsr.ledger import ROW, Backward, Held, Ledger
 
+PLAIN = torch.bfloat16  # the type whose backward is made of matrix products here
 MAP_BYTES = 2 * 2**20  # of one attention map recomputed at once in the backward
 
 
@@ -53,19 +54,22 @@ def _images_backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scale: float
     return torch.bmm(grad_logits, k).mul_(scale), torch.bmm(grad_logits.transpose(1, 2), q), grad_v
 
 
-class MatmulBackward(torch.autograd.Function):
-    """(B, N, 3 H d) projections -> attention (B, N, H d) and the class token's row; keeps the projections.
+class CpuAttention(torch.autograd.Function):
+    """(B, N, 3 H d) projections -> attention (B, N, H d) and the class token's row.
 
-    The row, (B, N) probabilities and logits, mean over heads, comes with `scores`; else None. Its gradient
-    is added to the queries' and keys' in place.
+    Kept: the projections, and in float32, for the fused backward, the output and a log-sum a row. The row, (B, N)
+    probabilities and logits, mean over heads, comes with `scores`; else None. All gradients are written into one
+    tensor of the projections' layout, where autograd would stack and copy those of queries, keys and values.
     """
 
     @staticmethod
     def forward(ctx, qkv: Tensor, heads: int, scale: float, scores: bool):
-        ctx.save_for_backward(qkv)
-        ctx.heads, ctx.scale = heads, scale
+        ctx.heads, ctx.scale, ctx.plain = heads, scale, qkv.dtype == PLAIN
         ctx.set_materialize_grads(False)
-        y = join_heads(F.scaled_dot_product_attention(*split_heads(qkv, heads), scale=scale))
+        y, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *split_heads(qkv, heads), 0.0, False, scale=scale)
+        y = join_heads(y)
+        ctx.save_for_backward(qkv, *(() if ctx.plain else (y, sums)))
         if not scores:
             return y, None, None
         probabilities, logits = (row.mean(1).squeeze(1) for row in class_row(qkv, heads, scale))
@@ -74,26 +78,35 @@ class MatmulBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor, grad_probabilities: Tensor | None, _: None):
-        (qkv,) = ctx.saved_tensors
+        qkv, *fused = ctx.saved_tensors
         batch, tokens, _ = qkv.shape
-        grad_qkv = torch.empty_like(qkv)
-        ins = [*split_heads(qkv, ctx.heads), grad.unflatten(2, (ctx.heads, -1)).transpose(1, 2)]
-        grads = split_heads(grad_qkv, ctx.heads)
-        step = images_at_once(batch, ctx.heads, tokens, qkv.element_size())
-        for first in range(0, batch, step):
-            part = slice(first, first + step)
-            found = _images_backward(*(t[part].flatten(0, 1).contiguous() for t in ins), ctx.scale)
-            for whole, of_part in zip(grads, found, strict=True):
-                whole[part] = of_part.unflatten(0, (-1, ctx.heads))
-            del found, of_part
+        q, k, v = split_heads(qkv, ctx.heads)
+        grad = None if grad is None else grad.unflatten(2, (ctx.heads, -1)).transpose(1, 2)
+        if grad is None:  # only the scores were used
+            grad_qkv = torch.zeros_like(qkv)
+        elif ctx.plain:
+            grad_qkv = torch.empty_like(qkv)
+            step = images_at_once(batch, ctx.heads, tokens, qkv.element_size())
+            parts = [slice(first, first + step) for first in range(0, batch, step)]
+            for part in parts:
+                found = _images_backward(*(t[part].flatten(0, 1).contiguous() for t in (q, k, v, grad)), ctx.scale)
+                for whole, of_part in zip(split_heads(grad_qkv, ctx.heads), found, strict=True):
+                    whole[part] = of_part.unflatten(0, (-1, ctx.heads))
+                del found, of_part
+        else:
+            y, sums = fused
+            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad, q, k, v, y.unflatten(2, (ctx.heads, -1)).transpose(1, 2), sums, 0.0, False, scale=ctx.scale)
+            grad_qkv = torch.cat([join_heads(g) for g in found], 2)
+            del found
         if grad_probabilities is not None:
             row, _ = class_row(qkv, ctx.heads, ctx.scale)
             grad_row = (grad_probabilities / ctx.heads)[:, None, None, :].expand_as(row)
             grad_row = ctx.scale * torch.ops.aten._softmax_backward_data(
                 grad_row, row, -1, row.dtype).to(qkv.dtype)
-            q, k, _ = ins[:3]
-            grads[0][:, :, :1] += grad_row @ k
-            grads[1].add_(grad_row.transpose(-2, -1) * q[:, :, :1])
+            grad_q, grad_k, _ = split_heads(grad_qkv, ctx.heads)
+            grad_q[:, :, :1] += grad_row @ k
+            grad_k.add_(grad_row.transpose(-2, -1) * q[:, :, :1])
         return grad_qkv, None, None, None
 
 
@@ -104,8 +117,9 @@ def attention(qkv: Tensor, heads: int, scale: float, scores: bool = False, attac
     With `scores` also the class token's row of the attention, mean over heads: (B, N) probabilities
     and logits, float32; None and None otherwise. Logits carry no gradient, probabilities if `attached`.
     """
-    if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and torch.is_grad_enabled():
-        return MatmulBackward.apply(qkv, heads, scale, scores)
+    if qkv.device.type == "cpu" and torch.is_grad_enabled():
+        y, probabilities, logits = CpuAttention.apply(qkv, heads, scale, scores)
+        return y, probabilities if attached or not scores else probabilities.detach(), logits
     y = join_heads(F.scaled_dot_product_attention(*split_heads(qkv, heads), scale=scale))
     if not scores:
         return y, None, None
@@ -131,40 +145,29 @@ def attention_bytes(ledger: Ledger, qkv: Held, batch: int, heads: int, tokens: i
         ledger.scratch(rows)
         given = ledger.make(2 * batch * tokens * ROW, packable=False)
     ledger.save(qkv, "queries, keys, values")
-    plain = size == 4
-    if plain:
-        # Packed, this is another tensor than the output's, which has its heads joined.
-        apart = y if ledger.pack is None else Held(y.bytes, True)
-        apart.held = apart is y
-        ledger.save(apart, "attention outputs")
+    fused = size == 4
+    if fused:
+        ledger.save(y, "attention outputs")
         ledger.save(sums, "attention sums")
-        if row is not None and attached:
-            ledger.save(row, "class rows")
     ledger.free(sums, row)
 
     def backward(grad: Held) -> Held:
         ledger.restore(qkv)
-        if plain:
-            ledger.restore(apart)
+        if fused:
+            ledger.restore(y)
             parts = [ledger.make(stream * size) for _ in range(3)]
-            ledger.release(apart)
-            ledger.release(sums)
-            ledger.free(grad)
             out = ledger.make(3 * stream * size)
             ledger.free(*parts)
-            if row is not None and attached:  # its own way back through the projections' views
-                of_row = [ledger.make(stream * size)]
-                second = ledger.make(3 * stream * size)
-                ledger.free(*of_row, second)
-                ledger.release(row)
+            ledger.release(y)
+            ledger.release(sums)
         else:
             out = ledger.make(3 * stream * size)
             step = images_at_once(batch, heads, tokens, size)
             ledger.scratch(step * max(5 * tokens * width + 3 * heads * tokens * tokens,
                                       7 * tokens * width + 2 * heads * tokens * tokens) * size)
-            if scores and attached:
-                ledger.scratch(stream * ROW + 3 * rows)
-            ledger.free(grad)
+        if scores and attached:
+            ledger.scratch(stream * ROW + 3 * rows)
+        ledger.free(grad)
         ledger.release(qkv)
         return out
 

@@ -148,11 +148,8 @@ def block_bytes(ledger: Ledger, block: Block, plan: BlockPlan, config: TokensCon
         grad = add_bytes(ledger, grad, of_norm2(of_ffn(branch)))
         if of_drop is not None:
             grad = of_drop(grad)
-        branch = of_norm1(of_qkv(of_attention(of_proj(ledger.make(0)))))
-        if branch is None:
-            ledger.free(grad)
-            return None
-        return add_bytes(ledger, grad, branch)
+        branch = of_norm1(of_qkv(of_attention(of_proj(ledger.make(0) if needs_x else grad))))
+        return add_bytes(ledger, grad, branch) if needs_x else None
 
     return end, records, backward
 

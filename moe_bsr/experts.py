@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_bsr.config import MoEConfig, require
-from moe_bsr.linear import compute_dtype, product
+from moe_bsr.linear import activation_backward, compute_dtype, product
 from moe_bsr.seeding import generator
 
 
@@ -129,12 +129,9 @@ class ExpertLoop(torch.autograd.Function):
                     whole[unused] = 0.0
         for place, (expert, of_expert, tokens) in enumerate(_parts(token, ctx.counts)):
             before = hidden[place]
-            with torch.enable_grad():
-                before = before.detach().requires_grad_()
-                after = ctx.act(before)
             out = grad.index_select(0, tokens).mul_(gate_of_row[of_expert])
-            (back,) = torch.autograd.grad(after, before, out @ _cast(x, w2, None, expert)[0])
-            _product_into(grads[2][expert], out.t(), after.detach())
+            _product_into(grads[2][expert], out.t(), ctx.act(before))
+            back = activation_backward(ctx.act, before, out @ _cast(x, w2, None, expert)[0])
             _product_into(grads[0][expert], back.t(), x.index_select(0, tokens))
             for bias, summed in ((grads[1], back), (grads[3], out)):
                 if bias is not None:

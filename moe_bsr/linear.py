@@ -10,7 +10,6 @@ import torch
 from einops import rearrange
 from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
 from moe_bsr.ledger import Backward, Held, Ledger
@@ -80,6 +79,16 @@ def embed_patches(layer: PatchEmbed, images: Tensor) -> Tensor:
     return layer.norm(_Linear.apply(x, layer.proj.weight.flatten(1), layer.proj.bias))
 
 
+def activation_backward(act: nn.Module, x: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of x from that of act(x), which is given up: GELU's takes its place."""
+    if isinstance(act, nn.GELU):
+        return torch.ops.aten.gelu_backward.grad_input(grad, x, approximate=act.approximate, grad_input=grad)
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        y = act(x)
+    return torch.autograd.grad(y, x, grad)[0]
+
+
 class _ActivatedLinear(torch.autograd.Function):
     """Saved for backward: x. What the weight's gradient needs, act(x), is computed from it again."""
 
@@ -92,15 +101,9 @@ class _ActivatedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            after = ctx.act(x)
         flat = grad.flatten(0, -2)
-        of_weight = flat.t() @ after.detach().flatten(0, -2)
-        edge = get_gradient_edge(after)
-        del after  # or it would live beside its gradient and that of x
-        back = (flat @ weight.to(x.dtype)).view(x.shape)
-        (back,) = torch.autograd.grad(edge, x, back)
+        of_weight = flat.t() @ ctx.act(x).flatten(0, -2)
+        back = activation_backward(ctx.act, x, (flat @ weight.to(x.dtype)).view(x.shape))
         return back, None, of_weight, flat.sum(0) if ctx.needs_input_grad[3] else None
 
 
@@ -166,11 +169,9 @@ def activated_linear_bytes(ledger: Ledger, layer: nn.Linear, x: Held, rows: int)
         cast, back = ledger.make(copy), ledger.make(x.bytes)
         ledger.scratch(ledger.product_scratch(rows, outputs, inputs))
         ledger.free(cast)
-        inner = ledger.make(x.bytes)
-        ledger.free(back)
         ledger.release(x)
         ledger.free(of_weight, grad)
-        return inner
+        return back
 
     return y, backward
 

@@ -192,9 +192,10 @@ def moe_bytes(ledger: Ledger, moe: MoE, x: Held, tokens: int, needs_x: bool
             ledger.restore(tensor)
         ledger.scratch(tokens * k * width * size)
         of_rows = ledger.make(rows * width * size)
-        # A cast weight or a gradient's narrow form, and what oneDNN lays out of it, as measured.
+        # One expert's tokens, gradients and hidden values (some get more than their share), a cast weight or
+        # a gradient's narrow form, and what oneDNN lays out of it, as measured.
         of_weight = weight // 2 if ledger.native else ledger.weight_gradient_scratch(each, width, hidden)
-        ledger.scratch(each * (2 * width + 4 * hidden) * size + (0 if size == 4 else weight + of_weight))
+        ledger.scratch(each * (4 * width + 5 * hidden) // 2 * size + (0 if size == 4 else weight + of_weight))
         ledger.scratch(tokens * k * width * size + tokens * width * size)
         of_x = ledger.make(tokens * width * size)
         for tensor in (x, places, gates, chosen, by_row, *before):

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from moe_bsr import attention as module
-from moe_bsr.attention import MatmulBackward, attention, join_heads, split_heads
+from moe_bsr.attention import CpuAttention, attention, join_heads, split_heads
 
 HEADS, SCALE = 3, 0.3
 
@@ -32,16 +32,32 @@ def written_out(qkv, heads, scale, scores):
     return (join_heads(logits.softmax(-1) @ v), logits.softmax(-1)[:, :, 0].mean(1), logits[:, :, 0].mean(1))
 
 
-@pytest.mark.parametrize("map_bytes", [1, 3 * 37 * 37 * 4 * 3, 2**22], ids=["one", "three", "all"])
-def test_in_float32_value_and_gradients_are_the_softmaxs(monkeypatch, map_bytes):
-    monkeypatch.setattr(module, "MAP_BYTES", map_bytes)
+def test_in_float32_value_and_gradients_are_the_softmaxs():
     tensors = inputs(torch.float32)
-    for have, want in zip(gradients(MatmulBackward.apply, *tensors), gradients(written_out, *tensors),
+    for have, want in zip(gradients(CpuAttention.apply, *tensors), gradients(written_out, *tensors),
                           strict=True):
         torch.testing.assert_close(have, want)
 
 
-def test_the_plain_path_gives_the_same():
+@pytest.mark.parametrize("map_bytes", [1, 3 * 37 * 37 * 4 * 3, 2**22], ids=["one", "three", "all"])
+def test_the_products_are_cut_into_images_without_a_trace(monkeypatch, map_bytes):
+    qkv, grad, _ = inputs(torch.float32)
+    monkeypatch.setattr(module, "MAP_BYTES", map_bytes)
+    monkeypatch.setattr(module, "PLAIN", torch.float32)
+    *_, have = gradients(CpuAttention.apply, qkv, grad, torch.zeros(4, 37))
+    *_, want = gradients(written_out, qkv, grad, torch.zeros(4, 37))
+    torch.testing.assert_close(have, want)
+
+
+def test_scores_alone_have_a_gradient():
+    leaf, _, grad_row = inputs(torch.float32)
+    expected = leaf.clone().requires_grad_()
+    attention(leaf.requires_grad_(), HEADS, SCALE, True)[1].backward(grad_row)
+    written_out(expected, HEADS, SCALE, True)[1].backward(grad_row)
+    torch.testing.assert_close(leaf.grad, expected.grad)
+
+
+def test_the_entry_gives_the_same():
     tensors = inputs(torch.float32)
     for have, want in zip(gradients(attention, *tensors), gradients(written_out, *tensors), strict=True):
         torch.testing.assert_close(have, want)

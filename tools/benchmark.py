@@ -53,7 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
         require(arguments.batch >= 2, "--batch", arguments.batch, "at least 2: bytes kept per image are the "
                 "growth from half the batch to all of it")
         if arguments.scaling:
-            result = scaling.measure(shared, arguments.rounds, arguments.steps, note)
+            precision = prepare(MachineConfig(device=arguments.device)).precision
+            result = scaling.measure(shared, precision, arguments.rounds, arguments.steps, note)
             scaling.draw(result, arguments.picture)
             lines = [*scaling.table(result), f"picture: {arguments.picture}"]
         else:

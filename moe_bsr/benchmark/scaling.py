@@ -18,15 +18,16 @@ SWEEPS: dict[str, tuple[list[int], Callable[[int], dict[str, Any]]]] = {
 }
 
 
-def measure(shared: dict[str, Any], rounds: int, steps: int, note: Callable[[str], None]) -> dict[str, Any]:
-    """{sweep: [{"at": n, "seconds": raw times, "peak": bytes, "kept": bytes}, ...]}, bf16 on every point.
+def measure(shared: dict[str, Any], precision: str, rounds: int, steps: int, note: Callable[[str], None]
+            ) -> dict[str, Any]:
+    """{sweep: [{"at": n, "seconds": raw times, "peak": bytes, "kept": bytes}, ...]}.
 
     The points of a sweep take turns, as everything compared here does.
     """
     result = {}
     for name, (points, change) in SWEEPS.items():
         note(f"{name}: {points}")
-        cases = [replace(Case(subject="moe_bsr", precision="bf16", **shared), **change(n)) for n in points]
+        cases = [replace(Case(subject="moe_bsr", precision=precision, **shared), **change(n)) for n in points]
         with contestants(cases) as group:
             turns = [[] for _ in points]
             for _ in range(rounds):

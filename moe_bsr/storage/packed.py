@@ -80,7 +80,7 @@ def rounded_bytes(ledger: Ledger, x: Held) -> tuple[int, int]:
 def quantised_bytes(ledger: Ledger, x: Held) -> tuple[int, int]:
     """The same of `Quantised`: a byte for each value and two for each channel."""
     values = x.bytes // ledger.size
-    return values + 2 * values // ledger.tokens, x.bytes
+    return values + 2 * values // ledger.tokens, x.bytes + values
 
 
 def _register(name: str, kind: type, packed: Callable[[Ledger, Held], tuple[int, int]]) -> None:
