@@ -77,8 +77,7 @@ class Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, gates: Tensor, slot: Tensor) -> Tensor:
         ctx.save_for_backward(rows, gates, slot)
-        by_token = rows[slot].view(*gates.shape, -1)
-        return (gates.to(rows.dtype).unsqueeze(1) @ by_token).squeeze(1)
+        return _combine(rows, gates, slot)
 
     @staticmethod
     def backward(ctx, grad: Tensor):

@@ -156,9 +156,8 @@ class Trainer:
         checkpoint_every = settings.checkpoint_every or max(1, settings.steps // 10)
         if pending:
             self._evaluate_and_save()
-        known = {} if self.stems is None else {"known": self.stems.know}
         batches = iter(Loader(self.tasks, self.pipeline, self.sampler.batches(self.step),
-                              self.config.data.prefetch, **known))
+                              self.config.data.prefetch, self.stems and self.stems.know))
         while self.step < settings.steps and not self.stop.number:
             self._update(batches)
             self.seconds += time.monotonic() - clock
@@ -347,13 +346,11 @@ class Trainer:
 
     def _about(self) -> list[str]:
         sizes = ", ".join(f"{n} {len(d.train)}/{len(d.val)}/{len(d.test)}" for n, d in self.tasks.items())
-        batch, cost = self.config.train.batch_size // self.config.train.accumulate, self.predicted
-        cost = "no predicted cost: a part of this backbone states none" if cost is None else (
-            f"predicted: {cost.peak / 2**20:.0f} MB of tensors at the peak of a step "
-            f"({cost.kept / 2**20:.0f} MB kept for backward, storage {self.config.storage}), "
-            f"{cost.step_flops / batch / 1e9:.2f} GFLOPs an image to train")
+        settings = self.config.train
+        cost = (self.predicted.summary(settings.batch_size // settings.accumulate) if self.predicted
+                else "no predicted cost: a part of this backbone states none")
         return [*describe.summary(self.model, self.config), f"train/val/test images: {sizes}",
-                f"{self.config.train.steps} updates of {self.config.train.batch_size} images "
+                f"{settings.steps} updates of {settings.batch_size} images "
                 f"({self.config.sampler.kind}); {self.machine.precision} ({self.machine.why}), "
                 f"{self.machine.threads} threads on {self.machine.device}; run folder {self.folder}",
                 cost, *([str(self.stems)] if self.stems else [])]

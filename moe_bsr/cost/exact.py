@@ -51,6 +51,11 @@ class Cost:
     forward_flops: int
     step_flops: int
 
+    def summary(self, batch: int) -> str:
+        """In one line, for a person who starts a run with these micro-batches."""
+        return (f"predicted: {self.peak / 2**20:.0f} MB of tensors at the peak of a step ({self.kept / 2**20:.0f} MB kept "
+                f"for backward), {self.step_flops / batch / 1e9:.2f} GFLOPs an image to train")
+
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

@@ -33,7 +33,7 @@ class Loader:
         pipeline: Pipeline,
         plan: Iterable[tuple[str, np.ndarray, np.ndarray]],
         prefetch: int = 0,
-        known: Callable[[str, np.ndarray], bool] = lambda task, positions: False,
+        known: Callable[[str, np.ndarray], bool] | None = None,
     ):
         if prefetch < 0:
             raise ValueError(f"prefetch: {prefetch} is below 0 (0 is in process)")
@@ -49,7 +49,7 @@ class Loader:
     def _batches(self) -> Iterator[Batch]:
         for task, positions, epochs in self.plan:
             data = self.tasks[task]
-            if self.known(task, positions):
+            if self.known is not None and self.known(task, positions):
                 images, labels = None, torch.from_numpy(data.train.labels[positions])
             else:
                 images, labels = self.pipeline.train_batch(data, positions, epochs)
