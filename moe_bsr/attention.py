@@ -86,11 +86,12 @@ class CpuAttention(torch.autograd.Function):
             grad_qkv = torch.zeros_like(qkv)
         elif ctx.plain:
             grad_qkv = torch.empty_like(qkv)
+            grads = split_heads(grad_qkv, ctx.heads)
             step = images_at_once(batch, ctx.heads, tokens, qkv.element_size())
-            parts = [slice(first, first + step) for first in range(0, batch, step)]
-            for part in parts:
+            for first in range(0, batch, step):
+                part = slice(first, first + step)
                 found = _images_backward(*(t[part].flatten(0, 1).contiguous() for t in (q, k, v, grad)), ctx.scale)
-                for whole, of_part in zip(split_heads(grad_qkv, ctx.heads), found, strict=True):
+                for whole, of_part in zip(grads, found, strict=True):
                     whole[part] = of_part.unflatten(0, (-1, ctx.heads))
                 del found, of_part
         else:

@@ -79,13 +79,13 @@ class MultitaskViT(nn.Module):
         self.embedding_trains = embedding_trains(vit)
         self.path_start = gradient_path_start(vit)
 
-    def forward(self, images: Tensor, task: str, noise_key: tuple[int, ...] | None = None,
-                stem: Callable[[Tensor, str], tuple[Tokens, dict[int, block.Record]]] | None = None) -> Output:
+    def forward(self, images: Tensor | None, task: str, noise_key: tuple[int, ...] | None = None,
+                stem: Callable[[Tensor | None, str], tuple[Tokens, dict[int, block.Record]]] | None = None) -> Output:
         """(B, 3, S, S) normalised images of one task -> its logits and what happened on the way.
 
         Args:
             noise_key: integers that seed the gate noise (training with moe.gate_noise > 0 needs it).
-            stem: takes the place of `self.stem`.
+            stem: takes the place of `self.stem`; only one that needs no images may be given None.
         """
         return self._finish([(stem or self.stem)(images, task)], task, noise_key)
 

@@ -52,9 +52,10 @@ class Stems:
         self.seen = {task: torch.zeros(count, dtype=torch.bool) for task, count in sizes.items()}
 
     def __str__(self) -> str:
-        images, last = sum(map(len, self.seen.values())), self.model.path_start - 1
-        return (f"{self.bytes / 1e6:.0f} MB for what blocks 0 to {last} make of {images} training images: from "
-                "an image's second epoch on they are not run")
+        images, blocks = sum(map(len, self.seen.values())), self.model.path_start
+        stem = f"blocks 0 to {blocks - 1} make" if blocks else "the embedding makes"
+        return (f"{self.bytes / 1e6:.0f} MB for what {stem} of {images} training images, from an image's second "
+                "epoch on not computed again")
 
     def know(self, task: str, positions: np.ndarray) -> bool:
         """Whether all these images of the task's training split were seen before."""

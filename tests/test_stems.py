@@ -83,3 +83,8 @@ def test_refused(tmp_path, changes, says):
 def test_how_to_augment_is_refused_where_nothing_is_augmented(tmp_path):
     with pytest.raises(ConfigError, match="data.augment.*crop_scale"):
         make_config(tmp_path, data__augment=False, data__flip=True)
+
+
+def test_a_stem_of_the_embedding_alone_is_called_so(tmp_path, monkeypatch):
+    trainer, _ = fit(tmp_path, monkeypatch, PLANS["from the first block"], 100)
+    assert "the embedding makes of 68 training images" in str(trainer.stems)

@@ -15,6 +15,11 @@ holds `architecture` (the keyword arguments, JSON), `mean`, `std` (JSON) and `so
 takes to use the network.
 """
 
+if __name__ == "__main__":
+    import allocator
+
+    allocator.start_again()  # before anything else is imported, or it would be imported twice
+
 import argparse
 import json
 import math

@@ -7,6 +7,11 @@ storage and its 95 % interval (of the finite test set, mean over the seeds), and
 in points, with every seed's own. Finished runs are kept, so that the command can be repeated.
 """
 
+if __name__ == "__main__":
+    import allocator
+
+    allocator.start_again()  # before anything else is imported, or it would be imported twice
+
 import argparse
 import json
 import statistics

@@ -31,7 +31,8 @@ class Pipeline:
     `mean`, `std` (of values 0 to 1), `interpolation` and `crop_pct` come from timm's data config of
     the backbone. `resize="timm"`: evaluation resizes the short side to floor(size / crop_pct) and
     crops the centre; `"straight"`: resizes to the square, aspect not kept. Without `augment` training
-    images are seen as evaluation sees them; `crop_scale` and `flip` override the tasks' own. `seed` is the augmentation's. `cache_mb`: 10**6 bytes of decoded images
+    images are seen as evaluation sees them; `crop_scale` and `flip` override the tasks' own. `seed` is the
+    augmentation's. `cache_mb`: 10**6 bytes of decoded images
     kept. Raises ValueError naming the field.
     """
 
