@@ -7,7 +7,7 @@ their gates. Nothing is dropped, and any number of rows for an expert is right, 
     R rows of the experts' batch, grouped by expert: T * K and padding
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from timm.layers import Mlp
@@ -77,7 +77,8 @@ class Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, gates: Tensor, slot: Tensor) -> Tensor:
         ctx.save_for_backward(rows, gates, slot)
-        return _combine(rows, gates, slot)
+        by_token = rows[slot].view(*gates.shape, -1)
+        return (gates.to(rows.dtype).unsqueeze(1) @ by_token).squeeze(1)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -93,57 +94,83 @@ class Combine(torch.autograd.Function):
 class ExpertLoop(torch.autograd.Function):
     """Dispatch, experts and combine, one expert after the other. (T, D), (T, K) -> (T, D).
 
-    It keeps the tokens, each row's hidden values before the activation and each row's output (for the
-    gates); rows are gathered, activations computed and master weights cast again, expert by expert, so
-    that no second copy of all weights is ever alive. Keeping the copies gained nothing that could be measured.
+    It keeps the tokens and each row's hidden values before the activation. Of everything else only one
+    expert's part is ever alive: its rows are gathered, its master weights cast, and what it puts out is
+    added to its tokens at once, in float32. The gate of a row has the gradient <grad W2, act(h)> + <grad, b2>,
+    so that the experts' outputs need not be kept for it.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, gates: Tensor, slot: Tensor, token: Tensor, counts: list[int],
-                keeps: bool, act: nn.Module, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
-        rows, hidden = x.new_empty(len(token), x.shape[1]), []
-        for expert, of_expert, tokens in _parts(token, counts):
-            (first, bias1), (second, bias2) = _cast(x, w1, b1, expert), _cast(x, w2, b2, expert)
-            before = product(x.index_select(0, tokens), first, bias1)
-            rows[of_expert] = product(act(before), second, bias2)
+    def forward(ctx, x: Tensor, gates: Tensor, slot: Tensor, token: Tensor, counts: list[int], keeps: bool,
+                act: nn.Module, *parameters: Tensor | None) -> Tensor:
+        gate, y, hidden = _of_rows(gates, slot, token), _wide_zeros(x), []
+        for expert, rows in _parts(counts):
+            before = _add_expert(y, x, gate[rows], token[rows], act, *_one(parameters, expert))
             if keeps:
                 hidden.append(before)
-        ctx.save_for_backward(x, gates, slot, token, rows, w1, b1, w2, b2, *hidden)
+            del before  # it would live beside the next expert's
+        ctx.save_for_backward(x, gates, slot, token, *parameters, *hidden)
         ctx.counts, ctx.act = counts, act
-        return _combine(rows, gates, slot)
+        return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, gates, slot, token, rows, w1, b1, w2, b2, *hidden = ctx.saved_tensors
-        grad = grad.to(x.dtype)
-        by_token = rows.index_select(0, slot).view(*gates.shape, -1)
-        grad_gates = (by_token @ grad.unsqueeze(2)).squeeze(2).to(gates.dtype)
-        del by_token
-        gate_of_row = grad.new_zeros(len(token)).scatter(0, slot, gates.flatten().to(x.dtype)).unsqueeze(1)
-        grad_rows = torch.empty_like(rows)
-        grads = [None if p is None else torch.empty_like(p) for p in (w1, b1, w2, b2)]
-        for unused in (expert for expert, count in enumerate(ctx.counts) if not count):
-            for whole in grads:
-                if whole is not None:
-                    whole[unused] = 0.0
-        for place, (expert, of_expert, tokens) in enumerate(_parts(token, ctx.counts)):
-            before = hidden[place]
-            out = grad.index_select(0, tokens).mul_(gate_of_row[of_expert])
-            _product_into(grads[2][expert], out.t(), ctx.act(before))
-            back = activation_backward(ctx.act, before, out @ _cast(x, w2, None, expert)[0])
-            _product_into(grads[0][expert], back.t(), x.index_select(0, tokens))
-            for bias, summed in ((grads[1], back), (grads[3], out)):
-                if bias is not None:
-                    bias[expert] = summed.sum(0)
-            torch.mm(back, _cast(x, w1, None, expert)[0], out=grad_rows[of_expert])
-        grad_x = grad_rows.index_select(0, slot).view(*gates.shape, -1).sum(1)
-        return grad_x, grad_gates, None, None, None, None, None, *grads
+        x, gates, slot, token, *parameters = ctx.saved_tensors
+        parameters, hidden = parameters[:4], parameters[4:]
+        grad, gate = grad.to(x.dtype), _of_rows(gates, slot, token)
+        grads = [None if p is None else torch.empty_like(p) for p in parameters]
+        grad_x, grad_gate = _wide_zeros(x), torch.empty_like(gate)
+        for expert, count in enumerate(ctx.counts):
+            if not count:
+                for of_unused in _one(grads, expert):
+                    if of_unused is not None:
+                        of_unused.zero_()
+        for (expert, rows), before in zip(_parts(ctx.counts), hidden, strict=True):
+            grad_gate[rows] = _expert_backward(
+                grad_x, _one(grads, expert), grad, x, gate[rows], token[rows], before, ctx.act,
+                *_one(parameters, expert))
+        grad_gates = grad_gate.flatten().index_select(0, slot).view_as(gates)
+        return grad_x.to(x.dtype), grad_gates, None, None, None, None, None, *grads
 
 
-def _combine(rows: Tensor, gates: Tensor, slot: Tensor) -> Tensor:
-    """Gate-weighted sum of each token's rows. (R, D), (T, K) -> (T, D)."""
-    by_token = rows.index_select(0, slot).view(*gates.shape, -1)
-    return (gates.to(rows.dtype).unsqueeze(1) @ by_token).squeeze(1)
+def _add_expert(y: Tensor, x: Tensor, gate: Tensor, token: Tensor, act: nn.Module, w1: Tensor,
+                b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
+    """Add one expert's gated outputs to y (T, D); returns its rows' hidden values before the activation."""
+    before = product(x.index_select(0, token), *_cast(x, w1, b1))
+    y.index_add_(0, token, gate * product(act(before), *_cast(x, w2, b2)))
+    return before
+
+
+def _expert_backward(grad_x: Tensor, grads: list[Tensor | None], grad: Tensor, x: Tensor, gate: Tensor,
+                     token: Tensor, before: Tensor, act: nn.Module, w1: Tensor, b1: Tensor | None, w2: Tensor,
+                     b2: Tensor | None) -> Tensor:
+    """Write one expert's parameters' gradients into `grads`, add its rows' to grad_x (T, D) in float32.
+
+    Returns the gates' gradients, one of each row (rows, 1). Gates are multiplied where rows are narrow.
+    """
+    of_w1, of_b1, of_w2, of_b2 = grads
+    after, out = act(before), grad.index_select(0, token)
+    back = out @ _cast(x, w2)[0]
+    of_gate = 0.0 if b2 is None else out @ _cast(x, b2)[0].unsqueeze(1)
+    out.mul_(gate)
+    _product_into(of_w2, out.t(), after)
+    if of_b2 is not None:
+        of_b2.copy_(out.sum(0))
+    del out
+    by_unit = torch.mul(after, back, out=None if after is before else after)
+    of_gate = of_gate + by_unit.sum(1, keepdim=True, dtype=gate.dtype)
+    del after, by_unit
+    back = activation_backward(act, before, back)
+    _product_into(of_w1, back.t(), x.index_select(0, token).mul_(gate))
+    if of_b1 is not None:
+        of_b1.copy_((back.t() @ gate.to(back.dtype)).squeeze(1))
+    grad_x.index_add_(0, token, gate * (back @ _cast(x, w1)[0]))
+    return of_gate
+
+
+def _of_rows(gates: Tensor, slot: Tensor, token: Tensor) -> Tensor:
+    """(T, K) gates as (R, 1), 0 in padding."""
+    return gates.new_zeros(len(token)).scatter(0, slot, gates.flatten()).unsqueeze(1)
 
 
 def _product_into(place: Tensor, a: Tensor, b: Tensor) -> None:
@@ -154,17 +181,26 @@ def _product_into(place: Tensor, a: Tensor, b: Tensor) -> None:
         place.copy_(a @ b)
 
 
-def _parts(token: Tensor, counts: list[int]) -> Iterator[tuple[int, slice, Tensor]]:
-    """(expert, its rows, the tokens of its rows) for each expert that has any."""
+def _wide_zeros(x: Tensor) -> Tensor:
+    """What rows are added up in: float32 or wider."""
+    return x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _parts(counts: list[int]) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) for each expert that has any."""
     first = 0
     for expert, count in enumerate(counts):
         if count:
-            yield expert, slice(first, first + count), token[first:first + count]
+            yield expert, slice(first, first + count)
         first += count
 
 
-def _cast(x: Tensor, weight: Tensor, bias: Tensor | None, expert: int) -> tuple[Tensor, Tensor | None]:
-    return weight[expert].to(x.dtype), None if bias is None else bias[expert].to(x.dtype)
+def _one(stacked: Sequence[Tensor | None], expert: int) -> list[Tensor | None]:
+    return [None if whole is None else whole[expert] for whole in stacked]
+
+
+def _cast(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
+    return [None if p is None else p.to(x.dtype) for p in parameters]
 
 
 class Experts(nn.Module):
