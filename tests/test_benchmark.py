@@ -135,7 +135,7 @@ def test_the_tool_prints_the_raw_times_of_every_turn_and_verdicts_as_json(capsys
     tool = Path(__file__).resolve().parents[1] / "tools" / "benchmark.py"
     main = runpy.run_path(str(tool), run_name="benchmark")["main"]
     arguments = ["--backbone", SMALL["backbone"], "--image-size", "64", "--batch", "2", "--threads", "1",
-                 "--rounds", "2", "--steps", "3", "--only", "dense_ffn", "--json"]
+                 "--precisions", "bf16", "--rounds", "2", "--steps", "3", "--only", "dense_ffn", "--json"]
     assert main(arguments) == 0
     result = json.loads(capsys.readouterr().out)
     about = result["groups"]["experts bf16"]["dense_ffn bf16"]

@@ -1,6 +1,6 @@
 """Side-by-side timings and memory of one training step: stock timm, the public form of BSR, and ours.
 
-    python tools/benchmark.py                                     # DeiT-S, 224 px, batch 32: ten minutes
+    python tools/benchmark.py                                     # DeiT-S, 224 px, batch 32: ten minutes with bf16
     python tools/benchmark.py --backbone vit_base_patch16_224 --batch 8 --storages exact   # 20 GB
     python tools/benchmark.py --only bsr full --rounds 3 --profile # some cases, and where their time goes
     python tools/benchmark.py --scaling                           # against tokens, batch, experts and tasks
@@ -20,11 +20,11 @@ import torch
 
 from moe_bsr import run
 from moe_bsr.benchmark import scaling
-from moe_bsr.benchmark.cases import Case, suite
-from moe_bsr.benchmark.targets import BSR, MOE, Results, judge, step_seconds
+from moe_bsr.benchmark.cases import PRECISIONS, Case, suite
+from moe_bsr.benchmark.targets import Results, judge, step_seconds
 from moe_bsr.benchmark.turns import contestants, interleave
 from moe_bsr.config import ConfigError, MachineConfig, require
-from moe_bsr.machine import prepare
+from moe_bsr.machine import bf16_is_fast, prepare
 
 MIB = 2**20
 
@@ -37,6 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="compute threads (default: torch's choice)")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS,
+                        help="default: both; fp32 where the device has no bf16 instructions")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=2, help="steps of a case in a round")
     parser.add_argument("--storages", nargs="+", help="of the BSR cases (default: all)")
@@ -58,8 +60,12 @@ def main(arguments: list[str] | None = None) -> int:
             scaling.draw(result, arguments.picture)
             lines = [*scaling.table(result), f"picture: {arguments.picture}"]
         else:
+            chosen = arguments.precisions
+            if not chosen:
+                chosen = PRECISIONS if bf16_is_fast(torch.device(arguments.device))[0] else ["fp32"]
+            precisions = [precision for precision in PRECISIONS if precision in chosen]
             groups = {name: [c for c in cases if not arguments.only or c.subject in arguments.only]
-                      for name, cases in suite(arguments.storages, **shared).items()}
+                      for name, cases in suite(arguments.storages, precisions, **shared).items()}
             result = compare(groups, arguments)
             lines = [*case_table(result["groups"], arguments.batch), *target_table(result["targets"])]
     except (ConfigError, RuntimeError) as error:
@@ -91,7 +97,7 @@ def run_group(cases: list[Case], arguments: argparse.Namespace) -> dict[str, dic
         times = interleave(group, arguments.rounds, arguments.steps)
         for one in group:
             results[one.case.name] = about = {"seconds": times[one.case.name], "memory": one.ask("memory")}
-            if one.case.name in (BSR, MOE):
+            if one.case.subject in ("bsr", "moe_bsr") and one.case.storage == "exact":
                 about["products"] = one.ask("products")
             if arguments.profile:
                 about["hot_spots"] = one.ask("hot_spots")

@@ -1,5 +1,6 @@
 """What is compared: anchors, our plans and storages, and the expert layer against a dense one."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import timm
@@ -20,6 +21,7 @@ from moe_bsr.multitask import build
 from moe_bsr.storage import STORAGES
 
 CLASSES = 100
+PRECISIONS = ("fp32", "bf16")
 BSR = {"trainable": [3, 7, 11], "drop": [3, 6, 9], "keep": 0.5, "experts": []}
 PLANS = {
     "full": BSR | {"trainable": "all", "drop": []},
@@ -62,7 +64,8 @@ class Case:
         return " ".join(parts)
 
 
-def suite(storages: list[str] | None = None, **shared) -> dict[str, list[Case]]:
+def suite(storages: list[str] | None = None, precisions: Sequence[str] = PRECISIONS, **shared
+          ) -> dict[str, list[Case]]:
     """The groups of cases that run side by side; each holds what the table of targets compares.
 
     All cases at once would not fit into memory.
@@ -73,23 +76,22 @@ def suite(storages: list[str] | None = None, **shared) -> dict[str, list[Case]]:
     """
     storages = list(STORAGES) if storages is None else storages
 
-    def plans(subject: str, precision: str, stored: list[str]) -> list[Case]:
+    def plans(subject: str, precision: str, stored: Sequence[str] = ("exact",)) -> list[Case]:
         return [Case(subject=subject, precision=precision, storage=storage, **shared) for storage in stored]
 
-    def anchors(precision: str) -> list[Case]:
-        plain = [Case(subject=subject, precision=precision, tuned=tuned, **shared)
-                 for subject in ("timm", "explicit") for tuned in (False, True)]
-        return plain + plans("full", precision, ["exact"])
-
-    def experts(precision: str) -> list[Case]:
-        stock = Case(subject="timm", precision=precision, tuned=False, **shared)
-        lean = [storage for storage in ("exact", "recompute") if storage in storages]
-        return ([stock] + plans("moe_full", precision, ["exact"]) + plans("moe_bsr", precision, lean)
-                + plans("moe_ffn", precision, ["exact"]) + plans("dense_ffn", precision, ["exact"]))
-
-    return {"fp32": anchors("fp32") + plans("bsr", "fp32", ["exact"]) + plans("bsr", "bf16", storages),
-            "bf16": anchors("bf16") + plans("bsr", "bf16", ["exact"]),
-            "experts bf16": experts("bf16"), "experts fp32": experts("fp32")}
+    groups = {}
+    for precision in precisions:
+        stock, tuned, *explicit = [Case(subject=subject, precision=precision, tuned=tuned, **shared)
+                                   for subject in ("timm", "explicit") for tuned in (False, True)]
+        lean = [storage for storage in storages if storage in ("exact", "recompute")]
+        groups[precision] = [stock, tuned, *explicit, *plans("full", precision), *plans("bsr", precision)]
+        groups[f"experts {precision}"] = [
+            stock, *plans("moe_full", precision), *plans("moe_bsr", precision, lean),
+            *plans("moe_ffn", precision), *plans("dense_ffn", precision)]
+    # What one pays for fewer bytes, beside what a user has by default: stock timm in float32.
+    leanest = groups.get("fp32", groups[precisions[0]])
+    leanest += [case for case in plans("bsr", precisions[-1], storages) if case not in leanest]
+    return groups
 
 
 def make(case: Case) -> Step:
