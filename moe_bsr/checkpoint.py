@@ -46,10 +46,13 @@ def save(run: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dic
     manifest.write_text(json.dumps({"step": step, "sha256": {f.name: _sha256(f) for f in files}}, indent=1))
     _sync(manifest)
     _sync(temporary)
-    if final.exists():  # a resumed run comes by here again with the same content
-        shutil.rmtree(final)
+    before = folder / f"{step}.before.tmp"
+    if final.exists():  # a resumed run comes by here again; until the rename below, `recover` finds this one
+        final.rename(before)
     temporary.rename(final)
     _sync(folder)
+    if before.exists():
+        shutil.rmtree(before)
     newest = steps(run)[-KEPT:]
     # A kept checkpoint's best one is kept too: a resume from the older of the two must still find it.
     kept = set(newest) | {best_step(folder / str(step)) for step in newest}
@@ -57,6 +60,14 @@ def save(run: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dic
         if old not in kept:
             shutil.rmtree(folder / str(old))
     return final
+
+
+def recover(run: Path) -> None:
+    """Finish a save that ended between its two renames. Only for whoever will write here next."""
+    for temporary in sorted((run / "checkpoint").glob("*.tmp"), key=lambda path: len(path.name)):  # the newer first
+        final = temporary.with_name(temporary.name.split(".")[0])
+        if not final.exists() and damage(temporary) is None:
+            temporary.rename(final)
 
 
 def best_step(folder: Path) -> int | None:
@@ -97,8 +108,8 @@ def latest(run: Path, warn=print) -> Path:
         wrong = damage(folder)
         if wrong is None:
             return folder
-        warn(f"checkpoint refused: {wrong}; using the one before it")
-    raise CheckpointError(f"no usable checkpoint in {run / 'checkpoint'}")
+        warn(f"checkpoint refused: {wrong}; looking for one before it")
+    raise CheckpointError(f"no usable checkpoint in {run / 'checkpoint'}; begin in a new run folder")
 
 
 def read(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moe_bsr import checkpoint
-from moe_bsr.checkpoint import CheckpointError, damage, latest, read, save, steps, write_whole
+from moe_bsr.checkpoint import CheckpointError, damage, latest, read, recover, save, steps, write_whole
 
 
 def tensors(step: int = 0) -> dict[str, dict[str, torch.Tensor]]:
@@ -30,6 +30,14 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 # --- round trip ---
+
+class Crash(Exception):
+    pass
+
+
+def crash() -> None:
+    raise Crash
+
 
 def test_what_is_saved_comes_back_to_the_bit(tmp_path):
     state = {"step": 7, "best_step": None, "seconds": 0.1 + 0.2, "observers": {"Jsonl": {"bytes": 12}}}
@@ -64,6 +72,28 @@ def test_a_second_save_of_a_step_replaces_it(tmp_path):
     assert state["turn"] == 2 and loaded.keys() == {"weights"}
 
 
+def test_a_crash_between_the_two_renames_of_a_second_save_loses_nothing(tmp_path, monkeypatch):
+    save(tmp_path, 3, tensors(1), {"best_step": 3, "turn": 1})
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda self, to: rename(self, to) if to.name.endswith(".tmp") else crash())
+    with pytest.raises(Crash):
+        save(tmp_path, 3, tensors(2), {"best_step": 3, "turn": 2})
+    monkeypatch.undo()
+    assert steps(tmp_path) == []
+    recover(tmp_path)
+    assert read(tmp_path / "checkpoint" / "3")[1]["turn"] == 2
+    save(tmp_path, 4, tensors(1), {"best_step": None})
+    assert steps(tmp_path) == [3, 4] and not list((tmp_path / "checkpoint").glob("*.tmp"))
+
+
+def test_a_half_written_checkpoint_is_not_recovered(tmp_path):
+    save(tmp_path, 3, tensors(1), {"best_step": None})
+    half = (tmp_path / "checkpoint" / "3").rename(tmp_path / "checkpoint" / "3.tmp")
+    (half / "state.json").unlink()
+    recover(tmp_path)
+    assert steps(tmp_path) == []
+
+
 def test_the_manifest_names_every_file_and_nothing_is_a_pickle(tmp_path):
     folder = save(tmp_path, 1, tensors(), {})
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -89,10 +119,6 @@ def test_an_unfinished_write_of_the_same_step_is_no_obstacle(tmp_path):
     (unfinished / "weights.safetensors").write_bytes(b"half of it")
     save_steps(tmp_path, None)
     assert damage(tmp_path / "checkpoint" / "1") is None and not unfinished.exists()
-
-
-class Crash(Exception):
-    pass
 
 
 def test_a_crash_at_any_moment_of_a_save_leaves_a_sound_checkpoint(tmp_path, monkeypatch):
