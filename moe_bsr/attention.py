@@ -69,7 +69,7 @@ class CpuAttention(torch.autograd.Function):
         y, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *split_heads(qkv, heads), 0.0, False, scale=scale)
         y = join_heads(y)
-        ctx.save_for_backward(qkv, *(() if ctx.plain else (y, sums)))
+        ctx.save_for_backward(qkv, *(() if ctx.plain else (y, sums.unsqueeze(3))))
         if not scores:
             return y, None, None
         probabilities, logits = (row.mean(1).squeeze(1) for row in class_row(qkv, heads, scale))
@@ -97,7 +97,7 @@ class CpuAttention(torch.autograd.Function):
         else:
             y, sums = fused
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad, q, k, v, y.unflatten(2, (ctx.heads, -1)).transpose(1, 2), sums, 0.0, False, scale=ctx.scale)
+                grad, q, k, v, y.unflatten(2, (ctx.heads, -1)).transpose(1, 2), sums.squeeze(3), 0.0, False, scale=ctx.scale)
             grad_qkv = torch.cat([join_heads(g) for g in found], 2)
             del found
         if grad_probabilities is not None:

@@ -109,14 +109,14 @@ class ExpertLoop(torch.autograd.Function):
             if keeps:
                 hidden.append(before)
             del before  # it would live beside the next expert's
-        ctx.save_for_backward(x, gates, slot, token, *parameters, *hidden)
+        ctx.save_for_backward(x, gates.unsqueeze(2), slot, token, *parameters, *hidden)
         ctx.counts, ctx.act = counts, act
         return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, gates, slot, token, *parameters = ctx.saved_tensors
-        parameters, hidden = parameters[:4], parameters[4:]
+        parameters, hidden, gates = parameters[:4], parameters[4:], gates.squeeze(2)
         grad, gate = grad.to(x.dtype), _of_rows(gates, slot, token)
         grads = [None if p is None else torch.empty_like(p) for p in parameters]
         grad_x, grad_gate = _wide_zeros(x), torch.empty_like(gate)
@@ -210,8 +210,11 @@ class Experts(nn.Module):
         """Upcycle a pretrained FFN into experts (see `MoE.__init__` for what each copy holds)."""
         super().__init__()
         hidden, width = mlp.fc1.weight.shape
-        require(hidden % (config.ratio * width) == 0, "moe.ratio", config.ratio,
-                f"ratio x width = {config.ratio * width} must divide the FFN's hidden width {hidden}")
+        fitting = [ratio for ratio in range(1, hidden // width + 1) if hidden % (ratio * width) == 0]
+        require(config.ratio in fitting, "moe.ratio", config.ratio,
+                f"ratio x width = {config.ratio * width} must divide the FFN's hidden width {hidden}; "
+                + (f"here {' or '.join(map(str, fitting))}" if fitting else
+                   "no ratio does here, so leave plan.experts empty"))
         slices = hidden // (config.ratio * width)
         draws = generator(*seed)
         units = [torch.arange(e % slices, hidden, slices) for e in range(config.experts)]
@@ -253,7 +256,8 @@ class Experts(nn.Module):
 
         def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             y = F.grouped_mm(x, weight.to(x.dtype).transpose(-2, -1), offs=ends)
-            return y if bias is None else y + F.embedding(expert, bias.to(x.dtype))
+            # Looked up in float32: the backward adds up thousands of rows in the bias's own type.
+            return y if bias is None else y + F.embedding(expert, bias).to(x.dtype)
 
         hidden = self.act(linear(rows, self.fc1_weight, self.fc1_bias))
         return linear(hidden, self.fc2_weight, self.fc2_bias)

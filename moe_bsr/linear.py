@@ -38,23 +38,25 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """Saved for backward: the input, if the weight trains. A cast weight is held beside it: a storage may
-    treat what is saved as activations."""
+    """Saved for backward: the input, if the weight trains. A cast weight is held beside it, up to the first
+    backward: the graph may live on with the output, and a storage may treat what is saved as activations."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         needs_x, needs_weight, ctx.needs_bias = ctx.needs_input_grad
         copy = weight.to(x.dtype)
-        ctx.save_for_backward(x if needs_weight else None)
-        ctx.weight = copy if needs_x else None
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
+        ctx.copy = copy if needs_x else None
         return product(x, copy, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (x,), weight = ctx.saved_tensors, ctx.weight
-        ctx.weight = None  # the graph may live on with the output
+        (x, weight), copy = ctx.saved_tensors, ctx.copy
+        ctx.copy = None
+        if copy is None and weight is not None:
+            copy = weight.to(grad.dtype)
         flat = grad.flatten(0, -2)
-        return (None if weight is None else (flat @ weight).view(*grad.shape[:-1], -1),
+        return (None if weight is None else (flat @ copy).view(*grad.shape[:-1], weight.shape[1]),
                 None if x is None else flat.t() @ x.flatten(0, -2),
                 flat.sum(0) if ctx.needs_bias else None)
 

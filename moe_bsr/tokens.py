@@ -56,6 +56,38 @@ def count_kept(candidates: int, keep: float) -> int:
     return max(1, math.ceil(round(keep * candidates, 6)))
 
 
+class _ReceivedAttention(torch.autograd.Function):
+    """Of the map only `chunk` rows are ever alive: the backward computes them again. Logits have no gradient."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, scale: float, chunk: int) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(q, k)
+        ctx.scale, ctx.chunk = scale, chunk
+        keys = k.float().transpose(-2, -1)
+        probabilities = logits = 0.0
+        for part in q.split(chunk, dim=2):
+            row = (part.float() * scale) @ keys
+            logits = logits + row.mean(1).sum(1)
+            probabilities = probabilities + row.softmax(-1).mean(1).sum(1)
+        logits = logits / q.shape[2]
+        ctx.mark_non_differentiable(logits)
+        return probabilities / q.shape[2], logits
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _: Tensor):
+        q, k = ctx.saved_tensors
+        keys = k.float()
+        grad_k, grad_q = torch.zeros_like(keys), torch.empty_like(q)
+        grad = (grad / (q.shape[1] * q.shape[2]))[:, None, None]  # each row's share of the mean over heads, queries
+        for part, of_part in zip(q.split(ctx.chunk, dim=2), grad_q.split(ctx.chunk, dim=2), strict=True):
+            part = part.float() * ctx.scale
+            row = (part @ keys.transpose(-2, -1)).softmax(-1)
+            back = torch.ops.aten._softmax_backward_data(grad.expand_as(row), row, -1, row.dtype)
+            of_part.copy_(ctx.scale * (back @ keys))
+            grad_k += back.transpose(-2, -1) @ part
+        return grad_q, grad_k.to(k.dtype), None, None
+
+
 def received_attention(q: Tensor, k: Tensor, scale: float, chunk: int = 64) -> tuple[Tensor, Tensor]:
     """Mean attention each token receives from all: the score where there is no class token.
 
@@ -65,13 +97,7 @@ def received_attention(q: Tensor, k: Tensor, scale: float, chunk: int = 64) -> t
         (probabilities, logits), each (B, N) float32.
     """
     with torch.autocast(q.device.type, enabled=False):
-        keys = k.float().transpose(-2, -1)
-        probabilities = logits = 0.0
-        for part in q.float().split(chunk, dim=2):
-            row = (part * scale) @ keys
-            probabilities = probabilities + row.softmax(-1).mean(1).sum(1)
-            logits = logits + row.mean(1).sum(1)
-        return probabilities / q.shape[2], logits / q.shape[2]
+        return _ReceivedAttention.apply(q, k, scale, chunk)
 
 
 def select(scores: Tensor, kept: int) -> tuple[Tensor, Tensor]:
@@ -102,12 +128,12 @@ class Reduce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, kept: Tensor, dropped: Tensor, weights: Tensor | None, prefix: int) -> Tensor:
-        """kept (B, K), dropped (B, C - K): positions after the prefix; weights (B, C - K), of x's type."""
+        """kept (B, K), dropped (B, C - K): positions after the prefix; weights (B, C - K, 1), of x's type."""
         parts = [x[:, :prefix], take(x[:, prefix:], kept)]
         away = None
         if weights is not None:
             away = take(x[:, prefix:], dropped)
-            parts.append(weights.unsqueeze(1) @ away)
+            parts.append(weights.transpose(1, 2) @ away)
         ctx.save_for_backward(kept, dropped, weights, away if ctx.needs_input_grad[3] else None)
         ctx.prefix, ctx.tokens = prefix, x.shape[1]
         return torch.cat(parts, 1)
@@ -121,8 +147,8 @@ class Reduce(torch.autograd.Function):
         images = torch.arange(batch, device=grad.device).unsqueeze(1)
         grad_x[images, prefix + kept] = grad[:, prefix:prefix + kept.shape[1]]
         fused = grad[:, -1:]
-        grad_x[images, prefix + dropped] = 0.0 if weights is None else weights.unsqueeze(2) * fused
-        grad_weights = None if away is None else (away @ fused.transpose(1, 2)).squeeze(2)
+        grad_x[images, prefix + dropped] = 0.0 if weights is None else weights * fused
+        grad_weights = None if away is None else away @ fused.transpose(1, 2)
         return grad_x, None, None, grad_weights, None
 
 
@@ -151,7 +177,7 @@ def drop(tokens: Tokens, probabilities: Tensor, logits: Tensor, *, keep: float, 
         "kept tokens", lambda: select(ranking[:, :candidates], kept_count))
     origins, weights = [take(origin, kept)], None
     if config.fuse != "none":
-        weights = take(probabilities, dropped)
+        weights = take(probabilities.unsqueeze(2), dropped)
         if config.fuse == "normalised":
             weights = weights / weights.sum(1, keepdim=True)
         origins.append(torch.full_like(origin[:, :1], FUSED))

@@ -36,6 +36,33 @@ def test_the_forward_is_exact_and_gradients_point_the_same_way(storage, experts)
             assert cosine > 0.99, (name, cosine)
 
 
+@pytest.mark.parametrize("storage", sorted(STORAGES))
+def test_a_second_backward_gives_the_same_gradients_or_says_why_not(storage):
+    model = make_model(storage=storage, trainable=(1, 3), drop=(1, 2), experts=(1,)).train()
+    loss = F.cross_entropy(model(normal(6, 3, 16, 16), "one").logits, torch.arange(6) % 3)
+    loss.backward(retain_graph=True)
+    first = gradients(model)
+    model.zero_grad()
+    if storage == "recompute_int8":
+        with pytest.raises(RuntimeError, match="a second time.*recompute_int8"):
+            loss.backward()
+        return
+    loss.backward()
+    assert {n: g.tolist() for n, g in gradients(model).items()} == {n: g.tolist() for n, g in first.items()}
+
+
+@pytest.mark.parametrize("kind", [Rounded, Quantised])
+def test_statistics_and_weights_of_tokens_are_not_rounded(kind, monkeypatch):
+    """However many tokens or images there are; in float32, where attention keeps a log-sum a row."""
+    rounded = []
+    monkeypatch.setattr(kind, "__init__", (lambda make: lambda self, x: rounded.append(x.shape) or make(self, x))(
+        kind.__init__))
+    model = make_model(storage=kind is Rounded and "bf16" or "int8", trainable=(1, 3), drop=(1, 2)).train()
+    model(normal(20, 3, 32, 32) if model.vit.patch_embed.img_size[0] == 32 else normal(20, 3, 16, 16), "one")
+    widths = {model.vit.embed_dim * factor for factor in (1, 3, 4)}
+    assert rounded and {shape[-1] for shape in rounded} <= widths
+
+
 def test_a_mixture_gives_each_block_its_own():
     assert block_storages("int8", 3) == ["int8"] * 3
     assert block_storages({"recompute": [1], "int8": [0, 2]}, 4) == ["int8", "recompute", "int8", "exact"]

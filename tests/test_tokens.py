@@ -220,6 +220,23 @@ def test_without_a_class_token_a_score_is_the_mean_attention_received(chunk):
     torch.testing.assert_close(raw, logits.mean((1, 2)))
 
 
+def test_the_attention_received_has_the_gradient_of_the_whole_map_and_keeps_none_of_it():
+    _, q, k, _ = inputs(12, 2)
+    weights = torch.randn(BATCH, 12, generator=torch.Generator().manual_seed(3))
+    grads, kept = [], []
+    for chunked in (True, False):
+        q, k = (t.detach().requires_grad_() for t in (q, k))
+        if chunked:
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+                received, _ = received_attention(q, k, SCALE, chunk=5)
+        else:
+            received = (SCALE * q @ k.transpose(-2, -1)).softmax(-1).mean((1, 2))
+        (received * weights).sum().backward()
+        grads.append((q.grad, k.grad))
+    torch.testing.assert_close(*grads)
+    assert set(kept) == {q.shape}
+
+
 def test_scores_are_float32_under_autocast_and_the_stream_keeps_its_type():
     x, q, k, origin = inputs(10, 1)
     expected = scores(q.bfloat16().float(), k.bfloat16().float(), True)

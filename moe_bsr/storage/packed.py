@@ -1,7 +1,8 @@
 """Keep activations in fewer bits: `bf16`, or `int8` with a scale for each channel of each image.
 
 The forward pass is exact; only what the backward pass finds is rounded. Parameters, indices and small
-per-token statistics stay as they are, and a tensor that several operations keep is packed once.
+per-token statistics stay as they are (a function saves these as columns, (..., 1)), and a tensor that
+several operations keep is packed once.
 """
 
 from collections.abc import Callable

@@ -35,6 +35,9 @@ class Again(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor):
         kept, *parameters = ctx.saved_tensors
+        if kept is None and ctx.packed is None:
+            raise RuntimeError("backward a second time through a block with storage = recompute_int8, whose input "
+                               "is freed by the first; use recompute")
         needs_x = ctx.needs_input_grad[4]
         x = (ctx.packed.restore() if kept is None else kept.detach()).requires_grad_(needs_x)
         ctx.packed = None
