@@ -164,15 +164,28 @@ def _load_file(vit: VisionTransformer, file: Path, config: BackboneConfig) -> No
     except Exception as error:  # every format has its own kinds of errors
         raise ConfigError(f"backbone.weights = {str(file)!r}: unreadable ({str(error).splitlines()[0]}); a "
                           "checkpoint may hold tensors and nothing that needs unpickling") from error
-    state = checkpoint_filter_fn(raw, vit)
-    state = {k: v.float() for k, v in state.items() if not k.startswith(NOT_BACKBONE)}
+    tensors = {k: v for k, v in raw.items() if isinstance(v, torch.Tensor)}
+    if not tensors:
+        raise ConfigError(f"backbone.weights = {str(file)!r}: no tensors by name, but {', '.join(map(str, raw))}; "
+                          "save the part that is the backbone on its own")
     expected = vit.state_dict()
-    problems = [f"{k} is {tuple(state[k].shape)}, expected {tuple(expected[k].shape)}"
-                for k in expected if k in state and state[k].shape != expected[k].shape][:3]
-    problems += [f"missing {k}" for k in expected if k not in state]
-    problems += [f"unexpected {k}" for k in state if k not in expected]
+    try:
+        state = checkpoint_filter_fn(tensors, vit)
+    except (RuntimeError, ValueError, KeyError) as error:  # it resizes what it takes for the same model's
+        problems = [*_misfits(tensors, expected), str(error).splitlines()[0]]
+    else:
+        state = {k: v.float() for k, v in state.items() if not k.startswith(NOT_BACKBONE)}
+        problems = _misfits(state, expected)
     if problems:
-        more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise ConfigError(f"backbone.weights = {str(file)!r}: does not fit {config.name}: "
-                          + "; ".join(problems[:6]) + more)
+        raise ConfigError(f"backbone.weights = {str(file)!r}: does not fit {config.name}: {'; '.join(problems)}")
     vit.load_state_dict(state)
+
+
+def _misfits(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
+    """Which keys and shapes differ: up to three of each kind, and how many more."""
+    kinds = [[f"{k} is {tuple(state[k].shape)}, expected {tuple(expected[k].shape)}"
+              for k in expected if k in state and state[k].shape != expected[k].shape],
+             [f"missing {k}" for k in expected if k not in state],
+             [f"unexpected {k}" for k in state if k not in expected and not k.startswith(NOT_BACKBONE)]]
+    return [text for kind in kinds for text in
+            kind[:3] + ([f"and {len(kind) - 3} more like it"] if len(kind) > 3 else [])]

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from torch import nn
 
 from moe_bsr.strict import ConfigError, convert, parse, read_tree, require, set_dotted
 
-# Attributes of torch's module dictionaries, which therefore cannot name an entry.
-RESERVED = ("clear", "copy", "forward", "get", "items", "keys", "pop", "training", "train", "type",
-            "update", "values")
+# Attributes of torch's dictionaries, which therefore cannot name an entry.
+RESERVED = {*dir(nn.ModuleDict()), *dir(nn.ParameterDict())}
 
 Storage = Literal["exact", "bf16", "int8", "recompute", "recompute_int8"]
 
@@ -108,7 +108,7 @@ class DataConfig:
     prefetch: int = 0
 
     def __post_init__(self) -> None:
-        require(0 < self.validation < 0.5, "data.validation", self.validation, "between 0 and 0.5")
+        require(0 < self.validation < 0.5, "data.validation", self.validation, "above 0 and below 0.5")
         scale = self.crop_scale
         require(scale is None or (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1),
                 "data.crop_scale", scale, "null (the task's own) or [low, high] within (0, 1]")
@@ -166,8 +166,10 @@ class TrainConfig:
         require(0 <= self.momentum < 1, "train.momentum", self.momentum, "[0, 1)")
         require(0 < self.layer_decay <= 1, "train.layer_decay", self.layer_decay, "in (0, 1]")
         require(self.head_lr > 0, "train.head_lr", self.head_lr, "above 0; relative to train.lr")
-        require(0 <= self.warmup, "train.warmup", self.warmup,
-                "a fraction of train.steps below 1, or a number of updates")
+        require(0 <= self.warmup < 1 or (self.warmup <= self.steps and self.warmup == int(self.warmup)),
+                "train.warmup", self.warmup,
+                f"a share of the steps below 1, or a number of updates up to train.steps = {self.steps}")
+        require(self.weight_decay < math.inf, "train.weight_decay", self.weight_decay, "finite")
         require(self.clip is None or self.clip > 0, "train.clip", self.clip, "null or above 0")
         require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "[0, 1)")
         require(self.ema is None or 0 < self.ema < 1, "train.ema", self.ema, "null or a decay in (0, 1)")
@@ -203,12 +205,13 @@ class Config:
     machine: MachineConfig = field(default_factory=MachineConfig)
 
     def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1")
         require(len(self.tasks) >= 1, "tasks", self.tasks, "at least one task")
         names = self.task_names()
         for name in names:
             require(re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None and name not in RESERVED, "tasks",
                     name, "a task's name has letters, digits, _ and - only (it names folders, heads and "
-                    f"tags) and is none of {', '.join(RESERVED)}")
+                    "tags) and is no word torch's modules use themselves, such as train, type, half")
         require(len(set(names)) == len(names), "tasks", self.tasks, "each task once")
         unknown = sorted(set(self.train.task_weights) - set(names))
         require(not unknown, "train.task_weights", self.train.task_weights,

@@ -5,6 +5,7 @@ image settings, classes, the hash of the backbone's weights, versions.
 """
 
 import datetime
+import hashlib
 import json
 import platform
 from dataclasses import asdict, dataclass, field
@@ -118,13 +119,18 @@ def write_config(run: Path, config: Config, model: MultitaskViT, pipeline: Pipel
         "backbone_sha256": model.backbone_sha256,
         "images": {"size": pipeline.size, "mean": list(pipeline.mean), "std": list(pipeline.std),
                    "interpolation": pipeline.interpolation, "crop_pct": pipeline.crop_pct},
-        "tasks": {name: {"origin": data.origin, "train": len(data.train), "val": len(data.val),
-                         "test": len(data.test), "classes": list(data.class_names)}
-                  for name, data in tasks.items()},
+        "tasks": {name: about_data(data) for name, data in tasks.items()},
         **environment(machine),
     }
     tree = configuration.to_dict(config) | {"resolved": resolved}
     checkpoint.write_whole(run / "config.yaml", yaml.safe_dump(tree, sort_keys=False, width=110))
+
+
+def about_data(data: TaskData) -> dict[str, Any]:
+    """What a resumed run must find again, and where it was."""
+    labels = hashlib.sha256(b"".join(split.labels.tobytes() for split in (data.train, data.val, data.test)))
+    return {"origin": data.origin, "train": len(data.train), "val": len(data.val), "test": len(data.test),
+            "labels_sha256": labels.hexdigest(), "classes": list(data.class_names)}
 
 
 def environment(machine: Machine) -> dict[str, Any]:

@@ -110,14 +110,16 @@ def convert(value: Any, hint: Any, key: str) -> Any:
 def _convert_section(value: Any, cls: type, key: str) -> Any:
     if not isinstance(value, dict):
         raise ConfigError(f"{key} = {value!r}: expected a section with keys and values")
-    hints = typing.get_type_hints(cls)
+    hints, prefix = typing.get_type_hints(cls), f"{key}." if key else ""
     for name in value:
         if name not in hints:
-            near = difflib.get_close_matches(str(name), hints, 1)
-            full = f"{key}.{name}" if key else str(name)
-            raise ConfigError(f"unknown key {full}" + (f"; did you mean {near[0]!r}?" if near else "")
+            # A key of this section, or of one within it: steps may be meant for train.steps.
+            paths = {inner: f"{section}.{inner}" for section, hint in hints.items() if dataclasses.is_dataclass(hint)
+                     for inner in typing.get_type_hints(hint)} | {here: here for here in hints}
+            near = difflib.get_close_matches(str(name), paths, 1)
+            raise ConfigError(f"unknown key {prefix}{name}"
+                              + (f"; did you mean {prefix + paths[near[0]]!r}?" if near else "")
                               + f" (allowed: {', '.join(hints)})")
-    prefix = f"{key}." if key else ""
     return cls(**{name: convert(item, hints[name], prefix + name) for name, item in value.items()})
 
 
@@ -138,7 +140,7 @@ def _describe(hint: Any) -> str:
     if origin is list:
         return f"a list of {_describe(arguments[0])}s"
     if origin is dict:
-        return f"a mapping of names to {_describe(arguments[1])}s"
+        return f"a mapping of names to {_describe(arguments[1])}"
     names = {int: "whole number", float: "number", bool: "true/false value", str: "text",
              types.NoneType: "null"}
     return names.get(hint, str(hint))

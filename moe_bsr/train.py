@@ -20,11 +20,11 @@ from moe_bsr import checkpoint, describe, report, run
 from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError
 from moe_bsr.cost.exact import predict
-from moe_bsr.data import Loader, Pipeline, TaskData
+from moe_bsr.data import Loader, Pipeline, TaskData, UnreadableImage
 from moe_bsr.data.sampler import MultitaskSampler
 from moe_bsr.evaluate import evaluate
 from moe_bsr.machine import Machine, prepare
-from moe_bsr.multitask import MultitaskViT, build
+from moe_bsr.multitask import MultitaskViT, build, plan_only
 from moe_bsr.observers import Evaluation, Observer, Start, Step
 from moe_bsr.observers.console import Console
 from moe_bsr.observers.experts import ExpertViews
@@ -51,7 +51,8 @@ def train(config: Config, folder: str | Path = "runs/run", resume: bool = False)
     """
     folder = Path(folder)
     machine = prepare(config.machine)
-    _check_folder(config, folder, resume)
+    check_folder(config, folder, resume)
+    plan_only(config, dict.fromkeys(config.task_names(), 2))  # what cannot be is refused before data are opened
     if resume and (done := report.read(folder)) is not None and done["status"] == "finished":
         return done
     if config.mode == "stl":
@@ -79,14 +80,18 @@ def _train_each(config: Config, folder: Path, machine: Machine, resume: bool) ->
     return whole
 
 
-def _check_folder(config: Config, folder: Path, resume: bool) -> None:
-    if not (folder / "config.yaml").is_file():
-        return
-    if not resume and (checkpoint.steps(folder) or (folder / "report.json").is_file()):
+def check_folder(config: Config, folder: Path, resume: bool) -> None:
+    """Raise ConfigError if the folder holds another run, or without `resume` any."""
+    parts = [folder / name for name in config.task_names()] if config.mode == "stl" else []
+    if not resume and any(checkpoint.steps(place) or (place / "report.json").is_file()
+                          for place in (folder, *parts)):
         raise ConfigError(f"--run {folder}: holds a run already; add --resume to go on with it, or name "
                           "another folder")
-    if resume and (changed := run.differences(run.read_config(folder)[0], config)):
-        raise ConfigError(f"--resume {folder}: the configuration changed: {'; '.join(changed[:4])}")
+    if not resume or not (folder / "config.yaml").is_file():
+        return
+    if changed := run.differences(run.read_config(folder)[0], config):
+        raise ConfigError(f"--resume {folder}: the configuration changed: {'; '.join(changed[:4])}; a resumed run "
+                          "keeps its settings, so name another --run for these")
 
 
 class Trainer:
@@ -159,7 +164,12 @@ class Trainer:
         batches = iter(Loader(self.tasks, self.pipeline, self.sampler.batches(self.step),
                               self.config.data.prefetch, self.stems and self.stems.know))
         while self.step < settings.steps and not self.stop.number:
-            self._update(batches)
+            try:
+                self._update(batches)
+            except UnreadableImage:  # nothing of this update has been done yet
+                if self.saved_step != self.step:
+                    self._save()
+                raise
             self.seconds += time.monotonic() - clock
             if self.step == settings.steps or (settings.evaluate_every
                                                and self.step % settings.evaluate_every == 0):
@@ -186,7 +196,7 @@ class Trainer:
             done.append((task, *self._backward(task, *batch, share, index * settings.accumulate)))
         norm = self._clip()
         if not math.isfinite(norm):
-            self._refuse(f"gradient norm {norm}", tasks[0])
+            self._refuse(f"gradient norm {norm}", ", ".join(tasks))
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         if self.average is not None:
@@ -235,7 +245,7 @@ class Trainer:
         saved = checkpoint.steps(self.folder)
         good = self.folder / "checkpoint" / str(saved[-1]) if saved else "none was written yet"
         raise NonFiniteLoss(f"{what} at step {self.step + 1}, task {task}; last good checkpoint: {good}; "
-                            "lower train.lr, set train.clip, or use machine.precision=fp32")
+                            "in a new --run lower train.lr, set train.clip, or use machine.precision=fp32")
 
     def _evaluate(self, split: str) -> dict[str, dict[str, Any]]:
         """Scores of every task; the averaged weights are scored if there are any."""
@@ -280,10 +290,15 @@ class Trainer:
         """Continue from the newest sound checkpoint, if asked to and there is one."""
         notes: list[str] = []
         state: dict[str, Any] = {}
-        if resume and checkpoint.steps(self.folder):
+        if resume:
+            checkpoint.recover(self.folder)
+        if resume and not checkpoint.steps(self.folder):
+            notes.append(f"no checkpoint to resume from in {self.folder}: starting at the first step")
+        elif resume:
             place = checkpoint.latest(self.folder, warn=notes.append)
             tensors, state = checkpoint.read(place)
             resolved = run.read_config(self.folder)[1]
+            self._check_data(resolved["tasks"])
             self._load(tensors, resolved["backbone_sha256"], place)
             self.step, self.seconds = state["step"], state["seconds"]
             self.saved_step = self.step
@@ -298,6 +313,18 @@ class Trainer:
         for observer in self.observers:
             observer.restore(state.get("observers", {}).get(type(observer).__name__, {}))
         return state.get("pending_evaluation", False), notes
+
+    def _check_data(self, before: dict[str, dict[str, Any]]) -> None:
+        """Other images or classes under the same names would go unnoticed, and mix up everything learnt."""
+        for name, data in self.tasks.items():
+            now = run.about_data(data)
+            changed = [f"{key} was {before[name].get(key)}, now {now[key]}" for key in ("train", "val", "test", "classes")
+                       if before[name].get(key) != now[key]]
+            if not changed and before[name].get("labels_sha256") != now["labels_sha256"]:
+                changed = ["other labels, or in another order"]
+            if changed:
+                raise ConfigError(f"--resume {self.folder}: the data of task {name} changed ({data.origin}): "
+                                  f"{'; '.join(changed)}; put them back, or begin in another --run")
 
     def _load(self, tensors: dict[str, dict[str, Tensor]], backbone_sha256: str, place: Path) -> None:
         run.restore_weights(self.model, tensors["weights"], backbone_sha256, place)

@@ -300,10 +300,23 @@ def test_weights_that_do_not_fit_are_refused_with_keys_and_shapes(tmp_path, stat
         assert words in message, message
 
 
+def test_weights_whose_prefix_tokens_differ_are_refused_with_shapes(tmp_path, state):
+    path = str(saved(dict(state) | {"pos_embed": torch.zeros(1, 11, 64)}, tmp_path / "w.safetensors"))
+    message = refusal(BackboneConfig(name=NAME, weights=path))
+    assert "pos_embed is (1, 11, 64), expected" in message
+
+
+def test_what_is_beside_the_tensors_is_passed_over_and_a_wrapper_named(tmp_path, state):
+    torch.save(dict(state) | {"epoch": 3}, tmp_path / "w.pth")
+    load(BackboneConfig(name=NAME, weights=str(tmp_path / "w.pth")))
+    torch.save({"teacher": dict(state), "epoch": 3}, tmp_path / "w.pth")
+    assert "teacher, epoch" in refusal(BackboneConfig(name=NAME, weights=str(tmp_path / "w.pth")))
+
+
 def test_many_misfits_are_counted(tmp_path, state):
     path = str(saved({"blocks.0.norm1.weight": torch.zeros(64)}, tmp_path / "w.safetensors"))
     message = refusal(BackboneConfig(name=NAME, weights=path))
-    assert f"and {len(without_head(state)) - 1 - 6} more" in message
+    assert f"and {len(without_head(state)) - 1 - 3} more" in message
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path, state):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from moe_bsr.data import FolderSource, TorchvisionSource, carve, load_spec, load_task
+from moe_bsr.data.sources import decode
 from moe_bsr.data.task import validation_seats
 
 
@@ -201,6 +203,25 @@ def test_unreadable_image_is_named(tmp_path):
     source = FolderSource(tmp_path / "pictures/train")
     with pytest.raises(ValueError, match=r"bee/3\.png.*not a readable image"):
         source.image(13)
+
+
+def test_sixteen_bits_are_scaled_and_floats_refused(tmp_path):
+    wide = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    expected = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
+    assert np.array_equal(decode(tmp_path / "wide.png", "wide.png"), expected)
+    Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(ValueError, match=r"float\.tiff.*floating-point.*8 or 16 bits"):
+        decode(tmp_path / "float.tiff", "float.tiff")
+
+
+def test_one_class_is_no_task(tmp_path):
+    folder_task(tmp_path)
+    for split in ("train", "test"):
+        for other in sorted((tmp_path / "pictures" / split).iterdir())[1:]:
+            shutil.rmtree(other)
+    with pytest.raises(ValueError, match="1 class, and there must be two"):
+        load_task(load_spec(tmp_path / "pictures.yaml"), root=tmp_path)
 
 
 def test_photographs_are_turned_upright(tmp_path):

@@ -4,6 +4,7 @@ SIGKILL at any moment is the business of `test_resume.py`.
 """
 
 import gc
+import itertools
 import json
 import os
 import signal
@@ -13,8 +14,9 @@ import pytest
 from tiny_runs import TASKS, TRAIN, Crash, act_at, crash, make_config
 
 import moe_bsr
-from moe_bsr import checkpoint
+from moe_bsr import checkpoint, run
 from moe_bsr.config import Config, ConfigError, replace
+from moe_bsr.data import Loader, UnreadableImage
 from moe_bsr.optimise import MovingAverage
 from moe_bsr.train import Trainer, train
 
@@ -205,6 +207,41 @@ def test_what_changes_no_result_may_change_on_resume(config, whole, tmp_path, mo
     assert_same(tmp_path, whole)
 
 
+def test_other_data_under_the_same_names_cannot_resume(config, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        act_at(patch, 5, send(signal.SIGTERM))
+        train(config, tmp_path)
+    opened = run.open_task
+
+    def relabelled(*arguments):
+        data = opened(*arguments)
+        data.train.labels[:] = data.train.labels[::-1].copy()
+        return data
+
+    monkeypatch.setattr(run, "open_task", relabelled)
+    before = (tmp_path / "config.yaml").read_bytes()
+    with pytest.raises(ConfigError, match="the data of task shapes changed.*other labels"):
+        train(config, tmp_path, resume=True)
+    assert (tmp_path / "config.yaml").read_bytes() == before
+
+
+def test_an_unreadable_image_costs_no_update_that_was_done(config, whole, tmp_path, monkeypatch):
+    def four_batches(*arguments):
+        yield from itertools.islice(Loader(*arguments), 4)
+        raise UnreadableImage("bee/3.png: not a readable image")
+
+    with monkeypatch.context() as patch, pytest.raises(UnreadableImage):
+        patch.setattr(TRAIN, "Loader", four_batches)
+        train(replace(config, train__evaluate_every=0), tmp_path / "other")
+    assert checkpoint.steps(tmp_path / "other")[-1] == 4
+    with monkeypatch.context() as patch, pytest.raises(UnreadableImage):
+        patch.setattr(TRAIN, "Loader", four_batches)
+        train(config, tmp_path)
+    assert checkpoint.steps(tmp_path)[-1] == 4
+    train(config, tmp_path, resume=True)
+    assert_same(tmp_path, whole)
+
+
 def test_several_processes_are_refused(config, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="WORLD_SIZE = 2.*not supported"):
@@ -238,6 +275,16 @@ def test_single_task_runs_are_complete_and_their_parent_adds_up(stl, tmp_path):
     assert loaded.models["shapes"] is not loaded.models["fractals"]
     assert list(loaded.models["fractals"].heads) == ["fractals"]
     assert {task: len(names) for task, names in loaded.class_names.items()} == {"shapes": 10, "fractals": 12}
+
+
+def test_a_series_is_not_begun_again_over_its_first_part(stl, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        act_at(patch, 3, crash)
+        train(replace(stl, train__checkpoint_every=1), tmp_path / "run")
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    with pytest.raises(ConfigError, match="holds a run already"):
+        train(replace(stl, train__steps=9), tmp_path / "run")
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
 
 
 def test_a_task_alone_does_not_know_of_the_others(stl, tmp_path):

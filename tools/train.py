@@ -14,6 +14,7 @@ if __name__ == "__main__":
     allocator.start_again()  # before anything else is imported, or it would be imported twice
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -21,8 +22,11 @@ from moe_bsr import config as configuration
 from moe_bsr import describe, run
 from moe_bsr.checkpoint import CheckpointError
 from moe_bsr.config import ConfigError
-from moe_bsr.multitask import build
-from moe_bsr.train import NonFiniteLoss, train
+from moe_bsr.data import UnreadableImage
+from moe_bsr.machine import prepare
+from moe_bsr.multitask import build, plan_only
+from moe_bsr.stems import Stems
+from moe_bsr.train import NonFiniteLoss, check_folder, train
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,33 +42,45 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = configuration.load(arguments.config, arguments.overrides)
         if arguments.dry_run:
-            return dry_run(config, folder)
+            return dry_run(config, folder, arguments.resume)
         result = train(config, folder, arguments.resume)
-    except (ConfigError, CheckpointError, FileNotFoundError, ValueError) as error:
+    except (NonFiniteLoss, FloatingPointError, UnreadableImage) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2 if arguments.dry_run else 1
+    except (ConfigError, CheckpointError, OSError, ValueError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    except (NonFiniteLoss, FloatingPointError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
+    except KeyboardInterrupt:
+        print("train.py: interrupted before training began", file=sys.stderr)
+        return 130
     print((folder / "report.md").read_text())
     if result["status"] == "interrupted":
-        print(f"interrupted; saved in {folder}. Go on with: python tools/train.py {arguments.config} "
-              f"{' '.join(arguments.overrides)} --run {folder} --resume")
+        again = shlex.join([arguments.config, *arguments.overrides, "--run", str(folder), "--resume"])
+        print(f"interrupted; saved in {folder}. Go on with: python tools/train.py {again}")
         return 128 + result["signal"]
     return 0
 
 
-def dry_run(config: configuration.Config, folder: Path) -> int:
+def dry_run(config: configuration.Config, folder: Path, resume: bool) -> int:
     """Open every dataset and the backbone, print the plan; write nothing."""
+    machine = prepare(config.machine)
+    plan_only(config, dict.fromkeys(config.task_names(), 2))
     tasks = {name: run.open_task(config, path)
              for name, path in zip(config.task_names(), config.tasks, strict=True)}
     for name, data in tasks.items():
+        for split in (data.train, data.val, data.test):
+            split.source.image(int(split.index[0]))
         print(f"{name}: {len(data.class_names)} classes, train {len(data.train)}, val {len(data.val)}, "
               f"test {len(data.test)} ({data.origin})")
     model = build(config, {name: len(data.class_names) for name, data in tasks.items()})
     print("\n".join([*describe.summary(model, config), *describe.table(model, config)]))
-    state = "exists: it needs --resume" if (folder / "config.yaml").exists() else "new"
-    print(f"run folder {folder} ({state})")
+    if config.data.stem_mb:
+        with machine.autocast():
+            print(Stems(model, {name: len(data.train) for name, data in tasks.items()}, config.data.stem_mb))
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--run {folder}: is a file; name a folder")
+    check_folder(config, folder, resume)
+    print(f"run folder {folder}; {machine.precision} on {machine.device} ({machine.why})")
     return 0
 
 

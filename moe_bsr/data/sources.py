@@ -37,21 +37,33 @@ TORCHVISION = {
 }
 
 
+class UnreadableImage(ValueError):
+    """The message names the file."""
+
+
 def upright(image: Image.Image) -> Image.Image:
-    """RGB, turned as its EXIF orientation says: as every viewer shows it."""
+    """RGB, turned as its EXIF orientation says: as every viewer shows it.
+
+    Raises ValueError for floating-point pixels, of which nobody knows what is white.
+    """
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers: convert it to 8 or 16 bits")
+    if image.mode.startswith("I"):  # Pillow would cut 16 bits off at 255
+        wide = np.asarray(image)
+        image = Image.fromarray((wide // 257 if wide.max() > 255 else wide).astype(np.uint8))
     return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def decode(encoded: bytes | Path, name: str) -> np.ndarray:
     """Decode an encoded image or image file to uint8 (H, W, 3).
 
-    Raises ValueError with `name` if it cannot be read.
+    Raises UnreadableImage with `name` if it cannot be read.
     """
     try:
         with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
             return np.array(upright(image))
     except Exception as error:  # Pillow's plug-ins raise nearly anything on damaged files
-        raise ValueError(f"{name}: not a readable image ({error}); replace or remove it") from error
+        raise UnreadableImage(f"{name}: not a readable image ({error}); replace or remove it") from error
 
 
 class FileSource:

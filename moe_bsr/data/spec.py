@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from moe_bsr.strict import parse
 
 # source -> (keys it needs, further keys it may have), beside those every task has
 KEYS = {
@@ -97,10 +97,7 @@ def load_spec(name_or_path: str | Path) -> TaskSpec:
         path = _find(str(name_or_path))
     elif not path.is_file():
         raise FileNotFoundError(f"task file {path} does not exist")
-    try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"task file {path}: not valid YAML: {error}") from error
+    entries = parse(path.read_text(encoding="utf-8"), f"task file {path}")
     if not isinstance(entries, dict):
         raise ValueError(f"task file {path}: expected keys and values such as 'title: My pictures'")
     _check_keys(path.stem, entries)
@@ -132,7 +129,7 @@ def _check_keys(name: str, entries: dict) -> None:
         if key not in entries:
             raise ValueError(f"{where}: the key {key!r} is missing")
     source = entries["source"]
-    if source in KEYS:
+    if isinstance(source, str) and source in KEYS:
         allowed = KEYS_OF_ALL.union(*KEYS[source])
         if strangers := sorted(set(entries) - allowed):
             raise ValueError(

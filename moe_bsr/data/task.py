@@ -106,6 +106,9 @@ def open_sources(
         train = Generated(spec.family, "train", spec.train, spec.seed)
         test = Generated(spec.family, "test", spec.test, spec.seed)
         origin = f"drawn: {spec.family}, seed {spec.seed}"
+    if len(train.class_names) < 2:
+        raise ValueError(f"task {spec.name}: {len(train.class_names)} class, and there must be two to tell apart "
+                         f"({origin})")
     if list(train.class_names) != list(test.class_names):
         raise ValueError(f"task {spec.name}: train and test differ in their classes ({origin})")
     if spec.classes not in (None, len(train.class_names)):
