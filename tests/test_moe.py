@@ -252,3 +252,19 @@ def test_padding_changes_neither_value_nor_gradient():
         results.append([y.float().detach(), leaf.grad, *(p.grad for p in moe.experts.parameters())])
     for exact, padded in zip(*results, strict=True):
         assert (padded - exact).norm() <= 0.03 * exact.norm()
+
+
+def test_grouped_biases_in_bf16_have_the_loops_gradients():
+    """Thousands of rows add up: in bf16 the sum would stand still."""
+    grads = {}
+    for engine in ("loop", "grouped"):
+        mlp = make_mlp()
+        experts = Experts(mlp, MoEConfig(experts=4, top_k=2, ratio=4, engine=engine), (0,))
+        x = torch.randn(3000, mlp.fc1.in_features, generator=torch.Generator().manual_seed(1))
+        gates, chosen = torch.rand(3000, 4, generator=torch.Generator().manual_seed(2)).topk(2)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = experts(x, gates, chosen)
+        y.backward(torch.ones_like(y))
+        grads[engine] = [experts.fc1_bias.grad, experts.fc2_bias.grad]
+    for loop, grouped in zip(*grads.values(), strict=True):
+        assert (loop - grouped).norm() < 0.02 * loop.norm()
