@@ -61,34 +61,41 @@ class Loaded:
 
 
 def load(run: str | Path, checkpoint_name: str | int = "best", data_root: str | None = None,
-         device: str | None = None) -> Loaded:
+         device: str | None = None, weights: str | None = None) -> Loaded:
     """The model of a run with its transforms and class names, in evaluation mode.
 
     Args:
         checkpoint_name: "best" (by mean validation top-1), "last", or a step.
         data_root: where the datasets are now, if not where they were.
         device: where to compute, if not where the run did. The precision stays the run's.
+        weights: where the backbone's weights are now, if not where they were: a file, or "hub".
     Raises:
         ConfigError: not a run folder. CheckpointError: missing or damaged checkpoint.
     """
     run = Path(run)
     config, resolved = read_config(run)
     if config.mode == "stl":
-        parts = {task: load(run / task, checkpoint_name, data_root, device) for task in config.task_names()}
+        parts = {task: load(run / task, checkpoint_name, data_root, device, weights)
+                 for task in config.task_names()}
         first = next(iter(parts.values()))
         return Loaded(run, config, {t: p.models[t] for t, p in parts.items()}, first.pipeline, first.machine,
                       {t: p.class_names[t] for t, p in parts.items()},
                       max(p.step for p in parts.values()), first.weights, data_root)
-    config.machine.device = device or config.machine.device
     config.machine.precision = resolved["precision"]
-    machine = prepare(config.machine)
+    machine = _prepare_for(run, config, device)
     names = {task: about["classes"] for task, about in resolved["tasks"].items()}
     classes = {task: len(known) for task, known in names.items()}
     folder = _named_checkpoint(run, checkpoint_name)
     tensors, state = checkpoint.read(folder)
     if plan_only(config, classes).state_dict().keys() <= tensors["weights"].keys():
         config.backbone.weights = "random"  # everything was saved: no need for the backbone's file
-    model = build(config, classes)
+    elif weights is not None:
+        config.backbone.weights = weights
+    try:
+        model = build(config, classes)
+    except ConfigError as error:  # the plan passed above: it is the weights
+        raise ConfigError(f"{run}: {error}. The run needs the weights it was trained from: --weights says where "
+                          "they are now") from error
     restore_weights(model, tensors["weights"], resolved["backbone_sha256"], folder)
     average = tensors.get("average")
     if average:
@@ -176,7 +183,8 @@ def restore_weights(model: MultitaskViT, weights: dict[str, torch.Tensor], backb
     if reference - weights.keys() and model.backbone_sha256 != backbone_sha256:
         raise checkpoint.CheckpointError(
             f"{folder} holds only what training changed, over a backbone with sha256 "
-            f"{backbone_sha256[:12]}...; backbone.weights now gives {model.backbone_sha256[:12]}...")
+            f"{backbone_sha256[:12]}...; backbone.weights now gives {model.backbone_sha256[:12]}...; name the file "
+            "the run was trained from: backbone.weights=FILE to resume, --weights FILE to evaluate or predict")
     expected = model.state_dict().keys()
     problems = [f"missing {k}" for k in expected - weights.keys() - reference]
     problems += [f"unexpected {k}" for k in weights.keys() - expected]
@@ -208,6 +216,18 @@ def test_evaluations(run: Path) -> int:
     """How often the test split of a complete run was evaluated."""
     log = run / "test_evaluations.log"
     return len(log.read_text().splitlines()) if log.is_file() else 0
+
+
+def _prepare_for(run: Path, config: Config, device: str | None) -> Machine:
+    """The machine to compute on: `device`, or what the run was configured for."""
+    if device is not None:
+        config.machine.device = device
+        return prepare(config.machine)
+    try:
+        return prepare(config.machine)
+    except ConfigError as error:
+        raise ConfigError(f"{run}: {error}. The run was trained there; give --device cpu to compute without "
+                          "it") from error
 
 
 def _named_checkpoint(run: Path, name: str | int) -> Path:

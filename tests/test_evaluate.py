@@ -286,7 +286,7 @@ def tools(model, pipeline, monkeypatch):
         spec = importlib.util.spec_from_file_location(f"tool_{name}", TOOLS / f"{name}.py")
         programs[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(programs[name])
-        monkeypatch.setattr(programs[name], "load", lambda *arguments: loaded)
+        monkeypatch.setattr(programs[name], "load", lambda *_, **__: loaded)
     monkeypatch.setattr(programs["evaluate"], "count_test_evaluation",
                         lambda run: counted.append(run) or len(counted))
     return SimpleNamespace(evaluate=programs["evaluate"].main, predict=programs["predict"].main,

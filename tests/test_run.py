@@ -1,6 +1,7 @@
 """The run folder: what a run writes down, and that a trained model comes back from it as it was scored."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -222,6 +223,30 @@ def test_a_run_over_another_backbone_is_refused(own_backbone, tmp_path):
     replace_backbone(config, file)
     with pytest.raises(CheckpointError, match="only what training changed.*backbone.weights"):
         moe_bsr.load(tmp_path / "run")
+
+
+def test_weights_that_were_moved_are_named_by_an_option(own_backbone, tmp_path):
+    config, file = own_backbone
+    train(moe_bsr.config.replace(config, train__steps=2), tmp_path / "run")
+    before = state_of(moe_bsr.load(tmp_path / "run").models["shapes"])
+    moved = file.rename(tmp_path / "moved.safetensors")
+    with pytest.raises(ConfigError, match="no such file.*--weights"):
+        moe_bsr.load(tmp_path / "run")
+    after = moe_bsr.load(tmp_path / "run", weights=str(moved)).models["shapes"].state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    replace_backbone(config, moved)
+    with pytest.raises(CheckpointError, match="--weights FILE to evaluate"):
+        moe_bsr.load(tmp_path / "run", weights=str(moved))
+
+
+def test_a_run_of_a_device_that_is_not_here_is_computed_on_another(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    file = tmp_path / "run" / "config.yaml"
+    file.write_text(file.read_text().replace("  device: cpu\n", "  device: cuda:99\n"))
+    with pytest.raises(ConfigError, match="cuda:99.*--device cpu"):
+        moe_bsr.load(tmp_path / "run")
+    here = moe_bsr.load(tmp_path / "run", device="cpu")
+    assert here.machine.device.type == "cpu" and here.machine.precision == "fp32"
 
 
 def test_a_resume_over_another_backbone_is_refused(own_backbone, tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """Name what is on images, for all tasks of a run at once.
 
     python tools/predict.py RUN IMAGE ... [--task NAME ...] [--top N] [--json]
-                            [--checkpoint best|last|STEP]
+                            [--weights FILE] [--device cpu|cuda|...] [--checkpoint best|last|STEP]
 
 The frozen blocks at the start of a model are the same for every task: they run once per image, and
 each task continues from there, also when the run has one model per task over the same frozen blocks.
@@ -36,6 +36,9 @@ def main(arguments: list[str] | None = None) -> None:
                         help="only these (all)")
     parser.add_argument("--top", type=int, default=3, metavar="N", help="names per task (3)")
     parser.add_argument("--json", action="store_true", help="JSON on stdout instead of text")
+    parser.add_argument("--weights", metavar="FILE",
+                        help="where the backbone's weights are (the run's backbone.weights)")
+    parser.add_argument("--device", help="where to compute: cpu, cuda, ... (the run's machine.device)")
     parser.add_argument("--checkpoint", default="best", help="best, last or a step (best)")
     args = parser.parse_args(arguments)
     if args.top < 1:
@@ -52,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run_prediction(args: argparse.Namespace) -> dict:
-    loaded = load(args.run, args.checkpoint)
+    loaded = load(args.run, args.checkpoint, device=args.device, weights=args.weights)
     tasks = chosen_tasks(args.task, list(loaded.models))
     images = torch.stack([loaded.pipeline.eval_image(Image.fromarray(decode(path, path)))
                           for path in args.images])
