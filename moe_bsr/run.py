@@ -19,6 +19,7 @@ from moe_bsr import backbone, checkpoint
 from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError
 from moe_bsr.data import Pipeline, TaskData, load_spec, load_task
+from moe_bsr.evaluate import chosen_tasks
 from moe_bsr.machine import Machine, prepare
 from moe_bsr.multitask import MultitaskViT, build, plan_only
 
@@ -61,7 +62,7 @@ class Loaded:
 
 
 def load(run: str | Path, checkpoint_name: str | int = "best", data_root: str | None = None,
-         device: str | None = None, weights: str | None = None) -> Loaded:
+         device: str | None = None, weights: str | None = None, tasks: list[str] | None = None) -> Loaded:
     """The model of a run with its transforms and class names, in evaluation mode.
 
     Args:
@@ -69,14 +70,17 @@ def load(run: str | Path, checkpoint_name: str | int = "best", data_root: str | 
         data_root: where the datasets are now, if not where they were.
         device: where to compute, if not where the run did. The precision stays the run's.
         weights: where the backbone's weights are now, if not where they were: a file, or "hub".
+        tasks: only these; in an STL run the models of the others are not read, and need not be there yet.
     Raises:
         ConfigError: not a run folder. CheckpointError: missing or damaged checkpoint.
+        ValueError: a task that the run does not have.
     """
     run = Path(run)
     config, resolved = read_config(run)
+    chosen = chosen_tasks(tasks, config.task_names())
     if config.mode == "stl":
-        parts = {task: load(run / task, checkpoint_name, data_root, device, weights)
-                 for task in config.task_names()}
+        _refuse_untrained(run, chosen, config.task_names())
+        parts = {task: load(run / task, checkpoint_name, data_root, device, weights) for task in chosen}
         first = next(iter(parts.values()))
         return Loaded(run, config, {t: p.models[t] for t, p in parts.items()}, first.pipeline, first.machine,
                       {t: p.class_names[t] for t, p in parts.items()},
@@ -100,8 +104,8 @@ def load(run: str | Path, checkpoint_name: str | int = "best", data_root: str | 
     average = tensors.get("average")
     if average:
         model.load_state_dict(average, strict=False)
-    return Loaded(run, config, dict.fromkeys(names, machine.place(model.eval())),
-                  make_pipeline(config, model), machine, names, state["step"],
+    return Loaded(run, config, dict.fromkeys(chosen, machine.place(model.eval())),
+                  make_pipeline(config, model), machine, {task: names[task] for task in chosen}, state["step"],
                   "average" if average else "live", data_root)
 
 
@@ -216,6 +220,15 @@ def test_evaluations(run: Path) -> int:
     """How often the test split of a complete run was evaluated."""
     log = run / "test_evaluations.log"
     return len(log.read_text().splitlines()) if log.is_file() else 0
+
+
+def _refuse_untrained(run: Path, chosen: list[str], known: list[str]) -> None:
+    """Say which of the chosen models of an STL run have no checkpoint yet, and what can be done."""
+    trained = [task for task in known if checkpoint.steps(run / task)]
+    if missing := [task for task in chosen if task not in trained]:
+        others = f", or choose from those that are there: --task {' '.join(trained)}" if trained else ""
+        raise checkpoint.CheckpointError(f"{run}: not trained yet: {', '.join(missing)}; go on with train.py "
+                                         f"--resume{others}")
 
 
 def _prepare_for(run: Path, config: Config, device: str | None) -> Machine:

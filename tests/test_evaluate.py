@@ -281,12 +281,17 @@ def tools(model, pipeline, monkeypatch):
     loaded = SimpleNamespace(models=dict.fromkeys(CLASSES, model), data=task_data,
                              pipeline=pipeline, machine=CPU, step=12,
                              class_names={name: task_data(name).class_names for name in CLASSES})
+
+    def load(run, checkpoint="best", data_root=None, device=None, weights=None, tasks=None):
+        chosen = {name: loaded.models[name] for name in chosen_tasks(tasks, list(loaded.models))}
+        return SimpleNamespace(**vars(loaded) | {"models": chosen})
+
     programs = {}
     for name in ("evaluate", "predict"):
         spec = importlib.util.spec_from_file_location(f"tool_{name}", TOOLS / f"{name}.py")
         programs[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(programs[name])
-        monkeypatch.setattr(programs[name], "load", lambda *_, **__: loaded)
+        monkeypatch.setattr(programs[name], "load", load)
     monkeypatch.setattr(programs["evaluate"], "count_test_evaluation",
                         lambda run: counted.append(run) or len(counted))
     return SimpleNamespace(evaluate=programs["evaluate"].main, predict=programs["predict"].main,

@@ -184,6 +184,13 @@ def test_best_last_or_any_kept_step_can_be_loaded(config, tmp_path, monkeypatch)
         moe_bsr.load(folder, 7)
 
 
+def test_tasks_of_a_run_can_be_chosen(finished):
+    loaded = moe_bsr.load(finished, tasks=["fractals"])
+    assert list(loaded.models) == list(loaded.class_names) == ["fractals"]
+    with pytest.raises(ValueError, match="did you mean shapes"):
+        moe_bsr.load(finished, tasks=["shape"])
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="not a run folder"):
         moe_bsr.load(tmp_path)

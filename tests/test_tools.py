@@ -1,15 +1,18 @@
 """The training launcher and the comparison as a person meets them: what they print, how they exit."""
 
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from tiny_runs import make_config
 
 from moe_bsr import config as configuration
 from moe_bsr import report
+from moe_bsr.train import train
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 
@@ -58,6 +61,26 @@ def test_training_prints_the_report_and_runs_are_set_side_by_side(written, tmp_p
     assert f"{report.read(tmp_path / 'moe')['tasks']['shapes']['top1']:.1f}" == moe.split()[1]
     assert dense.startswith("dense") and any("block 5" in line for line in use)
     assert tool("compare")([str(tmp_path)]) == 2
+
+
+def test_of_an_unfinished_series_the_tasks_that_are_trained_are_used(tmp_path, capsys):
+    config = make_config(tmp_path, mode="stl", train__steps=2)
+    train(config, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "fractals")
+    capsys.readouterr()
+    image = tmp_path / "image.png"
+    Image.new("RGB", (20, 20)).save(image)
+    for name, arguments in (("evaluate", []), ("predict", [str(image)])):
+        call = [str(tmp_path / "run"), *arguments, "--device", "cpu", "--weights", "random"]
+        tool(name)([*call, "--json", "--task", "shapes"])
+        printed = capsys.readouterr().out
+        assert '"shapes"' in printed and "fractals" not in printed
+        for chosen in ([], ["--task", "fractals"]):
+            with pytest.raises(SystemExit) as stopped:
+                tool(name)([*call, *chosen])
+            assert stopped.value.code == 2
+            refusal = capsys.readouterr().err
+            assert "not trained yet: fractals;" in refusal and "--resume" in refusal and "--task shapes" in refusal
 
 
 def test_divergence_exits_with_1(written, tmp_path, capsys):

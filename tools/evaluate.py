@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 
 from moe_bsr.checkpoint import CheckpointError
-from moe_bsr.evaluate import chosen_tasks, evaluate, table
+from moe_bsr.evaluate import evaluate, table
 from moe_bsr.run import count_test_evaluation, load
 
 
@@ -63,14 +63,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run_evaluation(args: argparse.Namespace) -> dict:
-    loaded = load(args.run, args.checkpoint, args.data_root, args.device, args.weights)
-    tasks = chosen_tasks(args.task, list(loaded.models))
-    data = {task: loaded.data(task) for task in tasks}  # if missing, nothing is counted
+    loaded = load(args.run, args.checkpoint, args.data_root, args.device, args.weights, args.task)
+    data = {task: loaded.data(task) for task in loaded.models}  # if missing, nothing is counted
     report = {"run": str(args.run), "step": loaded.step, "split": args.split}
     if args.split == "test":
         report["test_evaluations"] = count_test_evaluation(args.run)
     results = {}
-    for task in tasks:
+    for task in data:
         print(f"{task}: {len(getattr(data[task], args.split))} images", file=sys.stderr)
         results[task] = evaluate(loaded.models[task], data[task], args.split, loaded.pipeline,
                                  loaded.machine, args.batch_size)

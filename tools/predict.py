@@ -21,7 +21,6 @@ from PIL import Image
 
 from moe_bsr.checkpoint import CheckpointError
 from moe_bsr.data.sources import decode
-from moe_bsr.evaluate import chosen_tasks
 from moe_bsr.run import Loaded, load
 
 BATCH = 32
@@ -55,8 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run_prediction(args: argparse.Namespace) -> dict:
-    loaded = load(args.run, args.checkpoint, device=args.device, weights=args.weights)
-    tasks = chosen_tasks(args.task, list(loaded.models))
+    loaded = load(args.run, args.checkpoint, device=args.device, weights=args.weights, tasks=args.task)
+    tasks = list(loaded.models)
     images = torch.stack([loaded.pipeline.eval_image(Image.fromarray(decode(path, path)))
                           for path in args.images])
     groups: dict[tuple, list[str]] = {}
