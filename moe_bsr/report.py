@@ -93,7 +93,7 @@ def comparison(reports: dict[str, dict[str, Any]], intervals: bool) -> list[list
         cells = []
         for name in names:
             task = report["tasks"].get(name, {})
-            interval = f" [{task['top1_low']:.1f}, {task['top1_high']:.1f}]" if intervals and task else ""
+            interval = f" [{task['top1_low']:.1f}, {task['top1_high']:.1f}]" if intervals and "top1" in task else ""
             cells.append(f"{task['top1']:.1f}{interval}" if "top1" in task else "-")
         images = sorted({task["images"] for task in report["tasks"].values()})
         mean = report["mean_top1"]

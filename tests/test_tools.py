@@ -1,14 +1,16 @@
 """The training launcher and the comparison as a person meets them: what they print, how they exit."""
 
+import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny_runs import make_config
+from tiny_runs import act_at, make_config
 
 from moe_bsr import config as configuration
 from moe_bsr import report
@@ -61,6 +63,15 @@ def test_training_prints_the_report_and_runs_are_set_side_by_side(written, tmp_p
     assert f"{report.read(tmp_path / 'moe')['tasks']['shapes']['top1']:.1f}" == moe.split()[1]
     assert dense.startswith("dense") and any("block 5" in line for line in use)
     assert tool("compare")([str(tmp_path)]) == 2
+
+
+def test_an_interrupted_run_stands_in_the_comparison_with_a_dash(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        act_at(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(make_config(tmp_path), tmp_path / "run")["status"] == "interrupted"
+    capsys.readouterr()
+    assert tool("compare")([str(tmp_path / "run"), "--markdown"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| run | - | - | - |")
 
 
 def test_of_an_unfinished_series_the_tasks_that_are_trained_are_used(tmp_path, capsys):
