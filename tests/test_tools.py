@@ -74,6 +74,16 @@ def test_an_interrupted_run_stands_in_the_comparison_with_a_dash(tmp_path, monke
     assert capsys.readouterr().out.splitlines()[-1].startswith("| run | - | - | - |")
 
 
+def test_runs_in_folders_of_equal_names_go_by_their_paths(tmp_path, monkeypatch, capsys):
+    train(make_config(tmp_path, train__steps=2), tmp_path / "a" / "run")
+    for copy in ("b/run", "c"):
+        shutil.copytree(tmp_path / "a" / "run", tmp_path / copy)
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert tool("compare")(["a/run/", "b/run", "c", "a/run"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["a/run", "b/run", "c"]
+
+
 def test_of_an_unfinished_series_the_tasks_that_are_trained_are_used(tmp_path, capsys):
     config = make_config(tmp_path, mode="stl", train__steps=2)
     train(config, tmp_path / "run")
