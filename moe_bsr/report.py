@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_bsr.checkpoint import write_whole
+from moe_bsr.config import ConfigError
 
 
 def make(*, status: str, signal: int, scores: dict[str, dict[str, Any]] | None, split: str,
@@ -56,8 +57,22 @@ def write(folder: Path, report: dict[str, Any]) -> None:
 
 
 def read(folder: Path) -> dict[str, Any] | None:
+    """The report of a run, or None if there is none yet.
+
+    Raises:
+        ConfigError: it is cut or damaged.
+    """
     file = folder / "report.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        report = json.loads(file.read_text())
+        if not isinstance(report, dict) or "tasks" not in report:
+            raise ValueError("no report of a run")
+    except ValueError as error:
+        raise ConfigError(f"{file}: cut or damaged: {error}; remove it, and train.py --resume writes it again "
+                          "(a finished run is tested once more for it)") from error
+    return report
 
 
 def markdown(report: dict[str, Any]) -> str:

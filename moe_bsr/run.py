@@ -15,7 +15,7 @@ import timm
 import torch
 import yaml
 
-from moe_bsr import backbone, checkpoint
+from moe_bsr import backbone, checkpoint, report
 from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError
 from moe_bsr.data import Pipeline, TaskData, load_spec, load_task
@@ -26,6 +26,9 @@ from moe_bsr.multitask import MultitaskViT, build, plan_only
 # What may differ between a run and its resumption without changing what is computed.
 FREE_TO_CHANGE = ("machine", "data.root", "data.download", "data.cache_mb", "data.stem_mb", "data.prefetch",
                   "train.checkpoint_every", "train.test", "backbone.weights")
+
+# What a trained model is rebuilt from, and the last key written: without it the file was cut.
+RESOLVED = ("backbone_sha256", "tasks", "precision", "python")
 
 
 @dataclass(slots=True)
@@ -155,14 +158,24 @@ def read_config(run: Path) -> tuple[Config, dict[str, Any]]:
     """The configuration of a run and what it resolved to.
 
     Raises:
-        ConfigError: there is no config.yaml.
+        ConfigError: there is no config.yaml, or it is cut or damaged.
     """
     file = run / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"{run} is not a run folder: it has no config.yaml")
-    tree = yaml.safe_load(file.read_text())
-    resolved = tree.pop("resolved", {})
-    return configuration.from_dict(tree), resolved
+    try:
+        tree = yaml.safe_load(file.read_text())
+        if not isinstance(tree, dict):
+            raise ConfigError("no keys and values")
+        resolved = tree.pop("resolved", None) or {}
+        config = configuration.from_dict(tree)
+        lacking = [key for key in RESOLVED if key not in resolved and config.mode != "stl"]
+        if lacking:
+            raise ConfigError(f"no key resolved.{lacking[0]}")
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: cut or damaged: {' '.join(str(error).split())}; put a copy in its place, or "
+                          "train again into another folder") from error
+    return config, resolved
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -202,17 +215,16 @@ def count_test_evaluation(run: Path) -> int:
 
     Counting comes before evaluating: one that fails half-way has seen test data too.
     """
-    file = run / "report.json"
-    report = json.loads(file.read_text()) if file.is_file() else {}
-    if "parts" in report:
-        count = max(count_test_evaluation(run / part) for part in report["parts"])
+    known = report.read(run) or {}
+    if "parts" in known:
+        count = max(count_test_evaluation(run / part) for part in known["parts"])
     else:
         log = run / "test_evaluations.log"
         with log.open("a") as stream:
             stream.write(f"{datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')}\n")
         count = test_evaluations(run)
-    if report:
-        checkpoint.write_whole(file, json.dumps(report | {"test_evaluations": count}, indent=1))
+    if known:
+        checkpoint.write_whole(run / "report.json", json.dumps(known | {"test_evaluations": count}, indent=1))
     return count
 
 

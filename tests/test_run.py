@@ -196,6 +196,15 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
         moe_bsr.load(tmp_path)
 
 
+@pytest.mark.parametrize("first_lost", ["mode:", "ode:", "seed:", "weights:", "resolved:", "images:", "python:"])
+def test_a_damaged_configuration_is_refused_by_name(finished, tmp_path, first_lost):
+    text = (finished / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(text[:text.index(first_lost)])
+    with pytest.raises(ConfigError, match=r"config\.yaml: cut or damaged: .* copy in its place") as refusal:
+        run.read_config(tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
 def test_what_training_changed_is_saved_or_everything(config, tmp_path):
     saved, models = {}, {}
     for save in ("trained", "all"):

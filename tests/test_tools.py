@@ -13,7 +13,7 @@ from PIL import Image
 from tiny_runs import act_at, make_config
 
 from moe_bsr import config as configuration
-from moe_bsr import report
+from moe_bsr import report, run
 from moe_bsr.train import train
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
@@ -82,6 +82,24 @@ def test_runs_in_folders_of_equal_names_go_by_their_paths(tmp_path, monkeypatch,
     capsys.readouterr()
     assert tool("compare")(["a/run/", "b/run", "c", "a/run"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["a/run", "b/run", "c"]
+
+
+@pytest.mark.parametrize("content", ["", '{"status": "fini', "[]", "{}"])
+def test_a_damaged_report_is_refused_by_name(written, tmp_path, capsys, content):
+    folder = tmp_path / "run"
+    assert tool("train")([written, "train.steps=2", "--run", str(folder)]) == 0
+    (folder / "report.json").write_text(content)
+    capsys.readouterr()
+    assert tool("compare")([str(folder)]) == 2
+    assert tool("train")([written, "train.steps=2", "--run", str(folder), "--resume"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        tool("evaluate")([str(folder), "--split", "test"])
+    refusals = capsys.readouterr().err.splitlines()
+    assert len(refusals) == 3 and all(f"{folder / 'report.json'}: cut or damaged" in line for line in refusals)
+    assert run.test_evaluations(folder) == 1
+    (folder / "report.json").unlink()
+    assert tool("train")([written, "train.steps=2", "--run", str(folder), "--resume"]) == 0
+    assert report.read(folder)["test_evaluations"] == 2
 
 
 def test_of_an_unfinished_series_the_tasks_that_are_trained_are_used(tmp_path, capsys):

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from moe_bsr import report
+from moe_bsr.config import ConfigError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,7 +28,11 @@ def main(arguments: list[str] | None = None) -> int:
     reports = {}
     for path in paths:
         name = path.name if path.name and names.count(path.name) == 1 else str(path)
-        reports[name] = report.read(path)
+        try:
+            reports[name] = report.read(path)
+        except ConfigError as error:
+            print(f"compare.py: {error}", file=sys.stderr)
+            return 2
         if reports[name] is None:
             print(f"compare.py: {path} has no report.json: not a finished run", file=sys.stderr)
             return 2
