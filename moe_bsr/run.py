@@ -7,6 +7,7 @@ image settings, classes, the hash of the backbone's weights, versions.
 import datetime
 import json
 import platform
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -210,14 +211,21 @@ def restore_weights(model: MultitaskViT, weights: dict[str, torch.Tensor], backb
     model.load_state_dict(weights, strict=False)
 
 
-def count_test_evaluation(run: Path) -> int:
+def count_test_evaluation(run: Path, tasks: Iterable[str] = ()) -> int:
     """Note one more evaluation on test data and return how many there were; the report keeps the count.
 
     Counting comes before evaluating: one that fails half-way has seen test data too.
+
+    Args:
+        tasks: what is evaluated, by default all. In an STL run each of these is counted in its own run, and the
+            whole run counts as often as the one evaluated most.
     """
     known = report.read(run) or {}
-    if "parts" in known:
-        count = max(count_test_evaluation(run / part) for part in known["parts"])
+    config, _ = read_config(run)
+    if config.mode == "stl":
+        for task in tasks or config.task_names():
+            count_test_evaluation(run / task)
+        count = max(test_evaluations(run / task) for task in config.task_names())
     else:
         log = run / "test_evaluations.log"
         with log.open("a") as stream:

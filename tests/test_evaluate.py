@@ -293,7 +293,7 @@ def tools(model, pipeline, monkeypatch):
         spec.loader.exec_module(programs[name])
         monkeypatch.setattr(programs[name], "load", load)
     monkeypatch.setattr(programs["evaluate"], "count_test_evaluation",
-                        lambda run: counted.append(run) or len(counted))
+                        lambda run, tasks: counted.append((run, tasks)) or len(counted))
     return SimpleNamespace(evaluate=programs["evaluate"].main, predict=programs["predict"].main,
                            counted=counted, loaded=loaded)
 
@@ -315,7 +315,7 @@ def test_the_tool_counts_evaluations_of_the_test_split_once_each(tools, capsys):
         tools.evaluate(["RUN", "--split", "test", "--task", "few"])
         out = capsys.readouterr().out
         assert f"test evaluation {count} of this run" in out and "many" not in out
-    assert tools.counted == [Path("RUN"), Path("RUN")]
+    assert tools.counted == [(Path("RUN"), ["few"])] * 2
 
 
 def test_predictions_are_those_of_the_whole_forward(tools, model, pipeline, tmp_path, capsys,

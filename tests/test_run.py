@@ -90,6 +90,16 @@ def test_every_evaluation_on_test_data_is_counted(config, tmp_path):
     assert report_of(tmp_path / "run")["test_evaluations"] == 3
 
 
+def test_in_a_series_only_the_tasks_evaluated_on_test_data_are_counted(config, tmp_path):
+    folder = tmp_path / "run"
+    train(moe_bsr.config.replace(config, mode="stl", train__steps=2), folder)
+    assert [run.count_test_evaluation(folder, ["shapes"]) for _ in range(2)] == [2, 3]
+    assert [run.test_evaluations(folder / task) for task in TASKS] == [3, 1]
+    assert report_of(folder)["test_evaluations"] == report_of(folder / "shapes")["test_evaluations"] == 3
+    assert run.count_test_evaluation(folder) == 4
+    assert [run.test_evaluations(folder / task) for task in TASKS] == [4, 2]
+
+
 def test_the_resolved_configuration_is_written_down(finished, config):
     written, resolved = run.read_config(finished)
     assert written == config

@@ -67,7 +67,7 @@ def run_evaluation(args: argparse.Namespace) -> dict:
     data = {task: loaded.data(task) for task in loaded.models}  # if missing, nothing is counted
     report = {"run": str(args.run), "step": loaded.step, "split": args.split}
     if args.split == "test":
-        report["test_evaluations"] = count_test_evaluation(args.run)
+        report["test_evaluations"] = count_test_evaluation(args.run, list(data))
     results = {}
     for task in data:
         print(f"{task}: {len(getattr(data[task], args.split))} images", file=sys.stderr)
