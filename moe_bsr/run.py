@@ -5,7 +5,6 @@ image settings, classes, the hash of the backbone's weights, versions.
 """
 
 import datetime
-import json
 import platform
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -232,7 +231,7 @@ def count_test_evaluation(run: Path, tasks: Iterable[str] = ()) -> int:
             stream.write(f"{datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')}\n")
         count = test_evaluations(run)
     if known:
-        checkpoint.write_whole(run / "report.json", json.dumps(known | {"test_evaluations": count}, indent=1))
+        report.write(run, known | {"test_evaluations": count})
     return count
 
 

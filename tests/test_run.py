@@ -88,6 +88,7 @@ def test_every_evaluation_on_test_data_is_counted(config, tmp_path):
     train(moe_bsr.config.replace(config, train__steps=2), tmp_path / "run")
     assert [run.count_test_evaluation(tmp_path / "run") for _ in range(2)] == [2, 3]
     assert report_of(tmp_path / "run")["test_evaluations"] == 3
+    assert "3 evaluation(s) of the test split" in (tmp_path / "run" / "report.md").read_text()
 
 
 def test_in_a_series_only_the_tasks_evaluated_on_test_data_are_counted(config, tmp_path):
