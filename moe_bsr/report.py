@@ -78,15 +78,16 @@ def read(folder: Path) -> dict[str, Any] | None:
 def markdown(report: dict[str, Any]) -> str:
     lines = [f"Status: {report['status']}. Scored on the {report['split']} split; "
              f"{report['test_evaluations']} evaluation(s) of the test split so far.", "",
-             "| task | top-1 % | 95 % interval | top-5 % | chance % | images seen | epochs | updates |",
-             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+             "| task | top-1 % | 95 % interval | top-5 % | mean per class % | calibration error % | chance % | "
+             "images seen | epochs | updates |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for name, t in report["tasks"].items():
-        scored = "top1" in t
-        score = (f"{t['top1']:.1f} | {t['top1_low']:.1f} - {t['top1_high']:.1f} | {t['top5']:.1f} | "
-                 f"{t['chance']:.1f}" if scored else "- | - | - | -")
-        lines.append(f"| {name} | {score} | {t['images']} | {t['epochs']:.2f} | {t['updates']} |")
+        score = [f"{t[key]:.1f}" if key in t else "-"
+                 for key in ("top1", "top5", "mean_class_accuracy", "ece", "chance")]
+        score.insert(1, f"{t['top1_low']:.1f} - {t['top1_high']:.1f}" if "top1" in t else "-")
+        lines.append(f"| {name} | {' | '.join(score)} | {t['images']} | {t['epochs']:.2f} | {t['updates']} |")
     if report["mean_top1"] is not None:
-        lines.append(f"| mean | {report['mean_top1']:.2f} | | | | | | |")
+        lines.append(f"| mean | {report['mean_top1']:.2f} | | | | | | | | |")
     lines += ["", f"Training took {report['train_seconds']:.0f} s; {report['gflops_per_image']:.2f} GFLOPs an image "
               f"forward. Predicted peak of a step's tensors {report['predicted_peak_mb'] or math.nan:.0f} MB; peak of the process, "
               f"with libraries and cached images, {report['measured_peak_mb']:.0f} MB."]

@@ -16,6 +16,7 @@ from moe_bsr.backbone import load as load_backbone
 from moe_bsr.checkpoint import CheckpointError
 from moe_bsr.config import Config, ConfigError
 from moe_bsr.evaluate import evaluate
+from moe_bsr.report import markdown
 from moe_bsr.train import train
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -74,6 +75,11 @@ def test_the_report_for_people_has_a_row_for_each_task(finished):
     text, report = (finished / "report.md").read_text(), report_of(finished)
     for name, task in report["tasks"].items():
         assert f"| {name} | {task['top1']:.1f} |" in text
+        assert f"| {task['mean_class_accuracy']:.1f} | {task['ece']:.1f} | {task['chance']:.1f} |" in text
+    unscored = report | {"tasks": {name: {k: task[k] for k in ("images", "epochs", "updates")}
+                                   for name, task in report["tasks"].items()}}
+    for table in (text, markdown(unscored)):
+        assert {line.count("|") for line in table.splitlines() if line.startswith("|")} == {11}
     assert "finished" in text and "1 evaluation(s) of the test split" in text
 
 
