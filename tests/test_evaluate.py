@@ -360,16 +360,24 @@ def test_predict_says_what_was_shared(tools, tmp_path, capsys):
     assert "1 of 4 blocks ran once for all of them, 3 once for each task" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no image"])
-def test_predict_names_an_unreadable_image(tools, tmp_path, capsys, content):
+@pytest.mark.parametrize("content, words", [
+    (None, "bad.png: no such file"), (b"", "bad.png: not a readable image"), (b"no", "bad.png: not a readable image")])
+def test_predict_names_an_unreadable_image_and_goes_on_with_the_others(tools, tmp_path, capsys, content, words):
     good, bad = tmp_path / "good.png", tmp_path / "bad.png"
     Image.new("RGB", (20, 20)).save(good)
     if content is not None:
         bad.write_bytes(content)
-    with pytest.raises(SystemExit) as stopped:
-        tools.predict(["RUN", str(good), str(bad)])
-    captured = capsys.readouterr()
-    assert stopped.value.code == 2 and str(bad) in captured.err and captured.out == ""
+    tools.predict(["RUN", str(good), "--json"])
+    alone = json.loads(capsys.readouterr().out)
+    for images, expected in (([bad, good], alone), ([bad], alone | {"images": []})):
+        with pytest.raises(SystemExit) as stopped:
+            tools.predict(["RUN", *map(str, images), "--json"])
+        captured = capsys.readouterr()
+        assert stopped.value.code == 1 and words in captured.err and len(captured.err.splitlines()) == 1
+        assert json.loads(captured.out) == expected
+    with pytest.raises(SystemExit, match="1"):
+        tools.predict(["RUN", str(bad)])
+    assert capsys.readouterr().out == ""
 
 
 def test_the_tool_refuses_an_unknown_task(tools, capsys):
