@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_bsr.checkpoint import write_whole
+from moe_bsr.config import ConfigError
 
 
 def make(*, status: str, signal: int, scores: dict[str, dict[str, Any]] | None, split: str,
@@ -56,22 +57,37 @@ def write(folder: Path, report: dict[str, Any]) -> None:
 
 
 def read(folder: Path) -> dict[str, Any] | None:
+    """The report of a run, or None if there is none yet.
+
+    Raises:
+        ConfigError: it is cut or damaged.
+    """
     file = folder / "report.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        report = json.loads(file.read_text())
+        if not isinstance(report, dict) or "tasks" not in report:
+            raise ValueError("no report of a run")
+    except ValueError as error:
+        raise ConfigError(f"{file}: cut or damaged: {error}; remove it, and train.py --resume writes it again "
+                          "(a finished run is tested once more for it)") from error
+    return report
 
 
 def markdown(report: dict[str, Any]) -> str:
     lines = [f"Status: {report['status']}. Scored on the {report['split']} split; "
              f"{report['test_evaluations']} evaluation(s) of the test split so far.", "",
-             "| task | top-1 % | 95 % interval | top-5 % | chance % | images seen | epochs | updates |",
-             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+             "| task | top-1 % | 95 % interval | top-5 % | mean per class % | calibration error % | chance % | "
+             "images seen | epochs | updates |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for name, t in report["tasks"].items():
-        scored = "top1" in t
-        score = (f"{t['top1']:.1f} | {t['top1_low']:.1f} - {t['top1_high']:.1f} | {t['top5']:.1f} | "
-                 f"{t['chance']:.1f}" if scored else "- | - | - | -")
-        lines.append(f"| {name} | {score} | {t['images']} | {t['epochs']:.2f} | {t['updates']} |")
+        score = [f"{t[key]:.1f}" if key in t else "-"
+                 for key in ("top1", "top5", "mean_class_accuracy", "ece", "chance")]
+        score.insert(1, f"{t['top1_low']:.1f} - {t['top1_high']:.1f}" if "top1" in t else "-")
+        lines.append(f"| {name} | {' | '.join(score)} | {t['images']} | {t['epochs']:.2f} | {t['updates']} |")
     if report["mean_top1"] is not None:
-        lines.append(f"| mean | {report['mean_top1']:.2f} | | | | | | |")
+        lines.append(f"| mean | {report['mean_top1']:.2f} | | | | | | | | |")
     lines += ["", f"Training took {report['train_seconds']:.0f} s; {report['gflops_per_image']:.2f} GFLOPs an image "
               f"forward. Predicted peak of a step's tensors {report['predicted_peak_mb'] or math.nan:.0f} MB; peak of the process, "
               f"with libraries and cached images, {report['measured_peak_mb']:.0f} MB."]
@@ -93,7 +109,7 @@ def comparison(reports: dict[str, dict[str, Any]], intervals: bool) -> list[list
         cells = []
         for name in names:
             task = report["tasks"].get(name, {})
-            interval = f" [{task['top1_low']:.1f}, {task['top1_high']:.1f}]" if intervals and task else ""
+            interval = f" [{task['top1_low']:.1f}, {task['top1_high']:.1f}]" if intervals and "top1" in task else ""
             cells.append(f"{task['top1']:.1f}{interval}" if "top1" in task else "-")
         images = sorted({task["images"] for task in report["tasks"].values()})
         mean = report["mean_top1"]

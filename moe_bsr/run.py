@@ -6,8 +6,8 @@ image settings, classes, the hash of the backbone's weights, versions.
 
 import datetime
 import hashlib
-import json
 import platform
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,20 @@ import timm
 import torch
 import yaml
 
-from moe_bsr import backbone, checkpoint
+from moe_bsr import backbone, checkpoint, report
 from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError
 from moe_bsr.data import Pipeline, TaskData, load_spec, load_task
+from moe_bsr.evaluate import chosen_tasks
 from moe_bsr.machine import Machine, prepare
 from moe_bsr.multitask import MultitaskViT, build, plan_only
 
 # What may differ between a run and its resumption without changing what is computed.
 FREE_TO_CHANGE = ("machine", "data.root", "data.download", "data.cache_mb", "data.stem_mb", "data.prefetch",
                   "train.checkpoint_every", "train.test", "backbone.weights")
+
+# What a trained model is rebuilt from, and the last key written: without it the file was cut.
+RESOLVED = ("backbone_sha256", "tasks", "precision", "python")
 
 
 @dataclass(slots=True)
@@ -62,40 +66,50 @@ class Loaded:
 
 
 def load(run: str | Path, checkpoint_name: str | int = "best", data_root: str | None = None,
-         device: str | None = None) -> Loaded:
+         device: str | None = None, weights: str | None = None, tasks: list[str] | None = None) -> Loaded:
     """The model of a run with its transforms and class names, in evaluation mode.
 
     Args:
         checkpoint_name: "best" (by mean validation top-1), "last", or a step.
         data_root: where the datasets are now, if not where they were.
         device: where to compute, if not where the run did. The precision stays the run's.
+        weights: where the backbone's weights are now, if not where they were: a file, or "hub".
+        tasks: only these; in an STL run the models of the others are not read, and need not be there yet.
     Raises:
         ConfigError: not a run folder. CheckpointError: missing or damaged checkpoint.
+        ValueError: a task that the run does not have.
     """
     run = Path(run)
     config, resolved = read_config(run)
+    chosen = chosen_tasks(tasks, config.task_names())
     if config.mode == "stl":
-        parts = {task: load(run / task, checkpoint_name, data_root, device) for task in config.task_names()}
+        _refuse_untrained(run, chosen, config.task_names())
+        parts = {task: load(run / task, checkpoint_name, data_root, device, weights) for task in chosen}
         first = next(iter(parts.values()))
         return Loaded(run, config, {t: p.models[t] for t, p in parts.items()}, first.pipeline, first.machine,
                       {t: p.class_names[t] for t, p in parts.items()},
                       max(p.step for p in parts.values()), first.weights, data_root)
-    config.machine.device = device or config.machine.device
     config.machine.precision = resolved["precision"]
-    machine = prepare(config.machine)
+    machine = _prepare_for(run, config, device)
     names = {task: about["classes"] for task, about in resolved["tasks"].items()}
     classes = {task: len(known) for task, known in names.items()}
     folder = _named_checkpoint(run, checkpoint_name)
     tensors, state = checkpoint.read(folder)
     if plan_only(config, classes).state_dict().keys() <= tensors["weights"].keys():
         config.backbone.weights = "random"  # everything was saved: no need for the backbone's file
-    model = build(config, classes)
+    elif weights is not None:
+        config.backbone.weights = weights
+    try:
+        model = build(config, classes)
+    except ConfigError as error:  # the plan passed above: it is the weights
+        raise ConfigError(f"{run}: {error}. The run needs the weights it was trained from: --weights says where "
+                          "they are now") from error
     restore_weights(model, tensors["weights"], resolved["backbone_sha256"], folder)
     average = tensors.get("average")
     if average:
         model.load_state_dict(average, strict=False)
-    return Loaded(run, config, dict.fromkeys(names, machine.place(model.eval())),
-                  make_pipeline(config, model), machine, names, state["step"],
+    return Loaded(run, config, dict.fromkeys(chosen, machine.place(model.eval())),
+                  make_pipeline(config, model), machine, {task: names[task] for task in chosen}, state["step"],
                   "average" if average else "live", data_root)
 
 
@@ -150,14 +164,24 @@ def read_config(run: Path) -> tuple[Config, dict[str, Any]]:
     """The configuration of a run and what it resolved to.
 
     Raises:
-        ConfigError: there is no config.yaml.
+        ConfigError: there is no config.yaml, or it is cut or damaged.
     """
     file = run / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"{run} is not a run folder: it has no config.yaml")
-    tree = yaml.safe_load(file.read_text())
-    resolved = tree.pop("resolved", {})
-    return configuration.from_dict(tree), resolved
+    try:
+        tree = yaml.safe_load(file.read_text())
+        if not isinstance(tree, dict):
+            raise ConfigError("no keys and values")
+        resolved = tree.pop("resolved", None) or {}
+        config = configuration.from_dict(tree)
+        lacking = [key for key in RESOLVED if key not in resolved and config.mode != "stl"]
+        if lacking:
+            raise ConfigError(f"no key resolved.{lacking[0]}")
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: cut or damaged: {' '.join(str(error).split())}; put a copy in its place, or "
+                          "train again into another folder") from error
+    return config, resolved
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -182,7 +206,8 @@ def restore_weights(model: MultitaskViT, weights: dict[str, torch.Tensor], backb
     if reference - weights.keys() and model.backbone_sha256 != backbone_sha256:
         raise checkpoint.CheckpointError(
             f"{folder} holds only what training changed, over a backbone with sha256 "
-            f"{backbone_sha256[:12]}...; backbone.weights now gives {model.backbone_sha256[:12]}...")
+            f"{backbone_sha256[:12]}...; backbone.weights now gives {model.backbone_sha256[:12]}...; name the file "
+            "the run was trained from: backbone.weights=FILE to resume, --weights FILE to evaluate or predict")
     expected = model.state_dict().keys()
     problems = [f"missing {k}" for k in expected - weights.keys() - reference]
     problems += [f"unexpected {k}" for k in weights.keys() - expected]
@@ -191,22 +216,28 @@ def restore_weights(model: MultitaskViT, weights: dict[str, torch.Tensor], backb
     model.load_state_dict(weights, strict=False)
 
 
-def count_test_evaluation(run: Path) -> int:
+def count_test_evaluation(run: Path, tasks: Iterable[str] = ()) -> int:
     """Note one more evaluation on test data and return how many there were; the report keeps the count.
 
     Counting comes before evaluating: one that fails half-way has seen test data too.
+
+    Args:
+        tasks: what is evaluated, by default all. In an STL run each of these is counted in its own run, and the
+            whole run counts as often as the one evaluated most.
     """
-    file = run / "report.json"
-    report = json.loads(file.read_text()) if file.is_file() else {}
-    if "parts" in report:
-        count = max(count_test_evaluation(run / part) for part in report["parts"])
+    known = report.read(run) or {}
+    config, _ = read_config(run)
+    if config.mode == "stl":
+        for task in tasks or config.task_names():
+            count_test_evaluation(run / task)
+        count = max(test_evaluations(run / task) for task in config.task_names())
     else:
         log = run / "test_evaluations.log"
         with log.open("a") as stream:
             stream.write(f"{datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')}\n")
         count = test_evaluations(run)
-    if report:
-        checkpoint.write_whole(file, json.dumps(report | {"test_evaluations": count}, indent=1))
+    if known:
+        report.write(run, known | {"test_evaluations": count})
     return count
 
 
@@ -214,6 +245,27 @@ def test_evaluations(run: Path) -> int:
     """How often the test split of a complete run was evaluated."""
     log = run / "test_evaluations.log"
     return len(log.read_text().splitlines()) if log.is_file() else 0
+
+
+def _refuse_untrained(run: Path, chosen: list[str], known: list[str]) -> None:
+    """Say which of the chosen models of an STL run have no checkpoint yet, and what can be done."""
+    trained = [task for task in known if checkpoint.steps(run / task)]
+    if missing := [task for task in chosen if task not in trained]:
+        others = f", or choose from those that are there: --task {' '.join(trained)}" if trained else ""
+        raise checkpoint.CheckpointError(f"{run}: not trained yet: {', '.join(missing)}; go on with train.py "
+                                         f"--resume{others}")
+
+
+def _prepare_for(run: Path, config: Config, device: str | None) -> Machine:
+    """The machine to compute on: `device`, or what the run was configured for."""
+    if device is not None:
+        config.machine.device = device
+        return prepare(config.machine)
+    try:
+        return prepare(config.machine)
+    except ConfigError as error:
+        raise ConfigError(f"{run}: {error}. The run was trained there; give --device cpu to compute without "
+                          "it") from error
 
 
 def _named_checkpoint(run: Path, name: str | int) -> Path:

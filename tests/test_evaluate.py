@@ -281,14 +281,19 @@ def tools(model, pipeline, monkeypatch):
     loaded = SimpleNamespace(models=dict.fromkeys(CLASSES, model), data=task_data,
                              pipeline=pipeline, machine=CPU, step=12,
                              class_names={name: task_data(name).class_names for name in CLASSES})
+
+    def load(run, checkpoint="best", data_root=None, device=None, weights=None, tasks=None):
+        chosen = {name: loaded.models[name] for name in chosen_tasks(tasks, list(loaded.models))}
+        return SimpleNamespace(**vars(loaded) | {"models": chosen})
+
     programs = {}
     for name in ("evaluate", "predict"):
         spec = importlib.util.spec_from_file_location(f"tool_{name}", TOOLS / f"{name}.py")
         programs[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(programs[name])
-        monkeypatch.setattr(programs[name], "load", lambda *arguments: loaded)
+        monkeypatch.setattr(programs[name], "load", load)
     monkeypatch.setattr(programs["evaluate"], "count_test_evaluation",
-                        lambda run: counted.append(run) or len(counted))
+                        lambda run, tasks: counted.append((run, tasks)) or len(counted))
     return SimpleNamespace(evaluate=programs["evaluate"].main, predict=programs["predict"].main,
                            counted=counted, loaded=loaded)
 
@@ -310,7 +315,7 @@ def test_the_tool_counts_evaluations_of_the_test_split_once_each(tools, capsys):
         tools.evaluate(["RUN", "--split", "test", "--task", "few"])
         out = capsys.readouterr().out
         assert f"test evaluation {count} of this run" in out and "many" not in out
-    assert tools.counted == [Path("RUN"), Path("RUN")]
+    assert tools.counted == [(Path("RUN"), ["few"])] * 2
 
 
 def test_predictions_are_those_of_the_whole_forward(tools, model, pipeline, tmp_path, capsys,
@@ -355,16 +360,24 @@ def test_predict_says_what_was_shared(tools, tmp_path, capsys):
     assert "1 of 4 blocks ran once for all of them, 3 once for each task" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no image"])
-def test_predict_names_an_unreadable_image(tools, tmp_path, capsys, content):
+@pytest.mark.parametrize("content, words", [
+    (None, "bad.png: no such file"), (b"", "bad.png: not a readable image"), (b"no", "bad.png: not a readable image")])
+def test_predict_names_an_unreadable_image_and_goes_on_with_the_others(tools, tmp_path, capsys, content, words):
     good, bad = tmp_path / "good.png", tmp_path / "bad.png"
     Image.new("RGB", (20, 20)).save(good)
     if content is not None:
         bad.write_bytes(content)
-    with pytest.raises(SystemExit) as stopped:
-        tools.predict(["RUN", str(good), str(bad)])
-    captured = capsys.readouterr()
-    assert stopped.value.code == 2 and str(bad) in captured.err and captured.out == ""
+    tools.predict(["RUN", str(good), "--json"])
+    alone = json.loads(capsys.readouterr().out)
+    for images, expected in (([bad, good], alone), ([bad], alone | {"images": []})):
+        with pytest.raises(SystemExit) as stopped:
+            tools.predict(["RUN", *map(str, images), "--json"])
+        captured = capsys.readouterr()
+        assert stopped.value.code == 1 and words in captured.err and len(captured.err.splitlines()) == 1
+        assert json.loads(captured.out) == expected
+    with pytest.raises(SystemExit, match="1"):
+        tools.predict(["RUN", str(bad)])
+    assert capsys.readouterr().out == ""
 
 
 def test_the_tool_refuses_an_unknown_task(tools, capsys):

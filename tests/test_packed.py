@@ -208,19 +208,40 @@ def test_tool_packs_a_folder_task_and_the_pack_takes_its_place(tmp_path, capsys)
         np.testing.assert_array_equal(old.labels, new.labels)
         for i in old.index:
             np.testing.assert_array_equal(old.source.image(i), new.source.image(i))
-    with pytest.raises(SystemExit, match="exists"):
+    with pytest.raises(SystemExit, match="2"):
         pack_tool().main([str(file), "--root", str(tmp_path)])
+    assert "insects is a pack already; remove it" in capsys.readouterr().err
 
 
-def test_tool_names_a_damaged_image_and_leaves_no_pack(tmp_path):
+@pytest.mark.parametrize("path", ["bugs", "bugs/photos", "elsewhere"])
+def test_tool_never_advises_to_remove_originals(tmp_path, capsys, path):
+    place = tmp_path / path
+    for split in ("train", "test"):
+        (place / split / "ant").mkdir(parents=True)
+        picture(1, 20, 16).save(place / split / "ant" / "0.png")
+    (tmp_path / "bugs").mkdir(exist_ok=True)
+    file = tmp_path / "bugs.yaml"
+    file.write_text(f"title: Insects\nsource: folder\npath: {path}\n")
+    tool = [str(file), "--root", str(tmp_path)]
+    with pytest.raises(SystemExit, match="2"):
+        pack_tool().main(tool)
+    refusal = capsys.readouterr().err
+    assert "name another --out" in refusal and "remove" not in refusal
+    assert ("where the originals lie" in refusal) == (path != "elsewhere")
+    pack_tool().main([*tool, "--out", str(tmp_path / "packs")])
+    assert (tmp_path / "packs" / "bugs" / "train.npz").is_file() and (place / "train" / "ant" / "0.png").is_file()
+
+
+def test_tool_names_a_damaged_image_and_leaves_no_pack(tmp_path, capsys):
     for split in ("train", "test"):
         (tmp_path / "bugs" / split / "ant").mkdir(parents=True)
         (tmp_path / "bugs" / split / "ant" / "0.jpg").write_bytes(b"broken")
     file = tmp_path / "insects.yaml"
     file.write_text("title: Insects\nsource: folder\npath: bugs\n")
-    with pytest.raises(SystemExit, match=r"ant/0\.jpg"):
+    with pytest.raises(SystemExit, match="2"):
         pack_tool().main([str(file), "--root", str(tmp_path)])
-    assert not (tmp_path / "insects").exists()
+    assert "ant/0.jpg" in capsys.readouterr().err
+    assert sorted(place.name for place in tmp_path.iterdir()) == ["bugs", "insects.yaml"]
 
 
 def test_packed_task(tmp_path, pack):

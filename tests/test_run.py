@@ -1,6 +1,7 @@
 """The run folder: what a run writes down, and that a trained model comes back from it as it was scored."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from moe_bsr.backbone import load as load_backbone
 from moe_bsr.checkpoint import CheckpointError
 from moe_bsr.config import Config, ConfigError
 from moe_bsr.evaluate import evaluate
+from moe_bsr.report import markdown
 from moe_bsr.train import train
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -73,6 +75,11 @@ def test_the_report_for_people_has_a_row_for_each_task(finished):
     text, report = (finished / "report.md").read_text(), report_of(finished)
     for name, task in report["tasks"].items():
         assert f"| {name} | {task['top1']:.1f} |" in text
+        assert f"| {task['mean_class_accuracy']:.1f} | {task['ece']:.1f} | {task['chance']:.1f} |" in text
+    unscored = report | {"tasks": {name: {k: task[k] for k in ("images", "epochs", "updates")}
+                                   for name, task in report["tasks"].items()}}
+    for table in (text, markdown(unscored)):
+        assert {line.count("|") for line in table.splitlines() if line.startswith("|")} == {11}
     assert "finished" in text and "1 evaluation(s) of the test split" in text
 
 
@@ -87,6 +94,17 @@ def test_every_evaluation_on_test_data_is_counted(config, tmp_path):
     train(moe_bsr.config.replace(config, train__steps=2), tmp_path / "run")
     assert [run.count_test_evaluation(tmp_path / "run") for _ in range(2)] == [2, 3]
     assert report_of(tmp_path / "run")["test_evaluations"] == 3
+    assert "3 evaluation(s) of the test split" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_in_a_series_only_the_tasks_evaluated_on_test_data_are_counted(config, tmp_path):
+    folder = tmp_path / "run"
+    train(moe_bsr.config.replace(config, mode="stl", train__steps=2), folder)
+    assert [run.count_test_evaluation(folder, ["shapes"]) for _ in range(2)] == [2, 3]
+    assert [run.test_evaluations(folder / task) for task in TASKS] == [3, 1]
+    assert report_of(folder)["test_evaluations"] == report_of(folder / "shapes")["test_evaluations"] == 3
+    assert run.count_test_evaluation(folder) == 4
+    assert [run.test_evaluations(folder / task) for task in TASKS] == [4, 2]
 
 
 def test_the_resolved_configuration_is_written_down(finished, config):
@@ -183,9 +201,25 @@ def test_best_last_or_any_kept_step_can_be_loaded(config, tmp_path, monkeypatch)
         moe_bsr.load(folder, 7)
 
 
+def test_tasks_of_a_run_can_be_chosen(finished):
+    loaded = moe_bsr.load(finished, tasks=["fractals"])
+    assert list(loaded.models) == list(loaded.class_names) == ["fractals"]
+    with pytest.raises(ValueError, match="did you mean shapes"):
+        moe_bsr.load(finished, tasks=["shape"])
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="not a run folder"):
         moe_bsr.load(tmp_path)
+
+
+@pytest.mark.parametrize("first_lost", ["mode:", "ode:", "seed:", "weights:", "resolved:", "images:", "python:"])
+def test_a_damaged_configuration_is_refused_by_name(finished, tmp_path, first_lost):
+    text = (finished / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(text[:text.index(first_lost)])
+    with pytest.raises(ConfigError, match=r"config\.yaml: cut or damaged: .* copy in its place") as refusal:
+        run.read_config(tmp_path)
+    assert "\n" not in str(refusal.value)
 
 
 def test_what_training_changed_is_saved_or_everything(config, tmp_path):
@@ -222,6 +256,30 @@ def test_a_run_over_another_backbone_is_refused(own_backbone, tmp_path):
     replace_backbone(config, file)
     with pytest.raises(CheckpointError, match="only what training changed.*backbone.weights"):
         moe_bsr.load(tmp_path / "run")
+
+
+def test_weights_that_were_moved_are_named_by_an_option(own_backbone, tmp_path):
+    config, file = own_backbone
+    train(moe_bsr.config.replace(config, train__steps=2), tmp_path / "run")
+    before = state_of(moe_bsr.load(tmp_path / "run").models["shapes"])
+    moved = file.rename(tmp_path / "moved.safetensors")
+    with pytest.raises(ConfigError, match="no such file.*--weights"):
+        moe_bsr.load(tmp_path / "run")
+    after = moe_bsr.load(tmp_path / "run", weights=str(moved)).models["shapes"].state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    replace_backbone(config, moved)
+    with pytest.raises(CheckpointError, match="--weights FILE to evaluate"):
+        moe_bsr.load(tmp_path / "run", weights=str(moved))
+
+
+def test_a_run_of_a_device_that_is_not_here_is_computed_on_another(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    file = tmp_path / "run" / "config.yaml"
+    file.write_text(file.read_text().replace("  device: cpu\n", "  device: cuda:99\n"))
+    with pytest.raises(ConfigError, match="cuda:99.*--device cpu"):
+        moe_bsr.load(tmp_path / "run")
+    here = moe_bsr.load(tmp_path / "run", device="cpu")
+    assert here.machine.device.type == "cpu" and here.machine.precision == "fp32"
 
 
 def test_a_resume_over_another_backbone_is_refused(own_backbone, tmp_path, monkeypatch):

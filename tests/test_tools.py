@@ -1,15 +1,20 @@
 """The training launcher and the comparison as a person meets them: what they print, how they exit."""
 
+import os
 import runpy
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from tiny_runs import make_config
+from PIL import Image
+from tiny_runs import act_at, make_config
 
 from moe_bsr import config as configuration
-from moe_bsr import report
+from moe_bsr import report, run
+from moe_bsr.train import train
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 
@@ -58,6 +63,63 @@ def test_training_prints_the_report_and_runs_are_set_side_by_side(written, tmp_p
     assert f"{report.read(tmp_path / 'moe')['tasks']['shapes']['top1']:.1f}" == moe.split()[1]
     assert dense.startswith("dense") and any("block 5" in line for line in use)
     assert tool("compare")([str(tmp_path)]) == 2
+
+
+def test_an_interrupted_run_stands_in_the_comparison_with_a_dash(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        act_at(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(make_config(tmp_path), tmp_path / "run")["status"] == "interrupted"
+    capsys.readouterr()
+    assert tool("compare")([str(tmp_path / "run"), "--markdown"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| run | - | - | - |")
+
+
+def test_runs_in_folders_of_equal_names_go_by_their_paths(tmp_path, monkeypatch, capsys):
+    train(make_config(tmp_path, train__steps=2), tmp_path / "a" / "run")
+    for copy in ("b/run", "c"):
+        shutil.copytree(tmp_path / "a" / "run", tmp_path / copy)
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert tool("compare")(["a/run/", "b/run", "c", "a/run"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["a/run", "b/run", "c"]
+
+
+@pytest.mark.parametrize("content", ["", '{"status": "fini', "[]", "{}"])
+def test_a_damaged_report_is_refused_by_name(written, tmp_path, capsys, content):
+    folder = tmp_path / "run"
+    assert tool("train")([written, "train.steps=2", "--run", str(folder)]) == 0
+    (folder / "report.json").write_text(content)
+    capsys.readouterr()
+    assert tool("compare")([str(folder)]) == 2
+    assert tool("train")([written, "train.steps=2", "--run", str(folder), "--resume"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        tool("evaluate")([str(folder), "--split", "test"])
+    refusals = capsys.readouterr().err.splitlines()
+    assert len(refusals) == 3 and all(f"{folder / 'report.json'}: cut or damaged" in line for line in refusals)
+    assert run.test_evaluations(folder) == 1
+    (folder / "report.json").unlink()
+    assert tool("train")([written, "train.steps=2", "--run", str(folder), "--resume"]) == 0
+    assert report.read(folder)["test_evaluations"] == 2
+
+
+def test_of_an_unfinished_series_the_tasks_that_are_trained_are_used(tmp_path, capsys):
+    config = make_config(tmp_path, mode="stl", train__steps=2)
+    train(config, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "fractals")
+    capsys.readouterr()
+    image = tmp_path / "image.png"
+    Image.new("RGB", (20, 20)).save(image)
+    for name, arguments in (("evaluate", []), ("predict", [str(image)])):
+        call = [str(tmp_path / "run"), *arguments, "--device", "cpu", "--weights", "random"]
+        tool(name)([*call, "--json", "--task", "shapes"])
+        printed = capsys.readouterr().out
+        assert '"shapes"' in printed and "fractals" not in printed
+        for chosen in ([], ["--task", "fractals"]):
+            with pytest.raises(SystemExit) as stopped:
+                tool(name)([*call, *chosen])
+            assert stopped.value.code == 2
+            refusal = capsys.readouterr().err
+            assert "not trained yet: fractals;" in refusal and "--resume" in refusal and "--task shapes" in refusal
 
 
 def test_divergence_exits_with_1(written, tmp_path, capsys):

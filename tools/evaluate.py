@@ -1,10 +1,12 @@
 """Evaluate a run, task by task: accuracy with its interval, calibration, tokens kept, experts used.
 
     python tools/evaluate.py RUN [--task NAME ...] [--split val|test] [--json] [--batch-size N]
-                             [--data-root DIR] [--checkpoint best|last|STEP]
+                             [--data-root DIR] [--weights FILE] [--device cpu|cuda|...]
+                             [--checkpoint best|last|STEP]
 
 RUN is a run folder of tools/train.py, of one model for all tasks or of one model per task. The
-numbers are those of the trainer's own evaluation. With --json stdout holds one JSON object and
+numbers are those of the trainer's own evaluation; data, backbone and device are the run's, unless an
+option says where they are now. With --json stdout holds one JSON object and
 nothing else. Every evaluation of the test split is counted in the run; choose by val.
 
     python tools/evaluate.py runs/quickstart
@@ -23,7 +25,7 @@ import sys
 from pathlib import Path
 
 from moe_bsr.checkpoint import CheckpointError
-from moe_bsr.evaluate import chosen_tasks, evaluate, table
+from moe_bsr.evaluate import evaluate, table
 from moe_bsr.run import count_test_evaluation, load
 
 
@@ -38,6 +40,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=64, metavar="N",
                         help="images at once (64)")
     parser.add_argument("--data-root", metavar="DIR", help="where data lie (the run's data.root)")
+    parser.add_argument("--weights", metavar="FILE",
+                        help="where the backbone's weights are (the run's backbone.weights)")
+    parser.add_argument("--device", help="where to compute: cpu, cuda, ... (the run's machine.device)")
     parser.add_argument("--checkpoint", default="best", help="best, last or a step (best)")
     args = parser.parse_args(arguments)
     if args.batch_size < 1:
@@ -58,14 +63,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run_evaluation(args: argparse.Namespace) -> dict:
-    loaded = load(args.run, args.checkpoint, args.data_root)
-    tasks = chosen_tasks(args.task, list(loaded.models))
-    data = {task: loaded.data(task) for task in tasks}  # if missing, nothing is counted
+    loaded = load(args.run, args.checkpoint, args.data_root, args.device, args.weights, args.task)
+    data = {task: loaded.data(task) for task in loaded.models}  # if missing, nothing is counted
     report = {"run": str(args.run), "step": loaded.step, "split": args.split}
     if args.split == "test":
-        report["test_evaluations"] = count_test_evaluation(args.run)
+        report["test_evaluations"] = count_test_evaluation(args.run, list(data))
     results = {}
-    for task in tasks:
+    for task in data:
         print(f"{task}: {len(getattr(data[task], args.split))} images", file=sys.stderr)
         results[task] = evaluate(loaded.models[task], data[task], args.split, loaded.pipeline,
                                  loaded.machine, args.batch_size)

@@ -6,11 +6,13 @@
 TASK is a name in `tasks/` or a path to a task file: one of torchvision's datasets, a folder of
 images per class, a drawn task, or another pack. Writes `<out>/<task>/` with train.npz, test.npz and
 classes.txt; training uses it in place of the originals when `<out>` is its data root, which is the
-default here. Images above the short side are shrunk to JPEGs; the others keep their bytes, or
+default here. Where the originals lie in `<root>/<task>/` themselves, name another. Images above the short side are shrunk to JPEGs; the others keep their bytes, or
 become lossless PNGs where they come as pixels. The format is described in docs/data.md.
 
     python tools/pack.py food101 --root data --download          # 101,000 images, about 2 GB
     python tools/pack.py cifar10 --root data --out packs         # lossless
+
+Exit status: 0 packed, 2 refused (nothing is left behind).
 """
 
 import argparse
@@ -21,7 +23,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from moe_bsr.data import load_spec, open_sources
+from moe_bsr.data import TaskSpec, load_spec, open_sources
 from moe_bsr.data.packed import PackWriter, encode, write_classes
 
 IMAGES_AT_ONCE = 256  # encoded images in memory
@@ -34,6 +36,18 @@ def pack_split(source, path: Path, short_side: int, quality: int) -> None:
             images = pool.map(lambda i: encode(source, i, short_side, quality), part)
             for image, label in zip(images, source.labels[part.start : part.stop].tolist()):
                 writer.add(image, label)
+
+
+def refuse_existing(target: Path, spec: TaskSpec, root: Path) -> None:
+    """Never advise to remove originals: only what is a pack, and not the one to be packed again."""
+    if not target.exists():
+        return
+    originals = (root / Path(spec.path or "").expanduser()).resolve()
+    if spec.path and originals.is_relative_to(target.resolve()):
+        raise ValueError(f"{target}: that is where the originals lie; name another --out")
+    if not (target / "train.npz").is_file():
+        raise ValueError(f"{target} exists and is no pack; name another --out")
+    raise ValueError(f"{target} is a pack already; remove it to pack again, or name another --out")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -53,8 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         spec = load_spec(args.task)
         target = (args.out or args.root) / spec.name
-        if target.exists():
-            raise ValueError(f"{target} exists; remove it or choose another --out")
+        refuse_existing(target, spec, args.root)
         train, test, origin = open_sources(
             spec, root=args.root, download=args.download, use_pack=False
         )
@@ -62,16 +75,20 @@ def main(arguments: list[str] | None = None) -> None:
         partial = target.with_name(f"{spec.name}.tmp")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        write_classes(partial, train.class_names)
-        for name, source in (("train", train), ("test", test)):
-            start = time.monotonic()
-            pack_split(source, partial / f"{name}.npz", args.short_side, args.quality)
-            megabytes = (partial / f"{name}.npz").stat().st_size / 1e6
-            seconds = time.monotonic() - start
-            print(f"{name}: {len(source)} images, {megabytes:.1f} MB, {seconds:.0f} s")
-        partial.rename(target)
+        try:
+            write_classes(partial, train.class_names)
+            for name, source in (("train", train), ("test", test)):
+                start = time.monotonic()
+                pack_split(source, partial / f"{name}.npz", args.short_side, args.quality)
+                megabytes = (partial / f"{name}.npz").stat().st_size / 1e6
+                seconds = time.monotonic() - start
+                print(f"{name}: {len(source)} images, {megabytes:.1f} MB, {seconds:.0f} s")
+            partial.rename(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     except (ValueError, OSError) as error:
-        sys.exit(f"pack: {error}")
+        print(f"pack: {error}", file=sys.stderr)
+        sys.exit(2)
     print(f"written to {target}; train with {target.parent} as the data root to use it")
 
 

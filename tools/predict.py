@@ -1,14 +1,17 @@
 """Name what is on images, for all tasks of a run at once.
 
     python tools/predict.py RUN IMAGE ... [--task NAME ...] [--top N] [--json]
-                            [--checkpoint best|last|STEP]
+                            [--weights FILE] [--device cpu|cuda|...] [--checkpoint best|last|STEP]
 
 The frozen blocks at the start of a model are the same for every task: they run once per image, and
 each task continues from there, also when the run has one model per task over the same frozen blocks.
-With --json stdout holds one JSON object and nothing else.
+With --json stdout holds one JSON object and nothing else. An image that cannot be read is named on
+stderr and left out.
 
     python tools/predict.py runs/quickstart photo.jpg
     python tools/predict.py runs/real *.jpg --task pets --top 5 --json
+
+Exit status: 0 all images were read, 1 some were not, 2 refused.
 """
 
 import argparse
@@ -21,7 +24,6 @@ from PIL import Image
 
 from moe_bsr.checkpoint import CheckpointError
 from moe_bsr.data.sources import decode
-from moe_bsr.evaluate import chosen_tasks
 from moe_bsr.run import Loaded, load
 
 BATCH = 32
@@ -36,6 +38,9 @@ def main(arguments: list[str] | None = None) -> None:
                         help="only these (all)")
     parser.add_argument("--top", type=int, default=3, metavar="N", help="names per task (3)")
     parser.add_argument("--json", action="store_true", help="JSON on stdout instead of text")
+    parser.add_argument("--weights", metavar="FILE",
+                        help="where the backbone's weights are (the run's backbone.weights)")
+    parser.add_argument("--device", help="where to compute: cpu, cuda, ... (the run's machine.device)")
     parser.add_argument("--checkpoint", default="best", help="best, last or a step (best)")
     args = parser.parse_args(arguments)
     if args.top < 1:
@@ -47,21 +52,22 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     if args.json:
         print(json.dumps(report, indent=1))
-    else:
+    elif report["images"]:
         print_report(report)
+    if len(report["images"]) < len(args.images):
+        sys.exit(1)
 
 
 def run_prediction(args: argparse.Namespace) -> dict:
-    loaded = load(args.run, args.checkpoint)
-    tasks = chosen_tasks(args.task, list(loaded.models))
-    images = torch.stack([loaded.pipeline.eval_image(Image.fromarray(decode(path, path)))
-                          for path in args.images])
+    loaded = load(args.run, args.checkpoint, device=args.device, weights=args.weights, tasks=args.task)
+    tasks = list(loaded.models)
+    paths, images = read_images(loaded, args.images)
     groups: dict[tuple, list[str]] = {}
     for task in tasks:
         groups.setdefault(loaded.models[task].stem_key(), []).append(task)
-    names = [{} for _ in args.images]
+    names = [{} for _ in images]
     for start in range(0, len(images), BATCH):
-        for task, rows in predict(loaded, groups, images[start:start + BATCH]).items():
+        for task, rows in predict(loaded, groups, torch.stack(images[start:start + BATCH])).items():
             for place, row in enumerate(rows, start):
                 best = row.argsort(descending=True, stable=True)[:args.top].tolist()
                 known = loaded.class_names[task]
@@ -72,7 +78,22 @@ def run_prediction(args: argparse.Namespace) -> dict:
                        "shared_blocks": loaded.models[members[0]].path_start if len(members) > 1 else 0}
                       for members in groups.values()],
             "images": [{"image": path, "tasks": {task: found[task] for task in tasks}}
-                       for path, found in zip(args.images, names, strict=True)]}
+                       for path, found in zip(paths, names, strict=True)]}
+
+
+def read_images(loaded: Loaded, paths: list[str]) -> tuple[list[str], list[torch.Tensor]]:
+    """The images that can be read, as the model takes them, and their paths; the others are named on stderr."""
+    found, images = [], []
+    for path in paths:
+        try:
+            image = decode(path, path)
+        except ValueError as error:
+            absent = isinstance(error.__cause__, FileNotFoundError)
+            print(f"predict: {path}: no such file" if absent else f"predict: {error}", file=sys.stderr)
+            continue
+        found.append(path)
+        images.append(loaded.pipeline.eval_image(Image.fromarray(image)))
+    return found, images
 
 
 @torch.inference_mode()
