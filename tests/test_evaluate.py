@@ -361,7 +361,9 @@ def test_predict_says_what_was_shared(tools, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content, words", [
-    (None, "bad.png: no such file"), (b"", "bad.png: not a readable image"), (b"no", "bad.png: not a readable image")])
+    (None, "bad.png: no such file"),
+    (b"", "bad.png: not a readable image"),
+    (b"no image", "bad.png: not a readable image")])
 def test_predict_names_an_unreadable_image_and_goes_on_with_the_others(tools, tmp_path, capsys, content, words):
     good, bad = tmp_path / "good.png", tmp_path / "bad.png"
     Image.new("RGB", (20, 20)).save(good)

@@ -6,8 +6,9 @@
 TASK is a name in `tasks/` or a path to a task file: one of torchvision's datasets, a folder of
 images per class, a drawn task, or another pack. Writes `<out>/<task>/` with train.npz, test.npz and
 classes.txt; training uses it in place of the originals when `<out>` is its data root, which is the
-default here. Where the originals lie in `<root>/<task>/` themselves, name another. Images above the short side are shrunk to JPEGs; the others keep their bytes, or
-become lossless PNGs where they come as pixels. The format is described in docs/data.md.
+default here; where the originals lie in `<root>/<task>/` themselves, name another. Images above the
+short side are shrunk to JPEGs; the others keep their bytes, or become lossless PNGs where they come as
+pixels. The format is described in docs/data.md.
 
     python tools/pack.py food101 --root data --download          # 101,000 images, about 2 GB
     python tools/pack.py cifar10 --root data --out packs         # lossless
