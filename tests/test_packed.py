@@ -216,9 +216,9 @@ def test_tool_packs_a_folder_task_and_the_pack_takes_its_place(tmp_path, capsys)
 @pytest.mark.parametrize("path", ["bugs", "bugs/photos", "elsewhere"])
 def test_tool_never_advises_to_remove_originals(tmp_path, capsys, path):
     place = tmp_path / path
-    for split in ("train", "test"):
-        (place / split / "ant").mkdir(parents=True)
-        picture(1, 20, 16).save(place / split / "ant" / "0.png")
+    for folder in (place / split / name for split in ("train", "test") for name in ("ant", "bee")):
+        folder.mkdir(parents=True)
+        picture(1, 20, 16).save(folder / "0.png")
     (tmp_path / "bugs").mkdir(exist_ok=True)
     file = tmp_path / "bugs.yaml"
     file.write_text(f"title: Insects\nsource: folder\npath: {path}\n")
@@ -233,9 +233,9 @@ def test_tool_never_advises_to_remove_originals(tmp_path, capsys, path):
 
 
 def test_tool_names_a_damaged_image_and_leaves_no_pack(tmp_path, capsys):
-    for split in ("train", "test"):
-        (tmp_path / "bugs" / split / "ant").mkdir(parents=True)
-        (tmp_path / "bugs" / split / "ant" / "0.jpg").write_bytes(b"broken")
+    for folder in (tmp_path / "bugs" / split / name for split in ("train", "test") for name in ("ant", "bee")):
+        folder.mkdir(parents=True)
+        (folder / "0.jpg").write_bytes(b"broken")
     file = tmp_path / "insects.yaml"
     file.write_text("title: Insects\nsource: folder\npath: bugs\n")
     with pytest.raises(SystemExit, match="2"):

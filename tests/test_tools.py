@@ -40,7 +40,7 @@ def test_a_dry_run_prints_every_block_and_writes_nothing(written, tmp_path, caps
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["train.stepz=3"], "did you mean 'steps'"),
+    (["train.stepz=3"], "did you mean 'train.steps'"),
     (["train.lr=fast"], "train.lr = 'fast': expected number"),
     (["plan.trainable=[9]", "plan.experts=[]"], "outside the backbone's blocks 0 to 5"),
     (["plan.drop=[5]"], "block 5 is the last"),

@@ -40,6 +40,9 @@ def main(arguments: list[str] | None = None) -> None:
                         help="images per task for masking experts; 0 leaves it out (256)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at once (64)")
     parser.add_argument("--data-root", metavar="DIR", help="where data lie (the run's data.root)")
+    parser.add_argument("--weights", metavar="FILE",
+                        help="where the backbone's weights are (the run's backbone.weights)")
+    parser.add_argument("--device", help="where to compute: cpu, cuda, ... (the run's machine.device)")
     parser.add_argument("--checkpoint", default="best", help="best, last or a step (best)")
     parser.add_argument("--port", default="default", help="TensorBoard's (6006 or the next free one)")
     args = parser.parse_args(arguments)
@@ -47,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
     try:
-        loaded = load(args.run, args.checkpoint, args.data_root)
+        loaded = load(args.run, args.checkpoint, args.data_root, args.device, args.weights)
         sections = gallery.sections(loaded, args.images, args.ablate, args.batch_size,
                                    say=lambda line: print(line, file=sys.stderr))
         written = gallery.write(loaded, sections)
