@@ -195,6 +195,36 @@ def differences(old: Config, new: Config) -> list[str]:
     return sorted(walk(configuration.to_dict(old), configuration.to_dict(new), ""))
 
 
+def check_folder(config: Config, folder: Path, resume: bool) -> None:
+    """Raise ConfigError if the folder holds another run, or without `resume` any."""
+    parts = [folder / name for name in config.task_names()] if config.mode == "stl" else []
+    if not resume and any(checkpoint.steps(place) or (place / "report.json").is_file()
+                          for place in (folder, *parts)):
+        raise ConfigError(f"--run {folder}: holds a run already; add --resume to go on with it, or name "
+                          "another folder")
+    if not resume or not (folder / "config.yaml").is_file():
+        return
+    if changed := differences(read_config(folder)[0], config):
+        raise ConfigError(f"--resume {folder}: the configuration changed: {'; '.join(changed[:4])}; a resumed run "
+                          "keeps its settings, so name another --run for these")
+
+
+def check_data(run: Path, before: dict[str, dict[str, Any]], tasks: dict[str, TaskData]) -> None:
+    """Raise ConfigError if a task's data are not those that `about_data` told of when the run began.
+
+    Other images or classes under the same names would go unnoticed, and mix up everything learnt.
+    """
+    for name, data in tasks.items():
+        then, now = before[name], about_data(data)
+        changed = [f"{key} was {then.get(key)}, now {now[key]}" for key in ("train", "val", "test", "classes")
+                   if then.get(key) != now[key]]
+        if not changed and then.get("labels_sha256") != now["labels_sha256"]:
+            changed = ["other labels, or in another order"]
+        if changed:
+            raise ConfigError(f"--resume {run}: the data of task {name} changed ({data.origin}): "
+                              f"{'; '.join(changed)}; put them back, or begin in another --run")
+
+
 def restore_weights(model: MultitaskViT, weights: dict[str, torch.Tensor], backbone_sha256: str,
                     folder: Path) -> None:
     """Load what training changed over the backbone it was trained from.

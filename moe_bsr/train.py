@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from moe_bsr import checkpoint, describe, report, run
@@ -51,7 +50,7 @@ def train(config: Config, folder: str | Path = "runs/run", resume: bool = False)
     """
     folder = Path(folder)
     machine = prepare(config.machine)
-    check_folder(config, folder, resume)
+    run.check_folder(config, folder, resume)
     plan_only(config, dict.fromkeys(config.task_names(), 2))  # what cannot be is refused before data are opened
     if resume and (done := report.read(folder)) is not None and done["status"] == "finished":
         return done
@@ -78,20 +77,6 @@ def _train_each(config: Config, folder: Path, machine: Machine, resume: bool) ->
         if parts[name]["status"] != "finished":
             break
     return whole
-
-
-def check_folder(config: Config, folder: Path, resume: bool) -> None:
-    """Raise ConfigError if the folder holds another run, or without `resume` any."""
-    parts = [folder / name for name in config.task_names()] if config.mode == "stl" else []
-    if not resume and any(checkpoint.steps(place) or (place / "report.json").is_file()
-                          for place in (folder, *parts)):
-        raise ConfigError(f"--run {folder}: holds a run already; add --resume to go on with it, or name "
-                          "another folder")
-    if not resume or not (folder / "config.yaml").is_file():
-        return
-    if changed := run.differences(run.read_config(folder)[0], config):
-        raise ConfigError(f"--resume {folder}: the configuration changed: {'; '.join(changed[:4])}; a resumed run "
-                          "keeps its settings, so name another --run for these")
 
 
 class Trainer:
@@ -298,7 +283,7 @@ class Trainer:
             place = checkpoint.latest(self.folder, warn=notes.append)
             tensors, state = checkpoint.read(place)
             resolved = run.read_config(self.folder)[1]
-            self._check_data(resolved["tasks"])
+            run.check_data(self.folder, resolved["tasks"], self.tasks)
             self._load(tensors, resolved["backbone_sha256"], place)
             self.step, self.seconds = state["step"], state["seconds"]
             self.saved_step = self.step
@@ -313,18 +298,6 @@ class Trainer:
         for observer in self.observers:
             observer.restore(state.get("observers", {}).get(type(observer).__name__, {}))
         return state.get("pending_evaluation", False), notes
-
-    def _check_data(self, before: dict[str, dict[str, Any]]) -> None:
-        """Other images or classes under the same names would go unnoticed, and mix up everything learnt."""
-        for name, data in self.tasks.items():
-            now = run.about_data(data)
-            changed = [f"{key} was {before[name].get(key)}, now {now[key]}" for key in ("train", "val", "test", "classes")
-                       if before[name].get(key) != now[key]]
-            if not changed and before[name].get("labels_sha256") != now["labels_sha256"]:
-                changed = ["other labels, or in another order"]
-            if changed:
-                raise ConfigError(f"--resume {self.folder}: the data of task {name} changed ({data.origin}): "
-                                  f"{'; '.join(changed)}; put them back, or begin in another --run")
 
     def _load(self, tensors: dict[str, dict[str, Tensor]], backbone_sha256: str, place: Path) -> None:
         run.restore_weights(self.model, tensors["weights"], backbone_sha256, place)
@@ -351,8 +324,10 @@ class Trainer:
                 scores = self.best_scores or self._evaluate(split)
         return report.make(
             status="interrupted" if self.stop.number else "finished", signal=self.stop.number,
-            scores=scores, split=split, progress=self.sampler.progress(self.step), step=self.step, best=self.best, weights="live" if self.average is None else "average",
-            train_seconds=self.seconds, predicted_peak_mb=self.predicted and self.predicted.peak / 2**20, measured_peak_mb=self.machine.peak_mb(),
+            scores=scores, split=split, progress=self.sampler.progress(self.step), step=self.step,
+            best=self.best, weights="live" if self.average is None else "average",
+            train_seconds=self.seconds, predicted_peak_mb=self.predicted and self.predicted.peak / 2**20,
+            measured_peak_mb=self.machine.peak_mb(),
             test_evaluations=run.test_evaluations(self.folder),
             gflops_per_image=describe.forward_gflops(self.model))
 

@@ -26,7 +26,7 @@ from moe_bsr.data import UnreadableImage
 from moe_bsr.machine import prepare
 from moe_bsr.multitask import build, plan_only
 from moe_bsr.stems import Stems
-from moe_bsr.train import NonFiniteLoss, check_folder, train
+from moe_bsr.train import NonFiniteLoss, train
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -79,7 +79,7 @@ def dry_run(config: configuration.Config, folder: Path, resume: bool) -> int:
             print(Stems(model, {name: len(data.train) for name, data in tasks.items()}, config.data.stem_mb))
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--run {folder}: is a file; name a folder")
-    check_folder(config, folder, resume)
+    run.check_folder(config, folder, resume)
     print(f"run folder {folder}; {machine.precision} on {machine.device} ({machine.why})")
     return 0
 
