@@ -145,8 +145,11 @@ class MoE(nn.Module):
     def multiply_adds(self, tokens: int) -> int:
         """Of one image's forward pass: the router on every token, top_k experts for each."""
         one_expert = self.experts.fc1_weight[0].numel() + self.experts.fc2_weight[0].numel()
+        return tokens * self.top_k * one_expert + self.router_multiply_adds(tokens)
+
+    def router_multiply_adds(self, tokens: int) -> int:
         experts, width, _ = self.experts.fc2_weight.shape
-        return tokens * (self.top_k * one_expert + experts * width)
+        return tokens * experts * width
 
 
 def largest_share(width: int, experts: int, k: int) -> float:

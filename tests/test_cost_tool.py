@@ -5,6 +5,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+from tiny_models import make_vit
 from tiny_runs import make_config
 
 from moe_bsr import config as configuration
@@ -12,7 +13,7 @@ from moe_bsr.config import ConfigError
 from moe_bsr.cost import sweep
 from moe_bsr.cost.budget import answer, largest, parse_bytes
 from moe_bsr.cost.exact import predict
-from moe_bsr.multitask import plan_only
+from moe_bsr.multitask import MultitaskViT, plan_only
 from moe_bsr.storage import STORAGES
 
 CLASSES = {"shapes": 10, "fractals": 12}
@@ -127,6 +128,36 @@ def test_the_published_rules_need_no_machine_of_ours(ask):
     paper, ancestor = (json.loads(ask("--mode", mode, "--json")[1]) for mode in ("paper", "backrazor"))
     assert paper["total"] == paper["batch"] * paper["peak_per_image"] + paper["parameters"]
     assert ancestor["total"] > paper["total"]  # it charges q, k and v three times
+
+
+@pytest.mark.parametrize("plan", ["full", "bsr"])
+@pytest.mark.parametrize("storage", ["exact", "int8", "recompute"])
+def test_predictions_hold_with_layer_scale(tmp_path, plan, storage):
+    keys = sweep.plans(4)["full"] if plan == "full" else {"trainable": [1, 3], "drop": [1, 2], "experts": []}
+    config = make_config(tmp_path, storage=storage, **{f"plan__{k}": v for k, v in keys.items()})
+    compared = sweep.compare(*sweep.run(config, CLASSES, batch=40, vit=make_vit("layer-scale")))
+    for quantity, tolerance in sweep.TOLERANCES.items():
+        assert abs(compared[quantity]["difference"]) <= tolerance, (quantity, compared[quantity])
+
+
+@pytest.mark.parametrize(("kind", "part"), [
+    ("qk-norm", "norm of queries and keys"), ("pre-norm", "norm before the blocks"),
+    ("scaled-attention-norm", "norm within the attention"), ("average-pool", "norm after pooling"),
+    ("average-pool", "scores of tokens without a class token"), ("attention-pool", "pooling by attention")])
+def test_a_part_that_states_no_cost_is_refused_by_name(tmp_path, kind, part):
+    config = make_config(tmp_path, plan__trainable=[1, 3], plan__drop=[1], plan__experts=[])
+    model = MultitaskViT(make_vit(kind), config, CLASSES)
+    with pytest.raises(ConfigError, match=f"backbone.name = 'test_vit': states no cost for its .*{part}"):
+        predict(model, config, batch=2, precision="fp32")
+
+
+@pytest.mark.parametrize(("backbone", "precision", "part"), [
+    ("vit_base_patch16_clip_quickgelu_224", "fp32", "QuickGELU"), ("vit_giant_patch14_dinov2", "fp32", "GluMlp"),
+    ("deit3_small_patch16_224", "bf16", "LayerScale")])
+def test_a_backbone_that_cannot_be_costed_is_named(ask, backbone, precision, part):
+    status, _, error = ask(f"backbone.name={backbone}", "backbone.image_size=null", "plan.experts=[]",
+                           f"machine.precision={precision}")
+    assert status == 2 and error.startswith(f"cost.py: backbone.name = '{backbone}'") and part in error
 
 
 @pytest.mark.parametrize(("batch", "storages"), [(24, list(STORAGES)), (40, ["exact"])])

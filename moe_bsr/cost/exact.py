@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from moe_bsr import describe
-from moe_bsr.block import block_bytes
-from moe_bsr.config import Config
+from moe_bsr.block import block_bytes, unstated
+from moe_bsr.config import Config, require
 from moe_bsr.cost.flops import forward_flops, step_flops
 from moe_bsr.ledger import INDEX, ROW, Held, Ledger, norm_bytes
 from moe_bsr.linear import frozen_matrices, linear_bytes
@@ -69,8 +69,13 @@ def predict(model: MultitaskViT, config: Config, *, batch: int, precision: str, 
         task: by default the one with the most classes.
         all_tasks: as in a run in which every task had its turn: optimiser state of all heads and routers
             (and with joint sampling their gradients).
+    Raises:
+        ConfigError: a part of the backbone trains but states no cost.
     """
     size = 2 if precision == "bf16" else 4
+    parts = _unstated(model, size)
+    require(not parts, "backbone.name", config.backbone.name, f"states no cost for its {', '.join(parts)}: such a "
+            "backbone trains but cannot be costed; take one as plain as deit_small_patch16_224")
     classes = model.heads[task].out_features if task else max(h.out_features for h in model.heads.values())
     trained = [p for p in _active(model, task) if p.requires_grad]
     stepped = [p for p in model.parameters() if p.requires_grad] if all_tasks else trained
@@ -165,6 +170,24 @@ def _play(ledger: Ledger, model: MultitaskViT, batch: int, classes: int
             of_embedding(of_patches)
     ledger.free(origin, *records)
     return forward, ledger.peak, kept
+
+
+def _unstated(model: MultitaskViT, size: int) -> list[str]:
+    """The parts that run but of which nobody here says what they allocate."""
+    vit = model.vit
+    scaled = any(not isinstance(block.ls1, nn.Identity) for block in vit.blocks)
+    parts = {name for block, plan in zip(vit.blocks, model.plan, strict=True)
+             for name in unstated(block, plan, vit.has_class_token)}
+    kinds = {
+        "norm before the blocks": isinstance(vit.norm_pre, nn.Identity),
+        "norm of the patches": isinstance(vit.patch_embed.norm, nn.Identity),
+        "norm after pooling": isinstance(vit.fc_norm, nn.Identity),
+        "pooling by attention": vit.attn_pool is None,
+        "want of a final norm": isinstance(vit.norm, nn.LayerNorm) or isinstance(vit.fc_norm, nn.LayerNorm),
+        # Its float32 factors make the whole stream float32, where this expects the compute dtype.
+        "LayerScale in bf16 (machine.precision=fp32 has one)": size == 4 or not scaled,
+    }
+    return sorted(parts) + [name for name, stated in kinds.items() if not stated]
 
 
 def _active(model: MultitaskViT, task: str | None) -> list[nn.Parameter]:
