@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 from tiny_models import make_vit
-from tiny_runs import make_config
+from tiny_runs import make_config, make_trainer
 
 from moe_bsr import config as configuration
 from moe_bsr.config import ConfigError
 from moe_bsr.cost import sweep
 from moe_bsr.cost.budget import answer, largest, parse_bytes
 from moe_bsr.cost.exact import predict
+from moe_bsr.cost.meter import held, trace
+from moe_bsr.data import Loader
 from moe_bsr.multitask import MultitaskViT, plan_only
 from moe_bsr.storage import STORAGES
 
@@ -128,6 +130,40 @@ def test_the_published_rules_need_no_machine_of_ours(ask):
     paper, ancestor = (json.loads(ask("--mode", mode, "--json")[1]) for mode in ("paper", "backrazor"))
     assert paper["total"] == paper["batch"] * paper["peak_per_image"] + paper["parameters"]
     assert ancestor["total"] > paper["total"]  # it charges q, k and v three times
+
+
+@pytest.mark.parametrize(("batch", "noise"), [(1, 0.0), (16, 1.0)])
+def test_every_row_of_experts_and_the_noise_they_decided_by_is_counted(tmp_path, batch, noise):
+    """One image's rows do not divide by the experts; noise is kept for the second pass."""
+    for storage in ("exact", "recompute"):
+        config = make_config(tmp_path, storage=storage, moe__experts=16, moe__top_k=1, moe__gate_noise=noise)
+        compared = sweep.compare(*sweep.run(config, CLASSES, batch=batch))["kept"]
+        assert abs(compared["difference"]) <= 0.02, (storage, compared)
+
+
+def test_grouped_experts_are_refused_where_they_would_be_used(ask):
+    status, _, error = ask("moe.engine=grouped")
+    assert status == 2 and error.startswith("cost.py: moe.engine = 'grouped': states no cost; use loop")
+    assert ask("moe.engine=grouped", "plan.experts=[]")[0] == 0
+
+
+@pytest.mark.parametrize("changes", [
+    {"train__accumulate": 4}, {"sampler__kind": "joint"},
+    {"train__accumulate": 4, "storage": "recompute", "plan__experts": []}],
+    ids=["accumulated", "joint", "recomputed"])
+def test_the_peak_of_a_run_counts_its_average_and_what_earlier_micro_batches_left(tmp_path, changes):
+    config = make_config(tmp_path, train__batch_size=20, train__ema=0.9, **changes)
+    trainer = make_trainer(config, tmp_path / "run")
+    batches = iter(Loader(trainer.tasks, trainer.pipeline, trainer.sampler.batches(0), 0))
+    for _ in range(3):
+        trainer._update(batches)
+    standing = held([*trainer.model.parameters(), *trainer.model.buffers(), *trainer.average.average.values(),
+                     *(v for s in trainer.optimiser.state.values() for v in s.values())])
+    peak = trace({"update": lambda: trainer._update(batches)}, trainer.machine.device).peak()
+    cost = trainer.predicted
+    assert cost.parameters + cost.optimiser + cost.average == standing
+    images = 4 * 3 * 32 * 32 * 20 // config.train.accumulate
+    assert cost.peak + images == pytest.approx(standing + peak, rel=0.03)
 
 
 @pytest.mark.parametrize("plan", ["full", "bsr"])

@@ -94,6 +94,8 @@ def answer(config: Config, classes: dict[str, int], arguments: argparse.Namespac
     result = {"mode": arguments.mode, "batch": batch, "precision": machine.precision, **cost.as_dict()}
     lines = [*notes, f"micro-batch {batch}, {machine.precision} ({machine.why}), storage {config.storage}",
              *table(cost, batch)]
+    if config.data.stem_mb:
+        lines.append(f"data.stem_mb: up to {config.data.stem_mb} MB of kept stems (10^6 bytes) come on top")
     status = 0
     if arguments.measure:
         cost, seen = sweep.run(config, classes, batch=batch)
@@ -158,7 +160,7 @@ def table(cost: Cost, batch: int) -> list[str]:
     lines += ["", f"{'training step, MB':<22}"]
     lines += [f"  {name:<20}  {size / MB:>10.3f}" for name, size in [
         ("parameters", cost.parameters), ("gradients", cost.gradients), ("optimiser", cost.optimiser),
-        ("kept for backward", cost.kept), *((f"most in {k}", v) for k, v in cost.transients.items()),
+        *([("weights' average", cost.average)] if cost.average else []), ("kept for backward", cost.kept), *((f"most in {k}", v) for k, v in cost.transients.items()),
         ("peak of everything", cost.peak)]]
     lines += ["", f"{'GFLOPs':<22}  {'micro-batch':>10}  per image"]
     lines += [f"  {name:<20}  {flops / 1e9:>11.2f}  {flops / batch / 1e9:>9.3f}"
