@@ -74,22 +74,62 @@ def test_the_measurement_stands_beside_the_prediction(ask):
 def test_a_budget_says_what_fits_and_every_change_keeps_its_word(tmp_path):
     config = make_config(tmp_path)
     model = plan_only(config, CLASSES)
-    peak = predict(model, config, batch=64, precision="fp32").peak
-    one = predict(model, config, batch=1, precision="fp32").peak
+    peak = predict(model, config, batch=64, precision="fp32", all_tasks=True).peak
+    one = predict(model, config, batch=1, precision="fp32", all_tasks=True).peak
     told = answer(config, CLASSES, (one + peak) // 2, batch=64, precision="fp32")
     assert not told.fits and told.peak == peak and 0 < told.largest_batch < 64
     for images, fits in ((told.largest_batch, True), (told.largest_batch + 1, False)):
-        assert (predict(model, config, batch=images, precision="fp32").peak <= told.budget) == fits
+        assert (predict(model, config, batch=images, precision="fp32", all_tasks=True).peak <= told.budget) == fits
     assert {"drop one block earlier", "compute in bf16", "store recompute"} <= {c.what for c in told.changes}
     for change in told.changes:
         (tmp_path / "c.yaml").write_text(configuration.dump(config))
         changed = configuration.load(tmp_path / "c.yaml", change.overrides.split())
-        cost = predict(plan_only(changed, CLASSES), changed, batch=64, precision=changed.machine.precision)
+        cost = predict(plan_only(changed, CLASSES), changed, batch=64, precision=changed.machine.precision,
+                       all_tasks=True)
         assert (peak - cost.peak, cost.peak <= told.budget) == (change.bytes, change.fits)
     free = [c.flops <= 0 for c in told.changes]
     assert free == sorted(free, reverse=True)
     rates = [c.bytes / c.flops for c in told.changes if c.flops > 0]
     assert rates == sorted(rates, reverse=True)
+
+
+def suggested(tmp_path, **changes) -> dict[str, str]:
+    """{what: overrides} of the changes proposed for a configuration."""
+    told = answer(make_config(tmp_path, **changes), CLASSES, 2**30, batch=64, precision="fp32")
+    return {change.what: change.overrides for change in told.changes}
+
+
+def test_changes_do_what_their_names_say(tmp_path):
+    changes = suggested(tmp_path, plan__drop=[4, 1, 2], plan__keep=[0.9, 0.5, 0.7])
+    assert changes["drop one block earlier"] == "plan.drop=[3,0,1]"
+    changes = suggested(tmp_path, plan__drop=[], plan__keep=0.9, plan__trainable="all")
+    assert changes["drop half of the tokens"] == "plan.drop=[1] plan.keep=0.5"
+    assert "leave the embedding and block 0 frozen" in changes
+
+
+def test_a_budget_just_missed_is_told_to_the_byte(ask):
+    told = json.loads(ask("--json", "--budget", "1GB")[1])["budget"]
+    status, out, _ = ask("--budget", str(told["peak"] - 1))
+    assert status == 1 and f"budget {told['peak'] - 1:,} B" in out and f"takes {told['peak']:,} B" in out
+    status, out, _ = ask("--budget", str(told["floor"]))
+    assert status == 1 and f"not even one image fits, which takes {told['least']:,} B" in out
+    status, _, error = ask("--budget", "1")
+    assert status == 2 and "--budget = '1 B (0.000 MB)'" in error and f"{told['floor']:,} B" in error
+
+
+def test_the_prediction_told_is_that_of_a_run(ask, tmp_path):
+    config = make_config(tmp_path, train__ema=0.9)
+    trainer = make_trainer(config, tmp_path / "run")
+    assert json.loads(ask("--json", "train.ema=0.9")[1])["peak"] == trainer.predicted.peak
+    assert "weights' average" in ask("train.ema=0.9")[1]
+    assert "10 MB of kept stems" in ask("data.augment=false", "data.stem_mb=10")[1]
+
+
+@pytest.mark.parametrize(("arguments", "named"), [
+    (["--sweep", "--batches", "0"], "--batches = [0]"), (["--classes", "-3"], "--classes = -3")])
+def test_numbers_below_one_are_refused(ask, arguments, named):
+    status, _, error = ask(*arguments)
+    assert status == 2 and error.startswith(f"cost.py: {named}: at least 1")
 
 
 def test_the_exit_status_tells_whether_a_budget_holds(ask):
@@ -132,13 +172,11 @@ def test_the_published_rules_need_no_machine_of_ours(ask):
     assert ancestor["total"] > paper["total"]  # it charges q, k and v three times
 
 
-@pytest.mark.parametrize(("batch", "noise"), [(1, 0.0), (16, 1.0)])
-def test_every_row_of_experts_and_the_noise_they_decided_by_is_counted(tmp_path, batch, noise):
+@pytest.mark.parametrize(("batch", "noise", "storage"), [(1, 0.0, "exact"), (16, 1.0, "recompute")])
+def test_every_row_of_experts_and_the_noise_they_decided_by_is_counted(tmp_path, batch, noise, storage):
     """One image's rows do not divide by the experts; noise is kept for the second pass."""
-    for storage in ("exact", "recompute"):
-        config = make_config(tmp_path, storage=storage, moe__experts=16, moe__top_k=1, moe__gate_noise=noise)
-        compared = sweep.compare(*sweep.run(config, CLASSES, batch=batch))["kept"]
-        assert abs(compared["difference"]) <= 0.02, (storage, compared)
+    config = make_config(tmp_path, storage=storage, moe__experts=16, moe__top_k=1, moe__gate_noise=noise)
+    assert abs(sweep.compare(*sweep.run(config, CLASSES, batch=batch))["kept"]["difference"]) <= 0.02
 
 
 def test_grouped_experts_are_refused_where_they_would_be_used(ask):
