@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from timm.layers import Attention, Mlp
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Block, LayerScale
 from torch import Tensor, nn
 
 from moe_bsr.attention import attention, attention_bytes, join_heads, split_heads
-from moe_bsr.config import TokensConfig, require
+from moe_bsr.config import TokensConfig
 from moe_bsr.decisions import Decisions
 from moe_bsr.ledger import INDEX, ROW, Backward, Held, Ledger, add_bytes, norm_bytes
 from moe_bsr.linear import activated_linear, activated_linear_bytes, linear, linear_bytes
@@ -99,12 +99,33 @@ def feed_forward(mlp: Mlp, x: Tensor) -> Tensor:
     return linear(mlp.fc2, mlp.norm(x))
 
 
+def unstated(block: Block, plan: BlockPlan, has_class_token: bool) -> list[str]:
+    """The parts of a block that run, but that `block_bytes` knows nothing of."""
+    layer, mlp = block.attn, block.mlp
+    moe = isinstance(mlp, MoE)
+    act = mlp.experts.act if moe else getattr(mlp, "act", None)
+    kinds = {
+        f"FFN ({type(mlp).__name__})": moe or type(mlp) is Mlp,
+        "norm within the FFN": moe or isinstance(getattr(mlp, "norm", None), nn.Identity | None),
+        f"activation ({type(act).__name__})": act is None or isinstance(act, nn.GELU),
+        "norm of queries and keys": isinstance(layer.q_norm, nn.Identity) and isinstance(layer.k_norm, nn.Identity),
+        "norm within the attention": isinstance(layer.norm, nn.Identity),
+        "gate of the attention": layer.gate is None,
+        f"norm ({type(block.norm1).__name__})": all(isinstance(n, nn.LayerNorm) for n in (block.norm1, block.norm2)),
+        "scaling of a branch": all(isinstance(s, nn.Identity) or type(s) is LayerScale and not s.inplace
+                                   for s in (block.ls1, block.ls2)),
+        "drop path": all(isinstance(d, nn.Identity) for d in (block.drop_path1, block.drop_path2)),
+        "scores of tokens without a class token": has_class_token or plan.keep == 1,
+    }
+    return [name for name, stated in kinds.items() if not stated]
+
+
 def block_bytes(ledger: Ledger, block: Block, plan: BlockPlan, config: TokensConfig, x: Held, batch: int,
                 before: int, after: int, prefix: int, needs_x: bool) -> tuple[Held, list[Held], Backward]:
     """What `forward` allocates and keeps for `batch` images of `before` tokens, `after` in the FFN.
 
     Args:
-        needs_x: whether the input needs a gradient.
+        needs_x: whether the input needs a gradient. Nothing of the block may be `unstated`.
     Returns:
         The output, what the record holds, and the backward.
     """
@@ -123,8 +144,9 @@ def block_bytes(ledger: Ledger, block: Block, plan: BlockPlan, config: TokensCon
     ledger.free(qkv)
     out, of_proj = linear_bytes(ledger, layer.proj, y, rows, True)
     ledger.free(y, hidden)
+    scaled, of_scale1 = scale_bytes(ledger, block.ls1, out)
     stream = ledger.make(rows * width * size)
-    ledger.free(out)
+    ledger.free(scaled, out)
     of_drop = None
     if after < before:
         records.append(ledger.make(batch * (before + after - 2 * prefix) * INDEX
@@ -140,28 +162,46 @@ def block_bytes(ledger: Ledger, block: Block, plan: BlockPlan, config: TokensCon
         ledger.free(hidden)
     else:
         out, of_ffn = mlp_bytes(ledger, block.mlp, hidden, rows_after, needs)
+    scaled, of_scale2 = scale_bytes(ledger, block.ls2, out)
     end = ledger.make(rows_after * width * size)
-    ledger.free(out, stream)
+    ledger.free(scaled, out, stream)
 
     def backward(grad: Held) -> Held | None:
         branch = ledger.make(0)  # the incoming gradient goes down both ways at once, uncopied
-        grad = add_bytes(ledger, grad, of_norm2(of_ffn(branch)))
+        grad = add_bytes(ledger, grad, of_norm2(of_ffn(of_scale2(branch))))
         if of_drop is not None:
             grad = of_drop(grad)
-        branch = of_norm1(of_qkv(of_attention(of_proj(ledger.make(0) if needs_x else grad))))
+        branch = of_scale1(ledger.make(0) if needs_x else grad)
+        branch = of_norm1(of_qkv(of_attention(of_proj(branch))))
         return add_bytes(ledger, grad, branch) if needs_x else None
 
     return end, records, backward
 
 
-def mlp_bytes(ledger: Ledger, mlp: Mlp, x: Held, rows: int, needs: bool) -> tuple[Held, Backward]:
-    """Kept: fc1's input, if it trains, and the hidden values before the activation. Takes x over.
+def scale_bytes(ledger: Ledger, scale: nn.Module, x: Held) -> tuple[Held, Backward]:
+    """LayerScale makes one tensor more; kept: its input, if its factors train. Without it x itself comes back."""
+    if isinstance(scale, nn.Identity):
+        return x, lambda grad: grad
+    trains = scale.gamma.requires_grad
+    y = ledger.make(x.bytes)
+    if trains:
+        ledger.save(x, "scale inputs")
 
-    Raises:
-        ConfigError: another kind of FFN than timm's Mlp, which runs but states no cost.
-    """
-    require(type(mlp) is Mlp, "backbone.name", type(mlp).__name__, "this FFN states no cost: such a backbone "
-            "trains but cannot be costed; take one with plain Mlp blocks")
+    def backward(grad: Held) -> Held:
+        if trains:
+            ledger.restore(x)
+        out = ledger.make(x.bytes)
+        if trains:
+            ledger.scratch(x.bytes)
+            ledger.release(x)
+        ledger.free(grad)
+        return out
+
+    return y, backward
+
+
+def mlp_bytes(ledger: Ledger, mlp: Mlp, x: Held, rows: int, needs: bool) -> tuple[Held, Backward]:
+    """Kept: fc1's input, if it trains, and the hidden values before the activation. Takes x over."""
     hidden, of_fc1 = linear_bytes(ledger, mlp.fc1, x, rows, needs)
     ledger.free(x)
     if ledger.grad and mlp.fc2.weight.requires_grad:
@@ -185,29 +225,43 @@ def mlp_bytes(ledger: Ledger, mlp: Mlp, x: Held, rows: int, needs: bool) -> tupl
     return out, backward
 
 
-def multiply_adds(block: Block, plan: BlockPlan, attention_tokens: int, ffn_tokens: int) -> int:
+def multiply_adds(block: Block, plan: BlockPlan, attention_tokens: int, ffn_tokens: int,
+                  has_class_token: bool = True) -> int:
     """Multiply-adds of one image's forward pass: 4 D^2 n + 2 D n^2 for the attention, the scores, the FFN."""
     n, layer = attention_tokens, block.attn
-    inner = layer.num_heads * layer.head_dim
-    total = n * (layer.qkv.weight.numel() + layer.proj.weight.numel()) + 2 * n * n * inner
+    total = n * (layer.qkv.weight.numel() + layer.proj.weight.numel()) + 2 * n * n * _inner(block)
     if layer.gate is not None:
         total += n * layer.gate.weight.numel()
-    if plan.keep < 1:
-        total += n * inner  # the class token's row of scores
+    total += _scores(block, plan, n, has_class_token)
     if isinstance(block.mlp, MoE):
         return total + block.mlp.multiply_adds(ffn_tokens)
     return total + ffn_tokens * sum(p.numel() for p in block.mlp.parameters() if p.ndim == 2)
 
 
-def backward_multiply_adds(block: Block, plan: BlockPlan, attention_tokens: int, ffn_tokens: int
-                           ) -> tuple[int, int]:
+def backward_multiply_adds(block: Block, plan: BlockPlan, attention_tokens: int, ffn_tokens: int,
+                           has_class_token: bool = True, attached: bool = True) -> tuple[int, int]:
     """Multiply-adds of one image's backward pass: (for the inputs, for the weights that train).
 
     The two products of attention have two operands each, and the map is computed once more.
+
+    Args:
+        attached: whether the scores have a gradient (their product has two operands as well).
     """
-    n, layer = attention_tokens, block.attn
-    inner = layer.num_heads * layer.head_dim
-    forward = multiply_adds(block, plan, attention_tokens, ffn_tokens)
-    products = 2 * n * n * inner + (n * inner if plan.keep < 1 else 0)
-    inputs = forward + products + n * n * inner
-    return inputs, forward - products if plan.trainable else 0
+    n = attention_tokens
+    maps, scores = n * n * _inner(block), _scores(block, plan, n, has_class_token)
+    of_matrices = multiply_adds(block, plan, n, ffn_tokens, has_class_token) - 2 * maps - scores
+    inputs = of_matrices + 5 * maps + (2 * scores if attached else 0)
+    if not plan.trainable:
+        return inputs, 0
+    frozen = isinstance(block.mlp, MoE) and not any(p.requires_grad for p in block.mlp.router.parameters())
+    return inputs, of_matrices - (block.mlp.router_multiply_adds(ffn_tokens) if frozen else 0)
+
+
+def _inner(block: Block) -> int:
+    """Width of all heads together."""
+    return block.attn.num_heads * block.attn.head_dim
+
+
+def _scores(block: Block, plan: BlockPlan, tokens: int, has_class_token: bool) -> int:
+    """Multiply-adds of the scores, if tokens are dropped: the class token's row, or without one the whole map."""
+    return 0 if plan.keep == 1 else (1 if has_class_token else tokens) * tokens * _inner(block)

@@ -3,6 +3,8 @@
 One multiply-add is two FLOPs, as in torch's counter; much of the ViT literature writes "FLOPs" for one.
 """
 
+from timm.layers import AttentionPoolLatent
+
 from moe_bsr import block
 from moe_bsr.config import Config
 from moe_bsr.multitask import MultitaskViT
@@ -21,9 +23,25 @@ def forward_gflops(model: MultitaskViT) -> float:
     vit = model.vit
     embed = vit.patch_embed.num_patches * vit.patch_embed.proj.weight.numel()
     heads = sum(head.weight.numel() for head in model.heads.values()) / len(model.heads)
-    blocks = sum(block.multiply_adds(b, p, n, m) for b, p, (n, m) in
+    blocks = sum(block.multiply_adds(b, p, n, m, vit.has_class_token) for b, p, (n, m) in
                  zip(vit.blocks, model.plan, counts(model), strict=True))
-    return 2 * (embed + heads + blocks) / 1e9
+    return 2 * (embed + heads + blocks + pooling_multiply_adds(model)) / 1e9
+
+
+def pooling_multiply_adds(model: MultitaskViT) -> int:
+    """Of one image's pooling by attention, if there is one: a learnt query looks at all tokens, an FFN follows.
+
+    Pooling without parameters (timm's PRR) lets all tokens look at one another.
+    """
+    vit, pool = model.vit, model.vit.attn_pool
+    if pool is None:
+        return 0
+    tokens = counts(model)[-1][1] - (0 if vit.pool_include_prefix else vit.num_prefix_tokens)
+    if not isinstance(pool, AttentionPoolLatent):
+        return 2 * tokens * tokens * vit.embed_dim
+    of_every_token = pool.kv.weight.numel() + 2 * vit.embed_dim
+    of_one = sum(p.numel() for n, p in pool.named_parameters() if p.ndim == 2 and n != "kv.weight")
+    return tokens * of_every_token + of_one
 
 
 def table(model: MultitaskViT, config: Config) -> list[str]:

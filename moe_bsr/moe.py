@@ -145,8 +145,11 @@ class MoE(nn.Module):
     def multiply_adds(self, tokens: int) -> int:
         """Of one image's forward pass: the router on every token, top_k experts for each."""
         one_expert = self.experts.fc1_weight[0].numel() + self.experts.fc2_weight[0].numel()
+        return tokens * self.top_k * one_expert + self.router_multiply_adds(tokens)
+
+    def router_multiply_adds(self, tokens: int) -> int:
         experts, width, _ = self.experts.fc2_weight.shape
-        return tokens * (self.top_k * one_expert + experts * width)
+        return tokens * experts * width
 
 
 def largest_share(width: int, experts: int, k: int) -> float:
@@ -167,7 +170,8 @@ def moe_bytes(ledger: Ledger, moe: MoE, x: Held, tokens: int, needs_x: bool
     size, k = ledger.size, moe.top_k
     padding = min(row_multiple(tokens * k, experts, size == 2) // 2, tokens) * experts
     rows = tokens * k + padding
-    each, cast = rows // experts, 0 if size == 4 else hidden * width * size
+    each, left = divmod(rows, experts)
+    cast = 0 if size == 4 else hidden * width * size
     largest = int(largest_share(width, experts, k) * each)
     routers = any(p.requires_grad for p in moe.router.parameters())
 
@@ -179,17 +183,17 @@ def moe_bytes(ledger: Ledger, moe: MoE, x: Held, tokens: int, needs_x: bool
     logits, probabilities = (ledger.make(tokens * experts * ROW, packable=experts >= 16) for _ in range(2))
     ledger.free(wide, logits)
     chosen = ledger.make(tokens * k * INDEX, packable=False)
-    ledger.decided += chosen.bytes
+    ledger.decided += chosen.bytes + (tokens * experts * ROW if moe.noise_std else 0)
     gates = ledger.make(2 * tokens * k * ROW, packable=False)
     places = ledger.make((tokens * k + rows) * INDEX, packable=False)
     gate, summed = ledger.make(rows * ROW), ledger.make(tokens * width * ROW)
-    before = [ledger.make(each * hidden * size) for _ in range(experts)] if ledger.grad else []
+    before = [ledger.make((each + (e < left)) * hidden * size) for e in range(experts)] if ledger.grad else []
     inside = 0 if ledger.grad else 1
     one_expert(inside, 1, ledger.product_scratch(largest, width, hidden))
     one_expert(inside + 1, 1, ledger.product_scratch(largest, hidden, width))
     out = ledger.make(tokens * width * size) if size == 2 else summed
     ledger.free(gate, summed if size == 2 else None)
-    images_tokens, ledger.tokens = ledger.tokens, each
+    images_tokens, ledger.tokens = ledger.tokens, max(each, 1)
     for tensor, kind in ((x, "expert inputs"), (places, "routing"), (gates, "routing"), (chosen, "routing"),
                          *((part, "expert hidden") for part in before)):
         ledger.save(tensor, kind)

@@ -92,18 +92,29 @@ def test_torchs_counter_agrees_on_experts_one_by_one_and_counts_grouped_products
     assert seen == pytest.approx(closed_form(model), rel=1e-6)
 
 
+@pytest.mark.parametrize(("kind", "drop"), [("average-pool", (1, 2)), ("attention-pool", ())])
+def test_torchs_counter_agrees_without_a_class_token(kind, drop):
+    """Tokens are then scored by the whole map, or pooled by attention."""
+    model = make_model(kind, drop=drop).eval()
+    counted = torch_count(lambda: model(normal(IMAGES, 3, 16, 16), "one"))
+    dropped = 8 + 4 if drop else 0  # of 16 patches 8; of those and the fused one 4
+    fused = 2 * IMAGES * dropped * WIDTH
+    assert sum(counted.values()) - fused == pytest.approx(closed_form(model), abs=IMAGES)
+
+
 PLANS = {"full": {"trainable": "all"}, "last": {"trainable": []}, "last-k": {"trainable": [2, 3]},
          "bsr": {"trainable": [1, 3], "drop": [1, 2]}, "moe": {"trainable": "all", "experts": [1, 3]},
          "moe-bsr": {"trainable": [1, 3], "drop": [1, 2], "experts": [3]}}
 
 
-def step_counts(plan: str, precision: str, storage: str) -> tuple[int, int]:
+def step_counts(plan: str, precision: str, storage: str, kind: str = "class-token", **changes
+                ) -> tuple[int, int]:
     """(closed form, products seen) of a training step of IMAGES images."""
     keys = {"trainable": [], "drop": [], "experts": []} | PLANS[plan]
     config = configuration.replace(
         Config(), storage=storage, moe__experts=EXPERTS, moe__top_k=2, machine__device="cpu",
-        machine__precision=precision, machine__threads=1, **{f"plan__{k}": v for k, v in keys.items()})
-    model, machine = MultitaskViT(make_vit(), config, {"one": CLASSES["one"]}), prepare(config.machine)
+        machine__precision=precision, machine__threads=1, **{f"plan__{k}": v for k, v in keys.items()}, **changes)
+    model, machine = MultitaskViT(make_vit(kind), config, {"one": CLASSES["one"]}), prepare(config.machine)
     counted = step_products(training_step(machine.place(model), config, machine, batch=IMAGES))
     return IMAGES * step_flops(model), sum(product.flops * n for product, n in counted.items())
 
@@ -126,3 +137,15 @@ def test_with_dropping_and_experts_only_weighted_sums_of_tokens_differ(plan, sto
     """
     closed, seen = step_counts(plan, "fp32", storage)
     assert closed == pytest.approx(seen, rel=0.01) and closed != seen
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_scores_by_the_whole_map_are_counted_with_their_gradient(detach):
+    closed, seen = step_counts("bsr", "fp32", "exact", "average-pool", tokens__detach=detach)
+    assert closed == pytest.approx(seen, rel=0.002)
+
+
+def test_a_frozen_router_computes_no_gradient_of_its_weights():
+    (closed, seen), (frozen, seen_frozen) = (
+        step_counts("moe", "fp32", "exact", moe__train_router=trains) for trains in (True, False))
+    assert closed - frozen == seen - seen_frozen > 0

@@ -50,6 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
         needs_exact = arguments.measure or arguments.budget is not None or arguments.sweep
         require(arguments.mode == "exact" or not needs_exact, "--mode", arguments.mode,
                 "a published rule is no measure of this code; --measure, --budget and --sweep need exact")
+        require(min(arguments.batches) >= 1, "--batches", arguments.batches, "at least 1 image each")
+        require(arguments.classes is None or arguments.classes >= 1, "--classes", arguments.classes, "at least 1")
         config = configuration.load(arguments.config, arguments.overrides)
         result, lines, status = answer(config, classes_of(config, arguments.classes), arguments)
     except (ConfigError, FileNotFoundError, ValueError) as error:
@@ -90,13 +92,15 @@ def answer(config: Config, classes: dict[str, int], arguments: argparse.Namespac
     if arguments.mode != "exact":
         return rule_answer(model, batch, arguments.mode)
     machine = prepare(config.machine)
-    cost = predict(model, config, batch=batch, precision=machine.precision)
+    cost = predict(model, config, batch=batch, precision=machine.precision, all_tasks=True)
     result = {"mode": arguments.mode, "batch": batch, "precision": machine.precision, **cost.as_dict()}
     lines = [*notes, f"micro-batch {batch}, {machine.precision} ({machine.why}), storage {config.storage}",
              *table(cost, batch)]
+    if config.data.stem_mb:
+        lines.append(f"data.stem_mb: up to {config.data.stem_mb} MB of kept stems (10^6 bytes) come on top")
     status = 0
     if arguments.measure:
-        cost, seen = sweep.run(config, classes, batch=batch)
+        cost, seen = sweep.run(config, classes, batch=batch)  # of one task's step: its own, smaller prediction
         result["measured"] = {"quantities": sweep.compare(cost, seen), "process_peak": seen.process_peak,
                               "kept_by_block": sweep.compare_blocks(cost, seen),
                               "at_peak": [[a.bytes, a.phase, a.section, a.maker] for a in seen.at_peak]}
@@ -156,8 +160,9 @@ def table(cost: Cost, batch: int) -> list[str]:
         lines += [f"  {section:<20}  {sum(kinds.values()) / MB:>10.3f}  {first}",
                   *(f"{'':<36}{line}" for line in more)]
     lines += ["", f"{'training step, MB':<22}"]
+    average = [("weights' average", cost.average)] if cost.average else []
     lines += [f"  {name:<20}  {size / MB:>10.3f}" for name, size in [
-        ("parameters", cost.parameters), ("gradients", cost.gradients), ("optimiser", cost.optimiser),
+        ("parameters", cost.parameters), ("gradients", cost.gradients), ("optimiser", cost.optimiser), *average,
         ("kept for backward", cost.kept), *((f"most in {k}", v) for k, v in cost.transients.items()),
         ("peak of everything", cost.peak)]]
     lines += ["", f"{'GFLOPs':<22}  {'micro-batch':>10}  per image"]
@@ -173,6 +178,8 @@ def measured_table(measured: dict[str, Any], device: str) -> list[str]:
                      f"{row['difference']:>+10.3%}")
     lines += [f"  kept by {name:<12}  {row['predicted'] / MB:>10.3f}  {row['measured'] / MB:>10.3f}"
               for name, row in measured["kept_by_block"].items()]
+    lines.append("(a step of one task; a block's input is measured at the block that made it and predicted at the "
+                 "one that keeps it)")
     what = "CUDA's allocator" if device == "cuda" else "resident memory of the process, libraries included"
     lines += [f"{'peak in a step':<22}  {'':>10}  {measured['process_peak'] / MB:>10.1f}  {what}",
               "", "largest at the measured peak"]
@@ -183,11 +190,11 @@ def measured_table(measured: dict[str, Any], device: str) -> list[str]:
 def budget_lines(told: budget.Answer, batch: int) -> list[str]:
     verdict = "fits" if told.fits else "does not fit"
     room = (f"at most {told.largest_batch} images fit" if told.largest_batch else
-            "not even one image fits")
-    lines = [f"budget {told.budget / MB:.1f} MB: a micro-batch of {batch} takes {told.peak / MB:.1f} MB and "
+            f"not even one image fits, which takes {budget.digits(told.least)}")
+    lines = [f"budget {budget.digits(told.budget)}: a micro-batch of {batch} takes {budget.digits(told.peak)} and "
              f"{verdict}; {room}",
-             f"{'single changes, the best first':<32}  saved MB  extra GFLOPs  fits  key=value"]
-    lines += [f"  {c.what:<30}  {c.bytes / MB:>8.1f}  {c.flops / 1e9:>+12.1f}  "
+             f"{'single changes, the best first':<42}  saved MB  extra GFLOPs  fits  key=value"]
+    lines += [f"  {c.what:<40}  {c.bytes / MB:>8.3f}  {c.flops / 1e9:>+12.1f}  "
               f"{'yes' if c.fits else '-':<4}  {c.overrides}" for c in told.changes]
     return lines
 

@@ -43,6 +43,7 @@ class Change:
 class Answer:
     """Attributes:
         floor: bytes of the parameters, which any budget must exceed.
+        least: bytes at the peak with one image a micro-batch.
         largest_batch: images in a micro-batch that fit; 0 if not even one does.
         changes: those that save anything, the best first.
     """
@@ -50,6 +51,7 @@ class Answer:
     budget: int
     peak: int
     floor: int
+    least: int
     fits: bool
     largest_batch: int
     changes: list[Change]
@@ -74,6 +76,11 @@ def parse_bytes(text: str) -> int:
     return int(value)
 
 
+def digits(size: int) -> str:
+    """Bytes for a person, exact: so that what does not fit never reads as equal to the budget."""
+    return f"{size:,} B ({size / 2**20:.3f} MB)"
+
+
 def answer(config: Config, classes: dict[str, int], budget: int, *, batch: int, precision: str) -> Answer:
     """What `budget` bytes mean for a configuration that trains micro-batches of `batch` images.
 
@@ -83,16 +90,16 @@ def answer(config: Config, classes: dict[str, int], budget: int, *, batch: int, 
     model = plan_only(config, classes)
 
     def cost_of(images: int) -> Cost:
-        return predict(model, config, batch=images, precision=precision)
+        return predict(model, config, batch=images, precision=precision, all_tasks=True)
 
     cost = cost_of(batch)
     floor = cost.parameters
-    require(budget >= floor, "--budget", f"{budget / 2**20:.1f}MB", f"the parameters alone take "
-            f"{floor / 2**20:.1f} MB: take a smaller backbone or fewer experts")
+    require(budget >= floor, "--budget", digits(budget), f"the parameters alone take "
+            f"{digits(floor)}: take a smaller backbone or fewer experts")
     changes = [Change(what, overrides, cost.peak - other.peak, other.step_flops - cost.step_flops,
                       other.peak <= budget)
                for what, overrides, other in _alternatives(config, classes, batch, precision)]
-    return Answer(budget, cost.peak, floor, cost.peak <= budget,
+    return Answer(budget, cost.peak, floor, cost_of(1).peak, cost.peak <= budget,
                   largest(lambda images: cost_of(images).peak <= budget),
                   sorted((c for c in changes if c.bytes > 0), key=lambda c: c.worth, reverse=True))
 
@@ -115,16 +122,19 @@ def _alternatives(config: Config, classes: dict[str, int], batch: int, precision
     """(what, overrides, cost) of every single change that is possible here."""
     plan, depth = config.plan, len(plan_only(config, classes).plan)
     options: list[tuple[str, dict[str, Any]]] = []
-    earlier = sorted(max(i, block - 1) for i, block in enumerate(sorted(plan.drop)))
-    if plan.drop and earlier != sorted(plan.drop):
+    # A list of rates belongs to the blocks as they are written: each block moves, no rate changes place.
+    place = {block: max(i, block - 1) for i, block in enumerate(sorted(plan.drop))}
+    earlier = [place[block] for block in plan.drop]
+    if earlier != plan.drop:
         options.append(("drop one block earlier", {"plan.drop": earlier}))
     if not plan.drop and depth > 1:
-        options.append(("drop half of the tokens", {"plan.drop": [depth // 4]}))
+        options.append(("drop half of the tokens", {"plan.drop": [depth // 4], "plan.keep": 0.5}))
     trained = list(range(depth)) if plan.trainable == "all" else sorted(plan.trainable)
     if trained:
         fewer = trained[1:]
         dense = " and dense" if trained[0] in plan.experts else ""
-        options.append((f"leave block {trained[0]} frozen{dense}", {
+        embedding = "the embedding and " if plan.trainable == "all" else ""
+        options.append((f"leave {embedding}block {trained[0]} frozen{dense}", {
             "plan.trainable": fewer, "plan.experts": [i for i in plan.experts if i in fewer]}))
     options += [(f"store {name}", {"storage": name}) for name in STORAGES if name != config.storage]
     if precision == "fp32":
@@ -136,7 +146,7 @@ def _alternatives(config: Config, classes: dict[str, int], batch: int, precision
             changed = configuration.replace(config, **{k.replace(".", "__"): v for k, v in keys.items()})
             bf16 = "machine.precision" in keys
             cost = predict(plan_only(changed, classes), changed, batch=batch,
-                           precision="bf16" if bf16 else precision)
+                           precision="bf16" if bf16 else precision, all_tasks=True)
         except ConfigError:
             continue  # impossible for this backbone (an expert ratio that does not divide its FFN)
         yield what, " ".join(f"{k}={_yaml(v)}" for k, v in keys.items()), cost

@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from moe_bsr import describe
-from moe_bsr.block import block_bytes
-from moe_bsr.config import Config
+from moe_bsr.block import block_bytes, unstated
+from moe_bsr.config import Config, require
 from moe_bsr.cost.flops import forward_flops, step_flops
 from moe_bsr.ledger import INDEX, ROW, Held, Ledger, norm_bytes
 from moe_bsr.linear import frozen_matrices, linear_bytes
 from moe_bsr.machine import bf16_is_fast
+from moe_bsr.moe import MoE
 from moe_bsr.multitask import MultitaskViT
 from moe_bsr.storage import STORAGES
 
@@ -33,10 +34,11 @@ class Cost:
         parameters: weights and buffers as they are kept while training (frozen matrices in the compute dtype).
         copies: of trained weights in the compute dtype, alive from the forward to the backward; part of `kept`.
         gradients, optimiser: at the end of the backward and from the first update on.
+        average: the copy of the trained parameters that `train.ema` keeps.
         kept: for the backward pass. kept_by_block: the same by section and kind.
         transients: most bytes alive in forward, backward and optimiser over what lived before the step,
             `kept` included, gradients not.
-        peak: of everything.
+        peak: of everything but the images and what `data.stem_mb` keeps of them.
         forward_flops, step_flops: of the micro-batch; two for a multiply-add.
     """
 
@@ -44,6 +46,7 @@ class Cost:
     copies: int
     gradients: int
     optimiser: int
+    average: int
     kept: int
     kept_by_block: dict[str, dict[str, int]]
     transients: dict[str, int]
@@ -67,32 +70,48 @@ def predict(model: MultitaskViT, config: Config, *, batch: int, precision: str, 
     Args:
         model: on any device, `plan_only`'s included. precision: "fp32" or "bf16".
         task: by default the one with the most classes.
-        all_tasks: as in a run in which every task had its turn: optimiser state of all heads and routers
-            (and with joint sampling their gradients).
+        all_tasks: as in a run in which every task had its turn: optimiser state of all heads and routers, with
+            joint sampling their gradients, and at the peak what earlier micro-batches of an update left.
+    Raises:
+        ConfigError: a part of the backbone, or the experts' engine, trains but states no cost.
     """
     size = 2 if precision == "bf16" else 4
+    require(config.moe.engine != "grouped" or not config.plan.experts, "moe.engine", "grouped",
+            "states no cost; use loop, or auto on a CPU")
+    parts = _unstated(model, size)
+    require(not parts, "backbone.name", config.backbone.name, f"states no cost for its {', '.join(parts)}: such a "
+            "backbone trains but cannot be costed; take one as plain as deit_small_patch16_224")
     classes = model.heads[task].out_features if task else max(h.out_features for h in model.heads.values())
     trained = [p for p in _active(model, task) if p.requires_grad]
     stepped = [p for p in model.parameters() if p.requires_grad] if all_tasks else trained
     if all_tasks and config.sampler.kind == "joint":
         trained = stepped
     gradients = sum(p.numel() for p in trained) * ROW
-    ledger = Ledger(size, THREADS, native=bf16_is_fast(torch.device("cpu"))[0])
-    forward, backward, kept = _play(ledger, model, batch, classes)
+    native = bf16_is_fast(torch.device("cpu"))[0]
+    forward, backward, kept, reported = _play(Ledger(size, THREADS, native=native), model, batch, classes)
     total = sum(sum(kinds.values()) for kinds in kept.values())
     parameters = _weights(model, size)
     optimiser = _state(stepped, config)
+    average = 0 if config.train.ema is None else sum(p.numel() for p in model.parameters() if p.requires_grad) * ROW
     transients = {"forward": forward, "backward": backward, "optimiser": _update(trained, config)}
     largest = max(forward, backward + gradients, transients["optimiser"] + gradients)
-    return Cost(parameters=parameters, gradients=gradients, optimiser=optimiser, kept=total,
+    earlier = _micro_batches(model, config) - 1 if all_tasks else 0
+    if earlier:
+        _, again, _, _ = _play(Ledger(size, THREADS, native=native), model, batch, classes, accumulate=True)
+        largest = max(forward, again, transients["optimiser"]) + gradients + earlier * reported
+    return Cost(parameters=parameters, gradients=gradients, optimiser=optimiser, average=average, kept=total,
                 copies=sum(kinds.get("weight copies", 0) for kinds in kept.values()), kept_by_block=kept,
-                transients=transients, peak=parameters + optimiser + largest,
+                transients=transients, peak=parameters + optimiser + average + largest,
                 forward_flops=batch * forward_flops(model), step_flops=batch * step_flops(model))
 
 
-def _play(ledger: Ledger, model: MultitaskViT, batch: int, classes: int
-          ) -> tuple[int, int, dict[str, dict[str, int]]]:
-    """Peak bytes of the forward and of the backward, and what is kept between them."""
+def _play(ledger: Ledger, model: MultitaskViT, batch: int, classes: int, accumulate: bool = False
+          ) -> tuple[int, int, dict[str, dict[str, int]], int]:
+    """Peak bytes of the forward and of the backward, what is kept between them, and what the output holds.
+
+    Args:
+        accumulate: whether there are gradients already, beside which a block's new ones are made in the backward.
+    """
     vit, counts = model.vit, describe.counts(model)
     width, tokens, size = vit.embed_dim, counts[0][0], ledger.size
     stream, side = batch * tokens * width, vit.patch_embed.img_size[0]
@@ -131,7 +150,7 @@ def _play(ledger: Ledger, model: MultitaskViT, batch: int, classes: int
         ledger.free(x)
         x = out
         if ledger.grad:
-            tape.append(back)
+            tape.append((back, _made_at_once(block, storage.again) if accumulate else 0))
 
     ledger.section = "head"
     ledger.grad = model.path_start < len(vit.blocks)
@@ -158,13 +177,50 @@ def _play(ledger: Ledger, model: MultitaskViT, batch: int, classes: int
         ledger.free(of_norm(grad))
         grad = ledger.make(batch * counts[-1][1] * width * size)
         while tape and grad is not None:
-            grad = tape.pop()(grad)
+            back, size_of_new = tape.pop()
+            new = ledger.make(size_of_new)
+            grad = back(grad)
+            ledger.free(new)
         if grad is not None:  # back through the sum with the position embeddings, in float32
             of_patches = ledger.make(stream * ROW)
             ledger.scratch(0 if size == 4 else stream * size)
             of_embedding(of_patches)
     ledger.free(origin, *records)
-    return forward, ledger.peak, kept
+    return forward, ledger.peak, kept, sum(record.bytes for record in records) + logits.bytes
+
+
+def _made_at_once(block: nn.Module, again: bool) -> int:
+    """Bytes of the gradients a block's backward makes before any is added to what an earlier one left: all if the
+    block runs again, else those of a layer: of all experts together, or of one matrix."""
+    sizes = [p.numel() for p in block.parameters() if p.requires_grad]
+    if again:
+        return sum(sizes) * ROW
+    if isinstance(block.mlp, MoE):
+        return sum(p.numel() for p in block.mlp.experts.parameters() if p.requires_grad) * ROW
+    return max(sizes, default=0) * ROW
+
+
+def _micro_batches(model: MultitaskViT, config: Config) -> int:
+    """How many go into one update."""
+    return config.train.accumulate * (len(model.tasks) if config.sampler.kind == "joint" else 1)
+
+
+def _unstated(model: MultitaskViT, size: int) -> list[str]:
+    """The parts that run but of which nobody here says what they allocate."""
+    vit = model.vit
+    scaled = any(not isinstance(block.ls1, nn.Identity) for block in vit.blocks)
+    parts = {name for block, plan in zip(vit.blocks, model.plan, strict=True)
+             for name in unstated(block, plan, vit.has_class_token)}
+    kinds = {
+        "norm before the blocks": isinstance(vit.norm_pre, nn.Identity),
+        "norm of the patches": isinstance(vit.patch_embed.norm, nn.Identity),
+        "norm after pooling": isinstance(vit.fc_norm, nn.Identity),
+        "pooling by attention": vit.attn_pool is None,
+        "want of a final norm": isinstance(vit.norm, nn.LayerNorm) or isinstance(vit.fc_norm, nn.LayerNorm),
+        # Its float32 factors make the whole stream float32, where this expects the compute dtype.
+        "LayerScale in bf16 (machine.precision=fp32 has one)": size == 4 or not scaled,
+    }
+    return sorted(parts) + [name for name, stated in kinds.items() if not stated]
 
 
 def _active(model: MultitaskViT, task: str | None) -> list[nn.Parameter]:

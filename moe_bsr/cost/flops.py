@@ -15,19 +15,23 @@ def forward_flops(model: MultitaskViT) -> int:
 
 
 def step_flops(model: MultitaskViT) -> int:
-    """Of one image in a training step: forward, backward where it must run, recomputation if any."""
+    """Of one image in a training step: forward, backward where it must run, recomputation if any.
+
+    Pooling by attention is left out: `predict` refuses a backbone that has it.
+    """
     vit = model.vit
     embed = vit.patch_embed.num_patches * vit.patch_embed.proj.weight.numel()
     heads = sum(head.weight.numel() for head in model.heads.values()) / len(model.heads)
     path = model.path_start < len(vit.blocks)
+    attached = model.tokens_config.fuse != "none" and not model.tokens_config.detach
     total = embed * (1 + model.embedding_trains) + heads * (2 + path)
     for index, (layer, plan, (n, m)) in enumerate(zip(vit.blocks, model.plan, describe.counts(model),
                                                       strict=True)):
-        forward = block.multiply_adds(layer, plan, n, m)
+        forward = block.multiply_adds(layer, plan, n, m, vit.has_class_token)
         total += forward
         if index < model.path_start:
             continue
-        products, of_weights = block.backward_multiply_adds(layer, plan, n, m)
+        products, of_weights = block.backward_multiply_adds(layer, plan, n, m, vit.has_class_token, attached)
         total += products + of_weights
         if STORAGES[model.storages[index]].again:
             total += forward
