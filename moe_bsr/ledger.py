@@ -30,14 +30,15 @@ Backward = Callable[[Held], Held | None]
 class Ledger:
     """Attributes:
         size: bytes of an element in the compute dtype. threads: of the kernels' scratch memory.
+        shares: of a mixture layer, its largest expert's group over an equal one, where that is known.
         native: whether the CPU has bf16 instructions; without them oneDNN works by other kernels.
         tokens: how many there are at this point (a packed tensor has one scale for all of them).
         grad: whether a graph is being built. live, peak: bytes. kept: by section and kind.
         pack: (bytes of a tensor, its columns' scales) -> bytes packed, or None.
     """
 
-    def __init__(self, size: int, threads: int, native: bool = True) -> None:
-        self.size, self.threads, self.native = size, threads, native
+    def __init__(self, size: int, threads: int, native: bool = True, shares: dict | None = None) -> None:
+        self.size, self.threads, self.native, self.shares = size, threads, native, shares or {}
         self.grad, self.section, self.tokens = False, "", 1
         self.pack: Callable[[Held], tuple[int, int]] | None = None
         self.live = self.peak = self.decided = 0

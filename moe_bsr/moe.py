@@ -163,8 +163,8 @@ def moe_bytes(ledger: Ledger, moe: MoE, x: Held, tokens: int, needs_x: bool
     """Kept: tokens, choices, gates, and of each row its hidden values.
 
     How many rows each expert gets is decided by values; the statement is that of equal shares, each
-    padded by half of what rows are padded to, and of `largest_share` for what only one expert has alive
-    at a time. Returns output, what the routing record holds, and the backward.
+    padded by half of what rows are padded to, and of `largest_share` (or what the ledger knows of this
+    layer) for what only one expert has alive at a time. Returns output, what the routing record holds, and the backward.
     """
     experts, hidden, width = moe.experts.fc1_weight.shape
     size, k = ledger.size, moe.top_k
@@ -172,7 +172,8 @@ def moe_bytes(ledger: Ledger, moe: MoE, x: Held, tokens: int, needs_x: bool
     rows = tokens * k + padding
     each, left = divmod(rows, experts)
     cast = 0 if size == 4 else hidden * width * size
-    largest = int(largest_share(width, experts, k) * each)
+    share = ledger.shares.get(moe) or largest_share(width, experts, k)
+    largest = int(share * each)
     routers = any(p.requires_grad for p in moe.router.parameters())
 
     def one_expert(wide: int, narrow: int, scratch: int) -> None:

@@ -105,6 +105,8 @@ def answer(config: Config, classes: dict[str, int], arguments: argparse.Namespac
                               "kept_by_block": sweep.compare_blocks(cost, seen),
                               "at_peak": [[a.bytes, a.phase, a.section, a.maker] for a in seen.at_peak]}
         lines += ["", *measured_table(result["measured"], machine.device.type)]
+        if config.plan.experts:
+            lines.append("predicted here with the largest expert's group as it was in this step: values decide it")
     if arguments.budget is not None:
         size = budget.parse_bytes(arguments.budget)
         told = budget.answer(config, classes, size, batch=batch, precision=machine.precision)

@@ -64,7 +64,7 @@ class Cost:
 
 
 def predict(model: MultitaskViT, config: Config, *, batch: int, precision: str, task: str | None = None,
-            all_tasks: bool = False) -> Cost:
+            all_tasks: bool = False, shares: dict[int, float] | None = None) -> Cost:
     """The cost of training steps of one task's micro-batches of `batch` images.
 
     Args:
@@ -72,6 +72,7 @@ def predict(model: MultitaskViT, config: Config, *, batch: int, precision: str, 
         task: by default the one with the most classes.
         all_tasks: as in a run in which every task had its turn: optimiser state of all heads and routers, with
             joint sampling their gradients, and at the peak what earlier micro-batches of an update left.
+        shares: by block with experts, the largest expert's group over an equal one, once it is known: values decide it.
     Raises:
         ConfigError: a part of the backbone, or the experts' engine, trains but states no cost.
     """
@@ -88,7 +89,8 @@ def predict(model: MultitaskViT, config: Config, *, batch: int, precision: str, 
         trained = stepped
     gradients = sum(p.numel() for p in trained) * ROW
     native = bf16_is_fast(torch.device("cpu"))[0]
-    forward, backward, kept, reported = _play(Ledger(size, THREADS, native=native), model, batch, classes)
+    known = {model.vit.blocks[index].mlp: share for index, share in (shares or {}).items()}
+    forward, backward, kept, reported = _play(Ledger(size, THREADS, native, known), model, batch, classes)
     total = sum(sum(kinds.values()) for kinds in kept.values())
     parameters = _weights(model, size)
     optimiser = _state(stepped, config)
@@ -97,7 +99,7 @@ def predict(model: MultitaskViT, config: Config, *, batch: int, precision: str, 
     largest = max(forward, backward + gradients, transients["optimiser"] + gradients)
     earlier = _micro_batches(model, config) - 1 if all_tasks else 0
     if earlier:
-        _, again, _, _ = _play(Ledger(size, THREADS, native=native), model, batch, classes, accumulate=True)
+        _, again, _, _ = _play(Ledger(size, THREADS, native, known), model, batch, classes, accumulate=True)
         largest = max(forward, again, transients["optimiser"]) + gradients + earlier * reported
     return Cost(parameters=parameters, gradients=gradients, optimiser=optimiser, average=average, kept=total,
                 copies=sum(kinds.get("weight copies", 0) for kinds in kept.values()), kept_by_block=kept,

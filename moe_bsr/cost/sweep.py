@@ -16,7 +16,7 @@ from moe_bsr.cost.exact import Cost, predict
 from moe_bsr.cost.meter import Measured, measure
 from moe_bsr.cost.step import training_step
 from moe_bsr.machine import prepare
-from moe_bsr.multitask import MultitaskViT
+from moe_bsr.multitask import MultitaskViT, Output
 from moe_bsr.storage import STORAGES
 
 TOLERANCES = {"parameters": 0.0, "gradients": 0.0, "optimiser": 0.0, "kept": 0.02, "transients": 0.05}
@@ -39,7 +39,8 @@ def run(config: Config, classes: dict[str, int], *, batch: int, vit: VisionTrans
         ) -> tuple[Cost, Measured]:
     """The prediction for a step of the task with most classes, and its measurement, on random weights.
 
-    What a step allocates depends on shapes alone; only the sizes of the experts' groups depend on values.
+    What a step allocates depends on shapes alone; only the sizes of the experts' groups depend on values,
+    and the largest of each layer is taken from the step that is measured.
 
     Args:
         vit: the backbone if it was made before; a copy is used.
@@ -49,8 +50,17 @@ def run(config: Config, classes: dict[str, int], *, batch: int, vit: VisionTrans
     machine = prepare(config.machine)
     model = MultitaskViT(copy.deepcopy(vit), config, classes)
     task = max(classes, key=classes.get)
-    cost = predict(model, config, batch=batch, precision=machine.precision, task=task)
-    return cost, measure(training_step(machine.place(model), config, machine, batch=batch, task=task))
+    step = training_step(machine.place(model), config, machine, batch=batch, task=task)
+    shares: dict[int, float] = {}
+
+    def note_shares(_, __, output: Output) -> None:
+        for index, routing in output.routing.items():
+            load = routing.load.detach()
+            shares[index] = float(load.max() / load.mean())
+
+    with model.register_forward_hook(note_shares):
+        seen = measure(step)  # its last forward pass is that of the step it traces
+    return predict(model, config, batch=batch, precision=machine.precision, task=task, shares=shares), seen
 
 
 def random_backbone(config: Config) -> VisionTransformer:
