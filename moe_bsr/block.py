@@ -46,7 +46,7 @@ def forward(block: Block, tokens: Tokens, *, plan: BlockPlan, config: TokensConf
     record = Record()
     attached = config.fuse != "none" and not config.detach  # only the fused token's weights have a gradient
     hidden, *scores = attend(block.attn, block.norm1(tokens.x), plan.keep < 1, has_class_token, attached)
-    x = tokens.x + block.drop_path1(block.ls1(hidden))
+    x = tokens.x + block.drop_path1(scale(block.ls1, hidden))
     tokens = Tokens(x, tokens.origin, tokens.fused)
     del hidden, x  # or they would live through the FFN, the widest part
     if plan.keep < 1:
@@ -56,8 +56,13 @@ def forward(block: Block, tokens: Tokens, *, plan: BlockPlan, config: TokensConf
         hidden, record.routing = block.mlp(block.norm2(tokens.x), task, decisions, noise_key)
     else:
         hidden = feed_forward(block.mlp, block.norm2(tokens.x))
-    x = tokens.x + block.drop_path2(block.ls2(hidden))
+    x = tokens.x + block.drop_path2(scale(block.ls2, hidden))
     return Tokens(x, tokens.origin, tokens.fused), record
+
+
+def scale(layer: nn.Module, x: Tensor) -> Tensor:
+    """LayerScale in the type of x: float32 factors would widen a bf16 stream for all that follows."""
+    return x * layer.gamma.to(x.dtype) if type(layer) is LayerScale and not layer.inplace else layer(x)
 
 
 def attend(layer: Attention, hidden: Tensor, scores: bool, has_class_token: bool, attached: bool

@@ -205,10 +205,13 @@ def test_the_peak_of_a_run_counts_its_average_and_what_earlier_micro_batches_lef
 
 
 @pytest.mark.parametrize("plan", ["full", "bsr"])
-@pytest.mark.parametrize("storage", ["exact", "int8", "recompute"])
-def test_predictions_hold_with_layer_scale(tmp_path, plan, storage):
+@pytest.mark.parametrize(("precision", "storage"), [
+    ("fp32", "exact"), ("fp32", "int8"), ("fp32", "recompute"), ("bf16", "exact"), ("bf16", "int8")])
+def test_predictions_hold_with_layer_scale(tmp_path, plan, precision, storage):
+    """In bf16 they would not if its float32 factors made the stream float32."""
     keys = sweep.plans(4)["full"] if plan == "full" else {"trainable": [1, 3], "drop": [1, 2], "experts": []}
-    config = make_config(tmp_path, storage=storage, **{f"plan__{k}": v for k, v in keys.items()})
+    config = make_config(tmp_path, storage=storage, machine__precision=precision,
+                         **{f"plan__{k}": v for k, v in keys.items()})
     compared = sweep.compare(*sweep.run(config, CLASSES, batch=40, vit=make_vit("layer-scale")))
     for quantity, tolerance in sweep.TOLERANCES.items():
         assert abs(compared[quantity]["difference"]) <= tolerance, (quantity, compared[quantity])
@@ -226,8 +229,7 @@ def test_a_part_that_states_no_cost_is_refused_by_name(tmp_path, kind, part):
 
 
 @pytest.mark.parametrize(("backbone", "precision", "part"), [
-    ("vit_base_patch16_clip_quickgelu_224", "fp32", "QuickGELU"), ("vit_giant_patch14_dinov2", "fp32", "GluMlp"),
-    ("deit3_small_patch16_224", "bf16", "LayerScale")])
+    ("vit_base_patch16_clip_quickgelu_224", "fp32", "QuickGELU"), ("vit_giant_patch14_dinov2", "fp32", "GluMlp")])
 def test_a_backbone_that_cannot_be_costed_is_named(ask, backbone, precision, part):
     status, _, error = ask(f"backbone.name={backbone}", "backbone.image_size=null", "plan.experts=[]",
                            f"machine.precision={precision}")

@@ -79,7 +79,7 @@ def predict(model: MultitaskViT, config: Config, *, batch: int, precision: str, 
     size = 2 if precision == "bf16" else 4
     require(config.moe.engine != "grouped" or not config.plan.experts, "moe.engine", "grouped",
             "states no cost; use loop, or auto on a CPU")
-    parts = _unstated(model, size)
+    parts = _unstated(model)
     require(not parts, "backbone.name", config.backbone.name, f"states no cost for its {', '.join(parts)}: such a "
             "backbone trains but cannot be costed; take one as plain as deit_small_patch16_224")
     classes = model.heads[task].out_features if task else max(h.out_features for h in model.heads.values())
@@ -207,10 +207,9 @@ def _micro_batches(model: MultitaskViT, config: Config) -> int:
     return config.train.accumulate * (len(model.tasks) if config.sampler.kind == "joint" else 1)
 
 
-def _unstated(model: MultitaskViT, size: int) -> list[str]:
+def _unstated(model: MultitaskViT) -> list[str]:
     """The parts that run but of which nobody here says what they allocate."""
     vit = model.vit
-    scaled = any(not isinstance(block.ls1, nn.Identity) for block in vit.blocks)
     parts = {name for block, plan in zip(vit.blocks, model.plan, strict=True)
              for name in unstated(block, plan, vit.has_class_token)}
     kinds = {
@@ -219,8 +218,6 @@ def _unstated(model: MultitaskViT, size: int) -> list[str]:
         "norm after pooling": isinstance(vit.fc_norm, nn.Identity),
         "pooling by attention": vit.attn_pool is None,
         "want of a final norm": isinstance(vit.norm, nn.LayerNorm) or isinstance(vit.fc_norm, nn.LayerNorm),
-        # Its float32 factors make the whole stream float32, where this expects the compute dtype.
-        "LayerScale in bf16 (machine.precision=fp32 has one)": size == 4 or not scaled,
     }
     return sorted(parts) + [name for name, stated in kinds.items() if not stated]
 
