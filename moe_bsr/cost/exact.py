@@ -96,23 +96,26 @@ def predict(model: MultitaskViT, config: Config, *, batch: int, precision: str, 
     optimiser = _state(stepped, config)
     average = 0 if config.train.ema is None else sum(p.numel() for p in model.parameters() if p.requires_grad) * ROW
     transients = {"forward": forward, "backward": backward, "optimiser": _update(trained, config)}
-    largest = max(forward, backward + gradients, transients["optimiser"] + gradients)
     earlier = _micro_batches(model, config) - 1 if all_tasks else 0
+    _, beside, _, _ = _play(Ledger(size, THREADS, native, known), model, batch, classes, "more" if earlier else "first")
     if earlier:
-        _, again, _, _ = _play(Ledger(size, THREADS, native, known), model, batch, classes, accumulate=True)
-        largest = max(forward, again, transients["optimiser"]) + gradients + earlier * reported
+        largest = max(forward, beside, transients["optimiser"]) + gradients + earlier * reported
+    else:
+        outside = gradients - sum(_gradients(block) for block in model.vit.blocks)  # of the head, the last norm ...
+        largest = max(forward, beside + max(outside, 0), transients["optimiser"] + gradients)
     return Cost(parameters=parameters, gradients=gradients, optimiser=optimiser, average=average, kept=total,
                 copies=sum(kinds.get("weight copies", 0) for kinds in kept.values()), kept_by_block=kept,
                 transients=transients, peak=parameters + optimiser + average + largest,
                 forward_flops=batch * forward_flops(model), step_flops=batch * step_flops(model))
 
 
-def _play(ledger: Ledger, model: MultitaskViT, batch: int, classes: int, accumulate: bool = False
+def _play(ledger: Ledger, model: MultitaskViT, batch: int, classes: int, gradients: str = "apart"
           ) -> tuple[int, int, dict[str, dict[str, int]], int]:
     """Peak bytes of the forward and of the backward, what is kept between them, and what the output holds.
 
     Args:
-        accumulate: whether there are gradients already, beside which a block's new ones are made in the backward.
+        gradients: "apart", not counted; "first", a block's appear as its backward begins; "more", there are some
+            already, beside which a block's new ones are made and added to them.
     """
     vit, counts = model.vit, describe.counts(model)
     width, tokens, size = vit.embed_dim, counts[0][0], ledger.size
@@ -152,7 +155,8 @@ def _play(ledger: Ledger, model: MultitaskViT, batch: int, classes: int, accumul
         ledger.free(x)
         x = out
         if ledger.grad:
-            tape.append((back, _made_at_once(block, storage.again) if accumulate else 0))
+            made = {"apart": 0, "first": _gradients(block), "more": _made_at_once(block, storage.again)}[gradients]
+            tape.append((back, made))
 
     ledger.section = "head"
     ledger.grad = model.path_start < len(vit.blocks)
@@ -182,7 +186,8 @@ def _play(ledger: Ledger, model: MultitaskViT, batch: int, classes: int, accumul
             back, size_of_new = tape.pop()
             new = ledger.make(size_of_new)
             grad = back(grad)
-            ledger.free(new)
+            if gradients == "more":
+                ledger.free(new)
         if grad is not None:  # back through the sum with the position embeddings, in float32
             of_patches = ledger.make(stream * ROW)
             ledger.scratch(0 if size == 4 else stream * size)
@@ -191,15 +196,18 @@ def _play(ledger: Ledger, model: MultitaskViT, batch: int, classes: int, accumul
     return forward, ledger.peak, kept, sum(record.bytes for record in records) + logits.bytes
 
 
+def _gradients(block: nn.Module) -> int:
+    return sum(p.numel() for p in block.parameters() if p.requires_grad) * ROW
+
+
 def _made_at_once(block: nn.Module, again: bool) -> int:
     """Bytes of the gradients a block's backward makes before any is added to what an earlier one left: all if the
     block runs again, else those of a layer: of all experts together, or of one matrix."""
-    sizes = [p.numel() for p in block.parameters() if p.requires_grad]
     if again:
-        return sum(sizes) * ROW
+        return _gradients(block)
     if isinstance(block.mlp, MoE):
         return sum(p.numel() for p in block.mlp.experts.parameters() if p.requires_grad) * ROW
-    return max(sizes, default=0) * ROW
+    return max((p.numel() for p in block.parameters() if p.requires_grad), default=0) * ROW
 
 
 def _micro_batches(model: MultitaskViT, config: Config) -> int:
