@@ -84,10 +84,14 @@ def _register(name: str, pack, packed_bytes) -> None:
         def backward(grad: Held) -> Held | None:
             restored = ledger.make(x.bytes) if pack is not None else x
             ledger.free(kept if pack is not None else None)
+            dropped = grad.bytes < x.bytes  # where the gradient goes on in another tensor, the engine still holds
+            grad.saves += dropped  # the one it gave until the whole block is done
             with ledger.mode(True):
                 again, twice, back = part(restored)
                 ledger.free(again, *twice)
                 out = back(grad)
+            if dropped:
+                ledger.release(grad)
             ledger.release(kept)
             ledger.release(decisions)
             ledger.free(restored if pack is not None else None)
