@@ -255,7 +255,8 @@ def backward_multiply_adds(block: Block, plan: BlockPlan, attention_tokens: int,
     n = attention_tokens
     maps, scores = n * n * _inner(block), _scores(block, plan, n, has_class_token)
     of_matrices = multiply_adds(block, plan, n, ffn_tokens, has_class_token) - 2 * maps - scores
-    inputs = of_matrices + 5 * maps + (2 * scores if attached else 0)
+    again = 0 if has_class_token else scores  # a whole map, computed once more as well
+    inputs = of_matrices + 5 * maps + (2 * scores + again if attached else 0)
     if not plan.trainable:
         return inputs, 0
     frozen = isinstance(block.mlp, MoE) and not any(p.requires_grad for p in block.mlp.router.parameters())

@@ -105,7 +105,7 @@ def test_warm_up_rises_to_the_full_rate_then_a_cosine_falls():
 
 @pytest.mark.parametrize("warmup, steps, rates", [
     (0, 2, [1, 0.5]), (0, 1, [1]), (1, 3, [1, 1, 0.5]), (2, 4, [0.5, 1, 1, 0.5]),
-    (4, 4, [0.25, 0.5, 0.75, 1]), (10, 3, [0.1, 0.2, 0.3]), (0.5, 4, [0.5, 1, 1, 0.5]),
+    (4, 4, [0.25, 0.5, 0.75, 1]), (4, 5, [0.25, 0.5, 0.75, 1, 1]), (0.5, 4, [0.5, 1, 1, 0.5]),
     (0.05, 4, [1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]),
 ])
 def test_warm_up_is_a_share_below_one_and_a_count_from_one_on(warmup, steps, rates):
