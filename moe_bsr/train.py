@@ -277,9 +277,9 @@ class Trainer:
         state: dict[str, Any] = {}
         if resume:
             checkpoint.recover(self.folder)
-        if resume and not checkpoint.steps(self.folder):
-            notes.append(f"no checkpoint to resume from in {self.folder}: starting at the first step")
-        elif resume:
+            if not checkpoint.steps(self.folder) and (self.folder / "config.yaml").is_file():
+                notes.append(f"no checkpoint to resume from in {self.folder}: starting at the first step")
+        if resume and checkpoint.steps(self.folder):
             place = checkpoint.latest(self.folder, warn=notes.append)
             tensors, state = checkpoint.read(place)
             resolved = run.read_config(self.folder)[1]
