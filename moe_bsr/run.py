@@ -196,7 +196,9 @@ def differences(old: Config, new: Config) -> list[str]:
 
 
 def check_folder(config: Config, folder: Path, resume: bool) -> None:
-    """Raise ConfigError if the folder holds another run, or without `resume` any."""
+    """Raise ConfigError if the folder holds another run, or without `resume` any, or is none."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--run {folder}: is a file; name a folder")
     parts = [folder / name for name in config.task_names()] if config.mode == "stl" else []
     if not resume and any(checkpoint.steps(place) or (place / "report.json").is_file()
                           for place in (folder, *parts)):
@@ -218,7 +220,7 @@ def check_data(run: Path, before: dict[str, dict[str, Any]], tasks: dict[str, Ta
         then, now = before[name], about_data(data)
         changed = [f"{key} was {then.get(key)}, now {now[key]}" for key in ("train", "val", "test", "classes")
                    if then.get(key) != now[key]]
-        if not changed and then.get("labels_sha256") != now["labels_sha256"]:
+        if not changed and then.get("labels_sha256", now["labels_sha256"]) != now["labels_sha256"]:
             changed = ["other labels, or in another order"]
         if changed:
             raise ConfigError(f"--resume {run}: the data of task {name} changed ({data.origin}): "

@@ -174,9 +174,9 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = rate * group["lr_scale"]
         tasks = self.sampler.tasks(self.step)
+        drawn = [next(batches) for _ in tasks]  # before anything is done: an image may be unreadable
         done = []
-        for index in range(len(tasks)):
-            task, *batch = next(batches)
+        for index, (task, *batch) in enumerate(drawn):
             share = self.weights[task] / len(tasks)
             done.append((task, *self._backward(task, *batch, share, index * settings.accumulate)))
         norm = self._clip()

@@ -225,21 +225,21 @@ def test_other_data_under_the_same_names_cannot_resume(config, tmp_path, monkeyp
     assert (tmp_path / "config.yaml").read_bytes() == before
 
 
-def test_an_unreadable_image_costs_no_update_that_was_done(config, whole, tmp_path, monkeypatch):
-    def four_batches(*arguments):
-        yield from itertools.islice(Loader(*arguments), 4)
+@pytest.mark.parametrize(("kind", "batches"), [("temperature", 5), ("joint", 11)])
+def test_an_unreadable_image_costs_no_update_that_was_done(config, tmp_path, monkeypatch, kind, batches):
+    """In the sixth update; of joint ones in its second task's batch."""
+    def some(*arguments):
+        yield from itertools.islice(Loader(*arguments), batches)
         raise UnreadableImage("bee/3.png: not a readable image")
 
+    config = replace(config, sampler__kind=kind)
+    train(config, tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(UnreadableImage):
-        patch.setattr(TRAIN, "Loader", four_batches)
-        train(replace(config, train__evaluate_every=0), tmp_path / "other")
-    assert checkpoint.steps(tmp_path / "other")[-1] == 4
-    with monkeypatch.context() as patch, pytest.raises(UnreadableImage):
-        patch.setattr(TRAIN, "Loader", four_batches)
-        train(config, tmp_path)
-    assert checkpoint.steps(tmp_path)[-1] == 4
-    train(config, tmp_path, resume=True)
-    assert_same(tmp_path, whole)
+        patch.setattr(TRAIN, "Loader", some)
+        train(config, tmp_path / "cut")
+    assert checkpoint.steps(tmp_path / "cut")[-1] == 5
+    train(config, tmp_path / "cut", resume=True)
+    assert_same(tmp_path / "cut", tmp_path / "whole")
 
 
 def test_several_processes_are_refused(config, tmp_path, monkeypatch):

@@ -44,14 +44,13 @@ def main(arguments: list[str] | None = None) -> int:
         if arguments.dry_run:
             return dry_run(config, folder, arguments.resume)
         result = train(config, folder, arguments.resume)
-    except (NonFiniteLoss, FloatingPointError, UnreadableImage) as error:
+    except (ConfigError, CheckpointError, NonFiniteLoss, FloatingPointError, OSError, ValueError) as error:
         print(f"train.py: {error}", file=sys.stderr)
-        return 2 if arguments.dry_run else 1
-    except (ConfigError, CheckpointError, OSError, ValueError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
+        # A full disk or a damaged image ends a training; what is not there is refused before there is one.
+        failed = isinstance(error, (NonFiniteLoss, FloatingPointError, OSError, UnreadableImage))
+        return 1 if failed and not arguments.dry_run and not isinstance(error, FileNotFoundError) else 2
     except KeyboardInterrupt:
-        print("train.py: interrupted before training began", file=sys.stderr)
+        print("train.py: interrupted outside of training; a run that had begun goes on with --resume", file=sys.stderr)
         return 130
     print((folder / "report.md").read_text())
     if result["status"] == "interrupted":
@@ -77,8 +76,6 @@ def dry_run(config: configuration.Config, folder: Path, resume: bool) -> int:
     if config.data.stem_mb:
         with machine.autocast():
             print(Stems(model, {name: len(data.train) for name, data in tasks.items()}, config.data.stem_mb))
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--run {folder}: is a file; name a folder")
     run.check_folder(config, folder, resume)
     print(f"run folder {folder}; {machine.precision} on {machine.device} ({machine.why})")
     return 0

@@ -44,14 +44,14 @@ class UnreadableImage(ValueError):
 def upright(image: Image.Image) -> Image.Image:
     """RGB, turned as its EXIF orientation says: as every viewer shows it.
 
-    Raises ValueError for floating-point pixels, of which nobody knows what is white.
+    Raises ValueError for 32-bit and floating-point pixels, of which nobody knows what is white.
     """
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers: convert it to 8 or 16 bits")
-    if image.mode.startswith("I"):  # Pillow would cut 16 bits off at 255
-        wide = np.asarray(image)
-        image = Image.fromarray((wide // 257 if wide.max() > 255 else wide).astype(np.uint8))
-    return ImageOps.exif_transpose(image).convert("RGB")
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F"):
+        raise ValueError("its pixels are 32-bit or floating-point numbers: convert it to 8 or 16 bits")
+    if image.mode.startswith("I;16"):  # Pillow would cut them off at 255
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def decode(encoded: bytes | Path, name: str) -> np.ndarray:
