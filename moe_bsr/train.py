@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from moe_bsr import checkpoint, describe, report, run
@@ -55,23 +56,20 @@ def train(config: Config, folder: str | Path = "runs/run", resume: bool = False)
     if resume and (done := report.read(folder)) is not None and done["status"] == "finished":
         return done
     if config.mode == "stl":
-        return _train_each(config, folder, machine, resume)
-    names = config.task_names()
-    tasks = {name: run.open_task(config, path) for name, path in zip(names, config.tasks, strict=True)}
+        return _train_each(config, folder, resume)
+    tasks = {name: run.open_task(config, file) for name, file in config.task_files().items()}
     model = build(config, {name: len(data.class_names) for name, data in tasks.items()})
     return Trainer(config, machine.place(model), tasks, machine, folder).fit(resume)
 
 
-def _train_each(config: Config, folder: Path, machine: Machine, resume: bool) -> dict[str, Any]:
+def _train_each(config: Config, folder: Path, resume: bool) -> dict[str, Any]:
     """One complete run per task; finished ones are not repeated on resume."""
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.write_whole(folder / "config.yaml", configuration.dump(config))
     parts: dict[str, dict[str, Any]] = {}
     names = config.task_names()
-    for name, path in zip(names, config.tasks, strict=True):
-        weights = {t: w for t, w in config.train.task_weights.items() if t == name}
-        alone = configuration.replace(config, mode="multitask", tasks=[path], train__task_weights=weights)
-        parts[name] = train(alone, folder / name, resume)
+    for name in names:
+        parts[name] = train(config.of_task(name), folder / name, resume)
         whole = report.aggregate(parts, names)
         report.write(folder, whole)
         if parts[name]["status"] != "finished":
@@ -133,9 +131,11 @@ class Trainer:
                     result = self._report()
                 except Interrupted:  # while testing, when everything had been saved
                     result = self._report()
-            for observer in self.observers:
-                observer.on_end(result)
-            report.write(self.folder, result)
+            try:
+                for observer in self.observers:
+                    observer.on_end(result)
+            finally:  # a picture that cannot be drawn must not cost the result
+                report.write(self.folder, result)
         finally:
             for observer in self.observers:
                 observer.close()
@@ -199,7 +199,7 @@ class Trainer:
                   first_micro: int) -> tuple[dict[str, float], list]:
         """Accumulate the gradient of one batch, in micro-batches of equal size."""
         settings, outputs = self.config.train, []
-        loss_sum = auxiliary_sum = correct = 0.0
+        sums = np.zeros(3)  # loss, auxiliary loss, images right
         size = len(labels) // settings.accumulate
         for micro in range(settings.accumulate):
             part = slice(micro * size, (micro + 1) * size)
@@ -212,14 +212,14 @@ class Trainer:
             (share / settings.accumulate * (loss + output.auxiliary_loss)).backward()
             self.model.commit(output, task)
             outputs.append(output)
-            loss_sum += loss.item()
-            auxiliary_sum += output.auxiliary_loss.item()
-            correct += (output.logits.detach().argmax(1) == targets).sum().item()
-        n = settings.accumulate
-        if not math.isfinite(loss_sum + auxiliary_sum):
-            self._refuse(f"loss {loss_sum / n} (auxiliary {auxiliary_sum / n})", task)
-        return {"loss": loss_sum / n, "auxiliary_loss": auxiliary_sum / n,
-                "accuracy": correct / len(labels)}, outputs
+            right = (output.logits.detach().argmax(1) == targets).sum()
+            # In one tensor: a GPU is waited for once.
+            sums += torch.stack([loss.detach(), output.auxiliary_loss.detach(), right.float()]).tolist()
+        loss, auxiliary, correct = sums.tolist()
+        loss, auxiliary = loss / settings.accumulate, auxiliary / settings.accumulate
+        if not math.isfinite(loss + auxiliary):
+            self._refuse(f"loss {loss} (auxiliary {auxiliary})", task)
+        return {"loss": loss, "auxiliary_loss": auxiliary, "accuracy": correct / len(labels)}, outputs
 
     def _clip(self) -> float:
         trained = [p for group in self.optimiser.param_groups for p in group["params"] if p.grad is not None]

@@ -146,7 +146,7 @@ def test_words_are_escaped_and_tables_are_complete():
 
 
 def test_hparams_line_runs_up_without_a_run_of_their_own(tmp_path):
-    config = make_config(tmp_path, plan__keep=[0.5, 0.75])
+    config = make_config(tmp_path, plan__keep=[0.5, 0.75], storage={"recompute": [3, 4], "int8": [5]})
     report = {"mean_top1": 12.5, "tasks": {"shapes": {"top1": 10.0}, "fractals": {"top1": 15.0}}, "step": 8,
               "measured_peak_mb": 300.0, "gflops_per_image": 0.25, "train_seconds": 4.0}
     with SummaryWriter(str(tmp_path / "tensorboard")) as writer:
@@ -158,6 +158,7 @@ def test_hparams_line_runs_up_without_a_run_of_their_own(tmp_path):
     assert content.plugin_name == PLUGIN_NAME
     values = parse_session_start_info_plugin_data(content.content).hparams
     assert values["drop keeps"].string_value == "0.5, 0.75" and values["expert blocks"].string_value == "3, 5"
+    assert values["storage"].string_value == "recompute 3, 4; int8 5"
     assert values["experts"].string_value == "top 2 of 4" and values["steps"].number_value == 8
     scalars = {tag: [(s.step, s.value) for s in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     assert scalars["result/mean top-1 %"] == [(8, 12.5)] and scalars["result/fractals top-1 %"] == [(8, 15.0)]

@@ -32,7 +32,7 @@ def choices(config: Config) -> dict[str, str | float]:
 
     TensorBoard sorts columns by name and shows five at first: the names put the plan there.
     """
-    plan, moe = config.plan, config.moe
+    plan, moe, storage = config.plan, config.moe, config.storage
     keeps = plan.keep if isinstance(plan.keep, list) else [plan.keep] * bool(plan.drop)
     return {
         "blocks trained": plan.trainable if plan.trainable == "all" else _listed(plan.trainable),
@@ -47,7 +47,8 @@ def choices(config: Config) -> dict[str, str | float]:
         "sampler": config.sampler.kind,
         "seed": float(config.seed),
         "steps": float(config.train.steps),
-        "storage": config.storage,
+        "storage": storage if isinstance(storage, str) else "; ".join(
+            f"{name} {_listed(blocks)}" for name, blocks in storage.items()),
         "tasks": ", ".join(config.task_names()),
     }
 
