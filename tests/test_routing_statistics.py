@@ -40,6 +40,14 @@ def entropy(values) -> float:
     return -sum(float(v) * math.log2(v) for v in values if v > 0)
 
 
+def test_counts_are_exact_within_autocast():
+    routing, statistics = to(4, [1, 2], 301), RoutingStatistics(["one"], 4)  # 301 is no bf16 number
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        statistics.add("one", routing)
+    assert statistics.total("counts").tolist() == [[0, 301, 301, 0]]
+    assert statistics.total("pairs")[1, 2] == 301
+
+
 @pytest.mark.parametrize(("tasks", "experts", "k"),
                          [(5, 16, 4), (2, 2, 1), (3, 6, 6), (20, 64, 2), (1, 5, 3)])
 def test_every_number_equals_a_loop_over_tokens(tasks, experts, k):

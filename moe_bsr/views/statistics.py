@@ -58,7 +58,8 @@ class RoutingStatistics:
         # Counts of pairs are a product of (tokens, E) marks, exact in float32 up to 2^24 tokens; who is
         # chosen with itself is who is chosen.
         marks = torch.zeros_like(probabilities).scatter_(1, routing.experts.flatten(0, -2), 1.0)
-        together = (marks.t() @ marks).long()
+        with torch.autocast(device.type, enabled=False):  # it would multiply in bf16
+            together = (marks.t() @ marks).long()
         sums["tokens"][row] += len(marks)
         sums["counts"][row] += together.diagonal()
         sums["pairs"] += together.fill_diagonal_(0)
