@@ -45,12 +45,14 @@ class Balance(nn.Module):
         amount = getattr(routing, name)
         if self.kind == "per_task":
             return amount
-        others = [i for i, other in enumerate(self.tasks) if other != task]
-        return amount / amount.sum() + getattr(self, name)[others, layer].sum(0)
+        row, shares = self.tasks.index(task), getattr(self, name)[:, layer]
+        return amount / amount.sum() + torch.cat([shares[:row], shares[row + 1:]]).sum(0)
 
     @torch.no_grad()
     def update(self, routing: dict[int, Routing], task: str) -> None:
-        """Fold one micro-batch into the running shares; a task's first one sets them."""
+        """Fold one micro-batch into the running shares of `across_tasks`; a task's first one sets them."""
+        if self.kind != "across_tasks":
+            return
         row = self.tasks.index(task)
         for layer, block in enumerate(self.blocks):
             for name in ("importance", "load"):

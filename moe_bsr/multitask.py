@@ -118,14 +118,18 @@ class MultitaskViT(nn.Module):
         for index in range(self.path_start, len(self.plan)):
             key = None if noise_key is None else (*noise_key, index)
             tokens = self._block(index, tokens, task, key, records)
+        output = Output(self.logits(tokens, task), None, records)
+        output.auxiliary_loss = self.balance(output.routing, task)
+        return output
+
+    def logits(self, tokens: Tokens, task: str) -> Tensor:
+        """The head of `task` on the last block's tokens: (B, classes) float32."""
         # Only the class token is looked at: no need to normalise the others.
         x = tokens.x[:, :1] if self.vit.global_pool == "token" else tokens.x
         features = self.vit.forward_head(self.vit.norm(x), pre_logits=True)
         # In float32: bf16 logits of a hundred classes tie, and ties decide about accuracy.
         with torch.autocast(features.device.type, enabled=False):
-            output = Output(self.heads[task](features.float()), None, records)
-        output.auxiliary_loss = self.balance(output.routing, task)
-        return output
+            return self.heads[task](features.float())
 
     def stem_key(self) -> tuple:
         """Models with equal keys have the same stem: its result for one serves the others."""
@@ -156,8 +160,8 @@ class MultitaskViT(nn.Module):
             prefix=self.vit.num_prefix_tokens, has_class_token=self.vit.has_class_token, task=task,
             decisions=Decisions(), noise_key=noise_key)
         if torch.is_grad_enabled():
-            trained = [p for p in self.vit.blocks[index].parameters() if p.requires_grad]
-            tokens, record = STORAGES[self.storages[index]].run(run, tokens, trained)
+            parameters = list(self.vit.blocks[index].parameters())
+            tokens, record = STORAGES[self.storages[index]].run(run, tokens, parameters)
         else:
             tokens, record = run(tokens)
         if record.dropped is not None or record.routing is not None:

@@ -244,7 +244,7 @@ def test_the_balance_loss_reaches_the_router_by_itself():
 # --- statistics ---
 
 def test_only_commit_moves_the_running_statistics():
-    model, images = make_model(experts=(1, 3)), normal(2, 3, 16, 16)
+    model, images = make_model(experts=(1, 3), balance="across_tasks"), normal(2, 3, 16, 16)
     output = model(images, "two")
     (output.logits.sum() + output.auxiliary_loss).backward()
     assert model.balance.importance.eq(0).all() and model.balance.load.eq(0).all()

@@ -41,21 +41,27 @@ class Quantised:
         self.kept = (x / self.scale).round_().to(torch.int8)
 
     def restore(self) -> Tensor:
-        return (self.kept * self.scale).to(self.dtype)
+        return self.kept.to(self.dtype).mul_(self.scale)
 
 
-def packable(x: Tensor) -> bool:
-    """Activations: floating, no parameter or view of one, and wider than per-token statistics and gates."""
+def packable(x: Tensor, weights: frozenset[tuple[int, ...]] = frozenset()) -> bool:
+    """Activations: floating, no parameter or view of one, and wider than per-token statistics and gates.
+
+    Args:
+        weights: shapes of the block's own: autocast's copies of them are known by nothing else.
+    """
     source = x if x._base is None else x._base
     return (x.is_floating_point() and not isinstance(source, nn.Parameter) and x.ndim >= 2
-            and x.shape[-1] >= NARROW)
+            and x.shape[-1] >= NARROW and tuple(x.shape) not in weights)
 
 
-def _run_packed(kind: type, forward, tokens):
+def _run_packed(kind: type, forward, tokens, parameters):
+    weights = frozenset(shape for p in parameters if p.ndim >= 2
+                        for shape in (tuple(p.shape), tuple(p.transpose(-2, -1).shape)))
     packed: dict[tuple, tuple[StorageWeakRef, object]] = {}
 
     def pack(x: Tensor) -> object:
-        if not packable(x):
+        if not packable(x, weights):
             return x
         # The same values in another shape are the same values; strided ones are told apart by their strides.
         layout = x.numel() if x.is_contiguous() else (x.shape, x.stride())
@@ -91,7 +97,7 @@ def _register(name: str, kind: type, packed: Callable[[Ledger, Held], tuple[int,
         with ledger.mode(ledger.grad, lambda tensor: packed(ledger, tensor)):
             return part(x)
 
-    register(name, lambda forward, tokens, parameters: _run_packed(kind, forward, tokens), cost=cost)
+    register(name, lambda *block: _run_packed(kind, *block), cost=cost)
 
 
 _register("bf16", Rounded, rounded_bytes)

@@ -18,7 +18,7 @@ from moe_bsr.tokens import Tokens
 class Again(torch.autograd.Function):
     """(x, parameters) -> the block's tokens and what of its record has a gradient.
 
-    Unlike `torch.utils.checkpoint` the first pass builds no graph, so nothing of it outlives the call.
+    The first pass builds no graph, so nothing of it outlives the call (that of torch's non-reentrant checkpoint does).
     """
 
     @staticmethod
@@ -57,7 +57,8 @@ def _differentiable(tokens: Tokens, record) -> list[Tensor]:
 
 def _run(pack, forward, tokens, parameters):
     report: dict = {}
-    x, *amounts = Again.apply(forward, tokens, report, pack, tokens.x, *parameters)
+    trained = [p for p in parameters if p.requires_grad]
+    x, *amounts = Again.apply(forward, tokens, report, pack, tokens.x, *trained)
     after, record = report["tokens"], report["record"]
     if amounts:
         record.routing.importance, record.routing.load = amounts
@@ -99,8 +100,7 @@ def _register(name: str, pack, packed_bytes) -> None:
 
         return out, records, backward
 
-    register(name, lambda forward, tokens, parameters: _run(pack, forward, tokens, parameters), cost=cost,
-             again=True)
+    register(name, lambda *block: _run(pack, *block), cost=cost, again=True)
 
 
 _register("recompute", None, None)
