@@ -18,7 +18,7 @@ from moe_bsr.ledger import INDEX, ROW, Backward, Held, Ledger, add_bytes, norm_b
 from moe_bsr.linear import activated_linear, activated_linear_bytes, linear, linear_bytes
 from moe_bsr.moe import MoE, Routing, moe_bytes
 from moe_bsr.plan import BlockPlan
-from moe_bsr.tokens import Dropped, Tokens, drop, drop_bytes, received_attention
+from moe_bsr.tokens import Dropped, Tokens, count_kept, drop, drop_bytes, received_attention
 
 
 @dataclass(slots=True)
@@ -44,8 +44,7 @@ def forward(block: Block, tokens: Tokens, *, plan: BlockPlan, config: TokensConf
         decisions: kept tokens, experts and gate noise: made here at first, replayed ever after.
     """
     record = Record()
-    attached = config.fuse != "none" and not config.detach  # only the fused token's weights have a gradient
-    hidden, *scores = attend(block.attn, block.norm1(tokens.x), plan.keep < 1, has_class_token, attached)
+    hidden, *scores = attend(block.attn, block.norm1(tokens.x), plan.keep < 1, has_class_token, config.attached)
     x = tokens.x + block.drop_path1(scale(block.ls1, hidden))
     tokens = Tokens(x, tokens.origin, tokens.fused)
     del hidden, x  # or they would live through the FFN, the widest part
@@ -142,10 +141,9 @@ def block_bytes(ledger: Ledger, block: Block, plan: BlockPlan, config: TokensCon
     ledger.tokens = before
     hidden, of_norm1 = norm_bytes(ledger, block.norm1, x, rows, width, needs_x)
     qkv, of_qkv = linear_bytes(ledger, layer.qkv, hidden, rows, needs_x or needs)
-    attached = config.fuse != "none" and not config.detach
     y, scores, of_attention = attention_bytes(
         ledger, qkv, batch, layer.num_heads, before, layer.num_heads * layer.head_dim,
-        scores=plan.keep < 1, attached=attached)
+        scores=plan.keep < 1, attached=config.attached)
     ledger.free(qkv)
     out, of_proj = linear_bytes(ledger, layer.proj, y, rows, True)
     ledger.free(y, hidden)
@@ -153,16 +151,17 @@ def block_bytes(ledger: Ledger, block: Block, plan: BlockPlan, config: TokensCon
     stream = ledger.make(rows * width * size)
     ledger.free(scaled, out)
     of_drop = None
-    if after < before:
+    candidates = before - prefix  # one dropped and fused leaves as many
+    if after < before or count_kept(candidates, plan.keep) < candidates:
         records.append(ledger.make(batch * (before + after - 2 * prefix) * INDEX
                                    + batch * (before - prefix) * ROW, packable=False))
-        shorter, of_drop = drop_bytes(ledger, stream, batch, before, after, prefix, width, config, needs)
+        shorter, of_drop = drop_bytes(ledger, batch, before, after, prefix, width, config, needs)
         ledger.free(stream)
         stream, ledger.tokens = shorter, after
     ledger.free(scores)
     hidden, of_norm2 = norm_bytes(ledger, block.norm2, stream, rows_after, width, needs)
     if isinstance(block.mlp, MoE):
-        out, held, of_ffn = moe_bytes(ledger, block.mlp, hidden, rows_after, needs)
+        out, held, of_ffn = moe_bytes(ledger, block.mlp, hidden, rows_after)
         records += held
         ledger.free(hidden)
     else:

@@ -69,6 +69,15 @@ class TokensConfig:
         require(not (self.fuse == "none" and (self.detach or self.protect)), "tokens.fuse", self.fuse,
                 "tokens.detach and tokens.protect speak of the fused token; set them to false")
 
+    @property
+    def fuses(self) -> bool:
+        return self.fuse != "none"
+
+    @property
+    def attached(self) -> bool:
+        """Whether scores have a gradient: through the weights of the fused token."""
+        return self.fuses and not self.detach
+
 
 @dataclass(kw_only=True, slots=True)
 class MoEConfig:
@@ -220,6 +229,15 @@ class Config:
     def task_names(self) -> list[str]:
         """Names of the tasks; a task given as a path to a YAML file is named by the file's stem."""
         return [Path(task).stem if task.endswith((".yaml", ".yml")) else task for task in self.tasks]
+
+    def task_files(self) -> dict[str, str]:
+        """The entries of `tasks`, as `data.load_spec` takes them, by name."""
+        return dict(zip(self.task_names(), self.tasks, strict=True))
+
+    def of_task(self, name: str) -> "Config":
+        """The configuration of one task's own run."""
+        weights = {task: weight for task, weight in self.train.task_weights.items() if task == name}
+        return replace(self, mode="multitask", tasks=[self.task_files()[name]], train__task_weights=weights)
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:

@@ -15,7 +15,7 @@ def counts(model: MultitaskViT) -> list[tuple[int, int]]:
     """(tokens in attention, tokens in FFN) of each block."""
     vit, tokens = model.vit, model.tokens_config
     entering = vit.patch_embed.num_patches + vit.num_prefix_tokens
-    return token_counts(model.plan, entering, vit.num_prefix_tokens, tokens.fuse != "none", tokens.protect)
+    return token_counts(model.plan, entering, vit.num_prefix_tokens, tokens.fuses, tokens.protect)
 
 
 def forward_gflops(model: MultitaskViT) -> float:

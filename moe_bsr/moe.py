@@ -137,9 +137,10 @@ class MoE(nn.Module):
         gates = probabilities.gather(1, chosen)
         if self.renormalise:
             gates = gates / gates.sum(1, keepdim=True)
-        importance = gates.new_zeros(gates.shape[0], clean.shape[1]).scatter(1, chosen, gates).sum(0)
+        nothing = gates.new_zeros(clean.shape)
+        importance = nothing.scatter(1, chosen, gates).sum(0)
         load = (smooth_load(clean, logits, chosen, self.noise_std) if noisy else
-                torch.bincount(chosen.flatten(), minlength=clean.shape[1]).to(gates.dtype))
+                nothing.scatter_(1, chosen, 1.0).sum(0))
         return Routing(chosen, gates, probabilities.detach(), importance, load)
 
     def multiply_adds(self, tokens: int) -> int:
@@ -158,13 +159,13 @@ def largest_share(width: int, experts: int, k: int) -> float:
     return min(1 + 0.03 * width**0.5, experts / k)
 
 
-def moe_bytes(ledger: Ledger, moe: MoE, x: Held, tokens: int, needs_x: bool
-              ) -> tuple[Held, list[Held], Backward]:
+def moe_bytes(ledger: Ledger, moe: MoE, x: Held, tokens: int) -> tuple[Held, list[Held], Backward]:
     """Kept: tokens, choices, gates, and of each row its hidden values.
 
     How many rows each expert gets is decided by values; the statement is that of equal shares, each
     padded by half of what rows are padded to, and of `largest_share` (or what the ledger knows of this
-    layer) for what only one expert has alive at a time. Returns output, what the routing record holds, and the backward.
+    layer) for what only one expert has alive at a time. Returns output, what the routing record holds, and
+    the backward.
     """
     experts, hidden, width = moe.experts.fc1_weight.shape
     size, k = ledger.size, moe.top_k

@@ -56,8 +56,7 @@ class Loaded:
     def data(self, task: str) -> TaskData:
         """The task's dataset, opened at the first call."""
         if task not in self._data:
-            paths = dict(zip(self.config.task_names(), self.config.tasks, strict=True))
-            data = open_task(self.config, paths[task], self.data_root)
+            data = open_task(self.config, self.config.task_files()[task], self.data_root)
             if list(data.class_names) != self.class_names[task]:
                 raise ConfigError(f"task {task}: its data now have other classes than the run was trained "
                                   f"on ({data.origin})")

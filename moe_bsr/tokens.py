@@ -176,7 +176,7 @@ def drop(tokens: Tokens, probabilities: Tensor, logits: Tensor, *, keep: float, 
     kept, dropped = decisions.once(
         "kept tokens", lambda: select(ranking[:, :candidates], kept_count))
     origins, weights = [take(origin, kept)], None
-    if config.fuse != "none":
+    if config.fuses:
         weights = take(probabilities.unsqueeze(2), dropped)
         if config.fuse == "normalised":
             weights = weights / weights.sum(1, keepdim=True)
@@ -189,18 +189,18 @@ def drop(tokens: Tokens, probabilities: Tensor, logits: Tensor, *, keep: float, 
     return after, Dropped(origin, after.origin, probabilities.detach())
 
 
-def drop_bytes(ledger: Ledger, x: Held, batch: int, before: int, after: int, prefix: int, width: int,
+def drop_bytes(ledger: Ledger, batch: int, before: int, after: int, prefix: int, width: int,
                config: TokensConfig, needs_x: bool) -> tuple[Held, Backward]:
     """Kept: the positions, and for the weights of the fused token these and the dropped tokens.
 
     Args:
         before, after: tokens entering and leaving, prefix included.
     """
-    size, fuses = ledger.size, config.fuse != "none"
+    size, fuses = ledger.size, config.fuses
     kept = after - prefix - fuses
     dropped = before - prefix - kept
     token = batch * width * size
-    attached = fuses and not config.detach
+    attached = config.attached
     positions = ledger.make(batch * (before - prefix) * INDEX, packable=False)
     # A block that runs again also holds its tokens' origins, those after the last drop.
     ledger.decided += positions.bytes + batch * (after - prefix) * INDEX

@@ -181,7 +181,7 @@ def test_every_row_of_experts_and_the_noise_they_decided_by_is_counted(tmp_path,
 
 def test_grouped_experts_are_refused_where_they_would_be_used(ask):
     status, _, error = ask("moe.engine=grouped")
-    assert status == 2 and error.startswith("cost.py: moe.engine = 'grouped': states no cost; use loop")
+    assert status == 2 and error.startswith("cost.py: moe.engine = 'grouped': grouped products state no cost; use loop")
     assert ask("moe.engine=grouped", "plan.experts=[]")[0] == 0
 
 
@@ -202,6 +202,14 @@ def test_the_peak_of_a_run_counts_its_average_and_what_earlier_micro_batches_lef
     assert cost.parameters + cost.optimiser + cost.average == standing
     images = 4 * 3 * 32 * 32 * 20 // config.train.accumulate
     assert cost.peak + images == pytest.approx(standing + peak, rel=0.03)
+
+
+@pytest.mark.parametrize("storage", ["exact", "recompute"])
+def test_a_drop_of_one_token_that_is_fused_is_counted(tmp_path, storage):
+    """It leaves as many tokens as it found."""
+    config = make_config(tmp_path, storage=storage, plan__keep=0.7, plan__experts=[])  # 3 of 4 patches, fused 1
+    compared = sweep.compare(*sweep.run(config, CLASSES, batch=40))
+    assert abs(compared["kept"]["difference"]) < 1e-3 and abs(compared["transients"]["difference"]) < 5e-3
 
 
 @pytest.mark.parametrize("plan", ["full", "bsr"])

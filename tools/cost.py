@@ -68,9 +68,9 @@ def classes_of(config: Config, given: int | None) -> dict[str, int]:
         ConfigError: neither says.
     """
     classes = {}
-    for name, path in zip(config.task_names(), config.tasks, strict=True):
-        classes[name] = load_spec(path).classes or given
-        require(classes[name] is not None, "tasks", path, "its file does not say how many classes it has: "
+    for name, file in config.task_files().items():
+        classes[name] = load_spec(file).classes or given
+        require(classes[name] is not None, "tasks", file, "its file does not say how many classes it has: "
                 "give --classes N, or add `classes: N` to the file")
     return classes
 
@@ -81,16 +81,15 @@ def answer(config: Config, classes: dict[str, int], arguments: argparse.Namespac
     notes = []
     if config.mode == "stl":  # one model per task: tell the one with the largest head
         task = max(classes, key=classes.get)
-        path = dict(zip(config.task_names(), config.tasks, strict=True))[task]
-        config, classes = configuration.replace(
-            config, mode="multitask", tasks=[path], train__task_weights={}), {task: classes[task]}
+        config, classes = config.of_task(task), {task: classes[task]}
         notes = [f"one model per task; this is the one of {task}"]
     if arguments.sweep:
         return sweep_answer(config, classes, arguments)
     batch = config.train.batch_size // config.train.accumulate
     model = plan_only(config, classes)
     if arguments.mode != "exact":
-        return rule_answer(model, batch, arguments.mode)
+        result, lines, status = rule_answer(model, batch, arguments.mode)
+        return result, [*notes, *lines], status
     machine = prepare(config.machine)
     cost = predict(model, config, batch=batch, precision=machine.precision, all_tasks=True)
     result = {"mode": arguments.mode, "batch": batch, "precision": machine.precision, **cost.as_dict()}

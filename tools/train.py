@@ -64,14 +64,13 @@ def dry_run(config: configuration.Config, folder: Path, resume: bool) -> int:
     """Open every dataset and the backbone, print the plan; write nothing."""
     machine = prepare(config.machine)
     plan_only(config, dict.fromkeys(config.task_names(), 2))
-    tasks = {name: run.open_task(config, path)
-             for name, path in zip(config.task_names(), config.tasks, strict=True)}
+    tasks = {name: run.open_task(config, file) for name, file in config.task_files().items()}
     for name, data in tasks.items():
         for split in (data.train, data.val, data.test):
             split.source.image(int(split.index[0]))
         print(f"{name}: {len(data.class_names)} classes, train {len(data.train)}, val {len(data.val)}, "
               f"test {len(data.test)} ({data.origin})")
-    model = build(config, {name: len(data.class_names) for name, data in tasks.items()})
+    model = machine.place(build(config, {name: len(data.class_names) for name, data in tasks.items()}))
     print("\n".join([*describe.summary(model, config), *describe.table(model, config)]))
     if config.data.stem_mb:
         with machine.autocast():

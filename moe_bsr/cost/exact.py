@@ -77,8 +77,10 @@ def predict(model: MultitaskViT, config: Config, *, batch: int, precision: str, 
         ConfigError: a part of the backbone, or the experts' engine, trains but states no cost.
     """
     size = 2 if precision == "bf16" else 4
-    require(config.moe.engine != "grouped" or not config.plan.experts, "moe.engine", "grouped",
-            "states no cost; use loop, or auto on a CPU")
+    engine, on_gpu = config.moe.engine, next(model.parameters()).is_cuda
+    grouped = engine == "grouped" or (engine == "auto" and on_gpu and precision == "bf16")
+    require(not (grouped and config.plan.experts), "moe.engine", engine,
+            "grouped products state no cost; use loop, or auto on a CPU")
     parts = _unstated(model)
     require(not parts, "backbone.name", config.backbone.name, f"states no cost for its {', '.join(parts)}: such a "
             "backbone trains but cannot be costed; take one as plain as deit_small_patch16_224")

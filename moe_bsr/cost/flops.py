@@ -23,7 +23,6 @@ def step_flops(model: MultitaskViT) -> int:
     embed = vit.patch_embed.num_patches * vit.patch_embed.proj.weight.numel()
     heads = sum(head.weight.numel() for head in model.heads.values()) / len(model.heads)
     path = model.path_start < len(vit.blocks)
-    attached = model.tokens_config.fuse != "none" and not model.tokens_config.detach
     total = embed * (1 + model.embedding_trains) + heads * (2 + path)
     for index, (layer, plan, (n, m)) in enumerate(zip(vit.blocks, model.plan, describe.counts(model),
                                                       strict=True)):
@@ -31,7 +30,8 @@ def step_flops(model: MultitaskViT) -> int:
         total += forward
         if index < model.path_start:
             continue
-        products, of_weights = block.backward_multiply_adds(layer, plan, n, m, vit.has_class_token, attached)
+        products, of_weights = block.backward_multiply_adds(layer, plan, n, m, vit.has_class_token,
+                                                                  model.tokens_config.attached)
         total += products + of_weights
         if STORAGES[model.storages[index]].again:
             total += forward

@@ -10,9 +10,9 @@ from typing import Literal
 
 from torch import nn
 
+from moe_bsr import describe
 from moe_bsr.moe import MoE
 from moe_bsr.multitask import MultitaskViT
-from moe_bsr.plan import token_counts
 
 EXPERTS = "mlp.experts"
 
@@ -97,8 +97,7 @@ def from_model(model: MultitaskViT, task: str | None = None) -> Shape:
     """The shape of one of our models (on any device, the meta device too), for the first task by default."""
     vit = model.vit
     patches, prefix = vit.patch_embed.num_patches, vit.num_prefix_tokens
-    counts = token_counts(model.plan, patches + prefix, prefix, model.tokens_config.fuse != "none",
-                          model.tokens_config.protect)
+    counts = describe.counts(model)
     convolution = vit.patch_embed.proj
     embedding = (Leaf("patch_embed.proj", "linear", patches, convolution.weight[0].numel(),
                       convolution.out_channels, convolution.weight.requires_grad),)
@@ -113,7 +112,7 @@ def from_model(model: MultitaskViT, task: str | None = None) -> Shape:
     head += _leaves(vit.fc_norm, 1, "fc_norm") + _leaves(model.heads[task or model.tasks[0]], 1, "head")
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return Shape(embedding, blocks, head, sum(n for n, trains in sizes if trains),
-                 sum(n for n, trains in sizes if not trains), prefix, model.tokens_config.fuse != "none",
+                 sum(n for n, trains in sizes if not trains), prefix, model.tokens_config.fuses,
                  not any(p.requires_grad for p in vit.parameters()))
 
 
