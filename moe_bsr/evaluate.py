@@ -137,9 +137,10 @@ def summarise(judged: Judged, class_names: list[str]) -> dict:
     }
 
 
-def wilson_interval(hits: int, n: int, z: float = NORMAL_975) -> tuple[float, float]:
-    """Wilson score interval of a share: (low, high), 95 % by default."""
-    share, spread = hits / n, z * z / n
+def wilson_interval(hits: int, n: int) -> tuple[float, float]:
+    """Wilson score interval of a share: (low, high), 95 %."""
+    share, z = hits / n, NORMAL_975
+    spread = z * z / n
     half = z * (share * (1 - share) / n + spread / (4 * n)) ** 0.5
     middle = share + spread / 2
     low, high = (middle - half) / (1 + spread), (middle + half) / (1 + spread)

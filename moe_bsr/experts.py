@@ -39,16 +39,16 @@ def plan_rows(chosen: Tensor, experts: int, multiple: int) -> tuple[Tensor, Tens
         slot (T * K,) row of each assignment; token (R,) token of each row (0 in padding); rows of each
         expert (E,), padding included.
     """
-    flat = chosen.flatten()
-    order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=experts)
+    ordered, order = chosen.flatten().sort(stable=True)
+    # Not `bincount`, nor without padding a sum that Python reads: a GPU need not be waited for.
+    ends = torch.searchsorted(ordered, torch.arange(experts, device=ordered.device), right=True)
+    counts = ends.diff(prepend=ends.new_zeros(1))
     padded = (counts + multiple - 1) // multiple * multiple
-    shift = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)
-    row = torch.arange(len(flat), device=flat.device) + shift[flat[order]]
+    shift = (padded.cumsum(0) - padded) - (ends - counts)
+    row = torch.arange(len(ordered), device=ordered.device) + shift[ordered]
     slot = torch.empty_like(order).scatter(0, order, row)
-    # Without padding the size is known, and a GPU need not be waited for.
-    size = len(flat) if multiple == 1 else int(padded.sum())
-    token = torch.zeros(size, dtype=torch.int64, device=flat.device).scatter(0, row, order // chosen.shape[1])
+    size = len(ordered) if multiple == 1 else int(padded.sum())
+    token = torch.zeros(size, dtype=torch.int64, device=ordered.device).scatter(0, row, order // chosen.shape[1])
     return slot, token, padded
 
 
@@ -204,7 +204,7 @@ def _cast(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
 
 
 class Experts(nn.Module):
-    """E independent two-layer MLPs, their parameters stacked; input rows come sorted by expert."""
+    """E independent two-layer MLPs, their parameters stacked."""
 
     def __init__(self, mlp: Mlp, config: MoEConfig, seed: tuple) -> None:
         """Upcycle a pretrained FFN into experts (see `MoE.__init__` for what each copy holds)."""
@@ -241,7 +241,9 @@ class Experts(nn.Module):
         if self.engine == "grouped":
             require(aligned, "moe.engine", "grouped", f"experts of {tuple(self.fc1_weight.shape[1:])} in "
                     f"{x.dtype} are no multiples of 16 bytes; use loop")
-        grouped = x.is_cuda and aligned if self.engine == "auto" else self.engine == "grouped"
+        # On GPUs `grouped_mm` promises bf16 alone.
+        suits = x.is_cuda and x.dtype == torch.bfloat16 and aligned
+        grouped = suits if self.engine == "auto" else self.engine == "grouped"
         narrow = x.device.type == "cpu" and x.dtype == torch.bfloat16
         slot, token, counts = plan_rows(chosen, len(self.fc1_weight),
                                         row_multiple(chosen.numel(), len(self.fc1_weight), narrow))

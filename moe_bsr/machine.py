@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from timm.layers import set_fast_norm
 from torch import nn
 
 from moe_bsr.config import ConfigError, MachineConfig
@@ -72,15 +73,7 @@ def prepare(config: MachineConfig) -> Machine:
     if world > 1:
         raise ConfigError(f"WORLD_SIZE = {world}: training on several processes is not supported; start "
                           "one process, without torchrun")
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"machine.device = {config.device!r}: {str(error).splitlines()[0]}; use auto, cpu "
-                          "or a device torch sees here") from error
+    device = find_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     keep_freed_memory()
@@ -90,7 +83,24 @@ def prepare(config: MachineConfig) -> Machine:
         precision = "bf16" if fast else "fp32"
     else:
         why = "asked for"
+    # CUDA's autocast would widen the stream to float32 in each LayerNorm, and keep it so for the backward.
+    set_fast_norm(device.type == "cuda" and precision == "bf16")
     return Machine(device, precision, torch.get_num_threads(), why)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name as `machine.device` has them.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"machine.device = {name!r}: {str(error).splitlines()[0]}; use auto, cpu or a device "
+                          "torch sees here") from error
+    return device
 
 
 def keep_freed_memory() -> None:

@@ -87,7 +87,7 @@ def embedding_trains(vit: nn.Module) -> bool:
 def gradient_path_start(vit: nn.Module) -> int:
     """Index of the first block whose backward must run; the depth if no block's.
 
-    Computed from what requires a gradient after plan and adapters were applied, never assumed from the
+    Computed from what requires a gradient after the plan was applied, never assumed from the
     first trainable block: a trainable embedding puts every block on the path.
     """
     if embedding_trains(vit):

@@ -190,7 +190,6 @@ def test_normalise():
     before = images.clone()
     torch.testing.assert_close(pipeline().normalise(images), expected, rtol=0, atol=1e-5)
     assert torch.equal(images, before)
-    assert pipeline().normalise(images, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_images_are_decoded_once_within_the_cap():

@@ -16,15 +16,13 @@ import sys
 import textwrap
 from pathlib import Path
 
-import torch
-
 from moe_bsr import run
 from moe_bsr.benchmark import scaling
 from moe_bsr.benchmark.cases import PRECISIONS, Case, suite
 from moe_bsr.benchmark.targets import Results, judge, step_seconds
 from moe_bsr.benchmark.turns import contestants, interleave
 from moe_bsr.config import ConfigError, MachineConfig, require
-from moe_bsr.machine import bf16_is_fast, prepare
+from moe_bsr.machine import bf16_is_fast, find_device, prepare
 
 MIB = 2**20
 
@@ -35,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--backbone", default="deit_small_patch16_224", help="a timm VisionTransformer")
     parser.add_argument("--image-size", type=int, help="pixels (default: the backbone's own)")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, auto (cpu)")
     parser.add_argument("--threads", type=int, help="compute threads (default: torch's choice)")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS,
                         help="default: both; fp32 where the device has no bf16 instructions")
@@ -49,20 +47,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--picture", type=Path, default=Path("scaling.png"), help="of --scaling")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args(arguments)
-    shared = {"backbone": arguments.backbone, "image_size": arguments.image_size, "batch": arguments.batch,
-              "device": arguments.device, "threads": arguments.threads}
     try:
+        device = find_device(arguments.device)
+        shared = {"backbone": arguments.backbone, "image_size": arguments.image_size, "batch": arguments.batch,
+                  "device": str(device), "threads": arguments.threads}
+        native = bf16_is_fast(device)[0]
         require(arguments.batch >= 2, "--batch", arguments.batch, "at least 2: bytes kept per image are the "
                 "growth from half the batch to all of it")
         if arguments.scaling:
-            precision = prepare(MachineConfig(device=arguments.device)).precision
-            result = scaling.measure(shared, precision, arguments.rounds, arguments.steps, note)
+            result = scaling.measure(shared, "bf16" if native else "fp32", arguments.rounds, arguments.steps, note)
             scaling.draw(result, arguments.picture)
             lines = [*scaling.table(result), f"picture: {arguments.picture}"]
         else:
-            chosen = arguments.precisions
-            if not chosen:
-                chosen = PRECISIONS if bf16_is_fast(torch.device(arguments.device))[0] else ["fp32"]
+            chosen = arguments.precisions or (PRECISIONS if native else ["fp32"])
             precisions = [precision for precision in PRECISIONS if precision in chosen]
             groups = {name: [c for c in cases if not arguments.only or c.subject in arguments.only]
                       for name, cases in suite(arguments.storages, precisions, **shared).items()}
@@ -70,8 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
             lines = [*case_table(result["groups"], arguments.batch), *target_table(result["targets"])]
     except (ConfigError, RuntimeError) as error:
         print(f"benchmark.py: {error}", file=sys.stderr)
-        return 1
-    about = {"arguments": shared, **run.environment(prepare(MachineConfig(device=arguments.device)))}
+        return 2 if isinstance(error, ConfigError) else 1
+    about = {"arguments": shared, **run.environment(prepare(MachineConfig(device=str(device))))}
     print(json.dumps(about | result, indent=1) if arguments.json else "\n".join(lines))
     return 0
 

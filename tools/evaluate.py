@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         report = run_evaluation(args)
     except (ValueError, OSError, CheckpointError, FloatingPointError) as error:
-        print(f"evaluate: {error}", file=sys.stderr)
+        print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(2)
     if args.json:
         print(json.dumps(report, indent=1, allow_nan=False))

@@ -1,7 +1,8 @@
 """Draw what a trained run does with experts and patches, and open TensorBoard on it.
 
     python tools/expert_views.py RUN [--no-serve] [--images N] [--ablate N] [--batch-size N]
-                                 [--data-root DIR] [--checkpoint best|last|STEP] [--port N]
+                                 [--data-root DIR] [--weights FILE] [--device cpu|cuda|...]
+                                 [--checkpoint best|last|STEP] [--port N]
 
 RUN is a run folder of tools/train.py. The checkpoint is run on the validation split; the pictures go
 into RUN/views/ (PNG files, and index.html that shows and explains all of them and needs no server) and
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
                                    say=lambda line: print(line, file=sys.stderr))
         written = gallery.write(loaded, sections)
     except (ValueError, OSError, CheckpointError, FloatingPointError) as error:
-        print(f"expert_views: {error}", file=sys.stderr)
+        print(f"expert_views.py: {error}", file=sys.stderr)
         sys.exit(2)
     print("\n".join(map(str, written)))
     options = ["--logdir", str(args.run), "--samples_per_plugin", SAMPLES, "--reload_multifile", "true"]

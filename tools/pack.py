@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except (ValueError, OSError) as error:
-        print(f"pack: {error}", file=sys.stderr)
+        print(f"pack.py: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"written to {target}; train with {target.parent} as the data root to use it")
 

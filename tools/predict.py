@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         report = run_prediction(args)
     except (ValueError, OSError, CheckpointError, FloatingPointError) as error:
-        print(f"predict: {error}", file=sys.stderr)
+        print(f"predict.py: {error}", file=sys.stderr)
         sys.exit(2)
     if args.json:
         print(json.dumps(report, indent=1))
@@ -89,7 +89,7 @@ def read_images(loaded: Loaded, paths: list[str]) -> tuple[list[str], list[torch
             image = decode(path, path)
         except ValueError as error:
             absent = isinstance(error.__cause__, FileNotFoundError)
-            print(f"predict: {path}: no such file" if absent else f"predict: {error}", file=sys.stderr)
+            print(f"predict.py: {path}: no such file" if absent else f"predict.py: {error}", file=sys.stderr)
             continue
         found.append(path)
         images.append(loaded.pipeline.eval_image(Image.fromarray(image)))

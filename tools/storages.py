@@ -45,6 +45,9 @@ def main() -> int:
                 f"backbone.weights={arguments.weights}", "backbone.name=deit_tiny_patch16_224",
                 f"storage={storage}", f"train.steps={arguments.steps}", "train.evaluate_every=0",
                 *arguments.overrides]), arguments.out / f"{storage}_seed{seed}", resume=True)
+            if report["status"] == "interrupted":
+                print("interrupted; the same command goes on", file=sys.stderr)
+                return 128 + report["signal"]
             for task, about in report["tasks"].items():
                 top1.setdefault(storage, {}).setdefault(task, []).append(about["top1"])
                 if storage == "exact":

@@ -28,10 +28,11 @@ class MultitaskSampler:
                  seed: int) -> None:
         self.sizes, self.batch_size, self.steps, self.seed = dict(sizes), batch_size, steps, seed
         self.names = list(sizes)
-        self.joint = config.kind == "joint"
-        order = None if self.joint else _order(config, list(sizes.values()), batch_size, steps, seed)
-        visits = (np.ones((steps, len(sizes)), np.int64) if self.joint
-                  else np.eye(len(sizes), dtype=np.int64)[order])
+        if config.kind == "joint":
+            visits = np.ones((steps, len(sizes)), np.int64)
+        else:
+            order = _order(config, list(sizes.values()), batch_size, steps, seed)
+            visits = np.eye(len(sizes), dtype=np.int64)[order]
         self._visits = visits
         self._before = np.concatenate([np.zeros((1, len(sizes)), np.int64), visits.cumsum(0)])
 

@@ -117,9 +117,7 @@ class Pipeline:
         top, left = round((height - self.size) / 2), round((width - self.size) / 2)
         return image[top : top + self.size, left : left + self.size]
 
-    def normalise(
-        self, images: torch.Tensor, *, device=None, dtype: torch.dtype = torch.float32
-    ) -> torch.Tensor:
+    def normalise(self, images: torch.Tensor, *, device=None) -> torch.Tensor:
         """uint8 (B, 3, S, S) to normalised (B, 3, S, S) on `device`, computed in float32.
 
         The bytes travel, not the floats.
@@ -127,7 +125,7 @@ class Pipeline:
         images = images.to(device=device)
         mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1) * 255
         std = torch.tensor(self.std, device=images.device).view(3, 1, 1) * 255
-        return images.to(torch.float32).sub_(mean).div_(std).to(dtype)
+        return images.to(torch.float32).sub_(mean).div_(std)
 
     def _empty(self, count: int) -> np.ndarray:
         """uint8 (count, S, S, 3), in memory one colour plane after the other, as torch resizes."""

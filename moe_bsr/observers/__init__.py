@@ -43,7 +43,7 @@ class Step:
         metrics: named numbers, a function of the configuration alone.
         progress: updates, images and epochs of each task so far.
         outputs: what the model returned for each micro-batch (graphs already freed).
-        images_per_second: measured since the last record.
+        images_per_second: of this update alone.
     """
 
     step: int

@@ -100,9 +100,7 @@ def _rest(model: MultitaskViT, tokens: Tokens, start: int, task: str) -> Tensor:
     """Logits (B, classes) float32 from the tokens that enter block `start`."""
     for index in range(start, len(model.plan)):
         tokens = model._block(index, tokens, task, None, {})
-    features = model.vit.forward_head(model.vit.norm(tokens.x), pre_logits=True)
-    with torch.autocast(features.device.type, enabled=False):
-        return model.heads[task](features.float())
+    return model.logits(tokens, task)
 
 
 @contextmanager
