@@ -5,7 +5,6 @@ Each batch is reduced at once to a few numbers per image (`judge`) and a few cou
 percent; shares lie between 0 and 1.
 """
 
-import difflib
 import statistics
 import time
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from moe_bsr.block import Record
 from moe_bsr.data import Pipeline, TaskData
 from moe_bsr.machine import Machine
+from moe_bsr.strict import nearest
 
 ECE_BINS = 15
 CONFUSIONS = 5
@@ -226,9 +226,7 @@ def chosen_tasks(asked: list[str] | None, known: list[str]) -> list[str]:
     """
     for task in asked or []:
         if task not in known:
-            near = difflib.get_close_matches(task, known, 1)
-            raise ValueError(f"--task {task}: this run has {', '.join(known)}"
-                             + (f"; did you mean {near[0]}?" if near else ""))
+            raise ValueError(f"--task {task}: this run has {', '.join(known)}{nearest(task, known, str)}")
     return list(dict.fromkeys(asked or known))
 
 
