@@ -84,7 +84,7 @@ def set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
 def convert(value: Any, hint: Any, key: str) -> Any:
     """`value` as the type `hint` asks for, or a ConfigError that says what was expected."""
     if dataclasses.is_dataclass(hint):
-        return _convert_section(value, hint, key)
+        return convert_section(value, hint, key)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         for option in arguments:
@@ -112,10 +112,12 @@ def convert(value: Any, hint: Any, key: str) -> Any:
     raise ConfigError(f"{key} = {value!r}: expected {_describe(hint)}")
 
 
-def _convert_section(value: Any, cls: type, key: str) -> Any:
+def convert_section(value: Any, cls: type, key: str, **given: Any) -> Any:
+    """`value` as the dataclass `cls`, of which the caller sets the fields `given` and `value` may not."""
     if not isinstance(value, dict):
         raise ConfigError(f"{key} = {value!r}: expected a section with keys and values")
-    hints, prefix = typing.get_type_hints(cls), f"{key}." if key else ""
+    hints = {name: hint for name, hint in typing.get_type_hints(cls).items() if name not in given}
+    prefix = f"{key}." if key else ""
     for name in value:
         if name not in hints:
             # A key of this section, or of one within it: steps may be meant for train.steps.
@@ -124,7 +126,11 @@ def _convert_section(value: Any, cls: type, key: str) -> Any:
             raise ConfigError(f"unknown key {prefix}{name}"
                               + nearest(name, paths, lambda near: repr(prefix + paths[near]))
                               + f" (allowed: {', '.join(hints)})")
-    return cls(**{name: convert(item, hints[name], prefix + name) for name, item in value.items()})
+    for field in dataclasses.fields(cls):
+        required = field.default is field.default_factory  # only MISSING is both
+        if required and field.name in hints and field.name not in value:
+            raise ConfigError(f"the key {prefix + field.name!r} is missing: expected {_describe(hints[field.name])}")
+    return cls(**given, **{name: convert(item, hints[name], prefix + name) for name, item in value.items()})
 
 
 def _is_number(text: str) -> bool:
