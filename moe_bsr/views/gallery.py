@@ -196,7 +196,8 @@ def _only_class_token(model: MultitaskViT) -> bool:
 def _worth(results: dict[int, ablation.Ablation], step: int, only_class_token: bool) -> Section:
     pictures, tables = [], []
     for block, result in results.items():
-        pictures.append(_picture(f"ablation_block{block}", ablation.figure(result, block, "validation", step),
+        pictures.append(_picture(f"ablation_block{block}",
+                                 expert_figures.ablation(result, block, "validation", step),
                                  f"Block {block}: accuracy each task loses when an expert is masked."))
         rows = [["points lost", "top-1 %", "images", *map(str, range(result.lost.shape[1]))]]
         rows += [[task, f"{100 * result.right[i] / result.images[i]:.1f}", str(result.images[i]),

@@ -56,6 +56,14 @@ def paper(width: int, height: int) -> tuple[Figure, Axes]:
     return sheet, axes
 
 
+def text(axes: Axes, x: float, y: float, words: object, size: float = SMALL, **how) -> None:
+    axes.text(x, y, str(words), size=size, zorder=4, **{"va": "center", "color": INK} | how)  # above cells and lines
+
+
+def shorten(name: str, longest: int) -> str:
+    return name if len(name) <= longest else name[:longest - 1] + "\u2026"
+
+
 def array(drawn: Figure) -> np.ndarray:
     """(H, W, 3) uint8 pixels."""
     drawn.canvas.draw()
