@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from moe_bsr.block import Record
 from moe_bsr.data import Pipeline, TaskData
 from moe_bsr.machine import Machine
+from moe_bsr.report import as_text
 from moe_bsr.strict import nearest
 
 ECE_BINS = 15
@@ -239,10 +240,7 @@ def table(results: dict[str, dict]) -> str:
     rows = [COLUMNS, *(_row(task, result) for task, result in results.items())]
     if len(results) > 1:
         rows.append(_mean_row(list(results.values())))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-             for row in rows]
-    lines += ["", "Largest confusions (share of the class that was mistaken):"]
+    lines = [as_text(rows), "", "Largest confusions (share of the class that was mistaken):"]
     for task, result in results.items():
         pairs = [f"{c['true']} -> {c['predicted']} {c['count']}x ({100 * c['share']:.0f} %)"
                  for c in result["confusions"]]
