@@ -1,13 +1,10 @@
 """All views of a trained run, drawn from its checkpoint on the validation split, explained and written."""
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from moe_bsr.checkpoint import write_whole
@@ -109,10 +106,7 @@ def _write_events(place: Path, pictures: list[Picture], step: int) -> None:
         old.unlink()
     with SummaryWriter(str(place), filename_suffix=SUFFIX) as writer:
         for picture in pictures:
-            width, height = Image.open(io.BytesIO(picture.png)).size
-            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=picture.png)
-            summary = Summary(value=[Summary.Value(tag=f"views/{picture.name}", image=image)])
-            writer.file_writer.add_summary(summary, step)
+            style.write_png(writer, f"views/{picture.name}", picture.png, step)
 
 
 def _picture(name: str, figure, words: str, task: str = "") -> Picture:
