@@ -9,6 +9,7 @@ with its default and what it means; that page is the reference, and a test keeps
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -102,6 +103,11 @@ class MoEConfig:
             require(getattr(self, key) >= 0, f"moe.{key}", getattr(self, key), "at least 0")
 
 
+def is_crop_range(scale: Sequence[float]) -> bool:
+    """Whether these are the least and the largest share of an image's area that a crop may have."""
+    return len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1
+
+
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
     root: str = "data"
@@ -119,8 +125,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(0 < self.validation < 0.5, "data.validation", self.validation, "above 0 and below 0.5")
         scale = self.crop_scale
-        require(scale is None or (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1),
-                "data.crop_scale", scale, "null (the task's own) or [low, high] within (0, 1]")
+        require(scale is None or is_crop_range(scale), "data.crop_scale", scale,
+                "null (the task's own) or [low, high] within (0, 1]")
         require(self.augment or (scale is None and self.flip is None), "data.augment", self.augment,
                 "true with data.crop_scale or data.flip, which say how to augment; else leave these null")
         for key in ("cache_mb", "stem_mb"):

@@ -5,7 +5,6 @@ Each batch is reduced at once to a few numbers per image (`judge`) and a few cou
 percent; shares lie between 0 and 1.
 """
 
-import difflib
 import statistics
 import time
 from typing import NamedTuple
@@ -17,6 +16,8 @@ from torch import Tensor, nn
 from moe_bsr.block import Record
 from moe_bsr.data import Pipeline, TaskData
 from moe_bsr.machine import Machine
+from moe_bsr.report import as_text
+from moe_bsr.strict import nearest
 
 ECE_BINS = 15
 CONFUSIONS = 5
@@ -227,9 +228,7 @@ def chosen_tasks(asked: list[str] | None, known: list[str]) -> list[str]:
     """
     for task in asked or []:
         if task not in known:
-            near = difflib.get_close_matches(task, known, 1)
-            raise ValueError(f"--task {task}: this run has {', '.join(known)}"
-                             + (f"; did you mean {near[0]}?" if near else ""))
+            raise ValueError(f"--task {task}: this run has {', '.join(known)}{nearest(task, known, str)}")
     return list(dict.fromkeys(asked or known))
 
 
@@ -242,10 +241,7 @@ def table(results: dict[str, dict]) -> str:
     rows = [COLUMNS, *(_row(task, result) for task, result in results.items())]
     if len(results) > 1:
         rows.append(_mean_row(list(results.values())))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-             for row in rows]
-    lines += ["", "Largest confusions (share of the class that was mistaken):"]
+    lines = [as_text(rows), "", "Largest confusions (share of the class that was mistaken):"]
     for task, result in results.items():
         pairs = [f"{c['true']} -> {c['predicted']} {c['count']}x ({100 * c['share']:.0f} %)"
                  for c in result["confusions"]]

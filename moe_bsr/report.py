@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +121,10 @@ def comparison(reports: dict[str, dict[str, Any]], intervals: bool) -> list[list
     return rows
 
 
-def as_text(rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w)
-                               in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows)
+def as_text(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+                     for row in rows)
 
 
 def as_markdown(rows: list[list[str]]) -> str:

@@ -120,10 +120,8 @@ def open_task(config: Config, task: str, root: str | None = None) -> TaskData:
 
 def make_pipeline(config: Config, model: MultitaskViT) -> Pipeline:
     settings = backbone.image_settings(config.backbone, model.vit)
-    scale = config.data.crop_scale
     return Pipeline(**asdict(settings), resize=config.data.resize, augment=config.data.augment, flip=config.data.flip,
-                    crop_scale=None if scale is None else tuple(scale), seed=config.seed,
-                    cache_mb=config.data.cache_mb)
+                    crop_scale=config.data.crop_scale, seed=config.seed, cache_mb=config.data.cache_mb)
 
 
 def write_config(run: Path, config: Config, model: MultitaskViT, pipeline: Pipeline, machine: Machine,

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,14 +21,19 @@ def require(condition: bool, key: str, value: Any, allowed: str) -> None:
         raise ConfigError(f"{key} = {value!r}: {allowed}")
 
 
+def nearest(word: Any, known: Iterable[str], show: Callable[[str], str] = repr) -> str:
+    """The end of an error about `word`: which of `known` was probably meant; empty if none is near."""
+    near = difflib.get_close_matches(str(word), known, 1)
+    return f"; did you mean {show(near[0])}?" if near else ""
+
+
 def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A YAML file merged over the one it `extends`, and so on; `seen` guards against circles."""
     if path.resolve() in seen:
         raise ConfigError(f"extends: {path} extends itself through {[p.name for p in seen]}")
     if not path.is_file():
         beside = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, beside, 1)
-        raise ConfigError(f"no configuration file {path}" + (f"; did you mean {near[0]}?" if near else ""))
+        raise ConfigError(f"no configuration file {path}{nearest(path.name, beside, str)}")
     tree = parse(path.read_text(), str(path)) or {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(tree).__name__}")
@@ -78,7 +84,7 @@ def set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
 def convert(value: Any, hint: Any, key: str) -> Any:
     """`value` as the type `hint` asks for, or a ConfigError that says what was expected."""
     if dataclasses.is_dataclass(hint):
-        return _convert_section(value, hint, key)
+        return convert_section(value, hint, key)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         for option in arguments:
@@ -89,9 +95,8 @@ def convert(value: Any, hint: Any, key: str) -> Any:
     elif origin is Literal:
         if value in arguments and type(value) is type(arguments[0]):
             return value
-        near = difflib.get_close_matches(str(value), [str(a) for a in arguments], 1)
-        hint_text = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{key} = {value!r}: one of {', '.join(map(str, arguments))}{hint_text}")
+        names = [str(a) for a in arguments]
+        raise ConfigError(f"{key} = {value!r}: one of {', '.join(names)}{nearest(value, names)}")
     elif origin is list and isinstance(value, (list, tuple)):
         return [convert(item, arguments[0], f"{key}[{i}]") for i, item in enumerate(value)]
     elif origin is dict and isinstance(value, dict):
@@ -107,20 +112,25 @@ def convert(value: Any, hint: Any, key: str) -> Any:
     raise ConfigError(f"{key} = {value!r}: expected {_describe(hint)}")
 
 
-def _convert_section(value: Any, cls: type, key: str) -> Any:
+def convert_section(value: Any, cls: type, key: str, **given: Any) -> Any:
+    """`value` as the dataclass `cls`, of which the caller sets the fields `given` and `value` may not."""
     if not isinstance(value, dict):
         raise ConfigError(f"{key} = {value!r}: expected a section with keys and values")
-    hints, prefix = typing.get_type_hints(cls), f"{key}." if key else ""
+    hints = {name: hint for name, hint in typing.get_type_hints(cls).items() if name not in given}
+    prefix = f"{key}." if key else ""
     for name in value:
         if name not in hints:
             # A key of this section, or of one within it: steps may be meant for train.steps.
             paths = {inner: f"{section}.{inner}" for section, hint in hints.items() if dataclasses.is_dataclass(hint)
                      for inner in typing.get_type_hints(hint)} | {here: here for here in hints}
-            near = difflib.get_close_matches(str(name), paths, 1)
             raise ConfigError(f"unknown key {prefix}{name}"
-                              + (f"; did you mean {prefix + paths[near[0]]!r}?" if near else "")
+                              + nearest(name, paths, lambda near: repr(prefix + paths[near]))
                               + f" (allowed: {', '.join(hints)})")
-    return cls(**{name: convert(item, hints[name], prefix + name) for name, item in value.items()})
+    for field in dataclasses.fields(cls):
+        required = field.default is field.default_factory  # only MISSING is both
+        if required and field.name in hints and field.name not in value:
+            raise ConfigError(f"the key {prefix + field.name!r} is missing: expected {_describe(hints[field.name])}")
+    return cls(**given, **{name: convert(item, hints[name], prefix + name) for name, item in value.items()})
 
 
 def _is_number(text: str) -> bool:

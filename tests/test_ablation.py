@@ -12,7 +12,8 @@ from moe_bsr.data import Pipeline
 from moe_bsr.data.task import Split
 from moe_bsr.machine import Machine
 from moe_bsr.multitask import MultitaskViT
-from moe_bsr.views.ablation import Ablation, ablate, figure
+from moe_bsr.views import expert_figures
+from moe_bsr.views.ablation import Ablation, ablate
 
 MACHINE = Machine(torch.device("cpu"), "fp32", 1, "asked for")
 PIPELINE = Pipeline(size=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), cache_mb=1)
@@ -109,7 +110,7 @@ def test_the_figure_has_a_cell_for_every_expert_and_numbers_while_they_fit(tasks
     lost = np.arange(tasks * experts).reshape(tasks, experts) % 7
     names, images = [f"task{i}" for i in range(tasks)], np.full(tasks, 100)
     result = Ablation(names, images, images // 2, lost, 0 * lost)
-    axes = figure(result, 3, "validation").axes[0]
+    axes = expert_figures.ablation(result, 3, "validation").axes[0]
     assert axes.images[0].get_array().shape == (tasks, experts, 3)
     numbers = [t.get_text() for t in axes.texts if t.get_text().count(".") == 1 and len(t.get_text()) == 3]
     assert numbers == ([f"{value:.1f}" for value in lost.flat] if experts <= 16 else [])

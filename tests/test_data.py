@@ -315,6 +315,9 @@ def test_data_seed_moves_validation_and_task_name_too(tmp_path):
         ("title: x\nsource: folder\npath: p\ncrop_scale: [0.5, 0.2]", "crop_scale"),
         ("title: x\nsource: folder\npath: p\nclasses: ten", "classes"),
         ("title: x\nsource: folder\npath: 3", "path"),
+        ("title:\nsource: folder\npath: p", "title"),
+        ("title: x\nsource: [folder]\npath: p", "source"),
+        ("title: x\nsource: folder\npath: p\nname: other", "unknown key name"),
         ("title: x\nsource: torchvision\ndataset: CIFAR10\nsplits: {train: [train]}", "splits"),
         (
             "title: x\nsource: torchvision\ndataset: C\nsplits: {train: [a], test: [a]}",

@@ -6,7 +6,7 @@ torchvision's v2 functions call the same kernel and take 0.005 ms more.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from moe_bsr.config import is_crop_range, require
 from moe_bsr.data.cache import DecodedCache
 from moe_bsr.seeding import key, stream
 from moe_bsr.data.sources import upright
-from moe_bsr.data.spec import crop_range
 from moe_bsr.data.task import Split, TaskData
 
 ATTEMPTS = 10  # as torchvision's RandomResizedCrop
@@ -43,7 +43,7 @@ class Pipeline:
     crop_pct: float = 0.9
     resize: str = "timm"
     augment: bool = True
-    crop_scale: tuple[float, float] | None = None
+    crop_scale: Sequence[float] | None = None
     flip: bool | None = None
     seed: int = 0
     cache_mb: float = 1000
@@ -55,8 +55,8 @@ class Pipeline:
             raise ValueError(f"resize: {self.resize!r} is not timm or straight")
         if not 0 < self.crop_pct <= 1:
             raise ValueError(f"crop_pct: {self.crop_pct} is not above 0 and at most 1")
-        if self.crop_scale is not None:
-            self.crop_scale = crop_range(self.crop_scale, "pipeline")
+        require(self.crop_scale is None or is_crop_range(self.crop_scale), "crop_scale", self.crop_scale,
+                "[low, high], 0 < low <= high <= 1")
         self._cache = DecodedCache(self.cache_mb)
 
     def train_batch(

@@ -14,7 +14,7 @@ from moe_bsr.observers import Evaluation, Observer, Start, Step
 from moe_bsr.observers.tensorboard import TensorBoard
 from moe_bsr.views import expert_figures, probe, style
 from moe_bsr.views.statistics import RoutingStatistics
-from moe_bsr.views.token_figures import View, strip, trace
+from moe_bsr.views.token_figures import strip, views_of
 
 IMAGES = 16  # probe images per task, of which
 SHOWN = 2  # are drawn
@@ -145,10 +145,8 @@ class ExpertViews(Observer):
                 for block in self.blocks if before}
 
     def _strip(self, task: str, found: probe.Seen, step: int):
-        vit, names = self.start.model.vit, self.start.data[task].class_names
-        views = [View(found.images[i].numpy(), vit.patch_embed.grid_size, names[found.labels[i]],
-                      names[found.predicted[i]], trace(found.records, i, vit.patch_embed.num_patches))
-                 for i in range(min(SHOWN, len(found.labels)))]
+        grid = self.start.model.vit.patch_embed.grid_size
+        views = views_of(found, self.start.data[task].class_names, grid)[:SHOWN]
         experts = self.start.config.moe.experts if self.blocks else 0
         return strip(task, views, experts, f"validation, step {step:,}")
 

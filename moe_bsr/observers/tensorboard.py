@@ -4,18 +4,15 @@ Training is under `train/<task>/`, evaluations under `val/<task>/`. Other observ
 and `text`, so that all of a run is in one event file that a resume can cut back.
 """
 
-import io
 import math
 import time
 from pathlib import Path
 
-from PIL import Image
-from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from moe_bsr.observers import Evaluation, Observer, Start, Step
 from moe_bsr.report import markdown
-from moe_bsr.views import hparams
+from moe_bsr.views import hparams, style
 
 SCORES = ("top1", "top5", "mean_class_accuracy", "ece", "loss")
 CAP = 20_000_000  # bytes of events for every hour of training begun: beyond it no picture is written
@@ -77,9 +74,7 @@ class TensorBoard(Observer):
     def picture(self, tag: str, png: bytes, step: int) -> None:
         """Write a PNG file's bytes if the cap allows; the first time it does not, say so in a text."""
         if self.size() + len(png) <= CAP * self._hours_begun():
-            width, height = Image.open(io.BytesIO(png)).size
-            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
-            self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+            style.write_png(self.writer, tag, png, step)
         elif not self.full:
             self.full = True
             self.text("pictures", f"Some pictures are left out: the events may grow by {CAP / 1e6:.0f} MB "

@@ -5,11 +5,8 @@ expert's logit becomes minus infinity, so that the token's next expert steps in,
 classified again. Only what comes after the cached input of the MoE block is run again.
 """
 
-from __future__ import annotations
-
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,14 +17,6 @@ from moe_bsr.data import Pipeline, TaskData
 from moe_bsr.machine import Machine
 from moe_bsr.multitask import MultitaskViT
 from moe_bsr.tokens import Tokens
-from moe_bsr.views import style
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-GAP, HEAD, FOOT, NAMES = 18, 108, 46, 130  # pixels
-PALE = 5.0  # points up to which no cell has full colour: noise should look like noise
-NUMBERED = 16, 10  # experts and tasks up to which the cells carry numbers
 
 
 @dataclass(slots=True)
@@ -114,39 +103,3 @@ def masked(model: MultitaskViT, index: int, expert: int):
         yield
     finally:
         handle.remove()
-
-
-def figure(result: Ablation, block: int, split: str, step: int | None = None) -> Figure:
-    """Tasks x experts, coloured by the points lost; numbers in the cells unless there are too many."""
-    points, clear = result.points(), result.clear()
-    tasks, experts = points.shape
-    numbered = experts <= NUMBERED[0] and tasks <= NUMBERED[1]
-    left, right, high = GAP + NAMES, style.WIDTH - GAP, 44 if tasks <= NUMBERED[1] else 26
-    wide, bottom = (right - left) / experts, HEAD + tasks * high
-    drawn, axes = style.paper(style.WIDTH, bottom + FOOT)
-
-    def text(x: float, y: float, words: object, size: float = style.SMALL, **how) -> None:
-        axes.text(x, y, str(words), size=size, **{"va": "center", "color": style.INK} | how)
-
-    when = split if step is None else f"{split}, step {step:,}"
-    text(GAP, 28, f"Block {block}: accuracy lost without one expert", style.HEADING, weight="bold")
-    text(GAP, 58, f"percentage points; {when}, {result.images.max()} images a task", color=style.MUTED)
-    colours = style.diverging(points / max(np.abs(points).max(), PALE))
-    axes.imshow(colours, extent=(left, right, bottom, HEAD), interpolation="nearest", aspect="auto")
-    line = min(1.5, 0.1 * wide)
-    axes.vlines(left + wide * np.arange(experts + 1), HEAD, bottom, "white", linewidth=line)
-    axes.hlines(HEAD + high * np.arange(tasks + 1), left, right, "white", linewidth=line)
-    axes.plot([left, right, right, left, left], [HEAD, HEAD, bottom, bottom, HEAD], color=style.FAINT)
-    for row, task in enumerate(result.tasks):
-        name = task if len(task) < 14 else f"{task[:12]}\u2026"
-        text(left - 10, HEAD + (row + 0.5) * high, name, ha="right")
-    for column in range(0, experts, 1 if wide >= 20 else 4):
-        text(left + (column + 0.5) * wide, HEAD - 14, column, style.TINY + 3, ha="center", color=style.MUTED)
-    for (row, column), value in np.ndenumerate(points) if numbered else ():
-        text(left + (column + 0.5) * wide, HEAD + (row + 0.5) * high, f"{value:.{int(abs(value) < 9.95)}f}",
-             style.TINY + 1, ha="center", color=style.on(colours[row, column]),
-             weight="bold" if clear[row, column] else "normal")
-    loss, gain = max(0, points.max()), max(0, -points.min())
-    words = f"blue: loss, at most {loss:.1f}; brown: gain, at most {gain:.1f}"
-    text(right, bottom + 24, words + "; bold: more than chance" * numbered, color=style.MUTED, ha="right")
-    return drawn

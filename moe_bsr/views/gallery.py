@@ -1,13 +1,10 @@
 """All views of a trained run, drawn from its checkpoint on the validation split, explained and written."""
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from moe_bsr.checkpoint import write_whole
@@ -109,10 +106,7 @@ def _write_events(place: Path, pictures: list[Picture], step: int) -> None:
         old.unlink()
     with SummaryWriter(str(place), filename_suffix=SUFFIX) as writer:
         for picture in pictures:
-            width, height = Image.open(io.BytesIO(picture.png)).size
-            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=picture.png)
-            summary = Summary(value=[Summary.Value(tag=f"views/{picture.name}", image=image)])
-            writer.file_writer.add_summary(summary, step)
+            style.write_png(writer, f"views/{picture.name}", picture.png, step)
 
 
 def _picture(name: str, figure, words: str, task: str = "") -> Picture:
@@ -196,7 +190,8 @@ def _only_class_token(model: MultitaskViT) -> bool:
 def _worth(results: dict[int, ablation.Ablation], step: int, only_class_token: bool) -> Section:
     pictures, tables = [], []
     for block, result in results.items():
-        pictures.append(_picture(f"ablation_block{block}", ablation.figure(result, block, "validation", step),
+        pictures.append(_picture(f"ablation_block{block}",
+                                 expert_figures.ablation(result, block, "validation", step),
                                  f"Block {block}: accuracy each task loses when an expert is masked."))
         rows = [["points lost", "top-1 %", "images", *map(str, range(result.lost.shape[1]))]]
         rows += [[task, f"{100 * result.right[i] / result.images[i]:.1f}", str(result.images[i]),

@@ -12,10 +12,13 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from torch.utils.tensorboard import SummaryWriter
 
 WIDTH = 760  # pixels
 HEADING, LABEL, SMALL, TINY = 25, 19, 17, 12  # font sizes in pixels
@@ -56,6 +59,14 @@ def paper(width: int, height: int) -> tuple[Figure, Axes]:
     return sheet, axes
 
 
+def text(axes: Axes, x: float, y: float, words: object, size: float = SMALL, **how) -> None:
+    axes.text(x, y, str(words), size=size, zorder=4, **{"va": "center", "color": INK} | how)  # above cells and lines
+
+
+def shorten(name: str, longest: int) -> str:
+    return name if len(name) <= longest else name[:longest - 1] + "\u2026"
+
+
 def array(drawn: Figure) -> np.ndarray:
     """(H, W, 3) uint8 pixels."""
     drawn.canvas.draw()
@@ -68,13 +79,18 @@ def png(drawn: Figure, colours: int | None = None) -> bytes:
     Args:
         colours: reduce to so many, at most 256: a third of the size, hardly to be seen at a card's size.
     """
-    from PIL import Image
-
     stream, picture = io.BytesIO(), Image.fromarray(array(drawn))
     if colours is not None:
         picture = picture.quantize(colours, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     picture.save(stream, "png", optimize=True)
     return stream.getvalue()
+
+
+def write_png(writer: SummaryWriter, tag: str, png: bytes, step: int) -> None:
+    """Add a PNG file's very bytes to a run's events; `SummaryWriter.add_image` takes pixels and encodes them anew."""
+    width, height = Image.open(io.BytesIO(png)).size
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
+    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
 
 def sequential(values: np.ndarray) -> np.ndarray:

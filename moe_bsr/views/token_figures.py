@@ -108,8 +108,8 @@ def strip(task: str, views: Sequence[View], experts: int = 0, note: str = "") ->
     top = HEAD + (KEY_HEAD + key[1] * key[2] if experts else 0)
     strip_height = NAMES + (1 + max(row for row, _ in places.values())) * (side + CAPTION)
     figure, axes = style.paper(WIDTH, round(top + len(views) * strip_height))
-    _text(axes, GAP, HEAD / 2, task, style.HEADING, weight="bold")
-    _text(axes, WIDTH - GAP, HEAD / 2, note, style.LABEL, color=style.MUTED, ha="right")
+    style.text(axes, GAP, HEAD / 2, task, style.HEADING, weight="bold")
+    style.text(axes, WIDTH - GAP, HEAD / 2, note, style.LABEL, color=style.MUTED, ha="right")
     if experts:
         _key(axes, *key, experts)
     for number, view in enumerate(views):
@@ -141,9 +141,10 @@ def _draw(axes: Axes, view: View, places: dict[tuple, tuple[int, int]], side: in
           ) -> None:
     """One image's names and panels, each panel with two lines of words below."""
     wrong = view.true != view.predicted
-    _text(axes, GAP, top + NAMES / 2, f"true: {_short(view.true)}", style.LABEL, weight="bold")
-    _text(axes, WIDTH - GAP, top + NAMES / 2, f"predicted: {_short(view.predicted)}{' (wrong)' * wrong}",
-          style.LABEL, color=style.WRONG if wrong else style.INK, ha="right")
+    style.text(axes, GAP, top + NAMES / 2, f"true: {style.shorten(view.true, LONGEST)}", style.LABEL, weight="bold")
+    predicted = style.shorten(view.predicted, LONGEST) + " (wrong)" * wrong
+    style.text(axes, WIDTH - GAP, top + NAMES / 2, f"predicted: {predicted}", style.LABEL,
+               color=style.WRONG if wrong else style.INK, ha="right")
     for (kind, *block), (row, column) in places.items():
         x, y = GAP + column * (side + GAP), top + NAMES + row * (side + CAPTION)
         if kind == "image":
@@ -163,8 +164,8 @@ def _draw(axes: Axes, view: View, places: dict[tuple, tuple[int, int]], side: in
         sharp = "nearest" if len(picture) <= side else "auto"  # the latter smooths what is made smaller
         axes.imshow(picture, extent=(x, x + side, y + side, y), interpolation=sharp, aspect="auto")
         axes.plot([x, x + side, x + side, x, x], [y, y, y + side, y + side, y], color=style.FAINT)
-        _text(axes, x, y + side + 0.26 * CAPTION, words[0], style.SMALL)
-        _text(axes, x, y + side + 0.66 * CAPTION, words[1], style.SMALL, color=style.MUTED)
+        style.text(axes, x, y + side + 0.26 * CAPTION, words[0], style.SMALL)
+        style.text(axes, x, y + side + 0.66 * CAPTION, words[1], style.SMALL, color=style.MUTED)
         if kind == "experts":
             _number(axes, chosen.reshape(view.grid), x, y, side / max(view.grid), experts)
 
@@ -191,8 +192,8 @@ def _number(axes: Axes, chosen: np.ndarray, x: float, y: float, side: float, exp
         return
     for (row, column), expert in np.ndenumerate(chosen):
         if expert >= 0:
-            _text(axes, x + (column + 0.5) * side, y + (row + 0.5) * side, expert, style.TINY, ha="center",
-                  color=style.on(style.experts(experts)[expert]))
+            style.text(axes, x + (column + 0.5) * side, y + (row + 0.5) * side, expert, style.TINY, ha="center",
+                       color=style.on(style.experts(experts)[expert]))
 
 
 def _key_squares(experts: int) -> tuple[int, int, float]:
@@ -204,25 +205,17 @@ def _key_squares(experts: int) -> tuple[int, int, float]:
 
 def _key(axes: Axes, columns: int, rows: int, side: float, experts: int) -> None:
     """What the colours of the patches mean."""
-    _text(axes, GAP, HEAD + KEY_HEAD / 3, "colour: the patch's best expert; pale grey: dropped", style.SMALL,
-          color=style.MUTED)
+    style.text(axes, GAP, HEAD + KEY_HEAD / 3, "colour: the patch's best expert; pale grey: dropped", style.SMALL,
+               color=style.MUTED)
     for expert, colour in enumerate(style.experts(experts)):
         x, y = GAP + expert % columns * side, HEAD + KEY_HEAD * 0.75 + expert // columns * side
         axes.fill([x, x + side - 2, x + side - 2, x], [y, y, y + side - 2, y + side - 2], color=colour,
                   linewidth=0)
-        _text(axes, x + side / 2 - 1, y + side / 2 - 1, expert, style.TINY, ha="center",
-              color=style.on(colour))
+        style.text(axes, x + side / 2 - 1, y + side / 2 - 1, expert, style.TINY, ha="center",
+                   color=style.on(colour))
 
 
 def _enlarge(patches: np.ndarray, size: int) -> np.ndarray:
     """(rows, columns, ...) to (size, size, ...): each pixel takes its patch's value."""
     rows, columns = (np.arange(size) * n // size for n in patches.shape[:2])
     return patches[rows[:, None], columns]
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= LONGEST else name[:LONGEST - 1] + "\u2026"
-
-
-def _text(axes: Axes, x: float, y: float, text: object, size: float, **how) -> None:
-    axes.text(x, y, str(text), size=size, **{"va": "center", "color": style.INK} | how)
