@@ -52,6 +52,11 @@ def plan_rows(chosen: Tensor, experts: int, multiple: int) -> tuple[Tensor, Tens
     return slot, token, padded
 
 
+def is_grouped(engine: str, on_gpu: bool, bf16: bool) -> bool:
+    """Whether `moe.engine` means grouped products: on GPUs `grouped_mm` promises bf16 alone."""
+    return engine == "grouped" or (engine == "auto" and on_gpu and bf16)
+
+
 class Dispatch(torch.autograd.Function):
     """Rows of the experts' batch from the tokens. (T, D) -> (R, D).
 
@@ -241,9 +246,7 @@ class Experts(nn.Module):
         if self.engine == "grouped":
             require(aligned, "moe.engine", "grouped", f"experts of {tuple(self.fc1_weight.shape[1:])} in "
                     f"{x.dtype} are no multiples of 16 bytes; use loop")
-        # On GPUs `grouped_mm` promises bf16 alone.
-        suits = x.is_cuda and x.dtype == torch.bfloat16 and aligned
-        grouped = suits if self.engine == "auto" else self.engine == "grouped"
+        grouped = aligned and is_grouped(self.engine, x.is_cuda, x.dtype == torch.bfloat16)
         narrow = x.device.type == "cpu" and x.dtype == torch.bfloat16
         slot, token, counts = plan_rows(chosen, len(self.fc1_weight),
                                         row_multiple(chosen.numel(), len(self.fc1_weight), narrow))

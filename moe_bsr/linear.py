@@ -2,8 +2,8 @@
 
 Under autocast, torch casts a frozen float32 weight anew in every step. Here frozen weights may be kept in
 the compute dtype alone (`MultitaskViT.keep_frozen_in`), and trained ones are cast once a pass from their
-float32 masters. On a CPU in bf16 the product goes to oneDNN with its bias; `F.linear` would first write the bias to the output
-and then add the product to it (DeiT-S, 32 x 197 tokens, fc1, two cores: 3.1 -> 2.1 ms).
+float32 masters. On a CPU in bf16 the product goes to oneDNN with its bias; `F.linear` would first write the
+bias to the output and then add the product to it (DeiT-S, 32 x 197 tokens, fc1, two cores: 3.1 -> 2.1 ms).
 """
 
 import torch
@@ -69,7 +69,8 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
 def embed_patches(layer: PatchEmbed, images: Tensor) -> Tensor:
     """(B, C, S, S) -> (B, patches, D), or (B, h, w, D) as timm has it.
 
-    Where types differ, the patch convolution is computed as a product of patches. In bf16 on a CPU, oneDNN's convolution would take tens of megabytes of scratch memory for it.
+    Where types differ, the patch convolution is computed as a product of patches: in bf16 on a CPU, oneDNN's
+    convolution would take tens of megabytes of scratch memory for it.
     """
     dtype = compute_dtype(images)
     plain = dtype == images.dtype == layer.proj.weight.dtype

@@ -5,12 +5,13 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import make_vit
 from tiny_runs import make_config, make_trainer
 
 from moe_bsr import config as configuration
 from moe_bsr.config import ConfigError
-from moe_bsr.cost import sweep
+from moe_bsr.cost import exact, sweep
 from moe_bsr.cost.budget import answer, largest, parse_bytes
 from moe_bsr.cost.exact import predict
 from moe_bsr.cost.meter import held, trace
@@ -177,6 +178,15 @@ def test_every_row_of_experts_and_the_noise_they_decided_by_is_counted(tmp_path,
     """One image's rows do not divide by the experts; noise is kept for the second pass."""
     config = make_config(tmp_path, storage=storage, moe__experts=16, moe__top_k=1, moe__gate_noise=noise)
     assert abs(sweep.compare(*sweep.run(config, CLASSES, batch=batch))["kept"]["difference"]) <= 0.02
+
+
+def test_engine_auto_is_refused_where_it_means_grouped(tmp_path, monkeypatch):
+    config = make_config(tmp_path)
+    model = plan_only(config, CLASSES)
+    monkeypatch.setattr(exact, "find_device", lambda name: torch.device("cuda"))
+    predict(model, config, batch=2, precision="fp32")
+    with pytest.raises(ConfigError, match="moe.engine = 'auto': grouped products state no cost"):
+        predict(model, config, batch=2, precision="bf16")
 
 
 def test_grouped_experts_are_refused_where_they_would_be_used(ask):

@@ -41,8 +41,7 @@ def make_config(folder: Path, **changes) -> Config:
 
 def make_trainer(config: Config, folder: Path, observers: list[Observer] | None = None) -> Trainer:
     """What `train` builds, with observers of one's own."""
-    tasks = {name: run.open_task(config, path)
-             for name, path in zip(config.task_names(), config.tasks, strict=True)}
+    tasks = {name: run.open_task(config, file) for name, file in config.task_files().items()}
     model = build(config, {name: len(data.class_names) for name, data in tasks.items()})
     return Trainer(config, model, tasks, prepare(config.machine), folder, observers or [])
 

@@ -16,9 +16,10 @@ from moe_bsr import describe
 from moe_bsr.block import block_bytes, unstated
 from moe_bsr.config import Config, require
 from moe_bsr.cost.flops import forward_flops, step_flops
+from moe_bsr.experts import is_grouped
 from moe_bsr.ledger import INDEX, ROW, Held, Ledger, norm_bytes
 from moe_bsr.linear import frozen_matrices, linear_bytes
-from moe_bsr.machine import bf16_is_fast
+from moe_bsr.machine import bf16_is_fast, find_device
 from moe_bsr.moe import MoE
 from moe_bsr.multitask import MultitaskViT
 from moe_bsr.storage import STORAGES
@@ -77,9 +78,9 @@ def predict(model: MultitaskViT, config: Config, *, batch: int, precision: str, 
         ConfigError: a part of the backbone, or the experts' engine, trains but states no cost.
     """
     size = 2 if precision == "bf16" else 4
-    engine, on_gpu = config.moe.engine, next(model.parameters()).is_cuda
-    grouped = engine == "grouped" or (engine == "auto" and on_gpu and precision == "bf16")
-    require(not (grouped and config.plan.experts), "moe.engine", engine,
+    on_gpu = find_device(config.machine.device).type == "cuda"  # the model may be on the meta device
+    grouped = is_grouped(config.moe.engine, on_gpu, precision == "bf16")
+    require(not (grouped and config.plan.experts), "moe.engine", config.moe.engine,
             "grouped products state no cost; use loop, or auto on a CPU")
     parts = _unstated(model)
     require(not parts, "backbone.name", config.backbone.name, f"states no cost for its {', '.join(parts)}: such a "

@@ -154,7 +154,7 @@ def ablation(result: Ablation, block: int, split: str, step: int | None = None) 
     _rows(axes, left, top, row, result.tasks)
     _cells(axes, left, top, column, row, points / max(np.abs(points).max(), PALE),
            [[f"{v:.{int(abs(v) < 9.95)}f}" for v in r] for r in points] if numbers else None,
-           style.diverging, style.TINY + 1, result.clear(), min(1.5, 0.1 * column))
+           style.diverging, style.TINY + 1, result.clear())
     words = f"blue: loss, at most {max(0, points.max()):.1f}; brown: gain, at most {max(0, -points.min()):.1f}"
     style.text(axes, WIDTH - EDGE, bottom + 24, words + "; bold: more than chance" * numbers, color=style.MUTED,
                ha="right")
@@ -188,13 +188,13 @@ def _when(split: str, step: int | None) -> str:
 
 def _cells(axes: Axes, x: float, y: float, width: float, height: float, values: np.ndarray,
            numbers: list[list[str]] | None, scale: Callable = style.sequential, size: float = style.SMALL,
-           bold: np.ndarray | None = None, gap: float | None = None) -> None:
+           bold: np.ndarray | None = None) -> None:
     """Coloured cells from (x, y) on; values (R, C) as `scale` takes them."""
     rows, columns = values.shape
     colours = scale(values)
     axes.imshow(colours, extent=(x, x + columns * width, y + rows * height, y), interpolation="nearest",
                 aspect="auto", zorder=1)
-    gap = gap or (1.5 if min(width, height) >= 14 else 0.5)
+    gap = 1.5 if min(width, height) >= 14 else 0.5
     axes.vlines(x + width * np.arange(columns + 1), y, y + rows * height, "white", linewidth=gap, zorder=2)
     axes.hlines(y + height * np.arange(rows + 1), x, x + columns * width, "white", linewidth=gap, zorder=2)
     axes.plot([x, x + columns * width, x + columns * width, x, x],
