@@ -10,7 +10,7 @@ cat <<'END'
 What next:
   .venv/bin/tensorboard --logdir runs --samples_per_plugin images=100    curves, experts and tokens of both runs
   .venv/bin/python tools/expert_views.py runs/quickstart                 all views with ablations, one HTML page
-  .venv/bin/python tools/cost.py configs/quickstart.yaml --budget 150MB  what it costs, what would make it fit
+  .venv/bin/python tools/cost.py configs/quickstart.yaml --budget 80MB   what it costs, what would make it fit
   .venv/bin/python tools/evaluate.py runs/quickstart --split val         every number, per task
   .venv/bin/python tools/train.py configs/quickstart.yaml --dry-run      the plan, block by block
   .venv/bin/python tools/train.py configs/quickstart.yaml moe.balance=across_tasks --run runs/across
