@@ -9,7 +9,7 @@ import torch
 from tiny_models import CLASSES, make_vit, normal
 from torch import nn
 
-from moe_bsr.benchmark import targets
+from moe_bsr.benchmark import scaling, targets
 from moe_bsr.benchmark.cases import Case, LayerStep, make, suite
 from moe_bsr.benchmark.explicit import ExplicitBSR
 from moe_bsr.benchmark.products import Product, step_products, time_products
@@ -141,3 +141,16 @@ def test_the_tool_prints_the_raw_times_of_every_turn_and_verdicts_as_json(capsys
     about = result["groups"]["experts bf16"]["dense_ffn bf16"]
     assert [len(turn) for turn in about["seconds"]] == [3, 3]
     assert about["memory"]["kept_per_image"] > 0 and result["targets"] == []
+
+
+def test_scaling_keeps_every_time_and_memory_grows_with_the_batch_but_not_with_tasks(monkeypatch, tmp_path):
+    monkeypatch.setattr(scaling, "SWEEPS", {name: ([2, 4], scaling.SWEEPS[name][1]) for name in ("batch", "tasks")})
+    result = scaling.measure(SMALL, "fp32", rounds=2, steps=3, note=lambda line: None)
+    small, large = result["scaling"]["batch"]
+    assert [small["at"], large["at"]] == [2, 4]
+    assert len(small["seconds"]) == len(large["seconds"]) == 6
+    assert 1.8 * small["kept"] < large["kept"] < 2.2 * small["kept"]
+    two, four = result["scaling"]["tasks"]
+    assert two["kept"] == four["kept"]
+    scaling.draw(result, tmp_path / "scaling.png")
+    assert len(scaling.table(result)) == 6 and (tmp_path / "scaling.png").stat().st_size > 1000

@@ -92,8 +92,8 @@ def run_group(cases: list[Case], arguments: argparse.Namespace) -> dict[str, dic
     results: dict[str, dict] = {}
     with contestants(cases) as group:
         times = interleave(group, arguments.rounds, arguments.steps)
-        for one in group:
-            results[one.case.name] = about = {"seconds": times[one.case.name], "memory": one.ask("memory")}
+        for one, seconds in zip(group, times, strict=True):
+            results[one.case.name] = about = {"seconds": seconds, "memory": one.ask("memory")}
             if one.case.subject in ("bsr", "moe_bsr") and one.case.storage == "exact":
                 about["products"] = one.ask("products")
             if arguments.profile:

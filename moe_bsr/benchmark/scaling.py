@@ -3,11 +3,12 @@
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from moe_bsr.benchmark.cases import Case
-from moe_bsr.benchmark.turns import contestants
+from moe_bsr.benchmark.turns import contestants, interleave
 
 SWEEPS: dict[str, tuple[list[int], Callable[[int], dict[str, Any]]]] = {
     "image size": ([96, 128, 160, 224, 288, 384], lambda n: {"image_size": n}),
@@ -29,13 +30,10 @@ def measure(shared: dict[str, Any], precision: str, rounds: int, steps: int, not
         note(f"{name}: {points}")
         cases = [replace(Case(subject="moe_bsr", precision=precision, **shared), **change(n)) for n in points]
         with contestants(cases) as group:
-            turns = [[] for _ in points]
-            for _ in range(rounds):
-                for times, one in zip(turns, group, strict=True):
-                    times += one.ask("seconds", steps)
+            turns = interleave(group, rounds, steps)
             memory = [one.ask("memory") for one in group]
-        result[name] = [{"at": n, "seconds": times, "peak": max(m["transients"].values()), "kept": m["kept"]}
-                        for n, times, m in zip(points, turns, memory, strict=True)]
+        result[name] = [{"at": n, "seconds": list(chain(*times)), "peak": max(m["transients"].values()),
+                         "kept": m["kept"]} for n, times, m in zip(points, turns, memory, strict=True)]
     return {"scaling": result}
 
 

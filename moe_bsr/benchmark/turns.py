@@ -63,16 +63,13 @@ def contestants(cases: list[Case]) -> Iterator[list[Contestant]]:
             contestant.close()
 
 
-def interleave(group: list[Contestant], rounds: int, steps: int) -> dict[str, list[list[float]]]:
-    """Seconds of every step by case name and round: in each round each case takes `steps` steps in turn.
+def interleave(group: list[Contestant], rounds: int, steps: int) -> list[list[list[float]]]:
+    """Seconds of every step, by contestant and round: in each round each takes `steps` steps in turn.
 
     The first step of a turn finds other processes' data in the caches; it is timed like the others.
     """
-    times: dict[str, list[list[float]]] = {c.case.name: [] for c in group}
-    for _ in range(rounds):
-        for contestant in group:
-            times[contestant.case.name].append(contestant.ask("seconds", steps))
-    return times
+    turns = [[contestant.ask("seconds", steps) for contestant in group] for _ in range(rounds)]
+    return [list(of_one) for of_one in zip(*turns, strict=True)]
 
 
 def _serve(pipe: Connection, case: Case) -> None:
