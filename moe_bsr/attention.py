@@ -1,16 +1,19 @@
 """Scaled dot-product attention whose backward is fast, and small, on CPUs.
 
-torch's fused forward is kept, and with it its memory: queries, keys and values, never an N x N map. Its
-fused backward on a CPU is 2 to 5 times slower in bf16 than recomputing the map with matrix products a few
-images at a time, so that the maps of a part stay in the cache (DeiT-S, batch 32, two cores with AMX:
-197 tokens 14 ms, 100 tokens 5 ms, 28 tokens 1.5 ms). In float32, and on GPUs, the fused backward is the
-faster one and is used; on CPUs its gradients go straight into the projections' layout.
+Kept are queries, keys and values, never an N x N map. torch's fused backward on a CPU is 2 to 5 times slower
+in bf16 than recomputing the map with matrix products a few images at a time, so that the maps of a part stay
+in the cache (DeiT-S, batch 32, two cores with AMX: 197 tokens 14 ms, 100 tokens 5 ms, 28 tokens 1.5 ms). In
+float32, and on GPUs, the fused backward is the faster one and is used; on CPUs its gradients go straight into
+the projections' layout. The forward is torch's fused one unless products are faster (`is_fused`).
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe_bsr import cpu
 from moe_bsr.ledger import ROW, Backward, Held, Ledger
 
 PLAIN = torch.bfloat16  # the type whose backward is made of matrix products here
@@ -42,12 +45,54 @@ def class_row(qkv: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
         return logits.softmax(-1), logits
 
 
+def is_fused(dtype: torch.dtype) -> bool:
+    """Whether torch's fused forward is the faster one on this CPU; without tiles for bf16 matrix products are.
+
+    DeiT-S, batch 32, 197 tokens, two Zen 4 cores: 19.4 ms fused and 11.4 as products in bf16, 17.4 and 19.6 in
+    float32; with tiles (AMX) 5.2 and 6.9 in bf16.
+    """
+    return dtype != PLAIN or cpu.bf16_instructions() != "avx512_bf16"
+
+
+def _parts(qkv: Tensor, heads: int) -> Iterator[slice]:
+    """A few images at a time."""
+    batch, tokens, _ = qkv.shape
+    step = images_at_once(batch, heads, tokens, qkv.element_size())
+    return (slice(first, first + step) for first in range(0, batch, step))
+
+
+def _apart(of_images: Tensor) -> Tensor:
+    """(b, H, N, d) of some images -> (b x H, N, d), laid out for a batched product."""
+    return of_images.flatten(0, 1).contiguous()
+
+
+def _map(q: Tensor, k: Tensor) -> Tensor:
+    """softmax(q k^T), (b x H, N, N)."""
+    attention = torch.bmm(q, k.transpose(1, 2))
+    return torch.softmax(attention, -1, out=attention)
+
+
+def _forward(qkv: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor | None]:
+    """Attention (B, N, H d) and, of the fused one, a log-sum for each row, (B, H, N)."""
+    if is_fused(qkv.dtype):
+        y, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *split_heads(qkv, heads), 0.0, False, scale=scale)
+        return join_heads(y), sums
+    q, k, v = split_heads(qkv, heads)
+    y = torch.empty_like(qkv[..., :q.shape[1] * q.shape[3]])
+    by_head = y.unflatten(2, (heads, -1)).transpose(1, 2)
+    for part in _parts(qkv, heads):
+        attention = _map(_apart(q[part]) * scale, _apart(k[part]))
+        by_head[part] = torch.bmm(attention, _apart(v[part])).unflatten(0, (-1, heads))
+        del attention  # or it would live beside the next one
+    return y, None
+
+
 def _images_backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scale: float
                      ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of some images' queries, keys and values, all (images x H, N, d)."""
+    """Gradients of some images' queries, keys and values, all (b x H, N, d)."""
     q = q * scale
-    attention = torch.bmm(q, k.transpose(1, 2))
-    torch.softmax(attention, -1, out=attention)
+    attention = _map(q, k)
     grad_v = torch.bmm(attention.transpose(1, 2), grad)
     grad_logits = torch.ops.aten._softmax_backward_data(
         torch.bmm(grad, v.transpose(1, 2)), attention, -1, attention.dtype)
@@ -66,9 +111,7 @@ class CpuAttention(torch.autograd.Function):
     def forward(ctx, qkv: Tensor, heads: int, scale: float, scores: bool):
         ctx.heads, ctx.scale, ctx.plain = heads, scale, qkv.dtype == PLAIN
         ctx.set_materialize_grads(False)
-        y, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *split_heads(qkv, heads), 0.0, False, scale=scale)
-        y = join_heads(y)
+        y, sums = _forward(qkv, heads, scale)
         ctx.save_for_backward(qkv, *(() if ctx.plain else (y, sums.unsqueeze(3))))
         if not scores:
             return y, None, None
@@ -79,7 +122,6 @@ class CpuAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, grad_probabilities: Tensor | None, _: None):
         qkv, *fused = ctx.saved_tensors
-        batch, tokens, _ = qkv.shape
         q, k, v = split_heads(qkv, ctx.heads)
         grad = None if grad is None else grad.unflatten(2, (ctx.heads, -1)).transpose(1, 2)
         if grad is None:  # only the scores were used
@@ -87,10 +129,8 @@ class CpuAttention(torch.autograd.Function):
         elif ctx.plain:
             grad_qkv = torch.empty_like(qkv)
             grads = split_heads(grad_qkv, ctx.heads)
-            step = images_at_once(batch, ctx.heads, tokens, qkv.element_size())
-            for first in range(0, batch, step):
-                part = slice(first, first + step)
-                found = _images_backward(*(t[part].flatten(0, 1).contiguous() for t in (q, k, v, grad)), ctx.scale)
+            for part in _parts(qkv, ctx.heads):
+                found = _images_backward(*(_apart(t[part]) for t in (q, k, v, grad)), ctx.scale)
                 for whole, of_part in zip(grads, found, strict=True):
                     whole[part] = of_part.unflatten(0, (-1, ctx.heads))
                 del found, of_part
@@ -118,7 +158,7 @@ def attention(qkv: Tensor, heads: int, scale: float, scores: bool = False, attac
     With `scores` also the class token's row of the attention, mean over heads: (B, N) probabilities
     and logits, float32; None and None otherwise. Logits carry no gradient, probabilities if `attached`.
     """
-    if qkv.device.type == "cpu" and torch.is_grad_enabled():
+    if qkv.device.type == "cpu":
         y, probabilities, logits = CpuAttention.apply(qkv, heads, scale, scores)
         return y, probabilities if attached or not scores else probabilities.detach(), logits
     y = join_heads(F.scaled_dot_product_attention(*split_heads(qkv, heads), scale=scale))
@@ -137,8 +177,13 @@ def attention_bytes(ledger: Ledger, qkv: Held, batch: int, heads: int, tokens: i
     """
     stream = batch * tokens * width  # elements
     rows, size = batch * heads * tokens * ROW, ledger.size
-    y, sums = ledger.make(stream * size), ledger.make(rows, packable=False)
-    ledger.scratch(_fused_scratch(ledger, stream, tokens, width // heads))
+    y, sums = ledger.make(stream * size), None
+    step = images_at_once(batch, heads, tokens, size)
+    if is_fused(torch.float32 if size == 4 else PLAIN):
+        sums = ledger.make(rows, packable=False)
+        ledger.scratch(_fused_scratch(ledger, stream, tokens, width // heads))
+    else:
+        ledger.scratch(step * (2 * tokens * width + heads * tokens * tokens) * size)
     given, row = None, None
     if scores:
         ledger.scratch(stream * ROW)
@@ -163,7 +208,6 @@ def attention_bytes(ledger: Ledger, qkv: Held, batch: int, heads: int, tokens: i
             ledger.release(sums)
         else:
             out = ledger.make(3 * stream * size)
-            step = images_at_once(batch, heads, tokens, size)
             ledger.scratch(step * max(5 * tokens * width + 3 * heads * tokens * tokens,
                                       7 * tokens * width + 2 * heads * tokens * tokens) * size)
         if scores and attached:

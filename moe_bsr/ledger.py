@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 
+from moe_bsr import cpu
+
 ROW = 4  # float32 statistics
 INDEX = 8  # int64
 
@@ -31,14 +33,13 @@ class Ledger:
     """Attributes:
         size: bytes of an element in the compute dtype. threads: of the kernels' scratch memory.
         shares: of a mixture layer, its largest expert's group over an equal one, where that is known.
-        native: whether the CPU has bf16 instructions; without them oneDNN works by other kernels.
         tokens: how many there are at this point (a packed tensor has one scale for all of them).
         grad: whether a graph is being built. live, peak: bytes. kept: by section and kind.
         pack: (bytes of a tensor, its columns' scales) -> bytes packed, or None.
     """
 
-    def __init__(self, size: int, threads: int, native: bool = True, shares: dict | None = None) -> None:
-        self.size, self.threads, self.native, self.shares = size, threads, native, shares or {}
+    def __init__(self, size: int, threads: int, shares: dict | None = None) -> None:
+        self.size, self.threads, self.shares = size, threads, shares or {}
         self.grad, self.section, self.tokens = False, "", 1
         self.pack: Callable[[Held], tuple[int, int]] | None = None
         self.live = self.peak = self.decided = 0
@@ -54,21 +55,27 @@ class Ledger:
         self.live -= size
 
     def product_scratch(self, rows: int, inputs: int, outputs: int) -> int:
-        """Bytes for (rows, inputs) x (inputs, outputs), in bf16: oneDNN lays the weight out anew, or
-        without native instructions accumulates in a float32 result."""
+        """Bytes for (rows, inputs) x (inputs, outputs), in bf16. With matrix tiles oneDNN lays the weight out anew,
+        with vector instructions parts of it (fitted), and with neither it accumulates in a float32 result."""
         if self.size == 4:
             return 0
-        return inputs * outputs * self.size if self.native else rows * outputs * ROW
+        if cpu.bf16_instructions() == "amx_bf16":
+            return inputs * outputs * self.size
+        if cpu.bf16_instructions() == "avx512_bf16":
+            return 45_000 + 100 * inputs
+        return rows * outputs * ROW
 
     def weight_gradient_scratch(self, rows: int, inputs: int, outputs: int) -> int:
-        """The same for (outputs, rows) x (rows, inputs), whose operands lie transposed: with native
+        """The same for (outputs, rows) x (rows, inputs), whose operands lie transposed: with bf16
         instructions fitted to measurements; it stops at 1.6 MB."""
         if self.size == 4:
             return 0
-        if not self.native:
-            return inputs * outputs * ROW
         width = min(inputs, outputs)
-        return min(2 * rows * width + 600 * width + 60_000, 1_600_000)
+        if cpu.bf16_instructions() == "amx_bf16":
+            return min(2 * rows * width + 600 * width + 60_000, 1_600_000)
+        if cpu.bf16_instructions() == "avx512_bf16":
+            return min(min(rows, 544) * (6 * width + 100), 1_600_000)
+        return inputs * outputs * ROW
 
     def save(self, tensor: Held, kind: str) -> None:
         """An operation keeps the tensor for its backward (nothing happens without a graph)."""

@@ -4,6 +4,7 @@ Under autocast, torch casts a frozen float32 weight anew in every step. Here fro
 the compute dtype alone (`MultitaskViT.keep_frozen_in`), and trained ones are cast once a pass from their
 float32 masters. On a CPU in bf16 the product goes to oneDNN with its bias; `F.linear` would first write the
 bias to the output and then add the product to it (DeiT-S, 32 x 197 tokens, fc1, two cores: 3.1 -> 2.1 ms).
+Where MKL is slow, float32 goes there too.
 """
 
 import torch
@@ -12,6 +13,7 @@ from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moe_bsr import cpu
 from moe_bsr.ledger import Backward, Held, Ledger
 
 
@@ -30,11 +32,21 @@ def frozen_matrices(vit: nn.Module) -> list[nn.Parameter]:
     return [p for layer in layers for p in layer.parameters(recurse=False) if not p.requires_grad]
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x weight^T + bias of operands of one type, by the fastest kernel; outside of autograd."""
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, repeats: bool = False) -> Tensor:
+    """x weight^T + bias of operands of one type, by the fastest kernel; outside of autograd.
+
+    Args:
+        repeats: whether these shapes come again: oneDNN compiles for new ones, which float32 cannot win back.
+    """
+    fast = x.dtype == torch.bfloat16 or repeats and x.dtype == torch.float32 and cpu.mkl_is_slow()
+    if fast and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
+
+
+def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    """grad weight: of y = x weight^T, the gradient of x, (rows, out) and (out, in) -> (rows, in)."""
+    return product(grad, weight.t(), repeats=True) if grad.dtype == torch.float32 else grad @ weight
 
 
 class _Linear(torch.autograd.Function):
@@ -47,7 +59,7 @@ class _Linear(torch.autograd.Function):
         copy = weight.to(x.dtype)
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         ctx.copy = copy if needs_x else None
-        return product(x, copy, None if bias is None else bias.to(x.dtype))
+        return product(x, copy, None if bias is None else bias.to(x.dtype), repeats=True)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -56,7 +68,7 @@ class _Linear(torch.autograd.Function):
         if copy is None and weight is not None:
             copy = weight.to(grad.dtype)
         flat = grad.flatten(0, -2)
-        return (None if weight is None else (flat @ copy).view(*grad.shape[:-1], weight.shape[1]),
+        return (None if weight is None else input_gradient(flat, copy).view(*grad.shape[:-1], weight.shape[1]),
                 None if x is None else flat.t() @ x.flatten(0, -2),
                 flat.sum(0) if ctx.needs_bias else None)
 
@@ -99,14 +111,14 @@ class _ActivatedLinear(torch.autograd.Function):
     def forward(ctx, x: Tensor, act: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.act = act
-        return product(act(x), weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return product(act(x), weight.to(x.dtype), None if bias is None else bias.to(x.dtype), repeats=True)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
         flat = grad.flatten(0, -2)
         of_weight = flat.t() @ ctx.act(x).flatten(0, -2)
-        back = activation_backward(ctx.act, x, (flat @ weight.to(x.dtype)).view(x.shape))
+        back = activation_backward(ctx.act, x, input_gradient(flat, weight.to(x.dtype)).view(x.shape))
         return back, None, of_weight, flat.sum(0) if ctx.needs_input_grad[3] else None
 
 

@@ -5,7 +5,6 @@ The choices are made once at the start of a run and written into it.
 
 import contextlib
 import ctypes
-import functools
 import os
 import platform
 import resource
@@ -16,6 +15,7 @@ import torch
 from timm.layers import set_fast_norm
 from torch import nn
 
+from moe_bsr import cpu
 from moe_bsr.config import ConfigError, MachineConfig
 
 
@@ -118,15 +118,11 @@ def keep_freed_memory() -> None:
             libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
-@functools.cache
 def bf16_is_fast(device: torch.device) -> tuple[bool, str]:
     """Whether the device has instructions for it, and which."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0), torch.cuda.get_device_name(device)
     if device.type == "cpu":
-        with contextlib.suppress(OSError):
-            flags = Path("/proc/cpuinfo").read_text()
-            for flag in ("amx_bf16", "avx512_bf16"):
-                if flag in flags:
-                    return True, f"CPU with {flag}"
+        if found := cpu.bf16_instructions():
+            return True, f"CPU with {found}"
     return False, f"no fast bf16 on this {device.type}"

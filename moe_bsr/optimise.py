@@ -59,6 +59,18 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def clip_gradients(parameters: list[nn.Parameter], limit: float | None) -> float:
+    """The norm of all their gradients, which are scaled down to `limit` if it is larger.
+
+    Not `clip_grad_norm_`: that multiplies every gradient by 1 where there is nothing to clip.
+    """
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    value = float(norm)
+    if limit is not None and value > limit:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return value
+
+
 class MovingAverage:
     """Exponential moving average of the trained parameters, in float32; frozen ones need none."""
 

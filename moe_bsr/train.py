@@ -30,7 +30,7 @@ from moe_bsr.observers.console import Console
 from moe_bsr.observers.experts import ExpertViews
 from moe_bsr.observers.jsonl import Jsonl
 from moe_bsr.observers.tensorboard import TensorBoard
-from moe_bsr.optimise import MovingAverage, learning_rate, make_optimiser
+from moe_bsr.optimise import MovingAverage, clip_gradients, learning_rate, make_optimiser
 from moe_bsr.signals import Interrupted, StopSignals
 from moe_bsr.stems import Stems
 
@@ -223,8 +223,7 @@ class Trainer:
 
     def _clip(self) -> float:
         trained = [p for group in self.optimiser.param_groups for p in group["params"] if p.grad is not None]
-        limit = self.config.train.clip
-        return float(nn.utils.clip_grad_norm_(trained, math.inf if limit is None else limit))
+        return clip_gradients(trained, self.config.train.clip)
 
     def _refuse(self, what: str, task: str) -> None:
         saved = checkpoint.steps(self.folder)

@@ -1,10 +1,11 @@
-"""The explicit attention backward against the softmax written out, in float32 and in bf16."""
+"""Attention as products, forward and backward, against the softmax written out, in float32 and in bf16."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from moe_bsr import attention as module
+from moe_bsr import cpu
 from moe_bsr.attention import CpuAttention, attention, join_heads, split_heads
 
 HEADS, SCALE = 3, 0.3
@@ -39,14 +40,30 @@ def test_in_float32_value_and_gradients_are_the_softmaxs():
         torch.testing.assert_close(have, want)
 
 
+@pytest.mark.parametrize("bf16", ["amx_bf16", "avx512_bf16"])
 @pytest.mark.parametrize("map_bytes", [1, 3 * 37 * 37 * 4 * 3, 2**22], ids=["one", "three", "all"])
-def test_the_products_are_cut_into_images_without_a_trace(monkeypatch, map_bytes):
-    qkv, grad, _ = inputs(torch.float32)
+def test_the_products_are_cut_into_images_without_a_trace(monkeypatch, map_bytes, bf16):
+    qkv, grad, grad_row = inputs(torch.float32)
     monkeypatch.setattr(module, "MAP_BYTES", map_bytes)
     monkeypatch.setattr(module, "PLAIN", torch.float32)
-    *_, have = gradients(CpuAttention.apply, qkv, grad, torch.zeros(4, 37))
-    *_, want = gradients(written_out, qkv, grad, torch.zeros(4, 37))
-    torch.testing.assert_close(have, want)
+    monkeypatch.setattr(cpu, "bf16_instructions", lambda: bf16)
+    for have, want in zip(gradients(CpuAttention.apply, qkv, grad, grad_row), gradients(written_out, qkv, grad, grad_row),
+                          strict=True):
+        torch.testing.assert_close(have, want)
+
+
+def test_in_bf16_products_are_as_good_as_attention_in_bf16_can_be(monkeypatch):
+    """The logits are rounded, where the fused forward keeps them in float32."""
+    qkv, *_ = inputs(torch.bfloat16, tokens=197)
+    want, *_ = written_out(qkv.float(), HEADS, SCALE, True)
+    errors = {}
+    for bf16 in ("amx_bf16", "avx512_bf16"):
+        monkeypatch.setattr(cpu, "bf16_instructions", lambda bf16=bf16: bf16)
+        graphless = attention(qkv, HEADS, SCALE)[0]
+        y = attention(qkv.clone().requires_grad_(), HEADS, SCALE)[0].detach()
+        assert torch.equal(y, graphless) and y.dtype == torch.bfloat16
+        errors[bf16] = float((y.float() - want).norm() / want.norm())
+    assert errors["avx512_bf16"] != errors["amx_bf16"] and max(errors.values()) < 2**-7
 
 
 def test_scores_alone_have_a_gradient():

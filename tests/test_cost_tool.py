@@ -10,6 +10,7 @@ from tiny_models import make_vit
 from tiny_runs import make_config, make_trainer
 
 from moe_bsr import config as configuration
+from moe_bsr import cpu
 from moe_bsr.config import ConfigError
 from moe_bsr.cost import exact, sweep
 from moe_bsr.cost.budget import answer, largest, parse_bytes
@@ -215,8 +216,9 @@ def test_the_peak_of_a_run_counts_its_average_and_what_earlier_micro_batches_lef
 
 
 @pytest.mark.parametrize("storage", ["exact", "recompute"])
-def test_a_drop_of_one_token_that_is_fused_is_counted(tmp_path, storage):
+def test_a_drop_of_one_token_that_is_fused_is_counted(tmp_path, monkeypatch, storage):
     """It leaves as many tokens as it found."""
+    monkeypatch.setattr(cpu, "mkl_is_slow", lambda: False)  # oneDNN takes some scratch memory, which shows here
     config = make_config(tmp_path, storage=storage, plan__keep=0.7, plan__experts=[])  # 3 of 4 patches, fused 1
     compared = sweep.compare(*sweep.run(config, CLASSES, batch=40))
     assert abs(compared["kept"]["difference"]) < 1e-3 and abs(compared["transients"]["difference"]) < 5e-3

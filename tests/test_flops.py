@@ -6,9 +6,10 @@ import pytest
 import torch
 from fvcore.nn import FlopCountAnalysis
 from tiny_models import CLASSES, make_model, make_vit, normal
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from moe_bsr import config as configuration
+from moe_bsr import cpu
 from moe_bsr.benchmark.products import step_products
 from moe_bsr.config import Config
 from moe_bsr.cost.flops import forward_flops, step_flops
@@ -27,9 +28,17 @@ def closed_form(model) -> float:
     return IMAGES * (forward_flops(model) + of_head)
 
 
+@pytest.fixture(autouse=True)
+def by_mkl(monkeypatch):
+    """In float32: torch's counter does not know oneDNN's products."""
+    monkeypatch.setattr(cpu, "mkl_is_slow", lambda: False)
+
+
 def torch_count(run) -> dict[str, int]:
-    """FLOPs by operator, as torch's counter sees them."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    """FLOPs by operator, as torch's counter sees them; before 2.15 it knew CPUs' fused attention not at all."""
+    known = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+             lambda q, k, v, *_, out_shape=None, **options: sdpa_flop_count(q, k, v)}
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=known) as counter:
         run()
     return {str(operator): flops for operator, flops in counter.get_flop_counts()["Global"].items()}
 

@@ -1,12 +1,20 @@
-"""An activation and the layer behind it as one operation: the same numbers, one tensor kept in place of two."""
+"""Linear layers: the same numbers whichever kernel computes them, an activation and the layer behind it as one."""
 
 import pytest
 import torch
 from torch import nn
 
-from moe_bsr.linear import activated_linear, linear
+from moe_bsr import cpu
+from moe_bsr.linear import activated_linear, linear, product
 
 ACTIVATIONS = {"gelu": nn.GELU(), "gelu-tanh": nn.GELU("tanh"), "silu": nn.SiLU(), "relu": nn.ReLU()}
+
+
+@pytest.fixture(params=[False, True], ids=["mkl", "onednn"], autouse=True)
+def slow_mkl(request, monkeypatch) -> bool:
+    """In float32 by either library, whichever this CPU would choose."""
+    monkeypatch.setattr(cpu, "mkl_is_slow", lambda: request.param)
+    return request.param
 
 
 def outcome(run, layer: nn.Linear, x: torch.Tensor) -> list[torch.Tensor]:
@@ -16,6 +24,25 @@ def outcome(run, layer: nn.Linear, x: torch.Tensor) -> list[torch.Tensor]:
     y = run(layer, x)
     y.backward(torch.linspace(-1, 1, y.numel()).view_as(y).to(y.dtype))
     return [y.detach(), x.grad, layer.weight.grad.clone(), *([] if layer.bias is None else [layer.bias.grad.clone()])]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(3, 5, 24), (1, 24), (0, 24)])
+def test_equal_to_torchs_layer_in_value_and_gradients(bias, shape):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(24, 8, bias=bias), torch.randn(shape)
+    for ours, theirs in zip(outcome(linear, layer, x), outcome(nn.Linear.forward, layer, x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_in_float32_onednn_multiplies_where_mkl_is_slow_and_shapes_come_again(slow_mkl):
+    x, weight, bias = torch.randn(6, 24), torch.randn(8, 24), torch.randn(8)
+    for repeats in (False, True):
+        with torch.profiler.profile() as seen:
+            y = product(x, weight, bias, repeats=repeats)
+        torch.testing.assert_close(y, x @ weight.t() + bias)
+        by_onednn = any(event.key == "mkldnn::_linear_pointwise" for event in seen.key_averages())
+        assert by_onednn == (slow_mkl and repeats)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -8,7 +8,14 @@ from timm.models.vision_transformer import VisionTransformer
 
 from moe_bsr.config import Config, MoEConfig, PlanConfig, TrainConfig
 from moe_bsr.multitask import MultitaskViT
-from moe_bsr.optimise import MovingAverage, layer_of, learning_rate, make_optimiser, parameter_groups
+from moe_bsr.optimise import (
+    MovingAverage,
+    clip_gradients,
+    layer_of,
+    learning_rate,
+    make_optimiser,
+    parameter_groups,
+)
 
 DEPTH = 12
 
@@ -153,3 +160,17 @@ def test_swapping_exchanges_and_swapping_back_restores_every_bit():
     average.swap(model)
     assert all(torch.equal(value, live[name]) for name, value in values(model).items())
     assert all(torch.equal(value, held[name]) for name, value in average.average.items())
+
+
+# --- clipping ---
+
+@pytest.mark.parametrize("limit", [None, 0.5, 100.0])
+def test_gradients_are_clipped_as_by_torch_and_else_left_alone(limit):
+    ours, theirs = ([torch.nn.Parameter(torch.zeros(n)) for n in (3, 5)] for _ in range(2))
+    for parameter in (*ours, *theirs):
+        parameter.grad = torch.linspace(-1, 2, len(parameter))
+    before = [p.grad._version for p in ours]
+    norm = clip_gradients(ours, limit)
+    assert norm == float(torch.nn.utils.clip_grad_norm_(theirs, math.inf if limit is None else limit))
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))
+    assert (before == [p.grad._version for p in ours]) == (limit != 0.5)

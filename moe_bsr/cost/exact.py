@@ -19,7 +19,7 @@ from moe_bsr.cost.flops import forward_flops, step_flops
 from moe_bsr.experts import is_grouped
 from moe_bsr.ledger import INDEX, ROW, Held, Ledger, norm_bytes
 from moe_bsr.linear import frozen_matrices, linear_bytes
-from moe_bsr.machine import bf16_is_fast, find_device
+from moe_bsr.machine import find_device
 from moe_bsr.moe import MoE
 from moe_bsr.multitask import MultitaskViT
 from moe_bsr.storage import STORAGES
@@ -91,16 +91,15 @@ def predict(model: MultitaskViT, config: Config, *, batch: int, precision: str, 
     if all_tasks and config.sampler.kind == "joint":
         trained = stepped
     gradients = sum(p.numel() for p in trained) * ROW
-    native = bf16_is_fast(torch.device("cpu"))[0]
     known = {model.vit.blocks[index].mlp: share for index, share in (shares or {}).items()}
-    forward, backward, kept, reported = _play(Ledger(size, THREADS, native, known), model, batch, classes)
+    forward, backward, kept, reported = _play(Ledger(size, THREADS, known), model, batch, classes)
     total = sum(sum(kinds.values()) for kinds in kept.values())
     parameters = _weights(model, size)
     optimiser = _state(stepped, config)
     average = 0 if config.train.ema is None else sum(p.numel() for p in model.parameters() if p.requires_grad) * ROW
     transients = {"forward": forward, "backward": backward, "optimiser": _update(trained, config)}
     earlier = _micro_batches(model, config) - 1 if all_tasks else 0
-    _, beside, _, _ = _play(Ledger(size, THREADS, native, known), model, batch, classes, "more" if earlier else "first")
+    _, beside, _, _ = _play(Ledger(size, THREADS, known), model, batch, classes, "more" if earlier else "first")
     if earlier:
         largest = max(forward, beside, transients["optimiser"]) + gradients + earlier * reported
     else:

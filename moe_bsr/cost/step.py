@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from moe_bsr.config import Config
 from moe_bsr.machine import Machine
 from moe_bsr.multitask import MultitaskViT
-from moe_bsr.optimise import make_optimiser
+from moe_bsr.optimise import clip_gradients, make_optimiser
 
 
 class Step:
@@ -46,7 +46,7 @@ class Step:
 
     def update(self) -> None:
         if self._clip:
-            nn.utils.clip_grad_norm_(self.trained, 1.0).item()
+            clip_gradients(self.trained, 1.0)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
 
