@@ -163,12 +163,12 @@ def _expert_backward(grad_x: Tensor, grads: list[Tensor | None], grad: Tensor, x
         of_b2.copy_(out.sum(0))
     del out
     by_unit = torch.mul(after, back, out=None if after is before else after)
-    of_gate = of_gate + by_unit.sum(1, keepdim=True, dtype=gate.dtype)
+    of_gate = of_gate + by_unit.sum(1, keepdim=True)  # asked for float32, it would copy all of bf16 first
     del after, by_unit
     back = activation_backward(act, before, back)
     _product_into(of_w1, back.t(), x.index_select(0, token).mul_(gate))
     if of_b1 is not None:
-        of_b1.copy_((back.t() @ gate.to(back.dtype)).squeeze(1))
+        of_b1.copy_((gate.t().to(back.dtype) @ back).squeeze(0))
     grad_x.index_add_(0, token, gate * (back @ _cast(x, w1)[0]))
     return of_gate
 
