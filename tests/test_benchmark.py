@@ -9,7 +9,7 @@ import torch
 from tiny_models import CLASSES, make_vit, normal
 from torch import nn
 
-from moe_bsr.benchmark import scaling, targets
+from moe_bsr.benchmark import scaling, tables, targets
 from moe_bsr.benchmark.cases import Case, LayerStep, make, suite
 from moe_bsr.benchmark.explicit import ExplicitBSR
 from moe_bsr.benchmark.products import Product, step_products, time_products
@@ -131,7 +131,7 @@ def test_a_case_that_cannot_be_made_is_named():
             pass
 
 
-def test_the_tool_prints_the_raw_times_of_every_turn_and_verdicts_as_json(capsys):
+def test_the_tool_prints_the_raw_times_of_every_turn_and_verdicts_as_json(capsys, tmp_path):
     tool = Path(__file__).resolve().parents[1] / "tools" / "benchmark.py"
     main = runpy.run_path(str(tool), run_name="benchmark")["main"]
     arguments = ["--backbone", SMALL["backbone"], "--image-size", "64", "--batch", "2", "--threads", "1",
@@ -141,6 +141,11 @@ def test_the_tool_prints_the_raw_times_of_every_turn_and_verdicts_as_json(capsys
     about = result["groups"]["experts bf16"]["dense_ffn bf16"]
     assert [len(turn) for turn in about["seconds"]] == [3, 3]
     assert about["memory"]["kept_per_image"] > 0 and result["targets"] == []
+    (tmp_path / "benchmark.json").write_text(json.dumps(result))
+    assert main(["--read", str(tmp_path / "benchmark.json"), "--markdown"]) == 0
+    titles, _, row = capsys.readouterr().out.splitlines()
+    assert titles.startswith("| experts bf16 | step ms |") and row.startswith("| dense_ffn bf16 | ")
+    assert main(["--read", str(tmp_path / "absent.json")]) == 2
 
 
 def test_scaling_keeps_every_time_and_memory_grows_with_the_batch_but_not_with_tasks(monkeypatch, tmp_path):
@@ -153,4 +158,6 @@ def test_scaling_keeps_every_time_and_memory_grows_with_the_batch_but_not_with_t
     two, four = result["scaling"]["tasks"]
     assert two["kept"] == four["kept"]
     scaling.draw(result, tmp_path / "scaling.png")
-    assert len(scaling.table(result)) == 6 and (tmp_path / "scaling.png").stat().st_size > 1000
+    assert (tmp_path / "scaling.png").stat().st_size > 1000
+    titles, first, _ = tables.of_scaling(result["scaling"]["batch"], "batch")
+    assert titles[0] == "batch" and first[0] == "2" and float(first[2]) <= float(first[1]) <= float(first[3])

@@ -5,6 +5,7 @@
     python tools/benchmark.py --only bsr full --rounds 3 --profile # some cases, and where their time goes
     python tools/benchmark.py --scaling                           # against tokens, batch, experts and tasks
     python tools/benchmark.py --json > benchmark.json
+    python tools/benchmark.py --read benchmark.json --markdown    # its tables again
 
 Every case is a process of its own and all take turns, so only compare figures of one run. Weights and images
 are random; data loading is not timed. --json prints everything, the raw times of every step included.
@@ -19,12 +20,12 @@ from pathlib import Path
 from moe_bsr import run
 from moe_bsr.benchmark import scaling
 from moe_bsr.benchmark.cases import PRECISIONS, Case, suite
-from moe_bsr.benchmark.targets import Results, judge, step_seconds
+from moe_bsr.benchmark.tables import of_cases, of_scaling, of_targets
+from moe_bsr.benchmark.targets import Results, judge
 from moe_bsr.benchmark.turns import contestants, interleave
 from moe_bsr.config import ConfigError, MachineConfig, require
 from moe_bsr.machine import bf16_is_fast, find_device, prepare
-
-MIB = 2**20
+from moe_bsr.report import as_markdown, as_text
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,31 +47,38 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--scaling", action="store_true", help="how step time and peak grow")
     parser.add_argument("--picture", type=Path, default=Path("scaling.png"), help="of --scaling")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--read", type=Path, metavar="FILE", help="of an earlier --json: measure nothing, show that")
+    parser.add_argument("--markdown", action="store_true")
     arguments = parser.parse_args(arguments)
     try:
-        device = find_device(arguments.device)
-        shared = {"backbone": arguments.backbone, "image_size": arguments.image_size, "batch": arguments.batch,
-                  "device": str(device), "threads": arguments.threads}
-        native = bf16_is_fast(device)[0]
-        require(arguments.batch >= 2, "--batch", arguments.batch, "at least 2: bytes kept per image are the "
-                "growth from half the batch to all of it")
-        if arguments.scaling:
-            result = scaling.measure(shared, "bf16" if native else "fp32", arguments.rounds, arguments.steps, note)
+        result = json.loads(arguments.read.read_text()) if arguments.read else measure(arguments)
+        if "scaling" in result:
             scaling.draw(result, arguments.picture)
-            lines = [*scaling.table(result), f"picture: {arguments.picture}"]
-        else:
-            chosen = arguments.precisions or (PRECISIONS if native else ["fp32"])
-            precisions = [precision for precision in PRECISIONS if precision in chosen]
-            groups = {name: [c for c in cases if not arguments.only or c.subject in arguments.only]
-                      for name, cases in suite(arguments.storages, precisions, **shared).items()}
-            result = compare(groups, arguments)
-            lines = [*case_table(result["groups"], arguments.batch), *target_table(result["targets"])]
-    except (ConfigError, RuntimeError) as error:
+            note(f"picture: {arguments.picture}")
+    except (ConfigError, RuntimeError, OSError, ValueError) as error:
         print(f"benchmark.py: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    about = {"arguments": shared, **run.environment(prepare(MachineConfig(device=str(device))))}
-    print(json.dumps(about | result, indent=1) if arguments.json else "\n".join(lines))
+        return 1 if type(error) is RuntimeError else 2
+    print(json.dumps(result, indent=1) if arguments.json else tables(result, arguments.markdown))
     return 0
+
+
+def measure(arguments: argparse.Namespace) -> dict:
+    """Run the cases; what --json prints."""
+    device = find_device(arguments.device)
+    shared = {"backbone": arguments.backbone, "image_size": arguments.image_size, "batch": arguments.batch,
+              "device": str(device), "threads": arguments.threads}
+    native = bf16_is_fast(device)[0]
+    require(arguments.batch >= 2, "--batch", arguments.batch, "at least 2: bytes kept per image are the "
+            "growth from half the batch to all of it")
+    if arguments.scaling:
+        result = scaling.measure(shared, "bf16" if native else "fp32", arguments.rounds, arguments.steps, note)
+    else:
+        chosen = arguments.precisions or (PRECISIONS if native else ["fp32"])
+        precisions = [precision for precision in PRECISIONS if precision in chosen]
+        groups = {name: [c for c in cases if not arguments.only or c.subject in arguments.only]
+                  for name, cases in suite(arguments.storages, precisions, **shared).items()}
+        result = compare(groups, arguments)
+    return {"arguments": shared, **run.environment(prepare(MachineConfig(device=str(device))))} | result
 
 
 def compare(groups: dict[str, list[Case]], arguments: argparse.Namespace) -> dict:
@@ -101,22 +109,21 @@ def run_group(cases: list[Case], arguments: argparse.Namespace) -> dict[str, dic
     return results
 
 
-def case_table(results: Results, batch: int) -> list[str]:
-    """Each case: times, what it keeps, its peak over what lived before the step (MiB)."""
-    lines = []
-    for group, cases in results.items():
+def tables(result: dict, markdown: bool) -> str:
+    """What a run of this tool found, read from its JSON."""
+    draw = as_markdown if markdown else as_text
+    blocks = [draw(of_scaling(points, name)) for name, points in result.get("scaling", {}).items()]
+    groups = result.get("groups", {})
+    for group, cases in groups.items():
         if cases:
-            lines += [f"{group:<24}  step ms  images/s  kept MiB/image  peak MiB  inference  process MiB"]
-        for name, about in cases.items():
-            ms, memory = 1e3 * step_seconds(results, group, name), about["memory"]
-            peak = max(memory["transients"].values())
-            lines.append(f"  {name:<22}  {ms:>7.1f}  {1e3 * batch / ms:>8.1f}  "
-                         f"{memory['kept_per_image'] / MIB:>14.3f}  {peak / MIB:>8.1f}"
-                         f"  {memory['inference_peak'] / MIB:>9.1f}  {memory['process_peak'] / MIB:>11.0f}")
-            lines += [f"      {t:>8.1f} ms  {calls:>5} x  {operator}"
-                      for operator, t, calls in about.get("hot_spots", [])]
-        lines.append("")
-    return lines
+            blocks.append(draw(of_cases(groups, group, result["arguments"]["batch"])))
+        spots = {name: about["hot_spots"] for name, about in cases.items() if "hot_spots" in about}
+        blocks += [draw([[name, "ms a step", "calls"], *([operator, f"{ms:.1f}", str(calls)]
+                                                         for operator, ms, calls in rows)])
+                   for name, rows in spots.items()]
+    if judged := judge(groups):
+        blocks.append(as_markdown(of_targets(judged)) if markdown else "\n".join(target_table(judged)))
+    return "\n\n".join(blocks)
 
 
 def target_table(rows: list[dict]) -> list[str]:

@@ -37,15 +37,6 @@ def measure(shared: dict[str, Any], precision: str, rounds: int, steps: int, not
     return {"scaling": result}
 
 
-def table(result: dict[str, Any]) -> list[str]:
-    lines = []
-    for name, points in result["scaling"].items():
-        lines.append(f"{name:<12}  step ms  peak MiB  kept MiB")
-        lines += [f"  {p['at']:>10}  {1e3 * statistics.median(p['seconds']):>7.1f}  {p['peak'] / 2**20:>8.1f}"
-                  f"  {p['kept'] / 2**20:>8.1f}" for p in points]
-    return lines
-
-
 def draw(result: dict[str, Any], file: Path) -> None:
     """One picture: a panel a sweep, time on the left axis and peak on the right, both from zero."""
     from matplotlib.figure import Figure

@@ -1,0 +1,37 @@
+"""The figures of a benchmark as rows of tables, the first of them titles; memory in MiB."""
+
+import statistics
+from typing import Any
+
+from moe_bsr.benchmark.targets import Results, step_seconds
+
+MIB = 2**20
+
+
+def of_cases(results: Results, group: str, batch: int) -> list[list[str]]:
+    """Each case of a group: its step, what it keeps, its peak over what lived before the step."""
+    rows = [[group, "step ms", "images/s", "kept MiB/image", "peak MiB", "inference MiB", "process MiB"]]
+    for name, about in results[group].items():
+        seconds, memory = step_seconds(results, group, name), about["memory"]
+        rows.append([name, f"{1e3 * seconds:.1f}", f"{batch / seconds:.1f}", f"{memory['kept_per_image'] / MIB:.3f}",
+                     f"{max(memory['transients'].values()) / MIB:.1f}", f"{memory['inference_peak'] / MIB:.1f}",
+                     f"{memory['process_peak'] / MIB:.0f}"])
+    return rows
+
+
+def of_targets(judged: list[dict[str, Any]]) -> list[list[str]]:
+    rows = [["what", "published", "bound", "must reach", "measured", "reached", "detail"]]
+    for row in judged:
+        rows.append([row["what"], row["published"], row["bound"], row["target"], f"{row['value']:.2f}x",
+                     "yes" if row["reached"] else "no", row["detail"]])
+    return rows
+
+
+def of_scaling(points: list[dict[str, Any]], name: str) -> list[list[str]]:
+    """One sweep: median step, its fastest and slowest, peak and what is kept."""
+    rows = [[name, "step ms", "fastest", "slowest", "peak MiB", "kept MiB"]]
+    for point in points:
+        taken = point["seconds"]
+        rows.append([str(point["at"]), *(f"{1e3 * of(taken):.0f}" for of in (statistics.median, min, max)),
+                     f"{point['peak'] / MIB:.1f}", f"{point['kept'] / MIB:.1f}"])
+    return rows
