@@ -36,12 +36,14 @@ def supported(block: nn.Module) -> bool:
 
 def forward(block: Block, tokens: Tokens, *, plan: BlockPlan, config: TokensConfig, prefix: int,
             has_class_token: bool, task: str, decisions: Decisions,
-            noise_key: tuple[int, ...] | None = None) -> tuple[Tokens, Record]:
+            noise_key: tuple[int, ...] | None = None, valued: bool = True) -> tuple[Tokens, Record]:
     """One block on (B, N, D) tokens, leaving (B, N', D) with N' <= N.
 
     Args:
         prefix: number of prefix tokens (class and register tokens), never dropped.
         decisions: kept tokens, experts and gate noise: made here at first, replayed ever after.
+        valued: whether the output's values are wanted; a block that runs again for its backward pass wants
+            the graph alone, and needs no last product for it.
     """
     record = Record()
     hidden, *scores = attend(block.attn, block.norm1(tokens.x), plan.keep < 1, has_class_token, config.attached)
@@ -51,12 +53,18 @@ def forward(block: Block, tokens: Tokens, *, plan: BlockPlan, config: TokensConf
     if plan.keep < 1:
         tokens, record.dropped = drop(tokens, *scores, keep=plan.keep, prefix=prefix, config=config,
                                       decisions=decisions)
+    valued = valued or keeps_last_product(block)
     if isinstance(block.mlp, MoE):
-        hidden, record.routing = block.mlp(block.norm2(tokens.x), task, decisions, noise_key)
+        hidden, record.routing = block.mlp(block.norm2(tokens.x), task, decisions, noise_key, valued)
     else:
-        hidden = feed_forward(block.mlp, block.norm2(tokens.x))
+        hidden = feed_forward(block.mlp, block.norm2(tokens.x), valued)
     x = tokens.x + block.drop_path2(scale(block.ls2, hidden))
     return Tokens(x, tokens.origin, tokens.fused), record
+
+
+def keeps_last_product(block: Block) -> bool:
+    """Whether something behind the FFN's last product keeps it: a LayerScale that trains."""
+    return any(p.requires_grad for p in block.ls2.parameters())
 
 
 def scale(layer: nn.Module, x: Tensor) -> Tensor:
@@ -92,13 +100,13 @@ def project(layer: Attention, hidden: Tensor) -> Tensor:
     return torch.cat([join_heads(t) for t in (layer.q_norm(q), layer.k_norm(k), v)], -1)
 
 
-def feed_forward(mlp: Mlp, x: Tensor) -> Tensor:
+def feed_forward(mlp: Mlp, x: Tensor, valued: bool = True) -> Tensor:
     """(B, N, D) -> (B, N, D): a plain two-layer FFN; other kinds run as timm wrote them."""
     if type(mlp) is not Mlp:
         return mlp(x)
     x = linear(mlp.fc1, x)
-    if torch.is_grad_enabled() and mlp.fc2.weight.requires_grad and isinstance(mlp.norm, nn.Identity):
-        return activated_linear(mlp.act, mlp.fc2, x)
+    if torch.is_grad_enabled() and isinstance(mlp.norm, nn.Identity):
+        return activated_linear(mlp.act, mlp.fc2, x, valued)
     x = mlp.act(x)
     return linear(mlp.fc2, mlp.norm(x))
 
@@ -159,13 +167,14 @@ def block_bytes(ledger: Ledger, block: Block, plan: BlockPlan, config: TokensCon
         ledger.free(stream)
         stream, ledger.tokens = shorter, after
     ledger.free(scores)
+    valued = ledger.valued or keeps_last_product(block)
     hidden, of_norm2 = norm_bytes(ledger, block.norm2, stream, rows_after, width, needs)
     if isinstance(block.mlp, MoE):
-        out, held, of_ffn = moe_bytes(ledger, block.mlp, hidden, rows_after)
+        out, held, of_ffn = moe_bytes(ledger, block.mlp, hidden, rows_after, valued)
         records += held
         ledger.free(hidden)
     else:
-        out, of_ffn = mlp_bytes(ledger, block.mlp, hidden, rows_after, needs)
+        out, of_ffn = mlp_bytes(ledger, block.mlp, hidden, rows_after, needs, valued)
     scaled, of_scale2 = scale_bytes(ledger, block.ls2, out)
     end = ledger.make(rows_after * width * size)
     ledger.free(scaled, out, stream)
@@ -204,29 +213,18 @@ def scale_bytes(ledger: Ledger, scale: nn.Module, x: Held) -> tuple[Held, Backwa
     return y, backward
 
 
-def mlp_bytes(ledger: Ledger, mlp: Mlp, x: Held, rows: int, needs: bool) -> tuple[Held, Backward]:
+def mlp_bytes(ledger: Ledger, mlp: Mlp, x: Held, rows: int, needs: bool, valued: bool) -> tuple[Held, Backward]:
     """Kept: fc1's input, if it trains, and the hidden values before the activation. Takes x over."""
     hidden, of_fc1 = linear_bytes(ledger, mlp.fc1, x, rows, needs)
     ledger.free(x)
-    if ledger.grad and mlp.fc2.weight.requires_grad:
-        out, of_fc2 = activated_linear_bytes(ledger, mlp.fc2, hidden, rows)
+    if ledger.grad:
+        out, of_fc2 = activated_linear_bytes(ledger, mlp.fc2, hidden, rows, valued)
         return out, lambda grad: of_fc1(of_fc2(grad))
     after = ledger.make(hidden.bytes)
-    if needs:
-        ledger.save(hidden, "activation inputs")
     ledger.free(hidden)
     out, of_fc2 = linear_bytes(ledger, mlp.fc2, after, rows, needs)
     ledger.free(after)
-
-    def backward(grad: Held) -> Held:
-        back = of_fc2(grad)
-        ledger.restore(hidden)
-        inner = ledger.make(back.bytes)
-        ledger.release(hidden)
-        ledger.free(back)
-        return of_fc1(inner)
-
-    return out, backward
+    return out, of_fc2
 
 
 def multiply_adds(block: Block, plan: BlockPlan, attention_tokens: int, ffn_tokens: int,
@@ -260,6 +258,15 @@ def backward_multiply_adds(block: Block, plan: BlockPlan, attention_tokens: int,
         return inputs, 0
     frozen = isinstance(block.mlp, MoE) and not any(p.requires_grad for p in block.mlp.router.parameters())
     return inputs, of_matrices - (block.mlp.router_multiply_adds(ffn_tokens) if frozen else 0)
+
+
+def unvalued_multiply_adds(block: Block, ffn_tokens: int) -> int:
+    """Of one image: what `forward` leaves out where its values are not wanted."""
+    if keeps_last_product(block) or type(block.mlp) not in (Mlp, MoE):
+        return 0
+    if isinstance(block.mlp, MoE):
+        return ffn_tokens * block.mlp.top_k * block.mlp.experts.fc2_weight[0].numel()
+    return ffn_tokens * block.mlp.fc2.weight.numel()
 
 
 def _inner(block: Block) -> int:

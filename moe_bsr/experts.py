@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_bsr.config import MoEConfig, require
-from moe_bsr.linear import activation_backward, compute_dtype, product
+from moe_bsr.linear import activation_backward, compute_dtype, no_values, product
 from moe_bsr.seeding import generator
 
 
@@ -107,8 +107,8 @@ class ExpertLoop(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, gates: Tensor, slot: Tensor, token: Tensor, counts: list[int], keeps: bool,
-                act: nn.Module, *parameters: Tensor | None) -> Tensor:
-        gate, y, hidden = _of_rows(gates, slot, token), _wide_zeros(x), []
+                valued: bool, act: nn.Module, *parameters: Tensor | None) -> Tensor:
+        gate, y, hidden = _of_rows(gates, slot, token), _wide_zeros(x) if valued else None, []
         for expert, rows in _parts(counts):
             before = _add_expert(y, x, gate[rows], token[rows], act, *_one(parameters, expert))
             if keeps:
@@ -116,7 +116,7 @@ class ExpertLoop(torch.autograd.Function):
             del before  # it would live beside the next expert's
         ctx.save_for_backward(x, gates.unsqueeze(2), slot, token, *parameters, *hidden)
         ctx.counts, ctx.act = counts, act
-        return y.to(x.dtype)
+        return y.to(x.dtype) if valued else no_values(x, x.shape[1])
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -135,14 +135,16 @@ class ExpertLoop(torch.autograd.Function):
                 grad_x, _one(grads, expert), grad, x, gate[rows], token[rows], before, ctx.act,
                 *_one(parameters, expert))
         grad_gates = grad_gate.flatten().index_select(0, slot).view_as(gates)
-        return grad_x.to(x.dtype), grad_gates, None, None, None, None, None, *grads
+        return grad_x.to(x.dtype), grad_gates, None, None, None, None, None, None, *grads
 
 
-def _add_expert(y: Tensor, x: Tensor, gate: Tensor, token: Tensor, act: nn.Module, w1: Tensor,
+def _add_expert(y: Tensor | None, x: Tensor, gate: Tensor, token: Tensor, act: nn.Module, w1: Tensor,
                 b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
-    """Add one expert's gated outputs to y (T, D); returns its rows' hidden values before the activation."""
+    """Add one expert's gated outputs to y (T, D), if there is one; returns its rows' hidden values before the
+    activation."""
     before = product(x.index_select(0, token), *_cast(x, w1, b1))
-    y.index_add_(0, token, gate * product(act(before), *_cast(x, w2, b2)))
+    if y is not None:
+        y.index_add_(0, token, gate * product(act(before), *_cast(x, w2, b2)))
     return before
 
 
@@ -238,8 +240,12 @@ class Experts(nn.Module):
         self.act = mlp.act
         self.engine = config.engine
 
-    def forward(self, x: Tensor, gates: Tensor, chosen: Tensor) -> Tensor:
-        """Gate-weighted sum of each token's chosen experts: (T, D), (T, K) float32, (T, K) int64 -> (T, D)."""
+    def forward(self, x: Tensor, gates: Tensor, chosen: Tensor, valued: bool = True) -> Tensor:
+        """Gate-weighted sum of each token's chosen experts: (T, D), (T, K) float32, (T, K) int64 -> (T, D).
+
+        Args:
+            valued: False leaves the values out where that saves work, and keeps what the backward pass needs.
+        """
         x = x.to(compute_dtype(x))
         parameters = [self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias]
         aligned = all(size * x.element_size() % 16 == 0 for size in self.fc1_weight.shape[1:])
@@ -252,7 +258,7 @@ class Experts(nn.Module):
                                         row_multiple(chosen.numel(), len(self.fc1_weight), narrow))
         if not grouped:
             return ExpertLoop.apply(x, gates, slot, token, counts.tolist(),
-                                    torch.is_grad_enabled(), self.act, *parameters)
+                                    torch.is_grad_enabled(), valued, self.act, *parameters)
         return Combine.apply(self._grouped(Dispatch.apply(x, slot, token), counts), gates, slot)
 
     def _grouped(self, rows: Tensor, counts: Tensor) -> Tensor:

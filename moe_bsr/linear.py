@@ -108,26 +108,36 @@ class _ActivatedLinear(torch.autograd.Function):
     """Saved for backward: x. What the weight's gradient needs, act(x), is computed from it again."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, act: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx, x: Tensor, act: nn.Module, weight: Tensor, bias: Tensor | None, valued: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.act = act
+        if not valued:
+            return no_values(x, len(weight))
         return product(act(x), weight.to(x.dtype), None if bias is None else bias.to(x.dtype), repeats=True)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
         flat = grad.flatten(0, -2)
-        of_weight = flat.t() @ ctx.act(x).flatten(0, -2)
+        of_weight = flat.t() @ ctx.act(x).flatten(0, -2) if ctx.needs_input_grad[2] else None
         back = activation_backward(ctx.act, x, input_gradient(flat, weight.to(x.dtype)).view(x.shape))
-        return back, None, of_weight, flat.sum(0) if ctx.needs_input_grad[3] else None
+        return back, None, of_weight, flat.sum(0) if ctx.needs_input_grad[3] else None, None
 
 
-def activated_linear(act: nn.Module, layer: nn.Linear, x: Tensor) -> Tensor:
+def activated_linear(act: nn.Module, layer: nn.Linear, x: Tensor, valued: bool = True) -> Tensor:
     """layer(act(x)) of x in the compute dtype, (..., in) -> (..., out); `act` has no parameters.
 
-    For a layer that trains: as two operations they would keep x for the one and act(x) for the other.
+    As two operations a layer that trains would keep x for the one and act(x) for the other.
+
+    Args:
+        valued: whether the values are wanted, or only what the backward pass needs.
     """
-    return _ActivatedLinear.apply(x, act, layer.weight, layer.bias)
+    return _ActivatedLinear.apply(x, act, layer.weight, layer.bias, valued)
+
+
+def no_values(x: Tensor, width: int) -> Tensor:
+    """Zeros in place of a product of x that nobody looks at: (..., in) -> (..., width), without memory."""
+    return x.new_zeros(()).expand(*x.shape[:-1], width)
 
 
 def linear_bytes(ledger: Ledger, layer: nn.Linear, x: Held, rows: int, needs_x: bool
@@ -163,24 +173,29 @@ def linear_bytes(ledger: Ledger, layer: nn.Linear, x: Held, rows: int, needs_x: 
     return y, backward
 
 
-def activated_linear_bytes(ledger: Ledger, layer: nn.Linear, x: Held, rows: int) -> tuple[Held, Backward]:
+def activated_linear_bytes(ledger: Ledger, layer: nn.Linear, x: Held, rows: int, valued: bool
+                           ) -> tuple[Held, Backward]:
     """Kept: x, the values before the activation. Takes x over."""
     outputs, inputs = layer.weight.shape
-    size = ledger.size
-    copy = outputs * inputs * size if size == 2 else 0
-    after, cast = ledger.make(x.bytes), ledger.make(copy)
-    y = ledger.make(rows * outputs * size)
-    ledger.scratch(ledger.product_scratch(rows, inputs, outputs))
-    ledger.free(after, cast)
+    size, trains = ledger.size, layer.weight.requires_grad
+    copy = outputs * inputs * size if size == 2 and trains else 0
+    y = ledger.make(0)
+    if valued:
+        after, cast = ledger.make(x.bytes), ledger.make(copy)
+        y = ledger.make(rows * outputs * size)
+        ledger.scratch(ledger.product_scratch(rows, inputs, outputs))
+        ledger.free(after, cast)
     ledger.save(x, "activation inputs")
     ledger.free(x)
 
     def backward(grad: Held) -> Held:
         ledger.restore(x)
-        after = ledger.make(x.bytes)
-        of_weight = ledger.make(copy)  # in float32 it is the gradient itself
-        ledger.scratch(ledger.weight_gradient_scratch(rows, inputs, outputs))
-        ledger.free(after)
+        of_weight = None
+        if trains:
+            after = ledger.make(x.bytes)
+            of_weight = ledger.make(copy)  # in float32 it is the gradient itself
+            ledger.scratch(ledger.weight_gradient_scratch(rows, inputs, outputs))
+            ledger.free(after)
         cast, back = ledger.make(copy), ledger.make(x.bytes)
         ledger.scratch(ledger.product_scratch(rows, outputs, inputs))
         ledger.free(cast)

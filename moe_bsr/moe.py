@@ -106,16 +106,17 @@ class MoE(nn.Module):
         self.router = ROUTERS[config.router](mlp.fc1.in_features, config.experts, tasks, (*seed, "router"))
         self.experts = Experts(mlp, config, (*seed, "experts"))
 
-    def forward(self, x: Tensor, task: str, decisions: Decisions, noise_key: tuple[int, ...] | None = None
-                ) -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, task: str, decisions: Decisions, noise_key: tuple[int, ...] | None = None,
+                valued: bool = True) -> tuple[Tensor, Routing]:
         """(B, N, D) -> (B, N, D) and the routing record.
 
         Args:
             noise_key: seeds the gate noise, used in training when there is any.
+            valued: whether the values are wanted, or only what the backward pass needs.
         """
         flat = x.reshape(-1, x.shape[-1])
         routing = self.route(flat, task, decisions, noise_key)
-        y = self.experts(flat, routing.gates, routing.experts)
+        y = self.experts(flat, routing.gates, routing.experts, valued)
         for name in ("experts", "gates", "probabilities"):
             value = getattr(routing, name)
             setattr(routing, name, value.view(*x.shape[:2], value.shape[-1]))
@@ -159,7 +160,7 @@ def largest_share(width: int, experts: int, k: int) -> float:
     return min(1 + 0.03 * width**0.5, experts / k)
 
 
-def moe_bytes(ledger: Ledger, moe: MoE, x: Held, tokens: int) -> tuple[Held, list[Held], Backward]:
+def moe_bytes(ledger: Ledger, moe: MoE, x: Held, tokens: int, valued: bool) -> tuple[Held, list[Held], Backward]:
     """Kept: tokens, choices, gates, and of each row its hidden values.
 
     How many rows each expert gets is decided by values; the statement is that of equal shares, each
@@ -188,12 +189,13 @@ def moe_bytes(ledger: Ledger, moe: MoE, x: Held, tokens: int) -> tuple[Held, lis
     ledger.decided += chosen.bytes + (tokens * experts * ROW if moe.noise_std else 0)
     gates = ledger.make(2 * tokens * k * ROW, packable=False)
     places = ledger.make((tokens * k + rows) * INDEX, packable=False)
-    gate, summed = ledger.make(rows * ROW), ledger.make(tokens * width * ROW)
+    gate, summed = ledger.make(rows * ROW), ledger.make(tokens * width * ROW if valued else 0)
     before = [ledger.make((each + (e < left)) * hidden * size) for e in range(experts)] if ledger.grad else []
     inside = 0 if ledger.grad else 1
     one_expert(inside, 1, ledger.product_scratch(largest, width, hidden))
-    one_expert(inside + 1, 1, ledger.product_scratch(largest, hidden, width))
-    out = ledger.make(tokens * width * size) if size == 2 else summed
+    if valued:
+        one_expert(inside + 1, 1, ledger.product_scratch(largest, hidden, width))
+    out = ledger.make(tokens * width * size if valued else 0) if size == 2 else summed
     ledger.free(gate, summed if size == 2 else None)
     images_tokens, ledger.tokens = ledger.tokens, max(each, 1)
     for tensor, kind in ((x, "expert inputs"), (places, "routing"), (gates, "routing"), (chosen, "routing"),

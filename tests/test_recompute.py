@@ -6,6 +6,8 @@ from tiny_models import gradients, make_model, make_vit, normal, saved_for_backw
 from torch.nn import functional as F
 
 from moe_bsr import block, multitask
+from moe_bsr import experts as experts_module
+from moe_bsr import linear as linear_module
 from moe_bsr.config import TokensConfig
 from moe_bsr.decisions import Decisions
 from moe_bsr.tokens import FUSED, Tokens
@@ -112,3 +114,24 @@ def test_a_block_run_again_on_a_rounded_input_keeps_its_decisions(noise):
     first, replayed, fresh = run(x, decisions), run(rounded, decisions), run(rounded, Decisions())
     assert all(torch.equal(a, b) for a, b in zip(first, replayed, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(first, fresh, strict=True))
+
+
+@pytest.mark.parametrize("experts", [(), (1, 3)], ids=["dense", "experts"])
+@pytest.mark.parametrize("kind", ["class-token", "layer-scale"])
+def test_the_last_product_is_computed_again_only_where_its_values_are_kept(kind, experts, monkeypatch):
+    """A LayerScale that trains keeps them for its own gradient."""
+    found, valued = [], []
+    for storage in ("exact", "recompute"):
+        model = make_model(kind, storage=storage, trainable=(1, 3), experts=experts).train()
+        output = model(normal(3, 3, 16, 16), "one", noise_key=(0, 0, 0))
+        with monkeypatch.context() as patch:
+            for module in (linear_module, experts_module):
+                original = module.no_values
+                patch.setattr(module, "no_values", lambda *a, original=original: valued.append(storage) or original(*a))
+            output.logits.square().sum().backward()
+        found.append(gradients(model))
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name]), name
+    again = 3 if kind == "class-token" else 1  # blocks 1, 2, 3; in the frozen one LayerScale is a constant
+    assert valued == ["recompute"] * again

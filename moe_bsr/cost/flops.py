@@ -34,5 +34,5 @@ def step_flops(model: MultitaskViT) -> int:
                                                                   model.tokens_config.attached)
         total += products + of_weights
         if STORAGES[model.storages[index]].again:
-            total += forward
+            total += forward - block.unvalued_multiply_adds(layer, m)
     return round(2 * total)

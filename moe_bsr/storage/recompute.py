@@ -1,7 +1,7 @@
 """Keep the block input alone and run the block again in the backward pass.
 
-Chen et al. 2016, "Training deep nets with sublinear memory cost". One more forward of the block for
-nearly all of its activation memory; gradients are identical, because everything the block decided is
+Chen et al. 2016, "Training deep nets with sublinear memory cost". One more forward of the block, but for
+its last product, for nearly all of its activation memory; gradients are identical, because everything the block decided is
 replayed and nothing in it draws random numbers. `recompute_int8` keeps the input itself in eight bits.
 """
 
@@ -42,7 +42,7 @@ class Again(torch.autograd.Function):
         x = (ctx.packed.restore() if kept is None else kept.detach()).requires_grad_(needs_x)
         ctx.packed = None
         with torch.enable_grad(), torch.autocast(**ctx.autocast):
-            outputs = _differentiable(*ctx.forward(Tokens(x, ctx.origin, ctx.fused)))
+            outputs = _differentiable(*ctx.forward(Tokens(x, ctx.origin, ctx.fused), valued=False))
         pairs = [(get_gradient_edge(o), g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
         del outputs  # only their place in the graph is needed
         wanted = [x, *parameters] if needs_x else parameters
@@ -87,7 +87,7 @@ def _register(name: str, pack, packed_bytes) -> None:
             ledger.free(kept if pack is not None else None)
             dropped = grad.bytes < x.bytes  # where the gradient goes on in another tensor, the engine still holds
             grad.saves += dropped  # the one it gave until the whole block is done
-            with ledger.mode(True):
+            with ledger.mode(True, valued=False):
                 again, twice, back = part(restored)
                 ledger.free(again, *twice)
                 out = back(grad)
