@@ -123,6 +123,8 @@ def test_the_leanest_storage_counts_only_if_it_is_fast_enough():
     assert fast_enough["value"] == 125 and fast_enough["reached"]
     too_slow = rows(made_up(stock=3.0, fast=0.19, lean=0.26))["activation bytes kept per image"]
     assert too_slow["value"] == 10 and not too_slow["reached"]
+    none_is = rows(made_up(stock=3.0, fast=0.28, lean=0.3))["activation bytes kept per image"]
+    assert none_is["value"] == 125 and not none_is["reached"]
 
 
 def test_a_case_that_cannot_be_made_is_named():

@@ -84,7 +84,7 @@ def suite(storages: list[str] | None = None, precisions: Sequence[str] = PRECISI
         stock, tuned, *explicit = [Case(subject=subject, precision=precision, tuned=tuned, **shared)
                                    for subject in ("timm", "explicit") for tuned in (False, True)]
         lean = [storage for storage in storages if storage in ("exact", "recompute")]
-        groups[precision] = [stock, tuned, *explicit, *plans("full", precision), *plans("bsr", precision)]
+        groups[precision] = [stock, tuned, *explicit, *plans("full", precision), *plans("bsr", precision, lean)]
         groups[f"experts {precision}"] = [
             stock, *plans("moe_full", precision), *plans("moe_bsr", precision, lean),
             *plans("moe_ffn", precision), *plans("dense_ffn", precision)]

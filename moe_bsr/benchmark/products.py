@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
+from moe_bsr import linear
 from moe_bsr.cost.meter import quiet_kineto
 from moe_bsr.cost.step import Step
 
@@ -106,10 +108,10 @@ SHAPES: dict[str, Any] = {
 
 def time_products(products: Iterable[Product], device: torch.device, budget: float = 0.1
                   ) -> dict[Product, float]:
-    """Best seconds of each product alone, over the layouts its operands may have.
+    """Best seconds of each product alone, over the layouts its operands may have and the kernels there are.
 
     Args:
-        budget: seconds spent on each layout of each product.
+        budget: seconds spent on each kernel and layout of each product.
     """
     return {product: _best(product, device, budget) for product in products}
 
@@ -129,12 +131,16 @@ def _best(product: Product, device: torch.device, budget: float) -> float:
         if product.batch == 1:
             a, b = a[0], b[0]
         out = torch.matmul(a, b)
-        began, runs = time.perf_counter(), 0
-        while runs < 3 or time.perf_counter() - began < budget:
-            start = time.perf_counter()
-            torch.matmul(a, b, out=out)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            best = min(best, time.perf_counter() - start)
-            runs += 1
+        kernels = [partial(torch.matmul, a, b, out=out)]
+        if product.batch == 1:
+            kernels.append(partial(linear.product, a, b.t(), repeats=True))
+        for kernel in kernels:
+            began, runs = time.perf_counter(), 0
+            while runs < 3 or time.perf_counter() - began < budget:
+                start = time.perf_counter()
+                kernel()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                best = min(best, time.perf_counter() - start)
+                runs += 1
     return best

@@ -17,6 +17,7 @@ SWEEPS: dict[str, tuple[list[int], Callable[[int], dict[str, Any]]]] = {
                 lambda n: {"changes": {"moe__experts": n, "moe__top_k": min(4, n)}}),
     "tasks": ([1, 2, 5, 10, 20], lambda n: {"tasks": n}),
 }
+NOTES = {"image size": "px; tokens grow with its square", "experts": "of which min(4, n) are active"}
 
 
 def measure(shared: dict[str, Any], precision: str, rounds: int, steps: int, note: Callable[[str], None]
@@ -45,9 +46,12 @@ def draw(result: dict[str, Any], file: Path) -> None:
     for axis, (name, points) in zip(figure.subplots(1, len(result["scaling"])), result["scaling"].items(),
                                     strict=True):
         at = [p["at"] for p in points]
+        seconds, peak = [statistics.median(p["seconds"]) for p in points], [p["peak"] / 2**20 for p in points]
         right = axis.twinx()
-        axis.plot(at, [1e3 * statistics.median(p["seconds"]) for p in points], "o-", color="C0")
-        right.plot(at, [p["peak"] / 2**20 for p in points], "s--", color="C1")
-        axis.set(xlabel=name, ylabel="step, ms (circles)", ylim=(0, None))
-        right.set(ylabel="peak, MiB (squares)", ylim=(0, None))
+        axis.plot(at, seconds, "o-", color="C0")
+        right.plot(at, peak, "s--", color="C1")
+        if name in NOTES:
+            name += f" ({NOTES[name]})"
+        axis.set(xlabel=name, ylabel="step, s (circles)", ylim=(0, 1.1 * max(seconds)))
+        right.set(ylabel="peak, MiB (squares)", ylim=(0, 1.1 * max(peak)))
     figure.savefig(file, dpi=120)

@@ -10,11 +10,16 @@ Results = dict[str, dict[str, dict[str, Any]]]  # group -> case -> {"seconds": .
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A row's figure, what it is of, and the same figure for the other cases, anchors among them."""
+    """A row's figure, what it is of, and the same figure for the other cases, anchors among them.
+
+    Attributes:
+        holds: whether what the target asks for beside the figure is so.
+    """
 
     value: float
     detail: str
     others: dict[str, float]
+    holds: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +71,7 @@ def memory_gain(least_speed: float) -> Callable[[Results], Figure]:
         if not fast:
             detail += f", slower than the {least_speed:g}x asked for"
         return Figure(kept[stock] / kept[leanest], detail,
-                      {case: size / kept[leanest] for case, size in kept.items() if case != leanest})
+                      {case: size / kept[leanest] for case, size in kept.items() if case != leanest}, bool(fast))
     return value
 
 
@@ -126,7 +131,7 @@ def judge(results: Results) -> list[dict[str, Any]]:
             figure = target.value(results)
         except (KeyError, ValueError):  # its cases were left out
             continue
-        reached = figure.value >= target.limit if target.at_least else figure.value <= target.limit
+        reached = figure.holds and (figure.value >= target.limit if target.at_least else figure.value <= target.limit)
         rows.append({"what": target.what, "published": target.published, "bound": target.bound,
                      "target": f"{'>=' if target.at_least else '<='} {target.limit:g}x",
                      "value": figure.value, "reached": reached, "detail": figure.detail,
