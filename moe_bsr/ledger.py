@@ -34,7 +34,8 @@ class Ledger:
         size: bytes of an element in the compute dtype. threads: of the kernels' scratch memory.
         shares: of a mixture layer, its largest expert's group over an equal one, where that is known.
         tokens: how many there are at this point (a packed tensor has one scale for all of them).
-        grad: whether a graph is being built. valued: whether the values of blocks' outputs are wanted. live, peak: bytes. kept: by section and kind.
+        grad: whether a graph is being built. valued: whether the values of blocks' outputs are wanted.
+        live, peak: bytes. kept: by section and kind.
         pack: (bytes of a tensor, its columns' scales) -> bytes packed, or None.
     """
 

@@ -47,8 +47,8 @@ def test_the_products_are_cut_into_images_without_a_trace(monkeypatch, map_bytes
     monkeypatch.setattr(module, "MAP_BYTES", map_bytes)
     monkeypatch.setattr(module, "PLAIN", torch.float32)
     monkeypatch.setattr(cpu, "bf16_instructions", lambda: bf16)
-    for have, want in zip(gradients(CpuAttention.apply, qkv, grad, grad_row), gradients(written_out, qkv, grad, grad_row),
-                          strict=True):
+    tensors = (qkv, grad, grad_row)
+    for have, want in zip(gradients(CpuAttention.apply, *tensors), gradients(written_out, *tensors), strict=True):
         torch.testing.assert_close(have, want)
 
 

@@ -1,8 +1,9 @@
 """Keep the block input alone and run the block again in the backward pass.
 
 Chen et al. 2016, "Training deep nets with sublinear memory cost". One more forward of the block, but for
-its last product, for nearly all of its activation memory; gradients are identical, because everything the block decided is
-replayed and nothing in it draws random numbers. `recompute_int8` keeps the input itself in eight bits.
+its last product, for nearly all of its activation memory; gradients are identical, because everything the
+block decided is replayed and nothing in it draws random numbers. `recompute_int8` keeps the input itself in
+eight bits.
 """
 
 import torch
