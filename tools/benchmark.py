@@ -1,6 +1,6 @@
 """Side-by-side timings and memory of one training step: stock timm, the public form of BSR, and ours.
 
-    python tools/benchmark.py                                     # DeiT-S, 224 px, batch 32: ten minutes with bf16
+    python tools/benchmark.py                                     # DeiT-S, 224 px, batch 32: 40 minutes; with AMX, 10
     python tools/benchmark.py --backbone vit_base_patch16_224 --batch 8 --storages exact   # 20 GB
     python tools/benchmark.py --only bsr full --rounds 3 --profile # some cases, and where their time goes
     python tools/benchmark.py --scaling                           # against tokens, batch, experts and tasks
