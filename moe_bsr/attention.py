@@ -79,7 +79,7 @@ def _forward(qkv: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor | No
             *split_heads(qkv, heads), 0.0, False, scale=scale)
         return join_heads(y), sums
     q, k, v = split_heads(qkv, heads)
-    y = torch.empty_like(qkv[..., :q.shape[1] * q.shape[3]])
+    y = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
     by_head = y.unflatten(2, (heads, -1)).transpose(1, 2)
     for part in _parts(qkv, heads):
         attention = _map(_apart(q[part]) * scale, _apart(k[part]))

@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
             note(f"picture: {arguments.picture}")
     except (ConfigError, RuntimeError, OSError, ValueError) as error:
         print(f"benchmark.py: {error}", file=sys.stderr)
-        return 1 if type(error) is RuntimeError else 2
+        return 1 if isinstance(error, RuntimeError) else 2
     print(json.dumps(result, indent=1) if arguments.json else tables(result, arguments.markdown))
     return 0
 
