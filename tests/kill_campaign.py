@@ -24,10 +24,10 @@ from pathlib import Path
 
 import torch
 
-from moe_bsr import checkpoint
+from moe_bsr.runs import checkpoint
 from moe_bsr import config as configuration
-from moe_bsr.observers import experts
-from moe_bsr.train import train
+from moe_bsr.callbacks import expert_views as experts
+from moe_bsr.training.trainer import train
 
 STEPS = 9
 TASK = """title: {name}

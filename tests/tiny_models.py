@@ -5,8 +5,8 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer
 
 from moe_bsr.config import Config, MoEConfig, PlanConfig, TokensConfig
-from moe_bsr.moe import MoE
-from moe_bsr.multitask import MultitaskViT
+from moe_bsr.model.moe import MoE
+from moe_bsr.model.multitask import MultitaskViT
 
 WIDTH = 8
 CLASSES = {"one": 3, "two": 5, "three": 2}

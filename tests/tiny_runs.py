@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from moe_bsr import config as configuration
-from moe_bsr import run
+from moe_bsr.runs import folder as run
 from moe_bsr.config import Config
-from moe_bsr.evaluate import evaluate
-from moe_bsr.machine import prepare
-from moe_bsr.multitask import build
-from moe_bsr.observers import Observer, Step
-from moe_bsr.observers.jsonl import Jsonl
-from moe_bsr.train import Trainer
+from moe_bsr.evaluation.evaluate import evaluate
+from moe_bsr.runtime.device import prepare
+from moe_bsr.model.multitask import build
+from moe_bsr.training.callback import Observer, Step
+from moe_bsr.callbacks.jsonl import Jsonl
+from moe_bsr.training.trainer import Trainer
 
-TRAIN = importlib.import_module("moe_bsr.train")  # the package gives its function the same name
+TRAIN = importlib.import_module("moe_bsr.training.trainer")
 TASKS = {"shapes": (10, 30), "fractals": (12, 60)}  # classes, images of which one per class validates
 SIZES = {"shapes": 20, "fractals": 48}
 TASK = "{{title: {0}, source: generated, family: {0}, classes: {1}, train: {2}, test: {1}, licence: none}}\n"

@@ -17,15 +17,15 @@ import sys
 import textwrap
 from pathlib import Path
 
-from moe_bsr import run
+from moe_bsr.runs import folder as run
 from moe_bsr.benchmark import scaling
 from moe_bsr.benchmark.cases import PRECISIONS, Case, suite
 from moe_bsr.benchmark.tables import of_cases, of_scaling, of_targets
 from moe_bsr.benchmark.targets import Results, judge
-from moe_bsr.benchmark.turns import contestants, interleave
+from moe_bsr.benchmark.workers import contestants, interleave
 from moe_bsr.config import ConfigError, MachineConfig, require
-from moe_bsr.machine import bf16_is_fast, find_device, prepare
-from moe_bsr.report import as_markdown, as_text
+from moe_bsr.runtime.device import bf16_is_fast, find_device, prepare
+from moe_bsr.runs.report import as_markdown, as_text
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from moe_bsr import report
+from moe_bsr.runs import report
 from moe_bsr.config import ConfigError
 
 

@@ -19,12 +19,15 @@ from typing import Any
 
 from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError, require
-from moe_bsr.cost import backrazor, budget, paper, sweep
-from moe_bsr.cost.exact import Cost, predict
-from moe_bsr.cost.shapes import from_model
+from moe_bsr.paper import backrazor_rule as backrazor
+from moe_bsr.cost import planner as budget
+from moe_bsr.paper import bsr_rule as paper
+from moe_bsr.benchmark import sweep
+from moe_bsr.cost.predict import Cost, predict
+from moe_bsr.paper.shapes import from_model
 from moe_bsr.data import load_spec
-from moe_bsr.machine import prepare
-from moe_bsr.multitask import MultitaskViT, plan_only
+from moe_bsr.runtime.device import prepare
+from moe_bsr.model.multitask import MultitaskViT, plan_only
 
 MB = 2**20
 RULES = {"paper": paper.memory, "backrazor": backrazor.memory}

@@ -14,7 +14,7 @@ nothing else. Every evaluation of the test split is counted in the run; choose b
 """
 
 if __name__ == "__main__":
-    import allocator
+    from moe_bsr.runtime import allocator
 
     allocator.start_again()  # before anything else is imported, or it would be imported twice
 
@@ -24,9 +24,9 @@ import statistics
 import sys
 from pathlib import Path
 
-from moe_bsr.checkpoint import CheckpointError
-from moe_bsr.evaluate import evaluate, table
-from moe_bsr.run import count_test_evaluation, load
+from moe_bsr.runs.checkpoint import CheckpointError
+from moe_bsr.evaluation.evaluate import evaluate, table
+from moe_bsr.runs.folder import count_test_evaluation, load
 
 
 def main(arguments: list[str] | None = None) -> None:

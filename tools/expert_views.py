@@ -14,7 +14,7 @@ replaces what was drawn before.
 """
 
 if __name__ == "__main__":
-    import allocator
+    from moe_bsr.runtime import allocator
 
     allocator.start_again()  # before anything else is imported, or it would be imported twice
 
@@ -24,9 +24,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from moe_bsr.checkpoint import CheckpointError
-from moe_bsr.run import load
-from moe_bsr.views import gallery
+from moe_bsr.runs.checkpoint import CheckpointError
+from moe_bsr.runs.folder import load
+from moe_bsr.visualize import expert_report as gallery
 
 SAMPLES = "images=100,text=100"  # steps kept of each picture; TensorBoard's own 10 would hide a run's history
 

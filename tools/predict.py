@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from moe_bsr.checkpoint import CheckpointError
+from moe_bsr.runs.checkpoint import CheckpointError
 from moe_bsr.data.sources import decode
-from moe_bsr.run import Loaded, load
+from moe_bsr.runs.folder import Loaded, load
 
 BATCH = 32
 

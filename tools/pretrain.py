@@ -16,7 +16,7 @@ takes to use the network.
 """
 
 if __name__ == "__main__":
-    import allocator
+    from moe_bsr.runtime import allocator
 
     allocator.start_again()  # before anything else is imported, or it would be imported twice
 

@@ -12,9 +12,9 @@ import argparse
 import json
 import sys
 
-from moe_bsr.cost.published import page
-from moe_bsr.cost.published.rebuild import rebuild
-from moe_bsr.cost.published.tables import FIGURES, TITLES
+from moe_bsr.paper import page
+from moe_bsr.paper.rebuild import rebuild
+from moe_bsr.paper.tables import FIGURES, TITLES
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -8,7 +8,7 @@ in points, with every seed's own. Finished runs are kept, so that the command ca
 """
 
 if __name__ == "__main__":
-    import allocator
+    from moe_bsr.runtime import allocator
 
     allocator.start_again()  # before anything else is imported, or it would be imported twice
 
@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from moe_bsr import config as configuration
-from moe_bsr.train import train
+from moe_bsr.training.trainer import train
 
 CONFIG = "configs/deit_tiny_stl_bsr.yaml"
 

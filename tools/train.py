@@ -9,7 +9,7 @@ Exit status: 0 finished, 1 training failed, 2 refused, 128 + signal if interrupt
 """
 
 if __name__ == "__main__":
-    import allocator
+    from moe_bsr.runtime import allocator
 
     allocator.start_again()  # before anything else is imported, or it would be imported twice
 
@@ -19,14 +19,15 @@ import sys
 from pathlib import Path
 
 from moe_bsr import config as configuration
-from moe_bsr import describe, run
-from moe_bsr.checkpoint import CheckpointError
+from moe_bsr.model import summary as describe
+from moe_bsr.runs import folder as run
+from moe_bsr.runs.checkpoint import CheckpointError
 from moe_bsr.config import ConfigError
 from moe_bsr.data import UnreadableImage
-from moe_bsr.machine import prepare
-from moe_bsr.multitask import build, plan_only
-from moe_bsr.stems import Stems
-from moe_bsr.train import NonFiniteLoss, train
+from moe_bsr.runtime.device import prepare
+from moe_bsr.model.multitask import build, plan_only
+from moe_bsr.training.feature_cache import Stems
+from moe_bsr.training.trainer import NonFiniteLoss, train
 
 
 def main(arguments: list[str] | None = None) -> int:

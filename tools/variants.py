@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from moe_bsr import report
+from moe_bsr.runs import report
 
 VARIANTS = ["last", "stl_full", "stl_bsr", "dense_bsr", "moe_full", "moe_bsr", "random_router"]
 GRID = [1e-4, 4e-4]

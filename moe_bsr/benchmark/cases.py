@@ -9,16 +9,16 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_bsr import block
+from moe_bsr.model import block
 from moe_bsr import config as configuration
-from moe_bsr.benchmark.explicit import ExplicitBSR
+from moe_bsr.benchmark.public_form import ExplicitBSR
 from moe_bsr.config import Config
-from moe_bsr.cost.step import Step, random_batch, training_step
-from moe_bsr.decisions import Decisions
-from moe_bsr.machine import Machine, prepare
-from moe_bsr.moe import MoE
-from moe_bsr.multitask import build
-from moe_bsr.storage import STORAGES
+from moe_bsr.training.update import Step, random_batch, training_step
+from moe_bsr.model.replay import Decisions
+from moe_bsr.runtime.device import Machine, prepare
+from moe_bsr.model.moe import MoE
+from moe_bsr.model.multitask import build
+from moe_bsr.model.storage import STORAGES
 
 CLASSES = 100
 PRECISIONS = ("fp32", "bf16")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_bsr.benchmark.cases import Case
-from moe_bsr.benchmark.turns import contestants, interleave
+from moe_bsr.benchmark.workers import contestants, interleave
 
 SWEEPS: dict[str, tuple[list[int], Callable[[int], dict[str, Any]]]] = {
     "image size": ([96, 128, 160, 224, 288, 384], lambda n: {"image_size": n}),

@@ -4,9 +4,10 @@ The backward of a product y = x W costs as much again for dx, where the gradient
 more for dW, where W trains. Elementwise work (norms, softmax, activations) is not counted, as everywhere.
 """
 
-from moe_bsr import block, describe
-from moe_bsr.multitask import MultitaskViT
-from moe_bsr.storage import STORAGES
+from moe_bsr.model import block
+from moe_bsr.model import summary as describe
+from moe_bsr.model.multitask import MultitaskViT
+from moe_bsr.model.storage import STORAGES
 
 
 def forward_flops(model: MultitaskViT) -> int:

@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 
 from moe_bsr.config import SamplerConfig
-from moe_bsr.seeding import key, stream
+from moe_bsr.runtime.rng import key, stream
 
 WINDOW = 100  # updates over which proportional and temperature sampling fill their quotas
 

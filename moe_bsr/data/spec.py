@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from moe_bsr.config import ConfigError, is_crop_range, require
-from moe_bsr.strict import convert_section, nearest, parse
+from moe_bsr.config.reader import convert_section, nearest, parse
 
 # source -> (keys it needs, further keys it may have), beside those every task has
 KEYS = {

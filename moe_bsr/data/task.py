@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from moe_bsr.data.packed import PackedSource
-from moe_bsr.seeding import key, stream
+from moe_bsr.runtime.rng import key, stream
 from moe_bsr.data.sources import FolderSource, TorchvisionSource
 from moe_bsr.data.spec import TaskSpec
 

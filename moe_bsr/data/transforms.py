@@ -16,7 +16,7 @@ from PIL import Image
 
 from moe_bsr.config import is_crop_range, require
 from moe_bsr.data.cache import DecodedCache
-from moe_bsr.seeding import key, stream
+from moe_bsr.runtime.rng import key, stream
 from moe_bsr.data.sources import upright
 from moe_bsr.data.task import Split, TaskData
 

@@ -1,0 +1,146 @@
+"""The matrix products of a step, and how long each would take alone at its best.
+
+Their sum is what any implementation with these products has to spend: the step's other time is
+elementwise work, copies and calls. The fused attention's products count as the products they replace.
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
+
+from moe_bsr.ops import linear
+from moe_bsr.benchmark.measure import quiet_kineto
+from moe_bsr.training.update import Step
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """`batch` products of (m, k) and (k, n)."""
+
+    batch: int
+    m: int
+    k: int
+    n: int
+    dtype: str
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.batch * self.m * self.k * self.n
+
+
+def step_products(step: Step) -> Counter[Product]:
+    """The products of one step, forward and backward, with how often each is computed."""
+    step.run()
+    with quiet_kineto(), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        step.run()
+    return Counter(_products(profiler.profiler.kineto_results.experimental_event_tree()))
+
+
+def _products(events: list) -> Iterator[Product]:
+    for event in events:
+        if event.tag == _EventType.TorchOp and event.name in SHAPES:
+            inputs = event.extra_fields.inputs
+            sizes = [tuple(i.sizes) if hasattr(i, "sizes") else () for i in inputs]
+            dtype = str(next(i.dtype for i in inputs if hasattr(i, "sizes"))).removeprefix("torch.")
+            for batch, m, k, n in SHAPES[event.name](sizes):
+                if batch * m * k * n:
+                    yield Product(batch, m, k, n, dtype)
+        else:
+            yield from _products(event.children)
+
+
+def _mm(a: tuple, b: tuple) -> list[tuple]:
+    return [(1, a[0], a[1], b[1])]
+
+
+def _bmm(a: tuple, b: tuple) -> list[tuple]:
+    return [(a[0], a[1], a[2], b[2])]
+
+
+def _linear(x: tuple, weight: tuple) -> list[tuple]:
+    return [(1, math.prod(x[:-1]), weight[1], weight[0])]
+
+
+def _grouped(a: tuple, b: tuple) -> list[tuple]:
+    if len(b) == 3:  # every row with its own expert's matrix
+        return [(1, a[0], a[1], b[2])]
+    return [(1, a[0], a[1], b[1])]  # every row in one expert's outer product
+
+
+def _convolution(x: tuple, weight: tuple) -> list[tuple]:
+    """Of a patch embedding, whose patches do not overlap."""
+    patches = x[0] * (x[2] // weight[2]) * (x[3] // weight[3])
+    return [(1, patches, math.prod(weight[1:]), weight[0])]
+
+
+def _attention(q: tuple, products: int) -> list[tuple]:
+    batch, n, d = q[0] * q[1], q[2], q[3]
+    return ([(batch, n, d, n), (batch, n, n, d)] * 3)[:products]
+
+
+# Operators that multiply matrices themselves, and the products they stand for.
+SHAPES: dict[str, Any] = {
+    "aten::mm": lambda s: _mm(s[0], s[1]),
+    "aten::addmm": lambda s: _mm(s[1], s[2]),
+    "aten::bmm": lambda s: _bmm(s[0], s[1]),
+    "aten::baddbmm": lambda s: _bmm(s[1], s[2]),
+    "aten::_addmm_activation": lambda s: _mm(s[1], s[2]),
+    "aten::_grouped_mm": lambda s: _grouped(s[0], s[1]),
+    "mkldnn::_linear_pointwise": lambda s: _linear(s[0], s[1]),
+    "aten::mkldnn_convolution": lambda s: _convolution(s[0], s[1]),
+    "aten::cudnn_convolution": lambda s: _convolution(s[0], s[1]),
+    # The weight gradient alone: nothing needs the images' gradient.
+    "aten::convolution_backward": lambda s: _convolution(s[1], s[2]),
+    "aten::_scaled_dot_product_flash_attention_for_cpu": lambda s: _attention(s[0], 2),
+    # Its backward computes the map again: five products.
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": lambda s: _attention(s[1], 5),
+}
+
+
+def time_products(products: Iterable[Product], device: torch.device, budget: float = 0.1
+                  ) -> dict[Product, float]:
+    """Best seconds of each product alone, over the layouts its operands may have and the kernels there are.
+
+    Args:
+        budget: seconds spent on each kernel and layout of each product.
+    """
+    return {product: _best(product, device, budget) for product in products}
+
+
+def _best(product: Product, device: torch.device, budget: float) -> float:
+    dtype = getattr(torch, product.dtype)
+    draws = torch.Generator(device).manual_seed(0)
+
+    def matrix(rows: int, columns: int, transposed: bool) -> Tensor:
+        shape = (columns, rows) if transposed else (rows, columns)
+        value = torch.randn(product.batch, *shape, generator=draws, device=device).to(dtype)
+        return value.transpose(1, 2) if transposed else value
+
+    best = math.inf
+    for left, right in ((False, False), (False, True), (True, False)):
+        a, b = matrix(product.m, product.k, left), matrix(product.k, product.n, right)
+        if product.batch == 1:
+            a, b = a[0], b[0]
+        out = torch.matmul(a, b)
+        kernels = [partial(torch.matmul, a, b, out=out)]
+        if product.batch == 1:
+            kernels.append(partial(linear.product, a, b.t(), repeats=True))
+        for kernel in kernels:
+            began, runs = time.perf_counter(), 0
+            while runs < 3 or time.perf_counter() - began < budget:
+                start = time.perf_counter()
+                kernel()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                best = min(best, time.perf_counter() - start)
+                runs += 1
+    return best

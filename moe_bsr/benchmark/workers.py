@@ -1,0 +1,143 @@
+"""Processes that take turns: each holds one case and works only when asked."""
+
+import dataclasses
+import multiprocessing
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from moe_bsr.benchmark.cases import Case, make
+from moe_bsr.benchmark.matmuls import step_products, time_products
+from moe_bsr.benchmark.measure import inference_peak, kept_for_backward, measure, quiet_kineto
+from moe_bsr.training.update import Step
+
+
+class Contestant:
+    """A case in a process of its own (spawned, so that nobody inherits another's allocator)."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self._pipe, theirs = multiprocessing.get_context("spawn").Pipe()
+        self._process = multiprocessing.get_context("spawn").Process(
+            target=_serve, args=(theirs, case), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def ask(self, job: str, *arguments: Any) -> Any:
+        """Have a job of `JOBS` done and return its result.
+
+        Raises:
+            RuntimeError: it failed there, or the process died (out of memory).
+        """
+        try:
+            self._pipe.send((job, arguments))
+            failed, result = self._pipe.recv()
+        except (EOFError, BrokenPipeError) as error:
+            self._process.join()
+            raise RuntimeError(f"{self.case.name}: its process died with status {self._process.exitcode}; if "
+                               "memory ran out, lower --batch") from error
+        if failed:
+            raise RuntimeError(f"{self.case.name}: {result}")
+        return result
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join()
+
+
+@contextmanager
+def contestants(cases: list[Case]) -> Iterator[list[Contestant]]:
+    """One process per case, warmed up one after the other; closed at the end."""
+    started = [Contestant(case) for case in cases]
+    try:
+        for contestant in started:
+            contestant.ask("seconds", 2)
+        yield started
+    finally:
+        for contestant in started:
+            contestant.close()
+
+
+def interleave(group: list[Contestant], rounds: int, steps: int) -> list[list[list[float]]]:
+    """Seconds of every step, by contestant and round: in each round each takes `steps` steps in turn.
+
+    The first step of a turn finds other processes' data in the caches; it is timed like the others.
+    """
+    turns = [[contestant.ask("seconds", steps) for contestant in group] for _ in range(rounds)]
+    return [list(of_one) for of_one in zip(*turns, strict=True)]
+
+
+def _serve(pipe: Connection, case: Case) -> None:
+    try:
+        step, failure = make(case), None
+    except Exception as error:  # told to the parent at its first question
+        failure = f"{type(error).__name__}: {error}"
+    while True:
+        try:
+            job, arguments = pipe.recv()
+        except EOFError:
+            return
+        if failure is not None:
+            pipe.send((True, failure))
+            continue
+        try:
+            pipe.send((False, JOBS[job](case, step, *arguments)))
+        except Exception as error:
+            pipe.send((True, f"{type(error).__name__}: {error}"))
+
+
+def seconds(case: Case, step: Step, steps: int) -> list[float]:
+    """Wall-clock seconds of each of `steps` whole steps."""
+    taken = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        step.run()
+        if step.machine.device.type == "cuda":
+            torch.cuda.synchronize(step.machine.device)
+        taken.append(time.perf_counter() - began)
+    return taken
+
+
+def memory(case: Case, step: Step) -> dict[str, Any]:
+    """What a step holds, in bytes (see `Measured`), and the peak of a forward pass under no_grad.
+
+    `kept_per_image` is the growth of what is kept from half the batch to all of it: copies of weights are
+    no activations. `weights` counts every parameter in the type it is computed with.
+    """
+    seen = dataclasses.asdict(measure(step))
+    del seen["at_peak"], seen["kept_by_maker"]
+    half = case.batch // 2
+    kept, _ = kept_for_backward(make(dataclasses.replace(case, batch=half)))
+    growth = seen["kept"] - sum(a.bytes for a in kept)
+    size = 2 if step.machine.precision == "bf16" else 4
+    return seen | {"kept_per_image": growth / (case.batch - half), "inference_peak": inference_peak(step),
+                   "weights": size * sum(p.numel() for p in step.model.parameters())}
+
+
+def products(case: Case, step: Step) -> dict[str, Any]:
+    """The step's matrix products: their FLOPs and the sum of their best isolated times in seconds."""
+    counted = step_products(step)
+    best = time_products(counted, step.machine.device)
+    return {"flops": sum(p.flops * n for p, n in counted.items()),
+            "seconds": sum(best[p] * n for p, n in counted.items()),
+            "shapes": [[dataclasses.asdict(p), n, best[p]] for p, n in
+                       sorted(counted.items(), key=lambda item: -best[item[0]] * item[1])]}
+
+
+def hot_spots(case: Case, step: Step, rows: int = 10) -> list[tuple[str, float, int]]:
+    """Operators by the time spent in themselves: (name, milliseconds a step, calls a step)."""
+    step.run()
+    with quiet_kineto(), profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(3):
+            step.run()
+    averages = sorted(profiler.key_averages(), key=lambda a: -a.self_cpu_time_total)[:rows]
+    return [(a.key, a.self_cpu_time_total / 3e3, round(a.count / 3)) for a in averages]
+
+
+JOBS = {"seconds": seconds, "memory": memory, "products": products, "hot_spots": hot_spots}
+

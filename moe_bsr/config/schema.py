@@ -1,0 +1,283 @@
+"""Typed configuration: what a run is, as dataclasses; read strictly from YAML with dotted overrides.
+
+A configuration file holds only what differs from the file it `extends`. Nothing is guessed: an unknown
+key, a wrong type or an impossible combination is refused before anything is loaded, in one line that
+names the key, the value, what is allowed and the nearest spelling. `configs/base.yaml` lists every key
+with its default and what it means; that page is the reference, and a test keeps it equal to this file.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from torch import nn
+
+from moe_bsr.config.reader import ConfigError, convert, parse, read_tree, require, set_dotted
+
+# Attributes of torch's dictionaries, which therefore cannot name an entry.
+RESERVED = {*dir(nn.ModuleDict()), *dir(nn.ParameterDict())}
+
+Storage = Literal["exact", "bf16", "int8", "recompute", "recompute_int8"]
+
+
+@dataclass(kw_only=True, slots=True)
+class BackboneConfig:
+    name: str = "vit_pico_patch8_64"
+    weights: str = "shipped"
+    image_size: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.image_size is None or self.image_size >= 1, "backbone.image_size", self.image_size,
+                "null (the backbone's own) or a multiple of its patch size in pixels")
+
+
+@dataclass(kw_only=True, slots=True)
+class PlanConfig:
+    trainable: Literal["all"] | list[int] = field(default_factory=lambda: [3, 7, 11])
+    drop: list[int] = field(default_factory=lambda: [3, 6, 9])
+    keep: float | list[float] = 0.5
+    experts: list[int] = field(default_factory=lambda: [3, 7, 11])
+
+    def __post_init__(self) -> None:
+        for key in ("trainable", "drop", "experts"):
+            blocks = getattr(self, key)
+            if blocks != "all":
+                require(len(set(blocks)) == len(blocks), f"plan.{key}", blocks, "each block once")
+        keeps = self.keep if isinstance(self.keep, list) else [self.keep]
+        require(all(0 < keep <= 1 for keep in keeps), "plan.keep", self.keep,
+                "keep rates lie in (0, 1]; 1 keeps every token")
+        require(not isinstance(self.keep, list) or len(self.keep) == len(self.drop), "plan.keep",
+                self.keep, f"one number, or one for each of plan.drop = {self.drop}")
+        if self.trainable != "all":
+            frozen = sorted(set(self.experts) - set(self.trainable))
+            require(not frozen, "plan.experts", self.experts, f"blocks {frozen} are frozen, so their "
+                    "experts would never learn; add them to plan.trainable or take them out")
+
+
+@dataclass(kw_only=True, slots=True)
+class TokensConfig:
+    fuse: Literal["raw", "normalised", "none"] = "raw"
+    detach: bool = False
+    protect: bool = False
+    rank: Literal["probabilities", "logits"] = "probabilities"
+
+    def __post_init__(self) -> None:
+        require(not (self.fuse == "none" and (self.detach or self.protect)), "tokens.fuse", self.fuse,
+                "tokens.detach and tokens.protect speak of the fused token; set them to false")
+
+    @property
+    def fuses(self) -> bool:
+        return self.fuse != "none"
+
+    @property
+    def attached(self) -> bool:
+        """Whether scores have a gradient: through the weights of the fused token."""
+        return self.fuses and not self.detach
+
+
+@dataclass(kw_only=True, slots=True)
+class MoEConfig:
+    experts: int = 16
+    top_k: int = 4
+    ratio: int = 4
+    router: Literal["per_task", "task_conditioned"] = "per_task"
+    train_router: bool = True
+    renormalise: bool = True
+    gate_noise: float = 0.0
+    clone_noise: float = 0.0
+    balance: Literal["per_task", "across_tasks", "none"] = "per_task"
+    balance_weight: float = 0.01
+    engine: Literal["auto", "loop", "grouped"] = "auto"
+
+    def __post_init__(self) -> None:
+        require(self.experts >= 1, "moe.experts", self.experts, "at least 1")
+        require(1 <= self.top_k <= self.experts, "moe.top_k", self.top_k,
+                f"1 to moe.experts = {self.experts}")
+        require(self.ratio >= 1, "moe.ratio", self.ratio, "at least 1 (hidden width = ratio x width)")
+        for key in ("gate_noise", "clone_noise", "balance_weight"):
+            require(getattr(self, key) >= 0, f"moe.{key}", getattr(self, key), "at least 0")
+
+
+def is_crop_range(scale: Sequence[float]) -> bool:
+    """Whether these are the least and the largest share of an image's area that a crop may have."""
+    return len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    root: str = "data"
+    download: bool = False
+    validation: float = 0.1
+    data_seed: int = 0
+    resize: Literal["timm", "straight"] = "timm"
+    augment: bool = True
+    crop_scale: list[float] | None = None
+    flip: bool | None = None
+    cache_mb: int = 2048
+    stem_mb: int = 0
+    prefetch: int = 0
+
+    def __post_init__(self) -> None:
+        require(0 < self.validation < 0.5, "data.validation", self.validation, "above 0 and below 0.5")
+        scale = self.crop_scale
+        require(scale is None or is_crop_range(scale), "data.crop_scale", scale,
+                "null (the task's own) or [low, high] within (0, 1]")
+        require(self.augment or (scale is None and self.flip is None), "data.augment", self.augment,
+                "true with data.crop_scale or data.flip, which say how to augment; else leave these null")
+        for key in ("cache_mb", "stem_mb"):
+            require(getattr(self, key) >= 0, f"data.{key}", getattr(self, key), "at least 0 megabytes")
+        require(not self.stem_mb or not self.augment, "data.stem_mb", self.stem_mb,
+                "0 while data.augment is true: a crop that differs each time has no output to keep")
+        require(self.prefetch >= 0, "data.prefetch", self.prefetch, "at least 0 batches ahead")
+
+
+@dataclass(kw_only=True, slots=True)
+class SamplerConfig:
+    kind: Literal["round_robin", "proportional", "temperature", "joint", "paper"] = "round_robin"
+    temperature: float = 2.0
+
+    def __post_init__(self) -> None:
+        require(self.temperature > 0, "sampler.temperature", self.temperature,
+                "above 0; 1 is proportional to the dataset sizes, large is uniform")
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    steps: int = 1000
+    batch_size: int = 32
+    accumulate: int = 1
+    optimiser: Literal["sgd", "adamw"] = "adamw"
+    lr: float = 1e-3
+    min_lr: float = 0.0
+    momentum: float = 0.9
+    weight_decay: float = 0.05
+    layer_decay: float = 1.0
+    head_lr: float = 1.0
+    warmup: float = 0.05
+    clip: float | None = 1.0
+    label_smoothing: float = 0.0
+    ema: float | None = None
+    task_weights: dict[str, float] = field(default_factory=dict)
+    evaluate_every: int = 0
+    checkpoint_every: int = 0
+    select: Literal["best", "last"] = "best"
+    test: bool = True
+    save: Literal["trained", "all"] = "trained"
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "batch_size", "accumulate"):
+            require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "at least 1")
+        for key in ("evaluate_every", "checkpoint_every", "weight_decay"):
+            require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "at least 0")
+        require(self.batch_size % self.accumulate == 0, "train.accumulate", self.accumulate,
+                f"must divide train.batch_size = {self.batch_size}: micro-batches split one batch")
+        require(0 < self.lr < math.inf, "train.lr", self.lr, "above 0 and finite")
+        require(0 <= self.min_lr <= self.lr, "train.min_lr", self.min_lr, f"0 to train.lr = {self.lr}")
+        require(0 <= self.momentum < 1, "train.momentum", self.momentum, "[0, 1)")
+        require(0 < self.layer_decay <= 1, "train.layer_decay", self.layer_decay, "in (0, 1]")
+        require(self.head_lr > 0, "train.head_lr", self.head_lr, "above 0; relative to train.lr")
+        require(0 <= self.warmup < 1 or (self.warmup <= self.steps and self.warmup == int(self.warmup)),
+                "train.warmup", self.warmup,
+                f"a share of the steps below 1, or a number of updates up to train.steps = {self.steps}")
+        require(self.weight_decay < math.inf, "train.weight_decay", self.weight_decay, "finite")
+        require(self.clip is None or self.clip > 0, "train.clip", self.clip, "null or above 0")
+        require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "[0, 1)")
+        require(self.ema is None or 0 < self.ema < 1, "train.ema", self.ema, "null or a decay in (0, 1)")
+        require(all(weight > 0 for weight in self.task_weights.values()), "train.task_weights",
+                self.task_weights, "weights above 0")
+
+
+@dataclass(kw_only=True, slots=True)
+class MachineConfig:
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.threads is None or self.threads >= 1, "machine.threads", self.threads,
+                "null or at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    mode: Literal["multitask", "stl"] = "multitask"
+    tasks: list[str] = field(
+        default_factory=lambda: ["shapes", "textures", "glyphs", "petals", "fractals"])
+    seed: int = 0
+    storage: Storage | dict[Storage, list[int]] = "exact"
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    tokens: TokensConfig = field(default_factory=TokensConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    machine: MachineConfig = field(default_factory=MachineConfig)
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1")
+        require(len(self.tasks) >= 1, "tasks", self.tasks, "at least one task")
+        names = self.task_names()
+        for name in names:
+            require(re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None and name not in RESERVED, "tasks",
+                    name, "a task's name has letters, digits, _ and - only (it names folders, heads and "
+                    "tags) and is no word torch's modules use themselves, such as train, type, half")
+        require(len(set(names)) == len(names), "tasks", self.tasks, "each task once")
+        unknown = sorted(set(self.train.task_weights) - set(names))
+        require(not unknown, "train.task_weights", self.train.task_weights,
+                f"{unknown} not among the tasks {names}")
+
+    def task_names(self) -> list[str]:
+        """Names of the tasks; a task given as a path to a YAML file is named by the file's stem."""
+        return [Path(task).stem if task.endswith((".yaml", ".yml")) else task for task in self.tasks]
+
+    def task_files(self) -> dict[str, str]:
+        """The entries of `tasks`, as `data.load_spec` takes them, by name."""
+        return dict(zip(self.task_names(), self.tasks, strict=True))
+
+    def of_task(self, name: str) -> "Config":
+        """The configuration of one task's own run."""
+        weights = {task: weight for task, weight in self.train.task_weights.items() if task == name}
+        return replace(self, mode="multitask", tasks=[self.task_files()[name]], train__task_weights=weights)
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML configuration with everything it extends, then apply `a.b=value` overrides.
+
+    Raises:
+        ConfigError: unreadable file, unknown key, wrong type or impossible value.
+    """
+    tree = read_tree(Path(path))
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"override {text!r}: write key=value, for example train.steps=200")
+        set_dotted(tree, key.strip(), parse(value, key))
+    return from_dict(tree)
+
+
+def from_dict(tree: dict[str, Any]) -> Config:
+    """Build a checked Config from nested dictionaries (as in a resolved `config.yaml`)."""
+    return convert(tree, Config, "")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def dump(config: Config) -> str:
+    """The configuration as YAML, keys in the order of their definition."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def replace(config: Config, **changes: Any) -> Config:
+    """A copy with changed values; keys as in `train__steps=10` reach into sections. Checked again."""
+    tree = to_dict(config)
+    for key, value in changes.items():
+        set_dotted(tree, key.replace("__", "."), value)
+    return from_dict(tree)

@@ -1,0 +1,105 @@
+"""Expert ablation: the accuracy each task loses when one expert of one block is masked.
+
+How often an expert is chosen says what the router does, not what the expert is good for. Here an
+expert's logit becomes minus infinity, so that the token's next expert steps in, and the same images are
+classified again. Only what comes after the cached input of the MoE block is run again.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.special import bdtr
+from torch import Tensor
+
+from moe_bsr.data import Pipeline, TaskData
+from moe_bsr.runtime.device import Machine
+from moe_bsr.model.multitask import MultitaskViT
+from moe_bsr.model.tokens import Tokens
+
+
+@dataclass(slots=True)
+class Ablation:
+    """What masking each of the E experts of one block does to each of T tasks; counts of images.
+
+    Attributes:
+        images, right: (T,) int64 images of the task, and those right with all experts.
+        lost, gained: (T, E) int64 images right before and wrong after masking, and the reverse.
+    """
+
+    tasks: list[str]
+    images: np.ndarray
+    right: np.ndarray
+    lost: np.ndarray
+    gained: np.ndarray
+
+    def points(self) -> np.ndarray:
+        """(T, E) accuracy lost, in percentage points; negative where masking helps."""
+        return 100 * (self.lost - self.gained) / self.images[:, None]
+
+    def clear(self) -> np.ndarray:
+        """(T, E) bool: more than chance does to as many changed answers (exact McNemar test at 5 %)."""
+        return 2 * bdtr(np.minimum(self.lost, self.gained), self.lost + self.gained, 0.5) <= 0.05
+
+
+def ablate(model: MultitaskViT, datasets: dict[str, TaskData], pipeline: Pipeline, machine: Machine,
+           batch_size: int = 64) -> dict[int, Ablation]:
+    """Mask every expert of every MoE block in turn, on all validation images of `datasets`.
+
+    Args:
+        model: in evaluation mode. datasets: by task.
+    Returns:
+        By MoE block; empty for a model without experts, or with a single one, which nothing can replace.
+    """
+    experts = model.balance.importance.shape[2]
+    blocks = model.balance.blocks if experts > 1 else []
+    tasks = list(datasets)
+    found = {index: Ablation(tasks, np.zeros(len(tasks), np.int64), np.zeros(len(tasks), np.int64),
+                             *np.zeros((2, len(tasks), experts), np.int64)) for index in blocks}
+    with torch.inference_mode(), machine.autocast():
+        for row, task in enumerate(tasks if blocks else []):
+            for images, labels in pipeline.eval_batches(datasets[task], "val", batch_size):
+                inputs, logits = _first_pass(model, pipeline.normalise(images, device=machine.device), task)
+                labels = labels.to(machine.device)
+                right = logits.argmax(1) == labels
+                for index, result in found.items():
+                    result.images[row] += len(labels)
+                    result.right[row] += int(right.sum())
+                    for expert in range(experts):
+                        with masked(model, index, expert):
+                            still = _rest(model, inputs[index], index, task).argmax(1) == labels
+                        result.lost[row, expert] += int((right & ~still).sum())
+                        result.gained[row, expert] += int((~right & still).sum())
+    return found
+
+
+def _first_pass(model: MultitaskViT, images: Tensor, task: str) -> tuple[dict[int, Tokens], Tensor]:
+    """What enters each MoE block, and the logits with all experts."""
+    tokens, _ = model.stem(images)
+    start, inputs = model.path_start, {}
+    for index in model.balance.blocks:  # all on the gradient path: experts are trained
+        for passed in range(start, index):
+            tokens = model._block(passed, tokens, task, None, {})
+        inputs[index], start = tokens, index
+    return inputs, _rest(model, tokens, start, task)
+
+
+def _rest(model: MultitaskViT, tokens: Tokens, start: int, task: str) -> Tensor:
+    """Logits (B, classes) float32 from the tokens that enter block `start`."""
+    for index in range(start, len(model.plan)):
+        tokens = model._block(index, tokens, task, None, {})
+    return model.logits(tokens, task)
+
+
+@contextmanager
+def masked(model: MultitaskViT, index: int, expert: int):
+    """Within, block `index` never chooses `expert`: its router logit is minus infinity."""
+    def mask(router: torch.nn.Module, inputs: tuple, logits: Tensor) -> Tensor:
+        return logits.index_fill(1, torch.tensor([expert], device=logits.device), -torch.inf)
+
+    handle = model.vit.blocks[index].mlp.router.register_forward_hook(mask)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,118 @@
+"""Probes: a fixed handful of validation images of each task, watched on their way through the network.
+
+The same images at every evaluation, so that pictures of different times show the same patches, and so
+that one can say how much of the routing has changed between two of them.
+"""
+
+import base64
+import dataclasses
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_bsr.model.block import Record
+from moe_bsr.data import Pipeline, TaskData
+from moe_bsr.data.task import Split
+from moe_bsr.runtime.device import Machine
+from moe_bsr.model.multitask import MultitaskViT
+from moe_bsr.runtime.rng import key, stream
+from moe_bsr.model.tokens import FUSED
+
+ABSENT = -1  # in place of experts: the token was dropped or fused before
+
+
+@dataclass(slots=True)
+class Seen:
+    """What the network made of N images of a task, on the CPU.
+
+    Attributes:
+        images: (N, 3, S, S) uint8. labels, predicted: (N,) int64.
+        records: what each block that drops or routes did, by block index, for the N images together.
+    """
+
+    images: Tensor
+    labels: Tensor
+    predicted: Tensor
+    records: dict[int, Record]
+
+
+def choose(data: TaskData, count: int, seed: int = 0) -> TaskData:
+    """The task with at most `count` of its validation images: always the same ones, a longer list adds."""
+    order = stream(key(seed, data.name, "probe")).permutation(len(data.val))[:count]
+    chosen = Split(data.val.source, data.val.index[order], data.val.labels[order])
+    return dataclasses.replace(data, val=chosen)
+
+
+def look(model: MultitaskViT, data: TaskData, pipeline: Pipeline, machine: Machine) -> Seen:
+    """All validation images of `data` (see `choose`) in one batch, as an evaluation sees them.
+
+    Draws no random number and leaves the model in the mode it was in.
+    """
+    images, labels = next(pipeline.eval_batches(data, "val", len(data.val)))
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), machine.autocast():
+            output = model(pipeline.normalise(images, device=machine.device), data.name)
+    finally:
+        model.train(was_training)
+    records = {block: _home(record) for block, record in output.records.items()}
+    return Seen(images, labels, output.logits.argmax(1).cpu(), records)
+
+
+def _home(record: Record) -> Record:
+    """The same on the CPU."""
+    parts = {}
+    for name in ("dropped", "routing"):
+        part = getattr(record, name)
+        parts[name] = None if part is None else dataclasses.replace(
+            part, **{f.name: getattr(part, f.name).cpu() for f in dataclasses.fields(part)})
+    return Record(**parts)
+
+
+def routes(records: dict[int, Record], prefix: int, patches: int) -> dict[int, np.ndarray]:
+    """The experts of every token at every MoE block: (N, prefix + patches, K), ABSENT if it is gone.
+
+    Args:
+        prefix: number of prefix tokens. patches: of the whole image.
+    """
+    found, origin = {}, None
+    for block, record in sorted(records.items()):
+        if record.dropped is not None:
+            origin = record.dropped.origin.numpy()
+        if record.routing is not None:
+            experts = record.routing.experts.numpy()
+            images, _, k = experts.shape
+            place = np.full((images, prefix + patches, k), ABSENT, np.int16)
+            place[:, :prefix] = experts[:, :prefix]
+            here = np.broadcast_to(np.arange(patches), (images, patches)) if origin is None else origin
+            image, token = np.nonzero(here != FUSED)
+            place[image, prefix + here[image, token]] = experts[image, prefix + token]
+            found[block] = place
+    return found
+
+
+def overlap(now: np.ndarray, before: np.ndarray) -> float:
+    """Mean share of a token's experts that it had before too, over tokens present both times.
+
+    Args:
+        now, before: (..., K) experts of the same tokens, as `routes` gives them. NaN if none is in both.
+    """
+    both = (now[..., 0] != ABSENT) & (before[..., 0] != ABSENT)
+    if not both.any():
+        return float("nan")
+    same = now[both][:, :, None] == before[both][:, None, :]
+    return float(same.any(2).mean())
+
+
+def pack(array: np.ndarray) -> dict:
+    """An int16 array as JSON values, compressed; `unpack` reads them."""
+    return {"shape": array.shape, "int16": base64.b64encode(zlib.compress(array.tobytes())).decode()}
+
+
+def unpack(packed: dict) -> np.ndarray:
+    numbers = np.frombuffer(zlib.decompress(base64.b64decode(packed["int16"])), np.int16)
+    return numbers.reshape(packed["shape"])

@@ -1,0 +1,104 @@
+"""Keep activations in fewer bits: `bf16`, or `int8` with a scale for each channel of each image.
+
+The forward pass is exact; only what the backward pass finds is rounded. Parameters, indices and small
+per-token statistics stay as they are (a function saves these as columns, (..., 1)), and a tensor that
+several operations keep is packed once.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from moe_bsr.cost.ledger import Held, Ledger
+from moe_bsr.model.storage import register
+
+NARROW = 16  # values a token; what is narrower stays as it is
+
+
+class Rounded:
+    """A tensor in bfloat16."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.kept, self.dtype = x.to(torch.bfloat16), x.dtype
+
+    def restore(self) -> Tensor:
+        return self.kept.to(self.dtype)
+
+
+class Quantised:
+    """(..., N, D) in int8: symmetric, scaled to the largest magnitude of each channel over the N tokens.
+
+    By channel, because a few channels of a ViT's residual stream are tens of times larger than the rest.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.dtype = x.dtype
+        # 126, not 127: rounding the scale to bfloat16 can then push no value over the edge.
+        self.scale = (x.abs().amax(-2, keepdim=True) / 126).clamp_(min=1e-30).to(torch.bfloat16)
+        self.kept = (x / self.scale).round_().to(torch.int8)
+
+    def restore(self) -> Tensor:
+        return self.kept.to(self.dtype).mul_(self.scale)
+
+
+def packable(x: Tensor, weights: frozenset[tuple[int, ...]] = frozenset()) -> bool:
+    """Activations: floating, no parameter or view of one, and wider than per-token statistics and gates.
+
+    Args:
+        weights: shapes of the block's own: autocast's copies of them are known by nothing else.
+    """
+    source = x if x._base is None else x._base
+    return (x.is_floating_point() and not isinstance(source, nn.Parameter) and x.ndim >= 2
+            and x.shape[-1] >= NARROW and tuple(x.shape) not in weights)
+
+
+def _run_packed(kind: type, forward, tokens, parameters):
+    weights = frozenset(shape for p in parameters if p.ndim >= 2
+                        for shape in (tuple(p.shape), tuple(p.transpose(-2, -1).shape)))
+    packed: dict[tuple, tuple[StorageWeakRef, object]] = {}
+
+    def pack(x: Tensor) -> object:
+        if not packable(x, weights):
+            return x
+        # The same values in another shape are the same values; strided ones are told apart by their strides.
+        layout = x.numel() if x.is_contiguous() else (x.shape, x.stride())
+        key = (x.data_ptr(), layout, x._version)
+        if key not in packed or packed[key][0].expired():  # an address may have been used again
+            packed[key] = StorageWeakRef(x.untyped_storage()), kind(x.detach())
+        return packed[key][1], x.shape
+
+    def unpack(kept: object) -> Tensor:
+        return kept if isinstance(kept, Tensor) else kept[0].restore().view(kept[1])
+
+    with saved_tensors_hooks(pack, unpack):
+        result = forward(tokens)
+    packed.clear()  # autograd holds on to `pack`
+    return result
+
+
+def rounded_bytes(ledger: Ledger, x: Held) -> tuple[int, int]:
+    """(bytes of the packed form of a tensor, temporary bytes in making it) of `Rounded`."""
+    return x.bytes // 2, 0
+
+
+def quantised_bytes(ledger: Ledger, x: Held) -> tuple[int, int]:
+    """The same of `Quantised`: a byte for each value and two for each channel."""
+    values = x.bytes // ledger.size
+    return values + 2 * values // ledger.tokens, x.bytes + values
+
+
+def _register(name: str, kind: type, packed: Callable[[Ledger, Held], tuple[int, int]]) -> None:
+    def cost(ledger: Ledger, part, x: Held):
+        if kind is Rounded and ledger.size == 2:
+            return part(x)  # what is kept is that already
+        with ledger.mode(ledger.grad, lambda tensor: packed(ledger, tensor)):
+            return part(x)
+
+    register(name, lambda *block: _run_packed(kind, *block), cost=cost)
+
+
+_register("bf16", Rounded, rounded_bytes)
+_register("int8", Quantised, quantised_bytes)

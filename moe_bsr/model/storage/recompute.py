@@ -1,0 +1,108 @@
+"""Keep the block input alone and run the block again in the backward pass.
+
+Chen et al. 2016, "Training deep nets with sublinear memory cost". One more forward of the block, but for
+its last product, for nearly all of its activation memory; gradients are identical, because everything the
+block decided is replayed and nothing in it draws random numbers. `recompute_int8` keeps the input itself in
+eight bits.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from moe_bsr.cost.ledger import Held, Ledger
+from moe_bsr.model.storage import register
+from moe_bsr.model.storage.packed import Quantised, quantised_bytes
+from moe_bsr.model.tokens import Tokens
+
+
+class Again(torch.autograd.Function):
+    """(x, parameters) -> the block's tokens and what of its record has a gradient.
+
+    The first pass builds no graph, so nothing of it outlives the call (that of torch's non-reentrant checkpoint does).
+    """
+
+    @staticmethod
+    def forward(ctx, forward, tokens: Tokens, report: dict, pack, x: Tensor, *parameters: Tensor):
+        ctx.forward, ctx.origin, ctx.fused = forward, tokens.origin, tokens.fused
+        ctx.autocast = {"device_type": x.device.type, "dtype": torch.get_autocast_dtype(x.device.type),
+                        "enabled": torch.is_autocast_enabled(x.device.type)}
+        ctx.packed = None if pack is None else pack(x)
+        ctx.save_for_backward(x if pack is None else None, *parameters)
+        after, record = forward(Tokens(x, tokens.origin, tokens.fused))
+        report["tokens"], report["record"] = after, record
+        return tuple(_differentiable(after, record))
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        kept, *parameters = ctx.saved_tensors
+        if kept is None and ctx.packed is None:
+            raise RuntimeError("backward a second time through a block with storage = recompute_int8, whose input "
+                               "is freed by the first; use recompute")
+        needs_x = ctx.needs_input_grad[4]
+        x = (ctx.packed.restore() if kept is None else kept.detach()).requires_grad_(needs_x)
+        ctx.packed = None
+        with torch.enable_grad(), torch.autocast(**ctx.autocast):
+            outputs = _differentiable(*ctx.forward(Tokens(x, ctx.origin, ctx.fused), valued=False))
+        pairs = [(get_gradient_edge(o), g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
+        del outputs  # only their place in the graph is needed
+        wanted = [x, *parameters] if needs_x else parameters
+        found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
+        return None, None, None, None, *([] if needs_x else [None]), *found
+
+
+def _differentiable(tokens: Tokens, record) -> list[Tensor]:
+    routing = record.routing
+    return [tokens.x] + ([] if routing is None else [routing.importance, routing.load])
+
+
+def _run(pack, forward, tokens, parameters):
+    report: dict = {}
+    trained = [p for p in parameters if p.requires_grad]
+    x, *amounts = Again.apply(forward, tokens, report, pack, tokens.x, *trained)
+    after, record = report["tokens"], report["record"]
+    if amounts:
+        record.routing.importance, record.routing.load = amounts
+    return Tokens(x, after.origin, after.fused), record
+
+
+def _register(name: str, pack, packed_bytes) -> None:
+    def cost(ledger: Ledger, part, x: Held):
+        ledger.decided, tokens = 0, ledger.tokens
+        with ledger.mode(False):
+            out, records, _ = part(x)
+        decisions = ledger.make(ledger.decided, packable=False)
+        ledger.save(decisions, "decisions")
+        ledger.free(decisions)
+        kept = x
+        if pack is not None:
+            ledger.tokens, left = tokens, ledger.tokens
+            size, temporary = packed_bytes(ledger, x)
+            ledger.tokens = left
+            ledger.scratch(temporary)
+            kept = ledger.make(size, packable=False)
+        ledger.save(kept, "block inputs")
+
+        def backward(grad: Held) -> Held | None:
+            restored = ledger.make(x.bytes) if pack is not None else x
+            ledger.free(kept if pack is not None else None)
+            dropped = grad.bytes < x.bytes  # where the gradient goes on in another tensor, the engine still holds
+            grad.saves += dropped  # the one it gave until the whole block is done
+            with ledger.mode(True, valued=False):
+                again, twice, back = part(restored)
+                ledger.free(again, *twice)
+                out = back(grad)
+            if dropped:
+                ledger.release(grad)
+            ledger.release(kept)
+            ledger.release(decisions)
+            ledger.free(restored if pack is not None else None)
+            return out
+
+        return out, records, backward
+
+    register(name, lambda *block: _run(pack, *block), cost=cost, again=True)
+
+
+_register("recompute", None, None)
+_register("recompute_int8", Quantised, quantised_bytes)

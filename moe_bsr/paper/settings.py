@@ -1,0 +1,97 @@
+"""The networks behind the published figures, as plans of our own on backbones without values."""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from moe_bsr import config as configuration
+from moe_bsr.config import Config
+from moe_bsr.paper import shapes
+from moe_bsr.cost.predict import Cost, predict
+from moe_bsr.paper.shapes import Shape
+from moe_bsr.model.multitask import MultitaskViT, plan_only
+
+BACKBONES = {"DeiT-S": "deit_small_patch16_224", "ViT-B": "vit_base_patch16_224"}
+FIVE = {"cifar10": 10, "cifar100": 100, "pets": 37, "flowers": 102, "food101": 101}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One fine-tuning setting of the paper.
+
+    Attributes:
+        tasks: name and number of classes of each.
+        substring: choose trained parameters as the released scripts did: a parameter trains if the text of
+            a block's index occurs anywhere in its name, so that "2" also trains every fc2 and norm2.
+    """
+
+    backbone: str
+    tasks: tuple[tuple[str, int], ...] = (("cifar10", 10),)
+    trainable: str | tuple[int, ...] = "all"
+    drop: tuple[int, ...] = ()
+    keep: float = 0.5
+    fuse: str = "raw"
+    experts: tuple[int, ...] = ()
+    substring: bool = False
+
+    def __str__(self) -> str:
+        what = {"all": "all blocks", (): "head only"}.get(self.trainable, f"blocks {_text(self.trainable)}")
+        drop = f", keep {self.keep:g} at {_text(self.drop)}" if self.drop else ""
+        return (f"{self.backbone}, {what}{drop}{', not fused' if self.fuse == 'none' else ''}"
+                f"{', experts' if self.experts else ''}{', substring selection' if self.substring else ''}")
+
+
+def _text(blocks: tuple[int, ...]) -> str:
+    return ",".join(map(str, blocks))
+
+
+def config(setting: Setting) -> Config:
+    """The setting as a configuration of ours, in float32."""
+    trainable = "all" if setting.trainable == "all" else list(setting.trainable)
+    return configuration.from_dict({
+        "tasks": [name for name, _ in setting.tasks],
+        "backbone": {"name": BACKBONES[setting.backbone], "weights": "random"},
+        "plan": {"trainable": trainable, "drop": list(setting.drop), "keep": setting.keep,
+                 "experts": list(setting.experts)},
+        "tokens": {"fuse": setting.fuse},
+        "moe": {"renormalise": False, "balance": "none"},
+        "train": {"optimiser": "sgd", "batch_size": 128},
+        "machine": {"device": "cpu", "precision": "fp32"}})
+
+
+@lru_cache
+def shape(setting: Setting) -> Shape:
+    model = plan_only(config(setting), dict(setting.tasks))
+    if setting.substring:
+        select_by_substring(model, setting.trainable)
+    return shapes.from_model(model)
+
+
+@lru_cache
+def ours(setting: Setting, batch: int) -> Cost | None:
+    """The cost of a step of our own code; None for the substring selection, which it does not do."""
+    if setting.substring:
+        return None
+    chosen = config(setting)
+    return predict(plan_only(chosen, dict(setting.tasks)), chosen, batch=batch, precision="fp32")
+
+
+def select_by_substring(model: MultitaskViT, blocks: tuple[int, ...]) -> None:
+    """The released selection; the estimator took its gradient path from the first index all the same."""
+    for name, parameter in model.vit.named_parameters():
+        parameter.requires_grad_(any(str(i) in name for i in blocks) or name.startswith("norm."))
+    model.path_start = min(blocks)
+
+
+def rep_net() -> Shape:
+    """Table 5's residual learning: side blocks, which train, added to the outputs of frozen blocks 3, 7, 11.
+
+    Their side blocks have the main blocks' form; from block 4 on the main blocks carry their gradient.
+    """
+    trained = shape(Setting("DeiT-S"))
+    frozen = shape(Setting("DeiT-S", trainable=()))
+    blocks = []
+    for index, main in enumerate(frozen.blocks):
+        blocks.append(replace(main, on_path=index > 3))
+        if index in (3, 7, 11):
+            blocks.append(trained.blocks[index])
+    return replace(trained, embedding=frozen.embedding, blocks=tuple(blocks))

@@ -1,0 +1,143 @@
+"""The report of a run: `report.json` for programs, `report.md` for people."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_bsr.runs.checkpoint import write_whole
+from moe_bsr.config import ConfigError
+
+
+def make(*, status: str, signal: int, scores: dict[str, dict[str, Any]] | None, split: str,
+         progress: dict[str, dict[str, float]], best: tuple[float, int] | None, **measured: Any
+         ) -> dict[str, Any]:
+    """Report of one run.
+
+    Args:
+        scores: by task, from `evaluate`; None if the run did not get that far.
+        progress: updates, images and epochs by task.
+        best: mean validation top-1 and step of the weights selected.
+    """
+    tasks = {name: {**(scores[name] if scores else {}), **counts} for name, counts in progress.items()}
+    return {
+        "status": status, "signal": signal, "split": split, "tasks": tasks,
+        "mean_top1": _mean([t.get("top1") for t in tasks.values()]),
+        "selected_step": best and best[1], "selected_mean_val_top1": best and best[0],
+        **measured,
+    }
+
+
+def aggregate(parts: dict[str, dict[str, Any]], names: list[str]) -> dict[str, Any]:
+    """Report of several single-task runs in the form of one: sums of time, maxima of memory.
+
+    Args:
+        parts: reports so far, by task. names: all tasks; finished is only what has them all finished.
+    """
+    done = list(parts.values())
+    tasks = {name: part["tasks"][name] for name, part in parts.items()}
+    finished = list(parts) == names and all(part["status"] == "finished" for part in done)
+    return {
+        "status": "finished" if finished else "interrupted",
+        "signal": done[-1]["signal"], "split": done[0]["split"], "tasks": tasks,
+        "mean_top1": _mean([t.get("top1") for t in tasks.values()]),
+        "selected_mean_val_top1": _mean([p["selected_mean_val_top1"] for p in done]),
+        "predicted_peak_mb": max((p["predicted_peak_mb"] or 0 for p in done)) or None,
+        "train_seconds": sum(p["train_seconds"] for p in done),
+        "measured_peak_mb": max(p["measured_peak_mb"] for p in done),
+        "gflops_per_image": _mean([p["gflops_per_image"] for p in done]),
+        "test_evaluations": max(p["test_evaluations"] for p in done),
+        "weights": done[0]["weights"], "parts": list(tasks),
+    }
+
+
+def write(folder: Path, report: dict[str, Any]) -> None:
+    write_whole(folder / "report.md", markdown(report))
+    write_whole(folder / "report.json", json.dumps(report, indent=1))
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The report of a run, or None if there is none yet.
+
+    Raises:
+        ConfigError: it is cut or damaged.
+    """
+    file = folder / "report.json"
+    if not file.is_file():
+        return None
+    try:
+        report = json.loads(file.read_text())
+        if not isinstance(report, dict) or "tasks" not in report:
+            raise ValueError("no report of a run")
+    except ValueError as error:
+        raise ConfigError(f"{file}: cut or damaged: {error}; remove it, and train.py --resume writes it again "
+                          "(a finished run is tested once more for it)") from error
+    return report
+
+
+def markdown(report: dict[str, Any]) -> str:
+    lines = [f"Status: {report['status']}. Scored on the {report['split']} split; "
+             f"{report['test_evaluations']} evaluation(s) of the test split so far.", "",
+             "| task | top-1 % | 95 % interval | top-5 % | mean per class % | calibration error % | chance % | "
+             "images seen | epochs | updates |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for name, t in report["tasks"].items():
+        score = [f"{t[key]:.1f}" if key in t else "-"
+                 for key in ("top1", "top5", "mean_class_accuracy", "ece", "chance")]
+        score.insert(1, f"{t['top1_low']:.1f} - {t['top1_high']:.1f}" if "top1" in t else "-")
+        lines.append(f"| {name} | {' | '.join(score)} | {t['images']} | {t['epochs']:.2f} | {t['updates']} |")
+    if report["mean_top1"] is not None:
+        lines.append(f"| mean | {report['mean_top1']:.2f} | | | | | | | | |")
+    lines += ["", f"Training took {report['train_seconds']:.0f} s; {report['gflops_per_image']:.2f} GFLOPs an image "
+              f"forward. Predicted peak of a step's tensors {report['predicted_peak_mb'] or math.nan:.0f} MB; peak of the process, "
+              f"with libraries and cached images, {report['measured_peak_mb']:.0f} MB."]
+    return "\n".join(lines) + "\n"
+
+
+def _mean(values: list[float | None]) -> float | None:
+    return None if not values or None in values else sum(values) / len(values)
+
+
+def comparison(reports: dict[str, dict[str, Any]], intervals: bool) -> list[list[str]]:
+    """Rows of a table of runs: a header, chance, then one row per run."""
+    names = list(dict.fromkeys(task for report in reports.values() for task in report["tasks"]))
+    rows = [["top-1 %", *names, "mean", "images/task", "train s", "peak MB", "GFLOPs"]]
+    first = next(iter(reports.values()))["tasks"]
+    rows.append(["chance", *(f"{first[n]['chance']:.1f}" if "chance" in first.get(n, {}) else "-"
+                             for n in names), "", "", "", "", ""])
+    for run, report in reports.items():
+        cells = []
+        for name in names:
+            task = report["tasks"].get(name, {})
+            interval = f" [{task['top1_low']:.1f}, {task['top1_high']:.1f}]" if intervals and "top1" in task else ""
+            cells.append(f"{task['top1']:.1f}{interval}" if "top1" in task else "-")
+        images = sorted({task["images"] for task in report["tasks"].values()})
+        mean = report["mean_top1"]
+        rows.append([run, *cells, "-" if mean is None else f"{mean:.2f}",
+                     str(images[0]) if len(images) == 1 else f"{images[0]}-{images[-1]}",
+                     f"{report['train_seconds']:.0f}", f"{report['measured_peak_mb']:.0f}",
+                     f"{report['gflops_per_image']:.2f}"])
+    return rows
+
+
+def as_text(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+                     for row in rows)
+
+
+def as_markdown(rows: list[list[str]]) -> str:
+    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([head, "| " + " | ".join("---" for _ in rows[0]) + " |", *body])
+
+
+def expert_use(report: dict[str, Any]) -> str:
+    """Share of each expert among a task's choices in training, in percent, by block."""
+    lines = []
+    for block, tasks in report.get("expert_use", {}).items():
+        lines.append(f"\nblock {block}: share of each expert in % of the task's choices (training)")
+        width = max(map(len, tasks))
+        lines += [f"  {task:<{width}} " + " ".join(f"{100 * share:4.0f}" for share in shares)
+                  for task, shares in tasks.items()]
+    return "\n".join(lines)

@@ -1,0 +1,89 @@
+"""Observers: whoever wants to know what a training run does. The trainer emits records and knows no more.
+
+An observer overrides what it needs of `Observer`. What it wrote is part of the run's state: `state` is
+stored in every checkpoint, `restore` brings the observer's files back to exactly that point.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_bsr.config import Config
+from moe_bsr.data import Pipeline, TaskData
+from moe_bsr.runtime.device import Machine
+from moe_bsr.model.multitask import MultitaskViT, Output
+
+
+@dataclass(slots=True)
+class Start:
+    """The run about to start or go on.
+
+    Attributes:
+        about: lines worth telling a person.
+        model, data, pipeline, machine: the trainer's own, to look at and leave as they are.
+    """
+
+    run: Path
+    config: Config
+    tasks: list[str]
+    step: int
+    about: list[str]
+    model: MultitaskViT
+    data: dict[str, TaskData]
+    pipeline: Pipeline
+    machine: Machine
+
+
+@dataclass(slots=True)
+class Step:
+    """One task's share of one optimiser update.
+
+    Attributes:
+        step: updates done, this one included.
+        metrics: named numbers, a function of the configuration alone.
+        progress: updates, images and epochs of each task so far.
+        outputs: what the model returned for each micro-batch (graphs already freed).
+        images_per_second: of this update alone.
+    """
+
+    step: int
+    task: str
+    metrics: dict[str, float]
+    progress: dict[str, dict[str, float]]
+    outputs: list[Output]
+    images_per_second: float
+
+
+@dataclass(slots=True)
+class Evaluation:
+    """Scores of every task on one split, as `moe_bsr.evaluate.evaluate` returns them."""
+
+    step: int
+    split: str
+    scores: dict[str, dict[str, Any]]
+
+
+class Observer:
+    """Does nothing; the base of all observers."""
+
+    def on_start(self, start: Start) -> None:
+        """Before the first update."""
+
+    def on_step(self, step: Step) -> None:
+        """After each update, once per task trained in it."""
+
+    def on_evaluate(self, evaluation: Evaluation) -> None:
+        """After each evaluation."""
+
+    def on_end(self, report: dict[str, Any]) -> None:
+        """After the last record; `report` may be added to."""
+
+    def close(self) -> None:
+        """Always called at the end, also when training failed."""
+
+    def state(self) -> dict[str, Any]:
+        """JSON values from which `restore` can undo what is written later; everything is on disk."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Called before `on_start` with what `state` returned at the checkpoint; {} at a fresh start."""

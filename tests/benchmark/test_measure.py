@@ -1,0 +1,162 @@
+"""The meter against toys whose allocations are known to the byte, and against itself."""
+
+import pytest
+import torch
+from tiny_models import CLASSES, make_model, make_vit, normal
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from moe_bsr import config as configuration
+from moe_bsr.config import Config, PlanConfig
+from moe_bsr.benchmark.measure import held, mark, measure, saved_storages, trace
+from moe_bsr.training.update import training_step
+from moe_bsr.runtime.device import prepare
+from moe_bsr.model.multitask import MultitaskViT
+
+CPU = torch.device("cpu")
+ROWS, WIDTH = 64, 32
+SIZE = 4 * ROWS * WIDTH  # bytes of one float32 activation
+
+
+@pytest.fixture
+def chain() -> nn.Sequential:
+    """Three linear layers with a GELU after each: autograd keeps each layer's and each GELU's input."""
+    return nn.Sequential(*[layer for _ in range(3) for layer in (nn.Linear(WIDTH, WIDTH), nn.GELU())])
+
+
+def alive_after(run) -> int:
+    kept = []
+    return sum(a.bytes for a in trace({"run": lambda: kept.append(run())}, CPU).alive["run"])
+
+
+def test_a_chain_keeps_what_autograd_saves_and_its_result(chain):
+    x = normal(ROWS, WIDTH)
+    assert alive_after(lambda: chain(x)) == 6 * SIZE  # 3 GELU inputs, 2 linear inputs, the result
+
+
+@pytest.mark.parametrize("random_state", [0, 5056])
+def test_a_checkpointed_chain_keeps_its_result_and_perhaps_the_random_state(chain, random_state):
+    x = normal(ROWS, WIDTH).requires_grad_()
+    kept = alive_after(lambda: checkpoint(chain, x, use_reentrant=False, preserve_rng_state=random_state > 0))
+    assert kept == SIZE + random_state
+
+
+def test_a_tensor_saved_twice_counts_once():
+    x = normal(ROWS, WIDTH).requires_grad_()
+
+    def run():
+        y = x.exp()  # saved by exp and, twice, by the product
+        return y * y
+
+    assert alive_after(run) == 2 * SIZE
+    assert held(saved_storages(run, [x])) == SIZE
+
+
+def test_hooks_leave_out_what_others_hold(chain):
+    x = normal(ROWS, WIDTH)
+    assert held(saved_storages(lambda: chain(x), [x, *chain.parameters()])) == 5 * SIZE
+
+
+def test_scratch_that_is_gone_before_the_phase_ends_is_in_its_peak():
+    x = normal(ROWS, WIDTH)
+    seen = trace({"scratch": lambda: x.exp().sum(), "nothing": lambda: None, "less": lambda: x[:8].exp()},
+                 CPU)
+    assert seen.peak("scratch") == SIZE + 4  # the sum is made while its input lives
+    assert (seen.alive["scratch"], seen.peak("nothing"), seen.peak("less")) == ([], 0, SIZE // 8)
+    assert seen.peak() == SIZE + 4
+
+
+def test_what_one_phase_leaves_counts_in_the_next():
+    left = []
+    x = normal(ROWS, WIDTH)
+    seen = trace({"make": lambda: left.append(x.exp()), "free": left.clear, "after": lambda: x.exp()}, CPU)
+    assert [seen.peak(phase) for phase in ("make", "free", "after")] == [SIZE, SIZE, SIZE]
+    assert seen.alive["free"] == []
+
+
+def test_gradients_can_be_left_out_even_where_their_memory_was_used_before():
+    layer = nn.Linear(WIDTH, WIDTH, bias=False)
+    x = normal(ROWS, WIDTH)
+    weight = 4 * WIDTH * WIDTH
+    kept = []
+
+    def forward():
+        torch.empty(WIDTH, WIDTH)  # an allocator may well give the gradient this place
+        kept.append(layer(x).sum())
+
+    seen = trace({"forward": forward, "backward": lambda: kept.pop().backward()}, CPU)
+    gradient = [a for a in seen.alive["backward"] if a.pointer == layer.weight.grad.data_ptr()]
+    assert [a.bytes for a in gradient] == [weight]
+    assert seen.peak("forward", gradient) == seen.peak("forward") == max(weight, SIZE + 4)
+    assert seen.peak("backward") - weight <= seen.peak("backward", gradient) < seen.peak("backward")
+
+
+def test_sections_and_operators_are_named():
+    kept = []
+
+    def run():
+        kept.append(torch.zeros(5))
+        mark("second")
+        kept.append(F.softmax(torch.zeros(7), 0))
+
+    alive = trace({"one": run}, CPU).alive["one"]
+    assert [(a.bytes, a.phase, a.section) for a in alive] == [(20, "one", ""), (28, "one", "second")]
+    assert alive[1].maker == "aten::softmax"
+
+
+@pytest.fixture(params=["exact", "recompute"])
+def measured(request):
+    """A tiny model with dropping and experts, its configuration, and what a step of 6 images took."""
+    config = Config(storage=request.param, plan=PlanConfig(trainable=[1, 3], drop=[1, 2], experts=[3]))
+    config = configuration.replace(config, moe__experts=4, moe__top_k=2, machine__device="cpu",
+                                   machine__precision="fp32", machine__threads=1, train__batch_size=6)
+    model = MultitaskViT(make_vit(), config, CLASSES)
+    return model, config, measure(training_step(model, config, prepare(config.machine), batch=6))
+
+
+def test_a_steps_parts_are_counted_to_the_byte(measured):
+    model, _, seen = measured
+    heads = sum(p.numel() for name, head in model.heads.items() if name != "one" for p in head.parameters())
+    routers = sum(r.numel() for m in model.vit.blocks if hasattr(m.mlp, "router")
+                  for name, r in m.mlp.router.weight.items() if name != "one")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) - heads - routers
+    tensors = sum(1 for p in model.parameters() if p.requires_grad) - 4 - 2  # others' heads and routers
+    assert seen.parameters == 4 * sum(p.numel() for p in model.parameters())
+    assert seen.gradients == 4 * trained
+    assert seen.optimiser == 4 * (2 * trained + tensors)  # AdamW: two moments and a step count each
+
+
+def test_what_a_block_keeps_adds_up_and_frozen_blocks_before_the_path_keep_nothing(measured):
+    _, _, seen = measured
+    assert sum(seen.kept_by_block.values()) == seen.kept
+    assert {b: sum(makers.values()) for b, makers in seen.kept_by_maker.items()} == seen.kept_by_block
+    path_input = 4 * 6 * 17 * 16
+    assert seen.kept_by_block["block 0"] == path_input
+    assert seen.transients["forward"] >= seen.kept + seen.records
+    assert all(0 <= seen.peaks[phase] - seen.transients[phase] <= seen.gradients for phase in seen.peaks)
+
+
+def test_the_allocator_and_the_hooks_agree_where_no_storage_hides_anything():
+    """Beyond what is saved only the result, the loss and what its graph scales by are alive."""
+    config = configuration.replace(Config(), plan__trainable=[1, 3], plan__drop=[], plan__experts=[],
+                                   machine__device="cpu", machine__precision="fp32")
+    model = MultitaskViT(make_vit(), config, CLASSES)
+    seen = measure(training_step(model, config, prepare(config.machine), batch=6))
+    images = normal(6, 3, 16, 16)
+
+    def run():
+        return F.cross_entropy(model(images, "one").logits, torch.zeros(6, dtype=torch.int64))
+
+    hooks = held(saved_storages(run, [images, *model.parameters()]))
+    assert hooks == pytest.approx(seen.kept, abs=64 + 6 * 8)
+
+
+def test_recomputation_shows_in_what_is_kept():
+    kept = {}
+    for storage in ("exact", "recompute"):
+        config = configuration.replace(Config(), storage=storage, plan__trainable=[1, 3], plan__drop=[1],
+                                       plan__experts=[], machine__device="cpu", machine__precision="fp32")
+        model = make_model(storage=storage, drop=(1,))
+        kept[storage] = measure(training_step(model, config, prepare(config.machine), batch=6)).kept
+    assert kept["recompute"] < 0.2 * kept["exact"]

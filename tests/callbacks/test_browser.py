@@ -1,0 +1,126 @@
+"""TensorBoard on a run as a person sees it: a real server, a real browser, the pages opened."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from tiny_runs import TASKS, make_config
+
+import moe_bsr
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="the browser test drives Chromium with selenium")
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium and chromedriver here")
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "expert_views.py"
+OPTIONS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+           "--disable-background-networking --disable-component-update --window-size=1400,1000").split()
+# TensorBoard hides its cards in shadow roots, which no selector sees into.
+EVERYTHING = """
+const all = [];
+const walk = root => root.querySelectorAll('*').forEach(
+    e => { all.push(e); if (e.shadowRoot) walk(e.shadowRoot); });
+walk(document);
+return [all.filter(e => e.tagName === 'IMG' && e.naturalWidth > 0).map(e => [e.src, e.naturalWidth]),
+        all.filter(e => !['STYLE', 'SCRIPT'].includes(e.tagName)).flatMap(e => [...e.childNodes])
+           .filter(n => n.nodeType === 3).map(n => n.data.trim()).filter(t => t)];
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("browser")
+    moe_bsr.train(make_config(folder, train__steps=4, train__evaluate_every=2), folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def address(run, tmp_path_factory):
+    """Of the TensorBoard that the tool starts, once it has read the events."""
+    log = tmp_path_factory.mktemp("log") / "log"
+    with log.open("w") as stream:
+        tool = subprocess.Popen([sys.executable, TOOL, run, *"--images 1 --ablate 4 --port 0".split()],
+                                stdout=stream, stderr=stream, start_new_session=True)
+    try:
+        url = wait(lambda: re.search(r"http://localhost:\d+", log.read_text()), tool, log)[0]
+        wait(lambda: "views/overview" in get(url, "images/tags").get("tensorboard", {}), tool, log)
+        yield url
+    finally:
+        os.killpg(tool.pid, signal.SIGTERM)
+        tool.wait()
+
+
+def wait(what, tool: subprocess.Popen, log: Path, seconds: float = 60):
+    """What `what()` returns once it is true."""
+    until = time.monotonic() + seconds
+    while not (found := what()):
+        assert tool.poll() is None and time.monotonic() < until, log.read_text()
+        time.sleep(0.2)
+    return found
+
+
+def get(url: str, path: str):
+    """JSON of one of TensorBoard's plugins, of our only run."""
+    with urllib.request.urlopen(f"{url}/data/plugin/{path}") as answer:
+        return json.load(answer)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for option in [*OPTIONS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]:
+        options.add_argument(option)
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+def look(browser, url: str, enough, seconds: float = 20) -> tuple[list, list[str]]:
+    """The pictures (source, width) and the words of a page, once `enough(pictures, words)`."""
+    browser.get("about:blank")  # or a change after the # alone would not load the page
+    browser.get(url)
+    until = time.monotonic() + seconds
+    while True:
+        pictures, words = browser.execute_script(EVERYTHING)
+        if enough(pictures, words) or time.monotonic() > until:
+            return pictures, words
+        time.sleep(0.2)
+
+
+def test_the_pictures_are_in_the_images_tab(address, browser):
+    tags = set(get(address, "images/tags")["tensorboard"])
+    assert {f"views/tokens_{task}" for task in TASKS} | {"views/overview", "views/ablation_block3"} <= tags
+    pictures, words = look(browser, f"{address}/#images&tagFilter=views",
+                           lambda pictures, words: len(pictures) >= 3)
+    assert len(pictures) >= 3
+    assert all("individualImage" in source and width >= 300 for source, width in pictures)
+    assert any(word.startswith("views/") for word in words)
+
+
+def test_the_custom_page_shows_experts_and_tasks(address, browser):
+    _, words = look(browser, f"{address}/#custom_scalars",
+                    lambda _, words: {"Experts", "Tasks"} <= set(words))
+    assert {"Experts", "Tasks"} <= set(words)
+
+
+def test_the_run_has_its_row_of_choices_and_results(address, browser):
+    _, words = look(browser, f"{address}/#hparams", lambda _, words: "top 2 of 4" in words)
+    assert {"top 2 of 4", "drop keeps", "expert blocks", "1, 3", "3, 5"} <= set(words)
+    runs = json.load(urllib.request.urlopen(f"{address}/data/runs"))
+    assert runs == ["tensorboard"]
+
+
+def test_the_page_opens_without_a_server(address, run, browser):
+    pictures, words = look(browser, (run / "views" / "index.html").as_uri(),
+                           lambda pictures, _: len(pictures) > 10)
+    assert len(pictures) == len(list((run / "views").glob("*.png")))
+    assert {"What becomes of the patches", "What each expert is worth"} <= set(words)

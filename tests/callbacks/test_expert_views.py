@@ -1,0 +1,315 @@
+"""What a run writes about its experts, read back from its events."""
+
+import io
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tiny_routing import spread, to
+from tiny_models import make_model, normal, scale_routers
+from tiny_runs import TASKS, act_at, crash, Crash, make_config, make_trainer, state_of
+
+from moe_bsr.model.block import Record
+from moe_bsr.config import replace
+from moe_bsr.model.multitask import Output
+from moe_bsr.training.callback import Evaluation, Start, Step
+from moe_bsr.callbacks import tensorboard as board_module
+from moe_bsr.callbacks.expert_views import ExpertViews
+from moe_bsr.callbacks.tensorboard import TensorBoard
+from moe_bsr.training.trainer import train
+from moe_bsr.evaluation import probe
+
+MOE = {3, 5}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return make_config(tmp_path_factory.mktemp("tasks"), train__evaluate_every=4, train__test=False)
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    train(config, folder)
+    return folder
+
+
+def events(run) -> EventAccumulator:
+    return EventAccumulator(str(run / "tensorboard"), {"scalars": 0, "images": 0, "tensors": 0}).Reload()
+
+
+def curves(run) -> dict[str, list[tuple[int, float]]]:
+    read = events(run)
+    return {tag: [(e.step, e.value) for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]
+            if tag.startswith("experts/")}
+
+
+def texts(run, tag: str) -> list[str]:
+    return [e.tensor_proto.string_val[0].decode() for e in events(run).Tensors(f"{tag}/text_summary")]
+
+
+def pictures(run) -> dict[str, list[tuple[int, bytes]]]:
+    read = events(run)
+    return {tag: [(e.step, e.encoded_image_string) for e in read.Images(tag)]
+            for tag in read.Tags()["images"]}
+
+
+class Recorded(ExpertViews):
+    """Keeps every routing record, to be counted slowly afterwards."""
+
+    def __init__(self, board: TensorBoard) -> None:
+        super().__init__(board)
+        self.seen: list[tuple[int, str, dict, float]] = []
+
+    def on_step(self, step: Step) -> None:
+        super().on_step(step)
+        routing = {block: (r.experts.clone(), r.gates.detach().clone())
+                   for output in step.outputs for block, r in output.routing.items()}
+        self.seen.append((step.step, step.task, routing, step.metrics["auxiliary_loss"]))
+
+
+def test_the_curves_are_those_of_the_window_counted_slowly(config, tmp_path):
+    board = TensorBoard(tmp_path)
+    recorder = Recorded(board)
+    report = make_trainer(config, tmp_path, [board, recorder]).fit()
+    read = curves(tmp_path)
+    for first, last in ((1, 4), (5, 8)):
+        window = [entry for entry in recorder.seen if first <= entry[0] <= last]
+        for block in MOE:
+            counts = {task: np.zeros(4) for task in TASKS}
+            for _, task, routing, _ in window:
+                for expert in routing[block][0].flatten().tolist():
+                    counts[task][expert] += 1
+            load = sum(counts.values()) / sum(c.sum() for c in counts.values())
+            found = {name: dict(read[f"experts/block{block}/{name}"])[last] for name in
+                     ("load_cv", "largest_share", "dead_experts", "mutual_information")}
+            assert found["load_cv"] == pytest.approx(np.std(load) / np.mean(load), rel=1e-5)
+            assert found["largest_share"] == pytest.approx(load.max(), rel=1e-5)
+            assert found["dead_experts"] == (load < 0.01 / 4).sum()
+            shares = [c / c.sum() for c in counts.values()]
+            middle = sum(shares) / 2
+            bits = sum(s * math.log2(s / m) / 2 for row in shares for s, m in zip(row, middle) if s > 0)
+            assert found["mutual_information"] == pytest.approx(bits, rel=1e-4, abs=1e-6)
+        assert dict(read["experts/balance_loss"])[last] == pytest.approx(
+            np.mean([auxiliary for *_, auxiliary in window]), rel=1e-5)
+    for block in MOE:
+        for task in TASKS:
+            chosen = torch.cat([routing[block][0].flatten()
+                                for _, other, routing, _ in recorder.seen if other == task])
+            share = torch.bincount(chosen, minlength=4) / len(chosen)
+            assert report["expert_use"][str(block)][task] == pytest.approx(share.tolist(), abs=1e-4)
+
+
+def test_a_run_has_its_pictures_tables_and_pages(finished):
+    found = pictures(finished)
+    names = {"experts_overview/training", *(f"tokens/{task}" for task in TASKS)}
+    for block in MOE:
+        names |= {f"experts_use/block{block}_training", f"experts_use/block{block}_validation",
+                  f"experts_together/block{block}", f"tasks_apart/block{block}"}
+    assert found.keys() == names
+    for tag, drawn in found.items():
+        assert [step for step, _ in drawn] == [4, 8], tag
+        assert all(Image.open(io.BytesIO(png)).size[0] == 760 for _, png in drawn)
+    tables = texts(finished, "experts")
+    assert "updates 1 to 4" in tables[0] and "updates 5 to 8" in tables[1]
+    assert all(f"\n| {block} |" in tables[1] for block in MOE)
+    pages = layout_pb2.Layout.FromString(
+        events(finished).Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    charts = {page.title: {c.title: list(c.multiline.tag) for c in page.chart} for page in pages.category}
+    assert charts.keys() == {"Experts", "Tasks"} and len(charts["Experts"]) == 8
+    tags = events(finished).Tags()["scalars"]
+    for title, (pattern,) in (charts["Experts"] | charts["Tasks"]).items():
+        assert any(re.match(pattern, tag) for tag in tags), title
+    report = json.loads((finished / "report.json").read_text())
+    assert set(report["views"]) == {"recording_seconds", "drawing_seconds", "events_bytes"}
+    assert 0 < report["views"]["recording_seconds"] < report["views"]["drawing_seconds"]
+    written = sum(f.stat().st_size for f in (finished / "tensorboard").iterdir())
+    assert 0 < report["views"]["events_bytes"] <= written
+
+
+def test_a_resumed_run_tells_the_same(config, finished, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        act_at(patch, 7, crash)
+        train(config, tmp_path / "run")
+    report = train(config, tmp_path / "run", resume=True)
+    assert curves(tmp_path / "run") == curves(finished)
+    assert texts(tmp_path / "run", "experts") == texts(finished, "experts")
+    assert pictures(tmp_path / "run") == pictures(finished)
+    assert report["expert_use"] == json.loads((finished / "report.json").read_text())["expert_use"]
+    assert report["views"]["recording_seconds"] > 0
+
+
+def test_watching_changes_nothing(config, tmp_path):
+    board = TensorBoard(tmp_path / "seen")
+    (tmp_path / "seen").mkdir()
+    watched = make_trainer(config, tmp_path / "seen", [board, ExpertViews(board)])
+    alone = make_trainer(config, tmp_path / "alone")
+    torch.manual_seed(0)
+    watched.fit()
+    after = torch.get_rng_state()
+    torch.manual_seed(0)
+    alone.fit()
+    assert torch.equal(after, torch.get_rng_state())
+    for name, value in state_of(alone.model).items():
+        assert torch.equal(value, watched.model.state_dict()[name]), name
+
+
+def feed(board: TensorBoard, trainer, routing: dict[str, object]) -> ExpertViews:
+    """An observer that was shown this routing of each task, one update each, and then an evaluation."""
+    observer = ExpertViews(board)
+    trainer.observers = [board, observer]
+    for each in trainer.observers:
+        each.restore({})
+    start = Start(board.folder.parent, trainer.config, list(TASKS), 0, [], trainer.model, trainer.tasks,
+                  trainer.pipeline, trainer.machine)
+    for each in trainer.observers:
+        each.on_start(start)
+    for step, (task, record) in enumerate(routing.items(), 1):
+        output = Output(torch.zeros(1), torch.zeros(()), {block: Record(routing=record) for block in MOE})
+        observer.on_step(Step(step, task, {"auxiliary_loss": 0.5}, {}, [output], 1.0))
+    observer.on_evaluate(Evaluation(2, "val", {}))
+    board.close()
+    return observer
+
+
+@pytest.mark.parametrize(("routing", "expected"), [
+    ({"shapes": to(4, [2]), "fractals": to(4, [2])},
+     {"load_cv": math.sqrt(3), "dead_experts": 3, "largest_share": 1, "mutual_information": 0,
+      "mean_entropy": 0, "words": "collapsed"}),
+    ({"shapes": spread(4, [0, 1]), "fractals": spread(4, [2, 3])},
+     {"load_cv": 0, "dead_experts": 0, "largest_share": 0.25, "mutual_information": 1,
+      "mean_entropy": 1, "words": "use different ones"}),
+], ids=["collapse", "specialisation"])
+def test_a_known_routing_reads_as_what_it_is(config, tmp_path, routing, expected):
+    feed(TensorBoard(tmp_path), make_trainer(config, tmp_path), routing)
+    words = expected.pop("words")
+    for block in MOE:
+        for name, value in expected.items():
+            (step, found), = curves(tmp_path)[f"experts/block{block}/{name}"]
+            assert step == 2 and found == pytest.approx(value, abs=1e-6), name
+    assert words in texts(tmp_path, "experts")[0]
+    assert "experts_together/block3" not in pictures(tmp_path)  # one expert a token
+
+
+def test_pictures_end_at_the_cap_and_that_is_said_once(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(board_module, "CAP", 150_000)
+    train(config, tmp_path)
+    found = pictures(tmp_path)
+    assert 0 < sum(len(png) for drawn in found.values() for _, png in drawn) < 150_000
+    assert len(texts(tmp_path, "pictures")) == 1
+    assert len(curves(tmp_path)["experts/block3/load_cv"]) == 2  # numbers are always written
+
+
+def test_the_cap_grows_with_the_hours_of_training(config, tmp_path, monkeypatch):
+    """An hour and a second in, what was written before a resume counts, and so does its time."""
+    monkeypatch.setattr(board_module, "CAP", 100_000)
+    trainer = make_trainer(config, tmp_path)
+    board = TensorBoard(tmp_path)
+    board.restore({"seconds": 3601.0})
+    board.on_start(Start(tmp_path, config, list(TASKS), 4, [], trainer.model, trainer.tasks, trainer.pipeline,
+                         trainer.machine))
+    png = io.BytesIO()
+    Image.effect_noise((100, 100), 100).save(png, "png")  # which nothing compresses
+    for step in range(40):
+        board.picture("noise", png.getvalue(), step)
+    board.close()
+    size = len(png.getvalue())
+    assert 5 * size < 100_000 < 40 * size
+    written = board.size()
+    assert 2 * 100_000 - 2 * size < written < 2 * 100_000 + 1000  # the text that says so comes on top
+    assert len(texts(tmp_path, "pictures")) == 1
+
+
+def test_a_long_run_has_points_enough_and_no_more(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(board_module, "POINTS", 4)
+    train(replace(config, plan__experts=[], plan__drop=[], train__evaluate_every=0), tmp_path)
+    read = events(tmp_path)
+    for task in TASKS:
+        steps = [e.step for e in read.Scalars(f"train/{task}/loss")]  # every second visit of the task
+        assert steps == ([3, 7] if task == "shapes" else [4, 8])
+
+
+@pytest.mark.parametrize("drop", [[1], []])
+def test_a_dense_run_says_why_it_has_no_expert_views(config, tmp_path, drop):
+    report = train(replace(config, plan__experts=[], plan__drop=drop, train__steps=2), tmp_path)
+    assert "plan.experts is empty" in texts(tmp_path, "experts")[0]
+    assert ("plan.drop is empty" in texts(tmp_path, "experts")[0]) == (not drop)
+    assert pictures(tmp_path).keys() == ({f"tokens/{task}" for task in TASKS} if drop else set())
+    assert not curves(tmp_path) and report["expert_use"] == {}
+    pages = layout_pb2.Layout.FromString(
+        events(tmp_path).Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    assert [page.title for page in pages.category] == ["Tasks"]
+
+
+# --- probes ---
+
+def test_probes_are_always_the_same_images_of_the_validation_split(config, tmp_path):
+    trainer = make_trainer(config, tmp_path)
+    data = trainer.tasks["fractals"]
+    few, more = probe.choose(data, 3), probe.choose(data, 7)
+    assert len(few.val) == 3 and few.val.index.tolist() == more.val.index[:3].tolist()
+    assert set(more.val.index) <= set(data.val.index) and len(set(more.val.index)) == 7
+    assert len(probe.choose(data, 10**6).val) == len(data.val)
+    labels = dict(zip(data.val.index.tolist(), data.val.labels.tolist(), strict=True))
+    assert [labels[i] for i in more.val.index.tolist()] == more.val.labels.tolist()
+
+
+def test_a_look_is_an_evaluation_and_leaves_the_model_training(config, tmp_path):
+    trainer = make_trainer(config, tmp_path)
+    trainer.model.train()
+    data = probe.choose(trainer.tasks["fractals"], 5)
+    seen = probe.look(trainer.model, data, trainer.pipeline, trainer.machine)
+    assert trainer.model.training
+    trainer.model.eval()
+    with torch.no_grad():
+        output = trainer.model(trainer.pipeline.normalise(seen.images), "fractals")
+    assert torch.equal(seen.predicted, output.logits.argmax(1))
+    assert seen.records.keys() == output.records.keys()
+    assert torch.equal(seen.records[3].routing.experts, output.records[3].routing.experts)
+
+
+@pytest.mark.parametrize(("kind", "prefix"), [("class-token", 1), ("registers", 4), ("average-pool", 0)])
+def test_routes_are_those_of_the_patches_that_are_left(kind, prefix):
+    model = make_model(kind, experts=[1, 3], drop=[1, 2]).eval()
+    scale_routers(model, 50.0)
+    with torch.inference_mode():
+        records = model(normal(3, 3, 16, 16), "one").records
+    found = probe.routes(records, prefix, 16)
+    assert found.keys() == {1, 3}
+    for block, last_drop in ((1, 1), (3, 2)):
+        routing, origin = records[block].routing.experts, records[last_drop].dropped.origin
+        for image in range(3):
+            expected = {i: routing[image, i].tolist() for i in range(prefix)}
+            expected |= {prefix + int(patch): routing[image, prefix + token].tolist()
+                         for token, patch in enumerate(origin[image].tolist()) if patch >= 0}
+            for token in range(prefix + 16):
+                assert found[block][image, token].tolist() == expected.get(token, [-1, -1])
+
+
+def test_overlap_counts_experts_kept_whatever_their_order():
+    now = np.array([[[0, 1], [2, 3], [-1, -1], [4, 5]]], np.int16)
+    before = np.array([[[1, 0], [3, 4], [0, 1], [-1, -1]]], np.int16)
+    assert probe.overlap(now, before) == pytest.approx((1 + 0.5) / 2)
+    assert probe.overlap(now, now) == 1
+    assert math.isnan(probe.overlap(now[:, 2:3], before[:, 2:3]))
+    assert np.array_equal(probe.unpack(json.loads(json.dumps(probe.pack(now)))), now)
+
+
+def test_stability_is_one_where_nothing_moved(config, tmp_path):
+    trainer = make_trainer(config, tmp_path)
+    observer = feed(TensorBoard(tmp_path), trainer, {"shapes": to(4, [2])})
+    seen = {task: probe.look(trainer.model, data, trainer.pipeline, trainer.machine)
+            for task, data in observer.probes.items()}
+    assert observer._stability(seen) == {3: 1.0, 5: 1.0}
+    with torch.no_grad():
+        for parameter in trainer.model.vit.blocks[3].mlp.router.parameters():
+            parameter.neg_()
+    seen = {task: probe.look(trainer.model, data, trainer.pipeline, trainer.machine)
+            for task, data in observer.probes.items()}
+    assert observer._stability(seen)[3] == 0.0  # the best two of four have become the worst two

@@ -1,0 +1,166 @@
+"""tools/expert_views.py as a person meets it: files, page, events; for runs with and without experts."""
+
+import base64
+import re
+import runpy
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.metadata import PLUGIN_NAME, parse_session_start_info_plugin_data
+from tiny_runs import TASKS, make_config
+from torch.utils.tensorboard import SummaryWriter
+
+import moe_bsr
+from moe_bsr.evaluation.evaluate import evaluate
+from moe_bsr.visualize import expert_report as gallery
+from moe_bsr.callbacks import hparams
+from moe_bsr.visualize.html import Picture, Section, Table, page
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "expert_views.py"
+KINDS = {"experts": {}, "dense": {"plan__experts": []}, "stl": {"mode": "stl"},
+         "no drops": {"plan__drop": []}}
+
+
+def draw(run: Path, *arguments: str) -> None:
+    runpy.run_path(str(TOOL))["main"]([str(run), "--no-serve", "--images", "2", "--ablate", "8", *arguments])
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def drawn(request, tmp_path_factory):
+    """A tiny run of each kind, trained and drawn."""
+    folder = tmp_path_factory.mktemp("drawn")
+    run = folder / "run"
+    moe_bsr.train(make_config(folder, train__steps=2, train__test=False, **KINDS[request.param]), run)
+    draw(run)
+    return request.param, run
+
+
+def event_images(place: Path) -> dict[str, list]:
+    events = EventAccumulator(str(place), size_guidance={"images": 0}).Reload()
+    return {tag: events.Images(tag) for tag in events.Tags()["images"] if tag.startswith("views/")}
+
+
+def files(run: Path) -> list[str]:
+    """All but event files, whose names hold the time."""
+    return sorted(str(path.relative_to(run)) for path in run.rglob("*") if "tfevents" not in path.name)
+
+
+class Reader(HTMLParser):
+    """Sources of pictures, links to other files, the headings, all words, and whether tags close."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.images, self.links, self.words, self.open = [], [], [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag == "img":
+            self.images.append(attributes)
+        if tag not in ("img", "meta", "link"):
+            self.open.append(tag)
+        self.links += [attributes[name] for name in ("href", "src") if name in attributes]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_every_picture_is_a_file_an_event_and_in_the_page(drawn):
+    kind, run = drawn
+    written = {file.stem: file.read_bytes() for file in (run / "views").glob("*.png")}
+    expected = {f"tokens_{task}" for task in TASKS}
+    if kind in ("experts", "no drops"):
+        expected |= {"overview"} | {f"{name}_block{block}" for block in (3, 5)
+                                    for name in ("use", "distances", "coactivation", "ablation")}
+    assert written.keys() == expected
+    reader = Reader((run / "views" / "index.html").read_text())
+    shown = [base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) for image in reader.images]
+    assert sorted(shown) == sorted(written.values()) and all(image["alt"] for image in reader.images)
+    places = [run / task / "tensorboard" for task in TASKS] if kind == "stl" else [run / "tensorboard"]
+    events = {tag: images for place in places for tag, images in event_images(place).items()}
+    assert {tag.removeprefix("views/") for tag in events} == expected
+    assert all(len(images) == 1 and images[0].step == 2 for images in events.values())
+
+
+def test_the_page_needs_nothing_else_and_says_why_there_are_no_expert_views(drawn):
+    kind, run = drawn
+    reader = Reader((run / "views" / "index.html").read_text())
+    assert reader.open == [] and all(link.startswith(("#", "data:")) for link in reader.links)
+    words = " ".join(reader.words)
+    assert ("no mixture of experts" in words) == (kind == "dense")
+    assert ("one model per task" in words) == (kind == "stl")
+    assert ("drops no patches" in words) == (kind == "no drops")
+    assert ("read the class token alone" in words) == (kind in ("experts", "no drops"))
+
+
+def test_drawing_again_replaces_and_makes_no_other_run(drawn):
+    kind, run = drawn
+    before = files(run)
+    draw(run, "--images", "1")
+    assert files(run) == before
+    place = run / "shapes" / "tensorboard" if kind == "stl" else run / "tensorboard"
+    assert len(list(place.glob("*.views"))) == 1
+    assert len(event_images(place)["views/tokens_shapes"]) == 1
+
+
+def test_statistics_and_accuracy_are_those_of_the_whole_validation_split(drawn):
+    kind, run = drawn
+    loaded = moe_bsr.load(run)
+    statistics, scores = gallery.observe(loaded, 7, lambda line: None)
+    for task, (right, count) in scores.items():
+        result = evaluate(loaded.models[task], loaded.data(task), "val", loaded.pipeline, loaded.machine)
+        assert (100 * right / count, count) == (pytest.approx(result["top1"]), result["n"])
+        for block, share in result["expert_share"].items():
+            mine = statistics[int(block)].shares("count")[list(scores).index(task)]
+            assert np.allclose(mine, share)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["nowhere"], "not a run folder"), (["--images", "0"], "at least 1"),
+    (["--checkpoint", "99"], "no checkpoint 99"),
+])
+def test_what_cannot_be_drawn_is_refused_in_one_line(tmp_path, capsys, arguments, words):
+    run = tmp_path / "run"
+    if arguments[0].startswith("--"):
+        moe_bsr.train(make_config(tmp_path, train__steps=1, train__test=False), run)
+        arguments = [str(run), *arguments]
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(TOOL))["main"]([*arguments, "--no-serve"])
+    assert exit.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_words_are_escaped_and_tables_are_complete():
+    section = Section("A & B", ["1 < 2"], [Picture("p", b"\x89PNG", 'say "so"')],
+                      [Table([["", "x"], ["<y>", "3"]], "more", folded=True)])
+    html = page("<title>", ["about"], [section])
+    reader = Reader(html)
+    words = " ".join(reader.words)
+    assert all(text in words for text in ("<title>", "A & B", "1 < 2", "<y>", "3"))
+    assert reader.images[0]["alt"] == 'say "so"' and "<details>" in html
+    assert re.search(r'href="#(.+?)"', html)[1] == re.search(r'h2 id="(.+?)"', html)[1]
+
+
+def test_hparams_line_runs_up_without_a_run_of_their_own(tmp_path):
+    config = make_config(tmp_path, plan__keep=[0.5, 0.75], storage={"recompute": [3, 4], "int8": [5]})
+    report = {"mean_top1": 12.5, "tasks": {"shapes": {"top1": 10.0}, "fractals": {"top1": 15.0}}, "step": 8,
+              "measured_peak_mb": 300.0, "gflops_per_image": 0.25, "train_seconds": 4.0}
+    with SummaryWriter(str(tmp_path / "tensorboard")) as writer:
+        hparams.write(writer, config, report)
+        hparams.write(writer, config, report | {"mean_top1": None})  # interrupted: nothing to line up
+    assert [path.name for path in (tmp_path / "tensorboard").iterdir() if path.is_dir()] == []
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data
+    assert content.plugin_name == PLUGIN_NAME
+    values = parse_session_start_info_plugin_data(content.content).hparams
+    assert values["drop keeps"].string_value == "0.5, 0.75" and values["expert blocks"].string_value == "3, 5"
+    assert values["storage"].string_value == "recompute 3, 4; int8 5"
+    assert values["experts"].string_value == "top 2 of 4" and values["steps"].number_value == 8
+    scalars = {tag: [(s.step, s.value) for s in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert scalars["result/mean top-1 %"] == [(8, 12.5)] and scalars["result/fractals top-1 %"] == [(8, 15.0)]
+    assert scalars["result/peak MB"] == [(8, 300.0)] and len(scalars) == 6

@@ -1,0 +1,144 @@
+"""The training launcher and the comparison as a person meets them: what they print, how they exit."""
+
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny_runs import act_at, make_config
+
+from moe_bsr import config as configuration
+from moe_bsr.runs import report
+from moe_bsr.runs import folder as run
+from moe_bsr.training.trainer import train
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+
+
+def tool(name: str):
+    return runpy.run_path(str(TOOLS / f"{name}.py"))["main"]
+
+
+@pytest.fixture
+def written(tmp_path) -> str:
+    (tmp_path / "tiny.yaml").write_text(configuration.dump(make_config(tmp_path)))
+    return str(tmp_path / "tiny.yaml")
+
+
+def test_a_dry_run_prints_every_block_and_writes_nothing(written, tmp_path, capsys):
+    assert tool("train")([written, "--dry-run", "--run", str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr().out
+    assert "shapes: 10 classes, train 20, val 10, test 10" in printed
+    rows = {line.split()[0]: line for line in printed.splitlines() if line.strip()[:1].isdigit()}
+    assert "5 -> 4" in rows["1"] and "yes" in rows["1"]  # 4 patches: 2 kept, 1 fused, the class token
+    assert "top-2 of 4 experts x3" in rows["3"] and "dense" in rows["0"] and "(0)" in rows["0"]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["train.stepz=3"], "did you mean 'train.steps'"),
+    (["train.lr=fast"], "train.lr = 'fast': expected number"),
+    (["plan.trainable=[9]", "plan.experts=[]"], "outside the backbone's blocks 0 to 5"),
+    (["plan.drop=[5]"], "block 5 is the last"),
+    (["tasks=[nothing]", "data.root=nowhere"], "nothing"),
+    (["moe.top_k=5"], "moe.top_k = 5: 1 to moe.experts = 4"),
+])
+def test_what_cannot_be_is_refused_in_one_line_with_status_2(written, tmp_path, capsys, arguments, words):
+    assert tool("train")([written, *arguments, "--run", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.startswith("train.py: ") and len(error.splitlines()) == 1
+
+
+def test_training_prints_the_report_and_runs_are_set_side_by_side(written, tmp_path, capsys):
+    for name, change in (("moe", []), ("dense", ["plan.experts=[]"])):
+        assert tool("train")([written, "train.steps=2", *change, "--run", str(tmp_path / name)]) == 0
+    assert "| shapes |" in capsys.readouterr().out
+    assert tool("compare")([str(tmp_path / "dense"), str(tmp_path / "moe"), "--experts"]) == 0
+    header, chance, dense, moe, *use = capsys.readouterr().out.splitlines()
+    assert header.split()[:4] == ["top-1", "%", "shapes", "fractals"] and chance.split()[1] == "10.0"
+    assert f"{report.read(tmp_path / 'moe')['tasks']['shapes']['top1']:.1f}" == moe.split()[1]
+    assert dense.startswith("dense") and any("block 5" in line for line in use)
+    assert tool("compare")([str(tmp_path)]) == 2
+
+
+def test_an_interrupted_run_stands_in_the_comparison_with_a_dash(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        act_at(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(make_config(tmp_path), tmp_path / "run")["status"] == "interrupted"
+    capsys.readouterr()
+    assert tool("compare")([str(tmp_path / "run"), "--markdown"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| run | - | - | - |")
+
+
+def test_runs_in_folders_of_equal_names_go_by_their_paths(tmp_path, monkeypatch, capsys):
+    train(make_config(tmp_path, train__steps=2), tmp_path / "a" / "run")
+    for copy in ("b/run", "c"):
+        shutil.copytree(tmp_path / "a" / "run", tmp_path / copy)
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert tool("compare")(["a/run/", "b/run", "c", "a/run"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["a/run", "b/run", "c"]
+
+
+@pytest.mark.parametrize("content", ["", '{"status": "fini', "[]", "{}"])
+def test_a_damaged_report_is_refused_by_name(written, tmp_path, capsys, content):
+    folder = tmp_path / "run"
+    assert tool("train")([written, "train.steps=2", "--run", str(folder)]) == 0
+    (folder / "report.json").write_text(content)
+    capsys.readouterr()
+    assert tool("compare")([str(folder)]) == 2
+    assert tool("train")([written, "train.steps=2", "--run", str(folder), "--resume"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        tool("evaluate")([str(folder), "--split", "test"])
+    refusals = capsys.readouterr().err.splitlines()
+    assert len(refusals) == 3 and all(f"{folder / 'report.json'}: cut or damaged" in line for line in refusals)
+    assert run.test_evaluations(folder) == 1
+    (folder / "report.json").unlink()
+    assert tool("train")([written, "train.steps=2", "--run", str(folder), "--resume"]) == 0
+    assert report.read(folder)["test_evaluations"] == 2
+
+
+def test_of_an_unfinished_series_the_tasks_that_are_trained_are_used(tmp_path, capsys):
+    config = make_config(tmp_path, mode="stl", train__steps=2)
+    train(config, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "fractals")
+    capsys.readouterr()
+    image = tmp_path / "image.png"
+    Image.new("RGB", (20, 20)).save(image)
+    for name, arguments in (("evaluate", []), ("predict", [str(image)])):
+        call = [str(tmp_path / "run"), *arguments, "--device", "cpu", "--weights", "random"]
+        tool(name)([*call, "--json", "--task", "shapes"])
+        printed = capsys.readouterr().out
+        assert '"shapes"' in printed and "fractals" not in printed
+        for chosen in ([], ["--task", "fractals"]):
+            with pytest.raises(SystemExit) as stopped:
+                tool(name)([*call, *chosen])
+            assert stopped.value.code == 2
+            refusal = capsys.readouterr().err
+            assert "not trained yet: fractals;" in refusal and "--resume" in refusal and "--task shapes" in refusal
+
+
+def test_divergence_exits_with_1(written, tmp_path, capsys):
+    extreme = ["train.lr=1e30", "train.clip=null"]
+    assert tool("train")([written, *extreme, "--run", str(tmp_path / "run")]) == 1
+    assert "last good checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's setting")
+@pytest.mark.parametrize(("before", "after"), [
+    ("", "glibc.malloc.tcache_count=0"),
+    ("glibc.malloc.perturb=1", "glibc.malloc.perturb=1:glibc.malloc.tcache_count=0"),
+    ("glibc.malloc.tcache_count=3", "glibc.malloc.tcache_count=3"),
+])
+def test_a_tool_starts_again_with_the_allocators_setting_and_its_arguments(tmp_path, before, after):
+    program = tmp_path / "program.py"
+    program.write_text(f"import sys\nsys.path.insert(0, {str(TOOLS)!r})\nimport allocator\nallocator.start_again()\n"
+                       "import os\nprint(os.environ['GLIBC_TUNABLES'], sys.argv[1:], sys.flags.optimize)\n")
+    done = subprocess.run([sys.executable, "-O", program, "a b", "--c"], capture_output=True, text=True, check=True,
+                          env={"GLIBC_TUNABLES": before})
+    assert done.stdout == f"{after} ['a b', '--c'] 1\n"

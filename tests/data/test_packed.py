@@ -1,0 +1,267 @@
+"""The packed form: written and read back, mapped in place, refused when damaged."""
+
+import importlib.util
+import io
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moe_bsr.data import FolderSource, PackedSource, load_spec, load_task
+from moe_bsr.data.packed import PackWriter, encode, write_classes
+
+
+def picture(seed: int, width: int, height: int) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    return coarse.resize((width, height))
+
+
+class Pixels:
+    """A source that holds arrays and no files."""
+
+    class_names = ["even", "odd"]
+
+    def __init__(self, count: int, side: int):
+        self.labels = np.arange(count) % 2
+        self.pixels = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), np.uint8)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def image(self, i):
+        return self.pixels[i]
+
+
+def write_pack(folder: Path, source, short_side=256, quality=90) -> Path:
+    folder.mkdir(exist_ok=True)
+    write_classes(folder, source.class_names)
+    with PackWriter(folder / "train.npz") as writer:
+        for i in range(len(source)):
+            writer.add(encode(source, i, short_side, quality), int(source.labels[i]))
+    return folder / "train.npz"
+
+
+@pytest.fixture
+def pack(tmp_path) -> Path:
+    return write_pack(tmp_path / "pixels", Pixels(5, 8))
+
+
+def test_pixels_are_packed_without_loss(tmp_path):
+    source = Pixels(7, 9)
+    packed = PackedSource(write_pack(tmp_path / "p", source))
+    assert packed.class_names == source.class_names and len(packed) == 7
+    np.testing.assert_array_equal(packed.labels, source.labels)
+    for i in range(7):
+        np.testing.assert_array_equal(packed.image(i), source.image(i))
+
+
+def test_small_files_keep_their_bytes_and_large_ones_shrink(tmp_path):
+    for name, size in (("small.jpg", (50, 40)), ("small.png", (32, 60)), ("wide.jpg", (160, 80))):
+        (tmp_path / "in" / "things").mkdir(parents=True, exist_ok=True)
+        picture(1, *size).save(tmp_path / "in" / "things" / name)
+    source = FolderSource(tmp_path / "in")
+    packed = PackedSource(write_pack(tmp_path / "p", source, short_side=40))
+    assert packed.encoded(0) == source.encoded(0) and packed.encoded(1) == source.encoded(1)
+    assert packed.image(2).shape == (40, 80, 3)
+    expected = picture(1, 160, 80).resize((80, 40), Image.Resampling.BICUBIC)
+    assert np.abs(packed.image(2) - np.asarray(expected, dtype=float)).mean() < 3
+
+
+def test_plain_numpy_reads_a_pack(pack):
+    with np.load(pack, allow_pickle=False) as members:
+        assert {name: members[name].dtype.name for name in members.files} == {
+            "jpeg": "uint8", "offsets": "int64", "labels": "int64",
+        }  # fmt: skip
+        offsets = members["offsets"]
+        first = members["jpeg"][offsets[0] : offsets[1]].tobytes()
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(first))), Pixels(5, 8).image(0))
+    assert sorted(p.name for p in pack.parent.iterdir()) == ["classes.txt", "train.npz"]
+
+
+def test_stored_images_are_mapped_where_they_lie(pack):
+    source = PackedSource(pack)
+    assert isinstance(source.jpeg, np.memmap) and Path(source.jpeg.filename) == pack
+    content = bytearray(pack.read_bytes())
+    start = source.jpeg.offset
+    assert content[start : start + len(source.jpeg)] == source.jpeg.tobytes()
+    content[start] ^= 255  # one byte on disk, changed in place: a copy would not see it
+    before = int(source.jpeg[0])
+    with open(pack, "r+b") as file:
+        file.write(content)
+    assert int(source.jpeg[0]) == before ^ 255
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_packs_written_by_numpy(save, pack):
+    plain = PackedSource(pack)
+    with np.load(pack) as members:
+        save(pack.parent / "test.npz", **members)
+    other = PackedSource(pack.parent / "test.npz")
+    assert isinstance(other.jpeg, np.memmap) == (save is np.savez)
+    for i in range(5):
+        np.testing.assert_array_equal(other.image(i), plain.image(i))
+
+
+def change(name: str, value):
+    def damage(members: dict) -> None:
+        members[name] = value(members[name])
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage, word",
+    [
+        (change("offsets", lambda o: o[:-1]), "5 offsets for 5 labels"),
+        (change("offsets", lambda o: o[[0, 2, 1, 3, 4, 5]]), "do not rise at image 1"),
+        (change("offsets", lambda o: o + 10**6), "outside the data"),
+        (change("jpeg", lambda j: j[:-10]), "cut off"),
+        (change("labels", lambda v: v + 1), "from 1 to 2, but classes.txt names 2"),
+        (change("labels", lambda v: v - 1), "from -1"),
+        (change("labels", lambda v: v.astype(np.int32)), "labels is int32"),
+        (change("labels", lambda v: v.astype(object)), "allow_pickle"),
+        (change("jpeg", lambda j: j[None]), "expected uint8 in one dimension"),
+        (lambda members: members.pop("labels"), "no member 'labels'"),
+    ],
+)
+def test_damage_is_refused_with_file_and_defect(damage, word, pack):
+    with np.load(pack) as archive:
+        members = dict(archive)
+    damage(members)
+    np.savez(pack, **members)
+    with pytest.raises(ValueError, match=word) as refusal:
+        PackedSource(pack)
+    assert str(pack) in str(refusal.value)
+
+
+def test_truncated_or_foreign_files_are_refused(pack):
+    content = pack.read_bytes()
+    for damaged in (content[: len(content) // 2], b"", b"not a zip file", content[:-30]):
+        pack.write_bytes(damaged)
+        with pytest.raises(ValueError, match="not a readable pack"):
+            PackedSource(pack)
+
+
+def test_compressed_pack_with_a_flipped_byte_is_refused(pack):
+    with np.load(pack) as members:
+        np.savez_compressed(pack, **dict(members))
+    with zipfile.ZipFile(pack) as archive:
+        middle = archive.getinfo("jpeg.npy").compress_size // 2
+    content = bytearray(pack.read_bytes())
+    content[middle] ^= 255
+    pack.write_bytes(content)
+    with pytest.raises(ValueError, match="not a readable pack"):
+        PackedSource(pack)
+
+
+def test_damaged_image_inside_a_pack_is_named(tmp_path):
+    write_classes(tmp_path, ["a"])
+    with PackWriter(tmp_path / "train.npz") as writer:
+        writer.add(b"nothing", 0)
+    with pytest.raises(ValueError, match=r"image 0 of .*train\.npz"):
+        PackedSource(tmp_path / "train.npz").image(0)
+
+
+@pytest.mark.parametrize("names", ["", "a\n\nb\n", "a\na\n"])
+def test_class_names_are_checked(names, pack):
+    (pack.parent / "classes.txt").write_text(names)
+    with pytest.raises(ValueError, match="classes.txt"):
+        PackedSource(pack)
+
+
+def test_interrupted_writing_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), PackWriter(tmp_path / "train.npz") as writer:
+        writer.add(b"x", 0)
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def pack_tool():
+    path = Path(__file__).parents[2] / "tools" / "pack.py"
+    spec = importlib.util.spec_from_file_location("pack_tool", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tool_packs_a_folder_task_and_the_pack_takes_its_place(tmp_path, capsys):
+    for split, count in (("train", 12), ("test", 3)):
+        for k, name in enumerate(["ant", "bee"]):
+            (tmp_path / "bugs" / split / name).mkdir(parents=True)
+            for n in range(count):
+                picture(100 * k + n, 20, 16).save(tmp_path / "bugs" / split / name / f"{n}.png")
+    file = tmp_path / "insects.yaml"
+    file.write_text("title: Insects\nsource: folder\npath: bugs\n")
+    before = load_task(load_spec(file), root=tmp_path)
+    pack_tool().main([str(file), "--root", str(tmp_path)])
+    assert "24 images" in capsys.readouterr().out
+    after = load_task(load_spec(file), root=tmp_path)
+    assert "folder" in before.origin and "pack" in after.origin
+    assert after.class_names == before.class_names
+    for split in ("train", "val", "test"):
+        old, new = getattr(before, split), getattr(after, split)
+        np.testing.assert_array_equal(old.index, new.index)
+        np.testing.assert_array_equal(old.labels, new.labels)
+        for i in old.index:
+            np.testing.assert_array_equal(old.source.image(i), new.source.image(i))
+    with pytest.raises(SystemExit, match="2"):
+        pack_tool().main([str(file), "--root", str(tmp_path)])
+    assert "insects is a pack already; remove it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["bugs", "bugs/photos", "elsewhere"])
+def test_tool_never_advises_to_remove_originals(tmp_path, capsys, path):
+    place = tmp_path / path
+    for folder in (place / split / name for split in ("train", "test") for name in ("ant", "bee")):
+        folder.mkdir(parents=True)
+        picture(1, 20, 16).save(folder / "0.png")
+    (tmp_path / "bugs").mkdir(exist_ok=True)
+    file = tmp_path / "bugs.yaml"
+    file.write_text(f"title: Insects\nsource: folder\npath: {path}\n")
+    tool = [str(file), "--root", str(tmp_path)]
+    with pytest.raises(SystemExit, match="2"):
+        pack_tool().main(tool)
+    refusal = capsys.readouterr().err
+    assert "name another --out" in refusal and "remove" not in refusal
+    assert ("where the originals lie" in refusal) == (path != "elsewhere")
+    pack_tool().main([*tool, "--out", str(tmp_path / "packs")])
+    assert (tmp_path / "packs" / "bugs" / "train.npz").is_file() and (place / "train" / "ant" / "0.png").is_file()
+
+
+def test_tool_names_a_damaged_image_and_leaves_no_pack(tmp_path, capsys):
+    for folder in (tmp_path / "bugs" / split / name for split in ("train", "test") for name in ("ant", "bee")):
+        folder.mkdir(parents=True)
+        (folder / "0.jpg").write_bytes(b"broken")
+    file = tmp_path / "insects.yaml"
+    file.write_text("title: Insects\nsource: folder\npath: bugs\n")
+    with pytest.raises(SystemExit, match="2"):
+        pack_tool().main([str(file), "--root", str(tmp_path)])
+    assert "ant/0.jpg" in capsys.readouterr().err
+    assert sorted(place.name for place in tmp_path.iterdir()) == ["bugs", "insects.yaml"]
+
+
+def test_packed_task(tmp_path, pack):
+    write_pack(tmp_path / "pixels", Pixels(40, 8))
+    (tmp_path / "pixels/test.npz").write_bytes(pack.read_bytes())
+    file = tmp_path / "other.yaml"
+    file.write_text("title: Other\nsource: packed\npath: pixels\n")
+    data = load_task(load_spec(file), root=tmp_path)
+    assert (len(data.train), len(data.val), len(data.test)) == (36, 4, 40)
+    (tmp_path / "pixels/test.npz").unlink()
+    with pytest.raises(FileNotFoundError, match="test.npz"):
+        load_task(load_spec(file), root=tmp_path)
+
+
+@pytest.mark.skipif("MOE_BSR_DATA" not in os.environ, reason="MOE_BSR_DATA is not set to packs")
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "flowers102", "pets", "food101"])
+def test_real_packs_open_and_decode(name):
+    data = load_task(load_spec(name), root=Path(os.environ["MOE_BSR_DATA"]))
+    assert "pack" in data.origin
+    for split in (data.train, data.val, data.test):
+        image = split.source.image(int(split.index[-1]))
+        assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+    assert set(data.val.labels) == set(range(len(data.class_names)))

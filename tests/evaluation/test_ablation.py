@@ -1,0 +1,116 @@
+"""Expert ablation against a full forward pass with the logit masked by hand."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import CLASSES, make_model, make_vit, normal, scale_routers
+
+from moe_bsr.config import Config, MoEConfig, PlanConfig
+from moe_bsr.data import Pipeline
+from moe_bsr.data.task import Split
+from moe_bsr.runtime.device import Machine
+from moe_bsr.model.multitask import MultitaskViT
+from moe_bsr.visualize import experts as expert_figures
+from moe_bsr.evaluation.ablation import Ablation, ablate
+
+MACHINE = Machine(torch.device("cpu"), "fp32", 1, "asked for")
+PIPELINE = Pipeline(size=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), cache_mb=1)
+
+
+class Noise:
+    """Sixteen pixels square of seeded noise per index."""
+
+    def image(self, index: int) -> np.ndarray:
+        return np.random.default_rng(index).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+
+
+def make_data(task: str, count: int):
+    labels = np.random.default_rng(count).integers(0, CLASSES[task], count)
+    return SimpleNamespace(name=task, val=Split(Noise(), np.arange(count), labels))
+
+
+def decided(kind: str = "class-token", **options):
+    """A model whose experts differ and whose routers decide, so that masking changes answers."""
+    model = make_model(kind, **{"clone_noise": 2.0} | options)
+    scale_routers(model, 60.0)
+    return model.eval()
+
+
+def by_hand(model, data, index: int, expert: int) -> np.ndarray:
+    """Predictions of whole forward passes, one image at a time, with a router that never says `expert`."""
+    router = model.vit.blocks[index].mlp.router
+    route = router.forward
+
+    def without(x, task):
+        logits = route(x, task)
+        logits[:, expert] = -torch.inf
+        return logits
+
+    router.forward = without
+    with torch.inference_mode():
+        found = [int(model(PIPELINE.normalise(images), data.name).logits.argmax())
+                 for images, _ in PIPELINE.eval_batches(data, "val", 1)]
+    router.forward = route
+    return np.array(found)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"router": "task_conditioned", "renormalise": False}, {"kind": "registers", "top_k": 1},
+    {"top_k": 4}, {"kind": "average-pool", "drop": [0, 1, 2], "trainable": "all", "experts": [0, 1, 2, 3]},
+], ids=["plain", "conditioned-raw", "registers-top1", "all-chosen", "every-block"])
+def test_it_equals_whole_forward_passes_with_the_logit_masked(options):
+    model = decided(**{"experts": [1, 3]} | options)
+    datasets = {task: make_data(task, count) for task, count in (("one", 11), ("two", 7))}
+    found = ablate(model, datasets, PIPELINE, MACHINE, batch_size=4)
+    assert list(found) == model.balance.blocks
+    changed = 0
+    for row, (task, data) in enumerate(datasets.items()):
+        with torch.inference_mode():
+            whole = next(PIPELINE.eval_batches(data, "val", 100))[0]
+            right = model(PIPELINE.normalise(whole), task).logits.argmax(1).numpy() == data.val.labels
+        for index, result in found.items():
+            assert result.tasks == ["one", "two"] and result.images[row] == len(data.val)
+            assert result.right[row] == right.sum()
+            for expert in range(4):
+                still = by_hand(model, data, index, expert) == data.val.labels
+                assert result.lost[row, expert] == (right & ~still).sum()
+                assert result.gained[row, expert] == (~right & still).sum()
+                changed += (right != still).sum()
+    assert changed > 0  # or the comparison would have compared nothing
+
+
+def test_the_model_is_left_as_it_was():
+    model, data = decided(experts=[3]), make_data("one", 5)
+    images = normal(2, 3, 16, 16)
+    with torch.inference_mode():
+        before = model(images, "one").logits
+        ablate(model, {"one": data}, PIPELINE, MACHINE)
+        assert torch.equal(model(images, "one").logits, before)
+
+
+@pytest.mark.parametrize("config", [{}, {"plan": PlanConfig(trainable=[3], drop=[], experts=[3]),
+                                         "moe": MoEConfig(experts=1, top_k=1)}], ids=["dense", "lone expert"])
+def test_where_nothing_can_step_in_there_is_nothing_to_ablate(config):
+    dense = {"plan": PlanConfig(trainable=[3], drop=[], experts=[])}
+    model = MultitaskViT(make_vit(), Config(**dense | config), CLASSES).eval()
+    assert ablate(model, {"one": make_data("one", 3)}, PIPELINE, MACHINE) == {}
+
+
+def test_points_and_what_is_beyond_chance():
+    found = Ablation(["a", "b"], np.array([200, 50]), np.array([150, 20]),
+                     lost=np.array([[20, 0, 3], [1, 0, 9]]), gained=np.array([[2, 4, 3], [6, 0, 1]]))
+    assert found.points().tolist() == [[9, -2, 0], [-10, 0, 16]]
+    assert found.clear().tolist() == [[True, False, False], [False, False, True]]  # 4 coins of 4: p = 0.125
+
+
+@pytest.mark.parametrize("tasks, experts", [(1, 2), (3, 16), (20, 64)])
+def test_the_figure_has_a_cell_for_every_expert_and_numbers_while_they_fit(tasks, experts):
+    lost = np.arange(tasks * experts).reshape(tasks, experts) % 7
+    names, images = [f"task{i}" for i in range(tasks)], np.full(tasks, 100)
+    result = Ablation(names, images, images // 2, lost, 0 * lost)
+    axes = expert_figures.ablation(result, 3, "validation").axes[0]
+    assert axes.images[0].get_array().shape == (tasks, experts, 3)
+    numbers = [t.get_text() for t in axes.texts if t.get_text().count(".") == 1 and len(t.get_text()) == 3]
+    assert numbers == ([f"{value:.1f}" for value in lost.flat] if experts <= 16 else [])

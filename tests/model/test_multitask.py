@@ -1,0 +1,293 @@
+"""The whole model against timm's own network and a plain-loop reference."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from tiny_models import (
+    CLASSES,
+    KINDS,
+    gradients,
+    make_model,
+    make_vit,
+    normal,
+    saved_for_backward,
+    scale_routers,
+)
+from torch.nn import functional as F
+
+from moe_bsr.config import Config, ConfigError, MoEConfig, PlanConfig, TokensConfig
+from moe_bsr.model.moe import MoE
+from moe_bsr.model.multitask import MultitaskViT
+from moe_bsr.model.tokens import FUSED
+
+
+# --- keep rate 1.0 is timm's own network ---
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_dropping_and_experts_it_is_timms_own_network(kind, training):
+    theirs, images = make_vit(kind, num_classes=5).train(training), normal(3, 3, 16, 16)
+    ours = make_vit(kind)
+    ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if "head." not in k})
+    model = make_model(vit=ours, keep=1.0).train(training)
+    model.heads["two"].load_state_dict(theirs.head.state_dict())
+    output = model(images, "two")
+    assert torch.equal(output.logits, theirs(images))
+    assert output.records == {} and output.auxiliary_loss == 0
+
+
+# --- keep rate below 1 is a plain-loop reference ---
+
+def reference_logits(model: MultitaskViT, images: torch.Tensor, task: str):
+    """Logits and traces, one image and one token at a time, by explicit attention maps."""
+    vit, config, prefix = model.vit, model.tokens_config, model.vit.num_prefix_tokens
+    logits, traces = [], []
+    for image in images:
+        x = list(vit.norm_pre(vit._pos_embed(vit.patch_embed(image[None])))[0])
+        origin, trace, fused = list(range(len(x) - prefix)), {}, False
+        for index, layer in enumerate(vit.blocks):
+            attention, heads = layer.attn, layer.attn.num_heads
+            qkv = [attention.qkv(layer.norm1(token)).view(3, heads, -1) for token in x]
+            maps, mixed = [], [[] for _ in x]
+            for h in range(heads):
+                q = torch.stack([attention.q_norm(t[0, h]) for t in qkv])
+                k = torch.stack([attention.k_norm(t[1, h]) for t in qkv])
+                v = torch.stack([t[2, h] for t in qkv])
+                maps.append((q @ k.T / math.sqrt(q.shape[1])).softmax(1))
+                for n in range(len(x)):
+                    mixed[n].append(maps[h][n] @ v)
+            x = [token + layer.ls1(attention.proj(attention.norm(torch.cat(mixed[n]))))
+                 for n, token in enumerate(x)]
+            if model.plan[index].keep < 1:
+                rows = [0] if vit.has_class_token else range(len(x))
+                scores = sum(m[r] for m in maps for r in rows) / (heads * len(rows))
+                scores = scores[prefix:].detach() if config.detach else scores[prefix:]
+                count = len(origin) - (config.protect and fused)
+                order = sorted(range(count), key=lambda i, s=scores: (-s[i].item(), i))
+                kept = sorted(order[:math.ceil(model.plan[index].keep * count)])
+                lost = sorted(set(range(count)) - set(kept))
+                patches, last = x[prefix:], x[-1]
+                x = x[:prefix] + [patches[i] for i in kept]
+                origin = [origin[i] for i in kept]
+                if config.fuse != "none":
+                    total = sum(scores[i] for i in lost) if config.fuse == "normalised" else 1
+                    token = sum(scores[i] / total * patches[i] for i in lost)
+                    x.append(token + last if config.protect and fused else token)
+                    origin.append(FUSED)
+                    fused = True
+                trace[index] = list(origin)
+            x = [token + layer.ls2(layer.mlp(layer.norm2(token))) for token in x]
+        features = vit.forward_head(vit.norm(torch.stack(x))[None], pre_logits=True)[0]
+        logits.append(model.heads[task](features))
+        traces.append(trace)
+    return torch.stack(logits), traces
+
+
+@pytest.mark.parametrize("kind, trainable, tokens", [
+    ("class-token", "all", TokensConfig()),
+    ("class-token", (1, 3), TokensConfig(fuse="normalised")),
+    ("class-token", (2,), TokensConfig(protect=True)),
+    ("class-token", (0,), TokensConfig(fuse="none")),
+    ("class-token", (0,), TokensConfig(detach=True)),
+    ("registers", (0, 3), TokensConfig()),
+    ("average-pool", (1,), TokensConfig()),
+    ("layer-scale", (1,), TokensConfig()),
+    ("qk-norm", "all", TokensConfig()),
+])
+def test_dropping_equals_plain_loops_in_logits_trace_and_gradients(kind, trainable, tokens):
+    model = make_model(kind, trainable=trainable, tokens=tokens)
+    images, labels = normal(2, 3, 16, 16), torch.tensor([1, 4])
+    output = model(images, "two")
+    slow, traces = reference_logits(model, images, "two")
+    torch.testing.assert_close(output.logits, slow, rtol=1e-4, atol=1e-4)
+    for index in (1, 2):
+        assert output.records[index].dropped.origin.tolist() == [trace[index] for trace in traces]
+
+    F.cross_entropy(output.logits, labels).backward()
+    fast = gradients(model)
+    model.zero_grad()
+    F.cross_entropy(slow, labels).backward()
+    exact = gradients(model)
+    assert fast.keys() == exact.keys() == {
+        n for n, p in model.named_parameters() if p.requires_grad and "heads." not in n} | {
+        "heads.two.weight", "heads.two.bias"}
+    for name, gradient in fast.items():
+        torch.testing.assert_close(gradient, exact[name], rtol=2e-3, atol=2e-5, msg=name)
+
+
+# --- upcycled experts are the dense network ---
+
+@pytest.mark.parametrize("router", ["per_task", "task_conditioned"])
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1000.0])
+@pytest.mark.parametrize("kind", ["class-token", "layer-scale"])
+def test_upcycled_model_equals_the_dense_one_while_dropping(kind, scale, router):
+    images = normal(4, 3, 16, 16)
+    dense = make_model(kind)
+    routed = make_model(kind, experts=(1, 3), router=router)
+    scale_routers(routed, scale)
+    assert all(error < 1e-5 for error in routed.start_errors.values())
+    for task in CLASSES:
+        expected, output = dense(images, task), routed(images, task)
+        torch.testing.assert_close(output.logits, expected.logits, rtol=1e-4, atol=1e-4)
+        assert set(output.routing) == {1, 3}
+        assert output.routing[1].experts.shape == (4, 1 + 8 + 1, 2)
+
+
+def test_raw_gates_and_ratio_one_report_their_start_error():
+    for options in ({"renormalise": False}, {"ratio": 1}):
+        errors = make_model(experts=(1, 3), **options).start_errors
+        assert set(errors) == {1, 3} and all(error > 0.05 for error in errors.values())
+
+
+# --- seeding: a task does not depend on which other tasks there are ---
+
+def test_head_and_router_of_a_task_do_not_depend_on_the_others():
+    alone = make_model(experts=(1,), classes={"two": 5})
+    among = make_model(experts=(1,))
+    assert torch.equal(alone.heads["two"].weight, among.heads["two"].weight)
+    assert torch.equal(alone.vit.blocks[1].mlp.router.weight["two"],
+                       among.vit.blocks[1].mlp.router.weight["two"])
+    assert not torch.equal(among.heads["two"].weight[:3], among.heads["one"].weight)
+    images = normal(2, 3, 16, 16)
+    assert torch.equal(alone(images, "two").logits, among(images, "two").logits)
+
+
+def test_images_do_not_depend_on_the_rest_of_the_batch():
+    model, images = make_model(experts=(1, 3)).eval(), normal(4, 3, 16, 16)
+    together = model(images, "one").logits
+    apart = torch.cat([model(image[None], "one").logits for image in images])
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
+
+
+# --- stem and finish ---
+
+@pytest.mark.parametrize("trainable", ["all", (), (2, 3), (3,)], ids=str)
+def test_stem_and_finish_are_the_forward_for_every_task(trainable):
+    model, images = make_model(trainable=trainable), normal(3, 3, 16, 16)
+    tokens, records = model.stem(images)
+    for task in CLASSES:
+        whole = model(images, task)
+        parts = model.finish(tokens, task, records=dict(records))
+        assert torch.equal(whole.logits, parts.logits)
+        assert set(whole.records) == set(parts.records) == {1, 2}
+        for index in (1, 2):
+            assert torch.equal(whole.records[index].dropped.origin,
+                               parts.records[index].dropped.origin)
+    assert all(index < model.path_start for index in records)
+
+
+@pytest.mark.parametrize("storage", ["exact", "recompute"])
+def test_blocks_before_the_gradient_path_keep_nothing(storage):
+    model, images = make_model(trainable=(2, 3), storage=storage), normal(3, 3, 16, 16)
+    outputs = []
+    assert saved_for_backward(lambda: outputs.append(model.stem(images))) == []
+    assert model.path_start == 2 and not outputs[0][0].x.requires_grad
+    model(images, "one").logits.sum().backward()
+    assert {name.split(".")[2] for name in gradients(model) if "blocks" in name} == {"2", "3"}
+
+
+def test_the_last_layer_alone_keeps_only_the_input_of_its_head():
+    model, images = make_model(trainable=()), normal(3, 3, 16, 16)
+    saved = saved_for_backward(lambda: model(images, "one"))
+    assert model.path_start == 4
+    assert sum(t.numel() for t in saved if not isinstance(t, torch.nn.Parameter)) == 3 * 16
+    model(images, "one").logits.sum().backward()
+    assert set(gradients(model)) == {"heads.one.weight", "heads.one.bias"}
+
+
+def test_a_trainable_embedding_gets_its_gradient_through_frozen_blocks():
+    vit = make_vit()
+    model = make_model(vit=vit, trainable=())
+    vit.pos_embed.requires_grad_(True)
+    model.embedding_trains, model.path_start = True, 0
+    model(normal(2, 3, 16, 16), "one").logits.square().sum().backward()
+    assert set(gradients(model)) == {"vit.pos_embed", "heads.one.weight", "heads.one.bias"}
+    assert vit.pos_embed.grad.abs().sum() > 0
+
+
+# --- which parameters move ---
+
+@pytest.mark.parametrize("router", ["per_task", "task_conditioned"])
+def test_inactive_tasks_get_no_gradient(router):
+    model = make_model(experts=(1, 3), router=router, clone_noise=0.1)
+    output = model(normal(2, 3, 16, 16), "two")
+    (output.logits.square().sum() + output.auxiliary_loss).backward()
+    moved = set(gradients(model))
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    others = {n for n in trained if n.startswith("heads.") and "two" not in n}
+    others |= {n for n in trained if ".router.weight." in n and not n.endswith(".two")}
+    assert moved == trained - others and len(others) == (4 if router == "task_conditioned" else 8)
+
+
+def test_frozen_routers_take_no_gradient_and_the_experts_still_do():
+    model = make_model(experts=(1, 3), train_router=False)
+    output = model(normal(2, 3, 16, 16), "two")
+    (output.logits.square().sum() + output.auxiliary_loss).backward()
+    moved = set(gradients(model))
+    assert not [n for n in moved if ".router." in n]
+    assert "vit.blocks.1.mlp.experts.fc1_weight" in moved
+
+
+def test_the_balance_loss_reaches_the_router_by_itself():
+    model = make_model(experts=(1, 3), balance_weight=1.0)
+    scale_routers(model, 30.0)
+    output = model(normal(2, 3, 16, 16), "two")
+    output.auxiliary_loss.backward()
+    assert output.auxiliary_loss > 0
+    assert model.vit.blocks[1].mlp.router.weight["two"].grad.abs().sum() > 0
+    assert model.vit.blocks[1].mlp.router.weight["one"].grad is None
+
+
+# --- statistics ---
+
+def test_only_commit_moves_the_running_statistics():
+    model, images = make_model(experts=(1, 3), balance="across_tasks"), normal(2, 3, 16, 16)
+    output = model(images, "two")
+    (output.logits.sum() + output.auxiliary_loss).backward()
+    assert model.balance.importance.eq(0).all() and model.balance.load.eq(0).all()
+    model.commit(output, "two")
+    torch.testing.assert_close(model.balance.importance[1].sum(-1), torch.ones(2))
+    for layer, index in enumerate((1, 3)):
+        load = output.routing[index].load
+        torch.testing.assert_close(model.balance.load[1, layer], load / load.sum())
+    assert model.balance.load[[0, 2]].eq(0).all()
+    make_model().commit(make_model()(images, "one"), "one")  # nothing to fold in, no complaint
+
+
+def test_gate_noise_differs_between_blocks_and_follows_its_key():
+    model, images = make_model(experts=(1, 3), gate_noise=4.0).train(), normal(2, 3, 16, 16)
+    outputs = [model(images, "one", noise_key=key) for key in [(0, 1, 0), (0, 1, 0), (0, 2, 0)]]
+    same, other = ([torch.equal(outputs[0].routing[i].probabilities, o.routing[i].probabilities)
+                    for i in (1, 3)] for o in outputs[1:])
+    assert same == [True, True] and other == [False, False]
+    flat = make_model(experts=(1, 3), gate_noise=4.0).train()
+    scale_routers(flat, 0.0)
+    routing = flat(images, "one", noise_key=(0, 1, 0)).routing
+    first, second = (routing[i].probabilities for i in (1, 3))
+    assert not torch.equal(first[:, :6], second[:, :6])
+    model.eval()
+    assert torch.equal(model(images, "one").logits,
+                       model(images, "one", noise_key=(0, 9, 9)).logits)
+
+
+# --- any shape ---
+
+@pytest.mark.parametrize("experts, top_k, tasks", [*itertools.product([1, 5], [1, 5], [1, 3])])
+def test_any_number_of_experts_and_tasks(experts, top_k, tasks):
+    if top_k > experts:
+        with pytest.raises(ConfigError, match="moe.top_k"):
+            make_model(experts=(1,), **{"top_k": top_k})
+        return
+    classes = dict(list(CLASSES.items())[:tasks])
+    vit = make_vit()
+    config = Config(moe=MoEConfig(experts=experts, top_k=top_k, balance="across_tasks"),
+                    plan=PlanConfig(trainable=[1], drop=[1], experts=[1]))
+    model = MultitaskViT(vit, config, classes)
+    output = model(normal(1, 3, 16, 16), "one")
+    (output.logits.sum() + output.auxiliary_loss).backward()
+    assert output.logits.shape == (1, 3)
+    assert all(g.isfinite().all() for g in gradients(model).values())
+    assert isinstance(model.vit.blocks[1].mlp, MoE) and copy.deepcopy(model).tasks == list(classes)

@@ -1,0 +1,75 @@
+"""Linear layers: the same numbers whichever kernel computes them, an activation and the layer behind it as one."""
+
+import pytest
+import torch
+from torch import nn
+
+from moe_bsr.runtime import cpu_features as cpu
+from moe_bsr.ops.linear import activated_linear, linear, product
+
+ACTIVATIONS = {"gelu": nn.GELU(), "gelu-tanh": nn.GELU("tanh"), "silu": nn.SiLU(), "relu": nn.ReLU()}
+
+
+@pytest.fixture(params=[False, True], ids=["mkl", "onednn"], autouse=True)
+def slow_mkl(request, monkeypatch) -> bool:
+    """In float32 by either library, whichever this CPU would choose."""
+    monkeypatch.setattr(cpu, "mkl_is_slow", lambda: request.param)
+    return request.param
+
+
+def outcome(run, layer: nn.Linear, x: torch.Tensor) -> list[torch.Tensor]:
+    """Value, and gradients of input, weight and bias."""
+    x = x.clone().requires_grad_()
+    layer.zero_grad()
+    y = run(layer, x)
+    y.backward(torch.linspace(-1, 1, y.numel()).view_as(y).to(y.dtype))
+    return [y.detach(), x.grad, layer.weight.grad.clone(), *([] if layer.bias is None else [layer.bias.grad.clone()])]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(3, 5, 24), (1, 24), (0, 24)])
+def test_equal_to_torchs_layer_in_value_and_gradients(bias, shape):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(24, 8, bias=bias), torch.randn(shape)
+    for ours, theirs in zip(outcome(linear, layer, x), outcome(nn.Linear.forward, layer, x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_in_float32_onednn_multiplies_where_mkl_is_slow_and_shapes_come_again(slow_mkl):
+    x, weight, bias = torch.randn(6, 24), torch.randn(8, 24), torch.randn(8)
+    for repeats in (False, True):
+        with torch.profiler.profile() as seen:
+            y = product(x, weight, bias, repeats=repeats)
+        torch.testing.assert_close(y, x @ weight.t() + bias)
+        by_onednn = any(event.key == "mkldnn::_linear_pointwise" for event in seen.key_averages())
+        assert by_onednn == (slow_mkl and repeats)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_equal_to_two_operations_to_the_bit(name, dtype, bias):
+    torch.manual_seed(0)
+    act, layer, x = ACTIVATIONS[name], nn.Linear(24, 8, bias=bias), torch.randn(3, 5, 24).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        one = outcome(lambda layer, x: activated_linear(act, layer, x), layer, x)
+        two = outcome(lambda layer, x: linear(layer, act(x)), layer, x)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_only_the_values_before_the_activation_are_kept():
+    layer, kept = nn.Linear(24, 8), []
+    x = torch.randn(3, 5, 24, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        activated_linear(nn.GELU(), layer, x)
+    assert set(kept) == {x.data_ptr(), layer.weight.data_ptr()}
+
+
+def test_what_was_kept_is_left_as_it_was():
+    x, before = torch.randn(3, 5, 24, requires_grad=True), []
+    y = activated_linear(nn.GELU(), nn.Linear(24, 8), x)
+    before.append(x.detach().clone())
+    y.sum().backward(retain_graph=True)
+    first, x.grad = x.grad, None
+    y.sum().backward()
+    assert torch.equal(x.detach(), before[0]) and torch.equal(x.grad, first)

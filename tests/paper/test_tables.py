@@ -1,0 +1,291 @@
+"""The published rules against an estimator that walks over a real forward pass, and the paper's figures."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from timm.layers import Attention
+from torch import nn
+
+from moe_bsr.model import block
+from moe_bsr.paper import backrazor_rule as backrazor
+from moe_bsr.paper import bsr_rule as paper
+from moe_bsr.paper import autograd_rule as plain
+from moe_bsr.benchmark.measure import saved_storages
+from moe_bsr.paper import rebuild
+from moe_bsr.paper.settings import Setting, shape
+from moe_bsr.paper.tables import FIGURES
+from moe_bsr.paper.shapes import from_model
+from moe_bsr.model.moe import MoE
+from moe_bsr.model.plan import token_counts
+from tiny_models import KINDS, make_model, normal
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+import reproduce  # noqa: E402
+
+PAGE = Path(__file__).parents[2] / "docs/paper_tables.md"
+DEIT = Setting("DeiT-S")
+T, A = 197 * 384 * 4, 6 * 197**2 * 4
+
+
+def estimate_by_walking(model, images, head_only=False):
+    """Peak bytes by the paper's rule, counted while the network runs: one hook before each module."""
+    state = {"kept": 0, "peak": 0, "residual": 0}
+    path = [b for i, b in enumerate(model.vit.blocks) if i >= model.path_start or head_only]
+    on_path = {id(m) for b in path for m in b.modules()}
+
+    def enter(module, given):
+        x = given[0]
+        if isinstance(module, Attention):
+            state["residual"] = 4 * x.numel()
+            state["kept"] += (id(module) in on_path) * 4 * (module.num_heads * x.shape[1]**2 + 3 * x.numel())
+            state["kept"] *= not head_only
+        elif isinstance(module, nn.Linear | nn.LayerNorm | nn.Conv2d | nn.GELU):
+            out = 0
+            if isinstance(module, nn.Linear):
+                out = x.numel() // module.in_features * module.out_features
+            elif isinstance(module, nn.Conv2d):
+                out = x.numel() // module.weight[0].numel() * module.out_channels
+            state["peak"] = max(state["peak"], state["kept"] + state["residual"] + 4 * (x.numel() + out))
+            trained = id(module) in on_path if isinstance(module, nn.GELU) else module.weight.requires_grad
+            state["kept"] += 4 * x.numel() * trained
+
+    def leave(module, given, out):
+        state["residual"] = 0
+
+    hooks = [m.register_forward_pre_hook(enter) for m in model.modules()]
+    hooks += [m.register_forward_hook(leave) for m in model.modules() if isinstance(m, Attention)]
+    with torch.no_grad():
+        model.heads["one"](model.vit(images))
+    for hook in hooks:
+        hook.remove()
+    return state["peak"]
+
+
+@pytest.mark.parametrize("trainable", ["all", (1, 3), (2,), ()])
+@pytest.mark.parametrize("kind", ["class-token", "registers", "pre-norm"])
+def test_the_papers_rule_is_what_walking_over_the_network_gives(kind, trainable):
+    model = make_model(kind, trainable=trainable, drop=())
+    walked = estimate_by_walking(model, normal(1, 3, 16, 16), head_only=trainable == ())
+    assert paper.memory(from_model(model)).peak == walked
+
+
+@pytest.mark.parametrize("trainable, drop", [("all", ()), ((3, 7, 11), ()), ((3, 7, 11), (3, 6, 9)),
+                                             ((4, 7, 11), (3, 6, 9)), ((10, 11), ())])
+def test_the_running_sum_equals_its_closed_form(trainable, drop):
+    whole = replace(DEIT, trainable=trainable, drop=drop)
+    counts, n = [], 197
+    for index in range(12):
+        left = 1 + -(-(n - 1) // 2) + 1 if index in drop else n
+        counts.append((n, left))
+        n = left
+    total = 196 * 768 * 4 if trainable == "all" else 0
+    for index, (n, m) in enumerate(counts):
+        if trainable == "all" or index in trainable:
+            total += 4 * (6 * n * n + 384 * (6 * n + 10 * m))
+        elif index > trainable[0]:
+            total += 4 * (6 * n * n + 384 * (3 * n + 4 * m))
+    total += 4 * 384 * m + 4 * (384 + 10)  # the final norm; the head's input and output at the peak
+    assert paper.memory(shape(whole)).peak == total
+
+
+def test_where_little_is_kept_the_peak_is_a_temporary():
+    few = paper.memory(shape(replace(DEIT, trainable=(10, 11), drop=(3, 6, 9))))
+    assert few.peak == 5 * T > sum(few.kept.values())  # fc1 of a frozen block on 197 tokens
+    last = shape(replace(DEIT, trainable=()))
+    assert paper.memory(last).peak == 9 * T
+    assert backrazor.memory(last).peak == 6 * T
+
+
+def test_what_a_block_is_charged():
+    kept = paper.memory(shape(replace(DEIT, trainable=(3, 11)))).kept
+    assert (kept["block 2"], kept["block 3"], kept["block 4"]) == (0, 16 * T + A, 7 * T + A)
+    theirs = backrazor.memory(shape(replace(DEIT, trainable=(3, 11)))).kept
+    assert (theirs["block 2"], theirs["block 3"], theirs["block 4"]) == (7 * T + A, 18 * T + A, 7 * T + A)
+    autograd = plain.kept(shape(replace(DEIT, trainable=(3, 11))))
+    statistics = 4 * 197 * 4
+    assert autograd["block 2"] == 0
+    assert autograd["block 3"] == 16 * T + A + statistics
+    assert autograd["block 4"] == 9 * T + A + statistics
+
+
+def test_back_razor_keeps_a_bit_of_each_value_and_the_largest_in_half_precision():
+    kept = backrazor.memory(shape(DEIT), prune=0.75).kept["block 5"]
+    values = T / 4
+    assert kept == pytest.approx(
+        2 * values * (1 / 8 + 4 / 4)  # norms, the rest in float32
+        + (12 * values + A / 4) * (1 / 8 + 2 / 4)  # q, k, v and their inputs, map, proj, fc1, fc2
+        + 4 * values * 2)  # GELU
+    assert backrazor.memory(shape(DEIT), prune=0.75, half=False).kept["block 5"] == pytest.approx(
+        (14 * values + A / 4) * (1 / 8 + 4 / 4) + 4 * values * 2)
+
+
+def test_the_batch_multiplies_activations_and_frozen_parameters_count_one_byte():
+    whole = shape(replace(DEIT, trainable=(3, 7, 11)))
+    one, many = paper.memory(whole), paper.memory(whole, batch=128)
+    assert many.peak == one.peak
+    assert many.total - one.total == 127 * one.peak
+    assert one.parameters == 4 * whole.trainable + whole.frozen
+    assert whole.trainable == 3 * (12 * 384**2 + 13 * 384) + 2 * 384 + 10 * 384 + 10
+
+
+def test_experts_are_linear_layers_on_top_k_rows():
+    dense = make_model(trainable=(1, 3), drop=())
+    experts = make_model(trainable=(1, 3), drop=(), experts=(3,))
+    without, with_ = (paper.memory(from_model(m)).kept["block 3"] for m in (dense, experts))
+    token = 17 * 16 * 4
+    # The FFN's inputs and hidden values (1 + 4 + 4) twice for top-2, and the router's input.
+    assert with_ - without == 2 * 9 * token + token - 9 * token
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("experts", [(), (3,)])
+def test_every_kind_of_model_has_its_price(kind, experts):
+    model = make_model(kind, experts=experts)
+    whole = from_model(model)
+    assert paper.memory(whole, 4).total > 0 and backrazor.memory(whole, 4, prune=0.5).total > 0
+    patches, prefix = model.vit.patch_embed.num_patches, model.vit.num_prefix_tokens
+    counts = token_counts(model.plan, patches + prefix, prefix, True, False)
+    blocks = sum(block.multiply_adds(b, replace(p, keep=1.0), *n)  # the row of scores is not the paper's
+                 for b, p, n in zip(model.vit.blocks, model.plan, counts, strict=True))
+    outside = whole.embedding + whole.head
+    assert paper.forward_macs(whole) == blocks + sum(leaf.input * leaf.outputs for leaf in outside
+                                                     if leaf.kind == "linear")
+
+
+def written_down(model, images):
+    """The published forward pass in plain PyTorch."""
+    vit = model.vit
+    x = vit._pos_embed(vit.patch_embed(images))
+    for layer, plan in zip(vit.blocks, model.plan, strict=True):
+        batch, n, width = x.shape
+        attn = layer.attn
+        qkv = attn.qkv(layer.norm1(x)).reshape(batch, n, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        weights = ((q * attn.scale) @ k.transpose(-2, -1)).softmax(-1)
+        x = x + attn.proj((weights @ v).transpose(1, 2).reshape(batch, n, width))
+        if plan.keep < 1:
+            scores, patches = weights[:, :, 0, 1:].mean(1), x[:, 1:]
+            kept = -(-(n - 1) // 2)
+            best = scores.topk(kept, dim=1).indices
+            parts = [x[:, :1], patches.gather(1, best[..., None].expand(-1, -1, width))]
+            if model.tokens_config.fuse != "none":
+                chosen = torch.ones_like(scores).scatter(1, best, 0)
+                rest = chosen.argsort(dim=1, descending=True)[:, :n - 1 - kept]
+                dropped = patches.gather(1, rest[..., None].expand(-1, -1, width))
+                parts.append((dropped * scores.gather(1, rest)[..., None]).sum(1, keepdim=True))
+            x = torch.cat(parts, 1)
+        hidden = layer.norm2(x)
+        x = x + (experts_written_down(layer.mlp, hidden) if plan.experts else layer.mlp(hidden))
+    return model.heads["one"](vit.norm(x)[:, 0])
+
+
+def experts_written_down(moe: MoE, hidden):
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    gates, chosen = nn.functional.linear(flat, moe.router.weight["one"]).softmax(-1).topk(moe.top_k)
+    out, e = torch.zeros_like(flat), moe.experts
+    for index in range(len(e.fc1_weight)):
+        token, place = torch.where(chosen == index)
+        rows = e.act(nn.functional.linear(flat[token], e.fc1_weight[index], e.fc1_bias[index]))
+        rows = nn.functional.linear(rows, e.fc2_weight[index], e.fc2_bias[index])
+        out = out.index_add(0, token, rows * gates[token, place, None])
+    return out.view_as(hidden)
+
+
+@pytest.mark.parametrize("trainable, drop, fuse, experts", [
+    ("all", (), "raw", ()), ((1, 3), (), "raw", ()), ((1, 3), (1, 2), "raw", ()), ((2, 3), (1, 2), "raw", ()),
+    ((1, 3), (1, 2), "none", ()), ((), (), "raw", ()), ((1, 3), (1, 2), "raw", (3,)),
+    ("all", (), "raw", (1, 2))])
+def test_what_plain_autograd_keeps_is_what_the_hooks_see(trainable, drop, fuse, experts):
+    tokens = make_model().tokens_config
+    model = make_model(trainable=trainable, drop=drop, experts=experts, tokens=replace(tokens, fuse=fuse),
+                       renormalise=False)
+    images = normal(2, 3, 16, 16)
+    saved = saved_storages(lambda: written_down(model, images), list(model.parameters()))
+    assert 2 * sum(plain.kept(from_model(model)).values()) == sum(t.untyped_storage().nbytes() for t in saved)
+
+
+def test_a_block_of_which_only_parts_train_keeps_what_the_hooks_see():
+    model = make_model(trainable=(2, 3), drop=())
+    for parameter in [*model.vit.blocks[0].mlp.fc2.parameters(), *model.vit.blocks[1].norm2.parameters()]:
+        parameter.requires_grad_(True)
+    images = normal(2, 3, 16, 16)
+    saved = saved_storages(lambda: written_down(model, images), list(model.parameters()))
+    assert 2 * sum(plain.kept(from_model(model)).values()) == sum(t.untyped_storage().nbytes() for t in saved)
+
+
+def test_plain_autograd_on_deit_s_and_vit_b():
+    def kept(setting):
+        return round(sum(plain.kept(shape(setting)).values()) / 2**20, 2)
+    bsr = {"trainable": (3, 7, 11), "drop": (3, 6, 9)}
+    base = Setting("ViT-B", tasks=(("cifar100", 100),))
+    assert kept(DEIT) == 67.25 and kept(replace(DEIT, **bsr)) == 12.90
+    assert kept(replace(DEIT, trainable=(10, 11), drop=(3, 6, 9))) == 1.43
+    assert kept(base) == 133.90 and kept(replace(base, **bsr)) == 25.78
+
+
+@pytest.fixture(scope="module")
+def results():
+    return [rebuild.rebuild(figure) for figure in FIGURES]
+
+
+def test_every_reproducible_figure_is_reproduced(results):
+    assert not [r for r in results if r.off]
+    reproduced = [r for r in results if r.status == "reproduced"]
+    assert len(reproduced) == 59
+    assert {r.table for r in reproduced} == {*"12345678", "Figure 1"}
+    train = [r for r in reproduced if r.table in "2347" and "Train" in r.column or r.table == "8"]
+    assert max(abs(r.relative_difference) for r in train) < 0.003
+
+
+def test_published_by_substring_and_corrected_stand_side_by_side(results):
+    rows = {r.row: r for r in results if r.table == "7"}
+    for blocks, wrong, right in (("[2, 5, 8, 11]", 2809.04, 2088.64), ("[2, 7, 11]", 2730.65, 1914.81),
+                                 ("[2, 5, 8]", 2784.65, 2057.12), ("[0, 2, 5, 8]", 3704.70, 3139.15)):
+        assert rows[f"{blocks}, as published"].ours == pytest.approx(wrong, abs=0.01)
+        assert rows[f"{blocks}, corrected"].ours == pytest.approx(right, abs=0.01)
+
+
+def test_what_cannot_be_reproduced_is_said_and_never_fails_the_tool(results):
+    missed = {(r.table, r.row) for r in results if r.status == "not reproduced"}
+    assert ("3", "FT-Last") in missed and ("5", "ResNet-50, FT-Full") in missed
+    assert all(r.status == "not reproduced" for r in results if "On-device" in r.column)
+    assert all(r.ours is not None or r.note for r in results)
+
+
+def test_json_has_every_figure(capsys):
+    assert reproduce.main(["--json", "3"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    first = figures[0]
+    assert {"table", "row", "column", "published", "ours", "rule", "relative_difference",
+            "note"} <= set(first)
+    assert (first["table"], first["row"], first["published"]) == ("3", "FT-Full", 8649.0)
+    assert first["relative_difference"] == pytest.approx(first["ours"] / 8649 - 1)
+    assert first["kept_mb"]["autograd, plain PyTorch"] == pytest.approx(67.25, abs=0.01)
+
+
+def test_a_figure_that_is_off_fails_the_tool(monkeypatch, capsys):
+    moved = [replace(f, published="8700") if f.published == "8649" else f for f in FIGURES if f.table == "2"]
+    monkeypatch.setattr(reproduce, "FIGURES", moved)
+    assert reproduce.main(["2"]) == 1
+    assert "OFF" in capsys.readouterr().out
+
+
+def test_an_unknown_table_is_refused(capsys):
+    assert reproduce.main(["9"]) == 2
+    assert "no table '9'; there are 1, 2" in capsys.readouterr().err
+
+
+def test_the_page_is_the_tools_output(capsys):
+    assert reproduce.main(["--markdown"]) == 0
+    assert capsys.readouterr().out == PAGE.read_text(), "stale: tools/reproduce.py --markdown makes it anew"
+
+
+def test_what_our_code_keeps_stands_beside_it(results):
+    bsr = next(r for r in results if (r.table, r.row) == ("3", "Ours"))
+    assert bsr.kept_mb["our code"] < bsr.kept_mb["autograd, plain PyTorch"]
+    wrong = next(r for r in results if r.row == "[2, 7, 11], as published")
+    assert wrong.kept_mb["our code"] is None  # no configuration of ours trains such a selection

@@ -1,0 +1,263 @@
+"""Checkpoints: what is saved comes back, what is damaged is refused by name, what counts is kept."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_bsr.runs import checkpoint
+from moe_bsr.runs.checkpoint import CheckpointError, damage, latest, read, recover, save, steps, write_whole
+
+
+def tensors(step: int = 0) -> dict[str, dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "weights": {"a.weight": torch.randn(3, 4, generator=generator), "a.bias": torch.zeros(0)},
+        "optimiser": {"a.weight/step": torch.tensor(float(step)), "n": torch.tensor([2**40, -1])},
+    }
+
+
+def save_steps(run: Path, *bests: int | None) -> None:
+    """Checkpoints 1, 2, ... with the best step known at each."""
+    for step, best in enumerate(bests, 1):
+        save(run, step, tensors(step), {"step": step, "best_step": best})
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+# --- round trip ---
+
+class Crash(Exception):
+    pass
+
+
+def crash() -> None:
+    raise Crash
+
+
+def test_what_is_saved_comes_back_to_the_bit(tmp_path):
+    state = {"step": 7, "best_step": None, "seconds": 0.1 + 0.2, "observers": {"Jsonl": {"bytes": 12}}}
+    folder = save(tmp_path, 7, tensors(), state)
+    assert folder == tmp_path / "checkpoint" / "7" and steps(tmp_path) == [7]
+    loaded, loaded_state = read(folder)
+    assert loaded_state == state and loaded.keys() == tensors().keys()
+    for name, group in tensors().items():
+        assert loaded[name].keys() == group.keys()
+        for key, value in group.items():
+            assert loaded[name][key].dtype == value.dtype and torch.equal(loaded[name][key], value)
+
+
+def test_any_tensor_a_model_has_can_be_saved(tmp_path):
+    odd = {
+        "transposed": torch.arange(6.0).view(2, 3).t(),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "half": torch.tensor([1.5, -0.0], dtype=torch.bfloat16),
+        "not a number": torch.tensor([float("nan"), float("inf")]),
+        "mask": torch.tensor([True, False]),
+    }
+    loaded = read(save(tmp_path, 1, {"weights": odd, "optimiser": {}}, {}))[0]
+    assert loaded["optimiser"] == {}
+    for name, value in odd.items():
+        torch.testing.assert_close(loaded["weights"][name], value.detach(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_second_save_of_a_step_replaces_it(tmp_path):
+    save(tmp_path, 3, tensors(1), {"best_step": 3, "turn": 1})
+    save(tmp_path, 3, {"weights": {"a": torch.ones(1)}}, {"best_step": 3, "turn": 2})
+    loaded, state = read(tmp_path / "checkpoint" / "3")
+    assert state["turn"] == 2 and loaded.keys() == {"weights"}
+
+
+def test_a_crash_between_the_two_renames_of_a_second_save_loses_nothing(tmp_path, monkeypatch):
+    save(tmp_path, 3, tensors(1), {"best_step": 3, "turn": 1})
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda self, to: rename(self, to) if to.name.endswith(".tmp") else crash())
+    with pytest.raises(Crash):
+        save(tmp_path, 3, tensors(2), {"best_step": 3, "turn": 2})
+    monkeypatch.undo()
+    assert steps(tmp_path) == []
+    recover(tmp_path)
+    assert read(tmp_path / "checkpoint" / "3")[1]["turn"] == 2
+    save(tmp_path, 4, tensors(1), {"best_step": None})
+    assert steps(tmp_path) == [3, 4] and not list((tmp_path / "checkpoint").glob("*.tmp"))
+
+
+def test_a_half_written_checkpoint_is_not_recovered(tmp_path):
+    save(tmp_path, 3, tensors(1), {"best_step": None})
+    half = (tmp_path / "checkpoint" / "3").rename(tmp_path / "checkpoint" / "3.tmp")
+    (half / "state.json").unlink()
+    recover(tmp_path)
+    assert steps(tmp_path) == []
+
+
+def test_the_manifest_names_every_file_and_nothing_is_a_pickle(tmp_path):
+    folder = save(tmp_path, 1, tensors(), {})
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["step"] == 1
+    assert manifest["sha256"].keys() | {"manifest.json"} == {f.name for f in folder.iterdir()}
+    assert {f.suffix for f in folder.iterdir()} == {".safetensors", ".json"}
+
+
+# --- written whole or not at all ---
+
+def test_unfinished_checkpoints_are_ignored_and_swept_away(tmp_path):
+    save_steps(tmp_path, None)
+    unfinished = tmp_path / "checkpoint" / "2.tmp"
+    shutil.copytree(tmp_path / "checkpoint" / "1", unfinished)
+    assert steps(tmp_path) == [1] and latest(tmp_path).name == "1"
+    save(tmp_path, 3, tensors(), {"best_step": None})
+    assert not unfinished.exists() and steps(tmp_path) == [1, 3]
+
+
+def test_an_unfinished_write_of_the_same_step_is_no_obstacle(tmp_path):
+    unfinished = tmp_path / "checkpoint" / "1.tmp"
+    unfinished.mkdir(parents=True)
+    (unfinished / "weights.safetensors").write_bytes(b"half of it")
+    save_steps(tmp_path, None)
+    assert damage(tmp_path / "checkpoint" / "1") is None and not unfinished.exists()
+
+
+def test_a_crash_at_any_moment_of_a_save_leaves_a_sound_checkpoint(tmp_path, monkeypatch):
+    """Counted by syncs: each marks the end of one stage of the write."""
+    sync, crashed_at = checkpoint._sync, 0
+    while True:
+        run, count = tmp_path / str(crashed_at), 0
+        save_steps(run, None, None)
+
+        def crashing(path):
+            nonlocal count
+            if count == crashed_at:
+                raise Crash
+            count += 1
+            sync(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "_sync", crashing)
+            try:
+                save(run, 3, tensors(3), {"step": 3, "best_step": None})
+            except Crash:
+                pass
+            else:
+                break
+        assert latest(run, warn=pytest.fail).name in ("2", "3")
+        save(run, 3, tensors(3), {"step": 3, "best_step": None})
+        assert read(latest(run))[1]["step"] == 3 and not list(run.rglob("*.tmp"))
+        crashed_at += 1
+    assert crashed_at == 6  # two tensor files, the state, the manifest, both folders
+
+
+def test_a_text_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "report.json"
+    write_whole(file, "first")
+    write_whole(file, "second")
+    assert files(tmp_path) == {"report.json": b"second"}
+
+    def rename(*_):
+        raise Crash
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(Crash):
+        write_whole(file, "third, half wri")
+    assert file.read_text() == "second"
+
+
+# --- damage ---
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip(file: Path, position: int = -1) -> None:
+    content = bytearray(file.read_bytes())
+    content[position] ^= 1
+    file.write_bytes(content)
+
+
+def write(text: str):
+    return lambda file: file.write_text(text)
+
+
+def replace_by_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+FILES = ("weights.safetensors", "optimiser.safetensors", "state.json")
+DAMAGE = [
+    *[(name, harm) for name in FILES for harm in (truncate, flip, Path.unlink, write(""))],
+    ("weights.safetensors", lambda file: flip(file, 0)),
+    *[("manifest.json", harm) for harm in (truncate, Path.unlink, write(""), write("null"), write("[]"),
+                                           write("{}"))],
+    ("manifest.json", lambda file: file.write_bytes(b"\xff\xfe")),
+    ("manifest.json", write('{"sha256": null}')),
+    ("manifest.json", write('{"sha256": {}}')),
+    ("weights.safetensors", replace_by_folder),
+]
+
+
+@pytest.mark.parametrize("name, harm", DAMAGE)
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(tmp_path, name, harm):
+    save_steps(tmp_path, None, None)
+    folder, warnings = tmp_path / "checkpoint" / "2", []
+    harm(folder / name)
+    assert latest(tmp_path, warn=warnings.append) == tmp_path / "checkpoint" / "1"
+    assert len(warnings) == 1 and str(folder / name) in warnings[0]
+    with pytest.raises(CheckpointError, match="refused") as error:
+        read(folder)
+    assert str(folder / name) in str(error.value)
+
+
+def test_a_flipped_bit_anywhere_in_the_weights_is_found(tmp_path):
+    folder = save(tmp_path, 1, {"weights": {"a": torch.ones(2)}}, {})
+    file = folder / "weights.safetensors"
+    for position in range(file.stat().st_size):
+        flip(file, position)
+        assert "weights.safetensors" in damage(folder)
+        flip(file, position)
+    assert damage(folder) is None
+
+
+def test_without_a_sound_checkpoint_there_is_an_error(tmp_path):
+    with pytest.raises(CheckpointError, match="no usable checkpoint"):
+        latest(tmp_path)
+    save_steps(tmp_path, None, None)
+    for step in (1, 2):
+        truncate(tmp_path / "checkpoint" / str(step) / "weights.safetensors")
+    warnings = []
+    with pytest.raises(CheckpointError, match="no usable checkpoint"):
+        latest(tmp_path, warn=warnings.append)
+    assert len(warnings) == 2
+
+
+def test_steps_are_ordered_as_numbers(tmp_path):
+    for step in (9, 10):
+        save(tmp_path, step, tensors(), {"best_step": None})
+    assert steps(tmp_path) == [9, 10] and latest(tmp_path).name == "10"
+
+
+# --- what is kept ---
+
+@pytest.mark.parametrize("bests, kept", [
+    ([None], [1]),
+    ([None] * 5, [4, 5]),
+    ([1] * 5, [1, 4, 5]),
+    ([None, 2, 2, 2, 2, 2], [2, 5, 6]),
+    ([1, 1, 1, 4], [1, 3, 4]),  # a resume from 3 must still find 1
+    ([1, 1, 1, 4, 4], [4, 5]),
+    ([1, 1, 3, 3, 5, 5], [5, 6]),
+])
+def test_the_newest_two_and_the_best_of_each_are_kept(tmp_path, bests, kept):
+    save_steps(tmp_path, *bests)
+    assert steps(tmp_path) == kept
+    assert all(damage(tmp_path / "checkpoint" / str(step)) is None for step in kept)
+
+
+def test_an_older_checkpoint_with_an_unreadable_state_does_not_stop_a_save(tmp_path):
+    save_steps(tmp_path, 1, 1)
+    (tmp_path / "checkpoint" / "2" / "state.json").write_text("{")
+    save(tmp_path, 3, tensors(), {"best_step": 1})
+    assert steps(tmp_path) == [1, 2, 3]

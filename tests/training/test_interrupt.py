@@ -1,0 +1,325 @@
+"""Ends a process sees coming, in process: saved, resumed bit for bit, or refused by name.
+
+SIGKILL at any moment is the business of `test_resume.py`.
+"""
+
+import gc
+import itertools
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from tiny_runs import TASKS, TRAIN, Crash, act_at, crash, make_config
+
+import moe_bsr
+from moe_bsr.runs import checkpoint
+from moe_bsr.runs import folder as run
+from moe_bsr.config import Config, ConfigError, replace
+from moe_bsr.data import Loader, UnreadableImage
+from moe_bsr.training.optim import MovingAverage
+from moe_bsr.training.trainer import Trainer, train
+
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Config:
+    """With everything that could make a resume differ."""
+    return make_config(tmp_path_factory.mktemp("tasks"), train__ema=0.7, train__evaluate_every=4,
+                       train__accumulate=2, train__test=False, moe__gate_noise=1.0,
+                       moe__balance="across_tasks", sampler__kind="temperature")
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train(config, folder)
+    return folder
+
+
+def assert_same(folder: Path, whole: Path) -> None:
+    places = ["metrics.jsonl", *(f"checkpoint/8/{name}.safetensors" for name in
+                                 ("weights", "optimiser", "average"))]
+    for place in places:
+        assert (folder / place).read_bytes() == (whole / place).read_bytes(), place
+    ours, theirs = (json.loads((run / "report.json").read_text()) for run in (folder, whole))
+    for changing in ("train_seconds", "measured_peak_mb", "views"):
+        del ours[changing], theirs[changing]
+    for report in (ours, theirs):
+        for task in report["tasks"].values():
+            del task["images_per_second"]
+    assert ours == theirs
+
+
+def send(number: int):
+    return lambda: os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("step", [1, 4, 5, 8])
+def test_a_crash_costs_only_the_updates_since_the_checkpoint(config, whole, tmp_path, monkeypatch, step):
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        act_at(patch, step, crash)
+        train(config, tmp_path)
+    assert checkpoint.steps(tmp_path) == {1: [], 4: [3], 5: [3, 4], 8: [4, 6]}[step]
+    train(config, tmp_path, resume=True)
+    assert_same(tmp_path, whole)
+
+
+@pytest.mark.parametrize("number, step", [(signal.SIGTERM, 1), (signal.SIGINT, 5), (signal.SIGTERM, 8)])
+def test_a_signal_saves_and_leaves(config, whole, tmp_path, monkeypatch, number, step):
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        act_at(patch, step, send(number))
+        report = train(config, tmp_path)
+    assert signal.getsignal(number) is before
+    assert (report["status"], report["signal"], report["step"]) == ("interrupted", number, step)
+    assert report["mean_top1"] is None and report["tasks"]["shapes"]["updates"] >= 0
+    assert checkpoint.steps(tmp_path)[-1] == step
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == step and "split" not in last  # the evaluation due at 8 is left to the resume
+    assert "interrupted" in (tmp_path / "report.md").read_text()
+    assert train(config, tmp_path, resume=True)["train_seconds"] >= report["train_seconds"] > 0
+    assert_same(tmp_path, whole)
+
+
+def signal_at_evaluation(monkeypatch, number: int) -> None:
+    """SIGTERM at the start of the call of that number."""
+    evaluate, calls = TRAIN.evaluate, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == number:
+            send(signal.SIGTERM)()
+        assert len(calls) < number, "evaluated after the signal"
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(TRAIN, "evaluate", interrupted)
+
+
+@pytest.mark.parametrize("evaluation", [1, 4])
+def test_a_signal_leaves_an_evaluation_at_once_and_a_resume_repeats_it(config, whole, tmp_path, monkeypatch,
+                                                                       evaluation):
+    """Four calls: two tasks at updates 4 and 8."""
+    with monkeypatch.context() as patch:
+        signal_at_evaluation(patch, evaluation)
+        report = train(config, tmp_path)
+    assert report["status"] == "interrupted" and report["signal"] == signal.SIGTERM
+    assert checkpoint.steps(tmp_path)[-1] == (4 if evaluation == 1 else 8)
+    train(config, tmp_path, resume=True)
+    assert_same(tmp_path, whole)
+
+
+def test_a_test_that_was_begun_counts(config, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        signal_at_evaluation(patch, 6)
+        assert train(replace(config, train__test=True), tmp_path)["test_evaluations"] == 1
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_signal_while_weights_are_exchanged_for_their_average(config, whole, tmp_path, monkeypatch, call):
+    """Call 1 brings the average in for an evaluation, call 2 takes it out again."""
+    swap, calls = MovingAverage.swap, []
+
+    def interrupted(self, model):
+        swap(self, model)
+        calls.append(model)
+        if len(calls) == call:
+            send(signal.SIGTERM)()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MovingAverage, "swap", interrupted)
+        train(config, tmp_path)
+    train(config, tmp_path, resume=True)
+    assert_same(tmp_path, whole)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(config, whole, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        act_at(patch, 7, crash)
+        train(config, tmp_path)
+    file = tmp_path / "checkpoint" / "6" / "optimiser.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    capsys.readouterr()
+    train(config, tmp_path, resume=True)
+    said = capsys.readouterr().out
+    assert str(file) in said and f"resumed from {tmp_path / 'checkpoint' / '4'}" in said
+    assert_same(tmp_path, whole)
+
+
+def test_a_finished_run_is_not_repeated(config, whole, monkeypatch):
+    monkeypatch.setattr(TRAIN, "Trainer", None)
+    report = train(config, whole, resume=True)
+    assert report == json.loads((whole / "report.json").read_text())
+
+
+def test_resume_starts_a_run_that_is_not_there(config, whole, tmp_path):
+    train(config, tmp_path / "new", resume=True)
+    assert_same(tmp_path / "new", whole)
+
+
+def test_a_resume_elsewhere_says_that_it_is_not_bit_exact(config, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        act_at(patch, 5, send(signal.SIGTERM))
+        train(config, tmp_path)
+    assert "bit-exact" not in capsys.readouterr().out
+    train(replace(config, machine__precision="bf16"), tmp_path, resume=True)
+    assert "not bit-exact with the run so far: precision was fp32, now bf16" in capsys.readouterr().out
+
+
+def test_a_failed_run_can_be_resumed_in_the_same_process(config, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Crash) as failed:
+        act_at(patch, 5, crash)
+        train(config, tmp_path)
+    train(config, tmp_path, resume=True)
+    del failed
+    gc.collect()
+    assert_same(tmp_path, whole)
+
+
+# --- refusals ---
+
+def test_a_folder_with_a_run_is_not_overwritten(config, whole):
+    before = (whole / "report.json").read_bytes()
+    with pytest.raises(ConfigError, match="holds a run already; add --resume"):
+        train(config, whole)
+    assert (whole / "report.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"train__lr": 0.5}, "train.lr was 0.01, now 0.5"),
+    ({"train__steps": 9}, "train.steps was 8, now 9"),
+    ({"plan__keep": 0.7, "seed": 1}, "plan.keep was 0.5, now 0.7; seed was 0, now 1"),
+    ({"train__ema": None}, "train.ema was 0.7, now None"),
+])
+def test_another_configuration_cannot_resume(config, whole, changes, words):
+    with pytest.raises(ConfigError, match="the configuration changed") as error:
+        train(replace(config, **changes), whole, resume=True)
+    assert words in str(error.value)
+
+
+def test_what_changes_no_result_may_change_on_resume(config, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        act_at(patch, 5, send(signal.SIGTERM))
+        train(config, tmp_path)
+    other = replace(config, train__checkpoint_every=1, data__prefetch=2, data__cache_mb=0, data__root="other")
+    train(other, tmp_path, resume=True)
+    assert_same(tmp_path, whole)
+
+
+def test_other_data_under_the_same_names_cannot_resume(config, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        act_at(patch, 5, send(signal.SIGTERM))
+        train(config, tmp_path)
+    opened = run.open_task
+
+    def relabelled(*arguments):
+        data = opened(*arguments)
+        data.train.labels[:] = data.train.labels[::-1].copy()
+        return data
+
+    monkeypatch.setattr(run, "open_task", relabelled)
+    before = (tmp_path / "config.yaml").read_bytes()
+    with pytest.raises(ConfigError, match="the data of task shapes changed.*other labels"):
+        train(config, tmp_path, resume=True)
+    assert (tmp_path / "config.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize(("kind", "batches"), [("temperature", 5), ("joint", 11)])
+def test_an_unreadable_image_costs_no_update_that_was_done(config, tmp_path, monkeypatch, kind, batches):
+    """In the sixth update; of joint ones in its second task's batch."""
+    def some(*arguments):
+        yield from itertools.islice(Loader(*arguments), batches)
+        raise UnreadableImage("bee/3.png: not a readable image")
+
+    config = replace(config, sampler__kind=kind)
+    train(config, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(UnreadableImage):
+        patch.setattr(TRAIN, "Loader", some)
+        train(config, tmp_path / "cut")
+    assert checkpoint.steps(tmp_path / "cut")[-1] == 5
+    train(config, tmp_path / "cut", resume=True)
+    assert_same(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_several_processes_are_refused(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="WORLD_SIZE = 2.*not supported"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# --- one model per task ---
+
+@pytest.fixture
+def stl(tmp_path) -> Config:
+    return make_config(tmp_path, mode="stl", train__steps=3, train__task_weights={"shapes": 2.0})
+
+
+def test_single_task_runs_are_complete_and_their_parent_adds_up(stl, tmp_path):
+    folder = tmp_path / "run"
+    report = train(stl, folder)
+    assert report == json.loads((folder / "report.json").read_text())
+    assert (folder / "report.md").is_file()
+    parts = {name: json.loads((folder / name / "report.json").read_text()) for name in TASKS}
+    for name, part in parts.items():
+        assert list(part["tasks"]) == [name] and part["tasks"][name]["updates"] == 3
+        assert moe_bsr.load(folder / name).config.mode == "multitask"
+    assert report["tasks"] == {name: part["tasks"][name] for name, part in parts.items()}
+    assert report["status"] == "finished" and report["test_evaluations"] == 1
+    assert report["mean_top1"] == sum(task["top1"] for task in report["tasks"].values()) / 2
+    assert report["train_seconds"] == sum(part["train_seconds"] for part in parts.values())
+    assert report["measured_peak_mb"] == max(part["measured_peak_mb"] for part in parts.values())
+    assert {"predicted_peak_mb", "gflops_per_image", "split", "weights"} <= report.keys()
+    loaded = moe_bsr.load(folder)
+    assert loaded.models["shapes"] is not loaded.models["fractals"]
+    assert list(loaded.models["fractals"].heads) == ["fractals"]
+    assert {task: len(names) for task, names in loaded.class_names.items()} == {"shapes": 10, "fractals": 12}
+
+
+def test_a_series_is_not_begun_again_over_its_first_part(stl, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        act_at(patch, 3, crash)
+        train(replace(stl, train__checkpoint_every=1), tmp_path / "run")
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    with pytest.raises(ConfigError, match="holds a run already"):
+        train(replace(stl, train__steps=9), tmp_path / "run")
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+
+
+def test_a_task_alone_does_not_know_of_the_others(stl, tmp_path):
+    train(stl, tmp_path / "both")
+    train(replace(stl, mode="multitask", tasks=stl.tasks[1:], train__task_weights={}), tmp_path / "alone")
+    for place in ("metrics.jsonl", "checkpoint/3/weights.safetensors"):
+        both, alone = tmp_path / "both" / "fractals" / place, tmp_path / "alone" / place
+        assert both.read_bytes() == alone.read_bytes()
+
+
+def test_an_interrupted_task_stops_the_series_and_a_resume_skips_finished_ones(stl, tmp_path, monkeypatch):
+    started, fit = [], Trainer.fit
+
+    def interrupted(self, resume):
+        started.append(list(self.tasks))
+        if started[-1] == ["fractals"] and len(started) == 2:
+            act_at(patch, 2, send(signal.SIGTERM))
+        return fit(self, resume)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "fit", interrupted)
+        assert train(stl, tmp_path / "run")["status"] == "interrupted"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "fit", interrupted)
+        report = train(stl, tmp_path / "run", resume=True)
+    assert started == [["shapes"], ["fractals"], ["fractals"]]
+    assert report["status"] == "finished" and list(report["tasks"]) == list(TASKS)
+
+
+def test_a_series_killed_between_two_tasks_is_not_finished(stl, tmp_path, monkeypatch):
+    fit = Trainer.fit
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(Trainer, "fit",
+                      lambda self, resume: crash() if "fractals" in self.tasks else fit(self, resume))
+        train(stl, tmp_path / "run")
+    report = train(stl, tmp_path / "run", resume=True)
+    assert list(report["tasks"]) == list(TASKS) and report["status"] == "finished"

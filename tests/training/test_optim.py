@@ -1,0 +1,169 @@
+"""The optimiser's groups, the schedule and the moving average, each against its definition."""
+
+import math
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from moe_bsr.config import Config, MoEConfig, PlanConfig, TrainConfig
+from moe_bsr.model.multitask import MultitaskViT
+from moe_bsr.training.optim import MovingAverage, clip_gradients, layer_of, learning_rate, make_optimiser, parameter_groups
+
+DEPTH = 12
+
+
+def make_model(trainable="all", experts=(3, 7, 11), router="per_task") -> MultitaskViT:
+    vit = VisionTransformer(img_size=16, patch_size=8, embed_dim=8, depth=DEPTH, num_heads=2, num_classes=0,
+                            reg_tokens=1, init_values=0.1, pre_norm=True)
+    config = Config(plan=PlanConfig(trainable=trainable, drop=[], experts=list(experts)),
+                    moe=MoEConfig(experts=4, top_k=2, router=router))
+    return MultitaskViT(vit, config, {"one": 3, "two": 2})
+
+
+def by_name(model: MultitaskViT, key: str, **settings) -> dict[str, float]:
+    groups = parameter_groups(model, TrainConfig(**settings), DEPTH)
+    return {name: group[key] for group in groups for name in group["names"]}
+
+
+# --- groups ---
+
+@pytest.mark.parametrize("name, scale", [
+    ("vit.patch_embed.proj.weight", 0.75 ** 13), ("vit.pos_embed", 0.75 ** 13), ("vit.cls_token", 0.75 ** 13),
+    ("vit.reg_token", 0.75 ** 13), ("vit.norm_pre.weight", 0.75 ** 13),
+    ("vit.blocks.0.attn.qkv.weight", 0.75 ** 12), ("vit.blocks.3.attn.qkv.weight", 0.0751),
+    ("vit.blocks.3.mlp.experts.fc1_weight", 0.0751), ("vit.blocks.7.mlp.experts.fc2_bias", 0.2373),
+    ("vit.blocks.7.norm2.bias", 0.2373), ("vit.blocks.10.ls1.gamma", 0.75 ** 2),
+    ("vit.blocks.11.norm1.weight", 0.75), ("vit.blocks.11.mlp.experts.fc1_weight", 0.75),
+    ("vit.blocks.3.mlp.router.weight.one", 1), ("vit.norm.weight", 1), ("heads.one.weight", 1),
+    ("heads.two.bias", 1),
+])
+def test_layer_decay_scales_by_distance_from_the_top(name, scale):
+    assert by_name(make_model(), "lr_scale", layer_decay=0.75)[name] == pytest.approx(scale, abs=5e-5)
+
+
+def test_routers_of_both_kinds_learn_at_full_rate():
+    scales = by_name(make_model(router="task_conditioned"), "lr_scale", layer_decay=0.5)
+    assert {scale for name, scale in scales.items() if ".router." in name} == {1.0}
+
+
+def test_embeddings_are_the_lowest_and_blocks_rise_one_by_one():
+    layers = [layer_of(f"vit.blocks.{i}.attn.proj.weight", DEPTH) for i in range(DEPTH)]
+    assert layers == list(range(1, DEPTH + 1))
+    assert layer_of("vit.pos_embed", DEPTH) == 0 and layer_of("heads.x.weight", DEPTH) == DEPTH + 1
+
+
+def test_without_layer_decay_all_learn_alike():
+    assert set(by_name(make_model(), "lr_scale").values()) == {1.0}
+
+
+@pytest.mark.parametrize("router", ["per_task", "task_conditioned"])
+def test_weight_decay_spares_biases_norms_positions_and_tokens(router):
+    model = make_model(router=router)
+    decay = by_name(model, "weight_decay", weight_decay=0.3)
+    matrices = ("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight", "fc1_weight", "fc2_weight",
+                "heads.one.weight", "heads.two.weight", "router.weight", "router.weight.one",
+                "router.weight.two", "router.embed.0.weight", "router.embed.2.weight")
+    assert {name for name, value in decay.items() if value} == {n for n in decay if n.endswith(matrices)}
+    assert set(decay.values()) == {0.0, 0.3}
+    stacked = model.vit.blocks[3].mlp.experts.fc1_bias
+    assert stacked.ndim == 2 and decay["vit.blocks.3.mlp.experts.fc1_bias"] == 0
+
+
+@pytest.mark.parametrize("trainable, experts", [([3, 7, 11], [3, 7, 11]), ([], []), ("all", [])])
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_every_trained_parameter_is_in_one_group_and_no_frozen_one(trainable, experts, kind):
+    model = make_model(trainable, experts)
+    optimiser = make_optimiser(model, TrainConfig(optimiser=kind, layer_decay=0.9), DEPTH)
+    listed = [id(p) for group in optimiser.param_groups for p in group["params"]]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {id(p) for p in model.parameters() if p.requires_grad}
+    names = [name for group in optimiser.param_groups for name in group["names"]]
+    assert [id(dict(model.named_parameters())[name]) for name in names] == listed
+
+
+def test_the_optimiser_is_the_one_asked_for():
+    model = make_model([3], [3])
+    sgd = make_optimiser(model, TrainConfig(optimiser="sgd", momentum=0.7, lr=0.2, layer_decay=0.5), DEPTH)
+    assert type(sgd) is torch.optim.SGD
+    assert {group["momentum"] for group in sgd.param_groups} == {0.7}
+    assert all(group["lr"] == 0.2 * group["lr_scale"] for group in sgd.param_groups)
+    assert type(make_optimiser(model, TrainConfig(optimiser="adamw"), DEPTH)) is torch.optim.AdamW
+
+
+# --- schedule ---
+
+def test_warm_up_rises_to_the_full_rate_then_a_cosine_falls():
+    config = TrainConfig(steps=100, lr=0.5, min_lr=0.1, warmup=0.1)
+    rates = [learning_rate(config, step) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.05 * (i + 1) for i in range(10)])
+    cosine = [0.1 + 0.4 * (1 + math.cos(math.pi * i / 90)) / 2 for i in range(90)]
+    assert rates[10:] == pytest.approx(cosine)
+    assert rates[9] == rates[10] == pytest.approx(0.5) and rates[55] == pytest.approx(0.3)
+    assert 0.1 < rates[99] < 0.1002  # min_lr itself is where the update after the last would be
+
+
+@pytest.mark.parametrize("warmup, steps, rates", [
+    (0, 2, [1, 0.5]), (0, 1, [1]), (1, 3, [1, 1, 0.5]), (2, 4, [0.5, 1, 1, 0.5]),
+    (4, 4, [0.25, 0.5, 0.75, 1]), (4, 5, [0.25, 0.5, 0.75, 1, 1]), (0.5, 4, [0.5, 1, 1, 0.5]),
+    (0.05, 4, [1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]),
+])
+def test_warm_up_is_a_share_below_one_and_a_count_from_one_on(warmup, steps, rates):
+    config = TrainConfig(steps=steps, lr=1.0, warmup=warmup)
+    assert [learning_rate(config, step) for step in range(steps)] == pytest.approx(rates)
+
+
+# --- moving average ---
+
+def perturb(model: MultitaskViT, generator: torch.Generator) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
+
+
+def values(model: MultitaskViT) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_the_moving_average_is_its_recursion_over_the_trained_parameters():
+    model, generator = make_model([3, 11], [3]), torch.Generator().manual_seed(0)
+    average = MovingAverage(model, 0.8)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    expected = {name: value.double() for name, value in values(model).items() if name in trained}
+    for _ in range(5):
+        perturb(model, generator)
+        average.update(model)
+        expected = {name: 0.8 * old + 0.2 * values(model)[name].double() for name, old in expected.items()}
+    assert average.average.keys() == trained
+    for name, value in expected.items():
+        torch.testing.assert_close(average.average[name].double(), value, rtol=1e-5, atol=1e-5)
+
+
+def test_swapping_exchanges_and_swapping_back_restores_every_bit():
+    model, generator = make_model([3, 11], [3]), torch.Generator().manual_seed(0)
+    average = MovingAverage(model, 0.8)
+    perturb(model, generator)
+    average.update(model)
+    live, held = values(model), {name: value.clone() for name, value in average.average.items()}
+    average.swap(model)
+    swapped = values(model)
+    for name, value in live.items():
+        assert torch.equal(swapped[name], held.get(name, value))
+        assert name not in held or torch.equal(average.average[name], value)
+    average.swap(model)
+    assert all(torch.equal(value, live[name]) for name, value in values(model).items())
+    assert all(torch.equal(value, held[name]) for name, value in average.average.items())
+
+
+# --- clipping ---
+
+@pytest.mark.parametrize("limit", [None, 0.5, 100.0])
+def test_gradients_are_clipped_as_by_torch_and_else_left_alone(limit):
+    ours, theirs = ([torch.nn.Parameter(torch.zeros(n)) for n in (3, 5)] for _ in range(2))
+    for parameter in (*ours, *theirs):
+        parameter.grad = torch.linspace(-1, 2, len(parameter))
+    before = [p.grad._version for p in ours]
+    norm = clip_gradients(ours, limit)
+    assert norm == float(torch.nn.utils.clip_grad_norm_(theirs, math.inf if limit is None else limit))
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))
+    assert (before == [p.grad._version for p in ours]) == (limit != 0.5)
