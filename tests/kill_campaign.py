@@ -24,9 +24,9 @@ from pathlib import Path
 
 import torch
 
-from moe_bsr.runs import checkpoint
 from moe_bsr import config as configuration
 from moe_bsr.callbacks import expert_views as experts
+from moe_bsr.runs import checkpoint
 from moe_bsr.training.trainer import train
 
 STEPS = 9
@@ -39,7 +39,7 @@ test: {classes}
 seed: 0
 crop_scale: [0.5, 1.0]
 flip: true
-licence: generated
+license: generated
 """
 
 
@@ -49,16 +49,27 @@ def make_config(folder: Path) -> configuration.Config:
         file = folder / f"{name}.yaml"
         file.write_text(TASK.format(name=name, classes=classes, train=train_images))
         tasks.append(str(file))
-    return configuration.from_dict({
-        "tasks": tasks,
-        "backbone": {"name": "test_vit", "weights": "random", "image_size": 64},
-        "plan": {"trainable": [1, 3, 5], "drop": [1, 3], "experts": [3, 5]},
-        "moe": {"experts": 4, "top_k": 2, "ratio": 3, "gate_noise": 1.0, "balance": "across_tasks"},
-        "sampler": {"kind": "temperature"},
-        "train": {"steps": STEPS, "batch_size": 8, "accumulate": 2, "ema": 0.9, "clip": 0.5, "lr": 3e-3,
-                  "evaluate_every": 5, "checkpoint_every": 3, "test": False},
-        "machine": {"precision": "fp32", "threads": 1, "device": "cpu"},
-    })
+    return configuration.from_dict(
+        {
+            "tasks": tasks,
+            "backbone": {"name": "test_vit", "weights": "random", "image_size": 64},
+            "plan": {"train_blocks": [1, 3, 5], "drop_blocks": [1, 3], "moe_blocks": [3, 5]},
+            "moe": {"num_experts": 4, "top_k": 2, "mlp_ratio": 3, "gate_noise": 1.0, "balance_loss": "across_tasks"},
+            "sampler": {"kind": "temperature"},
+            "train": {
+                "steps": STEPS,
+                "batch_size": 8,
+                "grad_accumulation_steps": 2,
+                "ema_decay": 0.9,
+                "grad_clip_norm": 0.5,
+                "lr": 3e-3,
+                "eval_every": 5,
+                "checkpoint_every": 3,
+                "evaluate_test": False,
+            },
+            "runtime": {"precision": "fp32", "threads": 1, "device": "cpu"},
+        }
+    )
 
 
 def start(config: configuration.Config, run: Path, before_start=lambda: None) -> int:
@@ -79,8 +90,11 @@ def start(config: configuration.Config, run: Path, before_start=lambda: None) ->
 
 def without_drawing(replace=setattr) -> None:
     """Pictures take several times as long as these runs train, and nothing that is compared depends on them."""
-    for owner, names in ((experts.expert_figures, ("overview", "heatmap", "coactivation", "distances")),
-                         (experts, ("strip",)), (experts.ExpertViews, ("_picture",))):
+    for owner, names in (
+        (experts.expert_figures, ("overview", "heatmap", "coactivation", "distances")),
+        (experts, ("strip",)),
+        (experts.ExpertViews, ("_picture",)),
+    ):
         for name in names:
             replace(owner, name, lambda *arguments: None)
 
@@ -101,10 +115,17 @@ def kill_at_operation(number: int):
                 os.kill(os.getpid(), signal.SIGKILL)
             count += 1
             return operation(*arguments, **keywords)
+
         return run
 
-    for owner, name in ((checkpoint, "save_file"), (checkpoint, "_sync"), (checkpoint.shutil, "rmtree"),
-                        (Path, "rename"), (Path, "write_text"), (Path, "mkdir")):
+    for owner, name in (
+        (checkpoint, "save_file"),
+        (checkpoint, "_sync"),
+        (checkpoint.shutil, "rmtree"),
+        (Path, "rename"),
+        (Path, "write_text"),
+        (Path, "mkdir"),
+    ):
         setattr(owner, name, counted(getattr(owner, name)))
 
 
@@ -147,17 +168,28 @@ def campaign(folder: Path, kills: int, seed: int, stages: range) -> dict:
         shutil.rmtree(run)
         if done:  # a whole run has fewer operations
             break
-    return {"kills": killed, "runs": runs, "stages": number - stages.start + (not done), "seconds_uninterrupted": round(seconds, 2),
-            "differing": sorted(set(wrong)), "torch": str(torch.__version__)}
+    return {
+        "kills": killed,
+        "runs": runs,
+        "stages": number - stages.start + (not done),
+        "seconds_uninterrupted": round(seconds, 2),
+        "differing": sorted(set(wrong)),
+        "torch": str(torch.__version__),
+    }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stages", type=int, nargs=2, default=(0, 10_000), metavar=("FIRST", "END"),
-                        help="disk operations to kill before (default all)")
+    parser.add_argument(
+        "--stages",
+        type=int,
+        nargs=2,
+        default=(0, 10_000),
+        metavar=("FIRST", "END"),
+        help="disk operations to kill before (default all)",
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -41,33 +41,53 @@ def make_mlp(hidden: int = 4 * WIDTH, bias: bool = True, seed: int = 0) -> Mlp:
 
 def make_moe(bias: bool = True, distinct: bool = True, scale: float = 50.0, **options) -> MoE:
     """Experts that differ from one another unless told otherwise, and a decided router."""
-    config = MoEConfig(**{"experts": 6, "top_k": 2, "clone_noise": float(distinct)} | options)
+    config = MoEConfig(**{"num_experts": 6, "top_k": 2, "init_noise": float(distinct)} | options)
     moe = MoE(make_mlp(bias=bias), config, TASKS, (0, 3))
     with torch.no_grad():
         for parameter in moe.router.parameters():
             parameter.mul_(scale)
     return moe
 
+
 def make_vit(kind: str = "class-token", num_classes: int = 0) -> VisionTransformer:
     """Four blocks, 16 patches, and no parameter at a value that could hide a mistake."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1)
-        vit = VisionTransformer(**{
-            "img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2,
-            "num_classes": num_classes} | KINDS[kind])
+        vit = VisionTransformer(
+            **{"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": num_classes}
+            | KINDS[kind]
+        )
         for parameter in vit.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.25 if parameter.ndim > 1 else 0.1))
     return vit
 
 
-def make_model(kind: str = "class-token", *, vit=None, classes=CLASSES, storage="exact",
-               trainable=(1, 3), drop=(1, 2), keep=0.5, experts=(), tokens=None,
-               **moe) -> MultitaskViT:
+def make_model(
+    kind: str = "class-token",
+    *,
+    vit=None,
+    classes=CLASSES,
+    storage="exact",
+    train_blocks=(1, 3),
+    drop_blocks=(1, 2),
+    keep_rate=0.5,
+    moe_blocks=(),
+    tokens=None,
+    **moe,
+) -> MultitaskViT:
     """A model of `CLASSES`: blocks 1 and 3 train, 1 and 2 drop, unless told otherwise."""
-    plan = PlanConfig(trainable=trainable if trainable == "all" else list(trainable),
-                      drop=list(drop), keep=keep, experts=list(experts))
-    config = Config(storage=storage, plan=plan, tokens=tokens or TokensConfig(),
-                    moe=MoEConfig(**{"experts": 4, "top_k": 2} | moe))
+    plan = PlanConfig(
+        train_blocks=train_blocks if train_blocks == "all" else list(train_blocks),
+        drop_blocks=list(drop_blocks),
+        keep_rate=keep_rate,
+        moe_blocks=list(moe_blocks),
+    )
+    config = Config(
+        storage=storage,
+        plan=plan,
+        tokens=tokens or TokensConfig(),
+        moe=MoEConfig(**{"num_experts": 4, "top_k": 2} | moe),
+    )
     model = MultitaskViT(vit or make_vit(kind), config, classes)
     with torch.no_grad():
         for head in model.heads.values():

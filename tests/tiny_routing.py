@@ -6,7 +6,7 @@ from moe_bsr.model.moe import Routing
 
 
 def by_logits(logits: torch.Tensor, k: int) -> Routing:
-    """(B, N, E) logits, routed as a layer would: the best k with renormalised gates."""
+    """(B, N, E) logits, routed as a layer would: the best k with renormalized gates."""
     probabilities = logits.softmax(-1)
     gates, experts = probabilities.topk(k)
     gates = gates / gates.sum(-1, keepdim=True)
@@ -24,6 +24,8 @@ def to(experts: int, chosen: list[int], tokens: int = 60) -> Routing:
 def spread(experts: int, chosen: list[int], rounds: int = 20) -> Routing:
     """Single experts, each of `chosen` in turn, for `rounds` tokens each."""
     parts = [to(experts, [expert], rounds) for expert in chosen]
-    return Routing(*(torch.cat([getattr(p, name) for p in parts], 1) for name in
-                     ("experts", "gates", "probabilities")), sum(p.importance for p in parts),
-                   sum(p.load for p in parts))
+    return Routing(
+        *(torch.cat([getattr(p, name) for p in parts], 1) for name in ("experts", "gates", "probabilities")),
+        sum(p.importance for p in parts),
+        sum(p.load for p in parts),
+    )

@@ -7,19 +7,19 @@ import torch
 from torch import Tensor
 
 from moe_bsr import config as configuration
-from moe_bsr.runs import folder as run
+from moe_bsr.callbacks.jsonl import Jsonl
 from moe_bsr.config import Config
 from moe_bsr.evaluation.evaluate import evaluate
-from moe_bsr.runtime.device import prepare
 from moe_bsr.model.multitask import build
-from moe_bsr.training.callback import Observer, Step
-from moe_bsr.callbacks.jsonl import Jsonl
+from moe_bsr.runs import folder as run
+from moe_bsr.runtime.device import prepare
+from moe_bsr.training.callback import Callback, StepEvent
 from moe_bsr.training.trainer import Trainer
 
 TRAIN = importlib.import_module("moe_bsr.training.trainer")
 TASKS = {"shapes": (10, 30), "fractals": (12, 60)}  # classes, images of which one per class validates
 SIZES = {"shapes": 20, "fractals": 48}
-TASK = "{{title: {0}, source: generated, family: {0}, classes: {1}, train: {2}, test: {1}, licence: none}}\n"
+TASK = "{{title: {0}, source: generated, family: {0}, classes: {1}, train: {2}, test: {1}, license: none}}\n"
 
 
 def make_config(folder: Path, **changes) -> Config:
@@ -28,29 +28,31 @@ def make_config(folder: Path, **changes) -> Config:
     for name, (classes, count) in TASKS.items():
         paths.append(folder / f"{name}.yaml")
         paths[-1].write_text(TASK.format(name, classes, count))
-    config = configuration.from_dict({
-        "tasks": [str(path) for path in paths],
-        "backbone": {"name": "test_vit", "weights": "random", "image_size": 32},
-        "plan": {"trainable": [1, 3, 5], "drop": [1, 3], "experts": [3, 5]},
-        "moe": {"experts": 4, "top_k": 2, "ratio": 3},
-        "train": {"steps": 8, "batch_size": 8, "lr": 1e-2, "checkpoint_every": 3},
-        "machine": {"device": "cpu", "precision": "fp32", "threads": 1},
-    })
+    config = configuration.from_dict(
+        {
+            "tasks": [str(path) for path in paths],
+            "backbone": {"name": "test_vit", "weights": "random", "image_size": 32},
+            "plan": {"train_blocks": [1, 3, 5], "drop_blocks": [1, 3], "moe_blocks": [3, 5]},
+            "moe": {"num_experts": 4, "top_k": 2, "mlp_ratio": 3},
+            "train": {"steps": 8, "batch_size": 8, "lr": 1e-2, "checkpoint_every": 3},
+            "runtime": {"device": "cpu", "precision": "fp32", "threads": 1},
+        }
+    )
     return configuration.replace(config, **changes)
 
 
-def make_trainer(config: Config, folder: Path, observers: list[Observer] | None = None) -> Trainer:
+def make_trainer(config: Config, folder: Path, callbacks: list[Callback] | None = None) -> Trainer:
     """What `train` builds, with observers of one's own."""
     tasks = {name: run.open_task(config, file) for name, file in config.task_files().items()}
     model = build(config, {name: len(data.class_names) for name, data in tasks.items()})
-    return Trainer(config, model, tasks, prepare(config.machine), folder, observers or [])
+    return Trainer(config, model, tasks, prepare(config.runtime), folder, callbacks or [])
 
 
 def state_of(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-class Snapshots(Observer):
+class Snapshots(Callback):
     """Keeps the whole state after every update, and the task it was for."""
 
     def __init__(self) -> None:
@@ -58,7 +60,7 @@ class Snapshots(Observer):
         self.states: list[dict[str, Tensor]] = []
         self.tasks: list[str] = []
 
-    def on_step(self, step: Step) -> None:
+    def on_step(self, step: StepEvent) -> None:
         self.states.append(state_of(self.trainer.model))
         self.tasks.append(step.task)
 
@@ -93,7 +95,7 @@ def act_at(monkeypatch, step: int, action) -> None:
     """Call `action` when update `step` has been written to metrics.jsonl."""
     write = Jsonl.on_step
 
-    def on_step(self, record: Step) -> None:
+    def on_step(self, record: StepEvent) -> None:
         write(self, record)
         if record.step == step:
             action()

@@ -17,32 +17,39 @@ import sys
 import textwrap
 from pathlib import Path
 
-from moe_bsr.runs import folder as run
 from moe_bsr.benchmark import scaling
 from moe_bsr.benchmark.cases import PRECISIONS, Case, suite
 from moe_bsr.benchmark.tables import of_cases, of_scaling, of_targets
 from moe_bsr.benchmark.targets import Results, judge
-from moe_bsr.benchmark.workers import contestants, interleave
-from moe_bsr.config import ConfigError, MachineConfig, require
-from moe_bsr.runtime.device import bf16_is_fast, find_device, prepare
+from moe_bsr.benchmark.workers import interleave, workers
+from moe_bsr.config import ConfigError, RuntimeConfig, require
+from moe_bsr.runs import folder as run
 from moe_bsr.runs.report import as_markdown, as_text
+from moe_bsr.runtime.device import bf16_is_fast, find_device, prepare
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="deit_small_patch16_224", help="a timm VisionTransformer")
     parser.add_argument("--image-size", type=int, help="pixels (default: the backbone's own)")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, auto (cpu)")
     parser.add_argument("--threads", type=int, help="compute threads (default: torch's choice)")
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS,
-                        help="default: both; fp32 where the device has no bf16 instructions")
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=PRECISIONS,
+        help="default: both; fp32 where the device has no bf16 instructions",
+    )
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=2, help="steps of a case in a round")
     parser.add_argument("--storages", nargs="+", help="of the BSR cases (default: all)")
-    parser.add_argument("--only", nargs="+", metavar="SUBJECT", help="timm, explicit, full, bsr, moe_full, "
-                        "moe_bsr, moe_ffn, dense_ffn; targets that need others are left out")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="SUBJECT",
+        help="timm, explicit, full, bsr, moe_full, moe_bsr, moe_ffn, dense_ffn; targets that need others are left out",
+    )
     parser.add_argument("--profile", action="store_true", help="the ten costliest operators of each case")
     parser.add_argument("--scaling", action="store_true", help="how step time and peak grow")
     parser.add_argument("--picture", type=Path, default=Path("scaling.png"), help="of --scaling")
@@ -65,20 +72,31 @@ def main(arguments: list[str] | None = None) -> int:
 def measure(arguments: argparse.Namespace) -> dict:
     """Run the cases; what --json prints."""
     device = find_device(arguments.device)
-    shared = {"backbone": arguments.backbone, "image_size": arguments.image_size, "batch": arguments.batch,
-              "device": str(device), "threads": arguments.threads}
+    shared = {
+        "backbone": arguments.backbone,
+        "image_size": arguments.image_size,
+        "batch": arguments.batch,
+        "device": str(device),
+        "threads": arguments.threads,
+    }
     native = bf16_is_fast(device)[0]
-    require(arguments.batch >= 2, "--batch", arguments.batch, "at least 2: bytes kept per image are the "
-            "growth from half the batch to all of it")
+    require(
+        arguments.batch >= 2,
+        "--batch",
+        arguments.batch,
+        "at least 2: bytes kept per image are the growth from half the batch to all of it",
+    )
     if arguments.scaling:
         result = scaling.measure(shared, "bf16" if native else "fp32", arguments.rounds, arguments.steps, note)
     else:
         chosen = arguments.precisions or (PRECISIONS if native else ["fp32"])
         precisions = [precision for precision in PRECISIONS if precision in chosen]
-        groups = {name: [c for c in cases if not arguments.only or c.subject in arguments.only]
-                  for name, cases in suite(arguments.storages, precisions, **shared).items()}
+        groups = {
+            name: [c for c in cases if not arguments.only or c.subject in arguments.only]
+            for name, cases in suite(arguments.storages, precisions, **shared).items()
+        }
         result = compare(groups, arguments)
-    return {"arguments": shared, **run.environment(prepare(MachineConfig(device=str(device))))} | result
+    return {"arguments": shared, **run.environment(prepare(RuntimeConfig(device=str(device))))} | result
 
 
 def compare(groups: dict[str, list[Case]], arguments: argparse.Namespace) -> dict:
@@ -98,7 +116,7 @@ def compare(groups: dict[str, list[Case]], arguments: argparse.Namespace) -> dic
 def run_group(cases: list[Case], arguments: argparse.Namespace) -> dict[str, dict]:
     """{case: times and memory} of the cases of one group, all alive at once and taking turns."""
     results: dict[str, dict] = {}
-    with contestants(cases) as group:
+    with workers(cases) as group:
         times = interleave(group, arguments.rounds, arguments.steps)
         for one, seconds in zip(group, times, strict=True):
             results[one.case.name] = about = {"seconds": seconds, "memory": one.ask("memory")}
@@ -118,9 +136,10 @@ def tables(result: dict, markdown: bool) -> str:
         if cases:
             blocks.append(draw(of_cases(groups, group, result["arguments"]["batch"])))
         spots = {name: about["hot_spots"] for name, about in cases.items() if "hot_spots" in about}
-        blocks += [draw([[name, "ms a step", "calls"], *([operator, f"{ms:.1f}", str(calls)]
-                                                         for operator, ms, calls in rows)])
-                   for name, rows in spots.items()]
+        blocks += [
+            draw([[name, "ms a step", "calls"], *([operator, f"{ms:.1f}", str(calls)] for operator, ms, calls in rows)])
+            for name, rows in spots.items()
+        ]
     if judged := judge(groups):
         blocks.append(as_markdown(of_targets(judged)) if markdown else "\n".join(target_table(judged)))
     return "\n\n".join(blocks)
@@ -131,12 +150,14 @@ def target_table(rows: list[dict]) -> list[str]:
     for row in rows:
         known = ", ".join(f"{key} {row[key]}" for key in ("published", "bound") if row[key])
         verdict = "reached" if row["reached"] else "missed"
-        lines += [f"{verdict:<7}  {row['value']:>7.2f}x  {row['target']:<8}  {row['what']}"
-                  + (f" ({known})" if known else ""), f"{'':<29}{row['detail']}"]
+        lines += [
+            f"{verdict:<7}  {row['value']:>7.2f}x  {row['target']:<8}  {row['what']}"
+            + (f" ({known})" if known else ""),
+            f"{'':<29}{row['detail']}",
+        ]
         if row["others"]:
             others = ", ".join(f"{case} {value:.2f}" for case, value in row["others"].items())
-            lines += textwrap.wrap(f"the same for {others}", 110, initial_indent=" " * 29,
-                                   subsequent_indent=" " * 31)
+            lines += textwrap.wrap(f"the same for {others}", 110, initial_indent=" " * 29, subsequent_indent=" " * 31)
     return lines
 
 

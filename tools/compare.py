@@ -12,13 +12,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from moe_bsr.runs import report
 from moe_bsr.config import ConfigError
+from moe_bsr.runs import report
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--markdown", action="store_true", help="a Markdown table, intervals in every cell")
     parser.add_argument("--experts", action="store_true", help="also: share of the last run's experts by task")

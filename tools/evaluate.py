@@ -24,25 +24,23 @@ import statistics
 import sys
 from pathlib import Path
 
-from moe_bsr.runs.checkpoint import CheckpointError
 from moe_bsr.evaluation.evaluate import evaluate, table
+from moe_bsr.runs.checkpoint import CheckpointError
 from moe_bsr.runs.folder import count_test_evaluation, load
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--task", nargs="+", action="extend", metavar="NAME",
-                        help="only these (all)")
+    parser.add_argument("--task", nargs="+", action="extend", metavar="NAME", help="only these (all)")
     parser.add_argument("--split", choices=("val", "test"), default="val", help="(val)")
     parser.add_argument("--json", action="store_true", help="JSON instead of the table")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N",
-                        help="images at once (64)")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at once (64)")
     parser.add_argument("--data-root", metavar="DIR", help="where data lie (the run's data.root)")
-    parser.add_argument("--weights", metavar="FILE",
-                        help="where the backbone's weights are (the run's backbone.weights)")
-    parser.add_argument("--device", help="where to compute: cpu, cuda, ... (the run's machine.device)")
+    parser.add_argument(
+        "--weights", metavar="FILE", help="where the backbone's weights are (the run's backbone.weights)"
+    )
+    parser.add_argument("--device", help="where to compute: cpu, cuda, ... (the run's runtime.device)")
     parser.add_argument("--checkpoint", default="best", help="best, last or a step (best)")
     args = parser.parse_args(arguments)
     if args.batch_size < 1:
@@ -71,8 +69,9 @@ def run_evaluation(args: argparse.Namespace) -> dict:
     results = {}
     for task in data:
         print(f"{task}: {len(getattr(data[task], args.split))} images", file=sys.stderr)
-        results[task] = evaluate(loaded.models[task], data[task], args.split, loaded.pipeline,
-                                 loaded.machine, args.batch_size)
+        results[task] = evaluate(
+            loaded.models[task], data[task], args.split, loaded.transforms, loaded.runtime, args.batch_size
+        )
     mean = statistics.fmean(result["top1"] for result in results.values())
     return report | {"mean_top1": mean, "tasks": results}
 

@@ -32,18 +32,23 @@ SAMPLES = "images=100,text=100"  # steps kept of each picture; TensorBoard's own
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--no-serve", action="store_true", help="only write; start no TensorBoard")
     parser.add_argument("--images", type=int, default=4, metavar="N", help="strips per task (4)")
-    parser.add_argument("--ablate", type=int, default=256, metavar="N",
-                        help="images per task for masking experts; 0 leaves it out (256)")
+    parser.add_argument(
+        "--ablate",
+        type=int,
+        default=256,
+        metavar="N",
+        help="images per task for masking experts; 0 leaves it out (256)",
+    )
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at once (64)")
     parser.add_argument("--data-root", metavar="DIR", help="where data lie (the run's data.root)")
-    parser.add_argument("--weights", metavar="FILE",
-                        help="where the backbone's weights are (the run's backbone.weights)")
-    parser.add_argument("--device", help="where to compute: cpu, cuda, ... (the run's machine.device)")
+    parser.add_argument(
+        "--weights", metavar="FILE", help="where the backbone's weights are (the run's backbone.weights)"
+    )
+    parser.add_argument("--device", help="where to compute: cpu, cuda, ... (the run's runtime.device)")
     parser.add_argument("--checkpoint", default="best", help="best, last or a step (best)")
     parser.add_argument("--port", default="default", help="TensorBoard's (6006 or the next free one)")
     args = parser.parse_args(arguments)
@@ -52,8 +57,9 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
     try:
         loaded = load(args.run, args.checkpoint, args.data_root, args.device, args.weights)
-        sections = gallery.sections(loaded, args.images, args.ablate, args.batch_size,
-                                   say=lambda line: print(line, file=sys.stderr))
+        sections = gallery.sections(
+            loaded, args.images, args.ablate, args.batch_size, say=lambda line: print(line, file=sys.stderr)
+        )
         written = gallery.write(loaded, sections)
     except (ValueError, OSError, CheckpointError, FloatingPointError) as error:
         print(f"expert_views.py: {error}", file=sys.stderr)

@@ -52,9 +52,7 @@ def refuse_existing(target: Path, spec: TaskSpec, root: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", help="a name in tasks/, or a task file")
     parser.add_argument("--root", type=Path, default=Path("data"), help="data root (data)")
     parser.add_argument("--out", type=Path, help="where to write (the data root)")
@@ -69,9 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
         spec = load_spec(args.task)
         target = (args.out or args.root) / spec.name
         refuse_existing(target, spec, args.root)
-        train, test, origin = open_sources(
-            spec, root=args.root, download=args.download, use_pack=False
-        )
+        train, test, origin = open_sources(spec, root=args.root, download=args.download, use_pack=False)
         print(f"{spec.title} from {origin}")
         partial = target.with_name(f"{spec.name}.tmp")
         shutil.rmtree(partial, ignore_errors=True)

@@ -22,25 +22,24 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from moe_bsr.runs.checkpoint import CheckpointError
 from moe_bsr.data.sources import decode
-from moe_bsr.runs.folder import Loaded, load
+from moe_bsr.runs.checkpoint import CheckpointError
+from moe_bsr.runs.folder import TrainedRun, load
 
 BATCH = 32
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="image file")
-    parser.add_argument("--task", nargs="+", action="extend", metavar="NAME",
-                        help="only these (all)")
+    parser.add_argument("--task", nargs="+", action="extend", metavar="NAME", help="only these (all)")
     parser.add_argument("--top", type=int, default=3, metavar="N", help="names per task (3)")
     parser.add_argument("--json", action="store_true", help="JSON on stdout instead of text")
-    parser.add_argument("--weights", metavar="FILE",
-                        help="where the backbone's weights are (the run's backbone.weights)")
-    parser.add_argument("--device", help="where to compute: cpu, cuda, ... (the run's machine.device)")
+    parser.add_argument(
+        "--weights", metavar="FILE", help="where the backbone's weights are (the run's backbone.weights)"
+    )
+    parser.add_argument("--device", help="where to compute: cpu, cuda, ... (the run's runtime.device)")
     parser.add_argument("--checkpoint", default="best", help="best, last or a step (best)")
     args = parser.parse_args(arguments)
     if args.top < 1:
@@ -64,24 +63,33 @@ def run_prediction(args: argparse.Namespace) -> dict:
     paths, images = read_images(loaded, args.images)
     groups: dict[tuple, list[str]] = {}
     for task in tasks:
-        groups.setdefault(loaded.models[task].stem_key(), []).append(task)
+        groups.setdefault(loaded.models[task].features_key(), []).append(task)
     names = [{} for _ in images]
     for start in range(0, len(images), BATCH):
-        for task, rows in predict(loaded, groups, torch.stack(images[start:start + BATCH])).items():
+        for task, rows in predict(loaded, groups, torch.stack(images[start : start + BATCH])).items():
             for place, row in enumerate(rows, start):
-                best = row.argsort(descending=True, stable=True)[:args.top].tolist()
+                best = row.argsort(descending=True, stable=True)[: args.top].tolist()
                 known = loaded.class_names[task]
-                names[place][task] = [
-                    {"name": known[i], "probability": row[i].item()} for i in best]
-    return {"run": str(args.run), "step": loaded.step,
-            "stems": [{"tasks": members, "blocks": len(loaded.models[members[0]].plan),
-                       "shared_blocks": loaded.models[members[0]].path_start if len(members) > 1 else 0}
-                      for members in groups.values()],
-            "images": [{"image": path, "tasks": {task: found[task] for task in tasks}}
-                       for path, found in zip(paths, names, strict=True)]}
+                names[place][task] = [{"name": known[i], "probability": row[i].item()} for i in best]
+    return {
+        "run": str(args.run),
+        "step": loaded.step,
+        "stems": [
+            {
+                "tasks": members,
+                "blocks": len(loaded.models[members[0]].plan),
+                "shared_blocks": loaded.models[members[0]].path_start if len(members) > 1 else 0,
+            }
+            for members in groups.values()
+        ],
+        "images": [
+            {"image": path, "tasks": {task: found[task] for task in tasks}}
+            for path, found in zip(paths, names, strict=True)
+        ],
+    }
 
 
-def read_images(loaded: Loaded, paths: list[str]) -> tuple[list[str], list[torch.Tensor]]:
+def read_images(loaded: TrainedRun, paths: list[str]) -> tuple[list[str], list[torch.Tensor]]:
     """The images that can be read, as the model takes them, and their paths; the others are named on stderr."""
     found, images = [], []
     for path in paths:
@@ -92,28 +100,28 @@ def read_images(loaded: Loaded, paths: list[str]) -> tuple[list[str], list[torch
             print(f"predict.py: {path}: no such file" if absent else f"predict.py: {error}", file=sys.stderr)
             continue
         found.append(path)
-        images.append(loaded.pipeline.eval_image(Image.fromarray(image)))
+        images.append(loaded.transforms.eval_image(Image.fromarray(image)))
     return found, images
 
 
 @torch.inference_mode()
-def predict(loaded: Loaded, groups: dict[tuple, list[str]], images: torch.Tensor
-            ) -> dict[str, torch.Tensor]:
+def predict(loaded: TrainedRun, groups: dict[tuple, list[str]], images: torch.Tensor) -> dict[str, torch.Tensor]:
     """Probabilities (B, classes) by task of uint8 images (B, 3, S, S): one pass of each stem.
 
     Args:
         groups: the tasks that share a stem.
     """
     probabilities = {}
-    with loaded.machine.autocast():
-        normalised = loaded.pipeline.normalise(images, device=loaded.machine.device)
+    with loaded.runtime.autocast():
+        normalized = loaded.transforms.normalize(images, device=loaded.runtime.device)
         for tasks in groups.values():
-            tokens, _ = loaded.models[tasks[0]].stem(normalised)
+            tokens, _ = loaded.models[tasks[0]].forward_features(normalized)
             for task in tasks:
-                logits = loaded.models[task].finish(tokens, task).logits
+                logits = loaded.models[task].forward_from(tokens, task).logits
                 if not logits.isfinite().all():
-                    raise FloatingPointError(f"task {task}: logits that are not finite; the "
-                                             "weights are broken, use an earlier checkpoint")
+                    raise FloatingPointError(
+                        f"task {task}: logits that are not finite; the weights are broken, use an earlier checkpoint"
+                    )
                 probabilities[task] = logits.float().softmax(1).cpu()
     return probabilities
 
@@ -126,11 +134,13 @@ def print_report(report: dict) -> None:
             found = ", ".join(f"{n['name']} {100 * n['probability']:.0f} %" for n in names)
             print(f"  {task.ljust(width)}  {found}")
     print()
-    for stem in report["stems"]:
-        shared, blocks, tasks = stem["shared_blocks"], stem["blocks"], stem["tasks"]
+    for group in report["stems"]:
+        shared, blocks, tasks = group["shared_blocks"], group["blocks"], group["tasks"]
         if len(tasks) > 1:
-            print(f"{len(tasks)} tasks: {shared} of {blocks} blocks ran once for all of them, "
-                  f"{blocks - shared} once for each task.")
+            print(
+                f"{len(tasks)} tasks: {shared} of {blocks} blocks ran once for all of them, "
+                f"{blocks - shared} once for each task."
+            )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 Images are drawn once into a pool in memory; every batch crops its images anew, and after each
 pass a fifth of the pool is redrawn. A batch sees a random half of the patches until the last
 tenth of the training: half the cost, and a network used to missing tokens. Beside the class,
-every patch token predicts the edges inside its own patch. Colours tell nothing in these images,
+every patch token predicts the edges inside its own patch. Colors tell nothing in these images,
 and without that second task the network is slow to find this out: after 16,000 images the class
 loss stood at 5.46 without it and at 5.09 with it (ln 240 = 5.48).
 
@@ -66,7 +66,7 @@ def draw(source, start, count):
 
 
 def crop(images, generator):
-    """One random crop per image (60 to 100 % of the area), normalised: uint8 to float32."""
+    """One random crop per image (60 to 100 % of the area), normalized: uint8 to float32."""
     area, aspect, x, y = torch.rand(4, len(images), generator=generator)
     side, ratio = (0.6 + 0.4 * area).sqrt(), torch.exp((aspect - 0.5) * math.log(4 / 3))
     wide, high = (side * ratio).clamp(max=1), (side / ratio).clamp(max=1)
@@ -80,9 +80,9 @@ def crop(images, generator):
 
 def edges(images):
     """What patches predict: edge strength and direction in 2 x 2 cells, (B, patches, 12)."""
-    grey = F.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
-    x = grey[:, :, 1:-1, 2:] - grey[:, :, 1:-1, :-2]
-    y = grey[:, :, 2:, 1:-1] - grey[:, :, :-2, 1:-1]
+    gray = F.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+    x = gray[:, :, 1:-1, 2:] - gray[:, :, 1:-1, :-2]
+    y = gray[:, :, 2:, 1:-1] - gray[:, :, :-2, 1:-1]
     size = (x.square() + y.square() + 1e-6).sqrt()
     maps = torch.cat((size, (x * x - y * y) / size, 2 * x * y / size), 1)  # the doubled angle
     maps = maps / size.mean((1, 2, 3), keepdim=True)
@@ -90,7 +90,7 @@ def edges(images):
 
 
 def tokens_of(model, images, keep):
-    """The normalised tokens of the patches `keep`, class token first: (B, 1 + keep, dim)."""
+    """The normalized tokens of the patches `keep`, class token first: (B, 1 + keep, dim)."""
     patches = (model.patch_embed(images) + model.pos_embed[:, 1:])[:, keep]
     first = (model.cls_token + model.pos_embed[:, :1]).expand(len(images), -1, -1)
     return model.norm(model.blocks(torch.cat((first, patches), 1)))

@@ -13,7 +13,7 @@ What next:
   .venv/bin/python tools/cost.py configs/quickstart.yaml --budget 80MB   what it costs, what would make it fit
   .venv/bin/python tools/evaluate.py runs/quickstart --split val         every number, per task
   .venv/bin/python tools/train.py configs/quickstart.yaml --dry-run      the plan, block by block
-  .venv/bin/python tools/train.py configs/quickstart.yaml moe.balance=across_tasks --run runs/across
+  .venv/bin/python tools/train.py configs/quickstart.yaml moe.balance_loss=across_tasks --run runs/across
   rm -r runs/quickstart*                                                 then this command trains afresh
 Your own images: docs/data.md. Real backbones and datasets: configs/deit_tiny_moe_bsr.yaml.
 END

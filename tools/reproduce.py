@@ -18,8 +18,7 @@ from moe_bsr.paper.tables import FIGURES, TITLES
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(TITLES) + " (all)")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--json", action="store_true", help="every figure as an object")

@@ -25,8 +25,7 @@ CONFIG = "configs/deit_tiny_stl_bsr.yaml"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="data root of the tasks")
     parser.add_argument("--weights", required=True, help="DeiT-Tiny weights, or hub")
     parser.add_argument("--out", type=Path, required=True)
@@ -40,11 +39,24 @@ def main() -> int:
     intervals: dict[str, list[list[float]]] = {task: [] for task in arguments.tasks}
     for seed in arguments.seeds:
         for storage in ["exact", *arguments.storages]:
-            report = train(configuration.load(CONFIG, [
-                f"tasks=[{', '.join(arguments.tasks)}]", f"data.root={arguments.data}", f"seed={seed}",
-                f"backbone.weights={arguments.weights}", "backbone.name=deit_tiny_patch16_224",
-                f"storage={storage}", f"train.steps={arguments.steps}", "train.evaluate_every=0",
-                *arguments.overrides]), arguments.out / f"{storage}_seed{seed}", resume=True)
+            report = train(
+                configuration.load(
+                    CONFIG,
+                    [
+                        f"tasks=[{', '.join(arguments.tasks)}]",
+                        f"data.root={arguments.data}",
+                        f"seed={seed}",
+                        f"backbone.weights={arguments.weights}",
+                        "backbone.name=deit_tiny_patch16_224",
+                        f"storage={storage}",
+                        f"train.steps={arguments.steps}",
+                        "train.eval_every=None",
+                        *arguments.overrides,
+                    ],
+                ),
+                arguments.out / f"{storage}_seed{seed}",
+                resume=True,
+            )
             if report["status"] == "interrupted":
                 print("interrupted; the same command goes on", file=sys.stderr)
                 return 128 + report["signal"]
@@ -52,8 +64,14 @@ def main() -> int:
                 top1.setdefault(storage, {}).setdefault(task, []).append(about["top1"])
                 if storage == "exact":
                     intervals[task].append([about["top1_low"], about["top1_high"]])
-    result = {"config": CONFIG, "steps": arguments.steps, "seeds": arguments.seeds, "set": arguments.overrides,
-              "top1": top1, "intervals": intervals}
+    result = {
+        "config": CONFIG,
+        "steps": arguments.steps,
+        "seeds": arguments.seeds,
+        "set": arguments.overrides,
+        "top1": top1,
+        "intervals": intervals,
+    }
     (arguments.out / "storages.json").write_text(json.dumps(result, indent=1))
     print("\n".join(table(result)))
     return 0
@@ -62,8 +80,10 @@ def main() -> int:
 def table(result: dict) -> list[str]:
     """Markdown: a row a task."""
     others = [storage for storage in result["top1"] if storage != "exact"]
-    lines = ["| test top-1 % | exact | 95 % interval | " + " | ".join(f"{s}, points" for s in others) + " |",
-             "| --- | --: | --- |" + " --- |" * len(others)]
+    lines = [
+        "| test top-1 % | exact | 95 % interval | " + " | ".join(f"{s}, points" for s in others) + " |",
+        "| --- | --: | --- |" + " --- |" * len(others),
+    ]
     for task, exact in result["top1"]["exact"].items():
         low, high = (statistics.mean(ends) for ends in zip(*result["intervals"][task], strict=True))
         cells = []

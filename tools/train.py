@@ -19,20 +19,19 @@ import sys
 from pathlib import Path
 
 from moe_bsr import config as configuration
-from moe_bsr.model import summary as describe
-from moe_bsr.runs import folder as run
-from moe_bsr.runs.checkpoint import CheckpointError
 from moe_bsr.config import ConfigError
 from moe_bsr.data import UnreadableImage
+from moe_bsr.model import summary as describe
+from moe_bsr.model.multitask import build, build_on_meta
+from moe_bsr.runs import folder as run
+from moe_bsr.runs.checkpoint import CheckpointError
 from moe_bsr.runtime.device import prepare
-from moe_bsr.model.multitask import build, plan_only
-from moe_bsr.training.feature_cache import Stems
+from moe_bsr.training.feature_cache import FeatureCache
 from moe_bsr.training.trainer import NonFiniteLoss, train
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a YAML file of configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.steps=200")
     parser.add_argument("--run", metavar="DIR", help="the run folder (default runs/<name of CONFIG>)")
@@ -63,21 +62,27 @@ def main(arguments: list[str] | None = None) -> int:
 
 def dry_run(config: configuration.Config, folder: Path, resume: bool) -> int:
     """Open every dataset and the backbone, print the plan; write nothing."""
-    machine = prepare(config.machine)
-    plan_only(config, dict.fromkeys(config.task_names(), 2))
+    runtime = prepare(config.runtime)
+    build_on_meta(config, dict.fromkeys(config.task_names(), 2))
     tasks = {name: run.open_task(config, file) for name, file in config.task_files().items()}
     for name, data in tasks.items():
         for split in (data.train, data.val, data.test):
             split.source.image(int(split.index[0]))
-        print(f"{name}: {len(data.class_names)} classes, train {len(data.train)}, val {len(data.val)}, "
-              f"test {len(data.test)} ({data.origin})")
-    model = machine.place(build(config, {name: len(data.class_names) for name, data in tasks.items()}))
+        print(
+            f"{name}: {len(data.class_names)} classes, train {len(data.train)}, val {len(data.val)}, "
+            f"test {len(data.test)} ({data.origin})"
+        )
+    model = runtime.place(build(config, {name: len(data.class_names) for name, data in tasks.items()}))
     print("\n".join([*describe.summary(model, config), *describe.table(model, config)]))
-    if config.data.stem_mb:
-        with machine.autocast():
-            print(Stems(model, {name: len(data.train) for name, data in tasks.items()}, config.data.stem_mb))
+    if config.data.feature_cache_mb:
+        with runtime.autocast():
+            print(
+                FeatureCache(
+                    model, {name: len(data.train) for name, data in tasks.items()}, config.data.feature_cache_mb
+                )
+            )
     run.check_folder(config, folder, resume)
-    print(f"run folder {folder}; {machine.precision} on {machine.device} ({machine.why})")
+    print(f"run folder {folder}; {runtime.precision} on {runtime.device} ({runtime.precision_reason})")
     return 0
 
 

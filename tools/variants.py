@@ -21,8 +21,7 @@ TASKS = 5
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="data root of the five real datasets")
     parser.add_argument("--weights", required=True, help="DeiT-Tiny weights, or hub")
     parser.add_argument("--out", type=Path, required=True)
@@ -36,7 +35,7 @@ def main() -> int:
         scores = dict.fromkeys(arguments.grid, 0.0)
         for rate in arguments.grid if len(arguments.grid) > 1 else []:
             folder = arguments.out / "grid" / f"{variant}_{rate:g}"
-            train(arguments, variant, rate, arguments.grid_steps, folder, "train.test=false")
+            train(arguments, variant, rate, arguments.grid_steps, folder, "train.evaluate_test=false")
             scores[rate] = report.read(folder)["selected_mean_val_top1"]
         best = max(scores, key=scores.get)
         print(json.dumps({"variant": variant, "validation": scores, "chosen": best}), flush=True)
@@ -44,15 +43,29 @@ def main() -> int:
     return 0
 
 
-def train(arguments: argparse.Namespace, variant: str, rate: float, steps: int, folder: Path, *more: str
-          ) -> None:
+def train(arguments: argparse.Namespace, variant: str, rate: float, steps: int, folder: Path, *more: str) -> None:
     steps = steps // TASKS if variant.startswith("stl") else steps  # there they are counted per task
     subprocess.run(
-        [sys.executable, "tools/train.py", f"configs/deit_tiny_{variant}.yaml", "--run", folder, "--resume",
-         f"data.root={arguments.data}", f"backbone.weights={arguments.weights}", "train.evaluate_every=0",
-         "backbone.name=deit_tiny_patch16_224", f"train.steps={steps}", f"train.lr={rate}",
-         "train.head_lr=10",  # the same for all: a head starts from nothing and wants more than a block
-         *more, *arguments.overrides], check=True, stdout=subprocess.DEVNULL)
+        [
+            sys.executable,
+            "tools/train.py",
+            f"configs/deit_tiny_{variant}.yaml",
+            "--run",
+            folder,
+            "--resume",
+            f"data.root={arguments.data}",
+            f"backbone.weights={arguments.weights}",
+            "train.eval_every=None",
+            "backbone.name=deit_tiny_patch16_224",
+            f"train.steps={steps}",
+            f"train.lr={rate}",
+            "train.head_lr_scale=10",  # the same for all: a head starts from nothing and wants more than a block
+            *more,
+            *arguments.overrides,
+        ],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
 
 
 if __name__ == "__main__":

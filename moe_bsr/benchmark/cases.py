@@ -9,25 +9,25 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_bsr.model import block
 from moe_bsr import config as configuration
 from moe_bsr.benchmark.public_form import ExplicitBSR
 from moe_bsr.config import Config
-from moe_bsr.training.update import Step, random_batch, training_step
-from moe_bsr.model.replay import Decisions
-from moe_bsr.runtime.device import Machine, prepare
+from moe_bsr.model import block
 from moe_bsr.model.moe import MoE
 from moe_bsr.model.multitask import build
+from moe_bsr.model.replay import Replay
 from moe_bsr.model.storage import STORAGES
+from moe_bsr.runtime.device import Runtime, prepare
+from moe_bsr.training.update import TrainingStep, random_batch, training_step
 
 CLASSES = 100
 PRECISIONS = ("fp32", "bf16")
-BSR = {"trainable": [3, 7, 11], "drop": [3, 6, 9], "keep": 0.5, "experts": []}
+BSR = {"train_blocks": [3, 7, 11], "drop_blocks": [3, 6, 9], "keep_rate": 0.5, "moe_blocks": []}
 PLANS = {
-    "full": BSR | {"trainable": "all", "drop": []},
+    "full": BSR | {"train_blocks": "all", "drop_blocks": []},
     "bsr": BSR,
-    "moe_full": BSR | {"trainable": "all", "drop": [], "experts": [3, 7, 11]},
-    "moe_bsr": BSR | {"experts": [3, 7, 11]},
+    "moe_full": BSR | {"train_blocks": "all", "drop_blocks": [], "moe_blocks": [3, 7, 11]},
+    "moe_bsr": BSR | {"moe_blocks": [3, 7, 11]},
 }
 
 
@@ -39,7 +39,7 @@ class Case:
         subject: timm (stock modules), explicit (the public form of BSR), moe_ffn and dense_ffn (one
             layer, forward and backward), or a plan of `PLANS`.
         tuned: with our allocator settings; otherwise the process stays as Python started it.
-        changes: dotted keys of the configuration, written as `moe__experts`.
+        changes: dotted keys of the configuration, written as `moe__num_experts`.
     """
 
     subject: str
@@ -64,8 +64,7 @@ class Case:
         return " ".join(parts)
 
 
-def suite(storages: list[str] | None = None, precisions: Sequence[str] = PRECISIONS, **shared
-          ) -> dict[str, list[Case]]:
+def suite(storages: list[str] | None = None, precisions: Sequence[str] = PRECISIONS, **shared) -> dict[str, list[Case]]:
     """The groups of cases that run side by side; each holds what the table of targets compares.
 
     All cases at once would not fit into memory.
@@ -81,85 +80,103 @@ def suite(storages: list[str] | None = None, precisions: Sequence[str] = PRECISI
 
     groups = {}
     for precision in precisions:
-        stock, tuned, *explicit = [Case(subject=subject, precision=precision, tuned=tuned, **shared)
-                                   for subject in ("timm", "explicit") for tuned in (False, True)]
+        stock, tuned, *explicit = [
+            Case(subject=subject, precision=precision, tuned=tuned, **shared)
+            for subject in ("timm", "explicit")
+            for tuned in (False, True)
+        ]
         lean = [storage for storage in storages if storage in ("exact", "recompute")]
         groups[precision] = [stock, tuned, *explicit, *plans("full", precision), *plans("bsr", precision, lean)]
         groups[f"experts {precision}"] = [
-            stock, *plans("moe_full", precision), *plans("moe_bsr", precision, lean),
-            *plans("moe_ffn", precision), *plans("dense_ffn", precision)]
+            stock,
+            *plans("moe_full", precision),
+            *plans("moe_bsr", precision, lean),
+            *plans("moe_ffn", precision),
+            *plans("dense_ffn", precision),
+        ]
     # What one pays for fewer bytes, beside what a user has by default: stock timm in float32.
     leanest = groups.get("fp32", groups[precisions[0]])
     leanest += [case for case in plans("bsr", precisions[-1], storages) if case not in leanest]
     return groups
 
 
-def make(case: Case) -> Step:
+def make(case: Case) -> TrainingStep:
     """The case's step, on random weights and images; call it in a process of its own."""
-    config = configuration.from_dict({
-        "tasks": [f"task{i}" for i in range(case.tasks)], "storage": case.storage,
-        "backbone": {"name": case.backbone, "weights": "random", "image_size": case.image_size},
-        "plan": PLANS.get(case.subject, BSR), "train": {"batch_size": case.batch},
-        "machine": {"device": case.device, "precision": case.precision, "threads": case.threads}})
+    config = configuration.from_dict(
+        {
+            "tasks": [f"task{i}" for i in range(case.tasks)],
+            "storage": case.storage,
+            "backbone": {"name": case.backbone, "weights": "random", "image_size": case.image_size},
+            "plan": PLANS.get(case.subject, BSR),
+            "train": {"batch_size": case.batch},
+            "runtime": {"device": case.device, "precision": case.precision, "threads": case.threads},
+        }
+    )
     config = configuration.replace(config, **case.changes)
     if case.tuned:
-        machine = prepare(config.machine)
+        runtime = prepare(config.runtime)
     else:  # what `prepare` does, and no allocator settings
         if case.threads is not None:
             torch.set_num_threads(case.threads)
-        machine = Machine(torch.device(case.device), case.precision, torch.get_num_threads(), "asked for")
+        runtime = Runtime(torch.device(case.device), case.precision, torch.get_num_threads(), "asked for")
     if case.subject in PLANS:
-        model = machine.place(build(config, {task: CLASSES for task in config.task_names()}))
-        return training_step(model, config, machine, batch=case.batch)
+        model = runtime.place(build(config, dict.fromkeys(config.task_names(), CLASSES)))
+        return training_step(model, config, runtime, batch=case.batch)
     if case.subject in ("moe_ffn", "dense_ffn"):
-        return _layer_step(case, config, machine)
-    return _plain_step(case, config, machine)
+        return _layer_step(case, config, runtime)
+    return _plain_step(case, config, runtime)
 
 
-def _plain_step(case: Case, config: Config, machine: Machine) -> Step:
+def _plain_step(case: Case, config: Config, runtime: Runtime) -> TrainingStep:
     """timm's model, or the explicit BSR, in the loop a user writes first: AdamW as torch offers it."""
     size = {} if case.image_size is None else {"img_size": case.image_size}
     model = timm.create_model(case.backbone, num_classes=CLASSES, **size)
-    images, labels = random_batch(case.batch, model.patch_embed.img_size[0], CLASSES, machine.device)
+    images, labels = random_batch(case.batch, model.patch_embed.img_size[0], CLASSES, runtime.device)
     if case.subject == "explicit":
         model = ExplicitBSR(model, config.plan)
-    model = model.to(machine.device)
-    optimiser = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
-    return Step(model, machine, optimiser, output=lambda: model(images),
-                loss=lambda logits: F.cross_entropy(logits.float(), labels))
+    model = model.to(runtime.device)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
+    return TrainingStep(
+        model,
+        runtime,
+        optimizer,
+        output=lambda: model(images),
+        loss=lambda logits: F.cross_entropy(logits.float(), labels),
+    )
 
 
-def _layer_step(case: Case, config: Config, machine: Machine) -> Step:
+def _layer_step(case: Case, config: Config, runtime: Runtime) -> TrainingStep:
     """One FFN on the tokens of a batch: experts, or a dense one of as many multiplications."""
     vit = timm.create_model(case.backbone, num_classes=0)
     width, tokens = vit.embed_dim, vit.patch_embed.num_patches + vit.num_prefix_tokens
     draws = torch.Generator().manual_seed(0)
     dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
-    x, gradient = (torch.randn(case.batch, tokens, width, generator=draws).to(machine.device, dtype)
-                   for _ in range(2))
+    x, gradient = (torch.randn(case.batch, tokens, width, generator=draws).to(runtime.device, dtype) for _ in range(2))
     x.requires_grad_()
     if case.subject == "moe_ffn":
-        model = MoE(vit.blocks[0].mlp, config.moe, config.task_names(), (0,)).to(machine.device)
+        model = MoE(vit.blocks[0].mlp, config.moe, config.task_names(), (0,)).to(runtime.device)
         for weight in model.router.parameters():
             weight.data.mul_(10)  # trained routers are decided
 
         def output() -> Tensor:
-            return model(x, config.task_names()[0], Decisions())[0]
+            return model(x, config.task_names()[0], Replay())[0]
     else:
-        model = Mlp(width, config.moe.top_k * config.moe.ratio * width).to(machine.device)
+        model = Mlp(width, config.moe.top_k * config.moe.mlp_ratio * width).to(runtime.device)
 
         def output() -> Tensor:
             return block.feed_forward(model, x)
-    return LayerStep(model, machine, x, gradient, output)
+
+    return LayerStep(model, runtime, x, gradient, output)
 
 
-class LayerStep(Step):
-    """One layer's forward and backward, no optimiser: that would count the experts' size, not their work."""
+class LayerStep(TrainingStep):
+    """One layer's forward and backward, no optimizer: that would count the experts' size, not their work."""
 
-    def __init__(self, model: nn.Module, machine: Machine, x: Tensor, gradient: Tensor, output) -> None:
+    def __init__(self, model: nn.Module, runtime: Runtime, x: Tensor, gradient: Tensor, output) -> None:
         """Args: x: (B, N, D) input, whose gradient is computed. gradient: (B, N, D) of the output."""
-        super().__init__(model, machine, torch.optim.SGD([x, *model.parameters()], lr=0.0), output=output,
-                         loss=lambda y: y)
+        super().__init__(
+            model, runtime, torch.optim.SGD([x, *model.parameters()], lr=0.0), output=output, loss=lambda y: y
+        )
         self.gradient = gradient
 
     def backward(self) -> None:
@@ -168,4 +185,4 @@ class LayerStep(Step):
         self.trained = [p for p in self.model.parameters() if p.grad is not None]
 
     def update(self) -> None:
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
-from moe_bsr.ops import linear
 from moe_bsr.benchmark.measure import quiet_kineto
-from moe_bsr.training.update import Step
+from moe_bsr.ops import linear
+from moe_bsr.training.update import TrainingStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Product:
         return 2 * self.batch * self.m * self.k * self.n
 
 
-def step_products(step: Step) -> Counter[Product]:
+def step_products(step: TrainingStep) -> Counter[Product]:
     """The products of one step, forward and backward, with how often each is computed."""
     step.run()
     with quiet_kineto(), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
@@ -106,8 +106,7 @@ SHAPES: dict[str, Any] = {
 }
 
 
-def time_products(products: Iterable[Product], device: torch.device, budget: float = 0.1
-                  ) -> dict[Product, float]:
+def time_products(products: Iterable[Product], device: torch.device, budget: float = 0.1) -> dict[Product, float]:
     """Best seconds of each product alone, over the layouts its operands may have and the kernels there are.
 
     Args:

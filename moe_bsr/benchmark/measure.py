@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from moe_bsr.training.update import Step
 from moe_bsr.model.multitask import MultitaskViT
+from moe_bsr.training.update import TrainingStep
 
 PHASE, SECTION = "meter phase ", "meter section "
 ENGINE = "autograd::engine::evaluate_function: "
@@ -179,7 +179,7 @@ class Measured:
             input was made by the one before.
         kept_by_maker: the same by block and by the operator that made it.
         records: alive after the forward pass only because the caller holds the model's `Output`.
-        peaks: most bytes alive over what lived before the step, by phase (forward, backward, optimiser).
+        peaks: most bytes alive over what lived before the step, by phase (forward, backward, optimizer).
         transients: the same without the gradients of the parameters.
         at_peak: the largest allocations alive at the highest of these peaks.
         process_peak: during a step: resident memory of the process (CPU) or CUDA's allocated bytes.
@@ -188,7 +188,7 @@ class Measured:
     parameters: int
     buffers: int
     gradients: int
-    optimiser: int
+    optimizer: int
     kept: int
     kept_by_block: dict[str, int]
     kept_by_maker: dict[str, dict[str, int]]
@@ -199,14 +199,14 @@ class Measured:
     process_peak: int
 
 
-def measure(step: Step) -> Measured:
-    """Measure a training step. Two are run before: optimiser state and run-time copies then exist."""
-    model, device = step.model, step.machine.device
+def measure(step: TrainingStep) -> Measured:
+    """Measure a training step. Two are run before: optimizer state and run-time copies then exist."""
+    model, device = step.model, step.runtime.device
     for _ in range(2):
         step.run()
-    step.machine.reset_peak()
+    step.runtime.reset_peak()
     step.run()
-    process_peak = round(step.machine.peak_mb() * 2**20)
+    process_peak = round(step.runtime.peak_mb() * 2**20)
 
     gradients: set[int] = set()
 
@@ -215,43 +215,56 @@ def measure(step: Step) -> Measured:
 
     kept, records = kept_for_backward(step)
     with _marked_blocks(model):
-        whole = trace({"forward": step.forward, "backward": step.backward, "note": note_gradients,
-                       "optimiser": step.update, "end": step.clear}, device)
+        whole = trace(
+            {
+                "forward": step.forward,
+                "backward": step.backward,
+                "note": note_gradients,
+                "optimizer": step.update,
+                "end": step.clear,
+            },
+            device,
+        )
     by_block, by_maker = Counter(), defaultdict(Counter)
     for allocation in kept:
         by_block[allocation.section] += allocation.bytes
         by_maker[allocation.section][allocation.maker] += allocation.bytes
     apart = [a for a in whole.alive["backward"] if a.pointer in gradients]
-    phases = ("forward", "backward", "optimiser")
+    phases = ("forward", "backward", "optimizer")
     return Measured(
-        parameters=held(model.parameters()), buffers=held(model.buffers()),
+        parameters=held(model.parameters()),
+        buffers=held(model.buffers()),
         gradients=sum(p.numel() * p.element_size() for p in step.trained),
-        optimiser=held(v for state in step.optimiser.state.values() for v in state.values()
-                       if isinstance(v, Tensor)),
-        kept=by_block.total(), kept_by_block=dict(by_block),
+        optimizer=held(v for state in step.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)),
+        kept=by_block.total(),
+        kept_by_block=dict(by_block),
         kept_by_maker={block: dict(makers) for block, makers in by_maker.items()},
         records=records,
         peaks={phase: whole.peak(phase) for phase in phases},
         transients={phase: whole.peak(phase, apart) for phase in phases},
-        at_peak=whole.at_peak()[:12], process_peak=process_peak)
+        at_peak=whole.at_peak()[:12],
+        process_peak=process_peak,
+    )
 
 
-def kept_for_backward(step: Step) -> tuple[list[Allocation], int]:
+def kept_for_backward(step: TrainingStep) -> tuple[list[Allocation], int]:
     """What is alive after the forward pass because the loss holds it, and the bytes the `Output` holds."""
+
     def drop_output() -> None:
         step.output = None
 
     with _marked_blocks(step.model):
-        alive = trace({"forward": step.forward, "held by the loss": drop_output, "end": step.clear},
-                      step.machine.device).alive
+        alive = trace(
+            {"forward": step.forward, "held by the loss": drop_output, "end": step.clear}, step.runtime.device
+        ).alive
     kept = alive["held by the loss"]
     return kept, sum(a.bytes for a in alive["forward"]) - sum(a.bytes for a in kept)
 
 
-def inference_peak(step: Step) -> int:
+def inference_peak(step: TrainingStep) -> int:
     """Most bytes alive over what lived before in the step's forward pass alone, under no_grad."""
     step.infer()
-    return trace({"forward": step.infer}, step.machine.device).peak()
+    return trace({"forward": step.infer}, step.runtime.device).peak()
 
 
 @contextlib.contextmanager
@@ -260,9 +273,9 @@ def _marked_blocks(model: nn.Module) -> Iterator[None]:
     if not isinstance(model, MultitaskViT):
         yield
         return
-    run_stem, run_block = model.stem, model._block
+    run_stem, run_block = model.forward_features, model._block
 
-    def stem(*arguments: Any) -> Any:
+    def forward_features(*arguments: Any) -> Any:
         mark("embedding")
         return run_stem(*arguments)
 
@@ -270,12 +283,12 @@ def _marked_blocks(model: nn.Module) -> Iterator[None]:
         mark(f"block {index}")
         return run_block(index, *arguments)
 
-    model.stem, model._block = stem, block
+    model.forward_features, model._block = forward_features, block
     norm = model.vit.norm.register_forward_pre_hook(lambda *_: mark("head"))
     try:
         yield
     finally:
-        del model.stem, model._block
+        del model.forward_features, model._block
         norm.remove()
 
 

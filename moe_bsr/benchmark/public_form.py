@@ -19,7 +19,7 @@ class ExplicitBSR(nn.Module):
 
     def __init__(self, vit: VisionTransformer, plan: PlanConfig) -> None:
         super().__init__()
-        self.vit, self.drop, self.keep = vit, set(plan.drop), plan.keep
+        self.vit, self.drop, self.keep = vit, set(plan.drop_blocks), plan.keep_rate
         freeze(vit, plan)
         vit.head.requires_grad_(True)
 

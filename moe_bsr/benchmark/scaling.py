@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from moe_bsr.benchmark.cases import Case
-from moe_bsr.benchmark.workers import contestants, interleave
+from moe_bsr.benchmark.workers import interleave, workers
 
 SWEEPS: dict[str, tuple[list[int], Callable[[int], dict[str, Any]]]] = {
     "image size": ([96, 128, 160, 224, 288, 384], lambda n: {"image_size": n}),
     "batch": ([4, 8, 16, 32, 64], lambda n: {"batch": n}),
-    "experts": ([1, 2, 4, 8, 16, 32, 64],
-                lambda n: {"changes": {"moe__experts": n, "moe__top_k": min(4, n)}}),
+    "experts": ([1, 2, 4, 8, 16, 32, 64], lambda n: {"changes": {"moe__num_experts": n, "moe__top_k": min(4, n)}}),
     "tasks": ([1, 2, 5, 10, 20], lambda n: {"tasks": n}),
 }
 NOTES = {"image size": "px; tokens grow with its square", "experts": "of which min(4, n) are active"}
 
 
-def measure(shared: dict[str, Any], precision: str, rounds: int, steps: int, note: Callable[[str], None]
-            ) -> dict[str, Any]:
+def measure(
+    shared: dict[str, Any], precision: str, rounds: int, steps: int, note: Callable[[str], None]
+) -> dict[str, Any]:
     """{sweep: [{"at": n, "seconds": raw times, "peak": bytes, "kept": bytes}, ...]}.
 
     The points of a sweep take turns, as everything compared here does.
@@ -30,11 +30,13 @@ def measure(shared: dict[str, Any], precision: str, rounds: int, steps: int, not
     for name, (points, change) in SWEEPS.items():
         note(f"{name}: {points}")
         cases = [replace(Case(subject="moe_bsr", precision=precision, **shared), **change(n)) for n in points]
-        with contestants(cases) as group:
+        with workers(cases) as group:
             turns = interleave(group, rounds, steps)
             memory = [one.ask("memory") for one in group]
-        result[name] = [{"at": n, "seconds": list(chain(*times)), "peak": max(m["transients"].values()),
-                         "kept": m["kept"]} for n, times, m in zip(points, turns, memory, strict=True)]
+        result[name] = [
+            {"at": n, "seconds": list(chain(*times)), "peak": max(m["transients"].values()), "kept": m["kept"]}
+            for n, times, m in zip(points, turns, memory, strict=True)
+        ]
     return {"scaling": result}
 
 
@@ -43,8 +45,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 3.2), layout="constrained")
-    for axis, (name, points) in zip(figure.subplots(1, len(result["scaling"])), result["scaling"].items(),
-                                    strict=True):
+    for axis, (name, points) in zip(figure.subplots(1, len(result["scaling"])), result["scaling"].items(), strict=True):
         at = [p["at"] for p in points]
         seconds, peak = [statistics.median(p["seconds"]) for p in points], [p["peak"] / 2**20 for p in points]
         right = axis.twinx()

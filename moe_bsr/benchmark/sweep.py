@@ -9,34 +9,37 @@ from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
 
-from moe_bsr.model.backbones import vit as backbone
 from moe_bsr import config as configuration
+from moe_bsr.benchmark.measure import Measured, measure
 from moe_bsr.config import Config
 from moe_bsr.cost.predict import Cost, predict
-from moe_bsr.benchmark.measure import Measured, measure
-from moe_bsr.training.update import training_step
-from moe_bsr.runtime.device import prepare
+from moe_bsr.model.backbones import vit as backbone
 from moe_bsr.model.multitask import MultitaskViT, Output
 from moe_bsr.model.storage import STORAGES
+from moe_bsr.runtime.device import prepare
+from moe_bsr.training.update import training_step
 
-TOLERANCES = {"parameters": 0.0, "gradients": 0.0, "optimiser": 0.0, "kept": 0.02, "transients": 0.05}
+TOLERANCES = {"parameters": 0.0, "gradients": 0.0, "optimizer": 0.0, "kept": 0.02, "transients": 0.05}
 
 
 def plans(depth: int) -> dict[str, dict[str, Any]]:
     """The six plans at any depth, as keys of `plan`; at depth 12 BSR is the paper's 3, 7, 11 / 3, 6, 9."""
     trained = [depth // 4, 7 * depth // 12, depth - 1]
     drops = [depth // 4, depth // 2, 3 * depth // 4]
-    none = {"drop": [], "experts": [], "keep": 0.5}
-    return {"full": none | {"trainable": "all"},
-            "last": none | {"trainable": []},
-            "last-k": none | {"trainable": list(range(depth - depth // 4, depth))},
-            "bsr": none | {"trainable": trained, "drop": drops},
-            "moe": none | {"trainable": "all", "experts": trained},
-            "moe-bsr": none | {"trainable": trained, "drop": drops, "experts": trained}}
+    none = {"drop_blocks": [], "moe_blocks": [], "keep_rate": 0.5}
+    return {
+        "full": none | {"train_blocks": "all"},
+        "last": none | {"train_blocks": []},
+        "last-k": none | {"train_blocks": list(range(depth - depth // 4, depth))},
+        "bsr": none | {"train_blocks": trained, "drop_blocks": drops},
+        "moe": none | {"train_blocks": "all", "moe_blocks": trained},
+        "moe-bsr": none | {"train_blocks": trained, "drop_blocks": drops, "moe_blocks": trained},
+    }
 
 
-def run(config: Config, classes: dict[str, int], *, batch: int, vit: VisionTransformer | None = None
-        ) -> tuple[Cost, Measured]:
+def run(
+    config: Config, classes: dict[str, int], *, batch: int, vit: VisionTransformer | None = None
+) -> tuple[Cost, Measured]:
     """The prediction for a step of the task with most classes, and its measurement, on random weights.
 
     What a step allocates depends on shapes alone; only the sizes of the experts' groups depend on values,
@@ -47,10 +50,10 @@ def run(config: Config, classes: dict[str, int], *, batch: int, vit: VisionTrans
     """
     if vit is None:
         vit = random_backbone(config)
-    machine = prepare(config.machine)
+    runtime = prepare(config.runtime)
     model = MultitaskViT(copy.deepcopy(vit), config, classes)
     task = max(classes, key=classes.get)
-    step = training_step(machine.place(model), config, machine, batch=batch, task=task)
+    step = training_step(runtime.place(model), config, runtime, batch=batch, task=task)
     shares: dict[int, float] = {}
 
     def note_shares(_, __, output: Output) -> None:
@@ -60,7 +63,7 @@ def run(config: Config, classes: dict[str, int], *, batch: int, vit: VisionTrans
 
     with model.register_forward_hook(note_shares):
         seen = measure(step)  # its last forward pass is that of the step it traces
-    return predict(model, config, batch=batch, precision=machine.precision, task=task, shares=shares), seen
+    return predict(model, config, batch=batch, precision=runtime.precision, task=task, shares=shares), seen
 
 
 def random_backbone(config: Config) -> VisionTransformer:
@@ -69,39 +72,66 @@ def random_backbone(config: Config) -> VisionTransformer:
 
 def compare(cost: Cost, seen: Measured) -> dict[str, dict[str, float]]:
     """{quantity: {"predicted", "measured", "difference" (relative to the measured)}}, in bytes."""
-    pairs = {"parameters": (cost.parameters, seen.parameters + seen.buffers),
-             "gradients": (cost.gradients, seen.gradients),
-             "optimiser": (cost.optimiser, seen.optimiser),
-             "kept": (cost.kept, seen.kept),
-             "transients": (max(cost.transients.values()), max(seen.transients.values()))}
-    pairs |= {f"transients, {phase}": (cost.transients[phase], seen.transients[phase])
-              for phase in seen.transients}
-    return {name: {"predicted": a, "measured": b, "difference": (a - b) / b if b else float(a != 0)}
-            for name, (a, b) in pairs.items()}
+    pairs = {
+        "parameters": (cost.parameters, seen.parameters + seen.buffers),
+        "gradients": (cost.gradients, seen.gradients),
+        "optimizer": (cost.optimizer, seen.optimizer),
+        "kept": (cost.kept, seen.kept),
+        "transients": (max(cost.transients.values()), max(seen.transients.values())),
+    }
+    pairs |= {f"transients, {phase}": (cost.transients[phase], seen.transients[phase]) for phase in seen.transients}
+    return {
+        name: {"predicted": a, "measured": b, "difference": (a - b) / b if b else float(a != 0)}
+        for name, (a, b) in pairs.items()
+    }
 
 
 def compare_blocks(cost: Cost, seen: Measured) -> dict[str, dict[str, int]]:
     """{section: {"predicted", "measured"}} bytes kept for the backward pass."""
     sections = list(dict.fromkeys([*cost.kept_by_block, *seen.kept_by_block]))
-    return {name: {"predicted": sum(cost.kept_by_block.get(name, {}).values()),
-                   "measured": seen.kept_by_block.get(name, 0)} for name in sections}
+    return {
+        name: {"predicted": sum(cost.kept_by_block.get(name, {}).values()), "measured": seen.kept_by_block.get(name, 0)}
+        for name in sections
+    }
 
 
-def sweep(config: Config, classes: dict[str, int], *, backbones: list[str], image_size: int | None,
-          batches: list[int], storages: list[str] | None = None) -> Iterator[dict[str, Any]]:
+def sweep(
+    config: Config,
+    classes: dict[str, int],
+    *,
+    backbones: list[str],
+    image_size: int | None,
+    batches: list[int],
+    storages: list[str] | None = None,
+) -> Iterator[dict[str, Any]]:
     """One record for each backbone x plan x precision x batch x storage; `config` gives the rest."""
     for name in backbones:
-        config = configuration.replace(config, backbone__name=name, backbone__image_size=image_size,
-                                       plan__trainable=[], plan__drop=[], plan__experts=[])
+        config = configuration.replace(
+            config,
+            backbone__name=name,
+            backbone__image_size=image_size,
+            plan__train_blocks=[],
+            plan__drop_blocks=[],
+            plan__moe_blocks=[],
+        )
         vit = random_backbone(config)
-        grid = itertools.product(("fp32", "bf16"), batches, storages or list(STORAGES),
-                                 plans(len(vit.blocks)).items())
+        grid = itertools.product(("fp32", "bf16"), batches, storages or list(STORAGES), plans(len(vit.blocks)).items())
         for precision, batch, storage, (plan, keys) in grid:
-            changed = configuration.replace(config, machine__precision=precision, storage=storage,
-                                            **{f"plan__{key}": value for key, value in keys.items()})
+            changed = configuration.replace(
+                config,
+                runtime__precision=precision,
+                storage=storage,
+                **{f"plan__{key}": value for key, value in keys.items()},
+            )
             cost, seen = run(changed, classes, batch=batch, vit=vit)
-            yield {"backbone": name, "plan": plan, "precision": precision, "batch": batch,
-                   "storage": storage, "quantities": compare(cost, seen)}
+            yield {
+                "backbone": name,
+                "plan": plan,
+                "precision": precision,
+                "batch": batch,
+                "storage": storage,
+                "quantities": compare(cost, seen),
+            }
 
 
 def summary(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

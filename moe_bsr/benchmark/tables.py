@@ -13,17 +13,34 @@ def of_cases(results: Results, group: str, batch: int) -> list[list[str]]:
     rows = [[group, "step ms", "images/s", "kept MiB/image", "peak MiB", "inference MiB", "process MiB"]]
     for name, about in results[group].items():
         seconds, memory = step_seconds(results, group, name), about["memory"]
-        rows.append([name, f"{1e3 * seconds:.1f}", f"{batch / seconds:.1f}", f"{memory['kept_per_image'] / MIB:.3f}",
-                     f"{max(memory['transients'].values()) / MIB:.1f}", f"{memory['inference_peak'] / MIB:.1f}",
-                     f"{memory['process_peak'] / MIB:.0f}"])
+        rows.append(
+            [
+                name,
+                f"{1e3 * seconds:.1f}",
+                f"{batch / seconds:.1f}",
+                f"{memory['kept_per_image'] / MIB:.3f}",
+                f"{max(memory['transients'].values()) / MIB:.1f}",
+                f"{memory['inference_peak'] / MIB:.1f}",
+                f"{memory['process_peak'] / MIB:.0f}",
+            ]
+        )
     return rows
 
 
 def of_targets(judged: list[dict[str, Any]]) -> list[list[str]]:
     rows = [["what", "published", "bound", "must reach", "measured", "reached", "detail"]]
     for row in judged:
-        rows.append([row["what"], row["published"], row["bound"], row["target"], f"{row['value']:.2f}x",
-                     "yes" if row["reached"] else "no", row["detail"]])
+        rows.append(
+            [
+                row["what"],
+                row["published"],
+                row["bound"],
+                row["target"],
+                f"{row['value']:.2f}x",
+                "yes" if row["reached"] else "no",
+                row["detail"],
+            ]
+        )
     return rows
 
 
@@ -32,6 +49,12 @@ def of_scaling(points: list[dict[str, Any]], name: str) -> list[list[str]]:
     rows = [[name, "step ms", "fastest", "slowest", "peak MiB", "kept MiB"]]
     for point in points:
         taken = point["seconds"]
-        rows.append([str(point["at"]), *(f"{1e3 * of(taken):.0f}" for of in (statistics.median, min, max)),
-                     f"{point['peak'] / MIB:.1f}", f"{point['kept'] / MIB:.1f}"])
+        rows.append(
+            [
+                str(point["at"]),
+                *(f"{1e3 * of(taken):.0f}" for of in (statistics.median, min, max)),
+                f"{point['peak'] / MIB:.1f}",
+                f"{point['kept'] / MIB:.1f}",
+            ]
+        )
     return rows

@@ -47,19 +47,25 @@ def step_seconds(results: Results, group: str, case: str) -> float:
 
 def gain(group: str, slow: str, fast: str) -> Callable[[Results], Figure]:
     """Ratio of the medians, the range of the ratios of single rounds, and how every other case compares."""
+
     def value(results: Results) -> Figure:
         cases = results[group]
         turns = zip(cases[slow]["seconds"], cases[fast]["seconds"], strict=True)
         ratios = [statistics.median(a) / statistics.median(b) for a, b in turns]
-        against = {case: step_seconds(results, group, case) / step_seconds(results, group, fast)
-                   for case in cases if case != fast}
+        against = {
+            case: step_seconds(results, group, case) / step_seconds(results, group, fast)
+            for case in cases
+            if case != fast
+        }
         detail = f"{slow} / {fast}; rounds {min(ratios):.2f} to {max(ratios):.2f}"
         return Figure(against[slow], detail, against)
+
     return value
 
 
 def memory_gain(least_speed: float) -> Callable[[Results], Figure]:
     """Bytes kept per image, stock timm in fp32 against the leanest storage that is fast enough."""
+
     def value(results: Results) -> Figure:
         group, stock = results["fp32"], "timm fp32 stock"
         whole = step_seconds(results, "fp32", stock)
@@ -70,19 +76,29 @@ def memory_gain(least_speed: float) -> Callable[[Results], Figure]:
         detail = f"{leanest}: {kept[leanest] / 2**20:.3f} MiB an image at {speeds[leanest]:.1f}x the speed"
         if not fast:
             detail += f", slower than the {least_speed:g}x asked for"
-        return Figure(kept[stock] / kept[leanest], detail,
-                      {case: size / kept[leanest] for case, size in kept.items() if case != leanest}, bool(fast))
+        return Figure(
+            kept[stock] / kept[leanest],
+            detail,
+            {case: size / kept[leanest] for case, size in kept.items() if case != leanest},
+            bool(fast),
+        )
+
     return value
 
 
 def peak_ratio(group: str, plan: str) -> Callable[[Results], Figure]:
     """Weights and transients of a step over weights and transients of inference; the leanest storage."""
+
     def value(results: Results) -> Figure:
-        ratios = {case: (m["weights"] + max(m["transients"].values())) / (m["weights"] + m["inference_peak"])
-                  for case, about in results[group].items() for m in [about["memory"]]
-                  if "_ffn " not in case}
+        ratios = {
+            case: (m["weights"] + max(m["transients"].values())) / (m["weights"] + m["inference_peak"])
+            for case, about in results[group].items()
+            for m in [about["memory"]]
+            if "_ffn " not in case
+        }
         least = min((case for case in ratios if case.startswith(plan)), key=ratios.__getitem__)
         return Figure(ratios[least], least, {case: ratio for case, ratio in ratios.items() if case != least})
+
     return value
 
 
@@ -91,34 +107,82 @@ def products_share(group: str, case: str) -> Callable[[Results], Figure]:
         products = results[group][case]["products"]
         share = products["seconds"] / step_seconds(results, group, case)
         return Figure(share, f"{case}: {products['flops'] / 1e9:.0f} GFLOPs in products a step", {})
+
     return value
 
 
 TARGETS = [
-    Target("BSR step bf16 against stock timm full fine-tuning fp32", "2.43x (GPU)", "", 15, True,
-           gain("fp32", "timm fp32 stock", "bsr bf16")),
+    Target(
+        "BSR step bf16 against stock timm full fine-tuning fp32",
+        "2.43x (GPU)",
+        "",
+        15,
+        True,
+        gain("fp32", "timm fp32 stock", "bsr bf16"),
+    ),
     Target("both bf16, against stock timm", "", "", 6, True, gain("bf16", "timm bf16 stock", "bsr bf16")),
     Target("both fp32, against stock timm", "", "", 4.8, True, gain("fp32", "timm fp32 stock", "bsr fp32")),
-    Target("the method's own gain: BSR against our full fine-tuning, bf16", "", "3.64x by FLOPs", 3.4, True,
-           gain("bf16", "full bf16", "bsr bf16")),
+    Target(
+        "the method's own gain: BSR against our full fine-tuning, bf16",
+        "",
+        "3.64x by FLOPs",
+        3.4,
+        True,
+        gain("bf16", "full bf16", "bsr bf16"),
+    ),
     Target("the same in fp32", "", "3.64x by FLOPs", 3.4, True, gain("fp32", "full fp32", "bsr fp32")),
-    Target("MoE-BSR against our MoE baseline, bf16", "2.3x by FLOPs", "3.52x by FLOPs", 3.2, True,
-           gain("experts bf16", "moe_full bf16", "moe_bsr bf16")),
-    Target("the same in fp32", "2.3x by FLOPs", "3.52x by FLOPs", 3.2, True,
-           gain("experts fp32", "moe_full fp32", "moe_bsr fp32")),
-    Target("MoE FFN forward + backward against a dense one of equal products, bf16", "1.2-2.2x", "1", 1.25,
-           False, gain("experts bf16", "moe_ffn bf16", "dense_ffn bf16")),
-    Target("the same in fp32", "1.2-2.2x", "1", 1.25, False,
-           gain("experts fp32", "moe_ffn fp32", "dense_ffn fp32")),
-    Target("activation bytes kept per image: stock timm fp32 against ours, step >= 12x faster", "62x (WASI)",
-           "", 100, True, memory_gain(12)),
-    Target("peak of a BSR training step against a no_grad forward, weights in both", "", "1", 1.25, False,
-           peak_ratio("fp32", "bsr bf16")),
+    Target(
+        "MoE-BSR against our MoE baseline, bf16",
+        "2.3x by FLOPs",
+        "3.52x by FLOPs",
+        3.2,
+        True,
+        gain("experts bf16", "moe_full bf16", "moe_bsr bf16"),
+    ),
+    Target(
+        "the same in fp32",
+        "2.3x by FLOPs",
+        "3.52x by FLOPs",
+        3.2,
+        True,
+        gain("experts fp32", "moe_full fp32", "moe_bsr fp32"),
+    ),
+    Target(
+        "MoE FFN forward + backward against a dense one of equal products, bf16",
+        "1.2-2.2x",
+        "1",
+        1.25,
+        False,
+        gain("experts bf16", "moe_ffn bf16", "dense_ffn bf16"),
+    ),
+    Target("the same in fp32", "1.2-2.2x", "1", 1.25, False, gain("experts fp32", "moe_ffn fp32", "dense_ffn fp32")),
+    Target(
+        "activation bytes kept per image: stock timm fp32 against ours, step >= 12x faster",
+        "62x (WASI)",
+        "",
+        100,
+        True,
+        memory_gain(12),
+    ),
+    Target(
+        "peak of a BSR training step against a no_grad forward, weights in both",
+        "",
+        "1",
+        1.25,
+        False,
+        peak_ratio("fp32", "bsr bf16"),
+    ),
     Target("the same in fp32", "", "1", 1.25, False, peak_ratio("fp32", "bsr fp32")),
     Target("the same for MoE-BSR, bf16", "", "1", 1.5, False, peak_ratio("experts bf16", "moe_bsr bf16")),
     Target("the same for MoE-BSR, fp32", "", "1", 1.5, False, peak_ratio("experts fp32", "moe_bsr fp32")),
-    Target("best isolated times of the step's own products / step time, BSR bf16", "", "1", 0.7, True,
-           products_share("fp32", "bsr bf16")),
+    Target(
+        "best isolated times of the step's own products / step time, BSR bf16",
+        "",
+        "1",
+        0.7,
+        True,
+        products_share("fp32", "bsr bf16"),
+    ),
     Target("the same in fp32", "", "1", 0.7, True, products_share("fp32", "bsr fp32")),
 ]
 
@@ -132,8 +196,16 @@ def judge(results: Results) -> list[dict[str, Any]]:
         except (KeyError, ValueError):  # its cases were left out
             continue
         reached = figure.holds and (figure.value >= target.limit if target.at_least else figure.value <= target.limit)
-        rows.append({"what": target.what, "published": target.published, "bound": target.bound,
-                     "target": f"{'>=' if target.at_least else '<='} {target.limit:g}x",
-                     "value": figure.value, "reached": reached, "detail": figure.detail,
-                     "others": figure.others})
+        rows.append(
+            {
+                "what": target.what,
+                "published": target.published,
+                "bound": target.bound,
+                "target": f"{'>=' if target.at_least else '<='} {target.limit:g}x",
+                "value": figure.value,
+                "reached": reached,
+                "detail": figure.detail,
+                "others": figure.others,
+            }
+        )
     return rows

@@ -14,17 +14,16 @@ from torch.profiler import ProfilerActivity, profile
 from moe_bsr.benchmark.cases import Case, make
 from moe_bsr.benchmark.matmuls import step_products, time_products
 from moe_bsr.benchmark.measure import inference_peak, kept_for_backward, measure, quiet_kineto
-from moe_bsr.training.update import Step
+from moe_bsr.training.update import TrainingStep
 
 
-class Contestant:
+class BenchmarkWorker:
     """A case in a process of its own (spawned, so that nobody inherits another's allocator)."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
         self._pipe, theirs = multiprocessing.get_context("spawn").Pipe()
-        self._process = multiprocessing.get_context("spawn").Process(
-            target=_serve, args=(theirs, case), daemon=True)
+        self._process = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs, case), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -39,8 +38,10 @@ class Contestant:
             failed, result = self._pipe.recv()
         except (EOFError, BrokenPipeError) as error:
             self._process.join()
-            raise RuntimeError(f"{self.case.name}: its process died with status {self._process.exitcode}; if "
-                               "memory ran out, lower --batch") from error
+            raise RuntimeError(
+                f"{self.case.name}: its process died with status {self._process.exitcode}; if "
+                "memory ran out, lower --batch"
+            ) from error
         if failed:
             raise RuntimeError(f"{self.case.name}: {result}")
         return result
@@ -51,24 +52,24 @@ class Contestant:
 
 
 @contextmanager
-def contestants(cases: list[Case]) -> Iterator[list[Contestant]]:
+def workers(cases: list[Case]) -> Iterator[list[BenchmarkWorker]]:
     """One process per case, warmed up one after the other; closed at the end."""
-    started = [Contestant(case) for case in cases]
+    started = [BenchmarkWorker(case) for case in cases]
     try:
-        for contestant in started:
-            contestant.ask("seconds", 2)
+        for worker in started:
+            worker.ask("seconds", 2)
         yield started
     finally:
-        for contestant in started:
-            contestant.close()
+        for worker in started:
+            worker.close()
 
 
-def interleave(group: list[Contestant], rounds: int, steps: int) -> list[list[list[float]]]:
+def interleave(group: list[BenchmarkWorker], rounds: int, steps: int) -> list[list[list[float]]]:
     """Seconds of every step, by contestant and round: in each round each takes `steps` steps in turn.
 
     The first step of a turn finds other processes' data in the caches; it is timed like the others.
     """
-    turns = [[contestant.ask("seconds", steps) for contestant in group] for _ in range(rounds)]
+    turns = [[worker.ask("seconds", steps) for worker in group] for _ in range(rounds)]
     return [list(of_one) for of_one in zip(*turns, strict=True)]
 
 
@@ -91,19 +92,19 @@ def _serve(pipe: Connection, case: Case) -> None:
             pipe.send((True, f"{type(error).__name__}: {error}"))
 
 
-def seconds(case: Case, step: Step, steps: int) -> list[float]:
+def seconds(case: Case, step: TrainingStep, steps: int) -> list[float]:
     """Wall-clock seconds of each of `steps` whole steps."""
     taken = []
     for _ in range(steps):
         began = time.perf_counter()
         step.run()
-        if step.machine.device.type == "cuda":
-            torch.cuda.synchronize(step.machine.device)
+        if step.runtime.device.type == "cuda":
+            torch.cuda.synchronize(step.runtime.device)
         taken.append(time.perf_counter() - began)
     return taken
 
 
-def memory(case: Case, step: Step) -> dict[str, Any]:
+def memory(case: Case, step: TrainingStep) -> dict[str, Any]:
     """What a step holds, in bytes (see `Measured`), and the peak of a forward pass under no_grad.
 
     `kept_per_image` is the growth of what is kept from half the batch to all of it: copies of weights are
@@ -114,22 +115,29 @@ def memory(case: Case, step: Step) -> dict[str, Any]:
     half = case.batch // 2
     kept, _ = kept_for_backward(make(dataclasses.replace(case, batch=half)))
     growth = seen["kept"] - sum(a.bytes for a in kept)
-    size = 2 if step.machine.precision == "bf16" else 4
-    return seen | {"kept_per_image": growth / (case.batch - half), "inference_peak": inference_peak(step),
-                   "weights": size * sum(p.numel() for p in step.model.parameters())}
+    size = 2 if step.runtime.precision == "bf16" else 4
+    return seen | {
+        "kept_per_image": growth / (case.batch - half),
+        "inference_peak": inference_peak(step),
+        "weights": size * sum(p.numel() for p in step.model.parameters()),
+    }
 
 
-def products(case: Case, step: Step) -> dict[str, Any]:
+def products(case: Case, step: TrainingStep) -> dict[str, Any]:
     """The step's matrix products: their FLOPs and the sum of their best isolated times in seconds."""
     counted = step_products(step)
-    best = time_products(counted, step.machine.device)
-    return {"flops": sum(p.flops * n for p, n in counted.items()),
-            "seconds": sum(best[p] * n for p, n in counted.items()),
-            "shapes": [[dataclasses.asdict(p), n, best[p]] for p, n in
-                       sorted(counted.items(), key=lambda item: -best[item[0]] * item[1])]}
+    best = time_products(counted, step.runtime.device)
+    return {
+        "flops": sum(p.flops * n for p, n in counted.items()),
+        "seconds": sum(best[p] * n for p, n in counted.items()),
+        "shapes": [
+            [dataclasses.asdict(p), n, best[p]]
+            for p, n in sorted(counted.items(), key=lambda item: -best[item[0]] * item[1])
+        ],
+    }
 
 
-def hot_spots(case: Case, step: Step, rows: int = 10) -> list[tuple[str, float, int]]:
+def hot_spots(case: Case, step: TrainingStep, rows: int = 10) -> list[tuple[str, float, int]]:
     """Operators by the time spent in themselves: (name, milliseconds a step, calls a step)."""
     step.run()
     with quiet_kineto(), profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -140,4 +148,3 @@ def hot_spots(case: Case, step: Step, rows: int = 10) -> list[tuple[str, float, 
 
 
 JOBS = {"seconds": seconds, "memory": memory, "products": products, "hot_spots": hot_spots}
-

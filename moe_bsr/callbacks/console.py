@@ -5,23 +5,26 @@ import time
 
 from tqdm import tqdm
 
-from moe_bsr.training.callback import Evaluation, Observer, Start, Step
+from moe_bsr.training.callback import Callback, EvalEvent, StartEvent, StepEvent
 
 LINES = 20  # progress lines over a run when there is no terminal
 
 
-class Console(Observer):
+class Console(Callback):
     bar: tqdm | None = None
 
-    def on_start(self, start: Start) -> None:
+    def on_start(self, start: StartEvent) -> None:
         self.steps = start.config.train.steps
         self.started, self.first = time.monotonic(), start.step
         for line in start.about:
             self._say(line)
-        self.bar = tqdm(total=self.steps, initial=start.step, unit="update", dynamic_ncols=True,
-                        smoothing=0.05) if sys.stderr.isatty() else None
+        self.bar = (
+            tqdm(total=self.steps, initial=start.step, unit="update", dynamic_ncols=True, smoothing=0.05)
+            if sys.stderr.isatty()
+            else None
+        )
 
-    def on_step(self, step: Step) -> None:
+    def on_step(self, step: StepEvent) -> None:
         m = step.metrics
         text = f"{step.task} loss {m['loss']:.3f} acc {m['accuracy']:.0%}"
         if self.bar is not None:
@@ -30,10 +33,12 @@ class Console(Observer):
         elif step.step % max(1, self.steps // LINES) == 0 or step.step == self.steps:
             done = step.step - self.first
             left = (time.monotonic() - self.started) / done * (self.steps - step.step)
-            self._say(f"{step.step:>6}/{self.steps} {text} lr {m['lr']:.2e} | {step.images_per_second:.0f} "
-                      f"images/s, {left:.0f} s left | {_progress(step)}")
+            self._say(
+                f"{step.step:>6}/{self.steps} {text} lr {m['lr']:.2e} | {step.images_per_second:.0f} "
+                f"images/s, {left:.0f} s left | {_progress(step)}"
+            )
 
-    def on_evaluate(self, evaluation: Evaluation) -> None:
+    def on_evaluate(self, evaluation: EvalEvent) -> None:
         scores = "  ".join(f"{task} {s['top1']:.1f}" for task, s in evaluation.scores.items())
         mean = sum(s["top1"] for s in evaluation.scores.values()) / len(evaluation.scores)
         self._say(f"{evaluation.step:>6}/{self.steps} {evaluation.split} top-1 %: {scores}  mean {mean:.2f}")
@@ -48,6 +53,6 @@ class Console(Observer):
         sys.stdout.flush()
 
 
-def _progress(step: Step) -> str:
-    """Realised updates and epochs of each task."""
+def _progress(step: StepEvent) -> str:
+    """Realized updates and epochs of each task."""
     return " ".join(f"{task}:{int(p['updates'])}u/{p['epochs']:.1f}ep" for task, p in step.progress.items())

@@ -33,22 +33,23 @@ def choices(config: Config) -> dict[str, str | float]:
     TensorBoard sorts columns by name and shows five at first: the names put the plan there.
     """
     plan, moe, storage = config.plan, config.moe, config.storage
-    keeps = plan.keep if isinstance(plan.keep, list) else [plan.keep] * bool(plan.drop)
+    keeps = plan.keep_rate if isinstance(plan.keep_rate, list) else [plan.keep_rate] * bool(plan.drop_blocks)
     return {
-        "blocks trained": plan.trainable if plan.trainable == "all" else _listed(plan.trainable),
-        "drop in blocks": _listed(plan.drop),
+        "blocks trained": plan.train_blocks if plan.train_blocks == "all" else _listed(plan.train_blocks),
+        "drop in blocks": _listed(plan.drop_blocks),
         "drop keeps": _listed(keeps),
-        "expert blocks": _listed(plan.experts),
-        "experts": f"top {moe.top_k} of {moe.experts}" if plan.experts else "none",
+        "expert blocks": _listed(plan.moe_blocks),
+        "experts": f"top {moe.top_k} of {moe.num_experts}" if plan.moe_blocks else "none",
         "images per batch": float(config.train.batch_size),
         "learning rate": config.train.lr,
-        "load balance": moe.balance if plan.experts else "none",
-        "router": moe.router if plan.experts else "none",
+        "load balance": moe.balance_loss if plan.moe_blocks else "none",
+        "router": moe.router if plan.moe_blocks else "none",
         "sampler": config.sampler.kind,
         "seed": float(config.seed),
         "steps": float(config.train.steps),
-        "storage": storage if isinstance(storage, str) else "; ".join(
-            f"{name} {_listed(blocks)}" for name, blocks in storage.items()),
+        "storage": storage
+        if isinstance(storage, str)
+        else "; ".join(f"{name} {_listed(blocks)}" for name, blocks in storage.items()),
         "tasks": ", ".join(config.task_names()),
     }
 

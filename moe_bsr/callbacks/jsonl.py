@@ -7,12 +7,12 @@ import json
 import os
 from pathlib import Path
 
-from moe_bsr.training.callback import Evaluation, Observer, Step
+from moe_bsr.training.callback import Callback, EvalEvent, StepEvent
 
 SCORES = ("top1", "top5", "mean_class_accuracy", "ece", "loss", "n")
 
 
-class Jsonl(Observer):
+class Jsonl(Callback):
     def __init__(self, run: Path) -> None:
         self.path = run / "metrics.jsonl"
         self.stream = None
@@ -21,15 +21,27 @@ class Jsonl(Observer):
         self.stream = self.path.open("ab", buffering=0)
         self.stream.truncate(min(self.path.stat().st_size, state.get("bytes", 0)))
 
-    def on_step(self, step: Step) -> None:
-        self._write({"step": step.step, "task": step.task, **step.metrics,
-                     "images": step.progress[step.task]["images"],
-                     "epochs": step.progress[step.task]["epochs"]})
+    def on_step(self, step: StepEvent) -> None:
+        self._write(
+            {
+                "step": step.step,
+                "task": step.task,
+                **step.metrics,
+                "images": step.progress[step.task]["images"],
+                "epochs": step.progress[step.task]["epochs"],
+            }
+        )
 
-    def on_evaluate(self, evaluation: Evaluation) -> None:
+    def on_evaluate(self, evaluation: EvalEvent) -> None:
         for task, scores in evaluation.scores.items():
-            self._write({"step": evaluation.step, "task": task, "split": evaluation.split,
-                         **{name: scores[name] for name in SCORES}})
+            self._write(
+                {
+                    "step": evaluation.step,
+                    "task": task,
+                    "split": evaluation.split,
+                    **{name: scores[name] for name in SCORES},
+                }
+            )
 
     def state(self) -> dict:
         os.fsync(self.stream.fileno())

@@ -10,23 +10,32 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from moe_bsr.training.callback import Evaluation, Observer, Start, Step
-from moe_bsr.runs.report import markdown
 from moe_bsr.callbacks import hparams
+from moe_bsr.runs.report import markdown
+from moe_bsr.training.callback import Callback, EvalEvent, StartEvent, StepEvent
 from moe_bsr.visualize import theme as style
 
 SCORES = ("top1", "top5", "mean_class_accuracy", "ece", "loss")
 CAP = 20_000_000  # bytes of events for every hour of training begun: beyond it no picture is written
 POINTS = 2000  # most training points per task and number; TensorBoard itself shows 1000
-TASK_CHARTS = {"validation top-1, %": "val/[^/]+/top1$", "validation loss": "val/[^/]+/loss$",
-               "training accuracy": "train/[^/]+/accuracy$", "training loss": "train/[^/]+/loss$"}
-EXPERT_CHARTS = {"load CV (0: even)": "load_cv", "entropy of the mean choice (1: balanced)": "mean_entropy",
-                 "entropy of single tokens (0: sure)": "token_entropy", "dead experts": "dead_experts",
-                 "largest share": "largest_share", "specialisation (1: an expert tells the task)":
-                 "mutual_information", "stability since the last evaluation (1: settled)": "stability"}
+TASK_CHARTS = {
+    "validation top-1, %": "val/[^/]+/top1$",
+    "validation loss": "val/[^/]+/loss$",
+    "training accuracy": "train/[^/]+/accuracy$",
+    "training loss": "train/[^/]+/loss$",
+}
+EXPERT_CHARTS = {
+    "load CV (0: even)": "load_cv",
+    "entropy of the mean choice (1: balanced)": "mean_entropy",
+    "entropy of single tokens (0: sure)": "token_entropy",
+    "dead experts": "dead_experts",
+    "largest share": "largest_share",
+    "specialization (1: an expert tells the task)": "mutual_information",
+    "stability since the last evaluation (1: settled)": "stability",
+}
 
 
-class TensorBoard(Observer):
+class TensorBoard(Callback):
     def __init__(self, run: Path) -> None:
         self.folder = run / "tensorboard"
         self.writer: SummaryWriter | None = None
@@ -42,15 +51,15 @@ class TensorBoard(Observer):
                 file.unlink()
         self.seconds, self.full = state.get("seconds", 0.0), state.get("full", False)
 
-    def on_start(self, start: Start) -> None:
+    def on_start(self, start: StartEvent) -> None:
         self.config, self.started = start.config, time.monotonic()
         self.every = math.ceil(start.config.train.steps / POINTS)
         self.writer = SummaryWriter(str(self.folder))
         if start.step == 0:
             self.writer.add_text("run", "\n\n".join(start.about))
-            self.writer.add_custom_scalars(layout(bool(start.config.plan.experts)))
+            self.writer.add_custom_scalars(layout(bool(start.config.plan.moe_blocks)))
 
-    def on_step(self, step: Step) -> None:
+    def on_step(self, step: StepEvent) -> None:
         if step.progress[step.task]["updates"] % self.every:
             return
         for name, value in step.metrics.items():
@@ -58,7 +67,7 @@ class TensorBoard(Observer):
             self.writer.add_scalar(tag, value, step.step)
         self.writer.add_scalar("speed/images_per_second", step.images_per_second, step.step)
 
-    def on_evaluate(self, evaluation: Evaluation) -> None:
+    def on_evaluate(self, evaluation: EvalEvent) -> None:
         for task, scores in evaluation.scores.items():
             for name in SCORES:
                 self.writer.add_scalar(f"{evaluation.split}/{task}/{name}", scores[name], evaluation.step)
@@ -78,8 +87,12 @@ class TensorBoard(Observer):
             style.write_png(self.writer, tag, png, step)
         elif not self.full:
             self.full = True
-            self.text("pictures", f"Some pictures are left out: the events may grow by {CAP / 1e6:.0f} MB "
-                      "for each hour of training. `tools/expert_views.py` draws them afterwards.", step)
+            self.text(
+                "pictures",
+                f"Some pictures are left out: the events may grow by {CAP / 1e6:.0f} MB "
+                "for each hour of training. `tools/expert_views.py` draws them afterwards.",
+                step,
+            )
 
     def size(self) -> int:
         """Bytes of all event files."""
@@ -88,8 +101,11 @@ class TensorBoard(Observer):
 
     def state(self) -> dict:
         self.writer.flush()
-        return {"bytes": {file.name: file.stat().st_size for file in self._files()},
-                "seconds": self._trained(), "full": self.full}
+        return {
+            "bytes": {file.name: file.stat().st_size for file in self._files()},
+            "seconds": self._trained(),
+            "full": self.full,
+        }
 
     def on_end(self, report: dict) -> None:
         self.writer.add_text("report", markdown(report))
@@ -113,7 +129,8 @@ def layout(experts: bool) -> dict[str, dict[str, list]]:
     """The custom-scalars pages: "Tasks" with a curve per task and, with experts, "Experts" per MoE block."""
     pages = {"Tasks": {title: ["Multiline", [tags]] for title, tags in TASK_CHARTS.items()}}
     if experts:
-        pages["Experts"] = {title: ["Multiline", [rf"experts/block\d+/{name}$"]]
-                            for title, name in EXPERT_CHARTS.items()}
+        pages["Experts"] = {
+            title: ["Multiline", [rf"experts/block\d+/{name}$"]] for title, name in EXPERT_CHARTS.items()
+        }
         pages["Experts"]["balance loss, weighted"] = ["Multiline", ["experts/balance_loss$"]]
     return pages

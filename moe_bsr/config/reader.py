@@ -121,11 +121,17 @@ def convert_section(value: Any, cls: type, key: str, **given: Any) -> Any:
     for name in value:
         if name not in hints:
             # A key of this section, or of one within it: steps may be meant for train.steps.
-            paths = {inner: f"{section}.{inner}" for section, hint in hints.items() if dataclasses.is_dataclass(hint)
-                     for inner in typing.get_type_hints(hint)} | {here: here for here in hints}
-            raise ConfigError(f"unknown key {prefix}{name}"
-                              + nearest(name, paths, lambda near: repr(prefix + paths[near]))
-                              + f" (allowed: {', '.join(hints)})")
+            paths = {
+                inner: f"{section}.{inner}"
+                for section, hint in hints.items()
+                if dataclasses.is_dataclass(hint)
+                for inner in typing.get_type_hints(hint)
+            } | {here: here for here in hints}
+            raise ConfigError(
+                f"unknown key {prefix}{name}"
+                + nearest(name, paths, lambda near: repr(prefix + paths[near]))
+                + f" (allowed: {', '.join(hints)})"
+            )
     for field in dataclasses.fields(cls):
         required = field.default is field.default_factory  # only MISSING is both
         if required and field.name in hints and field.name not in value:
@@ -151,6 +157,5 @@ def _describe(hint: Any) -> str:
         return f"a list of {_describe(arguments[0])}s"
     if origin is dict:
         return f"a mapping of names to {_describe(arguments[1])}"
-    names = {int: "whole number", float: "number", bool: "true/false value", str: "text",
-             types.NoneType: "null"}
+    names = {int: "whole number", float: "number", bool: "true/false value", str: "text", types.NoneType: "null"}
     return names.get(hint, str(hint))

@@ -28,47 +28,68 @@ Storage = Literal["exact", "bf16", "int8", "recompute", "recompute_int8"]
 @dataclass(kw_only=True, slots=True)
 class BackboneConfig:
     name: str = "vit_pico_patch8_64"
-    weights: str = "shipped"
+    weights: str = "bundled"
     image_size: int | None = None
 
     def __post_init__(self) -> None:
-        require(self.image_size is None or self.image_size >= 1, "backbone.image_size", self.image_size,
-                "null (the backbone's own) or a multiple of its patch size in pixels")
+        require(
+            self.image_size is None or self.image_size >= 1,
+            "backbone.image_size",
+            self.image_size,
+            "null (the backbone's own) or a multiple of its patch size in pixels",
+        )
 
 
 @dataclass(kw_only=True, slots=True)
 class PlanConfig:
-    trainable: Literal["all"] | list[int] = field(default_factory=lambda: [3, 7, 11])
-    drop: list[int] = field(default_factory=lambda: [3, 6, 9])
-    keep: float | list[float] = 0.5
-    experts: list[int] = field(default_factory=lambda: [3, 7, 11])
+    train_blocks: Literal["all"] | list[int] = field(default_factory=lambda: [3, 7, 11])
+    drop_blocks: list[int] = field(default_factory=lambda: [3, 6, 9])
+    keep_rate: float | list[float] = 0.5
+    moe_blocks: list[int] = field(default_factory=lambda: [3, 7, 11])
 
     def __post_init__(self) -> None:
-        for key in ("trainable", "drop", "experts"):
+        for key in ("train_blocks", "drop_blocks", "moe_blocks"):
             blocks = getattr(self, key)
             if blocks != "all":
                 require(len(set(blocks)) == len(blocks), f"plan.{key}", blocks, "each block once")
-        keeps = self.keep if isinstance(self.keep, list) else [self.keep]
-        require(all(0 < keep <= 1 for keep in keeps), "plan.keep", self.keep,
-                "keep rates lie in (0, 1]; 1 keeps every token")
-        require(not isinstance(self.keep, list) or len(self.keep) == len(self.drop), "plan.keep",
-                self.keep, f"one number, or one for each of plan.drop = {self.drop}")
-        if self.trainable != "all":
-            frozen = sorted(set(self.experts) - set(self.trainable))
-            require(not frozen, "plan.experts", self.experts, f"blocks {frozen} are frozen, so their "
-                    "experts would never learn; add them to plan.trainable or take them out")
+        rates = self.keep_rate if isinstance(self.keep_rate, list) else [self.keep_rate]
+        require(
+            all(0 < rate <= 1 for rate in rates),
+            "plan.keep_rate",
+            self.keep_rate,
+            "keep rates lie in (0, 1]; 1 keeps every token",
+        )
+        require(
+            not isinstance(self.keep_rate, list) or len(self.keep_rate) == len(self.drop_blocks),
+            "plan.keep_rate",
+            self.keep_rate,
+            f"one number, or one for each of plan.drop_blocks = {self.drop_blocks}",
+        )
+        if self.train_blocks != "all":
+            frozen = sorted(set(self.moe_blocks) - set(self.train_blocks))
+            require(
+                not frozen,
+                "plan.moe_blocks",
+                self.moe_blocks,
+                f"blocks {frozen} are frozen, so their "
+                "experts would never learn; add them to plan.train_blocks or take them out",
+            )
 
 
 @dataclass(kw_only=True, slots=True)
 class TokensConfig:
-    fuse: Literal["raw", "normalised", "none"] = "raw"
-    detach: bool = False
-    protect: bool = False
-    rank: Literal["probabilities", "logits"] = "probabilities"
+    fuse: Literal["raw", "normalized", "none"] = "raw"
+    detach_fusion_weights: bool = False
+    protect_fused: bool = False
+    rank_by: Literal["probabilities", "logits"] = "probabilities"
 
     def __post_init__(self) -> None:
-        require(not (self.fuse == "none" and (self.detach or self.protect)), "tokens.fuse", self.fuse,
-                "tokens.detach and tokens.protect speak of the fused token; set them to false")
+        require(
+            not (self.fuse == "none" and (self.detach_fusion_weights or self.protect_fused)),
+            "tokens.fuse",
+            self.fuse,
+            "tokens.detach_fusion_weights and tokens.protect_fused speak of the fused token; set them to false",
+        )
 
     @property
     def fuses(self) -> bool:
@@ -77,29 +98,30 @@ class TokensConfig:
     @property
     def attached(self) -> bool:
         """Whether scores have a gradient: through the weights of the fused token."""
-        return self.fuses and not self.detach
+        return self.fuses and not self.detach_fusion_weights
 
 
 @dataclass(kw_only=True, slots=True)
 class MoEConfig:
-    experts: int = 16
+    num_experts: int = 16
     top_k: int = 4
-    ratio: int = 4
+    mlp_ratio: int = 4
     router: Literal["per_task", "task_conditioned"] = "per_task"
     train_router: bool = True
-    renormalise: bool = True
+    renormalize_gates: bool = True
     gate_noise: float = 0.0
-    clone_noise: float = 0.0
-    balance: Literal["per_task", "across_tasks", "none"] = "per_task"
-    balance_weight: float = 0.01
-    engine: Literal["auto", "loop", "grouped"] = "auto"
+    init_noise: float = 0.0
+    balance_loss: Literal["per_task", "across_tasks", "none"] = "per_task"
+    balance_loss_weight: float = 0.01
+    backend: Literal["auto", "loop", "grouped"] = "auto"
 
     def __post_init__(self) -> None:
-        require(self.experts >= 1, "moe.experts", self.experts, "at least 1")
-        require(1 <= self.top_k <= self.experts, "moe.top_k", self.top_k,
-                f"1 to moe.experts = {self.experts}")
-        require(self.ratio >= 1, "moe.ratio", self.ratio, "at least 1 (hidden width = ratio x width)")
-        for key in ("gate_noise", "clone_noise", "balance_weight"):
+        require(self.num_experts >= 1, "moe.num_experts", self.num_experts, "at least 1")
+        require(
+            1 <= self.top_k <= self.num_experts, "moe.top_k", self.top_k, f"1 to moe.num_experts = {self.num_experts}"
+        )
+        require(self.mlp_ratio >= 1, "moe.mlp_ratio", self.mlp_ratio, "at least 1 (hidden width = mlp_ratio x width)")
+        for key in ("gate_noise", "init_noise", "balance_loss_weight"):
             require(getattr(self, key) >= 0, f"moe.{key}", getattr(self, key), "at least 0")
 
 
@@ -112,102 +134,146 @@ def is_crop_range(scale: Sequence[float]) -> bool:
 class DataConfig:
     root: str = "data"
     download: bool = False
-    validation: float = 0.1
-    data_seed: int = 0
-    resize: Literal["timm", "straight"] = "timm"
+    val_fraction: float = 0.1
+    split_seed: int = 0
+    resize: Literal["timm", "squash"] = "timm"
     augment: bool = True
     crop_scale: list[float] | None = None
-    flip: bool | None = None
-    cache_mb: int = 2048
-    stem_mb: int = 0
+    hflip: bool | None = None
+    image_cache_mb: int = 2048
+    feature_cache_mb: int | None = None
     prefetch: int = 0
 
     def __post_init__(self) -> None:
-        require(0 < self.validation < 0.5, "data.validation", self.validation, "above 0 and below 0.5")
+        require(0 < self.val_fraction < 0.5, "data.val_fraction", self.val_fraction, "above 0 and below 0.5")
         scale = self.crop_scale
-        require(scale is None or is_crop_range(scale), "data.crop_scale", scale,
-                "null (the task's own) or [low, high] within (0, 1]")
-        require(self.augment or (scale is None and self.flip is None), "data.augment", self.augment,
-                "true with data.crop_scale or data.flip, which say how to augment; else leave these null")
-        for key in ("cache_mb", "stem_mb"):
-            require(getattr(self, key) >= 0, f"data.{key}", getattr(self, key), "at least 0 megabytes")
-        require(not self.stem_mb or not self.augment, "data.stem_mb", self.stem_mb,
-                "0 while data.augment is true: a crop that differs each time has no output to keep")
+        require(
+            scale is None or is_crop_range(scale),
+            "data.crop_scale",
+            scale,
+            "null (the task's own) or [low, high] within (0, 1]",
+        )
+        require(
+            self.augment or (scale is None and self.hflip is None),
+            "data.augment",
+            self.augment,
+            "true with data.crop_scale or data.hflip, which say how to augment; else leave these null",
+        )
+        require(self.image_cache_mb >= 0, "data.image_cache_mb", self.image_cache_mb, "at least 0 megabytes")
+        cache = self.feature_cache_mb
+        require(cache is None or cache >= 1, "data.feature_cache_mb", cache, "null (off) or at least 1 megabyte")
+        require(
+            cache is None or not self.augment,
+            "data.feature_cache_mb",
+            cache,
+            "null while data.augment is true: a crop that differs each time has no output to keep",
+        )
         require(self.prefetch >= 0, "data.prefetch", self.prefetch, "at least 0 batches ahead")
 
 
 @dataclass(kw_only=True, slots=True)
 class SamplerConfig:
-    kind: Literal["round_robin", "proportional", "temperature", "joint", "paper"] = "round_robin"
+    kind: Literal["round_robin", "proportional", "temperature", "joint", "exhaust"] = "round_robin"
     temperature: float = 2.0
 
     def __post_init__(self) -> None:
-        require(self.temperature > 0, "sampler.temperature", self.temperature,
-                "above 0; 1 is proportional to the dataset sizes, large is uniform")
+        require(
+            self.temperature > 0,
+            "sampler.temperature",
+            self.temperature,
+            "above 0; 1 is proportional to the dataset sizes, large is uniform",
+        )
 
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
     steps: int = 1000
     batch_size: int = 32
-    accumulate: int = 1
-    optimiser: Literal["sgd", "adamw"] = "adamw"
+    grad_accumulation_steps: int = 1
+    optimizer: Literal["sgd", "adamw"] = "adamw"
     lr: float = 1e-3
     min_lr: float = 0.0
     momentum: float = 0.9
     weight_decay: float = 0.05
     layer_decay: float = 1.0
-    head_lr: float = 1.0
-    warmup: float = 0.05
-    clip: float | None = 1.0
+    head_lr_scale: float = 1.0
+    warmup_fraction: float = 0.05
+    warmup_steps: int | None = None
+    grad_clip_norm: float | None = 1.0
     label_smoothing: float = 0.0
-    ema: float | None = None
+    ema_decay: float | None = None
     task_weights: dict[str, float] = field(default_factory=dict)
-    evaluate_every: int = 0
-    checkpoint_every: int = 0
-    select: Literal["best", "last"] = "best"
-    test: bool = True
-    save: Literal["trained", "all"] = "trained"
+    eval_every: int | None = None
+    checkpoint_every: int | None = None
+    checkpoint_selection: Literal["best", "last"] = "best"
+    evaluate_test: bool = True
+    save: Literal["trainable", "all"] = "trainable"
 
     def __post_init__(self) -> None:
-        for key in ("steps", "batch_size", "accumulate"):
+        for key in ("steps", "batch_size", "grad_accumulation_steps"):
             require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "at least 1")
-        for key in ("evaluate_every", "checkpoint_every", "weight_decay"):
-            require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "at least 0")
-        require(self.batch_size % self.accumulate == 0, "train.accumulate", self.accumulate,
-                f"must divide train.batch_size = {self.batch_size}: micro-batches split one batch")
+        for key in ("eval_every", "checkpoint_every"):
+            every = getattr(self, key)
+            require(every is None or every >= 1, f"train.{key}", every, "null (its default) or at least 1 update")
+        require(
+            self.batch_size % self.grad_accumulation_steps == 0,
+            "train.grad_accumulation_steps",
+            self.grad_accumulation_steps,
+            f"must divide train.batch_size = {self.batch_size}: micro-batches split one batch",
+        )
         require(0 < self.lr < math.inf, "train.lr", self.lr, "above 0 and finite")
         require(0 <= self.min_lr <= self.lr, "train.min_lr", self.min_lr, f"0 to train.lr = {self.lr}")
         require(0 <= self.momentum < 1, "train.momentum", self.momentum, "[0, 1)")
         require(0 < self.layer_decay <= 1, "train.layer_decay", self.layer_decay, "in (0, 1]")
-        require(self.head_lr > 0, "train.head_lr", self.head_lr, "above 0; relative to train.lr")
-        require(0 <= self.warmup < 1 or (self.warmup <= self.steps and self.warmup == int(self.warmup)),
-                "train.warmup", self.warmup,
-                f"a share of the steps below 1, or a number of updates up to train.steps = {self.steps}")
-        require(self.weight_decay < math.inf, "train.weight_decay", self.weight_decay, "finite")
-        require(self.clip is None or self.clip > 0, "train.clip", self.clip, "null or above 0")
+        require(self.head_lr_scale > 0, "train.head_lr_scale", self.head_lr_scale, "above 0; relative to train.lr")
+        require(
+            0 <= self.warmup_fraction < 1,
+            "train.warmup_fraction",
+            self.warmup_fraction,
+            "a share of train.steps in [0, 1); for a number of updates set train.warmup_steps",
+        )
+        require(
+            self.warmup_steps is None or 0 <= self.warmup_steps <= self.steps,
+            "train.warmup_steps",
+            self.warmup_steps,
+            f"null (train.warmup_fraction decides) or 0 to train.steps = {self.steps}",
+        )
+        require(0 <= self.weight_decay < math.inf, "train.weight_decay", self.weight_decay, "at least 0 and finite")
+        require(
+            self.grad_clip_norm is None or self.grad_clip_norm > 0,
+            "train.grad_clip_norm",
+            self.grad_clip_norm,
+            "null or above 0",
+        )
         require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "[0, 1)")
-        require(self.ema is None or 0 < self.ema < 1, "train.ema", self.ema, "null or a decay in (0, 1)")
-        require(all(weight > 0 for weight in self.task_weights.values()), "train.task_weights",
-                self.task_weights, "weights above 0")
+        require(
+            self.ema_decay is None or 0 < self.ema_decay < 1,
+            "train.ema_decay",
+            self.ema_decay,
+            "null or a decay in (0, 1)",
+        )
+        require(
+            all(weight > 0 for weight in self.task_weights.values()),
+            "train.task_weights",
+            self.task_weights,
+            "weights above 0",
+        )
 
 
 @dataclass(kw_only=True, slots=True)
-class MachineConfig:
+class RuntimeConfig:
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        require(self.threads is None or self.threads >= 1, "machine.threads", self.threads,
-                "null or at least 1")
+        require(self.threads is None or self.threads >= 1, "runtime.threads", self.threads, "null or at least 1")
 
 
 @dataclass(kw_only=True, slots=True)
 class Config:
-    mode: Literal["multitask", "stl"] = "multitask"
-    tasks: list[str] = field(
-        default_factory=lambda: ["shapes", "textures", "glyphs", "petals", "fractals"])
+    mode: Literal["multitask", "single_task"] = "multitask"
+    tasks: list[str] = field(default_factory=lambda: ["shapes", "textures", "glyphs", "petals", "fractals"])
     seed: int = 0
     storage: Storage | dict[Storage, list[int]] = "exact"
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -217,20 +283,23 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    machine: MachineConfig = field(default_factory=MachineConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1")
         require(len(self.tasks) >= 1, "tasks", self.tasks, "at least one task")
         names = self.task_names()
         for name in names:
-            require(re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None and name not in RESERVED, "tasks",
-                    name, "a task's name has letters, digits, _ and - only (it names folders, heads and "
-                    "tags) and is no word torch's modules use themselves, such as train, type, half")
+            require(
+                re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None and name not in RESERVED,
+                "tasks",
+                name,
+                "a task's name has letters, digits, _ and - only (it names folders, heads and "
+                "tags) and is no word torch's modules use themselves, such as train, type, half",
+            )
         require(len(set(names)) == len(names), "tasks", self.tasks, "each task once")
         unknown = sorted(set(self.train.task_weights) - set(names))
-        require(not unknown, "train.task_weights", self.train.task_weights,
-                f"{unknown} not among the tasks {names}")
+        require(not unknown, "train.task_weights", self.train.task_weights, f"{unknown} not among the tasks {names}")
 
     def task_names(self) -> list[str]:
         """Names of the tasks; a task given as a path to a YAML file is named by the file's stem."""

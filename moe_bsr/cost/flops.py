@@ -25,15 +25,13 @@ def step_flops(model: MultitaskViT) -> int:
     heads = sum(head.weight.numel() for head in model.heads.values()) / len(model.heads)
     path = model.path_start < len(vit.blocks)
     total = embed * (1 + model.embedding_trains) + heads * (2 + path)
-    for index, (layer, plan, (n, m)) in enumerate(zip(vit.blocks, model.plan, describe.counts(model),
-                                                      strict=True)):
-        forward = block.multiply_adds(layer, plan, n, m, vit.has_class_token)
+    for index, (layer, plan, (n, m)) in enumerate(zip(vit.blocks, model.plan, describe.counts(model), strict=True)):
+        forward = block.macs(layer, plan, n, m, vit.has_class_token)
         total += forward
         if index < model.path_start:
             continue
-        products, of_weights = block.backward_multiply_adds(layer, plan, n, m, vit.has_class_token,
-                                                                  model.tokens_config.attached)
+        products, of_weights = block.backward_macs(layer, plan, n, m, vit.has_class_token, model.tokens_config.attached)
         total += products + of_weights
         if STORAGES[model.storages[index]].again:
-            total += forward - block.unvalued_multiply_adds(layer, m)
+            total += forward - block.skipped_macs(layer, m)
     return round(2 * total)

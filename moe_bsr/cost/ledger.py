@@ -31,17 +31,17 @@ Backward = Callable[[Held], Held | None]
 
 class Ledger:
     """Attributes:
-        size: bytes of an element in the compute dtype. threads: of the kernels' scratch memory.
-        shares: of a mixture layer, its largest expert's group over an equal one, where that is known.
-        tokens: how many there are at this point (a packed tensor has one scale for all of them).
-        grad: whether a graph is being built. valued: whether the values of blocks' outputs are wanted.
-        live, peak: bytes. kept: by section and kind.
-        pack: (bytes of a tensor, its columns' scales) -> bytes packed, or None.
+    size: bytes of an element in the compute dtype. threads: of the kernels' scratch memory.
+    shares: of a mixture layer, its largest expert's group over an equal one, where that is known.
+    tokens: how many there are at this point (a packed tensor has one scale for all of them).
+    grad: whether a graph is being built. valued: whether the values of blocks' outputs are wanted.
+    live, peak: bytes. kept: by section and kind.
+    pack: (bytes of a tensor, its columns' scales) -> bytes packed, or None.
     """
 
     def __init__(self, size: int, threads: int, shares: dict | None = None) -> None:
         self.size, self.threads, self.shares = size, threads, shares or {}
-        self.grad, self.valued, self.section, self.tokens = False, True, "", 1
+        self.grad, self.needs_output, self.section, self.tokens = False, True, "", 1
         self.pack: Callable[[Held], tuple[int, int]] | None = None
         self.live = self.peak = self.decided = 0
         self.kept: dict[str, Counter] = {}
@@ -116,12 +116,15 @@ class Ledger:
             tensor.packed = 0 if tensor.held else tensor.packed
 
     @contextmanager
-    def mode(self, grad: bool, pack: Callable | None = None, valued: bool = True):
-        before, (self.grad, self.pack, self.valued) = (self.grad, self.pack, self.valued), (grad, pack, valued)
+    def mode(self, grad: bool, pack: Callable | None = None, needs_output: bool = True):
+        before, (self.grad, self.pack, self.needs_output) = (
+            (self.grad, self.pack, self.needs_output),
+            (grad, pack, needs_output),
+        )
         try:
             yield
         finally:
-            self.grad, self.pack, self.valued = before
+            self.grad, self.pack, self.needs_output = before
 
     def _add(self, size: int) -> None:
         self.live += size

@@ -11,11 +11,11 @@ from typing import Any
 from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError, require
 from moe_bsr.cost.predict import Cost, predict
-from moe_bsr.model.multitask import plan_only
+from moe_bsr.model.multitask import build_on_meta
 from moe_bsr.model.storage import STORAGES
 
 UNITS = {"B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30}
-MOST_IMAGES = 2**16
+MAX_IMAGES = 2**16
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +40,12 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class BudgetReport:
     """Attributes:
-        floor: bytes of the parameters, which any budget must exceed.
-        least: bytes at the peak with one image a micro-batch.
-        largest_batch: images in a micro-batch that fit; 0 if not even one does.
-        changes: those that save anything, the best first.
+    floor: bytes of the parameters, which any budget must exceed.
+    least: bytes at the peak with one image a micro-batch.
+    largest_batch: images in a micro-batch that fit; 0 if not even one does.
+    changes: those that save anything, the best first.
     """
 
     budget: int
@@ -61,7 +61,7 @@ class Answer:
 
 
 def parse_bytes(text: str) -> int:
-    """"600MB", "1.5GB" or a number of bytes; MB = 2^20 bytes.
+    """ "600MB", "1.5GB" or a number of bytes; MB = 2^20 bytes.
 
     Raises:
         ConfigError: anything else.
@@ -81,35 +81,46 @@ def digits(size: int) -> str:
     return f"{size:,} B ({size / 2**20:.3f} MB)"
 
 
-def answer(config: Config, classes: dict[str, int], budget: int, *, batch: int, precision: str) -> Answer:
+def answer(config: Config, classes: dict[str, int], budget: int, *, batch: int, precision: str) -> BudgetReport:
     """What `budget` bytes mean for a configuration that trains micro-batches of `batch` images.
 
     Raises:
         ConfigError: the budget is below the parameters alone.
     """
-    model = plan_only(config, classes)
+    model = build_on_meta(config, classes)
 
     def cost_of(images: int) -> Cost:
         return predict(model, config, batch=images, precision=precision, all_tasks=True)
 
     cost = cost_of(batch)
     floor = cost.parameters
-    require(budget >= floor, "--budget", digits(budget), f"the parameters alone take "
-            f"{digits(floor)}: take a smaller backbone or fewer experts")
-    changes = [Change(what, overrides, cost.peak - other.peak, other.step_flops - cost.step_flops,
-                      other.peak <= budget)
-               for what, overrides, other in _alternatives(config, classes, batch, precision)]
-    return Answer(budget, cost.peak, floor, cost_of(1).peak, cost.peak <= budget,
-                  largest(lambda images: cost_of(images).peak <= budget),
-                  sorted((c for c in changes if c.bytes > 0), key=lambda c: c.worth, reverse=True))
+    require(
+        budget >= floor,
+        "--budget",
+        digits(budget),
+        f"the parameters alone take {digits(floor)}: take a smaller backbone or fewer experts",
+    )
+    changes = [
+        Change(what, overrides, cost.peak - other.peak, other.step_flops - cost.step_flops, other.peak <= budget)
+        for what, overrides, other in _alternatives(config, classes, batch, precision)
+    ]
+    return BudgetReport(
+        budget,
+        cost.peak,
+        floor,
+        cost_of(1).peak,
+        cost.peak <= budget,
+        largest(lambda images: cost_of(images).peak <= budget),
+        sorted((c for c in changes if c.bytes > 0), key=lambda c: c.worth, reverse=True),
+    )
 
 
 def largest(fits: Callable[[int], bool]) -> int:
     """The largest n up to MOST_IMAGES for which `fits`, which holds for all smaller ones then; 0 if none."""
     low, high = 0, 1
-    while high <= MOST_IMAGES and fits(high):
+    while high <= MAX_IMAGES and fits(high):
         low, high = high, 2 * high
-    if high > MOST_IMAGES:
+    if high > MAX_IMAGES:
         return low
     while high - low > 1:
         middle = (low + high) // 2
@@ -117,36 +128,46 @@ def largest(fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _alternatives(config: Config, classes: dict[str, int], batch: int, precision: str
-                  ) -> Iterator[tuple[str, str, Cost]]:
+def _alternatives(
+    config: Config, classes: dict[str, int], batch: int, precision: str
+) -> Iterator[tuple[str, str, Cost]]:
     """(what, overrides, cost) of every single change that is possible here."""
-    plan, depth = config.plan, len(plan_only(config, classes).plan)
+    plan, depth = config.plan, len(build_on_meta(config, classes).plan)
     options: list[tuple[str, dict[str, Any]]] = []
     # A list of rates belongs to the blocks as they are written: each block moves, no rate changes place.
-    place = {block: max(i, block - 1) for i, block in enumerate(sorted(plan.drop))}
-    earlier = [place[block] for block in plan.drop]
-    if earlier != plan.drop:
-        options.append(("drop one block earlier", {"plan.drop": earlier}))
-    if not plan.drop and depth > 1:
-        options.append(("drop half of the tokens", {"plan.drop": [depth // 4], "plan.keep": 0.5}))
-    trained = list(range(depth)) if plan.trainable == "all" else sorted(plan.trainable)
+    place = {block: max(i, block - 1) for i, block in enumerate(sorted(plan.drop_blocks))}
+    earlier = [place[block] for block in plan.drop_blocks]
+    if earlier != plan.drop_blocks:
+        options.append(("drop one block earlier", {"plan.drop_blocks": earlier}))
+    if not plan.drop_blocks and depth > 1:
+        options.append(("drop half of the tokens", {"plan.drop_blocks": [depth // 4], "plan.keep_rate": 0.5}))
+    trained = list(range(depth)) if plan.train_blocks == "all" else sorted(plan.train_blocks)
     if trained:
         fewer = trained[1:]
-        dense = " and dense" if trained[0] in plan.experts else ""
-        embedding = "the embedding and " if plan.trainable == "all" else ""
-        options.append((f"leave {embedding}block {trained[0]} frozen{dense}", {
-            "plan.trainable": fewer, "plan.experts": [i for i in plan.experts if i in fewer]}))
+        dense = " and dense" if trained[0] in plan.moe_blocks else ""
+        embedding = "the embedding and " if plan.train_blocks == "all" else ""
+        options.append(
+            (
+                f"leave {embedding}block {trained[0]} frozen{dense}",
+                {"plan.train_blocks": fewer, "plan.moe_blocks": [i for i in plan.moe_blocks if i in fewer]},
+            )
+        )
     options += [(f"store {name}", {"storage": name}) for name in STORAGES if name != config.storage]
     if precision == "fp32":
-        options.append(("compute in bf16", {"machine.precision": "bf16"}))
-    if plan.experts and config.moe.ratio > 1:
-        options.append(("narrower experts", {"moe.ratio": config.moe.ratio // 2}))
+        options.append(("compute in bf16", {"runtime.precision": "bf16"}))
+    if plan.moe_blocks and config.moe.mlp_ratio > 1:
+        options.append(("narrower experts", {"moe.mlp_ratio": config.moe.mlp_ratio // 2}))
     for what, keys in options:
         try:
             changed = configuration.replace(config, **{k.replace(".", "__"): v for k, v in keys.items()})
-            bf16 = "machine.precision" in keys
-            cost = predict(plan_only(changed, classes), changed, batch=batch,
-                           precision="bf16" if bf16 else precision, all_tasks=True)
+            bf16 = "runtime.precision" in keys
+            cost = predict(
+                build_on_meta(changed, classes),
+                changed,
+                batch=batch,
+                precision="bf16" if bf16 else precision,
+                all_tasks=True,
+            )
         except ConfigError:
             continue  # impossible for this backbone (an expert ratio that does not divide its FFN)
         yield what, " ".join(f"{k}={_yaml(v)}" for k, v in keys.items()), cost

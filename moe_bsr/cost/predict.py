@@ -1,6 +1,6 @@
 """What a training step of this code truly holds, predicted from shapes alone.
 
-`predict` adds up what the parts state of themselves: parameters, run-time copies, gradients and optimiser
+`predict` adds up what the parts state of themselves: parameters, run-time copies, gradients and optimizer
 state by counting, activations and transients by playing every part's `*_bytes` through a ledger in the
 order of a step. The network is never run; a model on the meta device will do.
 """
@@ -11,17 +11,17 @@ from typing import Any
 
 from torch import nn
 
-from moe_bsr.model import summary as describe
-from moe_bsr.model.block import block_bytes, unstated
 from moe_bsr.config import Config, require
 from moe_bsr.cost.flops import forward_flops, step_flops
-from moe_bsr.ops.experts import is_grouped
 from moe_bsr.cost.ledger import INDEX, ROW, Held, Ledger, norm_bytes
-from moe_bsr.ops.linear import frozen_matrices, linear_bytes
-from moe_bsr.runtime.device import find_device
+from moe_bsr.model import summary as describe
+from moe_bsr.model.block import block_bytes, unstated
 from moe_bsr.model.moe import MoE
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.model.storage import STORAGES
+from moe_bsr.ops.experts import is_grouped
+from moe_bsr.ops.linear import frozen_matrices, linear_bytes
+from moe_bsr.runtime.device import find_device
 
 THREADS = 2  # whose scratch is counted; it is small beside everything else
 
@@ -33,19 +33,19 @@ class Cost:
     Attributes:
         parameters: weights and buffers as they are kept while training (frozen matrices in the compute dtype).
         copies: of trained weights in the compute dtype, alive from the forward to the backward; part of `kept`.
-        gradients, optimiser: at the end of the backward and from the first update on.
-        average: the copy of the trained parameters that `train.ema` keeps.
+        gradients, optimizer: at the end of the backward and from the first update on.
+        average: the copy of the trained parameters that `train.ema_decay` keeps.
         kept: for the backward pass. kept_by_block: the same by section and kind.
-        transients: most bytes alive in forward, backward and optimiser over what lived before the step,
+        transients: most bytes alive in forward, backward and optimizer over what lived before the step,
             `kept` included, gradients not.
-        peak: of everything but the images and what `data.stem_mb` keeps of them.
+        peak: of everything but the images and what `data.feature_cache_mb` keeps of them.
         forward_flops, step_flops: of the micro-batch; two for a multiply-add.
     """
 
     parameters: int
     copies: int
     gradients: int
-    optimiser: int
+    optimizer: int
     average: int
     kept: int
     kept_by_block: dict[str, dict[str, int]]
@@ -56,34 +56,53 @@ class Cost:
 
     def summary(self, batch: int) -> str:
         """In one line, for a person who starts a run with these micro-batches."""
-        return (f"predicted: {self.peak / 2**20:.0f} MB of tensors at the peak of a step ({self.kept / 2**20:.0f} MB kept "
-                f"for backward), {self.step_flops / batch / 1e9:.2f} GFLOPs an image to train")
+        return (
+            f"predicted: {self.peak / 2**20:.0f} MB of tensors at the peak of a step ({self.kept / 2**20:.0f} MB kept "
+            f"for backward), {self.step_flops / batch / 1e9:.2f} GFLOPs an image to train"
+        )
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
 
-def predict(model: MultitaskViT, config: Config, *, batch: int, precision: str, task: str | None = None,
-            all_tasks: bool = False, shares: dict[int, float] | None = None) -> Cost:
+def predict(
+    model: MultitaskViT,
+    config: Config,
+    *,
+    batch: int,
+    precision: str,
+    task: str | None = None,
+    all_tasks: bool = False,
+    shares: dict[int, float] | None = None,
+) -> Cost:
     """The cost of training steps of one task's micro-batches of `batch` images.
 
     Args:
         model: on any device, `plan_only`'s included. precision: "fp32" or "bf16".
         task: by default the one with the most classes.
-        all_tasks: as in a run in which every task had its turn: optimiser state of all heads and routers, with
+        all_tasks: as in a run in which every task had its turn: optimizer state of all heads and routers, with
             joint sampling their gradients, and at the peak what earlier micro-batches of an update left.
         shares: by block with experts, the largest expert's group over an equal one, once it is known: values decide it.
     Raises:
         ConfigError: a part of the backbone, or the experts' engine, trains but states no cost.
     """
     size = 2 if precision == "bf16" else 4
-    on_gpu = find_device(config.machine.device).type == "cuda"  # the model may be on the meta device
-    grouped = is_grouped(config.moe.engine, on_gpu, precision == "bf16")
-    require(not (grouped and config.plan.experts), "moe.engine", config.moe.engine,
-            "grouped products state no cost; use loop, or auto on a CPU")
+    on_gpu = find_device(config.runtime.device).type == "cuda"  # the model may be on the meta device
+    grouped = is_grouped(config.moe.backend, on_gpu, precision == "bf16")
+    require(
+        not (grouped and config.plan.moe_blocks),
+        "moe.backend",
+        config.moe.backend,
+        "grouped products state no cost; use loop, or auto on a CPU",
+    )
     parts = _unstated(model)
-    require(not parts, "backbone.name", config.backbone.name, f"states no cost for its {', '.join(parts)}: such a "
-            "backbone trains but cannot be costed; take one as plain as deit_small_patch16_224")
+    require(
+        not parts,
+        "backbone.name",
+        config.backbone.name,
+        f"states no cost for its {', '.join(parts)}: such a "
+        "backbone trains but cannot be costed; take one as plain as deit_small_patch16_224",
+    )
     classes = model.heads[task].out_features if task else max(h.out_features for h in model.heads.values())
     trained = [p for p in _active(model, task) if p.requires_grad]
     stepped = [p for p in model.parameters() if p.requires_grad] if all_tasks else trained
@@ -94,24 +113,36 @@ def predict(model: MultitaskViT, config: Config, *, batch: int, precision: str, 
     forward, backward, kept, reported = _play(Ledger(size, THREADS, known), model, batch, classes)
     total = sum(sum(kinds.values()) for kinds in kept.values())
     parameters = _weights(model, size)
-    optimiser = _state(stepped, config)
-    average = 0 if config.train.ema is None else sum(p.numel() for p in model.parameters() if p.requires_grad) * ROW
-    transients = {"forward": forward, "backward": backward, "optimiser": _update(trained, config)}
+    optimizer = _state(stepped, config)
+    average = (
+        0 if config.train.ema_decay is None else sum(p.numel() for p in model.parameters() if p.requires_grad) * ROW
+    )
+    transients = {"forward": forward, "backward": backward, "optimizer": _update(trained, config)}
     earlier = _micro_batches(model, config) - 1 if all_tasks else 0
     _, beside, _, _ = _play(Ledger(size, THREADS, known), model, batch, classes, "more" if earlier else "first")
     if earlier:
-        largest = max(forward, beside, transients["optimiser"]) + gradients + earlier * reported
+        largest = max(forward, beside, transients["optimizer"]) + gradients + earlier * reported
     else:
         outside = gradients - sum(_gradients(block) for block in model.vit.blocks)  # of the head, the last norm ...
-        largest = max(forward, beside + max(outside, 0), transients["optimiser"] + gradients)
-    return Cost(parameters=parameters, gradients=gradients, optimiser=optimiser, average=average, kept=total,
-                copies=sum(kinds.get("weight copies", 0) for kinds in kept.values()), kept_by_block=kept,
-                transients=transients, peak=parameters + optimiser + average + largest,
-                forward_flops=batch * forward_flops(model), step_flops=batch * step_flops(model))
+        largest = max(forward, beside + max(outside, 0), transients["optimizer"] + gradients)
+    return Cost(
+        parameters=parameters,
+        gradients=gradients,
+        optimizer=optimizer,
+        average=average,
+        kept=total,
+        copies=sum(kinds.get("weight copies", 0) for kinds in kept.values()),
+        kept_by_block=kept,
+        transients=transients,
+        peak=parameters + optimizer + average + largest,
+        forward_flops=batch * forward_flops(model),
+        step_flops=batch * step_flops(model),
+    )
 
 
-def _play(ledger: Ledger, model: MultitaskViT, batch: int, classes: int, gradients: str = "apart"
-          ) -> tuple[int, int, dict[str, dict[str, int]], int]:
+def _play(
+    ledger: Ledger, model: MultitaskViT, batch: int, classes: int, gradients: str = "apart"
+) -> tuple[int, int, dict[str, dict[str, int]], int]:
     """Peak bytes of the forward and of the backward, what is kept between them, and what the output holds.
 
     Args:
@@ -130,7 +161,9 @@ def _play(ledger: Ledger, model: MultitaskViT, batch: int, classes: int, gradien
     laid_out = ledger.make(0 if size == 4 else pixels * ROW)
     images = ledger.make(0 if size == 4 else pixels * size)  # in float32 the caller's own
     ledger.free(laid_out)
-    patches, of_embedding = linear_bytes(ledger, vit.patch_embed.proj, images, batch * vit.patch_embed.num_patches, False)
+    patches, of_embedding = linear_bytes(
+        ledger, vit.patch_embed.proj, images, batch * vit.patch_embed.num_patches, False
+    )
     ledger.free(images)
     joined, placed = ledger.make(stream * ROW), None
     ledger.free(patches)
@@ -147,8 +180,9 @@ def _play(ledger: Ledger, model: MultitaskViT, batch: int, classes: int, gradien
         needs_x = index > model.path_start or model.embedding_trains
 
         def part(x: Held, block=block, plan=plan, before=before, after=after, needs_x=needs_x):
-            return block_bytes(ledger, block, plan, model.tokens_config, x, batch, before, after,
-                               vit.num_prefix_tokens, needs_x)
+            return block_bytes(
+                ledger, block, plan, model.tokens_config, x, batch, before, after, vit.num_prefix_tokens, needs_x
+            )
 
         storage = STORAGES[model.storages[index]] if ledger.grad else STORAGES["exact"]
         out, held, back = storage.cost(ledger, part, x)
@@ -213,14 +247,17 @@ def _made_at_once(block: nn.Module, again: bool) -> int:
 
 def _micro_batches(model: MultitaskViT, config: Config) -> int:
     """How many go into one update."""
-    return config.train.accumulate * (len(model.tasks) if config.sampler.kind == "joint" else 1)
+    return config.train.grad_accumulation_steps * (len(model.tasks) if config.sampler.kind == "joint" else 1)
 
 
 def _unstated(model: MultitaskViT) -> list[str]:
     """The parts that run but of which nobody here says what they allocate."""
     vit = model.vit
-    parts = {name for block, plan in zip(vit.blocks, model.plan, strict=True)
-             for name in unstated(block, plan, vit.has_class_token)}
+    parts = {
+        name
+        for block, plan in zip(vit.blocks, model.plan, strict=True)
+        for name in unstated(block, plan, vit.has_class_token)
+    }
     kinds = {
         "norm before the blocks": isinstance(vit.norm_pre, nn.Identity),
         "norm of the patches": isinstance(vit.patch_embed.norm, nn.Identity),
@@ -242,19 +279,20 @@ def _active(model: MultitaskViT, task: str | None) -> list[nn.Parameter]:
 
 def _weights(model: MultitaskViT, size: int) -> int:
     narrow = {id(p) for p in frozen_matrices(model.vit)} if size == 2 else set()
-    return (sum(p.numel() * (2 if id(p) in narrow else ROW) for p in model.parameters())
-            + sum(b.numel() * b.element_size() for b in model.buffers()))
+    return sum(p.numel() * (2 if id(p) in narrow else ROW) for p in model.parameters()) + sum(
+        b.numel() * b.element_size() for b in model.buffers()
+    )
 
 
 def _state(trained: list[nn.Parameter], config: Config) -> int:
     """AdamW: two moments and a step count for each parameter that ever had a gradient; SGD: momentum."""
-    if config.train.optimiser == "sgd":
+    if config.train.optimizer == "sgd":
         return sum(p.numel() for p in trained) * ROW if config.train.momentum else 0
     return sum(2 * p.numel() + 1 for p in trained) * ROW
 
 
 def _update(trained: list[nn.Parameter], config: Config) -> int:
     """Clipping takes one norm a parameter; SGD with weight decay one parameter's size."""
-    if config.train.optimiser == "sgd" and config.train.weight_decay:
+    if config.train.optimizer == "sgd" and config.train.weight_decay:
         return max((p.numel() for p in trained), default=0) * ROW
     return 0

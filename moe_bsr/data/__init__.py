@@ -4,20 +4,20 @@ from moe_bsr.data.loader import Loader
 from moe_bsr.data.packed import PackedSource
 from moe_bsr.data.sources import FolderSource, TorchvisionSource, UnreadableImage
 from moe_bsr.data.spec import TaskSpec, load_spec
-from moe_bsr.data.task import Split, TaskData, carve, load_task, open_sources
-from moe_bsr.data.transforms import Pipeline
+from moe_bsr.data.task import Split, TaskData, load_task, open_sources, split_validation
+from moe_bsr.data.transforms import ImageTransforms
 
 __all__ = [
     "FolderSource",
     "Loader",
     "PackedSource",
-    "Pipeline",
+    "ImageTransforms",
     "Split",
     "TaskData",
     "TaskSpec",
     "TorchvisionSource",
     "UnreadableImage",
-    "carve",
+    "split_validation",
     "load_spec",
     "load_task",
     "open_sources",

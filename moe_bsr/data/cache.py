@@ -45,7 +45,7 @@ class DecodedCache:
         """A copy of `image` in the slab, or in a new one when that is full."""
         if len(self._slab) < image.nbytes:
             self._slab = np.frombuffer(mmap.mmap(-1, max(SLAB, image.nbytes)), np.uint8)
-        pixels, self._slab = self._slab[:image.nbytes], self._slab[image.nbytes:]
+        pixels, self._slab = self._slab[: image.nbytes], self._slab[image.nbytes :]
         pixels = pixels.reshape(image.shape)
         pixels[:] = image
         return pixels

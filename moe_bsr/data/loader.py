@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from moe_bsr.data.task import TaskData
-from moe_bsr.data.transforms import Pipeline
+from moe_bsr.data.transforms import ImageTransforms
 
 Batch = tuple[str, np.ndarray, torch.Tensor | None, torch.Tensor]
 
@@ -30,7 +30,7 @@ class Loader:
     def __init__(
         self,
         tasks: dict[str, TaskData],
-        pipeline: Pipeline,
+        transforms: ImageTransforms,
         plan: Iterable[tuple[str, np.ndarray, np.ndarray]],
         prefetch: int = 0,
         known: Callable[[str, np.ndarray], bool] | None = None,
@@ -38,7 +38,7 @@ class Loader:
         if prefetch < 0:
             raise ValueError(f"prefetch: {prefetch} is below 0 (0 is in process)")
         self.tasks = tasks
-        self.pipeline = pipeline
+        self.transforms = transforms
         self.plan = plan
         self.prefetch = prefetch
         self.known = known
@@ -52,7 +52,7 @@ class Loader:
             if self.known is not None and self.known(task, positions):
                 images, labels = None, torch.from_numpy(data.train.labels[positions])
             else:
-                images, labels = self.pipeline.train_batch(data, positions, epochs)
+                images, labels = self.transforms.train_batch(data, positions, epochs)
             yield task, positions, images, labels
 
     def _ahead(self) -> Iterator[Batch]:
@@ -69,7 +69,7 @@ class Loader:
                     ready.put(batch := next(batches, None))
                     if batch is None:
                         return
-            except BaseException as error:  # noqa: BLE001 - handed to the consumer
+            except BaseException as error:
                 ready.put(error)
 
         threads = torch.get_num_threads()

@@ -51,16 +51,13 @@ class PackedSource:
             array = getattr(self, name)
             if array.dtype != dtype or array.ndim != 1:
                 raise ValueError(
-                    f"{self.path}: {name} is {array.dtype} {array.shape}, "
-                    f"expected {np.dtype(dtype)} in one dimension"
+                    f"{self.path}: {name} is {array.dtype} {array.shape}, expected {np.dtype(dtype)} in one dimension"
                 )
         count, sizes = len(self.labels), np.diff(self.offsets)
         if count == 0:
             raise ValueError(f"{self.path}: no images")
         if len(self.offsets) != count + 1:
-            raise ValueError(
-                f"{self.path}: {len(self.offsets)} offsets for {count} labels, expected {count + 1}"
-            )
+            raise ValueError(f"{self.path}: {len(self.offsets)} offsets for {count} labels, expected {count + 1}")
         if self.offsets[0] != 0 or self.offsets[-1] > len(self.jpeg):
             raise ValueError(
                 f"{self.path}: offsets run from {self.offsets[0]} to {self.offsets[-1]}, outside "
@@ -71,8 +68,7 @@ class PackedSource:
         low, high = self.labels.min(), self.labels.max()
         if low < 0 or high >= len(self.class_names):
             raise ValueError(
-                f"{self.path}: labels run from {low} to {high}, but classes.txt names "
-                f"{len(self.class_names)} classes"
+                f"{self.path}: labels run from {low} to {high}, but classes.txt names {len(self.class_names)} classes"
             )
 
 

@@ -21,11 +21,10 @@ class MultitaskSampler:
 
     Args:
         sizes: number of training images by task, in the order of round-robin.
-        steps: optimiser updates of the run.
+        steps: optimizer updates of the run.
     """
 
-    def __init__(self, sizes: dict[str, int], batch_size: int, steps: int, config: SamplerConfig,
-                 seed: int) -> None:
+    def __init__(self, sizes: dict[str, int], batch_size: int, steps: int, config: SamplerConfig, seed: int) -> None:
         self.sizes, self.batch_size, self.steps, self.seed = dict(sizes), batch_size, steps, seed
         self.names = list(sizes)
         if config.kind == "joint":
@@ -46,7 +45,8 @@ class MultitaskSampler:
         flat = np.arange(visit * self.batch_size, (visit + 1) * self.batch_size)
         epochs = flat // size
         positions = np.concatenate(
-            [self._permutation(task, epoch)[flat[epochs == epoch] % size] for epoch in np.unique(epochs)])
+            [self._permutation(task, epoch)[flat[epochs == epoch] % size] for epoch in np.unique(epochs)]
+        )
         return positions, epochs
 
     def batches(self, start: int = 0) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
@@ -72,7 +72,7 @@ def _order(config: SamplerConfig, sizes: list[int], batch_size: int, steps: int,
     """Index of the task of each update, (steps,)."""
     if config.kind == "round_robin":
         return np.arange(steps) % len(sizes)
-    if config.kind == "paper":
+    if config.kind == "exhaust":
         return _exhausting_round_robin([-(-size // batch_size) for size in sizes], steps)
     temperature = 1.0 if config.kind == "proportional" else config.temperature
     # In logarithms: sizes^(1/T) overflows at small T.
@@ -91,8 +91,7 @@ def _by_quota(rates: np.ndarray, steps: int, seed: int) -> np.ndarray:
         missing = (end - start) - quota.sum()
         quota[np.argsort(quota - due, kind="stable")[:missing]] += 1
         given += quota
-        order.append(stream(key(seed, "windows"), window).permutation(
-            np.repeat(np.arange(len(rates)), quota)))
+        order.append(stream(key(seed, "windows"), window).permutation(np.repeat(np.arange(len(rates)), quota)))
     return np.concatenate(order)
 
 

@@ -41,7 +41,7 @@ class UnreadableImage(ValueError):
     """The message names the file."""
 
 
-def upright(image: Image.Image) -> Image.Image:
+def exif_rgb(image: Image.Image) -> Image.Image:
     """RGB, turned as its EXIF orientation says: as every viewer shows it.
 
     Raises ValueError for 32-bit and floating-point pixels, of which nobody knows what is white.
@@ -61,7 +61,7 @@ def decode(encoded: bytes | Path, name: str) -> np.ndarray:
     """
     try:
         with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
-            return np.array(upright(image))
+            return np.array(exif_rgb(image))
     except Exception as error:  # Pillow's plug-ins raise nearly anything on damaged files
         raise UnreadableImage(f"{name}: not a readable image ({error}); replace or remove it") from error
 
@@ -93,9 +93,7 @@ class FolderSource(FileSource):
 
     def __init__(self, folder: Path, class_names: list[str] | None = None):
         if not folder.is_dir():
-            raise FileNotFoundError(
-                f"{folder}: no such folder; expected one folder of images per class below it"
-            )
+            raise FileNotFoundError(f"{folder}: no such folder; expected one folder of images per class below it")
         found = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
         if not found:
             raise ValueError(f"{folder}: no class folders; expected {folder}/<class>/<image>.jpg")

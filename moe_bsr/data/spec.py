@@ -14,7 +14,7 @@ KEYS = {
     "packed": ({"path"}, set()),
     "generated": ({"family", "classes", "train", "test"}, {"seed"}),
 }
-KEYS_OF_ALL = {"title", "source", "classes", "licence", "homepage", "crop_scale", "flip"}
+KEYS_OF_ALL = {"title", "source", "classes", "license", "homepage", "crop_scale", "flip"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class TaskSpec:
     title: str
     source: Literal[tuple(KEYS)]
     classes: int | None = None  # checked against the data where given
-    licence: str | None = "not stated"
+    license: str | None = "not stated"
     homepage: str | None = ""
     crop_scale: list[float] = field(default_factory=lambda: [0.35, 1.0])  # a crop's share of the area
     flip: bool = True  # mirror half of the training crops
@@ -47,8 +47,12 @@ class TaskSpec:
         require(self.seed >= 0, "seed", self.seed, "at least 0")
         require(is_crop_range(self.crop_scale), "crop_scale", self.crop_scale, "[low, high], 0 < low <= high <= 1")
         splits = self.splits or {"train": ["train"], "test": ["test"]}
-        require(splits.keys() == {"train", "test"} and all(splits.values()), "splits", splits,
-                "the keys train and test, each a list of split names")
+        require(
+            splits.keys() == {"train", "test"} and all(splits.values()),
+            "splits",
+            splits,
+            "the keys train and test, each a list of split names",
+        )
         both = sorted(set(splits["train"]) & set(splits["test"]))
         require(not both, "splits", splits, f"no split may be in train and in test, as {both} are")
         object.__setattr__(self, "splits", splits)
@@ -72,8 +76,9 @@ def load_spec(name_or_path: str | Path) -> TaskSpec:
         spec = convert_section(entries, TaskSpec, "", name=path.stem)
         allowed = KEYS_OF_ALL.union(*KEYS[spec.source])
         if strangers := sorted(entries.keys() - allowed):
-            raise ConfigError(f"key {strangers[0]!r} means nothing for source {spec.source}; "
-                              f"allowed are {', '.join(sorted(allowed))}")
+            raise ConfigError(
+                f"key {strangers[0]!r} means nothing for source {spec.source}; allowed are {', '.join(sorted(allowed))}"
+            )
     except ConfigError as error:
         raise ConfigError(f"task {path.stem}: {error}") from None
     return spec

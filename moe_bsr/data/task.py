@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from moe_bsr.data.packed import PackedSource
-from moe_bsr.runtime.rng import key, stream
 from moe_bsr.data.sources import FolderSource, TorchvisionSource
 from moe_bsr.data.spec import TaskSpec
+from moe_bsr.runtime.rng import key, stream
 
-MOST_VALIDATION_IMAGES = 5000
+MAX_VALIDATION_IMAGES = 5000
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def load_task(
     data that contradict the task file or each other.
     """
     train, test, origin = open_sources(spec, root=Path(root), download=download)
-    train_index, val_index = carve(train.labels, validation, key(data_seed, spec.name, "carve"))
+    train_index, val_index = split_validation(train.labels, validation, key(data_seed, spec.name, "carve"))
     counts = np.bincount(train.labels, minlength=len(train.class_names))
     if (lone := int((counts == 1).sum())) > 0:
         warnings.warn(
@@ -79,9 +79,7 @@ def load_task(
     )
 
 
-def open_sources(
-    spec: TaskSpec, *, root: Path, download: bool = False, use_pack: bool = True
-) -> tuple[Any, Any, str]:
+def open_sources(spec: TaskSpec, *, root: Path, download: bool = False, use_pack: bool = True) -> tuple[Any, Any, str]:
     """The training and the test source of a task, and a line saying where they come from.
 
     A pack at `<root>/<name>` takes the place of the declared source unless `use_pack` is false.
@@ -94,8 +92,7 @@ def open_sources(
         train, test, origin = *_open_pack(pack), f"pack {pack}"
     elif spec.source == "torchvision":
         train, test = (
-            TorchvisionSource(spec.dataset, root, spec.splits[split], download)
-            for split in ("train", "test")
+            TorchvisionSource(spec.dataset, root, spec.splits[split], download) for split in ("train", "test")
         )
         origin = f"torchvision {spec.dataset} in {root}"
     elif spec.source == "folder":
@@ -107,8 +104,9 @@ def open_sources(
         test = Generated(spec.family, "test", spec.test, spec.seed)
         origin = f"drawn: {spec.family}, seed {spec.seed}"
     if len(train.class_names) < 2:
-        raise ValueError(f"task {spec.name}: {len(train.class_names)} class, and there must be two to tell apart "
-                         f"({origin})")
+        raise ValueError(
+            f"task {spec.name}: {len(train.class_names)} class, and there must be two to tell apart ({origin})"
+        )
     if list(train.class_names) != list(test.class_names):
         raise ValueError(f"task {spec.name}: train and test differ in their classes ({origin})")
     if spec.classes not in (None, len(train.class_names)):
@@ -135,7 +133,7 @@ def _open_folder(folder: Path) -> tuple[FolderSource, FolderSource, str]:
     return train, FolderSource(folder / "test", train.class_names), f"folder {folder}"
 
 
-def carve(labels: np.ndarray, fraction: float, key: int) -> tuple[np.ndarray, np.ndarray]:
+def split_validation(labels: np.ndarray, fraction: float, key: int) -> tuple[np.ndarray, np.ndarray]:
     """Split positions 0..N-1 into training and validation, both sorted; a pure function.
 
     Validation holds `fraction` of the images (0 < fraction < 0.5), at most
@@ -144,20 +142,18 @@ def carve(labels: np.ndarray, fraction: float, key: int) -> tuple[np.ndarray, np
     """
     if not 0 < fraction < 0.5:
         raise ValueError(f"validation: {fraction} is not between 0 and 0.5 (both excluded)")
-    seats = validation_seats(np.bincount(labels), fraction)
+    seats = allocate_per_class(np.bincount(labels), fraction)
     if seats.sum() == 0:
         raise ValueError("no validation image can be carved: every class has a single image")
     shuffled = stream(key).permutation(len(labels))
-    chosen = [
-        shuffled[labels[shuffled] == label][:count] for label, count in enumerate(seats) if count
-    ]
+    chosen = [shuffled[labels[shuffled] == label][:count] for label, count in enumerate(seats) if count]
     val = np.sort(np.concatenate(chosen))
     return np.setdiff1d(np.arange(len(labels)), val), val
 
 
-def validation_seats(counts: np.ndarray, fraction: float) -> np.ndarray:
+def allocate_per_class(counts: np.ndarray, fraction: float) -> np.ndarray:
     """How many of each class's `counts` images go to validation, int64 (classes,)."""
-    total = min(round(counts.sum() * fraction), MOST_VALIDATION_IMAGES)
+    total = min(round(counts.sum() * fraction), MAX_VALIDATION_IMAGES)
     ideal = counts * (total / counts.sum())
     least, most = np.minimum(1, np.maximum(counts - 1, 0)), np.maximum(counts - 1, 0)
     seats = np.clip(np.floor(ideal).astype(np.int64), least, most)

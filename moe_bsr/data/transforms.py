@@ -1,4 +1,4 @@
-"""From decoded images to a batch: crop, resize, flip; normalisation on the whole batch.
+"""From decoded images to a batch: crop, resize, flip; normalization on the whole batch.
 
 Resizing is torch's antialiased uint8 kernel: its pixels differ from Pillow's by at most 2 (mean
 below 0.3), in 0.13-0.17 ms an image to 224 px on one core where Pillow takes 0.33-0.46.
@@ -16,21 +16,21 @@ from PIL import Image
 
 from moe_bsr.config import is_crop_range, require
 from moe_bsr.data.cache import DecodedCache
-from moe_bsr.runtime.rng import key, stream
-from moe_bsr.data.sources import upright
+from moe_bsr.data.sources import exif_rgb
 from moe_bsr.data.task import Split, TaskData
+from moe_bsr.runtime.rng import key, stream
 
 ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 SMALL = 64  # square images up to this size are not cropped for evaluation
 
 
 @dataclass(kw_only=True)
-class Pipeline:
+class ImageTransforms:
     """The transforms of a run; its fields are all there is to say about them.
 
     `mean`, `std` (of values 0 to 1), `interpolation` and `crop_pct` come from timm's data config of
     the backbone. `resize="timm"`: evaluation resizes the short side to floor(size / crop_pct) and
-    crops the centre; `"straight"`: resizes to the square, aspect not kept. Without `augment` training
+    crops the center; `"squash"`: resizes to the square, aspect not kept. Without `augment` training
     images are seen as evaluation sees them; `crop_scale` and `flip` override the tasks' own. `seed` is the
     augmentation's. `cache_mb`: 10**6 bytes of decoded images
     kept. Raises ValueError naming the field.
@@ -51,12 +51,16 @@ class Pipeline:
     def __post_init__(self):
         if self.interpolation not in ("bicubic", "bilinear"):
             raise ValueError(f"interpolation: {self.interpolation!r} is not bicubic or bilinear")
-        if self.resize not in ("timm", "straight"):
-            raise ValueError(f"resize: {self.resize!r} is not timm or straight")
+        if self.resize not in ("timm", "squash"):
+            raise ValueError(f"resize: {self.resize!r} is not timm or squash")
         if not 0 < self.crop_pct <= 1:
             raise ValueError(f"crop_pct: {self.crop_pct} is not above 0 and at most 1")
-        require(self.crop_scale is None or is_crop_range(self.crop_scale), "crop_scale", self.crop_scale,
-                "[low, high], 0 < low <= high <= 1")
+        require(
+            self.crop_scale is None or is_crop_range(self.crop_scale),
+            "crop_scale",
+            self.crop_scale,
+            "[low, high], 0 < low <= high <= 1",
+        )
         self._cache = DecodedCache(self.cache_mb)
 
     def train_batch(
@@ -74,7 +78,7 @@ class Pipeline:
         for row, index, epoch in zip(pixels, data.train.index[positions], epochs):
             image = self._cache.image(data.train.source, int(index))
             if not self.augment:
-                row[:] = self.evaluation_view(image)
+                row[:] = self.eval_transform(image)
                 continue
             uniforms = stream(stream_key, int(epoch), int(index)).random(2 * ATTEMPTS + 3)
             top, left, height, width = crop_box(*image.shape[:2], scale, uniforms)
@@ -94,19 +98,19 @@ class Pipeline:
             part = slice(start, start + batch_size)
             pixels = self._empty(len(split.index[part]))
             for row, index in zip(pixels, split.index[part]):
-                row[:] = self.evaluation_view(self._cache.image(split.source, int(index)))
+                row[:] = self.eval_transform(self._cache.image(split.source, int(index)))
             yield _as_images(pixels), torch.from_numpy(split.labels[part])
 
     def eval_image(self, image: Image.Image) -> torch.Tensor:
         """Any PIL image as evaluation would see it, uint8 (3, S, S)."""
         pixels = self._empty(1)
-        pixels[0] = self.evaluation_view(np.array(upright(image)))
+        pixels[0] = self.eval_transform(np.array(exif_rgb(image)))
         return _as_images(pixels)[0]
 
-    def evaluation_view(self, image: np.ndarray) -> np.ndarray:
+    def eval_transform(self, image: np.ndarray) -> np.ndarray:
         """uint8 (H, W, 3) to uint8 (S, S, 3)."""
         height, width = image.shape[:2]
-        if self.resize == "straight" or height == width <= SMALL:
+        if self.resize == "squash" or height == width <= SMALL:
             return resized(image, self.size, self.size, self.interpolation)
         short = math.floor(self.size / self.crop_pct)
         if height <= width:
@@ -117,8 +121,8 @@ class Pipeline:
         top, left = round((height - self.size) / 2), round((width - self.size) / 2)
         return image[top : top + self.size, left : left + self.size]
 
-    def normalise(self, images: torch.Tensor, *, device=None) -> torch.Tensor:
-        """uint8 (B, 3, S, S) to normalised (B, 3, S, S) on `device`, computed in float32.
+    def normalize(self, images: torch.Tensor, *, device=None) -> torch.Tensor:
+        """uint8 (B, 3, S, S) to normalized (B, 3, S, S) on `device`, computed in float32.
 
         The bytes travel, not the floats.
         """
@@ -128,13 +132,11 @@ class Pipeline:
         return images.to(torch.float32).sub_(mean).div_(std)
 
     def _empty(self, count: int) -> np.ndarray:
-        """uint8 (count, S, S, 3), in memory one colour plane after the other, as torch resizes."""
+        """uint8 (count, S, S, 3), in memory one color plane after the other, as torch resizes."""
         return np.empty((count, 3, self.size, self.size), dtype=np.uint8).transpose(0, 2, 3, 1)
 
 
-def crop_box(
-    height: int, width: int, scale: tuple[float, float], uniforms: np.ndarray
-) -> tuple[int, int, int, int]:
+def crop_box(height: int, width: int, scale: tuple[float, float], uniforms: np.ndarray) -> tuple[int, int, int, int]:
     """(top, left, height, width) of a random crop, as torchvision's RandomResizedCrop chooses it.
 
     Area uniform in `scale` times the image's, aspect log-uniform in 3/4 to 4/3; the first of 10

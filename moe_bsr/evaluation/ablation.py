@@ -13,10 +13,10 @@ import torch
 from scipy.special import bdtr
 from torch import Tensor
 
-from moe_bsr.data import Pipeline, TaskData
-from moe_bsr.runtime.device import Machine
+from moe_bsr.data import ImageTransforms, TaskData
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.model.tokens import Tokens
+from moe_bsr.runtime.device import Runtime
 
 
 @dataclass(slots=True)
@@ -43,8 +43,13 @@ class Ablation:
         return 2 * bdtr(np.minimum(self.lost, self.gained), self.lost + self.gained, 0.5) <= 0.05
 
 
-def ablate(model: MultitaskViT, datasets: dict[str, TaskData], pipeline: Pipeline, machine: Machine,
-           batch_size: int = 64) -> dict[int, Ablation]:
+def ablate(
+    model: MultitaskViT,
+    datasets: dict[str, TaskData],
+    transforms: ImageTransforms,
+    runtime: Runtime,
+    batch_size: int = 64,
+) -> dict[int, Ablation]:
     """Mask every expert of every MoE block in turn, on all validation images of `datasets`.
 
     Args:
@@ -55,13 +60,20 @@ def ablate(model: MultitaskViT, datasets: dict[str, TaskData], pipeline: Pipelin
     experts = model.balance.importance.shape[2]
     blocks = model.balance.blocks if experts > 1 else []
     tasks = list(datasets)
-    found = {index: Ablation(tasks, np.zeros(len(tasks), np.int64), np.zeros(len(tasks), np.int64),
-                             *np.zeros((2, len(tasks), experts), np.int64)) for index in blocks}
-    with torch.inference_mode(), machine.autocast():
+    found = {
+        index: Ablation(
+            tasks,
+            np.zeros(len(tasks), np.int64),
+            np.zeros(len(tasks), np.int64),
+            *np.zeros((2, len(tasks), experts), np.int64),
+        )
+        for index in blocks
+    }
+    with torch.inference_mode(), runtime.autocast():
         for row, task in enumerate(tasks if blocks else []):
-            for images, labels in pipeline.eval_batches(datasets[task], "val", batch_size):
-                inputs, logits = _first_pass(model, pipeline.normalise(images, device=machine.device), task)
-                labels = labels.to(machine.device)
+            for images, labels in transforms.eval_batches(datasets[task], "val", batch_size):
+                inputs, logits = _first_pass(model, transforms.normalize(images, device=runtime.device), task)
+                labels = labels.to(runtime.device)
                 right = logits.argmax(1) == labels
                 for index, result in found.items():
                     result.images[row] += len(labels)
@@ -76,7 +88,7 @@ def ablate(model: MultitaskViT, datasets: dict[str, TaskData], pipeline: Pipelin
 
 def _first_pass(model: MultitaskViT, images: Tensor, task: str) -> tuple[dict[int, Tokens], Tensor]:
     """What enters each MoE block, and the logits with all experts."""
-    tokens, _ = model.stem(images)
+    tokens, _ = model.forward_features(images)
     start, inputs = model.path_start, {}
     for index in model.balance.blocks:  # all on the gradient path: experts are trained
         for passed in range(start, index):
@@ -95,6 +107,7 @@ def _rest(model: MultitaskViT, tokens: Tokens, start: int, task: str) -> Tensor:
 @contextmanager
 def masked(model: MultitaskViT, index: int, expert: int):
     """Within, block `index` never chooses `expert`: its router logit is minus infinity."""
+
     def mask(router: torch.nn.Module, inputs: tuple, logits: Tensor) -> Tensor:
         return logits.index_fill(1, torch.tensor([expert], device=logits.device), -torch.inf)
 

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moe_bsr.model.block import Record
-from moe_bsr.data import Pipeline, TaskData
-from moe_bsr.runtime.device import Machine
-from moe_bsr.runs.report import as_text
 from moe_bsr.config.reader import nearest
+from moe_bsr.data import ImageTransforms, TaskData
+from moe_bsr.model.block import Record
+from moe_bsr.runs.report import as_text
+from moe_bsr.runtime.device import Runtime
 
 ECE_BINS = 15
 CONFUSIONS = 5
@@ -25,7 +25,7 @@ USED_SHARE = 0.01  # an expert with at least this share of the assignments count
 NORMAL_975 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
-class Judged(NamedTuple):
+class Predictions(NamedTuple):
     """What is left of the logits of N images; each an array (N,).
 
     Attributes:
@@ -42,7 +42,7 @@ class Judged(NamedTuple):
     loss: np.ndarray
 
     @classmethod
-    def empty(cls, size: int) -> "Judged":
+    def empty(cls, size: int) -> "Predictions":
         """Room for `size` images, taken at once.
 
         A small array kept from each batch would pin the heap between two batches' large tensors, which
@@ -50,17 +50,18 @@ class Judged(NamedTuple):
         """
         return cls(*(np.zeros(size, np.int64) for _ in range(3)), *(np.zeros(size) for _ in range(2)))
 
-    def fill(self, start: int, part: "Judged") -> None:
+    def fill(self, start: int, part: "Predictions") -> None:
         for mine, theirs in zip(self, part, strict=True):
-            mine[start:start + len(theirs)] = theirs
+            mine[start : start + len(theirs)] = theirs
 
 
-def evaluate(model: nn.Module, data: TaskData, split: str, pipeline: Pipeline, machine: Machine,
-             batch_size: int = 64) -> dict:
+def evaluate(
+    model: nn.Module, data: TaskData, split: str, transforms: ImageTransforms, runtime: Runtime, batch_size: int = 64
+) -> dict:
     """All numbers of one task on a split ("train", "val" or "test"), as plain JSON types.
 
-    The numbers of `summarise` and `Activity.summary`, and `images_per_second` of the network
-    (normalisation and forward pass, median over batches; reading images is left out). All but that
+    The numbers of `summarize` and `Activity.summary`, and `images_per_second` of the network
+    (normalization and forward pass, median over batches; reading images is left out). All but that
     one depend on the arguments alone, on `batch_size` only by rounding.
 
     Args:
@@ -72,14 +73,14 @@ def evaluate(model: nn.Module, data: TaskData, split: str, pipeline: Pipeline, m
     size, done = len(getattr(data, split)), 0
     if size == 0:
         raise ValueError(f"task {data.name}: its {split} split has no images to evaluate")
-    judged, activity, rates = Judged.empty(size), Activity(), []
+    judged, activity, rates = Predictions.empty(size), TokenAndExpertUsage(), []
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), machine.autocast():
-            for images, labels in pipeline.eval_batches(data, split, batch_size):
+        with torch.inference_mode(), runtime.autocast():
+            for images, labels in transforms.eval_batches(data, split, batch_size):
                 start = time.perf_counter()
-                output = model(pipeline.normalise(images, device=machine.device), data.name)
+                output = model(transforms.normalize(images, device=runtime.device), data.name)
                 logits = output.logits.float().cpu()
                 rates.append(len(images) / (time.perf_counter() - start))
                 _check(logits, data)
@@ -88,31 +89,37 @@ def evaluate(model: nn.Module, data: TaskData, split: str, pipeline: Pipeline, m
                 activity.add(output.records)
     finally:
         model.train(was_training)
-    return (summarise(judged, data.class_names) | activity.summary()
-            | {"images_per_second": statistics.median(rates)})
+    return summarize(judged, data.class_names) | activity.summary() | {"images_per_second": statistics.median(rates)}
 
 
 def _check(logits: Tensor, data: TaskData) -> None:
     if logits.shape[1] != len(data.class_names):
-        raise ValueError(f"task {data.name}: its data have {len(data.class_names)} classes, the "
-                         f"model's head {logits.shape[1]}; it was trained on other data")
+        raise ValueError(
+            f"task {data.name}: its data have {len(data.class_names)} classes, the "
+            f"model's head {logits.shape[1]}; it was trained on other data"
+        )
     if not logits.isfinite().all():  # nothing compares above NaN: it would score 100 %
-        raise FloatingPointError(f"task {data.name}: logits that are not finite; the weights are "
-                                 "broken, go back to an earlier checkpoint")
+        raise FloatingPointError(
+            f"task {data.name}: logits that are not finite; the weights are broken, go back to an earlier checkpoint"
+        )
 
 
-def judge(logits: Tensor, labels: Tensor) -> Judged:
+def judge(logits: Tensor, labels: Tensor) -> Predictions:
     """Reduce finite logits (N, C) and labels (N,) int64, both on the CPU, to numbers per image."""
     log_probabilities = logits.double().log_softmax(1)
     label = labels.unsqueeze(1)
     own = logits.gather(1, label)
     ahead = (logits > own) | ((logits == own) & (torch.arange(logits.shape[1]) < label))
-    return Judged(labels.numpy(), logits.argmax(1).numpy(), ahead.sum(1).numpy(),
-                  log_probabilities.amax(1).exp().numpy(),
-                  -log_probabilities.gather(1, label).squeeze(1).numpy())
+    return Predictions(
+        labels.numpy(),
+        logits.argmax(1).numpy(),
+        ahead.sum(1).numpy(),
+        log_probabilities.amax(1).exp().numpy(),
+        -log_probabilities.gather(1, label).squeeze(1).numpy(),
+    )
 
 
-def summarise(judged: Judged, class_names: list[str]) -> dict:
+def summarize(judged: Predictions, class_names: list[str]) -> dict:
     """Accuracy, calibration, loss and confusions of N >= 1 images.
 
     top1, top5 (or all classes, where there are fewer), `top1_low` and `top1_high` (95 % interval),
@@ -158,8 +165,9 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
     return float(np.abs(np.bincount(place, weights=right - confidence)).sum() / len(right))
 
 
-def largest_confusions(label: np.ndarray, predicted: np.ndarray, class_names: list[str],
-                       limit: int = CONFUSIONS) -> list[dict]:
+def largest_confusions(
+    label: np.ndarray, predicted: np.ndarray, class_names: list[str], limit: int = CONFUSIONS
+) -> list[dict]:
     """The most frequent wrong answers, as {true, predicted, count, share}.
 
     `share` is that of the true class's images. Ties go to the lower true, then predicted class.
@@ -169,12 +177,18 @@ def largest_confusions(label: np.ndarray, predicted: np.ndarray, class_names: li
     answers = np.stack([label[wrong], predicted[wrong]])
     pairs, counts = np.unique(answers, axis=1, return_counts=True)
     largest = np.argsort(-counts, kind="stable")[:limit]
-    return [{"true": class_names[true], "predicted": class_names[other], "count": int(count),
-             "share": float(count / of_class[true])}
-            for (true, other), count in zip(pairs.T[largest], counts[largest], strict=True)]
+    return [
+        {
+            "true": class_names[true],
+            "predicted": class_names[other],
+            "count": int(count),
+            "share": float(count / of_class[true]),
+        }
+        for (true, other), count in zip(pairs.T[largest], counts[largest], strict=True)
+    ]
 
 
-class Activity:
+class TokenAndExpertUsage:
     """What the blocks did in an evaluation: patches kept, assignments per expert."""
 
     def __init__(self) -> None:
@@ -207,15 +221,16 @@ class Activity:
         that each expert got, by MoE block. experts_used: how many experts got at least 1 % (with
         more than 50 experts: half of an equal share).
         """
-        kept = {str(block): int(count) / self._entering[min(self._entering)]
-                for block, count in sorted(self._kept.items())}
-        shares = {str(block): load.cpu().double() / int(load.sum())
-                  for block, load in sorted(self._load.items())}
+        kept = {
+            str(block): int(count) / self._entering[min(self._entering)] for block, count in sorted(self._kept.items())
+        }
+        shares = {str(block): load.cpu().double() / int(load.sum()) for block, load in sorted(self._load.items())}
         return {
             "tokens_kept": list(kept.values())[-1] if kept else 1.0,
             "tokens_kept_after": kept,
-            "experts_used": {block: int((share >= min(USED_SHARE, 0.5 / len(share))).sum())
-                             for block, share in shares.items()},
+            "experts_used": {
+                block: int((share >= min(USED_SHARE, 0.5 / len(share))).sum()) for block, share in shares.items()
+            },
             "expert_share": {block: share.tolist() for block, share in shares.items()},
         }
 
@@ -232,8 +247,19 @@ def chosen_tasks(asked: list[str] | None, known: list[str]) -> list[str]:
     return list(dict.fromkeys(asked or known))
 
 
-COLUMNS = ("task", "top-1 %", "95 % interval", "top-5 %", "per class %", "ECE %", "chance %",
-           "images", "images/s", "tokens kept", "experts used")
+COLUMNS = (
+    "task",
+    "top-1 %",
+    "95 % interval",
+    "top-5 %",
+    "per class %",
+    "ECE %",
+    "chance %",
+    "images",
+    "images/s",
+    "tokens kept",
+    "experts used",
+)
 
 
 def table(results: dict[str, dict]) -> str:
@@ -243,8 +269,9 @@ def table(results: dict[str, dict]) -> str:
         rows.append(_mean_row(list(results.values())))
     lines = [as_text(rows), "", "Largest confusions (share of the class that was mistaken):"]
     for task, result in results.items():
-        pairs = [f"{c['true']} -> {c['predicted']} {c['count']}x ({100 * c['share']:.0f} %)"
-                 for c in result["confusions"]]
+        pairs = [
+            f"{c['true']} -> {c['predicted']} {c['count']}x ({100 * c['share']:.0f} %)" for c in result["confusions"]
+        ]
         lines.append(f"  {task}: {', '.join(pairs) or 'none'}")
     return "\n".join(lines)
 
@@ -252,9 +279,16 @@ def table(results: dict[str, dict]) -> str:
 def _row(task: str, result: dict) -> tuple[str, ...]:
     experts = [len(share) for share in result["expert_share"].values()]
     used = " ".join(map(str, result["experts_used"].values()))
-    return (task, f"{result['top1']:.1f}", f"{result['top1_low']:.1f} - {result['top1_high']:.1f}",
-            *_percentages(result), str(result["n"]), f"{result['images_per_second']:.0f}",
-            f"{100 * result['tokens_kept']:.1f} %", f"{used} of {max(experts)}" if experts else "-")
+    return (
+        task,
+        f"{result['top1']:.1f}",
+        f"{result['top1_low']:.1f} - {result['top1_high']:.1f}",
+        *_percentages(result),
+        str(result["n"]),
+        f"{result['images_per_second']:.0f}",
+        f"{100 * result['tokens_kept']:.1f} %",
+        f"{used} of {max(experts)}" if experts else "-",
+    )
 
 
 def _mean_row(results: list[dict]) -> tuple[str, ...]:

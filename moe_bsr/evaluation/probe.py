@@ -13,19 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_bsr.model.block import Record
-from moe_bsr.data import Pipeline, TaskData
+from moe_bsr.data import ImageTransforms, TaskData
 from moe_bsr.data.task import Split
-from moe_bsr.runtime.device import Machine
+from moe_bsr.model.block import Record
 from moe_bsr.model.multitask import MultitaskViT
-from moe_bsr.runtime.rng import key, stream
 from moe_bsr.model.tokens import FUSED
+from moe_bsr.runtime.device import Runtime
+from moe_bsr.runtime.rng import key, stream
 
 ABSENT = -1  # in place of experts: the token was dropped or fused before
 
 
 @dataclass(slots=True)
-class Seen:
+class ProbeResult:
     """What the network made of N images of a task, on the CPU.
 
     Attributes:
@@ -39,28 +39,28 @@ class Seen:
     records: dict[int, Record]
 
 
-def choose(data: TaskData, count: int, seed: int = 0) -> TaskData:
+def pick_probe_images(data: TaskData, count: int, seed: int = 0) -> TaskData:
     """The task with at most `count` of its validation images: always the same ones, a longer list adds."""
     order = stream(key(seed, data.name, "probe")).permutation(len(data.val))[:count]
     chosen = Split(data.val.source, data.val.index[order], data.val.labels[order])
     return dataclasses.replace(data, val=chosen)
 
 
-def look(model: MultitaskViT, data: TaskData, pipeline: Pipeline, machine: Machine) -> Seen:
+def run_probe(model: MultitaskViT, data: TaskData, transforms: ImageTransforms, runtime: Runtime) -> ProbeResult:
     """All validation images of `data` (see `choose`) in one batch, as an evaluation sees them.
 
     Draws no random number and leaves the model in the mode it was in.
     """
-    images, labels = next(pipeline.eval_batches(data, "val", len(data.val)))
+    images, labels = next(transforms.eval_batches(data, "val", len(data.val)))
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), machine.autocast():
-            output = model(pipeline.normalise(images, device=machine.device), data.name)
+        with torch.inference_mode(), runtime.autocast():
+            output = model(transforms.normalize(images, device=runtime.device), data.name)
     finally:
         model.train(was_training)
     records = {block: _home(record) for block, record in output.records.items()}
-    return Seen(images, labels, output.logits.argmax(1).cpu(), records)
+    return ProbeResult(images, labels, output.logits.argmax(1).cpu(), records)
 
 
 def _home(record: Record) -> Record:
@@ -68,12 +68,15 @@ def _home(record: Record) -> Record:
     parts = {}
     for name in ("dropped", "routing"):
         part = getattr(record, name)
-        parts[name] = None if part is None else dataclasses.replace(
-            part, **{f.name: getattr(part, f.name).cpu() for f in dataclasses.fields(part)})
+        parts[name] = (
+            None
+            if part is None
+            else dataclasses.replace(part, **{f.name: getattr(part, f.name).cpu() for f in dataclasses.fields(part)})
+        )
     return Record(**parts)
 
 
-def routes(records: dict[int, Record], prefix: int, patches: int) -> dict[int, np.ndarray]:
+def expert_map(records: dict[int, Record], prefix: int, patches: int) -> dict[int, np.ndarray]:
     """The experts of every token at every MoE block: (N, prefix + patches, K), ABSENT if it is gone.
 
     Args:
@@ -95,7 +98,7 @@ def routes(records: dict[int, Record], prefix: int, patches: int) -> dict[int, n
     return found
 
 
-def overlap(now: np.ndarray, before: np.ndarray) -> float:
+def expert_overlap(now: np.ndarray, before: np.ndarray) -> float:
     """Mean share of a token's experts that it had before too, over tokens present both times.
 
     Args:

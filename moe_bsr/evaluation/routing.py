@@ -170,14 +170,18 @@ class RoutingStatistics:
 
     def state(self) -> dict[str, Any]:
         """JSON values for `from_state`; floats survive exactly."""
-        return {"tasks": self.tasks, "experts": self.experts,
-                **{name: value.tolist() for name, value in self._sums.items()}}
+        return {
+            "tasks": self.tasks,
+            "experts": self.experts,
+            **{name: value.tolist() for name, value in self._sums.items()},
+        }
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> RoutingStatistics:
         found = cls(state["tasks"], state["experts"])
-        found._sums = {name: torch.tensor(state[name], dtype=value.dtype).view(value.shape)
-                       for name, value in found._sums.items()}
+        found._sums = {
+            name: torch.tensor(state[name], dtype=value.dtype).view(value.shape) for name, value in found._sums.items()
+        }
         return found
 
 

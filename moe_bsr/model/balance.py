@@ -20,33 +20,40 @@ class Balance(nn.Module):
 
     per_task (M3ViT) pushes every task to use all experts alike. across_tasks adds the other tasks'
     running shares (detached) before the variation is taken: the experts are used alike by all tasks
-    together, and each task may specialise.
+    together, and each task may specialize.
     """
 
     MOMENTUM = 0.9
 
     def __init__(self, config: MoEConfig, tasks: list[str], blocks: list[int]) -> None:
         super().__init__()
-        self.kind, self.weight = config.balance, config.balance_weight
+        self.kind, self.weight = config.balance_loss, config.balance_loss_weight
         self.tasks, self.blocks = list(tasks), list(blocks)
         for name in ("importance", "load"):
-            self.register_buffer(name, torch.zeros(len(tasks), len(blocks), config.experts))
+            self.register_buffer(name, torch.zeros(len(tasks), len(blocks), config.num_experts))
 
     def forward(self, routing: dict[int, Routing], task: str) -> Tensor:
         """weight x mean over layers of (cv^2 of importance + cv^2 of load); a scalar."""
         if self.kind == "none" or not routing:
             return torch.zeros((), device=self.importance.device)
-        return self.weight * torch.stack(
-            [squared_cv(self._amount(routing[block], name, layer, task)).to(torch.float32)
-             for layer, block in enumerate(self.blocks) for name in ("importance", "load")]
-        ).sum() / len(self.blocks)
+        return (
+            self.weight
+            * torch.stack(
+                [
+                    squared_cv(self._amount(routing[block], name, layer, task)).to(torch.float32)
+                    for layer, block in enumerate(self.blocks)
+                    for name in ("importance", "load")
+                ]
+            ).sum()
+            / len(self.blocks)
+        )
 
     def _amount(self, routing: Routing, name: str, layer: int, task: str) -> Tensor:
         amount = getattr(routing, name)
         if self.kind == "per_task":
             return amount
         row, shares = self.tasks.index(task), getattr(self, name)[:, layer]
-        return amount / amount.sum() + torch.cat([shares[:row], shares[row + 1:]]).sum(0)
+        return amount / amount.sum() + torch.cat([shares[:row], shares[row + 1 :]]).sum(0)
 
     @torch.no_grad()
     def update(self, routing: dict[int, Routing], task: str) -> None:
@@ -58,5 +65,4 @@ class Balance(nn.Module):
             for name in ("importance", "load"):
                 share = getattr(routing[block], name) / getattr(routing[block], name).sum()
                 running = getattr(self, name)[row, layer]
-                running.copy_(torch.where(running.sum() > 0, torch.lerp(share, running, self.MOMENTUM),
-                                          share))
+                running.copy_(torch.where(running.sum() > 0, torch.lerp(share, running, self.MOMENTUM), share))

@@ -11,14 +11,14 @@ from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block, LayerScale
 from torch import Tensor, nn
 
-from moe_bsr.ops.attention import attention, attention_bytes, join_heads, split_heads
 from moe_bsr.config import TokensConfig
-from moe_bsr.model.replay import Decisions
 from moe_bsr.cost.ledger import INDEX, ROW, Backward, Held, Ledger, add_bytes, norm_bytes
-from moe_bsr.ops.linear import activated_linear, activated_linear_bytes, linear, linear_bytes
 from moe_bsr.model.moe import MoE, Routing, moe_bytes
 from moe_bsr.model.plan import BlockPlan
+from moe_bsr.model.replay import Replay
 from moe_bsr.model.tokens import Dropped, Tokens, count_kept, drop, drop_bytes, received_attention
+from moe_bsr.ops.attention import attention, attention_bytes, join_heads, split_heads
+from moe_bsr.ops.linear import activated_linear, activated_linear_bytes, linear, linear_bytes
 
 
 @dataclass(slots=True)
@@ -34,9 +34,19 @@ def supported(block: nn.Module) -> bool:
     return type(block) is Block and type(block.attn) is Attention
 
 
-def forward(block: Block, tokens: Tokens, *, plan: BlockPlan, config: TokensConfig, prefix: int,
-            has_class_token: bool, task: str, decisions: Decisions,
-            noise_key: tuple[int, ...] | None = None, valued: bool = True) -> tuple[Tokens, Record]:
+def forward(
+    block: Block,
+    tokens: Tokens,
+    *,
+    plan: BlockPlan,
+    config: TokensConfig,
+    prefix: int,
+    has_class_token: bool,
+    task: str,
+    replay: Replay,
+    noise_key: tuple[int, ...] | None = None,
+    needs_output: bool = True,
+) -> tuple[Tokens, Record]:
     """One block on (B, N, D) tokens, leaving (B, N', D) with N' <= N.
 
     Args:
@@ -46,23 +56,22 @@ def forward(block: Block, tokens: Tokens, *, plan: BlockPlan, config: TokensConf
             the graph alone, and needs no last product for it.
     """
     record = Record()
-    hidden, *scores = attend(block.attn, block.norm1(tokens.x), plan.keep < 1, has_class_token, config.attached)
+    hidden, *scores = attend(block.attn, block.norm1(tokens.x), plan.keep_rate < 1, has_class_token, config.attached)
     x = tokens.x + block.drop_path1(scale(block.ls1, hidden))
     tokens = Tokens(x, tokens.origin, tokens.fused)
     del hidden, x  # or they would live through the FFN, the widest part
-    if plan.keep < 1:
-        tokens, record.dropped = drop(tokens, *scores, keep=plan.keep, prefix=prefix, config=config,
-                                      decisions=decisions)
-    valued = valued or keeps_last_product(block)
+    if plan.keep_rate < 1:
+        tokens, record.dropped = drop(tokens, *scores, keep=plan.keep_rate, prefix=prefix, config=config, replay=replay)
+    needs_output = needs_output or needs_last_product(block)
     if isinstance(block.mlp, MoE):
-        hidden, record.routing = block.mlp(block.norm2(tokens.x), task, decisions, noise_key, valued)
+        hidden, record.routing = block.mlp(block.norm2(tokens.x), task, replay, noise_key, needs_output)
     else:
-        hidden = feed_forward(block.mlp, block.norm2(tokens.x), valued)
+        hidden = feed_forward(block.mlp, block.norm2(tokens.x), needs_output)
     x = tokens.x + block.drop_path2(scale(block.ls2, hidden))
     return Tokens(x, tokens.origin, tokens.fused), record
 
 
-def keeps_last_product(block: Block) -> bool:
+def needs_last_product(block: Block) -> bool:
     """Whether something behind the FFN's last product keeps it: a LayerScale that trains."""
     return any(p.requires_grad for p in block.ls2.parameters())
 
@@ -72,8 +81,9 @@ def scale(layer: nn.Module, x: Tensor) -> Tensor:
     return x * layer.gamma.to(x.dtype) if type(layer) is LayerScale and not layer.inplace else layer(x)
 
 
-def attend(layer: Attention, hidden: Tensor, scores: bool, has_class_token: bool, attached: bool
-           ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def attend(
+    layer: Attention, hidden: Tensor, scores: bool, has_class_token: bool, attached: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Attention over all tokens, (B, N, D), and if wanted the scores of the tokens: no N x N map is kept.
 
     Scores are (B, N) probabilities and logits: the class token's attention, or without a class token
@@ -100,13 +110,13 @@ def project(layer: Attention, hidden: Tensor) -> Tensor:
     return torch.cat([join_heads(t) for t in (layer.q_norm(q), layer.k_norm(k), v)], -1)
 
 
-def feed_forward(mlp: Mlp, x: Tensor, valued: bool = True) -> Tensor:
+def feed_forward(mlp: Mlp, x: Tensor, needs_output: bool = True) -> Tensor:
     """(B, N, D) -> (B, N, D): a plain two-layer FFN; other kinds run as timm wrote them."""
     if type(mlp) is not Mlp:
         return mlp(x)
     x = linear(mlp.fc1, x)
     if torch.is_grad_enabled() and isinstance(mlp.norm, nn.Identity):
-        return activated_linear(mlp.act, mlp.fc2, x, valued)
+        return activated_linear(mlp.act, mlp.fc2, x, needs_output)
     x = mlp.act(x)
     return linear(mlp.fc2, mlp.norm(x))
 
@@ -124,16 +134,27 @@ def unstated(block: Block, plan: BlockPlan, has_class_token: bool) -> list[str]:
         "norm within the attention": isinstance(layer.norm, nn.Identity),
         "gate of the attention": layer.gate is None,
         f"norm ({type(block.norm1).__name__})": all(isinstance(n, nn.LayerNorm) for n in (block.norm1, block.norm2)),
-        "scaling of a branch": all(isinstance(s, nn.Identity) or type(s) is LayerScale and not s.inplace
-                                   for s in (block.ls1, block.ls2)),
+        "scaling of a branch": all(
+            isinstance(s, nn.Identity) or type(s) is LayerScale and not s.inplace for s in (block.ls1, block.ls2)
+        ),
         "drop path": all(isinstance(d, nn.Identity) for d in (block.drop_path1, block.drop_path2)),
-        "scores of tokens without a class token": has_class_token or plan.keep == 1,
+        "scores of tokens without a class token": has_class_token or plan.keep_rate == 1,
     }
     return [name for name, stated in kinds.items() if not stated]
 
 
-def block_bytes(ledger: Ledger, block: Block, plan: BlockPlan, config: TokensConfig, x: Held, batch: int,
-                before: int, after: int, prefix: int, needs_x: bool) -> tuple[Held, list[Held], Backward]:
+def block_bytes(
+    ledger: Ledger,
+    block: Block,
+    plan: BlockPlan,
+    config: TokensConfig,
+    x: Held,
+    batch: int,
+    before: int,
+    after: int,
+    prefix: int,
+    needs_x: bool,
+) -> tuple[Held, list[Held], Backward]:
     """What `forward` allocates and keeps for `batch` images of `before` tokens, `after` in the FFN.
 
     Args:
@@ -150,8 +171,15 @@ def block_bytes(ledger: Ledger, block: Block, plan: BlockPlan, config: TokensCon
     hidden, of_norm1 = norm_bytes(ledger, block.norm1, x, rows, width, needs_x)
     qkv, of_qkv = linear_bytes(ledger, layer.qkv, hidden, rows, needs_x or needs)
     y, scores, of_attention = attention_bytes(
-        ledger, qkv, batch, layer.num_heads, before, layer.num_heads * layer.head_dim,
-        scores=plan.keep < 1, attached=config.attached)
+        ledger,
+        qkv,
+        batch,
+        layer.num_heads,
+        before,
+        layer.num_heads * layer.head_dim,
+        scores=plan.keep_rate < 1,
+        attached=config.attached,
+    )
     ledger.free(qkv)
     out, of_proj = linear_bytes(ledger, layer.proj, y, rows, True)
     ledger.free(y, hidden)
@@ -160,21 +188,22 @@ def block_bytes(ledger: Ledger, block: Block, plan: BlockPlan, config: TokensCon
     ledger.free(scaled, out)
     of_drop = None
     candidates = before - prefix  # one dropped and fused leaves as many
-    if after < before or count_kept(candidates, plan.keep) < candidates:
-        records.append(ledger.make(batch * (before + after - 2 * prefix) * INDEX
-                                   + batch * (before - prefix) * ROW, packable=False))
+    if after < before or count_kept(candidates, plan.keep_rate) < candidates:
+        records.append(
+            ledger.make(batch * (before + after - 2 * prefix) * INDEX + batch * (before - prefix) * ROW, packable=False)
+        )
         shorter, of_drop = drop_bytes(ledger, batch, before, after, prefix, width, config, needs)
         ledger.free(stream)
         stream, ledger.tokens = shorter, after
     ledger.free(scores)
-    valued = ledger.valued or keeps_last_product(block)
+    needs_output = ledger.needs_output or needs_last_product(block)
     hidden, of_norm2 = norm_bytes(ledger, block.norm2, stream, rows_after, width, needs)
     if isinstance(block.mlp, MoE):
-        out, held, of_ffn = moe_bytes(ledger, block.mlp, hidden, rows_after, valued)
+        out, held, of_ffn = moe_bytes(ledger, block.mlp, hidden, rows_after, needs_output)
         records += held
         ledger.free(hidden)
     else:
-        out, of_ffn = mlp_bytes(ledger, block.mlp, hidden, rows_after, needs, valued)
+        out, of_ffn = mlp_bytes(ledger, block.mlp, hidden, rows_after, needs, needs_output)
     scaled, of_scale2 = scale_bytes(ledger, block.ls2, out)
     end = ledger.make(rows_after * width * size)
     ledger.free(scaled, out, stream)
@@ -213,12 +242,12 @@ def scale_bytes(ledger: Ledger, scale: nn.Module, x: Held) -> tuple[Held, Backwa
     return y, backward
 
 
-def mlp_bytes(ledger: Ledger, mlp: Mlp, x: Held, rows: int, needs: bool, valued: bool) -> tuple[Held, Backward]:
+def mlp_bytes(ledger: Ledger, mlp: Mlp, x: Held, rows: int, needs: bool, needs_output: bool) -> tuple[Held, Backward]:
     """Kept: fc1's input, if it trains, and the hidden values before the activation. Takes x over."""
     hidden, of_fc1 = linear_bytes(ledger, mlp.fc1, x, rows, needs)
     ledger.free(x)
     if ledger.grad:
-        out, of_fc2 = activated_linear_bytes(ledger, mlp.fc2, hidden, rows, valued)
+        out, of_fc2 = activated_linear_bytes(ledger, mlp.fc2, hidden, rows, needs_output)
         return out, lambda grad: of_fc1(of_fc2(grad))
     after = ledger.make(hidden.bytes)
     ledger.free(hidden)
@@ -227,8 +256,7 @@ def mlp_bytes(ledger: Ledger, mlp: Mlp, x: Held, rows: int, needs: bool, valued:
     return out, of_fc2
 
 
-def multiply_adds(block: Block, plan: BlockPlan, attention_tokens: int, ffn_tokens: int,
-                  has_class_token: bool = True) -> int:
+def macs(block: Block, plan: BlockPlan, attention_tokens: int, ffn_tokens: int, has_class_token: bool = True) -> int:
     """Multiply-adds of one image's forward pass: 4 D^2 n + 2 D n^2 for the attention, the scores, the FFN."""
     n, layer = attention_tokens, block.attn
     total = n * (layer.qkv.weight.numel() + layer.proj.weight.numel()) + 2 * n * n * _inner(block)
@@ -236,12 +264,18 @@ def multiply_adds(block: Block, plan: BlockPlan, attention_tokens: int, ffn_toke
         total += n * layer.gate.weight.numel()
     total += _scores(block, plan, n, has_class_token)
     if isinstance(block.mlp, MoE):
-        return total + block.mlp.multiply_adds(ffn_tokens)
+        return total + block.mlp.macs(ffn_tokens)
     return total + ffn_tokens * sum(p.numel() for p in block.mlp.parameters() if p.ndim == 2)
 
 
-def backward_multiply_adds(block: Block, plan: BlockPlan, attention_tokens: int, ffn_tokens: int,
-                           has_class_token: bool = True, attached: bool = True) -> tuple[int, int]:
+def backward_macs(
+    block: Block,
+    plan: BlockPlan,
+    attention_tokens: int,
+    ffn_tokens: int,
+    has_class_token: bool = True,
+    attached: bool = True,
+) -> tuple[int, int]:
     """Multiply-adds of one image's backward pass: (for the inputs, for the weights that train).
 
     The two products of attention have two operands each, and the map is computed once more.
@@ -251,18 +285,18 @@ def backward_multiply_adds(block: Block, plan: BlockPlan, attention_tokens: int,
     """
     n = attention_tokens
     maps, scores = n * n * _inner(block), _scores(block, plan, n, has_class_token)
-    of_matrices = multiply_adds(block, plan, n, ffn_tokens, has_class_token) - 2 * maps - scores
+    of_matrices = macs(block, plan, n, ffn_tokens, has_class_token) - 2 * maps - scores
     again = 0 if has_class_token else scores  # a whole map, computed once more as well
     inputs = of_matrices + 5 * maps + (2 * scores + again if attached else 0)
     if not plan.trainable:
         return inputs, 0
     frozen = isinstance(block.mlp, MoE) and not any(p.requires_grad for p in block.mlp.router.parameters())
-    return inputs, of_matrices - (block.mlp.router_multiply_adds(ffn_tokens) if frozen else 0)
+    return inputs, of_matrices - (block.mlp.router_macs(ffn_tokens) if frozen else 0)
 
 
-def unvalued_multiply_adds(block: Block, ffn_tokens: int) -> int:
+def skipped_macs(block: Block, ffn_tokens: int) -> int:
     """Of one image: what `forward` leaves out where its values are not wanted."""
-    if keeps_last_product(block) or type(block.mlp) not in (Mlp, MoE):
+    if needs_last_product(block) or type(block.mlp) not in (Mlp, MoE):
         return 0
     if isinstance(block.mlp, MoE):
         return ffn_tokens * block.mlp.top_k * block.mlp.experts.fc2_weight[0].numel()
@@ -276,4 +310,4 @@ def _inner(block: Block) -> int:
 
 def _scores(block: Block, plan: BlockPlan, tokens: int, has_class_token: bool) -> int:
     """Multiply-adds of the scores, if tokens are dropped: the class token's row, or without one the whole map."""
-    return 0 if plan.keep == 1 else (1 if has_class_token else tokens) * tokens * _inner(block)
+    return 0 if plan.keep_rate == 1 else (1 if has_class_token else tokens) * tokens * _inner(block)

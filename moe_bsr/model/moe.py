@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_bsr.config import MoEConfig, require
-from moe_bsr.model.replay import Decisions
-from moe_bsr.ops.experts import Experts, row_multiple
 from moe_bsr.cost.ledger import INDEX, ROW, Backward, Held, Ledger
+from moe_bsr.model.replay import Replay
+from moe_bsr.ops.experts import Experts, row_padding
 from moe_bsr.ops.linear import float32_linear
 from moe_bsr.runtime.rng import generator
 
@@ -48,9 +48,9 @@ class PerTaskRouter(nn.Module):
     def __init__(self, width: int, experts: int, tasks: list[str], seed: tuple) -> None:
         super().__init__()
         # Each task's router has its own generator: adding a task changes no other.
-        self.weight = nn.ParameterDict({task: nn.Parameter(
-            0.02 * torch.randn(experts, width, generator=generator(*seed, task)))
-            for task in tasks})
+        self.weight = nn.ParameterDict(
+            {task: nn.Parameter(0.02 * torch.randn(experts, width, generator=generator(*seed, task))) for task in tasks}
+        )
 
     def forward(self, x: Tensor, task: str) -> Tensor:
         return float32_linear(x, self.weight[task])
@@ -65,9 +65,12 @@ class TaskConditionedRouter(nn.Module):
     def __init__(self, width: int, experts: int, tasks: list[str], seed: tuple) -> None:
         super().__init__()
         self.tasks = list(tasks)
-        self.embed = nn.Sequential(nn.Linear(len(tasks), TASK_EMBEDDING), nn.GELU(),
-                                   nn.Linear(TASK_EMBEDDING, TASK_EMBEDDING),
-                                   nn.LayerNorm(TASK_EMBEDDING))
+        self.embed = nn.Sequential(
+            nn.Linear(len(tasks), TASK_EMBEDDING),
+            nn.GELU(),
+            nn.Linear(TASK_EMBEDDING, TASK_EMBEDDING),
+            nn.LayerNorm(TASK_EMBEDDING),
+        )
         self.weight = nn.Parameter(torch.empty(experts, width + TASK_EMBEDDING))
         draws = generator(*seed)
         for parameter in (self.embed[0].weight, self.embed[2].weight, self.weight):
@@ -90,7 +93,7 @@ ROUTERS = {"per_task": PerTaskRouter, "task_conditioned": TaskConditionedRouter}
 class MoE(nn.Module):
     """Task-routed top-k mixture of experts, upcycled from a pretrained FFN.
 
-    At `ratio` equal to the FFN's own every expert starts as its copy, so that with renormalised gates
+    At `ratio` equal to the FFN's own every expert starts as its copy, so that with renormalized gates
     the layer equals the FFN. At a smaller ratio expert e takes the hidden units j with
     j mod S = e mod S (S = FFN hidden width / expert hidden width), fc2 scaled by S, bias as it is: exact
     only when equal gates cover every residue equally; `start_error` measures the rest.
@@ -98,16 +101,21 @@ class MoE(nn.Module):
 
     def __init__(self, mlp: nn.Module, config: MoEConfig, tasks: list[str], seed: tuple) -> None:
         super().__init__()
-        require(type(mlp) is Mlp and isinstance(mlp.norm, nn.Identity), "plan.experts",
-                type(mlp).__name__, "experts are copies of a plain two-layer Mlp FFN; this backbone has "
-                "another kind, so leave plan.experts empty")
-        self.top_k, self.renormalise = config.top_k, config.renormalise
-        self.noise_std = config.gate_noise / config.experts
-        self.router = ROUTERS[config.router](mlp.fc1.in_features, config.experts, tasks, (*seed, "router"))
+        require(
+            type(mlp) is Mlp and isinstance(mlp.norm, nn.Identity),
+            "plan.moe_blocks",
+            type(mlp).__name__,
+            "experts are copies of a plain two-layer Mlp FFN; this backbone has "
+            "another kind, so leave plan.moe_blocks empty",
+        )
+        self.top_k, self.renormalize = config.top_k, config.renormalize_gates
+        self.noise_std = config.gate_noise / config.num_experts
+        self.router = ROUTERS[config.router](mlp.fc1.in_features, config.num_experts, tasks, (*seed, "router"))
         self.experts = Experts(mlp, config, (*seed, "experts"))
 
-    def forward(self, x: Tensor, task: str, decisions: Decisions, noise_key: tuple[int, ...] | None = None,
-                valued: bool = True) -> tuple[Tensor, Routing]:
+    def forward(
+        self, x: Tensor, task: str, replay: Replay, noise_key: tuple[int, ...] | None = None, needs_output: bool = True
+    ) -> tuple[Tensor, Routing]:
         """(B, N, D) -> (B, N, D) and the routing record.
 
         Args:
@@ -115,41 +123,40 @@ class MoE(nn.Module):
             valued: whether the values are wanted, or only what the backward pass needs.
         """
         flat = x.reshape(-1, x.shape[-1])
-        routing = self.route(flat, task, decisions, noise_key)
-        y = self.experts(flat, routing.gates, routing.experts, valued)
+        routing = self.route(flat, task, replay, noise_key)
+        y = self.experts(flat, routing.gates, routing.experts, needs_output)
         for name in ("experts", "gates", "probabilities"):
             value = getattr(routing, name)
             setattr(routing, name, value.view(*x.shape[:2], value.shape[-1]))
         return y.view_as(x), routing
 
-    def route(self, x: Tensor, task: str, decisions: Decisions, noise_key: tuple[int, ...] | None
-              ) -> Routing:
+    def route(self, x: Tensor, task: str, replay: Replay, noise_key: tuple[int, ...] | None) -> Routing:
         """Choose top-k experts for each of (T, D) tokens; the record's shapes are (T, ...)."""
         clean = logits = self.router(x, task)
         noisy = self.training and self.noise_std > 0
         if noisy:
             if noise_key is None:
                 raise ValueError("gate noise in training needs forward(..., noise_key=(seed, step, ...))")
-            noise = decisions.once("gate noise", lambda: torch.randn(
-                clean.shape, generator=generator(*noise_key)).to(clean.device))
+            noise = replay.record(
+                "gate noise", lambda: torch.randn(clean.shape, generator=generator(*noise_key)).to(clean.device)
+            )
             logits = clean + self.noise_std * noise
         probabilities = logits.softmax(-1)
-        chosen = decisions.once("experts", lambda: probabilities.topk(self.top_k).indices)
+        chosen = replay.record("experts", lambda: probabilities.topk(self.top_k).indices)
         gates = probabilities.gather(1, chosen)
-        if self.renormalise:
+        if self.renormalize:
             gates = gates / gates.sum(1, keepdim=True)
         nothing = gates.new_zeros(clean.shape)
         importance = nothing.scatter(1, chosen, gates).sum(0)
-        load = (smooth_load(clean, logits, chosen, self.noise_std) if noisy else
-                nothing.scatter_(1, chosen, 1.0).sum(0))
+        load = smooth_load(clean, logits, chosen, self.noise_std) if noisy else nothing.scatter_(1, chosen, 1.0).sum(0)
         return Routing(chosen, gates, probabilities.detach(), importance, load)
 
-    def multiply_adds(self, tokens: int) -> int:
+    def macs(self, tokens: int) -> int:
         """Of one image's forward pass: the router on every token, top_k experts for each."""
         one_expert = self.experts.fc1_weight[0].numel() + self.experts.fc2_weight[0].numel()
-        return tokens * self.top_k * one_expert + self.router_multiply_adds(tokens)
+        return tokens * self.top_k * one_expert + self.router_macs(tokens)
 
-    def router_multiply_adds(self, tokens: int) -> int:
+    def router_macs(self, tokens: int) -> int:
         experts, width, _ = self.experts.fc2_weight.shape
         return tokens * experts * width
 
@@ -160,7 +167,7 @@ def largest_share(width: int, experts: int, k: int) -> float:
     return min(1 + 0.03 * width**0.5, experts / k)
 
 
-def moe_bytes(ledger: Ledger, moe: MoE, x: Held, tokens: int, valued: bool) -> tuple[Held, list[Held], Backward]:
+def moe_bytes(ledger: Ledger, moe: MoE, x: Held, tokens: int, needs_output: bool) -> tuple[Held, list[Held], Backward]:
     """Kept: tokens, choices, gates, and of each row its hidden values.
 
     How many rows each expert gets is decided by values; the statement is that of equal shares, each
@@ -170,7 +177,7 @@ def moe_bytes(ledger: Ledger, moe: MoE, x: Held, tokens: int, valued: bool) -> t
     """
     experts, hidden, width = moe.experts.fc1_weight.shape
     size, k = ledger.size, moe.top_k
-    padding = min(row_multiple(tokens * k, experts, size == 2) // 2, tokens) * experts
+    padding = min(row_padding(tokens * k, experts, size == 2) // 2, tokens) * experts
     rows = tokens * k + padding
     each, left = divmod(rows, experts)
     cast = 0 if size == 4 else hidden * width * size
@@ -189,17 +196,22 @@ def moe_bytes(ledger: Ledger, moe: MoE, x: Held, tokens: int, valued: bool) -> t
     ledger.decided += chosen.bytes + (tokens * experts * ROW if moe.noise_std else 0)
     gates = ledger.make(2 * tokens * k * ROW, packable=False)
     places = ledger.make((tokens * k + rows) * INDEX, packable=False)
-    gate, summed = ledger.make(rows * ROW), ledger.make(tokens * width * ROW if valued else 0)
+    gate, summed = ledger.make(rows * ROW), ledger.make(tokens * width * ROW if needs_output else 0)
     before = [ledger.make((each + (e < left)) * hidden * size) for e in range(experts)] if ledger.grad else []
     inside = 0 if ledger.grad else 1
     one_expert(inside, 1, ledger.product_scratch(largest, width, hidden))
-    if valued:
+    if needs_output:
         one_expert(inside + 1, 1, ledger.product_scratch(largest, hidden, width))
-    out = ledger.make(tokens * width * size if valued else 0) if size == 2 else summed
+    out = ledger.make(tokens * width * size if needs_output else 0) if size == 2 else summed
     ledger.free(gate, summed if size == 2 else None)
     images_tokens, ledger.tokens = ledger.tokens, max(each, 1)
-    for tensor, kind in ((x, "expert inputs"), (places, "routing"), (gates, "routing"), (chosen, "routing"),
-                         *((part, "expert hidden") for part in before)):
+    for tensor, kind in (
+        (x, "expert inputs"),
+        (places, "routing"),
+        (gates, "routing"),
+        (chosen, "routing"),
+        *((part, "expert hidden") for part in before),
+    ):
         ledger.save(tensor, kind)
     if routers and ledger.grad:
         ledger.save(probabilities, "routing")
@@ -211,8 +223,11 @@ def moe_bytes(ledger: Ledger, moe: MoE, x: Held, tokens: int, valued: bool) -> t
         for tensor in (x, *before):
             ledger.restore(tensor)
         by_row, summed = ledger.make(2 * rows * ROW), ledger.make(tokens * width * ROW)
-        one_expert(2, 1, max(ledger.product_scratch(largest, width, hidden),
-                             ledger.weight_gradient_scratch(largest, width, hidden)))
+        one_expert(
+            2,
+            1,
+            max(ledger.product_scratch(largest, width, hidden), ledger.weight_gradient_scratch(largest, width, hidden)),
+        )
         one_expert(1, 2, ledger.product_scratch(largest, hidden, width))
         of_x = ledger.make(tokens * width * size) if size == 2 else summed
         for tensor in (x, places, gates, chosen, *before):
@@ -239,15 +254,15 @@ def smooth_load(clean: Tensor, noisy: Tensor, chosen: Tensor, std: float) -> Ten
         return clean.new_full((experts,), float(clean.shape[0]))
     best = noisy.topk(k + 1).values
     inside = torch.zeros_like(clean, dtype=torch.bool).scatter(1, chosen, True)
-    threshold = torch.where(inside, best[:, k:], best[:, k - 1:k])
+    threshold = torch.where(inside, best[:, k:], best[:, k - 1 : k])
     return torch.special.ndtr((clean - threshold) / std).sum(0)
 
 
 @torch.no_grad()
-def start_error(moe: MoE, mlp: Mlp, norm: nn.Module, task: str) -> float:
-    """Relative L2 distance of a fresh MoE from the FFN it came from, on 256 normalised random tokens."""
+def upcycling_error(moe: MoE, mlp: Mlp, norm: nn.Module, task: str) -> float:
+    """Relative L2 distance of a fresh MoE from the FFN it came from, on 256 normalized random tokens."""
     x = norm(torch.randn(1, 256, mlp.fc1.in_features, generator=generator("start error")).to(mlp.fc1.weight))
     training = moe.training
-    y, _ = moe.eval()(x, task, Decisions())
+    y, _ = moe.eval()(x, task, Replay())
     moe.train(training)
     return float((y - mlp(x)).norm() / mlp(x).norm())

@@ -16,8 +16,8 @@ from moe_bsr.model.tokens import count_kept
 @dataclass(frozen=True, slots=True)
 class BlockPlan:
     trainable: bool
-    keep: float
-    experts: bool
+    keep_rate: float
+    moe: bool
 
 
 def make_plan(config: PlanConfig, depth: int) -> list[BlockPlan]:
@@ -26,18 +26,28 @@ def make_plan(config: PlanConfig, depth: int) -> list[BlockPlan]:
     Raises:
         ConfigError: an index outside 0..depth-1, or a drop at the last block.
     """
-    for key in ("trainable", "drop", "experts"):
+    for key in ("train_blocks", "drop_blocks", "moe_blocks"):
         blocks = getattr(config, key)
         outside = [] if blocks == "all" else [i for i in blocks if not 0 <= i < depth]
-        require(not outside, f"plan.{key}", blocks,
-                f"{outside} outside the backbone's blocks 0 to {depth - 1} (counted from 0)")
-    keeps = config.keep if isinstance(config.keep, list) else [config.keep] * len(config.drop)
-    keep = dict(zip(config.drop, keeps, strict=True))
-    require(keep.get(depth - 1, 1.0) == 1.0, "plan.drop", config.drop,
-            f"block {depth - 1} is the last: nothing after a drop there would profit; drop earlier")
-    everything = config.trainable == "all"
-    return [BlockPlan(everything or i in config.trainable, keep.get(i, 1.0), i in config.experts)
-            for i in range(depth)]
+        require(
+            not outside,
+            f"plan.{key}",
+            blocks,
+            f"{outside} outside the backbone's blocks 0 to {depth - 1} (counted from 0)",
+        )
+    rates = config.keep_rate if isinstance(config.keep_rate, list) else [config.keep_rate] * len(config.drop_blocks)
+    keep = dict(zip(config.drop_blocks, rates, strict=True))
+    require(
+        keep.get(depth - 1, 1.0) == 1.0,
+        "plan.drop_blocks",
+        config.drop_blocks,
+        f"block {depth - 1} is the last: nothing after a drop there would profit; drop earlier",
+    )
+    everything = config.train_blocks == "all"
+    return [
+        BlockPlan(everything or i in config.train_blocks, keep.get(i, 1.0), i in config.moe_blocks)
+        for i in range(depth)
+    ]
 
 
 def block_storages(config: str | dict[str, list[int]], depth: int) -> list[str]:
@@ -51,8 +61,9 @@ def block_storages(config: str | dict[str, list[int]], depth: int) -> list[str]:
     storages = ["exact"] * depth
     named = [i for blocks in config.values() for i in blocks]
     outside = [i for i in named if not 0 <= i < depth]
-    require(not outside, "storage", config, f"{outside} outside the backbone's blocks 0 to {depth - 1} "
-            "(counted from 0)")
+    require(
+        not outside, "storage", config, f"{outside} outside the backbone's blocks 0 to {depth - 1} (counted from 0)"
+    )
     require(len(set(named)) == len(named), "storage", config, "each block once")
     for name, blocks in config.items():
         for index in blocks:
@@ -66,13 +77,13 @@ def freeze(vit: nn.Module, config: PlanConfig) -> None:
     "all" trains everything; a list of blocks trains every parameter of those blocks and the final norm;
     an empty list trains nothing here (the heads, which are not part of `vit`, always train).
     """
-    if config.trainable == "all":
+    if config.train_blocks == "all":
         vit.requires_grad_(True)
         return
     vit.requires_grad_(False)
-    for index in config.trainable:
+    for index in config.train_blocks:
         vit.blocks[index].requires_grad_(True)
-    if config.trainable:
+    if config.train_blocks:
         vit.norm.requires_grad_(True)
         vit.fc_norm.requires_grad_(True)
 
@@ -96,14 +107,13 @@ def gradient_path_start(vit: nn.Module) -> int:
     return trains.index(True) if True in trains else len(trains)
 
 
-def token_counts(plan: list[BlockPlan], tokens: int, prefix: int, fuse: bool, protect: bool
-                 ) -> list[tuple[int, int]]:
+def token_counts(plan: list[BlockPlan], tokens: int, prefix: int, fuse: bool, protect: bool) -> list[tuple[int, int]]:
     """(tokens in attention, tokens in FFN) of each block. 197 at 0.5 thrice: 197 -> 100 -> 52 -> 28."""
     counts, has_fused = [], False
     for block in plan:
         entering = tokens
         candidates = tokens - prefix - (protect and has_fused)
-        kept = count_kept(candidates, block.keep)
+        kept = count_kept(candidates, block.keep_rate)
         if kept < candidates:
             tokens, has_fused = prefix + kept + fuse, fuse
         counts.append((entering, tokens))

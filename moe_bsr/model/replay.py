@@ -14,13 +14,13 @@ import torch
 Choice = TypeVar("Choice")
 
 
-class Decisions:
+class Replay:
     """The choices of one block in one forward pass, by name."""
 
     def __init__(self) -> None:
         self._made: dict[str, object] = {}
 
-    def once(self, name: str, decide: Callable[[], Choice]) -> Choice:
+    def record(self, name: str, decide: Callable[[], Choice]) -> Choice:
         """The choice `name`: made by `decide` (outside the graph) at first, the same ever after."""
         if name not in self._made:
             with torch.no_grad():

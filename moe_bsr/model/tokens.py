@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from moe_bsr.config import TokensConfig
-from moe_bsr.model.replay import Decisions
 from moe_bsr.cost.ledger import INDEX, ROW, Backward, Held, Ledger
+from moe_bsr.model.replay import Replay
 
 FUSED = -1  # what the trace says of a fused token
 
@@ -145,15 +145,23 @@ class Reduce(torch.autograd.Function):
         grad_x = grad.new_empty(batch, ctx.tokens, grad.shape[2])
         grad_x[:, :prefix] = grad[:, :prefix]
         images = torch.arange(batch, device=grad.device).unsqueeze(1)
-        grad_x[images, prefix + kept] = grad[:, prefix:prefix + kept.shape[1]]
+        grad_x[images, prefix + kept] = grad[:, prefix : prefix + kept.shape[1]]
         fused = grad[:, -1:]
         grad_x[images, prefix + dropped] = 0.0 if weights is None else weights * fused
         grad_weights = None if away is None else away @ fused.transpose(1, 2)
         return grad_x, None, None, grad_weights, None
 
 
-def drop(tokens: Tokens, probabilities: Tensor, logits: Tensor, *, keep: float, prefix: int,
-         config: TokensConfig, decisions: Decisions) -> tuple[Tokens, Dropped]:
+def drop(
+    tokens: Tokens,
+    probabilities: Tensor,
+    logits: Tensor,
+    *,
+    keep: float,
+    prefix: int,
+    config: TokensConfig,
+    replay: Replay,
+) -> tuple[Tokens, Dropped]:
     """Keep the best-scored tokens and fuse the rest into one, placed last (BSR section 4.1).
 
     Args:
@@ -164,21 +172,20 @@ def drop(tokens: Tokens, probabilities: Tensor, logits: Tensor, *, keep: float, 
     """
     x, origin = tokens.x, tokens.origin
     probabilities, logits = probabilities[:, prefix:], logits[:, prefix:]
-    if config.detach:
+    if config.detach_fusion_weights:
         probabilities = probabilities.detach()
-    protected = config.protect and tokens.fused
+    protected = config.protect_fused and tokens.fused
     candidates = origin.shape[1] - protected
     kept_count = count_kept(candidates, keep)
     if kept_count == candidates:
         return tokens, Dropped(origin, origin, probabilities.detach())
 
-    ranking = probabilities if config.rank == "probabilities" else logits
-    kept, dropped = decisions.once(
-        "kept tokens", lambda: select(ranking[:, :candidates], kept_count))
+    ranking = probabilities if config.rank_by == "probabilities" else logits
+    kept, dropped = replay.record("kept tokens", lambda: select(ranking[:, :candidates], kept_count))
     origins, weights = [take(origin, kept)], None
     if config.fuses:
         weights = take(probabilities.unsqueeze(2), dropped)
-        if config.fuse == "normalised":
+        if config.fuse == "normalized":
             weights = weights / weights.sum(1, keepdim=True)
         origins.append(torch.full_like(origin[:, :1], FUSED))
     if protected:  # the fused token of an earlier drop, the last one, is added as it is
@@ -189,8 +196,9 @@ def drop(tokens: Tokens, probabilities: Tensor, logits: Tensor, *, keep: float, 
     return after, Dropped(origin, after.origin, probabilities.detach())
 
 
-def drop_bytes(ledger: Ledger, batch: int, before: int, after: int, prefix: int, width: int,
-               config: TokensConfig, needs_x: bool) -> tuple[Held, Backward]:
+def drop_bytes(
+    ledger: Ledger, batch: int, before: int, after: int, prefix: int, width: int, config: TokensConfig, needs_x: bool
+) -> tuple[Held, Backward]:
     """Kept: the positions, and for the weights of the fused token these and the dropped tokens.
 
     Args:

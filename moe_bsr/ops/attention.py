@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_bsr.runtime import cpu_features as cpu
 from moe_bsr.cost.ledger import ROW, Backward, Held, Ledger
+from moe_bsr.runtime import cpu_features as cpu
 
 PLAIN = torch.bfloat16  # the type whose backward is made of matrix products here
 MAP_BYTES = 2 * 2**20  # of one attention map recomputed at once in the backward
@@ -76,7 +76,8 @@ def _forward(qkv: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor | No
     """Attention (B, N, H d) and, of the fused one, a log-sum for each row, (B, H, N)."""
     if is_fused(qkv.dtype):
         y, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *split_heads(qkv, heads), 0.0, False, scale=scale)
+            *split_heads(qkv, heads), 0.0, False, scale=scale
+        )
         return join_heads(y), sums
     q, k, v = split_heads(qkv, heads)
     y = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
@@ -88,14 +89,14 @@ def _forward(qkv: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor | No
     return y, None
 
 
-def _images_backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scale: float
-                     ) -> tuple[Tensor, Tensor, Tensor]:
+def _images_backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of some images' queries, keys and values, all (b x H, N, d)."""
     q = q * scale
     attention = _map(q, k)
     grad_v = torch.bmm(attention.transpose(1, 2), grad)
     grad_logits = torch.ops.aten._softmax_backward_data(
-        torch.bmm(grad, v.transpose(1, 2)), attention, -1, attention.dtype)
+        torch.bmm(grad, v.transpose(1, 2)), attention, -1, attention.dtype
+    )
     return torch.bmm(grad_logits, k).mul_(scale), torch.bmm(grad_logits.transpose(1, 2), q), grad_v
 
 
@@ -137,22 +138,31 @@ class CpuAttention(torch.autograd.Function):
         else:
             y, sums = fused
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad, q, k, v, y.unflatten(2, (ctx.heads, -1)).transpose(1, 2), sums.squeeze(3), 0.0, False, scale=ctx.scale)
+                grad,
+                q,
+                k,
+                v,
+                y.unflatten(2, (ctx.heads, -1)).transpose(1, 2),
+                sums.squeeze(3),
+                0.0,
+                False,
+                scale=ctx.scale,
+            )
             grad_qkv = torch.cat([join_heads(g) for g in found], 2)
             del found
         if grad_probabilities is not None:
             row, _ = class_row(qkv, ctx.heads, ctx.scale)
             grad_row = (grad_probabilities / ctx.heads)[:, None, None, :].expand_as(row)
-            grad_row = ctx.scale * torch.ops.aten._softmax_backward_data(
-                grad_row, row, -1, row.dtype).to(qkv.dtype)
+            grad_row = ctx.scale * torch.ops.aten._softmax_backward_data(grad_row, row, -1, row.dtype).to(qkv.dtype)
             grad_q, grad_k, _ = split_heads(grad_qkv, ctx.heads)
             grad_q[:, :, :1] += grad_row @ k
             grad_k.add_(grad_row.transpose(-2, -1) * q[:, :, :1])
         return grad_qkv, None, None, None
 
 
-def attention(qkv: Tensor, heads: int, scale: float, scores: bool = False, attached: bool = True
-              ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def attention(
+    qkv: Tensor, heads: int, scale: float, scores: bool = False, attached: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """softmax(scale q k^T) v of (B, N, 3 H d) projections, heads joined: (B, N, H d).
 
     With `scores` also the class token's row of the attention, mean over heads: (B, N) probabilities
@@ -169,8 +179,9 @@ def attention(qkv: Tensor, heads: int, scale: float, scores: bool = False, attac
     return y, probabilities, logits.detach()
 
 
-def attention_bytes(ledger: Ledger, qkv: Held, batch: int, heads: int, tokens: int, width: int, *,
-                    scores: bool, attached: bool) -> tuple[Held, Held | None, Backward]:
+def attention_bytes(
+    ledger: Ledger, qkv: Held, batch: int, heads: int, tokens: int, width: int, *, scores: bool, attached: bool
+) -> tuple[Held, Held | None, Backward]:
     """Kept: the projections; in float32 also the output and a log-sum per row and head.
 
     Returns the output, the scores (probabilities and logits, mean over heads) and the backward.
@@ -208,8 +219,13 @@ def attention_bytes(ledger: Ledger, qkv: Held, batch: int, heads: int, tokens: i
             ledger.release(sums)
         else:
             out = ledger.make(3 * stream * size)
-            ledger.scratch(step * max(5 * tokens * width + 3 * heads * tokens * tokens,
-                                      7 * tokens * width + 2 * heads * tokens * tokens) * size)
+            ledger.scratch(
+                step
+                * max(
+                    5 * tokens * width + 3 * heads * tokens * tokens, 7 * tokens * width + 2 * heads * tokens * tokens
+                )
+                * size
+            )
         if scores and attached:
             ledger.scratch(stream * ROW + 3 * rows)
         ledger.free(grad)

@@ -19,7 +19,7 @@ from moe_bsr.ops.linear import activation_backward, compute_dtype, no_values, pr
 from moe_bsr.runtime.rng import generator
 
 
-def row_multiple(assignments: int, experts: int, narrow: bool) -> int:
+def row_padding(assignments: int, experts: int, narrow: bool) -> int:
     """To a multiple of what the loop pads each expert's rows: 1, or with `narrow`, bf16 on a CPU, 16 or 64.
 
     There every new matrix shape costs oneDNN a compilation, ten times the product of 800 rows itself;
@@ -53,7 +53,7 @@ def plan_rows(chosen: Tensor, experts: int, multiple: int) -> tuple[Tensor, Tens
 
 
 def is_grouped(engine: str, on_gpu: bool, bf16: bool) -> bool:
-    """Whether `moe.engine` means grouped products: on GPUs `grouped_mm` promises bf16 alone."""
+    """Whether `moe.backend` means grouped products: on GPUs `grouped_mm` promises bf16 alone."""
     return engine == "grouped" or (engine == "auto" and on_gpu and bf16)
 
 
@@ -106,9 +106,19 @@ class ExpertLoop(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, gates: Tensor, slot: Tensor, token: Tensor, counts: list[int], keeps: bool,
-                valued: bool, act: nn.Module, *parameters: Tensor | None) -> Tensor:
-        gate, y, hidden = _of_rows(gates, slot, token), _wide_zeros(x) if valued else None, []
+    def forward(
+        ctx,
+        x: Tensor,
+        gates: Tensor,
+        slot: Tensor,
+        token: Tensor,
+        counts: list[int],
+        keeps: bool,
+        needs_output: bool,
+        act: nn.Module,
+        *parameters: Tensor | None,
+    ) -> Tensor:
+        gate, y, hidden = _of_rows(gates, slot, token), _wide_zeros(x) if needs_output else None, []
         for expert, rows in _parts(counts):
             before = _add_expert(y, x, gate[rows], token[rows], act, *_one(parameters, expert))
             if keeps:
@@ -116,7 +126,7 @@ class ExpertLoop(torch.autograd.Function):
             del before  # it would live beside the next expert's
         ctx.save_for_backward(x, gates.unsqueeze(2), slot, token, *parameters, *hidden)
         ctx.counts, ctx.act = counts, act
-        return y.to(x.dtype) if valued else no_values(x, x.shape[1])
+        return y.to(x.dtype) if needs_output else no_values(x, x.shape[1])
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -132,14 +142,31 @@ class ExpertLoop(torch.autograd.Function):
                         of_unused.zero_()
         for (expert, rows), before in zip(_parts(ctx.counts), hidden, strict=True):
             grad_gate[rows] = _expert_backward(
-                grad_x, _one(grads, expert), grad, x, gate[rows], token[rows], before, ctx.act,
-                *_one(parameters, expert))
+                grad_x,
+                _one(grads, expert),
+                grad,
+                x,
+                gate[rows],
+                token[rows],
+                before,
+                ctx.act,
+                *_one(parameters, expert),
+            )
         grad_gates = grad_gate.flatten().index_select(0, slot).view_as(gates)
         return grad_x.to(x.dtype), grad_gates, None, None, None, None, None, None, *grads
 
 
-def _add_expert(y: Tensor | None, x: Tensor, gate: Tensor, token: Tensor, act: nn.Module, w1: Tensor,
-                b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
+def _add_expert(
+    y: Tensor | None,
+    x: Tensor,
+    gate: Tensor,
+    token: Tensor,
+    act: nn.Module,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+) -> Tensor:
     """Add one expert's gated outputs to y (T, D), if there is one; returns its rows' hidden values before the
     activation."""
     before = product(x.index_select(0, token), *_cast(x, w1, b1))
@@ -148,9 +175,20 @@ def _add_expert(y: Tensor | None, x: Tensor, gate: Tensor, token: Tensor, act: n
     return before
 
 
-def _expert_backward(grad_x: Tensor, grads: list[Tensor | None], grad: Tensor, x: Tensor, gate: Tensor,
-                     token: Tensor, before: Tensor, act: nn.Module, w1: Tensor, b1: Tensor | None, w2: Tensor,
-                     b2: Tensor | None) -> Tensor:
+def _expert_backward(
+    grad_x: Tensor,
+    grads: list[Tensor | None],
+    grad: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    token: Tensor,
+    before: Tensor,
+    act: nn.Module,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+) -> Tensor:
     """Write one expert's parameters' gradients into `grads`, add its rows' to grad_x (T, D) in float32.
 
     Returns the gates' gradients, one of each row (rows, 1). Gates are multiplied where rows are narrow.
@@ -218,29 +256,36 @@ class Experts(nn.Module):
         super().__init__()
         hidden, width = mlp.fc1.weight.shape
         fitting = [ratio for ratio in range(1, hidden // width + 1) if hidden % (ratio * width) == 0]
-        require(config.ratio in fitting, "moe.ratio", config.ratio,
-                f"ratio x width = {config.ratio * width} must divide the FFN's hidden width {hidden}; "
-                + (f"here {' or '.join(map(str, fitting))}" if fitting else
-                   "no ratio does here, so leave plan.experts empty"))
-        slices = hidden // (config.ratio * width)
+        require(
+            config.mlp_ratio in fitting,
+            "moe.mlp_ratio",
+            config.mlp_ratio,
+            f"ratio x width = {config.mlp_ratio * width} must divide the FFN's hidden width {hidden}; "
+            + (
+                f"here {' or '.join(map(str, fitting))}"
+                if fitting
+                else "no ratio does here, so leave plan.moe_blocks empty"
+            ),
+        )
+        slices = hidden // (config.mlp_ratio * width)
         draws = generator(*seed)
-        units = [torch.arange(e % slices, hidden, slices) for e in range(config.experts)]
+        units = [torch.arange(e % slices, hidden, slices) for e in range(config.num_experts)]
         stacked = {
             "fc1_weight": [mlp.fc1.weight[u] for u in units],
             "fc1_bias": None if mlp.fc1.bias is None else [mlp.fc1.bias[u] for u in units],
             "fc2_weight": [slices * mlp.fc2.weight[:, u] for u in units],
-            "fc2_bias": None if mlp.fc2.bias is None else [mlp.fc2.bias] * config.experts,
+            "fc2_bias": None if mlp.fc2.bias is None else [mlp.fc2.bias] * config.num_experts,
         }
         for name, copies in stacked.items():
             value = None if copies is None else torch.stack([c.detach() for c in copies])
-            if value is not None and config.clone_noise:
+            if value is not None and config.init_noise:
                 noise = torch.randn(value.shape, generator=draws).to(value.device)
-                value = value + config.clone_noise * value.std() * noise
+                value = value + config.init_noise * value.std() * noise
             self.register_parameter(name, None if value is None else nn.Parameter(value))
         self.act = mlp.act
-        self.engine = config.engine
+        self.engine = config.backend
 
-    def forward(self, x: Tensor, gates: Tensor, chosen: Tensor, valued: bool = True) -> Tensor:
+    def forward(self, x: Tensor, gates: Tensor, chosen: Tensor, needs_output: bool = True) -> Tensor:
         """Gate-weighted sum of each token's chosen experts: (T, D), (T, K) float32, (T, K) int64 -> (T, D).
 
         Args:
@@ -250,15 +295,21 @@ class Experts(nn.Module):
         parameters = [self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias]
         aligned = all(size * x.element_size() % 16 == 0 for size in self.fc1_weight.shape[1:])
         if self.engine == "grouped":
-            require(aligned, "moe.engine", "grouped", f"experts of {tuple(self.fc1_weight.shape[1:])} in "
-                    f"{x.dtype} are no multiples of 16 bytes; use loop")
+            require(
+                aligned,
+                "moe.backend",
+                "grouped",
+                f"experts of {tuple(self.fc1_weight.shape[1:])} in {x.dtype} are no multiples of 16 bytes; use loop",
+            )
         grouped = aligned and is_grouped(self.engine, x.is_cuda, x.dtype == torch.bfloat16)
         narrow = x.device.type == "cpu" and x.dtype == torch.bfloat16
-        slot, token, counts = plan_rows(chosen, len(self.fc1_weight),
-                                        row_multiple(chosen.numel(), len(self.fc1_weight), narrow))
+        slot, token, counts = plan_rows(
+            chosen, len(self.fc1_weight), row_padding(chosen.numel(), len(self.fc1_weight), narrow)
+        )
         if not grouped:
-            return ExpertLoop.apply(x, gates, slot, token, counts.tolist(),
-                                    torch.is_grad_enabled(), valued, self.act, *parameters)
+            return ExpertLoop.apply(
+                x, gates, slot, token, counts.tolist(), torch.is_grad_enabled(), needs_output, self.act, *parameters
+            )
         return Combine.apply(self._grouped(Dispatch.apply(x, slot, token), counts), gates, slot)
 
     def _grouped(self, rows: Tensor, counts: Tensor) -> Tensor:

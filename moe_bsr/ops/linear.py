@@ -13,8 +13,8 @@ from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_bsr.runtime import cpu_features as cpu
 from moe_bsr.cost.ledger import Backward, Held, Ledger
+from moe_bsr.runtime import cpu_features as cpu
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -38,8 +38,13 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, repeats: bool
     Args:
         repeats: whether these shapes come again: oneDNN compiles for new ones, which float32 cannot win back.
     """
-    fast = (x.dtype == torch.bfloat16 and cpu.onednn_has_bf16()
-            or repeats and x.dtype == torch.float32 and cpu.mkl_is_slow())
+    fast = (
+        x.dtype == torch.bfloat16
+        and cpu.onednn_has_bf16()
+        or repeats
+        and x.dtype == torch.float32
+        and cpu.mkl_is_slow()
+    )
     if fast and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
@@ -69,9 +74,11 @@ class _Linear(torch.autograd.Function):
         if copy is None and weight is not None:
             copy = weight.to(grad.dtype)
         flat = grad.flatten(0, -2)
-        return (None if weight is None else input_gradient(flat, copy).view(*grad.shape[:-1], weight.shape[1]),
-                None if x is None else flat.t() @ x.flatten(0, -2),
-                flat.sum(0) if ctx.needs_bias else None)
+        return (
+            None if weight is None else input_gradient(flat, copy).view(*grad.shape[:-1], weight.shape[1]),
+            None if x is None else flat.t() @ x.flatten(0, -2),
+            flat.sum(0) if ctx.needs_bias else None,
+        )
 
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -109,10 +116,10 @@ class _ActivatedLinear(torch.autograd.Function):
     """Saved for backward: x. What the weight's gradient needs, act(x), is computed from it again."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, act: nn.Module, weight: Tensor, bias: Tensor | None, valued: bool) -> Tensor:
+    def forward(ctx, x: Tensor, act: nn.Module, weight: Tensor, bias: Tensor | None, needs_output: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.act = act
-        if not valued:
+        if not needs_output:
             return no_values(x, len(weight))
         return product(act(x), weight.to(x.dtype), None if bias is None else bias.to(x.dtype), repeats=True)
 
@@ -125,7 +132,7 @@ class _ActivatedLinear(torch.autograd.Function):
         return back, None, of_weight, flat.sum(0) if ctx.needs_input_grad[3] else None, None
 
 
-def activated_linear(act: nn.Module, layer: nn.Linear, x: Tensor, valued: bool = True) -> Tensor:
+def activated_linear(act: nn.Module, layer: nn.Linear, x: Tensor, needs_output: bool = True) -> Tensor:
     """layer(act(x)) of x in the compute dtype, (..., in) -> (..., out); `act` has no parameters.
 
     As two operations a layer that trains would keep x for the one and act(x) for the other.
@@ -133,7 +140,7 @@ def activated_linear(act: nn.Module, layer: nn.Linear, x: Tensor, valued: bool =
     Args:
         valued: whether the values are wanted, or only what the backward pass needs.
     """
-    return _ActivatedLinear.apply(x, act, layer.weight, layer.bias, valued)
+    return _ActivatedLinear.apply(x, act, layer.weight, layer.bias, needs_output)
 
 
 def no_values(x: Tensor, width: int) -> Tensor:
@@ -141,8 +148,7 @@ def no_values(x: Tensor, width: int) -> Tensor:
     return x.new_zeros(()).expand(*x.shape[:-1], width)
 
 
-def linear_bytes(ledger: Ledger, layer: nn.Linear, x: Held, rows: int, needs_x: bool
-                 ) -> tuple[Held, Backward]:
+def linear_bytes(ledger: Ledger, layer: nn.Linear, x: Held, rows: int, needs_x: bool) -> tuple[Held, Backward]:
     """Kept: the input, if the weight trains, and the weight's copy in the compute dtype."""
     outputs, inputs = layer.weight.flatten(1).shape
     trains, size = layer.weight.requires_grad, ledger.size
@@ -174,14 +180,15 @@ def linear_bytes(ledger: Ledger, layer: nn.Linear, x: Held, rows: int, needs_x: 
     return y, backward
 
 
-def activated_linear_bytes(ledger: Ledger, layer: nn.Linear, x: Held, rows: int, valued: bool
-                           ) -> tuple[Held, Backward]:
+def activated_linear_bytes(
+    ledger: Ledger, layer: nn.Linear, x: Held, rows: int, needs_output: bool
+) -> tuple[Held, Backward]:
     """Kept: x, the values before the activation. Takes x over."""
     outputs, inputs = layer.weight.shape
     size, trains = ledger.size, layer.weight.requires_grad
     copy = outputs * inputs * size if size == 2 and trains else 0
     y = ledger.make(0)
-    if valued:
+    if needs_output:
         after, cast = ledger.make(x.bytes), ledger.make(copy)
         y = ledger.make(rows * outputs * size)
         ledger.scratch(ledger.product_scratch(rows, inputs, outputs))
@@ -217,8 +224,10 @@ class _Float32Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        return ((grad @ weight).to(ctx.dtype) if ctx.needs_input_grad[0] else None,
-                None if x is None else grad.t() @ x.float())
+        return (
+            (grad @ weight).to(ctx.dtype) if ctx.needs_input_grad[0] else None,
+            None if x is None else grad.t() @ x.float(),
+        )
 
 
 def float32_linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -63,5 +63,4 @@ def _separate(leaf: Leaf) -> list[Leaf]:
     """A leaf, or the three layers in place of the fused one of q, k and v."""
     if leaf.name != "attn.qkv":
         return [leaf]
-    return [replace(leaf, name=f"attn.{name}", outputs=leaf.outputs // 3)
-            for name in ("query", "key", "value")]
+    return [replace(leaf, name=f"attn.{name}", outputs=leaf.outputs // 3) for name in ("query", "key", "value")]

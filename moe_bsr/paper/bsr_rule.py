@@ -1,7 +1,7 @@
 """The accounting of the BSR paper, "Train Mem." and "FLOPs": its released estimator, derived from TinyTL's.
 
 Memory = batch x (peak activations of an image) + 4 bytes for each trainable + 1 byte for each frozen
-parameter; no gradients, no optimiser state, and frozen weights in 8 bits whatever the run keeps. MB are
+parameter; no gradients, no optimizer state, and frozen weights in 8 bits whatever the run keeps. MB are
 2^20 bytes. Activations are float32. Walking over the leaf modules in the order of the forward pass with
 the running sum g of what is kept, before each leaf
 
@@ -119,8 +119,9 @@ def forward_macs(shape: Shape) -> int:
 
     Experts and router are counted. (The class token's second row of scores, a millionth, is not.)
     """
-    layers = sum(leaf.input * leaf.outputs for leaves in shape.sections.values() for leaf in leaves
-                 if leaf.kind == "linear")
+    layers = sum(
+        leaf.input * leaf.outputs for leaves in shape.sections.values() for leaf in leaves if leaf.kind == "linear"
+    )
     return layers + sum(2 * block.tokens**2 * block.width for block in shape.blocks)
 
 

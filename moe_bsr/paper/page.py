@@ -34,7 +34,7 @@ map (heads x 197 x 197 x 4 bytes):
 | autograd, plain PyTorch | 16 T + A | 9 T + A | 0 |
 
 and for autograd 16 bytes a token for the statistics of the two norms. What the paper's rule leaves out: the
-inputs of frozen norms, what `gather` keeps at a drop, gradients, optimiser state and all temporaries of the
+inputs of frozen norms, what `gather` keeps at a drop, gradients, optimizer state and all temporaries of the
 backward pass. It charges a frozen parameter one byte, though the runs keep four. The released estimators do
 not know expert layers; where such a model appears below, router and experts are charged as the linear layers
 they are, the experts' on four rows for each token.
@@ -57,13 +57,17 @@ def as_text(results: list[Result]) -> str:
     width = max(len(r.row) for r in results)
     lines = []
     for table, rows in _by_table(results).items():
-        lines += ["", f"{_name(table)}: {TITLES[table]}",
-                  f"{'':{width}}  {'':20}{'published':>10}{'ours':>10}{'diff %':>9}  rule"]
+        lines += [
+            "",
+            f"{_name(table)}: {TITLES[table]}",
+            f"{'':{width}}  {'':20}{'published':>10}{'ours':>10}{'diff %':>9}  rule",
+        ]
         for r in rows:
             state = " OFF" if r.off else "" if r.status == "reproduced" else f" ({r.status})"
             ours, difference = _numbers(r)
-            lines.append(f"{r.row:{width}}  {r.column:20}{_printed(r):>10}{ours:>10}{difference:>9}  "
-                         f"{r.rule or '-'}{state}")
+            lines.append(
+                f"{r.row:{width}}  {r.column:20}{_printed(r):>10}{ours:>10}{difference:>9}  {r.rule or '-'}{state}"
+            )
             if r.note:
                 lines.append(f"{'':{width}}    {r.note}")
         if table in REMARKS:
@@ -75,14 +79,23 @@ def as_markdown(results: list[Result]) -> str:
     """The page, of all tables or of those asked for."""
     parts = [INTRODUCTION, RULES_INTRODUCTION, _rules({r.rule for r in results})]
     for table, rows in _by_table(results).items():
-        parts += [f"\n## {_name(table)}: {TITLES[table]}\n",
-                  "| row | figure | published | ours | difference | rule | |",
-                  "| --- | --- | --: | --: | --: | --- | --- |"]
+        parts += [
+            f"\n## {_name(table)}: {TITLES[table]}\n",
+            "| row | figure | published | ours | difference | rule | |",
+            "| --- | --- | --: | --: | --: | --- | --- |",
+        ]
         for r in rows:
             ours, difference = _numbers(r)
             status = "" if r.status == "reproduced" else f"**{r.status}**"
-            cells = [r.row, r.column, _printed(r), ours, difference and f"{difference} %", r.rule or "-",
-                     "; ".join(text for text in (status, r.note) if text)]
+            cells = [
+                r.row,
+                r.column,
+                _printed(r),
+                ours,
+                difference and f"{difference} %",
+                r.rule or "-",
+                "; ".join(text for text in (status, r.note) if text),
+            ]
             parts.append(f"| {' | '.join(cells)} |")
         if table in REMARKS:
             parts.append(f"\n{REMARKS[table]}")
@@ -103,9 +116,12 @@ def _kept(results: list[Result]) -> list[str]:
     for text, setting in settings.items():
         rule, cost = KEPT[first](setting), ours(setting, BATCH)
         values = [KEPT[who](setting) for who in others]
-        cells = [text, f"{rule:.2f}",
-                 *("- | -" if v is None else f"{v:.2f} | {v / rule:.2f}" for v in values),
-                 "-" if cost is None else f"{cost.peak / MB:.0f}"]
+        cells = [
+            text,
+            f"{rule:.2f}",
+            *("- | -" if v is None else f"{v:.2f} | {v / rule:.2f}" for v in values),
+            "-" if cost is None else f"{cost.peak / MB:.0f}",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from moe_bsr.paper import autograd_rule as plain
 from moe_bsr.paper import backrazor_rule as backrazor
 from moe_bsr.paper import bsr_rule as paper
-from moe_bsr.paper import autograd_rule as plain
-from moe_bsr.paper.bsr_rule import FLOAT, MB
 from moe_bsr.paper import resnet
+from moe_bsr.paper.bsr_rule import FLOAT, MB
 from moe_bsr.paper.settings import Setting, ours, rep_net, shape
 
 TOLERANCE = 0.003
@@ -18,8 +18,8 @@ BATCH = 128
 @dataclass(frozen=True, slots=True)
 class Rule:
     """Attributes:
-        text: what it charges, for the page.
-        rebuild: a figure's value from its setting and arguments.
+    text: what it charges, for the page.
+    rebuild: a figure's value from its setting and arguments.
     """
 
     text: str
@@ -53,9 +53,13 @@ def tensor(setting: Setting, which: str, times: int = 1) -> float:
     """One kept tensor of a full-length block (Table 1), or what a block keeps in all."""
     block = shape(setting).blocks[-1]
     token = FLOAT * block.leaves[0].input
-    sizes = {"qkv": paper.attention_kept(block) - FLOAT * block.heads * block.tokens**2,
-             "map": FLOAT * block.heads * block.tokens**2, "gelu": 4 * token, "token": token,
-             "block": paper.attention_kept(block) + sum(paper.kept(leaf, True) for leaf in block.leaves)}
+    sizes = {
+        "qkv": paper.attention_kept(block) - FLOAT * block.heads * block.tokens**2,
+        "map": FLOAT * block.heads * block.tokens**2,
+        "gelu": 4 * token,
+        "token": token,
+        "block": paper.attention_kept(block) + sum(paper.kept(leaf, True) for leaf in block.leaves),
+    }
     return times * sizes[which] / MB
 
 
@@ -69,45 +73,53 @@ RULES = {
         "trainable and 1 byte for each frozen parameter. A trained linear layer or norm keeps its input, an "
         "activation function on the gradient path its input, an attention on the gradient path its map and "
         "q, k, v.",
-        lambda setting, batch: paper.memory(shape(setting), batch).total_mb),
+        lambda setting, batch: paper.memory(shape(setting), batch).total_mb,
+    ),
     "paper, activations": Rule(
         "The activation term of `paper` alone, for one image.",
-        lambda setting: paper.memory(shape(setting)).activations_mb),
-    "paper, one tensor": Rule(
-        "One of the charges of `paper` on 197 tokens, or their sum over a block.", tensor),
+        lambda setting: paper.memory(shape(setting)).activations_mb,
+    ),
+    "paper, one tensor": Rule("One of the charges of `paper` on 197 tokens, or their sum over a block.", tensor),
     "paper, side blocks": Rule(
         "`paper, activations` with three trained side blocks of the main blocks' form and a frozen backbone.",
-        lambda setting: paper.memory(rep_net()).activations_mb),
+        lambda setting: paper.memory(rep_net()).activations_mb,
+    ),
     "backrazor": Rule(
         "Back Razor's released estimator, ancestor of `paper`: the input of q, k and v is charged three "
         "times, the FFN carries a residual, every block counts as on the gradient path; pruned values cost "
         "a bit each and the remaining ones 2 bytes (4 in the norms), GELU inputs 2 bytes.",
-        lambda setting, **given: backrazor.memory(shape(setting), **given).total_mb),
+        lambda setting, **given: backrazor.memory(shape(setting), **given).total_mb,
+    ),
     "macs": Rule(
         "Multiply-adds of the forward pass, in 1e9, times the batch: linear layers, patch embedding, "
         "attention products, router and experts. Nothing of the backward pass.",
-        lambda setting, batch=1: giga(batch * paper.forward_macs(shape(setting)))),
-    "macs, side blocks": Rule(
-        "`macs` with three side blocks.", lambda setting: giga(paper.forward_macs(rep_net()))),
+        lambda setting, batch=1: giga(batch * paper.forward_macs(shape(setting))),
+    ),
+    "macs, side blocks": Rule("`macs` with three side blocks.", lambda setting: giga(paper.forward_macs(rep_net()))),
     "thop": Rule(
         "What the thop counter sees: torch's own linear layers and convolutions, and four times the "
         "elements that enter norms. Attention products, router and experts count zero.",
-        lambda setting, batch: giga(batch * paper.thop_count(shape(setting)))),
-    "memory ratio": Rule(
-        "`paper` of full fine-tuning over `paper` of the setting.", memory_ratio),
+        lambda setting, batch: giga(batch * paper.thop_count(shape(setting))),
+    ),
+    "memory ratio": Rule("`paper` of full fine-tuning over `paper` of the setting.", memory_ratio),
     "on-device model": Rule(
         "No rule produced these: they were measured on a GPU. For orientation, what must live at least: "
         "batch x what autograd keeps in plain PyTorch + 4 bytes for each parameter and 8 more for each "
-        "trainable one (gradient and momentum). Buffers that live for a moment come on top.", on_device),
+        "trainable one (gradient and momentum). Buffers that live for a moment come on top.",
+        on_device,
+    ),
     "paper, ResNet-50": Rule(
         "`paper, activations` on torchvision's ResNet-50: inputs of trained convolutions and norms, a bit "
         "for each value that enters a ReLU.",
-        lambda setting, trained=None: resnet.activations(trained) / MB),
+        lambda setting, trained=None: resnet.activations(trained) / MB,
+    ),
     "inputs, ResNet-50": Rule(
         "The inputs of the same trained convolutions and norms alone: no ReLU masks, no peak.",
-        lambda setting, trained=None: resnet.inputs(trained) / MB),
+        lambda setting, trained=None: resnet.inputs(trained) / MB,
+    ),
     "macs, ResNet-50": Rule(
-        "`macs` of torchvision's ResNet-50, one image.", lambda setting: giga(resnet.forward_macs())),
+        "`macs` of torchvision's ResNet-50, one image.", lambda setting: giga(resnet.forward_macs())
+    ),
 }
 
 
@@ -172,9 +184,19 @@ def rebuild(figure: Figure) -> Result:
         ours = RULES[figure.rule].rebuild(figure.setting, **figure.arguments)
         difference = (ours - published) / published
         half_digit = 0.5 * 10.0 ** -len(figure.published.partition(".")[2])
-        off = (figure.status == "reproduced" and abs(difference) > TOLERANCE
-               and abs(ours - published) > half_digit)
+        off = figure.status == "reproduced" and abs(difference) > TOLERANCE and abs(ours - published) > half_digit
     if figure.rule in STEP_MEMORY:
         kept = {who: of(figure.setting) for who, of in KEPT.items()}
-    return Result(figure.table, figure.row, figure.column, published, ours, figure.rule, difference,
-                  figure.status, off, figure.note, kept)
+    return Result(
+        figure.table,
+        figure.row,
+        figure.column,
+        published,
+        ours,
+        figure.rule,
+        difference,
+        figure.status,
+        off,
+        figure.note,
+        kept,
+    )

@@ -18,8 +18,9 @@ def leaves() -> tuple[tuple[str, nn.Module, int, int], ...]:
         found: list[tuple[str, nn.Module, int, int]] = []
         for name, module in network.named_modules():
             if not any(module.children()):
-                module.register_forward_hook(lambda module, given, out, name=name: found.append(
-                    (name, module, given[0].numel(), out.numel())))
+                module.register_forward_hook(
+                    lambda module, given, out, name=name: found.append((name, module, given[0].numel(), out.numel()))
+                )
         network(torch.empty(1, 3, 224, 224))
     return tuple(found)
 
@@ -42,12 +43,19 @@ def activations(trained: tuple[str, ...] | None) -> float:
 
 def inputs(trained: tuple[str, ...] | None) -> float:
     """Bytes of the inputs of trained convolutions, norms and head, of one image, in all."""
-    return float(FLOAT * sum(given for name, module, given, _ in leaves()
-                             if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.Linear)
-                             and (trained is None or name.startswith(trained))))
+    return float(
+        FLOAT
+        * sum(
+            given
+            for name, module, given, _ in leaves()
+            if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.Linear)
+            and (trained is None or name.startswith(trained))
+        )
+    )
 
 
 def forward_macs() -> int:
     """Multiply-adds of one image: each output of a convolution costs one filter."""
-    return sum(out * module.weight[0].numel() for _, module, _, out in leaves()
-               if isinstance(module, nn.Conv2d | nn.Linear))
+    return sum(
+        out * module.weight[0].numel() for _, module, _, out in leaves() if isinstance(module, nn.Conv2d | nn.Linear)
+    )

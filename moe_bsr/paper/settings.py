@@ -5,10 +5,10 @@ from functools import lru_cache
 
 from moe_bsr import config as configuration
 from moe_bsr.config import Config
-from moe_bsr.paper import shapes
 from moe_bsr.cost.predict import Cost, predict
+from moe_bsr.model.multitask import MultitaskViT, build_on_meta
+from moe_bsr.paper import shapes
 from moe_bsr.paper.shapes import Shape
-from moe_bsr.model.multitask import MultitaskViT, plan_only
 
 BACKBONES = {"DeiT-S": "deit_small_patch16_224", "ViT-B": "vit_base_patch16_224"}
 FIVE = {"cifar10": 10, "cifar100": 100, "pets": 37, "flowers": 102, "food101": 101}
@@ -36,8 +36,10 @@ class Setting:
     def __str__(self) -> str:
         what = {"all": "all blocks", (): "head only"}.get(self.trainable, f"blocks {_text(self.trainable)}")
         drop = f", keep {self.keep:g} at {_text(self.drop)}" if self.drop else ""
-        return (f"{self.backbone}, {what}{drop}{', not fused' if self.fuse == 'none' else ''}"
-                f"{', experts' if self.experts else ''}{', substring selection' if self.substring else ''}")
+        return (
+            f"{self.backbone}, {what}{drop}{', not fused' if self.fuse == 'none' else ''}"
+            f"{', experts' if self.experts else ''}{', substring selection' if self.substring else ''}"
+        )
 
 
 def _text(blocks: tuple[int, ...]) -> str:
@@ -47,20 +49,27 @@ def _text(blocks: tuple[int, ...]) -> str:
 def config(setting: Setting) -> Config:
     """The setting as a configuration of ours, in float32."""
     trainable = "all" if setting.trainable == "all" else list(setting.trainable)
-    return configuration.from_dict({
-        "tasks": [name for name, _ in setting.tasks],
-        "backbone": {"name": BACKBONES[setting.backbone], "weights": "random"},
-        "plan": {"trainable": trainable, "drop": list(setting.drop), "keep": setting.keep,
-                 "experts": list(setting.experts)},
-        "tokens": {"fuse": setting.fuse},
-        "moe": {"renormalise": False, "balance": "none"},
-        "train": {"optimiser": "sgd", "batch_size": 128},
-        "machine": {"device": "cpu", "precision": "fp32"}})
+    return configuration.from_dict(
+        {
+            "tasks": [name for name, _ in setting.tasks],
+            "backbone": {"name": BACKBONES[setting.backbone], "weights": "random"},
+            "plan": {
+                "train_blocks": trainable,
+                "drop_blocks": list(setting.drop),
+                "keep_rate": setting.keep,
+                "moe_blocks": list(setting.experts),
+            },
+            "tokens": {"fuse": setting.fuse},
+            "moe": {"renormalize_gates": False, "balance_loss": "none"},
+            "train": {"optimizer": "sgd", "batch_size": 128},
+            "runtime": {"device": "cpu", "precision": "fp32"},
+        }
+    )
 
 
 @lru_cache
 def shape(setting: Setting) -> Shape:
-    model = plan_only(config(setting), dict(setting.tasks))
+    model = build_on_meta(config(setting), dict(setting.tasks))
     if setting.substring:
         select_by_substring(model, setting.trainable)
     return shapes.from_model(model)
@@ -72,7 +81,7 @@ def ours(setting: Setting, batch: int) -> Cost | None:
     if setting.substring:
         return None
     chosen = config(setting)
-    return predict(plan_only(chosen, dict(setting.tasks)), chosen, batch=batch, precision="fp32")
+    return predict(build_on_meta(chosen, dict(setting.tasks)), chosen, batch=batch, precision="fp32")
 
 
 def select_by_substring(model: MultitaskViT, blocks: tuple[int, ...]) -> None:

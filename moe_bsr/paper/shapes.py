@@ -99,31 +99,55 @@ def from_model(model: MultitaskViT, task: str | None = None) -> Shape:
     patches, prefix = vit.patch_embed.num_patches, vit.num_prefix_tokens
     counts = describe.counts(model)
     convolution = vit.patch_embed.proj
-    embedding = (Leaf("patch_embed.proj", "linear", patches, convolution.weight[0].numel(),
-                      convolution.out_channels, convolution.weight.requires_grad),)
+    embedding = (
+        Leaf(
+            "patch_embed.proj",
+            "linear",
+            patches,
+            convolution.weight[0].numel(),
+            convolution.out_channels,
+            convolution.weight.requires_grad,
+        ),
+    )
     embedding += _leaves(vit.norm_pre, patches + prefix, "norm_pre")
-    blocks = tuple(_block(block, *count, on_path=index >= model.path_start)
-                   for index, (block, count) in enumerate(zip(vit.blocks, counts, strict=True)))
+    blocks = tuple(
+        _block(block, *count, on_path=index >= model.path_start)
+        for index, (block, count) in enumerate(zip(vit.blocks, counts, strict=True))
+    )
     last = counts[-1][1]
     head = _leaves(vit.norm, last, "norm")
     if vit.attn_pool is not None:  # one latent token attends to all
-        head += tuple(leaf if leaf.name.endswith(".kv") else replace(leaf, rows=1)
-                      for leaf in _leaves(vit.attn_pool, last, "attn_pool"))
+        head += tuple(
+            leaf if leaf.name.endswith(".kv") else replace(leaf, rows=1)
+            for leaf in _leaves(vit.attn_pool, last, "attn_pool")
+        )
     head += _leaves(vit.fc_norm, 1, "fc_norm") + _leaves(model.heads[task or model.tasks[0]], 1, "head")
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return Shape(embedding, blocks, head, sum(n for n, trains in sizes if trains),
-                 sum(n for n, trains in sizes if not trains), prefix, model.tokens_config.fuses,
-                 not any(p.requires_grad for p in vit.parameters()))
+    return Shape(
+        embedding,
+        blocks,
+        head,
+        sum(n for n, trains in sizes if trains),
+        sum(n for n, trains in sizes if not trains),
+        prefix,
+        model.tokens_config.fuses,
+        not any(p.requires_grad for p in vit.parameters()),
+    )
 
 
 def _block(block: nn.Module, tokens: int, ffn_tokens: int, on_path: bool) -> BlockShape:
     layer = block.attn
     moe = isinstance(block.mlp, MoE)
     return BlockShape(
-        tokens, layer.num_heads, layer.num_heads * layer.head_dim, on_path,
-        _leaves(block.norm1, tokens, "norm1"), _leaves(layer, tokens, "attn"),
+        tokens,
+        layer.num_heads,
+        layer.num_heads * layer.head_dim,
+        on_path,
+        _leaves(block.norm1, tokens, "norm1"),
+        _leaves(layer, tokens, "attn"),
         _leaves(block.norm2, ffn_tokens, "norm2"),
-        _moe(block.mlp, ffn_tokens) if moe else _leaves(block.mlp, ffn_tokens, "mlp"))
+        _moe(block.mlp, ffn_tokens) if moe else _leaves(block.mlp, ffn_tokens, "mlp"),
+    )
 
 
 def _leaves(module: nn.Module, rows: int, name: str) -> tuple[Leaf, ...]:
@@ -132,14 +156,14 @@ def _leaves(module: nn.Module, rows: int, name: str) -> tuple[Leaf, ...]:
     width = 0  # of what goes into the next linear layer, which is what an activation sees
     for inner, leaf in reversed(list(module.named_modules(prefix=name))):
         if isinstance(leaf, nn.Linear):
-            found.append(Leaf(inner, "linear", rows, leaf.in_features, leaf.out_features,
-                              leaf.weight.requires_grad))
+            found.append(Leaf(inner, "linear", rows, leaf.in_features, leaf.out_features, leaf.weight.requires_grad))
             width = leaf.in_features
         elif hasattr(leaf, "normalized_shape"):
             size = leaf.normalized_shape[-1]
             heads = module.num_heads if inner.endswith(("q_norm", "k_norm")) else 1
-            found.append(Leaf(inner, "norm", rows * heads, size, size,
-                              leaf.weight is not None and leaf.weight.requires_grad))
+            found.append(
+                Leaf(inner, "norm", rows * heads, size, size, leaf.weight is not None and leaf.weight.requires_grad)
+            )
         elif inner.endswith(".act"):
             found.append(Leaf(inner, "activation", rows, width, width, False))
     return tuple(reversed(found))
@@ -151,7 +175,9 @@ def _moe(moe: MoE, tokens: int) -> tuple[Leaf, ...]:
     trained = moe.experts.fc1_weight.requires_grad
     rows = moe.top_k * tokens
     router = any(p.requires_grad for p in moe.router.parameters())
-    return (Leaf("mlp.router", "linear", tokens, width, experts, router),
-            Leaf(f"{EXPERTS}.fc1", "linear", rows, width, hidden, trained),
-            Leaf(f"{EXPERTS}.act", "activation", rows, hidden, hidden, False),
-            Leaf(f"{EXPERTS}.fc2", "linear", rows, hidden, width, trained))
+    return (
+        Leaf("mlp.router", "linear", tokens, width, experts, router),
+        Leaf(f"{EXPERTS}.fc1", "linear", rows, width, hidden, trained),
+        Leaf(f"{EXPERTS}.act", "activation", rows, hidden, hidden, False),
+        Leaf(f"{EXPERTS}.fc2", "linear", rows, hidden, width, trained),
+    )

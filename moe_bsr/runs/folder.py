@@ -21,21 +21,21 @@ from moe_bsr.runs import checkpoint
 from moe_bsr.runs import report
 from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError
-from moe_bsr.data import Pipeline, TaskData, load_spec, load_task
+from moe_bsr.data import ImageTransforms, TaskData, load_spec, load_task
 from moe_bsr.evaluation.evaluate import chosen_tasks
-from moe_bsr.runtime.device import Machine, prepare
-from moe_bsr.model.multitask import MultitaskViT, build, plan_only
+from moe_bsr.runtime.device import Runtime, prepare
+from moe_bsr.model.multitask import MultitaskViT, build, build_on_meta
 
 # What may differ between a run and its resumption without changing what is computed.
-FREE_TO_CHANGE = ("machine", "data.root", "data.download", "data.cache_mb", "data.stem_mb", "data.prefetch",
-                  "train.checkpoint_every", "train.test", "backbone.weights")
+RESUMABLE_KEYS = ("runtime", "data.root", "data.download", "data.image_cache_mb", "data.feature_cache_mb", "data.prefetch",
+                  "train.checkpoint_every", "train.evaluate_test", "backbone.weights")
 
 # What a trained model is rebuilt from, and the last key written: without it the file was cut.
 RESOLVED = ("backbone_sha256", "tasks", "precision", "python")
 
 
 @dataclass(slots=True)
-class Loaded:
+class TrainedRun:
     """A trained run, ready to use.
 
     Attributes:
@@ -47,8 +47,8 @@ class Loaded:
     run: Path
     config: Config
     models: dict[str, MultitaskViT]
-    pipeline: Pipeline
-    machine: Machine
+    transforms: ImageTransforms
+    runtime: Runtime
     class_names: dict[str, list[str]]
     step: int
     weights: str
@@ -67,7 +67,7 @@ class Loaded:
 
 
 def load(run: str | Path, checkpoint_name: str | int = "best", data_root: str | None = None,
-         device: str | None = None, weights: str | None = None, tasks: list[str] | None = None) -> Loaded:
+         device: str | None = None, weights: str | None = None, tasks: list[str] | None = None) -> TrainedRun:
     """The model of a run with its transforms and class names, in evaluation mode.
 
     Args:
@@ -83,20 +83,20 @@ def load(run: str | Path, checkpoint_name: str | int = "best", data_root: str | 
     run = Path(run)
     config, resolved = read_config(run)
     chosen = chosen_tasks(tasks, config.task_names())
-    if config.mode == "stl":
+    if config.mode == "single_task":
         _refuse_untrained(run, chosen, config.task_names())
         parts = {task: load(run / task, checkpoint_name, data_root, device, weights) for task in chosen}
         first = next(iter(parts.values()))
-        return Loaded(run, config, {t: p.models[t] for t, p in parts.items()}, first.pipeline, first.machine,
+        return TrainedRun(run, config, {t: p.models[t] for t, p in parts.items()}, first.transforms, first.runtime,
                       {t: p.class_names[t] for t, p in parts.items()},
                       max(p.step for p in parts.values()), first.weights, data_root)
-    config.machine.precision = resolved["precision"]
-    machine = _prepare_for(run, config, device)
+    config.runtime.precision = resolved["precision"]
+    runtime = _prepare_for(run, config, device)
     names = {task: about["classes"] for task, about in resolved["tasks"].items()}
     classes = {task: len(known) for task, known in names.items()}
     folder = _named_checkpoint(run, checkpoint_name)
     tensors, state = checkpoint.read(folder)
-    if plan_only(config, classes).state_dict().keys() <= tensors["weights"].keys():
+    if build_on_meta(config, classes).state_dict().keys() <= tensors["weights"].keys():
         config.backbone.weights = "random"  # everything was saved: no need for the backbone's file
     elif weights is not None:
         config.backbone.weights = weights
@@ -109,52 +109,52 @@ def load(run: str | Path, checkpoint_name: str | int = "best", data_root: str | 
     average = tensors.get("average")
     if average:
         model.load_state_dict(average, strict=False)
-    return Loaded(run, config, dict.fromkeys(chosen, machine.place(model.eval())),
-                  make_pipeline(config, model), machine, {task: names[task] for task in chosen}, state["step"],
+    return TrainedRun(run, config, dict.fromkeys(chosen, runtime.place(model.eval())),
+                  make_transforms(config, model), runtime, {task: names[task] for task in chosen}, state["step"],
                   "average" if average else "live", data_root)
 
 
 def open_task(config: Config, task: str, root: str | None = None) -> TaskData:
     data = config.data
     return load_task(load_spec(task), root=Path(root or data.root).expanduser(), download=data.download,
-                     validation=data.validation, data_seed=data.data_seed)
+                     validation=data.val_fraction, data_seed=data.split_seed)
 
 
-def make_pipeline(config: Config, model: MultitaskViT) -> Pipeline:
+def make_transforms(config: Config, model: MultitaskViT) -> ImageTransforms:
     settings = backbone.image_settings(config.backbone, model.vit)
-    return Pipeline(**asdict(settings), resize=config.data.resize, augment=config.data.augment, flip=config.data.flip,
-                    crop_scale=config.data.crop_scale, seed=config.seed, cache_mb=config.data.cache_mb)
+    return ImageTransforms(**asdict(settings), resize=config.data.resize, augment=config.data.augment, flip=config.data.hflip,
+                    crop_scale=config.data.crop_scale, seed=config.seed, cache_mb=config.data.image_cache_mb)
 
 
-def write_config(run: Path, config: Config, model: MultitaskViT, pipeline: Pipeline, machine: Machine,
+def write_config(run: Path, config: Config, model: MultitaskViT, transforms: ImageTransforms, runtime: Runtime,
                  tasks: dict[str, TaskData]) -> None:
     resolved = {
         "backbone_sha256": model.backbone_sha256,
-        "images": {"size": pipeline.size, "mean": list(pipeline.mean), "std": list(pipeline.std),
-                   "interpolation": pipeline.interpolation, "crop_pct": pipeline.crop_pct},
-        "tasks": {name: about_data(data) for name, data in tasks.items()},
-        **environment(machine),
+        "images": {"size": transforms.size, "mean": list(transforms.mean), "std": list(transforms.std),
+                   "interpolation": transforms.interpolation, "crop_pct": transforms.crop_pct},
+        "tasks": {name: data_fingerprint(data) for name, data in tasks.items()},
+        **environment(runtime),
     }
     tree = configuration.to_dict(config) | {"resolved": resolved}
     checkpoint.write_whole(run / "config.yaml", yaml.safe_dump(tree, sort_keys=False, width=110))
 
 
-def about_data(data: TaskData) -> dict[str, Any]:
+def data_fingerprint(data: TaskData) -> dict[str, Any]:
     """What a resumed run must find again, and where it was."""
     labels = hashlib.sha256(b"".join(split.labels.tobytes() for split in (data.train, data.val, data.test)))
     return {"origin": data.origin, "train": len(data.train), "val": len(data.val), "test": len(data.test),
             "labels_sha256": labels.hexdigest(), "classes": list(data.class_names)}
 
 
-def environment(machine: Machine) -> dict[str, Any]:
-    return {"precision": machine.precision, "precision_why": machine.why, "threads": machine.threads,
-            "device": str(machine.device), "processor": processor(machine), "torch": str(torch.__version__),
+def environment(runtime: Runtime) -> dict[str, Any]:
+    return {"precision": runtime.precision, "precision_reason": runtime.precision_reason, "threads": runtime.threads,
+            "device": str(runtime.device), "processor": processor(runtime), "torch": str(torch.__version__),
             "timm": timm.__version__, "python": platform.python_version()}
 
 
-def processor(machine: Machine) -> str:
-    if machine.device.type == "cuda":
-        return torch.cuda.get_device_name(machine.device)
+def processor(runtime: Runtime) -> str:
+    if runtime.device.type == "cuda":
+        return torch.cuda.get_device_name(runtime.device)
     capabilities = torch.backends.cpu.get_cpu_capability()
     return f"{platform.machine()} {capabilities}"
 
@@ -174,7 +174,7 @@ def read_config(run: Path) -> tuple[Config, dict[str, Any]]:
             raise ConfigError("no keys and values")
         resolved = tree.pop("resolved", None) or {}
         config = configuration.from_dict(tree)
-        lacking = [key for key in RESOLVED if key not in resolved and config.mode != "stl"]
+        lacking = [key for key in RESOLVED if key not in resolved and config.mode != "single_task"]
         if lacking:
             raise ConfigError(f"no key resolved.{lacking[0]}")
     except (ValueError, yaml.YAMLError) as error:
@@ -183,10 +183,10 @@ def read_config(run: Path) -> tuple[Config, dict[str, Any]]:
     return config, resolved
 
 
-def differences(old: Config, new: Config) -> list[str]:
+def config_diff(old: Config, new: Config) -> list[str]:
     """Dotted keys in which two configurations differ, those free to change on resume left out."""
     def walk(a: Any, b: Any, key: str) -> list[str]:
-        if key in FREE_TO_CHANGE or a == b:
+        if key in RESUMABLE_KEYS or a == b:
             return []
         if isinstance(a, dict) and isinstance(b, dict):
             return [d for k in a.keys() | b.keys() for d in walk(a.get(k), b.get(k), f"{key}.{k}".lstrip("."))]
@@ -198,14 +198,14 @@ def check_folder(config: Config, folder: Path, resume: bool) -> None:
     """Raise ConfigError if the folder holds another run, or without `resume` any, or is none."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--run {folder}: is a file; name a folder")
-    parts = [folder / name for name in config.task_names()] if config.mode == "stl" else []
+    parts = [folder / name for name in config.task_names()] if config.mode == "single_task" else []
     if not resume and any(checkpoint.steps(place) or (place / "report.json").is_file()
                           for place in (folder, *parts)):
         raise ConfigError(f"--run {folder}: holds a run already; add --resume to go on with it, or name "
                           "another folder")
     if not resume or not (folder / "config.yaml").is_file():
         return
-    if changed := differences(read_config(folder)[0], config):
+    if changed := config_diff(read_config(folder)[0], config):
         raise ConfigError(f"--resume {folder}: the configuration changed: {'; '.join(changed[:4])}; a resumed run "
                           "keeps its settings, so name another --run for these")
 
@@ -213,10 +213,10 @@ def check_folder(config: Config, folder: Path, resume: bool) -> None:
 def check_data(run: Path, before: dict[str, dict[str, Any]], tasks: dict[str, TaskData]) -> None:
     """Raise ConfigError if a task's data are not those that `about_data` told of when the run began.
 
-    Other images or classes under the same names would go unnoticed, and mix up everything learnt.
+    Other images or classes under the same names would go unnoticed, and mix up everything learned.
     """
     for name, data in tasks.items():
-        then, now = before[name], about_data(data)
+        then, now = before[name], data_fingerprint(data)
         changed = [f"{key} was {then.get(key)}, now {now[key]}" for key in ("train", "val", "test", "classes")
                    if then.get(key) != now[key]]
         if not changed and then.get("labels_sha256", now["labels_sha256"]) != now["labels_sha256"]:
@@ -233,7 +233,7 @@ def restore_weights(model: MultitaskViT, weights: dict[str, torch.Tensor], backb
     Raises:
         CheckpointError: another backbone than the run's, or other parameters than the model's.
     """
-    reference = model.reference_names()
+    reference = model.unchanged_backbone_names()
     if reference - weights.keys() and model.backbone_sha256 != backbone_sha256:
         raise checkpoint.CheckpointError(
             f"{folder} holds only what training changed, over a backbone with sha256 "
@@ -258,7 +258,7 @@ def count_test_evaluation(run: Path, tasks: Iterable[str] = ()) -> int:
     """
     known = report.read(run) or {}
     config, _ = read_config(run)
-    if config.mode == "stl":
+    if config.mode == "single_task":
         for task in tasks or config.task_names():
             count_test_evaluation(run / task)
         count = max(test_evaluations(run / task) for task in config.task_names())
@@ -287,13 +287,13 @@ def _refuse_untrained(run: Path, chosen: list[str], known: list[str]) -> None:
                                          f"--resume{others}")
 
 
-def _prepare_for(run: Path, config: Config, device: str | None) -> Machine:
+def _prepare_for(run: Path, config: Config, device: str | None) -> Runtime:
     """The machine to compute on: `device`, or what the run was configured for."""
     if device is not None:
-        config.machine.device = device
-        return prepare(config.machine)
+        config.runtime.device = device
+        return prepare(config.runtime)
     try:
-        return prepare(config.machine)
+        return prepare(config.runtime)
     except ConfigError as error:
         raise ConfigError(f"{run}: {error}. The run was trained there; give --device cpu to compute without "
                           "it") from error

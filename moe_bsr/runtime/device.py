@@ -15,23 +15,23 @@ import torch
 from timm.layers import set_fast_norm
 from torch import nn
 
+from moe_bsr.config import ConfigError, RuntimeConfig
 from moe_bsr.runtime import cpu_features as cpu
-from moe_bsr.config import ConfigError, MachineConfig
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class Runtime:
     """A device and how to compute on it; make it with `prepare`.
 
     Attributes:
         precision: "fp32", or "bf16" for autocast with float32 master weights.
-        why: one line on how precision was chosen.
+        precision_reason: one line on how precision was chosen.
     """
 
     device: torch.device
     precision: str
     threads: int
-    why: str
+    precision_reason: str
 
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.precision == "fp32":
@@ -41,7 +41,7 @@ class Machine:
     def place(self, model: nn.Module) -> nn.Module:
         """A `MultitaskViT` on the device, its frozen matrices in the type they are computed in."""
         if self.precision == "bf16":
-            model.keep_frozen_in(torch.bfloat16)
+            model.cast_frozen_(torch.bfloat16)
         return model.to(self.device)
 
     def reset_peak(self) -> None:
@@ -63,7 +63,7 @@ class Machine:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def prepare(config: MachineConfig) -> Machine:
+def prepare(config: RuntimeConfig) -> Runtime:
     """Choose device and precision, set the thread count and the allocator.
 
     Raises:
@@ -71,8 +71,9 @@ def prepare(config: MachineConfig) -> Machine:
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1:
-        raise ConfigError(f"WORLD_SIZE = {world}: training on several processes is not supported; start "
-                          "one process, without torchrun")
+        raise ConfigError(
+            f"WORLD_SIZE = {world}: training on several processes is not supported; start one process, without torchrun"
+        )
     device = find_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -85,11 +86,11 @@ def prepare(config: MachineConfig) -> Machine:
         why = "asked for"
     # CUDA's autocast would widen the stream to float32 in each LayerNorm, and keep it so for the backward.
     set_fast_norm(device.type == "cuda" and precision == "bf16")
-    return Machine(device, precision, torch.get_num_threads(), why)
+    return Runtime(device, precision, torch.get_num_threads(), why)
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a name as `machine.device` has them.
+    """The device of a name as `runtime.device` has them.
 
     Raises:
         ConfigError: it is not there.
@@ -98,8 +99,9 @@ def find_device(name: str) -> torch.device:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"machine.device = {name!r}: {str(error).splitlines()[0]}; use auto, cpu or a device "
-                          "torch sees here") from error
+        raise ConfigError(
+            f"runtime.device = {name!r}: {str(error).splitlines()[0]}; use auto, cpu or a device torch sees here"
+        ) from error
     return device
 
 

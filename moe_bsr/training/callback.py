@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from moe_bsr.config import Config
-from moe_bsr.data import Pipeline, TaskData
-from moe_bsr.runtime.device import Machine
+from moe_bsr.data import ImageTransforms, TaskData
 from moe_bsr.model.multitask import MultitaskViT, Output
+from moe_bsr.runtime.device import Runtime
 
 
 @dataclass(slots=True)
-class Start:
+class StartEvent:
     """The run about to start or go on.
 
     Attributes:
@@ -30,13 +30,13 @@ class Start:
     about: list[str]
     model: MultitaskViT
     data: dict[str, TaskData]
-    pipeline: Pipeline
-    machine: Machine
+    transforms: ImageTransforms
+    runtime: Runtime
 
 
 @dataclass(slots=True)
-class Step:
-    """One task's share of one optimiser update.
+class StepEvent:
+    """One task's share of one optimizer update.
 
     Attributes:
         step: updates done, this one included.
@@ -55,7 +55,7 @@ class Step:
 
 
 @dataclass(slots=True)
-class Evaluation:
+class EvalEvent:
     """Scores of every task on one split, as `moe_bsr.evaluate.evaluate` returns them."""
 
     step: int
@@ -63,16 +63,16 @@ class Evaluation:
     scores: dict[str, dict[str, Any]]
 
 
-class Observer:
+class Callback:
     """Does nothing; the base of all observers."""
 
-    def on_start(self, start: Start) -> None:
+    def on_start(self, start: StartEvent) -> None:
         """Before the first update."""
 
-    def on_step(self, step: Step) -> None:
+    def on_step(self, step: StepEvent) -> None:
         """After each update, once per task trained in it."""
 
-    def on_evaluate(self, evaluation: Evaluation) -> None:
+    def on_evaluate(self, evaluation: EvalEvent) -> None:
         """After each evaluation."""
 
     def on_end(self, report: dict[str, Any]) -> None:

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_bsr.model.block import Record
 from moe_bsr.config import require
+from moe_bsr.model.block import Record
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.model.tokens import Dropped, Tokens
 
 Stem = tuple[Tokens, dict[int, Record]]
 
 
-class Stems:
+class FeatureCache:
     """What `MultitaskViT.stem` returns for each training image of each task.
 
     Attributes:
@@ -34,28 +34,38 @@ class Stems:
         Raises:
             ConfigError: they are not enough for all images, or there is no stem that stays the same.
         """
-        require(not model.embedding_trains, "data.stem_mb", megabytes,
-                "0: the embedding trains under this plan, so nothing stays the same")
+        require(
+            not model.embedding_trains,
+            "data.feature_cache_mb",
+            megabytes,
+            "0: the embedding trains under this plan, so nothing stays the same",
+        )
         self.model = model
         # Only the class token of the last block is looked at.
         self.narrow = model.path_start == len(model.plan) and model.vit.global_pool == "token"
         side, device = model.vit.patch_embed.img_size[0], model.vit.pos_embed.device
         with torch.no_grad():
-            tokens, records = model.stem(torch.zeros(1, 3, side, side, device=device))
+            tokens, records = model.forward_features(torch.zeros(1, 3, side, side, device=device))
         self.fused, self.drops = tokens.fused, sorted(records)
         parts = list(self._parts(tokens, records))
         self.bytes = sum(sizes.values()) * sum(p[0].numel() * p.element_size() for p in parts)
-        require(self.bytes <= megabytes * 1e6, "data.stem_mb", megabytes,
-                f"at least {ceil(self.bytes / 1e6)}, for {sum(sizes.values())} images of "
-                f"{parts[0].shape[1]} tokens, or 0 to run the frozen blocks every time")
+        require(
+            self.bytes <= megabytes * 1e6,
+            "data.feature_cache_mb",
+            megabytes,
+            f"at least {ceil(self.bytes / 1e6)}, for {sum(sizes.values())} images of "
+            f"{parts[0].shape[1]} tokens, or 0 to run the frozen blocks every time",
+        )
         self.kept = {task: [p.new_empty(count, *p.shape[1:]) for p in parts] for task, count in sizes.items()}
         self.seen = {task: torch.zeros(count, dtype=torch.bool) for task, count in sizes.items()}
 
     def __str__(self) -> str:
         images, blocks = sum(map(len, self.seen.values())), self.model.path_start
-        stem = f"blocks 0 to {blocks - 1} make" if blocks else "the embedding makes"
-        return (f"{self.bytes / 1e6:.0f} MB for what {stem} of {images} training images, from an image's second "
-                "epoch on not computed again")
+        source = f"blocks 0 to {blocks - 1} make" if blocks else "the embedding makes"
+        return (
+            f"{self.bytes / 1e6:.0f} MB for what {source} of {images} training images, from an image's second "
+            "epoch on not computed again"
+        )
 
     def know(self, task: str, positions: np.ndarray) -> bool:
         """Whether all these images of the task's training split were seen before."""
@@ -65,11 +75,11 @@ class Stems:
         """The stem of training images: of all from memory, or if one is new of all from `images`.
 
         Args:
-            images: (B, 3, S, S) normalised; may be None if they are known.
+            images: (B, 3, S, S) normalized; may be None if they are known.
         """
         known, places = self.know(task, positions), torch.from_numpy(positions)
         if not known:
-            tokens, records = self.model.stem(images, task)
+            tokens, records = self.model.forward_features(images, task)
             for kept, part in zip(self.kept[task], self._parts(tokens, records), strict=True):
                 kept[places.to(kept.device)] = part
             self.seen[task][places] = True

@@ -1,4 +1,4 @@
-"""The optimiser, its schedule and the moving average of the weights."""
+"""The optimizer, its schedule and the moving average of the weights."""
 
 import math
 import re
@@ -23,11 +23,13 @@ def parameter_groups(model: nn.Module, config: TrainConfig, depth: int) -> list[
             continue
         scale = config.layer_decay ** (depth + 1 - layer_of(name, depth))
         if name.startswith("heads."):
-            scale *= config.head_lr
+            scale *= config.head_lr_scale
         decays = parameter.ndim > 1 and not name.endswith(NO_DECAY)
         decay = config.weight_decay if decays else 0.0
-        group = groups.setdefault((scale, decay), {
-            "params": [], "names": [], "lr": config.lr * scale, "lr_scale": scale, "weight_decay": decay})
+        group = groups.setdefault(
+            (scale, decay),
+            {"params": [], "names": [], "lr": config.lr * scale, "lr_scale": scale, "weight_decay": decay},
+        )
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
@@ -42,9 +44,9 @@ def layer_of(name: str, depth: int) -> int:
     return 0 if below else depth + 1
 
 
-def make_optimiser(model: nn.Module, config: TrainConfig, depth: int) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: TrainConfig, depth: int) -> torch.optim.Optimizer:
     groups = parameter_groups(model, config, depth)
-    if config.optimiser == "sgd":
+    if config.optimizer == "sgd":
         # Not fused: that one fails where some parameters have momentum and others are new (another task).
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
@@ -52,7 +54,9 @@ def make_optimiser(model: nn.Module, config: TrainConfig, depth: int) -> torch.o
 
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Learning rate of update `step` (from 0): linear warm-up, then cosine towards min_lr."""
-    warmup = round(config.warmup * config.steps) if config.warmup < 1 else int(config.warmup)
+    warmup = config.warmup_steps
+    if warmup is None:
+        warmup = round(config.warmup_fraction * config.steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup
     progress = (step - warmup) / max(1, config.steps - warmup)

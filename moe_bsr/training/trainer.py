@@ -1,4 +1,4 @@
-"""The one trainer: it draws batches, takes optimiser steps, evaluates, checkpoints and emits records.
+"""The one trainer: it draws batches, takes optimizer steps, evaluates, checkpoints and emits records.
 
 It knows no method: what trains, drops or routes is the model's business, which task comes next the
 sampler's, and what becomes of the numbers the observers'.
@@ -16,26 +16,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moe_bsr.runs import checkpoint
-from moe_bsr.model import summary as describe
-from moe_bsr.runs import report
-from moe_bsr.runs import folder as run
 from moe_bsr import config as configuration
-from moe_bsr.config import Config, ConfigError
-from moe_bsr.cost.predict import predict
-from moe_bsr.data import Loader, Pipeline, TaskData, UnreadableImage
-from moe_bsr.data.sampler import MultitaskSampler
-from moe_bsr.evaluation.evaluate import evaluate
-from moe_bsr.runtime.device import Machine, prepare
-from moe_bsr.model.multitask import MultitaskViT, build, plan_only
-from moe_bsr.training.callback import Evaluation, Observer, Start, Step
 from moe_bsr.callbacks.console import Console
 from moe_bsr.callbacks.expert_views import ExpertViews
 from moe_bsr.callbacks.jsonl import Jsonl
 from moe_bsr.callbacks.tensorboard import TensorBoard
-from moe_bsr.training.optim import MovingAverage, clip_gradients, learning_rate, make_optimiser
+from moe_bsr.config import Config, ConfigError
+from moe_bsr.cost.predict import predict
+from moe_bsr.data import ImageTransforms, Loader, TaskData, UnreadableImage
+from moe_bsr.data.sampler import MultitaskSampler
+from moe_bsr.evaluation.evaluate import evaluate
+from moe_bsr.model import summary as describe
+from moe_bsr.model.multitask import MultitaskViT, build, build_on_meta
+from moe_bsr.runs import checkpoint, report
+from moe_bsr.runs import folder as run
+from moe_bsr.runtime.device import Runtime, prepare
 from moe_bsr.runtime.interrupt import Interrupted, StopSignals
-from moe_bsr.training.feature_cache import Stems
+from moe_bsr.training.callback import Callback, EvalEvent, StartEvent, StepEvent
+from moe_bsr.training.feature_cache import FeatureCache
+from moe_bsr.training.optim import MovingAverage, clip_gradients, learning_rate, make_optimizer
 
 
 class NonFiniteLoss(RuntimeError):
@@ -53,16 +52,16 @@ def train(config: Config, folder: str | Path = "runs/run", resume: bool = False)
         FloatingPointError: an evaluation met logits that are.
     """
     folder = Path(folder)
-    machine = prepare(config.machine)
+    runtime = prepare(config.runtime)
     run.check_folder(config, folder, resume)
-    plan_only(config, dict.fromkeys(config.task_names(), 2))  # what cannot be is refused before data are opened
+    build_on_meta(config, dict.fromkeys(config.task_names(), 2))  # what cannot be is refused before data are opened
     if resume and (done := report.read(folder)) is not None and done["status"] == "finished":
         return done
-    if config.mode == "stl":
+    if config.mode == "single_task":
         return _train_each(config, folder, resume)
     tasks = {name: run.open_task(config, file) for name, file in config.task_files().items()}
     model = build(config, {name: len(data.class_names) for name, data in tasks.items()})
-    return Trainer(config, machine.place(model), tasks, machine, folder).fit(resume)
+    return Trainer(config, runtime.place(model), tasks, runtime, folder).fit(resume)
 
 
 def _train_each(config: Config, folder: Path, resume: bool) -> dict[str, Any]:
@@ -83,30 +82,48 @@ def _train_each(config: Config, folder: Path, resume: bool) -> dict[str, Any]:
 class Trainer:
     """One model, its tasks and one run folder."""
 
-    def __init__(self, config: Config, model: MultitaskViT, tasks: dict[str, TaskData], machine: Machine,
-                 folder: Path, observers: list[Observer] | None = None) -> None:
-        self.config, self.model, self.tasks, self.machine, self.folder = config, model, tasks, machine, folder
+    def __init__(
+        self,
+        config: Config,
+        model: MultitaskViT,
+        tasks: dict[str, TaskData],
+        runtime: Runtime,
+        folder: Path,
+        callbacks: list[Callback] | None = None,
+    ) -> None:
+        self.config, self.model, self.tasks, self.runtime, self.folder = config, model, tasks, runtime, folder
         settings = config.train
-        self.pipeline: Pipeline = run.make_pipeline(config, model)
-        self.stems: Stems | None = None
-        if config.data.stem_mb:
-            with machine.autocast():
-                self.stems = Stems(model, {t: len(d.train) for t, d in tasks.items()}, config.data.stem_mb)
-        self.sampler = MultitaskSampler({name: len(data.train) for name, data in tasks.items()},
-                                        settings.batch_size, settings.steps, config.sampler, config.seed)
-        self.optimiser = make_optimiser(model, settings, len(model.plan))
+        self.transforms: ImageTransforms = run.make_transforms(config, model)
+        self.feature_cache: FeatureCache | None = None
+        if config.data.feature_cache_mb:
+            with runtime.autocast():
+                self.feature_cache = FeatureCache(
+                    model, {t: len(d.train) for t, d in tasks.items()}, config.data.feature_cache_mb
+                )
+        self.sampler = MultitaskSampler(
+            {name: len(data.train) for name, data in tasks.items()},
+            settings.batch_size,
+            settings.steps,
+            config.sampler,
+            config.seed,
+        )
+        self.optimizer = make_optimizer(model, settings, len(model.plan))
         try:
-            self.predicted = predict(model, config, batch=settings.batch_size // settings.accumulate,
-                                     precision=machine.precision, all_tasks=True)
+            self.predicted = predict(
+                model,
+                config,
+                batch=settings.batch_size // settings.grad_accumulation_steps,
+                precision=runtime.precision,
+                all_tasks=True,
+            )
         except ConfigError:  # a part that states no cost may train all the same
             self.predicted = None
-        self.average = None if settings.ema is None else MovingAverage(model, settings.ema)
+        self.average = None if settings.ema_decay is None else MovingAverage(model, settings.ema_decay)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
         mean_weight = sum(settings.task_weights.get(t, 1.0) for t in tasks) / len(tasks)
         self.weights = {t: settings.task_weights.get(t, 1.0) / mean_weight for t in tasks}
         board = TensorBoard(folder)
-        self.observers = observers if observers is not None else [
-            Console(), Jsonl(folder), board, ExpertViews(board)]
+        self.callbacks = callbacks if callbacks is not None else [Console(), Jsonl(folder), board, ExpertViews(board)]
         self.best: tuple[float, int] | None = None  # mean validation top-1, step
         self.best_scores: dict[str, dict[str, Any]] | None = None  # unknown after a resume
         self.step = 0
@@ -117,13 +134,22 @@ class Trainer:
     def fit(self, resume: bool = False) -> dict[str, Any]:
         """Train to the last step (or a signal), test once, write and return the report."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.machine.reset_peak()
+        self.runtime.reset_peak()
         pending, about = self._restore(resume)
-        run.write_config(self.folder, self.config, self.model, self.pipeline, self.machine, self.tasks)
-        start = Start(self.folder, self.config, list(self.tasks), self.step, [*self._about(), *about],
-                      self.model, self.tasks, self.pipeline, self.machine)
-        for observer in self.observers:
-            observer.on_start(start)
+        run.write_config(self.folder, self.config, self.model, self.transforms, self.runtime, self.tasks)
+        start = StartEvent(
+            self.folder,
+            self.config,
+            list(self.tasks),
+            self.step,
+            [*self._about(), *about],
+            self.model,
+            self.tasks,
+            self.transforms,
+            self.runtime,
+        )
+        for callback in self.callbacks:
+            callback.on_start(start)
         try:
             with self.stop:
                 try:
@@ -135,13 +161,13 @@ class Trainer:
                 except Interrupted:  # while testing, when everything had been saved
                     result = self._report()
             try:
-                for observer in self.observers:
-                    observer.on_end(result)
+                for callback in self.callbacks:
+                    callback.on_end(result)
             finally:  # a picture that cannot be drawn must not cost the result
                 report.write(self.folder, result)
         finally:
-            for observer in self.observers:
-                observer.close()
+            for callback in self.callbacks:
+                callback.close()
         return result
 
     def _loop(self, pending: bool) -> None:
@@ -149,8 +175,15 @@ class Trainer:
         checkpoint_every = settings.checkpoint_every or max(1, settings.steps // 10)
         if pending:
             self._evaluate_and_save()
-        batches = iter(Loader(self.tasks, self.pipeline, self.sampler.batches(self.step),
-                              self.config.data.prefetch, self.stems and self.stems.know))
+        batches = iter(
+            Loader(
+                self.tasks,
+                self.transforms,
+                self.sampler.batches(self.step),
+                self.config.data.prefetch,
+                self.feature_cache and self.feature_cache.know,
+            )
+        )
         while self.step < settings.steps and not self.stop.number:
             try:
                 self._update(batches)
@@ -159,8 +192,7 @@ class Trainer:
                     self._save()
                 raise
             self.seconds += time.monotonic() - clock
-            if self.step == settings.steps or (settings.evaluate_every
-                                               and self.step % settings.evaluate_every == 0):
+            if self.step == settings.steps or (settings.eval_every and self.step % settings.eval_every == 0):
                 self._evaluate_and_save()
             elif self.step % checkpoint_every == 0:
                 self._save()
@@ -170,69 +202,71 @@ class Trainer:
             self._save()
 
     def _update(self, batches: Iterator) -> None:
-        """One optimiser update: one batch of one task, or of each task when sampling jointly."""
+        """One optimizer update: one batch of one task, or of each task when sampling jointly."""
         began, settings = time.monotonic(), self.config.train
         self.model.train()
         rate = learning_rate(settings, self.step)
-        for group in self.optimiser.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         tasks = self.sampler.tasks(self.step)
         drawn = [next(batches) for _ in tasks]  # before anything is done: an image may be unreadable
         done = []
         for index, (task, *batch) in enumerate(drawn):
             share = self.weights[task] / len(tasks)
-            done.append((task, *self._backward(task, *batch, share, index * settings.accumulate)))
+            done.append((task, *self._backward(task, *batch, share, index * settings.grad_accumulation_steps)))
         norm = self._clip()
         if not math.isfinite(norm):
             self._refuse(f"gradient norm {norm}", ", ".join(tasks))
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(self.model)
         self.step += 1
         progress = self.sampler.progress(self.step)
         speed = len(tasks) * settings.batch_size / (time.monotonic() - began)
         for task, metrics, outputs in done:
-            record = Step(self.step, task, metrics | {"lr": rate, "gradient_norm": norm}, progress, outputs,
-                          speed)
-            for observer in self.observers:
-                observer.on_step(record)
+            record = StepEvent(self.step, task, metrics | {"lr": rate, "gradient_norm": norm}, progress, outputs, speed)
+            for callback in self.callbacks:
+                callback.on_step(record)
 
-    def _backward(self, task: str, positions: np.ndarray, images: Tensor | None, labels: Tensor, share: float,
-                  first_micro: int) -> tuple[dict[str, float], list]:
+    def _backward(
+        self, task: str, positions: np.ndarray, images: Tensor | None, labels: Tensor, share: float, first_micro: int
+    ) -> tuple[dict[str, float], list]:
         """Accumulate the gradient of one batch, in micro-batches of equal size."""
         settings, outputs = self.config.train, []
         sums = np.zeros(3)  # loss, auxiliary loss, images right
-        size = len(labels) // settings.accumulate
-        for micro in range(settings.accumulate):
+        size = len(labels) // settings.grad_accumulation_steps
+        for micro in range(settings.grad_accumulation_steps):
             part = slice(micro * size, (micro + 1) * size)
-            inputs = None if images is None else self.pipeline.normalise(images[part], device=self.machine.device)
-            targets = labels[part].to(self.machine.device)
-            stem = self.stems and partial(self.stems.of, positions=positions[part])
-            with self.machine.autocast():
-                output = self.model(inputs, task, (self.config.seed, self.step, first_micro + micro), stem)
+            inputs = None if images is None else self.transforms.normalize(images[part], device=self.runtime.device)
+            targets = labels[part].to(self.runtime.device)
+            forward_features = self.feature_cache and partial(self.feature_cache.of, positions=positions[part])
+            with self.runtime.autocast():
+                output = self.model(inputs, task, (self.config.seed, self.step, first_micro + micro), forward_features)
             loss = self.criterion(output.logits.float(), targets)
-            (share / settings.accumulate * (loss + output.auxiliary_loss)).backward()
+            (share / settings.grad_accumulation_steps * (loss + output.auxiliary_loss)).backward()
             self.model.commit(output, task)
             outputs.append(output)
             right = (output.logits.detach().argmax(1) == targets).sum()
             # In one tensor: a GPU is waited for once.
             sums += torch.stack([loss.detach(), output.auxiliary_loss.detach(), right.float()]).tolist()
         loss, auxiliary, correct = sums.tolist()
-        loss, auxiliary = loss / settings.accumulate, auxiliary / settings.accumulate
+        loss, auxiliary = loss / settings.grad_accumulation_steps, auxiliary / settings.grad_accumulation_steps
         if not math.isfinite(loss + auxiliary):
             self._refuse(f"loss {loss} (auxiliary {auxiliary})", task)
         return {"loss": loss, "auxiliary_loss": auxiliary, "accuracy": correct / len(labels)}, outputs
 
     def _clip(self) -> float:
-        trained = [p for group in self.optimiser.param_groups for p in group["params"] if p.grad is not None]
-        return clip_gradients(trained, self.config.train.clip)
+        trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return clip_gradients(trained, self.config.train.grad_clip_norm)
 
     def _refuse(self, what: str, task: str) -> None:
         saved = checkpoint.steps(self.folder)
         good = self.folder / "checkpoint" / str(saved[-1]) if saved else "none was written yet"
-        raise NonFiniteLoss(f"{what} at step {self.step + 1}, task {task}; last good checkpoint: {good}; "
-                            "in a new --run lower train.lr, set train.clip, or use machine.precision=fp32")
+        raise NonFiniteLoss(
+            f"{what} at step {self.step + 1}, task {task}; last good checkpoint: {good}; "
+            "in a new --run lower train.lr, set train.grad_clip_norm, or use runtime.precision=fp32"
+        )
 
     def _evaluate(self, split: str) -> dict[str, dict[str, Any]]:
         """Scores of every task; the averaged weights are scored if there are any."""
@@ -240,8 +274,10 @@ class Trainer:
             self.average.swap(self.model)
         try:
             with self.stop.at_once():
-                return {name: evaluate(self.model, data, split, self.pipeline, self.machine)
-                        for name, data in self.tasks.items()}
+                return {
+                    name: evaluate(self.model, data, split, self.transforms, self.runtime)
+                    for name, data in self.tasks.items()
+                }
         finally:
             if self.average is not None:
                 self.average.swap(self.model)
@@ -249,27 +285,37 @@ class Trainer:
     def _evaluate_and_save(self) -> None:
         scores = self._evaluate("val")
         mean = sum(s["top1"] for s in scores.values()) / len(scores)
-        if self.config.train.select == "last" or self.best is None or mean > self.best[0]:
+        if self.config.train.checkpoint_selection == "last" or self.best is None or mean > self.best[0]:
             self.best, self.best_scores = (mean, self.step), scores
-        for observer in self.observers:
-            observer.on_evaluate(Evaluation(self.step, "val", scores))
+        for callback in self.callbacks:
+            callback.on_evaluate(EvalEvent(self.step, "val", scores))
         self._save()
 
     def _save(self, pending_evaluation: bool = False) -> None:
         saved = self.model.state_dict()
-        if self.config.train.save == "trained":
-            reference = self.model.reference_names()
+        if self.config.train.save == "trainable":
+            reference = self.model.unchanged_backbone_names()
             saved = {name: value for name, value in saved.items() if name not in reference}
-        names = {p: n for group in self.optimiser.param_groups
-                 for p, n in zip(group["params"], group["names"], strict=True)}
-        moments = {f"{names[p]}/{key}": value for p, values in self.optimiser.state.items()
-                   for key, value in values.items() if isinstance(value, Tensor)}
-        tensors = {"weights": saved, "optimiser": moments}
+        names = {
+            p: n for group in self.optimizer.param_groups for p, n in zip(group["params"], group["names"], strict=True)
+        }
+        moments = {
+            f"{names[p]}/{key}": value
+            for p, values in self.optimizer.state.items()
+            for key, value in values.items()
+            if isinstance(value, Tensor)
+        }
+        tensors = {"weights": saved, "optimizer": moments}
         if self.average is not None:
             tensors["average"] = self.average.average
-        state = {"step": self.step, "pending_evaluation": pending_evaluation, "seconds": self.seconds,
-                 "best_step": self.best and self.best[1], "best_mean_top1": self.best and self.best[0],
-                 "observers": {type(o).__name__: o.state() for o in self.observers}}
+        state = {
+            "step": self.step,
+            "pending_evaluation": pending_evaluation,
+            "seconds": self.seconds,
+            "best_step": self.best and self.best[1],
+            "best_mean_top1": self.best and self.best[0],
+            "callbacks": {type(o).__name__: o.state() for o in self.callbacks},
+        }
         checkpoint.save(self.folder, self.step, tensors, state)
         self.saved_step = self.step
 
@@ -292,13 +338,14 @@ class Trainer:
             if state["best_step"] is not None:
                 self.best = (state["best_mean_top1"], state["best_step"])
             notes.append(f"resumed from {place}")
-            now = run.environment(self.machine)
-            changed = [f"{key} was {resolved[key]}, now {value}" for key, value in now.items()
-                       if resolved.get(key) != value]
+            now = run.environment(self.runtime)
+            changed = [
+                f"{key} was {resolved[key]}, now {value}" for key, value in now.items() if resolved.get(key) != value
+            ]
             if changed:
                 notes.append(f"not bit-exact with the run so far: {'; '.join(changed)}")
-        for observer in self.observers:
-            observer.restore(state.get("observers", {}).get(type(observer).__name__, {}))
+        for callback in self.callbacks:
+            callback.restore(state.get("callbacks", {}).get(type(callback).__name__, {}))
         return state.get("pending_evaluation", False), notes
 
     def _load(self, tensors: dict[str, dict[str, Tensor]], backbone_sha256: str, place: Path) -> None:
@@ -307,31 +354,38 @@ class Trainer:
             for name, held in self.average.average.items():
                 held.copy_(tensors["average"][name])
         parameters = dict(self.model.named_parameters())
-        for name, value in tensors["optimiser"].items():
+        for name, value in tensors["optimizer"].items():
             name, _, key = name.rpartition("/")
-            self.optimiser.state[parameters[name]][key] = value.to(parameters[name].device)
+            self.optimizer.state[parameters[name]][key] = value.to(parameters[name].device)
 
     def _report(self) -> dict[str, Any]:
         """The report; a run that reached its end is tested first, with the weights selected."""
-        split = "test" if self.config.train.test else "val"
+        split = "test" if self.config.train.evaluate_test else "val"
         scores = None
         if not self.stop.number:
             self._select_best()
             if split == "test":
                 run.count_test_evaluation(self.folder)
                 scores = self._evaluate(split)
-                for observer in self.observers:
-                    observer.on_evaluate(Evaluation(self.step, split, scores))
+                for callback in self.callbacks:
+                    callback.on_evaluate(EvalEvent(self.step, split, scores))
             else:
                 scores = self.best_scores or self._evaluate(split)
         return report.make(
-            status="interrupted" if self.stop.number else "finished", signal=self.stop.number,
-            scores=scores, split=split, progress=self.sampler.progress(self.step), step=self.step,
-            best=self.best, weights="live" if self.average is None else "average",
-            train_seconds=self.seconds, predicted_peak_mb=self.predicted and self.predicted.peak / 2**20,
-            measured_peak_mb=self.machine.peak_mb(),
+            status="interrupted" if self.stop.number else "finished",
+            signal=self.stop.number,
+            scores=scores,
+            split=split,
+            progress=self.sampler.progress(self.step),
+            step=self.step,
+            best=self.best,
+            weights="live" if self.average is None else "average",
+            train_seconds=self.seconds,
+            predicted_peak_mb=self.predicted and self.predicted.peak / 2**20,
+            measured_peak_mb=self.runtime.peak_mb(),
             test_evaluations=run.test_evaluations(self.folder),
-            gflops_per_image=describe.forward_gflops(self.model))
+            gflops_per_image=describe.forward_gflops(self.model),
+        )
 
     def _select_best(self) -> None:
         """Put the weights with the best mean validation top-1 into the model."""
@@ -351,10 +405,17 @@ class Trainer:
     def _about(self) -> list[str]:
         sizes = ", ".join(f"{n} {len(d.train)}/{len(d.val)}/{len(d.test)}" for n, d in self.tasks.items())
         settings = self.config.train
-        cost = (self.predicted.summary(settings.batch_size // settings.accumulate) if self.predicted
-                else "no predicted cost: a part of this backbone states none")
-        return [*describe.summary(self.model, self.config), f"train/val/test images: {sizes}",
-                f"{settings.steps} updates of {settings.batch_size} images "
-                f"({self.config.sampler.kind}); {self.machine.precision} ({self.machine.why}), "
-                f"{self.machine.threads} threads on {self.machine.device}; run folder {self.folder}",
-                cost, *([str(self.stems)] if self.stems else [])]
+        cost = (
+            self.predicted.summary(settings.batch_size // settings.grad_accumulation_steps)
+            if self.predicted
+            else "no predicted cost: a part of this backbone states none"
+        )
+        return [
+            *describe.summary(self.model, self.config),
+            f"train/val/test images: {sizes}",
+            f"{settings.steps} updates of {settings.batch_size} images "
+            f"({self.config.sampler.kind}); {self.runtime.precision} ({self.runtime.precision_reason}), "
+            f"{self.runtime.threads} threads on {self.runtime.device}; run folder {self.folder}",
+            cost,
+            *([str(self.feature_cache)] if self.feature_cache else []),
+        ]

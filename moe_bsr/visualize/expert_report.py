@@ -7,22 +7,22 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from moe_bsr.runs.checkpoint import write_whole
+from moe_bsr.evaluation import ablation, probe
+from moe_bsr.evaluation.routing import RoutingStatistics
 from moe_bsr.model.multitask import MultitaskViT
-from moe_bsr.runs.folder import Loaded
-from moe_bsr.evaluation import ablation
+from moe_bsr.runs.checkpoint import write_whole
+from moe_bsr.runs.folder import TrainedRun
 from moe_bsr.visualize import experts as expert_figures
-from moe_bsr.evaluation import probe
 from moe_bsr.visualize import theme as style
 from moe_bsr.visualize.html import Picture, Section, Table, page
-from moe_bsr.evaluation.routing import RoutingStatistics
 from moe_bsr.visualize.tokens import strip, views_of
 
 SUFFIX = ".views"  # of the event files written here
 
 
-def sections(loaded: Loaded, images: int, ablated: int, batch_size: int, say: Callable[[str], None]
-             ) -> list[Section]:
+def sections(
+    loaded: TrainedRun, images: int, ablated: int, batch_size: int, say: Callable[[str], None]
+) -> list[Section]:
     """Run the model over the validation splits and draw.
 
     Args:
@@ -38,36 +38,41 @@ def sections(loaded: Loaded, images: int, ablated: int, batch_size: int, say: Ca
         found += [_numbers(statistics), _use(statistics, loaded.step), _likeness(statistics, loaded.step)]
         if ablated:
             say(f"masking each expert in turn, on at most {ablated} images per task")
-            data = {task: probe.choose(loaded.data(task), ablated) for task in loaded.models}
+            data = {task: probe.pick_probe_images(loaded.data(task), ablated) for task in loaded.models}
             model = next(iter(loaded.models.values()))
-            results = ablation.ablate(model, data, loaded.pipeline, loaded.machine, batch_size)
+            results = ablation.ablate(model, data, loaded.transforms, loaded.runtime, batch_size)
             found += [_worth(results, loaded.step, _only_class_token(model))] if results else []
     say(f"strips of {images} images per task")
     return [*found, _tokens(loaded, images)]
 
 
-def no_experts(loaded: Loaded) -> str:
+def no_experts(loaded: TrainedRun) -> str:
     """Why a run has no expert views; empty if it has."""
-    if not loaded.config.plan.experts:
-        return ("This run has no mixture of experts: plan.experts is empty, so every block has one FFN that "
-                "serves all tokens, and there is no routing to look at. The token views are below.")
-    if loaded.config.mode == "stl":
-        return ("This run trained one model per task. Each has experts of its own, so which experts tasks "
-                "share is no question here. The token views are below.")
+    if not loaded.config.plan.moe_blocks:
+        return (
+            "This run has no mixture of experts: plan.moe_blocks is empty, so every block has one FFN that "
+            "serves all tokens, and there is no routing to look at. The token views are below."
+        )
+    if loaded.config.mode == "single_task":
+        return (
+            "This run trained one model per task. Each has experts of its own, so which experts tasks "
+            "share is no question here. The token views are below."
+        )
     return ""
 
 
-def observe(loaded: Loaded, batch_size: int, say: Callable[[str], None]
-            ) -> tuple[dict[int, RoutingStatistics], dict[str, tuple[int, int]]]:
+def observe(
+    loaded: TrainedRun, batch_size: int, say: Callable[[str], None]
+) -> tuple[dict[int, RoutingStatistics], dict[str, tuple[int, int]]]:
     """Routing statistics by MoE block, and (right, all) images by task, of the whole validation split."""
     statistics: dict[int, RoutingStatistics] = {}
     scores = {}
     for task, model in loaded.models.items():
         data, right = loaded.data(task), 0
         say(f"{task}: {len(data.val)} validation images")
-        with torch.inference_mode(), loaded.machine.autocast():
-            for images, labels in loaded.pipeline.eval_batches(data, "val", batch_size):
-                output = model(loaded.pipeline.normalise(images, device=loaded.machine.device), task)
+        with torch.inference_mode(), loaded.runtime.autocast():
+            for images, labels in loaded.transforms.eval_batches(data, "val", batch_size):
+                output = model(loaded.transforms.normalize(images, device=loaded.runtime.device), task)
                 right += int((output.logits.argmax(1).cpu() == labels).sum())
                 for block, routing in output.routing.items():
                     if block not in statistics:
@@ -77,7 +82,7 @@ def observe(loaded: Loaded, batch_size: int, say: Callable[[str], None]
     return statistics, scores
 
 
-def write(loaded: Loaded, sections: list[Section]) -> list[Path]:
+def write(loaded: TrainedRun, sections: list[Section]) -> list[Path]:
     """PNG files and the page into RUN/views, pictures into the events; what was there before is replaced.
 
     Returns:
@@ -90,14 +95,14 @@ def write(loaded: Loaded, sections: list[Section]) -> list[Path]:
     pictures = [picture for section in sections for picture in section.pictures]
     for picture in pictures:
         (folder / f"{picture.name}.png").write_bytes(picture.png)
-    which = "of each task" if loaded.config.mode == "stl" else f"of step {loaded.step:,}"
+    which = "of each task" if loaded.config.mode == "single_task" else f"of step {loaded.step:,}"
     about = [f"{loaded.run}, checkpoint {which} ({loaded.weights} weights), validation split."]
     title = f"Experts and tokens of {loaded.run.resolve().name}"
     write_whole(folder / "index.html", page(title, about, sections))
     events = {}
     for picture in pictures:
         # In a run of one model per task, a task's pictures belong to its own run.
-        part = loaded.run / picture.task if loaded.config.mode == "stl" and picture.task else loaded.run
+        part = loaded.run / picture.task if loaded.config.mode == "single_task" and picture.task else loaded.run
         events.setdefault(part / "tensorboard", []).append(picture)
     for place, shown in events.items():
         _write_events(place, shown, loaded.step)
@@ -119,28 +124,35 @@ def _picture(name: str, figure, words: str, task: str = "") -> Picture:
 def _accuracy(scores: dict[str, tuple[int, int]]) -> Section:
     rows = [["task", "top-1 %", "images"]]
     rows += [[task, f"{100 * right / count:.1f}", str(count)] for task, (right, count) in scores.items()]
-    return Section("Accuracy", [
-        "Of the weights that all pictures below were drawn from, on the same images. These chose the "
-        "checkpoint too, so the numbers flatter; quote the run's report.",
-    ], tables=[Table(rows)])
+    return Section(
+        "Accuracy",
+        [
+            "Of the weights that all pictures below were drawn from, on the same images. These chose the "
+            "checkpoint too, so the numbers flatter; quote the run's report.",
+        ],
+        tables=[Table(rows)],
+    )
 
 
 def _numbers(statistics: dict[int, RoutingStatistics]) -> Section:
     by_block = {block: s.numbers() for block, s in statistics.items()}
     names = list(next(iter(by_block.values())))
     rows = [["", *(f"block {block}" for block in by_block)]]
-    rows += [[name.replace("_", " "), *(_number(numbers[name]) for numbers in by_block.values())]
-             for name in names]
-    return Section("In numbers", [
-        *(f"Block {block}: {s.reading()}." for block, s in statistics.items()),
-        "Load CV: standard deviation over mean of how often the experts are chosen; 0 is perfectly even, "
-        "and with E experts sqrt(E - 1) is one expert for everything. Entropies are divided by log E: of "
-        "the mean distribution, 1 means that all experts are used alike; of single tokens, 0 means a router "
-        "that is sure of each token, 1 one that cannot tell. Both high: undecided. Mean high and tokens "
-        "low: confident and balanced. Both low: collapsed.",
-        "Mutual information between task and expert: 0 when all tasks use the experts alike, 1 when "
-        "knowing the expert tells the task (or the task the expert, where experts are fewer).",
-    ], tables=[Table(rows)])
+    rows += [[name.replace("_", " "), *(_number(numbers[name]) for numbers in by_block.values())] for name in names]
+    return Section(
+        "In numbers",
+        [
+            *(f"Block {block}: {s.reading()}." for block, s in statistics.items()),
+            "Load CV: standard deviation over mean of how often the experts are chosen; 0 is perfectly even, "
+            "and with E experts sqrt(E - 1) is one expert for everything. Entropies are divided by log E: of "
+            "the mean distribution, 1 means that all experts are used alike; of single tokens, 0 means a router "
+            "that is sure of each token, 1 one that cannot tell. Both high: undecided. Mean high and tokens "
+            "low: confident and balanced. Both low: collapsed.",
+            "Mutual information between task and expert: 0 when all tasks use the experts alike, 1 when "
+            "knowing the expert tells the task (or the task the expert, where experts are fewer).",
+        ],
+        tables=[Table(rows)],
+    )
 
 
 def _number(value: float) -> str:
@@ -148,95 +160,144 @@ def _number(value: float) -> str:
 
 
 def _use(statistics: dict[int, RoutingStatistics], step: int) -> Section:
-    pictures = [_picture("overview", expert_figures.overview(statistics, "validation", step),
-                         "Share of each expert by block.")]
+    pictures = [
+        _picture("overview", expert_figures.overview(statistics, "validation", step), "Share of each expert by block.")
+    ]
     tables = []
     for block, s in statistics.items():
-        pictures.append(_picture(f"use_block{block}", expert_figures.heatmap(s, block, "validation", step),
-                                 f"Block {block}: share of each expert in each task's choices."))
+        pictures.append(
+            _picture(
+                f"use_block{block}",
+                expert_figures.heatmap(s, block, "validation", step),
+                f"Block {block}: share of each expert in each task's choices.",
+            )
+        )
         rows = [["% of choices", *map(str, range(s.experts))]]
-        rows += [[task, *(f"{100 * share:.1f}" for share in row)]
-                 for task, row in zip(s.tasks, s.shares("count"), strict=True)]
+        rows += [
+            [task, *(f"{100 * share:.1f}" for share in row)]
+            for task, row in zip(s.tasks, s.shares("count"), strict=True)
+        ]
         tables.append(Table(rows, f"block {block} as numbers", folded=True))
-    return Section("Which experts each task uses", [
-        "A row is a task, a column an expert, and a row sums to 100 %. Rows that look alike: the tasks share "
-        "experts. Rows that light up in different places: experts have become specialists of tasks. A "
-        "column that stays empty everywhere is a dead expert. Count share asks how often an expert was among "
-        "the chosen; gate share how much weight it then got.",
-        "Expert numbers mean nothing across blocks: expert 3 of one block and expert 3 of another have "
-        "nothing to do with one another.",
-    ], pictures, tables)
+    return Section(
+        "Which experts each task uses",
+        [
+            "A row is a task, a column an expert, and a row sums to 100 %. Rows that look alike: the tasks share "
+            "experts. Rows that light up in different places: experts have become specialists of tasks. A "
+            "column that stays empty everywhere is a dead expert. Count share asks how often an expert was among "
+            "the chosen; gate share how much weight it then got.",
+            "Expert numbers mean nothing across blocks: expert 3 of one block and expert 3 of another have "
+            "nothing to do with one another.",
+        ],
+        pictures,
+        tables,
+    )
 
 
 def _likeness(statistics: dict[int, RoutingStatistics], step: int) -> Section:
     pictures = []
     for block, s in statistics.items():
         if len(s.tasks) > 1:
-            pictures.append(_picture(f"distances_block{block}",
-                                     expert_figures.distances(s, block, "validation", step),
-                                     f"Block {block}: distance between the routing of each pair of tasks."))
-        pictures.append(_picture(f"coactivation_block{block}",
-                                 expert_figures.coactivation(s, block, "validation", step),
-                                 f"Block {block}: experts chosen together for the same token."))
-    return Section("Which tasks and which experts go together", [
-        "Distance between tasks: the Jensen-Shannon distance of their rows above; 0 is the same use of "
-        "experts, 1 no expert in common. Co-activation: of the tokens that chose the expert of the row, the "
-        "share that also chose that of the column; experts that always go together do the work of one.",
-    ], pictures)
+            pictures.append(
+                _picture(
+                    f"distances_block{block}",
+                    expert_figures.distances(s, block, "validation", step),
+                    f"Block {block}: distance between the routing of each pair of tasks.",
+                )
+            )
+        pictures.append(
+            _picture(
+                f"coactivation_block{block}",
+                expert_figures.coactivation(s, block, "validation", step),
+                f"Block {block}: experts chosen together for the same token.",
+            )
+        )
+    return Section(
+        "Which tasks and which experts go together",
+        [
+            "Distance between tasks: the Jensen-Shannon distance of their rows above; 0 is the same use of "
+            "experts, 1 no expert in common. Co-activation: of the tokens that chose the expert of the row, the "
+            "share that also chose that of the column; experts that always go together do the work of one.",
+        ],
+        pictures,
+    )
 
 
 def _only_class_token(model: MultitaskViT) -> bool:
     """Whether the last block routes, and of what it computes the heads read the class token alone."""
-    return model.plan[-1].experts and model.vit.global_pool == "token"
+    return model.plan[-1].moe and model.vit.global_pool == "token"
 
 
 def _worth(results: dict[int, ablation.Ablation], step: int, only_class_token: bool) -> Section:
     pictures, tables = [], []
     for block, result in results.items():
-        pictures.append(_picture(f"ablation_block{block}",
-                                 expert_figures.ablation(result, block, "validation", step),
-                                 f"Block {block}: accuracy each task loses when an expert is masked."))
+        pictures.append(
+            _picture(
+                f"ablation_block{block}",
+                expert_figures.ablation(result, block, "validation", step),
+                f"Block {block}: accuracy each task loses when an expert is masked.",
+            )
+        )
         rows = [["points lost", "top-1 %", "images", *map(str, range(result.lost.shape[1]))]]
-        rows += [[task, f"{100 * result.right[i] / result.images[i]:.1f}", str(result.images[i]),
-                  *(f"{points:+.1f}" for points in result.points()[i])]
-                 for i, task in enumerate(result.tasks)]
+        rows += [
+            [
+                task,
+                f"{100 * result.right[i] / result.images[i]:.1f}",
+                str(result.images[i]),
+                *(f"{points:+.1f}" for points in result.points()[i]),
+            ]
+            for i, task in enumerate(result.tasks)
+        ]
         tables.append(Table(rows, f"block {block} as numbers", folded=True))
-    last = [f"Block {max(results)} is the last, and the heads read the class token alone: there only the "
-            "class token's experts can matter, while the shares above count all tokens."] * only_class_token
+    last = [
+        f"Block {max(results)} is the last, and the heads read the class token alone: there only the "
+        "class token's experts can matter, while the shares above count all tokens."
+    ] * only_class_token
     least = 100 / min(int(r.images.min()) for r in results.values())
-    return Section("What each expert is worth", [
-        "One expert at a time is masked: its router logit becomes minus infinity, and each token's next "
-        "expert steps in. A cell is the accuracy the task loses by that, in percentage points; negative "
-        "means that it gains. An expert that is often chosen and costs nothing when masked can be "
-        "replaced by the others.",
-        f"One image is up to {least:.1f} points here. Cells in bold are more than chance does to as many "
-        "changed answers (McNemar's test at 5 %); of many cells one in twenty is bold by luck.",
-        *last,
-    ], pictures, tables)
+    return Section(
+        "What each expert is worth",
+        [
+            "One expert at a time is masked: its router logit becomes minus infinity, and each token's next "
+            "expert steps in. A cell is the accuracy the task loses by that, in percentage points; negative "
+            "means that it gains. An expert that is often chosen and costs nothing when masked can be "
+            "replaced by the others.",
+            f"One image is up to {least:.1f} points here. Cells in bold are more than chance does to as many "
+            "changed answers (McNemar's test at 5 %); of many cells one in twenty is bold by luck.",
+            *last,
+        ],
+        pictures,
+        tables,
+    )
 
 
-def _tokens(loaded: Loaded, count: int) -> Section:
+def _tokens(loaded: TrainedRun, count: int) -> Section:
     """Strips of the same few images of each task, whenever they are drawn."""
-    experts = loaded.config.moe.experts if loaded.config.plan.experts else 0
-    when = "validation" if loaded.config.mode == "stl" else f"validation, step {loaded.step:,}"
+    experts = loaded.config.moe.num_experts if loaded.config.plan.moe_blocks else 0
+    when = "validation" if loaded.config.mode == "single_task" else f"validation, step {loaded.step:,}"
     pictures = []
     for task, model in loaded.models.items():
-        seen = probe.look(model, probe.choose(loaded.data(task), count), loaded.pipeline, loaded.machine)
+        seen = probe.run_probe(
+            model, probe.pick_probe_images(loaded.data(task), count), loaded.transforms, loaded.runtime
+        )
         shown = views_of(seen, loaded.class_names[task], model.vit.patch_embed.grid_size)
         figure = strip(task, shown, experts, when)
-        pictures.append(_picture(f"tokens_{task}", figure, f"{task}: what became of the patches of "
-                                 f"{len(shown)} images.", task))
+        pictures.append(
+            _picture(f"tokens_{task}", figure, f"{task}: what became of the patches of {len(shown)} images.", task)
+        )
     what = ["Images chosen by lot, the same ones whenever this page is made."]
-    if loaded.config.plan.drop:
+    if loaded.config.plan.drop_blocks:
         fate = "dropped" if loaded.config.tokens.fuse == "none" else "fused into one token"
-        what.append("Score: the attention paid to each patch at the first drop (by the class token where "
-                    "there is one), mean over heads; dark is much. After a block: the patches that its drop "
-                    f"kept; the pale ones were {fate}.")
+        what.append(
+            "Score: the attention paid to each patch at the first drop (by the class token where "
+            "there is one), mean over heads; dark is much. After a block: the patches that its drop "
+            f"kept; the pale ones were {fate}."
+        )
     else:
         what.append("This run drops no patches.")
     if experts:
-        what.append("Experts: the best expert of each patch that was still there, by colour and, where there "
-                    "is room, by number. Other experts of the same patch, and those of the class token and "
-                    "of fused tokens, are not shown. Numbers of different blocks have nothing to do with one "
-                    "another.")
+        what.append(
+            "Experts: the best expert of each patch that was still there, by color and, where there "
+            "is room, by number. Other experts of the same patch, and those of the class token and "
+            "of fused tokens, are not shown. Numbers of different blocks have nothing to do with one "
+            "another."
+        )
     return Section("What becomes of the patches", what, pictures)

@@ -71,12 +71,16 @@ def page(title: str, about: list[str], sections: list[Section]) -> str:
         about: lines below the title: which run, which weights, which images.
     """
     links = "".join(f'<a href="#{_anchor(s.title)}">{escape(s.title)}</a>' for s in sections)
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>\n<body><header>'
-            f"<h1>{escape(title)}</h1>" + "".join(f'<p class="quiet">{escape(line)}</p>' for line in about)
-            + f"<nav>{links}</nav></header>\n<main>" + "\n".join(map(_section, sections))
-            + "</main></body></html>\n")
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>\n<body><header>'
+        f"<h1>{escape(title)}</h1>"
+        + "".join(f'<p class="quiet">{escape(line)}</p>' for line in about)
+        + f"<nav>{links}</nav></header>\n<main>"
+        + "\n".join(map(_section, sections))
+        + "</main></body></html>\n"
+    )
 
 
 def _section(section: Section) -> str:
@@ -89,15 +93,20 @@ def _section(section: Section) -> str:
 
 def _picture(picture: Picture) -> str:
     data = base64.b64encode(picture.png).decode()
-    return (f'<figure><img src="data:image/png;base64,{data}" width="{WIDTH}" '
-            f'alt="{escape(picture.words, quote=True)}"></figure>')
+    return (
+        f'<figure><img src="data:image/png;base64,{data}" width="{WIDTH}" '
+        f'alt="{escape(picture.words, quote=True)}"></figure>'
+    )
 
 
 def _table(table: Table) -> str:
     head, *body = table.rows
     rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
-    html = ('<div class="scroll"><table><thead><tr>' + "".join(f"<th>{escape(cell)}</th>" for cell in head)
-            + f"</tr></thead><tbody>{rows}</tbody></table></div>")
+    html = (
+        '<div class="scroll"><table><thead><tr>'
+        + "".join(f"<th>{escape(cell)}</th>" for cell in head)
+        + f"</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
     if table.folded:
         return f"<details><summary>{escape(table.caption)}</summary>{html}</details>"
     return (f"<h3>{escape(table.caption)}</h3>" if table.caption else "") + html

@@ -1,8 +1,8 @@
 """Token strips: what became of one image's patches - scored, dropped, fused, and sent to which expert.
 
 A strip has the image at its left; beside it the score of every patch at the first drop and what each drop
-kept; below, at each MoE block, the patches that were still there in the colour of their best expert.
-What was dropped is greyed. Everything is drawn from the records of the forward pass.
+kept; below, at each MoE block, the patches that were still there in the color of their best expert.
+What was dropped is grayed. Everything is drawn from the records of the forward pass.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moe_bsr.evaluation.probe import ProbeResult
 from moe_bsr.model.block import Record
 from moe_bsr.model.tokens import FUSED
 from moe_bsr.visualize import theme as style
-from moe_bsr.evaluation.probe import Seen
 
 if TYPE_CHECKING:  # drawing alone needs matplotlib; importing this file does not load it
     from matplotlib.axes import Axes
@@ -64,7 +64,7 @@ def trace(records: dict[int, Record], place: int, patches: int) -> Trace:
             kept[origin[origin != FUSED]] = True
             found.kept[index] = kept, int((origin == FUSED).sum())
         if routing is not None:
-            best = routing.experts[place, :, 0].cpu().numpy()[-len(origin):]  # prefix tokens come first
+            best = routing.experts[place, :, 0].cpu().numpy()[-len(origin) :]  # prefix tokens come first
             chosen = np.full(patches, -1)
             chosen[origin[origin != FUSED]] = best[origin != FUSED]
             found.experts[index] = chosen
@@ -87,19 +87,27 @@ class View:
     trace: Trace
 
 
-def views_of(seen: Seen, class_names: Sequence[str], grid: tuple[int, int]) -> list[View]:
+def views_of(seen: ProbeResult, class_names: Sequence[str], grid: tuple[int, int]) -> list[View]:
     """What to draw of images that were watched; `grid` is the rows and columns of patches."""
-    return [View(image.numpy(), grid, class_names[label], class_names[predicted],
-                 trace(seen.records, place, grid[0] * grid[1]))
-            for place, (image, label, predicted) in enumerate(
-                zip(seen.images, seen.labels.tolist(), seen.predicted.tolist(), strict=True))]
+    return [
+        View(
+            image.numpy(),
+            grid,
+            class_names[label],
+            class_names[predicted],
+            trace(seen.records, place, grid[0] * grid[1]),
+        )
+        for place, (image, label, predicted) in enumerate(
+            zip(seen.images, seen.labels.tolist(), seen.predicted.tolist(), strict=True)
+        )
+    ]
 
 
 def strip(task: str, views: Sequence[View], experts: int = 0, note: str = "") -> Figure:
     """One picture of a task: a strip for each image, one below the other.
 
     Args:
-        experts: E of the model, whose colours the key explains; 0 for a dense one.
+        experts: E of the model, whose colors the key explains; 0 for a dense one.
         note: said beside the task's name, such as step and split.
     """
     places, columns = _layout(views[0].trace)
@@ -132,19 +140,27 @@ def _layout(trace: Trace) -> tuple[dict[tuple, tuple[int, int]], int]:
         return {panel: divmod(i, columns) for i, panel in enumerate(panels)}, columns
     right = COLUMNS - 1
     below = 1 + (len(kept) - 1) // right
-    return ({("image",): (0, 0), ("score",): (below, 0)}
-            | {panel: (i // right, 1 + i % right) for i, panel in enumerate(kept)}
-            | {panel: (below + i // right, 1 + i % right) for i, panel in enumerate(experts)}), COLUMNS
+    return (
+        {("image",): (0, 0), ("score",): (below, 0)}
+        | {panel: (i // right, 1 + i % right) for i, panel in enumerate(kept)}
+        | {panel: (below + i // right, 1 + i % right) for i, panel in enumerate(experts)}
+    ), COLUMNS
 
 
-def _draw(axes: Axes, view: View, places: dict[tuple, tuple[int, int]], side: int, top: float, experts: int
-          ) -> None:
+def _draw(axes: Axes, view: View, places: dict[tuple, tuple[int, int]], side: int, top: float, experts: int) -> None:
     """One image's names and panels, each panel with two lines of words below."""
     wrong = view.true != view.predicted
     style.text(axes, GAP, top + NAMES / 2, f"true: {style.shorten(view.true, LONGEST)}", style.LABEL, weight="bold")
     predicted = style.shorten(view.predicted, LONGEST) + " (wrong)" * wrong
-    style.text(axes, WIDTH - GAP, top + NAMES / 2, f"predicted: {predicted}", style.LABEL,
-               color=style.WRONG if wrong else style.INK, ha="right")
+    style.text(
+        axes,
+        WIDTH - GAP,
+        top + NAMES / 2,
+        f"predicted: {predicted}",
+        style.LABEL,
+        color=style.WRONG if wrong else style.INK,
+        ha="right",
+    )
     for (kind, *block), (row, column) in places.items():
         x, y = GAP + column * (side + GAP), top + NAMES + row * (side + CAPTION)
         if kind == "image":
@@ -179,11 +195,11 @@ def _kept(view: View, kept: np.ndarray) -> np.ndarray:
 
 
 def _experts(view: View, chosen: np.ndarray, experts: int) -> np.ndarray:
-    """Patches in the colours of their experts, over the faded image where they were dropped."""
+    """Patches in the colors of their experts, over the faded image where they were dropped."""
     picture = _kept(view, np.zeros(len(chosen), bool))
     there = _enlarge((chosen >= 0).reshape(view.grid), picture.shape[0])
-    colours = _enlarge(style.experts(experts)[chosen].reshape(*view.grid, 3), picture.shape[0])
-    return np.where(there[..., None], 255 * colours, picture).astype(np.uint8)
+    colors = _enlarge(style.experts(experts)[chosen].reshape(*view.grid, 3), picture.shape[0])
+    return np.where(there[..., None], 255 * colors, picture).astype(np.uint8)
 
 
 def _number(axes: Axes, chosen: np.ndarray, x: float, y: float, side: float, experts: int) -> None:
@@ -192,8 +208,15 @@ def _number(axes: Axes, chosen: np.ndarray, x: float, y: float, side: float, exp
         return
     for (row, column), expert in np.ndenumerate(chosen):
         if expert >= 0:
-            style.text(axes, x + (column + 0.5) * side, y + (row + 0.5) * side, expert, style.TINY, ha="center",
-                       color=style.on(style.experts(experts)[expert]))
+            style.text(
+                axes,
+                x + (column + 0.5) * side,
+                y + (row + 0.5) * side,
+                expert,
+                style.TINY,
+                ha="center",
+                color=style.on(style.experts(experts)[expert]),
+            )
 
 
 def _key_squares(experts: int) -> tuple[int, int, float]:
@@ -204,15 +227,19 @@ def _key_squares(experts: int) -> tuple[int, int, float]:
 
 
 def _key(axes: Axes, columns: int, rows: int, side: float, experts: int) -> None:
-    """What the colours of the patches mean."""
-    style.text(axes, GAP, HEAD + KEY_HEAD / 3, "colour: the patch's best expert; pale grey: dropped", style.SMALL,
-               color=style.MUTED)
-    for expert, colour in enumerate(style.experts(experts)):
+    """What the colors of the patches mean."""
+    style.text(
+        axes,
+        GAP,
+        HEAD + KEY_HEAD / 3,
+        "color: the patch's best expert; pale gray: dropped",
+        style.SMALL,
+        color=style.MUTED,
+    )
+    for expert, color in enumerate(style.experts(experts)):
         x, y = GAP + expert % columns * side, HEAD + KEY_HEAD * 0.75 + expert // columns * side
-        axes.fill([x, x + side - 2, x + side - 2, x], [y, y, y + side - 2, y + side - 2], color=colour,
-                  linewidth=0)
-        style.text(axes, x + side / 2 - 1, y + side / 2 - 1, expert, style.TINY, ha="center",
-                   color=style.on(colour))
+        axes.fill([x, x + side - 2, x + side - 2, x], [y, y, y + side - 2, y + side - 2], color=color, linewidth=0)
+        style.text(axes, x + side / 2 - 1, y + side / 2 - 1, expert, style.TINY, ha="center", color=style.on(color))
 
 
 def _enlarge(patches: np.ndarray, size: int) -> np.ndarray:

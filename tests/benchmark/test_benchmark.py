@@ -11,20 +11,20 @@ from torch import nn
 
 from moe_bsr.benchmark import scaling, tables, targets
 from moe_bsr.benchmark.cases import Case, LayerStep, make, suite
-from moe_bsr.benchmark.public_form import ExplicitBSR
 from moe_bsr.benchmark.matmuls import Product, step_products, time_products
-from moe_bsr.benchmark.workers import contestants
-from moe_bsr.config import Config, MachineConfig, PlanConfig
-from moe_bsr.runtime.device import prepare
+from moe_bsr.benchmark.public_form import ExplicitBSR
+from moe_bsr.benchmark.workers import workers
+from moe_bsr.config import Config, PlanConfig, RuntimeConfig
 from moe_bsr.model.multitask import MultitaskViT
+from moe_bsr.runtime.device import prepare
 
-PLAN = PlanConfig(trainable=[1, 3], drop=[1, 2], experts=[])
+PLAN = PlanConfig(train_blocks=[1, 3], drop_blocks=[1, 2], moe_blocks=[])
 SMALL = {"backbone": "deit_tiny_patch16_224", "image_size": 64, "batch": 2, "threads": 1}
 
 
 def layer_step(layer: nn.Module, x: torch.Tensor, gradient: torch.Tensor) -> LayerStep:
-    machine = prepare(MachineConfig(device="cpu", precision="fp32", threads=1))
-    return LayerStep(layer, machine, x, gradient, lambda: layer(x))
+    runtime = prepare(RuntimeConfig(device="cpu", precision="fp32", threads=1))
+    return LayerStep(layer, runtime, x, gradient, lambda: layer(x))
 
 
 def test_the_explicit_anchor_is_bsr_in_value_and_gradient():
@@ -48,9 +48,11 @@ def test_the_explicit_anchor_is_bsr_in_value_and_gradient():
 def test_a_linear_layers_three_products_are_counted():
     x = normal(6, 5).requires_grad_()
     counted = step_products(layer_step(nn.Linear(5, 7), x, normal(6, 7)))
-    assert counted == {Product(1, 6, 5, 7, "float32"): 1,  # the output
-                       Product(1, 6, 7, 5, "float32"): 1,  # the input's gradient
-                       Product(1, 7, 6, 5, "float32"): 1}  # the weight's
+    assert counted == {
+        Product(1, 6, 5, 7, "float32"): 1,  # the output
+        Product(1, 6, 7, 5, "float32"): 1,  # the input's gradient
+        Product(1, 7, 6, 5, "float32"): 1,
+    }  # the weight's
     assert sum(p.flops * n for p, n in counted.items()) == 3 * 2 * 6 * 5 * 7
 
 
@@ -99,10 +101,21 @@ def test_a_stock_case_differs_from_a_tuned_one_in_the_allocator_alone():
 def made_up(**seconds: float) -> targets.Results:
     names = {"stock": "timm fp32 stock", "fast": "bsr bf16", "lean": "bsr bf16 recompute"}
     kept = {"stock": 5000, "fast": 500, "lean": 40}
-    memory = {name: {"kept_per_image": kept[name], "weights": 100, "inference_peak": 20,
-                     "transients": {"forward": kept[name] / 10, "backward": 0}} for name in names}
-    return {"fp32": {names[key]: {"seconds": [[s, s], [s, s]], "memory": memory[key], "products": {
-        "seconds": 0.1, "flops": 1e9}} for key, s in seconds.items()}}
+    memory = {
+        name: {
+            "kept_per_image": kept[name],
+            "weights": 100,
+            "inference_peak": 20,
+            "transients": {"forward": kept[name] / 10, "backward": 0},
+        }
+        for name in names
+    }
+    return {
+        "fp32": {
+            names[key]: {"seconds": [[s, s], [s, s]], "memory": memory[key], "products": {"seconds": 0.1, "flops": 1e9}}
+            for key, s in seconds.items()
+        }
+    }
 
 
 def rows(results: targets.Results) -> dict[str, dict]:
@@ -128,16 +141,33 @@ def test_the_leanest_storage_counts_only_if_it_is_fast_enough():
 
 
 def test_a_case_that_cannot_be_made_is_named():
-    with pytest.raises(RuntimeError, match="^bsr fp32: ConfigError: plan.trainable"):
-        with contestants([Case(subject="bsr", **SMALL | {"backbone": "test_vit"})]):
+    with pytest.raises(RuntimeError, match="^bsr fp32: ConfigError: plan.train_blocks"):
+        with workers([Case(subject="bsr", **SMALL | {"backbone": "test_vit"})]):
             pass
 
 
 def test_the_tool_prints_the_raw_times_of_every_turn_and_verdicts_as_json(capsys, tmp_path):
     tool = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"
     main = runpy.run_path(str(tool), run_name="benchmark")["main"]
-    arguments = ["--backbone", SMALL["backbone"], "--image-size", "64", "--batch", "2", "--threads", "1",
-                 "--precisions", "bf16", "--rounds", "2", "--steps", "3", "--only", "dense_ffn", "--json"]
+    arguments = [
+        "--backbone",
+        SMALL["backbone"],
+        "--image-size",
+        "64",
+        "--batch",
+        "2",
+        "--threads",
+        "1",
+        "--precisions",
+        "bf16",
+        "--rounds",
+        "2",
+        "--steps",
+        "3",
+        "--only",
+        "dense_ffn",
+        "--json",
+    ]
     assert main(arguments) == 0
     result = json.loads(capsys.readouterr().out)
     about = result["groups"]["experts bf16"]["dense_ffn bf16"]

@@ -8,11 +8,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from moe_bsr import config as configuration
-from moe_bsr.config import Config, PlanConfig
 from moe_bsr.benchmark.measure import held, mark, measure, saved_storages, trace
-from moe_bsr.training.update import training_step
-from moe_bsr.runtime.device import prepare
+from moe_bsr.config import Config, PlanConfig
 from moe_bsr.model.multitask import MultitaskViT
+from moe_bsr.runtime.device import prepare
+from moe_bsr.training.update import training_step
 
 CPU = torch.device("cpu")
 ROWS, WIDTH = 64, 32
@@ -60,8 +60,7 @@ def test_hooks_leave_out_what_others_hold(chain):
 
 def test_scratch_that_is_gone_before_the_phase_ends_is_in_its_peak():
     x = normal(ROWS, WIDTH)
-    seen = trace({"scratch": lambda: x.exp().sum(), "nothing": lambda: None, "less": lambda: x[:8].exp()},
-                 CPU)
+    seen = trace({"scratch": lambda: x.exp().sum(), "nothing": lambda: None, "less": lambda: x[:8].exp()}, CPU)
     assert seen.peak("scratch") == SIZE + 4  # the sum is made while its input lives
     assert (seen.alive["scratch"], seen.peak("nothing"), seen.peak("less")) == ([], 0, SIZE // 8)
     assert seen.peak() == SIZE + 4
@@ -108,23 +107,35 @@ def test_sections_and_operators_are_named():
 @pytest.fixture(params=["exact", "recompute"])
 def measured(request):
     """A tiny model with dropping and experts, its configuration, and what a step of 6 images took."""
-    config = Config(storage=request.param, plan=PlanConfig(trainable=[1, 3], drop=[1, 2], experts=[3]))
-    config = configuration.replace(config, moe__experts=4, moe__top_k=2, machine__device="cpu",
-                                   machine__precision="fp32", machine__threads=1, train__batch_size=6)
+    config = Config(storage=request.param, plan=PlanConfig(train_blocks=[1, 3], drop_blocks=[1, 2], moe_blocks=[3]))
+    config = configuration.replace(
+        config,
+        moe__num_experts=4,
+        moe__top_k=2,
+        runtime__device="cpu",
+        runtime__precision="fp32",
+        runtime__threads=1,
+        train__batch_size=6,
+    )
     model = MultitaskViT(make_vit(), config, CLASSES)
-    return model, config, measure(training_step(model, config, prepare(config.machine), batch=6))
+    return model, config, measure(training_step(model, config, prepare(config.runtime), batch=6))
 
 
 def test_a_steps_parts_are_counted_to_the_byte(measured):
     model, _, seen = measured
     heads = sum(p.numel() for name, head in model.heads.items() if name != "one" for p in head.parameters())
-    routers = sum(r.numel() for m in model.vit.blocks if hasattr(m.mlp, "router")
-                  for name, r in m.mlp.router.weight.items() if name != "one")
+    routers = sum(
+        r.numel()
+        for m in model.vit.blocks
+        if hasattr(m.mlp, "router")
+        for name, r in m.mlp.router.weight.items()
+        if name != "one"
+    )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) - heads - routers
     tensors = sum(1 for p in model.parameters() if p.requires_grad) - 4 - 2  # others' heads and routers
     assert seen.parameters == 4 * sum(p.numel() for p in model.parameters())
     assert seen.gradients == 4 * trained
-    assert seen.optimiser == 4 * (2 * trained + tensors)  # AdamW: two moments and a step count each
+    assert seen.optimizer == 4 * (2 * trained + tensors)  # AdamW: two moments and a step count each
 
 
 def test_what_a_block_keeps_adds_up_and_frozen_blocks_before_the_path_keep_nothing(measured):
@@ -139,10 +150,16 @@ def test_what_a_block_keeps_adds_up_and_frozen_blocks_before_the_path_keep_nothi
 
 def test_the_allocator_and_the_hooks_agree_where_no_storage_hides_anything():
     """Beyond what is saved only the result, the loss and what its graph scales by are alive."""
-    config = configuration.replace(Config(), plan__trainable=[1, 3], plan__drop=[], plan__experts=[],
-                                   machine__device="cpu", machine__precision="fp32")
+    config = configuration.replace(
+        Config(),
+        plan__train_blocks=[1, 3],
+        plan__drop_blocks=[],
+        plan__moe_blocks=[],
+        runtime__device="cpu",
+        runtime__precision="fp32",
+    )
     model = MultitaskViT(make_vit(), config, CLASSES)
-    seen = measure(training_step(model, config, prepare(config.machine), batch=6))
+    seen = measure(training_step(model, config, prepare(config.runtime), batch=6))
     images = normal(6, 3, 16, 16)
 
     def run():
@@ -155,8 +172,15 @@ def test_the_allocator_and_the_hooks_agree_where_no_storage_hides_anything():
 def test_recomputation_shows_in_what_is_kept():
     kept = {}
     for storage in ("exact", "recompute"):
-        config = configuration.replace(Config(), storage=storage, plan__trainable=[1, 3], plan__drop=[1],
-                                       plan__experts=[], machine__device="cpu", machine__precision="fp32")
-        model = make_model(storage=storage, drop=(1,))
-        kept[storage] = measure(training_step(model, config, prepare(config.machine), batch=6)).kept
+        config = configuration.replace(
+            Config(),
+            storage=storage,
+            plan__train_blocks=[1, 3],
+            plan__drop_blocks=[1],
+            plan__moe_blocks=[],
+            runtime__device="cpu",
+            runtime__precision="fp32",
+        )
+        model = make_model(storage=storage, drop_blocks=(1,))
+        kept[storage] = measure(training_step(model, config, prepare(config.runtime), batch=6)).kept
     assert kept["recompute"] < 0.2 * kept["exact"]

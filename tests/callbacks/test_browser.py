@@ -21,8 +21,10 @@ CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium and chromedriver here")
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "expert_views.py"
-OPTIONS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
-           "--disable-background-networking --disable-component-update --window-size=1400,1000").split()
+OPTIONS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+    "--disable-background-networking --disable-component-update --window-size=1400,1000"
+).split()
 # TensorBoard hides its cards in shadow roots, which no selector sees into.
 EVERYTHING = """
 const all = [];
@@ -38,7 +40,7 @@ return [all.filter(e => e.tagName === 'IMG' && e.naturalWidth > 0).map(e => [e.s
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("browser")
-    moe_bsr.train(make_config(folder, train__steps=4, train__evaluate_every=2), folder / "run")
+    moe_bsr.train(make_config(folder, train__steps=4, train__eval_every=2), folder / "run")
     return folder / "run"
 
 
@@ -47,8 +49,12 @@ def address(run, tmp_path_factory):
     """Of the TensorBoard that the tool starts, once it has read the events."""
     log = tmp_path_factory.mktemp("log") / "log"
     with log.open("w") as stream:
-        tool = subprocess.Popen([sys.executable, TOOL, run, *"--images 1 --ablate 4 --port 0".split()],
-                                stdout=stream, stderr=stream, start_new_session=True)
+        tool = subprocess.Popen(
+            [sys.executable, TOOL, run, *"--images 1 --ablate 4 --port 0".split()],
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+        )
     try:
         url = wait(lambda: re.search(r"http://localhost:\d+", log.read_text()), tool, log)[0]
         wait(lambda: "views/overview" in get(url, "images/tags").get("tensorboard", {}), tool, log)
@@ -99,16 +105,14 @@ def look(browser, url: str, enough, seconds: float = 20) -> tuple[list, list[str
 def test_the_pictures_are_in_the_images_tab(address, browser):
     tags = set(get(address, "images/tags")["tensorboard"])
     assert {f"views/tokens_{task}" for task in TASKS} | {"views/overview", "views/ablation_block3"} <= tags
-    pictures, words = look(browser, f"{address}/#images&tagFilter=views",
-                           lambda pictures, words: len(pictures) >= 3)
+    pictures, words = look(browser, f"{address}/#images&tagFilter=views", lambda pictures, words: len(pictures) >= 3)
     assert len(pictures) >= 3
     assert all("individualImage" in source and width >= 300 for source, width in pictures)
     assert any(word.startswith("views/") for word in words)
 
 
 def test_the_custom_page_shows_experts_and_tasks(address, browser):
-    _, words = look(browser, f"{address}/#custom_scalars",
-                    lambda _, words: {"Experts", "Tasks"} <= set(words))
+    _, words = look(browser, f"{address}/#custom_scalars", lambda _, words: {"Experts", "Tasks"} <= set(words))
     assert {"Experts", "Tasks"} <= set(words)
 
 
@@ -120,7 +124,6 @@ def test_the_run_has_its_row_of_choices_and_results(address, browser):
 
 
 def test_the_page_opens_without_a_server(address, run, browser):
-    pictures, words = look(browser, (run / "views" / "index.html").as_uri(),
-                           lambda pictures, _: len(pictures) > 10)
+    pictures, words = look(browser, (run / "views" / "index.html").as_uri(), lambda pictures, _: len(pictures) > 10)
     assert len(pictures) == len(list((run / "views").glob("*.png")))
     assert {"What becomes of the patches", "What each expert is worth"} <= set(words)

@@ -11,26 +11,26 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
-from tiny_routing import spread, to
 from tiny_models import make_model, normal, scale_routers
-from tiny_runs import TASKS, act_at, crash, Crash, make_config, make_trainer, state_of
+from tiny_routing import spread, to
+from tiny_runs import TASKS, Crash, act_at, crash, make_config, make_trainer, state_of
 
-from moe_bsr.model.block import Record
-from moe_bsr.config import replace
-from moe_bsr.model.multitask import Output
-from moe_bsr.training.callback import Evaluation, Start, Step
 from moe_bsr.callbacks import tensorboard as board_module
 from moe_bsr.callbacks.expert_views import ExpertViews
 from moe_bsr.callbacks.tensorboard import TensorBoard
-from moe_bsr.training.trainer import train
+from moe_bsr.config import replace
 from moe_bsr.evaluation import probe
+from moe_bsr.model.block import Record
+from moe_bsr.model.multitask import Output
+from moe_bsr.training.callback import EvalEvent, StartEvent, StepEvent
+from moe_bsr.training.trainer import train
 
 MOE = {3, 5}
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    return make_config(tmp_path_factory.mktemp("tasks"), train__evaluate_every=4, train__test=False)
+    return make_config(tmp_path_factory.mktemp("tasks"), train__eval_every=4, train__evaluate_test=False)
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +46,11 @@ def events(run) -> EventAccumulator:
 
 def curves(run) -> dict[str, list[tuple[int, float]]]:
     read = events(run)
-    return {tag: [(e.step, e.value) for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]
-            if tag.startswith("experts/")}
+    return {
+        tag: [(e.step, e.value) for e in read.Scalars(tag)]
+        for tag in read.Tags()["scalars"]
+        if tag.startswith("experts/")
+    }
 
 
 def texts(run, tag: str) -> list[str]:
@@ -56,8 +59,7 @@ def texts(run, tag: str) -> list[str]:
 
 def pictures(run) -> dict[str, list[tuple[int, bytes]]]:
     read = events(run)
-    return {tag: [(e.step, e.encoded_image_string) for e in read.Images(tag)]
-            for tag in read.Tags()["images"]}
+    return {tag: [(e.step, e.encoded_image_string) for e in read.Images(tag)] for tag in read.Tags()["images"]}
 
 
 class Recorded(ExpertViews):
@@ -67,10 +69,13 @@ class Recorded(ExpertViews):
         super().__init__(board)
         self.seen: list[tuple[int, str, dict, float]] = []
 
-    def on_step(self, step: Step) -> None:
+    def on_step(self, step: StepEvent) -> None:
         super().on_step(step)
-        routing = {block: (r.experts.clone(), r.gates.detach().clone())
-                   for output in step.outputs for block, r in output.routing.items()}
+        routing = {
+            block: (r.experts.clone(), r.gates.detach().clone())
+            for output in step.outputs
+            for block, r in output.routing.items()
+        }
         self.seen.append((step.step, step.task, routing, step.metrics["auxiliary_loss"]))
 
 
@@ -87,8 +92,10 @@ def test_the_curves_are_those_of_the_window_counted_slowly(config, tmp_path):
                 for expert in routing[block][0].flatten().tolist():
                     counts[task][expert] += 1
             load = sum(counts.values()) / sum(c.sum() for c in counts.values())
-            found = {name: dict(read[f"experts/block{block}/{name}"])[last] for name in
-                     ("load_cv", "largest_share", "dead_experts", "mutual_information")}
+            found = {
+                name: dict(read[f"experts/block{block}/{name}"])[last]
+                for name in ("load_cv", "largest_share", "dead_experts", "mutual_information")
+            }
             assert found["load_cv"] == pytest.approx(np.std(load) / np.mean(load), rel=1e-5)
             assert found["largest_share"] == pytest.approx(load.max(), rel=1e-5)
             assert found["dead_experts"] == (load < 0.01 / 4).sum()
@@ -97,11 +104,11 @@ def test_the_curves_are_those_of_the_window_counted_slowly(config, tmp_path):
             bits = sum(s * math.log2(s / m) / 2 for row in shares for s, m in zip(row, middle) if s > 0)
             assert found["mutual_information"] == pytest.approx(bits, rel=1e-4, abs=1e-6)
         assert dict(read["experts/balance_loss"])[last] == pytest.approx(
-            np.mean([auxiliary for *_, auxiliary in window]), rel=1e-5)
+            np.mean([auxiliary for *_, auxiliary in window]), rel=1e-5
+        )
     for block in MOE:
         for task in TASKS:
-            chosen = torch.cat([routing[block][0].flatten()
-                                for _, other, routing, _ in recorder.seen if other == task])
+            chosen = torch.cat([routing[block][0].flatten() for _, other, routing, _ in recorder.seen if other == task])
             share = torch.bincount(chosen, minlength=4) / len(chosen)
             assert report["expert_use"][str(block)][task] == pytest.approx(share.tolist(), abs=1e-4)
 
@@ -110,8 +117,12 @@ def test_a_run_has_its_pictures_tables_and_pages(finished):
     found = pictures(finished)
     names = {"experts_overview/training", *(f"tokens/{task}" for task in TASKS)}
     for block in MOE:
-        names |= {f"experts_use/block{block}_training", f"experts_use/block{block}_validation",
-                  f"experts_together/block{block}", f"tasks_apart/block{block}"}
+        names |= {
+            f"experts_use/block{block}_training",
+            f"experts_use/block{block}_validation",
+            f"experts_together/block{block}",
+            f"tasks_apart/block{block}",
+        }
     assert found.keys() == names
     for tag, drawn in found.items():
         assert [step for step, _ in drawn] == [4, 8], tag
@@ -120,7 +131,8 @@ def test_a_run_has_its_pictures_tables_and_pages(finished):
     assert "updates 1 to 4" in tables[0] and "updates 5 to 8" in tables[1]
     assert all(f"\n| {block} |" in tables[1] for block in MOE)
     pages = layout_pb2.Layout.FromString(
-        events(finished).Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+        events(finished).Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    )
     charts = {page.title: {c.title: list(c.multiline.tag) for c in page.chart} for page in pages.category}
     assert charts.keys() == {"Experts", "Tasks"} and len(charts["Experts"]) == 8
     tags = events(finished).Tags()["scalars"]
@@ -162,36 +174,65 @@ def test_watching_changes_nothing(config, tmp_path):
 
 def feed(board: TensorBoard, trainer, routing: dict[str, object]) -> ExpertViews:
     """An observer that was shown this routing of each task, one update each, and then an evaluation."""
-    observer = ExpertViews(board)
-    trainer.observers = [board, observer]
-    for each in trainer.observers:
+    callback = ExpertViews(board)
+    trainer.callbacks = [board, callback]
+    for each in trainer.callbacks:
         each.restore({})
-    start = Start(board.folder.parent, trainer.config, list(TASKS), 0, [], trainer.model, trainer.tasks,
-                  trainer.pipeline, trainer.machine)
-    for each in trainer.observers:
+    start = StartEvent(
+        board.folder.parent,
+        trainer.config,
+        list(TASKS),
+        0,
+        [],
+        trainer.model,
+        trainer.tasks,
+        trainer.transforms,
+        trainer.runtime,
+    )
+    for each in trainer.callbacks:
         each.on_start(start)
     for step, (task, record) in enumerate(routing.items(), 1):
         output = Output(torch.zeros(1), torch.zeros(()), {block: Record(routing=record) for block in MOE})
-        observer.on_step(Step(step, task, {"auxiliary_loss": 0.5}, {}, [output], 1.0))
-    observer.on_evaluate(Evaluation(2, "val", {}))
+        callback.on_step(StepEvent(step, task, {"auxiliary_loss": 0.5}, {}, [output], 1.0))
+    callback.on_evaluate(EvalEvent(2, "val", {}))
     board.close()
-    return observer
+    return callback
 
 
-@pytest.mark.parametrize(("routing", "expected"), [
-    ({"shapes": to(4, [2]), "fractals": to(4, [2])},
-     {"load_cv": math.sqrt(3), "dead_experts": 3, "largest_share": 1, "mutual_information": 0,
-      "mean_entropy": 0, "words": "collapsed"}),
-    ({"shapes": spread(4, [0, 1]), "fractals": spread(4, [2, 3])},
-     {"load_cv": 0, "dead_experts": 0, "largest_share": 0.25, "mutual_information": 1,
-      "mean_entropy": 1, "words": "use different ones"}),
-], ids=["collapse", "specialisation"])
+@pytest.mark.parametrize(
+    ("routing", "expected"),
+    [
+        (
+            {"shapes": to(4, [2]), "fractals": to(4, [2])},
+            {
+                "load_cv": math.sqrt(3),
+                "dead_experts": 3,
+                "largest_share": 1,
+                "mutual_information": 0,
+                "mean_entropy": 0,
+                "words": "collapsed",
+            },
+        ),
+        (
+            {"shapes": spread(4, [0, 1]), "fractals": spread(4, [2, 3])},
+            {
+                "load_cv": 0,
+                "dead_experts": 0,
+                "largest_share": 0.25,
+                "mutual_information": 1,
+                "mean_entropy": 1,
+                "words": "use different ones",
+            },
+        ),
+    ],
+    ids=["collapse", "specialization"],
+)
 def test_a_known_routing_reads_as_what_it_is(config, tmp_path, routing, expected):
     feed(TensorBoard(tmp_path), make_trainer(config, tmp_path), routing)
     words = expected.pop("words")
     for block in MOE:
         for name, value in expected.items():
-            (step, found), = curves(tmp_path)[f"experts/block{block}/{name}"]
+            ((step, found),) = curves(tmp_path)[f"experts/block{block}/{name}"]
             assert step == 2 and found == pytest.approx(value, abs=1e-6), name
     assert words in texts(tmp_path, "experts")[0]
     assert "experts_together/block3" not in pictures(tmp_path)  # one expert a token
@@ -212,8 +253,11 @@ def test_the_cap_grows_with_the_hours_of_training(config, tmp_path, monkeypatch)
     trainer = make_trainer(config, tmp_path)
     board = TensorBoard(tmp_path)
     board.restore({"seconds": 3601.0})
-    board.on_start(Start(tmp_path, config, list(TASKS), 4, [], trainer.model, trainer.tasks, trainer.pipeline,
-                         trainer.machine))
+    board.on_start(
+        StartEvent(
+            tmp_path, config, list(TASKS), 4, [], trainer.model, trainer.tasks, trainer.transforms, trainer.runtime
+        )
+    )
     png = io.BytesIO()
     Image.effect_noise((100, 100), 100).save(png, "png")  # which nothing compresses
     for step in range(40):
@@ -228,7 +272,7 @@ def test_the_cap_grows_with_the_hours_of_training(config, tmp_path, monkeypatch)
 
 def test_a_long_run_has_points_enough_and_no_more(config, tmp_path, monkeypatch):
     monkeypatch.setattr(board_module, "POINTS", 4)
-    train(replace(config, plan__experts=[], plan__drop=[], train__evaluate_every=0), tmp_path)
+    train(replace(config, plan__moe_blocks=[], plan__drop_blocks=[], train__eval_every=None), tmp_path)
     read = events(tmp_path)
     for task in TASKS:
         steps = [e.step for e in read.Scalars(f"train/{task}/loss")]  # every second visit of the task
@@ -237,25 +281,27 @@ def test_a_long_run_has_points_enough_and_no_more(config, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("drop", [[1], []])
 def test_a_dense_run_says_why_it_has_no_expert_views(config, tmp_path, drop):
-    report = train(replace(config, plan__experts=[], plan__drop=drop, train__steps=2), tmp_path)
-    assert "plan.experts is empty" in texts(tmp_path, "experts")[0]
-    assert ("plan.drop is empty" in texts(tmp_path, "experts")[0]) == (not drop)
+    report = train(replace(config, plan__moe_blocks=[], plan__drop_blocks=drop, train__steps=2), tmp_path)
+    assert "plan.moe_blocks is empty" in texts(tmp_path, "experts")[0]
+    assert ("plan.drop_blocks is empty" in texts(tmp_path, "experts")[0]) == (not drop)
     assert pictures(tmp_path).keys() == ({f"tokens/{task}" for task in TASKS} if drop else set())
     assert not curves(tmp_path) and report["expert_use"] == {}
     pages = layout_pb2.Layout.FromString(
-        events(tmp_path).Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+        events(tmp_path).Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    )
     assert [page.title for page in pages.category] == ["Tasks"]
 
 
 # --- probes ---
 
+
 def test_probes_are_always_the_same_images_of_the_validation_split(config, tmp_path):
     trainer = make_trainer(config, tmp_path)
     data = trainer.tasks["fractals"]
-    few, more = probe.choose(data, 3), probe.choose(data, 7)
+    few, more = probe.pick_probe_images(data, 3), probe.pick_probe_images(data, 7)
     assert len(few.val) == 3 and few.val.index.tolist() == more.val.index[:3].tolist()
     assert set(more.val.index) <= set(data.val.index) and len(set(more.val.index)) == 7
-    assert len(probe.choose(data, 10**6).val) == len(data.val)
+    assert len(probe.pick_probe_images(data, 10**6).val) == len(data.val)
     labels = dict(zip(data.val.index.tolist(), data.val.labels.tolist(), strict=True))
     assert [labels[i] for i in more.val.index.tolist()] == more.val.labels.tolist()
 
@@ -263,12 +309,12 @@ def test_probes_are_always_the_same_images_of_the_validation_split(config, tmp_p
 def test_a_look_is_an_evaluation_and_leaves_the_model_training(config, tmp_path):
     trainer = make_trainer(config, tmp_path)
     trainer.model.train()
-    data = probe.choose(trainer.tasks["fractals"], 5)
-    seen = probe.look(trainer.model, data, trainer.pipeline, trainer.machine)
+    data = probe.pick_probe_images(trainer.tasks["fractals"], 5)
+    seen = probe.run_probe(trainer.model, data, trainer.transforms, trainer.runtime)
     assert trainer.model.training
     trainer.model.eval()
     with torch.no_grad():
-        output = trainer.model(trainer.pipeline.normalise(seen.images), "fractals")
+        output = trainer.model(trainer.transforms.normalize(seen.images), "fractals")
     assert torch.equal(seen.predicted, output.logits.argmax(1))
     assert seen.records.keys() == output.records.keys()
     assert torch.equal(seen.records[3].routing.experts, output.records[3].routing.experts)
@@ -276,18 +322,21 @@ def test_a_look_is_an_evaluation_and_leaves_the_model_training(config, tmp_path)
 
 @pytest.mark.parametrize(("kind", "prefix"), [("class-token", 1), ("registers", 4), ("average-pool", 0)])
 def test_routes_are_those_of_the_patches_that_are_left(kind, prefix):
-    model = make_model(kind, experts=[1, 3], drop=[1, 2]).eval()
+    model = make_model(kind, moe_blocks=[1, 3], drop_blocks=[1, 2]).eval()
     scale_routers(model, 50.0)
     with torch.inference_mode():
         records = model(normal(3, 3, 16, 16), "one").records
-    found = probe.routes(records, prefix, 16)
+    found = probe.expert_map(records, prefix, 16)
     assert found.keys() == {1, 3}
     for block, last_drop in ((1, 1), (3, 2)):
         routing, origin = records[block].routing.experts, records[last_drop].dropped.origin
         for image in range(3):
             expected = {i: routing[image, i].tolist() for i in range(prefix)}
-            expected |= {prefix + int(patch): routing[image, prefix + token].tolist()
-                         for token, patch in enumerate(origin[image].tolist()) if patch >= 0}
+            expected |= {
+                prefix + int(patch): routing[image, prefix + token].tolist()
+                for token, patch in enumerate(origin[image].tolist())
+                if patch >= 0
+            }
             for token in range(prefix + 16):
                 assert found[block][image, token].tolist() == expected.get(token, [-1, -1])
 
@@ -295,21 +344,25 @@ def test_routes_are_those_of_the_patches_that_are_left(kind, prefix):
 def test_overlap_counts_experts_kept_whatever_their_order():
     now = np.array([[[0, 1], [2, 3], [-1, -1], [4, 5]]], np.int16)
     before = np.array([[[1, 0], [3, 4], [0, 1], [-1, -1]]], np.int16)
-    assert probe.overlap(now, before) == pytest.approx((1 + 0.5) / 2)
-    assert probe.overlap(now, now) == 1
-    assert math.isnan(probe.overlap(now[:, 2:3], before[:, 2:3]))
+    assert probe.expert_overlap(now, before) == pytest.approx((1 + 0.5) / 2)
+    assert probe.expert_overlap(now, now) == 1
+    assert math.isnan(probe.expert_overlap(now[:, 2:3], before[:, 2:3]))
     assert np.array_equal(probe.unpack(json.loads(json.dumps(probe.pack(now)))), now)
 
 
 def test_stability_is_one_where_nothing_moved(config, tmp_path):
     trainer = make_trainer(config, tmp_path)
-    observer = feed(TensorBoard(tmp_path), trainer, {"shapes": to(4, [2])})
-    seen = {task: probe.look(trainer.model, data, trainer.pipeline, trainer.machine)
-            for task, data in observer.probes.items()}
-    assert observer._stability(seen) == {3: 1.0, 5: 1.0}
+    callback = feed(TensorBoard(tmp_path), trainer, {"shapes": to(4, [2])})
+    seen = {
+        task: probe.run_probe(trainer.model, data, trainer.transforms, trainer.runtime)
+        for task, data in callback.probes.items()
+    }
+    assert callback._stability(seen) == {3: 1.0, 5: 1.0}
     with torch.no_grad():
         for parameter in trainer.model.vit.blocks[3].mlp.router.parameters():
             parameter.neg_()
-    seen = {task: probe.look(trainer.model, data, trainer.pipeline, trainer.machine)
-            for task, data in observer.probes.items()}
-    assert observer._stability(seen)[3] == 0.0  # the best two of four have become the worst two
+    seen = {
+        task: probe.run_probe(trainer.model, data, trainer.transforms, trainer.runtime)
+        for task, data in callback.probes.items()
+    }
+    assert callback._stability(seen)[3] == 0.0  # the best two of four have become the worst two

@@ -10,16 +10,16 @@ from tiny_models import make_vit
 from tiny_runs import make_config, make_trainer
 
 from moe_bsr import config as configuration
-from moe_bsr.runtime import cpu_features as cpu
+from moe_bsr.benchmark import sweep
+from moe_bsr.benchmark.measure import held, trace
 from moe_bsr.config import ConfigError
 from moe_bsr.cost import predict as exact
-from moe_bsr.benchmark import sweep
 from moe_bsr.cost.planner import answer, largest, parse_bytes
 from moe_bsr.cost.predict import predict
-from moe_bsr.benchmark.measure import held, trace
 from moe_bsr.data import Loader
-from moe_bsr.model.multitask import MultitaskViT, plan_only
+from moe_bsr.model.multitask import MultitaskViT, build_on_meta
 from moe_bsr.model.storage import STORAGES
+from moe_bsr.runtime import cpu_features as cpu
 
 CLASSES = {"shapes": 10, "fractals": 12}
 
@@ -38,8 +38,10 @@ def ask(tmp_path, capsys):
     return run
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("600MB", 600 * 2**20), ("1.5 GB", 1536 * 2**20), ("12kb", 12288), ("4000000", 4000000), ("7B", 7)])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("600MB", 600 * 2**20), ("1.5 GB", 1536 * 2**20), ("12kb", 12288), ("4000000", 4000000), ("7B", 7)],
+)
 def test_sizes_are_read(text, expected):
     assert parse_bytes(text) == expected
 
@@ -76,7 +78,7 @@ def test_the_measurement_stands_beside_the_prediction(ask):
 
 def test_a_budget_says_what_fits_and_every_change_keeps_its_word(tmp_path):
     config = make_config(tmp_path)
-    model = plan_only(config, CLASSES)
+    model = build_on_meta(config, CLASSES)
     peak = predict(model, config, batch=64, precision="fp32", all_tasks=True).peak
     one = predict(model, config, batch=1, precision="fp32", all_tasks=True).peak
     told = answer(config, CLASSES, (one + peak) // 2, batch=64, precision="fp32")
@@ -87,8 +89,9 @@ def test_a_budget_says_what_fits_and_every_change_keeps_its_word(tmp_path):
     for change in told.changes:
         (tmp_path / "c.yaml").write_text(configuration.dump(config))
         changed = configuration.load(tmp_path / "c.yaml", change.overrides.split())
-        cost = predict(plan_only(changed, CLASSES), changed, batch=64, precision=changed.machine.precision,
-                       all_tasks=True)
+        cost = predict(
+            build_on_meta(changed, CLASSES), changed, batch=64, precision=changed.runtime.precision, all_tasks=True
+        )
         assert (peak - cost.peak, cost.peak <= told.budget) == (change.bytes, change.fits)
     free = [c.flops <= 0 for c in told.changes]
     assert free == sorted(free, reverse=True)
@@ -103,10 +106,10 @@ def suggested(tmp_path, **changes) -> dict[str, str]:
 
 
 def test_changes_do_what_their_names_say(tmp_path):
-    changes = suggested(tmp_path, plan__drop=[4, 1, 2], plan__keep=[0.9, 0.5, 0.7])
-    assert changes["drop one block earlier"] == "plan.drop=[3,0,1]"
-    changes = suggested(tmp_path, plan__drop=[], plan__keep=0.9, plan__trainable="all")
-    assert changes["drop half of the tokens"] == "plan.drop=[1] plan.keep=0.5"
+    changes = suggested(tmp_path, plan__drop_blocks=[4, 1, 2], plan__keep_rate=[0.9, 0.5, 0.7])
+    assert changes["drop one block earlier"] == "plan.drop_blocks=[3,0,1]"
+    changes = suggested(tmp_path, plan__drop_blocks=[], plan__keep_rate=0.9, plan__train_blocks="all")
+    assert changes["drop half of the tokens"] == "plan.drop_blocks=[1] plan.keep_rate=0.5"
     assert "leave the embedding and block 0 frozen" in changes
 
 
@@ -121,15 +124,17 @@ def test_a_budget_just_missed_is_told_to_the_byte(ask):
 
 
 def test_the_prediction_told_is_that_of_a_run(ask, tmp_path):
-    config = make_config(tmp_path, train__ema=0.9)
+    config = make_config(tmp_path, train__ema_decay=0.9)
     trainer = make_trainer(config, tmp_path / "run")
-    assert json.loads(ask("--json", "train.ema=0.9")[1])["peak"] == trainer.predicted.peak
-    assert "weights' average" in ask("train.ema=0.9")[1]
-    assert "10 MB of kept stems" in ask("data.augment=false", "data.stem_mb=10")[1]
+    assert json.loads(ask("--json", "train.ema_decay=0.9")[1])["peak"] == trainer.predicted.peak
+    assert "weights' average" in ask("train.ema_decay=0.9")[1]
+    assert "10 MB of kept stems" in ask("data.augment=false", "data.feature_cache_mb=10")[1]
 
 
-@pytest.mark.parametrize(("arguments", "named"), [
-    (["--sweep", "--batches", "0"], "--batches = [0]"), (["--classes", "-3"], "--classes = -3")])
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [(["--sweep", "--batches", "0"], "--batches = [0]"), (["--classes", "-3"], "--classes = -3")],
+)
 def test_numbers_below_one_are_refused(ask, arguments, named):
     status, _, error = ask(*arguments)
     assert status == 2 and error.startswith(f"cost.py: {named}: at least 1")
@@ -161,9 +166,15 @@ def test_a_task_without_a_number_of_classes_needs_one(ask, tmp_path):
     assert ask(task, "--classes", "7")[0] == 0
 
 
-@pytest.mark.parametrize(("arguments", "named"), [
-    (["plan.trainable=[9]"], "plan.trainable"), (["backbone.name=vit_tiny"], "backbone.name"),
-    (["--mode", "paper", "--measure"], "--mode"), (["moe.ratio=7"], "moe.ratio")])
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["plan.train_blocks=[9]"], "plan.train_blocks"),
+        (["backbone.name=vit_tiny"], "backbone.name"),
+        (["--mode", "paper", "--measure"], "--mode"),
+        (["moe.mlp_ratio=7"], "moe.mlp_ratio"),
+    ],
+)
 def test_what_cannot_be_costed_is_named(ask, arguments, named):
     status, _, error = ask(*arguments)
     assert status == 2 and named in error and error.count("\n") == 1
@@ -178,41 +189,54 @@ def test_the_published_rules_need_no_machine_of_ours(ask):
 @pytest.mark.parametrize(("batch", "noise", "storage"), [(1, 0.0, "exact"), (16, 1.0, "recompute")])
 def test_every_row_of_experts_and_the_noise_they_decided_by_is_counted(tmp_path, batch, noise, storage):
     """One image's rows do not divide by the experts; noise is kept for the second pass."""
-    config = make_config(tmp_path, storage=storage, moe__experts=16, moe__top_k=1, moe__gate_noise=noise)
+    config = make_config(tmp_path, storage=storage, moe__num_experts=16, moe__top_k=1, moe__gate_noise=noise)
     assert abs(sweep.compare(*sweep.run(config, CLASSES, batch=batch))["kept"]["difference"]) <= 0.02
 
 
 def test_engine_auto_is_refused_where_it_means_grouped(tmp_path, monkeypatch):
     config = make_config(tmp_path)
-    model = plan_only(config, CLASSES)
+    model = build_on_meta(config, CLASSES)
     monkeypatch.setattr(exact, "find_device", lambda name: torch.device("cuda"))
     predict(model, config, batch=2, precision="fp32")
-    with pytest.raises(ConfigError, match="moe.engine = 'auto': grouped products state no cost"):
+    with pytest.raises(ConfigError, match="moe.backend = 'auto': grouped products state no cost"):
         predict(model, config, batch=2, precision="bf16")
 
 
 def test_grouped_experts_are_refused_where_they_would_be_used(ask):
-    status, _, error = ask("moe.engine=grouped")
-    assert status == 2 and error.startswith("cost.py: moe.engine = 'grouped': grouped products state no cost; use loop")
-    assert ask("moe.engine=grouped", "plan.experts=[]")[0] == 0
+    status, _, error = ask("moe.backend=grouped")
+    assert status == 2 and error.startswith(
+        "cost.py: moe.backend = 'grouped': grouped products state no cost; use loop"
+    )
+    assert ask("moe.backend=grouped", "plan.moe_blocks=[]")[0] == 0
 
 
-@pytest.mark.parametrize("changes", [
-    {"train__accumulate": 4}, {"sampler__kind": "joint"},
-    {"train__accumulate": 4, "storage": "recompute", "plan__experts": []}],
-    ids=["accumulated", "joint", "recomputed"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train__grad_accumulation_steps": 4},
+        {"sampler__kind": "joint"},
+        {"train__grad_accumulation_steps": 4, "storage": "recompute", "plan__moe_blocks": []},
+    ],
+    ids=["accumulated", "joint", "recomputed"],
+)
 def test_the_peak_of_a_run_counts_its_average_and_what_earlier_micro_batches_left(tmp_path, changes):
-    config = make_config(tmp_path, train__batch_size=20, train__ema=0.9, **changes)
+    config = make_config(tmp_path, train__batch_size=20, train__ema_decay=0.9, **changes)
     trainer = make_trainer(config, tmp_path / "run")
-    batches = iter(Loader(trainer.tasks, trainer.pipeline, trainer.sampler.batches(0), 0))
+    batches = iter(Loader(trainer.tasks, trainer.transforms, trainer.sampler.batches(0), 0))
     for _ in range(3):
         trainer._update(batches)
-    standing = held([*trainer.model.parameters(), *trainer.model.buffers(), *trainer.average.average.values(),
-                     *(v for s in trainer.optimiser.state.values() for v in s.values())])
-    peak = trace({"update": lambda: trainer._update(batches)}, trainer.machine.device).peak()
+    standing = held(
+        [
+            *trainer.model.parameters(),
+            *trainer.model.buffers(),
+            *trainer.average.average.values(),
+            *(v for s in trainer.optimizer.state.values() for v in s.values()),
+        ]
+    )
+    peak = trace({"update": lambda: trainer._update(batches)}, trainer.runtime.device).peak()
     cost = trainer.predicted
-    assert cost.parameters + cost.optimiser + cost.average == standing
-    images = 4 * 3 * 32 * 32 * 20 // config.train.accumulate
+    assert cost.parameters + cost.optimizer + cost.average == standing
+    images = 4 * 3 * 32 * 32 * 20 // config.train.grad_accumulation_steps
     assert cost.peak + images == pytest.approx(standing + peak, rel=0.03)
 
 
@@ -220,48 +244,66 @@ def test_the_peak_of_a_run_counts_its_average_and_what_earlier_micro_batches_lef
 def test_a_drop_of_one_token_that_is_fused_is_counted(tmp_path, monkeypatch, storage):
     """It leaves as many tokens as it found."""
     monkeypatch.setattr(cpu, "mkl_is_slow", lambda: False)  # oneDNN takes some scratch memory, which shows here
-    config = make_config(tmp_path, storage=storage, plan__keep=0.7, plan__experts=[])  # 3 of 4 patches, fused 1
+    config = make_config(tmp_path, storage=storage, plan__keep_rate=0.7, plan__moe_blocks=[])  # 3 of 4 patches, fused 1
     compared = sweep.compare(*sweep.run(config, CLASSES, batch=40))
     assert abs(compared["kept"]["difference"]) < 1e-3 and abs(compared["transients"]["difference"]) < 5e-3
 
 
 @pytest.mark.parametrize("plan", ["full", "bsr"])
-@pytest.mark.parametrize(("precision", "storage"), [
-    ("fp32", "exact"), ("fp32", "int8"), ("fp32", "recompute"), ("bf16", "exact"), ("bf16", "int8")])
+@pytest.mark.parametrize(
+    ("precision", "storage"),
+    [("fp32", "exact"), ("fp32", "int8"), ("fp32", "recompute"), ("bf16", "exact"), ("bf16", "int8")],
+)
 def test_predictions_hold_with_layer_scale(tmp_path, plan, precision, storage):
     """In bf16 they would not if its float32 factors made the stream float32."""
-    keys = sweep.plans(4)["full"] if plan == "full" else {"trainable": [1, 3], "drop": [1, 2], "experts": []}
-    config = make_config(tmp_path, storage=storage, machine__precision=precision,
-                         **{f"plan__{k}": v for k, v in keys.items()})
+    keys = (
+        sweep.plans(4)["full"] if plan == "full" else {"train_blocks": [1, 3], "drop_blocks": [1, 2], "moe_blocks": []}
+    )
+    config = make_config(
+        tmp_path, storage=storage, runtime__precision=precision, **{f"plan__{k}": v for k, v in keys.items()}
+    )
     compared = sweep.compare(*sweep.run(config, CLASSES, batch=40, vit=make_vit("layer-scale")))
     for quantity, tolerance in sweep.TOLERANCES.items():
         assert abs(compared[quantity]["difference"]) <= tolerance, (quantity, compared[quantity])
 
 
-@pytest.mark.parametrize(("kind", "part"), [
-    ("qk-norm", "norm of queries and keys"), ("pre-norm", "norm before the blocks"),
-    ("scaled-attention-norm", "norm within the attention"), ("average-pool", "norm after pooling"),
-    ("average-pool", "scores of tokens without a class token"), ("attention-pool", "pooling by attention")])
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        ("qk-norm", "norm of queries and keys"),
+        ("pre-norm", "norm before the blocks"),
+        ("scaled-attention-norm", "norm within the attention"),
+        ("average-pool", "norm after pooling"),
+        ("average-pool", "scores of tokens without a class token"),
+        ("attention-pool", "pooling by attention"),
+    ],
+)
 def test_a_part_that_states_no_cost_is_refused_by_name(tmp_path, kind, part):
-    config = make_config(tmp_path, plan__trainable=[1, 3], plan__drop=[1], plan__experts=[])
+    config = make_config(tmp_path, plan__train_blocks=[1, 3], plan__drop_blocks=[1], plan__moe_blocks=[])
     model = MultitaskViT(make_vit(kind), config, CLASSES)
     with pytest.raises(ConfigError, match=f"backbone.name = 'test_vit': states no cost for its .*{part}"):
         predict(model, config, batch=2, precision="fp32")
 
 
-@pytest.mark.parametrize(("backbone", "precision", "part"), [
-    ("vit_base_patch16_clip_quickgelu_224", "fp32", "QuickGELU"), ("vit_giant_patch14_dinov2", "fp32", "GluMlp")])
+@pytest.mark.parametrize(
+    ("backbone", "precision", "part"),
+    [("vit_base_patch16_clip_quickgelu_224", "fp32", "QuickGELU"), ("vit_giant_patch14_dinov2", "fp32", "GluMlp")],
+)
 def test_a_backbone_that_cannot_be_costed_is_named(ask, backbone, precision, part):
-    status, _, error = ask(f"backbone.name={backbone}", "backbone.image_size=null", "plan.experts=[]",
-                           f"machine.precision={precision}")
+    status, _, error = ask(
+        f"backbone.name={backbone}", "backbone.image_size=null", "plan.moe_blocks=[]", f"runtime.precision={precision}"
+    )
     assert status == 2 and error.startswith(f"cost.py: backbone.name = '{backbone}'") and part in error
 
 
 @pytest.mark.parametrize(("batch", "storages"), [(24, list(STORAGES)), (40, ["exact"])])
 def test_predictions_hold_for_every_plan_precision_batch_and_storage(tmp_path, batch, storages):
     """The sweep of `cost.py --sweep` at a width of 64 and 64 px."""
-    records = list(sweep.sweep(make_config(tmp_path), CLASSES, backbones=["test_vit"], image_size=64,
-                               batches=[batch], storages=storages))
+    records = list(
+        sweep.sweep(
+            make_config(tmp_path), CLASSES, backbones=["test_vit"], image_size=64, batches=[batch], storages=storages
+        )
+    )
     assert len(records) == 6 * 2 * len(storages)
     # Of experts in bf16, values decide how many rows are padding, and kernels take other scratch on other CPUs.
     loose = [r for r in records if r["precision"] == "bf16" and r["plan"].startswith("moe")]

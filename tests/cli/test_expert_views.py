@@ -14,14 +14,18 @@ from tiny_runs import TASKS, make_config
 from torch.utils.tensorboard import SummaryWriter
 
 import moe_bsr
+from moe_bsr.callbacks import hparams
 from moe_bsr.evaluation.evaluate import evaluate
 from moe_bsr.visualize import expert_report as gallery
-from moe_bsr.callbacks import hparams
 from moe_bsr.visualize.html import Picture, Section, Table, page
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "expert_views.py"
-KINDS = {"experts": {}, "dense": {"plan__experts": []}, "stl": {"mode": "stl"},
-         "no drops": {"plan__drop": []}}
+KINDS = {
+    "experts": {},
+    "dense": {"plan__moe_blocks": []},
+    "stl": {"mode": "single_task"},
+    "no drops": {"plan__drop_blocks": []},
+}
 
 
 def draw(run: Path, *arguments: str) -> None:
@@ -33,7 +37,7 @@ def drawn(request, tmp_path_factory):
     """A tiny run of each kind, trained and drawn."""
     folder = tmp_path_factory.mktemp("drawn")
     run = folder / "run"
-    moe_bsr.train(make_config(folder, train__steps=2, train__test=False, **KINDS[request.param]), run)
+    moe_bsr.train(make_config(folder, train__steps=2, train__evaluate_test=False, **KINDS[request.param]), run)
     draw(run)
     return request.param, run
 
@@ -76,8 +80,9 @@ def test_every_picture_is_a_file_an_event_and_in_the_page(drawn):
     written = {file.stem: file.read_bytes() for file in (run / "views").glob("*.png")}
     expected = {f"tokens_{task}" for task in TASKS}
     if kind in ("experts", "no drops"):
-        expected |= {"overview"} | {f"{name}_block{block}" for block in (3, 5)
-                                    for name in ("use", "distances", "coactivation", "ablation")}
+        expected |= {"overview"} | {
+            f"{name}_block{block}" for block in (3, 5) for name in ("use", "distances", "coactivation", "ablation")
+        }
     assert written.keys() == expected
     reader = Reader((run / "views" / "index.html").read_text())
     shown = [base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) for image in reader.images]
@@ -114,21 +119,25 @@ def test_statistics_and_accuracy_are_those_of_the_whole_validation_split(drawn):
     loaded = moe_bsr.load(run)
     statistics, scores = gallery.observe(loaded, 7, lambda line: None)
     for task, (right, count) in scores.items():
-        result = evaluate(loaded.models[task], loaded.data(task), "val", loaded.pipeline, loaded.machine)
+        result = evaluate(loaded.models[task], loaded.data(task), "val", loaded.transforms, loaded.runtime)
         assert (100 * right / count, count) == (pytest.approx(result["top1"]), result["n"])
         for block, share in result["expert_share"].items():
             mine = statistics[int(block)].shares("count")[list(scores).index(task)]
             assert np.allclose(mine, share)
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["nowhere"], "not a run folder"), (["--images", "0"], "at least 1"),
-    (["--checkpoint", "99"], "no checkpoint 99"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["nowhere"], "not a run folder"),
+        (["--images", "0"], "at least 1"),
+        (["--checkpoint", "99"], "no checkpoint 99"),
+    ],
+)
 def test_what_cannot_be_drawn_is_refused_in_one_line(tmp_path, capsys, arguments, words):
     run = tmp_path / "run"
     if arguments[0].startswith("--"):
-        moe_bsr.train(make_config(tmp_path, train__steps=1, train__test=False), run)
+        moe_bsr.train(make_config(tmp_path, train__steps=1, train__evaluate_test=False), run)
         arguments = [str(run), *arguments]
     with pytest.raises(SystemExit) as exit:
         runpy.run_path(str(TOOL))["main"]([*arguments, "--no-serve"])
@@ -136,8 +145,12 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(tmp_path, capsys, arguments
 
 
 def test_words_are_escaped_and_tables_are_complete():
-    section = Section("A & B", ["1 < 2"], [Picture("p", b"\x89PNG", 'say "so"')],
-                      [Table([["", "x"], ["<y>", "3"]], "more", folded=True)])
+    section = Section(
+        "A & B",
+        ["1 < 2"],
+        [Picture("p", b"\x89PNG", 'say "so"')],
+        [Table([["", "x"], ["<y>", "3"]], "more", folded=True)],
+    )
     html = page("<title>", ["about"], [section])
     reader = Reader(html)
     words = " ".join(reader.words)
@@ -147,9 +160,15 @@ def test_words_are_escaped_and_tables_are_complete():
 
 
 def test_hparams_line_runs_up_without_a_run_of_their_own(tmp_path):
-    config = make_config(tmp_path, plan__keep=[0.5, 0.75], storage={"recompute": [3, 4], "int8": [5]})
-    report = {"mean_top1": 12.5, "tasks": {"shapes": {"top1": 10.0}, "fractals": {"top1": 15.0}}, "step": 8,
-              "measured_peak_mb": 300.0, "gflops_per_image": 0.25, "train_seconds": 4.0}
+    config = make_config(tmp_path, plan__keep_rate=[0.5, 0.75], storage={"recompute": [3, 4], "int8": [5]})
+    report = {
+        "mean_top1": 12.5,
+        "tasks": {"shapes": {"top1": 10.0}, "fractals": {"top1": 15.0}},
+        "step": 8,
+        "measured_peak_mb": 300.0,
+        "gflops_per_image": 0.25,
+        "train_seconds": 4.0,
+    }
     with SummaryWriter(str(tmp_path / "tensorboard")) as writer:
         hparams.write(writer, config, report)
         hparams.write(writer, config, report | {"mean_top1": None})  # interrupted: nothing to line up

@@ -13,8 +13,8 @@ from PIL import Image
 from tiny_runs import act_at, make_config
 
 from moe_bsr import config as configuration
-from moe_bsr.runs import report
 from moe_bsr.runs import folder as run
+from moe_bsr.runs import report
 from moe_bsr.training.trainer import train
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
@@ -40,14 +40,17 @@ def test_a_dry_run_prints_every_block_and_writes_nothing(written, tmp_path, caps
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["train.stepz=3"], "did you mean 'train.steps'"),
-    (["train.lr=fast"], "train.lr = 'fast': expected number"),
-    (["plan.trainable=[9]", "plan.experts=[]"], "outside the backbone's blocks 0 to 5"),
-    (["plan.drop=[5]"], "block 5 is the last"),
-    (["tasks=[nothing]", "data.root=nowhere"], "nothing"),
-    (["moe.top_k=5"], "moe.top_k = 5: 1 to moe.experts = 4"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["train.stepz=3"], "did you mean 'train.steps'"),
+        (["train.lr=fast"], "train.lr = 'fast': expected number"),
+        (["plan.train_blocks=[9]", "plan.moe_blocks=[]"], "outside the backbone's blocks 0 to 5"),
+        (["plan.drop_blocks=[5]"], "block 5 is the last"),
+        (["tasks=[nothing]", "data.root=nowhere"], "nothing"),
+        (["moe.top_k=5"], "moe.top_k = 5: 1 to moe.num_experts = 4"),
+    ],
+)
 def test_what_cannot_be_is_refused_in_one_line_with_status_2(written, tmp_path, capsys, arguments, words):
     assert tool("train")([written, *arguments, "--run", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
@@ -55,7 +58,7 @@ def test_what_cannot_be_is_refused_in_one_line_with_status_2(written, tmp_path, 
 
 
 def test_training_prints_the_report_and_runs_are_set_side_by_side(written, tmp_path, capsys):
-    for name, change in (("moe", []), ("dense", ["plan.experts=[]"])):
+    for name, change in (("moe", []), ("dense", ["plan.moe_blocks=[]"])):
         assert tool("train")([written, "train.steps=2", *change, "--run", str(tmp_path / name)]) == 0
     assert "| shapes |" in capsys.readouterr().out
     assert tool("compare")([str(tmp_path / "dense"), str(tmp_path / "moe"), "--experts"]) == 0
@@ -104,7 +107,7 @@ def test_a_damaged_report_is_refused_by_name(written, tmp_path, capsys, content)
 
 
 def test_of_an_unfinished_series_the_tasks_that_are_trained_are_used(tmp_path, capsys):
-    config = make_config(tmp_path, mode="stl", train__steps=2)
+    config = make_config(tmp_path, mode="single_task", train__steps=2)
     train(config, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "fractals")
     capsys.readouterr()
@@ -124,21 +127,31 @@ def test_of_an_unfinished_series_the_tasks_that_are_trained_are_used(tmp_path, c
 
 
 def test_divergence_exits_with_1(written, tmp_path, capsys):
-    extreme = ["train.lr=1e30", "train.clip=null"]
+    extreme = ["train.lr=1e30", "train.grad_clip_norm=null"]
     assert tool("train")([written, *extreme, "--run", str(tmp_path / "run")]) == 1
     assert "last good checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's setting")
-@pytest.mark.parametrize(("before", "after"), [
-    ("", "glibc.malloc.tcache_count=0"),
-    ("glibc.malloc.perturb=1", "glibc.malloc.perturb=1:glibc.malloc.tcache_count=0"),
-    ("glibc.malloc.tcache_count=3", "glibc.malloc.tcache_count=3"),
-])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("", "glibc.malloc.tcache_count=0"),
+        ("glibc.malloc.perturb=1", "glibc.malloc.perturb=1:glibc.malloc.tcache_count=0"),
+        ("glibc.malloc.tcache_count=3", "glibc.malloc.tcache_count=3"),
+    ],
+)
 def test_a_tool_starts_again_with_the_allocators_setting_and_its_arguments(tmp_path, before, after):
     program = tmp_path / "program.py"
-    program.write_text(f"import sys\nsys.path.insert(0, {str(TOOLS)!r})\nimport allocator\nallocator.start_again()\n"
-                       "import os\nprint(os.environ['GLIBC_TUNABLES'], sys.argv[1:], sys.flags.optimize)\n")
-    done = subprocess.run([sys.executable, "-O", program, "a b", "--c"], capture_output=True, text=True, check=True,
-                          env={"GLIBC_TUNABLES": before})
+    program.write_text(
+        f"import sys\nsys.path.insert(0, {str(TOOLS.parent)!r})\nfrom moe_bsr.runtime import allocator\nallocator.start_again()\n"
+        "import os\nprint(os.environ['GLIBC_TUNABLES'], sys.argv[1:], sys.flags.optimize)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-O", program, "a b", "--c"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"GLIBC_TUNABLES": before},
+    )
     assert done.stdout == f"{after} ['a b', '--c'] 1\n"

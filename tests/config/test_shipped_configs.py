@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moe_bsr.model.backbones import vit as backbone
 from moe_bsr.config import BackboneConfig, Config, load, to_dict
 from moe_bsr.data import load_spec
+from moe_bsr.model.backbones import vit as backbone
 from moe_bsr.model.plan import make_plan
 
 ROOT = Path(__file__).parents[2]
@@ -19,7 +19,7 @@ TASKS = sorted((ROOT / "tasks").glob("*.yaml"))
 
 @cache
 def depth(name: str) -> int:
-    return len(backbone.skeleton(BackboneConfig(name=name)).blocks)
+    return len(backbone.create_on_meta(BackboneConfig(name=name)).blocks)
 
 
 def header(path: Path) -> str:
@@ -60,7 +60,7 @@ def test_a_task_loads_by_its_name_from_anywhere(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     spec = load_spec(path.stem)
     assert spec == load_spec(path) and spec.name == path.stem
-    assert spec.title and spec.classes >= 2 and spec.licence != "not stated"
+    assert spec.title and spec.classes >= 2 and spec.license != "not stated"
 
 
 def test_the_default_tasks_and_the_five_datasets_are_here():

@@ -9,13 +9,13 @@ from tiny_models import CLASSES, make_model, make_vit, normal
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from moe_bsr import config as configuration
-from moe_bsr.runtime import cpu_features as cpu
 from moe_bsr.benchmark.matmuls import step_products
 from moe_bsr.config import Config
 from moe_bsr.cost.flops import forward_flops, step_flops
-from moe_bsr.training.update import training_step
-from moe_bsr.runtime.device import prepare
 from moe_bsr.model.multitask import MultitaskViT
+from moe_bsr.runtime import cpu_features as cpu
+from moe_bsr.runtime.device import prepare
+from moe_bsr.training.update import training_step
 
 IMAGES, PATCHES, PREFIX, WIDTH, EXPERTS = 3, 16, 1, 16, 4
 DEPTH, TOKENS = 4, PREFIX + PATCHES
@@ -36,8 +36,11 @@ def by_mkl(monkeypatch):
 
 def torch_count(run) -> dict[str, int]:
     """FLOPs by operator, as torch's counter sees them; before 2.15 it knew CPUs' fused attention not at all."""
-    known = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-             lambda q, k, v, *_, out_shape=None, **options: sdpa_flop_count(q, k, v)}
+    known = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **options: (
+            sdpa_flop_count(q, k, v)
+        )
+    }
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=known) as counter:
         run()
     return {str(operator): flops for operator, flops in counter.get_flop_counts()["Global"].items()}
@@ -52,7 +55,7 @@ def fvcore_count(module, images) -> tuple[float, dict[str, float]]:
 @pytest.fixture
 def undropped():
     """A dense model that drops nothing: timm's own network, which both counters can walk through."""
-    return make_model(drop=(), classes={"one": 3}).eval()
+    return make_model(drop_blocks=(), classes={"one": 3}).eval()
 
 
 def test_fvcore_agrees_where_attention_is_written_out(undropped):
@@ -81,7 +84,7 @@ def test_torchs_counter_agrees_on_dropping_but_for_two_small_sums():
     """The class token's row is no matrix product, so the counter misses it; the closed form leaves out the
     fused token, a weighted sum of the dropped ones.
     """
-    model = make_model(drop=(1, 2)).eval()
+    model = make_model(drop_blocks=(1, 2)).eval()
     counted = torch_count(lambda: model(normal(IMAGES, 3, 16, 16), "one"))
     dropped = PATCHES // 2 + 4  # of 16 patches 8; of those and the fused one 4
     scored = TOKENS + (PREFIX + PATCHES // 2 + 1)
@@ -91,7 +94,7 @@ def test_torchs_counter_agrees_on_dropping_but_for_two_small_sums():
 
 @pytest.mark.parametrize("engine", ["loop", "grouped"])
 def test_torchs_counter_agrees_on_experts_one_by_one_and_counts_grouped_products_as_none(engine):
-    model = make_model(drop=(), experts=(1, 3), engine=engine).eval()
+    model = make_model(drop_blocks=(), moe_blocks=(1, 3), backend=engine).eval()
     counted = torch_count(lambda: model(normal(IMAGES, 3, 16, 16), "one"))
     rows = IMAGES * TOKENS * 2  # two experts for each token
     seen = sum(counted.values())
@@ -104,27 +107,39 @@ def test_torchs_counter_agrees_on_experts_one_by_one_and_counts_grouped_products
 @pytest.mark.parametrize(("kind", "drop"), [("average-pool", (1, 2)), ("attention-pool", ())])
 def test_torchs_counter_agrees_without_a_class_token(kind, drop):
     """Tokens are then scored by the whole map, or pooled by attention."""
-    model = make_model(kind, drop=drop).eval()
+    model = make_model(kind, drop_blocks=drop).eval()
     counted = torch_count(lambda: model(normal(IMAGES, 3, 16, 16), "one"))
     dropped = 8 + 4 if drop else 0  # of 16 patches 8; of those and the fused one 4
     fused = 2 * IMAGES * dropped * WIDTH
     assert sum(counted.values()) - fused == pytest.approx(closed_form(model), abs=IMAGES)
 
 
-PLANS = {"full": {"trainable": "all"}, "last": {"trainable": []}, "last-k": {"trainable": [2, 3]},
-         "bsr": {"trainable": [1, 3], "drop": [1, 2]}, "moe": {"trainable": "all", "experts": [1, 3]},
-         "moe-bsr": {"trainable": [1, 3], "drop": [1, 2], "experts": [3]}}
+PLANS = {
+    "full": {"train_blocks": "all"},
+    "last": {"train_blocks": []},
+    "last-k": {"train_blocks": [2, 3]},
+    "bsr": {"train_blocks": [1, 3], "drop_blocks": [1, 2]},
+    "moe": {"train_blocks": "all", "moe_blocks": [1, 3]},
+    "moe-bsr": {"train_blocks": [1, 3], "drop_blocks": [1, 2], "moe_blocks": [3]},
+}
 
 
-def step_counts(plan: str, precision: str, storage: str, kind: str = "class-token", **changes
-                ) -> tuple[int, int]:
+def step_counts(plan: str, precision: str, storage: str, kind: str = "class-token", **changes) -> tuple[int, int]:
     """(closed form, products seen) of a training step of IMAGES images."""
-    keys = {"trainable": [], "drop": [], "experts": []} | PLANS[plan]
+    keys = {"train_blocks": [], "drop_blocks": [], "moe_blocks": []} | PLANS[plan]
     config = configuration.replace(
-        Config(), storage=storage, moe__experts=EXPERTS, moe__top_k=2, machine__device="cpu",
-        machine__precision=precision, machine__threads=1, **{f"plan__{k}": v for k, v in keys.items()}, **changes)
-    model, machine = MultitaskViT(make_vit(kind), config, {"one": CLASSES["one"]}), prepare(config.machine)
-    counted = step_products(training_step(machine.place(model), config, machine, batch=IMAGES))
+        Config(),
+        storage=storage,
+        moe__num_experts=EXPERTS,
+        moe__top_k=2,
+        runtime__device="cpu",
+        runtime__precision=precision,
+        runtime__threads=1,
+        **{f"plan__{k}": v for k, v in keys.items()},
+        **changes,
+    )
+    model, runtime = MultitaskViT(make_vit(kind), config, {"one": CLASSES["one"]}), prepare(config.runtime)
+    counted = step_products(training_step(runtime.place(model), config, runtime, batch=IMAGES))
     return IMAGES * step_flops(model), sum(product.flops * n for product, n in counted.items())
 
 
@@ -150,11 +165,12 @@ def test_with_dropping_and_experts_only_weighted_sums_of_tokens_differ(plan, sto
 
 @pytest.mark.parametrize("detach", [False, True])
 def test_scores_by_the_whole_map_are_counted_with_their_gradient(detach):
-    closed, seen = step_counts("bsr", "fp32", "exact", "average-pool", tokens__detach=detach)
+    closed, seen = step_counts("bsr", "fp32", "exact", "average-pool", tokens__detach_fusion_weights=detach)
     assert closed == pytest.approx(seen, rel=0.002)
 
 
 def test_a_frozen_router_computes_no_gradient_of_its_weights():
     (closed, seen), (frozen, seen_frozen) = (
-        step_counts("moe", "fp32", "exact", moe__train_router=trains) for trains in (True, False))
+        step_counts("moe", "fp32", "exact", moe__train_router=trains) for trains in (True, False)
+    )
     assert closed - frozen == seen - seen_frozen > 0

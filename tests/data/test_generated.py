@@ -65,7 +65,7 @@ def test_wrong_requests_are_named():
 
 
 def _figure(family, label, seed):
-    """One drawing in grey, its mean brightness taken away."""
+    """One drawing in gray, its mean brightness taken away."""
     image = TASK_FAMILIES[family][1](label, np.random.default_rng(seed)).astype(np.float32).mean(2)
     return image - image.mean()
 
@@ -79,18 +79,18 @@ def test_the_class_changes_the_picture(family):
         norms = (figures**2).sum(1)
         squared = norms[:, None] + norms[None] - 2 * figures @ figures.T
         np.fill_diagonal(squared, np.inf)
-        assert squared.min() / 4096 > 1  # grey levels squared, per pixel
+        assert squared.min() / 4096 > 1  # gray levels squared, per pixel
 
 
-def test_colours_do_not_tell_the_class():
-    """The mean colour of a class is that of all images, within sampling error."""
+def test_colors_do_not_tell_the_class():
+    """The mean color of a class is that of all images, within sampling error."""
     for family in ("shapes", "fractals"):
         source = Generated(family, "train", 480)
-        colours = np.stack([source.image(i).reshape(-1, 3).mean(0) for i in range(len(source))])
+        colors = np.stack([source.image(i).reshape(-1, 3).mean(0) for i in range(len(source))])
         classes = len(source.class_names)
-        means = np.stack([colours[source.labels == c].mean(0) for c in range(classes)])
-        error = colours.std(0) / np.sqrt(len(source) / classes)
-        assert (np.abs(means - colours.mean(0)) < 4.5 * error).all(), family
+        means = np.stack([colors[source.labels == c].mean(0) for c in range(classes)])
+        error = colors.std(0) / np.sqrt(len(source) / classes)
+        assert (np.abs(means - colors.mean(0)) < 4.5 * error).all(), family
 
 
 def test_no_two_glyphs_are_alike():

@@ -11,7 +11,7 @@ from moe_bsr.config import SamplerConfig
 from moe_bsr.data.sampler import WINDOW, MultitaskSampler
 
 SIZES = {"big": 331, "small": 7, "middle": 50}
-KINDS = ["round_robin", "proportional", "temperature", "joint", "paper"]
+KINDS = ["round_robin", "proportional", "temperature", "joint", "exhaust"]
 FIVE = {"cifar10": 50000, "cifar100": 50000, "pets": 3680, "flowers": 1020, "food": 75750}
 
 
@@ -56,7 +56,7 @@ def paper_order(batches: dict[str, int], steps: int) -> list[str]:
 @pytest.mark.parametrize("batch_size", [1, 12, 50, 400])
 def test_the_papers_order_is_zip_longest_over_loaders(batch_size):
     batches = {task: -(-size // batch_size) for task, size in SIZES.items()}
-    sampler = make("paper", batch_size=batch_size, steps=1000)
+    sampler = make("exhaust", batch_size=batch_size, steps=1000)
     assert order(sampler) == paper_order(batches, 1000)
 
 
@@ -66,7 +66,7 @@ def test_the_papers_order_starves_small_tasks_as_published():
     A round is one turn of zip_longest. An epoch has 592 rounds (Food) and 391 + 391 + 29 + 8 + 592 = 1411
     updates; 8000 rounds are 13 epochs and 304 rounds, 13 x 1411 + 3 x 304 + 29 + 8 = 19292 updates.
     """
-    sampler = make("paper", sizes=FIVE, batch_size=128, steps=19292)
+    sampler = make("exhaust", sizes=FIVE, batch_size=128, steps=19292)
     updates = {task: counts["updates"] for task, counts in sampler.progress(19292).items()}
     assert updates == {"cifar10": 5387, "cifar100": 5387, "pets": 406, "flowers": 112, "food": 8000}
     # Flowers comes in the first 8 rounds of an epoch; its last 201 rounds are Food alone.

@@ -14,9 +14,9 @@ import torchvision
 from PIL import Image
 from scipy.io import savemat
 
-from moe_bsr.data import FolderSource, TorchvisionSource, carve, load_spec, load_task
+from moe_bsr.data import FolderSource, TorchvisionSource, split_validation, load_spec, load_task
 from moe_bsr.data.sources import decode
-from moe_bsr.data.task import validation_seats
+from moe_bsr.data.task import allocate_per_class
 
 
 def picture(seed: int, size=(12, 10)) -> Image.Image:
@@ -265,23 +265,23 @@ def test_generated_task_is_drawn_by_its_family(tmp_path, monkeypatch):
     ],
 )
 def test_validation_seats(counts, fraction, seats):
-    assert validation_seats(np.array(counts), fraction).tolist() == seats
+    assert allocate_per_class(np.array(counts), fraction).tolist() == seats
 
 
 def test_carve_is_a_stratified_partition_fixed_by_its_key():
     labels = np.random.default_rng(0).integers(0, 7, 500)
-    train, val = carve(labels, 0.2, 3)
+    train, val = split_validation(labels, 0.2, 3)
     assert sorted([*train, *val]) == list(range(500)) and len(val) == 100
     share = np.bincount(labels[val]) / np.bincount(labels)
     assert (abs(share - 0.2) < 0.02).all()
-    np.testing.assert_array_equal(val, carve(labels, 0.2, 3)[1])
-    assert not np.array_equal(val, carve(labels, 0.2, 4)[1])
+    np.testing.assert_array_equal(val, split_validation(labels, 0.2, 3)[1])
+    assert not np.array_equal(val, split_validation(labels, 0.2, 4)[1])
 
 
 @pytest.mark.parametrize("fraction", [0, -0.1, 0.5, 1])
 def test_carve_refuses_other_fractions(fraction):
     with pytest.raises(ValueError, match="validation"):
-        carve(np.zeros(10, dtype=np.int64), fraction, 0)
+        split_validation(np.zeros(10, dtype=np.int64), fraction, 0)
 
 
 def test_lone_images_stay_in_training_with_a_warning(tmp_path):
@@ -355,7 +355,7 @@ def test_shipped_task_files_name_splits_that_exist(name):
     from moe_bsr.data.sources import TORCHVISION
 
     spec = load_spec(name)
-    assert spec.source == "torchvision" and spec.homepage and spec.licence != "not stated"
+    assert spec.source == "torchvision" and spec.homepage and spec.license != "not stated"
     assert {s for part in spec.splits.values() for s in part} <= set(TORCHVISION[spec.dataset][0])
 
 

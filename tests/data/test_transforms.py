@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-from moe_bsr.data import Loader, Pipeline, Split, TaskData, TaskSpec
+from moe_bsr.data import Loader, ImageTransforms, Split, TaskData, TaskSpec
 from moe_bsr.data.transforms import crop_box
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -50,8 +50,8 @@ def task(name="dots", sizes=((40, 30),) * 12, **keys) -> TaskData:
     )  # fmt: skip
 
 
-def pipeline(**fields) -> Pipeline:
-    return Pipeline(**{"size": 24, "mean": MEAN, "std": STD, **fields})
+def make_transforms(**fields) -> ImageTransforms:
+    return ImageTransforms(**{"size": 24, "mean": MEAN, "std": STD, **fields})
 
 
 def as_rows(images: torch.Tensor) -> np.ndarray:
@@ -73,7 +73,7 @@ def test_evaluation_equals_timms_own_transform(interpolation, crop_pct):
     theirs = timm.data.create_transform(
         (3, 32, 32), interpolation=interpolation, crop_pct=crop_pct, normalize=False
     )
-    ours = pipeline(size=32, interpolation=interpolation, crop_pct=crop_pct)
+    ours = make_transforms(size=32, interpolation=interpolation, crop_pct=crop_pct)
     (images, labels), = ours.eval_batches(data, "test", 50)  # fmt: skip
     assert images.dtype == torch.uint8 and images.shape == (len(SIZES), 3, 32, 32)
     assert labels.tolist() == data.test.labels.tolist()
@@ -83,16 +83,16 @@ def test_evaluation_equals_timms_own_transform(interpolation, crop_pct):
             close(image, theirs(picture).permute(1, 2, 0))
 
 
-@pytest.mark.parametrize("size, resize", [((64, 64), "timm"), ((90, 30), "straight")])
-def test_small_squares_and_straight_resizing_see_the_whole_image(size, resize):
+@pytest.mark.parametrize("size, resize", [((64, 64), "timm"), ((90, 30), "squash")])
+def test_small_squares_and_squashing_see_the_whole_image(size, resize):
     picture = Image.fromarray(Pixels([size]).pixels[0])
-    image = pipeline(resize=resize).eval_image(picture)
+    image = make_transforms(resize=resize).eval_image(picture)
     expected = picture.resize((24, 24), Image.Resampling.BICUBIC)
     close(image.permute(1, 2, 0), expected)
 
 
 def test_one_image_and_a_batch_see_the_same():
-    data, transforms = task(sizes=SIZES), pipeline()
+    data, transforms = task(sizes=SIZES), make_transforms()
     batches = list(transforms.eval_batches(data, "val", 3))
     assert [len(labels) for _, labels in batches] == [3, 3, 1]
     images = torch.cat([images for images, _ in batches])
@@ -110,7 +110,7 @@ def test_training_crops_equal_pillow_on_the_same_box(monkeypatch):
 
     monkeypatch.setattr("moe_bsr.data.transforms.crop_box", spy)
     data = task(sizes=SIZES, flip=False)
-    images, labels = pipeline().train_batch(data, np.arange(7), np.zeros(7, dtype=int))
+    images, labels = make_transforms().train_batch(data, np.arange(7), np.zeros(7, dtype=int))
     assert labels.tolist() == data.train.labels.tolist() and len(boxes) == 7
     for image, index, (top, left, height, width) in zip(as_rows(images), data.train.index, boxes):
         crop = data.train.source.pixels[index][top : top + height, left : left + width]
@@ -134,15 +134,15 @@ def test_crop_boxes_are_distributed_as_torchvisions():
 
 
 @pytest.mark.parametrize("size, box", [((100, 10), (0, 44, 10, 13)), ((10, 100), (44, 0, 13, 10))])
-def test_when_no_crop_fits_the_centre_is_taken(size, box):
+def test_when_no_crop_fits_the_center_is_taken(size, box):
     top, left, height, width = crop_box(size[1], size[0], (1.0, 1.0), np.random.rand(22))
     assert (height, width) == box[2:] and abs(top - box[0]) <= 1 and abs(left - box[1]) <= 1
 
 
 def test_flip_mirrors_half_and_changes_nothing_else():
     data, positions, zeros = task(sizes=((40, 30),) * 60), np.arange(60), np.zeros(60, dtype=int)
-    plain, _ = pipeline(flip=False).train_batch(data, positions, zeros)
-    mirrored, _ = pipeline(flip=True).train_batch(data, positions, zeros)
+    plain, _ = make_transforms(flip=False).train_batch(data, positions, zeros)
+    mirrored, _ = make_transforms(flip=True).train_batch(data, positions, zeros)
     flipped = 0
     for a, b in zip(plain, mirrored):
         assert torch.equal(a, b) or torch.equal(a.flip(2), b)
@@ -151,16 +151,16 @@ def test_flip_mirrors_half_and_changes_nothing_else():
 
 
 def test_an_image_is_augmented_by_its_name_alone():
-    data, transforms, epochs = task(), pipeline(seed=3), np.zeros(12, dtype=int)
+    data, transforms, epochs = task(), make_transforms(seed=3), np.zeros(12, dtype=int)
     whole, labels = transforms.train_batch(data, np.arange(12), epochs)
     order = np.random.default_rng(0).permutation(12)
     for part in (order[:5], order[5:]):
-        images, some = pipeline(seed=3).train_batch(data, part, epochs[: len(part)])
+        images, some = make_transforms(seed=3).train_batch(data, part, epochs[: len(part)])
         assert torch.equal(images, whole[part]) and torch.equal(some, labels[part])
     mixed, _ = transforms.train_batch(data, np.array([4, 4, 4]), np.array([0, 1, 0]))
     assert torch.equal(mixed[0], whole[4]) and torch.equal(mixed[2], whole[4])
     assert not torch.equal(mixed[1], whole[4])
-    other_seed, _ = pipeline(seed=4).train_batch(data, np.arange(12), epochs)
+    other_seed, _ = make_transforms(seed=4).train_batch(data, np.arange(12), epochs)
     other_task, _ = transforms.train_batch(task("lines"), np.arange(12), epochs)
     assert not torch.equal(other_seed, whole) and not torch.equal(other_task, whole)
 
@@ -171,31 +171,31 @@ def test_augmentation_follows_the_image_and_not_its_position():
     fewer = TaskData(**{**vars(data), "train": Split(
         data.train.source, data.train.index[::2], data.train.labels[::2]
     )})  # fmt: skip
-    expected, _ = pipeline().train_batch(data, 2 * half, half)
-    assert torch.equal(pipeline().train_batch(fewer, half, half)[0], expected)
+    expected, _ = make_transforms().train_batch(data, 2 * half, half)
+    assert torch.equal(make_transforms().train_batch(fewer, half, half)[0], expected)
 
 
 def test_crop_scale_comes_from_the_task_unless_overridden():
     data = task(sizes=((48, 36),) * 12, crop_scale=(0.05, 0.05), flip=False)
     arguments = (np.arange(12), np.zeros(12, dtype=int))
-    own, _ = pipeline().train_batch(data, *arguments)
-    same, _ = pipeline(crop_scale=(0.05, 0.05), flip=False).train_batch(data, *arguments)
-    wider, _ = pipeline(crop_scale=(0.9, 1.0)).train_batch(data, *arguments)
+    own, _ = make_transforms().train_batch(data, *arguments)
+    same, _ = make_transforms(crop_scale=(0.05, 0.05), flip=False).train_batch(data, *arguments)
+    wider, _ = make_transforms(crop_scale=(0.9, 1.0)).train_batch(data, *arguments)
     assert torch.equal(own, same) and not torch.equal(own, wider)
 
 
-def test_normalise():
+def test_normalize():
     images = torch.randint(0, 256, (2, 3, 5, 5), dtype=torch.uint8)
     expected = (images / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
     before = images.clone()
-    torch.testing.assert_close(pipeline().normalise(images), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(make_transforms().normalize(images), expected, rtol=0, atol=1e-5)
     assert torch.equal(images, before)
 
 
 def test_images_are_decoded_once_within_the_cap():
     image_mb = 40 * 30 * 3 / 1e6
     for cache_mb, again in ((1, 0), (5.5 * image_mb, 7), (0, 12)):
-        data, transforms = task(), pipeline(cache_mb=cache_mb)
+        data, transforms = task(), make_transforms(cache_mb=cache_mb)
         for epoch in range(4):
             transforms.train_batch(data, np.arange(12), np.full(12, epoch))
         assert data.train.source.decoded.sum() == 12 + 3 * again
@@ -213,17 +213,17 @@ def test_images_are_decoded_once_within_the_cap():
 )
 def test_impossible_fields_are_refused_by_name(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
-        pipeline(**fields)
+        make_transforms(**fields)
 
 
 def test_unknown_split():
     with pytest.raises(ValueError, match="train, val or test"):
-        next(pipeline().eval_batches(task(), "valid", 4))
+        next(make_transforms().eval_batches(task(), "valid", 4))
 
 
 def test_without_augmentation_training_sees_what_evaluation_sees():
     data = task("dots", sizes=SIZES)
-    transforms = pipeline(augment=False)
+    transforms = make_transforms(augment=False)
     expected = torch.cat([images for images, _ in transforms.eval_batches(data, "train", 3)])
     positions = np.arange(len(data.train))
     for epoch in (0, 5):
@@ -242,8 +242,8 @@ TASKS = {"dots": task("dots"), "lines": task("lines", sizes=SIZES * 2)}
 
 @pytest.mark.parametrize("prefetch", [1, 2, 20])
 def test_batches_are_the_same_for_any_prefetch(prefetch):
-    expected = list(Loader(TASKS, pipeline(), plan()))
-    got = list(Loader(TASKS, pipeline(), plan(), prefetch))
+    expected = list(Loader(TASKS, make_transforms(), plan()))
+    got = list(Loader(TASKS, make_transforms(), plan(), prefetch))
     assert [name for name, *_ in got] == ["dots", "lines"] * 5
     for ours, theirs in zip(got, expected, strict=True):
         assert np.array_equal(ours[1], theirs[1])
@@ -252,8 +252,8 @@ def test_batches_are_the_same_for_any_prefetch(prefetch):
 
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_images_nobody_will_look_at_are_not_made(prefetch):
-    whole = list(Loader(TASKS, pipeline(), plan()))
-    for ours, theirs in zip(Loader(TASKS, pipeline(), plan(), prefetch, lambda task, _: task == "dots"), whole,
+    whole = list(Loader(TASKS, make_transforms(), plan()))
+    for ours, theirs in zip(Loader(TASKS, make_transforms(), plan(), prefetch, lambda task, _: task == "dots"), whole,
                             strict=True):
         assert ours[2] is None if ours[0] == "dots" else torch.equal(ours[2], theirs[2])
         assert torch.equal(ours[3], theirs[3])
@@ -265,7 +265,7 @@ def test_failure_surfaces_at_its_batch_and_the_thread_ends(prefetch):
         yield from plan(2)
         raise KeyError("plan broke")
 
-    batches = iter(Loader(TASKS, pipeline(), broken(), prefetch))
+    batches = iter(Loader(TASKS, make_transforms(), broken(), prefetch))
     next(batches), next(batches)
     with pytest.raises(KeyError, match="plan broke"):
         next(batches)
@@ -280,7 +280,7 @@ def test_stopping_early_ends_the_thread_and_reads_no_further():
             read.append(0)
             yield "dots", np.arange(4), np.zeros(4, dtype=int)
 
-    for _ in Loader(TASKS, pipeline(), endless(), prefetch=2):
+    for _ in Loader(TASKS, make_transforms(), endless(), prefetch=2):
         if len(read) >= 3:
             break
     assert len(read) <= 5
@@ -297,7 +297,7 @@ def test_the_thread_leaves_the_compute_threads_alone():
 
     torch.set_num_threads(2)
     try:
-        for _ in Loader(TASKS, pipeline(), watch(), prefetch=1):
+        for _ in Loader(TASKS, make_transforms(), watch(), prefetch=1):
             assert torch.get_num_threads() == 2
             fresh = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
             fresh.start()
@@ -309,4 +309,4 @@ def test_the_thread_leaves_the_compute_threads_alone():
 
 def test_negative_prefetch():
     with pytest.raises(ValueError, match="prefetch"):
-        Loader(TASKS, pipeline(), plan(), -1)
+        Loader(TASKS, make_transforms(), plan(), -1)

@@ -8,15 +8,15 @@ import torch
 from tiny_models import CLASSES, make_model, make_vit, normal, scale_routers
 
 from moe_bsr.config import Config, MoEConfig, PlanConfig
-from moe_bsr.data import Pipeline
+from moe_bsr.data import ImageTransforms
 from moe_bsr.data.task import Split
-from moe_bsr.runtime.device import Machine
-from moe_bsr.model.multitask import MultitaskViT
-from moe_bsr.visualize import experts as expert_figures
 from moe_bsr.evaluation.ablation import Ablation, ablate
+from moe_bsr.model.multitask import MultitaskViT
+from moe_bsr.runtime.device import Runtime
+from moe_bsr.visualize import experts as expert_figures
 
-MACHINE = Machine(torch.device("cpu"), "fp32", 1, "asked for")
-PIPELINE = Pipeline(size=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), cache_mb=1)
+MACHINE = Runtime(torch.device("cpu"), "fp32", 1, "asked for")
+PIPELINE = ImageTransforms(size=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), cache_mb=1)
 
 
 class Noise:
@@ -33,7 +33,7 @@ def make_data(task: str, count: int):
 
 def decided(kind: str = "class-token", **options):
     """A model whose experts differ and whose routers decide, so that masking changes answers."""
-    model = make_model(kind, **{"clone_noise": 2.0} | options)
+    model = make_model(kind, **{"init_noise": 2.0} | options)
     scale_routers(model, 60.0)
     return model.eval()
 
@@ -50,18 +50,27 @@ def by_hand(model, data, index: int, expert: int) -> np.ndarray:
 
     router.forward = without
     with torch.inference_mode():
-        found = [int(model(PIPELINE.normalise(images), data.name).logits.argmax())
-                 for images, _ in PIPELINE.eval_batches(data, "val", 1)]
+        found = [
+            int(model(PIPELINE.normalize(images), data.name).logits.argmax())
+            for images, _ in PIPELINE.eval_batches(data, "val", 1)
+        ]
     router.forward = route
     return np.array(found)
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"router": "task_conditioned", "renormalise": False}, {"kind": "registers", "top_k": 1},
-    {"top_k": 4}, {"kind": "average-pool", "drop": [0, 1, 2], "trainable": "all", "experts": [0, 1, 2, 3]},
-], ids=["plain", "conditioned-raw", "registers-top1", "all-chosen", "every-block"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"router": "task_conditioned", "renormalize_gates": False},
+        {"kind": "registers", "top_k": 1},
+        {"top_k": 4},
+        {"kind": "average-pool", "drop_blocks": [0, 1, 2], "train_blocks": "all", "moe_blocks": [0, 1, 2, 3]},
+    ],
+    ids=["plain", "conditioned-raw", "registers-top1", "all-chosen", "every-block"],
+)
 def test_it_equals_whole_forward_passes_with_the_logit_masked(options):
-    model = decided(**{"experts": [1, 3]} | options)
+    model = decided(**{"moe_blocks": [1, 3]} | options)
     datasets = {task: make_data(task, count) for task, count in (("one", 11), ("two", 7))}
     found = ablate(model, datasets, PIPELINE, MACHINE, batch_size=4)
     assert list(found) == model.balance.blocks
@@ -69,7 +78,7 @@ def test_it_equals_whole_forward_passes_with_the_logit_masked(options):
     for row, (task, data) in enumerate(datasets.items()):
         with torch.inference_mode():
             whole = next(PIPELINE.eval_batches(data, "val", 100))[0]
-            right = model(PIPELINE.normalise(whole), task).logits.argmax(1).numpy() == data.val.labels
+            right = model(PIPELINE.normalize(whole), task).logits.argmax(1).numpy() == data.val.labels
         for index, result in found.items():
             assert result.tasks == ["one", "two"] and result.images[row] == len(data.val)
             assert result.right[row] == right.sum()
@@ -82,7 +91,7 @@ def test_it_equals_whole_forward_passes_with_the_logit_masked(options):
 
 
 def test_the_model_is_left_as_it_was():
-    model, data = decided(experts=[3]), make_data("one", 5)
+    model, data = decided(moe_blocks=[3]), make_data("one", 5)
     images = normal(2, 3, 16, 16)
     with torch.inference_mode():
         before = model(images, "one").logits
@@ -90,17 +99,31 @@ def test_the_model_is_left_as_it_was():
         assert torch.equal(model(images, "one").logits, before)
 
 
-@pytest.mark.parametrize("config", [{}, {"plan": PlanConfig(trainable=[3], drop=[], experts=[3]),
-                                         "moe": MoEConfig(experts=1, top_k=1)}], ids=["dense", "lone expert"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {
+            "plan": PlanConfig(train_blocks=[3], drop_blocks=[], moe_blocks=[3]),
+            "moe": MoEConfig(num_experts=1, top_k=1),
+        },
+    ],
+    ids=["dense", "lone expert"],
+)
 def test_where_nothing_can_step_in_there_is_nothing_to_ablate(config):
-    dense = {"plan": PlanConfig(trainable=[3], drop=[], experts=[])}
+    dense = {"plan": PlanConfig(train_blocks=[3], drop_blocks=[], moe_blocks=[])}
     model = MultitaskViT(make_vit(), Config(**dense | config), CLASSES).eval()
     assert ablate(model, {"one": make_data("one", 3)}, PIPELINE, MACHINE) == {}
 
 
 def test_points_and_what_is_beyond_chance():
-    found = Ablation(["a", "b"], np.array([200, 50]), np.array([150, 20]),
-                     lost=np.array([[20, 0, 3], [1, 0, 9]]), gained=np.array([[2, 4, 3], [6, 0, 1]]))
+    found = Ablation(
+        ["a", "b"],
+        np.array([200, 50]),
+        np.array([150, 20]),
+        lost=np.array([[20, 0, 3], [1, 0, 9]]),
+        gained=np.array([[2, 4, 3], [6, 0, 1]]),
+    )
     assert found.points().tolist() == [[9, -2, 0], [-10, 0, 16]]
     assert found.clear().tolist() == [[True, False, False], [False, False, True]]  # 4 coins of 4: p = 0.125
 

@@ -14,8 +14,18 @@ from scipy.stats import binomtest
 from timm.models.vision_transformer import VisionTransformer
 
 from moe_bsr import config as configuration
-from moe_bsr.data import Pipeline, Split, TaskData, TaskSpec
-from moe_bsr.evaluation.evaluate import Activity, calibration_error, chosen_tasks, evaluate, judge, largest_confusions, summarise, table, wilson_interval
+from moe_bsr.data import ImageTransforms, Split, TaskData, TaskSpec
+from moe_bsr.evaluation.evaluate import (
+    TokenAndExpertUsage,
+    calibration_error,
+    chosen_tasks,
+    evaluate,
+    judge,
+    largest_confusions,
+    summarize,
+    table,
+    wilson_interval,
+)
 from moe_bsr.model.multitask import MultitaskViT
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
@@ -44,29 +54,36 @@ def task_data(name: str, labels=None) -> TaskData:
     source = Noise(np.arange(23) % classes if labels is None else labels, classes, classes)
     split = Split(source, np.arange(len(source)), source.labels)
     spec = TaskSpec(name=name, title=name, source="folder", path="nowhere")
-    return TaskData(name=name, title=name, class_names=source.class_names, train=split, val=split,
-                    test=split, origin="drawn", spec=spec)
+    return TaskData(
+        name=name,
+        title=name,
+        class_names=source.class_names,
+        train=split,
+        val=split,
+        test=split,
+        origin="drawn",
+        spec=spec,
+    )
 
 
 def network(classes: dict[str, int], depth: int, **plan) -> MultitaskViT:
-    vit = VisionTransformer(img_size=16, patch_size=4, embed_dim=16, depth=depth, num_heads=2,
-                            num_classes=0)
-    config = {"tasks": list(classes), "plan": plan, "moe": {"experts": 6, "top_k": 2}}
+    vit = VisionTransformer(img_size=16, patch_size=4, embed_dim=16, depth=depth, num_heads=2, num_classes=0)
+    config = {"tasks": list(classes), "plan": plan, "moe": {"num_experts": 6, "top_k": 2}}
     return MultitaskViT(vit, configuration.from_dict(config), classes)
 
 
 @pytest.fixture(scope="module")
 def model() -> MultitaskViT:
     torch.manual_seed(0)
-    built = network(CLASSES, depth=4, trainable=[1, 3], drop=[0, 2], experts=[1, 3])
+    built = network(CLASSES, depth=4, train_blocks=[1, 3], drop_blocks=[0, 2], moe_blocks=[1, 3])
     for head in built.heads.values():  # far from uniform answers
         torch.nn.init.normal_(head.weight)
     return built
 
 
 @pytest.fixture(scope="module")
-def pipeline() -> Pipeline:
-    return Pipeline(size=16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), crop_pct=1.0)
+def transforms() -> ImageTransforms:
+    return ImageTransforms(size=16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), crop_pct=1.0)
 
 
 def random_judged(n: int = 200, classes: int = 9, seed: int = 0):
@@ -87,8 +104,8 @@ def test_top_k_with_ties_equals_sorting_each_row():
 
 def test_all_logits_equal_is_not_a_success():
     judged = judge(torch.zeros(10, 10), torch.arange(10))
-    assert summarise(judged, list("abcdefghij"))["top1"] == pytest.approx(10.0)
-    assert summarise(judged, list("abcdefghij"))["top5"] == pytest.approx(50.0)
+    assert summarize(judged, list("abcdefghij"))["top1"] == pytest.approx(10.0)
+    assert summarize(judged, list("abcdefghij"))["top5"] == pytest.approx(50.0)
 
 
 def test_loss_and_confidence_equal_the_definition():
@@ -129,38 +146,41 @@ def test_confusions_equal_a_count_of_pairs():
     predicted = np.array([1, 1, 2, 0, 0, 1, 1, 1, 2, 0])
     found = largest_confusions(label, predicted, list("abcd"), limit=4)
     assert [(c["true"], c["predicted"], c["count"], c["share"]) for c in found] == [
-        ("a", "b", 2, 0.5), ("c", "b", 2, 2 / 3), ("a", "c", 1, 0.25), ("b", "a", 1, 0.5)]
+        ("a", "b", 2, 0.5),
+        ("c", "b", 2, 2 / 3),
+        ("a", "c", 1, 0.25),
+        ("b", "a", 1, 0.5),
+    ]
     assert largest_confusions(label, label, list("abcd")) == []
 
 
 def test_classes_missing_in_the_split_do_not_count_as_wrong():
     logits = torch.tensor([[3.0, 0, 0, 0], [3.0, 0, 0, 0], [0, 3.0, 0, 0], [0, 0, 0, 3.0]])
-    result = summarise(judge(logits, torch.tensor([0, 0, 0, 3])), list("abcd"))
+    result = summarize(judge(logits, torch.tensor([0, 0, 0, 3])), list("abcd"))
     assert result["mean_class_accuracy"] == pytest.approx(100 * (2 / 3 + 1) / 2)
     assert result["top1"] == pytest.approx(75.0)
     assert result["chance"] == pytest.approx(75.0)
 
 
 def test_one_class_alone_is_certain():
-    result = summarise(judge(torch.randn(5, 1), torch.zeros(5, dtype=torch.int64)), ["only"])
+    result = summarize(judge(torch.randn(5, 1), torch.zeros(5, dtype=torch.int64)), ["only"])
     assert (result["top1"], result["top5"], result["chance"], result["ece"]) == (100, 100, 100, 0)
     assert result["loss"] == 0.0 and result["confusions"] == []
 
 
-def test_evaluation_equals_a_plain_loop_over_images(model, pipeline):
+def test_evaluation_equals_a_plain_loop_over_images(model, transforms):
     data = task_data("many")
-    result = evaluate(model, data, "val", pipeline, CPU, batch_size=4)
+    result = evaluate(model, data, "val", transforms, CPU, batch_size=4)
     hits, losses, patches, loads = 0, [], [], {1: np.zeros(6), 3: np.zeros(6)}
     model.eval()
     with torch.no_grad():
         for i in range(len(data.val)):
-            image = pipeline.eval_image(Image.fromarray(data.val.source.image(i)))
-            output = model(pipeline.normalise(image[None]), "many")
+            image = transforms.eval_image(Image.fromarray(data.val.source.image(i)))
+            output = model(transforms.normalize(image[None]), "many")
             probabilities = output.logits[0].double().softmax(0).numpy()
             hits += probabilities.argmax() == data.val.labels[i]
             losses.append(-np.log(probabilities[data.val.labels[i]]))
-            patches.append([sum(p >= 0 for p in output.records[b].dropped.origin[0].tolist()) / 16
-                            for b in (0, 2)])
+            patches.append([sum(p >= 0 for p in output.records[b].dropped.origin[0].tolist()) / 16 for b in (0, 2)])
             for block, load in loads.items():
                 for expert in output.routing[block].experts.flatten().tolist():
                     load[expert] += 1
@@ -174,15 +194,14 @@ def test_evaluation_equals_a_plain_loop_over_images(model, pipeline):
         assert result["experts_used"][str(block)] == (load / load.sum() >= 0.01).sum()
 
 
-def test_evaluation_is_repeatable_and_plain_json(model, pipeline):
-    runs = [evaluate(model, task_data("many"), "test", pipeline, CPU) for _ in range(2)]
+def test_evaluation_is_repeatable_and_plain_json(model, transforms):
+    runs = [evaluate(model, task_data("many"), "test", transforms, CPU) for _ in range(2)]
     assert all(run.pop("images_per_second") > 0 for run in runs)
     assert runs[0] == runs[1] == json.loads(json.dumps(runs[0], allow_nan=False))
 
 
-def test_batch_size_changes_only_rounding(model, pipeline):
-    reference, *others = (evaluate(model, task_data("many"), "val", pipeline, CPU, size)
-                          for size in (64, 1, 5, 23))
+def test_batch_size_changes_only_rounding(model, transforms):
+    reference, *others = (evaluate(model, task_data("many"), "val", transforms, CPU, size) for size in (64, 1, 5, 23))
     for other in others:
         for key in ("loss", "ece"):
             assert other.pop(key) == pytest.approx(reference[key], rel=1e-4)
@@ -191,64 +210,64 @@ def test_batch_size_changes_only_rounding(model, pipeline):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_mode_of_the_model_is_restored(model, pipeline, training):
+def test_the_mode_of_the_model_is_restored(model, transforms, training):
     model.train(training)
-    evaluate(model, task_data("few"), "val", pipeline, CPU)
+    evaluate(model, task_data("few"), "val", transforms, CPU)
     assert model.training is training and model.vit.blocks[3].mlp.training is training
     with torch.no_grad():
         kept = model.heads["few"].bias.clone()
         model.heads["few"].bias.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="few"):
-        evaluate(model, task_data("few"), "val", pipeline, CPU)
+        evaluate(model, task_data("few"), "val", transforms, CPU)
     assert model.training is training
     with torch.no_grad():
         model.heads["few"].bias.copy_(kept)
 
 
-def test_training_goes_on_after_an_evaluation(model, pipeline):
-    evaluate(model, task_data("few"), "val", pipeline, CPU)
+def test_training_goes_on_after_an_evaluation(model, transforms):
+    evaluate(model, task_data("few"), "val", transforms, CPU)
     model.train()(torch.randn(2, 3, 16, 16), "few").logits.sum().backward()
     assert model.heads["few"].weight.grad is not None
     model.zero_grad()
 
 
-def test_gate_noise_is_off_in_evaluation(model, pipeline):
+def test_gate_noise_is_off_in_evaluation(model, transforms):
     data = task_data("few")
-    reference = evaluate(model, data, "val", pipeline, CPU)
+    reference = evaluate(model, data, "val", transforms, CPU)
     moes = [model.vit.blocks[i].mlp for i in (1, 3)]
     for moe in moes:
         moe.noise_std = 5.0
-    noisy = evaluate(model.train(), data, "val", pipeline, CPU)
+    noisy = evaluate(model.train(), data, "val", transforms, CPU)
     for moe in moes:
         moe.noise_std = 0.0
     assert noisy | {"images_per_second": 0} == reference | {"images_per_second": 0}
 
 
-def test_a_plain_network_keeps_all_and_has_no_experts(pipeline):
-    plain = network({"few": 3}, depth=2, trainable=[], drop=[], experts=[])
-    result = evaluate(plain, task_data("few"), "val", pipeline, CPU)
+def test_a_plain_network_keeps_all_and_has_no_experts(transforms):
+    plain = network({"few": 3}, depth=2, train_blocks=[], drop_blocks=[], moe_blocks=[])
+    result = evaluate(plain, task_data("few"), "val", transforms, CPU)
     assert (result["tokens_kept"], result["tokens_kept_after"]) == (1.0, {})
     assert (result["experts_used"], result["expert_share"]) == ({}, {})
     assert "100.0 %" in table({"few": result}) and "mean" not in table({"few": result})
 
 
 def test_many_experts_evenly_used_all_count_as_used():
-    activity = Activity()
+    activity = TokenAndExpertUsage()
     activity.add({5: SimpleNamespace(dropped=None, routing=SimpleNamespace(load=torch.ones(200)))})
     assert activity.summary()["experts_used"] == {"5": 200}
 
 
-def test_wrong_data_and_empty_splits_are_refused(model, pipeline):
+def test_wrong_data_and_empty_splits_are_refused(model, transforms):
     with pytest.raises(ValueError, match="few.*val split has no images"):
-        evaluate(model, task_data("few", labels=[]), "val", pipeline, CPU)
+        evaluate(model, task_data("few", labels=[]), "val", transforms, CPU)
     data = task_data("few")
     data.class_names.append("one more")
     with pytest.raises(ValueError, match="few.*4 classes.*head 3"):
-        evaluate(model, data, "val", pipeline, CPU)
+        evaluate(model, data, "val", transforms, CPU)
 
 
-def test_the_table_has_a_row_for_each_task_their_mean_and_confusions(model, pipeline):
-    results = {name: evaluate(model, task_data(name), "val", pipeline, CPU) for name in CLASSES}
+def test_the_table_has_a_row_for_each_task_their_mean_and_confusions(model, transforms):
+    results = {name: evaluate(model, task_data(name), "val", transforms, CPU) for name in CLASSES}
     lines = table(results).splitlines()
     assert [line.split()[0] for line in lines[:4]] == ["task", "many", "few", "mean"]
     assert f"{(results['many']['top1'] + results['few']['top1']) / 2:.1f}" in lines[3]
@@ -265,12 +284,17 @@ def test_tasks_are_chosen_by_name():
 
 
 @pytest.fixture
-def tools(model, pipeline, monkeypatch):
+def tools(model, transforms, monkeypatch):
     """tools/evaluate.py and tools/predict.py on a run that exists in memory alone."""
     counted = []
-    loaded = SimpleNamespace(models=dict.fromkeys(CLASSES, model), data=task_data,
-                             pipeline=pipeline, machine=CPU, step=12,
-                             class_names={name: task_data(name).class_names for name in CLASSES})
+    loaded = SimpleNamespace(
+        models=dict.fromkeys(CLASSES, model),
+        data=task_data,
+        transforms=transforms,
+        runtime=CPU,
+        step=12,
+        class_names={name: task_data(name).class_names for name in CLASSES},
+    )
 
     def load(run, checkpoint="best", data_root=None, device=None, weights=None, tasks=None):
         chosen = {name: loaded.models[name] for name in chosen_tasks(tasks, list(loaded.models))}
@@ -282,20 +306,21 @@ def tools(model, pipeline, monkeypatch):
         programs[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(programs[name])
         monkeypatch.setattr(programs[name], "load", load)
-    monkeypatch.setattr(programs["evaluate"], "count_test_evaluation",
-                        lambda run, tasks: counted.append((run, tasks)) or len(counted))
-    return SimpleNamespace(evaluate=programs["evaluate"].main, predict=programs["predict"].main,
-                           counted=counted, loaded=loaded)
+    monkeypatch.setattr(
+        programs["evaluate"], "count_test_evaluation", lambda run, tasks: counted.append((run, tasks)) or len(counted)
+    )
+    return SimpleNamespace(
+        evaluate=programs["evaluate"].main, predict=programs["predict"].main, counted=counted, loaded=loaded
+    )
 
 
-def test_the_tool_gives_the_numbers_of_evaluate(tools, model, pipeline, capsys):
+def test_the_tool_gives_the_numbers_of_evaluate(tools, model, transforms, capsys):
     tools.evaluate(["RUN", "--json"])
     report = json.loads(capsys.readouterr().out)
     for name in CLASSES:
-        direct = evaluate(model, task_data(name), "val", pipeline, CPU)
+        direct = evaluate(model, task_data(name), "val", transforms, CPU)
         assert report["tasks"][name] | {"images_per_second": 0} == direct | {"images_per_second": 0}
-    assert report["mean_top1"] == pytest.approx(
-        (report["tasks"]["many"]["top1"] + report["tasks"]["few"]["top1"]) / 2)
+    assert report["mean_top1"] == pytest.approx((report["tasks"]["many"]["top1"] + report["tasks"]["few"]["top1"]) / 2)
     assert (report["step"], report["split"]) == (12, "val")
     assert tools.counted == []
 
@@ -308,24 +333,23 @@ def test_the_tool_counts_evaluations_of_the_test_split_once_each(tools, capsys):
     assert tools.counted == [(Path("RUN"), ["few"])] * 2
 
 
-def test_predictions_are_those_of_the_whole_forward(tools, model, pipeline, tmp_path, capsys,
-                                                    monkeypatch):
+def test_predictions_are_those_of_the_whole_forward(tools, model, transforms, tmp_path, capsys, monkeypatch):
     paths = []
     for i in range(3):
         paths.append(str(tmp_path / f"{i}.png"))
         Image.fromarray(task_data("many").val.source.image(i)).save(paths[-1])
     stem_passes = []
-    whole_stem = model.stem
-    monkeypatch.setattr(model, "stem", lambda *a: stem_passes.append(1) or whole_stem(*a))
+    whole_stem = model.forward_features
+    monkeypatch.setattr(model, "forward_features", lambda *a: stem_passes.append(1) or whole_stem(*a))
     tools.predict(["RUN", *paths, "--json", "--top", "5"])
     assert len(stem_passes) == 1
     monkeypatch.undo()
     report = json.loads(capsys.readouterr().out)
     assert report["stems"] == [{"tasks": ["many", "few"], "blocks": 4, "shared_blocks": 1}]
-    images = torch.stack([pipeline.eval_image(Image.open(path)) for path in paths])
+    images = torch.stack([transforms.eval_image(Image.open(path)) for path in paths])
     for task, classes in CLASSES.items():
         with torch.no_grad():
-            probabilities = model(pipeline.normalise(images), task).logits.softmax(1)
+            probabilities = model(transforms.normalize(images), task).logits.softmax(1)
         for i, path in enumerate(paths):
             assert report["images"][i]["image"] == path
             names = report["images"][i]["tasks"][task]
@@ -341,19 +365,25 @@ def test_predict_says_what_was_shared(tools, tmp_path, capsys):
     Image.new("RGB", (20, 30)).save(path)
     tools.predict(["RUN", path])
     assert "1 of 4 blocks ran once for all of them, 3 once for each task" in capsys.readouterr().out
-    tools.loaded.models["few"] = network({"few": 3}, depth=2, trainable=[1], drop=[], experts=[])
+    tools.loaded.models["few"] = network({"few": 3}, depth=2, train_blocks=[1], drop_blocks=[], moe_blocks=[])
     tools.predict(["RUN", path])
     assert "ran once" not in capsys.readouterr().out
     torch.manual_seed(0)  # a model of its own over the same frozen blocks
-    tools.loaded.models["few"] = network({"few": 3}, depth=4, trainable=[1, 3], drop=[0, 2], experts=[1, 3])
+    tools.loaded.models["few"] = network(
+        {"few": 3}, depth=4, train_blocks=[1, 3], drop_blocks=[0, 2], moe_blocks=[1, 3]
+    )
     tools.predict(["RUN", path])
     assert "1 of 4 blocks ran once for all of them, 3 once for each task" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content, words", [
-    (None, "bad.png: no such file"),
-    (b"", "bad.png: not a readable image"),
-    (b"no image", "bad.png: not a readable image")])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (None, "bad.png: no such file"),
+        (b"", "bad.png: not a readable image"),
+        (b"no image", "bad.png: not a readable image"),
+    ],
+)
 def test_predict_names_an_unreadable_image_and_goes_on_with_the_others(tools, tmp_path, capsys, content, words):
     good, bad = tmp_path / "good.png", tmp_path / "bad.png"
     Image.new("RGB", (20, 20)).save(good)

@@ -7,10 +7,8 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import normal
-
 from tiny_routing import by_logits, spread, to
 
-from moe_bsr.model.moe import Routing
 from moe_bsr.evaluation.routing import RoutingStatistics
 
 
@@ -26,8 +24,7 @@ def test_counts_are_exact_within_autocast():
     assert statistics.total("pairs")[1, 2] == 301
 
 
-@pytest.mark.parametrize(("tasks", "experts", "k"),
-                         [(5, 16, 4), (2, 2, 1), (3, 6, 6), (20, 64, 2), (1, 5, 3)])
+@pytest.mark.parametrize(("tasks", "experts", "k"), [(5, 16, 4), (2, 2, 1), (3, 6, 6), (20, 64, 2), (1, 5, 3)])
 def test_every_number_equals_a_loop_over_tokens(tasks, experts, k):
     names = [f"task{i}" for i in range(tasks)]
     statistics = RoutingStatistics(names, experts)
@@ -77,8 +74,12 @@ def test_every_number_equals_a_loop_over_tokens(tasks, experts, k):
         assert np.isnan(numbers["mutual_information"])
     else:
         joint = shares / tasks
-        bits = sum(joint[t, e] * math.log2(joint[t, e] / (joint[t].sum() * joint[:, e].sum()))
-                   for t in range(tasks) for e in range(experts) if joint[t, e] > 0)
+        bits = sum(
+            joint[t, e] * math.log2(joint[t, e] / (joint[t].sum() * joint[:, e].sum()))
+            for t in range(tasks)
+            for e in range(experts)
+            if joint[t, e] > 0
+        )
         assert numbers["mutual_information"] == pytest.approx(bits / math.log2(min(tasks, experts)), abs=1e-9)
 
 
@@ -105,7 +106,7 @@ def test_a_collapse_to_the_same_four_reads_as_collapsed_though_their_gates_diffe
 
 
 @pytest.mark.parametrize(("tasks", "experts"), [(4, 8), (2, 2), (4, 4), (8, 4)])
-def test_a_specialisation_has_mutual_information_one(tasks, experts):
+def test_a_specialization_has_mutual_information_one(tasks, experts):
     """Disjoint experts for each task; with more tasks than experts, one expert for each group of tasks."""
     names = [f"task{i}" for i in range(tasks)]
     statistics, each = RoutingStatistics(names, experts), max(1, experts // tasks)

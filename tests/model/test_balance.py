@@ -7,16 +7,15 @@ import pytest
 import torch
 from tiny_models import TASKS, normal
 
-from moe_bsr.model.balance import Balance, squared_cv
 from moe_bsr.config import MoEConfig
+from moe_bsr.model.balance import Balance, squared_cv
 from moe_bsr.model.moe import Routing, smooth_load
 
 
 def routing(importance: list[float], load: list[float]) -> Routing:
     """A record of which only the two statistics matter."""
     nothing = torch.zeros(0)
-    return Routing(nothing, nothing, nothing, torch.tensor(importance, requires_grad=True),
-                   torch.tensor(load))
+    return Routing(nothing, nothing, nothing, torch.tensor(importance, requires_grad=True), torch.tensor(load))
 
 
 def cv2(values) -> float:
@@ -25,7 +24,7 @@ def cv2(values) -> float:
 
 
 def make(kind: str, blocks: list[int], tasks: list[str] = TASKS, weight: float = 0.1) -> Balance:
-    config = MoEConfig(experts=4, top_k=2, balance=kind, balance_weight=weight)
+    config = MoEConfig(num_experts=4, top_k=2, balance_loss=kind, balance_loss_weight=weight)
     return Balance(config, tasks, blocks)
 
 
@@ -86,8 +85,10 @@ def test_across_tasks_adds_the_running_shares_of_the_other_tasks():
 
 def test_running_shares_start_at_the_first_and_move_by_a_tenth():
     balance = make("across_tasks", [5, 8])
-    first = {5: routing([4.0, 0.0, 0.0, 0.0], [2.0, 2.0, 0.0, 0.0]),
-             8: routing([1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0])}
+    first = {
+        5: routing([4.0, 0.0, 0.0, 0.0], [2.0, 2.0, 0.0, 0.0]),
+        8: routing([1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0]),
+    }
     balance.update(first, "two")
     assert balance.importance[1].tolist() == [[1, 0, 0, 0], [0.25] * 4]
     assert balance.load[1].tolist() == [[0.5, 0.5, 0, 0], [0, 0, 0, 1]]
@@ -130,14 +131,14 @@ def test_with_one_task_both_kinds_agree():
 
 # --- expected load under gate noise ---
 
+
 def slow_smooth_load(clean: torch.Tensor, noisy: torch.Tensor, k: int, std: float) -> torch.Tensor:
     """Expert by expert: what its logit must beat is the k-th best of the others' noisy logits."""
     load = []
     for e in range(clean.shape[1]):
         expected = 0.0
         for t in range(clean.shape[0]):
-            others = sorted((noisy[t, o] for o in range(clean.shape[1]) if o != e),
-                            key=lambda value: -value.item())
+            others = sorted((noisy[t, o] for o in range(clean.shape[1]) if o != e), key=lambda value: -value.item())
             margin = (clean[t, e] - others[k - 1]) / std
             expected = expected + 0.5 * (1 + torch.erf(margin / math.sqrt(2)))
         load.append(expected)
@@ -151,8 +152,11 @@ def test_smooth_load_and_its_gradient_against_a_slow_reference(k):
     for function in (smooth_load, slow_smooth_load):
         clean = normal(6, 5).requires_grad_()
         noisy = clean + noise
-        load = (smooth_load(clean, noisy, noisy.topk(k).indices, 0.5) if function is smooth_load
-                else slow_smooth_load(clean, noisy, k, 0.5))
+        load = (
+            smooth_load(clean, noisy, noisy.topk(k).indices, 0.5)
+            if function is smooth_load
+            else slow_smooth_load(clean, noisy, k, 0.5)
+        )
         (load * normal(5, seed=2)).sum().backward()
         results.append((load.detach(), clean.grad))
     for fast, slow in zip(*results, strict=True):
@@ -167,7 +171,7 @@ def test_smooth_load_is_the_chance_to_be_chosen_if_the_noise_were_drawn_again():
     fresh = clean.unsqueeze(2) + std * normal(4, 5, draws, seed=5)
     counted = torch.zeros(5)
     for e in range(5):
-        others = torch.cat([noisy[:, :e], noisy[:, e + 1:]], 1)
+        others = torch.cat([noisy[:, :e], noisy[:, e + 1 :]], 1)
         bar = others.topk(k).values[:, -1:]
         counted[e] = (fresh[:, e] > bar).float().mean(1).sum()
     assert (load - counted).abs().max() < 4 * math.sqrt(4 * 0.25 / draws)

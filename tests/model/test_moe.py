@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from moe_bsr.config import ConfigError, MoEConfig
-from moe_bsr.model.replay import Decisions
+from moe_bsr.model.moe import MoE, upcycling_error
+from moe_bsr.model.replay import Replay
 from moe_bsr.ops.experts import Experts, plan_rows
-from moe_bsr.model.moe import MoE, start_error
 
 ROUTERS = ["per_task", "task_conditioned"]
 ENGINES = ["loop", "grouped"]
@@ -44,37 +44,41 @@ def gates_of(moe: MoE) -> list[torch.Tensor]:
     return gates
 
 
-class Fixed(Decisions):
+class Fixed(Replay):
     """Decisions that already hold the experts of every token."""
 
     def __init__(self, experts: torch.Tensor) -> None:
         super().__init__()
-        self.once("experts", lambda: experts)
+        self.record("experts", lambda: experts)
 
 
 # --- dispatch, experts, combine ---
 
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-@pytest.mark.parametrize("shape, options", [
-    ((3, 7), {}),
-    ((3, 7), {"renormalise": False}),
-    ((3, 7), {"experts": 6, "top_k": 6}),
-    ((1, 1), {"experts": 6, "top_k": 3}),
-    ((2, 5), {"experts": 1, "top_k": 1}),
-    ((1, 3), {"experts": 16, "top_k": 4}),
-    ((2, 5), {"ratio": 1, "experts": 8, "top_k": 4}),
-    ((3, 7), {"router": "task_conditioned"}),
-], ids=["plain", "raw-gates", "all-experts", "one-token", "one-expert", "mostly-empty", "ratio-1",
-        "conditioned"])
+@pytest.mark.parametrize(
+    "shape, options",
+    [
+        ((3, 7), {}),
+        ((3, 7), {"renormalize_gates": False}),
+        ((3, 7), {"num_experts": 6, "top_k": 6}),
+        ((1, 1), {"num_experts": 6, "top_k": 3}),
+        ((2, 5), {"num_experts": 1, "top_k": 1}),
+        ((1, 3), {"num_experts": 16, "top_k": 4}),
+        ((2, 5), {"mlp_ratio": 1, "num_experts": 8, "top_k": 4}),
+        ((3, 7), {"router": "task_conditioned"}),
+    ],
+    ids=["plain", "raw-gates", "all-experts", "one-token", "one-expert", "mostly-empty", "ratio-1", "conditioned"],
+)
 def test_engines_equal_all_experts_on_all_tokens(engine, bias, shape, options):
-    moe = make_moe(bias=bias, engine=engine, **options)
+    moe = make_moe(bias=bias, backend=engine, **options)
     x, weight = normal(*shape, WIDTH, seed=5), normal(*shape, WIDTH, seed=6)
     results = []
     for dense in (False, True):
         leaf = x.clone().requires_grad_()
         gates = gates_of(moe)
-        y, routing = moe(leaf, "two", Decisions())
+        y, routing = moe(leaf, "two", Replay())
         if dense:
             y = every_expert_on_every_token(moe, leaf, routing)
         moe.zero_grad()
@@ -97,7 +101,7 @@ def test_an_expert_nobody_chose_reaches_nothing(engine):
     chosen = torch.tensor([[1, 2], [2, 4], [4, 1], [2, 1]])
     x, results = normal(1, 4, WIDTH), []
     for poison in (False, True):
-        moe = make_moe(engine=engine)
+        moe = make_moe(backend=engine)
         if poison:
             with torch.no_grad():
                 for parameter in moe.experts.parameters():
@@ -105,8 +109,7 @@ def test_an_expert_nobody_chose_reaches_nothing(engine):
         leaf = x.clone().requires_grad_()
         y, _ = moe(leaf, "one", Fixed(chosen))
         y.square().sum().backward()
-        results.append((y, leaf.grad, moe.router.weight["one"].grad,
-                        [p.grad for p in moe.experts.parameters()]))
+        results.append((y, leaf.grad, moe.router.weight["one"].grad, [p.grad for p in moe.experts.parameters()]))
     (clean, clean_x, clean_router, clean_experts), (y, grad_x, router, experts) = results
     assert torch.equal(y, clean) and torch.equal(grad_x, clean_x)
     assert torch.equal(router, clean_router)
@@ -117,9 +120,9 @@ def test_an_expert_nobody_chose_reaches_nothing(engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_experts_run_in_the_type_of_the_autocast(engine):
-    moe = make_moe(engine=engine, scale=5000.0)
+    moe = make_moe(backend=engine, scale=5000.0)
     x = normal(2, 4, WIDTH)
-    exact, routing = moe(x, "one", Decisions())
+    exact, routing = moe(x, "one", Replay())
     with torch.autocast("cpu", torch.bfloat16):
         y, rounded = moe(x.bfloat16(), "one", Fixed(routing.experts.flatten(0, 1)))
     y.float().sum().backward()
@@ -130,43 +133,43 @@ def test_experts_run_in_the_type_of_the_autocast(engine):
 
 def test_a_grouped_shape_that_cannot_be_aligned_is_refused_and_auto_avoids_it():
     mlp = Mlp(6, 24)
-    moe = MoE(mlp, MoEConfig(experts=2, top_k=1, engine="grouped"), TASKS, (0, 0))
-    with pytest.raises(ConfigError, match="moe.engine = 'grouped'.*16 bytes"):
-        moe(normal(1, 3, 6), "one", Decisions())
-    moe = MoE(mlp, MoEConfig(experts=2, top_k=1), TASKS, (0, 0))
-    assert moe(normal(1, 3, 6), "one", Decisions())[0].shape == (1, 3, 6)
+    moe = MoE(mlp, MoEConfig(num_experts=2, top_k=1, backend="grouped"), TASKS, (0, 0))
+    with pytest.raises(ConfigError, match="moe.backend = 'grouped'.*16 bytes"):
+        moe(normal(1, 3, 6), "one", Replay())
+    moe = MoE(mlp, MoEConfig(num_experts=2, top_k=1), TASKS, (0, 0))
+    assert moe(normal(1, 3, 6), "one", Replay())[0].shape == (1, 3, 6)
 
 
 # --- upcycling ---
 
+
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("scale", [1.0, 30.0, 1000.0])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-def test_upcycled_layer_equals_its_ffn_when_gates_are_renormalised(router, scale, bias):
+def test_upcycled_layer_equals_its_ffn_when_gates_are_renormalized(router, scale, bias):
     mlp, x = make_mlp(bias=bias), normal(2, 9, WIDTH)
-    options = {"experts": 16, "top_k": 4, "router": router, "distinct": False, "bias": bias}
+    options = {"num_experts": 16, "top_k": 4, "router": router, "distinct": False, "bias": bias}
     for task in TASKS:
-        y, _ = make_moe(scale=scale, **options)(x, task, Decisions())
+        y, _ = make_moe(scale=scale, **options)(x, task, Replay())
         torch.testing.assert_close(y, mlp(x), rtol=1e-5, atol=2e-6)
-    raw, _ = make_moe(scale=scale, renormalise=False, **options)(x, "one", Decisions())
-    if scale == 1.0:  # a saturated softmax gives its four best everything, renormalised or not
+    raw, _ = make_moe(scale=scale, renormalize_gates=False, **options)(x, "one", Replay())
+    if scale == 1.0:  # a saturated softmax gives its four best everything, renormalized or not
         assert (raw - mlp(x)).norm() > 0.5 * mlp(x).norm()
 
 
-@pytest.mark.parametrize("renormalise", [True, False])
-def test_start_error_tells_an_exact_start_from_another(renormalise):
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_start_error_tells_an_exact_start_from_another(renormalize):
     mlp, norm = make_mlp(), nn.LayerNorm(WIDTH)
-    moe = MoE(mlp, MoEConfig(renormalise=renormalise), TASKS, (0, 0)).train()
-    error = start_error(moe, mlp, norm, "one")
-    assert error < 1e-5 if renormalise else 0.5 < error < 1
+    moe = MoE(mlp, MoEConfig(renormalize_gates=renormalize), TASKS, (0, 0)).train()
+    error = upcycling_error(moe, mlp, norm, "one")
+    assert error < 1e-5 if renormalize else 0.5 < error < 1
     assert moe.training and all(p.grad is None for p in moe.parameters())
 
 
 def test_clone_noise_is_relative_seeded_and_leaves_the_ffn():
     mlp = make_mlp()
     before = copy.deepcopy(mlp.state_dict())
-    first, again, other = (Experts(mlp, MoEConfig(clone_noise=0.01), seed) for seed in
-                           [(1, 2), (1, 2), (1, 3)])
+    first, again, other = (Experts(mlp, MoEConfig(init_noise=0.01), seed) for seed in [(1, 2), (1, 2), (1, 3)])
     pairs = zip(first.parameters(), again.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert not torch.equal(first.fc1_weight, other.fc1_weight)
@@ -179,7 +182,7 @@ def test_clone_noise_is_relative_seeded_and_leaves_the_ffn():
 @pytest.mark.parametrize("ratio, slices", [(1, 4), (2, 2)])
 def test_smaller_experts_take_every_nth_hidden_unit(ratio, slices):
     mlp = make_mlp()
-    experts = Experts(mlp, MoEConfig(experts=6, ratio=ratio), (0,))
+    experts = Experts(mlp, MoEConfig(num_experts=6, mlp_ratio=ratio), (0,))
     assert experts.fc1_weight.shape == (6, ratio * WIDTH, WIDTH)
     for e in range(6):
         units = [j for j in range(4 * WIDTH) if j % slices == e % slices]
@@ -193,7 +196,7 @@ def test_smaller_experts_take_every_nth_hidden_unit(ratio, slices):
 @pytest.mark.parametrize("cover", [[0, 1, 2, 3], [4, 9, 2, 15], [13, 8, 3, 6]])
 def test_ratio_one_is_exact_for_equal_gates_that_cover_every_unit(cover):
     mlp, x = make_mlp(), normal(1, 5, WIDTH)
-    moe = MoE(mlp, MoEConfig(ratio=1), TASKS, (0, 0))
+    moe = MoE(mlp, MoEConfig(mlp_ratio=1), TASKS, (0, 0))
     nn.init.zeros_(moe.router.weight["one"])
     y, _ = moe(x, "one", Fixed(torch.tensor([cover] * 5)))
     torch.testing.assert_close(y, mlp(x), rtol=1e-5, atol=1e-5)
@@ -203,25 +206,28 @@ def test_ratio_one_is_exact_for_equal_gates_that_cover_every_unit(cover):
 
 def test_ratio_one_reports_its_start_error():
     mlp = make_mlp()
-    moe = MoE(mlp, MoEConfig(ratio=1), TASKS, (0, 0))
-    assert start_error(moe, mlp, nn.LayerNorm(WIDTH), "one") > 0.1
+    moe = MoE(mlp, MoEConfig(mlp_ratio=1), TASKS, (0, 0))
+    assert upcycling_error(moe, mlp, nn.LayerNorm(WIDTH), "one") > 0.1
 
 
-@pytest.mark.parametrize("mlp", [SwiGLUPacked(WIDTH, 32), GluMlp(WIDTH, 32),
-                                 Mlp(WIDTH, 32, norm_layer=nn.LayerNorm)],
-                         ids=["swiglu", "glu", "normed"])
+@pytest.mark.parametrize(
+    "mlp",
+    [SwiGLUPacked(WIDTH, 32), GluMlp(WIDTH, 32), Mlp(WIDTH, 32, norm_layer=nn.LayerNorm)],
+    ids=["swiglu", "glu", "normed"],
+)
 def test_only_a_plain_mlp_becomes_experts(mlp):
-    with pytest.raises(ConfigError, match=f"plan.experts = '{type(mlp).__name__}'"):
+    with pytest.raises(ConfigError, match=f"plan.moe_blocks = '{type(mlp).__name__}'"):
         MoE(mlp, MoEConfig(), TASKS, (0, 0))
 
 
 @pytest.mark.parametrize("ratio", [3, 5, 8])
 def test_a_ratio_that_does_not_divide_the_ffn_is_refused(ratio):
-    with pytest.raises(ConfigError, match=rf"moe.ratio = {ratio}.*{ratio * WIDTH}.*32"):
-        Experts(make_mlp(), MoEConfig(ratio=ratio), (0,))
+    with pytest.raises(ConfigError, match=rf"moe.mlp_ratio = {ratio}.*{ratio * WIDTH}.*32"):
+        Experts(make_mlp(), MoEConfig(mlp_ratio=ratio), (0,))
 
 
 # --- the experts' batch ---
+
 
 @pytest.mark.parametrize("multiple", [1, 4, 64])
 def test_every_assignment_has_a_row_of_its_expert_and_padding_has_none(multiple):
@@ -247,7 +253,7 @@ def test_padding_changes_neither_value_nor_gradient():
         moe.zero_grad()
         leaf = x.clone().requires_grad_()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
-            y, _ = moe(leaf, "one", Decisions())
+            y, _ = moe(leaf, "one", Replay())
         y.float().square().sum().backward()
         results.append([y.float().detach(), leaf.grad, *(p.grad for p in moe.experts.parameters())])
     for exact, padded in zip(*results, strict=True):
@@ -259,7 +265,7 @@ def test_grouped_biases_in_bf16_have_the_loops_gradients():
     grads = {}
     for engine in ("loop", "grouped"):
         mlp = make_mlp()
-        experts = Experts(mlp, MoEConfig(experts=4, top_k=2, ratio=4, engine=engine), (0,))
+        experts = Experts(mlp, MoEConfig(num_experts=4, top_k=2, mlp_ratio=4, backend=engine), (0,))
         x = torch.randn(3000, mlp.fc1.in_features, generator=torch.Generator().manual_seed(1))
         gates, chosen = torch.rand(3000, 4, generator=torch.Generator().manual_seed(2)).topk(2)
         with torch.autocast("cpu", torch.bfloat16):

@@ -23,8 +23,8 @@ from moe_bsr.model.moe import MoE
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.model.tokens import FUSED
 
-
 # --- keep rate 1.0 is timm's own network ---
+
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -32,7 +32,7 @@ def test_without_dropping_and_experts_it_is_timms_own_network(kind, training):
     theirs, images = make_vit(kind, num_classes=5).train(training), normal(3, 3, 16, 16)
     ours = make_vit(kind)
     ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if "head." not in k})
-    model = make_model(vit=ours, keep=1.0).train(training)
+    model = make_model(vit=ours, keep_rate=1.0).train(training)
     model.heads["two"].load_state_dict(theirs.head.state_dict())
     output = model(images, "two")
     assert torch.equal(output.logits, theirs(images))
@@ -40,6 +40,7 @@ def test_without_dropping_and_experts_it_is_timms_own_network(kind, training):
 
 
 # --- keep rate below 1 is a plain-loop reference ---
+
 
 def reference_logits(model: MultitaskViT, images: torch.Tensor, task: str):
     """Logits and traces, one image and one token at a time, by explicit attention maps."""
@@ -59,23 +60,22 @@ def reference_logits(model: MultitaskViT, images: torch.Tensor, task: str):
                 maps.append((q @ k.T / math.sqrt(q.shape[1])).softmax(1))
                 for n in range(len(x)):
                     mixed[n].append(maps[h][n] @ v)
-            x = [token + layer.ls1(attention.proj(attention.norm(torch.cat(mixed[n]))))
-                 for n, token in enumerate(x)]
-            if model.plan[index].keep < 1:
+            x = [token + layer.ls1(attention.proj(attention.norm(torch.cat(mixed[n])))) for n, token in enumerate(x)]
+            if model.plan[index].keep_rate < 1:
                 rows = [0] if vit.has_class_token else range(len(x))
                 scores = sum(m[r] for m in maps for r in rows) / (heads * len(rows))
-                scores = scores[prefix:].detach() if config.detach else scores[prefix:]
-                count = len(origin) - (config.protect and fused)
+                scores = scores[prefix:].detach() if config.detach_fusion_weights else scores[prefix:]
+                count = len(origin) - (config.protect_fused and fused)
                 order = sorted(range(count), key=lambda i, s=scores: (-s[i].item(), i))
-                kept = sorted(order[:math.ceil(model.plan[index].keep * count)])
+                kept = sorted(order[: math.ceil(model.plan[index].keep_rate * count)])
                 lost = sorted(set(range(count)) - set(kept))
                 patches, last = x[prefix:], x[-1]
                 x = x[:prefix] + [patches[i] for i in kept]
                 origin = [origin[i] for i in kept]
                 if config.fuse != "none":
-                    total = sum(scores[i] for i in lost) if config.fuse == "normalised" else 1
+                    total = sum(scores[i] for i in lost) if config.fuse == "normalized" else 1
                     token = sum(scores[i] / total * patches[i] for i in lost)
-                    x.append(token + last if config.protect and fused else token)
+                    x.append(token + last if config.protect_fused and fused else token)
                     origin.append(FUSED)
                     fused = True
                 trace[index] = list(origin)
@@ -86,19 +86,22 @@ def reference_logits(model: MultitaskViT, images: torch.Tensor, task: str):
     return torch.stack(logits), traces
 
 
-@pytest.mark.parametrize("kind, trainable, tokens", [
-    ("class-token", "all", TokensConfig()),
-    ("class-token", (1, 3), TokensConfig(fuse="normalised")),
-    ("class-token", (2,), TokensConfig(protect=True)),
-    ("class-token", (0,), TokensConfig(fuse="none")),
-    ("class-token", (0,), TokensConfig(detach=True)),
-    ("registers", (0, 3), TokensConfig()),
-    ("average-pool", (1,), TokensConfig()),
-    ("layer-scale", (1,), TokensConfig()),
-    ("qk-norm", "all", TokensConfig()),
-])
+@pytest.mark.parametrize(
+    "kind, trainable, tokens",
+    [
+        ("class-token", "all", TokensConfig()),
+        ("class-token", (1, 3), TokensConfig(fuse="normalized")),
+        ("class-token", (2,), TokensConfig(protect_fused=True)),
+        ("class-token", (0,), TokensConfig(fuse="none")),
+        ("class-token", (0,), TokensConfig(detach_fusion_weights=True)),
+        ("registers", (0, 3), TokensConfig()),
+        ("average-pool", (1,), TokensConfig()),
+        ("layer-scale", (1,), TokensConfig()),
+        ("qk-norm", "all", TokensConfig()),
+    ],
+)
 def test_dropping_equals_plain_loops_in_logits_trace_and_gradients(kind, trainable, tokens):
-    model = make_model(kind, trainable=trainable, tokens=tokens)
+    model = make_model(kind, train_blocks=trainable, tokens=tokens)
     images, labels = normal(2, 3, 16, 16), torch.tensor([1, 4])
     output = model(images, "two")
     slow, traces = reference_logits(model, images, "two")
@@ -111,14 +114,18 @@ def test_dropping_equals_plain_loops_in_logits_trace_and_gradients(kind, trainab
     model.zero_grad()
     F.cross_entropy(slow, labels).backward()
     exact = gradients(model)
-    assert fast.keys() == exact.keys() == {
-        n for n, p in model.named_parameters() if p.requires_grad and "heads." not in n} | {
-        "heads.two.weight", "heads.two.bias"}
+    assert (
+        fast.keys()
+        == exact.keys()
+        == {n for n, p in model.named_parameters() if p.requires_grad and "heads." not in n}
+        | {"heads.two.weight", "heads.two.bias"}
+    )
     for name, gradient in fast.items():
         torch.testing.assert_close(gradient, exact[name], rtol=2e-3, atol=2e-5, msg=name)
 
 
 # --- upcycled experts are the dense network ---
+
 
 @pytest.mark.parametrize("router", ["per_task", "task_conditioned"])
 @pytest.mark.parametrize("scale", [1.0, 30.0, 1000.0])
@@ -126,9 +133,9 @@ def test_dropping_equals_plain_loops_in_logits_trace_and_gradients(kind, trainab
 def test_upcycled_model_equals_the_dense_one_while_dropping(kind, scale, router):
     images = normal(4, 3, 16, 16)
     dense = make_model(kind)
-    routed = make_model(kind, experts=(1, 3), router=router)
+    routed = make_model(kind, moe_blocks=(1, 3), router=router)
     scale_routers(routed, scale)
-    assert all(error < 1e-5 for error in routed.start_errors.values())
+    assert all(error < 1e-5 for error in routed.upcycling_errors.values())
     for task in CLASSES:
         expected, output = dense(images, task), routed(images, task)
         torch.testing.assert_close(output.logits, expected.logits, rtol=1e-4, atol=1e-4)
@@ -137,26 +144,26 @@ def test_upcycled_model_equals_the_dense_one_while_dropping(kind, scale, router)
 
 
 def test_raw_gates_and_ratio_one_report_their_start_error():
-    for options in ({"renormalise": False}, {"ratio": 1}):
-        errors = make_model(experts=(1, 3), **options).start_errors
+    for options in ({"renormalize_gates": False}, {"mlp_ratio": 1}):
+        errors = make_model(moe_blocks=(1, 3), **options).upcycling_errors
         assert set(errors) == {1, 3} and all(error > 0.05 for error in errors.values())
 
 
 # --- seeding: a task does not depend on which other tasks there are ---
 
+
 def test_head_and_router_of_a_task_do_not_depend_on_the_others():
-    alone = make_model(experts=(1,), classes={"two": 5})
-    among = make_model(experts=(1,))
+    alone = make_model(moe_blocks=(1,), classes={"two": 5})
+    among = make_model(moe_blocks=(1,))
     assert torch.equal(alone.heads["two"].weight, among.heads["two"].weight)
-    assert torch.equal(alone.vit.blocks[1].mlp.router.weight["two"],
-                       among.vit.blocks[1].mlp.router.weight["two"])
+    assert torch.equal(alone.vit.blocks[1].mlp.router.weight["two"], among.vit.blocks[1].mlp.router.weight["two"])
     assert not torch.equal(among.heads["two"].weight[:3], among.heads["one"].weight)
     images = normal(2, 3, 16, 16)
     assert torch.equal(alone(images, "two").logits, among(images, "two").logits)
 
 
 def test_images_do_not_depend_on_the_rest_of_the_batch():
-    model, images = make_model(experts=(1, 3)).eval(), normal(4, 3, 16, 16)
+    model, images = make_model(moe_blocks=(1, 3)).eval(), normal(4, 3, 16, 16)
     together = model(images, "one").logits
     apart = torch.cat([model(image[None], "one").logits for image in images])
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
@@ -164,33 +171,33 @@ def test_images_do_not_depend_on_the_rest_of_the_batch():
 
 # --- stem and finish ---
 
+
 @pytest.mark.parametrize("trainable", ["all", (), (2, 3), (3,)], ids=str)
 def test_stem_and_finish_are_the_forward_for_every_task(trainable):
-    model, images = make_model(trainable=trainable), normal(3, 3, 16, 16)
-    tokens, records = model.stem(images)
+    model, images = make_model(train_blocks=trainable), normal(3, 3, 16, 16)
+    tokens, records = model.forward_features(images)
     for task in CLASSES:
         whole = model(images, task)
-        parts = model.finish(tokens, task, records=dict(records))
+        parts = model.forward_from(tokens, task, records=dict(records))
         assert torch.equal(whole.logits, parts.logits)
         assert set(whole.records) == set(parts.records) == {1, 2}
         for index in (1, 2):
-            assert torch.equal(whole.records[index].dropped.origin,
-                               parts.records[index].dropped.origin)
+            assert torch.equal(whole.records[index].dropped.origin, parts.records[index].dropped.origin)
     assert all(index < model.path_start for index in records)
 
 
 @pytest.mark.parametrize("storage", ["exact", "recompute"])
 def test_blocks_before_the_gradient_path_keep_nothing(storage):
-    model, images = make_model(trainable=(2, 3), storage=storage), normal(3, 3, 16, 16)
+    model, images = make_model(train_blocks=(2, 3), storage=storage), normal(3, 3, 16, 16)
     outputs = []
-    assert saved_for_backward(lambda: outputs.append(model.stem(images))) == []
+    assert saved_for_backward(lambda: outputs.append(model.forward_features(images))) == []
     assert model.path_start == 2 and not outputs[0][0].x.requires_grad
     model(images, "one").logits.sum().backward()
     assert {name.split(".")[2] for name in gradients(model) if "blocks" in name} == {"2", "3"}
 
 
 def test_the_last_layer_alone_keeps_only_the_input_of_its_head():
-    model, images = make_model(trainable=()), normal(3, 3, 16, 16)
+    model, images = make_model(train_blocks=()), normal(3, 3, 16, 16)
     saved = saved_for_backward(lambda: model(images, "one"))
     assert model.path_start == 4
     assert sum(t.numel() for t in saved if not isinstance(t, torch.nn.Parameter)) == 3 * 16
@@ -200,7 +207,7 @@ def test_the_last_layer_alone_keeps_only_the_input_of_its_head():
 
 def test_a_trainable_embedding_gets_its_gradient_through_frozen_blocks():
     vit = make_vit()
-    model = make_model(vit=vit, trainable=())
+    model = make_model(vit=vit, train_blocks=())
     vit.pos_embed.requires_grad_(True)
     model.embedding_trains, model.path_start = True, 0
     model(normal(2, 3, 16, 16), "one").logits.square().sum().backward()
@@ -210,9 +217,10 @@ def test_a_trainable_embedding_gets_its_gradient_through_frozen_blocks():
 
 # --- which parameters move ---
 
+
 @pytest.mark.parametrize("router", ["per_task", "task_conditioned"])
 def test_inactive_tasks_get_no_gradient(router):
-    model = make_model(experts=(1, 3), router=router, clone_noise=0.1)
+    model = make_model(moe_blocks=(1, 3), router=router, init_noise=0.1)
     output = model(normal(2, 3, 16, 16), "two")
     (output.logits.square().sum() + output.auxiliary_loss).backward()
     moved = set(gradients(model))
@@ -223,7 +231,7 @@ def test_inactive_tasks_get_no_gradient(router):
 
 
 def test_frozen_routers_take_no_gradient_and_the_experts_still_do():
-    model = make_model(experts=(1, 3), train_router=False)
+    model = make_model(moe_blocks=(1, 3), train_router=False)
     output = model(normal(2, 3, 16, 16), "two")
     (output.logits.square().sum() + output.auxiliary_loss).backward()
     moved = set(gradients(model))
@@ -232,7 +240,7 @@ def test_frozen_routers_take_no_gradient_and_the_experts_still_do():
 
 
 def test_the_balance_loss_reaches_the_router_by_itself():
-    model = make_model(experts=(1, 3), balance_weight=1.0)
+    model = make_model(moe_blocks=(1, 3), balance_loss_weight=1.0)
     scale_routers(model, 30.0)
     output = model(normal(2, 3, 16, 16), "two")
     output.auxiliary_loss.backward()
@@ -243,8 +251,9 @@ def test_the_balance_loss_reaches_the_router_by_itself():
 
 # --- statistics ---
 
+
 def test_only_commit_moves_the_running_statistics():
-    model, images = make_model(experts=(1, 3), balance="across_tasks"), normal(2, 3, 16, 16)
+    model, images = make_model(moe_blocks=(1, 3), balance_loss="across_tasks"), normal(2, 3, 16, 16)
     output = model(images, "two")
     (output.logits.sum() + output.auxiliary_loss).backward()
     assert model.balance.importance.eq(0).all() and model.balance.load.eq(0).all()
@@ -258,33 +267,37 @@ def test_only_commit_moves_the_running_statistics():
 
 
 def test_gate_noise_differs_between_blocks_and_follows_its_key():
-    model, images = make_model(experts=(1, 3), gate_noise=4.0).train(), normal(2, 3, 16, 16)
+    model, images = make_model(moe_blocks=(1, 3), gate_noise=4.0).train(), normal(2, 3, 16, 16)
     outputs = [model(images, "one", noise_key=key) for key in [(0, 1, 0), (0, 1, 0), (0, 2, 0)]]
-    same, other = ([torch.equal(outputs[0].routing[i].probabilities, o.routing[i].probabilities)
-                    for i in (1, 3)] for o in outputs[1:])
+    same, other = (
+        [torch.equal(outputs[0].routing[i].probabilities, o.routing[i].probabilities) for i in (1, 3)]
+        for o in outputs[1:]
+    )
     assert same == [True, True] and other == [False, False]
-    flat = make_model(experts=(1, 3), gate_noise=4.0).train()
+    flat = make_model(moe_blocks=(1, 3), gate_noise=4.0).train()
     scale_routers(flat, 0.0)
     routing = flat(images, "one", noise_key=(0, 1, 0)).routing
     first, second = (routing[i].probabilities for i in (1, 3))
     assert not torch.equal(first[:, :6], second[:, :6])
     model.eval()
-    assert torch.equal(model(images, "one").logits,
-                       model(images, "one", noise_key=(0, 9, 9)).logits)
+    assert torch.equal(model(images, "one").logits, model(images, "one", noise_key=(0, 9, 9)).logits)
 
 
 # --- any shape ---
+
 
 @pytest.mark.parametrize("experts, top_k, tasks", [*itertools.product([1, 5], [1, 5], [1, 3])])
 def test_any_number_of_experts_and_tasks(experts, top_k, tasks):
     if top_k > experts:
         with pytest.raises(ConfigError, match="moe.top_k"):
-            make_model(experts=(1,), **{"top_k": top_k})
+            make_model(moe_blocks=(1,), top_k=top_k)
         return
     classes = dict(list(CLASSES.items())[:tasks])
     vit = make_vit()
-    config = Config(moe=MoEConfig(experts=experts, top_k=top_k, balance="across_tasks"),
-                    plan=PlanConfig(trainable=[1], drop=[1], experts=[1]))
+    config = Config(
+        moe=MoEConfig(num_experts=experts, top_k=top_k, balance_loss="across_tasks"),
+        plan=PlanConfig(train_blocks=[1], drop_blocks=[1], moe_blocks=[1]),
+    )
     model = MultitaskViT(vit, config, classes)
     output = model(normal(1, 3, 16, 16), "one")
     (output.logits.sum() + output.auxiliary_loss).backward()

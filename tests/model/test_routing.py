@@ -6,14 +6,15 @@ from tiny_models import TASKS, WIDTH, make_mlp, make_moe, normal
 from torch.nn import functional as F
 
 from moe_bsr.config import MoEConfig
-from moe_bsr.model.replay import Decisions
 from moe_bsr.model.moe import MoE, PerTaskRouter, TaskConditionedRouter
+from moe_bsr.model.replay import Replay
 from moe_bsr.runtime.rng import generator
 
 ROUTERS = ["per_task", "task_conditioned"]
 
 
 # --- routers ---
+
 
 def test_a_task_has_the_same_router_whoever_else_is_there():
     alone = PerTaskRouter(WIDTH, 4, ["two"], (7, 1)).weight["two"]
@@ -25,14 +26,14 @@ def test_a_task_has_the_same_router_whoever_else_is_there():
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_router_weights_start_at_std_002(router):
-    made = MoE(make_mlp(), MoEConfig(router=router, experts=512), TASKS, (0, 0)).router
+    made = MoE(make_mlp(), MoEConfig(router=router, num_experts=512), TASKS, (0, 0)).router
     weight = made.weight["one"] if router == "per_task" else made.weight
     assert 0.019 < weight.std() < 0.021 and weight.dtype == torch.float32
 
 
 def test_only_the_active_tasks_router_gets_a_gradient():
     moe = make_moe()
-    moe(normal(1, 6, WIDTH), "two", Decisions())[0].sum().backward()
+    moe(normal(1, 6, WIDTH), "two", Replay())[0].sum().backward()
     assert moe.router.weight["two"].grad.abs().sum() > 0
     assert moe.router.weight["one"].grad is None and moe.router.weight["three"].grad is None
 
@@ -61,17 +62,18 @@ def test_routing_is_float32_under_autocast(router):
 
 # --- the routing record ---
 
-@pytest.mark.parametrize("renormalise", [True, False])
-def test_routing_record_against_a_slow_loop(renormalise):
-    moe = make_moe(renormalise=renormalise, top_k=3)
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_routing_record_against_a_slow_loop(renormalize):
+    moe = make_moe(renormalize_gates=renormalize, top_k=3)
     x = normal(2, 5, WIDTH)
-    _, routing = moe(x, "one", Decisions())
+    _, routing = moe(x, "one", Replay())
     importance, load = torch.zeros(6), torch.zeros(6)
     for b in range(2):
         for n in range(5):
             p = (moe.router.weight["one"] @ x[b, n]).softmax(0)
             best = sorted(range(6), key=lambda e, p=p: -p[e].item())[:3]
-            gates = p[best] / p[best].sum() if renormalise else p[best]
+            gates = p[best] / p[best].sum() if renormalize else p[best]
             assert routing.experts[b, n].tolist() == best
             torch.testing.assert_close(routing.gates[b, n], gates)
             torch.testing.assert_close(routing.probabilities[b, n], p.detach())
@@ -88,7 +90,7 @@ def test_importance_has_the_gradient_of_its_gates():
     moe = make_moe(top_k=3)
     x = normal(1, 5, WIDTH)
     weight = normal(6, seed=2)
-    _, routing = moe(x, "one", Decisions())
+    _, routing = moe(x, "one", Replay())
     (fast,) = torch.autograd.grad((routing.importance * weight).sum(), moe.router.weight["one"])
     p = (x[0] @ moe.router.weight["one"].T).softmax(1)
     chosen = torch.zeros_like(p).scatter(1, routing.experts[0], 1.0)
@@ -99,8 +101,9 @@ def test_importance_has_the_gradient_of_its_gates():
 
 # --- gate noise and replay ---
 
-def route(moe: MoE, key, decisions=None, seed: int = 0):
-    return moe.route(normal(40, WIDTH, seed=seed), "one", decisions or Decisions(), key)
+
+def route(moe: MoE, key, replay=None, seed: int = 0):
+    return moe.route(normal(40, WIDTH, seed=seed), "one", replay or Replay(), key)
 
 
 def test_gate_noise_depends_on_its_key_alone():
@@ -117,9 +120,9 @@ def test_gate_noise_depends_on_its_key_alone():
 
 
 def test_gate_noise_is_added_to_the_logits_with_std_over_experts():
-    moe, decisions = make_moe(gate_noise=3.0).train(), Decisions()
-    routing = route(moe, (0, 1), decisions)
-    noise = decisions.once("gate noise", lambda: pytest.fail("the noise was not recorded"))
+    moe, replay = make_moe(gate_noise=3.0).train(), Replay()
+    routing = route(moe, (0, 1), replay)
+    noise = replay.record("gate noise", lambda: pytest.fail("the noise was not recorded"))
     assert noise.shape == (40, 6) and abs(noise.std() - 1) < 0.15 and abs(noise.mean()) < 0.2
     clean = moe.router(normal(40, WIDTH), "one")
     torch.testing.assert_close(routing.probabilities, (clean + 3.0 / 6 * noise).softmax(1).detach())
@@ -148,10 +151,10 @@ def test_generator_depends_on_order_and_on_large_values():
 
 
 def test_replayed_decisions_keep_experts_and_noise_of_another_input():
-    moe, decisions = make_moe(gate_noise=6.0).train(), Decisions()
-    first = route(moe, (0, 1), decisions)
-    noise = decisions.once("gate noise", lambda: None)
-    again = route(moe, (9, 9), decisions, seed=4)
+    moe, replay = make_moe(gate_noise=6.0).train(), Replay()
+    first = route(moe, (0, 1), replay)
+    noise = replay.record("gate noise", lambda: None)
+    again = route(moe, (9, 9), replay, seed=4)
     fresh = route(moe, (9, 9), seed=4)
     assert torch.equal(again.experts, first.experts)
     assert not torch.equal(fresh.experts, first.experts)

@@ -7,14 +7,14 @@ import pytest
 import torch
 from tiny_models import saved_for_backward
 
-from moe_bsr.ops.attention import attention, join_heads
 from moe_bsr.config import TokensConfig
-from moe_bsr.model.replay import Decisions
+from moe_bsr.model.replay import Replay
 from moe_bsr.model.tokens import FUSED, Tokens, count_kept, drop, received_attention, select, take
+from moe_bsr.ops.attention import attention, join_heads
 
 BATCH, HEADS, HEAD_WIDTH = 3, 2, 4
 WIDTH = HEADS * HEAD_WIDTH
-SCALE = HEAD_WIDTH ** -0.5
+SCALE = HEAD_WIDTH**-0.5
 
 
 def inputs(tokens: int, prefix: int, seed: int = 0, fused: bool = False):
@@ -35,10 +35,10 @@ def reference_drop(x, q, k, origin, fused, keep, prefix, has_class_token, config
     rows = [0] if has_class_token else range(x.shape[1])
     scores = torch.stack([attention[:, :, r].mean(1) for r in rows]).mean(0)[:, prefix:]
     ranks = torch.stack([logits[:, :, r].mean(1) for r in rows]).mean(0)[:, prefix:]
-    ranking = scores if config.rank == "probabilities" else ranks
-    if config.detach:
+    ranking = scores if config.rank_by == "probabilities" else ranks
+    if config.detach_fusion_weights:
         scores = scores.detach()
-    protected = config.protect and fused
+    protected = config.protect_fused and fused
     candidates = scores.shape[1] - int(protected)
     count = max(1, math.ceil(keep * candidates - 1e-9))
     if count == candidates:
@@ -50,7 +50,7 @@ def reference_drop(x, q, k, origin, fused, keep, prefix, has_class_token, config
         stream = [x[b, i] for i in range(prefix)] + [x[b, prefix + i] for i in kept]
         trace = [origin[b, i].item() for i in kept]
         if config.fuse != "none":
-            total = sum(scores[b, i] for i in dropped) if config.fuse == "normalised" else 1.0
+            total = sum(scores[b, i] for i in dropped) if config.fuse == "normalized" else 1.0
             token = sum(scores[b, i] / total * x[b, prefix + i] for i in dropped)
             stream.append(token + x[b, -1] if protected else token)
             trace.append(FUSED)
@@ -66,31 +66,39 @@ def scores(q, k, has_class_token, attached=True, scale=SCALE):
     return attention(qkv, q.shape[1], scale, True, attached)[1:]
 
 
-def dropped_stream(x, q, k, origin, fused, keep, prefix, has_class_token, config, decisions=None):
-    attached = config.fuse != "none" and not config.detach
-    return drop(Tokens(x, origin, fused), *scores(q, k, has_class_token, attached), keep=keep,
-                prefix=prefix, config=config, decisions=decisions or Decisions())
+def dropped_stream(x, q, k, origin, fused, keep, prefix, has_class_token, config, replay=None):
+    attached = config.fuse != "none" and not config.detach_fusion_weights
+    return drop(
+        Tokens(x, origin, fused),
+        *scores(q, k, has_class_token, attached),
+        keep=keep,
+        prefix=prefix,
+        config=config,
+        replay=replay or Replay(),
+    )
 
 
-OPTIONS = [TokensConfig(fuse=fuse, detach=detach, protect=protect, rank=rank)
-           for fuse, detach, protect, rank in itertools.product(
-               ("raw", "normalised", "none"), (False, True), (False, True),
-               ("probabilities", "logits"))
-           if fuse != "none" or not (detach or protect)]
+OPTIONS = [
+    TokensConfig(fuse=fuse, detach_fusion_weights=detach, protect_fused=protect, rank_by=rank)
+    for fuse, detach, protect, rank in itertools.product(
+        ("raw", "normalized", "none"), (False, True), (False, True), ("probabilities", "logits")
+    )
+    if fuse != "none" or not (detach or protect)
+]
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["first", "second"])
 @pytest.mark.parametrize("prefix, has_class_token", [(1, True), (4, True), (0, False), (2, False)])
-@pytest.mark.parametrize("config", OPTIONS,
-                         ids=lambda c: f"{c.fuse}-{c.detach}-{c.protect}-{c.rank}")
+@pytest.mark.parametrize(
+    "config", OPTIONS, ids=lambda c: f"{c.fuse}-{c.detach_fusion_weights}-{c.protect_fused}-{c.rank_by}"
+)
 def test_drop_equals_plain_loops_in_value_and_gradient(config, prefix, has_class_token, fused):
     x, q, k, origin = inputs(prefix + 11, prefix, fused=fused)
     keep = 0.4
     leaves = [t.clone().requires_grad_() for t in (x, q, k)]
     tokens, record = dropped_stream(*leaves, origin, fused, keep, prefix, has_class_token, config)
     slow_leaves = [t.clone().requires_grad_() for t in (x, q, k)]
-    slow, slow_origin, slow_scores = reference_drop(
-        *slow_leaves, origin, fused, keep, prefix, has_class_token, config)
+    slow, slow_origin, slow_scores = reference_drop(*slow_leaves, origin, fused, keep, prefix, has_class_token, config)
 
     assert torch.equal(tokens.origin, slow_origin)
     assert torch.equal(record.origin_in, origin) and torch.equal(record.origin, slow_origin)
@@ -103,7 +111,7 @@ def test_drop_equals_plain_loops_in_value_and_gradient(config, prefix, has_class
     (slow * weight).sum().backward()
     torch.testing.assert_close(leaves[0].grad, slow_leaves[0].grad, rtol=1e-5, atol=1e-6)
     for fast, exact in zip(leaves[1:], slow_leaves[1:], strict=True):
-        if config.fuse == "none" or config.detach:
+        if config.fuse == "none" or config.detach_fusion_weights:
             assert fast.grad is None, "the scores must not enter the graph"
         else:
             assert exact.grad.abs().sum() > 0
@@ -123,14 +131,13 @@ def test_ties_go_to_the_lower_index_at_any_size(size):
     kept, dropped = select(scores, size // 2)
     for b in range(4):
         order = sorted(range(size), key=lambda i, b=b: (-scores[b, i].item(), i))
-        assert kept[b].tolist() == sorted(order[:size // 2])
-        assert dropped[b].tolist() == sorted(order[size // 2:])
+        assert kept[b].tolist() == sorted(order[: size // 2])
+        assert dropped[b].tolist() == sorted(order[size // 2 :])
 
 
 def test_a_constant_image_keeps_its_first_tokens():
     x, q, k, origin = inputs(9, 1)
-    tokens, _ = dropped_stream(
-        x, torch.zeros_like(q), k, origin, False, 0.5, 1, True, TokensConfig())
+    tokens, _ = dropped_stream(x, torch.zeros_like(q), k, origin, False, 0.5, 1, True, TokensConfig())
     assert tokens.origin.tolist() == [[10, 11, 12, 13, FUSED]] * BATCH
 
 
@@ -145,8 +152,14 @@ def test_ranking_by_logits_is_another_ranking_but_fuses_probabilities():
     weights = logits.softmax(-1).mean(0)[1:]
     kept = {}
     for rank in ("probabilities", "logits"):
-        tokens, _ = drop(Tokens(x, origin), *scores(q, k, True, scale=1.0), keep=0.5, prefix=1,
-                         config=TokensConfig(rank=rank), decisions=Decisions())
+        tokens, _ = drop(
+            Tokens(x, origin),
+            *scores(q, k, True, scale=1.0),
+            keep=0.5,
+            prefix=1,
+            config=TokensConfig(rank_by=rank),
+            replay=Replay(),
+        )
         kept[rank] = tokens.origin[0, :-1].tolist()
         lost = [i for i in range(4) if i not in kept[rank]]
         expected = sum(weights[i] * x[0, 1 + i] for i in lost)
@@ -154,27 +167,44 @@ def test_ranking_by_logits_is_another_ranking_but_fuses_probabilities():
     assert kept == {"probabilities": [0, 2], "logits": [0, 1]}
 
 
-@pytest.mark.parametrize("candidates, keep, kept", [
-    (196, 0.5, 98), (99, 0.5, 50), (51, 0.5, 26), (10, 0.7, 7), (30, 0.1, 3), (100, 0.29, 29),
-    (100, 0.55, 55), (100, 0.07, 7),
-    (3, 0.01, 1), (1, 0.5, 1), (7, 1.0, 7), (196, 0.7, 138), (196, 0.999, 196), (1024, 1 / 3, 342)])
+@pytest.mark.parametrize(
+    "candidates, keep, kept",
+    [
+        (196, 0.5, 98),
+        (99, 0.5, 50),
+        (51, 0.5, 26),
+        (10, 0.7, 7),
+        (30, 0.1, 3),
+        (100, 0.29, 29),
+        (100, 0.55, 55),
+        (100, 0.07, 7),
+        (3, 0.01, 1),
+        (1, 0.5, 1),
+        (7, 1.0, 7),
+        (196, 0.7, 138),
+        (196, 0.999, 196),
+        (1024, 1 / 3, 342),
+    ],
+)
 def test_count_kept(candidates, keep, kept):
     assert count_kept(candidates, keep) == kept
 
 
-@pytest.mark.parametrize("config, counts", [
-    (TokensConfig(), [100, 52, 28]),
-    (TokensConfig(fuse="none"), [99, 50, 26]),
-    (TokensConfig(protect=True), [100, 51, 27]),
-], ids=["fuse", "none", "protect"])
+@pytest.mark.parametrize(
+    "config, counts",
+    [
+        (TokensConfig(), [100, 52, 28]),
+        (TokensConfig(fuse="none"), [99, 50, 26]),
+        (TokensConfig(protect_fused=True), [100, 51, 27]),
+    ],
+    ids=["fuse", "none", "protect"],
+)
 def test_three_drops_of_197_tokens(config, counts):
     tokens = Tokens(torch.randn(2, 197, WIDTH), torch.arange(196).expand(2, -1))
     seen = []
     for step in range(3):
-        q, k = torch.randn(2, 2, HEADS, tokens.x.shape[1], HEAD_WIDTH,
-                           generator=torch.Generator().manual_seed(step))
-        tokens, _ = drop(tokens, *scores(q, k, True), keep=0.5, prefix=1, config=config,
-                         decisions=Decisions())
+        q, k = torch.randn(2, 2, HEADS, tokens.x.shape[1], HEAD_WIDTH, generator=torch.Generator().manual_seed(step))
+        tokens, _ = drop(tokens, *scores(q, k, True), keep=0.5, prefix=1, config=config, replay=Replay())
         seen.append(tokens.x.shape[1])
         patches = [i for i in tokens.origin[0].tolist() if i != FUSED]
         assert patches == sorted(set(patches)), "kept patches in their order, each once"
@@ -186,8 +216,7 @@ def test_three_drops_of_197_tokens(config, counts):
 def test_when_all_would_be_kept_the_stream_stays(candidates, keep):
     x, q, k, origin = inputs(1 + candidates, 1)
     before = Tokens(x, origin, True)
-    after, record = drop(before, *scores(q, k, True), keep=keep, prefix=1, config=TokensConfig(),
-                         decisions=Decisions())
+    after, record = drop(before, *scores(q, k, True), keep=keep, prefix=1, config=TokensConfig(), replay=Replay())
     assert after is before and torch.equal(record.origin, origin)
     assert record.scores.shape == origin.shape
 
@@ -195,7 +224,7 @@ def test_when_all_would_be_kept_the_stream_stays(candidates, keep):
 def test_a_protected_token_survives_the_weakest_score():
     x, q, k, origin = inputs(10, 1, fused=True)
     k[:, :, -1] = -100 * q[:, :, 0]  # the class token pays the fused token no attention at all
-    config = TokensConfig(protect=True)
+    config = TokensConfig(protect_fused=True)
     tokens, _ = dropped_stream(x, q, k, origin, True, 0.5, 1, True, config)
     _, record = dropped_stream(x, q, k, origin, False, 0.5, 1, True, TokensConfig(fuse="none"))
     assert (tokens.origin[:, -1] == FUSED).all() and (tokens.origin[:, :-1] != FUSED).all()
@@ -243,27 +272,23 @@ def test_scores_are_float32_under_autocast_and_the_stream_keeps_its_type():
     with torch.autocast("cpu", torch.bfloat16):
         given = scores(q.bfloat16(), k.bfloat16(), True)
         tokens, _ = dropped_stream(x, q, k, origin, False, 0.5, 1, True, TokensConfig())
-    assert all(torch.equal(a, b) and a.dtype == torch.float32
-               for a, b in zip(given, expected, strict=True))
+    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(given, expected, strict=True))
     assert tokens.x.dtype == x.dtype
 
 
 def test_replayed_decisions_keep_the_same_tokens_of_another_input():
     x, q, k, origin = inputs(12, 1)
     other_x, other_q, other_k, _ = inputs(12, 1, seed=9)
-    decisions = Decisions()
-    first, _ = dropped_stream(x, q, k, origin, False, 0.5, 1, True, TokensConfig(), decisions)
-    again, record = dropped_stream(other_x, other_q, other_k, origin, False, 0.5, 1, True,
-                                   TokensConfig(), decisions)
-    fresh, _ = dropped_stream(other_x, other_q, other_k, origin, False, 0.5, 1, True,
-                              TokensConfig())
+    replay = Replay()
+    first, _ = dropped_stream(x, q, k, origin, False, 0.5, 1, True, TokensConfig(), replay)
+    again, record = dropped_stream(other_x, other_q, other_k, origin, False, 0.5, 1, True, TokensConfig(), replay)
+    fresh, _ = dropped_stream(other_x, other_q, other_k, origin, False, 0.5, 1, True, TokensConfig())
     assert torch.equal(again.origin, first.origin) and not torch.equal(again.origin, fresh.origin)
     positions = first.origin[:, :-1] - 10
     assert torch.equal(again.x[:, 1:-1], take(other_x[:, 1:], positions)), "values are not replayed"
     lost = [[i for i in range(11) if i not in row] for row in positions.tolist()]
     weights = take(record.scores, torch.tensor(lost))
-    torch.testing.assert_close(
-        again.x[:, -1], (weights.unsqueeze(2) * take(other_x[:, 1:], torch.tensor(lost))).sum(1))
+    torch.testing.assert_close(again.x[:, -1], (weights.unsqueeze(2) * take(other_x[:, 1:], torch.tensor(lost))).sum(1))
 
 
 def test_a_decision_is_made_once_and_outside_the_graph():
@@ -274,10 +299,10 @@ def test_a_decision_is_made_once_and_outside_the_graph():
         made.append(1)
         return leaf * 2
 
-    decisions = Decisions()
-    first = decisions.once("a", decide)
-    assert decisions.once("a", decide) is first and len(made) == 1
-    assert not first.requires_grad and decisions.once("b", lambda: 3) == 3
+    replay = Replay()
+    first = replay.record("a", decide)
+    assert replay.record("a", decide) is first and len(made) == 1
+    assert not first.requires_grad and replay.record("b", lambda: 3) == 3
 
 
 def test_take_keeps_the_positions_and_not_its_source():
@@ -289,14 +314,17 @@ def test_take_keeps_the_positions_and_not_its_source():
     assert torch.equal(take(x, positions), slow)
 
 
-@pytest.mark.parametrize("config", [TokensConfig(fuse="none"), TokensConfig(detach=True)],
-                         ids=["none", "detach"])
+@pytest.mark.parametrize(
+    "config", [TokensConfig(fuse="none"), TokensConfig(detach_fusion_weights=True)], ids=["none", "detach"]
+)
 def test_without_gradient_through_the_scores_nothing_of_the_attention_is_kept(config):
     x, q, k, origin = (t.requires_grad_() if t.is_floating_point() else t for t in inputs(12, 1))
     given = scores(q, k, True, attached=False)
-    saved = saved_for_backward(lambda: drop(Tokens(x, origin), *given, keep=0.5, prefix=1, config=config,
-                                            decisions=Decisions()))
-    kept_whole = [t for t in saved if t.untyped_storage().data_ptr() in
-                  {s.untyped_storage().data_ptr() for s in (x, q, k)}]
+    saved = saved_for_backward(
+        lambda: drop(Tokens(x, origin), *given, keep=0.5, prefix=1, config=config, replay=Replay())
+    )
+    kept_whole = [
+        t for t in saved if t.untyped_storage().data_ptr() in {s.untyped_storage().data_ptr() for s in (x, q, k)}
+    ]
     assert not kept_whole
     assert all(t.numel() < x.numel() for t in saved)

@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from moe_bsr.ops import attention as module
-from moe_bsr.runtime import cpu_features as cpu
 from moe_bsr.ops.attention import CpuAttention, attention, join_heads, split_heads
+from moe_bsr.runtime import cpu_features as cpu
 
 HEADS, SCALE = 3, 0.3
 
@@ -14,9 +14,11 @@ HEADS, SCALE = 3, 0.3
 def inputs(dtype: torch.dtype, tokens: int = 37) -> tuple[torch.Tensor, ...]:
     """Projections, and gradients of the output and of the class token's probabilities."""
     draw = torch.Generator().manual_seed(0)
-    return (torch.randn(4, tokens, 3 * HEADS * 16, generator=draw).to(dtype),
-            torch.randn(4, tokens, HEADS * 16, generator=draw).to(dtype),
-            torch.randn(4, tokens, generator=draw))
+    return (
+        torch.randn(4, tokens, 3 * HEADS * 16, generator=draw).to(dtype),
+        torch.randn(4, tokens, HEADS * 16, generator=draw).to(dtype),
+        torch.randn(4, tokens, generator=draw),
+    )
 
 
 def gradients(function, qkv, grad, grad_row) -> list[torch.Tensor]:
@@ -35,8 +37,7 @@ def written_out(qkv, heads, scale, scores):
 
 def test_in_float32_value_and_gradients_are_the_softmaxs():
     tensors = inputs(torch.float32)
-    for have, want in zip(gradients(CpuAttention.apply, *tensors), gradients(written_out, *tensors),
-                          strict=True):
+    for have, want in zip(gradients(CpuAttention.apply, *tensors), gradients(written_out, *tensors), strict=True):
         torch.testing.assert_close(have, want)
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from moe_bsr.runtime import cpu_features as cpu
 from moe_bsr.ops.linear import activated_linear, linear, product
+from moe_bsr.runtime import cpu_features as cpu
 
 ACTIVATIONS = {"gelu": nn.GELU(), "gelu-tanh": nn.GELU("tanh"), "silu": nn.SiLU(), "relu": nn.ReLU()}
 

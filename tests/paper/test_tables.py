@@ -8,23 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 from timm.layers import Attention
+from tiny_models import KINDS, make_model, normal
 from torch import nn
 
-from moe_bsr.model import block
-from moe_bsr.paper import backrazor_rule as backrazor
-from moe_bsr.paper import bsr_rule as paper
-from moe_bsr.paper import autograd_rule as plain
 from moe_bsr.benchmark.measure import saved_storages
-from moe_bsr.paper import rebuild
-from moe_bsr.paper.settings import Setting, shape
-from moe_bsr.paper.tables import FIGURES
-from moe_bsr.paper.shapes import from_model
+from moe_bsr.model import block
 from moe_bsr.model.moe import MoE
 from moe_bsr.model.plan import token_counts
-from tiny_models import KINDS, make_model, normal
+from moe_bsr.paper import autograd_rule as plain
+from moe_bsr.paper import backrazor_rule as backrazor
+from moe_bsr.paper import bsr_rule as paper
+from moe_bsr.paper import rebuild
+from moe_bsr.paper.settings import Setting, shape
+from moe_bsr.paper.shapes import from_model
+from moe_bsr.paper.tables import FIGURES
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-import reproduce  # noqa: E402
+import reproduce
 
 PAGE = Path(__file__).parents[2] / "docs/paper_tables.md"
 DEIT = Setting("DeiT-S")
@@ -41,7 +41,7 @@ def estimate_by_walking(model, images, head_only=False):
         x = given[0]
         if isinstance(module, Attention):
             state["residual"] = 4 * x.numel()
-            state["kept"] += (id(module) in on_path) * 4 * (module.num_heads * x.shape[1]**2 + 3 * x.numel())
+            state["kept"] += (id(module) in on_path) * 4 * (module.num_heads * x.shape[1] ** 2 + 3 * x.numel())
             state["kept"] *= not head_only
         elif isinstance(module, nn.Linear | nn.LayerNorm | nn.Conv2d | nn.GELU):
             out = 0
@@ -68,13 +68,14 @@ def estimate_by_walking(model, images, head_only=False):
 @pytest.mark.parametrize("trainable", ["all", (1, 3), (2,), ()])
 @pytest.mark.parametrize("kind", ["class-token", "registers", "pre-norm"])
 def test_the_papers_rule_is_what_walking_over_the_network_gives(kind, trainable):
-    model = make_model(kind, trainable=trainable, drop=())
+    model = make_model(kind, train_blocks=trainable, drop_blocks=())
     walked = estimate_by_walking(model, normal(1, 3, 16, 16), head_only=trainable == ())
     assert paper.memory(from_model(model)).peak == walked
 
 
-@pytest.mark.parametrize("trainable, drop", [("all", ()), ((3, 7, 11), ()), ((3, 7, 11), (3, 6, 9)),
-                                             ((4, 7, 11), (3, 6, 9)), ((10, 11), ())])
+@pytest.mark.parametrize(
+    "trainable, drop", [("all", ()), ((3, 7, 11), ()), ((3, 7, 11), (3, 6, 9)), ((4, 7, 11), (3, 6, 9)), ((10, 11), ())]
+)
 def test_the_running_sum_equals_its_closed_form(trainable, drop):
     whole = replace(DEIT, trainable=trainable, drop=drop)
     counts, n = [], 197
@@ -118,9 +119,11 @@ def test_back_razor_keeps_a_bit_of_each_value_and_the_largest_in_half_precision(
     assert kept == pytest.approx(
         2 * values * (1 / 8 + 4 / 4)  # norms, the rest in float32
         + (12 * values + A / 4) * (1 / 8 + 2 / 4)  # q, k, v and their inputs, map, proj, fc1, fc2
-        + 4 * values * 2)  # GELU
+        + 4 * values * 2
+    )  # GELU
     assert backrazor.memory(shape(DEIT), prune=0.75, half=False).kept["block 5"] == pytest.approx(
-        (14 * values + A / 4) * (1 / 8 + 4 / 4) + 4 * values * 2)
+        (14 * values + A / 4) * (1 / 8 + 4 / 4) + 4 * values * 2
+    )
 
 
 def test_the_batch_multiplies_activations_and_frozen_parameters_count_one_byte():
@@ -133,8 +136,8 @@ def test_the_batch_multiplies_activations_and_frozen_parameters_count_one_byte()
 
 
 def test_experts_are_linear_layers_on_top_k_rows():
-    dense = make_model(trainable=(1, 3), drop=())
-    experts = make_model(trainable=(1, 3), drop=(), experts=(3,))
+    dense = make_model(train_blocks=(1, 3), drop_blocks=())
+    experts = make_model(train_blocks=(1, 3), drop_blocks=(), moe_blocks=(3,))
     without, with_ = (paper.memory(from_model(m)).kept["block 3"] for m in (dense, experts))
     token = 17 * 16 * 4
     # The FFN's inputs and hidden values (1 + 4 + 4) twice for top-2, and the router's input.
@@ -144,16 +147,19 @@ def test_experts_are_linear_layers_on_top_k_rows():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("experts", [(), (3,)])
 def test_every_kind_of_model_has_its_price(kind, experts):
-    model = make_model(kind, experts=experts)
+    model = make_model(kind, moe_blocks=experts)
     whole = from_model(model)
     assert paper.memory(whole, 4).total > 0 and backrazor.memory(whole, 4, prune=0.5).total > 0
     patches, prefix = model.vit.patch_embed.num_patches, model.vit.num_prefix_tokens
     counts = token_counts(model.plan, patches + prefix, prefix, True, False)
-    blocks = sum(block.multiply_adds(b, replace(p, keep=1.0), *n)  # the row of scores is not the paper's
-                 for b, p, n in zip(model.vit.blocks, model.plan, counts, strict=True))
+    blocks = sum(
+        block.macs(b, replace(p, keep_rate=1.0), *n)  # the row of scores is not the paper's
+        for b, p, n in zip(model.vit.blocks, model.plan, counts, strict=True)
+    )
     outside = whole.embedding + whole.head
-    assert paper.forward_macs(whole) == blocks + sum(leaf.input * leaf.outputs for leaf in outside
-                                                     if leaf.kind == "linear")
+    assert paper.forward_macs(whole) == blocks + sum(
+        leaf.input * leaf.outputs for leaf in outside if leaf.kind == "linear"
+    )
 
 
 def written_down(model, images):
@@ -167,19 +173,19 @@ def written_down(model, images):
         q, k, v = qkv.unbind(0)
         weights = ((q * attn.scale) @ k.transpose(-2, -1)).softmax(-1)
         x = x + attn.proj((weights @ v).transpose(1, 2).reshape(batch, n, width))
-        if plan.keep < 1:
+        if plan.keep_rate < 1:
             scores, patches = weights[:, :, 0, 1:].mean(1), x[:, 1:]
             kept = -(-(n - 1) // 2)
             best = scores.topk(kept, dim=1).indices
             parts = [x[:, :1], patches.gather(1, best[..., None].expand(-1, -1, width))]
             if model.tokens_config.fuse != "none":
                 chosen = torch.ones_like(scores).scatter(1, best, 0)
-                rest = chosen.argsort(dim=1, descending=True)[:, :n - 1 - kept]
+                rest = chosen.argsort(dim=1, descending=True)[:, : n - 1 - kept]
                 dropped = patches.gather(1, rest[..., None].expand(-1, -1, width))
                 parts.append((dropped * scores.gather(1, rest)[..., None]).sum(1, keepdim=True))
             x = torch.cat(parts, 1)
         hidden = layer.norm2(x)
-        x = x + (experts_written_down(layer.mlp, hidden) if plan.experts else layer.mlp(hidden))
+        x = x + (experts_written_down(layer.mlp, hidden) if plan.moe else layer.mlp(hidden))
     return model.heads["one"](vit.norm(x)[:, 0])
 
 
@@ -195,21 +201,35 @@ def experts_written_down(moe: MoE, hidden):
     return out.view_as(hidden)
 
 
-@pytest.mark.parametrize("trainable, drop, fuse, experts", [
-    ("all", (), "raw", ()), ((1, 3), (), "raw", ()), ((1, 3), (1, 2), "raw", ()), ((2, 3), (1, 2), "raw", ()),
-    ((1, 3), (1, 2), "none", ()), ((), (), "raw", ()), ((1, 3), (1, 2), "raw", (3,)),
-    ("all", (), "raw", (1, 2))])
+@pytest.mark.parametrize(
+    "trainable, drop, fuse, experts",
+    [
+        ("all", (), "raw", ()),
+        ((1, 3), (), "raw", ()),
+        ((1, 3), (1, 2), "raw", ()),
+        ((2, 3), (1, 2), "raw", ()),
+        ((1, 3), (1, 2), "none", ()),
+        ((), (), "raw", ()),
+        ((1, 3), (1, 2), "raw", (3,)),
+        ("all", (), "raw", (1, 2)),
+    ],
+)
 def test_what_plain_autograd_keeps_is_what_the_hooks_see(trainable, drop, fuse, experts):
     tokens = make_model().tokens_config
-    model = make_model(trainable=trainable, drop=drop, experts=experts, tokens=replace(tokens, fuse=fuse),
-                       renormalise=False)
+    model = make_model(
+        train_blocks=trainable,
+        drop_blocks=drop,
+        moe_blocks=experts,
+        tokens=replace(tokens, fuse=fuse),
+        renormalize_gates=False,
+    )
     images = normal(2, 3, 16, 16)
     saved = saved_storages(lambda: written_down(model, images), list(model.parameters()))
     assert 2 * sum(plain.kept(from_model(model)).values()) == sum(t.untyped_storage().nbytes() for t in saved)
 
 
 def test_a_block_of_which_only_parts_train_keeps_what_the_hooks_see():
-    model = make_model(trainable=(2, 3), drop=())
+    model = make_model(train_blocks=(2, 3), drop_blocks=())
     for parameter in [*model.vit.blocks[0].mlp.fc2.parameters(), *model.vit.blocks[1].norm2.parameters()]:
         parameter.requires_grad_(True)
     images = normal(2, 3, 16, 16)
@@ -220,6 +240,7 @@ def test_a_block_of_which_only_parts_train_keeps_what_the_hooks_see():
 def test_plain_autograd_on_deit_s_and_vit_b():
     def kept(setting):
         return round(sum(plain.kept(shape(setting)).values()) / 2**20, 2)
+
     bsr = {"trainable": (3, 7, 11), "drop": (3, 6, 9)}
     base = Setting("ViT-B", tasks=(("cifar100", 100),))
     assert kept(DEIT) == 67.25 and kept(replace(DEIT, **bsr)) == 12.90
@@ -243,8 +264,12 @@ def test_every_reproducible_figure_is_reproduced(results):
 
 def test_published_by_substring_and_corrected_stand_side_by_side(results):
     rows = {r.row: r for r in results if r.table == "7"}
-    for blocks, wrong, right in (("[2, 5, 8, 11]", 2809.04, 2088.64), ("[2, 7, 11]", 2730.65, 1914.81),
-                                 ("[2, 5, 8]", 2784.65, 2057.12), ("[0, 2, 5, 8]", 3704.70, 3139.15)):
+    for blocks, wrong, right in (
+        ("[2, 5, 8, 11]", 2809.04, 2088.64),
+        ("[2, 7, 11]", 2730.65, 1914.81),
+        ("[2, 5, 8]", 2784.65, 2057.12),
+        ("[0, 2, 5, 8]", 3704.70, 3139.15),
+    ):
         assert rows[f"{blocks}, as published"].ours == pytest.approx(wrong, abs=0.01)
         assert rows[f"{blocks}, corrected"].ours == pytest.approx(right, abs=0.01)
 
@@ -260,8 +285,7 @@ def test_json_has_every_figure(capsys):
     assert reproduce.main(["--json", "3"]) == 0
     figures = json.loads(capsys.readouterr().out)
     first = figures[0]
-    assert {"table", "row", "column", "published", "ours", "rule", "relative_difference",
-            "note"} <= set(first)
+    assert {"table", "row", "column", "published", "ours", "rule", "relative_difference", "note"} <= set(first)
     assert (first["table"], first["row"], first["published"]) == ("3", "FT-Full", 8649.0)
     assert first["relative_difference"] == pytest.approx(first["ours"] / 8649 - 1)
     assert first["kept_mb"]["autograd, plain PyTorch"] == pytest.approx(67.25, abs=0.01)

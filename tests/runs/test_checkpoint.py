@@ -15,7 +15,7 @@ def tensors(step: int = 0) -> dict[str, dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(step)
     return {
         "weights": {"a.weight": torch.randn(3, 4, generator=generator), "a.bias": torch.zeros(0)},
-        "optimiser": {"a.weight/step": torch.tensor(float(step)), "n": torch.tensor([2**40, -1])},
+        "optimizer": {"a.weight/step": torch.tensor(float(step)), "n": torch.tensor([2**40, -1])},
     }
 
 
@@ -40,7 +40,7 @@ def crash() -> None:
 
 
 def test_what_is_saved_comes_back_to_the_bit(tmp_path):
-    state = {"step": 7, "best_step": None, "seconds": 0.1 + 0.2, "observers": {"Jsonl": {"bytes": 12}}}
+    state = {"step": 7, "best_step": None, "seconds": 0.1 + 0.2, "callbacks": {"Jsonl": {"bytes": 12}}}
     folder = save(tmp_path, 7, tensors(), state)
     assert folder == tmp_path / "checkpoint" / "7" and steps(tmp_path) == [7]
     loaded, loaded_state = read(folder)
@@ -59,8 +59,8 @@ def test_any_tensor_a_model_has_can_be_saved(tmp_path):
         "not a number": torch.tensor([float("nan"), float("inf")]),
         "mask": torch.tensor([True, False]),
     }
-    loaded = read(save(tmp_path, 1, {"weights": odd, "optimiser": {}}, {}))[0]
-    assert loaded["optimiser"] == {}
+    loaded = read(save(tmp_path, 1, {"weights": odd, "optimizer": {}}, {}))[0]
+    assert loaded["optimizer"] == {}
     for name, value in odd.items():
         torch.testing.assert_close(loaded["weights"][name], value.detach(), rtol=0, atol=0, equal_nan=True)
 
@@ -186,7 +186,7 @@ def replace_by_folder(file: Path) -> None:
     file.mkdir()
 
 
-FILES = ("weights.safetensors", "optimiser.safetensors", "state.json")
+FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
 DAMAGE = [
     *[(name, harm) for name in FILES for harm in (truncate, flip, Path.unlink, write(""))],
     ("weights.safetensors", lambda file: flip(file, 0)),

@@ -27,7 +27,7 @@ ACCURACIES = ("top1", "top5", "chance", "mean_class_accuracy", "ece", "loss", "n
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Config:
-    return make_config(tmp_path_factory.mktemp("tasks"), train__ema=0.7, train__evaluate_every=3)
+    return make_config(tmp_path_factory.mktemp("tasks"), train__ema_decay=0.7, train__eval_every=3)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_the_report_for_people_has_a_row_for_each_task(finished):
 
 
 def test_without_a_test_the_report_is_of_validation(config, tmp_path):
-    untested = moe_bsr.config.replace(config, train__test=False, train__steps=2)
+    untested = moe_bsr.config.replace(config, train__evaluate_test=False, train__steps=2)
     report = train(untested, tmp_path / "run")
     assert report["split"] == "val" and report["test_evaluations"] == 0
     assert {name: task["n"] for name, task in report["tasks"].items()} == {"shapes": 10, "fractals": 12}
@@ -100,7 +100,7 @@ def test_every_evaluation_on_test_data_is_counted(config, tmp_path):
 
 def test_in_a_series_only_the_tasks_evaluated_on_test_data_are_counted(config, tmp_path):
     folder = tmp_path / "run"
-    train(moe_bsr.config.replace(config, mode="stl", train__steps=2), folder)
+    train(moe_bsr.config.replace(config, mode="single_task", train__steps=2), folder)
     assert [run.count_test_evaluation(folder, ["shapes"]) for _ in range(2)] == [2, 3]
     assert [run.test_evaluations(folder / task) for task in TASKS] == [3, 1]
     assert report_of(folder)["test_evaluations"] == report_of(folder / "shapes")["test_evaluations"] == 3
@@ -143,7 +143,7 @@ def test_another_run_is_the_same_to_the_byte(config, finished, tmp_path, prefetc
     """Nothing measured by a clock is in metrics.jsonl, and preparing batches ahead changes nothing."""
     train(moe_bsr.config.replace(config, data__prefetch=prefetch), tmp_path / "again")
     places = ["metrics.jsonl", *(f"checkpoint/8/{name}.safetensors" for name in
-                                 ("weights", "optimiser", "average"))]
+                                 ("weights", "optimizer", "average"))]
     for place in places:
         assert (tmp_path / "again" / place).read_bytes() == (finished / place).read_bytes(), place
 
@@ -177,12 +177,12 @@ def test_tensorboard_is_cut_back_to_the_checkpoint(config, finished, tmp_path, m
 
 @pytest.mark.parametrize("ema", [None, 0.7])
 def test_a_loaded_run_scores_exactly_what_its_report_says(config, tmp_path, ema):
-    report = train(moe_bsr.config.replace(config, train__ema=ema, train__evaluate_every=0), tmp_path / "run")
+    report = train(moe_bsr.config.replace(config, train__ema_decay=ema, train__eval_every=None), tmp_path / "run")
     loaded = moe_bsr.load(tmp_path / "run")
     assert loaded.weights == ("live" if ema is None else "average") and loaded.step == 8
     for name, model in loaded.models.items():
         assert not model.training
-        scores = evaluate(model, loaded.data(name), "test", loaded.pipeline, loaded.machine)
+        scores = evaluate(model, loaded.data(name), "test", loaded.transforms, loaded.runtime)
         assert {k: v for k, v in scores.items() if k != "images_per_second"} == {
             k: report["tasks"][name][k] for k in scores if k != "images_per_second"}
         assert loaded.class_names[name] == loaded.data(name).class_names
@@ -191,7 +191,7 @@ def test_a_loaded_run_scores_exactly_what_its_report_says(config, tmp_path, ema)
 def test_best_last_or_any_kept_step_can_be_loaded(config, tmp_path, monkeypatch):
     script_scores(monkeypatch, [10.0, 30.0, 20.0])  # at updates 3, 6 and 8
     folder = tmp_path / "run"
-    train(moe_bsr.config.replace(config, train__ema=None), folder)
+    train(moe_bsr.config.replace(config, train__ema_decay=None), folder)
     for name, step in (("best", 6), ("last", 8), (6, 6), ("8", 8)):
         loaded = moe_bsr.load(folder, name)
         assert loaded.step == step
@@ -225,17 +225,17 @@ def test_a_damaged_configuration_is_refused_by_name(finished, tmp_path, first_lo
 
 def test_what_training_changed_is_saved_or_everything(config, tmp_path):
     saved, models = {}, {}
-    for save in ("trained", "all"):
+    for save in ("trainable", "all"):
         folder = tmp_path / save
         train(moe_bsr.config.replace(config, train__save=save, train__steps=2), folder)
         saved[save] = checkpoint.read(folder / "checkpoint" / "2")[0]["weights"]
         models[save] = state_of(moe_bsr.load(folder).models["shapes"])
     assert saved["all"].keys() == models["all"].keys()
-    left_out = saved["all"].keys() - saved["trained"].keys()
+    left_out = saved["all"].keys() - saved["trainable"].keys()
     assert {"vit.patch_embed.proj.weight", "vit.pos_embed", "vit.blocks.0.attn.qkv.weight"} <= left_out
     assert not [name for name in left_out if name.startswith(("vit.blocks.1.", "vit.norm.", "heads."))]
-    assert models["all"].keys() == models["trained"].keys()
-    assert all(torch.equal(value, models["trained"][name]) for name, value in models["all"].items())
+    assert models["all"].keys() == models["trainable"].keys()
+    assert all(torch.equal(value, models["trainable"][name]) for name, value in models["all"].items())
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ def own_backbone(config, tmp_path) -> tuple[Config, Path]:
     """The configuration over a weights file of one's own, and that file."""
     file = tmp_path / "backbone.safetensors"
     save_file(load_backbone(config.backbone, seed=5).state_dict(), file)
-    return moe_bsr.config.replace(config, backbone__weights=str(file), train__ema=None), file
+    return moe_bsr.config.replace(config, backbone__weights=str(file), train__ema_decay=None), file
 
 
 def replace_backbone(config: Config, file: Path) -> None:
@@ -280,7 +280,7 @@ def test_a_run_of_a_device_that_is_not_here_is_computed_on_another(finished, tmp
     with pytest.raises(ConfigError, match="cuda:99.*--device cpu"):
         moe_bsr.load(tmp_path / "run")
     here = moe_bsr.load(tmp_path / "run", device="cpu")
-    assert here.machine.device.type == "cpu" and here.machine.precision == "fp32"
+    assert here.runtime.device.type == "cpu" and here.runtime.precision == "fp32"
 
 
 def test_a_resume_over_another_backbone_is_refused(own_backbone, tmp_path, monkeypatch):

@@ -2,34 +2,45 @@
 
 import pytest
 import torch
+from tiny_runs import SIZES, make_config, make_trainer, state_of
 
 from moe_bsr.config import ConfigError
-from tiny_runs import SIZES, make_config, make_trainer, state_of
 
 PLANS = {
     "BSR": {},
-    "a drop before the first trained block": {"trainable": [3, 5], "experts": [5]},
-    "last layer": {"trainable": [], "drop": [], "experts": []},
-    "from the first block": {"trainable": [0, 3], "experts": [3]},
+    "a drop before the first trained block": {"train_blocks": [3, 5], "moe_blocks": [5]},
+    "last layer": {"train_blocks": [], "drop_blocks": [], "moe_blocks": []},
+    "from the first block": {"train_blocks": [0, 3], "moe_blocks": [3]},
 }
-FRAMES = {"float32": {}, "bfloat16": {"machine__precision": "bf16"}, "ahead": {"data__prefetch": 2},
-          "micro-batches": {"train__accumulate": 2}, "joint": {"sampler__kind": "joint"}}
+FRAMES = {
+    "float32": {},
+    "bfloat16": {"runtime__precision": "bf16"},
+    "ahead": {"data__prefetch": 2},
+    "micro-batches": {"train__grad_accumulation_steps": 2},
+    "joint": {"sampler__kind": "joint"},
+}
 
 
 def fit(folder, monkeypatch, plan: dict, megabytes: int, **changes):
     """A trainer after its run, and how many images went through the frozen blocks."""
-    config = make_config(folder, data__augment=False, data__stem_mb=megabytes, train__test=False,
-                         **{f"plan__{key}": value for key, value in plan.items()}, **changes)
+    config = make_config(
+        folder,
+        data__augment=False,
+        data__feature_cache_mb=megabytes,
+        train__evaluate_test=False,
+        **{f"plan__{key}": value for key, value in plan.items()},
+        **changes,
+    )
     trainer = make_trainer(config, folder / f"run{megabytes}")
-    trainer.machine.place(trainer.model)
-    seen, stem = [], trainer.model.stem
+    trainer.runtime.place(trainer.model)
+    seen, forward_features = [], trainer.model.forward_features
 
     def counted(images, task=""):
         if trainer.model.training:
             seen.append(len(images))
-        return stem(images, task)
+        return forward_features(images, task)
 
-    monkeypatch.setattr(trainer.model, "stem", counted)
+    monkeypatch.setattr(trainer.model, "forward_features", counted)
     trainer.fit()
     return trainer, sum(seen)
 
@@ -45,17 +56,17 @@ def test_same_weights_to_the_bit(tmp_path, monkeypatch, plan, frame):
     assert updates == (16 if frame == "joint" else 8)
     # Batches of eight walk through 20 and 48 images: only an image's first epoch runs the blocks.
     assert run_once < run_for_all
-    assert all(kept.stems.seen["shapes"])
+    assert all(kept.feature_cache.seen["shapes"])
 
 
 def test_what_was_kept_is_what_the_stem_says(tmp_path, monkeypatch):
     trainer, _ = fit(tmp_path, monkeypatch, PLANS["a drop before the first trained block"], 100)
     data = trainer.tasks["shapes"]
     positions = torch.arange(0, SIZES["shapes"], 3).numpy()
-    images, _ = trainer.pipeline.train_batch(data, positions, 0 * positions)
-    tokens, records = trainer.stems.of(None, "shapes", positions)
+    images, _ = trainer.transforms.train_batch(data, positions, 0 * positions)
+    tokens, records = trainer.feature_cache.of(None, "shapes", positions)
     with torch.no_grad():
-        expected, drops = trainer.model.stem(trainer.pipeline.normalise(images))
+        expected, drops = trainer.model.forward_features(trainer.transforms.normalize(images))
     assert torch.allclose(tokens.x, expected.x, atol=1e-5)
     assert torch.equal(tokens.origin, expected.origin) and tokens.fused == expected.fused
     assert records.keys() == drops.keys() == {1}
@@ -65,26 +76,38 @@ def test_what_was_kept_is_what_the_stem_says(tmp_path, monkeypatch):
 
 def test_the_last_layer_keeps_one_token(tmp_path, monkeypatch):
     trainer, _ = fit(tmp_path, monkeypatch, PLANS["last layer"], 100)
-    assert trainer.stems.kept["shapes"][0].shape[1] == 1
-    assert "blocks 0 to 5 make of 68 training images" in str(trainer.stems)
+    assert trainer.feature_cache.kept["shapes"][0].shape[1] == 1
+    assert "blocks 0 to 5 make of 68 training images" in str(trainer.feature_cache)
 
 
-@pytest.mark.parametrize(("changes", "says"), [
-    ({"data__augment": True}, r"data.stem_mb.*0 while data.augment is true"),
-    ({"plan__trainable": "all"}, "data.stem_mb.*embedding trains"),
-    ({"plan__trainable": [3, 5], "plan__experts": [5], "data__stem_mb": 1, "backbone__image_size": 256},
-     r"data.stem_mb.*at least \d+, for 68 images"),
-])
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"data__augment": True}, r"data.feature_cache_mb.*null while data.augment is true"),
+        ({"plan__train_blocks": "all"}, "data.feature_cache_mb.*embedding trains"),
+        (
+            {
+                "plan__train_blocks": [3, 5],
+                "plan__moe_blocks": [5],
+                "data__feature_cache_mb": 1,
+                "backbone__image_size": 256,
+            },
+            r"data.feature_cache_mb.*at least \d+, for 68 images",
+        ),
+    ],
+)
 def test_refused(tmp_path, changes, says):
     with pytest.raises(ConfigError, match=says):
-        make_trainer(make_config(tmp_path, **{"data__augment": False, "data__stem_mb": 100} | changes), tmp_path)
+        make_trainer(
+            make_config(tmp_path, **{"data__augment": False, "data__feature_cache_mb": 100} | changes), tmp_path
+        )
 
 
 def test_how_to_augment_is_refused_where_nothing_is_augmented(tmp_path):
     with pytest.raises(ConfigError, match="data.augment.*crop_scale"):
-        make_config(tmp_path, data__augment=False, data__flip=True)
+        make_config(tmp_path, data__augment=False, data__hflip=True)
 
 
 def test_a_stem_of_the_embedding_alone_is_called_so(tmp_path, monkeypatch):
     trainer, _ = fit(tmp_path, monkeypatch, PLANS["from the first block"], 100)
-    assert "the embedding makes of 68 training images" in str(trainer.stems)
+    assert "the embedding makes of 68 training images" in str(trainer.feature_cache)

@@ -14,10 +14,10 @@ import pytest
 from tiny_runs import TASKS, TRAIN, Crash, act_at, crash, make_config
 
 import moe_bsr
-from moe_bsr.runs import checkpoint
-from moe_bsr.runs import folder as run
 from moe_bsr.config import Config, ConfigError, replace
 from moe_bsr.data import Loader, UnreadableImage
+from moe_bsr.runs import checkpoint
+from moe_bsr.runs import folder as run
 from moe_bsr.training.optim import MovingAverage
 from moe_bsr.training.trainer import Trainer, train
 
@@ -27,9 +27,16 @@ pytestmark = pytest.mark.usefixtures("undrawn")
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Config:
     """With everything that could make a resume differ."""
-    return make_config(tmp_path_factory.mktemp("tasks"), train__ema=0.7, train__evaluate_every=4,
-                       train__accumulate=2, train__test=False, moe__gate_noise=1.0,
-                       moe__balance="across_tasks", sampler__kind="temperature")
+    return make_config(
+        tmp_path_factory.mktemp("tasks"),
+        train__ema_decay=0.7,
+        train__eval_every=4,
+        train__grad_accumulation_steps=2,
+        train__evaluate_test=False,
+        moe__gate_noise=1.0,
+        moe__balance_loss="across_tasks",
+        sampler__kind="temperature",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +47,7 @@ def whole(config, tmp_path_factory) -> Path:
 
 
 def assert_same(folder: Path, whole: Path) -> None:
-    places = ["metrics.jsonl", *(f"checkpoint/8/{name}.safetensors" for name in
-                                 ("weights", "optimiser", "average"))]
+    places = ["metrics.jsonl", *(f"checkpoint/8/{name}.safetensors" for name in ("weights", "optimizer", "average"))]
     for place in places:
         assert (folder / place).read_bytes() == (whole / place).read_bytes(), place
     ours, theirs = (json.loads((run / "report.json").read_text()) for run in (folder, whole))
@@ -99,8 +105,9 @@ def signal_at_evaluation(monkeypatch, number: int) -> None:
 
 
 @pytest.mark.parametrize("evaluation", [1, 4])
-def test_a_signal_leaves_an_evaluation_at_once_and_a_resume_repeats_it(config, whole, tmp_path, monkeypatch,
-                                                                       evaluation):
+def test_a_signal_leaves_an_evaluation_at_once_and_a_resume_repeats_it(
+    config, whole, tmp_path, monkeypatch, evaluation
+):
     """Four calls: two tasks at updates 4 and 8."""
     with monkeypatch.context() as patch:
         signal_at_evaluation(patch, evaluation)
@@ -114,7 +121,7 @@ def test_a_signal_leaves_an_evaluation_at_once_and_a_resume_repeats_it(config, w
 def test_a_test_that_was_begun_counts(config, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         signal_at_evaluation(patch, 6)
-        assert train(replace(config, train__test=True), tmp_path)["test_evaluations"] == 1
+        assert train(replace(config, train__evaluate_test=True), tmp_path)["test_evaluations"] == 1
 
 
 @pytest.mark.parametrize("call", [1, 2])
@@ -139,7 +146,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(config, whole, tm
     with monkeypatch.context() as patch, pytest.raises(Crash):
         act_at(patch, 7, crash)
         train(config, tmp_path)
-    file = tmp_path / "checkpoint" / "6" / "optimiser.safetensors"
+    file = tmp_path / "checkpoint" / "6" / "optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     capsys.readouterr()
     train(config, tmp_path, resume=True)
@@ -164,7 +171,7 @@ def test_a_resume_elsewhere_says_that_it_is_not_bit_exact(config, tmp_path, monk
         act_at(patch, 5, send(signal.SIGTERM))
         train(config, tmp_path)
     assert "bit-exact" not in capsys.readouterr().out
-    train(replace(config, machine__precision="bf16"), tmp_path, resume=True)
+    train(replace(config, runtime__precision="bf16"), tmp_path, resume=True)
     assert "not bit-exact with the run so far: precision was fp32, now bf16" in capsys.readouterr().out
 
 
@@ -180,6 +187,7 @@ def test_a_failed_run_can_be_resumed_in_the_same_process(config, whole, tmp_path
 
 # --- refusals ---
 
+
 def test_a_folder_with_a_run_is_not_overwritten(config, whole):
     before = (whole / "report.json").read_bytes()
     with pytest.raises(ConfigError, match="holds a run already; add --resume"):
@@ -187,12 +195,15 @@ def test_a_folder_with_a_run_is_not_overwritten(config, whole):
     assert (whole / "report.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"train__lr": 0.5}, "train.lr was 0.01, now 0.5"),
-    ({"train__steps": 9}, "train.steps was 8, now 9"),
-    ({"plan__keep": 0.7, "seed": 1}, "plan.keep was 0.5, now 0.7; seed was 0, now 1"),
-    ({"train__ema": None}, "train.ema was 0.7, now None"),
-])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"train__lr": 0.5}, "train.lr was 0.01, now 0.5"),
+        ({"train__steps": 9}, "train.steps was 8, now 9"),
+        ({"plan__keep_rate": 0.7, "seed": 1}, "plan.keep_rate was 0.5, now 0.7; seed was 0, now 1"),
+        ({"train__ema_decay": None}, "train.ema_decay was 0.7, now None"),
+    ],
+)
 def test_another_configuration_cannot_resume(config, whole, changes, words):
     with pytest.raises(ConfigError, match="the configuration changed") as error:
         train(replace(config, **changes), whole, resume=True)
@@ -203,7 +214,7 @@ def test_what_changes_no_result_may_change_on_resume(config, whole, tmp_path, mo
     with monkeypatch.context() as patch:
         act_at(patch, 5, send(signal.SIGTERM))
         train(config, tmp_path)
-    other = replace(config, train__checkpoint_every=1, data__prefetch=2, data__cache_mb=0, data__root="other")
+    other = replace(config, train__checkpoint_every=1, data__prefetch=2, data__image_cache_mb=0, data__root="other")
     train(other, tmp_path, resume=True)
     assert_same(tmp_path, whole)
 
@@ -214,12 +225,12 @@ def test_other_data_under_the_same_names_cannot_resume(config, tmp_path, monkeyp
         train(config, tmp_path)
     opened = run.open_task
 
-    def relabelled(*arguments):
+    def relabeled(*arguments):
         data = opened(*arguments)
         data.train.labels[:] = data.train.labels[::-1].copy()
         return data
 
-    monkeypatch.setattr(run, "open_task", relabelled)
+    monkeypatch.setattr(run, "open_task", relabeled)
     before = (tmp_path / "config.yaml").read_bytes()
     with pytest.raises(ConfigError, match="the data of task shapes changed.*other labels"):
         train(config, tmp_path, resume=True)
@@ -229,6 +240,7 @@ def test_other_data_under_the_same_names_cannot_resume(config, tmp_path, monkeyp
 @pytest.mark.parametrize(("kind", "batches"), [("temperature", 5), ("joint", 11)])
 def test_an_unreadable_image_costs_no_update_that_was_done(config, tmp_path, monkeypatch, kind, batches):
     """In the sixth update; of joint ones in its second task's batch."""
+
     def some(*arguments):
         yield from itertools.islice(Loader(*arguments), batches)
         raise UnreadableImage("bee/3.png: not a readable image")
@@ -252,9 +264,10 @@ def test_several_processes_are_refused(config, tmp_path, monkeypatch):
 
 # --- one model per task ---
 
+
 @pytest.fixture
 def stl(tmp_path) -> Config:
-    return make_config(tmp_path, mode="stl", train__steps=3, train__task_weights={"shapes": 2.0})
+    return make_config(tmp_path, mode="single_task", train__steps=3, train__task_weights={"shapes": 2.0})
 
 
 def test_single_task_runs_are_complete_and_their_parent_adds_up(stl, tmp_path):
@@ -318,8 +331,7 @@ def test_an_interrupted_task_stops_the_series_and_a_resume_skips_finished_ones(s
 def test_a_series_killed_between_two_tasks_is_not_finished(stl, tmp_path, monkeypatch):
     fit = Trainer.fit
     with monkeypatch.context() as patch, pytest.raises(Crash):
-        patch.setattr(Trainer, "fit",
-                      lambda self, resume: crash() if "fractals" in self.tasks else fit(self, resume))
+        patch.setattr(Trainer, "fit", lambda self, resume: crash() if "fractals" in self.tasks else fit(self, resume))
         train(stl, tmp_path / "run")
     report = train(stl, tmp_path / "run", resume=True)
     assert list(report["tasks"]) == list(TASKS) and report["status"] == "finished"

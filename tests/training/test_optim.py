@@ -1,4 +1,4 @@
-"""The optimiser's groups, the schedule and the moving average, each against its definition."""
+"""The optimizer's groups, the schedule and the moving average, each against its definition."""
 
 import math
 
@@ -8,16 +8,34 @@ from timm.models.vision_transformer import VisionTransformer
 
 from moe_bsr.config import Config, MoEConfig, PlanConfig, TrainConfig
 from moe_bsr.model.multitask import MultitaskViT
-from moe_bsr.training.optim import MovingAverage, clip_gradients, layer_of, learning_rate, make_optimiser, parameter_groups
+from moe_bsr.training.optim import (
+    MovingAverage,
+    clip_gradients,
+    layer_of,
+    learning_rate,
+    make_optimizer,
+    parameter_groups,
+)
 
 DEPTH = 12
 
 
 def make_model(trainable="all", experts=(3, 7, 11), router="per_task") -> MultitaskViT:
-    vit = VisionTransformer(img_size=16, patch_size=8, embed_dim=8, depth=DEPTH, num_heads=2, num_classes=0,
-                            reg_tokens=1, init_values=0.1, pre_norm=True)
-    config = Config(plan=PlanConfig(trainable=trainable, drop=[], experts=list(experts)),
-                    moe=MoEConfig(experts=4, top_k=2, router=router))
+    vit = VisionTransformer(
+        img_size=16,
+        patch_size=8,
+        embed_dim=8,
+        depth=DEPTH,
+        num_heads=2,
+        num_classes=0,
+        reg_tokens=1,
+        init_values=0.1,
+        pre_norm=True,
+    )
+    config = Config(
+        plan=PlanConfig(train_blocks=trainable, drop_blocks=[], moe_blocks=list(experts)),
+        moe=MoEConfig(num_experts=4, top_k=2, router=router),
+    )
     return MultitaskViT(vit, config, {"one": 3, "two": 2})
 
 
@@ -28,16 +46,29 @@ def by_name(model: MultitaskViT, key: str, **settings) -> dict[str, float]:
 
 # --- groups ---
 
-@pytest.mark.parametrize("name, scale", [
-    ("vit.patch_embed.proj.weight", 0.75 ** 13), ("vit.pos_embed", 0.75 ** 13), ("vit.cls_token", 0.75 ** 13),
-    ("vit.reg_token", 0.75 ** 13), ("vit.norm_pre.weight", 0.75 ** 13),
-    ("vit.blocks.0.attn.qkv.weight", 0.75 ** 12), ("vit.blocks.3.attn.qkv.weight", 0.0751),
-    ("vit.blocks.3.mlp.experts.fc1_weight", 0.0751), ("vit.blocks.7.mlp.experts.fc2_bias", 0.2373),
-    ("vit.blocks.7.norm2.bias", 0.2373), ("vit.blocks.10.ls1.gamma", 0.75 ** 2),
-    ("vit.blocks.11.norm1.weight", 0.75), ("vit.blocks.11.mlp.experts.fc1_weight", 0.75),
-    ("vit.blocks.3.mlp.router.weight.one", 1), ("vit.norm.weight", 1), ("heads.one.weight", 1),
-    ("heads.two.bias", 1),
-])
+
+@pytest.mark.parametrize(
+    "name, scale",
+    [
+        ("vit.patch_embed.proj.weight", 0.75**13),
+        ("vit.pos_embed", 0.75**13),
+        ("vit.cls_token", 0.75**13),
+        ("vit.reg_token", 0.75**13),
+        ("vit.norm_pre.weight", 0.75**13),
+        ("vit.blocks.0.attn.qkv.weight", 0.75**12),
+        ("vit.blocks.3.attn.qkv.weight", 0.0751),
+        ("vit.blocks.3.mlp.experts.fc1_weight", 0.0751),
+        ("vit.blocks.7.mlp.experts.fc2_bias", 0.2373),
+        ("vit.blocks.7.norm2.bias", 0.2373),
+        ("vit.blocks.10.ls1.gamma", 0.75**2),
+        ("vit.blocks.11.norm1.weight", 0.75),
+        ("vit.blocks.11.mlp.experts.fc1_weight", 0.75),
+        ("vit.blocks.3.mlp.router.weight.one", 1),
+        ("vit.norm.weight", 1),
+        ("heads.one.weight", 1),
+        ("heads.two.bias", 1),
+    ],
+)
 def test_layer_decay_scales_by_distance_from_the_top(name, scale):
     assert by_name(make_model(), "lr_scale", layer_decay=0.75)[name] == pytest.approx(scale, abs=5e-5)
 
@@ -61,9 +92,21 @@ def test_without_layer_decay_all_learn_alike():
 def test_weight_decay_spares_biases_norms_positions_and_tokens(router):
     model = make_model(router=router)
     decay = by_name(model, "weight_decay", weight_decay=0.3)
-    matrices = ("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight", "fc1_weight", "fc2_weight",
-                "heads.one.weight", "heads.two.weight", "router.weight", "router.weight.one",
-                "router.weight.two", "router.embed.0.weight", "router.embed.2.weight")
+    matrices = (
+        "qkv.weight",
+        "proj.weight",
+        "fc1.weight",
+        "fc2.weight",
+        "fc1_weight",
+        "fc2_weight",
+        "heads.one.weight",
+        "heads.two.weight",
+        "router.weight",
+        "router.weight.one",
+        "router.weight.two",
+        "router.embed.0.weight",
+        "router.embed.2.weight",
+    )
     assert {name for name, value in decay.items() if value} == {n for n in decay if n.endswith(matrices)}
     assert set(decay.values()) == {0.0, 0.3}
     stacked = model.vit.blocks[3].mlp.experts.fc1_bias
@@ -74,27 +117,28 @@ def test_weight_decay_spares_biases_norms_positions_and_tokens(router):
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_every_trained_parameter_is_in_one_group_and_no_frozen_one(trainable, experts, kind):
     model = make_model(trainable, experts)
-    optimiser = make_optimiser(model, TrainConfig(optimiser=kind, layer_decay=0.9), DEPTH)
-    listed = [id(p) for group in optimiser.param_groups for p in group["params"]]
+    optimizer = make_optimizer(model, TrainConfig(optimizer=kind, layer_decay=0.9), DEPTH)
+    listed = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert len(listed) == len(set(listed))
     assert set(listed) == {id(p) for p in model.parameters() if p.requires_grad}
-    names = [name for group in optimiser.param_groups for name in group["names"]]
+    names = [name for group in optimizer.param_groups for name in group["names"]]
     assert [id(dict(model.named_parameters())[name]) for name in names] == listed
 
 
-def test_the_optimiser_is_the_one_asked_for():
+def test_the_optimizer_is_the_one_asked_for():
     model = make_model([3], [3])
-    sgd = make_optimiser(model, TrainConfig(optimiser="sgd", momentum=0.7, lr=0.2, layer_decay=0.5), DEPTH)
+    sgd = make_optimizer(model, TrainConfig(optimizer="sgd", momentum=0.7, lr=0.2, layer_decay=0.5), DEPTH)
     assert type(sgd) is torch.optim.SGD
     assert {group["momentum"] for group in sgd.param_groups} == {0.7}
     assert all(group["lr"] == 0.2 * group["lr_scale"] for group in sgd.param_groups)
-    assert type(make_optimiser(model, TrainConfig(optimiser="adamw"), DEPTH)) is torch.optim.AdamW
+    assert type(make_optimizer(model, TrainConfig(optimizer="adamw"), DEPTH)) is torch.optim.AdamW
 
 
 # --- schedule ---
 
+
 def test_warm_up_rises_to_the_full_rate_then_a_cosine_falls():
-    config = TrainConfig(steps=100, lr=0.5, min_lr=0.1, warmup=0.1)
+    config = TrainConfig(steps=100, lr=0.5, min_lr=0.1, warmup_fraction=0.1)
     rates = [learning_rate(config, step) for step in range(100)]
     assert rates[:10] == pytest.approx([0.05 * (i + 1) for i in range(10)])
     cosine = [0.1 + 0.4 * (1 + math.cos(math.pi * i / 90)) / 2 for i in range(90)]
@@ -103,17 +147,27 @@ def test_warm_up_rises_to_the_full_rate_then_a_cosine_falls():
     assert 0.1 < rates[99] < 0.1002  # min_lr itself is where the update after the last would be
 
 
-@pytest.mark.parametrize("warmup, steps, rates", [
-    (0, 2, [1, 0.5]), (0, 1, [1]), (1, 3, [1, 1, 0.5]), (2, 4, [0.5, 1, 1, 0.5]),
-    (4, 4, [0.25, 0.5, 0.75, 1]), (4, 5, [0.25, 0.5, 0.75, 1, 1]), (0.5, 4, [0.5, 1, 1, 0.5]),
-    (0.05, 4, [1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]),
-])
-def test_warm_up_is_a_share_below_one_and_a_count_from_one_on(warmup, steps, rates):
-    config = TrainConfig(steps=steps, lr=1.0, warmup=warmup)
+@pytest.mark.parametrize(
+    "warmup, steps, rates",
+    [
+        (0, 2, [1, 0.5]),
+        (0, 1, [1]),
+        (1, 3, [1, 1, 0.5]),
+        (2, 4, [0.5, 1, 1, 0.5]),
+        (4, 4, [0.25, 0.5, 0.75, 1]),
+        (4, 5, [0.25, 0.5, 0.75, 1, 1]),
+        (0.5, 4, [0.5, 1, 1, 0.5]),
+        (0.05, 4, [1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]),
+    ],
+)
+def test_warm_up_is_a_share_of_the_steps_or_a_number_of_updates(warmup, steps, rates):
+    given = {"warmup_steps": warmup} if isinstance(warmup, int) else {"warmup_fraction": warmup}
+    config = TrainConfig(steps=steps, lr=1.0, **given)
     assert [learning_rate(config, step) for step in range(steps)] == pytest.approx(rates)
 
 
 # --- moving average ---
+
 
 def perturb(model: MultitaskViT, generator: torch.Generator) -> None:
     with torch.no_grad():
@@ -156,6 +210,7 @@ def test_swapping_exchanges_and_swapping_back_restores_every_bit():
 
 
 # --- clipping ---
+
 
 @pytest.mark.parametrize("limit", [None, 0.5, 100.0])
 def test_gradients_are_clipped_as_by_torch_and_else_left_alone(limit):

@@ -13,17 +13,18 @@ CAMPAIGN = Path(__file__).parents[1] / "kill_campaign.py"
 
 def test_killed_at_random_and_in_every_stage_of_a_checkpoint_write():
     # Operations 38 to 57 of the run are one whole checkpoint write, with the removal of an old one.
-    done = subprocess.run([sys.executable, CAMPAIGN, "--kills", "5", "--stages", "38", "58"],
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, CAMPAIGN, "--kills", "5", "--stages", "38", "58"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout)
     assert result["kills"] == 5 and result["stages"] == 20 and not result["differing"]
 
 
 def test_sigterm_saves_and_resume_finishes_the_same_run(tmp_path):
-    import kill_campaign as campaign  # noqa: PLC0415
+    import kill_campaign as campaign
 
-    config = campaign.configuration.replace(campaign.make_config(tmp_path), train__evaluate_every=0)
+    config = campaign.configuration.replace(campaign.make_config(tmp_path), train__eval_every=None)
     file = tmp_path / "config.yaml"
     file.write_text(campaign.configuration.dump(config))
     command = [sys.executable, CAMPAIGN.parent.parent / "tools" / "train.py", file, "--resume", "--run"]

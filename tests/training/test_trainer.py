@@ -6,16 +6,21 @@ import json
 import pytest
 import torch
 from tiny_runs import make_config, make_trainer, script_scores, state_of, watch
-from torch.nn import functional as F
 
-from moe_bsr.runs import checkpoint
 from moe_bsr.callbacks.jsonl import Jsonl
+from moe_bsr.runs import checkpoint
 from moe_bsr.training.trainer import NonFiniteLoss, train
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
-PLAIN_SGD = {"train__optimiser": "sgd", "train__momentum": 0.0, "train__weight_decay": 0.0,
-             "train__warmup": 0, "train__clip": None, "train__test": False}
+PLAIN_SGD = {
+    "train__optimizer": "sgd",
+    "train__momentum": 0.0,
+    "train__weight_decay": 0.0,
+    "train__warmup_steps": 0,
+    "train__grad_clip_norm": None,
+    "train__evaluate_test": False,
+}
 
 
 def of_task(name: str, task: str) -> bool:
@@ -24,31 +29,48 @@ def of_task(name: str, task: str) -> bool:
 
 # --- what moves ---
 
-@pytest.mark.parametrize("changes", [
-    {}, {"train__optimiser": "sgd"}, {"plan__trainable": [], "plan__experts": []},
-    {"plan__trainable": "all"}, {"moe__train_router": False}, {"sampler__kind": "joint"},
-], ids=["blocks", "sgd", "last layer", "all", "frozen routers", "joint"])
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"train__optimizer": "sgd"},
+        {"plan__train_blocks": [], "plan__moe_blocks": []},
+        {"plan__train_blocks": "all"},
+        {"moe__train_router": False},
+        {"sampler__kind": "joint"},
+    ],
+    ids=["blocks", "sgd", "last layer", "all", "frozen routers", "joint"],
+)
 def test_frozen_parameters_keep_every_bit_and_trained_ones_move(tmp_path, changes):
-    config = make_config(tmp_path, train__steps=4, train__test=False, **changes)
+    config = make_config(tmp_path, train__steps=4, train__evaluate_test=False, **changes)
     trainer, snapshots = watch(config, tmp_path / "run")
     trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
-    expected = {"": trained, "all": {n for n, _ in trainer.model.named_parameters()},
-                "[]": {n for n in trained if n.startswith("heads.")}}
-    assert trained == expected.get(str(config.plan.trainable), expected[""])
+    expected = {
+        "": trained,
+        "all": {n for n, _ in trainer.model.named_parameters()},
+        "[]": {n for n in trained if n.startswith("heads.")},
+    }
+    assert trained == expected.get(str(config.plan.train_blocks), expected[""])
     trainer.fit()
     before, after = snapshots.states[0], state_of(trainer.model)
     moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert moved - {"balance.importance", "balance.load"} == trained
 
 
-@pytest.mark.parametrize("changes", [
-    {"train__optimiser": "sgd", "train__momentum": 0.9, "train__weight_decay": 0.1},
-    {"train__optimiser": "adamw", "train__weight_decay": 0.1},
-], ids=["momentum", "adamw"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train__optimizer": "sgd", "train__momentum": 0.9, "train__weight_decay": 0.1},
+        {"train__optimizer": "adamw", "train__weight_decay": 0.1},
+    ],
+    ids=["momentum", "adamw"],
+)
 def test_the_other_tasks_head_and_routers_stand_still(tmp_path, changes):
     """From the third update on both tasks have moments that could move them."""
-    trainer, snapshots = watch(make_config(tmp_path, train__steps=6, train__test=False, **changes),
-                               tmp_path / "run")
+    trainer, snapshots = watch(
+        make_config(tmp_path, train__steps=6, train__evaluate_test=False, **changes), tmp_path / "run"
+    )
     trainer.fit()
     assert snapshots.tasks == ["shapes", "fractals"] * 3
     for step, task in enumerate(snapshots.tasks):
@@ -62,25 +84,32 @@ def test_the_other_tasks_head_and_routers_stand_still(tmp_path, changes):
 
 # --- the gradient ---
 
+
 def loss_by_hand(model, trainer, weights: dict[str, float], smoothing: float) -> torch.Tensor:
     """sum(w_t * mean_t) / sum(w_t) over the batches of the first update."""
     total = 0.0
-    batches = list(trainer.sampler.batches())[:len(trainer.sampler.tasks(0))]
+    batches = list(trainer.sampler.batches())[: len(trainer.sampler.tasks(0))]
     for task, positions, epochs in batches:
-        images, labels = trainer.pipeline.train_batch(trainer.tasks[task], positions, epochs)
-        output = model(trainer.pipeline.normalise(images), task)
+        images, labels = trainer.transforms.train_batch(trainer.tasks[task], positions, epochs)
+        output = model(trainer.transforms.normalize(images), task)
         logs = output.logits.log_softmax(1)
         right = -logs[torch.arange(len(labels)), labels].mean()
-        total = total + weights[task] * ((1 - smoothing) * right - smoothing * logs.mean()
-                                         + output.auxiliary_loss)
+        total = total + weights[task] * ((1 - smoothing) * right - smoothing * logs.mean() + output.auxiliary_loss)
     return total / sum(weights.values())
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("weights", [{}, {"shapes": 3.0, "fractals": 0.5}, {"fractals": 4.0}])
 def test_a_joint_update_follows_the_weighted_mean_of_the_tasks(tmp_path, weights, smoothing):
-    config = make_config(tmp_path, sampler__kind="joint", train__steps=1, train__lr=1.0, **PLAIN_SGD,
-                         train__task_weights=weights, train__label_smoothing=smoothing)
+    config = make_config(
+        tmp_path,
+        sampler__kind="joint",
+        train__steps=1,
+        train__lr=1.0,
+        **PLAIN_SGD,
+        train__task_weights=weights,
+        train__label_smoothing=smoothing,
+    )
     trainer, snapshots = watch(config, tmp_path / "run")
     model = copy.deepcopy(trainer.model).train()
     loss_by_hand(model, trainer, {"shapes": 1.0, "fractals": 1.0} | weights, smoothing).backward()
@@ -94,8 +123,7 @@ def test_a_joint_update_follows_the_weighted_mean_of_the_tasks(tmp_path, weights
 def test_task_weights_scale_a_tasks_own_updates_relative_to_their_mean(tmp_path):
     changes = []
     for weights in ({}, {"shapes": 3.0, "fractals": 1.0}, {"shapes": 1.0, "fractals": 3.0}):
-        config = make_config(tmp_path, train__steps=1, train__lr=1.0, **PLAIN_SGD,
-                             train__task_weights=weights)
+        config = make_config(tmp_path, train__steps=1, train__lr=1.0, **PLAIN_SGD, train__task_weights=weights)
         trainer, snapshots = watch(config, tmp_path / str(len(changes)))
         trainer.fit()
         assert snapshots.tasks == ["shapes"]
@@ -109,8 +137,14 @@ def test_task_weights_scale_a_tasks_own_updates_relative_to_their_mean(tmp_path)
 def test_micro_batches_add_up_to_the_batch(tmp_path, kind):
     ends = []
     for accumulate in (1, 4):
-        config = make_config(tmp_path, sampler__kind=kind, train__steps=4, train__accumulate=accumulate,
-                             moe__balance="none", **PLAIN_SGD | {"train__lr": 0.1, "train__momentum": 0.9})
+        config = make_config(
+            tmp_path,
+            sampler__kind=kind,
+            train__steps=4,
+            train__grad_accumulation_steps=accumulate,
+            moe__balance_loss="none",
+            **PLAIN_SGD | {"train__lr": 0.1, "train__momentum": 0.9},
+        )
         trainer, snapshots = watch(config, tmp_path / str(accumulate))
         trainer.fit()
         ends.append(snapshots.states[-1])
@@ -126,8 +160,8 @@ def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_reported(tmp_p
     lengths, norms = [], []
     for clip in (None, 0.25):
         folder = tmp_path / str(clip)
-        trainer, snapshots = watch(make_config(tmp_path, **settings | {"train__clip": clip}), folder)
-        trainer.observers.append(Jsonl(folder))
+        trainer, snapshots = watch(make_config(tmp_path, **settings | {"train__grad_clip_norm": clip}), folder)
+        trainer.callbacks.append(Jsonl(folder))
         trainer.fit()
         before, after = snapshots.states
         moved = [(after[name] - before[name]).norm() for name in before if not name.startswith("balance.")]
@@ -139,12 +173,13 @@ def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_reported(tmp_p
 
 # --- which weights are scored ---
 
+
 @pytest.mark.parametrize("select, step, mean", [("best", 4, 30.0), ("last", 8, 25.0)])
 @pytest.mark.parametrize("ema", [None, 0.5])
 def test_the_weights_tested_are_those_selected(tmp_path, monkeypatch, select, step, mean, ema):
     """Two evaluations tie at 30: the first counts."""
     seen = script_scores(monkeypatch, [10.0, 30.0, 30.0, 25.0])
-    config = make_config(tmp_path, train__evaluate_every=2, train__select=select, train__ema=ema)
+    config = make_config(tmp_path, train__eval_every=2, train__checkpoint_selection=select, train__ema_decay=ema)
     report = train(config, tmp_path / "run")
     assert [split for split, _ in seen] == ["val"] * 4 + ["test"]
     assert torch.equal(seen[-1][1], seen[step // 2 - 1][1])
@@ -156,10 +191,10 @@ def test_the_weights_tested_are_those_selected(tmp_path, monkeypatch, select, st
 
 def test_the_moving_average_is_scored_and_the_live_weights_train_on(tmp_path, monkeypatch):
     seen = script_scores(monkeypatch, [10.0] * 6)
-    config = make_config(tmp_path, train__ema=0.8, train__evaluate_every=3, train__select="last")
+    config = make_config(tmp_path, train__ema_decay=0.8, train__eval_every=3, train__checkpoint_selection="last")
     trainer, snapshots = watch(config, tmp_path / "run")
     trainer.fit()
-    plain, live = watch(make_config(tmp_path, train__evaluate_every=3), tmp_path / "plain")
+    plain, live = watch(make_config(tmp_path, train__eval_every=3), tmp_path / "plain")
     plain.fit()
     heads = [state["heads.shapes.weight"] for state in snapshots.states]
     assert all(torch.equal(a, b["heads.shapes.weight"]) for a, b in zip(heads, live.states, strict=True))
@@ -175,10 +210,17 @@ def test_the_moving_average_is_scored_and_the_live_weights_train_on(tmp_path, mo
 
 # --- a run that diverges ---
 
+
 @pytest.mark.parametrize("kind", ["round_robin", "joint"])
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, kind):
-    config = make_config(tmp_path, train__lr=1e30, train__clip=None, train__warmup=0, sampler__kind=kind,
-                         train__checkpoint_every=1)
+    config = make_config(
+        tmp_path,
+        train__lr=1e30,
+        train__grad_clip_norm=None,
+        train__warmup_steps=0,
+        sampler__kind=kind,
+        train__checkpoint_every=1,
+    )
     with pytest.raises(NonFiniteLoss) as error:
         train(config, tmp_path / "run")
     message, saved = str(error.value), tmp_path / "run" / "checkpoint" / "1"

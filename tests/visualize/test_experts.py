@@ -1,4 +1,4 @@
-"""Expert figures: legible for any number of tasks and experts, and coloured as they say."""
+"""Expert figures: legible for any number of tasks and experts, and colored as they say."""
 
 import io
 import subprocess
@@ -7,12 +7,12 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_routing import by_logits, spread
 from tiny_models import normal
+from tiny_routing import by_logits, spread
 
+from moe_bsr.evaluation.routing import RoutingStatistics
 from moe_bsr.visualize import experts as expert_figures
 from moe_bsr.visualize import theme as style
-from moe_bsr.evaluation.routing import RoutingStatistics
 
 
 def make(tasks: int, experts: int, k: int, unseen: int | None = None) -> RoutingStatistics:
@@ -27,25 +27,29 @@ def words(figure) -> list[str]:
     return [text.get_text() for text in figure.axes[0].texts]
 
 
-SIZES = [(1, 2, 1), (2, 2, 2), (5, 16, 4), (10, 16, 4), (11, 16, 4), (3, 17, 4), (20, 64, 4), (1, 1, 1),
-         (4, 8, 2)]
+SIZES = [(1, 2, 1), (2, 2, 2), (5, 16, 4), (10, 16, 4), (11, 16, 4), (3, 17, 4), (20, 64, 4), (1, 1, 1), (4, 8, 2)]
 
 
 @pytest.mark.parametrize(("tasks", "experts", "k"), SIZES)
 def test_all_pictures_fit_their_paper_and_no_words_touch(tasks, experts, k):
     statistics = make(tasks, experts, k, unseen=2 if tasks > 2 else None)
-    for figure in (expert_figures.heatmap(statistics, 3, "training", 20),
-                   expert_figures.coactivation(statistics, 3, "training"),
-                   expert_figures.distances(statistics, 3, "training"),
-                   expert_figures.overview({3: statistics, 11: statistics})):
+    for figure in (
+        expert_figures.heatmap(statistics, 3, "training", 20),
+        expert_figures.coactivation(statistics, 3, "training"),
+        expert_figures.distances(statistics, 3, "training"),
+        expert_figures.overview({3: statistics, 11: statistics}),
+    ):
         height, width, _ = style.array(figure).shape
         assert width == style.WIDTH and height < 1400
-        boxes = [(text.get_text(), text.get_window_extent()) for text in figure.axes[0].texts
-                 if text.get_text() and not text.get_rotation()]
+        boxes = [
+            (text.get_text(), text.get_window_extent())
+            for text in figure.axes[0].texts
+            if text.get_text() and not text.get_rotation()
+        ]
         for text, box in boxes:
             assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, text
         for index, (text, box) in enumerate(boxes):
-            for other, second in boxes[index + 1:]:
+            for other, second in boxes[index + 1 :]:
                 across = min(box.x1, second.x1) - max(box.x0, second.x0)
                 down = min(box.y1, second.y1) - max(box.y0, second.y0)
                 assert across <= 1 or down <= 4, (text, other)  # ascenders leave room within a box
@@ -64,7 +68,7 @@ def test_cells_carry_numbers_up_to_sixteen_experts_and_ten_tasks():
         assert len(words(expert_figures.heatmap(make(tasks, experts, 4), 3, ""))) < 90
 
 
-def test_the_uniform_level_stands_where_its_colour_is():
+def test_the_uniform_level_stands_where_its_color_is():
     statistics = RoutingStatistics(["a", "b"], 8)
     for task in statistics.tasks:
         statistics.add(task, spread(8, list(range(8))))
@@ -88,38 +92,39 @@ def test_a_task_without_data_says_so():
 
 # --- style ---
 
-def lightness(colours: np.ndarray) -> np.ndarray:
-    return style._linear(colours) @ (0.2126, 0.7152, 0.0722)
+
+def lightness(colors: np.ndarray) -> np.ndarray:
+    return style._linear(colors) @ (0.2126, 0.7152, 0.0722)
 
 
-def test_the_sequential_colours_can_be_read_in_grey_and_by_every_eye():
-    colours = style.sequential(np.linspace(0, 1, 100))
-    assert (np.diff(lightness(colours)) < 0).all()
-    for eye in style._perceived(colours):
+def test_the_sequential_colors_can_be_read_in_gray_and_by_every_eye():
+    colors = style.sequential(np.linspace(0, 1, 100))
+    assert (np.diff(lightness(colors)) < 0).all()
+    for eye in style._perceived(colors):
         assert (np.diff(eye[:, 0]) < 0).all()
-    assert np.allclose(style.sequential(np.array([-1.0, 2.0])), colours[[0, -1]])
+    assert np.allclose(style.sequential(np.array([-1.0, 2.0])), colors[[0, -1]])
     assert np.allclose(style.sequential(np.array(np.nan)), style._rgb(style.EMPTY))
     both = style.diverging(np.array([-1, -0.5, 0, 0.5, 1]))
     assert np.allclose(both[2], 1) and np.abs(lightness(both) - lightness(both)[::-1]).max() < 0.06
 
 
-def test_experts_have_colours_of_their_own_for_every_eye():
+def test_experts_have_colors_of_their_own_for_every_eye():
     for count, least in ((16, 0.07), (32, 0.05), (64, 0.03)):
-        colours = style.experts(count)
-        assert np.array_equal(colours, style.experts(64)[:count])
-        for index, colour in enumerate(colours):
-            assert np.delete(style._apart(colours, colour), index).min() > least
+        colors = style.experts(count)
+        assert np.array_equal(colors, style.experts(64)[:count])
+        for index, color in enumerate(colors):
+            assert np.delete(style._apart(colors, color), index).min() > least
     assert np.array_equal(style.experts(66)[64:], style.experts(2))
 
 
-def test_words_are_readable_on_every_colour():
-    for colour in [*style.experts(64), *style.sequential(np.linspace(0, 1, 50))]:
-        ink = 1.0 if style.on(colour) == "white" else lightness(style._rgb(style.INK))
-        dark, light = sorted((float(lightness(colour)), float(ink)))
+def test_words_are_readable_on_every_color():
+    for color in [*style.experts(64), *style.sequential(np.linspace(0, 1, 50))]:
+        ink = 1.0 if style.on(color) == "white" else lightness(style._rgb(style.INK))
+        dark, light = sorted((float(lightness(color)), float(ink)))
         assert (light + 0.05) / (dark + 0.05) > 3  # the contrast that WCAG asks of large letters
 
 
-def test_a_png_has_the_pixels_of_the_figure_and_fewer_colours_make_it_smaller():
+def test_a_png_has_the_pixels_of_the_figure_and_fewer_colors_make_it_smaller():
     figure = expert_figures.heatmap(make(5, 16, 4), 3, "")
     pixels = style.array(figure)
     exact, small = style.png(figure), style.png(figure, 256)
@@ -129,6 +134,8 @@ def test_a_png_has_the_pixels_of_the_figure_and_fewer_colours_make_it_smaller():
 
 
 def test_importing_the_package_loads_no_matplotlib():
-    code = ("import sys, moe_bsr, moe_bsr.train, moe_bsr.views.expert_figures; "
-            "sys.exit(any(name.split('.')[0] == 'matplotlib' for name in sys.modules))")
+    code = (
+        "import sys, moe_bsr, moe_bsr.training.trainer, moe_bsr.visualize.experts; "
+        "sys.exit(any(name.split('.')[0] == 'matplotlib' for name in sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -9,13 +9,13 @@ from moe_bsr.visualize import theme as style
 from moe_bsr.visualize.tokens import WIDTH, Trace, View, strip, trace
 
 PLANS = {
-    "drops and experts": {"drop": [1, 2], "experts": [1, 3]},
-    "three prefix tokens": {"kind": "registers", "drop": [0, 2], "experts": [0, 3], "trainable": "all"},
-    "no class token": {"kind": "average-pool", "drop": [1], "experts": [1, 2], "trainable": "all"},
-    "no drop": {"drop": [], "experts": [1, 3]},
-    "no experts": {"drop": [0, 1, 2], "experts": []},
-    "neither": {"drop": [], "experts": []},
-    "every block": {"drop": [0, 1, 2], "experts": [0, 1, 2, 3], "trainable": "all", "keep": 0.8},
+    "drops and experts": {"drop_blocks": [1, 2], "moe_blocks": [1, 3]},
+    "three prefix tokens": {"kind": "registers", "drop_blocks": [0, 2], "moe_blocks": [0, 3], "train_blocks": "all"},
+    "no class token": {"kind": "average-pool", "drop_blocks": [1], "moe_blocks": [1, 2], "train_blocks": "all"},
+    "no drop": {"drop_blocks": [], "moe_blocks": [1, 3]},
+    "no experts": {"drop_blocks": [0, 1, 2], "moe_blocks": []},
+    "neither": {"drop_blocks": [], "moe_blocks": []},
+    "every block": {"drop_blocks": [0, 1, 2], "moe_blocks": [0, 1, 2, 3], "train_blocks": "all", "keep_rate": 0.8},
 }
 
 
@@ -32,7 +32,7 @@ def test_a_trace_says_where_every_patch_was(options):
     prefix = model.vit.num_prefix_tokens
     for place in range(3):
         found = trace(records, place, 16)
-        assert sorted(found.kept) == [i for i, plan in enumerate(model.plan) if plan.keep < 1]
+        assert sorted(found.kept) == [i for i, plan in enumerate(model.plan) if plan.keep_rate < 1]
         assert sorted(found.experts) == model.balance.blocks
         origin = list(range(16))
         for index in sorted(records):
@@ -57,8 +57,9 @@ def test_a_strip_is_drawn_for_any_plan_and_number_of_images(options):
     _, records = run(options)
     heights = []
     for count in (1, 3):
-        views = [View(np.full((3, 16, 16), 90, np.uint8), (4, 4), "a", "b", trace(records, i, 16))
-                 for i in range(count)]
+        views = [
+            View(np.full((3, 16, 16), 90, np.uint8), (4, 4), "a", "b", trace(records, i, 16)) for i in range(count)
+        ]
         picture = style.array(strip("one", views, 4))
         assert picture.shape[1:] == (WIDTH, 3)
         heights.append(len(picture))
@@ -77,11 +78,11 @@ def panels(view: View, experts: int) -> dict[str, np.ndarray]:
     return found
 
 
-def test_kept_patches_are_shown_as_they_are_and_dropped_ones_without_colour():
+def test_kept_patches_are_shown_as_they_are_and_dropped_ones_without_color():
     image = np.zeros((3, 20, 20), np.uint8)
     image[0] = 200  # pure red
     kept = np.array([True, False, False, True])
-    view = View(image, (2, 2), "a", "b", Trace(np.array([.4, .1, .1, .2]), {2: (kept, 1)}))
+    view = View(image, (2, 2), "a", "b", Trace(np.array([0.4, 0.1, 0.1, 0.2]), {2: (kept, 1)}))
     shown = panels(view, 0)
     assert list(shown) == ["image", "score, block 2", "after block 2"]
     after = shown["after block 2"]
@@ -92,12 +93,12 @@ def test_kept_patches_are_shown_as_they_are_and_dropped_ones_without_colour():
     assert heat[0, 0] < heat[1, 1] < heat[0, 1] == heat[1, 0]  # darker is more
 
 
-def test_patches_have_the_colour_of_their_expert_on_grids_that_are_not_square():
+def test_patches_have_the_color_of_their_expert_on_grids_that_are_not_square():
     chosen = np.array([0, 1, 2, -1, 5, 1])
     view = View(np.full((3, 24, 24), 128, np.uint8), (2, 3), "a", "a", Trace(experts={4: chosen}))
     shown = panels(view, 6)["experts, block 4"]
     for patch, expert in enumerate(chosen):
-        part = shown[patch // 3 * 12:patch // 3 * 12 + 12, patch % 3 * 8:patch % 3 * 8 + 8].reshape(-1, 3)
+        part = shown[patch // 3 * 12 : patch // 3 * 12 + 12, patch % 3 * 8 : patch % 3 * 8 + 8].reshape(-1, 3)
         assert (part == part[0]).all()
         if expert >= 0:
             assert np.abs(part[0] - 255 * style.experts(6)[expert]).max() <= 1

@@ -2,7 +2,7 @@
 
 Points of a figure are complex numbers, about the unit disc, y upwards. A `Pose` places them on
 the canvas, whose coordinates run from -1 to 1 as well. A mask is float32 (64, 64), 0 outside the
-figure and 1 inside, with soft edges. `paint` turns a mask into an RGB image with random colours,
+figure and 1 inside, with soft edges. `paint` turns a mask into an RGB image with random colors,
 background, clutter, light and noise, so that a class shows in nothing but the structure of its
 mask.
 """
@@ -41,9 +41,7 @@ class Pose:
         """The figure point under every pixel, complex64 (64, 64)."""
         moved = CANVAS - np.complex64(self.offset)
         area = abs(self.direct) ** 2 - abs(self.mirror) ** 2
-        return np.complex64(np.conj(self.direct) / area) * moved - np.complex64(
-            self.mirror / area
-        ) * np.conj(moved)
+        return np.complex64(np.conj(self.direct) / area) * moved - np.complex64(self.mirror / area) * np.conj(moved)
 
     def soft(self, depth):
         """Mask of `depth > 0`, a distance in figure units, with an edge about one pixel wide."""
@@ -118,22 +116,22 @@ def ramp(rng, strength):
     return direction[0] * CANVAS.real + direction[1] * CANVAS.imag
 
 
-def two_colours(rng):
-    """Two random colours that can be told apart, float32 (2, 3) in 0..1."""
+def two_colors(rng):
+    """Two random colors that can be told apart, float32 (2, 3) in 0..1."""
     while True:
         pair = rng.random((2, 3), np.float32)
-        grey = pair @ np.float32([0.3, 0.6, 0.1])
-        if abs(grey[0] - grey[1]) > 0.25:
+        gray = pair @ np.float32([0.3, 0.6, 0.1])
+        if abs(gray[0] - gray[1]) > 0.25:
             return pair
 
 
-def backdrop(rng, colour, clutter=4):
+def backdrop(rng, color, clutter=4):
     """A sloping background with up to `clutter` stray lines and specks, float32 (64, 64, 3)."""
-    sheet = Image.new("RGB", (SIZE, SIZE), tuple(int(255 * c) for c in colour))
+    sheet = Image.new("RGB", (SIZE, SIZE), tuple(int(255 * c) for c in color))
     draw = ImageDraw.Draw(sheet)
     for _ in range(rng.integers(0, clutter + 1)):
         x, y, dx, dy = rng.uniform(0, SIZE, 4)
-        mixed = np.clip(colour + rng.uniform(-0.35, 0.35, 3), 0, 1)
+        mixed = np.clip(color + rng.uniform(-0.35, 0.35, 3), 0, 1)
         ink = tuple(int(255 * c) for c in mixed)
         if rng.random() < 0.5:
             draw.line((x, y, dx, dy), fill=ink, width=int(rng.integers(1, 3)))
@@ -152,8 +150,8 @@ def finish(rng, image):
 
 
 def paint(rng, mask, inner=None, clutter=4):
-    """The image of a mask, with a mask `inner` in another colour on top: uint8 (64, 64, 3)."""
-    back, front = two_colours(rng)
+    """The image of a mask, with a mask `inner` in another color on top: uint8 (64, 64, 3)."""
+    back, front = two_colors(rng)
     image = backdrop(rng, back, clutter)
     fill = front + ramp(rng, 0.2)[..., None]
     image += mask[..., None].astype(np.float32) * (fill - image)

@@ -17,9 +17,9 @@ def _copies(points, scales, shifts, depth):
     return points
 
 
-def _about(centres, scale, depth, twist=0):
-    """Small copies, all of one scale, around the given centres."""
-    return _copies(np.zeros(1), np.full(len(centres), scale * np.exp(1j * twist)), centres, depth)
+def _about(centers, scale, depth, twist=0):
+    """Small copies, all of one scale, around the given centers."""
+    return _copies(np.zeros(1), np.full(len(centers), scale * np.exp(1j * twist)), centers, depth)
 
 
 def _path(scales, shifts, depth):
@@ -70,11 +70,11 @@ def _fern(rng):
     return (leaf * np.exp(1j * bend * leaf.real) - 0.5) * 1.9
 
 
-def _julia(centre, reach):
-    """The mask of points that stay near under z -> z^2 + c, for c about `centre`."""
+def _julia(center, reach):
+    """The mask of points that stay near under z -> z^2 + c, for c about `center`."""
 
     def escape(rng):
-        c = np.complex64(centre + reach * complex(*rng.normal(0, 1, 2)))
+        c = np.complex64(center + reach * complex(*rng.normal(0, 1, 2)))
         z = Pose(rng, size=(0.25, 0.5), shift=0.35, stretch=1.7).field() * np.complex64(0.95)
         stay = np.zeros(z.shape, np.float32)
         for _ in range(18):
@@ -94,9 +94,7 @@ FRACTALS = {
     "carpet": lambda rng: _about(_square[_square != 0] * 0.55, 1 / 3, 4),
     "plus": lambda rng: _about(np.array([0, 1, 1j, -1, -1j]) * 0.68, 1 / 3, 5),
     "hexaflake": lambda rng: _about(np.append(_ring * 0.68, 0), 1 / 3, 4),
-    "dust": lambda rng: _about(
-        corners([0.85] * 4, 0.125) * 0.72, rng.uniform(0.32, 0.4), 5, rng.uniform(-0.2, 0.2)
-    ),
+    "dust": lambda rng: _about(corners([0.85] * 4, 0.125) * 0.72, rng.uniform(0.32, 0.4), 5, rng.uniform(-0.2, 0.2)),
     "snowflake": _snowflake,
     "dragon": _dragon,
     "levy": _levy,

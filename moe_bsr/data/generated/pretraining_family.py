@@ -16,14 +16,26 @@ paint:
   counts things).
 
 What can transfer is strokes, edges, periodicity, symmetry and recursion, never a class. The paint
-- colours, background, clutter, light, noise - is the same in source and tasks.
+- colors, background, clutter, light, noise - is the same in source and tasks.
 """
 
 from functools import cache
 
 import numpy as np
 
-from moe_bsr.data.generated.drawing import TAU, Pose, curve, dust, finish, paint, polygons, ramp, smooth_noise, strokes, two_colours
+from moe_bsr.data.generated.drawing import (
+    TAU,
+    Pose,
+    curve,
+    dust,
+    finish,
+    paint,
+    polygons,
+    ramp,
+    smooth_noise,
+    strokes,
+    two_colors,
+)
 
 GROUPS = {"doodle": 60, "blot": 40, "pattern": 50, "rosette": 40, "growth": 30, "group": 20}
 
@@ -43,9 +55,9 @@ def _doodle(number):
         lines.append(np.cumsum(steps) + complex(*rng.uniform(-0.5, 0.5, 2)))
     points = np.concatenate(lines)
     x, y = points.real, points.imag
-    centre = (x.max() + x.min() + 1j * (y.max() + y.min())) / 2
-    reach = np.abs(points - centre).max()
-    return [(line - centre) / reach for line in lines]
+    center = (x.max() + x.min() + 1j * (y.max() + y.min())) / 2
+    reach = np.abs(points - center).max()
+    return [(line - center) / reach for line in lines]
 
 
 def draw_doodle(number, rng):
@@ -143,7 +155,7 @@ def draw_pattern(number, rng):
         value = _around(number, z / 1.5) if number < 40 else _filtered(number, rng)
     if rng.random() < 0.5:
         value = 1 - value
-    first, second = two_colours(rng)
+    first, second = two_colors(rng)
     value = (np.clip(value, 0, 1) * rng.uniform(0.5, 1))[..., None].astype(np.float32)
     return finish(rng, first + value * (second - first) + ramp(rng, 0.2)[..., None])
 
@@ -177,8 +189,7 @@ def draw_growth(number, rng):
     points = np.linspace(-0.3, 0.3, 3).astype(complex)
     for _ in range((10, 7, 5)[len(scales) - 2]):
         parts = [
-            a * (points.conj() if flip else points) + b
-            for a, b, flip in zip(scales, shifts, mirrored, strict=True)
+            a * (points.conj() if flip else points) + b for a, b, flip in zip(scales, shifts, mirrored, strict=True)
         ]
         points = np.concatenate(parts)
     points = (points - points.mean()) / (np.abs(points - points.mean()).max() + 1e-6)

@@ -1,7 +1,7 @@
 """The five generated tasks: shapes, textures, glyphs, petals, fractals.
 
 Each family is a list of class names and a function `draw(label, rng)` that returns one image, uint8
-(64, 64, 3). Place, size, turn, colours, background and light are random in all of them; the named
+(64, 64, 3). Place, size, turn, colors, background and light are random in all of them; the named
 structure alone is the class.
 """
 
@@ -9,7 +9,20 @@ from functools import cache
 
 import numpy as np
 
-from moe_bsr.data.generated.drawing import CANVAS, TAU, Pose, backdrop, corners, curve, finish, paint, polygons, smooth_noise, strokes, two_colours
+from moe_bsr.data.generated.drawing import (
+    CANVAS,
+    TAU,
+    Pose,
+    backdrop,
+    corners,
+    curve,
+    finish,
+    paint,
+    polygons,
+    smooth_noise,
+    strokes,
+    two_colors,
+)
 from moe_bsr.data.generated.fractals import FRACTALS, draw_fractal
 
 # ---- shapes: one flat figure, solid, outlined or hatched, among clutter --------------------------
@@ -25,8 +38,7 @@ SHAPES = {
     "pentagon": corners([1.05] * 5),
     "star": corners([1.15, 0.45] * 5),
     "cross": np.outer(1j ** np.arange(4), [1 - 0.32j, 1 + 0.32j, 0.32 + 0.32j]).ravel(),
-    "heart": 1.06 * np.sin(_t) ** 3
-    + 0.066j * np.cos(np.outer(_t, [1, 2, 3, 4])) @ [13, -5, -2, -1],
+    "heart": 1.06 * np.sin(_t) ** 3 + 0.066j * np.cos(np.outer(_t, [1, 2, 3, 4])) @ [13, -5, -2, -1],
     "crescent": np.concatenate((np.exp(1j * _bow), 0.35 + 0.98 * np.exp(-0.955j * _bow))),
     "arrow": np.array([1.1, 0.2 + 0.8j, 0.2 + 0.3j, -1 + 0.3j, -1 - 0.3j, 0.2 - 0.3j, 0.2 - 0.8j]),
     "drop": np.concatenate((0.75 * np.exp(1j * np.linspace(0.45, TAU - 0.45, 30)) - 0.3, [1.25])),
@@ -147,7 +159,7 @@ def draw_texture(label, rng):
     if rng.random() < 0.5:
         value = 1 - value
     value = (value * rng.uniform(0.2, 0.8))[..., None].astype(np.float32)
-    first, second = two_colours(rng)
+    first, second = two_colors(rng)
     ground = backdrop(rng, first, clutter=12)
     return finish(rng, ground + value * (second - ground))
 

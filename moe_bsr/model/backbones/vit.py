@@ -1,4 +1,4 @@
-"""Backbones: any timm VisionTransformer, from the hub, a local file or shipped with this package.
+"""Backbones: any timm VisionTransformer, from the hub, a local file or bundled with this package.
 
 timm's parameter names are kept, so every published checkpoint of such a model loads as it is; position
 embeddings are resized to the image size asked for.
@@ -17,10 +17,10 @@ from timm.layers import PatchEmbed
 from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
-from moe_bsr.model import block
 from moe_bsr.config import BackboneConfig, ConfigError, require
+from moe_bsr.model import block
 
-SHIPPED = Path(__file__).parents[2] / "weights"
+BUNDLED = Path(__file__).parents[2] / "weights"
 NOT_BACKBONE = ("head.", "pre_logits.", "mask_token", "decoder", "fc.")
 
 
@@ -35,7 +35,7 @@ class ImageSettings:
     crop_pct: float
 
 
-def skeleton(config: BackboneConfig) -> VisionTransformer:
+def create_on_meta(config: BackboneConfig) -> VisionTransformer:
     """The architecture alone, on the meta device: instant, for checks, plans and costs.
 
     Raises:
@@ -51,15 +51,21 @@ def load(config: BackboneConfig, seed: int = 0) -> VisionTransformer:
     Raises:
         ConfigError: as `skeleton`; weights absent, or not of this architecture (which keys, which shapes).
     """
-    skeleton(config)
+    create_on_meta(config)
     if config.weights == "hub":
-        require(_shipped_file(config.name) is None, "backbone.weights", "hub",
-                f"{config.name} is not on the hub but shipped here: use shipped")
+        require(
+            _bundled_file(config.name) is None,
+            "backbone.weights",
+            "hub",
+            f"{config.name} is not on the hub but bundled here: use bundled",
+        )
         try:
             return _create(config, pretrained=True)
         except Exception as error:  # hub clients raise many kinds; all mean the same to the user
-            raise ConfigError(f"backbone.weights = 'hub': could not fetch {config.name}: {error}; "
-                              "give a local .safetensors, .pth or .npz file instead") from error
+            raise ConfigError(
+                f"backbone.weights = 'hub': could not fetch {config.name}: {error}; "
+                "give a local .safetensors, .pth or .npz file instead"
+            ) from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vit = _create(config)
@@ -71,13 +77,11 @@ def load(config: BackboneConfig, seed: int = 0) -> VisionTransformer:
 def image_settings(config: BackboneConfig, vit: VisionTransformer) -> ImageSettings:
     """Size, mean, std, interpolation and crop share this backbone was trained with."""
     size = vit.patch_embed.img_size[0]
-    if (file := _shipped_file(config.name)) is not None:
+    if (file := _bundled_file(config.name)) is not None:
         meta = _metadata(file)
-        return ImageSettings(size, tuple(json.loads(meta["mean"])), tuple(json.loads(meta["std"])),
-                             "bicubic", 1.0)
+        return ImageSettings(size, tuple(json.loads(meta["mean"])), tuple(json.loads(meta["std"])), "bicubic", 1.0)
     cfg = timm.data.resolve_model_data_config(vit)
-    return ImageSettings(size, tuple(cfg["mean"]), tuple(cfg["std"]), cfg["interpolation"],
-                         cfg["crop_pct"])
+    return ImageSettings(size, tuple(cfg["mean"]), tuple(cfg["std"]), cfg["interpolation"], cfg["crop_pct"])
 
 
 def digest(state: dict[str, torch.Tensor]) -> str:
@@ -92,7 +96,7 @@ def digest(state: dict[str, torch.Tensor]) -> str:
 
 def _create(config: BackboneConfig, pretrained: bool = False) -> VisionTransformer:
     size = {} if config.image_size is None else {"img_size": config.image_size}
-    file = _shipped_file(config.name)
+    file = _bundled_file(config.name)
     try:
         if file is not None:
             arguments = json.loads(_metadata(file)["architecture"])
@@ -100,35 +104,51 @@ def _create(config: BackboneConfig, pretrained: bool = False) -> VisionTransform
         else:
             vit = timm.create_model(config.name, pretrained=pretrained, num_classes=0, **size)
     except RuntimeError as error:
-        known = [p.stem for p in SHIPPED.glob("*.safetensors")]
+        known = [p.stem for p in BUNDLED.glob("*.safetensors")]
         names = timm.list_models(["vit_*", "deit*"], pretrained="." in config.name)
         near = difflib.get_close_matches(config.name, names, 4)
-        raise ConfigError(f"backbone.name = {config.name!r}: {error}; shipped here: {', '.join(known)}; "
-                          f"nearest in timm: {', '.join(near) or 'none'}") from None
+        raise ConfigError(
+            f"backbone.name = {config.name!r}: {error}; bundled here: {', '.join(known)}; "
+            f"nearest in timm: {', '.join(near) or 'none'}"
+        ) from None
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"backbone.image_size = {config.image_size}: {error}") from None
     except TypeError as error:
-        raise ConfigError(f"backbone.image_size = {config.image_size}: {config.name} takes no image "
-                          f"size ({error}); it is no timm VisionTransformer") from None
-    require(type(vit) is VisionTransformer, "backbone.name", config.name,
-            f"is a timm {type(vit).__name__}; only plain VisionTransformers work here (distilled, "
-            "hybrid, Swin, EVA and convolutional models have another forward)")
-    require(type(vit.patch_embed) is PatchEmbed, "backbone.name", config.name,
-            "is a hybrid: a convolutional network makes its tokens; only plain patch embeddings work")
+        raise ConfigError(
+            f"backbone.image_size = {config.image_size}: {config.name} takes no image "
+            f"size ({error}); it is no timm VisionTransformer"
+        ) from None
+    require(
+        type(vit) is VisionTransformer,
+        "backbone.name",
+        config.name,
+        f"is a timm {type(vit).__name__}; only plain VisionTransformers work here (distilled, "
+        "hybrid, Swin, EVA and convolutional models have another forward)",
+    )
+    require(
+        type(vit.patch_embed) is PatchEmbed,
+        "backbone.name",
+        config.name,
+        "is a hybrid: a convolutional network makes its tokens; only plain patch embeddings work",
+    )
     odd = [type(b).__name__ for b in vit.blocks if not block.supported(b)]
-    require(not odd, "backbone.name", config.name,
-            f"its blocks are {', '.join(sorted(set(odd)))}; only timm's plain Block with Attention works")
+    require(
+        not odd,
+        "backbone.name",
+        config.name,
+        f"its blocks are {', '.join(sorted(set(odd)))}; only timm's plain Block with Attention works",
+    )
     height, width = vit.patch_embed.img_size
-    require(height == width, "backbone.name", config.name, f"takes {height} x {width} images; only "
-            "square ones work")
+    require(height == width, "backbone.name", config.name, f"takes {height} x {width} images; only square ones work")
     patch = vit.patch_embed.patch_size[0]
-    require(height >= patch and height % patch == 0, "backbone.image_size", height,
-            f"a multiple of the patch size {patch}")
+    require(
+        height >= patch and height % patch == 0, "backbone.image_size", height, f"a multiple of the patch size {patch}"
+    )
     return vit
 
 
-def _shipped_file(name: str) -> Path | None:
-    file = SHIPPED / f"{name}.safetensors"
+def _bundled_file(name: str) -> Path | None:
+    file = BUNDLED / f"{name}.safetensors"
     return file if file.is_file() else None
 
 
@@ -138,16 +158,22 @@ def _metadata(file: Path) -> dict[str, str]:
 
 
 def _weights_file(config: BackboneConfig) -> Path:
-    if config.weights == "shipped":
-        file = _shipped_file(config.name)
+    if config.weights == "bundled":
+        file = _bundled_file(config.name)
         if file is None:
-            known = ", ".join(p.stem for p in SHIPPED.glob("*.safetensors"))
-            raise ConfigError(f"backbone.weights = 'shipped': shipped are {known}, not {config.name}; use "
-                              "hub, random, or the path of a .safetensors, .pth or .npz file")
+            known = ", ".join(p.stem for p in BUNDLED.glob("*.safetensors"))
+            raise ConfigError(
+                f"backbone.weights = 'bundled': bundled are {known}, not {config.name}; use "
+                "hub, random, or the path of a .safetensors, .pth or .npz file"
+            )
         return file
     file = Path(config.weights).expanduser()
-    require(file.is_file(), "backbone.weights", config.weights, "no such file; give hub, shipped, random, "
-            "or the path of a .safetensors, .pth or .npz file")
+    require(
+        file.is_file(),
+        "backbone.weights",
+        config.weights,
+        "no such file; give hub, bundled, random, or the path of a .safetensors, .pth or .npz file",
+    )
     return file
 
 
@@ -156,18 +182,23 @@ def _load_file(vit: VisionTransformer, file: Path, config: BackboneConfig) -> No
         try:
             vit.load_pretrained(str(file))
         except Exception as error:  # a damaged archive and a misfit raise many kinds
-            raise ConfigError(f"backbone.weights = {str(file)!r}: unreadable, or no fit for {config.name}: "
-                              f"{error}") from error
+            raise ConfigError(
+                f"backbone.weights = {str(file)!r}: unreadable, or no fit for {config.name}: {error}"
+            ) from error
         return
     try:
         raw = load_state_dict(str(file), weights_only=True)
     except Exception as error:  # every format has its own kinds of errors
-        raise ConfigError(f"backbone.weights = {str(file)!r}: unreadable ({str(error).splitlines()[0]}); a "
-                          "checkpoint may hold tensors and nothing that needs unpickling") from error
+        raise ConfigError(
+            f"backbone.weights = {str(file)!r}: unreadable ({str(error).splitlines()[0]}); a "
+            "checkpoint may hold tensors and nothing that needs unpickling"
+        ) from error
     tensors = {k: v for k, v in raw.items() if isinstance(v, torch.Tensor)}
     if not tensors:
-        raise ConfigError(f"backbone.weights = {str(file)!r}: no tensors by name, but {', '.join(map(str, raw))}; "
-                          "save the part that is the backbone on its own")
+        raise ConfigError(
+            f"backbone.weights = {str(file)!r}: no tensors by name, but {', '.join(map(str, raw))}; "
+            "save the part that is the backbone on its own"
+        )
     expected = vit.state_dict()
     try:
         state = checkpoint_filter_fn(tensors, vit)
@@ -183,9 +214,15 @@ def _load_file(vit: VisionTransformer, file: Path, config: BackboneConfig) -> No
 
 def _misfits(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
     """Which keys and shapes differ: up to three of each kind, and how many more."""
-    kinds = [[f"{k} is {tuple(state[k].shape)}, expected {tuple(expected[k].shape)}"
-              for k in expected if k in state and state[k].shape != expected[k].shape],
-             [f"missing {k}" for k in expected if k not in state],
-             [f"unexpected {k}" for k in state if k not in expected and not k.startswith(NOT_BACKBONE)]]
-    return [text for kind in kinds for text in
-            kind[:3] + ([f"and {len(kind) - 3} more like it"] if len(kind) > 3 else [])]
+    kinds = [
+        [
+            f"{k} is {tuple(state[k].shape)}, expected {tuple(expected[k].shape)}"
+            for k in expected
+            if k in state and state[k].shape != expected[k].shape
+        ],
+        [f"missing {k}" for k in expected if k not in state],
+        [f"unexpected {k}" for k in state if k not in expected and not k.startswith(NOT_BACKBONE)],
+    ]
+    return [
+        text for kind in kinds for text in kind[:3] + ([f"and {len(kind) - 3} more like it"] if len(kind) > 3 else [])
+    ]

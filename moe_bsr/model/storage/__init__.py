@@ -17,7 +17,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class Storage:
     """Attributes:
-        run: the forward under this storage. cost: its bytes. again: whether the block runs twice.
+    run: the forward under this storage. cost: its bytes. again: whether the block runs twice.
     """
 
     run: Callable
@@ -32,6 +32,4 @@ def register(name: str, run: Callable, *, cost: Callable, again: bool = False) -
     STORAGES[name] = Storage(run, cost, again)
 
 
-from moe_bsr.model.storage import exact
-from moe_bsr.model.storage import packed
-from moe_bsr.model.storage import recompute
+from moe_bsr.model.storage import exact, packed, recompute

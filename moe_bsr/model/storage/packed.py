@@ -18,7 +18,7 @@ from moe_bsr.model.storage import register
 NARROW = 16  # values a token; what is narrower stays as it is
 
 
-class Rounded:
+class BFloat16Packed:
     """A tensor in bfloat16."""
 
     def __init__(self, x: Tensor) -> None:
@@ -28,7 +28,7 @@ class Rounded:
         return self.kept.to(self.dtype)
 
 
-class Quantised:
+class Int8Packed:
     """(..., N, D) in int8: symmetric, scaled to the largest magnitude of each channel over the N tokens.
 
     By channel, because a few channels of a ViT's residual stream are tens of times larger than the rest.
@@ -51,13 +51,19 @@ def packable(x: Tensor, weights: frozenset[tuple[int, ...]] = frozenset()) -> bo
         weights: shapes of the block's own: autocast's copies of them are known by nothing else.
     """
     source = x if x._base is None else x._base
-    return (x.is_floating_point() and not isinstance(source, nn.Parameter) and x.ndim >= 2
-            and x.shape[-1] >= NARROW and tuple(x.shape) not in weights)
+    return (
+        x.is_floating_point()
+        and not isinstance(source, nn.Parameter)
+        and x.ndim >= 2
+        and x.shape[-1] >= NARROW
+        and tuple(x.shape) not in weights
+    )
 
 
 def _run_packed(kind: type, forward, tokens, parameters):
-    weights = frozenset(shape for p in parameters if p.ndim >= 2
-                        for shape in (tuple(p.shape), tuple(p.transpose(-2, -1).shape)))
+    weights = frozenset(
+        shape for p in parameters if p.ndim >= 2 for shape in (tuple(p.shape), tuple(p.transpose(-2, -1).shape))
+    )
     packed: dict[tuple, tuple[StorageWeakRef, object]] = {}
 
     def pack(x: Tensor) -> object:
@@ -84,15 +90,15 @@ def rounded_bytes(ledger: Ledger, x: Held) -> tuple[int, int]:
     return x.bytes // 2, 0
 
 
-def quantised_bytes(ledger: Ledger, x: Held) -> tuple[int, int]:
-    """The same of `Quantised`: a byte for each value and two for each channel."""
+def quantized_bytes(ledger: Ledger, x: Held) -> tuple[int, int]:
+    """The same of `Quantized`: a byte for each value and two for each channel."""
     values = x.bytes // ledger.size
     return values + 2 * values // ledger.tokens, x.bytes + values
 
 
 def _register(name: str, kind: type, packed: Callable[[Ledger, Held], tuple[int, int]]) -> None:
     def cost(ledger: Ledger, part, x: Held):
-        if kind is Rounded and ledger.size == 2:
+        if kind is BFloat16Packed and ledger.size == 2:
             return part(x)  # what is kept is that already
         with ledger.mode(ledger.grad, lambda tensor: packed(ledger, tensor)):
             return part(x)
@@ -100,5 +106,5 @@ def _register(name: str, kind: type, packed: Callable[[Ledger, Held], tuple[int,
     register(name, lambda *block: _run_packed(kind, *block), cost=cost)
 
 
-_register("bf16", Rounded, rounded_bytes)
-_register("int8", Quantised, quantised_bytes)
+_register("bf16", BFloat16Packed, rounded_bytes)
+_register("int8", Int8Packed, quantized_bytes)

@@ -12,11 +12,11 @@ from torch.autograd.graph import get_gradient_edge
 
 from moe_bsr.cost.ledger import Held, Ledger
 from moe_bsr.model.storage import register
-from moe_bsr.model.storage.packed import Quantised, quantised_bytes
+from moe_bsr.model.storage.packed import Int8Packed, quantized_bytes
 from moe_bsr.model.tokens import Tokens
 
 
-class Again(torch.autograd.Function):
+class Recompute(torch.autograd.Function):
     """(x, parameters) -> the block's tokens and what of its record has a gradient.
 
     The first pass builds no graph, so nothing of it outlives the call (that of torch's non-reentrant checkpoint does).
@@ -25,8 +25,11 @@ class Again(torch.autograd.Function):
     @staticmethod
     def forward(ctx, forward, tokens: Tokens, report: dict, pack, x: Tensor, *parameters: Tensor):
         ctx.forward, ctx.origin, ctx.fused = forward, tokens.origin, tokens.fused
-        ctx.autocast = {"device_type": x.device.type, "dtype": torch.get_autocast_dtype(x.device.type),
-                        "enabled": torch.is_autocast_enabled(x.device.type)}
+        ctx.autocast = {
+            "device_type": x.device.type,
+            "dtype": torch.get_autocast_dtype(x.device.type),
+            "enabled": torch.is_autocast_enabled(x.device.type),
+        }
         ctx.packed = None if pack is None else pack(x)
         ctx.save_for_backward(x if pack is None else None, *parameters)
         after, record = forward(Tokens(x, tokens.origin, tokens.fused))
@@ -37,13 +40,15 @@ class Again(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):
         kept, *parameters = ctx.saved_tensors
         if kept is None and ctx.packed is None:
-            raise RuntimeError("backward a second time through a block with storage = recompute_int8, whose input "
-                               "is freed by the first; use recompute")
+            raise RuntimeError(
+                "backward a second time through a block with storage = recompute_int8, whose input "
+                "is freed by the first; use recompute"
+            )
         needs_x = ctx.needs_input_grad[4]
         x = (ctx.packed.restore() if kept is None else kept.detach()).requires_grad_(needs_x)
         ctx.packed = None
         with torch.enable_grad(), torch.autocast(**ctx.autocast):
-            outputs = _differentiable(*ctx.forward(Tokens(x, ctx.origin, ctx.fused), valued=False))
+            outputs = _differentiable(*ctx.forward(Tokens(x, ctx.origin, ctx.fused), needs_output=False))
         pairs = [(get_gradient_edge(o), g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
         del outputs  # only their place in the graph is needed
         wanted = [x, *parameters] if needs_x else parameters
@@ -59,7 +64,7 @@ def _differentiable(tokens: Tokens, record) -> list[Tensor]:
 def _run(pack, forward, tokens, parameters):
     report: dict = {}
     trained = [p for p in parameters if p.requires_grad]
-    x, *amounts = Again.apply(forward, tokens, report, pack, tokens.x, *trained)
+    x, *amounts = Recompute.apply(forward, tokens, report, pack, tokens.x, *trained)
     after, record = report["tokens"], report["record"]
     if amounts:
         record.routing.importance, record.routing.load = amounts
@@ -71,9 +76,9 @@ def _register(name: str, pack, packed_bytes) -> None:
         ledger.decided, tokens = 0, ledger.tokens
         with ledger.mode(False):
             out, records, _ = part(x)
-        decisions = ledger.make(ledger.decided, packable=False)
-        ledger.save(decisions, "decisions")
-        ledger.free(decisions)
+        replay = ledger.make(ledger.decided, packable=False)
+        ledger.save(replay, "decisions")
+        ledger.free(replay)
         kept = x
         if pack is not None:
             ledger.tokens, left = tokens, ledger.tokens
@@ -88,14 +93,14 @@ def _register(name: str, pack, packed_bytes) -> None:
             ledger.free(kept if pack is not None else None)
             dropped = grad.bytes < x.bytes  # where the gradient goes on in another tensor, the engine still holds
             grad.saves += dropped  # the one it gave until the whole block is done
-            with ledger.mode(True, valued=False):
+            with ledger.mode(True, needs_output=False):
                 again, twice, back = part(restored)
                 ledger.free(again, *twice)
                 out = back(grad)
             if dropped:
                 ledger.release(grad)
             ledger.release(kept)
-            ledger.release(decisions)
+            ledger.release(replay)
             ledger.free(restored if pack is not None else None)
             return out
 
@@ -105,4 +110,4 @@ def _register(name: str, pack, packed_bytes) -> None:
 
 
 _register("recompute", None, None)
-_register("recompute_int8", Quantised, quantised_bytes)
+_register("recompute_int8", Int8Packed, quantized_bytes)

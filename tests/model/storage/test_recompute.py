@@ -5,13 +5,12 @@ import torch
 from tiny_models import gradients, make_model, make_vit, normal, saved_for_backward, scale_routers
 from torch.nn import functional as F
 
-from moe_bsr.model import block
-from moe_bsr.model import multitask
+from moe_bsr.config import TokensConfig
+from moe_bsr.model import block, multitask
+from moe_bsr.model.replay import Replay
+from moe_bsr.model.tokens import FUSED, Tokens
 from moe_bsr.ops import experts as experts_module
 from moe_bsr.ops import linear as linear_module
-from moe_bsr.config import TokensConfig
-from moe_bsr.model.replay import Decisions
-from moe_bsr.model.tokens import FUSED, Tokens
 
 
 @pytest.fixture
@@ -19,11 +18,11 @@ def decided(monkeypatch) -> list[str]:
     """Names of the decisions made while the test runs, in order."""
     made = []
 
-    class Counting(Decisions):
-        def once(self, name, decide):
-            return super().once(name, lambda: made.append(name) or decide())
+    class Counting(Replay):
+        def record(self, name, decide):
+            return super().record(name, lambda: made.append(name) or decide())
 
-    monkeypatch.setattr(multitask, "Decisions", Counting)
+    monkeypatch.setattr(multitask, "Replay", Counting)
     return made
 
 
@@ -31,9 +30,20 @@ def train_step(storage: str, images: torch.Tensor, noise: float, router: str, to
     vit = make_vit()
     if images.std() == 0:
         vit.pos_embed.data[:, 1:] = 0.0  # with a constant image every patch ties with every other
-    model = make_model(vit=vit, storage=storage, trainable=(0, 2, 3), drop=(0, 1, 2), keep=0.6,
-                       experts=(0, 2, 3), router=router, gate_noise=noise, clone_noise=0.1,
-                       balance="across_tasks", balance_weight=1.0, tokens=tokens).train()
+    model = make_model(
+        vit=vit,
+        storage=storage,
+        train_blocks=(0, 2, 3),
+        drop_blocks=(0, 1, 2),
+        keep_rate=0.6,
+        moe_blocks=(0, 2, 3),
+        router=router,
+        gate_noise=noise,
+        init_noise=0.1,
+        balance_loss="across_tasks",
+        balance_loss_weight=1.0,
+        tokens=tokens,
+    ).train()
     scale_routers(model, 20.0)
     for task in ("one", "two"):
         model.zero_grad()
@@ -46,8 +56,9 @@ def train_step(storage: str, images: torch.Tensor, noise: float, router: str, to
 @pytest.mark.parametrize("router", ["per_task", "task_conditioned"])
 @pytest.mark.parametrize("noise", [0.0, 4.0], ids=["silent", "noisy"])
 @pytest.mark.parametrize("ties", [False, True], ids=["", "ties"])
-@pytest.mark.parametrize("tokens", [TokensConfig(), TokensConfig(protect=True, rank="logits")],
-                         ids=["raw", "protect-logits"])
+@pytest.mark.parametrize(
+    "tokens", [TokensConfig(), TokensConfig(protect_fused=True, rank_by="logits")], ids=["raw", "protect-logits"]
+)
 def test_recomputation_is_exact_and_decides_nothing_again(decided, router, noise, ties, tokens):
     images = torch.ones(3, 3, 16, 16) if ties else normal(3, 3, 16, 16)
     runs, counts = [], []
@@ -55,8 +66,7 @@ def test_recomputation_is_exact_and_decides_nothing_again(decided, router, noise
         decided.clear()
         runs.append(train_step(storage, images, noise, router, tokens))
         counts.append({name: decided.count(name) for name in set(decided)})
-    assert counts[0] == counts[1] == {"kept tokens": 6, "experts": 6} | (
-        {"gate noise": 6} if noise else {})
+    assert counts[0] == counts[1] == {"kept tokens": 6, "experts": 6} | ({"gate noise": 6} if noise else {})
 
     (exact, output), (again, replayed) = runs
     assert torch.equal(output.logits, replayed.logits)
@@ -82,7 +92,7 @@ def test_recomputation_is_exact_and_decides_nothing_again(decided, router, noise
 def test_recomputation_keeps_less():
     sizes = []
     for storage in ("exact", "recompute"):
-        model = make_model(storage=storage, trainable=(1, 3), experts=(1, 3))
+        model = make_model(storage=storage, train_blocks=(1, 3), moe_blocks=(1, 3))
         saved = saved_for_backward(lambda model=model: model(normal(3, 3, 16, 16), "one"))
         sizes.append(sum(t.numel() for t in saved if not isinstance(t, torch.nn.Parameter)))
     assert sizes[1] < 0.1 * sizes[0]
@@ -90,7 +100,7 @@ def test_recomputation_keeps_less():
 
 def test_without_gradients_nothing_is_recomputed_and_the_result_is_the_same():
     images = normal(3, 3, 16, 16)
-    exact, again = (make_model(storage=s, experts=(1, 3)).eval() for s in ("exact", "recompute"))
+    exact, again = (make_model(storage=s, moe_blocks=(1, 3)).eval() for s in ("exact", "recompute"))
     with torch.no_grad():
         assert torch.equal(exact(images, "one").logits, again(images, "one").logits)
 
@@ -98,21 +108,29 @@ def test_without_gradients_nothing_is_recomputed_and_the_result_is_the_same():
 @pytest.mark.parametrize("noise", [0.0, 4.0])
 def test_a_block_run_again_on_a_rounded_input_keeps_its_decisions(noise):
     """What an int8 copy of the block input would do: close values, the same discrete choices."""
-    model = make_model(experts=(1, 3), gate_noise=noise).train()
+    model = make_model(moe_blocks=(1, 3), gate_noise=noise).train()
     scale_routers(model, 20.0)
     x = normal(8, 17, 16)
     step = x.abs().max() / 31
     rounded = (x / step).round() * step
     origin = torch.arange(16).expand(8, -1)
 
-    def run(x, decisions):
+    def run(x, replay):
         tokens, record = block.forward(
-            model.vit.blocks[1], Tokens(x, origin), plan=model.plan[1], config=model.tokens_config,
-            prefix=1, has_class_token=True, task="one", decisions=decisions, noise_key=(1, 2))
+            model.vit.blocks[1],
+            Tokens(x, origin),
+            plan=model.plan[1],
+            config=model.tokens_config,
+            prefix=1,
+            has_class_token=True,
+            task="one",
+            replay=replay,
+            noise_key=(1, 2),
+        )
         return tokens.origin, record.routing.experts
 
-    decisions = Decisions()
-    first, replayed, fresh = run(x, decisions), run(rounded, decisions), run(rounded, Decisions())
+    replay = Replay()
+    first, replayed, fresh = run(x, replay), run(rounded, replay), run(rounded, Replay())
     assert all(torch.equal(a, b) for a, b in zip(first, replayed, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(first, fresh, strict=True))
 
@@ -121,18 +139,20 @@ def test_a_block_run_again_on_a_rounded_input_keeps_its_decisions(noise):
 @pytest.mark.parametrize("kind", ["class-token", "layer-scale"])
 def test_the_last_product_is_computed_again_only_where_its_values_are_kept(kind, experts, monkeypatch):
     """A LayerScale that trains keeps them for its own gradient."""
-    found, valued = [], []
+    found, needs_output = [], []
     for storage in ("exact", "recompute"):
-        model = make_model(kind, storage=storage, trainable=(1, 3), experts=experts).train()
+        model = make_model(kind, storage=storage, train_blocks=(1, 3), moe_blocks=experts).train()
         output = model(normal(3, 3, 16, 16), "one", noise_key=(0, 0, 0))
         with monkeypatch.context() as patch:
             for module in (linear_module, experts_module):
                 original = module.no_values
-                patch.setattr(module, "no_values", lambda *a, original=original: valued.append(storage) or original(*a))
+                patch.setattr(
+                    module, "no_values", lambda *a, original=original: needs_output.append(storage) or original(*a)
+                )
             output.logits.square().sum().backward()
         found.append(gradients(model))
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[0].items():
         assert torch.equal(gradient, found[1][name]), name
     again = 3 if kind == "class-token" else 1  # blocks 1, 2, 3; in the frozen one LayerScale is a constant
-    assert valued == ["recompute"] * again
+    assert needs_output == ["recompute"] * again

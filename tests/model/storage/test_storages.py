@@ -9,12 +9,14 @@ from moe_bsr import config
 from moe_bsr.config import Config, ConfigError
 from moe_bsr.model.plan import block_storages
 from moe_bsr.model.storage import STORAGES
-from moe_bsr.model.storage.packed import Quantised, Rounded, _run_packed, packable
+from moe_bsr.model.storage.packed import BFloat16Packed, Int8Packed, _run_packed, packable
 
 
 def step(storage, experts=(1, 3)):
     """Gradients and output of one training step on images of a small model."""
-    model = make_model(storage=storage, trainable=(1, 3), drop=(1, 2), experts=experts, clone_noise=0.1).train()
+    model = make_model(
+        storage=storage, train_blocks=(1, 3), drop_blocks=(1, 2), moe_blocks=experts, init_noise=0.1
+    ).train()
     scale_routers(model, 5.0)
     output = model(normal(6, 3, 16, 16), "one")
     (F.cross_entropy(output.logits, torch.arange(6) % 3) + output.auxiliary_loss).backward()
@@ -38,7 +40,7 @@ def test_the_forward_is_exact_and_gradients_point_the_same_way(storage, experts)
 
 @pytest.mark.parametrize("storage", sorted(STORAGES))
 def test_a_second_backward_gives_the_same_gradients_or_says_why_not(storage):
-    model = make_model(storage=storage, trainable=(1, 3), drop=(1, 2), experts=(1,)).train()
+    model = make_model(storage=storage, train_blocks=(1, 3), drop_blocks=(1, 2), moe_blocks=(1,)).train()
     loss = F.cross_entropy(model(normal(6, 3, 16, 16), "one").logits, torch.arange(6) % 3)
     loss.backward(retain_graph=True)
     first = gradients(model)
@@ -51,13 +53,16 @@ def test_a_second_backward_gives_the_same_gradients_or_says_why_not(storage):
     assert {n: g.tolist() for n, g in gradients(model).items()} == {n: g.tolist() for n, g in first.items()}
 
 
-@pytest.mark.parametrize("kind", [Rounded, Quantised])
+@pytest.mark.parametrize("kind", [BFloat16Packed, Int8Packed])
 def test_statistics_and_weights_of_tokens_are_not_rounded(kind, monkeypatch):
     """However many tokens or images there are; in float32, where attention keeps a log-sum a row."""
     rounded = []
-    monkeypatch.setattr(kind, "__init__", (lambda make: lambda self, x: rounded.append(x.shape) or make(self, x))(
-        kind.__init__))
-    model = make_model(storage=kind is Rounded and "bf16" or "int8", trainable=(1, 3), drop=(1, 2)).train()
+    monkeypatch.setattr(
+        kind, "__init__", (lambda make: lambda self, x: rounded.append(x.shape) or make(self, x))(kind.__init__)
+    )
+    model = make_model(
+        storage=kind is BFloat16Packed and "bf16" or "int8", train_blocks=(1, 3), drop_blocks=(1, 2)
+    ).train()
     model(normal(20, 3, 32, 32) if model.vit.patch_embed.img_size[0] == 32 else normal(20, 3, 16, 16), "one")
     widths = {model.vit.embed_dim * factor for factor in (1, 3, 4)}
     assert rounded and {shape[-1] for shape in rounded} <= widths
@@ -73,9 +78,13 @@ def test_a_mixture_gives_each_block_its_own():
     assert any(not torch.equal(mixed[n], expected[n]) for n in mixed if "blocks.3" in n)
 
 
-@pytest.mark.parametrize("storage, message", [
-    ({"recompute": [9]}, "storage = {'recompute': [9]}: [9] outside the backbone's blocks 0 to 3"),
-    ({"recompute": [1], "int8": [1]}, "each block once")])
+@pytest.mark.parametrize(
+    "storage, message",
+    [
+        ({"recompute": [9]}, "storage = {'recompute': [9]}: [9] outside the backbone's blocks 0 to 3"),
+        ({"recompute": [1], "int8": [1]}, "each block once"),
+    ],
+)
 def test_impossible_mixtures_are_refused(storage, message):
     with pytest.raises(ConfigError) as error:
         make_model(storage=storage)
@@ -92,7 +101,7 @@ def test_int8_keeps_a_quarter_of_float32():
     x = normal(4, 50, 16).requires_grad_()
     made = []
 
-    class Counting(Quantised):
+    class Counting(Int8Packed):
         def __init__(self, x):
             super().__init__(x)
             made.append((x.nbytes, self.kept.nbytes + self.scale.nbytes))
@@ -103,18 +112,18 @@ def test_int8_keeps_a_quarter_of_float32():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_quantisation_is_within_half_a_step_of_each_channel(dtype):
+def test_quantization_is_within_half_a_step_of_each_channel(dtype):
     x = (normal(3, 40, 16) * torch.logspace(-3, 3, 16)).to(dtype)
-    packed = Quantised(x)
+    packed = Int8Packed(x)
     back = packed.restore()
     assert packed.kept.dtype == torch.int8 and back.shape == x.shape and back.dtype == dtype
     step = x.float().abs().amax(1, keepdim=True) / 126
-    bound = 0.5 * step + 2 ** -7 * x.float().abs()  # and the rounding of the scale
+    bound = 0.5 * step + 2**-7 * x.float().abs()  # and the rounding of the scale
     assert ((back.float() - x.float()).abs() <= bound).all()
 
 
 def test_zeros_stay_zeros():
-    assert torch.equal(Quantised(torch.zeros(2, 64)).restore(), torch.zeros(2, 64))
+    assert torch.equal(Int8Packed(torch.zeros(2, 64)).restore(), torch.zeros(2, 64))
 
 
 def test_a_tensor_kept_twice_is_packed_once_and_parameters_not_at_all():
@@ -122,7 +131,7 @@ def test_a_tensor_kept_twice_is_packed_once_and_parameters_not_at_all():
     weight = torch.nn.Parameter(normal(16, 16))
     kept = []
 
-    class Counting(Rounded):
+    class Counting(BFloat16Packed):
         def __init__(self, x):
             super().__init__(x)
             kept.append(x)  # alive, so that no address is used twice
@@ -146,13 +155,16 @@ def test_copies_of_weights_are_not_packed():
         return y.sum() + (tokens[:3] @ stack.bfloat16().float().transpose(1, 2)).sum()
 
     (expected,) = torch.autograd.grad(forward(x), x)
-    (found,) = torch.autograd.grad(_run_packed(Quantised, forward, x, [one, stack]), x)
+    (found,) = torch.autograd.grad(_run_packed(Int8Packed, forward, x, [one, stack]), x)
     assert torch.equal(found, expected)
 
 
 def test_recomputation_saves_the_input_and_nothing_else():
-    model = make_model(storage="recompute", trainable=(1, 3), drop=(1,), experts=())
-    saved = [t for t in saved_for_backward(lambda: model(normal(6, 3, 16, 16), "one"))
-             if not isinstance(t, torch.nn.Parameter) and t.ndim == 3 and t.shape[-1] >= 16]
+    model = make_model(storage="recompute", train_blocks=(1, 3), drop_blocks=(1,), moe_blocks=())
+    saved = [
+        t
+        for t in saved_for_backward(lambda: model(normal(6, 3, 16, 16), "one"))
+        if not isinstance(t, torch.nn.Parameter) and t.ndim == 3 and t.shape[-1] >= 16
+    ]
     inputs = [t for t in saved if t.shape[-1] == 16]
     assert len(saved) == len(inputs) <= 3 + 1  # blocks 1 to 3 and the final norm
