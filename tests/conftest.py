@@ -4,7 +4,19 @@ import kill_campaign
 import pytest
 import torch
 
+from moe_bsr import ops
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["fast", "reference"])
+def kernels(request):
+    """An oracle test with this fixture runs on the fast kernels and on their plain references."""
+    if request.param == "fast":
+        yield
+    else:
+        with ops.reference():
+            yield
 
 
 @pytest.fixture(scope="module")

@@ -68,6 +68,7 @@ def make_model(
     vit=None,
     classes=CLASSES,
     storage="exact",
+    adapter=None,
     train_blocks=(1, 3),
     drop_blocks=(1, 2),
     keep_rate=0.5,
@@ -84,6 +85,7 @@ def make_model(
     )
     config = Config(
         storage=storage,
+        adapter=adapter,
         plan=plan,
         tokens=tokens or TokensConfig(),
         moe=MoEConfig(**{"num_experts": 4, "top_k": 2} | moe),

@@ -99,6 +99,8 @@ def convert(value: Any, hint: Any, key: str) -> Any:
         raise ConfigError(f"{key} = {value!r}: one of {', '.join(names)}{nearest(value, names)}")
     elif origin is list and isinstance(value, (list, tuple)):
         return [convert(item, arguments[0], f"{key}[{i}]") for i, item in enumerate(value)]
+    elif hint is dict and isinstance(value, dict):
+        return value
     elif origin is dict and isinstance(value, dict):
         return {convert(k, arguments[0], key): convert(v, arguments[1], f"{key}.{k}") for k, v in value.items()}
     elif hint is types.NoneType and value is None:
@@ -127,11 +129,8 @@ def convert_section(value: Any, cls: type, key: str, **given: Any) -> Any:
                 if dataclasses.is_dataclass(hint)
                 for inner in typing.get_type_hints(hint)
             } | {here: here for here in hints}
-            raise ConfigError(
-                f"unknown key {prefix}{name}"
-                + nearest(name, paths, lambda near: repr(prefix + paths[near]))
-                + f" (allowed: {', '.join(hints)})"
-            )
+            near = nearest(name, paths, lambda near, paths=paths: repr(prefix + paths[near]))
+            raise ConfigError(f"unknown key {prefix}{name}{near} (allowed: {', '.join(hints) or 'none'})")
     for field in dataclasses.fields(cls):
         required = field.default is field.default_factory  # only MISSING is both
         if required and field.name in hints and field.name not in value:
@@ -157,5 +156,12 @@ def _describe(hint: Any) -> str:
         return f"a list of {_describe(arguments[0])}s"
     if origin is dict:
         return f"a mapping of names to {_describe(arguments[1])}"
-    names = {int: "whole number", float: "number", bool: "true/false value", str: "text", types.NoneType: "null"}
+    names = {
+        dict: "mapping",
+        int: "whole number",
+        float: "number",
+        bool: "true/false value",
+        str: "text",
+        types.NoneType: "null",
+    }
     return names.get(hint, str(hint))

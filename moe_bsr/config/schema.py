@@ -22,8 +22,6 @@ from moe_bsr.config.reader import ConfigError, convert, parse, read_tree, requir
 # Attributes of torch's dictionaries, which therefore cannot name an entry.
 RESERVED = {*dir(nn.ModuleDict()), *dir(nn.ParameterDict())}
 
-Storage = Literal["exact", "bf16", "int8", "recompute", "recompute_int8"]
-
 
 @dataclass(kw_only=True, slots=True)
 class BackboneConfig:
@@ -106,7 +104,7 @@ class MoEConfig:
     num_experts: int = 16
     top_k: int = 4
     mlp_ratio: int = 4
-    router: Literal["per_task", "task_conditioned"] = "per_task"
+    router: str = "per_task"
     train_router: bool = True
     renormalize_gates: bool = True
     gate_noise: float = 0.0
@@ -275,7 +273,8 @@ class Config:
     mode: Literal["multitask", "single_task"] = "multitask"
     tasks: list[str] = field(default_factory=lambda: ["shapes", "textures", "glyphs", "petals", "fractals"])
     seed: int = 0
-    storage: Storage | dict[Storage, list[int]] = "exact"
+    storage: str | dict | list[dict] = "exact"
+    adapter: str | dict | list[dict] | None = None
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     tokens: TokensConfig = field(default_factory=TokensConfig)

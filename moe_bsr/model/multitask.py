@@ -4,9 +4,7 @@ No module keeps the state of a step: everything a caller may want to know of a f
 `Output` it returns.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -14,15 +12,21 @@ from torch import Tensor, nn
 
 from moe_bsr.config import Config
 from moe_bsr.model import block
-from moe_bsr.model.backbones import vit as backbone
+from moe_bsr.model.adapters import ADAPTERS
+from moe_bsr.model.backbones import family_of
+from moe_bsr.model.backbones.vit import digest, embed, pool
 from moe_bsr.model.balance import Balance
-from moe_bsr.model.moe import MoE, upcycling_error
-from moe_bsr.model.plan import block_storages, embedding_trains, freeze, gradient_path_start, make_plan
+from moe_bsr.model.block import BlockContext, Record
+from moe_bsr.model.layers import Linear, adopt
+from moe_bsr.model.moe import MoE, Routing, upcycling_error
+from moe_bsr.model.plan import embedding_trains, freeze, gradient_path_start, make_plan
 from moe_bsr.model.replay import Replay
 from moe_bsr.model.storage import STORAGES
 from moe_bsr.model.tokens import Tokens
-from moe_bsr.ops.linear import compute_dtype, embed_patches, frozen_matrices
+from moe_bsr.ops.linear import compute_dtype
 from moe_bsr.runtime.rng import generator
+
+HEAD_STD = 0.01
 
 
 @dataclass(slots=True)
@@ -30,22 +34,27 @@ class Output:
     """Result of one forward pass.
 
     Attributes:
-        logits: (B, classes of the task) float.
+        logits: (B, classes of the task) float32.
         auxiliary_loss: scalar to add to the task's loss (the weighted balance loss; 0 without experts).
         records: what each block that drops or routes did, by block index.
     """
 
     logits: Tensor
     auxiliary_loss: Tensor
-    records: dict[int, block.Record] = field(default_factory=dict)
+    records: dict[int, Record] = field(default_factory=dict)
 
     @property
-    def routing(self) -> dict:
+    def routing(self) -> dict[int, Routing]:
         return {i: r.routing for i, r in self.records.items() if r.routing is not None}
 
 
 class MultitaskViT(nn.Module):
-    """A planned backbone with heads. Build it with `build`."""
+    """A planned backbone with heads. Build it with `build`.
+
+    Attributes:
+        plan: what each block is.
+        path_start: the first block whose backward pass must run; the depth if none's.
+    """
 
     def __init__(self, vit: VisionTransformer, config: Config, classes: dict[str, int]) -> None:
         """Apply the plan of `config` to `vit` (which is changed in place) and add the heads.
@@ -55,11 +64,12 @@ class MultitaskViT(nn.Module):
         """
         super().__init__()
         self.vit = vit
-        self.backbone_sha256 = backbone.digest(vit.state_dict()) if _has_values(vit) else ""
+        self.backbone_sha256 = digest(vit.state_dict()) if _has_values(vit) else ""
         self.tokens_config = config.tokens
-        self.plan = make_plan(config.plan, len(vit.blocks))
-        self.storages = block_storages(config.storage, len(vit.blocks))
+        self.plan = make_plan(config, len(vit.blocks))
         self.tasks = list(classes)
+        for layer in vit.blocks:
+            adopt(layer)
         self.upcycling_errors: dict[int, float] = {}
         for index in config.plan.moe_blocks:
             mlp = vit.blocks[index].mlp
@@ -71,40 +81,45 @@ class MultitaskViT(nn.Module):
         if not config.moe.train_router:
             for index in config.plan.moe_blocks:
                 vit.blocks[index].mlp.router.requires_grad_(False)
+        for index, plan in enumerate(self.plan):
+            if plan.adapter is not None:
+                adapter = ADAPTERS[plan.adapter.kind]
+                adapter.attach(vit.blocks[index], plan.adapter.options, (config.seed, "adapter", index))
         self.balance = Balance(config.moe, self.tasks, sorted(config.plan.moe_blocks))
         self.heads = nn.ModuleDict({task: nn.Linear(vit.num_features, n) for task, n in classes.items()})
         for task, head in self.heads.items():
             noise = torch.randn(head.weight.shape, generator=generator(config.seed, "head", task))
-            head.weight.data.copy_(0.01 * noise)
+            head.weight.data.copy_(HEAD_STD * noise)
             nn.init.zeros_(head.bias)
+        self.contexts = [
+            BlockContext(plan, config.tokens, vit.num_prefix_tokens, vit.has_class_token) for plan in self.plan
+        ]
         self.embedding_trains = embedding_trains(vit)
         self.path_start = gradient_path_start(vit)
 
-    def forward(
-        self,
-        images: Tensor | None,
-        task: str,
-        noise_key: tuple[int, ...] | None = None,
-        forward_features: Callable[[Tensor | None, str], tuple[Tokens, dict[int, block.Record]]] | None = None,
-    ) -> Output:
+    def forward(self, images: Tensor, task: str, noise_key: tuple[int, ...] | None = None) -> Output:
         """(B, 3, S, S) normalized images of one task -> its logits and what happened on the way.
 
         Args:
             noise_key: integers that seed the gate noise (training with moe.gate_noise > 0 needs it).
-            forward_features: takes the place of `self.forward_features`; only one that needs no images may be given None.
         """
-        return self._finish([(forward_features or self.forward_features)(images, task)], task, noise_key)
+        return self._forward_path([self.forward_features(images, task)], task, noise_key)
 
-    def forward_features(self, images: Tensor, task: str = "") -> tuple[Tokens, dict[int, block.Record]]:
-        """Everything before the gradient path, under no_grad: the same for every task.
+    def forward_features(self, images: Tensor, task: str = "") -> tuple[Tokens, dict[int, Record]]:
+        """Everything before the gradient path, without a graph: the same for every task.
 
         One call serves all tasks: `for task in tasks: model.forward_from(tokens, task)`.
         """
+        if not images.is_floating_point():
+            raise TypeError(f"images are {images.dtype}: normalize them first, as a run's transforms.normalize does")
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.embedding_trains):
-            tokens = self._embed(images)
-            records: dict[int, block.Record] = {}
+            x = embed(self.vit, images)
+            origin = torch.arange(x.shape[1] - self.vit.num_prefix_tokens, device=x.device)
+            tokens = Tokens(x.to(compute_dtype(x)), origin.expand(x.shape[0], -1))
+            del x
+            records: dict[int, Record] = {}
             for index in range(self.path_start):
-                tokens = self._block(index, tokens, task, None, records)
+                tokens = self.run_block(index, tokens, task, None, records)
         return tokens, records
 
     def forward_from(
@@ -112,33 +127,55 @@ class MultitaskViT(nn.Module):
         tokens: Tokens,
         task: str,
         noise_key: tuple[int, ...] | None = None,
-        records: dict[int, block.Record] | None = None,
+        records: dict[int, Record] | None = None,
     ) -> Output:
         """The gradient path and the head of `task`, from the tokens `forward_features` returned."""
-        return self._finish([(tokens, dict(records or {}))], task, noise_key)
+        return self._forward_path([(tokens, dict(records or {}))], task, noise_key)
 
-    def _embed(self, images: Tensor) -> Tokens:
-        vit = self.vit
-        x = vit.norm_pre(vit.patch_drop(vit._pos_embed(embed_patches(vit.patch_embed, images))))
-        origin = torch.arange(x.shape[1] - vit.num_prefix_tokens, device=x.device)
-        return Tokens(x.to(compute_dtype(x)), origin.expand(len(x), -1))
-
-    def _finish(
-        self, start: list[tuple[Tokens, dict[int, block.Record]]], task: str, noise_key: tuple[int, ...] | None
+    def _forward_path(
+        self, start: list[tuple[Tokens, dict[int, Record]]], task: str, noise_key: tuple[int, ...] | None
     ) -> Output:
-        tokens, records = start.pop()  # in a list, or the caller's frame would hold the tokens to the end
+        # The tokens come in a list that is emptied here: as an argument of their own, the caller's frame would
+        # hold them to the end of the pass.
+        tokens, records = start.pop()
         for index in range(self.path_start, len(self.plan)):
             key = None if noise_key is None else (*noise_key, index)
-            tokens = self._block(index, tokens, task, key, records)
-        output = Output(self.logits(tokens, task), None, records)
+            tokens = self.run_block(index, tokens, task, key, records)
+        output = Output(self.logits(tokens, task), tokens.x.new_zeros(()), records)
         output.auxiliary_loss = self.balance(output.routing, task)
         return output
 
+    def run_block(
+        self,
+        index: int,
+        tokens: Tokens,
+        task: str,
+        noise_key: tuple[int, ...] | None = None,
+        records: dict[int, Record] | None = None,
+    ) -> Tokens:
+        """Block `index` under its storage, if a graph is wanted.
+
+        Args:
+            noise_key: as in `forward`, with the block's index behind it.
+            records: gets what the block did, if it drops or routes.
+        """
+        layer, context, replay = self.vit.blocks[index], self.contexts[index], Replay()
+
+        def run(tokens: Tokens, needs_output: bool = True) -> tuple[Tokens, Record]:
+            return block.forward(layer, tokens, context, task, replay, noise_key, needs_output)
+
+        if torch.is_grad_enabled():
+            storage = context.plan.storage
+            tokens, record = STORAGES[storage.kind].run(run, tokens, list(layer.parameters()), storage.options)
+        else:
+            tokens, record = run(tokens)
+        if records is not None and (record.dropped is not None or record.routing is not None):
+            records[index] = record
+        return tokens
+
     def logits(self, tokens: Tokens, task: str) -> Tensor:
         """The head of `task` on the last block's tokens: (B, classes) float32."""
-        # Only the class token is looked at: no need to normalize the others.
-        x = tokens.x[:, :1] if self.vit.global_pool == "token" else tokens.x
-        features = self.vit.forward_head(self.vit.norm(x), pre_logits=True)
+        features = pool(self.vit, tokens.x)
         # In float32: bf16 logits of a hundred classes tie, and ties decide about accuracy.
         with torch.autocast(features.device.type, enabled=False):
             return self.heads[task](features.float())
@@ -151,7 +188,9 @@ class MultitaskViT(nn.Module):
 
     def cast_frozen_(self, dtype: torch.dtype) -> None:
         """Keep the frozen matrices in the compute dtype alone: the values autocast would compute with."""
-        for parameter in frozen_matrices(self.vit):
+        layers = [self.vit.patch_embed.proj]
+        layers += [layer for block in self.vit.blocks for layer in block.modules() if type(layer) is Linear]
+        for parameter in (p for layer in layers for p in layer.parameters(recurse=False) if not p.requires_grad):
             parameter.data = parameter.data.to(dtype)
 
     def commit(self, output: Output, task: str) -> None:
@@ -159,37 +198,32 @@ class MultitaskViT(nn.Module):
         if output.routing:
             self.balance.update(output.routing, task)
 
+    def layer_of(self, parameter: nn.Parameter) -> int:
+        """The layer of a parameter for layer-wise learning rates: 0 the embeddings, depth + 1 the top.
+
+        Experts and adapters belong to their block; routers, the final norm and the heads to the top.
+        """
+        for index, layer in enumerate(self.vit.blocks):
+            if any(parameter is p for p in layer.parameters()):
+                router = layer.mlp.router.parameters() if isinstance(layer.mlp, MoE) else ()
+                return len(self.plan) + 1 if any(parameter is p for p in router) else index + 1
+        vit = self.vit
+        top = [vit.norm, vit.fc_norm, vit.attn_pool, self.heads]
+        of_top = any(parameter is p for module in top if module is not None for p in module.parameters())
+        return len(self.plan) + 1 if of_top else 0
+
+    def parameters_of(self, task: str) -> list[nn.Parameter]:
+        """Parameters that take part in a step of `task`: all but the other tasks' heads and routers."""
+        others = {id(p) for name, head in self.heads.items() if name != task for p in head.parameters()}
+        for layer in self.vit.blocks:
+            if isinstance(layer.mlp, MoE):
+                others |= {id(p) for p in layer.mlp.router.parameters_of_others(task)}
+        return [p for p in self.parameters() if id(p) not in others]
+
     def unchanged_backbone_names(self) -> set[str]:
         """Names in the state dict that are the backbone's own, unchanged: not worth saving again."""
-        experts = tuple(f"blocks.{i}.mlp." for i, plan in enumerate(self.plan) if plan.moe)
-        return {
-            f"vit.{name}"
-            for name, p in self.vit.named_parameters()
-            if not p.requires_grad and not name.startswith(experts)
-        }
-
-    def _block(
-        self, index: int, tokens: Tokens, task: str, noise_key: tuple[int, ...] | None, records: dict[int, block.Record]
-    ) -> Tokens:
-        run = partial(
-            block.forward,
-            self.vit.blocks[index],
-            plan=self.plan[index],
-            config=self.tokens_config,
-            prefix=self.vit.num_prefix_tokens,
-            has_class_token=self.vit.has_class_token,
-            task=task,
-            replay=Replay(),
-            noise_key=noise_key,
-        )
-        if torch.is_grad_enabled():
-            parameters = list(self.vit.blocks[index].parameters())
-            tokens, record = STORAGES[self.storages[index]].run(run, tokens, parameters)
-        else:
-            tokens, record = run(tokens)
-        if record.dropped is not None or record.routing is not None:
-            records[index] = record
-        return tokens
+        new = {id(p) for layer in self.vit.blocks if isinstance(layer.mlp, MoE) for p in layer.mlp.parameters()}
+        return {f"vit.{name}" for name, p in self.vit.named_parameters() if not p.requires_grad and id(p) not in new}
 
 
 def _has_values(vit: VisionTransformer) -> bool:
@@ -198,7 +232,7 @@ def _has_values(vit: VisionTransformer) -> bool:
 
 def build_on_meta(config: Config, classes: dict[str, int]) -> MultitaskViT:
     """The model without values, on the meta device: instant, checks everything that needs no weights."""
-    return MultitaskViT(backbone.create_on_meta(config.backbone), config, classes)
+    return MultitaskViT(family_of(config.backbone).create_on_meta(config.backbone), config, classes)
 
 
 def build(config: Config, classes: dict[str, int]) -> MultitaskViT:
@@ -208,4 +242,4 @@ def build(config: Config, classes: dict[str, int]) -> MultitaskViT:
         ConfigError: impossible plan, unknown backbone, or weights that do not fit it.
     """
     build_on_meta(config, classes)
-    return MultitaskViT(backbone.load(config.backbone, config.seed), config, classes)
+    return MultitaskViT(family_of(config.backbone).load(config.backbone, config.seed), config, classes)

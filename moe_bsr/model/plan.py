@@ -1,74 +1,104 @@
-"""The plan: what each block is - trainable? keep rate after its attention? dense FFN or experts?
+"""The plan: one row per block says what it is - trainable, how many tokens it keeps, dense or experts, which
+adapter is added, what it saves for its backward pass.
 
 Full fine-tuning, last layer only, last-k, BSR, the MoE baseline and MoE-BSR are six plans. Blocks are
 chosen by exact index. (The public implementation matches the index as a substring of the parameter
 name, so that "2" also trains every `fc2` and `norm2`; four published rows carry that mistake.)
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from moe_bsr.config import PlanConfig, require
+from moe_bsr.config import Config, ConfigError, PlanConfig, require
+from moe_bsr.config.registry import Choice, Registry
+from moe_bsr.model.adapters import ADAPTERS
+from moe_bsr.model.storage import STORAGES
 from moe_bsr.model.tokens import count_kept
 
 
 @dataclass(frozen=True, slots=True)
 class BlockPlan:
+    """What a block is.
+
+    Attributes:
+        trainable: whether its own parameters train.
+        keep_rate: share of the tokens kept after its attention, in (0, 1]; 1 drops none.
+        moe: whether its FFN is a mixture of experts.
+        adapter: what is added to it, if anything.
+        storage: what it saves for its backward pass.
+    """
+
     trainable: bool
-    keep_rate: float
-    moe: bool
+    keep_rate: float = 1.0
+    moe: bool = False
+    adapter: Choice | None = None
+    storage: Choice = Choice("exact")
 
 
-def make_plan(config: PlanConfig, depth: int) -> list[BlockPlan]:
+def make_plan(config: Config, depth: int) -> list[BlockPlan]:
     """One BlockPlan per block.
 
     Raises:
-        ConfigError: an index outside 0..depth-1, or a drop at the last block.
+        ConfigError: an index outside 0..depth-1, a drop at the last block, or an unknown storage or adapter.
     """
+    plan = config.plan
     for key in ("train_blocks", "drop_blocks", "moe_blocks"):
-        blocks = getattr(config, key)
-        outside = [] if blocks == "all" else [i for i in blocks if not 0 <= i < depth]
-        require(
-            not outside,
-            f"plan.{key}",
-            blocks,
-            f"{outside} outside the backbone's blocks 0 to {depth - 1} (counted from 0)",
-        )
-    rates = config.keep_rate if isinstance(config.keep_rate, list) else [config.keep_rate] * len(config.drop_blocks)
-    keep = dict(zip(config.drop_blocks, rates, strict=True))
+        blocks = getattr(plan, key)
+        if blocks != "all":
+            _require_blocks(f"plan.{key}", blocks, blocks, depth)
+    rates = plan.keep_rate if isinstance(plan.keep_rate, list) else [plan.keep_rate] * len(plan.drop_blocks)
+    keep = dict(zip(plan.drop_blocks, rates, strict=True))
     require(
         keep.get(depth - 1, 1.0) == 1.0,
         "plan.drop_blocks",
-        config.drop_blocks,
+        plan.drop_blocks,
         f"block {depth - 1} is the last: nothing after a drop there would profit; drop earlier",
     )
-    everything = config.train_blocks == "all"
+    everything = plan.train_blocks == "all"
+    storages = choices_of_blocks(STORAGES, config.storage, depth, default=Choice("exact"))
+    adapters = choices_of_blocks(ADAPTERS, config.adapter, depth, default=None)
     return [
-        BlockPlan(everything or i in config.train_blocks, keep.get(i, 1.0), i in config.moe_blocks)
+        BlockPlan(
+            everything or i in plan.train_blocks, keep.get(i, 1.0), i in plan.moe_blocks, adapters[i], storages[i]
+        )
         for i in range(depth)
     ]
 
 
-def block_storages(config: str | dict[str, list[int]], depth: int) -> list[str]:
-    """The name of each block's storage: one for all, or those named and "exact" for the others.
+def choices_of_blocks(registry: Registry, value: Any, depth: int, default: Choice | None) -> list[Choice | None]:
+    """Each block's choice: one value for all blocks, or a list of mappings that name their `blocks`.
 
+    Args:
+        value: a kind, {kind: NAME, option: value}, [{kind: NAME, blocks: [0, 1]}, ...], or None.
+        default: of the blocks that a list leaves out, and of all where `value` is None.
     Raises:
-        ConfigError: an index outside 0..depth-1, or a block named twice.
+        ConfigError: unknown kind or option, an index outside 0..depth-1, or a block named twice.
     """
-    if isinstance(config, str):
-        return [config] * depth
-    storages = ["exact"] * depth
-    named = [i for blocks in config.values() for i in blocks]
-    outside = [i for i in named if not 0 <= i < depth]
-    require(
-        not outside, "storage", config, f"{outside} outside the backbone's blocks 0 to {depth - 1} (counted from 0)"
-    )
-    require(len(set(named)) == len(named), "storage", config, "each block once")
-    for name, blocks in config.items():
-        for index in blocks:
-            storages[index] = name
-    return storages
+    if value is None:
+        return [default] * depth
+    if not isinstance(value, list):
+        return [registry.choose(value)] * depth
+    chosen: list[Choice | None] = [default] * depth
+    named: list[int] = []
+    for entry in value:
+        blocks = entry.get("blocks") if isinstance(entry, dict) else None
+        if not isinstance(blocks, list) or not all(type(block) is int for block in blocks):
+            raise ConfigError(f"{registry.key} = {entry!r}: in a list, each entry is a mapping with kind and blocks")
+        _require_blocks(registry.key, value, blocks, depth)
+        named += blocks
+        choice = registry.choose({key: option for key, option in entry.items() if key != "blocks"})
+        for block in blocks:
+            chosen[block] = choice
+    require(len(set(named)) == len(named), registry.key, value, "each block once")
+    return chosen
+
+
+def _require_blocks(key: str, value: Any, blocks: Sequence[int], depth: int) -> None:
+    outside = [i for i in blocks if not 0 <= i < depth]
+    require(not outside, key, value, f"{outside} outside the backbone's blocks 0 to {depth - 1} (counted from 0)")
 
 
 def freeze(vit: nn.Module, config: PlanConfig) -> None:

@@ -1,221 +1,241 @@
 """The experts of a mixture: dispatch | experts | combine, in a loop or as grouped products.
 
-Tokens are gathered into rows grouped by expert, run through their expert's two layers, and summed with
-their gates. Nothing is dropped, and any number of rows for an expert is right, none included. Shapes:
+Tokens are gathered into rows grouped by expert, run through their expert's two layers, and summed with their
+gates. Nothing is dropped, and any number of rows for an expert is right, none included. Names end in their shape:
 
     T tokens of the micro-batch (images x tokens), D width, E experts, K = top_k, F hidden width,
-    R rows of the experts' batch, grouped by expert: T * K and padding
+    R rows of the experts' batch, grouped by expert: T * K and padding; r rows of one expert
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
-from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_bsr.config import MoEConfig, require
-from moe_bsr.ops.linear import activation_backward, compute_dtype, no_values, product
-from moe_bsr.runtime.rng import generator
+from moe_bsr import ops
+from moe_bsr.ops.linear import activation_backward, compute_dtype, empty_output, product
+
+Weights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]  # (E, F, D), (E, F), (E, D, F), (E, D)
 
 
-def row_padding(assignments: int, experts: int, narrow: bool) -> int:
-    """To a multiple of what the loop pads each expert's rows: 1, or with `narrow`, bf16 on a CPU, 16 or 64.
+def mixture(
+    x_TD: Tensor,
+    gates_TK: Tensor,
+    chosen_TK: Tensor,
+    weights: Weights,
+    act: nn.Module,
+    backend: str = "auto",
+    needs_output: bool = True,
+) -> Tensor:
+    """Gate-weighted sum of each token's chosen two-layer experts, (T, D) in the compute dtype.
+
+    Args:
+        gates_TK: float32. chosen_TK: int64, K different experts for each token.
+        backend: loop | grouped | auto: grouped products on GPUs in bf16, else the loop.
+        needs_output: False leaves the values out where that saves work, and keeps what the backward pass needs.
+    """
+    x_TD = x_TD.to(compute_dtype(x_TD))
+    if ops.is_reference():
+        return mixture_reference(x_TD, gates_TK, chosen_TK, weights, act)
+    experts = len(weights[0])
+    grouped = is_aligned(weights, x_TD.dtype) and is_grouped(backend, x_TD.is_cuda, x_TD.dtype == torch.bfloat16)
+    padding = row_padding(chosen_TK.numel(), experts, x_TD.device.type == "cpu" and x_TD.dtype == torch.bfloat16)
+    row_of_assignment, token_of_row, rows_E = sort_by_expert(chosen_TK, experts, padding)
+    if grouped:
+        x_RD = _Dispatch.apply(x_TD, row_of_assignment, token_of_row)
+        return _Combine.apply(_grouped_experts(x_RD, rows_E, weights, act), gates_TK, row_of_assignment)
+    rows = rows_per_expert(rows_E, chosen_TK.numel(), padding)
+    return _ExpertLoop.apply(
+        x_TD, gates_TK, row_of_assignment, token_of_row, rows, torch.is_grad_enabled(), needs_output, act, *weights
+    )
+
+
+def mixture_reference(x_TD: Tensor, gates_TK: Tensor, chosen_TK: Tensor, weights: Weights, act: nn.Module) -> Tensor:
+    """Every expert on every token; those that were not chosen have gate 0."""
+    w1, b1, w2, b2 = weights
+    gates_TE = gates_TK.new_zeros(x_TD.shape[0], len(w1)).scatter(1, chosen_TK, gates_TK)
+    y_TD = x_TD.new_zeros(x_TD.shape, dtype=torch.promote_types(x_TD.dtype, torch.float32))
+    for expert, gate_T in enumerate(gates_TE.unbind(1)):
+        first, second = (None if b is None else b[expert].to(x_TD.dtype) for b in (b1, b2))
+        hidden = act(F.linear(x_TD, w1[expert].to(x_TD.dtype), first))
+        y_TD = y_TD + gate_T.unsqueeze(1) * F.linear(hidden, w2[expert].to(x_TD.dtype), second)
+    return y_TD.to(x_TD.dtype)
+
+
+def is_grouped(backend: str, on_gpu: bool, bf16: bool) -> bool:
+    """Whether `moe.backend` means grouped products: on GPUs `grouped_mm` promises bf16 alone."""
+    return backend == "grouped" or (backend == "auto" and on_gpu and bf16)
+
+
+def is_aligned(weights: Weights, dtype: torch.dtype) -> bool:
+    """Whether the experts' matrices have rows of 16 bytes or multiples, as `grouped_mm` asks."""
+    return all(size * dtype.itemsize % 16 == 0 for size in weights[0].shape[1:])
+
+
+def row_padding(assignments: int, experts: int, bf16_on_cpu: bool) -> int:
+    """To a multiple of what each expert's rows are padded: 1, or in bf16 on a CPU 16 or 64.
 
     There every new matrix shape costs oneDNN a compilation, ten times the product of 800 rows itself;
     padded row counts soon repeat. Small groups have few counts anyway, and the most to lose by padding.
     """
-    if not narrow:
+    if not bf16_on_cpu:
         return 1
     return 64 if assignments > 512 * experts else 16
 
 
-def plan_rows(chosen: Tensor, experts: int, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
+RowsOfExperts = Callable[[int, int, int], list[int]]
+_assumed: ContextVar[RowsOfExperts | None] = ContextVar("rows of experts", default=None)
+
+
+@contextmanager
+def assume_rows(rows: RowsOfExperts) -> Iterator[None]:
+    """Within, rows are not counted but given: (assignments, experts, padding) -> rows of each expert.
+
+    For tensors without values, whose counts cannot be read. The rows sum to the assignments and padding.
+    """
+    token = _assumed.set(rows)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
+def rows_per_expert(rows_E: Tensor, assignments: int, padding: int) -> list[int]:
+    """The rows of each expert as Python reads them: a GPU is waited for."""
+    assumed = _assumed.get()
+    return rows_E.tolist() if assumed is None else assumed(assignments, len(rows_E), padding)
+
+
+def sort_by_expert(chosen_TK: Tensor, experts: int, padding: int) -> tuple[Tensor, Tensor, Tensor]:
     """Where each assignment goes in the experts' batch, whose rows are grouped by expert.
 
     Args:
-        chosen: (T, K) int64 experts. multiple: each expert's rows are padded to a multiple of this.
+        padding: each expert's rows are padded to a multiple of this.
     Returns:
-        slot (T * K,) row of each assignment; token (R,) token of each row (0 in padding); rows of each
-        expert (E,), padding included.
+        row_of_assignment (T * K,); token_of_row (R,), 0 in padding; rows_E (E,), padding included.
     """
-    ordered, order = chosen.flatten().sort(stable=True)
+    ordered, order = chosen_TK.flatten().sort(stable=True)
     # Not `bincount`, nor without padding a sum that Python reads: a GPU need not be waited for.
     ends = torch.searchsorted(ordered, torch.arange(experts, device=ordered.device), right=True)
     counts = ends.diff(prepend=ends.new_zeros(1))
-    padded = (counts + multiple - 1) // multiple * multiple
-    shift = (padded.cumsum(0) - padded) - (ends - counts)
+    rows_E = (counts + padding - 1) // padding * padding
+    shift = (rows_E.cumsum(0) - rows_E) - (ends - counts)
     row = torch.arange(len(ordered), device=ordered.device) + shift[ordered]
-    slot = torch.empty_like(order).scatter(0, order, row)
-    size = len(ordered) if multiple == 1 else int(padded.sum())
-    token = torch.zeros(size, dtype=torch.int64, device=ordered.device).scatter(0, row, order // chosen.shape[1])
-    return slot, token, padded
+    row_of_assignment = torch.empty_like(order).scatter(0, order, row)
+    size = len(ordered) if padding == 1 else sum(rows_per_expert(rows_E, len(ordered), padding))
+    token = order // chosen_TK.shape[1]
+    token_of_row = torch.zeros(size, dtype=torch.int64, device=ordered.device).scatter(0, row, token)
+    return row_of_assignment, token_of_row, rows_E
 
 
-def is_grouped(engine: str, on_gpu: bool, bf16: bool) -> bool:
-    """Whether `moe.backend` means grouped products: on GPUs `grouped_mm` promises bf16 alone."""
-    return engine == "grouped" or (engine == "auto" and on_gpu and bf16)
-
-
-class Dispatch(torch.autograd.Function):
-    """Rows of the experts' batch from the tokens. (T, D) -> (R, D).
-
-    The backward gathers each token's K rows and adds them: the same sum in the same order every time,
-    where the backward of plain indexing adds atomically in any order.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, slot: Tensor, token: Tensor) -> Tensor:
-        ctx.save_for_backward(slot)
-        ctx.tokens = len(x)
-        return x[token]
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (slot,) = ctx.saved_tensors
-        return grad[slot].view(ctx.tokens, -1, grad.shape[1]).sum(1), None, None
-
-
-class Combine(torch.autograd.Function):
-    """Gate-weighted sum of each token's K expert outputs. (R, D), (T, K) -> (T, D)."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, gates: Tensor, slot: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, gates, slot)
-        by_token = rows[slot].view(*gates.shape, -1)
-        return (gates.to(rows.dtype).unsqueeze(1) @ by_token).squeeze(1)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        rows, gates, slot = ctx.saved_tensors
-        grad = grad.to(rows.dtype)
-        grad_rows = torch.zeros_like(rows)
-        grad_rows[slot] = (gates.to(rows.dtype).unsqueeze(2) * grad.unsqueeze(1)).flatten(0, 1)
-        by_token = rows[slot].view(*gates.shape, -1)
-        grad_gates = (by_token @ grad.unsqueeze(2)).squeeze(2).to(gates.dtype)
-        return grad_rows, grad_gates, None
-
-
-class ExpertLoop(torch.autograd.Function):
+class _ExpertLoop(torch.autograd.Function):
     """Dispatch, experts and combine, one expert after the other. (T, D), (T, K) -> (T, D).
 
-    It keeps the tokens and each row's hidden values before the activation. Of everything else only one
-    expert's part is ever alive: its rows are gathered, its master weights cast, and what it puts out is
-    added to its tokens at once, in float32. The gate of a row has the gradient <grad W2, act(h)> + <grad, b2>,
-    so that the experts' outputs need not be kept for it.
+    Saved for backward: the tokens and each row's hidden values before the activation. Of everything else only
+    one expert's part is ever alive: its rows are gathered, its master weights cast, and what it puts out is added
+    to its tokens at once, in float32. The gate of a row has the gradient <grad W2, act(h)> + <grad, b2>, so that
+    the experts' outputs need not be kept for it.
     """
 
     @staticmethod
     def forward(
         ctx,
-        x: Tensor,
-        gates: Tensor,
-        slot: Tensor,
-        token: Tensor,
-        counts: list[int],
-        keeps: bool,
+        x_TD: Tensor,
+        gates_TK: Tensor,
+        row_of_assignment: Tensor,
+        token_of_row: Tensor,
+        rows: list[int],
+        keeps_hidden: bool,
         needs_output: bool,
         act: nn.Module,
-        *parameters: Tensor | None,
+        *weights: Tensor | None,
     ) -> Tensor:
-        gate, y, hidden = _of_rows(gates, slot, token), _wide_zeros(x) if needs_output else None, []
-        for expert, rows in _parts(counts):
-            before = _add_expert(y, x, gate[rows], token[rows], act, *_one(parameters, expert))
-            if keeps:
-                hidden.append(before)
-            del before  # it would live beside the next expert's
-        ctx.save_for_backward(x, gates.unsqueeze(2), slot, token, *parameters, *hidden)
-        ctx.counts, ctx.act = counts, act
-        return y.to(x.dtype) if needs_output else no_values(x, x.shape[1])
+        dtype = x_TD.dtype
+        gate_R1 = _gate_of_rows(gates_TK, row_of_assignment, token_of_row)
+        y_TD = _float32_zeros(x_TD) if needs_output else None
+        hidden = []
+        for expert, part in _used_experts(rows):
+            w1, b1, w2, b2 = (None if w is None else w[expert] for w in weights)
+            token_r = token_of_row[part]
+            h_rF = product(x_TD.index_select(0, token_r), *_cast(dtype, w1, b1))
+            if y_TD is not None:
+                y_TD.index_add_(0, token_r, gate_R1[part] * product(act(h_rF), *_cast(dtype, w2, b2)))
+            if keeps_hidden:
+                hidden.append(h_rF)
+            del h_rF  # it would live beside the next expert's
+        # Gates as columns (T, K, 1): what is saved as columns, a storage keeps as it is.
+        ctx.save_for_backward(x_TD, gates_TK.unsqueeze(2), row_of_assignment, token_of_row, *weights, *hidden)
+        ctx.rows, ctx.act = rows, act
+        return empty_output(x_TD, x_TD.shape[1]) if y_TD is None else y_TD.to(dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, gates, slot, token, *parameters = ctx.saved_tensors
-        parameters, hidden, gates = parameters[:4], parameters[4:], gates.squeeze(2)
-        grad, gate = grad.to(x.dtype), _of_rows(gates, slot, token)
-        grads = [None if p is None else torch.empty_like(p) for p in parameters]
-        grad_x, grad_gate = _wide_zeros(x), torch.empty_like(gate)
-        for expert, count in enumerate(ctx.counts):
+    def backward(ctx, grad_TD: Tensor):
+        x_TD, gates_TK1, row_of_assignment, token_of_row, *rest = ctx.saved_tensors
+        weights, hidden, gates_TK = rest[:4], rest[4:], gates_TK1.squeeze(2)
+        act, dtype = ctx.act, x_TD.dtype
+        grad_TD = grad_TD.to(dtype)
+        gate_R1 = _gate_of_rows(gates_TK, row_of_assignment, token_of_row)
+        grads = [None if w is None else torch.empty_like(w) for w in weights]
+        grad_x_TD, grad_gate_R1 = _float32_zeros(x_TD), torch.empty_like(gate_R1)
+        for expert, count in enumerate(ctx.rows):
             if not count:
-                for of_unused in _one(grads, expert):
-                    if of_unused is not None:
-                        of_unused.zero_()
-        for (expert, rows), before in zip(_parts(ctx.counts), hidden, strict=True):
-            grad_gate[rows] = _expert_backward(
-                grad_x,
-                _one(grads, expert),
-                grad,
-                x,
-                gate[rows],
-                token[rows],
-                before,
-                ctx.act,
-                *_one(parameters, expert),
-            )
-        grad_gates = grad_gate.flatten().index_select(0, slot).view_as(gates)
-        return grad_x.to(x.dtype), grad_gates, None, None, None, None, None, None, *grads
+                for grad in grads:
+                    if grad is not None:
+                        grad[expert].zero_()
+        for (expert, part), h_rF in zip(_used_experts(ctx.rows), hidden, strict=True):
+            grad_w1, grad_b1, grad_w2, grad_b2 = (None if g is None else g[expert] for g in grads)
+            w1, _, w2, b2 = (None if w is None else w[expert] for w in weights)
+            token_r, gate_r1 = token_of_row[part], gate_R1[part]
+            # Second layer. The gradient of its ungated output comes first, for the gates; then gates are
+            # multiplied where rows are narrow.
+            act_rF, grad_out_rD = act(h_rF), grad_TD.index_select(0, token_r)
+            grad_act_rF = grad_out_rD @ w2.to(dtype)
+            grad_gate_r1 = 0.0 if b2 is None else grad_out_rD @ b2.to(dtype).unsqueeze(1)
+            grad_out_rD.mul_(gate_r1)
+            _product_into(grad_w2, grad_out_rD.t(), act_rF)
+            if grad_b2 is not None:
+                grad_b2.copy_(grad_out_rD.sum(0))
+            del grad_out_rD
+            # <grad W2, act(h)>, in the activation's own memory unless the activation returned its input. Summed
+            # in bf16's own type: asked for float32, the sum would copy all of it first.
+            by_unit_rF = torch.mul(act_rF, grad_act_rF, out=None if act_rF is h_rF else act_rF)
+            grad_gate_R1[part] = grad_gate_r1 + by_unit_rF.sum(1, keepdim=True)
+            del act_rF, by_unit_rF
+            # First layer.
+            grad_h_rF = activation_backward(act, h_rF, grad_act_rF)
+            _product_into(grad_w1, grad_h_rF.t(), x_TD.index_select(0, token_r).mul_(gate_r1))
+            if grad_b1 is not None:
+                grad_b1.copy_((gate_r1.t().to(dtype) @ grad_h_rF).squeeze(0))
+            grad_x_TD.index_add_(0, token_r, gate_r1 * (grad_h_rF @ w1.to(dtype)))
+            del grad_act_rF, grad_h_rF  # they would live beside the next expert's
+        grad_gates_TK = grad_gate_R1.flatten().index_select(0, row_of_assignment).view_as(gates_TK)
+        return grad_x_TD.to(dtype), grad_gates_TK, None, None, None, None, None, None, *grads
 
 
-def _add_expert(
-    y: Tensor | None,
-    x: Tensor,
-    gate: Tensor,
-    token: Tensor,
-    act: nn.Module,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-) -> Tensor:
-    """Add one expert's gated outputs to y (T, D), if there is one; returns its rows' hidden values before the
-    activation."""
-    before = product(x.index_select(0, token), *_cast(x, w1, b1))
-    if y is not None:
-        y.index_add_(0, token, gate * product(act(before), *_cast(x, w2, b2)))
-    return before
+def _gate_of_rows(gates_TK: Tensor, row_of_assignment: Tensor, token_of_row: Tensor) -> Tensor:
+    """Gates as (R, 1), 0 in padding."""
+    return gates_TK.new_zeros(len(token_of_row)).scatter(0, row_of_assignment, gates_TK.flatten()).unsqueeze(1)
 
 
-def _expert_backward(
-    grad_x: Tensor,
-    grads: list[Tensor | None],
-    grad: Tensor,
-    x: Tensor,
-    gate: Tensor,
-    token: Tensor,
-    before: Tensor,
-    act: nn.Module,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-) -> Tensor:
-    """Write one expert's parameters' gradients into `grads`, add its rows' to grad_x (T, D) in float32.
-
-    Returns the gates' gradients, one of each row (rows, 1). Gates are multiplied where rows are narrow.
-    """
-    of_w1, of_b1, of_w2, of_b2 = grads
-    after, out = act(before), grad.index_select(0, token)
-    back = out @ _cast(x, w2)[0]
-    of_gate = 0.0 if b2 is None else out @ _cast(x, b2)[0].unsqueeze(1)
-    out.mul_(gate)
-    _product_into(of_w2, out.t(), after)
-    if of_b2 is not None:
-        of_b2.copy_(out.sum(0))
-    del out
-    by_unit = torch.mul(after, back, out=None if after is before else after)
-    of_gate = of_gate + by_unit.sum(1, keepdim=True)  # asked for float32, it would copy all of bf16 first
-    del after, by_unit
-    back = activation_backward(act, before, back)
-    _product_into(of_w1, back.t(), x.index_select(0, token).mul_(gate))
-    if of_b1 is not None:
-        of_b1.copy_((gate.t().to(back.dtype) @ back).squeeze(0))
-    grad_x.index_add_(0, token, gate * (back @ _cast(x, w1)[0]))
-    return of_gate
+def _float32_zeros(x: Tensor) -> Tensor:
+    """What rows are added up in: float32 or wider."""
+    return x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def _of_rows(gates: Tensor, slot: Tensor, token: Tensor) -> Tensor:
-    """(T, K) gates as (R, 1), 0 in padding."""
-    return gates.new_zeros(len(token)).scatter(0, slot, gates.flatten()).unsqueeze(1)
+def _used_experts(rows: list[int]) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) for each expert that has any."""
+    first = 0
+    for expert, count in enumerate(rows):
+        if count:
+            yield expert, slice(first, first + count)
+        first += count
+
+
+def _cast(dtype: torch.dtype, *weights: Tensor | None) -> list[Tensor | None]:
+    return [None if w is None else w.to(dtype) for w in weights]
 
 
 def _product_into(place: Tensor, a: Tensor, b: Tensor) -> None:
@@ -226,100 +246,73 @@ def _product_into(place: Tensor, a: Tensor, b: Tensor) -> None:
         place.copy_(a @ b)
 
 
-def _wide_zeros(x: Tensor) -> Tensor:
-    """What rows are added up in: float32 or wider."""
-    return x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+def _grouped_experts(x_RD: Tensor, rows_E: Tensor, weights: Weights, act: nn.Module) -> Tensor:
+    """All experts at once, each on its rows: (R, D) -> (R, D)."""
+    w1, b1, w2, b2 = weights
+    ends_E = rows_E.cumsum(0).to(torch.int32)
+    expert_R = torch.repeat_interleave(rows_E, output_size=len(x_RD))
+
+    def layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = F.grouped_mm(x, weight.to(x.dtype).transpose(-2, -1), offs=ends_E)
+        return y if bias is None else y + _BiasOfRows.apply(bias, expert_R, x.dtype)
+
+    return layer(act(layer(x_RD, w1, b1)), w2, b2)
 
 
-def _parts(counts: list[int]) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows) for each expert that has any."""
-    first = 0
-    for expert, count in enumerate(counts):
-        if count:
-            yield expert, slice(first, first + count)
-        first += count
+class _BiasOfRows(torch.autograd.Function):
+    """(E, F) biases -> each row's, (R, F), in `dtype`.
+
+    The backward adds up each expert's rows as a product with marks: the same sum in the same order every time,
+    where that of a lookup adds atomically in any order.
+    """
+
+    @staticmethod
+    def forward(ctx, bias_EF: Tensor, expert_R: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(expert_R)
+        ctx.experts, ctx.dtype = len(bias_EF), bias_EF.dtype
+        return bias_EF.to(dtype).index_select(0, expert_R)
+
+    @staticmethod
+    def backward(ctx, grad_RF: Tensor):
+        (expert_R,) = ctx.saved_tensors
+        marks_RE = F.one_hot(expert_R, ctx.experts).to(grad_RF.dtype)
+        return (marks_RE.t() @ grad_RF).to(ctx.dtype), None, None
 
 
-def _one(stacked: Sequence[Tensor | None], expert: int) -> list[Tensor | None]:
-    return [None if whole is None else whole[expert] for whole in stacked]
+class _Dispatch(torch.autograd.Function):
+    """Rows of the experts' batch from the tokens. (T, D) -> (R, D).
+
+    The backward gathers each token's K rows and adds them: the same sum in the same order every time,
+    where the backward of plain indexing adds atomically in any order.
+    """
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, row_of_assignment: Tensor, token_of_row: Tensor) -> Tensor:
+        ctx.save_for_backward(row_of_assignment)
+        ctx.tokens = len(x_TD)
+        return x_TD[token_of_row]
+
+    @staticmethod
+    def backward(ctx, grad_RD: Tensor):
+        (row_of_assignment,) = ctx.saved_tensors
+        return grad_RD[row_of_assignment].view(ctx.tokens, -1, grad_RD.shape[1]).sum(1), None, None
 
 
-def _cast(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
-    return [None if p is None else p.to(x.dtype) for p in parameters]
+class _Combine(torch.autograd.Function):
+    """Gate-weighted sum of each token's K expert outputs. (R, D), (T, K) -> (T, D)."""
 
+    @staticmethod
+    def forward(ctx, y_RD: Tensor, gates_TK: Tensor, row_of_assignment: Tensor) -> Tensor:
+        ctx.save_for_backward(y_RD, gates_TK, row_of_assignment)
+        y_TKD = y_RD[row_of_assignment].view(*gates_TK.shape, -1)
+        return (gates_TK.to(y_RD.dtype).unsqueeze(1) @ y_TKD).squeeze(1)
 
-class Experts(nn.Module):
-    """E independent two-layer MLPs, their parameters stacked."""
-
-    def __init__(self, mlp: Mlp, config: MoEConfig, seed: tuple) -> None:
-        """Upcycle a pretrained FFN into experts (see `MoE.__init__` for what each copy holds)."""
-        super().__init__()
-        hidden, width = mlp.fc1.weight.shape
-        fitting = [ratio for ratio in range(1, hidden // width + 1) if hidden % (ratio * width) == 0]
-        require(
-            config.mlp_ratio in fitting,
-            "moe.mlp_ratio",
-            config.mlp_ratio,
-            f"ratio x width = {config.mlp_ratio * width} must divide the FFN's hidden width {hidden}; "
-            + (
-                f"here {' or '.join(map(str, fitting))}"
-                if fitting
-                else "no ratio does here, so leave plan.moe_blocks empty"
-            ),
-        )
-        slices = hidden // (config.mlp_ratio * width)
-        draws = generator(*seed)
-        units = [torch.arange(e % slices, hidden, slices) for e in range(config.num_experts)]
-        stacked = {
-            "fc1_weight": [mlp.fc1.weight[u] for u in units],
-            "fc1_bias": None if mlp.fc1.bias is None else [mlp.fc1.bias[u] for u in units],
-            "fc2_weight": [slices * mlp.fc2.weight[:, u] for u in units],
-            "fc2_bias": None if mlp.fc2.bias is None else [mlp.fc2.bias] * config.num_experts,
-        }
-        for name, copies in stacked.items():
-            value = None if copies is None else torch.stack([c.detach() for c in copies])
-            if value is not None and config.init_noise:
-                noise = torch.randn(value.shape, generator=draws).to(value.device)
-                value = value + config.init_noise * value.std() * noise
-            self.register_parameter(name, None if value is None else nn.Parameter(value))
-        self.act = mlp.act
-        self.engine = config.backend
-
-    def forward(self, x: Tensor, gates: Tensor, chosen: Tensor, needs_output: bool = True) -> Tensor:
-        """Gate-weighted sum of each token's chosen experts: (T, D), (T, K) float32, (T, K) int64 -> (T, D).
-
-        Args:
-            valued: False leaves the values out where that saves work, and keeps what the backward pass needs.
-        """
-        x = x.to(compute_dtype(x))
-        parameters = [self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias]
-        aligned = all(size * x.element_size() % 16 == 0 for size in self.fc1_weight.shape[1:])
-        if self.engine == "grouped":
-            require(
-                aligned,
-                "moe.backend",
-                "grouped",
-                f"experts of {tuple(self.fc1_weight.shape[1:])} in {x.dtype} are no multiples of 16 bytes; use loop",
-            )
-        grouped = aligned and is_grouped(self.engine, x.is_cuda, x.dtype == torch.bfloat16)
-        narrow = x.device.type == "cpu" and x.dtype == torch.bfloat16
-        slot, token, counts = plan_rows(
-            chosen, len(self.fc1_weight), row_padding(chosen.numel(), len(self.fc1_weight), narrow)
-        )
-        if not grouped:
-            return ExpertLoop.apply(
-                x, gates, slot, token, counts.tolist(), torch.is_grad_enabled(), needs_output, self.act, *parameters
-            )
-        return Combine.apply(self._grouped(Dispatch.apply(x, slot, token), counts), gates, slot)
-
-    def _grouped(self, rows: Tensor, counts: Tensor) -> Tensor:
-        ends = counts.cumsum(0).to(torch.int32)
-        expert = torch.repeat_interleave(counts, output_size=len(rows))
-
-        def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            y = F.grouped_mm(x, weight.to(x.dtype).transpose(-2, -1), offs=ends)
-            # Looked up in float32: the backward adds up thousands of rows in the bias's own type.
-            return y if bias is None else y + F.embedding(expert, bias).to(x.dtype)
-
-        hidden = self.act(linear(rows, self.fc1_weight, self.fc1_bias))
-        return linear(hidden, self.fc2_weight, self.fc2_bias)
+    @staticmethod
+    def backward(ctx, grad_TD: Tensor):
+        y_RD, gates_TK, row_of_assignment = ctx.saved_tensors
+        grad_TD = grad_TD.to(y_RD.dtype)
+        grad_RD = torch.zeros_like(y_RD)
+        grad_RD[row_of_assignment] = (gates_TK.to(y_RD.dtype).unsqueeze(2) * grad_TD.unsqueeze(1)).flatten(0, 1)
+        y_TKD = y_RD[row_of_assignment].view(*gates_TK.shape, -1)
+        grad_gates_TK = (y_TKD @ grad_TD.unsqueeze(2)).squeeze(2).to(gates_TK.dtype)
+        return grad_RD, grad_gates_TK, None

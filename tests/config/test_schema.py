@@ -219,7 +219,6 @@ def test_an_unknown_key_is_refused_with_the_nearest_spelling(tree, words):
         ("train", [1], "section"),
         ("moe.backend", "group", "did you mean 'grouped'"),
         ("moe.balance_loss", None, "one of per_task, across_tasks, none"),
-        ("moe.router", "pertask", "did you mean 'per_task'"),
         ("mode", True, "one of multitask, single_task"),
     ],
 )

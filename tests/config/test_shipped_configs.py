@@ -36,7 +36,7 @@ def keys(tree: dict) -> list:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_configuration_loads_and_its_plan_fits_its_backbone(path):
     config = load(path)
-    assert len(make_plan(config.plan, depth(config.backbone.name))) == depth(config.backbone.name)
+    assert len(make_plan(config, depth(config.backbone.name))) == depth(config.backbone.name)
     for task in config.tasks:
         load_spec(task if not task.endswith((".yaml", ".yml")) else ROOT / task)
 

@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from moe_bsr.config import ConfigError, MoEConfig
+from moe_bsr.model.experts import Experts
 from moe_bsr.model.moe import MoE, upcycling_error
 from moe_bsr.model.replay import Replay
-from moe_bsr.ops.experts import Experts, plan_rows
+from moe_bsr.ops.experts import sort_by_expert
 
 ROUTERS = ["per_task", "task_conditioned"]
 ENGINES = ["loop", "grouped"]
@@ -71,7 +72,7 @@ class Fixed(Replay):
     ],
     ids=["plain", "raw-gates", "all-experts", "one-token", "one-expert", "mostly-empty", "ratio-1", "conditioned"],
 )
-def test_engines_equal_all_experts_on_all_tokens(engine, bias, shape, options):
+def test_engines_equal_all_experts_on_all_tokens(kernels, engine, bias, shape, options):
     moe = make_moe(bias=bias, backend=engine, **options)
     x, weight = normal(*shape, WIDTH, seed=5), normal(*shape, WIDTH, seed=6)
     results = []
@@ -234,7 +235,7 @@ def test_every_assignment_has_a_row_of_its_expert_and_padding_has_none(multiple)
     generator = torch.Generator().manual_seed(3)
     chosen = torch.stack([torch.randperm(5, generator=generator)[:2] for _ in range(23)])
     chosen[chosen == 3] = 4  # an expert without tokens (and tokens that chose one expert twice)
-    slot, token, counts = plan_rows(chosen, 5, multiple)
+    slot, token, counts = sort_by_expert(chosen, 5, multiple)
     assert len(token) == counts.sum() and counts[3] == 0 and (counts % multiple == 0).all()
     assert len(set(slot.tolist())) == chosen.numel()
     ends = counts.cumsum(0)

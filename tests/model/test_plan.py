@@ -6,7 +6,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from moe_bsr.config import ConfigError, PlanConfig, TokensConfig
+from moe_bsr.config import Config, ConfigError, PlanConfig, TokensConfig
 from moe_bsr.model.plan import BlockPlan, embedding_trains, freeze, gradient_path_start, make_plan, token_counts
 from moe_bsr.model.replay import Replay
 from moe_bsr.model.tokens import Tokens, drop
@@ -36,15 +36,17 @@ def plan_config(**options) -> PlanConfig:
 
 
 def test_plan_of_the_paper():
-    plan = make_plan(PlanConfig(), DEPTH)
+    plan = make_plan(Config(), DEPTH)
     assert [i for i, b in enumerate(plan) if b.trainable] == [3, 7, 11]
     assert [i for i, b in enumerate(plan) if b.moe] == [3, 7, 11]
     assert {i: b.keep_rate for i, b in enumerate(plan) if b.keep_rate < 1} == {3: 0.5, 6: 0.5, 9: 0.5}
-    assert plan[0] == BlockPlan(trainable=False, keep_rate=1.0, moe=False)
+    assert plan[0] == BlockPlan(trainable=False)
 
 
 def test_one_keep_rate_for_each_drop_in_its_order():
-    plan = make_plan(plan_config(train_blocks=[1], drop_blocks=[9, 2, 10], keep_rate=[0.9, 0.2, 1.0]), DEPTH)
+    plan = make_plan(
+        Config(plan=plan_config(train_blocks=[1], drop_blocks=[9, 2, 10], keep_rate=[0.9, 0.2, 1.0])), DEPTH
+    )
     assert {i: b.keep_rate for i, b in enumerate(plan) if b.keep_rate < 1} == {9: 0.9, 2: 0.2}
 
 
@@ -53,13 +55,16 @@ def test_one_keep_rate_for_each_drop_in_its_order():
 def test_a_block_that_does_not_exist_is_refused(key, index):
     options = {"train_blocks": "all", key: [0, index]}
     with pytest.raises(ConfigError, match=rf"plan\.{key} = \[0, {index}\].*\[{index}\].*0 to 11"):
-        make_plan(plan_config(**options), DEPTH)
+        make_plan(Config(plan=plan_config(**options)), DEPTH)
 
 
 def test_a_drop_at_the_last_block_is_refused_unless_it_drops_nothing():
     with pytest.raises(ConfigError, match=r"plan\.drop_blocks = \[3, 11\].*block 11 is the last"):
-        make_plan(plan_config(train_blocks=[3], drop_blocks=[3, 11]), DEPTH)
-    assert make_plan(plan_config(train_blocks=[3], drop_blocks=[3, 11], keep_rate=1.0), DEPTH)[11].keep_rate == 1
+        make_plan(Config(plan=plan_config(train_blocks=[3], drop_blocks=[3, 11])), DEPTH)
+    assert (
+        make_plan(Config(plan=plan_config(train_blocks=[3], drop_blocks=[3, 11], keep_rate=1.0)), DEPTH)[11].keep_rate
+        == 1
+    )
 
 
 def test_experts_in_a_frozen_block_are_refused():
@@ -142,7 +147,7 @@ def test_the_final_norm_alone_needs_no_block():
 
 
 def test_token_counts_of_the_paper():
-    counts = token_counts(make_plan(PlanConfig(), DEPTH), 197, 1, fuse=True, protect=False)
+    counts = token_counts(make_plan(Config(), DEPTH), 197, 1, fuse=True, protect=False)
     assert counts == (
         [(197, 197)] * 3 + [(197, 100)] + [(100, 100)] * 2 + [(100, 52)] + [(52, 52)] * 2 + [(52, 28)] + [(28, 28)] * 2
     )
@@ -152,7 +157,7 @@ def test_token_counts_of_the_paper():
     "fuse, protect, after", [(True, False, [100, 52, 28]), (False, False, [99, 50, 26]), (True, True, [100, 51, 27])]
 )
 def test_token_counts_after_each_drop(fuse, protect, after):
-    counts = token_counts(make_plan(PlanConfig(), DEPTH), 197, 1, fuse, protect)
+    counts = token_counts(make_plan(Config(), DEPTH), 197, 1, fuse, protect)
     assert [ffn for attention, ffn in counts if ffn < attention] == after
 
 
@@ -161,7 +166,7 @@ def test_token_counts_after_each_drop(fuse, protect, after):
 @pytest.mark.parametrize("keep", [[0.5, 0.5, 0.5], [0.9, 1.0, 0.3], [0.01, 0.01, 0.99]])
 def test_token_counts_are_what_dropping_leaves(tokens, prefix, keep, options):
     config = TokensConfig(**options)
-    plan = make_plan(plan_config(train_blocks=[1], drop_blocks=[1, 2, 4], keep_rate=keep), 6)
+    plan = make_plan(Config(plan=plan_config(train_blocks=[1], drop_blocks=[1, 2, 4], keep_rate=keep)), 6)
     stream = Tokens(torch.randn(1, tokens, 2), torch.arange(tokens - prefix).view(1, -1))
     expected = []
     for block in plan:
@@ -169,12 +174,12 @@ def test_token_counts_are_what_dropping_leaves(tokens, prefix, keep, options):
         if block.keep_rate < 1:
             scores = torch.rand(1, entering)
             stream, _ = drop(
-                stream, scores, scores, keep=block.keep_rate, prefix=prefix, config=config, replay=Replay()
+                stream, scores, scores, keep_rate=block.keep_rate, prefix=prefix, config=config, replay=Replay()
             )
         expected.append((entering, stream.x.shape[1]))
     assert token_counts(plan, tokens, prefix, config.fuse != "none", config.protect_fused) == expected
 
 
 def test_a_fused_token_may_make_a_stream_no_shorter():
-    plan = make_plan(plan_config(train_blocks=[0], drop_blocks=[0], keep_rate=0.9), 2)
+    plan = make_plan(Config(plan=plan_config(train_blocks=[0], drop_blocks=[0], keep_rate=0.9)), 2)
     assert token_counts(plan, 1 + 10, 1, fuse=True, protect=False)[0] == (11, 1 + math.ceil(9) + 1)

@@ -5,9 +5,10 @@ import torch
 from tiny_models import TASKS, WIDTH, make_mlp, make_moe, normal
 from torch.nn import functional as F
 
-from moe_bsr.config import MoEConfig
-from moe_bsr.model.moe import MoE, PerTaskRouter, TaskConditionedRouter
+from moe_bsr.config import ConfigError, MoEConfig
+from moe_bsr.model.moe import MoE
 from moe_bsr.model.replay import Replay
+from moe_bsr.model.routers import PerTaskRouter, TaskConditionedRouter
 from moe_bsr.runtime.rng import generator
 
 ROUTERS = ["per_task", "task_conditioned"]
@@ -161,3 +162,8 @@ def test_replayed_decisions_keep_experts_and_noise_of_another_input():
     clean = moe.router(normal(40, WIDTH, seed=4), "one")
     torch.testing.assert_close(again.probabilities, (clean + noise).softmax(1).detach())
     torch.testing.assert_close(again.gates.sum(1), torch.ones(40))
+
+
+def test_an_unknown_router_is_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match="moe.router = 'pertask'.*did you mean 'per_task'"):
+        make_moe(router="pertask")

@@ -9,8 +9,9 @@ from tiny_models import saved_for_backward
 
 from moe_bsr.config import TokensConfig
 from moe_bsr.model.replay import Replay
-from moe_bsr.model.tokens import FUSED, Tokens, count_kept, drop, received_attention, select, take
+from moe_bsr.model.tokens import FUSED, Tokens, count_kept, drop
 from moe_bsr.ops.attention import attention, join_heads
+from moe_bsr.ops.tokens import received_attention, select, take
 
 BATCH, HEADS, HEAD_WIDTH = 3, 2, 4
 WIDTH = HEADS * HEAD_WIDTH
@@ -71,7 +72,7 @@ def dropped_stream(x, q, k, origin, fused, keep, prefix, has_class_token, config
     return drop(
         Tokens(x, origin, fused),
         *scores(q, k, has_class_token, attached),
-        keep=keep,
+        keep_rate=keep,
         prefix=prefix,
         config=config,
         replay=replay or Replay(),
@@ -155,7 +156,7 @@ def test_ranking_by_logits_is_another_ranking_but_fuses_probabilities():
         tokens, _ = drop(
             Tokens(x, origin),
             *scores(q, k, True, scale=1.0),
-            keep=0.5,
+            keep_rate=0.5,
             prefix=1,
             config=TokensConfig(rank_by=rank),
             replay=Replay(),
@@ -204,7 +205,7 @@ def test_three_drops_of_197_tokens(config, counts):
     seen = []
     for step in range(3):
         q, k = torch.randn(2, 2, HEADS, tokens.x.shape[1], HEAD_WIDTH, generator=torch.Generator().manual_seed(step))
-        tokens, _ = drop(tokens, *scores(q, k, True), keep=0.5, prefix=1, config=config, replay=Replay())
+        tokens, _ = drop(tokens, *scores(q, k, True), keep_rate=0.5, prefix=1, config=config, replay=Replay())
         seen.append(tokens.x.shape[1])
         patches = [i for i in tokens.origin[0].tolist() if i != FUSED]
         assert patches == sorted(set(patches)), "kept patches in their order, each once"
@@ -216,7 +217,7 @@ def test_three_drops_of_197_tokens(config, counts):
 def test_when_all_would_be_kept_the_stream_stays(candidates, keep):
     x, q, k, origin = inputs(1 + candidates, 1)
     before = Tokens(x, origin, True)
-    after, record = drop(before, *scores(q, k, True), keep=keep, prefix=1, config=TokensConfig(), replay=Replay())
+    after, record = drop(before, *scores(q, k, True), keep_rate=keep, prefix=1, config=TokensConfig(), replay=Replay())
     assert after is before and torch.equal(record.origin, origin)
     assert record.scores.shape == origin.shape
 
@@ -321,7 +322,7 @@ def test_without_gradient_through_the_scores_nothing_of_the_attention_is_kept(co
     x, q, k, origin = (t.requires_grad_() if t.is_floating_point() else t for t in inputs(12, 1))
     given = scores(q, k, True, attached=False)
     saved = saved_for_backward(
-        lambda: drop(Tokens(x, origin), *given, keep=0.5, prefix=1, config=config, replay=Replay())
+        lambda: drop(Tokens(x, origin), *given, keep_rate=0.5, prefix=1, config=config, replay=Replay())
     )
     kept_whole = [
         t for t in saved if t.untyped_storage().data_ptr() in {s.untyped_storage().data_ptr() for s in (x, q, k)}

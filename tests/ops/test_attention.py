@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from moe_bsr.ops import attention as module
-from moe_bsr.ops.attention import CpuAttention, attention, join_heads, split_heads
+from moe_bsr.ops.attention import _Attention, attention, join_heads, split_heads
 from moe_bsr.runtime import cpu_features as cpu
 
 HEADS, SCALE = 3, 0.3
@@ -35,9 +35,9 @@ def written_out(qkv, heads, scale, scores):
     return (join_heads(logits.softmax(-1) @ v), logits.softmax(-1)[:, :, 0].mean(1), logits[:, :, 0].mean(1))
 
 
-def test_in_float32_value_and_gradients_are_the_softmaxs():
+def test_in_float32_value_and_gradients_are_the_softmaxs(kernels):
     tensors = inputs(torch.float32)
-    for have, want in zip(gradients(CpuAttention.apply, *tensors), gradients(written_out, *tensors), strict=True):
+    for have, want in zip(gradients(attention, *tensors), gradients(written_out, *tensors), strict=True):
         torch.testing.assert_close(have, want)
 
 
@@ -46,10 +46,10 @@ def test_in_float32_value_and_gradients_are_the_softmaxs():
 def test_the_products_are_cut_into_images_without_a_trace(monkeypatch, map_bytes, bf16):
     qkv, grad, grad_row = inputs(torch.float32)
     monkeypatch.setattr(module, "MAP_BYTES", map_bytes)
-    monkeypatch.setattr(module, "PLAIN", torch.float32)
+    monkeypatch.setattr(module, "is_explicit", lambda device, dtype: True)
     monkeypatch.setattr(cpu, "bf16_instructions", lambda: bf16)
     tensors = (qkv, grad, grad_row)
-    for have, want in zip(gradients(CpuAttention.apply, *tensors), gradients(written_out, *tensors), strict=True):
+    for have, want in zip(gradients(_Attention.apply, *tensors), gradients(written_out, *tensors), strict=True):
         torch.testing.assert_close(have, want)
 
 

@@ -17,6 +17,14 @@ def slow_mkl(request, monkeypatch) -> bool:
     return request.param
 
 
+def call(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return linear(x, layer.weight, layer.bias)
+
+
+def call_activated(act: nn.Module, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return activated_linear(act, x, layer.weight, layer.bias)
+
+
 def outcome(run, layer: nn.Linear, x: torch.Tensor) -> list[torch.Tensor]:
     """Value, and gradients of input, weight and bias."""
     x = x.clone().requires_grad_()
@@ -27,11 +35,11 @@ def outcome(run, layer: nn.Linear, x: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(3, 5, 24), (1, 24), (0, 24)])
-def test_equal_to_torchs_layer_in_value_and_gradients(bias, shape):
+@pytest.mark.parametrize("shape", [(3, 5, 24), (1, 24), (0, 24), (24,)])
+def test_equal_to_torchs_layer_in_value_and_gradients(kernels, bias, shape):
     torch.manual_seed(0)
     layer, x = nn.Linear(24, 8, bias=bias), torch.randn(shape)
-    for ours, theirs in zip(outcome(linear, layer, x), outcome(nn.Linear.forward, layer, x), strict=True):
+    for ours, theirs in zip(outcome(call, layer, x), outcome(nn.Linear.forward, layer, x), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -48,12 +56,12 @@ def test_in_float32_onednn_multiplies_where_mkl_is_slow_and_shapes_come_again(sl
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_equal_to_two_operations_to_the_bit(name, dtype, bias):
+def test_equal_to_two_operations_to_the_bit(kernels, name, dtype, bias):
     torch.manual_seed(0)
     act, layer, x = ACTIVATIONS[name], nn.Linear(24, 8, bias=bias), torch.randn(3, 5, 24).to(dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        one = outcome(lambda layer, x: activated_linear(act, layer, x), layer, x)
-        two = outcome(lambda layer, x: linear(layer, act(x)), layer, x)
+        one = outcome(lambda layer, x: call_activated(act, layer, x), layer, x)
+        two = outcome(lambda layer, x: call(layer, act(x)), layer, x)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
@@ -61,13 +69,13 @@ def test_only_the_values_before_the_activation_are_kept():
     layer, kept = nn.Linear(24, 8), []
     x = torch.randn(3, 5, 24, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
-        activated_linear(nn.GELU(), layer, x)
+        call_activated(nn.GELU(), layer, x)
     assert set(kept) == {x.data_ptr(), layer.weight.data_ptr()}
 
 
 def test_what_was_kept_is_left_as_it_was():
     x, before = torch.randn(3, 5, 24, requires_grad=True), []
-    y = activated_linear(nn.GELU(), nn.Linear(24, 8), x)
+    y = call_activated(nn.GELU(), nn.Linear(24, 8), x)
     before.append(x.detach().clone())
     y.sum().backward(retain_graph=True)
     first, x.grad = x.grad, None

@@ -7,32 +7,22 @@ embeddings are resized to the image size asked for.
 import difflib
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import timm
 import torch
 from safetensors import safe_open
-from timm.layers import PatchEmbed
+from timm.layers import Attention, PatchEmbed
 from timm.models import load_state_dict
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
 
 from moe_bsr.config import BackboneConfig, ConfigError, require
-from moe_bsr.model import block
+from moe_bsr.model.backbones import BACKBONES, Backbone, ImageSettings
+from moe_bsr.ops.patches import embed_patches
 
 BUNDLED = Path(__file__).parents[2] / "weights"
 NOT_BACKBONE = ("head.", "pre_logits.", "mask_token", "decoder", "fc.")
-
-
-@dataclass(frozen=True, slots=True)
-class ImageSettings:
-    """How images must be prepared for a backbone (timm's data configuration of it)."""
-
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str
-    crop_pct: float
 
 
 def create_on_meta(config: BackboneConfig) -> VisionTransformer:
@@ -49,7 +39,7 @@ def load(config: BackboneConfig, seed: int = 0) -> VisionTransformer:
     """The backbone with its weights, without a classifier, in float32 on the CPU.
 
     Raises:
-        ConfigError: as `skeleton`; weights absent, or not of this architecture (which keys, which shapes).
+        ConfigError: as `create_on_meta`; weights absent, or not of this architecture (which keys, which shapes).
     """
     create_on_meta(config)
     if config.weights == "hub":
@@ -82,6 +72,18 @@ def image_settings(config: BackboneConfig, vit: VisionTransformer) -> ImageSetti
         return ImageSettings(size, tuple(json.loads(meta["mean"])), tuple(json.loads(meta["std"])), "bicubic", 1.0)
     cfg = timm.data.resolve_model_data_config(vit)
     return ImageSettings(size, tuple(cfg["mean"]), tuple(cfg["std"]), cfg["interpolation"], cfg["crop_pct"])
+
+
+def embed(vit: VisionTransformer, images: Tensor) -> Tensor:
+    """(B, 3, S, S) normalized images -> (B, N, D) tokens, prefix tokens first."""
+    return vit.norm_pre(vit.patch_drop(vit._pos_embed(embed_patches(vit.patch_embed, images))))
+
+
+def pool(vit: VisionTransformer, x: Tensor) -> Tensor:
+    """(B, N, D) tokens of the last block -> (B, D) features, normalized and pooled as the backbone does."""
+    # Where only the class token is looked at, there is no need to normalize the others.
+    x = x[:, :1] if vit.global_pool == "token" else x
+    return vit.forward_head(vit.norm(x), pre_logits=True)
 
 
 def digest(state: dict[str, torch.Tensor]) -> str:
@@ -131,12 +133,12 @@ def _create(config: BackboneConfig, pretrained: bool = False) -> VisionTransform
         config.name,
         "is a hybrid: a convolutional network makes its tokens; only plain patch embeddings work",
     )
-    odd = [type(b).__name__ for b in vit.blocks if not block.supported(b)]
+    odd = sorted({why for block in vit.blocks if (why := _unsupported(block)) is not None})
     require(
         not odd,
         "backbone.name",
         config.name,
-        f"its blocks are {', '.join(sorted(set(odd)))}; only timm's plain Block with Attention works",
+        f"its blocks are {', '.join(odd)}; only timm's plain Block with Attention and no dropout works",
     )
     height, width = vit.patch_embed.img_size
     require(height == width, "backbone.name", config.name, f"takes {height} x {width} images; only square ones work")
@@ -145,6 +147,14 @@ def _create(config: BackboneConfig, pretrained: bool = False) -> VisionTransform
         height >= patch and height % patch == 0, "backbone.image_size", height, f"a multiple of the patch size {patch}"
     )
     return vit
+
+
+def _unsupported(block: nn.Module) -> str | None:
+    """What a block is, if the one forward of `model.block` is not its own."""
+    if type(block) is not Block or type(block.attn) is not Attention:
+        return type(block).__name__
+    dropout = [name for name, module in block.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
+    return f"{type(block).__name__} with dropout in {', '.join(dropout)}" if dropout else None
 
 
 def _bundled_file(name: str) -> Path | None:
@@ -226,3 +236,6 @@ def _misfits(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
     return [
         text for kind in kinds for text in kind[:3] + ([f"and {len(kind) - 3} more like it"] if len(kind) > 3 else [])
     ]
+
+
+BACKBONES.register("vit")(Backbone(lambda name: True, create_on_meta, load, image_settings))

@@ -1,35 +1,38 @@
-"""Storage: what a block on the gradient path keeps for its backward pass; one file each.
+"""Storage: what a block on the gradient path saves for its backward pass; one file each.
 
-A storage is a function `run(forward, tokens, parameters) -> (tokens, record)` that calls
-`forward(tokens)` now and arranges what the backward pass will find; `parameters` are the block's. A new one
-registers itself and is named in `config.Storage`. What a block decided (kept tokens, experts, noise) is
-replayed by the block itself, so a storage may call `forward` again as often as it likes, with `valued=False`
-where it wants the graph and not the output.
-
-What a storage costs it states beside its forward: `cost(ledger, part, x) -> (output, records, backward)`
-retells the bytes, given a `part(x)` that retells the plain block's.
+A storage is a function `run(forward, tokens, parameters, options) -> (tokens, record)` that calls
+`forward(tokens)` now and arranges what the backward pass will find. What a block decided (kept tokens, experts,
+noise) is replayed by the block itself, so a storage may call `forward` again as often as it likes, with
+`needs_output=False` where it wants the graph and not the output. To add one, write a file here that registers it
+and name the file in `_KINDS`.
 """
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from moe_bsr.config.registry import Registry
+from moe_bsr.model.tokens import Tokens
+
+Forward = Callable[..., tuple[Tokens, Any]]  # (tokens, needs_output=True) -> (tokens, the block's record)
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
     """Attributes:
-    run: the forward under this storage. cost: its bytes. again: whether the block runs twice.
+    run: the forward under this storage.
+    recomputes: whether the block runs a second time, in the backward pass.
     """
 
-    run: Callable
-    cost: Callable
-    again: bool = False
+    run: Callable[[Forward, Tokens, list[nn.Parameter], Any], tuple[Tokens, Any]]
+    recomputes: bool = False
 
 
-STORAGES: dict[str, Storage] = {}
+STORAGES: Registry[Storage] = Registry("storage")
 
-
-def register(name: str, run: Callable, *, cost: Callable, again: bool = False) -> None:
-    STORAGES[name] = Storage(run, cost, again)
-
-
-from moe_bsr.model.storage import exact, packed, recompute
+_KINDS = ("exact", "packed", "recompute")  # files whose import registers what they define
+for _name in _KINDS:
+    importlib.import_module(f"{__name__}.{_name}")

@@ -5,15 +5,14 @@ per-token statistics stay as they are (a function saves these as columns, (..., 
 several operations keep is packed once.
 """
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from moe_bsr.cost.ledger import Held, Ledger
-from moe_bsr.model.storage import register
+from moe_bsr.model.storage import STORAGES, Storage
 
 NARROW = 16  # values a token; what is narrower stays as it is
 
@@ -60,7 +59,7 @@ def packable(x: Tensor, weights: frozenset[tuple[int, ...]] = frozenset()) -> bo
     )
 
 
-def _run_packed(kind: type, forward, tokens, parameters):
+def _run_packed(kind: type, forward, tokens, parameters, options):
     weights = frozenset(
         shape for p in parameters if p.ndim >= 2 for shape in (tuple(p.shape), tuple(p.transpose(-2, -1).shape))
     )
@@ -85,26 +84,5 @@ def _run_packed(kind: type, forward, tokens, parameters):
     return result
 
 
-def rounded_bytes(ledger: Ledger, x: Held) -> tuple[int, int]:
-    """(bytes of the packed form of a tensor, temporary bytes in making it) of `Rounded`."""
-    return x.bytes // 2, 0
-
-
-def quantized_bytes(ledger: Ledger, x: Held) -> tuple[int, int]:
-    """The same of `Quantized`: a byte for each value and two for each channel."""
-    values = x.bytes // ledger.size
-    return values + 2 * values // ledger.tokens, x.bytes + values
-
-
-def _register(name: str, kind: type, packed: Callable[[Ledger, Held], tuple[int, int]]) -> None:
-    def cost(ledger: Ledger, part, x: Held):
-        if kind is BFloat16Packed and ledger.size == 2:
-            return part(x)  # what is kept is that already
-        with ledger.mode(ledger.grad, lambda tensor: packed(ledger, tensor)):
-            return part(x)
-
-    register(name, lambda *block: _run_packed(kind, *block), cost=cost)
-
-
-_register("bf16", BFloat16Packed, rounded_bytes)
-_register("int8", Int8Packed, quantized_bytes)
+STORAGES.register("bf16")(Storage(partial(_run_packed, BFloat16Packed)))
+STORAGES.register("int8")(Storage(partial(_run_packed, Int8Packed)))

@@ -6,13 +6,14 @@ block decided is replayed and nothing in it draws random numbers. `recompute_int
 eight bits.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from moe_bsr.cost.ledger import Held, Ledger
-from moe_bsr.model.storage import register
-from moe_bsr.model.storage.packed import Int8Packed, quantized_bytes
+from moe_bsr.model.storage import STORAGES, Storage
+from moe_bsr.model.storage.packed import Int8Packed
 from moe_bsr.model.tokens import Tokens
 
 
@@ -61,7 +62,7 @@ def _differentiable(tokens: Tokens, record) -> list[Tensor]:
     return [tokens.x] + ([] if routing is None else [routing.importance, routing.load])
 
 
-def _run(pack, forward, tokens, parameters):
+def _run(pack, forward, tokens, parameters, options):
     report: dict = {}
     trained = [p for p in parameters if p.requires_grad]
     x, *amounts = Recompute.apply(forward, tokens, report, pack, tokens.x, *trained)
@@ -71,43 +72,5 @@ def _run(pack, forward, tokens, parameters):
     return Tokens(x, after.origin, after.fused), record
 
 
-def _register(name: str, pack, packed_bytes) -> None:
-    def cost(ledger: Ledger, part, x: Held):
-        ledger.decided, tokens = 0, ledger.tokens
-        with ledger.mode(False):
-            out, records, _ = part(x)
-        replay = ledger.make(ledger.decided, packable=False)
-        ledger.save(replay, "decisions")
-        ledger.free(replay)
-        kept = x
-        if pack is not None:
-            ledger.tokens, left = tokens, ledger.tokens
-            size, temporary = packed_bytes(ledger, x)
-            ledger.tokens = left
-            ledger.scratch(temporary)
-            kept = ledger.make(size, packable=False)
-        ledger.save(kept, "block inputs")
-
-        def backward(grad: Held) -> Held | None:
-            restored = ledger.make(x.bytes) if pack is not None else x
-            ledger.free(kept if pack is not None else None)
-            dropped = grad.bytes < x.bytes  # where the gradient goes on in another tensor, the engine still holds
-            grad.saves += dropped  # the one it gave until the whole block is done
-            with ledger.mode(True, needs_output=False):
-                again, twice, back = part(restored)
-                ledger.free(again, *twice)
-                out = back(grad)
-            if dropped:
-                ledger.release(grad)
-            ledger.release(kept)
-            ledger.release(replay)
-            ledger.free(restored if pack is not None else None)
-            return out
-
-        return out, records, backward
-
-    register(name, lambda *block: _run(pack, *block), cost=cost, again=True)
-
-
-_register("recompute", None, None)
-_register("recompute_int8", Int8Packed, quantized_bytes)
+STORAGES.register("recompute")(Storage(partial(_run, None), recomputes=True))
+STORAGES.register("recompute_int8")(Storage(partial(_run, Int8Packed), recomputes=True))

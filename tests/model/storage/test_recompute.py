@@ -119,12 +119,9 @@ def test_a_block_run_again_on_a_rounded_input_keeps_its_decisions(noise):
         tokens, record = block.forward(
             model.vit.blocks[1],
             Tokens(x, origin),
-            plan=model.plan[1],
-            config=model.tokens_config,
-            prefix=1,
-            has_class_token=True,
-            task="one",
-            replay=replay,
+            model.contexts[1],
+            "one",
+            replay,
             noise_key=(1, 2),
         )
         return tokens.origin, record.routing.experts
@@ -145,10 +142,13 @@ def test_the_last_product_is_computed_again_only_where_its_values_are_kept(kind,
         output = model(normal(3, 3, 16, 16), "one", noise_key=(0, 0, 0))
         with monkeypatch.context() as patch:
             for module in (linear_module, experts_module):
-                original = module.no_values
-                patch.setattr(
-                    module, "no_values", lambda *a, original=original: needs_output.append(storage) or original(*a)
-                )
+                original = module.empty_output
+
+                def counted(*arguments, original=original, storage=storage):
+                    needs_output.append(storage)
+                    return original(*arguments)
+
+                patch.setattr(module, "empty_output", counted)
             output.logits.square().sum().backward()
         found.append(gradients(model))
     assert found[0].keys() == found[1].keys()

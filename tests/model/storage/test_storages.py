@@ -5,9 +5,8 @@ import torch
 from tiny_models import gradients, make_model, normal, saved_for_backward, scale_routers
 from torch.nn import functional as F
 
-from moe_bsr import config
-from moe_bsr.config import Config, ConfigError
-from moe_bsr.model.plan import block_storages
+from moe_bsr.config import ConfigError
+from moe_bsr.model.plan import choices_of_blocks
 from moe_bsr.model.storage import STORAGES
 from moe_bsr.model.storage.packed import BFloat16Packed, Int8Packed, _run_packed, packable
 
@@ -69,10 +68,12 @@ def test_statistics_and_weights_of_tokens_are_not_rounded(kind, monkeypatch):
 
 
 def test_a_mixture_gives_each_block_its_own():
-    assert block_storages("int8", 3) == ["int8"] * 3
-    assert block_storages({"recompute": [1], "int8": [0, 2]}, 4) == ["int8", "recompute", "int8", "exact"]
+    exact, int8, again = (STORAGES.choose(kind) for kind in ("exact", "int8", "recompute"))
+    mixture = [{"kind": "recompute", "blocks": [1]}, {"kind": "int8", "blocks": [0, 2]}]
+    assert choices_of_blocks(STORAGES, "int8", 3, exact) == [int8] * 3
+    assert choices_of_blocks(STORAGES, mixture, 4, exact) == [int8, again, int8, exact]
     expected, _ = step("exact")
-    mixed, _ = step({"recompute": [1, 2], "int8": [3]})
+    mixed, _ = step([{"kind": "recompute", "blocks": [1, 2]}, {"kind": "int8", "blocks": [3]}])
     for name, gradient in mixed.items():
         assert F.cosine_similarity(gradient.flatten(), expected[name].flatten(), dim=0) > 0.99, name
     assert any(not torch.equal(mixed[n], expected[n]) for n in mixed if "blocks.3" in n)
@@ -81,8 +82,10 @@ def test_a_mixture_gives_each_block_its_own():
 @pytest.mark.parametrize(
     "storage, message",
     [
-        ({"recompute": [9]}, "storage = {'recompute': [9]}: [9] outside the backbone's blocks 0 to 3"),
-        ({"recompute": [1], "int8": [1]}, "each block once"),
+        ([{"kind": "recompute", "blocks": [9]}], "[9] outside the backbone's blocks 0 to 3"),
+        ([{"kind": "recompute", "blocks": [1]}, {"kind": "int8", "blocks": [1]}], "each block once"),
+        ([{"kind": "recompute"}], "each entry is a mapping with kind and blocks"),
+        ({"kind": "int8", "bits": 4}, "unknown key storage.bits"),
     ],
 )
 def test_impossible_mixtures_are_refused(storage, message):
@@ -92,9 +95,8 @@ def test_impossible_mixtures_are_refused(storage, message):
 
 
 def test_an_unknown_storage_is_refused_with_the_nearest():
-    with pytest.raises(ConfigError, match="storage"):
-        config.from_dict({"storage": "recomptue"})
-    assert Config(storage={"int8": [3]}).storage == {"int8": [3]}
+    with pytest.raises(ConfigError, match="storage = 'recomptue'.*did you mean 'recompute'"):
+        make_model(storage="recomptue")
 
 
 def test_int8_keeps_a_quarter_of_float32():
@@ -106,7 +108,7 @@ def test_int8_keeps_a_quarter_of_float32():
             super().__init__(x)
             made.append((x.nbytes, self.kept.nbytes + self.scale.nbytes))
 
-    _run_packed(Counting, lambda x: (x @ x.transpose(1, 2)).sum() + x.exp().sum(), x, []).backward()
+    _run_packed(Counting, lambda x: (x @ x.transpose(1, 2)).sum() + x.exp().sum(), x, [], None).backward()
     before, after = (sum(sizes) for sizes in zip(*made, strict=True))
     assert 0 < after < 0.27 * before
 
@@ -140,7 +142,7 @@ def test_a_tensor_kept_twice_is_packed_once_and_parameters_not_at_all():
         inner = (2 * tokens).sigmoid()
         return (inner @ weight).sum() + (inner @ weight.t()).sum() + inner.square().sum()
 
-    _run_packed(Counting, forward, x, []).backward()
+    _run_packed(Counting, forward, x, [], None).backward()
     addresses = [x.data_ptr() for x in kept]
     assert len(addresses) == len(set(addresses)) and weight.data_ptr() not in addresses
     assert not packable(weight) and not packable(torch.zeros(3, dtype=torch.int64))
@@ -155,7 +157,7 @@ def test_copies_of_weights_are_not_packed():
         return y.sum() + (tokens[:3] @ stack.bfloat16().float().transpose(1, 2)).sum()
 
     (expected,) = torch.autograd.grad(forward(x), x)
-    (found,) = torch.autograd.grad(_run_packed(Int8Packed, forward, x, [one, stack]), x)
+    (found,) = torch.autograd.grad(_run_packed(Int8Packed, forward, x, [one, stack], None), x)
     assert torch.equal(found, expected)
 
 

@@ -1,0 +1,86 @@
+"""Registries: the only list there is of the kinds of a thing, each kind with its options.
+
+A storage, a router, an adapter or a backbone family registers itself under a name. A configuration chooses one
+by that name, or by a mapping with `kind` and options: `storage: recompute` or `adapter: {kind: lora, rank: 8}`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from moe_bsr.config.reader import ConfigError, convert_section, nearest, require
+
+Entry = TypeVar("Entry")
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Of a kind that takes none."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One kind and its options, as a configuration chose them; equal choices compare equal.
+
+    Attributes:
+        options: an instance of the dataclass that the kind registered.
+    """
+
+    kind: str
+    options: Any = NoOptions()
+
+    def __str__(self) -> str:
+        given = ", ".join(f"{name}={value}" for name, value in dataclasses.asdict(self.options).items())
+        return f"{self.kind}({given})" if given else self.kind
+
+
+class Registry(Generic[Entry]):
+    """Entries by kind.
+
+    Args:
+        key: the configuration key that chooses among them, for messages.
+    """
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self._entries: dict[str, tuple[Entry, type]] = {}
+
+    def register(self, kind: str, options: type = NoOptions) -> Callable[[Entry], Entry]:
+        """A decorator, or called with the entry: `register(kind)(entry)`.
+
+        Args:
+            options: a frozen dataclass with a default for each option; its `__post_init__` checks values.
+        """
+
+        def add(entry: Entry) -> Entry:
+            if kind in self._entries:
+                raise ValueError(f"{self.key}: {kind!r} is registered already")
+            self._entries[kind] = entry, options
+            return entry
+
+        return add
+
+    def __getitem__(self, kind: str) -> Entry:
+        return self._entries[kind][0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __contains__(self, kind: object) -> bool:
+        return kind in self._entries
+
+    def choose(self, value: Any) -> Choice:
+        """The choice that a configuration's value means: a kind's name, or {kind: NAME, option: value, ...}.
+
+        Raises:
+            ConfigError: unknown kind or option, or an option's value that cannot be.
+        """
+        options = {"kind": value} if isinstance(value, str) else value
+        require(isinstance(options, dict) and "kind" in options, self.key, value,
+                f"one of {', '.join(self)}, or a mapping with kind and its options")  # fmt: skip
+        options = dict(options)
+        kind = options.pop("kind")
+        if kind not in self._entries:
+            raise ConfigError(f"{self.key} = {kind!r}: one of {', '.join(self)}{nearest(kind, self)}")
+        return Choice(kind, convert_section(options, self._entries[kind][1], self.key))

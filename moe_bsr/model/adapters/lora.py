@@ -1,0 +1,67 @@
+"""LoRA: a low-rank update beside linear layers (Hu et al. 2021, arXiv 2106.09685)."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from moe_bsr.config import require
+from moe_bsr.model.adapters import ADAPTERS, Adapter
+from moe_bsr.model.layers import Linear
+from moe_bsr.ops.linear import linear
+from moe_bsr.runtime.rng import generator
+
+LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+
+@dataclass(frozen=True)
+class LoRAOptions:
+    """rank: of the update. alpha: its scale times the rank. layers: which of a block's linear layers get one."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    layers: list[str] = field(default_factory=lambda: ["attn.qkv"])
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, "adapter.rank", self.rank, "at least 1")
+        unknown = sorted(set(self.layers) - set(LAYERS))
+        require(bool(self.layers) and not unknown, "adapter.layers", self.layers, f"some of {', '.join(LAYERS)}")
+        object.__setattr__(self, "layers", tuple(self.layers))  # hashable: plans are compared
+
+
+class LoRALinear(nn.Module):
+    """base(x) + alpha / rank x A^T B^T, A (rank, in) random, B (out, rank) zero at the start."""
+
+    def __init__(self, base: nn.Linear, options: LoRAOptions, seed: tuple) -> None:
+        super().__init__()
+        self.base, self.scale = base, options.alpha / options.rank
+        device, (outputs, inputs) = base.weight.device, base.weight.shape
+        draws = torch.randn(options.rank, inputs, generator=generator(*seed)) * inputs**-0.5
+        self.lora_a = nn.Parameter(draws.to(device))
+        self.lora_b = nn.Parameter(torch.zeros(outputs, options.rank, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.scale * linear(linear(x, self.lora_a, None), self.lora_b, None)
+
+    @torch.no_grad()
+    def merged(self) -> Linear:
+        """The base layer with the update added to its weight: the same function, in one product."""
+        self.base.weight += (self.scale * self.lora_b @ self.lora_a).to(self.base.weight.dtype)
+        return self.base
+
+
+def attach(block: nn.Module, options: LoRAOptions, seed: tuple) -> list[nn.Parameter]:
+    """Wrap the chosen linear layers of a block; layers that it lacks (an FFN of experts) are refused."""
+    parameters = []
+    for path in options.layers:
+        parent, _, name = path.rpartition(".")
+        owner = block.get_submodule(parent)
+        base = getattr(owner, name, None)
+        require(isinstance(base, nn.Linear), "adapter.layers", path, "this block has no such linear layer")
+        wrapped = LoRALinear(base, options, (*seed, path))
+        setattr(owner, name, wrapped)
+        parameters += [wrapped.lora_a, wrapped.lora_b]
+    return parameters
+
+
+ADAPTERS.register("lora", LoRAOptions)(Adapter(attach))

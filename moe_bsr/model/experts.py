@@ -1,0 +1,63 @@
+"""The experts' parameters, upcycled from a pretrained FFN."""
+
+import torch
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from moe_bsr.config import MoEConfig, require
+from moe_bsr.ops.experts import is_aligned, mixture
+from moe_bsr.ops.linear import compute_dtype
+from moe_bsr.runtime.rng import generator
+
+
+class Experts(nn.Module):
+    """E independent two-layer MLPs, their parameters stacked: fc1 (E, F, D) and (E, F), fc2 (E, D, F) and (E, D).
+
+    At `mlp_ratio` equal to the FFN's own every expert starts as its copy. At a smaller one expert e takes the
+    hidden units j with j mod S = e mod S (S = FFN hidden width / expert hidden width), fc2 scaled by S, its bias
+    as it is.
+    """
+
+    def __init__(self, mlp: Mlp, config: MoEConfig, seed: tuple) -> None:
+        super().__init__()
+        hidden, width = mlp.fc1.weight.shape
+        fitting = [ratio for ratio in range(1, hidden // width + 1) if hidden % (ratio * width) == 0]
+        there_are = (
+            f"here {' or '.join(map(str, fitting))}"
+            if fitting
+            else "no ratio does here, so leave plan.moe_blocks empty"
+        )
+        require(
+            config.mlp_ratio in fitting,
+            "moe.mlp_ratio",
+            config.mlp_ratio,
+            f"mlp_ratio x width = {config.mlp_ratio * width} must divide the FFN's hidden width {hidden}; {there_are}",
+        )
+        slices = hidden // (config.mlp_ratio * width)
+        draws = generator(*seed)
+        units = [torch.arange(e % slices, hidden, slices) for e in range(config.num_experts)]
+        stacked = {
+            "fc1_weight": [mlp.fc1.weight[u] for u in units],
+            "fc1_bias": None if mlp.fc1.bias is None else [mlp.fc1.bias[u] for u in units],
+            "fc2_weight": [slices * mlp.fc2.weight[:, u] for u in units],
+            "fc2_bias": None if mlp.fc2.bias is None else [mlp.fc2.bias] * config.num_experts,
+        }
+        for name, copies in stacked.items():
+            value = None if copies is None else torch.stack([c.detach() for c in copies])
+            if value is not None and config.init_noise:
+                noise = torch.randn(value.shape, generator=draws).to(value.device)
+                value = value + config.init_noise * value.std() * noise
+            self.register_parameter(name, None if value is None else nn.Parameter(value))
+        self.act = mlp.act
+        self.backend = config.backend
+
+    def forward(self, x: Tensor, gates: Tensor, chosen: Tensor, needs_output: bool = True) -> Tensor:
+        """Gate-weighted sum of each token's chosen experts: (T, D), (T, K) float32, (T, K) int64 -> (T, D)."""
+        weights = (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
+        if self.backend == "grouped":
+            shape, dtype = tuple(self.fc1_weight.shape[1:]), compute_dtype(x)
+            fits = is_aligned(weights, dtype)
+            require(
+                fits, "moe.backend", "grouped", f"experts of {shape} in {dtype} are no multiples of 16 bytes; use loop"
+            )
+        return mixture(x, gates, chosen, weights, self.act, self.backend, needs_output)

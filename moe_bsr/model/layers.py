@@ -1,0 +1,112 @@
+"""timm's layers with our kernels behind them: same parameters, same names, another forward.
+
+`adopt` changes the class of the layers it knows, in place, so that every published checkpoint and every state
+dict stays valid. Whatever else stands in such a place (an adapter's wrapper, a quantized layer, a layer with
+hooks) is called as any module is: its weights are never taken out of it.
+"""
+
+import torch
+from timm import layers as timm_layers
+from timm.models.vision_transformer import LayerScale as TimmLayerScale
+from torch import Tensor, nn
+
+from moe_bsr.ops.attention import attention, join_heads, split_heads
+from moe_bsr.ops.linear import activated_linear, linear
+from moe_bsr.ops.tokens import received_attention
+
+Scores = tuple[Tensor, Tensor]  # probabilities and logits of the tokens, each (B, N) float32
+
+
+class Linear(nn.Linear):
+    """(..., in) -> (..., out) in the compute dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class LayerScale(TimmLayerScale):
+    """Scales in the type of x: float32 factors would widen a bf16 stream for all that follows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma.to(x.dtype)
+
+
+class Mlp(timm_layers.Mlp):
+    """The two-layer FFN."""
+
+    def forward(self, x: Tensor, needs_output: bool = True) -> Tensor:
+        """(B, N, D) -> (B, N, D).
+
+        Args:
+            needs_output: False leaves the last product out where that saves work: for a block that runs again
+                for its graph alone.
+        """
+        return feed_forward(self, x, needs_output)
+
+
+def feed_forward(mlp: Mlp, x: Tensor, needs_output: bool = True) -> Tensor:
+    """`Mlp.forward` as a function, which lets go of x once it is used: a module's call would hold it to the end."""
+    x = mlp.fc1(x)
+    if torch.is_grad_enabled() and isinstance(mlp.norm, nn.Identity) and is_plain(mlp.fc2):
+        return activated_linear(mlp.act, x, mlp.fc2.weight, mlp.fc2.bias, needs_output)
+    x = mlp.act(x)
+    return mlp.fc2(mlp.norm(x))
+
+
+class Attention(timm_layers.Attention):
+    """Multi-head attention that can tell how much attention each token gets."""
+
+    def forward(
+        self, x: Tensor, *, scores: bool = False, has_class_token: bool = True, attached: bool = True
+    ) -> tuple[Tensor, Scores | None]:
+        """(B, N, D) -> (B, N, D), and if asked for the scores of the tokens; no N x N map is kept.
+
+        Args:
+            scores: of the class token's attention, mean over heads, or without a class token the mean attention
+                that each token receives.
+            attached: whether the probabilities carry a gradient.
+        """
+        qkv = self._project(x)
+        y, *given = attention(qkv, self.num_heads, self.scale, scores and has_class_token, attached)
+        if scores and not has_class_token:
+            q, k, _ = split_heads(qkv, self.num_heads)
+            with torch.set_grad_enabled(attached and torch.is_grad_enabled()):
+                given = received_attention(q, k, self.scale)
+        del qkv
+        y = self.norm(y)
+        if self.gate is not None:
+            y = y * self.gate(x).sigmoid()
+        return self.proj(y), tuple(given) if scores else None
+
+    def _project(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, 3 D) queries, keys and values, as the attention product takes them."""
+        qkv = self.qkv(x)
+        if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
+            return qkv
+        q, k, v = split_heads(qkv, self.num_heads)
+        return torch.cat([join_heads(t) for t in (self.q_norm(q), self.k_norm(k), v)], -1)
+
+
+ADOPTED = {
+    nn.Linear: Linear,
+    timm_layers.Mlp: Mlp,
+    timm_layers.Attention: Attention,
+    TimmLayerScale: LayerScale,
+}
+
+
+def adopt(module: nn.Module) -> None:
+    """Give the layers within a block our forward, where their type is exactly one that we know."""
+    for layer in module.modules():
+        ours = ADOPTED.get(type(layer))
+        if ours is not None and not getattr(layer, "inplace", False):
+            layer.__class__ = ours
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether calling the layer is our product and nothing else: nobody has wrapped it or hooked into it."""
+    return type(layer) is Linear and not has_hooks(layer)

@@ -1,0 +1,131 @@
+"""Selecting and fusing tokens, and the scores of a network without a class token.
+
+B images, H heads, N tokens of which P prefix tokens (class, registers), d width of a head, D width,
+C = N - P candidates, K kept
+"""
+
+import torch
+from torch import Tensor
+
+from moe_bsr import ops
+
+
+def select(scores: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """Positions of the `kept` best scores and of the rest, both ascending; ties go to the lower.
+
+    Args:
+        scores: (B, C). Returns: (B, K) and (B, C - K) int64.
+    """
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    return order[:, :kept].sort(dim=1).values, order[:, kept:].sort(dim=1).values
+
+
+def take(x: Tensor, positions: Tensor) -> Tensor:
+    """x[b, positions[b, i]]: (B, N, ...) and (B, K) -> (B, K, ...).
+
+    Advanced indexing keeps only the positions for backward; `torch.gather` would keep all of `x`.
+    """
+    return x[torch.arange(x.shape[0], device=x.device).unsqueeze(1), positions]
+
+
+def reduce_tokens(x: Tensor, kept: Tensor, dropped: Tensor, weights: Tensor | None, prefix: int) -> Tensor:
+    """Prefix and kept tokens in their order and one weighted sum of the dropped ones, placed last.
+
+    (B, N, D) -> (B, P + K + 1, D), or without weights (B, P + K, D).
+
+    Args:
+        kept (B, K), dropped (B, C - K): positions after the prefix. weights: (B, C - K, 1), of x's type.
+    """
+    if ops.is_reference():
+        return reduce_tokens_reference(x, kept, dropped, weights, prefix)
+    return _ReduceTokens.apply(x, kept, dropped, weights, prefix)
+
+
+def reduce_tokens_reference(x: Tensor, kept: Tensor, dropped: Tensor, weights: Tensor | None, prefix: int) -> Tensor:
+    parts = [x[:, :prefix], take(x[:, prefix:], kept)]
+    if weights is not None:
+        parts.append((weights * take(x[:, prefix:], dropped)).sum(1, keepdim=True))
+    return torch.cat(parts, 1)
+
+
+def received_attention(q: Tensor, k: Tensor, scale: float, chunk: int = 64) -> tuple[Tensor, Tensor]:
+    """Mean attention each token receives from all: the score where there is no class token.
+
+    Args:
+        q, k: (B, H, N, d) queries and keys as the attention uses them, taken `chunk` queries at a time.
+    Returns:
+        (probabilities, logits), each (B, N) float32; logits carry no gradient.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        if ops.is_reference():
+            return received_attention_reference(q, k, scale)
+        return _ReceivedAttention.apply(q, k, scale, chunk)
+
+
+def received_attention_reference(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    logits = (q.float() * scale) @ k.float().transpose(-2, -1)
+    return logits.softmax(-1).mean((1, 2)), logits.detach().mean((1, 2))
+
+
+class _ReduceTokens(torch.autograd.Function):
+    """Every token is kept or summed once, so the backward writes each row of the gradient once.
+
+    Saved for backward: the positions, the weights, and of the tokens only the dropped, and these only if the
+    weights need a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, kept: Tensor, dropped: Tensor, weights: Tensor | None, prefix: int) -> Tensor:
+        parts = [x[:, :prefix], take(x[:, prefix:], kept)]
+        dropped_x = None
+        if weights is not None:
+            dropped_x = take(x[:, prefix:], dropped)
+            parts.append(weights.transpose(1, 2) @ dropped_x)
+        ctx.save_for_backward(kept, dropped, weights, dropped_x if ctx.needs_input_grad[3] else None)
+        ctx.prefix, ctx.tokens = prefix, x.shape[1]
+        return torch.cat(parts, 1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        kept, dropped, weights, dropped_x = ctx.saved_tensors
+        batch, prefix = len(grad), ctx.prefix
+        grad_x = grad.new_empty(batch, ctx.tokens, grad.shape[2])
+        grad_x[:, :prefix] = grad[:, :prefix]
+        images = torch.arange(batch, device=grad.device).unsqueeze(1)
+        grad_x[images, prefix + kept] = grad[:, prefix : prefix + kept.shape[1]]
+        grad_fused = grad[:, -1:]
+        grad_x[images, prefix + dropped] = 0.0 if weights is None else weights * grad_fused
+        grad_weights = None if dropped_x is None else dropped_x @ grad_fused.transpose(1, 2)
+        return grad_x, None, None, grad_weights, None
+
+
+class _ReceivedAttention(torch.autograd.Function):
+    """Of the map only `chunk` rows are ever alive: the backward computes them again."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, scale: float, chunk: int) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(q, k)
+        ctx.scale, ctx.chunk = scale, chunk
+        keys = k.float().transpose(-2, -1)
+        probabilities = logits = 0.0
+        for q_part in q.split(chunk, dim=2):
+            rows = (q_part.float() * scale) @ keys
+            logits = logits + rows.mean(1).sum(1)
+            probabilities = probabilities + rows.softmax(-1).mean(1).sum(1)
+        logits = logits / q.shape[2]
+        ctx.mark_non_differentiable(logits)
+        return probabilities / q.shape[2], logits
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _: Tensor):
+        q, k = ctx.saved_tensors
+        keys = k.float()
+        grad_k, grad_q = torch.zeros_like(keys), torch.empty_like(q)
+        grad = (grad / (q.shape[1] * q.shape[2]))[:, None, None]  # each row's share of the mean over heads, queries
+        for q_part, grad_q_part in zip(q.split(ctx.chunk, dim=2), grad_q.split(ctx.chunk, dim=2), strict=True):
+            q_part = q_part.float() * ctx.scale
+            rows = (q_part @ keys.transpose(-2, -1)).softmax(-1)
+            grad_rows = torch.ops.aten._softmax_backward_data(grad.expand_as(rows), rows, -1, rows.dtype)
+            grad_q_part.copy_(ctx.scale * (grad_rows @ keys))
+            grad_k += grad_rows.transpose(-2, -1) @ q_part
+        return grad_q, grad_k.to(k.dtype), None, None

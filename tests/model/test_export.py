@@ -1,0 +1,34 @@
+"""The reference path is what exporters take: plain operators, any number of images, the same logits."""
+
+import pytest
+import torch
+from tiny_models import make_model, normal
+
+from moe_bsr import ops
+
+
+class Classifier(torch.nn.Module):
+    def __init__(self, model: torch.nn.Module, task: str) -> None:
+        super().__init__()
+        self.model, self.task = model, task
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model(images, self.task).logits
+
+
+@pytest.mark.parametrize("kind", ["class-token", "registers", "layer-scale", "average-pool"])
+def test_dense_bsr_is_exported_with_dynamic_batch(kind):
+    classifier = Classifier(make_model(kind).eval(), "two")
+    batch = torch.export.Dim("batch", min=1, max=64)
+    with ops.reference(), torch.no_grad():
+        program = torch.export.export(classifier, (normal(2, 3, 16, 16),), dynamic_shapes=({0: batch},))
+    operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not any("mkldnn" in name or "for_cpu" in name for name in operators)
+    for images in (normal(1, 3, 16, 16, seed=1), normal(5, 3, 16, 16, seed=2)):
+        with torch.no_grad():
+            torch.testing.assert_close(program.module()(images), classifier(images), rtol=1e-4, atol=1e-5)
+
+
+def test_images_that_are_not_normalized_are_refused():
+    with pytest.raises(TypeError, match="images are torch.uint8: normalize them first"):
+        make_model()(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "one")
