@@ -36,17 +36,12 @@ class Balance(nn.Module):
         """weight x mean over layers of (cv^2 of importance + cv^2 of load); a scalar."""
         if self.kind == "none" or not routing:
             return torch.zeros((), device=self.importance.device)
-        return (
-            self.weight
-            * torch.stack(
-                [
-                    squared_cv(self._amount(routing[block], name, layer, task)).to(torch.float32)
-                    for layer, block in enumerate(self.blocks)
-                    for name in ("importance", "load")
-                ]
-            ).sum()
-            / len(self.blocks)
-        )
+        terms = [
+            squared_cv(self._amount(routing[block], name, layer, task)).to(torch.float32)
+            for layer, block in enumerate(self.blocks)
+            for name in ("importance", "load")
+        ]
+        return self.weight * torch.stack(terms).sum() / len(self.blocks)
 
     def _amount(self, routing: Routing, name: str, layer: int, task: str) -> Tensor:
         amount = getattr(routing, name)

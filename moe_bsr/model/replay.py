@@ -3,7 +3,7 @@
 Kept tokens, chosen experts and gate noise are discrete or random: recomputing them from a slightly
 different input (an int8 copy of the block input changes about 1.4 % of the expert choices) would make
 the backward pass differentiate another network than the one that ran. Each block's forward asks a
-`Decisions` for every choice it makes; the first pass decides, any later pass reads.
+`Replay` for every choice it makes; the first pass decides, any later pass reads.
 """
 
 from collections.abc import Callable
