@@ -206,7 +206,7 @@ def test_images_are_decoded_once_within_the_cap():
     "fields",
     [
         {"interpolation": "lanczos"},
-        {"resize": "squash"},
+        {"resize": "letterbox"},
         {"crop_pct": 1.2},
         {"crop_scale": (0, 1)},
     ],
@@ -244,10 +244,10 @@ TASKS = {"dots": task("dots"), "lines": task("lines", sizes=SIZES * 2)}
 def test_batches_are_the_same_for_any_prefetch(prefetch):
     expected = list(Loader(TASKS, make_transforms(), plan()))
     got = list(Loader(TASKS, make_transforms(), plan(), prefetch))
-    assert [name for name, *_ in got] == ["dots", "lines"] * 5
+    assert [batch.task for batch in got] == ["dots", "lines"] * 5
     for ours, theirs in zip(got, expected, strict=True):
-        assert np.array_equal(ours[1], theirs[1])
-        assert torch.equal(ours[2], theirs[2]) and torch.equal(ours[3], theirs[3])
+        assert np.array_equal(ours.positions, theirs.positions)
+        assert torch.equal(ours.images, theirs.images) and torch.equal(ours.labels, theirs.labels)
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
@@ -255,8 +255,8 @@ def test_images_nobody_will_look_at_are_not_made(prefetch):
     whole = list(Loader(TASKS, make_transforms(), plan()))
     for ours, theirs in zip(Loader(TASKS, make_transforms(), plan(), prefetch, lambda task, _: task == "dots"), whole,
                             strict=True):
-        assert ours[2] is None if ours[0] == "dots" else torch.equal(ours[2], theirs[2])
-        assert torch.equal(ours[3], theirs[3])
+        assert ours.images is None if ours.task == "dots" else torch.equal(ours.images, theirs.images)
+        assert torch.equal(ours.labels, theirs.labels)
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 3])
