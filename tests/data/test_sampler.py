@@ -29,6 +29,7 @@ def plain(batches) -> list[tuple[str, list[int], list[int]]]:
 
 # --- which task ---
 
+
 def test_round_robin_takes_turns():
     names = list(SIZES)
     assert order(make("round_robin")) == [names[step % 3] for step in range(450)]
@@ -93,8 +94,8 @@ def quotas(weights: list[Fraction], steps: int) -> list[list[int]]:
 RATES = {
     "proportional": ("proportional", 2.0, [Fraction(size) for size in SIZES.values()]),
     "temperature 1": ("temperature", 1.0, [Fraction(size) for size in SIZES.values()]),
-    "temperature 2": ("temperature", 2.0, [Fraction(size ** 0.5) for size in SIZES.values()]),
-    "temperature 1/2": ("temperature", 0.5, [Fraction(size ** 2) for size in SIZES.values()]),
+    "temperature 2": ("temperature", 2.0, [Fraction(size**0.5) for size in SIZES.values()]),
+    "temperature 1/2": ("temperature", 0.5, [Fraction(size**2) for size in SIZES.values()]),
 }
 
 
@@ -102,7 +103,7 @@ RATES = {
 def test_windows_of_a_hundred_fill_their_quotas(case):
     kind, temperature, weights = RATES[case]
     taken = order(make(kind, temperature=temperature, steps=1250))
-    windows = [taken[start:start + WINDOW] for start in range(0, 1250, WINDOW)]
+    windows = [taken[start : start + WINDOW] for start in range(0, 1250, WINDOW)]
     assert [len(window) for window in windows] == [100] * 12 + [50]
     counts = [[Counter(window)[task] for task in SIZES] for window in windows]
     assert counts == quotas(weights, 1250)
@@ -128,7 +129,7 @@ def test_windows_of_equal_quotas_are_shuffled_apart_by_the_seed(kind):
     windows = []
     for seed in (3, 4):
         taken = order(make(kind, sizes={"a": 30, "b": 10}, temperature=1.0, steps=400, seed=seed))
-        windows += [tuple(taken[start:start + WINDOW]) for start in range(0, 400, WINDOW)]
+        windows += [tuple(taken[start : start + WINDOW]) for start in range(0, 400, WINDOW)]
     assert {window.count("a") for window in windows} == {75} and len(set(windows)) == 8
     assert order(make(kind)) == order(make(kind))
 
@@ -136,10 +137,11 @@ def test_windows_of_equal_quotas_are_shuffled_apart_by_the_seed(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_longer_run_begins_as_the_shorter_one_in_whole_windows(kind):
     shorter, longer = make(kind, steps=200), make(kind, steps=450)
-    assert plain(shorter.batches()) == plain(longer.batches())[:len(order(shorter))]
+    assert plain(shorter.batches()) == plain(longer.batches())[: len(order(shorter))]
 
 
 # --- which images ---
+
 
 @pytest.mark.parametrize("batch_size", [1, 12, 50])
 @pytest.mark.parametrize("kind", KINDS)
@@ -154,11 +156,11 @@ def test_visits_walk_through_one_permutation_after_another(kind, batch_size):
     for task, (positions, epochs) in seen.items():
         size = SIZES[task]
         assert epochs == [i // size for i in range(len(epochs))]
-        whole = [positions[i:i + size] for i in range(0, len(positions) - size + 1, size)]
+        whole = [positions[i : i + size] for i in range(0, len(positions) - size + 1, size)]
         assert all(sorted(epoch) == list(range(size)) for epoch in whole)
         if size > 7:  # of 7 images two epochs may well have the same order
             assert len(set(map(tuple, whole))) == len(whole)
-        rest = positions[len(whole) * size:]
+        rest = positions[len(whole) * size :]
         assert len(set(rest)) == len(rest) and set(rest) <= set(range(size))
 
 
@@ -180,12 +182,13 @@ def test_another_task_changes_no_permutation_of_the_others():
 
 # --- no state ---
 
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_starting_late_gives_the_tail(kind):
     every = plain(make(kind, steps=130).batches())
     each = len(every) // 130
     for start in (0, 1, 37, 100, 129, 130):
-        assert plain(make(kind, steps=130).batches(start)) == every[start * each:]
+        assert plain(make(kind, steps=130).batches(start)) == every[start * each :]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -196,7 +199,10 @@ def test_progress_is_what_batches_gave(kind):
         progress = sampler.progress(step)
         assert list(progress) == list(SIZES)
         for task, size in SIZES.items():
-            assert progress[task] == {"updates": counted[task], "images": 12 * counted[task],
-                                      "epochs": 12 * counted[task] / size}
+            assert progress[task] == {
+                "updates": counted[task],
+                "images": 12 * counted[task],
+                "epochs": 12 * counted[task] / size,
+            }
         if step < 130:
             counted.update(next(batches)[0] for _ in sampler.tasks(step))

@@ -116,9 +116,7 @@ def test_official_layout_gives_torchvisions_images_and_labels(dataset, tmp_path,
         item
         for split in splits
         for item in (
-            kind(tmp_path, train=split == "train")
-            if dataset.startswith("CIFAR")
-            else kind(tmp_path, split=split)
+            kind(tmp_path, train=split == "train") if dataset.startswith("CIFAR") else kind(tmp_path, split=split)
         )
     ]
     for i, (image, label) in enumerate(plain):
@@ -245,9 +243,7 @@ def test_generated_task_is_drawn_by_its_family(tmp_path, monkeypatch):
     module.Generated = Generated
     monkeypatch.setitem(sys.modules, "moe_bsr.data.generated", module)
     file = tmp_path / "dots.yaml"
-    file.write_text(
-        "title: Dots\nsource: generated\nfamily: dots\nclasses: 2\ntrain: 20\ntest: 6\nseed: 7\n"
-    )
+    file.write_text("title: Dots\nsource: generated\nfamily: dots\nclasses: 2\ntrain: 20\ntest: 6\nseed: 7\n")
     data = load_task(load_spec(file), root=tmp_path)
     assert data.train.source.asked == ("dots", "train", 20, 7)
     assert data.test.source.asked == ("dots", "test", 6, 7)

@@ -70,9 +70,7 @@ SIZES = [(40, 30), (30, 41), (100, 37), (24, 24), (65, 65), (200, 150), (20, 90)
 @pytest.mark.parametrize("crop_pct", [0.9, 1.0, 0.875])
 def test_evaluation_equals_timms_own_transform(interpolation, crop_pct):
     data = task(sizes=SIZES)
-    theirs = timm.data.create_transform(
-        (3, 32, 32), interpolation=interpolation, crop_pct=crop_pct, normalize=False
-    )
+    theirs = timm.data.create_transform((3, 32, 32), interpolation=interpolation, crop_pct=crop_pct, normalize=False)
     ours = make_transforms(size=32, interpolation=interpolation, crop_pct=crop_pct)
     (images, labels), = ours.eval_batches(data, "test", 50)  # fmt: skip
     assert images.dtype == torch.uint8 and images.shape == (len(SIZES), 3, 32, 32)
@@ -127,9 +125,7 @@ def test_crop_boxes_are_distributed_as_torchvisions():
     assert (ours[:, 0] + ours[:, 2] <= 60).all() and (ours[:, 1] + ours[:, 3] <= 90).all()
     for column in range(4):
         quantiles = [0.1, 0.25, 0.5, 0.75, 0.9]
-        difference = np.quantile(ours[:, column], quantiles) - np.quantile(
-            theirs[:, column], quantiles
-        )
+        difference = np.quantile(ours[:, column], quantiles) - np.quantile(theirs[:, column], quantiles)
         assert np.abs(difference).max() <= 2.5
 
 
@@ -253,8 +249,9 @@ def test_batches_are_the_same_for_any_prefetch(prefetch):
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_images_nobody_will_look_at_are_not_made(prefetch):
     whole = list(Loader(TASKS, make_transforms(), plan()))
-    for ours, theirs in zip(Loader(TASKS, make_transforms(), plan(), prefetch, lambda task, _: task == "dots"), whole,
-                            strict=True):
+    for ours, theirs in zip(
+        Loader(TASKS, make_transforms(), plan(), prefetch, lambda task, _: task == "dots"), whole, strict=True
+    ):
         assert ours.images is None if ours.task == "dots" else torch.equal(ours.images, theirs.images)
         assert torch.equal(ours.labels, theirs.labels)
 
