@@ -22,7 +22,7 @@ import numpy as np
 from numpy.lib import format as npy
 from PIL import Image
 
-from moe_bsr.data.sources import decode
+from moe_bsr.data.image_files import decode
 
 MEMBERS = ("jpeg", "offsets", "labels")
 
@@ -47,7 +47,7 @@ class PackedSource:
         return self.jpeg[self.offsets[i] : self.offsets[i + 1]].tobytes()
 
     def _check(self) -> None:
-        for name, dtype in zip(MEMBERS, (np.uint8, np.int64, np.int64)):
+        for name, dtype in zip(MEMBERS, (np.uint8, np.int64, np.int64), strict=True):
             array = getattr(self, name)
             if array.dtype != dtype or array.ndim != 1:
                 raise ValueError(
@@ -70,6 +70,11 @@ class PackedSource:
             raise ValueError(
                 f"{self.path}: labels run from {low} to {high}, but classes.txt names {len(self.class_names)} classes"
             )
+
+
+def open_pack(folder: Path) -> tuple[PackedSource, PackedSource, str]:
+    """The training and the test split of a pack, and a line that says where it lies."""
+    return PackedSource(folder / "train.npz"), PackedSource(folder / "test.npz"), f"pack {folder}"
 
 
 class PackWriter:

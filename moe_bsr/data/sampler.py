@@ -5,15 +5,41 @@ One batch is one task. Visit v of a task takes positions v*B to (v+1)*B of its c
 permutations: always a full batch, nothing skipped, short datasets cycle.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
-from moe_bsr.config import SamplerConfig
+from moe_bsr.config import SamplerConfig, require
+from moe_bsr.config.reader import nearest
 from moe_bsr.runtime.rng import key, stream
 
 WINDOW = 100  # updates over which proportional and temperature sampling fill their quotas
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a sampler makes its schedule for: `sizes` are the tasks' training images, in the order of round-robin."""
+
+    sizes: list[int]
+    batch_size: int
+    steps: int
+    seed: int
+    config: SamplerConfig
+
+
+SAMPLERS: dict[str, Callable[[Request], np.ndarray]] = {}
+
+
+def register(kind: str) -> Callable[[Callable[[Request], np.ndarray]], Callable[[Request], np.ndarray]]:
+    """Decorator: a function Request -> int64 (steps, tasks), 1 where a task is visited in an update, else 0."""
+
+    def add(schedule: Callable[[Request], np.ndarray]) -> Callable[[Request], np.ndarray]:
+        SAMPLERS[kind] = schedule
+        return schedule
+
+    return add
 
 
 class MultitaskSampler:
@@ -22,16 +48,16 @@ class MultitaskSampler:
     Args:
         sizes: number of training images by task, in the order of round-robin.
         steps: optimizer updates of the run.
+    Raises:
+        ConfigError: `sampler.kind` is not one of `SAMPLERS`.
     """
 
     def __init__(self, sizes: dict[str, int], batch_size: int, steps: int, config: SamplerConfig, seed: int) -> None:
+        known = ", ".join(SAMPLERS)
+        require(config.kind in SAMPLERS, "sampler.kind", config.kind, f"one of {known}{nearest(config.kind, SAMPLERS)}")
         self.sizes, self.batch_size, self.steps, self.seed = dict(sizes), batch_size, steps, seed
         self.names = list(sizes)
-        if config.kind == "joint":
-            visits = np.ones((steps, len(sizes)), np.int64)
-        else:
-            order = _order(config, list(sizes.values()), batch_size, steps, seed)
-            visits = np.eye(len(sizes), dtype=np.int64)[order]
+        visits = SAMPLERS[config.kind](Request(list(sizes.values()), batch_size, steps, seed, config))
         self._visits = visits
         self._before = np.concatenate([np.zeros((1, len(sizes)), np.int64), visits.cumsum(0)])
 
@@ -68,21 +94,55 @@ class MultitaskSampler:
         return stream(key(self.seed, task, "order"), int(epoch)).permutation(self.sizes[task])
 
 
-def _order(config: SamplerConfig, sizes: list[int], batch_size: int, steps: int, seed: int) -> np.ndarray:
-    """Index of the task of each update, (steps,)."""
-    if config.kind == "round_robin":
-        return np.arange(steps) % len(sizes)
-    if config.kind == "exhaust":
-        return _exhausting_round_robin([-(-size // batch_size) for size in sizes], steps)
-    temperature = 1.0 if config.kind == "proportional" else config.temperature
+@register("joint")
+def joint(request: Request) -> np.ndarray:
+    """Every task in every update."""
+    return np.ones((request.steps, len(request.sizes)), np.int64)
+
+
+@register("round_robin")
+def round_robin(request: Request) -> np.ndarray:
+    """One task after the other."""
+    return _visits(np.arange(request.steps) % len(request.sizes), request)
+
+
+@register("proportional")
+def proportional(request: Request) -> np.ndarray:
+    """Each task as often as it has images."""
+    return _by_temperature(request, 1.0)
+
+
+@register("temperature")
+def temperature(request: Request) -> np.ndarray:
+    """Each task in proportion to sizes^(1 / sampler.temperature)."""
+    return _by_temperature(request, request.config.temperature)
+
+
+@register("exhaust")
+def exhaust(request: Request) -> np.ndarray:
+    """Round-robin in which exhausted loaders are skipped until the longest ends (the paper's order)."""
+    batches = [-(-size // request.batch_size) for size in request.sizes]
+    epoch = [task for turn in range(max(batches)) for task, n in enumerate(batches) if turn < n]
+    return _visits(np.resize(np.array(epoch), request.steps), request)
+
+
+def _visits(order: np.ndarray, request: Request) -> np.ndarray:
+    """From the index of each update's task, (steps,), to visits (steps, tasks)."""
+    return np.eye(len(request.sizes), dtype=np.int64)[order]
+
+
+def _by_temperature(request: Request, temperature: float) -> np.ndarray:
     # In logarithms: sizes^(1/T) overflows at small T.
-    scaled = np.log(sizes) / temperature
+    scaled = np.log(request.sizes) / temperature
     rates = np.exp(scaled - scaled.max())
-    return _by_quota(rates / rates.sum(), steps, seed)
+    return _visits(_by_quota(rates / rates.sum(), request.steps, request.seed), request)
 
 
 def _by_quota(rates: np.ndarray, steps: int, seed: int) -> np.ndarray:
-    """Each window holds its share of every task (largest remainder, carried on), shuffled by the seed."""
+    """Index of each update's task, (steps,).
+
+    Each window holds its share of every task (largest remainder, carried on), shuffled by the seed.
+    """
     order, given = [], np.zeros(len(rates), np.int64)
     for window, start in enumerate(range(0, steps, WINDOW)):
         end = min(start + WINDOW, steps)
@@ -93,9 +153,3 @@ def _by_quota(rates: np.ndarray, steps: int, seed: int) -> np.ndarray:
         given += quota
         order.append(stream(key(seed, "windows"), window).permutation(np.repeat(np.arange(len(rates)), quota)))
     return np.concatenate(order)
-
-
-def _exhausting_round_robin(batches: list[int], steps: int) -> np.ndarray:
-    """Round-robin in which exhausted loaders are skipped until the longest ends (the paper's order)."""
-    epoch = [task for turn in range(max(batches)) for task, n in enumerate(batches) if turn < n]
-    return np.resize(np.array(epoch), steps)

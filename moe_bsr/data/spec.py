@@ -1,67 +1,108 @@
-"""A task as its YAML file in `tasks/` describes it, checked before anything is opened."""
+"""A task as its YAML file in `tasks/` describes it, checked before anything is opened.
 
+Every kind of source has its own class of task: what all tasks say is in `TaskSpec`, the source's own keys
+are the fields of its subclass in `sources/`. `SOURCES` is the only list of them. A new source is one file
+there:
+
+    @register("my_source")
+    @dataclass(frozen=True, kw_only=True)
+    class MyTask(TaskSpec):
+        url: str
+
+        def open(self, root, download): ...
+"""
+
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Protocol, TypeVar
+
+import numpy as np
 
 from moe_bsr.config import ConfigError, is_crop_range, require
 from moe_bsr.config.reader import convert_section, nearest, parse
 
-# source -> (keys it needs, further keys it may have), beside those every task has
-KEYS = {
-    "torchvision": ({"dataset"}, {"splits"}),
-    "folder": ({"path"}, set()),
-    "packed": ({"path"}, set()),
-    "generated": ({"family", "classes", "train", "test"}, {"seed"}),
-}
-KEYS_OF_ALL = {"title", "source", "classes", "license", "homepage", "crop_scale", "flip"}
+
+class ImageSource(Protocol):
+    """Labelled images of one split.
+
+    Attributes:
+        labels: int64 (N,), indices into `class_names`.
+
+    A source that reads files also has `encoded(i)`: the bytes of the file, or None where there is none.
+    """
+
+    labels: np.ndarray
+    class_names: list[str]
+
+    def __len__(self) -> int: ...
+
+    def image(self, i: int) -> np.ndarray:
+        """Image i decoded: uint8 (H, W, 3) RGB; sizes may differ."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSpec:
-    """The keys of a task file; `name` is the name of the file. Raises ConfigError if impossible."""
+    """The keys that every task file may have; `name` is the name of the file. Raises ConfigError if impossible.
+
+    Attributes:
+        classes: their number, checked against the data where given.
+        crop_scale: the least and the largest share of an image's area that a training crop has.
+        flip: whether half of the training crops are mirrored.
+    """
+
+    source = ""  # the name it is registered by
 
     name: str
     title: str
-    source: Literal[tuple(KEYS)]
-    classes: int | None = None  # checked against the data where given
+    classes: int | None = None
     license: str | None = "not stated"
     homepage: str | None = ""
-    crop_scale: list[float] = field(default_factory=lambda: [0.35, 1.0])  # a crop's share of the area
-    flip: bool = True  # mirror half of the training crops
-    dataset: str | None = None  # torchvision: name of the class
-    splits: dict[str, list[str]] | None = None  # torchvision: its splits that make train and test
-    path: str | None = None  # folder, packed: absolute, or below the data root
-    family: str | None = None  # generated
-    train: int | None = None  # generated: number of images
-    test: int | None = None
-    seed: int = 0
+    crop_scale: list[float] = field(default_factory=lambda: [0.35, 1.0])
+    flip: bool = True
 
-    def __post_init__(self):
-        for key in sorted(KEYS[self.source][0]):
-            if getattr(self, key) is None:
-                raise ConfigError(f"source {self.source} needs the key {key!r}")
-        for key in ("classes", "train", "test"):
-            count = getattr(self, key)
-            require(count is None or count >= 2, key, count, "at least 2")
-        require(self.seed >= 0, "seed", self.seed, "at least 0")
+    def __post_init__(self) -> None:
+        require(self.classes is None or self.classes >= 2, "classes", self.classes, "at least 2")
         require(is_crop_range(self.crop_scale), "crop_scale", self.crop_scale, "[low, high], 0 < low <= high <= 1")
-        splits = self.splits or {"train": ["train"], "test": ["test"]}
-        require(
-            splits.keys() == {"train", "test"} and all(splits.values()),
-            "splits",
-            splits,
-            "the keys train and test, each a list of split names",
-        )
-        both = sorted(set(splits["train"]) & set(splits["test"]))
-        require(not both, "splits", splits, f"no split may be in train and in test, as {both} are")
-        object.__setattr__(self, "splits", splits)
+
+    def open(self, root: Path, download: bool = False) -> tuple[ImageSource, ImageSource, str]:
+        """The images for training and for the test, and a line that says where they come from.
+
+        Args:
+            root: the data root, for relative paths.
+            download: whether what is missing may be fetched.
+        Raises:
+            FileNotFoundError: says what is expected where. ValueError: damaged or contradictory data.
+        """
+        raise NotImplementedError(f"task {self.name}: source {self.source!r} does not say how it is opened")
+
+    def folder(self, root: Path) -> Path | None:
+        """Where the images of this task lie, if they have a folder of their own."""
+        return None
+
+
+SOURCES: dict[str, type[TaskSpec]] = {}
+
+Spec = TypeVar("Spec", bound=TaskSpec)
+
+
+def register(source: str) -> Callable[[type[Spec]], type[Spec]]:
+    """Class decorator: task files that say `source: <source>` are read as this class."""
+
+    def add(cls: type[Spec]) -> type[Spec]:
+        cls.source = source
+        SOURCES[source] = cls
+        return cls
+
+    return add
 
 
 def load_spec(name_or_path: str | Path) -> TaskSpec:
     """The task of that name, or of that .yaml file.
 
-    A name is looked up in `tasks/` of the current directory, then in the one beside the package.
+    A name is looked up in `tasks/` of the current directory, then among the tasks that come with the package.
     Raises FileNotFoundError listing what exists, ConfigError for keys and values that cannot be.
     """
     path = Path(name_or_path)
@@ -73,19 +114,36 @@ def load_spec(name_or_path: str | Path) -> TaskSpec:
     if not isinstance(entries, dict):
         raise ConfigError(f"task file {path}: expected keys and values such as 'title: My pictures'")
     try:
-        spec = convert_section(entries, TaskSpec, "", name=path.stem)
-        allowed = KEYS_OF_ALL.union(*KEYS[spec.source])
-        if strangers := sorted(entries.keys() - allowed):
-            raise ConfigError(
-                f"key {strangers[0]!r} means nothing for source {spec.source}; allowed are {', '.join(sorted(allowed))}"
-            )
+        return _from_entries(path.stem, entries)
     except ConfigError as error:
         raise ConfigError(f"task {path.stem}: {error}") from None
-    return spec
+
+
+def _from_entries(name: str, entries: dict) -> TaskSpec:
+    kinds = ", ".join(SOURCES)
+    if "source" not in entries:
+        raise ConfigError(f"the key 'source' is missing: one of {kinds}")
+    source = entries["source"]
+    known = isinstance(source, str) and source in SOURCES
+    require(known, "source", source, f"one of {kinds}{nearest(source, SOURCES)}")
+    cls = SOURCES[source]
+    allowed = _keys(cls)
+    for key in entries:
+        if key not in allowed:
+            elsewhere = [kind for kind, other in SOURCES.items() if key in _keys(other)]
+            hint = f": it belongs to source {' or '.join(elsewhere)}" if elsewhere else nearest(key, allowed)
+            raise ConfigError(f"unknown key {key} for source {source}{hint} (allowed: {', '.join(allowed)})")
+    return convert_section({key: value for key, value in entries.items() if key != "source"}, cls, "", name=name)
+
+
+def _keys(cls: type[TaskSpec]) -> list[str]:
+    return ["source", *(each.name for each in dataclasses.fields(cls) if each.name != "name")]
 
 
 def _find(name: str) -> Path:
-    folders = [Path("tasks"), Path(__file__).resolve().parents[2] / "tasks"]
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "tasks"  # in a checkout they lie beside the package
+    folders = [Path("tasks"), installed if installed.is_dir() else package.parent / "tasks"]
     for folder in folders:
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"

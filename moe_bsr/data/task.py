@@ -1,19 +1,17 @@
 """A task opened: its training, validation and test split, ready to be indexed.
 
-The test split is what the data set calls so. The validation split is carved from the training data,
-by a seed of its own, so that selecting a model never looks at test images.
+The test split is the data set's own. The validation split comes from the training data, by a seed of its
+own, so that no model is selected by test images.
 """
 
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from moe_bsr.data.packed import PackedSource
-from moe_bsr.data.sources import FolderSource, TorchvisionSource
-from moe_bsr.data.spec import TaskSpec
+from moe_bsr.data.packed import open_pack
+from moe_bsr.data.spec import ImageSource, TaskSpec
 from moe_bsr.runtime.rng import key, stream
 
 MAX_VALIDATION_IMAGES = 5000
@@ -23,7 +21,7 @@ MAX_VALIDATION_IMAGES = 5000
 class Split:
     """Some images of a source: `index` int64 (N,) into it, `labels` int64 (N,) aligned with it."""
 
-    source: Any
+    source: ImageSource
     index: np.ndarray
     labels: np.ndarray
 
@@ -50,16 +48,21 @@ def load_task(
     *,
     root: Path,
     download: bool = False,
-    validation: float = 0.1,
-    data_seed: int = 0,
+    val_fraction: float = 0.1,
+    split_seed: int = 0,
 ) -> TaskData:
-    """Open a task and carve its validation split.
+    """Open a task and split its validation images off the training images.
 
-    `root` is the data root. Raises FileNotFoundError saying what is expected where, ValueError for
-    data that contradict the task file or each other.
+    Args:
+        root: the data root.
+        val_fraction: share of the training images for validation, see `split_validation`.
+        split_seed: of the choice of these images, which depends on the task's name as well.
+    Raises:
+        FileNotFoundError: says what is expected where.
+        ValueError: data that contradict the task file or each other.
     """
     train, test, origin = open_sources(spec, root=Path(root), download=download)
-    train_index, val_index = split_validation(train.labels, validation, key(data_seed, spec.name, "carve"))
+    train_index, val_index = split_validation(train.labels, val_fraction, key(split_seed, spec.name, "carve"))
     counts = np.bincount(train.labels, minlength=len(train.class_names))
     if (lone := int((counts == 1).sum())) > 0:
         warnings.warn(
@@ -79,30 +82,18 @@ def load_task(
     )
 
 
-def open_sources(spec: TaskSpec, *, root: Path, download: bool = False, use_pack: bool = True) -> tuple[Any, Any, str]:
+def open_sources(
+    spec: TaskSpec, *, root: Path, download: bool = False, use_pack: bool = True
+) -> tuple[ImageSource, ImageSource, str]:
     """The training and the test source of a task, and a line saying where they come from.
 
     A pack at `<root>/<name>` takes the place of the declared source unless `use_pack` is false.
     """
     pack = root / spec.name
     if use_pack and (pack / "train.npz").is_file():
-        train, test, origin = *_open_pack(pack), f"pack {pack}"
-    elif spec.source == "packed":
-        pack = root / Path(spec.path).expanduser()
-        train, test, origin = *_open_pack(pack), f"pack {pack}"
-    elif spec.source == "torchvision":
-        train, test = (
-            TorchvisionSource(spec.dataset, root, spec.splits[split], download) for split in ("train", "test")
-        )
-        origin = f"torchvision {spec.dataset} in {root}"
-    elif spec.source == "folder":
-        train, test, origin = _open_folder(root / Path(spec.path).expanduser())
+        train, test, origin = open_pack(pack)
     else:
-        from moe_bsr.data.generated import Generated  # the only source that draws: loaded where it is wanted
-
-        train = Generated(spec.family, "train", spec.train, spec.seed)
-        test = Generated(spec.family, "test", spec.test, spec.seed)
-        origin = f"drawn: {spec.family}, seed {spec.seed}"
+        train, test, origin = spec.open(root, download)
     if len(train.class_names) < 2:
         raise ValueError(
             f"task {spec.name}: {len(train.class_names)} class, and there must be two to tell apart ({origin})"
@@ -117,36 +108,20 @@ def open_sources(spec: TaskSpec, *, root: Path, download: bool = False, use_pack
     return train, test, origin
 
 
-def _open_pack(folder: Path) -> list[PackedSource]:
-    return [PackedSource(folder / f"{split}.npz") for split in ("train", "test")]
-
-
-def _open_folder(folder: Path) -> tuple[FolderSource, FolderSource, str]:
-    for split in ("train", "test"):
-        if not (folder / split).is_dir():
-            raise FileNotFoundError(
-                f"{folder / split}: missing; expected {folder}/train/<class>/<image>.jpg and "
-                f"{folder}/test/<class>/<image>.jpg (validation is carved from train, "
-                "test images must be set aside by hand)"
-            )
-    train = FolderSource(folder / "train")
-    return train, FolderSource(folder / "test", train.class_names), f"folder {folder}"
-
-
 def split_validation(labels: np.ndarray, fraction: float, key: int) -> tuple[np.ndarray, np.ndarray]:
     """Split positions 0..N-1 into training and validation, both sorted; a pure function.
 
     Validation holds `fraction` of the images (0 < fraction < 0.5), at most
-    `MOST_VALIDATION_IMAGES`, in each class in proportion (largest remainder) but at least one; that
+    `MAX_VALIDATION_IMAGES`, in each class in proportion (largest remainder) but at least one; that
     minimum comes first. A class with a single image keeps it in training.
     """
     if not 0 < fraction < 0.5:
-        raise ValueError(f"validation: {fraction} is not between 0 and 0.5 (both excluded)")
-    seats = allocate_per_class(np.bincount(labels), fraction)
-    if seats.sum() == 0:
-        raise ValueError("no validation image can be carved: every class has a single image")
+        raise ValueError(f"val_fraction: {fraction} is not between 0 and 0.5 (both excluded)")
+    per_class = allocate_per_class(np.bincount(labels), fraction)
+    if per_class.sum() == 0:
+        raise ValueError("no image is left for validation: every class has a single image")
     shuffled = stream(key).permutation(len(labels))
-    chosen = [shuffled[labels[shuffled] == label][:count] for label, count in enumerate(seats) if count]
+    chosen = [shuffled[labels[shuffled] == label][:count] for label, count in enumerate(per_class) if count]
     val = np.sort(np.concatenate(chosen))
     return np.setdiff1d(np.arange(len(labels)), val), val
 
@@ -155,10 +130,10 @@ def allocate_per_class(counts: np.ndarray, fraction: float) -> np.ndarray:
     """How many of each class's `counts` images go to validation, int64 (classes,)."""
     total = min(round(counts.sum() * fraction), MAX_VALIDATION_IMAGES)
     ideal = counts * (total / counts.sum())
-    least, most = np.minimum(1, np.maximum(counts - 1, 0)), np.maximum(counts - 1, 0)
-    seats = np.clip(np.floor(ideal).astype(np.int64), least, most)
-    while seats.sum() < total and (seats < most).any():
-        seats[np.argmax(np.where(seats < most, ideal - seats, -np.inf))] += 1
-    while seats.sum() > total and (seats > least).any():
-        seats[np.argmax(np.where(seats > least, seats - ideal, -np.inf))] -= 1
-    return seats
+    fewest, most = np.minimum(1, np.maximum(counts - 1, 0)), np.maximum(counts - 1, 0)
+    chosen = np.clip(np.floor(ideal).astype(np.int64), fewest, most)
+    while chosen.sum() < total and (chosen < most).any():
+        chosen[np.argmax(np.where(chosen < most, ideal - chosen, -np.inf))] += 1
+    while chosen.sum() > total and (chosen > fewest).any():
+        chosen[np.argmax(np.where(chosen > fewest, chosen - ideal, -np.inf))] -= 1
+    return chosen

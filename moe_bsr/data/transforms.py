@@ -16,24 +16,32 @@ from PIL import Image
 
 from moe_bsr.config import is_crop_range, require
 from moe_bsr.data.cache import DecodedCache
-from moe_bsr.data.sources import exif_rgb
+from moe_bsr.data.image_files import exif_rgb
 from moe_bsr.data.task import Split, TaskData
 from moe_bsr.runtime.rng import key, stream
 
 ATTEMPTS = 10  # as torchvision's RandomResizedCrop
-SMALL = 64  # square images up to this size are not cropped for evaluation
+SMALL_IMAGE_SIDE = 64  # square images up to this size are not cropped for evaluation
 
 
 @dataclass(kw_only=True)
 class ImageTransforms:
-    """The transforms of a run; its fields are all there is to say about them.
+    """The transforms of a run, and its cache of decoded images, which all tasks share.
 
-    `mean`, `std` (of values 0 to 1), `interpolation` and `crop_pct` come from timm's data config of
-    the backbone. `resize="timm"`: evaluation resizes the short side to floor(size / crop_pct) and
-    crops the center; `"squash"`: resizes to the square, aspect not kept. Without `augment` training
-    images are seen as evaluation sees them; `crop_scale` and `flip` override the tasks' own. `seed` is the
-    augmentation's. `cache_mb`: 10**6 bytes of decoded images
-    kept. Raises ValueError naming the field.
+    `train_transform`, `eval_transform` and `normalize` depend on their arguments and these fields alone;
+    `train_batch` and `eval_batches` read the images through the cache.
+
+    Attributes:
+        size: side S of the square images, in pixels.
+        mean, std: of values 0 to 1; these, `interpolation` and `crop_pct` come from timm's data config of the backbone.
+        resize: for evaluation. "timm": the short side to floor(size / crop_pct), then the center is cropped;
+            "squash": to the square, aspect not kept.
+        augment: False shows training images as evaluation sees them.
+        crop_scale, flip: override the tasks' own.
+        seed: of the augmentation.
+        cache_mb: how much the decoded images in memory may take, in 10**6 bytes.
+    Raises:
+        ValueError: names the field.
     """
 
     size: int
@@ -48,7 +56,7 @@ class ImageTransforms:
     seed: int = 0
     cache_mb: float = 1000
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.interpolation not in ("bicubic", "bilinear"):
             raise ValueError(f"interpolation: {self.interpolation!r} is not bicubic or bilinear")
         if self.resize not in ("timm", "squash"):
@@ -75,16 +83,13 @@ class ImageTransforms:
         flip = data.spec.flip if self.flip is None else self.flip
         stream_key = key(self.seed, data.name, "augment")
         pixels = self._empty(len(positions))
-        for row, index, epoch in zip(pixels, data.train.index[positions], epochs):
+        for row, index, epoch in zip(pixels, data.train.index[positions], epochs, strict=True):
             image = self._cache.image(data.train.source, int(index))
-            if not self.augment:
+            if self.augment:
+                uniforms = stream(stream_key, int(epoch), int(index)).random(2 * ATTEMPTS + 3)
+                row[:] = self.train_transform(image, scale, flip, uniforms)
+            else:
                 row[:] = self.eval_transform(image)
-                continue
-            uniforms = stream(stream_key, int(epoch), int(index)).random(2 * ATTEMPTS + 3)
-            top, left, height, width = crop_box(*image.shape[:2], scale, uniforms)
-            crop = image[top : top + height, left : left + width]
-            crop = resized(crop, self.size, self.size, self.interpolation)
-            row[:] = crop[:, ::-1] if flip and uniforms[-1] < 0.5 else crop
         return _as_images(pixels), torch.from_numpy(data.train.labels[positions])
 
     def eval_batches(
@@ -97,7 +102,7 @@ class ImageTransforms:
         for start in range(0, len(split), batch_size):
             part = slice(start, start + batch_size)
             pixels = self._empty(len(split.index[part]))
-            for row, index in zip(pixels, split.index[part]):
+            for row, index in zip(pixels, split.index[part], strict=True):
                 row[:] = self.eval_transform(self._cache.image(split.source, int(index)))
             yield _as_images(pixels), torch.from_numpy(split.labels[part])
 
@@ -107,10 +112,21 @@ class ImageTransforms:
         pixels[0] = self.eval_transform(np.array(exif_rgb(image)))
         return _as_images(pixels)[0]
 
+    def train_transform(
+        self, image: np.ndarray, scale: Sequence[float], flip: bool, uniforms: np.ndarray
+    ) -> np.ndarray:
+        """A random crop of uint8 (H, W, 3), resized to (S, S, 3), half of them mirrored where `flip`.
+
+        `uniforms`: 23 numbers in [0, 1), the only randomness (see `crop_box`; the last one decides about mirroring).
+        """
+        top, left, height, width = crop_box(*image.shape[:2], scale, uniforms)
+        crop = resized(image[top : top + height, left : left + width], self.size, self.size, self.interpolation)
+        return crop[:, ::-1] if flip and uniforms[-1] < 0.5 else crop
+
     def eval_transform(self, image: np.ndarray) -> np.ndarray:
         """uint8 (H, W, 3) to uint8 (S, S, 3)."""
         height, width = image.shape[:2]
-        if self.resize == "squash" or height == width <= SMALL:
+        if self.resize == "squash" or height == width <= SMALL_IMAGE_SIDE:
             return resized(image, self.size, self.size, self.interpolation)
         short = math.floor(self.size / self.crop_pct)
         if height <= width:
@@ -121,7 +137,7 @@ class ImageTransforms:
         top, left = round((height - self.size) / 2), round((width - self.size) / 2)
         return image[top : top + self.size, left : left + self.size]
 
-    def normalize(self, images: torch.Tensor, *, device=None) -> torch.Tensor:
+    def normalize(self, images: torch.Tensor, *, device: torch.device | str | None = None) -> torch.Tensor:
         """uint8 (B, 3, S, S) to normalized (B, 3, S, S) on `device`, computed in float32.
 
         The bytes travel, not the floats.
@@ -136,7 +152,7 @@ class ImageTransforms:
         return np.empty((count, 3, self.size, self.size), dtype=np.uint8).transpose(0, 2, 3, 1)
 
 
-def crop_box(height: int, width: int, scale: tuple[float, float], uniforms: np.ndarray) -> tuple[int, int, int, int]:
+def crop_box(height: int, width: int, scale: Sequence[float], uniforms: np.ndarray) -> tuple[int, int, int, int]:
     """(top, left, height, width) of a random crop, as torchvision's RandomResizedCrop chooses it.
 
     Area uniform in `scale` times the image's, aspect log-uniform in 3/4 to 4/3; the first of 10

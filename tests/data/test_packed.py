@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moe_bsr.data import FolderSource, PackedSource, load_spec, load_task
-from moe_bsr.data.packed import PackWriter, encode, write_classes
+from moe_bsr.data import load_spec, load_task
+from moe_bsr.data.packed import PackedSource, PackWriter, encode, write_classes
+from moe_bsr.data.sources.folder import FolderSource
 
 
 def picture(seed: int, width: int, height: int) -> Image.Image:

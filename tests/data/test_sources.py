@@ -1,4 +1,4 @@
-"""Task files, sources in their official layouts, splits and the carving of validation."""
+"""Task files, sources in their official layouts, splits and the validation split."""
 
 import hashlib
 import json
@@ -6,6 +6,7 @@ import pickle
 import shutil
 import sys
 import types
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ import torchvision
 from PIL import Image
 from scipy.io import savemat
 
-from moe_bsr.data import FolderSource, TorchvisionSource, split_validation, load_spec, load_task
-from moe_bsr.data.sources import decode
+from moe_bsr.config import ConfigError
+from moe_bsr.data import SOURCES, TaskSpec, decode, load_spec, load_task, register, split_validation
+from moe_bsr.data.sources.folder import FolderSource
+from moe_bsr.data.sources.torchvision_datasets import TORCHVISION, TorchvisionSource
 from moe_bsr.data.task import allocate_per_class
 
 
@@ -250,7 +253,7 @@ def test_generated_task_is_drawn_by_its_family(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "counts, fraction, seats",
+    "counts, fraction, expected",
     [
         ([10, 10, 10], 0.1, [1, 1, 1]),
         ([100, 50, 5], 0.1, [10, 5, 1]),
@@ -260,11 +263,11 @@ def test_generated_task_is_drawn_by_its_family(tmp_path, monkeypatch):
         ([45, 45, 10], 0.1, [5, 4, 1]),
     ],
 )
-def test_validation_seats(counts, fraction, seats):
-    assert allocate_per_class(np.array(counts), fraction).tolist() == seats
+def test_validation_images_per_class(counts, fraction, expected):
+    assert allocate_per_class(np.array(counts), fraction).tolist() == expected
 
 
-def test_carve_is_a_stratified_partition_fixed_by_its_key():
+def test_the_validation_split_is_a_stratified_partition_fixed_by_its_key():
     labels = np.random.default_rng(0).integers(0, 7, 500)
     train, val = split_validation(labels, 0.2, 3)
     assert sorted([*train, *val]) == list(range(500)) and len(val) == 100
@@ -275,8 +278,8 @@ def test_carve_is_a_stratified_partition_fixed_by_its_key():
 
 
 @pytest.mark.parametrize("fraction", [0, -0.1, 0.5, 1])
-def test_carve_refuses_other_fractions(fraction):
-    with pytest.raises(ValueError, match="validation"):
+def test_the_validation_split_refuses_other_fractions(fraction):
+    with pytest.raises(ValueError, match="val_fraction"):
         split_validation(np.zeros(10, dtype=np.int64), fraction, 0)
 
 
@@ -292,11 +295,11 @@ def test_data_seed_moves_validation_and_task_name_too(tmp_path):
     file = folder_task(tmp_path)
     other = tmp_path / "others.yaml"
     other.write_text(file.read_text())
-    carved = [
-        load_task(load_spec(f), root=tmp_path, data_seed=seed).val.index.tolist()
+    chosen = [
+        load_task(load_spec(f), root=tmp_path, split_seed=seed).val.index.tolist()
         for f, seed in ((file, 0), (file, 1), (other, 0), (file, 0))
     ]
-    assert carved[0] == carved[3] and carved[0] != carved[1] and carved[0] != carved[2]
+    assert chosen[0] == chosen[3] and chosen[0] != chosen[1] and chosen[0] != chosen[2]
 
 
 @pytest.mark.parametrize(
@@ -306,19 +309,24 @@ def test_data_seed_moves_validation_and_task_name_too(tmp_path):
         ("title: x\nsource: foldr\npath: p", "folder"),
         ("title: x\nsource: folder", "'path'"),
         ("source: folder\npath: p", "'title'"),
-        ("title: x\nsource: folder\npath: p\nfamily: dots", "means nothing"),
+        ("title: x\nsource: folder\npath: p\nfamily: dots", "family for source folder: it belongs to source generated"),
         ("title: x\nsource: folder\npath: p\nflip: 1", "flip"),
         ("title: x\nsource: folder\npath: p\ncrop_scale: [0.5, 0.2]", "crop_scale"),
         ("title: x\nsource: folder\npath: p\nclasses: ten", "classes"),
         ("title: x\nsource: folder\npath: 3", "path"),
         ("title:\nsource: folder\npath: p", "title"),
         ("title: x\nsource: [folder]\npath: p", "source"),
-        ("title: x\nsource: folder\npath: p\nname: other", "unknown key name"),
+        ("title: x\nsource: folder\npath: p\nname: other", "unknown key name for source folder"),
         ("title: x\nsource: torchvision\ndataset: CIFAR10\nsplits: {train: [train]}", "splits"),
         (
             "title: x\nsource: torchvision\ndataset: C\nsplits: {train: [a], test: [a]}",
             "in train and in test",
         ),
+        ("title: x\nsource: torchvision\ndataset: CIFAR1", "did you mean 'CIFAR10'"),
+        ("title: x\nsource: torchvision\ndataset: Food101\nsplits: {train: [train], test: [val]}", "has train, test"),
+        ("title: x\nsource: generated\nfamily: dots\ntrain: 20\ntest: 6", "'classes' is missing"),
+        ("title: x\nsource: generated\nfamily: dots\nclasses: 2\ntrain: 1\ntest: 6", "train = 1: at least 2"),
+        ("title: x\npath: p", "'source' is missing: one of .*folder"),
         ("- a list", "keys and values"),
         ("title: [", "YAML"),
     ],
@@ -348,8 +356,6 @@ def test_classes_must_agree_with_the_data(tmp_path):
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "flowers102", "pets", "food101"])
 def test_shipped_task_files_name_splits_that_exist(name):
-    from moe_bsr.data.sources import TORCHVISION
-
     spec = load_spec(name)
     assert spec.source == "torchvision" and spec.homepage and spec.license != "not stated"
     assert {s for part in spec.splits.values() for s in part} <= set(TORCHVISION[spec.dataset][0])
@@ -367,3 +373,21 @@ def test_download_only_on_request(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="classes: 101 in its file, but 2"):
         load_task(spec, root=tmp_path, download=True)
     assert (tmp_path / "food-101").is_dir()
+
+
+def test_a_new_source_is_one_decorated_class(tmp_path, monkeypatch):
+    monkeypatch.setattr("moe_bsr.data.spec.SOURCES", dict(SOURCES))
+
+    @register("stripes")
+    @dataclass(frozen=True, kw_only=True)
+    class Stripes(TaskSpec):
+        width: int
+        color: str = "red"
+
+    file = tmp_path / "mine.yaml"
+    file.write_text("title: Mine\nsource: stripes\nwidth: 3\n")
+    spec = load_spec(file)
+    assert (spec, spec.source) == (Stripes(name="mine", title="Mine", width=3), "stripes")
+    file.write_text("title: Mine\nsource: stripes\nwidth: 3\ncolour: blue\n")
+    with pytest.raises(ConfigError, match="unknown key colour for source stripes; did you mean 'color'"):
+        load_spec(file)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-from moe_bsr.data import Loader, ImageTransforms, Split, TaskData, TaskSpec
+from moe_bsr.data import ImageTransforms, Loader, Split, TaskData, TaskSpec
 from moe_bsr.data.transforms import crop_box
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -43,7 +43,7 @@ def task(name="dots", sizes=((40, 30),) * 12, **keys) -> TaskData:
     source = Pixels(list(sizes))
     index = np.arange(len(source))[::-1].copy()
     split = Split(source, index, source.labels[index])
-    spec = TaskSpec(name=name, title=name, source="folder", path="p", **keys)
+    spec = TaskSpec(name=name, title=name, **keys)
     return TaskData(
         name=name, title=name, class_names=source.class_names, train=split, val=split, test=split,
         origin="test", spec=spec,
@@ -75,7 +75,7 @@ def test_evaluation_equals_timms_own_transform(interpolation, crop_pct):
     (images, labels), = ours.eval_batches(data, "test", 50)  # fmt: skip
     assert images.dtype == torch.uint8 and images.shape == (len(SIZES), 3, 32, 32)
     assert labels.tolist() == data.test.labels.tolist()
-    for image, index in zip(as_rows(images), data.test.index):
+    for image, index in zip(as_rows(images), data.test.index, strict=True):
         picture = Image.fromarray(data.test.source.pixels[index])
         if picture.size != (24, 24):  # small squares are not cropped: below
             close(image, theirs(picture).permute(1, 2, 0))
@@ -94,7 +94,7 @@ def test_one_image_and_a_batch_see_the_same():
     batches = list(transforms.eval_batches(data, "val", 3))
     assert [len(labels) for _, labels in batches] == [3, 3, 1]
     images = torch.cat([images for images, _ in batches])
-    for image, index in zip(images, data.val.index):
+    for image, index in zip(images, data.val.index, strict=True):
         alone = transforms.eval_image(Image.fromarray(data.val.source.pixels[index]))
         assert torch.equal(image, alone)
 
@@ -110,7 +110,7 @@ def test_training_crops_equal_pillow_on_the_same_box(monkeypatch):
     data = task(sizes=SIZES, flip=False)
     images, labels = make_transforms().train_batch(data, np.arange(7), np.zeros(7, dtype=int))
     assert labels.tolist() == data.train.labels.tolist() and len(boxes) == 7
-    for image, index, (top, left, height, width) in zip(as_rows(images), data.train.index, boxes):
+    for image, index, (top, left, height, width) in zip(as_rows(images), data.train.index, boxes, strict=True):
         crop = data.train.source.pixels[index][top : top + height, left : left + width]
         close(image, Image.fromarray(crop).resize((24, 24), Image.Resampling.BICUBIC))
 
@@ -140,7 +140,7 @@ def test_flip_mirrors_half_and_changes_nothing_else():
     plain, _ = make_transforms(flip=False).train_batch(data, positions, zeros)
     mirrored, _ = make_transforms(flip=True).train_batch(data, positions, zeros)
     flipped = 0
-    for a, b in zip(plain, mirrored):
+    for a, b in zip(plain, mirrored, strict=True):
         assert torch.equal(a, b) or torch.equal(a.flip(2), b)
         flipped += not torch.equal(a, b)
     assert 15 < flipped < 45

@@ -1,0 +1,40 @@
+"""Images drawn by code: nothing to download (the drawing is in `moe_bsr/data/generated/`)."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_bsr.config import require
+from moe_bsr.data.spec import TaskSpec, register
+
+if TYPE_CHECKING:
+    from moe_bsr.data.generated import Generated
+
+
+@register("generated")
+@dataclass(frozen=True, kw_only=True)
+class GeneratedTask(TaskSpec):
+    """A family of drawn images.
+
+    Attributes:
+        train: number of images for training and validation together; test: for the test.
+    """
+
+    family: str
+    classes: int = field()
+    train: int
+    test: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("train", "test"):
+            require(getattr(self, key) >= 2, key, getattr(self, key), "at least 2 images")
+        require(self.seed >= 0, "seed", self.seed, "at least 0")
+
+    def open(self, root: Path, download: bool = False) -> tuple["Generated", "Generated", str]:
+        from moe_bsr.data.generated import Generated  # the only source that draws: loaded where it is wanted
+
+        train = Generated(self.family, "train", self.train, self.seed)
+        test = Generated(self.family, "test", self.test, self.seed)
+        return train, test, f"drawn: {self.family}, seed {self.seed}"

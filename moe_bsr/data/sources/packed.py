@@ -1,0 +1,21 @@
+"""Packs: all encoded images of a split in one file (the format is in `moe_bsr/data/packed.py`)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_bsr.data.packed import PackedSource, open_pack
+from moe_bsr.data.spec import TaskSpec, register
+
+
+@register("packed")
+@dataclass(frozen=True, kw_only=True)
+class PackedTask(TaskSpec):
+    """A folder with train.npz, test.npz and classes.txt; `path` is absolute, or below the data root."""
+
+    path: str
+
+    def folder(self, root: Path) -> Path:
+        return root / Path(self.path).expanduser()
+
+    def open(self, root: Path, download: bool = False) -> tuple[PackedSource, PackedSource, str]:
+        return open_pack(self.folder(root))

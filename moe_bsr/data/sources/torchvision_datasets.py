@@ -1,0 +1,138 @@
+"""torchvision's datasets in their official layouts.
+
+The only file that knows private names of torchvision: `_labels`, `_image_files` and `_images` of its datasets,
+which have no public ones. A test opens every dataset in `TORCHVISION` and compares it with torchvision's own images.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torchvision
+
+from moe_bsr.config import require
+from moe_bsr.config.reader import nearest
+from moe_bsr.data.image_files import FileSource
+from moe_bsr.data.spec import TaskSpec, register
+
+# dataset -> (splits torchvision knows, what it expects below the data root)
+TORCHVISION = {
+    "CIFAR10": (
+        ("train", "test"),
+        "cifar-10-batches-py/ with data_batch_1 to data_batch_5, test_batch, batches.meta",
+    ),
+    "CIFAR100": (("train", "test"), "cifar-100-python/ with train, test, meta"),
+    "Flowers102": (
+        ("train", "val", "test"),
+        "flowers-102/ with jpg/image_00001.jpg and so on, imagelabels.mat, setid.mat",
+    ),
+    "OxfordIIITPet": (
+        ("trainval", "test"),
+        "oxford-iiit-pet/ with images/*.jpg, annotations/trainval.txt, annotations/test.txt",
+    ),
+    "Food101": (
+        ("train", "test"),
+        "food-101/ with images/<class>/*.jpg, meta/train.json, meta/test.json",
+    ),
+}
+
+
+@register("torchvision")
+@dataclass(frozen=True, kw_only=True)
+class TorchvisionTask(TaskSpec):
+    """One of torchvision's datasets.
+
+    Attributes:
+        dataset: name of torchvision's class, one of `TORCHVISION`.
+        splits: which of its splits make "train" and which "test"; no split makes both.
+    """
+
+    dataset: str
+    splits: dict[str, list[str]] = field(default_factory=lambda: {"train": ["train"], "test": ["test"]})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        splits = self.splits
+        require(
+            splits.keys() == {"train", "test"} and all(splits.values()),
+            "splits",
+            splits,
+            "the keys train and test, each a list of split names",
+        )
+        both = sorted(set(splits["train"]) & set(splits["test"]))
+        require(not both, "splits", splits, f"no split may be in train and in test, as {both} are")
+        _check(self.dataset, splits["train"] + splits["test"])
+
+    def open(self, root: Path, download: bool = False) -> tuple["TorchvisionSource", "TorchvisionSource", str]:
+        train, test = (
+            TorchvisionSource(self.dataset, root, self.splits[split], download) for split in ("train", "test")
+        )
+        return train, test, f"torchvision {self.dataset} in {root}"
+
+
+def _check(dataset: str, splits: list[str]) -> None:
+    require(
+        dataset in TORCHVISION, "dataset", dataset, f"one of {', '.join(TORCHVISION)}{nearest(dataset, TORCHVISION)}"
+    )
+    known = TORCHVISION[dataset][0]
+    for split in splits:
+        require(split in known, "splits", split, f"{dataset} has {', '.join(known)}")
+
+
+class TorchvisionSource(FileSource):
+    """One of `TORCHVISION` in its official layout below `root`, several splits one after the other.
+
+    With `download`, torchvision fetches what is missing and checks its checksums. Raises ValueError
+    for an unknown dataset or split, FileNotFoundError (with the place expected) for missing files.
+    """
+
+    def __init__(self, dataset: str, root: Path, splits: list[str], download: bool = False):
+        _check(dataset, splits)
+        parts = [_open_torchvision(dataset, root, split, download) for split in splits]
+        labels = [getattr(part, "_labels", None) or part.targets for part in parts]
+        images = [_images(part) for part in parts]
+        super().__init__(
+            [image for part in images for image in part],
+            np.concatenate(labels),
+            list(parts[0].classes),
+        )
+        if isinstance(self.files[0], Path):
+            missing = [path for path in self.files if not path.exists()]
+            if missing:
+                raise FileNotFoundError(
+                    f"{dataset}: {len(missing)} of {len(self.files)} images are missing, the first "
+                    f"is {missing[0]}; remove {root / TORCHVISION[dataset][1].split('/')[0]} and "
+                    "download or unpack it again"
+                )
+
+    def image(self, i: int) -> np.ndarray:
+        image = self.files[i]
+        return image if isinstance(image, np.ndarray) else super().image(i)
+
+    def encoded(self, i: int) -> bytes | None:
+        return None if isinstance(self.files[i], np.ndarray) else super().encoded(i)
+
+
+def _open_torchvision(dataset: str, root: Path, split: str, download: bool) -> Any:
+    layout = TORCHVISION[dataset][1]
+    choice = {"train": split == "train"} if dataset.startswith("CIFAR") else {"split": split}
+    try:
+        return getattr(torchvision.datasets, dataset)(root, download=download, **choice)
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"{dataset} was not found in {root}: {error}\n"
+            f"Expected {root}/{layout}. Either allow the download (data.download=true; torchvision "
+            "checks the checksums), or put the official files there."
+        ) from error
+
+
+def _images(part: Any) -> list[Path] | np.ndarray:
+    """The files of a torchvision dataset, or the arrays it holds.
+
+    torchvision has no public name for the files; `part[i]` would decode without giving the bytes.
+    """
+    for name in ("_image_files", "_images", "data"):
+        if hasattr(part, name):
+            return getattr(part, name)
+    raise TypeError(f"{type(part).__name__}: no list of images known for this torchvision version")
