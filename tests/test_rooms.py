@@ -252,9 +252,7 @@ def test_nothing_below_the_command_line_speaks_of_flags():
 
 
 def test_no_file_is_too_long_to_read():
-    found = {
-        (name(file), "lines") for file in FILES if len(file.read_text(encoding="utf-8").splitlines()) > MAX_LINES
-    }
+    found = {(name(file), "lines") for file in FILES if len(file.read_text(encoding="utf-8").splitlines()) > MAX_LINES}
     report(found, {(file, "lines"): why for file, why in LONGER.items()}, f"more than {MAX_LINES} lines")
 
 

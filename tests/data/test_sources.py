@@ -1,8 +1,5 @@
 """Task files, sources in their official layouts, splits and the validation split."""
 
-import hashlib
-import json
-import pickle
 import shutil
 import sys
 import types
@@ -13,83 +10,13 @@ import numpy as np
 import pytest
 import torchvision
 from PIL import Image
-from scipy.io import savemat
+from tiny_data import fake_cifar, fake_flowers, fake_food, fake_pets, folder_task, picture, save
 
 from moe_bsr.config import ConfigError
 from moe_bsr.data import SOURCES, TaskSpec, decode, load_spec, load_task, register, split_validation
 from moe_bsr.data.sources.folder import FolderSource
 from moe_bsr.data.sources.torchvision_datasets import TORCHVISION, TorchvisionSource
 from moe_bsr.data.task import allocate_per_class
-
-
-def picture(seed: int, size=(12, 10)) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def save(path: Path, seed: int, **options) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture(seed).save(path, **options)
-
-
-def fake_cifar(root: Path, dataset, monkeypatch) -> None:
-    """Twenty images in the official files, and a checksum list that fits them."""
-    fine = dataset is torchvision.datasets.CIFAR100
-    folder, rng = root / dataset.base_folder, np.random.default_rng(0)
-    folder.mkdir()
-
-    def write(name: str, content: dict) -> list[str]:
-        (folder / name).write_bytes(pickle.dumps(content))
-        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
-
-    for listed in ("train_list", "test_list"):
-        batches = [
-            write(name, {
-                "data": rng.integers(0, 256, (4, 3072), dtype=np.uint8),
-                "fine_labels" if fine else "labels": [0, 1, 0, 1],
-            })
-            for name, _ in getattr(dataset, listed)
-        ]  # fmt: skip
-        monkeypatch.setattr(dataset, listed, batches)
-    name, digest = write(dataset.meta["filename"], {dataset.meta["key"]: ["apple", "boat"]})
-    monkeypatch.setattr(dataset, "meta", {**dataset.meta, "filename": name, "md5": digest})
-
-
-def fake_flowers(root: Path, monkeypatch) -> None:
-    folder = root / "flowers-102"
-    for number in range(1, 13):
-        save(folder / "jpg" / f"image_{number:05d}.jpg", number)
-    savemat(folder / "imagelabels.mat", {"labels": [[1, 2, 102] * 4]})
-    splits = {"trnid": [[1, 2, 3]], "valid": [[4, 5, 6]], "tstid": [[7, 8, 9, 10, 11, 12]]}
-    savemat(folder / "setid.mat", splits)
-    files = dict(torchvision.datasets.Flowers102._file_dict)
-    for name in ("label", "setid"):
-        file = files[name][0]
-        files[name] = (file, hashlib.md5((folder / file).read_bytes()).hexdigest())
-    monkeypatch.setattr(torchvision.datasets.Flowers102, "_file_dict", files)
-
-
-def fake_pets(root: Path) -> None:
-    folder = root / "oxford-iiit-pet"
-    (folder / "annotations").mkdir(parents=True)
-    for split, first in (("trainval", 1), ("test", 10)):
-        lines = []
-        for label, breed in enumerate(["Abyssinian", "american_bulldog"], start=1):
-            for number in range(first, first + 3):
-                save(folder / "images" / f"{breed}_{number}.jpg", 100 * label + number)
-                lines.append(f"{breed}_{number} {label} {label} 1\n")
-        (folder / "annotations" / f"{split}.txt").write_text("".join(lines))
-
-
-def fake_food(root: Path) -> None:
-    folder = root / "food-101"
-    (folder / "meta").mkdir(parents=True)
-    for split, numbers in (("train", range(3)), ("test", range(3, 5))):
-        names = {c: [f"{c}/{n}" for n in numbers] for c in ("apple_pie", "waffles")}
-        (folder / "meta" / f"{split}.json").write_text(json.dumps(names))
-        for number, name in enumerate(n for group in names.values() for n in group):
-            save(folder / "images" / f"{name}.jpg", number)
-
 
 FAKES = {
     "CIFAR10": lambda root, mp: fake_cifar(root, torchvision.datasets.CIFAR10, mp),
@@ -153,16 +80,6 @@ def test_half_unpacked_dataset_is_refused(tmp_path):
 def test_unknown_dataset_or_split(dataset, splits, word, tmp_path):
     with pytest.raises(ValueError, match=word):
         TorchvisionSource(dataset, tmp_path, splits)
-
-
-def folder_task(root: Path, classes=("ant", "bee", "cat"), each=10) -> Path:
-    for split, count in (("train", each), ("test", 2)):
-        for k, name in enumerate(classes):
-            for n in range(count):
-                save(root / "pictures" / split / name / f"{n}.png", 1000 * k + n)
-    file = root / "pictures.yaml"
-    file.write_text("title: Pictures\nsource: folder\npath: pictures\n")
-    return file
 
 
 def test_folder_task(tmp_path):

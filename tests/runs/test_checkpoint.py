@@ -31,6 +31,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 # --- round trip ---
 
+
 class Crash(Exception):
     pass
 
@@ -104,6 +105,7 @@ def test_the_manifest_names_every_file_and_nothing_is_a_pickle(tmp_path):
 
 # --- written whole or not at all ---
 
+
 def test_unfinished_checkpoints_are_ignored_and_swept_away(tmp_path):
     save_steps(tmp_path, None)
     unfinished = tmp_path / "checkpoint" / "2.tmp"
@@ -167,6 +169,7 @@ def test_a_text_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 # --- damage ---
 
+
 def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
@@ -190,8 +193,7 @@ FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
 DAMAGE = [
     *[(name, harm) for name in FILES for harm in (truncate, flip, Path.unlink, write(""))],
     ("weights.safetensors", lambda file: flip(file, 0)),
-    *[("manifest.json", harm) for harm in (truncate, Path.unlink, write(""), write("null"), write("[]"),
-                                           write("{}"))],
+    *[("manifest.json", harm) for harm in (truncate, Path.unlink, write(""), write("null"), write("[]"), write("{}"))],
     ("manifest.json", lambda file: file.write_bytes(b"\xff\xfe")),
     ("manifest.json", write('{"sha256": null}')),
     ("manifest.json", write('{"sha256": {}}')),
@@ -241,15 +243,19 @@ def test_steps_are_ordered_as_numbers(tmp_path):
 
 # --- what is kept ---
 
-@pytest.mark.parametrize("bests, kept", [
-    ([None], [1]),
-    ([None] * 5, [4, 5]),
-    ([1] * 5, [1, 4, 5]),
-    ([None, 2, 2, 2, 2, 2], [2, 5, 6]),
-    ([1, 1, 1, 4], [1, 3, 4]),  # a resume from 3 must still find 1
-    ([1, 1, 1, 4, 4], [4, 5]),
-    ([1, 1, 3, 3, 5, 5], [5, 6]),
-])
+
+@pytest.mark.parametrize(
+    "bests, kept",
+    [
+        ([None], [1]),
+        ([None] * 5, [4, 5]),
+        ([1] * 5, [1, 4, 5]),
+        ([None, 2, 2, 2, 2, 2], [2, 5, 6]),
+        ([1, 1, 1, 4], [1, 3, 4]),  # a resume from 3 must still find 1
+        ([1, 1, 1, 4, 4], [4, 5]),
+        ([1, 1, 3, 3, 5, 5], [5, 6]),
+    ],
+)
 def test_the_newest_two_and_the_best_of_each_are_kept(tmp_path, bests, kept):
     save_steps(tmp_path, *bests)
     assert steps(tmp_path) == kept

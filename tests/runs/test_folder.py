@@ -48,6 +48,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 # --- the report ---
 
+
 def test_the_report_has_what_people_script_against(finished):
     report = report_of(finished)
     assert report["status"] == "finished" and report["split"] == "test" and report["weights"] == "average"
@@ -77,8 +78,9 @@ def test_the_report_for_people_has_a_row_for_each_task(finished):
     for name, task in report["tasks"].items():
         assert f"| {name} | {task['top1']:.1f} |" in text
         assert f"| {task['mean_class_accuracy']:.1f} | {task['ece']:.1f} | {task['chance']:.1f} |" in text
-    unscored = report | {"tasks": {name: {k: task[k] for k in ("images", "epochs", "updates")}
-                                   for name, task in report["tasks"].items()}}
+    unscored = report | {
+        "tasks": {name: {k: task[k] for k in ("images", "epochs", "updates")} for name, task in report["tasks"].items()}
+    }
     for table in (text, markdown(unscored)):
         assert {line.count("|") for line in table.splitlines() if line.startswith("|")} == {11}
     assert "finished" in text and "1 evaluation(s) of the test split" in text
@@ -117,10 +119,15 @@ def test_the_resolved_configuration_is_written_down(finished, config):
     for name, (classes, count) in TASKS.items():
         about = resolved["tasks"][name]
         assert (len(about["classes"]), about["train"], about["val"], about["test"]) == (
-            classes, SIZES[name], count - SIZES[name], classes)
+            classes,
+            SIZES[name],
+            count - SIZES[name],
+            classes,
+        )
 
 
 # --- metrics and events ---
+
 
 def test_metrics_are_one_object_a_line(finished):
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
@@ -130,20 +137,21 @@ def test_metrics_are_one_object_a_line(finished):
     numbers = {"loss", "auxiliary_loss", "accuracy", "lr", "gradient_norm", "images", "epochs"}
     assert all(numbers <= line.keys() for line in steps)
     scores = [(line["step"], line["split"], line["task"]) for line in lines if "split" in line]
-    assert scores == [(step, split, task) for step, split in ((3, "val"), (6, "val"), (8, "val"), (8, "test"))
-                      for task in TASKS]
+    assert scores == [
+        (step, split, task) for step, split in ((3, "val"), (6, "val"), (8, "val"), (8, "test")) for task in TASKS
+    ]
     report = report_of(finished)
     for line, (name, task) in zip(lines[-2:], report["tasks"].items(), strict=True):
-        assert line == {"step": 8, "task": name, "split": "test"} | {key: task[key] for key in line.keys()
-                                                                     & set(ACCURACIES)}
+        assert line == {"step": 8, "task": name, "split": "test"} | {
+            key: task[key] for key in line.keys() & set(ACCURACIES)
+        }
 
 
 @pytest.mark.parametrize("prefetch", [0, 3])
 def test_another_run_is_the_same_to_the_byte(config, finished, tmp_path, prefetch):
     """Nothing measured by a clock is in metrics.jsonl, and preparing batches ahead changes nothing."""
     train(moe_bsr.config.replace(config, data__prefetch=prefetch), tmp_path / "again")
-    places = ["metrics.jsonl", *(f"checkpoint/8/{name}.safetensors" for name in
-                                 ("weights", "optimizer", "average"))]
+    places = ["metrics.jsonl", *(f"checkpoint/8/{name}.safetensors" for name in ("weights", "optimizer", "average"))]
     for place in places:
         assert (tmp_path / "again" / place).read_bytes() == (finished / place).read_bytes(), place
 
@@ -175,6 +183,7 @@ def test_tensorboard_is_cut_back_to_the_checkpoint(config, finished, tmp_path, m
 
 # --- a model from its run ---
 
+
 @pytest.mark.parametrize("ema", [None, 0.7])
 def test_a_loaded_run_scores_exactly_what_its_report_says(config, tmp_path, ema):
     report = train(moe_bsr.config.replace(config, train__ema_decay=ema, train__eval_every=None), tmp_path / "run")
@@ -184,7 +193,8 @@ def test_a_loaded_run_scores_exactly_what_its_report_says(config, tmp_path, ema)
         assert not model.training
         scores = evaluate(model, loaded.data(name), "test", loaded.transforms, loaded.runtime)
         assert {k: v for k, v in scores.items() if k != "images_per_second"} == {
-            k: report["tasks"][name][k] for k in scores if k != "images_per_second"}
+            k: report["tasks"][name][k] for k in scores if k != "images_per_second"
+        }
         assert loaded.class_names[name] == loaded.data(name).class_names
 
 
@@ -217,7 +227,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 @pytest.mark.parametrize("first_lost", ["mode:", "ode:", "seed:", "weights:", "resolved:", "images:", "python:"])
 def test_a_damaged_configuration_is_refused_by_name(finished, tmp_path, first_lost):
     text = (finished / "config.yaml").read_text()
-    (tmp_path / "config.yaml").write_text(text[:text.index(first_lost)])
+    (tmp_path / "config.yaml").write_text(text[: text.index(first_lost)])
     with pytest.raises(ConfigError, match=r"config\.yaml: cut or damaged: .* copy in its place") as refusal:
         run.read_config(tmp_path)
     assert "\n" not in str(refusal.value)
@@ -247,8 +257,9 @@ def own_backbone(config, tmp_path) -> tuple[Config, Path]:
 
 
 def replace_backbone(config: Config, file: Path) -> None:
-    save_file(load_backbone(moe_bsr.config.replace(config, backbone__weights="random").backbone,
-                            seed=6).state_dict(), file)
+    save_file(
+        load_backbone(moe_bsr.config.replace(config, backbone__weights="random").backbone, seed=6).state_dict(), file
+    )
 
 
 def test_a_run_over_another_backbone_is_refused(own_backbone, tmp_path):

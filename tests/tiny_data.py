@@ -1,0 +1,131 @@
+"""A handful of small pictures in the layout of every source."""
+
+import hashlib
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torchvision
+from PIL import Image
+from scipy.io import savemat
+
+from moe_bsr.data.packed import PackWriter, encode, write_classes
+from moe_bsr.data.sources.folder import FolderSource
+
+
+def picture(seed: int, size=(12, 10)) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def save(path: Path, seed: int, **options) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture(seed).save(path, **options)
+
+
+def fake_cifar(root: Path, dataset, monkeypatch) -> None:
+    """Twenty images in the official files, and a checksum list that fits them."""
+    fine = dataset is torchvision.datasets.CIFAR100
+    folder, rng = root / dataset.base_folder, np.random.default_rng(0)
+    folder.mkdir()
+
+    def write(name: str, content: dict) -> list[str]:
+        (folder / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+    for listed in ("train_list", "test_list"):
+        batches = [
+            write(name, {
+                "data": rng.integers(0, 256, (4, 3072), dtype=np.uint8),
+                "fine_labels" if fine else "labels": [0, 1, 0, 1],
+            })
+            for name, _ in getattr(dataset, listed)
+        ]  # fmt: skip
+        monkeypatch.setattr(dataset, listed, batches)
+    name, digest = write(dataset.meta["filename"], {dataset.meta["key"]: ["apple", "boat"]})
+    monkeypatch.setattr(dataset, "meta", {**dataset.meta, "filename": name, "md5": digest})
+
+
+def fake_flowers(root: Path, monkeypatch) -> None:
+    folder = root / "flowers-102"
+    for number in range(1, 13):
+        save(folder / "jpg" / f"image_{number:05d}.jpg", number)
+    savemat(folder / "imagelabels.mat", {"labels": [[1, 2, 102] * 4]})
+    splits = {"trnid": [[1, 2, 3]], "valid": [[4, 5, 6]], "tstid": [[7, 8, 9, 10, 11, 12]]}
+    savemat(folder / "setid.mat", splits)
+    files = dict(torchvision.datasets.Flowers102._file_dict)
+    for name in ("label", "setid"):
+        file = files[name][0]
+        files[name] = (file, hashlib.md5((folder / file).read_bytes()).hexdigest())
+    monkeypatch.setattr(torchvision.datasets.Flowers102, "_file_dict", files)
+
+
+def fake_pets(root: Path) -> None:
+    folder = root / "oxford-iiit-pet"
+    (folder / "annotations").mkdir(parents=True)
+    for split, first in (("trainval", 1), ("test", 10)):
+        lines = []
+        for label, breed in enumerate(["Abyssinian", "american_bulldog"], start=1):
+            for number in range(first, first + 3):
+                save(folder / "images" / f"{breed}_{number}.jpg", 100 * label + number)
+                lines.append(f"{breed}_{number} {label} {label} 1\n")
+        (folder / "annotations" / f"{split}.txt").write_text("".join(lines))
+
+
+def fake_food(root: Path) -> None:
+    folder = root / "food-101"
+    (folder / "meta").mkdir(parents=True)
+    for split, numbers in (("train", range(3)), ("test", range(3, 5))):
+        names = {c: [f"{c}/{n}" for n in numbers] for c in ("apple_pie", "waffles")}
+        (folder / "meta" / f"{split}.json").write_text(json.dumps(names))
+        for number, name in enumerate(n for group in names.values() for n in group):
+            save(folder / "images" / f"{name}.jpg", number)
+
+
+def folder_task(root: Path, classes=("ant", "bee", "cat"), each=10) -> Path:
+    for split, count in (("train", each), ("test", 2)):
+        for k, name in enumerate(classes):
+            for n in range(count):
+                save(root / "pictures" / split / name / f"{n}.png", 1000 * k + n)
+    file = root / "pictures.yaml"
+    file.write_text("title: Pictures\nsource: folder\npath: pictures\n")
+    return file
+
+
+def packed_task(root: Path) -> Path:
+    folder_task(root)
+    pack = root / "pack"
+    pack.mkdir()
+    for split in ("train", "test"):
+        source = FolderSource(root / "pictures" / split)
+        write_classes(pack, source.class_names)
+        with PackWriter(pack / f"{split}.npz") as writer:
+            for i, label in enumerate(source.labels.tolist()):
+                writer.add(encode(source, i, 64, 90), label)
+    file = root / "pack.yaml"
+    file.write_text("title: Pack\nsource: packed\npath: pack\n")
+    return file
+
+
+def torchvision_task(root: Path) -> Path:
+    fake_food(root)
+    file = root / "food.yaml"
+    file.write_text("title: Food\nsource: torchvision\ndataset: Food101\n")
+    return file
+
+
+def generated_task(root: Path) -> Path:
+    file = root / "petals.yaml"
+    file.write_text("title: Petals\nsource: generated\nfamily: petals\nclasses: 24\ntrain: 60\ntest: 24\n")
+    return file
+
+
+# By source: writes a few images below the data root and returns their task file.
+TASK_FILES: dict[str, Callable[[Path], Path]] = {
+    "torchvision": torchvision_task,
+    "folder": folder_task,
+    "packed": packed_task,
+    "generated": generated_task,
+}
