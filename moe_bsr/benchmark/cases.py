@@ -1,4 +1,4 @@
-"""What is compared: anchors, our plans and storages, and the expert layer against a dense one."""
+"""What is compared: baselines, our plans and storages, and the expert layer against a dense one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,7 +33,7 @@ PLANS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One contestant.
+    """One model to be timed.
 
     Attributes:
         subject: timm (stock modules), explicit (the public form of BSR), moe_ffn and dense_ffn (one

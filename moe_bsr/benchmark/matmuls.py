@@ -100,10 +100,11 @@ SHAPES: dict[str, Any] = {
     "aten::cudnn_convolution": lambda s: _convolution(s[0], s[1]),
     # The weight gradient alone: nothing needs the images' gradient.
     "aten::convolution_backward": lambda s: _convolution(s[1], s[2]),
-    "aten::_scaled_dot_product_flash_attention_for_cpu": lambda s: _attention(s[0], 2),
-    # Its backward computes the map again: five products.
-    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": lambda s: _attention(s[1], 5),
 }
+# Fused attention, named by the kernel: two products forward. The backward computes the map again: five products.
+for _kernel in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"):
+    SHAPES[f"aten::_scaled_dot_product_{_kernel}"] = lambda s: _attention(s[0], 2)  # s[0], s[1]: the queries
+    SHAPES[f"aten::_scaled_dot_product_{_kernel}_backward"] = lambda s: _attention(s[1], 5)
 
 
 def time_products(products: Iterable[Product], device: torch.device, budget: float = 0.1) -> dict[Product, float]:

@@ -1,6 +1,6 @@
 """BSR as its public code computes it: the attention map explicit, everything kept by autograd.
 
-An anchor for the benchmark, so that engineering is not mistaken for method: timm's modules, a softmax
+A baseline for the benchmark, so that engineering is not mistaken for method: timm's modules, a softmax
 over the whole N x N map, `torch.gather` for the tokens (which keeps its source), no fused attention.
 """
 

@@ -24,18 +24,18 @@ def measure(
 ) -> dict[str, Any]:
     """{sweep: [{"at": n, "seconds": raw times, "peak": bytes, "kept": bytes}, ...]}.
 
-    The points of a sweep take turns, as everything compared here does.
+    The points of a sweep are interleaved, as everything compared here is.
     """
     result = {}
     for name, (points, change) in SWEEPS.items():
         note(f"{name}: {points}")
         cases = [replace(Case(subject="moe_bsr", precision=precision, **shared), **change(n)) for n in points]
         with workers(cases) as group:
-            turns = interleave(group, rounds, steps)
+            times = interleave(group, rounds, steps)
             memory = [one.ask("memory") for one in group]
         result[name] = [
-            {"at": n, "seconds": list(chain(*times)), "peak": max(m["transients"].values()), "kept": m["kept"]}
-            for n, times, m in zip(points, turns, memory, strict=True)
+            {"at": n, "seconds": list(chain(*of_point)), "peak": max(m["transients"].values()), "kept": m["kept"]}
+            for n, of_point, m in zip(points, times, memory, strict=True)
         ]
     return {"scaling": result}
 

@@ -1,4 +1,4 @@
-"""The figures of a benchmark as rows of tables, the first of them titles; memory in MiB."""
+"""The measurements of a benchmark as rows of tables, the first of them titles; memory in MiB."""
 
 import statistics
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the benchmark's figures are held against: the published gain, the bound, and what ours must reach."""
+"""Targets of the benchmark: for each measurement the published gain, the bound, and the limit ours must reach."""
 
 import statistics
 from collections.abc import Callable
@@ -9,11 +9,11 @@ Results = dict[str, dict[str, dict[str, Any]]]  # group -> case -> {"seconds": .
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
-    """A row's figure, what it is of, and the same figure for the other cases, anchors among them.
+class Measurement:
+    """A ratio measured, what it is of, and the same ratio for the other cases, baselines among them.
 
     Attributes:
-        holds: whether what the target asks for beside the figure is so.
+        holds: whether what the target asks for beside the ratio is so.
     """
 
     value: float
@@ -27,7 +27,7 @@ class Target:
     """One row.
 
     Attributes:
-        value: the figure, from the results of one benchmark run.
+        value: the measurement, from the results of one benchmark run.
         at_least: whether `limit` must be reached from below (a gain) or not be exceeded (a cost).
         bound: what no implementation can pass, where there is one.
     """
@@ -37,36 +37,36 @@ class Target:
     bound: str
     limit: float
     at_least: bool
-    value: Callable[[Results], Figure]
+    value: Callable[[Results], Measurement]
 
 
 def step_seconds(results: Results, group: str, case: str) -> float:
     """Median over all steps of all rounds."""
-    return statistics.median(t for turn in results[group][case]["seconds"] for t in turn)
+    return statistics.median(t for of_round in results[group][case]["seconds"] for t in of_round)
 
 
-def gain(group: str, slow: str, fast: str) -> Callable[[Results], Figure]:
+def gain(group: str, slow: str, fast: str) -> Callable[[Results], Measurement]:
     """Ratio of the medians, the range of the ratios of single rounds, and how every other case compares."""
 
-    def value(results: Results) -> Figure:
+    def value(results: Results) -> Measurement:
         cases = results[group]
-        turns = zip(cases[slow]["seconds"], cases[fast]["seconds"], strict=True)
-        ratios = [statistics.median(a) / statistics.median(b) for a, b in turns]
+        rounds = zip(cases[slow]["seconds"], cases[fast]["seconds"], strict=True)
+        ratios = [statistics.median(a) / statistics.median(b) for a, b in rounds]
         against = {
             case: step_seconds(results, group, case) / step_seconds(results, group, fast)
             for case in cases
             if case != fast
         }
         detail = f"{slow} / {fast}; rounds {min(ratios):.2f} to {max(ratios):.2f}"
-        return Figure(against[slow], detail, against)
+        return Measurement(against[slow], detail, against)
 
     return value
 
 
-def memory_gain(least_speed: float) -> Callable[[Results], Figure]:
+def memory_gain(least_speed: float) -> Callable[[Results], Measurement]:
     """Bytes kept per image, stock timm in fp32 against the leanest storage that is fast enough."""
 
-    def value(results: Results) -> Figure:
+    def value(results: Results) -> Measurement:
         group, stock = results["fp32"], "timm fp32 stock"
         whole = step_seconds(results, "fp32", stock)
         speeds = {case: whole / step_seconds(results, "fp32", case) for case in group if case.startswith("bsr ")}
@@ -76,7 +76,7 @@ def memory_gain(least_speed: float) -> Callable[[Results], Figure]:
         detail = f"{leanest}: {kept[leanest] / 2**20:.3f} MiB an image at {speeds[leanest]:.1f}x the speed"
         if not fast:
             detail += f", slower than the {least_speed:g}x asked for"
-        return Figure(
+        return Measurement(
             kept[stock] / kept[leanest],
             detail,
             {case: size / kept[leanest] for case, size in kept.items() if case != leanest},
@@ -86,10 +86,10 @@ def memory_gain(least_speed: float) -> Callable[[Results], Figure]:
     return value
 
 
-def peak_ratio(group: str, plan: str) -> Callable[[Results], Figure]:
+def peak_ratio(group: str, plan: str) -> Callable[[Results], Measurement]:
     """Weights and transients of a step over weights and transients of inference; the leanest storage."""
 
-    def value(results: Results) -> Figure:
+    def value(results: Results) -> Measurement:
         ratios = {
             case: (m["weights"] + max(m["transients"].values())) / (m["weights"] + m["inference_peak"])
             for case, about in results[group].items()
@@ -97,16 +97,16 @@ def peak_ratio(group: str, plan: str) -> Callable[[Results], Figure]:
             if "_ffn " not in case
         }
         least = min((case for case in ratios if case.startswith(plan)), key=ratios.__getitem__)
-        return Figure(ratios[least], least, {case: ratio for case, ratio in ratios.items() if case != least})
+        return Measurement(ratios[least], least, {case: ratio for case, ratio in ratios.items() if case != least})
 
     return value
 
 
-def products_share(group: str, case: str) -> Callable[[Results], Figure]:
-    def value(results: Results) -> Figure:
+def products_share(group: str, case: str) -> Callable[[Results], Measurement]:
+    def value(results: Results) -> Measurement:
         products = results[group][case]["products"]
         share = products["seconds"] / step_seconds(results, group, case)
-        return Figure(share, f"{case}: {products['flops'] / 1e9:.0f} GFLOPs in products a step", {})
+        return Measurement(share, f"{case}: {products['flops'] / 1e9:.0f} GFLOPs in products a step", {})
 
     return value
 
@@ -192,20 +192,22 @@ def judge(results: Results) -> list[dict[str, Any]]:
     rows = []
     for target in TARGETS:
         try:
-            figure = target.value(results)
+            measured = target.value(results)
         except (KeyError, ValueError):  # its cases were left out
             continue
-        reached = figure.holds and (figure.value >= target.limit if target.at_least else figure.value <= target.limit)
+        reached = measured.holds and (
+            measured.value >= target.limit if target.at_least else measured.value <= target.limit
+        )
         rows.append(
             {
                 "what": target.what,
                 "published": target.published,
                 "bound": target.bound,
                 "target": f"{'>=' if target.at_least else '<='} {target.limit:g}x",
-                "value": figure.value,
+                "value": measured.value,
                 "reached": reached,
-                "detail": figure.detail,
-                "others": figure.others,
+                "detail": measured.detail,
+                "others": measured.others,
             }
         )
     return rows

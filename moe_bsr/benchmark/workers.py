@@ -1,9 +1,9 @@
-"""Processes that take turns: each holds one case and works only when asked."""
+"""Interleaved runs: one process per case, which works only when asked, so that all meet the same machine."""
 
 import dataclasses
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
@@ -40,7 +40,7 @@ class BenchmarkWorker:
             self._process.join()
             raise RuntimeError(
                 f"{self.case.name}: its process died with status {self._process.exitcode}; if "
-                "memory ran out, lower --batch"
+                "memory ran out, take a smaller batch"
             ) from error
         if failed:
             raise RuntimeError(f"{self.case.name}: {result}")
@@ -65,18 +65,18 @@ def workers(cases: list[Case]) -> Iterator[list[BenchmarkWorker]]:
 
 
 def interleave(group: list[BenchmarkWorker], rounds: int, steps: int) -> list[list[list[float]]]:
-    """Seconds of every step, by contestant and round: in each round each takes `steps` steps in turn.
+    """Seconds of every step, by worker and round: in each round each takes `steps` steps in turn.
 
-    The first step of a turn finds other processes' data in the caches; it is timed like the others.
+    Its first step in a round finds other processes' data in the caches; it is timed like the others.
     """
-    turns = [[worker.ask("seconds", steps) for worker in group] for _ in range(rounds)]
-    return [list(of_one) for of_one in zip(*turns, strict=True)]
+    by_round = [[worker.ask("seconds", steps) for worker in group] for _ in range(rounds)]
+    return [list(of_worker) for of_worker in zip(*by_round, strict=True)]
 
 
 def _serve(pipe: Connection, case: Case) -> None:
     try:
         step, failure = make(case), None
-    except Exception as error:  # told to the parent at its first question
+    except Exception as error:  # reported at the parent's first request
         failure = f"{type(error).__name__}: {error}"
     while True:
         try:
@@ -147,4 +147,9 @@ def hot_spots(case: Case, step: TrainingStep, rows: int = 10) -> list[tuple[str,
     return [(a.key, a.self_cpu_time_total / 3e3, round(a.count / 3)) for a in averages]
 
 
-JOBS = {"seconds": seconds, "memory": memory, "products": products, "hot_spots": hot_spots}
+JOBS: dict[str, Callable[..., Any]] = {
+    "seconds": seconds,
+    "memory": memory,
+    "products": products,
+    "hot_spots": hot_spots,
+}

@@ -1,6 +1,6 @@
 """The accounting of Back Razor (Jiang et al. 2022), the ancestor of the BSR paper's rule.
 
-As `paper`, with four differences. The inputs of q, k and v are charged three times, once for each of three
+As `bsr_rule`, with four differences. The inputs of q, k and v are charged three times, once for each of three
 separate layers. The FFN is charged as the attention is: its activation function on entry, and one token
 tensor as a residual while inside. There is no gradient path: attention and activation function are charged
 in every block. Where only the head trains, the running sum is set to 0 on entering an attention or an FFN.

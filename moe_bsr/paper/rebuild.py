@@ -4,10 +4,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from moe_bsr.paper import autograd_rule as plain
-from moe_bsr.paper import backrazor_rule as backrazor
-from moe_bsr.paper import bsr_rule as paper
-from moe_bsr.paper import resnet
+from moe_bsr.paper import autograd_rule, backrazor_rule, bsr_rule, resnet
 from moe_bsr.paper.bsr_rule import FLOAT, MB
 from moe_bsr.paper.settings import Setting, ours, rep_net, shape
 
@@ -31,10 +28,10 @@ def kept_by_ours(setting: Setting) -> float | None:
     return None if cost is None else cost.kept / BATCH / MB
 
 
-# What a setting keeps of one image for the backward pass, in MB, by who says so; None: says nothing.
+# What a setting keeps of one image for the backward pass, in MB, by each account (None: does not cover it).
 KEPT: dict[str, Callable[[Setting], float | None]] = {
-    "paper's rule": lambda setting: paper.memory(shape(setting)).activations_mb,
-    "autograd, plain PyTorch": lambda setting: sum(plain.kept(shape(setting)).values()) / MB,
+    "paper's rule": lambda setting: bsr_rule.memory(shape(setting)).activations_mb,
+    "autograd, plain PyTorch": lambda setting: sum(autograd_rule.kept(shape(setting)).values()) / MB,
     "our code": kept_by_ours,
 }
 
@@ -45,7 +42,7 @@ def giga(macs: float) -> float:
 
 def on_device(setting: Setting, batch: int) -> float:
     whole = shape(setting)
-    kept = sum(plain.kept(whole).values())
+    kept = sum(autograd_rule.kept(whole).values())
     return (batch * kept + 3 * FLOAT * whole.trainable + FLOAT * whole.frozen) / MB
 
 
@@ -54,17 +51,17 @@ def tensor(setting: Setting, which: str, times: int = 1) -> float:
     block = shape(setting).blocks[-1]
     token = FLOAT * block.leaves[0].input
     sizes = {
-        "qkv": paper.attention_kept(block) - FLOAT * block.heads * block.tokens**2,
+        "qkv": bsr_rule.attention_kept(block) - FLOAT * block.heads * block.tokens**2,
         "map": FLOAT * block.heads * block.tokens**2,
         "gelu": 4 * token,
         "token": token,
-        "block": paper.attention_kept(block) + sum(paper.kept(leaf, True) for leaf in block.leaves),
+        "block": bsr_rule.attention_kept(block) + sum(bsr_rule.kept(leaf, True) for leaf in block.leaves),
     }
     return times * sizes[which] / MB
 
 
 def memory_ratio(setting: Setting, over: Setting, batch: int) -> float:
-    return paper.memory(shape(over), batch).total / paper.memory(shape(setting), batch).total
+    return bsr_rule.memory(shape(over), batch).total / bsr_rule.memory(shape(setting), batch).total
 
 
 RULES = {
@@ -73,33 +70,33 @@ RULES = {
         "trainable and 1 byte for each frozen parameter. A trained linear layer or norm keeps its input, an "
         "activation function on the gradient path its input, an attention on the gradient path its map and "
         "q, k, v.",
-        lambda setting, batch: paper.memory(shape(setting), batch).total_mb,
+        lambda setting, batch: bsr_rule.memory(shape(setting), batch).total_mb,
     ),
     "paper, activations": Rule(
         "The activation term of `paper` alone, for one image.",
-        lambda setting: paper.memory(shape(setting)).activations_mb,
+        lambda setting: bsr_rule.memory(shape(setting)).activations_mb,
     ),
     "paper, one tensor": Rule("One of the charges of `paper` on 197 tokens, or their sum over a block.", tensor),
     "paper, side blocks": Rule(
         "`paper, activations` with three trained side blocks of the main blocks' form and a frozen backbone.",
-        lambda setting: paper.memory(rep_net()).activations_mb,
+        lambda setting: bsr_rule.memory(rep_net()).activations_mb,
     ),
     "backrazor": Rule(
         "Back Razor's released estimator, ancestor of `paper`: the input of q, k and v is charged three "
         "times, the FFN carries a residual, every block counts as on the gradient path; pruned values cost "
         "a bit each and the remaining ones 2 bytes (4 in the norms), GELU inputs 2 bytes.",
-        lambda setting, **given: backrazor.memory(shape(setting), **given).total_mb,
+        lambda setting, **given: backrazor_rule.memory(shape(setting), **given).total_mb,
     ),
     "macs": Rule(
         "Multiply-adds of the forward pass, in 1e9, times the batch: linear layers, patch embedding, "
         "attention products, router and experts. Nothing of the backward pass.",
-        lambda setting, batch=1: giga(batch * paper.forward_macs(shape(setting))),
+        lambda setting, batch=1: giga(batch * bsr_rule.forward_macs(shape(setting))),
     ),
-    "macs, side blocks": Rule("`macs` with three side blocks.", lambda setting: giga(paper.forward_macs(rep_net()))),
+    "macs, side blocks": Rule("`macs` with three side blocks.", lambda setting: giga(bsr_rule.forward_macs(rep_net()))),
     "thop": Rule(
         "What the thop counter sees: torch's own linear layers and convolutions, and four times the "
         "elements that enter norms. Attention products, router and experts count zero.",
-        lambda setting, batch: giga(batch * paper.thop_count(shape(setting))),
+        lambda setting, batch: giga(batch * bsr_rule.thop_count(shape(setting))),
     ),
     "memory ratio": Rule("`paper` of full fine-tuning over `paper` of the setting.", memory_ratio),
     "on-device model": Rule(

@@ -2,7 +2,7 @@
 
 The estimators of TinyTL, Back Razor and BSR walk over the leaf modules of a network (linear layers,
 norms, activations) in the order of the forward pass and add up what each of them would keep. Everything
-such a rule may look at is here; the rules are `paper` and `backrazor`.
+such a rule may look at is here; the rules are `bsr_rule` and `backrazor_rule`.
 """
 
 from dataclasses import dataclass, replace

@@ -1,8 +1,13 @@
-"""The benchmark: what it counts, whether its anchor is BSR, that it judges honestly."""
+"""The benchmark: what it counts, whether its baseline is BSR, that it judges honestly."""
 
 import json
+import multiprocessing
+import os
 import runpy
+import threading
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +16,7 @@ from torch import nn
 
 from moe_bsr.benchmark import scaling, tables, targets
 from moe_bsr.benchmark.cases import Case, LayerStep, make, suite
-from moe_bsr.benchmark.matmuls import Product, step_products, time_products
+from moe_bsr.benchmark.matmuls import SHAPES, Product, step_products, time_products
 from moe_bsr.benchmark.public_form import ExplicitBSR
 from moe_bsr.benchmark.workers import workers
 from moe_bsr.config import Config, PlanConfig, RuntimeConfig
@@ -27,7 +32,7 @@ def layer_step(layer: nn.Module, x: torch.Tensor, gradient: torch.Tensor) -> Lay
     return LayerStep(layer, runtime, x, gradient, lambda: layer(x))
 
 
-def test_the_explicit_anchor_is_bsr_in_value_and_gradient():
+def test_the_public_form_is_bsr_in_value_and_gradient():
     plain = ExplicitBSR(make_vit(num_classes=3), PLAN)
     ours = MultitaskViT(make_vit(), Config(plan=PLAN), CLASSES)
     ours.vit.load_state_dict({n: v for n, v in plain.vit.state_dict().items() if not n.startswith("head.")})
@@ -64,6 +69,17 @@ def test_fused_attention_counts_the_products_it_replaces():
     x = normal(2, 3, 11, 8).requires_grad_()
     counted = step_products(layer_step(Attention(), x, normal(2, 3, 11, 8)))
     assert counted == {Product(6, 11, 8, 11, "float32"): 4, Product(6, 11, 11, 8, "float32"): 3}
+
+
+def test_fused_attention_is_counted_whatever_the_device():
+    """Its queries are the first argument forward and the second backward, in every kernel torch has."""
+    names = [name.removeprefix("aten::") for name in SHAPES if "attention" in name]
+    assert len(names) == 8
+    for name in names:
+        arguments = getattr(torch.ops.aten, name).default._schema.arguments
+        backward = name.endswith("_backward")
+        assert arguments[backward].name == "query", name
+        assert len(SHAPES[f"aten::{name}"]([(2, 3, 11, 8)] * 3)) == (5 if backward else 2)
 
 
 def test_products_are_timed():
@@ -140,7 +156,22 @@ def test_the_leanest_storage_counts_only_if_it_is_fast_enough():
     assert none_is["value"] == 125 and not none_is["reached"]
 
 
-def test_a_case_that_cannot_be_made_is_named():
+class InThread(threading.Thread):
+    """Stands for a worker's process: starting one takes seconds, and the test of the tool does."""
+
+    def __init__(self, target, args, daemon) -> None:
+        pipe, *rest = args
+        own = Connection(os.dup(pipe.fileno()))  # as a process has its own, which stays open
+        super().__init__(target=target, args=(own, *rest), daemon=daemon)
+
+
+@pytest.fixture
+def workers_are_threads(monkeypatch):
+    context = SimpleNamespace(Pipe=multiprocessing.Pipe, Process=InThread)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: context)
+
+
+def test_a_case_that_cannot_be_made_is_named(workers_are_threads):
     with pytest.raises(RuntimeError, match="^bsr fp32: ConfigError: plan.train_blocks"):
         with workers([Case(subject="bsr", **SMALL | {"backbone": "test_vit"})]):
             pass
@@ -180,12 +211,15 @@ def test_the_tool_prints_the_raw_times_of_every_turn_and_verdicts_as_json(capsys
     assert main(["--read", str(tmp_path / "absent.json")]) == 2
 
 
-def test_scaling_keeps_every_time_and_memory_grows_with_the_batch_but_not_with_tasks(monkeypatch, tmp_path):
+def test_scaling_keeps_every_time_and_memory_grows_with_the_batch_but_not_with_tasks(
+    workers_are_threads, monkeypatch, tmp_path
+):
     monkeypatch.setattr(scaling, "SWEEPS", {name: ([2, 4], scaling.SWEEPS[name][1]) for name in ("batch", "tasks")})
-    result = scaling.measure(SMALL, "fp32", rounds=2, steps=3, note=lambda line: None)
+    shared = {"backbone": "vit_pico_patch8_64", "batch": 2, "threads": 1, "changes": {"moe__num_experts": 4}}
+    result = scaling.measure(shared, "fp32", rounds=2, steps=1, note=lambda line: None)
     small, large = result["scaling"]["batch"]
     assert [small["at"], large["at"]] == [2, 4]
-    assert len(small["seconds"]) == len(large["seconds"]) == 6
+    assert len(small["seconds"]) == len(large["seconds"]) == 2
     assert 1.8 * small["kept"] < large["kept"] < 2.2 * small["kept"]
     two, four = result["scaling"]["tasks"]
     assert two["kept"] == four["kept"]

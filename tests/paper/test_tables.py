@@ -15,10 +15,7 @@ from moe_bsr.benchmark.measure import saved_storages
 from moe_bsr.model import block
 from moe_bsr.model.moe import MoE
 from moe_bsr.model.plan import token_counts
-from moe_bsr.paper import autograd_rule as plain
-from moe_bsr.paper import backrazor_rule as backrazor
-from moe_bsr.paper import bsr_rule as paper
-from moe_bsr.paper import rebuild
+from moe_bsr.paper import autograd_rule, backrazor_rule, bsr_rule, rebuild
 from moe_bsr.paper.settings import Setting, shape
 from moe_bsr.paper.shapes import from_model
 from moe_bsr.paper.tables import FIGURES
@@ -70,7 +67,7 @@ def estimate_by_walking(model, images, head_only=False):
 def test_the_papers_rule_is_what_walking_over_the_network_gives(kind, trainable):
     model = make_model(kind, train_blocks=trainable, drop_blocks=())
     walked = estimate_by_walking(model, normal(1, 3, 16, 16), head_only=trainable == ())
-    assert paper.memory(from_model(model)).peak == walked
+    assert bsr_rule.memory(from_model(model)).peak == walked
 
 
 @pytest.mark.parametrize(
@@ -90,23 +87,23 @@ def test_the_running_sum_equals_its_closed_form(trainable, drop):
         elif index > trainable[0]:
             total += 4 * (6 * n * n + 384 * (3 * n + 4 * m))
     total += 4 * 384 * m + 4 * (384 + 10)  # the final norm; the head's input and output at the peak
-    assert paper.memory(shape(whole)).peak == total
+    assert bsr_rule.memory(shape(whole)).peak == total
 
 
 def test_where_little_is_kept_the_peak_is_a_temporary():
-    few = paper.memory(shape(replace(DEIT, trainable=(10, 11), drop=(3, 6, 9))))
+    few = bsr_rule.memory(shape(replace(DEIT, trainable=(10, 11), drop=(3, 6, 9))))
     assert few.peak == 5 * T > sum(few.kept.values())  # fc1 of a frozen block on 197 tokens
     last = shape(replace(DEIT, trainable=()))
-    assert paper.memory(last).peak == 9 * T
-    assert backrazor.memory(last).peak == 6 * T
+    assert bsr_rule.memory(last).peak == 9 * T
+    assert backrazor_rule.memory(last).peak == 6 * T
 
 
 def test_what_a_block_is_charged():
-    kept = paper.memory(shape(replace(DEIT, trainable=(3, 11)))).kept
+    kept = bsr_rule.memory(shape(replace(DEIT, trainable=(3, 11)))).kept
     assert (kept["block 2"], kept["block 3"], kept["block 4"]) == (0, 16 * T + A, 7 * T + A)
-    theirs = backrazor.memory(shape(replace(DEIT, trainable=(3, 11)))).kept
+    theirs = backrazor_rule.memory(shape(replace(DEIT, trainable=(3, 11)))).kept
     assert (theirs["block 2"], theirs["block 3"], theirs["block 4"]) == (7 * T + A, 18 * T + A, 7 * T + A)
-    autograd = plain.kept(shape(replace(DEIT, trainable=(3, 11))))
+    autograd = autograd_rule.kept(shape(replace(DEIT, trainable=(3, 11))))
     statistics = 4 * 197 * 4
     assert autograd["block 2"] == 0
     assert autograd["block 3"] == 16 * T + A + statistics
@@ -114,21 +111,21 @@ def test_what_a_block_is_charged():
 
 
 def test_back_razor_keeps_a_bit_of_each_value_and_the_largest_in_half_precision():
-    kept = backrazor.memory(shape(DEIT), prune=0.75).kept["block 5"]
+    kept = backrazor_rule.memory(shape(DEIT), prune=0.75).kept["block 5"]
     values = T / 4
     assert kept == pytest.approx(
         2 * values * (1 / 8 + 4 / 4)  # norms, the rest in float32
         + (12 * values + A / 4) * (1 / 8 + 2 / 4)  # q, k, v and their inputs, map, proj, fc1, fc2
         + 4 * values * 2
     )  # GELU
-    assert backrazor.memory(shape(DEIT), prune=0.75, half=False).kept["block 5"] == pytest.approx(
+    assert backrazor_rule.memory(shape(DEIT), prune=0.75, half=False).kept["block 5"] == pytest.approx(
         (14 * values + A / 4) * (1 / 8 + 4 / 4) + 4 * values * 2
     )
 
 
 def test_the_batch_multiplies_activations_and_frozen_parameters_count_one_byte():
     whole = shape(replace(DEIT, trainable=(3, 7, 11)))
-    one, many = paper.memory(whole), paper.memory(whole, batch=128)
+    one, many = bsr_rule.memory(whole), bsr_rule.memory(whole, batch=128)
     assert many.peak == one.peak
     assert many.total - one.total == 127 * one.peak
     assert one.parameters == 4 * whole.trainable + whole.frozen
@@ -138,7 +135,7 @@ def test_the_batch_multiplies_activations_and_frozen_parameters_count_one_byte()
 def test_experts_are_linear_layers_on_top_k_rows():
     dense = make_model(train_blocks=(1, 3), drop_blocks=())
     experts = make_model(train_blocks=(1, 3), drop_blocks=(), moe_blocks=(3,))
-    without, with_ = (paper.memory(from_model(m)).kept["block 3"] for m in (dense, experts))
+    without, with_ = (bsr_rule.memory(from_model(m)).kept["block 3"] for m in (dense, experts))
     token = 17 * 16 * 4
     # The FFN's inputs and hidden values (1 + 4 + 4) twice for top-2, and the router's input.
     assert with_ - without == 2 * 9 * token + token - 9 * token
@@ -149,7 +146,7 @@ def test_experts_are_linear_layers_on_top_k_rows():
 def test_every_kind_of_model_has_its_price(kind, experts):
     model = make_model(kind, moe_blocks=experts)
     whole = from_model(model)
-    assert paper.memory(whole, 4).total > 0 and backrazor.memory(whole, 4, prune=0.5).total > 0
+    assert bsr_rule.memory(whole, 4).total > 0 and backrazor_rule.memory(whole, 4, prune=0.5).total > 0
     patches, prefix = model.vit.patch_embed.num_patches, model.vit.num_prefix_tokens
     counts = token_counts(model.plan, patches + prefix, prefix, True, False)
     blocks = sum(
@@ -157,7 +154,7 @@ def test_every_kind_of_model_has_its_price(kind, experts):
         for b, p, n in zip(model.vit.blocks, model.plan, counts, strict=True)
     )
     outside = whole.embedding + whole.head
-    assert paper.forward_macs(whole) == blocks + sum(
+    assert bsr_rule.forward_macs(whole) == blocks + sum(
         leaf.input * leaf.outputs for leaf in outside if leaf.kind == "linear"
     )
 
@@ -225,7 +222,7 @@ def test_what_plain_autograd_keeps_is_what_the_hooks_see(trainable, drop, fuse, 
     )
     images = normal(2, 3, 16, 16)
     saved = saved_storages(lambda: written_down(model, images), list(model.parameters()))
-    assert 2 * sum(plain.kept(from_model(model)).values()) == sum(t.untyped_storage().nbytes() for t in saved)
+    assert 2 * sum(autograd_rule.kept(from_model(model)).values()) == sum(t.untyped_storage().nbytes() for t in saved)
 
 
 def test_a_block_of_which_only_parts_train_keeps_what_the_hooks_see():
@@ -234,12 +231,12 @@ def test_a_block_of_which_only_parts_train_keeps_what_the_hooks_see():
         parameter.requires_grad_(True)
     images = normal(2, 3, 16, 16)
     saved = saved_storages(lambda: written_down(model, images), list(model.parameters()))
-    assert 2 * sum(plain.kept(from_model(model)).values()) == sum(t.untyped_storage().nbytes() for t in saved)
+    assert 2 * sum(autograd_rule.kept(from_model(model)).values()) == sum(t.untyped_storage().nbytes() for t in saved)
 
 
 def test_plain_autograd_on_deit_s_and_vit_b():
     def kept(setting):
-        return round(sum(plain.kept(shape(setting)).values()) / 2**20, 2)
+        return round(sum(autograd_rule.kept(shape(setting)).values()) / 2**20, 2)
 
     bsr = {"trainable": (3, 7, 11), "drop": (3, 6, 9)}
     base = Setting("ViT-B", tasks=(("cifar100", 100),))
