@@ -5,6 +5,8 @@ import threading
 
 import numpy as np
 
+from moe_bsr.data.spec import ImageSource
+
 SLAB = 32 * 2**20
 
 
@@ -23,11 +25,11 @@ class DecodedCache:
         self.bytes_allowed = int(megabytes * 1e6)
         self.bytes_used = 0
         self._images: dict[tuple[int, int], np.ndarray] = {}
-        self._sources: dict[int, object] = {}  # held, so that an id is never used twice
+        self._sources: dict[int, ImageSource] = {}  # held, so that an id is never used twice
         self._slab = np.empty(0, np.uint8)
         self._lock = threading.Lock()
 
-    def image(self, source, index: int) -> np.ndarray:
+    def image(self, source: ImageSource, index: int) -> np.ndarray:
         """Image `index` of `source`, uint8 (H, W, 3); not to be written to."""
         place = (id(source), index)
         image = self._images.get(place)

@@ -17,12 +17,14 @@ import shutil
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
 from PIL import Image
 
 from moe_bsr.data.image_files import decode
+from moe_bsr.data.spec import ImageSource
 
 MEMBERS = ("jpeg", "offsets", "labels")
 
@@ -87,7 +89,8 @@ class PackWriter:
     def __init__(self, path: Path):
         self.path = path
         self._images = path.with_suffix(".images.tmp")
-        self._offsets, self._labels = [0], []
+        self._offsets: list[int] = [0]
+        self._labels: list[int] = []
 
     def __enter__(self) -> "PackWriter":
         self._file = open(self._images, "wb")
@@ -98,7 +101,7 @@ class PackWriter:
         self._offsets.append(self._offsets[-1] + len(encoded))
         self._labels.append(label)
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         self._file.close()
         partial = self.path.with_suffix(".npz.tmp")
         try:
@@ -129,7 +132,7 @@ def write_classes(folder: Path, class_names: list[str]) -> None:
     (folder / "classes.txt").write_text("".join(f"{n}\n" for n in class_names), encoding="utf-8")
 
 
-def encode(source, i: int, short_side: int, quality: int) -> bytes:
+def encode(source: ImageSource, i: int, short_side: int, quality: int) -> bytes:
     """Image i as a pack holds it: small ones unchanged, larger ones shrunk to a JPEG.
 
     A file whose short side is at most `short_side` pixels keeps its bytes, pixels without a file
@@ -165,7 +168,7 @@ def _read_members(path: Path) -> dict[str, np.ndarray]:
             members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
             if missing := [name for name in MEMBERS if name not in members]:
                 raise ValueError(f"no member {missing[0]!r}, it holds {', '.join(members)}")
-            arrays = {}
+            arrays: dict[str, np.ndarray] = {}
             for name in MEMBERS:
                 if name == "jpeg" and members[name].compress_type == zipfile.ZIP_STORED:
                     arrays[name] = _map_member(path, members[name])

@@ -90,10 +90,9 @@ def open_sources(
     A pack at `<root>/<name>` takes the place of the declared source unless `use_pack` is false.
     """
     pack = root / spec.name
-    if use_pack and (pack / "train.npz").is_file():
-        train, test, origin = open_pack(pack)
-    else:
-        train, test, origin = spec.open(root, download)
+    packed = use_pack and (pack / "train.npz").is_file()
+    opened: tuple[ImageSource, ImageSource, str] = open_pack(pack) if packed else spec.open(root, download)
+    train, test, origin = opened
     if len(train.class_names) < 2:
         raise ValueError(
             f"task {spec.name}: {len(train.class_names)} class, and there must be two to tell apart ({origin})"

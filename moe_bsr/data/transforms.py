@@ -119,7 +119,8 @@ class ImageTransforms:
 
         `uniforms`: 23 numbers in [0, 1), the only randomness (see `crop_box`; the last one decides about mirroring).
         """
-        top, left, height, width = crop_box(*image.shape[:2], scale, uniforms)
+        full_height, full_width = image.shape[:2]
+        top, left, height, width = crop_box(full_height, full_width, scale, uniforms)
         crop = resized(image[top : top + height, left : left + width], self.size, self.size, self.interpolation)
         return crop[:, ::-1] if flip and uniforms[-1] < 0.5 else crop
 

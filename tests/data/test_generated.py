@@ -85,7 +85,7 @@ def test_the_class_changes_the_picture(family):
 def test_colors_do_not_tell_the_class():
     """The mean color of a class is that of all images, within sampling error."""
     for family in ("shapes", "fractals"):
-        source = Generated(family, "train", 480)
+        source = Generated(family, "train", 240)
         colors = np.stack([source.image(i).reshape(-1, 3).mean(0) for i in range(len(source))])
         classes = len(source.class_names)
         means = np.stack([colors[source.labels == c].mean(0) for c in range(classes)])

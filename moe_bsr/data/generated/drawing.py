@@ -1,4 +1,4 @@
-"""The pencil case of the generated images: poses, masks and paint, on a 64 x 64 canvas.
+"""Drawing tools of the generated images: poses, masks and paint, on a 64 x 64 canvas.
 
 Points of a figure are complex numbers, about the unit disc, y upwards. A `Pose` places them on
 the canvas, whose coordinates run from -1 to 1 as well. A mask is float32 (64, 64), 0 outside the
@@ -120,7 +120,7 @@ def two_colors(rng):
     """Two random colors that can be told apart, float32 (2, 3) in 0..1."""
     while True:
         pair = rng.random((2, 3), np.float32)
-        gray = pair @ np.float32([0.3, 0.6, 0.1])
+        gray = pair @ np.array([0.3, 0.6, 0.1], np.float32)
         if abs(gray[0] - gray[1]) > 0.25:
             return pair
 

@@ -1,4 +1,4 @@
-"""The images the shipped backbone is pretrained on: 240 classes, none of them a class of a task.
+"""The images that the bundled backbone is pretrained on: 240 classes, none of them a class of a task.
 
 Every class is a figure drawn at random once, from its own number, then shown in new poses and
 paint:

@@ -174,7 +174,8 @@ def alphabet():
     """One list of strokes per sign: strokes on a 3 x 4 lattice, no two signs alike."""
     rng = np.random.default_rng(20)
     lattice = (np.array([-0.6, 0, 0.6])[:, None] + 1j * np.array([-0.9, -0.3, 0.3, 0.9])).ravel()
-    signs, looks = [], []
+    signs: list[list[np.ndarray]] = []
+    looks: list[np.ndarray] = []
     while len(signs) < len(SYLLABLES):
         lines = []
         for _ in range(rng.integers(3, 5)):
