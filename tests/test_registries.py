@@ -17,15 +17,13 @@ from moe_bsr.config import Config
 from moe_bsr.cost import predict as cost
 from moe_bsr.data import SOURCES
 from moe_bsr.data.sampler import SAMPLERS
-from moe_bsr.model import adapters, backbones
-from moe_bsr.model.moe import ROUTERS
+from moe_bsr.model.adapters import ADAPTERS
+from moe_bsr.model.backbones import BACKBONES
 from moe_bsr.model.multitask import MultitaskViT, build
+from moe_bsr.model.routers import ROUTERS
 from moe_bsr.model.storage import STORAGES
 from moe_bsr.runtime.device import prepare
 from moe_bsr.training.update import training_step
-
-ADAPTERS = getattr(adapters, "ADAPTERS", {})
-BACKBONES = getattr(backbones, "BACKBONES", {})
 
 # A small network of each family of backbones: name and input side in pixels.
 SMALLEST = {"vit": ("test_vit", 32)}
@@ -102,7 +100,19 @@ def test_the_cost_predicted_is_the_cost_measured(registry, kind, tmp_path):
     assert predicted.kept == pytest.approx(measured.kept, rel=0.02)
 
 
+class AnotherTasksRouter(ROUTERS["per_task"]):
+    """Wrong: it routes a task's tokens by another task's weights."""
+
+    def forward(self, x, task):
+        return super().forward(x, next(name for name in self.weight if name != task))
+
+
+def test_an_entry_that_moves_what_it_should_not_is_caught(tmp_path, monkeypatch):
+    monkeypatch.setattr(ROUTERS, "_entries", dict(ROUTERS._entries))
+    ROUTERS.register("wrong")(AnotherTasksRouter)
+    with pytest.raises(AssertionError, match="router"):
+        test_an_update_moves_what_was_declared_and_the_checkpoint_gives_it_back("router", "wrong", tmp_path)
+
+
 def test_every_registry_is_swept():
-    """A registry that holds nothing would pass unseen; those with no entry yet are named."""
-    empty = {registry for registry, (entries, _) in CHOICES.items() if not list(entries)}
-    assert empty <= {"adapter", "backbone"}
+    assert {registry for registry, _ in ENTRIES} == CHOICES.keys()

@@ -3,7 +3,7 @@
 from moe_bsr.data import sources  # fills SOURCES
 from moe_bsr.data.image_files import UnreadableImage, decode
 from moe_bsr.data.loader import Batch, Loader
-from moe_bsr.data.spec import SOURCES, ImageSource, TaskSpec, load_spec, register
+from moe_bsr.data.spec import SOURCES, ImageSource, TaskSpec, load_spec
 from moe_bsr.data.task import Split, TaskData, load_task, open_sources, split_validation
 from moe_bsr.data.transforms import ImageTransforms
 
@@ -21,7 +21,6 @@ __all__ = [
     "load_spec",
     "load_task",
     "open_sources",
-    "register",
     "sources",
     "split_validation",
 ]

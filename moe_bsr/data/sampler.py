@@ -11,8 +11,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from moe_bsr.config import SamplerConfig, require
-from moe_bsr.config.reader import nearest
+from moe_bsr.config import SamplerConfig
+from moe_bsr.config.registry import Registry
 from moe_bsr.runtime.rng import key, stream
 
 WINDOW = 100  # updates over which proportional and temperature sampling fill their quotas
@@ -29,17 +29,8 @@ class Request:
     config: SamplerConfig
 
 
-SAMPLERS: dict[str, Callable[[Request], np.ndarray]] = {}
-
-
-def register(kind: str) -> Callable[[Callable[[Request], np.ndarray]], Callable[[Request], np.ndarray]]:
-    """Decorator: a function Request -> int64 (steps, tasks), 1 where a task is visited in an update, else 0."""
-
-    def add(schedule: Callable[[Request], np.ndarray]) -> Callable[[Request], np.ndarray]:
-        SAMPLERS[kind] = schedule
-        return schedule
-
-    return add
+# A sampler is a function Request -> int64 (steps, tasks): 1 where a task is visited in an update, else 0.
+SAMPLERS: Registry[Callable[[Request], np.ndarray]] = Registry("sampler.kind")
 
 
 class MultitaskSampler:
@@ -53,11 +44,10 @@ class MultitaskSampler:
     """
 
     def __init__(self, sizes: dict[str, int], batch_size: int, steps: int, config: SamplerConfig, seed: int) -> None:
-        known = ", ".join(SAMPLERS)
-        require(config.kind in SAMPLERS, "sampler.kind", config.kind, f"one of {known}{nearest(config.kind, SAMPLERS)}")
+        schedule = SAMPLERS[SAMPLERS.choose(config.kind).kind]
         self.sizes, self.batch_size, self.steps, self.seed = dict(sizes), batch_size, steps, seed
         self.names = list(sizes)
-        visits = SAMPLERS[config.kind](Request(list(sizes.values()), batch_size, steps, seed, config))
+        visits = schedule(Request(list(sizes.values()), batch_size, steps, seed, config))
         self._visits = visits
         self._before = np.concatenate([np.zeros((1, len(sizes)), np.int64), visits.cumsum(0)])
 
@@ -94,31 +84,31 @@ class MultitaskSampler:
         return stream(key(self.seed, task, "order"), int(epoch)).permutation(self.sizes[task])
 
 
-@register("joint")
+@SAMPLERS.register("joint")
 def joint(request: Request) -> np.ndarray:
     """Every task in every update."""
     return np.ones((request.steps, len(request.sizes)), np.int64)
 
 
-@register("round_robin")
+@SAMPLERS.register("round_robin")
 def round_robin(request: Request) -> np.ndarray:
     """One task after the other."""
     return _visits(np.arange(request.steps) % len(request.sizes), request)
 
 
-@register("proportional")
+@SAMPLERS.register("proportional")
 def proportional(request: Request) -> np.ndarray:
     """Each task as often as it has images."""
     return _by_temperature(request, 1.0)
 
 
-@register("temperature")
+@SAMPLERS.register("temperature")
 def temperature(request: Request) -> np.ndarray:
     """Each task in proportion to sizes^(1 / sampler.temperature)."""
     return _by_temperature(request, request.config.temperature)
 
 
-@register("exhaust")
+@SAMPLERS.register("exhaust")
 def exhaust(request: Request) -> np.ndarray:
     """Round-robin in which exhausted loaders are skipped until the longest ends (the paper's order)."""
     batches = [-(-size // request.batch_size) for size in request.sizes]

@@ -4,7 +4,7 @@ Every kind of source has its own class of task: what all tasks say is in `TaskSp
 are the fields of its subclass in `sources/`. `SOURCES` is the only list of them. A new source is one file
 there:
 
-    @register("my_source")
+    @SOURCES.register("my_source")
     @dataclass(frozen=True, kw_only=True)
     class MyTask(TaskSpec):
         url: str
@@ -13,15 +13,15 @@ there:
 """
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 
 from moe_bsr.config import ConfigError, is_crop_range, require
 from moe_bsr.config.reader import convert_section, nearest, parse
+from moe_bsr.config.registry import Registry
 
 
 class ImageSource(Protocol):
@@ -53,8 +53,6 @@ class TaskSpec:
         flip: whether half of the training crops are mirrored.
     """
 
-    source = ""  # the name it is registered by
-
     name: str
     title: str
     classes: int | None = None
@@ -66,6 +64,11 @@ class TaskSpec:
     def __post_init__(self) -> None:
         require(self.classes is None or self.classes >= 2, "classes", self.classes, "at least 2")
         require(is_crop_range(self.crop_scale), "crop_scale", self.crop_scale, "[low, high], 0 < low <= high <= 1")
+
+    @property
+    def source(self) -> str:
+        """The name that task files of this kind give as their source."""
+        return next((kind for kind in SOURCES if SOURCES[kind] is type(self)), "")
 
     def open(self, root: Path, download: bool = False) -> tuple[ImageSource, ImageSource, str]:
         """The images for training and for the test, and a line that says where they come from.
@@ -83,20 +86,7 @@ class TaskSpec:
         return None
 
 
-SOURCES: dict[str, type[TaskSpec]] = {}
-
-Spec = TypeVar("Spec", bound=TaskSpec)
-
-
-def register(source: str) -> Callable[[type[Spec]], type[Spec]]:
-    """Class decorator: task files that say `source: <source>` are read as this class."""
-
-    def add(cls: type[Spec]) -> type[Spec]:
-        cls.source = source
-        SOURCES[source] = cls
-        return cls
-
-    return add
+SOURCES: Registry[type[TaskSpec]] = Registry("source")
 
 
 def load_spec(name_or_path: str | Path) -> TaskSpec:
@@ -130,7 +120,7 @@ def _from_entries(name: str, entries: dict) -> TaskSpec:
     allowed = _keys(cls)
     for key in entries:
         if key not in allowed:
-            elsewhere = [kind for kind, other in SOURCES.items() if key in _keys(other)]
+            elsewhere = [kind for kind in SOURCES if key in _keys(SOURCES[kind])]
             hint = f": it belongs to source {' or '.join(elsewhere)}" if elsewhere else nearest(key, allowed)
             raise ConfigError(f"unknown key {key} for source {source}{hint} (allowed: {', '.join(allowed)})")
     return convert_section({key: value for key, value in entries.items() if key != "source"}, cls, "", name=name)

@@ -13,7 +13,7 @@ from PIL import Image
 from tiny_data import fake_cifar, fake_flowers, fake_food, fake_pets, folder_task, picture, save
 
 from moe_bsr.config import ConfigError
-from moe_bsr.data import SOURCES, TaskSpec, decode, load_spec, load_task, register, split_validation
+from moe_bsr.data import SOURCES, TaskSpec, decode, load_spec, load_task, split_validation
 from moe_bsr.data.sources.folder import FolderSource
 from moe_bsr.data.sources.torchvision_datasets import TORCHVISION, TorchvisionSource
 from moe_bsr.data.task import allocate_per_class
@@ -293,9 +293,9 @@ def test_download_only_on_request(tmp_path, monkeypatch):
 
 
 def test_a_new_source_is_one_decorated_class(tmp_path, monkeypatch):
-    monkeypatch.setattr("moe_bsr.data.spec.SOURCES", dict(SOURCES))
+    monkeypatch.setattr(SOURCES, "_entries", dict(SOURCES._entries))
 
-    @register("stripes")
+    @SOURCES.register("stripes")
     @dataclass(frozen=True, kw_only=True)
     class Stripes(TaskSpec):
         width: int

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_bsr.config import require
-from moe_bsr.data.spec import TaskSpec, register
+from moe_bsr.data.spec import SOURCES, TaskSpec
 
 if TYPE_CHECKING:
     from moe_bsr.data.generated import Generated
 
 
-@register("generated")
+@SOURCES.register("generated")
 @dataclass(frozen=True, kw_only=True)
 class GeneratedTask(TaskSpec):
     """A family of drawn images.

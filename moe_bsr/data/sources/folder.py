@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from moe_bsr.data.image_files import EXTENSIONS, FileSource, is_image
-from moe_bsr.data.spec import TaskSpec, register
+from moe_bsr.data.spec import SOURCES, TaskSpec
 
 
-@register("folder")
+@SOURCES.register("folder")
 @dataclass(frozen=True, kw_only=True)
 class FolderTask(TaskSpec):
     """`<path>/train/<class>/*.jpg` and `<path>/test/<class>/*.jpg`; `path` is absolute, or below the data root."""

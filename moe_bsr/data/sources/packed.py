@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_bsr.data.packed import PackedSource, open_pack
-from moe_bsr.data.spec import TaskSpec, register
+from moe_bsr.data.spec import SOURCES, TaskSpec
 
 
-@register("packed")
+@SOURCES.register("packed")
 @dataclass(frozen=True, kw_only=True)
 class PackedTask(TaskSpec):
     """A folder with train.npz, test.npz and classes.txt; `path` is absolute, or below the data root."""

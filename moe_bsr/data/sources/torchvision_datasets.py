@@ -14,7 +14,7 @@ import torchvision
 from moe_bsr.config import require
 from moe_bsr.config.reader import nearest
 from moe_bsr.data.image_files import FileSource
-from moe_bsr.data.spec import TaskSpec, register
+from moe_bsr.data.spec import SOURCES, TaskSpec
 
 # dataset -> (splits torchvision knows, what it expects below the data root)
 TORCHVISION = {
@@ -38,7 +38,7 @@ TORCHVISION = {
 }
 
 
-@register("torchvision")
+@SOURCES.register("torchvision")
 @dataclass(frozen=True, kw_only=True)
 class TorchvisionTask(TaskSpec):
     """One of torchvision's datasets.
