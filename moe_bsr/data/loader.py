@@ -7,6 +7,7 @@ second team of spinning compute threads slows the first one down many times.
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from queue import SimpleQueue
 
 import numpy as np
@@ -15,16 +16,35 @@ import torch
 from moe_bsr.data.task import TaskData
 from moe_bsr.data.transforms import ImageTransforms
 
-Batch = tuple[str, np.ndarray, torch.Tensor | None, torch.Tensor]
+
+@dataclass(slots=True)
+class Batch:
+    """One batch of one task.
+
+    Attributes:
+        positions: int64 (B,), which images these are, as positions in the task's training split.
+        images: uint8 (B, 3, S, S); None when the features of all these images are cached.
+        labels: int64 (B,).
+        features: what the frozen blocks make of the images, for a model that starts after them; None from the loader.
+    """
+
+    task: str
+    positions: np.ndarray
+    images: torch.Tensor | None
+    labels: torch.Tensor
+    features: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
 
 class Loader:
-    """Iterates over (task, positions (B,), uint8 images (B, 3, S, S), int64 labels (B,)).
+    """Iterates over the batches of a plan.
 
     `plan` yields (task, positions (B,), epochs (B,)); with `prefetch=n` it is read up to n batches
     ahead of what has been taken. The batches are the same for every `prefetch`. An exception made
-    ahead is raised when its batch is asked for. Where `known(task, positions)`, nobody will look at the
-    images: they are None.
+    ahead is raised when its batch is asked for. `known(task, positions)` says that the features of all
+    these images are cached: they are not decoded, and the batch's `images` is None.
     """
 
     def __init__(
@@ -53,7 +73,7 @@ class Loader:
                 images, labels = None, torch.from_numpy(data.train.labels[positions])
             else:
                 images, labels = self.transforms.train_batch(data, positions, epochs)
-            yield task, positions, images, labels
+            yield Batch(task, positions, images, labels)
 
     def _ahead(self) -> Iterator[Batch]:
         ready: SimpleQueue = SimpleQueue()  # batches, then an exception or None
