@@ -4,6 +4,7 @@ The three messages of the tab go through the run's own writer. (`SummaryWriter.a
 second, time-stamped run beside it.)
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
@@ -12,11 +13,11 @@ from torch.utils.tensorboard.summary import hparams
 from moe_bsr.config import Config
 
 
-def write(writer: SummaryWriter, config: Config, report: dict[str, Any]) -> None:
+def write(writer: SummaryWriter, config: Config, report: Mapping[str, Any]) -> None:
     """Add the row of a finished run; nothing for one that was interrupted and has no result yet.
 
     Args:
-        report: as `moe_bsr.report.make` returns it.
+        report: as `runs.report.make` returns it.
     """
     if report["mean_top1"] is None:
         return
@@ -54,7 +55,7 @@ def choices(config: Config) -> dict[str, str | float]:
     }
 
 
-def outcomes(report: dict[str, Any]) -> dict[str, float]:
+def outcomes(report: Mapping[str, Any]) -> dict[str, float]:
     """The tab's results, by scalar tag, the first five shown; accuracies on the report's split."""
     return {
         "result/mean top-1 %": report["mean_top1"],
