@@ -100,7 +100,7 @@ def make_trainer(
     about = _about(config, model, tasks, runtime, run_dir, predicted) + inputs.summary()
     costs = {
         "predicted_peak_mb": predicted and predicted.peak / 2**20,
-        "gflops_per_image": summary.forward_gflops(model),
+        "gflops_per_image": predicted and predicted.forward_flops / _micro_batch(config) / 1e9,
     }
     return Trainer(config, model, inputs, runtime, run_dir, callbacks, about, costs)
 

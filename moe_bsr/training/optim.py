@@ -18,11 +18,11 @@ def parameter_groups(model: MultitaskViT, config: TrainConfig) -> list[dict]:
     groups: dict[tuple[float, float], dict] = {}
     top = len(model.plan) + 1
     heads = {id(p) for p in model.heads.parameters()}
-    layers, undecayed = _layers(model), _undecayed(model)
+    undecayed = _undecayed(model)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        scale = config.layer_decay ** (top - layers[id(parameter)])
+        scale = config.layer_decay ** (top - model.layer_of(parameter))
         if id(parameter) in heads:
             scale *= config.head_lr_scale
         decay = 0.0 if id(parameter) in undecayed else config.weight_decay
@@ -33,19 +33,6 @@ def parameter_groups(model: MultitaskViT, config: TrainConfig) -> list[dict]:
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
-
-
-def _layers(model: MultitaskViT) -> dict[int, int]:
-    """Layer number of each parameter by id: 0 the embeddings, i + 1 block i, then all that learns at full rate."""
-    layers = dict.fromkeys(map(id, model.parameters()), len(model.plan) + 1)
-    above = [model.vit.norm, model.vit.fc_norm, model.vit.head, model.vit.attn_pool]
-    layers |= dict.fromkeys(map(id, model.vit.parameters()), 0)
-    layers |= {id(p): len(model.plan) + 1 for module in above if module is not None for p in module.parameters()}
-    for index, block in enumerate(model.vit.blocks):
-        layers |= dict.fromkeys(map(id, block.parameters()), index + 1)
-        if model.plan[index].moe:
-            layers |= dict.fromkeys(map(id, block.mlp.router.parameters()), len(model.plan) + 1)
-    return layers
 
 
 def _undecayed(model: MultitaskViT) -> set[int]:
