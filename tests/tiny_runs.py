@@ -1,11 +1,11 @@
 """Runs that train in about a second: two drawn tasks of unequal size and a backbone of six narrow blocks."""
 
-import importlib
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from moe_bsr import api
 from moe_bsr import config as configuration
 from moe_bsr.callbacks.jsonl import Jsonl
 from moe_bsr.config import Config
@@ -13,10 +13,10 @@ from moe_bsr.evaluation.evaluate import evaluate
 from moe_bsr.model.multitask import build
 from moe_bsr.runs import folder as run
 from moe_bsr.runtime.device import prepare
+from moe_bsr.training import trainer as trainer_module
 from moe_bsr.training.callback import Callback, StepEvent
 from moe_bsr.training.trainer import Trainer
 
-TRAIN = importlib.import_module("moe_bsr.training.trainer")
 TASKS = {"shapes": (10, 30), "fractals": (12, 60)}  # classes, images of which one per class validates
 SIZES = {"shapes": 20, "fractals": 48}
 TASK = "{{title: {0}, source: generated, family: {0}, classes: {1}, train: {2}, test: {1}, license: none}}\n"
@@ -42,10 +42,10 @@ def make_config(folder: Path, **changes) -> Config:
 
 
 def make_trainer(config: Config, folder: Path, callbacks: list[Callback] | None = None) -> Trainer:
-    """What `train` builds, with observers of one's own."""
+    """What `train` builds, with callbacks of one's own."""
     tasks = {name: run.open_task(config, file) for name, file in config.task_files().items()}
     model = build(config, {name: len(data.class_names) for name, data in tasks.items()})
-    return Trainer(config, model, tasks, prepare(config.runtime), folder, callbacks or [])
+    return api.make_trainer(config, model, tasks, prepare(config.runtime), folder, callbacks or [])
 
 
 def state_of(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -65,10 +65,10 @@ class Snapshots(Callback):
         self.tasks.append(step.task)
 
 
-def watch(config: Config, folder: Path) -> tuple[Trainer, Snapshots]:
+def watch(config: Config, folder: Path, *callbacks: Callback) -> tuple[Trainer, Snapshots]:
     """A trainer whose states are kept; the first is the one before any update."""
     snapshots = Snapshots()
-    snapshots.trainer = make_trainer(config, folder, [snapshots])
+    snapshots.trainer = make_trainer(config, folder, [snapshots, *callbacks])
     snapshots.states.append(state_of(snapshots.trainer.model))
     return snapshots.trainer, snapshots
 
@@ -83,7 +83,7 @@ def script_scores(monkeypatch, means: list[float]) -> list[tuple[str, Tensor]]:
             scripted.mean = next(turns) if split == "val" else 50.0
         return evaluate(model, data, split, *arguments) | {"top1": scripted.mean}
 
-    monkeypatch.setattr(TRAIN, "evaluate", scripted)
+    monkeypatch.setattr(trainer_module, "evaluate", scripted)
     return seen
 
 

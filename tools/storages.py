@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from moe_bsr import config as configuration
-from moe_bsr.training.trainer import train
+from moe_bsr.api import train
 
 CONFIG = "configs/deit_tiny_stl_bsr.yaml"
 

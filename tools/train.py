@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 from moe_bsr import config as configuration
+from moe_bsr.api import train
 from moe_bsr.config import ConfigError
 from moe_bsr.data import UnreadableImage
 from moe_bsr.model import summary as describe
@@ -27,7 +28,7 @@ from moe_bsr.runs import folder as run
 from moe_bsr.runs.checkpoint import CheckpointError
 from moe_bsr.runtime.device import prepare
 from moe_bsr.training.feature_cache import FeatureCache
-from moe_bsr.training.trainer import NonFiniteLoss, train
+from moe_bsr.training.trainer import NonFiniteLoss
 
 
 def main(arguments: list[str] | None = None) -> int:

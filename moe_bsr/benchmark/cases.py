@@ -184,5 +184,5 @@ class LayerStep(TrainingStep):
         self.loss = self.output = None
         self.trained = [p for p in self.model.parameters() if p.grad is not None]
 
-    def update(self) -> None:
+    def step(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)

@@ -220,7 +220,7 @@ def measure(step: TrainingStep) -> Measured:
                 "forward": step.forward,
                 "backward": step.backward,
                 "note": note_gradients,
-                "optimizer": step.update,
+                "optimizer": step.step,
                 "end": step.clear,
             },
             device,

@@ -1,0 +1,17 @@
+"""What follows a training run: the console, metrics.jsonl, TensorBoard, the expert views."""
+
+from pathlib import Path
+
+from moe_bsr.training.callback import Callback
+
+
+def default_callbacks(run_dir: Path) -> list[Callback]:
+    """Those of a run for which none are named."""
+    from moe_bsr.callbacks.console import Console
+    from moe_bsr.callbacks.expert_views import ExpertViews
+    from moe_bsr.callbacks.jsonl import Jsonl
+    from moe_bsr.callbacks.tensorboard import TensorBoard
+    from moe_bsr.callbacks.writer import Writer
+
+    writer = Writer(run_dir / "tensorboard")
+    return [Console(), Jsonl(run_dir), TensorBoard(writer), ExpertViews(writer)]

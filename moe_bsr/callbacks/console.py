@@ -7,10 +7,11 @@ from tqdm import tqdm
 
 from moe_bsr.training.callback import Callback, EvalEvent, StartEvent, StepEvent
 
-LINES = 20  # progress lines over a run when there is no terminal
+MAX_LINES = 20  # progress lines over a run when there is no terminal
 
 
 class Console(Callback):
+    name = "console"
     bar: tqdm | None = None
 
     def on_start(self, start: StartEvent) -> None:
@@ -30,7 +31,7 @@ class Console(Callback):
         if self.bar is not None:
             self.bar.update(step.step - self.bar.n)
             self.bar.set_postfix_str(f"{text} | {_progress(step)}", refresh=False)
-        elif step.step % max(1, self.steps // LINES) == 0 or step.step == self.steps:
+        elif step.step % max(1, self.steps // MAX_LINES) == 0 or step.step == self.steps:
             done = step.step - self.first
             left = (time.monotonic() - self.started) / done * (self.steps - step.step)
             self._say(

@@ -4,6 +4,7 @@ The three messages of the tab go through the run's own writer. (`SummaryWriter.a
 second, time-stamped run beside it.)
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
@@ -12,11 +13,11 @@ from torch.utils.tensorboard.summary import hparams
 from moe_bsr.config import Config
 
 
-def write(writer: SummaryWriter, config: Config, report: dict[str, Any]) -> None:
+def write(writer: SummaryWriter, config: Config, report: Mapping[str, Any]) -> None:
     """Add the row of a finished run; nothing for one that was interrupted and has no result yet.
 
     Args:
-        report: as `moe_bsr.report.make` returns it.
+        report: as `runs.report.make` returns it.
     """
     if report["mean_top1"] is None:
         return
@@ -47,21 +48,29 @@ def choices(config: Config) -> dict[str, str | float]:
         "sampler": config.sampler.kind,
         "seed": float(config.seed),
         "steps": float(config.train.steps),
-        "storage": storage
-        if isinstance(storage, str)
-        else "; ".join(f"{name} {_listed(blocks)}" for name, blocks in storage.items()),
+        "storage": "; ".join(map(_described, storage if isinstance(storage, list) else [storage])),
         "tasks": ", ".join(config.task_names()),
     }
 
 
-def outcomes(report: dict[str, Any]) -> dict[str, float]:
+def outcomes(report: Mapping[str, Any]) -> dict[str, float]:
     """The tab's results, by scalar tag, the first five shown; accuracies on the report's split."""
-    return {
+    results = {
         "result/mean top-1 %": report["mean_top1"],
         "result/peak MB": report["measured_peak_mb"],
         "result/GFLOPs per image": report["gflops_per_image"],
         "result/train seconds": report["train_seconds"],
     } | {f"result/{task} top-1 %": scores["top1"] for task, scores in report["tasks"].items()}
+    return {tag: value for tag, value in results.items() if value is not None}  # the cost may be unknown
+
+
+def _described(storage: str | dict[str, Any]) -> str:
+    """A storage, its options and its blocks, as the configuration names them: "recompute 3, 4"."""
+    if isinstance(storage, str):
+        return storage
+    options = [f"{key}={value}" for key, value in storage.items() if key not in ("kind", "blocks")]
+    blocks = [_listed(storage["blocks"])] if "blocks" in storage else []
+    return " ".join([storage["kind"], *options, *blocks])
 
 
 def _listed(values: list) -> str:

@@ -13,8 +13,10 @@ SCORES = ("top1", "top5", "mean_class_accuracy", "ece", "loss", "n")
 
 
 class Jsonl(Callback):
-    def __init__(self, run: Path) -> None:
-        self.path = run / "metrics.jsonl"
+    name = "jsonl"
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / "metrics.jsonl"
         self.stream = None
 
     def restore(self, state: dict) -> None:

@@ -89,7 +89,7 @@ def markdown(report: dict[str, Any]) -> str:
         lines.append(f"| {name} | {' | '.join(score)} | {t['images']} | {t['epochs']:.2f} | {t['updates']} |")
     if report["mean_top1"] is not None:
         lines.append(f"| mean | {report['mean_top1']:.2f} | | | | | | | | |")
-    lines += ["", f"Training took {report['train_seconds']:.0f} s; {report['gflops_per_image']:.2f} GFLOPs an image "
+    lines += ["", f"Training took {report['train_seconds']:.0f} s; {report['gflops_per_image'] or math.nan:.2f} GFLOPs an image "
               f"forward. Predicted peak of a step's tensors {report['predicted_peak_mb'] or math.nan:.0f} MB; peak of the process, "
               f"with libraries and cached images, {report['measured_peak_mb']:.0f} MB."]
     return "\n".join(lines) + "\n"
@@ -117,7 +117,7 @@ def comparison(reports: dict[str, dict[str, Any]], intervals: bool) -> list[list
         rows.append([run, *cells, "-" if mean is None else f"{mean:.2f}",
                      str(images[0]) if len(images) == 1 else f"{images[0]}-{images[-1]}",
                      f"{report['train_seconds']:.0f}", f"{report['measured_peak_mb']:.0f}",
-                     f"{report['gflops_per_image']:.2f}"])
+                     f"{report['gflops_per_image'] or math.nan:.2f}"])
     return rows
 
 

@@ -1,9 +1,10 @@
-"""Observers: whoever wants to know what a training run does. The trainer emits records and knows no more.
+"""Callbacks: whoever wants to know what a training run does. The trainer emits events and knows no more.
 
-An observer overrides what it needs of `Observer`. What it wrote is part of the run's state: `state` is
-stored in every checkpoint, `restore` brings the observer's files back to exactly that point.
+A callback overrides what it needs of `Callback`. What it wrote is part of the run: `state` goes into every
+checkpoint, and `restore` brings the callback's files back to exactly that point.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ class StartEvent:
     """The run about to start or go on.
 
     Attributes:
+        folder: of the run. step: updates done before.
         about: lines worth telling a person.
-        model, data, pipeline, machine: the trainer's own, to look at and leave as they are.
+        model, data, transforms, runtime: the trainer's own, to look at and leave as they are.
     """
 
-    run: Path
+    folder: Path
     config: Config
     tasks: list[str]
     step: int
@@ -56,7 +58,7 @@ class StepEvent:
 
 @dataclass(slots=True)
 class EvalEvent:
-    """Scores of every task on one split, as `moe_bsr.evaluate.evaluate` returns them."""
+    """Scores of every task on one split, as `evaluation.evaluate` returns them."""
 
     step: int
     split: str
@@ -64,7 +66,14 @@ class EvalEvent:
 
 
 class Callback:
-    """Does nothing; the base of all observers."""
+    """Does nothing; the base of all callbacks.
+
+    Attributes:
+        name: under which its state is in a checkpoint; the class's name where it is empty. Two callbacks of one
+            run need different names.
+    """
+
+    name: str = ""
 
     def on_start(self, start: StartEvent) -> None:
         """Before the first update."""
@@ -75,8 +84,8 @@ class Callback:
     def on_evaluate(self, evaluation: EvalEvent) -> None:
         """After each evaluation."""
 
-    def on_end(self, report: dict[str, Any]) -> None:
-        """After the last record; `report` may be added to."""
+    def on_end(self, report: Mapping[str, Any]) -> dict[str, Any] | None:
+        """After the last event. What is returned (JSON values by name) is added to the report."""
 
     def close(self) -> None:
         """Always called at the end, also when training failed."""
@@ -87,3 +96,21 @@ class Callback:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Called before `on_start` with what `state` returned at the checkpoint; {} at a fresh start."""
+
+
+def by_name(callbacks: Iterable[Callback]) -> dict[str, Callback]:
+    """Callbacks by the names under which their states are kept.
+
+    Raises:
+        ValueError: two have one name.
+    """
+    named: dict[str, Callback] = {}
+    for callback in callbacks:
+        name = callback.name or type(callback).__name__
+        if name in named:
+            raise ValueError(
+                f"callbacks: two are named {name!r} ({type(named[name]).__name__} and {type(callback).__name__}); "
+                "each needs a name of its own for its state in the checkpoint: set the attribute `name` of one"
+            )
+        named[name] = callback
+    return named

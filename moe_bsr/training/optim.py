@@ -1,31 +1,31 @@
 """The optimizer, its schedule and the moving average of the weights."""
 
 import math
-import re
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moe_bsr.config import TrainConfig
+from moe_bsr.model.multitask import MultitaskViT
 
-NO_DECAY = ("pos_embed", "cls_token", "reg_token", "bias")
 
-
-def parameter_groups(model: nn.Module, config: TrainConfig, depth: int) -> list[dict]:
+def parameter_groups(model: MultitaskViT, config: TrainConfig) -> list[dict]:
     """Trained parameters by learning-rate scale and weight decay; frozen ones are in no group.
 
     Layer-wise decay as in BEiT and MAE: embeddings 0, block i is i + 1, and experts belong to their block;
     routers, final norm and heads learn at full rate. No decay for biases, norms, positions and tokens.
     """
     groups: dict[tuple[float, float], dict] = {}
+    top = len(model.plan) + 1
+    heads = {id(p) for p in model.heads.parameters()}
+    undecayed = _undecayed(model)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        scale = config.layer_decay ** (depth + 1 - layer_of(name, depth))
-        if name.startswith("heads."):
+        scale = config.layer_decay ** (top - model.layer_of(parameter))
+        if id(parameter) in heads:
             scale *= config.head_lr_scale
-        decays = parameter.ndim > 1 and not name.endswith(NO_DECAY)
-        decay = config.weight_decay if decays else 0.0
+        decay = 0.0 if id(parameter) in undecayed else config.weight_decay
         group = groups.setdefault(
             (scale, decay),
             {"params": [], "names": [], "lr": config.lr * scale, "lr_scale": scale, "weight_decay": decay},
@@ -35,17 +35,19 @@ def parameter_groups(model: nn.Module, config: TrainConfig, depth: int) -> list[
     return list(groups.values())
 
 
-def layer_of(name: str, depth: int) -> int:
-    """Layer number of a parameter for layer-wise decay: 0 the embeddings, depth + 1 the top."""
-    block = re.match(r"vit\.blocks\.(\d+)\.", name)
-    if block and ".router." not in name:
-        return int(block[1]) + 1
-    below = name.startswith(("vit.patch_embed", "vit.pos_embed", "vit.cls_token", "vit.reg_token", "vit.norm_pre"))
-    return 0 if below else depth + 1
+def _undecayed(model: MultitaskViT) -> set[int]:
+    """Ids of the parameters without weight decay."""
+    # The backbone's own parameters, in no module of it, are its positions and its class and register tokens.
+    found = {id(p) for p in model.vit.parameters(recurse=False)}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim <= 1 or name.endswith("bias"):  # the experts' biases are stacked: (E, D)
+                found.add(id(parameter))
+    return found
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig, depth: int) -> torch.optim.Optimizer:
-    groups = parameter_groups(model, config, depth)
+def make_optimizer(model: MultitaskViT, config: TrainConfig) -> torch.optim.Optimizer:
+    groups = parameter_groups(model, config)
     if config.optimizer == "sgd":
         # Not fused: that one fails where some parameters have momentum and others are new (another task).
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
@@ -92,7 +94,7 @@ class MovingAverage:
         """Exchange the average with the live weights; a second call exchanges them back."""
         for name, parameter in model.named_parameters():
             if name in self.average:
-                held: Tensor = self.average[name]
+                held = self.average[name]
                 live = parameter.detach().clone()
                 parameter.copy_(held)
                 held.copy_(live)

@@ -1,22 +1,40 @@
-"""A training step in parts, on random images: what the meter and the benchmark run and take apart."""
+"""The one optimizer update: micro-batches forward and backward, then clipping, the optimizer, the moving average.
 
-from collections.abc import Callable
-from typing import Any
+The trainer runs it, and so does whoever traces, measures or times a training step: there is no second copy.
+It runs phase by phase, so that each phase can be looked at alone:
 
+    for micro_batch in micro_batches:
+        update.forward(micro_batch, share=1 / len(micro_batches))
+        update.backward()
+    norm = update.step()
+    update.clear()
+"""
+
+import dataclasses
+import functools
+import math
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moe_bsr.config import Config
-from moe_bsr.model.multitask import MultitaskViT
+from moe_bsr.config import Config, TrainConfig
+from moe_bsr.data.loader import Batch
+from moe_bsr.model.multitask import MultitaskViT, Output
 from moe_bsr.runtime.device import Runtime
-from moe_bsr.training.optim import clip_gradients, make_optimizer
+from moe_bsr.training.optim import MovingAverage, clip_gradients, make_optimizer
 
 
-class TrainingStep:
-    """One optimizer update of any model: forward, backward, update; `run` does all three.
+class OptimizerUpdate:
+    """One optimizer update of any model, in phases.
 
     Attributes:
-        trained: the parameters that got a gradient in the last backward pass.
+        output: what the model returned in the last forward phase.
+        terms: the terms of its loss, scalars. loss: their sum; both are None after the backward phase.
+        trained: parameters with a gradient after the last backward phase; `step` clips these.
     """
 
     def __init__(
@@ -25,53 +43,208 @@ class TrainingStep:
         runtime: Runtime,
         optimizer: torch.optim.Optimizer,
         *,
-        output: Callable[[], Any],
-        loss: Callable[[Any], Tensor],
-        clip: bool = False,
-        commit: Callable[[Any], None] = lambda output: None,
+        output: Callable[..., Any],
+        loss: Callable[..., Tensor | tuple[Tensor, ...]],
+        commit: Callable[..., None] | None = None,
+        clip_norm: float | None = None,
+        average: MovingAverage | None = None,
     ) -> None:
-        """Args:
-        output: the model's forward pass, called under the machine's autocast.
-        loss: of that output, outside autocast.
-        clip: whether the gradient's norm is computed and clipped.
-        commit: what else is done with the output after the backward pass.
+        """
+        Args:
+            output: the model's forward pass of the inputs given to `forward`; called under autocast.
+            loss: of that output and the same inputs, called outside autocast: a scalar, or several to be added.
+            commit: what else is done with the output and the inputs, once, after the backward pass.
+            clip_norm: largest norm of all gradients together. inf only measures the norm, None not even that.
+            average: of the weights, updated after each step.
         """
         self.model, self.runtime, self.optimizer = model.train(), runtime, optimizer
-        self._output, self._loss, self._clip, self._commit = output, loss, clip, commit
-        self.output = self.loss = None
-        self.trained: list[Tensor] = []
+        self._output, self._loss, self._commit = output, loss, commit
+        self._clip_norm, self._average = clip_norm, average
+        self._inputs: tuple = ()
+        self._share = 1.0
+        self.output: Any = None
+        self.terms: tuple[Tensor, ...] | None = None
+        self.loss: Tensor | None = None
+        self.trained: list[nn.Parameter] = []
 
-    def forward(self) -> None:
+    def forward(self, *inputs: Any, share: float = 1.0) -> None:
+        """One micro-batch up to its loss, which counts `share` in the loss of the update."""
         with self.runtime.autocast():
-            self.output = self._output()
-        self.loss = self._loss(self.output)
+            self.output = self._output(*inputs)
+        terms = self._loss(self.output, *inputs)
+        self.terms = terms if isinstance(terms, tuple) else (terms,)
+        self.loss = functools.reduce(operator.add, self.terms)
+        self._inputs, self._share = inputs, share
 
     def backward(self) -> None:
-        self.loss.backward()
-        self.loss = None
-        self._commit(self.output)
-        self.trained = [p for p in self.model.parameters() if p.grad is not None]
+        """Add this micro-batch's gradient to those before it."""
+        (self._share * self.loss).backward()
+        self.loss = self.terms = None
+        if self._commit is not None:
+            self._commit(self.output, *self._inputs)
+        self._inputs = ()
+        self.trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
 
-    def update(self) -> None:
-        if self._clip:
-            clip_gradients(self.trained, 1.0)
+    def step(self) -> float | None:
+        """Clip, step, forget the gradients, move the average.
+
+        Returns:
+            The gradient's norm before clipping; None if `clip_norm` is.
+        Raises:
+            FloatingPointError: that norm is not finite; nothing has been changed then.
+        """
+        norm = None
+        if self._clip_norm is not None:
+            norm = clip_gradients(self.trained, self._clip_norm)
+            if not math.isfinite(norm):
+                raise FloatingPointError(f"gradient norm {norm}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self._average is not None:
+            self._average.update(self.model)
+        return norm
 
     def clear(self) -> None:
-        self.output = self.loss = None
+        """Let go of the last micro-batch's output."""
+        self.output = self.loss = self.terms = None
+        self._inputs = ()
+
+
+# --- of our model, as it is trained ---
+
+
+def multitask_update(
+    model: MultitaskViT,
+    config: TrainConfig,
+    runtime: Runtime,
+    optimizer: torch.optim.Optimizer,
+    average: MovingAverage | None = None,
+) -> OptimizerUpdate:
+    """The update of our model; the inputs of its forward phase are a prepared `Batch` and a noise key."""
+    return OptimizerUpdate(model, runtime, optimizer, average=average, **_multitask_parts(model, config))
+
+
+def _multitask_parts(model: MultitaskViT, config: TrainConfig) -> dict[str, Any]:
+    criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+
+    def output(batch: Batch, noise_key: tuple[int, ...]) -> Output:
+        if batch.features is None:
+            return model(batch.images, batch.task, noise_key)
+        tokens, records = batch.features
+        return model.forward_from(tokens, batch.task, noise_key, records)
+
+    def loss(output: Output, batch: Batch, noise_key: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        return criterion(output.logits.float(), batch.labels), output.auxiliary_loss
+
+    return {
+        "output": output,
+        "loss": loss,
+        "commit": lambda output, batch, noise_key: model.commit(output, batch.task),
+        "clip_norm": math.inf if config.grad_clip_norm is None else config.grad_clip_norm,
+    }
+
+
+def task_weights(tasks: list[str], config: TrainConfig) -> dict[str, float]:
+    """Each task's `train.task_weights` (1 where there is none) over their mean."""
+    weights = [config.task_weights.get(task, 1.0) for task in tasks]
+    mean = sum(weights) / len(tasks)
+    return {task: weight / mean for task, weight in zip(tasks, weights, strict=True)}
+
+
+class BatchResult(NamedTuple):
+    """What is known of a batch after its backward phases: means over its micro-batches, and what the model returned.
+
+    Attributes:
+        accuracy: share of images whose largest logit was the label's, in [0, 1].
+    """
+
+    loss: float
+    auxiliary_loss: float
+    accuracy: float
+    outputs: list[Output]
+
+
+def accumulate(
+    update: OptimizerUpdate,
+    batch: Batch,
+    micro_batches: int,
+    *,
+    share: float,
+    noise_key: tuple[int, ...],
+    first: int = 0,
+    prepare: Callable[[Batch], Batch],
+) -> BatchResult:
+    """Forward and backward of a batch in micro-batches of equal size; of an update from `multitask_update`.
+
+    Args:
+        share: of the batch in the loss of the update.
+        noise_key: of the update; the number of the micro-batch is added to it, which is `first` for the first.
+        prepare: makes a micro-batch as the loader has it into what the model takes, on its device.
+    """
+    outputs = []
+    sums = np.zeros(3)  # loss, auxiliary loss, images right
+    for number, part in enumerate(split(batch, micro_batches), first):
+        part = prepare(part)
+        update.forward(part, (*noise_key, number), share=share / micro_batches)
+        (loss, auxiliary), output = update.terms, update.output
+        update.backward()
+        outputs.append(output)
+        right = (output.logits.detach().argmax(1) == part.labels).sum()
+        # In one tensor: a GPU is waited for once.
+        sums += torch.stack([loss.detach(), auxiliary.detach(), right.float()]).tolist()
+    loss, auxiliary, correct = sums.tolist()
+    return BatchResult(loss / micro_batches, auxiliary / micro_batches, correct / len(batch), outputs)
+
+
+def split(batch: Batch, parts: int) -> Iterator[Batch]:
+    """A batch from the loader in parts of equal size."""
+    size = len(batch) // parts
+    for start in range(0, parts * size, size):
+        part = slice(start, start + size)
+        yield dataclasses.replace(
+            batch,
+            positions=batch.positions[part],
+            images=None if batch.images is None else batch.images[part],
+            labels=batch.labels[part],
+        )
+
+
+# --- on fixed inputs, for whoever measures ---
+
+
+class TrainingStep(OptimizerUpdate):
+    """An update of one micro-batch that is the same every time; `run` does all its phases."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        runtime: Runtime,
+        optimizer: torch.optim.Optimizer,
+        *,
+        inputs: tuple = (),
+        **parts: Any,
+    ) -> None:
+        """
+        Args:
+            inputs: of every forward phase. parts: see `OptimizerUpdate`.
+        """
+        super().__init__(model, runtime, optimizer, **parts)
+        self.inputs = inputs
+
+    def forward(self) -> None:
+        super().forward(*self.inputs)
 
     def run(self) -> None:
         self.forward()
         self.backward()
-        self.update()
+        self.step()
         self.clear()
 
     @torch.no_grad()
     def infer(self) -> None:
         """The forward pass alone, as evaluation runs it."""
         with self.runtime.autocast():
-            self._output()
+            self._output(*self.inputs)
 
 
 def random_batch(images: int, size: int, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -86,23 +259,20 @@ def random_batch(images: int, size: int, classes: int, device: torch.device) -> 
 def training_step(
     model: MultitaskViT, config: Config, runtime: Runtime, *, batch: int, task: str | None = None
 ) -> TrainingStep:
-    """A step of one of our models the way the trainer takes it.
+    """A step of one of our models the way the trainer takes it, on random images.
 
     Args:
-        model: on the machine already (`machine.place`).
+        model: on the device already (`runtime.place`). batch: images of the micro-batch.
         task: the first one by default.
     """
     task = task or model.tasks[0]
     images, labels = random_batch(
         batch, model.vit.patch_embed.img_size[0], model.heads[task].out_features, runtime.device
     )
-    criterion = nn.CrossEntropyLoss(label_smoothing=config.train.label_smoothing)
     return TrainingStep(
         model,
         runtime,
-        make_optimizer(model, config.train, len(model.plan)),
-        output=lambda: model(images, task, noise_key=(0, 0, 0)),
-        loss=lambda output: criterion(output.logits.float(), labels) + output.auxiliary_loss,
-        clip=True,
-        commit=lambda output: model.commit(output, task),
+        make_optimizer(model, config.train),
+        inputs=(Batch(task, np.arange(batch), images, labels), (0, 0, 0)),
+        **_multitask_parts(model, config.train),
     )

@@ -13,15 +13,15 @@ from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.runs.checkpoint import write_whole
 from moe_bsr.runs.folder import TrainedRun
 from moe_bsr.visualize import experts as expert_figures
-from moe_bsr.visualize import theme as style
+from moe_bsr.visualize import theme
 from moe_bsr.visualize.html import Picture, Section, Table, page
-from moe_bsr.visualize.tokens import strip, views_of
+from moe_bsr.visualize.tokens import make_views, strip
 
 SUFFIX = ".views"  # of the event files written here
 
 
 def sections(
-    loaded: TrainedRun, images: int, ablated: int, batch_size: int, say: Callable[[str], None]
+    trained: TrainedRun, images: int, ablated: int, batch_size: int, say: Callable[[str], None]
 ) -> list[Section]:
     """Run the model over the validation splits and draw.
 
@@ -29,31 +29,35 @@ def sections(
         images: strips per task. ablated: images per task for masking experts; 0 leaves it out.
         say: told what is being done.
     """
-    why = no_experts(loaded)
-    statistics, scores = observe(loaded, batch_size, say)
-    found = [_accuracy(scores)]
-    if why:
-        found.append(Section("No expert views", [why]))
+    reason = no_experts(trained)
+    statistics, scores = observe(trained, batch_size, say)
+    found = [_accuracy_section(scores)]
+    if reason:
+        found.append(Section("No expert views", [reason]))
     else:
-        found += [_numbers(statistics), _use(statistics, loaded.step), _likeness(statistics, loaded.step)]
+        found += [
+            _numbers_section(statistics),
+            _usage_section(statistics, trained.step),
+            _similarity_section(statistics, trained.step),
+        ]
         if ablated:
             say(f"masking each expert in turn, on at most {ablated} images per task")
-            data = {task: probe.pick_probe_images(loaded.data(task), ablated) for task in loaded.models}
-            model = next(iter(loaded.models.values()))
-            results = ablation.ablate(model, data, loaded.transforms, loaded.runtime, batch_size)
-            found += [_worth(results, loaded.step, _only_class_token(model))] if results else []
+            data = {task: probe.pick_probe_images(trained.data(task), ablated) for task in trained.models}
+            model = next(iter(trained.models.values()))
+            results = ablation.ablate(model, data, trained.transforms, trained.runtime, batch_size)
+            found += [_ablation_section(results, trained.step, _only_class_token(model))] if results else []
     say(f"strips of {images} images per task")
-    return [*found, _tokens(loaded, images)]
+    return [*found, _token_section(trained, images)]
 
 
-def no_experts(loaded: TrainedRun) -> str:
+def no_experts(trained: TrainedRun) -> str:
     """Why a run has no expert views; empty if it has."""
-    if not loaded.config.plan.moe_blocks:
+    if not trained.config.plan.moe_blocks:
         return (
             "This run has no mixture of experts: plan.moe_blocks is empty, so every block has one FFN that "
             "serves all tokens, and there is no routing to look at. The token views are below."
         )
-    if loaded.config.mode == "single_task":
+    if trained.config.mode == "single_task":
         return (
             "This run trained one model per task. Each has experts of its own, so which experts tasks "
             "share is no question here. The token views are below."
@@ -62,50 +66,50 @@ def no_experts(loaded: TrainedRun) -> str:
 
 
 def observe(
-    loaded: TrainedRun, batch_size: int, say: Callable[[str], None]
+    trained: TrainedRun, batch_size: int, say: Callable[[str], None]
 ) -> tuple[dict[int, RoutingStatistics], dict[str, tuple[int, int]]]:
     """Routing statistics by MoE block, and (right, all) images by task, of the whole validation split."""
     statistics: dict[int, RoutingStatistics] = {}
     scores = {}
-    for task, model in loaded.models.items():
-        data, right = loaded.data(task), 0
+    for task, model in trained.models.items():
+        data, right = trained.data(task), 0
         say(f"{task}: {len(data.val)} validation images")
-        with torch.inference_mode(), loaded.runtime.autocast():
-            for images, labels in loaded.transforms.eval_batches(data, "val", batch_size):
-                output = model(loaded.transforms.normalize(images, device=loaded.runtime.device), task)
+        with torch.inference_mode(), trained.runtime.autocast():
+            for images, labels in trained.transforms.eval_batches(data, "val", batch_size):
+                output = model(trained.transforms.normalize(images, device=trained.runtime.device), task)
                 right += int((output.logits.argmax(1).cpu() == labels).sum())
                 for block, routing in output.routing.items():
                     if block not in statistics:
-                        statistics[block] = RoutingStatistics(list(loaded.models), len(routing.importance))
+                        statistics[block] = RoutingStatistics(list(trained.models), len(routing.importance))
                     statistics[block].add(task, routing)
         scores[task] = right, len(data.val)
     return statistics, scores
 
 
-def write(loaded: TrainedRun, sections: list[Section]) -> list[Path]:
+def write(trained: TrainedRun, sections: list[Section]) -> list[Path]:
     """PNG files and the page into RUN/views, pictures into the events; what was there before is replaced.
 
     Returns:
         The page's path and the folder of the events.
     """
-    folder = loaded.run / "views"
+    folder = trained.run / "views"
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.png"):
         old.unlink()
     pictures = [picture for section in sections for picture in section.pictures]
     for picture in pictures:
         (folder / f"{picture.name}.png").write_bytes(picture.png)
-    which = "of each task" if loaded.config.mode == "single_task" else f"of step {loaded.step:,}"
-    about = [f"{loaded.run}, checkpoint {which} ({loaded.weights} weights), validation split."]
-    title = f"Experts and tokens of {loaded.run.resolve().name}"
+    which = "of each task" if trained.config.mode == "single_task" else f"of step {trained.step:,}"
+    about = [f"{trained.run}, checkpoint {which} ({trained.weights} weights), validation split."]
+    title = f"Experts and tokens of {trained.run.resolve().name}"
     write_whole(folder / "index.html", page(title, about, sections))
     events = {}
     for picture in pictures:
         # In a run of one model per task, a task's pictures belong to its own run.
-        part = loaded.run / picture.task if loaded.config.mode == "single_task" and picture.task else loaded.run
+        part = trained.run / picture.task if trained.config.mode == "single_task" and picture.task else trained.run
         events.setdefault(part / "tensorboard", []).append(picture)
     for place, shown in events.items():
-        _write_events(place, shown, loaded.step)
+        _write_events(place, shown, trained.step)
     return [folder / "index.html", *events]
 
 
@@ -114,14 +118,14 @@ def _write_events(place: Path, pictures: list[Picture], step: int) -> None:
         old.unlink()
     with SummaryWriter(str(place), filename_suffix=SUFFIX) as writer:
         for picture in pictures:
-            style.write_png(writer, f"views/{picture.name}", picture.png, step)
+            theme.write_png(writer, f"views/{picture.name}", picture.png, step)
 
 
-def _picture(name: str, figure, words: str, task: str = "") -> Picture:
-    return Picture(name, style.png(figure), words, task)
+def _picture(name: str, figure, alt: str, task: str = "") -> Picture:
+    return Picture(name, theme.png(figure), alt, task)
 
 
-def _accuracy(scores: dict[str, tuple[int, int]]) -> Section:
+def _accuracy_section(scores: dict[str, tuple[int, int]]) -> Section:
     rows = [["task", "top-1 %", "images"]]
     rows += [[task, f"{100 * right / count:.1f}", str(count)] for task, (right, count) in scores.items()]
     return Section(
@@ -134,11 +138,13 @@ def _accuracy(scores: dict[str, tuple[int, int]]) -> Section:
     )
 
 
-def _numbers(statistics: dict[int, RoutingStatistics]) -> Section:
+def _numbers_section(statistics: dict[int, RoutingStatistics]) -> Section:
     by_block = {block: s.numbers() for block, s in statistics.items()}
     names = list(next(iter(by_block.values())))
     rows = [["", *(f"block {block}" for block in by_block)]]
-    rows += [[name.replace("_", " "), *(_number(numbers[name]) for numbers in by_block.values())] for name in names]
+    rows += [
+        [name.replace("_", " "), *(_format_number(numbers[name]) for numbers in by_block.values())] for name in names
+    ]
     return Section(
         "In numbers",
         [
@@ -155,11 +161,11 @@ def _numbers(statistics: dict[int, RoutingStatistics]) -> Section:
     )
 
 
-def _number(value: float) -> str:
+def _format_number(value: float) -> str:
     return "-" if np.isnan(value) else f"{value:.3g}"
 
 
-def _use(statistics: dict[int, RoutingStatistics], step: int) -> Section:
+def _usage_section(statistics: dict[int, RoutingStatistics], step: int) -> Section:
     pictures = [
         _picture("overview", expert_figures.overview(statistics, "validation", step), "Share of each expert by block.")
     ]
@@ -193,7 +199,7 @@ def _use(statistics: dict[int, RoutingStatistics], step: int) -> Section:
     )
 
 
-def _likeness(statistics: dict[int, RoutingStatistics], step: int) -> Section:
+def _similarity_section(statistics: dict[int, RoutingStatistics], step: int) -> Section:
     pictures = []
     for block, s in statistics.items():
         if len(s.tasks) > 1:
@@ -227,7 +233,7 @@ def _only_class_token(model: MultitaskViT) -> bool:
     return model.plan[-1].moe and model.vit.global_pool == "token"
 
 
-def _worth(results: dict[int, ablation.Ablation], step: int, only_class_token: bool) -> Section:
+def _ablation_section(results: dict[int, ablation.Ablation], step: int, only_class_token: bool) -> Section:
     pictures, tables = [], []
     for block, result in results.items():
         pictures.append(
@@ -269,23 +275,23 @@ def _worth(results: dict[int, ablation.Ablation], step: int, only_class_token: b
     )
 
 
-def _tokens(loaded: TrainedRun, count: int) -> Section:
+def _token_section(trained: TrainedRun, count: int) -> Section:
     """Strips of the same few images of each task, whenever they are drawn."""
-    experts = loaded.config.moe.num_experts if loaded.config.plan.moe_blocks else 0
-    when = "validation" if loaded.config.mode == "single_task" else f"validation, step {loaded.step:,}"
+    experts = trained.config.moe.num_experts if trained.config.plan.moe_blocks else 0
+    when = "validation" if trained.config.mode == "single_task" else f"validation, step {trained.step:,}"
     pictures = []
-    for task, model in loaded.models.items():
-        seen = probe.run_probe(
-            model, probe.pick_probe_images(loaded.data(task), count), loaded.transforms, loaded.runtime
+    for task, model in trained.models.items():
+        result = probe.run_probe(
+            model, probe.pick_probe_images(trained.data(task), count), trained.transforms, trained.runtime
         )
-        shown = views_of(seen, loaded.class_names[task], model.vit.patch_embed.grid_size)
+        shown = make_views(result, trained.class_names[task], model.vit.patch_embed.grid_size)
         figure = strip(task, shown, experts, when)
         pictures.append(
             _picture(f"tokens_{task}", figure, f"{task}: what became of the patches of {len(shown)} images.", task)
         )
     what = ["Images chosen by lot, the same ones whenever this page is made."]
-    if loaded.config.plan.drop_blocks:
-        fate = "dropped" if loaded.config.tokens.fuse == "none" else "fused into one token"
+    if trained.config.plan.drop_blocks:
+        fate = "dropped" if trained.config.tokens.fuse == "none" else "fused into one token"
         what.append(
             "Score: the attention paid to each patch at the first drop (by the class token where "
             "there is one), mean over heads; dark is much. After a block: the patches that its drop "

@@ -33,7 +33,7 @@ WIDTH = 480  # pixels of a picture on the page: fewer than were drawn, so that i
 
 @dataclass(slots=True)
 class Picture:
-    """A PNG with the name of its file and words for those who cannot see it.
+    """A PNG with the name of its file and a text for those who cannot see it.
 
     Attributes:
         task: that it is of alone; empty for all.
@@ -41,7 +41,7 @@ class Picture:
 
     name: str
     png: bytes
-    words: str
+    alt: str
     task: str = ""
 
 
@@ -95,7 +95,7 @@ def _picture(picture: Picture) -> str:
     data = base64.b64encode(picture.png).decode()
     return (
         f'<figure><img src="data:image/png;base64,{data}" width="{WIDTH}" '
-        f'alt="{escape(picture.words, quote=True)}"></figure>'
+        f'alt="{escape(picture.alt, quote=True)}"></figure>'
     )
 
 

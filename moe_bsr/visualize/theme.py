@@ -8,7 +8,6 @@ matplotlib is loaded by the first call that draws, and its pyplot never.
 from __future__ import annotations
 
 import io
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 WIDTH = 760  # pixels
 HEADING, LABEL, SMALL, TINY = 25, 19, 17, 12  # font sizes in pixels
-INK, MUTED, FAINT = "#1a1a1a", "#595959", "#d9d9d9"  # words, words beside them, lines
+INK, MUTED, FAINT = "#1a1a1a", "#595959", "#d9d9d9"  # text, less important text, lines
 EMPTY = "#f0f0f0"  # where there are no data
 WRONG = "#b3261e"
 
@@ -30,14 +29,19 @@ WRONG = "#b3261e"
 _SEQUENTIAL = ("#ffffff", "#dbe9f4", "#b0d2e7", "#78b3d6", "#4590c0", "#2169a8", "#10467f", "#08264d")
 # Brown below, white at zero, blue above; alike in darkness on both sides.
 _DIVERGING = ("#53300a", "#95591a", "#c28f4c", "#ecd3a8", "#ffffff", "#b9d7ea", "#5f9fcc", "#2169a8", "#0b3766")
-# Okabe and Ito's palette (2008) for color-blind readers, without its black.
-_FIRST = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
-# What protanopes and deuteranopes see of linear RGB (Machado, Oliveira and Fernandes 2009, severity 1).
-_DEFICIENT = (
-    [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
-    [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
-)
-MAX_EXPERTS = 64  # with a color of their own
+# Colors of the experts: Okabe and Ito's seven (2008, without black), then always the color farthest from all before,
+# for normal, protanopic and deuteranopic eyes alike. Printed by `python tests/color_vision.py`.
+_EXPERTS = """
+    #0072b2 #e69f00 #009e73 #cc79a7 #56b4e9 #d55e00 #f0e442 #960f00
+    #4b4b69 #5a87f0 #96c396 #3c3ca5 #696969 #b43c00 #d2e196 #5ad2ff
+    #960f4b #e1c35a #6996d2 #695a87 #5ac3c3 #4bb478 #d2873c #a52d3c
+    #787887 #2da5ff #3c875a #692d87 #4b78d2 #3c5ac3 #b4d2b4 #0ff0ff
+    #c35a4b #4b87c3 #a5d287 #b4b45a #694b96 #a54ba5 #ff96c3 #5a5a69
+    #f0d269 #e187a5 #c34b00 #b469a5 #96d2e1 #5aa55a #5ac3e1 #c37887
+    #a52d00 #f0b400 #4bc3ff #d29687 #4b69d2 #c3e1b4 #965a3c #b496c3
+    #e1d22d #0f5a4b #3c4bb4 #696987 #d29600 #d27800 #784b2d #a5c378
+""".split()
+MAX_EXPERTS = len(_EXPERTS)  # with a color of their own
 
 
 def figure(width: int, height: int) -> Figure:
@@ -50,24 +54,24 @@ def figure(width: int, height: int) -> Figure:
     return empty
 
 
-def paper(width: int, height: int) -> tuple[Figure, Axes]:
+def canvas(width: int, height: int) -> tuple[Figure, Axes]:
     """A figure and axes that fill it: coordinates are pixels from its upper left corner."""
-    sheet = figure(width, height)
-    axes = sheet.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+    whole = figure(width, height)
+    axes = whole.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     axes.set_axis_off()
     axes.set_autoscale_on(False)
-    return sheet, axes
+    return whole, axes
 
 
-def text(axes: Axes, x: float, y: float, words: object, size: float = SMALL, **how) -> None:
-    axes.text(x, y, str(words), size=size, zorder=4, **{"va": "center", "color": INK} | how)  # above cells and lines
+def text(axes: Axes, x: float, y: float, content: object, size: float = SMALL, **how) -> None:
+    axes.text(x, y, str(content), size=size, zorder=4, **{"va": "center", "color": INK} | how)  # above cells and lines
 
 
-def shorten(name: str, longest: int) -> str:
-    return name if len(name) <= longest else name[: longest - 1] + "\u2026"
+def shorten(name: str, max_letters: int) -> str:
+    return name if len(name) <= max_letters else name[: max_letters - 1] + "\u2026"
 
 
-def array(drawn: Figure) -> np.ndarray:
+def pixels(drawn: Figure) -> np.ndarray:
     """(H, W, 3) uint8 pixels."""
     drawn.canvas.draw()
     return np.asarray(drawn.canvas.buffer_rgba())[..., :3].copy()
@@ -79,7 +83,7 @@ def png(drawn: Figure, colors: int | None = None) -> bytes:
     Args:
         colors: reduce to so many, at most 256: a third of the size, hardly to be seen at a card's size.
     """
-    stream, picture = io.BytesIO(), Image.fromarray(array(drawn))
+    stream, picture = io.BytesIO(), Image.fromarray(pixels(drawn))
     if colors is not None:
         picture = picture.quantize(colors, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     picture.save(stream, "png", optimize=True)
@@ -103,22 +107,22 @@ def diverging(values: np.ndarray) -> np.ndarray:
     return _between(_DIVERGING, (np.asarray(values, float) + 1) / 2)
 
 
-def experts(count: int) -> np.ndarray:
+def expert_colors(count: int) -> np.ndarray:
     """(count, 3) RGB in [0, 1]: a color for each expert, the same whatever the count; repeated after 64."""
-    return _palette()[np.arange(count) % MAX_EXPERTS]
+    return np.array([_rgb(_EXPERTS[expert % MAX_EXPERTS]) for expert in range(count)]).reshape(-1, 3)
 
 
-def on(color: np.ndarray) -> str:
+def text_color_on(color: np.ndarray) -> str:
     """INK or white, whichever reads better on the color (RGB in [0, 1])."""
     luminance = _linear(np.asarray(color, float)) @ (0.2126, 0.7152, 0.0722)
     return INK if luminance > 0.2 else "white"
 
 
 def _between(anchors: tuple[str, ...], values: np.ndarray) -> np.ndarray:
-    place = np.nan_to_num(np.clip(values, 0, 1))
+    position = np.nan_to_num(np.clip(values, 0, 1))
     colors = np.array([_rgb(anchor) for anchor in anchors])
-    shown = np.stack([np.interp(place, np.linspace(0, 1, len(anchors)), c) for c in colors.T], -1)
-    return np.where(np.isnan(values)[..., None], _rgb(EMPTY), shown)
+    blended = np.stack([np.interp(position, np.linspace(0, 1, len(anchors)), c) for c in colors.T], -1)
+    return np.where(np.isnan(values)[..., None], _rgb(EMPTY), blended)
 
 
 def _rgb(text: str) -> np.ndarray:
@@ -127,52 +131,3 @@ def _rgb(text: str) -> np.ndarray:
 
 def _linear(colors: np.ndarray) -> np.ndarray:
     return np.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4)
-
-
-@lru_cache
-def _palette() -> np.ndarray:
-    """(64, 3): the first seven as given, then always the one farthest from all before, for all three eyes."""
-    steps = np.linspace(0, 1, 18)
-    candidates = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, 3)
-    lightness, *tint = _perceived(candidates)[0].T
-    # Apart from the words and from the paper, and none so loud that it draws the eye from the others.
-    candidates = candidates[(lightness > 0.42) & (lightness < 0.9) & (np.hypot(*tint) < 0.17)]
-    chosen = np.array([_rgb(text) for text in _FIRST])
-    gray = np.array([[0.85] * 3, [0.95] * 3])  # of the dropped patches
-    nearest = np.min([_apart(candidates, color) for color in [*chosen, *gray]], 0)
-    while len(chosen) < MAX_EXPERTS:
-        chosen = np.vstack([chosen, candidates[nearest.argmax()]])
-        nearest = np.minimum(nearest, _apart(candidates, chosen[-1]))
-    return chosen
-
-
-def _apart(colors: np.ndarray, one: np.ndarray) -> np.ndarray:
-    """(N, 3), (3,) -> (N,) distance for the eye that tells them apart worst."""
-    return np.min(
-        [np.linalg.norm(a - b, axis=1) for a, b in zip(_perceived(colors), _perceived(one[None]), strict=True)], 0
-    )
-
-
-def _perceived(colors: np.ndarray) -> list[np.ndarray]:
-    """(N, 3) RGB -> (N, 3) Oklab (Ottosson 2020) as three kinds of eyes see them."""
-    light = _linear(colors)
-    found = []
-    for eye in (np.eye(3), *map(np.array, _DEFICIENT)):
-        cones = np.clip(light @ eye.T, 0, 1) @ np.array(
-            [
-                [0.4122214708, 0.2119034982, 0.0883024619],
-                [0.5363325363, 0.6806995451, 0.2817188376],
-                [0.0514459929, 0.1073969566, 0.6299787005],
-            ]
-        )
-        found.append(
-            np.cbrt(cones)
-            @ np.array(
-                [
-                    [0.2104542553, 1.9779984951, 0.0259040371],
-                    [0.7936177850, -2.4285922050, 0.7827717662],
-                    [-0.0040720468, 0.4505937099, -0.8086757660],
-                ]
-            )
-        )
-    return found

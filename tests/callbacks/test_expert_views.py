@@ -15,15 +15,17 @@ from tiny_models import make_model, normal, scale_routers
 from tiny_routing import spread, to
 from tiny_runs import TASKS, Crash, act_at, crash, make_config, make_trainer, state_of
 
-from moe_bsr.callbacks import tensorboard as board_module
+from moe_bsr.api import train
+from moe_bsr.callbacks import tensorboard as tensorboard_module
+from moe_bsr.callbacks import writer as writer_module
 from moe_bsr.callbacks.expert_views import ExpertViews
 from moe_bsr.callbacks.tensorboard import TensorBoard
+from moe_bsr.callbacks.writer import Writer
 from moe_bsr.config import replace
 from moe_bsr.evaluation import probe
 from moe_bsr.model.block import Record
 from moe_bsr.model.multitask import Output
 from moe_bsr.training.callback import EvalEvent, StartEvent, StepEvent
-from moe_bsr.training.trainer import train
 
 MOE = {3, 5}
 
@@ -65,8 +67,8 @@ def pictures(run) -> dict[str, list[tuple[int, bytes]]]:
 class Recorded(ExpertViews):
     """Keeps every routing record, to be counted slowly afterwards."""
 
-    def __init__(self, board: TensorBoard) -> None:
-        super().__init__(board)
+    def __init__(self, writer: Writer) -> None:
+        super().__init__(writer)
         self.seen: list[tuple[int, str, dict, float]] = []
 
     def on_step(self, step: StepEvent) -> None:
@@ -80,9 +82,9 @@ class Recorded(ExpertViews):
 
 
 def test_the_curves_are_those_of_the_window_counted_slowly(config, tmp_path):
-    board = TensorBoard(tmp_path)
-    recorder = Recorded(board)
-    report = make_trainer(config, tmp_path, [board, recorder]).fit()
+    writer = Writer(tmp_path / "tensorboard")
+    recorder = Recorded(writer)
+    report = make_trainer(config, tmp_path, [recorder, TensorBoard(writer)]).fit()
     read = curves(tmp_path)
     for first, last in ((1, 4), (5, 8)):
         window = [entry for entry in recorder.seen if first <= entry[0] <= last]
@@ -101,7 +103,7 @@ def test_the_curves_are_those_of_the_window_counted_slowly(config, tmp_path):
             assert found["dead_experts"] == (load < 0.01 / 4).sum()
             shares = [c / c.sum() for c in counts.values()]
             middle = sum(shares) / 2
-            bits = sum(s * math.log2(s / m) / 2 for row in shares for s, m in zip(row, middle) if s > 0)
+            bits = sum(s * math.log2(s / m) / 2 for row in shares for s, m in zip(row, middle, strict=True) if s > 0)
             assert found["mutual_information"] == pytest.approx(bits, rel=1e-4, abs=1e-6)
         assert dict(read["experts/balance_loss"])[last] == pytest.approx(
             np.mean([auxiliary for *_, auxiliary in window]), rel=1e-5
@@ -158,9 +160,8 @@ def test_a_resumed_run_tells_the_same(config, finished, tmp_path, monkeypatch):
 
 
 def test_watching_changes_nothing(config, tmp_path):
-    board = TensorBoard(tmp_path / "seen")
-    (tmp_path / "seen").mkdir()
-    watched = make_trainer(config, tmp_path / "seen", [board, ExpertViews(board)])
+    writer = Writer(tmp_path / "seen" / "tensorboard")
+    watched = make_trainer(config, tmp_path / "seen", [TensorBoard(writer), ExpertViews(writer)])
     alone = make_trainer(config, tmp_path / "alone")
     torch.manual_seed(0)
     watched.fit()
@@ -172,14 +173,15 @@ def test_watching_changes_nothing(config, tmp_path):
         assert torch.equal(value, watched.model.state_dict()[name]), name
 
 
-def feed(board: TensorBoard, trainer, routing: dict[str, object]) -> ExpertViews:
-    """An observer that was shown this routing of each task, one update each, and then an evaluation."""
-    callback = ExpertViews(board)
-    trainer.callbacks = [board, callback]
-    for each in trainer.callbacks:
+def feed(folder, trainer, routing: dict[str, object]) -> ExpertViews:
+    """A callback that was shown this routing of each task, one update each, and then an evaluation."""
+    writer = Writer(folder / "tensorboard")
+    callback = ExpertViews(writer)
+    callbacks = [TensorBoard(writer), callback]
+    for each in callbacks:
         each.restore({})
     start = StartEvent(
-        board.folder.parent,
+        folder,
         trainer.config,
         list(TASKS),
         0,
@@ -189,13 +191,13 @@ def feed(board: TensorBoard, trainer, routing: dict[str, object]) -> ExpertViews
         trainer.transforms,
         trainer.runtime,
     )
-    for each in trainer.callbacks:
+    for each in callbacks:
         each.on_start(start)
     for step, (task, record) in enumerate(routing.items(), 1):
         output = Output(torch.zeros(1), torch.zeros(()), {block: Record(routing=record) for block in MOE})
         callback.on_step(StepEvent(step, task, {"auxiliary_loss": 0.5}, {}, [output], 1.0))
     callback.on_evaluate(EvalEvent(2, "val", {}))
-    board.close()
+    writer.close()
     return callback
 
 
@@ -228,7 +230,7 @@ def feed(board: TensorBoard, trainer, routing: dict[str, object]) -> ExpertViews
     ids=["collapse", "specialization"],
 )
 def test_a_known_routing_reads_as_what_it_is(config, tmp_path, routing, expected):
-    feed(TensorBoard(tmp_path), make_trainer(config, tmp_path), routing)
+    feed(tmp_path, make_trainer(config, tmp_path), routing)
     words = expected.pop("words")
     for block in MOE:
         for name, value in expected.items():
@@ -238,8 +240,8 @@ def test_a_known_routing_reads_as_what_it_is(config, tmp_path, routing, expected
     assert "experts_together/block3" not in pictures(tmp_path)  # one expert a token
 
 
-def test_pictures_end_at_the_cap_and_that_is_said_once(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(board_module, "CAP", 150_000)
+def test_pictures_end_at_the_budget_and_that_is_said_once(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer_module, "BUDGET", 150_000)
     train(config, tmp_path)
     found = pictures(tmp_path)
     assert 0 < sum(len(png) for drawn in found.values() for _, png in drawn) < 150_000
@@ -247,31 +249,25 @@ def test_pictures_end_at_the_cap_and_that_is_said_once(config, tmp_path, monkeyp
     assert len(curves(tmp_path)["experts/block3/load_cv"]) == 2  # numbers are always written
 
 
-def test_the_cap_grows_with_the_hours_of_training(config, tmp_path, monkeypatch):
+def test_the_budget_grows_with_the_hours_of_training(tmp_path, monkeypatch):
     """An hour and a second in, what was written before a resume counts, and so does its time."""
-    monkeypatch.setattr(board_module, "CAP", 100_000)
-    trainer = make_trainer(config, tmp_path)
-    board = TensorBoard(tmp_path)
-    board.restore({"seconds": 3601.0})
-    board.on_start(
-        StartEvent(
-            tmp_path, config, list(TASKS), 4, [], trainer.model, trainer.tasks, trainer.transforms, trainer.runtime
-        )
-    )
+    monkeypatch.setattr(writer_module, "BUDGET", 100_000)
+    writer = Writer(tmp_path / "tensorboard")
+    writer.restore({"seconds": 3601.0})
     png = io.BytesIO()
     Image.effect_noise((100, 100), 100).save(png, "png")  # which nothing compresses
     for step in range(40):
-        board.picture("noise", png.getvalue(), step)
-    board.close()
+        writer.picture("noise", png.getvalue(), step)
+    writer.close()
     size = len(png.getvalue())
     assert 5 * size < 100_000 < 40 * size
-    written = board.size()
+    written = writer.size()
     assert 2 * 100_000 - 2 * size < written < 2 * 100_000 + 1000  # the text that says so comes on top
     assert len(texts(tmp_path, "pictures")) == 1
 
 
 def test_a_long_run_has_points_enough_and_no_more(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(board_module, "POINTS", 4)
+    monkeypatch.setattr(tensorboard_module, "MAX_POINTS", 4)
     train(replace(config, plan__moe_blocks=[], plan__drop_blocks=[], train__eval_every=None), tmp_path)
     read = events(tmp_path)
     for task in TASKS:
@@ -352,7 +348,7 @@ def test_overlap_counts_experts_kept_whatever_their_order():
 
 def test_stability_is_one_where_nothing_moved(config, tmp_path):
     trainer = make_trainer(config, tmp_path)
-    callback = feed(TensorBoard(tmp_path), trainer, {"shapes": to(4, [2])})
+    callback = feed(tmp_path, trainer, {"shapes": to(4, [2])})
     seen = {
         task: probe.run_probe(trainer.model, data, trainer.transforms, trainer.runtime)
         for task, data in callback.probes.items()

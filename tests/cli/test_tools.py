@@ -15,7 +15,7 @@ from tiny_runs import act_at, make_config
 from moe_bsr import config as configuration
 from moe_bsr.runs import folder as run
 from moe_bsr.runs import report
-from moe_bsr.training.trainer import train
+from moe_bsr.api import train
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 

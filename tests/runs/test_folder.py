@@ -18,7 +18,7 @@ from moe_bsr.runs.checkpoint import CheckpointError
 from moe_bsr.config import Config, ConfigError
 from moe_bsr.evaluation.evaluate import evaluate
 from moe_bsr.runs.report import markdown
-from moe_bsr.training.trainer import train
+from moe_bsr.api import train
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 

@@ -21,7 +21,7 @@ FRAMES = {
 }
 
 
-def fit(folder, monkeypatch, plan: dict, megabytes: int, **changes):
+def fit(folder, monkeypatch, plan: dict, megabytes: int | None, **changes):
     """A trainer after its run, and how many images went through the frozen blocks."""
     config = make_config(
         folder,
@@ -48,7 +48,7 @@ def fit(folder, monkeypatch, plan: dict, megabytes: int, **changes):
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("frame", FRAMES)
 def test_same_weights_to_the_bit(tmp_path, monkeypatch, plan, frame):
-    plain, run_for_all = fit(tmp_path, monkeypatch, PLANS[plan], 0, **FRAMES[frame])
+    plain, run_for_all = fit(tmp_path, monkeypatch, PLANS[plan], None, **FRAMES[frame])
     kept, run_once = fit(tmp_path, monkeypatch, PLANS[plan], 100, **FRAMES[frame])
     expected, got = state_of(plain.model), state_of(kept.model)
     assert all(torch.equal(got[name], value) for name, value in expected.items())
@@ -56,15 +56,16 @@ def test_same_weights_to_the_bit(tmp_path, monkeypatch, plan, frame):
     assert updates == (16 if frame == "joint" else 8)
     # Batches of eight walk through 20 and 48 images: only an image's first epoch runs the blocks.
     assert run_once < run_for_all
-    assert all(kept.feature_cache.seen["shapes"])
+    assert all(kept.inputs.cache.seen["shapes"])
 
 
-def test_what_was_kept_is_what_the_stem_says(tmp_path, monkeypatch):
+def test_what_was_kept_is_what_the_frozen_blocks_make(tmp_path, monkeypatch):
     trainer, _ = fit(tmp_path, monkeypatch, PLANS["a drop before the first trained block"], 100)
     data = trainer.tasks["shapes"]
     positions = torch.arange(0, SIZES["shapes"], 3).numpy()
     images, _ = trainer.transforms.train_batch(data, positions, 0 * positions)
-    tokens, records = trainer.feature_cache.of(None, "shapes", positions)
+    assert trainer.inputs.cache.contains("shapes", positions)
+    tokens, records = trainer.inputs.cache.get("shapes", positions)
     with torch.no_grad():
         expected, drops = trainer.model.forward_features(trainer.transforms.normalize(images))
     assert torch.allclose(tokens.x, expected.x, atol=1e-5)
@@ -76,15 +77,15 @@ def test_what_was_kept_is_what_the_stem_says(tmp_path, monkeypatch):
 
 def test_the_last_layer_keeps_one_token(tmp_path, monkeypatch):
     trainer, _ = fit(tmp_path, monkeypatch, PLANS["last layer"], 100)
-    assert trainer.feature_cache.kept["shapes"][0].shape[1] == 1
-    assert "blocks 0 to 5 make of 68 training images" in str(trainer.feature_cache)
+    assert trainer.inputs.cache.kept["shapes"][0].shape[1] == 1
+    assert "blocks 0 to 5 make of 68 training images" in str(trainer.inputs.cache)
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({"data__augment": True}, r"data.feature_cache_mb.*null while data.augment is true"),
-        ({"plan__train_blocks": "all"}, "data.feature_cache_mb.*embedding trains"),
+        ({"plan__train_blocks": "all"}, r"data.feature_cache_mb.*null \(off\): the embedding trains"),
         (
             {
                 "plan__train_blocks": [3, 5],
@@ -108,6 +109,6 @@ def test_how_to_augment_is_refused_where_nothing_is_augmented(tmp_path):
         make_config(tmp_path, data__augment=False, data__hflip=True)
 
 
-def test_a_stem_of_the_embedding_alone_is_called_so(tmp_path, monkeypatch):
+def test_features_of_the_embedding_alone_are_called_so(tmp_path, monkeypatch):
     trainer, _ = fit(tmp_path, monkeypatch, PLANS["from the first block"], 100)
-    assert "the embedding makes of 68 training images" in str(trainer.feature_cache)
+    assert "the embedding makes of 68 training images" in str(trainer.inputs.cache)

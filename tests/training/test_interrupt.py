@@ -11,15 +11,19 @@ import signal
 from pathlib import Path
 
 import pytest
-from tiny_runs import TASKS, TRAIN, Crash, act_at, crash, make_config
+from tiny_runs import TASKS, Crash, act_at, crash, make_config
 
 import moe_bsr
+from moe_bsr import api
+from moe_bsr.api import train
 from moe_bsr.config import Config, ConfigError, replace
 from moe_bsr.data import Loader, UnreadableImage
 from moe_bsr.runs import checkpoint
 from moe_bsr.runs import folder as run
+from moe_bsr.training import inputs
+from moe_bsr.training import trainer as trainer_module
 from moe_bsr.training.optim import MovingAverage
-from moe_bsr.training.trainer import Trainer, train
+from moe_bsr.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -92,7 +96,7 @@ def test_a_signal_saves_and_leaves(config, whole, tmp_path, monkeypatch, number,
 
 def signal_at_evaluation(monkeypatch, number: int) -> None:
     """SIGTERM at the start of the call of that number."""
-    evaluate, calls = TRAIN.evaluate, []
+    evaluate, calls = trainer_module.evaluate, []
 
     def interrupted(*arguments):
         calls.append(arguments)
@@ -101,7 +105,7 @@ def signal_at_evaluation(monkeypatch, number: int) -> None:
         assert len(calls) < number, "evaluated after the signal"
         return evaluate(*arguments)
 
-    monkeypatch.setattr(TRAIN, "evaluate", interrupted)
+    monkeypatch.setattr(trainer_module, "evaluate", interrupted)
 
 
 @pytest.mark.parametrize("evaluation", [1, 4])
@@ -156,7 +160,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(config, whole, tm
 
 
 def test_a_finished_run_is_not_repeated(config, whole, monkeypatch):
-    monkeypatch.setattr(TRAIN, "Trainer", None)
+    monkeypatch.setattr(api, "Trainer", None)
     report = train(config, whole, resume=True)
     assert report == json.loads((whole / "report.json").read_text())
 
@@ -248,7 +252,7 @@ def test_an_unreadable_image_costs_no_update_that_was_done(config, tmp_path, mon
     config = replace(config, sampler__kind=kind)
     train(config, tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(UnreadableImage):
-        patch.setattr(TRAIN, "Loader", some)
+        patch.setattr(inputs, "Loader", some)
         train(config, tmp_path / "cut")
     assert checkpoint.steps(tmp_path / "cut")[-1] == 5
     train(config, tmp_path / "cut", resume=True)

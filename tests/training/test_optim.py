@@ -11,7 +11,6 @@ from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.training.optim import (
     MovingAverage,
     clip_gradients,
-    layer_of,
     learning_rate,
     make_optimizer,
     parameter_groups,
@@ -40,7 +39,7 @@ def make_model(trainable="all", experts=(3, 7, 11), router="per_task") -> Multit
 
 
 def by_name(model: MultitaskViT, key: str, **settings) -> dict[str, float]:
-    groups = parameter_groups(model, TrainConfig(**settings), DEPTH)
+    groups = parameter_groups(model, TrainConfig(**settings))
     return {name: group[key] for group in groups for name in group["names"]}
 
 
@@ -79,9 +78,21 @@ def test_routers_of_both_kinds_learn_at_full_rate():
 
 
 def test_embeddings_are_the_lowest_and_blocks_rise_one_by_one():
-    layers = [layer_of(f"vit.blocks.{i}.attn.proj.weight", DEPTH) for i in range(DEPTH)]
-    assert layers == list(range(1, DEPTH + 1))
-    assert layer_of("vit.pos_embed", DEPTH) == 0 and layer_of("heads.x.weight", DEPTH) == DEPTH + 1
+    scales = by_name(make_model(), "lr_scale", layer_decay=0.5)
+    blocks = [scales[f"vit.blocks.{i}.attn.proj.weight"] for i in range(DEPTH)]
+    assert blocks == [0.5 ** (DEPTH - i) for i in range(DEPTH)]
+    assert scales["vit.pos_embed"] == 0.5 ** (DEPTH + 1) and scales["heads.one.weight"] == 1
+
+
+def test_depth_and_role_do_not_depend_on_names():
+    """A module that is called like a router, a head or a bias is none."""
+    model = make_model()
+    model.vit.blocks[2].add_module("router", torch.nn.Linear(8, 8))
+    model.vit.blocks[2].add_module("heads_bias", torch.nn.Linear(8, 8))
+    settings = {"layer_decay": 0.5, "head_lr_scale": 10.0, "weight_decay": 0.3}
+    scales, decays = (by_name(model, key, **settings) for key in ("lr_scale", "weight_decay"))
+    for name in ("vit.blocks.2.router.weight", "vit.blocks.2.heads_bias.weight"):
+        assert scales[name] == scales["vit.blocks.2.attn.proj.weight"] and decays[name] == 0.3
 
 
 def test_without_layer_decay_all_learn_alike():
@@ -117,7 +128,7 @@ def test_weight_decay_spares_biases_norms_positions_and_tokens(router):
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_every_trained_parameter_is_in_one_group_and_no_frozen_one(trainable, experts, kind):
     model = make_model(trainable, experts)
-    optimizer = make_optimizer(model, TrainConfig(optimizer=kind, layer_decay=0.9), DEPTH)
+    optimizer = make_optimizer(model, TrainConfig(optimizer=kind, layer_decay=0.9))
     listed = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert len(listed) == len(set(listed))
     assert set(listed) == {id(p) for p in model.parameters() if p.requires_grad}
@@ -127,11 +138,11 @@ def test_every_trained_parameter_is_in_one_group_and_no_frozen_one(trainable, ex
 
 def test_the_optimizer_is_the_one_asked_for():
     model = make_model([3], [3])
-    sgd = make_optimizer(model, TrainConfig(optimizer="sgd", momentum=0.7, lr=0.2, layer_decay=0.5), DEPTH)
+    sgd = make_optimizer(model, TrainConfig(optimizer="sgd", momentum=0.7, lr=0.2, layer_decay=0.5))
     assert type(sgd) is torch.optim.SGD
     assert {group["momentum"] for group in sgd.param_groups} == {0.7}
     assert all(group["lr"] == 0.2 * group["lr_scale"] for group in sgd.param_groups)
-    assert type(make_optimizer(model, TrainConfig(optimizer="adamw"), DEPTH)) is torch.optim.AdamW
+    assert type(make_optimizer(model, TrainConfig(optimizer="adamw"))) is torch.optim.AdamW
 
 
 # --- schedule ---

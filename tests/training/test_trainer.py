@@ -7,9 +7,10 @@ import pytest
 import torch
 from tiny_runs import make_config, make_trainer, script_scores, state_of, watch
 
+from moe_bsr.api import train
 from moe_bsr.callbacks.jsonl import Jsonl
 from moe_bsr.runs import checkpoint
-from moe_bsr.training.trainer import NonFiniteLoss, train
+from moe_bsr.training.trainer import NonFiniteLoss
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -160,8 +161,8 @@ def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_reported(tmp_p
     lengths, norms = [], []
     for clip in (None, 0.25):
         folder = tmp_path / str(clip)
-        trainer, snapshots = watch(make_config(tmp_path, **settings | {"train__grad_clip_norm": clip}), folder)
-        trainer.callbacks.append(Jsonl(folder))
+        config = make_config(tmp_path, **settings | {"train__grad_clip_norm": clip})
+        trainer, snapshots = watch(config, folder, Jsonl(folder))
         trainer.fit()
         before, after = snapshots.states
         moved = [(after[name] - before[name]).norm() for name in before if not name.startswith("balance.")]

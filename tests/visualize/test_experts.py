@@ -4,15 +4,17 @@ import io
 import subprocess
 import sys
 
+import color_vision
 import numpy as np
 import pytest
+from color_vision import lightness
 from PIL import Image
 from tiny_models import normal
 from tiny_routing import by_logits, spread
 
 from moe_bsr.evaluation.routing import RoutingStatistics
 from moe_bsr.visualize import experts as expert_figures
-from moe_bsr.visualize import theme as style
+from moe_bsr.visualize import theme
 
 
 def make(tasks: int, experts: int, k: int, unseen: int | None = None) -> RoutingStatistics:
@@ -39,8 +41,8 @@ def test_all_pictures_fit_their_paper_and_no_words_touch(tasks, experts, k):
         expert_figures.distances(statistics, 3, "training"),
         expert_figures.overview({3: statistics, 11: statistics}),
     ):
-        height, width, _ = style.array(figure).shape
-        assert width == style.WIDTH and height < 1400
+        height, width, _ = theme.pixels(figure).shape
+        assert width == theme.WIDTH and height < 1400
         boxes = [
             (text.get_text(), text.get_window_extent())
             for text in figure.axes[0].texts
@@ -64,7 +66,7 @@ def test_cells_carry_numbers_up_to_sixteen_experts_and_ten_tasks():
             assert f"{100 * share:.0f}" in shown
     assert len(shown) > 2 * 160
     for tasks, experts in ((11, 16), (10, 17)):
-        assert not expert_figures.numbered(tasks, experts)
+        assert not expert_figures.has_room_for_numbers(tasks, experts)
         assert len(words(expert_figures.heatmap(make(tasks, experts, 4), 3, ""))) < 90
 
 
@@ -87,47 +89,44 @@ def test_a_task_without_data_says_so():
     assert "nan" not in " ".join(words(expert_figures.distances(make(4, 6, 2, unseen=1), 3, "")))
     empty = RoutingStatistics(["a"], 4)
     for figure in (expert_figures.heatmap(empty, 0, ""), expert_figures.overview({0: empty})):
-        assert style.png(figure) and "nan" not in " ".join(words(figure))
+        assert theme.png(figure) and "nan" not in " ".join(words(figure))
 
 
-# --- style ---
-
-
-def lightness(colors: np.ndarray) -> np.ndarray:
-    return style._linear(colors) @ (0.2126, 0.7152, 0.0722)
+# --- theme ---
 
 
 def test_the_sequential_colors_can_be_read_in_gray_and_by_every_eye():
-    colors = style.sequential(np.linspace(0, 1, 100))
+    colors = theme.sequential(np.linspace(0, 1, 100))
     assert (np.diff(lightness(colors)) < 0).all()
-    for eye in style._perceived(colors):
+    for eye in color_vision.oklab(colors):
         assert (np.diff(eye[:, 0]) < 0).all()
-    assert np.allclose(style.sequential(np.array([-1.0, 2.0])), colors[[0, -1]])
-    assert np.allclose(style.sequential(np.array(np.nan)), style._rgb(style.EMPTY))
-    both = style.diverging(np.array([-1, -0.5, 0, 0.5, 1]))
+    assert np.allclose(theme.sequential(np.array([-1.0, 2.0])), colors[[0, -1]])
+    assert np.allclose(theme.sequential(np.array(np.nan)), color_vision.rgb(theme.EMPTY))
+    both = theme.diverging(np.array([-1, -0.5, 0, 0.5, 1]))
     assert np.allclose(both[2], 1) and np.abs(lightness(both) - lightness(both)[::-1]).max() < 0.06
 
 
 def test_experts_have_colors_of_their_own_for_every_eye():
     for count, least in ((16, 0.07), (32, 0.05), (64, 0.03)):
-        colors = style.experts(count)
-        assert np.array_equal(colors, style.experts(64)[:count])
+        colors = theme.expert_colors(count)
+        assert np.array_equal(colors, theme.expert_colors(64)[:count])
         for index, color in enumerate(colors):
-            assert np.delete(style._apart(colors, color), index).min() > least
-    assert np.array_equal(style.experts(66)[64:], style.experts(2))
+            assert np.delete(color_vision.distance(colors, color), index).min() > least
+    assert np.array_equal(theme.expert_colors(66)[64:], theme.expert_colors(2))
+    assert np.allclose(theme.expert_colors(64), color_vision.search())
 
 
 def test_words_are_readable_on_every_color():
-    for color in [*style.experts(64), *style.sequential(np.linspace(0, 1, 50))]:
-        ink = 1.0 if style.on(color) == "white" else lightness(style._rgb(style.INK))
+    for color in [*theme.expert_colors(64), *theme.sequential(np.linspace(0, 1, 50))]:
+        ink = 1.0 if theme.text_color_on(color) == "white" else lightness(color_vision.rgb(theme.INK))
         dark, light = sorted((float(lightness(color)), float(ink)))
         assert (light + 0.05) / (dark + 0.05) > 3  # the contrast that WCAG asks of large letters
 
 
 def test_a_png_has_the_pixels_of_the_figure_and_fewer_colors_make_it_smaller():
     figure = expert_figures.heatmap(make(5, 16, 4), 3, "")
-    pixels = style.array(figure)
-    exact, small = style.png(figure), style.png(figure, 256)
+    pixels = theme.pixels(figure)
+    exact, small = theme.png(figure), theme.png(figure, 256)
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(exact)).convert("RGB")), pixels)
     close = np.asarray(Image.open(io.BytesIO(small)).convert("RGB")).astype(int)
     assert np.abs(close - pixels).mean() < 1 and len(small) < len(exact) / 2
@@ -135,7 +134,7 @@ def test_a_png_has_the_pixels_of_the_figure_and_fewer_colors_make_it_smaller():
 
 def test_importing_the_package_loads_no_matplotlib():
     code = (
-        "import sys, moe_bsr, moe_bsr.training.trainer, moe_bsr.visualize.experts; "
+        "import sys, moe_bsr, moe_bsr.api, moe_bsr.visualize.experts; "
         "sys.exit(any(name.split('.')[0] == 'matplotlib' for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -5,8 +5,8 @@ import pytest
 import torch
 from tiny_models import make_model, normal, scale_routers
 
-from moe_bsr.visualize import theme as style
-from moe_bsr.visualize.tokens import WIDTH, Trace, View, strip, trace
+from moe_bsr.visualize import theme
+from moe_bsr.visualize.tokens import WIDTH, TokenTrace, View, strip, trace_tokens
 
 PLANS = {
     "drops and experts": {"drop_blocks": [1, 2], "moe_blocks": [1, 3]},
@@ -31,7 +31,7 @@ def test_a_trace_says_where_every_patch_was(options):
     model, records = run(options)
     prefix = model.vit.num_prefix_tokens
     for place in range(3):
-        found = trace(records, place, 16)
+        found = trace_tokens(records, place, 16)
         assert sorted(found.kept) == [i for i, plan in enumerate(model.plan) if plan.keep_rate < 1]
         assert sorted(found.experts) == model.balance.blocks
         origin = list(range(16))
@@ -58,9 +58,10 @@ def test_a_strip_is_drawn_for_any_plan_and_number_of_images(options):
     heights = []
     for count in (1, 3):
         views = [
-            View(np.full((3, 16, 16), 90, np.uint8), (4, 4), "a", "b", trace(records, i, 16)) for i in range(count)
+            View(np.full((3, 16, 16), 90, np.uint8), (4, 4), "a", "b", trace_tokens(records, i, 16))
+            for i in range(count)
         ]
-        picture = style.array(strip("one", views, 4))
+        picture = theme.pixels(strip("one", views, 4))
         assert picture.shape[1:] == (WIDTH, 3)
         heights.append(len(picture))
     assert heights[1] > 2 * heights[0]
@@ -82,7 +83,7 @@ def test_kept_patches_are_shown_as_they_are_and_dropped_ones_without_color():
     image = np.zeros((3, 20, 20), np.uint8)
     image[0] = 200  # pure red
     kept = np.array([True, False, False, True])
-    view = View(image, (2, 2), "a", "b", Trace(np.array([0.4, 0.1, 0.1, 0.2]), {2: (kept, 1)}))
+    view = View(image, (2, 2), "a", "b", TokenTrace(np.array([0.4, 0.1, 0.1, 0.2]), {2: (kept, 1)}))
     shown = panels(view, 0)
     assert list(shown) == ["image", "score, block 2", "after block 2"]
     after = shown["after block 2"]
@@ -95,19 +96,19 @@ def test_kept_patches_are_shown_as_they_are_and_dropped_ones_without_color():
 
 def test_patches_have_the_color_of_their_expert_on_grids_that_are_not_square():
     chosen = np.array([0, 1, 2, -1, 5, 1])
-    view = View(np.full((3, 24, 24), 128, np.uint8), (2, 3), "a", "a", Trace(experts={4: chosen}))
+    view = View(np.full((3, 24, 24), 128, np.uint8), (2, 3), "a", "a", TokenTrace(experts={4: chosen}))
     shown = panels(view, 6)["experts, block 4"]
     for patch, expert in enumerate(chosen):
         part = shown[patch // 3 * 12 : patch // 3 * 12 + 12, patch % 3 * 8 : patch % 3 * 8 + 8].reshape(-1, 3)
         assert (part == part[0]).all()
         if expert >= 0:
-            assert np.abs(part[0] - 255 * style.experts(6)[expert]).max() <= 1
+            assert np.abs(part[0] - 255 * theme.expert_colors(6)[expert]).max() <= 1
         else:
             assert len(set(part[0])) == 1
 
 
 def test_the_names_are_there_and_long_ones_are_cut():
-    view = View(np.zeros((3, 8, 8), np.uint8), (2, 2), "x" * 90, "short", Trace())
+    view = View(np.zeros((3, 8, 8), np.uint8), (2, 2), "x" * 90, "short", TokenTrace())
     texts = [t.get_text() for t in strip("pets", [view], note="step 7").axes[0].texts]
     assert texts[:2] == ["pets", "step 7"]
     assert any("xxx" in text and len(text) < 50 for text in texts)

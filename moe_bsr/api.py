@@ -1,0 +1,181 @@
+"""The library's front: train a configuration, evaluate a run. (`moe_bsr.load` is in `runs`.)
+
+Everything is put together here: data, model, predicted cost, callbacks and trainer.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moe_bsr import config as configuration
+from moe_bsr.callbacks import default_callbacks
+from moe_bsr.callbacks.jsonl import Jsonl
+from moe_bsr.config import Config, ConfigError
+from moe_bsr.cost.predict import Cost, predict
+from moe_bsr.data import TaskData
+from moe_bsr.evaluation import evaluate as evaluation
+from moe_bsr.model import summary
+from moe_bsr.model.multitask import MultitaskViT, build, build_on_meta
+from moe_bsr.runs import checkpoint, report
+from moe_bsr.runs import folder as run
+from moe_bsr.runs.folder import TrainedRun, load
+from moe_bsr.runtime.device import Runtime, prepare
+from moe_bsr.training.callback import Callback
+from moe_bsr.training.feature_cache import CachedInputs, FeatureCache
+from moe_bsr.training.inputs import Inputs
+from moe_bsr.training.trainer import Trainer
+
+
+def train(
+    config: Config, run_dir: str | Path, resume: bool = False, callbacks: list[Callback] | None = None
+) -> dict[str, Any]:
+    """Train as the configuration says, into a run folder, and return its report.
+
+        config = moe_bsr.config.load("quickstart.yaml", ["train.steps=100"])
+        report = moe_bsr.train(config, "runs/mine")
+        report["tasks"]["petals"]["top1"]
+
+    Args:
+        resume: go on from the newest sound checkpoint of the folder, or start if there is none.
+        callbacks: in place of the console, TensorBoard and the expert views; metrics.jsonl is always written.
+            With `mode: single_task` they see one run after the other.
+    Raises:
+        ConfigError: an impossible configuration, or a folder that holds another run.
+        ValueError: two callbacks of one name.
+        NonFiniteLoss: the loss or the gradient became infinite or NaN.
+        FloatingPointError: an evaluation met logits that are.
+    """
+    run_dir = Path(run_dir)
+    runtime = prepare(config.runtime)
+    run.check_folder(config, run_dir, resume)
+    build_on_meta(config, dict.fromkeys(config.task_names(), 2))  # what cannot be is refused before data are opened
+    if resume and (done := report.read(run_dir)) is not None and done["status"] == "finished":
+        return done
+    if config.mode == "single_task":
+        return _train_each_task(config, run_dir, resume, callbacks)
+    tasks = {name: run.open_task(config, file) for name, file in config.task_files().items()}
+    model = runtime.place(build(config, {name: len(data.class_names) for name, data in tasks.items()}))
+    chosen = default_callbacks(run_dir) if callbacks is None else [Jsonl(run_dir), *callbacks]
+    return make_trainer(config, model, tasks, runtime, run_dir, chosen).fit(resume)
+
+
+def _train_each_task(config: Config, run_dir: Path, resume: bool, callbacks: list[Callback] | None) -> dict[str, Any]:
+    """One complete run per task; finished ones are not repeated on resume."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_whole(run_dir / "config.yaml", configuration.dump(config))
+    parts: dict[str, dict[str, Any]] = {}
+    names = config.task_names()
+    for name in names:
+        parts[name] = train(config.of_task(name), run_dir / name, resume, callbacks)
+        whole = report.aggregate(parts, names)
+        report.write(run_dir, whole)
+        if parts[name]["status"] != "finished":
+            break
+    return whole
+
+
+def make_trainer(
+    config: Config,
+    model: MultitaskViT,
+    tasks: dict[str, TaskData],
+    runtime: Runtime,
+    run_dir: Path,
+    callbacks: list[Callback],
+) -> Trainer:
+    """The trainer of one run, with what it is fed and what is known of the run beforehand.
+
+    Args:
+        model: on its device already (`runtime.place`).
+    """
+    inputs = Inputs(tasks, run.make_transforms(config, model), runtime, config.data.prefetch)
+    if config.data.feature_cache_mb:
+        with runtime.autocast():
+            cache = FeatureCache(
+                model, {name: len(data.train) for name, data in tasks.items()}, config.data.feature_cache_mb
+            )
+        inputs = CachedInputs(inputs, cache)
+    predicted = _predict(config, model, runtime)
+    about = _about(config, model, tasks, runtime, run_dir, predicted) + inputs.summary()
+    costs = {
+        "predicted_peak_mb": predicted and predicted.peak / 2**20,
+        "gflops_per_image": predicted and predicted.forward_flops / _micro_batch(config) / 1e9,
+    }
+    return Trainer(config, model, inputs, runtime, run_dir, callbacks, about, costs)
+
+
+def _predict(config: Config, model: MultitaskViT, runtime: Runtime) -> Cost | None:
+    try:
+        return predict(model, config, batch=_micro_batch(config), precision=runtime.precision, all_tasks=True)
+    except ConfigError:  # a part without a predicted cost may train all the same
+        return None
+
+
+def _micro_batch(config: Config) -> int:
+    return config.train.batch_size // config.train.grad_accumulation_steps
+
+
+def _about(
+    config: Config,
+    model: MultitaskViT,
+    tasks: dict[str, TaskData],
+    runtime: Runtime,
+    run_dir: Path,
+    predicted: Cost | None,
+) -> list[str]:
+    """What a person is told when the run starts."""
+    sizes = ", ".join(f"{n} {len(d.train)}/{len(d.val)}/{len(d.test)}" for n, d in tasks.items())
+    return [
+        *summary.summary(model, config),
+        f"train/val/test images: {sizes}",
+        f"{config.train.steps} updates of {config.train.batch_size} images ({config.sampler.kind}); "
+        f"{runtime.precision} ({runtime.precision_reason}), {runtime.threads} threads on {runtime.device}; "
+        f"run folder {run_dir}",
+        predicted.summary(_micro_batch(config)) if predicted else "no predicted cost for a part of this model",
+    ]
+
+
+def evaluate(
+    run_dir: str | Path | TrainedRun,
+    split: str = "val",
+    tasks: list[str] | None = None,
+    *,
+    batch_size: int = 64,
+    on_task: Callable[[str, int], None] = lambda task, images: None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Accuracy, calibration, tokens kept and experts used of each task of a run.
+
+    Args:
+        run_dir: a run folder, or what `load` returned. split: "val" or "test"; tests are counted in the run.
+        tasks: only these. on_task: called with the name and the number of images before a task is evaluated.
+        options: of `load`, for a folder: checkpoint_name, data_root, device, weights.
+    Returns:
+        run, step, split, mean_top1, tasks ({name: numbers}) and, for the test split, test_evaluations.
+    Raises:
+        ValueError: no such split, or a task the run does not have.
+        ConfigError: not a run folder. CheckpointError: a missing or damaged checkpoint.
+        FloatingPointError: logits that are not finite.
+    """
+    if split not in ("val", "test"):
+        raise ValueError(f"split: {split!r} is neither 'val' nor 'test'")
+    if isinstance(run_dir, TrainedRun):
+        trained = run_dir if tasks is None else dataclasses.replace(run_dir, models=_chosen(run_dir, tasks))
+    else:
+        trained = load(run_dir, tasks=tasks, **options)
+    data = {task: trained.data(task) for task in trained.models}  # if missing, nothing is counted
+    result: dict[str, Any] = {"run": str(trained.run), "step": trained.step, "split": split}
+    if split == "test":
+        result["test_evaluations"] = run.count_test_evaluation(trained.run, list(data))
+    scores = {}
+    for task, model in trained.models.items():
+        on_task(task, len(getattr(data[task], split)))
+        scores[task] = evaluation.evaluate(model, data[task], split, trained.transforms, trained.runtime, batch_size)
+    return result | {"mean_top1": statistics.fmean(s["top1"] for s in scores.values()), "tasks": scores}
+
+
+def _chosen(trained: TrainedRun, tasks: list[str]) -> dict[str, MultitaskViT]:
+    if unknown := [task for task in tasks if task not in trained.models]:
+        raise ValueError(f"tasks: {unknown[0]!r} is none of the run's: {', '.join(trained.models)}")
+    return {task: trained.models[task] for task in trained.models if task in tasks}

@@ -1,0 +1,34 @@
+"""What the trainer feeds to a model: whole batches, drawn ahead, and micro-batches ready for the forward pass."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from moe_bsr.data import ImageTransforms, Loader, TaskData
+from moe_bsr.data.loader import Batch
+from moe_bsr.runtime.device import Runtime
+
+
+class Inputs:
+    """Images of the tasks' training splits. (`feature_cache.CachedInputs` feeds what frozen blocks make of them.)"""
+
+    def __init__(
+        self, tasks: dict[str, TaskData], transforms: ImageTransforms, runtime: Runtime, prefetch: int = 0
+    ) -> None:
+        self.tasks, self.transforms, self.runtime, self.prefetch = tasks, transforms, runtime, prefetch
+
+    def batches(self, plan: Iterable[tuple[str, np.ndarray, np.ndarray]]) -> Iterator[Batch]:
+        """The batches of a plan (see `Loader`), on the CPU; close the iterator when done."""
+        return iter(Loader(self.tasks, self.transforms, plan, self.prefetch))
+
+    def prepare(self, batch: Batch) -> Batch:
+        """A batch or a part of one as the model takes it: on the device, images normalized."""
+        device = self.runtime.device
+        return dataclasses.replace(
+            batch, images=self.transforms.normalize(batch.images, device=device), labels=batch.labels.to(device)
+        )
+
+    def summary(self) -> list[str]:
+        """Lines for a person who starts the run."""
+        return []

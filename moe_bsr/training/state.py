@@ -1,0 +1,187 @@
+"""The state of a training run: everything that a resumed one needs, how it is saved, and how it comes back."""
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_bsr.data import TaskData
+from moe_bsr.model.multitask import MultitaskViT
+from moe_bsr.runs import checkpoint
+from moe_bsr.runs import folder as run
+from moe_bsr.runtime.device import Runtime
+from moe_bsr.training.callback import Callback, by_name
+from moe_bsr.training.optim import MovingAverage
+
+
+@dataclass(slots=True)
+class Best:
+    """The evaluation whose weights are reported.
+
+    Attributes:
+        mean_top1: over the tasks, on the validation split; None if its weights were lost.
+        scores: by task; None if they are not known (any more).
+    """
+
+    step: int
+    mean_top1: float | None
+    scores: dict[str, dict[str, Any]] | None = None
+
+
+class TrainState:
+    """What changes while a run trains.
+
+    Attributes:
+        step: updates done. seconds: spent in them. best: None before the first evaluation.
+        pending_evaluation: whether the evaluation due at this step was interrupted.
+        saved_step: of the newest checkpoint; -1 before the first.
+    """
+
+    def __init__(
+        self,
+        model: MultitaskViT,
+        optimizer: torch.optim.Optimizer,
+        average: MovingAverage | None = None,
+        callbacks: Iterable[Callback] = (),
+        selection: str = "best",
+        saved_weights: str = "trainable",
+    ) -> None:
+        """
+        Args:
+            selection: `train.checkpoint_selection`. saved_weights: `train.save`.
+        Raises:
+            ValueError: two callbacks of one name.
+        """
+        self.model, self.optimizer, self.average = model, optimizer, average
+        self.callbacks = by_name(callbacks)
+        self.selection, self.saved_weights = selection, saved_weights
+        self.step, self.seconds = 0, 0.0
+        self.best: Best | None = None
+        self.pending_evaluation = False
+        self.saved_step = -1
+
+    def add_evaluation(self, scores: dict[str, dict[str, Any]]) -> None:
+        """Take the scores of all tasks on the validation split for the best so far, if they are; a tie is not."""
+        mean = sum(s["top1"] for s in scores.values()) / len(scores)
+        if self.selection == "last" or self.best is None or mean > self.best.mean_top1:
+            self.best = Best(self.step, mean, scores)
+        self.pending_evaluation = False
+
+    # --- as values ---
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Tensors under "weights", "optimizer" and, if there is one, "average"; JSON values under "progress"."""
+        weights = self.model.state_dict()
+        if self.saved_weights == "trainable":
+            unchanged = self.model.unchanged_backbone_names()
+            weights = {name: value for name, value in weights.items() if name not in unchanged}
+        state = {"weights": weights, "optimizer": self._moments()}
+        if self.average is not None:
+            state["average"] = self.average.average
+        state["progress"] = {
+            "step": self.step,
+            "pending_evaluation": self.pending_evaluation,
+            "seconds": self.seconds,
+            "best_step": self.best and self.best.step,
+            "best_mean_top1": self.best and self.best.mean_top1,
+            "callbacks": {name: callback.state() for name, callback in self.callbacks.items()},
+        }
+        return state
+
+    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
+        """Take over what `state_dict` returned; the callbacks' files go back to that moment too."""
+        self.model.load_state_dict(state["weights"], strict=False)  # the unchanged backbone is not among them
+        self._load_average(state)
+        parameters = dict(self.model.named_parameters())
+        for name, value in state["optimizer"].items():
+            name, _, key = name.rpartition("/")
+            self.optimizer.state[parameters[name]][key] = value.to(parameters[name].device)
+        progress = state["progress"]
+        self.step, self.seconds = progress["step"], progress["seconds"]
+        self.pending_evaluation = progress["pending_evaluation"]
+        if progress["best_step"] is not None:
+            self.best = Best(progress["best_step"], progress["best_mean_top1"])
+        self._restore_callbacks(progress["callbacks"])
+
+    def _moments(self) -> dict[str, Tensor]:
+        """The optimizer's state by the parameter's name and its own: heads.pets.weight/exp_avg."""
+        names = {
+            parameter: name
+            for group in self.optimizer.param_groups
+            for parameter, name in zip(group["params"], group["names"], strict=True)
+        }
+        return {
+            f"{names[parameter]}/{key}": value
+            for parameter, values in self.optimizer.state.items()
+            for key, value in values.items()
+            if isinstance(value, Tensor)
+        }
+
+    def _load_average(self, state: dict[str, dict[str, Tensor]]) -> None:
+        if self.average is not None:
+            for name, value in self.average.average.items():
+                value.copy_(state["average"][name])
+
+    def _restore_callbacks(self, states: dict[str, dict[str, Any]]) -> None:
+        for name, callback in self.callbacks.items():
+            callback.restore(states.get(name, {}))
+
+    # --- on disk ---
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint into the run folder."""
+        tensors = self.state_dict()
+        progress = tensors.pop("progress")
+        checkpoint.save(folder, self.step, tensors, progress)
+        self.saved_step = self.step
+
+    def begin(self) -> None:
+        """Start at the first step: the callbacks forget what an earlier run left in the folder."""
+        self._restore_callbacks({})
+
+    def resume(self, folder: Path, tasks: dict[str, TaskData], runtime: Runtime) -> list[str]:
+        """Go on from the newest sound checkpoint of a run folder, or begin if there is none.
+
+        Returns:
+            Notes for a person: what was resumed from, and why it may not be bit-exact.
+        Raises:
+            ConfigError: the tasks' data are not those of the run. CheckpointError: none is sound, or none fits.
+        """
+        checkpoint.recover(folder)
+        if not checkpoint.steps(folder):
+            self.begin()
+            there = (folder / "config.yaml").is_file()
+            return [f"no checkpoint to resume from in {folder}: starting at the first step"] if there else []
+        notes: list[str] = []
+        place = checkpoint.latest(folder, warn=notes.append)
+        tensors, progress = checkpoint.read(place)
+        resolved = run.read_config(folder)[1]
+        run.check_data(folder, resolved["tasks"], tasks)
+        run.restore_weights(self.model, tensors["weights"], resolved["backbone_sha256"], place)
+        self.load_state_dict({**tensors, "progress": progress})
+        self.saved_step = self.step
+        notes.append(f"resumed from {place}")
+        now = run.environment(runtime)
+        changed = [
+            f"{key} was {resolved[key]}, now {value}" for key, value in now.items() if resolved.get(key) != value
+        ]
+        if changed:
+            notes.append(f"not bit-exact with the run so far: {'; '.join(changed)}")
+        return notes
+
+    def load_best(self, folder: Path) -> None:
+        """Put the best evaluation's weights into the model; if they were lost the last ones stay, with a warning."""
+        if self.best.step == self.step:
+            return
+        try:
+            tensors, _ = checkpoint.read(folder / "checkpoint" / str(self.best.step))
+        except checkpoint.CheckpointError as error:
+            warnings.warn(f"{error}; the last weights are reported in place of the best", stacklevel=2)
+            self.best = Best(self.step, None)  # the lost weights' scores must not stand beside the last weights
+            return
+        self.model.load_state_dict(tensors["weights"], strict=False)
+        self._load_average(tensors)

@@ -1,0 +1,69 @@
+"""What a training run writes about its routing at each evaluation: figures by tag, and a table in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moe_bsr.evaluation.routing import RoutingStatistics
+from moe_bsr.visualize import experts
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def no_experts(drops: bool) -> str:
+    """Why a run without MoE blocks has no expert views, and without drops no token views either."""
+    text = (
+        "There are no expert views: plan.moe_blocks is empty, so every block has one FFN that serves all "
+        "tokens, and nothing is routed."
+    )
+    if not drops:
+        text += " There are no token views either: plan.drop_blocks is empty, so every patch stays to the end."
+    return text
+
+
+def training_figures(by_block: dict[int, RoutingStatistics], updates: str) -> Iterator[tuple[str, Figure]]:
+    """(tag, figure) of what was counted in training; `updates` says in which."""
+    yield "experts_overview/training", experts.overview(by_block, updates)
+    for block, statistics in sorted(by_block.items()):
+        yield f"experts_use/block{block}_training", experts.heatmap(statistics, block, updates)
+        if statistics.top_k > 1:
+            yield f"experts_together/block{block}", experts.coactivation(statistics, block, updates)
+        if len(statistics.tasks) > 1:
+            yield f"tasks_apart/block{block}", experts.distances(statistics, block, updates)
+
+
+def validation_figures(by_block: dict[int, RoutingStatistics], images: str, step: int) -> Iterator[tuple[str, Figure]]:
+    """(tag, figure) of what was counted on validation images; `images` says on which."""
+    for block, statistics in sorted(by_block.items()):
+        yield f"experts_use/block{block}_validation", experts.heatmap(statistics, block, images, step)
+
+
+def table(by_block: dict[int, RoutingStatistics], when: str) -> str:
+    """Markdown: every block's numbers and what they say; the shares too, where the figures have no room for them."""
+    names = list(next(iter(by_block.values())).numbers())
+    head = " | ".join(name.replace("_", " ") for name in names)
+    lines = [f"Experts, {when}", "", f"| block | {head} | in words |", "|---:" * (len(names) + 1) + "|:---|"]
+    for block, statistics in sorted(by_block.items()):
+        values = ("-" if np.isnan(v) else f"{v:.3g}" for v in statistics.numbers().values())
+        lines.append(f"| {block} | {' | '.join(values)} | {statistics.reading()} |")
+    for block, statistics in sorted(by_block.items()):
+        if not experts.has_room_for_numbers(len(statistics.tasks), statistics.experts):
+            lines += _shares(block, statistics)
+    return "\n".join(lines)
+
+
+def _shares(block: int, statistics: RoutingStatistics) -> list[str]:
+    lines = [
+        "",
+        f"Block {block}: share of each expert in the task's choices, %",
+        "",
+        f"| task | {' | '.join(map(str, range(statistics.experts)))} |",
+        "|:---" + "|---:" * statistics.experts + "|",
+    ]
+    for task, row in zip(statistics.tasks, statistics.shares("count"), strict=True):
+        lines.append(f"| {task} | {' | '.join('-' if np.isnan(v) else f'{100 * v:.1f}' for v in row)} |")
+    return lines

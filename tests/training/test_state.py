@@ -1,0 +1,93 @@
+"""What a resumed run needs is saved, and comes back; what was lost is not reported."""
+
+import json
+
+import pytest
+import torch
+from tiny_runs import make_config, make_trainer, script_scores, state_of
+
+from moe_bsr.api import train
+from moe_bsr.runs import checkpoint
+from moe_bsr.training.callback import Callback, by_name
+
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+
+class Counter(Callback):
+    """Counts updates."""
+
+    def __init__(self, name: str = "") -> None:
+        self.name, self.updates = name, 0
+
+    def on_step(self, step) -> None:
+        self.updates += 1
+
+    def state(self) -> dict:
+        return {"updates": self.updates}
+
+    def restore(self, state: dict) -> None:
+        self.updates = state.get("updates", 0)
+
+
+def test_a_state_dict_loaded_is_the_state_it_was_taken_of(tmp_path):
+    config = make_config(tmp_path, train__ema_decay=0.7, train__evaluate_test=False)
+    first = make_trainer(config, tmp_path / "first", [Counter()])
+    first.fit()
+    second = make_trainer(config, tmp_path / "second", [Counter()])
+    second.state.load_state_dict(first.state.state_dict())
+    for name, value in state_of(first.model).items():
+        assert torch.equal(value, state_of(second.model)[name]), name
+    ours, theirs = first.state.state_dict(), second.state.state_dict()
+    assert ours["progress"] == theirs["progress"]
+    assert ours["progress"]["callbacks"] == {"Counter": {"updates": 8}}
+    for group in ("optimizer", "average"):
+        assert ours[group].keys() == theirs[group].keys()
+        assert all(torch.equal(value, theirs[group][name]) for name, value in ours[group].items())
+
+
+def test_callbacks_are_restored_by_their_names(tmp_path):
+    config = make_config(tmp_path, train__evaluate_test=False)
+    make_trainer(config, tmp_path / "run", [Counter("a"), Counter("b")]).fit()
+    saved = json.loads((tmp_path / "run" / "checkpoint" / "8" / "state.json").read_text())["callbacks"]
+    assert saved == {"a": {"updates": 8}, "b": {"updates": 8}}
+    b, new = Counter("b"), Counter("new")
+    make_trainer(config, tmp_path / "run", [new, b]).fit(resume=True)
+    assert (b.updates, new.updates) == (8, 0)
+
+
+def test_two_callbacks_of_one_name_are_refused(tmp_path):
+    for pair in ([Counter(), Counter()], [Counter("x"), Counter("x")]):
+        with pytest.raises(ValueError, match="callbacks: two are named '(Counter|x)'.*attribute `name`"):
+            make_trainer(make_config(tmp_path), tmp_path / "run", pair)
+    assert list(by_name([Counter(), Counter("x")])) == ["Counter", "x"]
+
+
+@pytest.mark.parametrize("ema", [None, 0.5])
+def test_scores_of_weights_that_were_lost_are_not_reported(tmp_path, monkeypatch, ema):
+    """The best checkpoint is damaged: the last weights are evaluated anew, and say so."""
+    seen = script_scores(monkeypatch, [30.0, 10.0, 20.0, 15.0, 17.0])
+    config = make_config(tmp_path, train__eval_every=2, train__evaluate_test=False, train__ema_decay=ema)
+    trainer = make_trainer(config, tmp_path / "run")
+    load_best = trainer.state.load_best
+
+    def damage_first(folder):
+        assert trainer.state.best.step == 2
+        file = folder / "checkpoint" / "2" / "weights.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
+        load_best(folder)
+
+    monkeypatch.setattr(trainer.state, "load_best", damage_first)
+    with pytest.warns(UserWarning, match="last weights are reported in place of the best"):
+        report = trainer.fit()
+    assert (report["selected_step"], report["selected_mean_val_top1"]) == (8, None)
+    assert report["mean_top1"] == 17.0 and len(seen) == 5
+    assert torch.equal(seen[-1][1], seen[-2][1])
+
+
+def test_a_sound_best_checkpoint_is_reported_without_another_evaluation(tmp_path, monkeypatch):
+    seen = script_scores(monkeypatch, [30.0, 10.0, 20.0, 15.0])
+    config = make_config(tmp_path, train__eval_every=2, train__evaluate_test=False)
+    report = train(config, tmp_path / "run", callbacks=[])
+    assert (report["selected_step"], report["mean_top1"], len(seen)) == (2, 30.0, 4)
+    best = checkpoint.read(tmp_path / "run" / "checkpoint" / "2")[0]["weights"]
+    assert torch.equal(best["heads.shapes.weight"], seen[0][1])
