@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from moe_bsr.api import evaluate as evaluate
     from moe_bsr.api import train as train
-    from moe_bsr.runs.folder import load as load
+    from moe_bsr.runs.load import load as load
 
 __version__ = "0.1.0"
 
 # Loaded at first use: torch takes seconds to import, and `moe-bsr --help` should not wait for it.
-_HOME = {"evaluate": "moe_bsr.api", "load": "moe_bsr.runs.folder", "train": "moe_bsr.api"}
+_HOME = {"evaluate": "moe_bsr.api", "load": "moe_bsr.runs.load", "train": "moe_bsr.api"}
 
 __all__ = ["__version__", "evaluate", "load", "train"]
 

@@ -18,10 +18,11 @@ from moe_bsr.data import TaskData
 from moe_bsr.evaluation import evaluate as evaluation
 from moe_bsr.model import summary
 from moe_bsr.model.multitask import MultitaskViT, build, build_on_meta
-from moe_bsr.runs import checkpoint, report
 from moe_bsr.runs import folder as run
-from moe_bsr.runs.folder import TrainedRun, load
+from moe_bsr.runs import report
+from moe_bsr.runs.load import TrainedRun, load
 from moe_bsr.runtime.device import Runtime, prepare
+from moe_bsr.runtime.files import write_whole
 from moe_bsr.training.callback import Callback
 from moe_bsr.training.feature_cache import CachedInputs, FeatureCache
 from moe_bsr.training.inputs import Inputs
@@ -56,20 +57,21 @@ def train(
     if config.mode == "single_task":
         return _train_each_task(config, run_dir, resume, callbacks)
     tasks = {name: run.open_task(config, file) for name, file in config.task_files().items()}
-    model = runtime.place(build(config, {name: len(data.class_names) for name, data in tasks.items()}))
     chosen = default_callbacks(run_dir) if callbacks is None else [Jsonl(run_dir), *callbacks]
-    return make_trainer(config, model, tasks, runtime, run_dir, chosen).fit(resume)
+    with runtime.in_effect():
+        model = runtime.place(build(config, {name: len(data.class_names) for name, data in tasks.items()}))
+        return make_trainer(config, model, tasks, runtime, run_dir, chosen).fit(resume)
 
 
 def _train_each_task(config: Config, run_dir: Path, resume: bool, callbacks: list[Callback] | None) -> dict[str, Any]:
     """One complete run per task; finished ones are not repeated on resume."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_whole(run_dir / "config.yaml", configuration.dump(config))
+    write_whole(run_dir / "config.yaml", configuration.dump(config))
     parts: dict[str, dict[str, Any]] = {}
     names = config.task_names()
     for name in names:
         parts[name] = train(config.of_task(name), run_dir / name, resume, callbacks)
-        whole = report.aggregate(parts, names)
+        whole = report.aggregate(config, parts)
         report.write(run_dir, whole)
         if parts[name]["status"] != "finished":
             break

@@ -23,9 +23,9 @@ from moe_bsr.benchmark.tables import of_cases, of_scaling, of_targets
 from moe_bsr.benchmark.targets import Results, judge
 from moe_bsr.benchmark.workers import interleave, workers
 from moe_bsr.config import ConfigError, RuntimeConfig, require
-from moe_bsr.runs import folder as run
-from moe_bsr.runs.report import as_markdown, as_text
 from moe_bsr.runtime.device import bf16_is_fast, find_device, prepare
+from moe_bsr.runtime.provenance import environment
+from moe_bsr.runtime.text_tables import as_markdown, as_text
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -96,7 +96,7 @@ def measure(arguments: argparse.Namespace) -> dict:
             for name, cases in suite(arguments.storages, precisions, **shared).items()
         }
         result = compare(groups, arguments)
-    return {"arguments": shared, **run.environment(prepare(RuntimeConfig(device=str(device))))} | result
+    return {"arguments": shared, **environment(prepare(RuntimeConfig(device=str(device))))} | result
 
 
 def compare(groups: dict[str, list[Case]], arguments: argparse.Namespace) -> dict:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from moe_bsr.config import ConfigError
 from moe_bsr.runs import report
+from moe_bsr.runtime.text_tables import as_markdown, as_text
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"compare.py: {path} has no report.json: not a finished run", file=sys.stderr)
             return 2
     rows = report.comparison(reports, intervals=arguments.markdown)
-    print(report.as_markdown(rows) if arguments.markdown else report.as_text(rows))
+    print(as_markdown(rows) if arguments.markdown else as_text(rows))
     if arguments.experts:
         print(report.expert_use(reports[name]))
     return 0

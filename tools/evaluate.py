@@ -24,9 +24,11 @@ import statistics
 import sys
 from pathlib import Path
 
-from moe_bsr.evaluation.evaluate import evaluate, table
+from moe_bsr.evaluation.evaluate import evaluate
+from moe_bsr.evaluation.tables import table
 from moe_bsr.runs.checkpoint import CheckpointError
-from moe_bsr.runs.folder import count_test_evaluation, load
+from moe_bsr.runs.folder import count_test_evaluation
+from moe_bsr.runs.load import load
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 
 from moe_bsr.runs.checkpoint import CheckpointError
-from moe_bsr.runs.folder import load
+from moe_bsr.runs.load import load
 from moe_bsr.visualize import expert_report as gallery
 
 SAMPLES = "images=100,text=100"  # steps kept of each picture; TensorBoard's own 10 would hide a run's history

@@ -24,7 +24,7 @@ from PIL import Image
 
 from moe_bsr.data.sources import decode
 from moe_bsr.runs.checkpoint import CheckpointError
-from moe_bsr.runs.folder import TrainedRun, load
+from moe_bsr.runs.load import TrainedRun, load
 
 BATCH = 32
 

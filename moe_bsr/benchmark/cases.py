@@ -17,7 +17,7 @@ from moe_bsr.model.moe import MoE
 from moe_bsr.model.multitask import build
 from moe_bsr.model.replay import Replay
 from moe_bsr.model.storage import STORAGES
-from moe_bsr.runtime.device import Runtime, prepare
+from moe_bsr.runtime.device import Runtime, prepare, tune_process
 from moe_bsr.training.update import TrainingStep, random_batch, training_step
 
 CLASSES = 100
@@ -114,8 +114,9 @@ def make(case: Case) -> TrainingStep:
     )
     config = configuration.replace(config, **case.changes)
     if case.tuned:
+        tune_process(case.threads)
         runtime = prepare(config.runtime)
-    else:  # what `prepare` does, and no allocator settings
+    else:  # no allocator settings
         if case.threads is not None:
             torch.set_num_threads(case.threads)
         runtime = Runtime(torch.device(case.device), case.precision, torch.get_num_threads(), "asked for")

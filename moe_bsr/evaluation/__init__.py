@@ -1,0 +1,1 @@
+"""What a trained model does: its accuracy, the tokens it keeps, the experts it uses."""

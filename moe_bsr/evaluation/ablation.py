@@ -92,7 +92,7 @@ def _first_pass(model: MultitaskViT, images: Tensor, task: str) -> tuple[dict[in
     start, inputs = model.path_start, {}
     for index in model.balance.blocks:  # all on the gradient path: experts are trained
         for passed in range(start, index):
-            tokens = model._block(passed, tokens, task, None, {})
+            tokens = model.run_block(passed, tokens, task)
         inputs[index], start = tokens, index
     return inputs, _rest(model, tokens, start, task)
 
@@ -100,7 +100,7 @@ def _first_pass(model: MultitaskViT, images: Tensor, task: str) -> tuple[dict[in
 def _rest(model: MultitaskViT, tokens: Tokens, start: int, task: str) -> Tensor:
     """Logits (B, classes) float32 from the tokens that enter block `start`."""
     for index in range(start, len(model.plan)):
-        tokens = model._block(index, tokens, task, None, {})
+        tokens = model.run_block(index, tokens, task)
     return model.logits(tokens, task)
 
 

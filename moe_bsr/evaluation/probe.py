@@ -47,7 +47,7 @@ def pick_probe_images(data: TaskData, count: int, seed: int = 0) -> TaskData:
 
 
 def run_probe(model: MultitaskViT, data: TaskData, transforms: ImageTransforms, runtime: Runtime) -> ProbeResult:
-    """All validation images of `data` (see `choose`) in one batch, as an evaluation sees them.
+    """All validation images of `data` (see `pick_probe_images`) in one batch, as an evaluation sees them.
 
     Draws no random number and leaves the model in the mode it was in.
     """
@@ -59,12 +59,12 @@ def run_probe(model: MultitaskViT, data: TaskData, transforms: ImageTransforms, 
             output = model(transforms.normalize(images, device=runtime.device), data.name)
     finally:
         model.train(was_training)
-    records = {block: _home(record) for block, record in output.records.items()}
+    records = {block: _to_cpu(record) for block, record in output.records.items()}
     return ProbeResult(images, labels, output.logits.argmax(1).cpu(), records)
 
 
-def _home(record: Record) -> Record:
-    """The same on the CPU."""
+def _to_cpu(record: Record) -> Record:
+    """The same record with its tensors on the CPU."""
     parts = {}
     for name in ("dropped", "routing"):
         part = getattr(record, name)
@@ -102,7 +102,7 @@ def expert_overlap(now: np.ndarray, before: np.ndarray) -> float:
     """Mean share of a token's experts that it had before too, over tokens present both times.
 
     Args:
-        now, before: (..., K) experts of the same tokens, as `routes` gives them. NaN if none is in both.
+        now, before: (..., K) experts of the same tokens, as `expert_map` gives them. NaN if none is in both.
     """
     both = (now[..., 0] != ABSENT) & (before[..., 0] != ABSENT)
     if not both.any():

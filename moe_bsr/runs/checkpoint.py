@@ -7,13 +7,16 @@ disk, then renamed: a crash at any moment leaves the old checkpoints and at most
 
 import hashlib
 import json
-import os
 import shutil
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from moe_bsr.runtime import files
 
 KEPT = 2  # the newest checkpoints kept, beside the best one
 
@@ -36,21 +39,20 @@ def save(run: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dic
         shutil.rmtree(stale)
     temporary.mkdir()
     for name, group in tensors.items():
-        save_file({k: v.detach().cpu().contiguous() for k, v in group.items()},
-                  temporary / f"{name}.safetensors")
+        save_file({k: v.detach().cpu().contiguous() for k, v in group.items()}, temporary / f"{name}.safetensors")
     (temporary / "state.json").write_text(json.dumps(state, indent=1))
-    files = sorted(temporary.iterdir())
-    for file in files:
-        _sync(file)
+    parts = sorted(temporary.iterdir())
+    for part in parts:
+        files.sync(part)
     manifest = temporary / "manifest.json"
-    manifest.write_text(json.dumps({"step": step, "sha256": {f.name: _sha256(f) for f in files}}, indent=1))
-    _sync(manifest)
-    _sync(temporary)
+    manifest.write_text(json.dumps({"step": step, "sha256": {f.name: _sha256(f) for f in parts}}, indent=1))
+    files.sync(manifest)
+    files.sync(temporary)
     before = folder / f"{step}.before.tmp"
     if final.exists():  # a resumed run comes by here again; until the rename below, `recover` finds this one
         final.rename(before)
     temporary.rename(final)
-    _sync(folder)
+    files.sync(folder)
     if before.exists():
         shutil.rmtree(before)
     newest = steps(run)[-KEPT:]
@@ -87,7 +89,7 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        for name in ("weights.safetensors", "state.json", *manifest["sha256"]):
+        for name in dict.fromkeys(("weights.safetensors", "state.json", *manifest["sha256"])):
             if _sha256(folder / name) != manifest["sha256"][name]:
                 return f"{folder / name} does not match its hash in manifest.json"
     except OSError as error:
@@ -97,8 +99,10 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def latest(run: Path, warn=print) -> Path:
+def latest(run: Path, warn: Callable[[str], None] = warnings.warn) -> Path:
     """The newest sound checkpoint; damaged ones are named through `warn` and passed over.
+
+    Its hashes have been compared: `read(folder, verified=True)` does not compare them again.
 
     Raises:
         CheckpointError: there is none.
@@ -112,34 +116,20 @@ def latest(run: Path, warn=print) -> Path:
     raise CheckpointError(f"no usable checkpoint in {run / 'checkpoint'}; begin in a new run folder")
 
 
-def read(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """All tensors by file name, and the state, of a checkpoint verified against its manifest.
+def read(folder: Path, verified: bool = False) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """All tensors by file name, and the state, of a checkpoint.
 
+    Args:
+        verified: its hashes have just been compared (`latest` does); otherwise they are compared here.
     Raises:
         CheckpointError: missing or damaged.
     """
-    if (wrong := damage(folder)) is not None:
+    if not verified and (wrong := damage(folder)) is not None:
         raise CheckpointError(f"checkpoint refused: {wrong}")
     tensors = {file.stem: load_file(file) for file in folder.glob("*.safetensors")}
     return tensors, json.loads((folder / "state.json").read_text())
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Replace a text file by one rename, so that no crash leaves half of it."""
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text)
-    _sync(temporary)
-    temporary.rename(file)
-
-
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

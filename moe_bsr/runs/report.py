@@ -1,54 +1,82 @@
-"""The report of a run: `report.json` for programs, `report.md` for people."""
+"""The report of a run: `report.json` for programs, `report.md` for people.
+
+A report speaks for itself: it holds the configuration, the machine, the code's commit and the command too.
+"""
 
 import json
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_bsr.runs.checkpoint import write_whole
-from moe_bsr.config import ConfigError
+from moe_bsr import config as configuration
+from moe_bsr.config import Config, ConfigError
+from moe_bsr.runtime.device import Runtime
+from moe_bsr.runtime.files import write_whole
+from moe_bsr.runtime.provenance import command, commit, environment
 
 
-def make(*, status: str, signal: int, scores: dict[str, dict[str, Any]] | None, split: str,
-         progress: dict[str, dict[str, float]], best: tuple[float, int] | None, **measured: Any
-         ) -> dict[str, Any]:
+def make(
+    *,
+    config: Config,
+    runtime: Runtime,
+    status: str,
+    signal: int,
+    scores: dict[str, dict[str, Any]] | None,
+    split: str,
+    progress: dict[str, dict[str, float]],
+    best: tuple[float, int] | None,
+    **measured: Any,
+) -> dict[str, Any]:
     """Report of one run.
 
     Args:
+        runtime: what computed it.
         scores: by task, from `evaluate`; None if the run did not get that far.
         progress: updates, images and epochs by task.
         best: mean validation top-1 and step of the weights selected.
     """
     tasks = {name: {**(scores[name] if scores else {}), **counts} for name, counts in progress.items()}
     return {
-        "status": status, "signal": signal, "split": split, "tasks": tasks,
+        "status": status,
+        "signal": signal,
+        "split": split,
+        "tasks": tasks,
         "mean_top1": _mean([t.get("top1") for t in tasks.values()]),
-        "selected_step": best and best[1], "selected_mean_val_top1": best and best[0],
+        "selected_step": best and best[1],
+        "selected_mean_val_top1": best and best[0],
         **measured,
+        "config": configuration.to_dict(config),
+        "environment": environment(runtime),
+        "commit": commit(),
+        "command": command(),
     }
 
 
-def aggregate(parts: dict[str, dict[str, Any]], names: list[str]) -> dict[str, Any]:
+def aggregate(config: Config, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Report of several single-task runs in the form of one: sums of time, maxima of memory.
 
     Args:
-        parts: reports so far, by task. names: all tasks; finished is only what has them all finished.
+        config: of the whole; finished is only what has all its tasks finished.
+        parts: reports so far, by task.
     """
-    done = list(parts.values())
+    done, names = list(parts.values()), config.task_names()
     tasks = {name: part["tasks"][name] for name, part in parts.items()}
     finished = list(parts) == names and all(part["status"] == "finished" for part in done)
     return {
         "status": "finished" if finished else "interrupted",
-        "signal": done[-1]["signal"], "split": done[0]["split"], "tasks": tasks,
+        "signal": done[-1]["signal"],
+        "split": done[0]["split"],
+        "tasks": tasks,
         "mean_top1": _mean([t.get("top1") for t in tasks.values()]),
         "selected_mean_val_top1": _mean([p["selected_mean_val_top1"] for p in done]),
-        "predicted_peak_mb": max((p["predicted_peak_mb"] or 0 for p in done)) or None,
+        "predicted_peak_mb": max(p["predicted_peak_mb"] or 0 for p in done) or None,
         "train_seconds": sum(p["train_seconds"] for p in done),
         "measured_peak_mb": max(p["measured_peak_mb"] for p in done),
         "gflops_per_image": _mean([p["gflops_per_image"] for p in done]),
         "test_evaluations": max(p["test_evaluations"] for p in done),
-        "weights": done[0]["weights"], "parts": list(tasks),
+        "weights": done[0]["weights"],
+        "parts": list(tasks),
+        "config": configuration.to_dict(config),
+        **{key: done[-1][key] for key in ("environment", "commit", "command")},
     }
 
 
@@ -71,28 +99,60 @@ def read(folder: Path) -> dict[str, Any] | None:
         if not isinstance(report, dict) or "tasks" not in report:
             raise ValueError("no report of a run")
     except ValueError as error:
-        raise ConfigError(f"{file}: cut or damaged: {error}; remove it, and train.py --resume writes it again "
-                          "(a finished run is tested once more for it)") from error
+        raise ConfigError(
+            f"{file}: cut or damaged: {error}; remove it, and training with resume=True writes it "
+            "again (a finished run is tested once more for it)"
+        ) from error
     return report
 
 
 def markdown(report: dict[str, Any]) -> str:
-    lines = [f"Status: {report['status']}. Scored on the {report['split']} split; "
-             f"{report['test_evaluations']} evaluation(s) of the test split so far.", "",
-             "| task | top-1 % | 95 % interval | top-5 % | mean per class % | calibration error % | chance % | "
-             "images seen | epochs | updates |",
-             "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        f"Status: {report['status']}. Scored on the {report['split']} split; "
+        f"{report['test_evaluations']} evaluation(s) of the test split so far.",
+        "",
+        "| task | top-1 % | 95 % interval | top-5 % | mean per class % | calibration error % | chance % | "
+        "images seen | epochs | updates |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for name, t in report["tasks"].items():
-        score = [f"{t[key]:.1f}" if key in t else "-"
-                 for key in ("top1", "top5", "mean_class_accuracy", "ece", "chance")]
+        score = [
+            f"{t[key]:.1f}" if key in t else "-" for key in ("top1", "top5", "mean_class_accuracy", "ece", "chance")
+        ]
         score.insert(1, f"{t['top1_low']:.1f} - {t['top1_high']:.1f}" if "top1" in t else "-")
         lines.append(f"| {name} | {' | '.join(score)} | {t['images']} | {t['epochs']:.2f} | {t['updates']} |")
     if report["mean_top1"] is not None:
         lines.append(f"| mean | {report['mean_top1']:.2f} | | | | | | | | |")
-    lines += ["", f"Training took {report['train_seconds']:.0f} s; {report['gflops_per_image'] or math.nan:.2f} GFLOPs an image "
-              f"forward. Predicted peak of a step's tensors {report['predicted_peak_mb'] or math.nan:.0f} MB; peak of the process, "
-              f"with libraries and cached images, {report['measured_peak_mb']:.0f} MB."]
+    lines += [
+        "",
+        f"Training took {report['train_seconds']:.0f} s; {_gflops(report)} GFLOPs an image "
+        f"forward. {_peaks(report)}",
+        "",
+        _provenance(report),
+    ]
     return "\n".join(lines) + "\n"
+
+
+def _peaks(report: dict[str, Any]) -> str:
+    """Predicted and measured peak memory, and what each of them counts."""
+    on_gpu = report["environment"]["device"].startswith("cuda")
+    counted = "CUDA's allocator" if on_gpu else "the process, with libraries and cached images"
+    measured = f"eak memory of {counted}: {report['measured_peak_mb']:.0f} MB."
+    if report["predicted_peak_mb"] is None:
+        return f"P{measured} No peak was predicted."
+    return f"Predicted peak of a step's tensors: {report['predicted_peak_mb']:.0f} MB; p{measured}"
+
+
+def _provenance(report: dict[str, Any]) -> str:
+    about = report["environment"]
+    return (
+        f"Computed on {about['processor']} ({about['device']}, {about['threads']} threads, {about['precision']}) "
+        f"with torch {about['torch']}; code {report['commit'] or 'of unknown version'}."
+    )
+
+
+def _gflops(report: dict[str, Any]) -> str:
+    return "-" if report["gflops_per_image"] is None else f"{report['gflops_per_image']:.2f}"
 
 
 def _mean(values: list[float | None]) -> float | None:
@@ -104,8 +164,17 @@ def comparison(reports: dict[str, dict[str, Any]], intervals: bool) -> list[list
     names = list(dict.fromkeys(task for report in reports.values() for task in report["tasks"]))
     rows = [["top-1 %", *names, "mean", "images/task", "train s", "peak MB", "GFLOPs"]]
     first = next(iter(reports.values()))["tasks"]
-    rows.append(["chance", *(f"{first[n]['chance']:.1f}" if "chance" in first.get(n, {}) else "-"
-                             for n in names), "", "", "", "", ""])
+    rows.append(
+        [
+            "chance",
+            *(f"{first[n]['chance']:.1f}" if "chance" in first.get(n, {}) else "-" for n in names),
+            "",
+            "",
+            "",
+            "",
+            "",
+        ]
+    )
     for run, report in reports.items():
         cells = []
         for name in names:
@@ -114,22 +183,18 @@ def comparison(reports: dict[str, dict[str, Any]], intervals: bool) -> list[list
             cells.append(f"{task['top1']:.1f}{interval}" if "top1" in task else "-")
         images = sorted({task["images"] for task in report["tasks"].values()})
         mean = report["mean_top1"]
-        rows.append([run, *cells, "-" if mean is None else f"{mean:.2f}",
-                     str(images[0]) if len(images) == 1 else f"{images[0]}-{images[-1]}",
-                     f"{report['train_seconds']:.0f}", f"{report['measured_peak_mb']:.0f}",
-                     f"{report['gflops_per_image'] or math.nan:.2f}"])
+        rows.append(
+            [
+                run,
+                *cells,
+                "-" if mean is None else f"{mean:.2f}",
+                str(images[0]) if len(images) == 1 else f"{images[0]}-{images[-1]}",
+                f"{report['train_seconds']:.0f}",
+                f"{report['measured_peak_mb']:.0f}",
+                _gflops(report),
+            ]
+        )
     return rows
-
-
-def as_text(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-                     for row in rows)
-
-
-def as_markdown(rows: list[list[str]]) -> str:
-    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([head, "| " + " | ".join("---" for _ in rows[0]) + " |", *body])
 
 
 def expert_use(report: dict[str, Any]) -> str:
@@ -138,6 +203,8 @@ def expert_use(report: dict[str, Any]) -> str:
     for block, tasks in report.get("expert_use", {}).items():
         lines.append(f"\nblock {block}: share of each expert in % of the task's choices (training)")
         width = max(map(len, tasks))
-        lines += [f"  {task:<{width}} " + " ".join(f"{100 * share:4.0f}" for share in shares)
-                  for task, shares in tasks.items()]
+        lines += [
+            f"  {task:<{width}} " + " ".join(f"{100 * share:4.0f}" for share in shares)
+            for task, shares in tasks.items()
+        ]
     return "\n".join(lines)

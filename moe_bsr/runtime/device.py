@@ -1,21 +1,22 @@
-"""What this machine is and how to use it well: device, precision, threads, memory.
+"""Where and how to compute: device, precision, threads; and the peak of memory.
 
-The choices are made once at the start of a run and written into it.
+`prepare` chooses, and changes nothing. `Runtime.in_effect` is what `train` runs under: whatever it sets for
+the whole process it puts back. `tune_process` changes a process for good, so only programs call it.
 """
 
 import contextlib
-import ctypes
 import os
 import platform
 import resource
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from timm.layers import set_fast_norm
 from torch import nn
 
 from moe_bsr.config import ConfigError, RuntimeConfig
+from moe_bsr.runtime import allocator
 from moe_bsr.runtime import cpu_features as cpu
 
 
@@ -33,15 +34,39 @@ class Runtime:
     threads: int
     precision_reason: str
 
-    def autocast(self) -> contextlib.AbstractContextManager:
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """For forward passes: autocast in bf16; float32 that is float32 (see `exact_convolutions`)."""
         if self.precision == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+            with exact_convolutions():
+                yield
+        else:
+            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+                yield
+
+    @contextlib.contextmanager
+    def in_effect(self) -> Iterator[None]:
+        """For whole updates, backward passes included: this runtime's threads, and float32 that is float32.
+
+        Afterwards the process is as it was.
+        """
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            with exact_convolutions() if self.precision == "fp32" else contextlib.nullcontext():
+                yield
+        finally:
+            torch.set_num_threads(before)
 
     def place(self, model: nn.Module) -> nn.Module:
         """A `MultitaskViT` on the device, its frozen matrices in the type they are computed in."""
         if self.precision == "bf16":
             model.cast_frozen_(torch.bfloat16)
+        # CUDA's autocast would widen the stream to float32 in each LayerNorm, and keep it so for the backward.
+        narrow = self.device.type == "cuda" and self.precision == "bf16"
+        for module in model.modules():
+            if hasattr(module, "_fast_norm"):  # timm's norm layers; its public switch is for the whole process
+                module._fast_norm = narrow
         return model.to(self.device)
 
     def reset_peak(self) -> None:
@@ -64,7 +89,7 @@ class Runtime:
 
 
 def prepare(config: RuntimeConfig) -> Runtime:
-    """Choose device and precision, set the thread count and the allocator.
+    """Choose device, precision and number of threads. Changes nothing in the process.
 
     Raises:
         ConfigError: a device that is not there, or a launch on several processes.
@@ -75,18 +100,38 @@ def prepare(config: RuntimeConfig) -> Runtime:
             f"WORLD_SIZE = {world}: training on several processes is not supported; start one process, without torchrun"
         )
     device = find_device(config.device)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    keep_freed_memory()
     fast, why = bf16_is_fast(device)
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if fast else "fp32"
     else:
         why = "asked for"
-    # CUDA's autocast would widen the stream to float32 in each LayerNorm, and keep it so for the backward.
-    set_fast_norm(device.type == "cuda" and precision == "bf16")
-    return Runtime(device, precision, torch.get_num_threads(), why)
+    return Runtime(device, precision, config.threads or torch.get_num_threads(), why)
+
+
+def tune_process(threads: int | None = None) -> None:
+    """Set this process up for training, for good: memory is kept for reuse, and `threads` threads if given.
+
+    For programs, at their start. A library that did this would change the program it is used in.
+    """
+    allocator.keep_freed_memory()
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Inside, cuDNN computes float32 convolutions in float32.
+
+    By default it takes TF32 (10 bits of mantissa), which makes the patch embedding 100 times less exact.
+    """
+    convolutions = torch.backends.cudnn.conv
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = before
 
 
 def find_device(name: str) -> torch.device:
@@ -103,21 +148,6 @@ def find_device(name: str) -> torch.device:
             f"runtime.device = {name!r}: {str(error).splitlines()[0]}; use auto, cpu or a device torch sees here"
         ) from error
     return device
-
-
-def keep_freed_memory() -> None:
-    """Stop glibc from giving freed memory back to the kernel at every large tensor.
-
-    By default each large allocation is a fresh mapping whose pages fault in one by one, which makes
-    elementwise kernels 4 to 5 times slower. The price is that resident memory stays at its peak.
-    """
-    if platform.system() == "Linux":
-        with contextlib.suppress(OSError, AttributeError):
-            libc = ctypes.CDLL("libc.so.6")
-            m_trim_threshold, m_mmap_max, m_mxfast = -1, -4, 1
-            libc.mallopt(m_mxfast, 0)  # chips between aligned blocks join them again; see tools/allocator.py
-            libc.mallopt(m_mmap_max, 0)
-            libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def bf16_is_fast(device: torch.device) -> tuple[bool, str]:

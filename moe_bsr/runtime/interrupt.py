@@ -1,4 +1,8 @@
-"""SIGINT and SIGTERM as a wish to stop: noted while training state changes, raised at once where it does not."""
+"""Stopping on SIGINT and SIGTERM where nothing is lost.
+
+While training changes state a signal is only noted, and the loop ends after the update. Where no state
+changes (an evaluation) it ends the work at once.
+"""
 
 import signal
 import threading
@@ -7,11 +11,13 @@ from contextlib import contextmanager
 
 
 class Interrupted(Exception):
-    """A signal arrived where work may simply be left."""
+    """A signal ended work inside `StopSignals.at_once`."""
 
 
 class StopSignals:
-    """Use as a context manager around the whole run.
+    """Catches SIGINT and SIGTERM while it is entered as a context manager; the old handlers come back after it.
+
+    In another thread than the main one it catches nothing: Python allows no handlers there.
 
     Attributes:
         number: of the signal that arrived, 0 as long as none has.
@@ -23,8 +29,8 @@ class StopSignals:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -33,7 +39,7 @@ class StopSignals:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within, a signal (also one noted before) raises Interrupted: for work that changes nothing."""
+        """Inside, a signal (also one that came before) raises Interrupted: for work that changes no state."""
         self._at_once = True
         try:
             if self.number:
@@ -42,7 +48,7 @@ class StopSignals:
         finally:
             self._at_once = False
 
-    def _note(self, number: int, frame: object) -> None:
+    def _on_signal(self, number: int, frame: object) -> None:
         self.number = number
         if self._at_once:
             self._at_once = False

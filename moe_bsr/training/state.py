@@ -158,7 +158,7 @@ class TrainState:
             return [f"no checkpoint to resume from in {folder}: starting at the first step"] if there else []
         notes: list[str] = []
         place = checkpoint.latest(folder, warn=notes.append)
-        tensors, progress = checkpoint.read(place)
+        tensors, progress = checkpoint.read(place, verified=True)
         resolved = run.read_config(folder)[1]
         run.check_data(folder, resolved["tasks"], tasks)
         run.restore_weights(self.model, tensors["weights"], resolved["backbone_sha256"], place)
@@ -167,7 +167,7 @@ class TrainState:
         notes.append(f"resumed from {place}")
         now = run.environment(runtime)
         changed = [
-            f"{key} was {resolved[key]}, now {value}" for key, value in now.items() if resolved.get(key) != value
+            f"{key} was {resolved.get(key)}, now {value}" for key, value in now.items() if resolved.get(key) != value
         ]
         if changed:
             notes.append(f"not bit-exact with the run so far: {'; '.join(changed)}")

@@ -236,6 +236,8 @@ class Trainer:
             else:
                 scores = state.best.scores or self._evaluate(split)
         return report.make(
+            config=self.config,
+            runtime=self.runtime,
             status="interrupted" if self.stop.number else "finished",
             signal=self.stop.number,
             scores=scores,

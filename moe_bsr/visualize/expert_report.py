@@ -10,8 +10,8 @@ from torch.utils.tensorboard import SummaryWriter
 from moe_bsr.evaluation import ablation, probe
 from moe_bsr.evaluation.routing import RoutingStatistics
 from moe_bsr.model.multitask import MultitaskViT
-from moe_bsr.runs.checkpoint import write_whole
-from moe_bsr.runs.folder import TrainedRun
+from moe_bsr.runs.load import TrainedRun
+from moe_bsr.runtime.files import write_whole
 from moe_bsr.visualize import experts as expert_figures
 from moe_bsr.visualize import theme
 from moe_bsr.visualize.html import Picture, Section, Table, page

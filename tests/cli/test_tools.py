@@ -13,9 +13,9 @@ from PIL import Image
 from tiny_runs import act_at, make_config
 
 from moe_bsr import config as configuration
+from moe_bsr.api import train
 from moe_bsr.runs import folder as run
 from moe_bsr.runs import report
-from moe_bsr.api import train
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 

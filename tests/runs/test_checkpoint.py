@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from moe_bsr.runs import checkpoint
-from moe_bsr.runs.checkpoint import CheckpointError, damage, latest, read, recover, save, steps, write_whole
+from moe_bsr.runs.checkpoint import CheckpointError, damage, latest, read, recover, save, steps
+from moe_bsr.runtime import files as disk
 
 
 def tensors(step: int = 0) -> dict[str, dict[str, torch.Tensor]]:
@@ -23,10 +24,6 @@ def save_steps(run: Path, *bests: int | None) -> None:
     """Checkpoints 1, 2, ... with the best step known at each."""
     for step, best in enumerate(bests, 1):
         save(run, step, tensors(step), {"step": step, "best_step": best})
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
 # --- round trip ---
@@ -125,20 +122,20 @@ def test_an_unfinished_write_of_the_same_step_is_no_obstacle(tmp_path):
 
 def test_a_crash_at_any_moment_of_a_save_leaves_a_sound_checkpoint(tmp_path, monkeypatch):
     """Counted by syncs: each marks the end of one stage of the write."""
-    sync, crashed_at = checkpoint._sync, 0
+    sync, crashed_at = disk.sync, 0
     while True:
         run, count = tmp_path / str(crashed_at), 0
         save_steps(run, None, None)
 
-        def crashing(path):
+        def crashing(path, last=crashed_at):
             nonlocal count
-            if count == crashed_at:
+            if count == last:
                 raise Crash
             count += 1
             sync(path)
 
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "_sync", crashing)
+            patch.setattr(disk, "sync", crashing)
             try:
                 save(run, 3, tensors(3), {"step": 3, "best_step": None})
             except Crash:
@@ -150,21 +147,6 @@ def test_a_crash_at_any_moment_of_a_save_leaves_a_sound_checkpoint(tmp_path, mon
         assert read(latest(run))[1]["step"] == 3 and not list(run.rglob("*.tmp"))
         crashed_at += 1
     assert crashed_at == 6  # two tensor files, the state, the manifest, both folders
-
-
-def test_a_text_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    file = tmp_path / "report.json"
-    write_whole(file, "first")
-    write_whole(file, "second")
-    assert files(tmp_path) == {"report.json": b"second"}
-
-    def rename(*_):
-        raise Crash
-
-    monkeypatch.setattr(Path, "rename", rename)
-    with pytest.raises(Crash):
-        write_whole(file, "third, half wri")
-    assert file.read_text() == "second"
 
 
 # --- damage ---
@@ -233,6 +215,15 @@ def test_without_a_sound_checkpoint_there_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="no usable checkpoint"):
         latest(tmp_path, warn=warnings.append)
     assert len(warnings) == 2
+
+
+def test_every_file_is_hashed_once(tmp_path, monkeypatch):
+    save_steps(tmp_path, None)
+    hashed, sha256 = [], checkpoint._sha256
+    monkeypatch.setattr(checkpoint, "_sha256", lambda file: hashed.append(file.name) or sha256(file))
+    read(latest(tmp_path), verified=True)
+    assert set(hashed) == {"weights.safetensors", "optimizer.safetensors", "state.json"}
+    assert len(hashed) == len(set(hashed))
 
 
 def test_steps_are_ordered_as_numbers(tmp_path):

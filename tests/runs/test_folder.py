@@ -1,24 +1,18 @@
 """The run folder: what a run writes down, and that a trained model comes back from it as it was scored."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_runs import SIZES, TASKS, Crash, act_at, crash, make_config, script_scores, state_of
+from tiny_runs import SIZES, TASKS, Crash, act_at, crash, make_config
 
 import moe_bsr
+from moe_bsr.api import train
+from moe_bsr.config import Config, ConfigError
 from moe_bsr.runs import checkpoint
 from moe_bsr.runs import folder as run
-from moe_bsr.model.backbones.vit import load as load_backbone
-from moe_bsr.runs.checkpoint import CheckpointError
-from moe_bsr.config import Config, ConfigError
-from moe_bsr.evaluation.evaluate import evaluate
 from moe_bsr.runs.report import markdown
-from moe_bsr.api import train
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -181,49 +175,6 @@ def test_tensorboard_is_cut_back_to_the_checkpoint(config, finished, tmp_path, m
     assert resumed == whole
 
 
-# --- a model from its run ---
-
-
-@pytest.mark.parametrize("ema", [None, 0.7])
-def test_a_loaded_run_scores_exactly_what_its_report_says(config, tmp_path, ema):
-    report = train(moe_bsr.config.replace(config, train__ema_decay=ema, train__eval_every=None), tmp_path / "run")
-    loaded = moe_bsr.load(tmp_path / "run")
-    assert loaded.weights == ("live" if ema is None else "average") and loaded.step == 8
-    for name, model in loaded.models.items():
-        assert not model.training
-        scores = evaluate(model, loaded.data(name), "test", loaded.transforms, loaded.runtime)
-        assert {k: v for k, v in scores.items() if k != "images_per_second"} == {
-            k: report["tasks"][name][k] for k in scores if k != "images_per_second"
-        }
-        assert loaded.class_names[name] == loaded.data(name).class_names
-
-
-def test_best_last_or_any_kept_step_can_be_loaded(config, tmp_path, monkeypatch):
-    script_scores(monkeypatch, [10.0, 30.0, 20.0])  # at updates 3, 6 and 8
-    folder = tmp_path / "run"
-    train(moe_bsr.config.replace(config, train__ema_decay=None), folder)
-    for name, step in (("best", 6), ("last", 8), (6, 6), ("8", 8)):
-        loaded = moe_bsr.load(folder, name)
-        assert loaded.step == step
-        saved = checkpoint.read(folder / "checkpoint" / str(step))[0]["weights"]
-        held = loaded.models["shapes"].state_dict()
-        assert all(torch.equal(held[key], value) for key, value in saved.items())
-    with pytest.raises(CheckpointError, match="no checkpoint 7 .* 6, 8"):
-        moe_bsr.load(folder, 7)
-
-
-def test_tasks_of_a_run_can_be_chosen(finished):
-    loaded = moe_bsr.load(finished, tasks=["fractals"])
-    assert list(loaded.models) == list(loaded.class_names) == ["fractals"]
-    with pytest.raises(ValueError, match="did you mean shapes"):
-        moe_bsr.load(finished, tasks=["shape"])
-
-
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="not a run folder"):
-        moe_bsr.load(tmp_path)
-
-
 @pytest.mark.parametrize("first_lost", ["mode:", "ode:", "seed:", "weights:", "resolved:", "images:", "python:"])
 def test_a_damaged_configuration_is_refused_by_name(finished, tmp_path, first_lost):
     text = (finished / "config.yaml").read_text()
@@ -231,81 +182,3 @@ def test_a_damaged_configuration_is_refused_by_name(finished, tmp_path, first_lo
     with pytest.raises(ConfigError, match=r"config\.yaml: cut or damaged: .* copy in its place") as refusal:
         run.read_config(tmp_path)
     assert "\n" not in str(refusal.value)
-
-
-def test_what_training_changed_is_saved_or_everything(config, tmp_path):
-    saved, models = {}, {}
-    for save in ("trainable", "all"):
-        folder = tmp_path / save
-        train(moe_bsr.config.replace(config, train__save=save, train__steps=2), folder)
-        saved[save] = checkpoint.read(folder / "checkpoint" / "2")[0]["weights"]
-        models[save] = state_of(moe_bsr.load(folder).models["shapes"])
-    assert saved["all"].keys() == models["all"].keys()
-    left_out = saved["all"].keys() - saved["trainable"].keys()
-    assert {"vit.patch_embed.proj.weight", "vit.pos_embed", "vit.blocks.0.attn.qkv.weight"} <= left_out
-    assert not [name for name in left_out if name.startswith(("vit.blocks.1.", "vit.norm.", "heads."))]
-    assert models["all"].keys() == models["trainable"].keys()
-    assert all(torch.equal(value, models["trainable"][name]) for name, value in models["all"].items())
-
-
-@pytest.fixture
-def own_backbone(config, tmp_path) -> tuple[Config, Path]:
-    """The configuration over a weights file of one's own, and that file."""
-    file = tmp_path / "backbone.safetensors"
-    save_file(load_backbone(config.backbone, seed=5).state_dict(), file)
-    return moe_bsr.config.replace(config, backbone__weights=str(file), train__ema_decay=None), file
-
-
-def replace_backbone(config: Config, file: Path) -> None:
-    save_file(
-        load_backbone(moe_bsr.config.replace(config, backbone__weights="random").backbone, seed=6).state_dict(), file
-    )
-
-
-def test_a_run_over_another_backbone_is_refused(own_backbone, tmp_path):
-    config, file = own_backbone
-    train(config, tmp_path / "run")
-    replace_backbone(config, file)
-    with pytest.raises(CheckpointError, match="only what training changed.*backbone.weights"):
-        moe_bsr.load(tmp_path / "run")
-
-
-def test_weights_that_were_moved_are_named_by_an_option(own_backbone, tmp_path):
-    config, file = own_backbone
-    train(moe_bsr.config.replace(config, train__steps=2), tmp_path / "run")
-    before = state_of(moe_bsr.load(tmp_path / "run").models["shapes"])
-    moved = file.rename(tmp_path / "moved.safetensors")
-    with pytest.raises(ConfigError, match="no such file.*--weights"):
-        moe_bsr.load(tmp_path / "run")
-    after = moe_bsr.load(tmp_path / "run", weights=str(moved)).models["shapes"].state_dict()
-    assert all(torch.equal(value, before[name]) for name, value in after.items())
-    replace_backbone(config, moved)
-    with pytest.raises(CheckpointError, match="--weights FILE to evaluate"):
-        moe_bsr.load(tmp_path / "run", weights=str(moved))
-
-
-def test_a_run_of_a_device_that_is_not_here_is_computed_on_another(finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "run")
-    file = tmp_path / "run" / "config.yaml"
-    file.write_text(file.read_text().replace("  device: cpu\n", "  device: cuda:99\n"))
-    with pytest.raises(ConfigError, match="cuda:99.*--device cpu"):
-        moe_bsr.load(tmp_path / "run")
-    here = moe_bsr.load(tmp_path / "run", device="cpu")
-    assert here.runtime.device.type == "cpu" and here.runtime.precision == "fp32"
-
-
-def test_a_resume_over_another_backbone_is_refused(own_backbone, tmp_path, monkeypatch):
-    config, file = own_backbone
-    with monkeypatch.context() as patch, pytest.raises(Crash):
-        act_at(patch, 5, crash)
-        train(config, tmp_path / "run")
-    replace_backbone(config, file)
-    with pytest.raises(CheckpointError, match="only what training changed.*backbone.weights"):
-        train(config, tmp_path / "run", resume=True)
-
-
-def test_a_checkpoint_of_everything_stands_alone(own_backbone, tmp_path):
-    config, file = own_backbone
-    train(moe_bsr.config.replace(config, train__save="all", train__steps=2), tmp_path / "run")
-    file.unlink()
-    assert moe_bsr.load(tmp_path / "run").step == 2

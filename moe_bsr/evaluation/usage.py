@@ -1,0 +1,54 @@
+"""How many patches are kept and how the experts are used, summed over an evaluation of one task."""
+
+from torch import Tensor
+
+from moe_bsr.evaluation.routing import RoutingStatistics
+from moe_bsr.model.block import Record
+
+USED_SHARE = 0.01  # an expert with at least this share of the assignments counts as used
+
+
+class TokenAndExpertUsage:
+    """What the blocks did with the images of one task. No number is fetched from a GPU before `summary`."""
+
+    def __init__(self, task: str) -> None:
+        self.task = task
+        self._entering: dict[int, int] = {}
+        self._kept: dict[int, Tensor] = {}
+        self._routing: dict[int, RoutingStatistics] = {}
+
+    def add(self, records: dict[int, Record]) -> None:
+        """Count one forward pass in evaluation mode."""
+        for block, record in records.items():
+            if (dropped := record.dropped) is not None:
+                self._entering[block] = self._entering.get(block, 0) + dropped.origin_in.numel()
+                kept = (dropped.origin >= 0).sum()
+                if block in self._kept:
+                    self._kept[block] += kept  # in place, see `Predictions.empty`
+                else:
+                    self._kept[block] = kept
+            if (routing := record.routing) is not None:
+                if block not in self._routing:
+                    self._routing[block] = RoutingStatistics([self.task], routing.probabilities.shape[-1])
+                self._routing[block].add(self.task, routing)
+
+    def summary(self) -> dict:
+        """Block indices are strings, as in JSON.
+
+        tokens_kept: mean share of the image's patches that reach the end, fused ones not counted.
+        tokens_kept_after: the same after each drop block. expert_share: share of the assignments
+        that each expert got, by MoE block. experts_used: how many experts got at least 1 % (with
+        more than 50 experts: half of an equal share).
+        """
+        kept = {
+            str(block): int(count) / self._entering[min(self._entering)] for block, count in sorted(self._kept.items())
+        }
+        shares = {str(block): routing.shares("count")[0] for block, routing in sorted(self._routing.items())}
+        return {
+            "tokens_kept": list(kept.values())[-1] if kept else 1.0,
+            "tokens_kept_after": kept,
+            "experts_used": {
+                block: int((share >= min(USED_SHARE, 0.5 / len(share))).sum()) for block, share in shares.items()
+            },
+            "expert_share": {block: share.tolist() for block, share in shares.items()},
+        }

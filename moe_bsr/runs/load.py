@@ -1,0 +1,202 @@
+"""A trained model comes back from its run folder, with its transforms and class names.
+
+    run = moe_bsr.load("runs/quickstart")
+    found = run.predict("photos/")
+    print(found["images"][0]["tasks"]["petals"][0]["name"])
+
+Loading changes nothing in the program that loads: not its threads, not its memory allocator.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moe_bsr.config import Config, ConfigError
+from moe_bsr.config.reader import nearest
+from moe_bsr.data import ImageTransforms, TaskData
+from moe_bsr.model.multitask import MultitaskViT, build, build_on_meta
+from moe_bsr.runs import checkpoint
+from moe_bsr.runs.folder import make_transforms, open_task, read_config, restore_weights
+from moe_bsr.runs.predict import Images, predict_images
+from moe_bsr.runtime.device import Runtime, prepare
+
+
+@dataclass(slots=True)
+class TrainedRun:
+    """A trained run, ready to use. Make it with `load`.
+
+    Attributes:
+        models: by task; in a multitask run the same model for all, in a single-task run one each.
+        step: of the checkpoint; in a single-task run the largest of its models'.
+        weights: "average" (EMA) or "live".
+    """
+
+    run: Path
+    config: Config
+    models: dict[str, MultitaskViT]
+    transforms: ImageTransforms
+    runtime: Runtime
+    class_names: dict[str, list[str]]
+    step: int
+    weights: str
+    data_root: str | None = None
+    _data: dict[str, TaskData] = field(default_factory=dict)
+
+    def data(self, task: str) -> TaskData:
+        """The task's dataset, opened at the first call.
+
+        Raises:
+            ConfigError: its classes are not those the run was trained on.
+        """
+        if task not in self._data:
+            data = open_task(self.config, self.config.task_files()[task], self.data_root)
+            if list(data.class_names) != self.class_names[task]:
+                raise ConfigError(
+                    f"task {task}: its data now have other classes than the run was trained on ({data.origin})"
+                )
+            self._data[task] = data
+        return self._data[task]
+
+    def predict(
+        self, images: Images | Iterable[Images], tasks: list[str] | None = None, top: int = 3
+    ) -> dict[str, Any]:
+        """Names for images, for all tasks (or only `tasks`) in one pass of the blocks that they share.
+
+            run.predict("photo.jpg")
+            run.predict(["a.jpg", Image.open("b.png"), array], tasks=["pets"], top=5)
+
+        Args:
+            images: a file, a folder (with all below it), a PIL image, a uint8 array (H, W, 3) in RGB, or an
+                iterable of these.
+            top: names per task, the most probable first.
+        Returns:
+            Plain data, ready for JSON: `images` has {image, tasks: {task: [{name, probability}, ...]}} for each
+            image that could be read, `skipped` {image, reason} for the others. `image` is the file, or the
+            position of an image that came without one. `groups` tells which tasks shared how many blocks.
+        Raises:
+            ValueError: an unknown task, a folder without images, an array of another form.
+            FloatingPointError: the model's outputs are not finite.
+        """
+        return predict_images(self, images, chosen_tasks(tasks, list(self.models)), top)
+
+
+def load(
+    run: str | Path,
+    checkpoint_name: str | int = "best",
+    data_root: str | None = None,
+    device: str | None = None,
+    weights: str | None = None,
+    tasks: list[str] | None = None,
+) -> TrainedRun:
+    """The model of a run with its transforms and class names, in evaluation mode.
+
+    Args:
+        checkpoint_name: "best" (by mean validation top-1), "last", or a step.
+        data_root: where the datasets are now, if not where they were.
+        device: where to compute, if not where the run did. The precision stays the run's.
+        weights: where the backbone's weights are now, if not where they were: a file, or "hub".
+        tasks: only these; in a single-task run the models of the others are not read, and need not be there yet.
+    Raises:
+        ConfigError: not a run folder. CheckpointError: missing or damaged checkpoint.
+        ValueError: a task that the run does not have.
+    """
+    run = Path(run)
+    config, resolved = read_config(run)
+    chosen = chosen_tasks(tasks, config.task_names())
+    if config.mode == "single_task":
+        _require_trained(run, chosen, config.task_names())
+        parts = {task: load(run / task, checkpoint_name, data_root, device, weights) for task in chosen}
+        first = next(iter(parts.values()))
+        return TrainedRun(
+            run,
+            config,
+            {task: part.models[task] for task, part in parts.items()},
+            first.transforms,
+            first.runtime,
+            {task: part.class_names[task] for task, part in parts.items()},
+            max(part.step for part in parts.values()),
+            first.weights,
+            data_root,
+        )
+    config.runtime.precision = resolved["precision"]
+    runtime = _prepare_for(run, config, device)
+    names = {task: about["classes"] for task, about in resolved["tasks"].items()}
+    classes = {task: len(known) for task, known in names.items()}
+    folder, tensors, state = _read_named(run, checkpoint_name)
+    if build_on_meta(config, classes).state_dict().keys() <= tensors["weights"].keys():
+        config.backbone.weights = "random"  # everything was saved: no need for the backbone's file
+    elif weights is not None:
+        config.backbone.weights = weights
+    try:
+        model = build(config, classes)
+    except ConfigError as error:  # the plan passed above: it is the weights
+        raise ConfigError(
+            f"{run}: {error}. The run needs the weights it was trained from: weights=FILE says where they are now"
+        ) from error
+    restore_weights(model, tensors["weights"], resolved["backbone_sha256"], folder)
+    average = tensors.get("average")
+    if average:
+        model.load_state_dict(average, strict=False)
+    return TrainedRun(
+        run,
+        config,
+        dict.fromkeys(chosen, runtime.place(model.eval())),
+        make_transforms(config, model),
+        runtime,
+        {task: names[task] for task in chosen},
+        state["step"],
+        "average" if average else "live",
+        data_root,
+    )
+
+
+def chosen_tasks(asked: list[str] | None, known: list[str]) -> list[str]:
+    """The tasks asked for, each once, or all of them.
+
+    Raises:
+        ValueError: naming an unknown one, those there are and the nearest.
+    """
+    for task in asked or []:
+        if task not in known:
+            raise ValueError(f"no task {task!r}: this run has {', '.join(known)}{nearest(task, known, str)}")
+    return list(dict.fromkeys(asked or known))
+
+
+def _require_trained(run: Path, chosen: list[str], known: list[str]) -> None:
+    """Refuse a single-task run in which models of `chosen` have no checkpoint yet, and say what can be done."""
+    trained = [task for task in known if checkpoint.steps(run / task)]
+    if missing := [task for task in chosen if task not in trained]:
+        others = f", or choose from those that are there: tasks={trained}" if trained else ""
+        raise checkpoint.CheckpointError(
+            f"{run}: not trained yet: {', '.join(missing)}; go on training with resume=True{others}"
+        )
+
+
+def _prepare_for(run: Path, config: Config, device: str | None) -> Runtime:
+    """To compute on `device`, or where the run did."""
+    if device is not None:
+        config.runtime.device = device
+        return prepare(config.runtime)
+    try:
+        return prepare(config.runtime)
+    except ConfigError as error:
+        raise ConfigError(f"{run}: {error}. The run was trained there; device='cpu' computes without it") from error
+
+
+def _read_named(run: Path, name: str | int) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """A checkpoint's folder, tensors and state; of "best", the newest sound checkpoint knows which it is."""
+    if name in ("best", "last"):
+        newest = checkpoint.latest(run)
+        best = checkpoint.best_step(newest)
+        if name == "last" or best is None or newest.name == str(best):
+            return newest, *checkpoint.read(newest, verified=True)
+        name = best
+    folder = run / "checkpoint" / str(name)
+    if not folder.is_dir():
+        raise checkpoint.CheckpointError(
+            f"no checkpoint {name} in {run}; there are best, last and {', '.join(map(str, checkpoint.steps(run)))}"
+        )
+    return folder, *checkpoint.read(folder)

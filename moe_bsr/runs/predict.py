@@ -1,0 +1,142 @@
+"""Names for images: all tasks of a run at once.
+
+The frozen blocks before the gradient path are the same for every task: they run once per image, and each
+task goes on from there; also where the run has one model per task over the same frozen blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from moe_bsr.data import UnreadableImage
+from moe_bsr.data.sources import EXTENSIONS, decode
+
+if TYPE_CHECKING:
+    from moe_bsr.runs.load import TrainedRun
+
+BATCH = 32  # images in one forward pass
+
+Images = str | PathLike | Image.Image | np.ndarray
+
+
+def predict_images(run: TrainedRun, images: Images | Iterable[Images], tasks: list[str], top: int) -> dict[str, Any]:
+    """What `TrainedRun.predict` returns. Images are read a batch at a time, so a folder may be of any size."""
+    if top < 1:
+        raise ValueError(f"top = {top}: at least 1")
+    groups: dict[tuple, list[str]] = {}
+    for task in tasks:
+        groups.setdefault(run.models[task].features_key(), []).append(task)
+    found: list[dict[str, Any]] = []
+    skipped: list[dict[str, Any]] = []
+
+    def readable() -> Iterator[tuple[str | int, Tensor]]:
+        for name, image in _named(images):
+            try:
+                yield name, _as_input(run, name, image)
+            except UnreadableImage as error:
+                skipped.append({"image": name, "reason": str(error)})
+
+    inputs = readable()
+    while batch := list(islice(inputs, BATCH)):
+        names, pixels = zip(*batch, strict=True)
+        probabilities = _forward(run, list(groups.values()), torch.stack(pixels))
+        for row, name in enumerate(names):
+            answers = {task: _best(probabilities[task][row], run.class_names[task], top) for task in tasks}
+            found.append({"image": name, "tasks": answers})
+    return {
+        "run": str(run.run),
+        "step": run.step,
+        "groups": [
+            {
+                "tasks": members,
+                "blocks": len(run.models[members[0]].plan),
+                "shared_blocks": run.models[members[0]].path_start if len(members) > 1 else 0,
+            }
+            for members in groups.values()
+        ],
+        "images": found,
+        "skipped": skipped,
+    }
+
+
+def _named(images: Images | Iterable[Images]) -> Iterator[tuple[str | int, Path | Image.Image | np.ndarray]]:
+    """Every single image with its name: the file as given, or its position among all that came."""
+    one = isinstance(images, str | PathLike | Image.Image) or isinstance(images, np.ndarray) and images.ndim == 3
+    position = 0
+    for image in [images] if one else images:
+        if isinstance(image, str | PathLike):
+            path = Path(image)
+            files = _files_below(path) if path.is_dir() else [path]
+            for file in files:
+                yield str(file) if path.is_dir() else str(image), file
+            position += len(files)
+        else:
+            yield position, image
+            position += 1
+
+
+def _files_below(folder: Path) -> list[Path]:
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.name[0] != "." and p.is_file())
+    if not files:
+        raise ValueError(f"{folder}: no images below it ({', '.join(sorted(EXTENSIONS))})")
+    return files
+
+
+def _as_input(run: TrainedRun, name: str | int, image: Path | Image.Image | np.ndarray) -> Tensor:
+    """uint8 (3, S, S), as an evaluation would see it.
+
+    Raises:
+        UnreadableImage: damaged or missing. ValueError: an array of another form, or nothing of an image.
+    """
+    if isinstance(image, Path):
+        if not image.is_file():
+            raise UnreadableImage(f"{name}: no such file")
+        return run.transforms.eval_image(Image.fromarray(decode(image, str(name))))
+    if isinstance(image, Image.Image):
+        try:
+            return run.transforms.eval_image(image)
+        except (OSError, ValueError, SyntaxError) as error:  # Pillow reads an opened file only now
+            raise UnreadableImage(f"image {name}: not a readable image ({error})") from error
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"image {name} is a {type(image).__name__}: give a file, a folder, a PIL image or an array")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ValueError(
+            f"image {name} is an array of {image.dtype} {image.shape}: give uint8 (height, width, 3), RGB, 0 to 255"
+        )
+    return run.transforms.eval_image(Image.fromarray(image))
+
+
+@torch.inference_mode()
+def _forward(run: TrainedRun, groups: list[list[str]], images: Tensor) -> dict[str, Tensor]:
+    """Probabilities (B, classes) float32 by task, on the CPU, of uint8 images (B, 3, S, S).
+
+    Args:
+        groups: tasks whose models have the same frozen blocks; these run once for a group.
+    """
+    probabilities = {}
+    with run.runtime.autocast():
+        inputs = run.transforms.normalize(images, device=run.runtime.device)
+        for tasks in groups:
+            tokens, _ = run.models[tasks[0]].forward_features(inputs)
+            for task in tasks:
+                logits = run.models[task].forward_from(tokens, task).logits
+                if not logits.isfinite().all():
+                    raise FloatingPointError(
+                        f"task {task}: logits that are not finite; the weights are broken, use an earlier checkpoint"
+                    )
+                probabilities[task] = logits.float().softmax(1).cpu()
+    return probabilities
+
+
+def _best(probabilities: Tensor, names: list[str], top: int) -> list[dict[str, Any]]:
+    order = probabilities.argsort(descending=True, stable=True)[:top].tolist()
+    return [{"name": names[i], "probability": probabilities[i].item()} for i in order]

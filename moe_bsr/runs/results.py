@@ -1,0 +1,136 @@
+"""An index of a folder of results: `README.md`, written from the JSON files below it and never by hand.
+
+Each file is told apart by its keys, whatever its name. `README` shows what it is, what made it, where, from
+which code, and the few figures one looks for first. Files of before these were recorded show a dash.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from moe_bsr.runtime.files import write_whole
+from moe_bsr.runtime.text_tables import as_markdown
+
+HEAD = """# Results
+
+Written by `moe-bsr results` from the files beside it; every figure below is read from the file it stands for.
+Change nothing here by hand: put the file in its place, and write this page anew.
+"""
+
+
+def write_readme(folder: Path) -> Path:
+    """Write `README.md` of all JSON files in and below the folder, and return its path.
+
+    Raises:
+        ValueError: a file that is not JSON, or of no known kind; the message names it.
+    """
+    file = folder / "README.md"
+    write_whole(file, readme(folder))
+    return file
+
+
+def readme(folder: Path) -> str:
+    """The text of `README.md`: a table for each kind of result."""
+    tables: dict[str, list[list[str]]] = {title: [] for title, _, _ in KINDS}
+    for file in sorted(folder.rglob("*.json")):
+        result = _read(file)
+        title, figures = _kind(file, result)
+        name = file.relative_to(folder).as_posix()
+        cells = [f"[{name.removesuffix('/report.json')}]({name})", figures(result)]
+        tables[title].append([*cells, _environment(result), _commit(result), _command(result)])
+    header = ["file", "figures", "environment", "commit", "command"]
+    parts = [f"## {title}\n\n{as_markdown([header, *rows])}\n" for title, rows in tables.items() if rows]
+    return "\n".join([HEAD, *parts])
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        result = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: cut or damaged: {error}; remove it or put a copy in its place") from error
+    if not isinstance(result, dict):
+        raise ValueError(f"{file}: a list; a result is an object with named values")
+    return result
+
+
+def _kind(file: Path, result: dict[str, Any]) -> tuple[str, Callable[[dict[str, Any]], str]]:
+    for title, keys, figures in KINDS:
+        if keys <= result.keys():
+            return title, figures
+    raise ValueError(
+        f"{file}: of no known kind, it has {', '.join(list(result)[:6])}; known are "
+        + ", ".join(f"{title.lower()} ({', '.join(sorted(keys))})" for title, keys, _ in KINDS)
+    )
+
+
+def _run(report: dict[str, Any]) -> str:
+    tasks, mean = report["tasks"], report["mean_top1"]
+    images = sorted({task["images"] for task in tasks.values()})
+    scored = f"mean top-1 {mean:.1f} % ({report['split']})" if mean is not None else report["status"]
+    return (
+        f"{scored} of {len(tasks)} tasks; {'-'.join(f'{n:,}' for n in dict.fromkeys((images[0], images[-1])))} images "
+        f"a task, {report['train_seconds']:,.0f} s; peak {report['measured_peak_mb']:,.0f} MB; "
+        f"{report['gflops_per_image']:.2f} GFLOPs an image"
+    )
+
+
+def _benchmark(result: dict[str, Any]) -> str:
+    asked, targets = result["arguments"], result["targets"]
+    cases = sum(map(len, result["groups"].values()))
+    reached = f"{sum(bool(target['reached']) for target in targets)} of {len(targets)} targets reached"
+    measured = [f"; {t['what']}: {t['value']:.2f}" for t in targets if t["value"] is not None]
+    return f"{asked['backbone']}, batch {asked['batch']}: {cases} cases, {reached}{''.join(measured[:1])}"
+
+
+def _scaling(result: dict[str, Any]) -> str:
+    asked, series = result["arguments"], result["scaling"]
+    points = ", ".join(f"{name} ({len(values)} points)" for name, values in series.items())
+    return f"{asked['backbone']}, batch {asked['batch']}: {points}"
+
+
+def _sweep(result: dict[str, Any]) -> str:
+    worst = ", ".join(
+        f"{name} {100 * about['worst']:.1f} %"
+        for name, about in result["summary"].items()
+        if name in ("parameters", "gradients", "kept", "peak", "transients")
+    )
+    within = "within" if result["within_tolerance"] else "not within"
+    return f"{len(result['records'])} cases, {within} tolerance; predicted against measured, at worst: {worst}"
+
+
+def _storages(result: dict[str, Any]) -> str:
+    means = {storage: fmean(fmean(values) for values in tasks.values()) for storage, tasks in result["top1"].items()}
+    exact = means.pop("exact")
+    others = ", ".join(f"{storage} {mean - exact:+.2f} points" for storage, mean in means.items())
+    runs = f"{len(result['top1']['exact'])} tasks, {len(result['seeds'])} seeds"
+    return f"{result['config']}, {result['steps']} updates, {runs}: top-1 {exact:.1f} % exact, {others}"
+
+
+# title, the keys that tell a file of this kind, its figures
+KINDS: list[tuple[str, set[str], Callable[[dict[str, Any]], str]]] = [
+    ("Trained runs", {"tasks", "mean_top1", "status"}, _run),
+    ("Storages compared", {"top1", "seeds", "config"}, _storages),
+    ("Benchmarks", {"arguments", "groups", "targets"}, _benchmark),
+    ("How cost grows", {"arguments", "scaling"}, _scaling),
+    ("Predicted against measured cost", {"summary", "records", "within_tolerance"}, _sweep),
+]
+
+
+def _environment(result: dict[str, Any]) -> str:
+    """The machine, as `provenance.environment` tells it; older files have its values among their own."""
+    about = result.get("environment", result)
+    if "processor" not in about:
+        return about.get("machine", "-")
+    return f"{about['processor']}, {about['threads']} threads, {about['precision']}, torch {about['torch']}"
+
+
+def _commit(result: dict[str, Any]) -> str:
+    commit = result.get("commit")
+    return "-" if commit is None else f"`{commit[:10]}{'-dirty' * commit.endswith('-dirty')}`"
+
+
+def _command(result: dict[str, Any]) -> str:
+    commands = result.get("command") or []
+    return "<br>".join(f"`{line}`" for line in ([commands] if isinstance(commands, str) else commands)) or "-"

@@ -1,0 +1,155 @@
+"""`TrainedRun.predict`: whatever an image comes as, the answers are those of the whole forward pass."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_tasks import CLASSES, CPU, TRANSFORMS, decided_network, network, task_data
+
+from moe_bsr.config import Config
+from moe_bsr.runs.load import TrainedRun
+
+NAMES = {name: task_data(name).class_names for name in CLASSES}
+
+
+@pytest.fixture
+def run() -> TrainedRun:
+    models = dict.fromkeys(CLASSES, decided_network().eval())
+    return TrainedRun(Path("runs/mine"), Config(), models, TRANSFORMS, CPU, NAMES, 12, "live")
+
+
+@pytest.fixture
+def arrays() -> list[np.ndarray]:
+    return [task_data("many").val.source.image(i) for i in range(3)]
+
+
+@pytest.fixture
+def folder(tmp_path, arrays) -> Path:
+    (tmp_path / "images" / "below").mkdir(parents=True)
+    for place, array in zip(("a.png", "b.PNG", "below/c.png"), arrays, strict=True):
+        Image.fromarray(array).save(tmp_path / "images" / place)
+    (tmp_path / "images" / "notes.txt").write_text("no image")
+    (tmp_path / "images" / ".hidden.png").write_text("no image")
+    return tmp_path / "images"
+
+
+def answers(found: dict) -> list[dict]:
+    return [image["tasks"] for image in found["images"]]
+
+
+def test_predictions_are_those_of_the_whole_forward_pass_in_plain_data(run, arrays):
+    found = run.predict(arrays, top=5)
+    assert json.loads(json.dumps(found)) == found
+    assert (found["run"], found["step"], found["skipped"]) == ("runs/mine", 12, [])
+    assert [image["image"] for image in found["images"]] == [0, 1, 2]
+    images = torch.stack([TRANSFORMS.eval_image(Image.fromarray(array)) for array in arrays])
+    for task, classes in CLASSES.items():
+        with torch.no_grad():
+            probabilities = run.models[task](TRANSFORMS.normalize(images), task).logits.softmax(1)
+        for row, image in zip(probabilities, answers(found), strict=True):
+            best = row.argsort(descending=True)[:5].tolist()
+            assert [answer["name"] for answer in image[task]] == [f"class {c}" for c in best]
+            assert len(best) == min(5, classes)
+            assert [answer["probability"] for answer in image[task]] == pytest.approx(row[best].tolist())
+
+
+def test_files_folders_pil_images_and_arrays_give_the_same(run, arrays, folder):
+    expected = answers(run.predict(arrays))
+    files = [folder / "a.png", folder / "b.PNG", folder / "below" / "c.png"]
+    pictures = [Image.fromarray(array) for array in arrays]
+    for images in (folder, str(folder), files, map(str, files), pictures, [files[0], pictures[1], arrays[2]]):
+        assert answers(run.predict(images)) == expected
+    for one, image in ((0, str(files[0])), (1, pictures[1]), (2, arrays[2])):
+        assert answers(run.predict(image)) == answers(run.predict([arrays[one]]))
+    assert [image["image"] for image in run.predict(folder)["images"]] == list(map(str, files))
+    mixed = run.predict([folder, arrays[0]])["images"]
+    assert mixed[-1]["image"] == 3 and mixed[-1]["tasks"] == expected[0]
+
+
+def test_more_images_than_a_batch_holds_keep_their_order(run, arrays, monkeypatch):
+    whole = run.predict(arrays)
+    monkeypatch.setattr("moe_bsr.runs.predict.BATCH", 2)
+    split = run.predict(iter(arrays))
+    for one, other in zip(answers(whole), answers(split), strict=True):
+        for task in CLASSES:
+            assert [a["name"] for a in one[task]] == [a["name"] for a in other[task]]
+
+
+def test_the_frozen_blocks_run_once_for_all_tasks_that_share_them(run, arrays, monkeypatch):
+    passes, model = [], run.models["many"]
+    whole = model.forward_features
+    monkeypatch.setattr(model, "forward_features", lambda *a: passes.append(1) or whole(*a))
+    found = run.predict(arrays)
+    assert len(passes) == 1
+    assert found["groups"] == [{"tasks": ["many", "few"], "blocks": 4, "shared_blocks": 1}]
+    run.models["few"] = network({"few": 3}, depth=2, train_blocks=[1], drop_blocks=[], moe_blocks=[]).eval()
+    assert run.predict(arrays)["groups"] == [
+        {"tasks": ["many"], "blocks": 4, "shared_blocks": 0},
+        {"tasks": ["few"], "blocks": 2, "shared_blocks": 0},
+    ]
+    torch.manual_seed(0)  # a model of its own over the same frozen blocks
+    plan = {"train_blocks": [1, 3], "drop_blocks": [0, 2], "moe_blocks": [1, 3]}
+    run.models["few"] = network({"few": 3}, depth=4, **plan).eval()
+    assert run.predict(arrays)["groups"] == found["groups"]
+
+
+def test_tasks_and_the_number_of_names_can_be_chosen(run, arrays):
+    (image,) = answers(run.predict(arrays[0], tasks=["few"], top=1))
+    assert list(image) == ["few"] and len(image["few"]) == 1
+    with pytest.raises(ValueError, match="no task 'mani'.*did you mean many"):
+        run.predict(arrays[0], tasks=["mani"])
+    with pytest.raises(ValueError, match="top = 0: at least 1"):
+        run.predict(arrays[0], top=0)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no image"])
+def test_an_unreadable_image_is_named_and_left_out(run, arrays, tmp_path, content):
+    bad = tmp_path / "bad.png"
+    if content is not None:
+        bad.write_bytes(content)
+    found = run.predict([bad, arrays[0]])
+    assert answers(found) == answers(run.predict(arrays[0]))
+    (skipped,) = found["skipped"]
+    assert skipped["image"] == str(bad) and str(bad) in skipped["reason"]
+    assert ("no such file" if content is None else "not a readable image") in skipped["reason"]
+    assert run.predict(bad)["images"] == []
+
+
+def test_an_opened_image_that_turns_out_to_be_cut_is_left_out_too(run, tmp_path):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "cut.png")
+    whole = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    with Image.open(tmp_path / "cut.png") as image:
+        assert [skipped["image"] for skipped in run.predict([image])["skipped"]] == [0]
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((8, 8, 3), np.float32),
+        np.zeros((8, 8), np.uint8),
+        np.zeros((3, 8, 8), np.uint8),
+        np.zeros((0, 8, 3), np.uint8),
+        torch.zeros(3, 8, 8, dtype=torch.uint8),
+        None,
+    ],
+)
+def test_what_is_no_image_is_refused(run, image):
+    with pytest.raises(ValueError, match="^image 0 is a"):
+        run.predict([image])
+
+
+def test_a_folder_without_images_is_refused(run, tmp_path):
+    with pytest.raises(ValueError, match="no images below it"):
+        run.predict(tmp_path)
+
+
+def test_broken_weights_are_no_answer(run, arrays):
+    with torch.no_grad():
+        run.models["few"].heads["few"].bias.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="task few"):
+        run.predict(arrays)
