@@ -4,14 +4,14 @@ Attention, routers and experts are counted; the backward of y = x W costs as muc
 path goes on, and once more for dW, where W trains. Elementwise work (norms, softmax, activations) is not counted.
 """
 
-from timm.layers import AttentionPoolLatent, Mlp
+from timm.layers import AttentionPoolLatent
 from timm.models.vision_transformer import Block
 
+from moe_bsr.model.layers import Mlp
 from moe_bsr.model.moe import MoE
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.model.plan import BlockPlan, token_counts
-
-RECOMPUTES = ("recompute", "recompute_int8")
+from moe_bsr.model.storage import STORAGES
 
 
 def forward_flops(model: MultitaskViT, task: str) -> int:
@@ -35,7 +35,7 @@ def step_flops(model: MultitaskViT, task: str) -> int:
         if index < model.path_start:
             continue
         total += sum(backward_macs(block, plan, n, m, vit.has_class_token, model.tokens_config.attached))
-        if model.storages[index] in RECOMPUTES:
+        if STORAGES[plan.storage.kind].recomputes:
             total += forward - skipped_macs(block, m)
     return 2 * total
 

@@ -103,7 +103,7 @@ def bytes_of(tensors) -> int:
 def marked_sections(model: nn.Module):
     """Name what is allocated in a forward pass by its section; yields a list whose last tracer is told."""
     tracers: list[Tracer] = []
-    features, block = model.forward_features, model._block
+    features, block = model.forward_features, model.run_block
 
     def mark(section: str) -> None:
         if tracers:
@@ -117,12 +117,12 @@ def marked_sections(model: nn.Module):
         mark(f"block {index}")
         return block(index, *arguments)
 
-    model.forward_features, model._block = marked_features, marked_block
+    model.forward_features, model.run_block = marked_features, marked_block
     norm = model.vit.norm.register_forward_pre_hook(lambda *_: mark("head"))
     try:
         yield tracers
     finally:
-        del model.forward_features, model._block
+        del model.forward_features, model.run_block
         norm.remove()
 
 

@@ -104,7 +104,7 @@ def trace_block(setting: Setting, index: int, task: str, stream: Stream, with_gr
         records: dict[int, Record] = {}
         tracer.phase = "forward"
         with torch.set_grad_enabled(on_path), setting.runtime.autocast():
-            tokens = model._block(index, tokens, task, NOISE_KEY if on_path else None, records)
+            tokens = model.run_block(index, tokens, task, NOISE_KEY if on_path else None, records)
         end = [tokens]
         del tokens
         return _finish_block(tracer, border, parameters, with_gradient, end, records.pop(index, None), inputs)
@@ -207,7 +207,7 @@ def _head_step(setting: Setting, border: Border, task: str, stream: Stream, rout
 
     def output():
         with _starting_at(model, len(model.plan)):
-            return model._finish(start, task, NOISE_KEY)
+            return model._forward_path(start, task, NOISE_KEY)
 
     return TrainingStep(model, setting.runtime, None, output=output, commit=lambda output: model.commit(output, task),
                 loss=lambda output: criterion(output.logits.float(), labels) + output.auxiliary_loss)

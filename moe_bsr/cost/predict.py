@@ -18,10 +18,9 @@ from moe_bsr.config import Config
 from moe_bsr.cost import kernel_scratch
 from moe_bsr.cost.model_sections import (Setting, block_modules, embedding_modules, head_modules, trace_block,
                                          trace_embedding, trace_head, trace_update, Update)
-from moe_bsr.cost.sections import Section
+from moe_bsr.cost.sections import Section, standing_in
 from moe_bsr.cost.timeline import Placed, Timeline
 from moe_bsr.cost.trace import WEIGHT_COPY
-from moe_bsr.ops.linear import frozen_matrices
 from moe_bsr.runtime.device import Runtime, find_device
 from moe_bsr.model.multitask import MultitaskViT
 
@@ -130,7 +129,7 @@ class _Step:
                  ) -> None:
         device = find_device(config.runtime.device)
         threads = config.runtime.threads or torch.get_num_threads()
-        narrow = {id(p) for p in frozen_matrices(model.vit)} if precision == "bf16" else set()
+        narrow = cast_parameters(model) if precision == "bf16" else set()
 
         def dtype(tensor: Tensor) -> torch.dtype:
             return torch.bfloat16 if id(tensor) in narrow else tensor.dtype
@@ -154,8 +153,7 @@ class _Step:
         routing: list[tuple[bool, ...]] = []
         for index, plan in enumerate(model.plan):
             stream = section.stream
-            about = (plan, model.storages[index], stream, index >= model.path_start, self.shares.get(index),
-                     model.vit.num_prefix_tokens, model.vit.has_class_token)
+            about = (plan, stream, index >= model.path_start, self.shares.get(index), model.vit.num_prefix_tokens, model.vit.has_class_token)
             section = self._section(
                 "block", block_modules(model, index), f"vit.blocks.{index}.", task, about,
                 lambda grads, index=index, stream=stream: trace_block(setting, index, task, stream, grads))
@@ -175,14 +173,14 @@ class _Step:
             prefix: of the modules' parameters' names in the model.
         """
         names, about_modules = _fingerprint(modules, task, self.model.tasks, self.setting.dtype)
-        has_gradient = {name for name in names if prefix + name.lstrip(".") in self.trained}
+        has_gradient = {name for name in names if prefix + name in self.trained}
         key = (kind, self.key, about, about_modules, tuple(names[n] for n in names if n in has_gradient))
         if key not in _sections:
             section = trace(has_gradient)
             section.trained = frozenset(names[name] for name in section.trained)
             _sections[key] = section
         section = _sections[key]
-        self.trained |= {prefix + name.lstrip(".") for name, alike in names.items() if alike in section.trained}
+        self.trained |= {prefix + name for name, alike in names.items() if alike in section.trained}
         return section
 
     def update(self, stepped: set[str]) -> Update:
@@ -195,6 +193,14 @@ class _Step:
         if key not in _sections:
             _sections[key] = trace_update(self.setting, stepped, self.trained)
         return _sections[key]
+
+
+def cast_parameters(model: MultitaskViT) -> set[int]:
+    """The ids of the parameters that `cast_frozen_` keeps in the compute dtype alone."""
+    with standing_in(dict(model.named_modules()), lambda tensor: tensor.new_empty(0, device="cpu")) as parameters:
+        model.cast_frozen_(torch.bfloat16)
+        cast = {name for name, parameter in parameters.items() if parameter.dtype == torch.bfloat16}
+    return {id(p) for name, p in model.named_parameters() if name in cast}
 
 
 def _fingerprint(modules: dict[str, nn.Module], task: str, tasks: list[str], dtype: Callable[[Tensor], torch.dtype]
@@ -217,7 +223,7 @@ def _fingerprint(modules: dict[str, nn.Module], task: str, tasks: list[str], dty
             if tensor is None or by_task and name != task:
                 continue
             if isinstance(tensor, nn.Parameter):
-                names[f"{prefix}.{name}"] = f"{alike}.{'*' if by_task else name}"
+                names[f"{prefix}.{name}".removeprefix(".")] = f"{alike}.{'*' if by_task else name}"
             key += (name if not by_task else "*", tensor.shape, dtype(tensor), tensor.requires_grad)
     return names, tuple(key)
 

@@ -221,14 +221,13 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
 
 
 @contextlib.contextmanager
-def fake_parameters(modules: dict[str, nn.Module], device: torch.device, dtype: Callable[[Tensor], torch.dtype]
-                    ) -> Iterator[dict[str, nn.Parameter]]:
-    """While the context lasts, the modules' own parameters and buffers are fake ones of the same shapes.
+def standing_in(modules: dict[str, nn.Module], make: Callable[[Tensor], Tensor]) -> Iterator[dict[str, nn.Parameter]]:
+    """While the context lasts, the modules' own parameters and buffers are others, made from them.
 
     Args:
-        modules: by name; their submodules are not looked at. dtype: of each tensor. Enter it within `fake_tensors`.
+        modules: by name; their submodules are not looked at.
     Yields:
-        The fake parameters by name.
+        The parameters that stand in, by name.
     """
     made: dict[int, Tensor] = {}
     parameters: dict[str, nn.Parameter] = {}
@@ -241,13 +240,23 @@ def fake_parameters(modules: dict[str, nn.Module], device: torch.device, dtype: 
                     if tensor is None:
                         continue
                     if id(tensor) not in made:
-                        value = made[id(tensor)] = empty(tensor.shape, dtype(tensor), device)
+                        value = made[id(tensor)] = make(tensor)
                         if isinstance(tensor, nn.Parameter):
                             value.requires_grad_(tensor.requires_grad)
-                            value._is_param = True  # as `nn.Parameter` does, less a call of the fake mode
-                            parameters[f"{prefix}.{name}"] = value
+                            value._is_param = True  # as `nn.Parameter` does
+                            parameters[f"{prefix}.{name}".removeprefix(".")] = value
                     tensors[name] = made[id(tensor)]
         yield parameters
     finally:
         for tensors, before in saved:
             tensors.update(before)
+
+
+def fake_parameters(modules: dict[str, nn.Module], device: torch.device, dtype: Callable[[Tensor], torch.dtype]
+                    ) -> contextlib.AbstractContextManager[dict[str, nn.Parameter]]:
+    """`standing_in` of fake tensors of the same shapes; to be entered within `fake_tensors`.
+
+    Args:
+        dtype: of each tensor.
+    """
+    return standing_in(modules, lambda tensor: empty(tensor.shape, dtype(tensor), device))
