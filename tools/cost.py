@@ -178,7 +178,7 @@ def sweep_answer(
         about = " ".join(str(v) for k, v in record.items() if k != "quantities")
         print(
             f"{about}: kept {record['quantities']['kept']['difference']:+.3%}, "
-            f"transients {record['quantities']['transients']['difference']:+.3%}",
+            f"peak {record['quantities']['peak']['difference']:+.3%}",
             file=sys.stderr,
         )
     total = sweep.summary(records)
@@ -235,8 +235,7 @@ def measured_table(measured: dict[str, Any], device: str) -> list[str]:
         for name, row in measured["kept_by_block"].items()
     ]
     lines.append(
-        "(a step of one task; a block's input is measured at the block that made it and predicted at the "
-        "one that keeps it)"
+        "(a step of one task; a block's input counts for the block that made it)"
     )
     what = "CUDA's allocator" if device == "cuda" else "resident memory of the process, libraries included"
     lines += [

@@ -1,6 +1,6 @@
 """A budget answers back: does it fit, with how many images, and which single change would help most.
 
-Everything comes from the exact model (`predict`), nothing is run.
+Everything comes from `predict`; nothing is run.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from moe_bsr.model.multitask import build_on_meta
 from moe_bsr.model.storage import STORAGES
 
 UNITS = {"B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30}
-MAX_IMAGES = 2**16
+MAX_IMAGES = 2**12  # of a micro-batch that is looked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,21 +110,33 @@ def answer(config: Config, classes: dict[str, int], budget: int, *, batch: int, 
         floor,
         cost_of(1).peak,
         cost.peak <= budget,
-        largest(lambda images: cost_of(images).peak <= budget),
+        largest(lambda images: cost_of(images).peak, budget),
         sorted((c for c in changes if c.bytes > 0), key=lambda c: c.worth, reverse=True),
     )
 
 
-def largest(fits: Callable[[int], bool]) -> int:
-    """The largest n up to MOST_IMAGES for which `fits`, which holds for all smaller ones then; 0 if none."""
-    low, high = 0, 1
-    while high <= MAX_IMAGES and fits(high):
-        low, high = high, 2 * high
-    if high > MAX_IMAGES:
-        return low
+def largest(peak: Callable[[int], int], budget: int) -> int:
+    """The largest n up to MAX_IMAGES with peak(n) <= budget; 0 if there is none.
+
+    Args:
+        peak: never falls. It is nearly a straight line, so that few n are asked for.
+    """
+    low, below, high, above = 0, 0, 1, peak(1)
+    while above <= budget:
+        if high == MAX_IMAGES:
+            return high
+        slope = max((above - below) / (high - low), 1) if low else above
+        low, below = high, above
+        high = min(max(2 * high, int(high + 1.01 * (budget - above) / slope) + 1) if low > 1 else 2, MAX_IMAGES)
+        above = peak(high)
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        middle = low + int((budget - below) / (above - below) * (high - low)) if low else low + 1
+        middle = min(max(middle, low + 1), high - 1)
+        at_middle = peak(middle)
+        if at_middle <= budget:
+            low, below = middle, at_middle
+        else:
+            high, above = middle, at_middle
     return low
 
 

@@ -1,6 +1,264 @@
-from moe_bsr.config import ConfigError
+"""What a training step truly holds, predicted by tracing the code that the trainer runs.
+
+`predict` traces each kind of section of a model once, with fake tensors, and puts a step together from them.
+The network is never run; a model on the meta device will do.
+"""
+
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_bsr.config import Config
+from moe_bsr.cost import kernel_scratch
+from moe_bsr.cost.model_sections import (Setting, block_modules, embedding_modules, head_modules, trace_block,
+                                         trace_embedding, trace_head, trace_update, Update)
+from moe_bsr.cost.sections import Section, standing_in
+from moe_bsr.cost.timeline import Placed, Timeline
+from moe_bsr.cost.trace import WEIGHT_COPY
+from moe_bsr.runtime.device import Runtime, find_device
+from moe_bsr.model.multitask import MultitaskViT
 
 
-class Cost: pass
-def predict(*a, **k):
-    raise ConfigError("stub")
+@dataclass(slots=True)
+class Cost:
+    """Bytes and FLOPs of one micro-batch's training step and the update after it.
+
+    Attributes:
+        parameters: weights and buffers as they are kept while training (frozen matrices in the compute dtype).
+        copies: of trained weights in the compute dtype, alive from the forward to the backward; part of `kept`.
+        gradients, optimizer: at the end of the backward and from the first update on.
+        average: the copy of the trained parameters that `train.ema_decay` keeps.
+        kept: for the backward pass. kept_by_block: the same by the section and the operator that made it.
+        transients: most bytes alive in forward, backward and optimizer over what lived before the step,
+            `kept` included, gradients not.
+        peak: of everything but the images and what `data.feature_cache_mb` keeps of them.
+        forward_flops, step_flops: of the micro-batch; two for a multiply-add.
+    """
+
+    parameters: int
+    copies: int
+    gradients: int
+    optimizer: int
+    average: int
+    kept: int
+    kept_by_block: dict[str, dict[str, int]]
+    transients: dict[str, int]
+    peak: int
+    forward_flops: int
+    step_flops: int
+
+    def summary(self, batch: int) -> str:
+        """In one line, for a person who starts a run with these micro-batches."""
+        return (f"predicted: {self.peak / 2**20:.0f} MB of tensors at the peak of a step ({self.kept / 2**20:.0f} MB kept "
+                f"for backward), {self.step_flops / batch / 1e9:.2f} GFLOPs an image to train")
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def predict(model: MultitaskViT, config: Config, *, batch: int, precision: str, task: str | None = None,
+            all_tasks: bool = False, shares: dict[int, float] | None = None) -> Cost:
+    """The cost of training steps of one task's micro-batches of `batch` images.
+
+    Args:
+        model: on any device, `build_on_meta`'s included. precision: "fp32" or "bf16".
+        task: by default the one with the most classes.
+        all_tasks: as in a run in which every task had its turn: optimizer state of all heads and routers, with
+            joint sampling their gradients, and at the peak what earlier micro-batches of an update left.
+        shares: by block with experts, the largest expert's group over an equal one, once it is known: values
+            decide it.
+    """
+    training = model.training
+    model.train()
+    try:
+        return _predict(model, config, batch, precision, task, all_tasks, shares or {})
+    finally:
+        model.train(training)
+
+
+def _predict(model: MultitaskViT, config: Config, batch: int, precision: str, task: str | None, all_tasks: bool,
+             shares: dict[int, float]) -> Cost:
+    step = _Step(model, config, batch, precision, shares)
+    task = task or max(model.tasks, key=lambda name: model.heads[name].out_features)
+    tasks = model.tasks if all_tasks and config.sampler.kind == "joint" else [task]
+    micro_batches = [name for name in tasks for _ in range(config.train.grad_accumulation_steps if all_tasks else 1)]
+    timeline, first = Timeline(), None
+    done: list[list[Placed]] = []
+    for name in micro_batches:
+        places = step.places(name)
+        kept = timeline.forward(places)
+        timeline.backward(places)
+        done.append(places)
+        if first is None:
+            first = kept, dict(timeline.peaks_without), places
+    kept, transients, places = first
+    gradients = sum(place.section.gradients for places in done for place in places)
+    everything = [n for n, p in model.named_parameters() if p.requires_grad] if all_tasks else step.trained
+    update = step.update(everything)
+    timeline.peaks["optimizer"] = timeline.live + update.rise
+    transients["optimizer"] = timeline.live_without + update.rise
+    parameters = sum(t.numel() * step.setting.dtype(t).itemsize for t in (*model.parameters(), *model.buffers()))
+    peak = max(timeline.peaks.values())
+    return Cost(
+        parameters=parameters, copies=sum(makers.get(WEIGHT_COPY, 0) for makers in kept.values()),
+        gradients=gradients, optimizer=update.state, average=update.average,
+        kept=sum(sum(makers.values()) for makers in kept.values()), kept_by_block=kept, transients=transients,
+        peak=parameters + update.state + update.average + peak,
+        forward_flops=sum(place.section.forward_flops for place in places),
+        step_flops=sum(place.section.forward_flops + place.section.backward_flops for place in places))
+
+
+_sections: dict[Hashable, Any] = {}
+"""What has been traced in this process, by everything that it depends on."""
+
+
+class _Step:
+    """The sections of one model's step, each kind traced once.
+
+    Attributes:
+        trained: names of the parameters that have a gradient so far.
+    """
+
+    def __init__(self, model: MultitaskViT, config: Config, batch: int, precision: str, shares: dict[int, float]
+                 ) -> None:
+        device = find_device(config.runtime.device)
+        threads = config.runtime.threads or torch.get_num_threads()
+        narrow = cast_parameters(model) if precision == "bf16" else set()
+
+        def dtype(tensor: Tensor) -> torch.dtype:
+            return torch.bfloat16 if id(tensor) in narrow else tensor.dtype
+
+        self.model, self.shares, self.trained = model, shares, set()
+        self.setting = Setting(model, config, Runtime(device, precision, threads, ""), batch, dtype,
+                               kernel_scratch.on(device, threads), lambda index: unequal_rows(self._share(index)))
+        self.key = (batch, device, precision, threads, repr(config.tokens))
+
+    def _share(self, index: int) -> float:
+        moe = self.setting.config.moe
+        return self.shares.get(index) or largest_share(self.model.vit.embed_dim, moe.num_experts, moe.top_k)
+
+    def places(self, task: str) -> list[Placed]:
+        """The sections of one micro-batch of a task; what trains in them has a gradient from here on."""
+        model, setting = self.model, self.setting
+        section = self._section(
+            "embedding", embedding_modules(model), "", task, (model.embedding_trains, model.vit.patch_embed.img_size),
+            lambda grads: trace_embedding(setting, grads))
+        places = [Placed("embedding", section)]
+        routing: list[tuple[bool, ...]] = []
+        for index, plan in enumerate(model.plan):
+            stream = section.stream
+            about = (plan, stream, index >= model.path_start, self.shares.get(index), model.vit.num_prefix_tokens, model.vit.has_class_token)
+            section = self._section(
+                "block", block_modules(model, index), f"vit.blocks.{index}.", task, about,
+                lambda grads, index=index, stream=stream: trace_block(setting, index, task, stream, grads))
+            places.append(Placed(f"block {index}", section))
+            if section.routing:
+                routing.append(section.routing)
+        about = (section.stream, tuple(routing), model.vit.global_pool, repr(setting.config.moe),
+                 setting.config.train.label_smoothing)
+        places.append(Placed("head", self._section(
+            "head", head_modules(model, task), "", task, about,
+            lambda grads: trace_head(setting, task, section.stream, routing, grads))))
+        return places
+
+    def _section(self, kind: str, modules: dict[str, nn.Module], prefix: str, task: str, about: tuple,
+                 trace: Callable[[set[str]], Section]) -> Section:
+        """Args:
+            prefix: of the modules' parameters' names in the model.
+        """
+        names, about_modules = _fingerprint(modules, task, self.model.tasks, self.setting.dtype)
+        has_gradient = {name for name in names if prefix + name in self.trained}
+        key = (kind, self.key, about, about_modules, tuple(names[n] for n in names if n in has_gradient))
+        if key not in _sections:
+            section = trace(has_gradient)
+            section.trained = frozenset(names[name] for name in section.trained)
+            _sections[key] = section
+        section = _sections[key]
+        self.trained |= {prefix + name for name, alike in names.items() if alike in section.trained}
+        return section
+
+    def update(self, stepped: set[str]) -> Update:
+        """Args:
+            stepped: names of the parameters that had an update before.
+        """
+        parameters = tuple((name, p.shape, name in stepped, name in self.trained)
+                           for name, p in self.model.named_parameters() if p.requires_grad)
+        key = ("update", self.key[1:], parameters, repr(self.setting.config.train), len(self.model.plan))
+        if key not in _sections:
+            _sections[key] = trace_update(self.setting, stepped, self.trained)
+        return _sections[key]
+
+
+def cast_parameters(model: MultitaskViT) -> set[int]:
+    """The ids of the parameters that `cast_frozen_` keeps in the compute dtype alone."""
+    with standing_in(dict(model.named_modules()), lambda tensor: tensor.new_empty(0, device="cpu")) as parameters:
+        model.cast_frozen_(torch.bfloat16)
+        cast = {name for name, parameter in parameters.items() if parameter.dtype == torch.bfloat16}
+    return {id(p) for name, p in model.named_parameters() if name in cast}
+
+
+def _fingerprint(modules: dict[str, nn.Module], task: str, tasks: list[str], dtype: Callable[[Tensor], torch.dtype]
+                 ) -> tuple[dict[str, str], tuple]:
+    """What distinguishes modules that may allocate differently.
+
+    Returns:
+        Their parameters' names, with a name in which the task's own does not occur, and a key.
+    """
+    key: list[Any] = []
+    names: dict[str, str] = {}
+    for prefix, module in modules.items():
+        by_task = isinstance(module, nn.ParameterDict) and set(module.keys()) == set(tasks)
+        alike = prefix.replace(f"heads.{task}", "heads.*")
+        key += (alike, type(module))
+        for name, value in vars(module).items():
+            if name[0] != "_":
+                key += (name, _plain(value))
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None or by_task and name != task:
+                continue
+            if isinstance(tensor, nn.Parameter):
+                names[f"{prefix}.{name}".removeprefix(".")] = f"{alike}.{'*' if by_task else name}"
+            key += (name if not by_task else "*", tensor.shape, dtype(tensor), tensor.requires_grad)
+    return names, tuple(key)
+
+
+def _plain(value: Any) -> Hashable:
+    """An attribute of a module as part of a key: values as they are, objects by their type."""
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype | type):
+        return value
+    if isinstance(value, tuple | list):
+        return tuple(map(_plain, value))
+    return getattr(value, "__qualname__", None) or (repr(value) if dataclasses.is_dataclass(value) else type(value))
+
+
+def largest_share(width: int, experts: int, k: int) -> float:
+    """The largest expert's group over an equal one, as fresh routers make it: the spread of their logits, and
+    with it this, grows with sqrt(width). Measured with random weights: 1.3, 1.5, 1.9 for DeiT-Ti, DeiT-S, ViT-B."""
+    return min(1 + 0.03 * width**0.5, experts / k)
+
+
+def unequal_rows(share: float) -> Callable[[int, int, int], list[int]]:
+    """Rows of each expert where values are not known: the first has the largest share, the others equal ones.
+
+    Rows are padded to a multiple. The others' are spread over one multiple, so that as much is padding as is on
+    average.
+
+    Args:
+        share: the largest group over an equal one.
+    """
+    def rows(assignments: int, experts: int, multiple: int) -> list[int]:
+        others = experts - 1
+        largest = min(round(share * assignments / experts), assignments) if others else assignments
+        each = (assignments - largest) / max(others, 1)
+        spread = min(multiple, 2 * each)
+        sums = [round(each * n + spread * (n * n / max(others, 1) - n) / 2) for n in range(experts)]
+        counts = [largest, *(b - a for a, b in itertools.pairwise(sums))]
+        return [-(-count // multiple) * multiple for count in counts]
+
+    return rows

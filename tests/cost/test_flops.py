@@ -1,9 +1,10 @@
-"""FLOPs in closed form against what watchers count: fvcore, torch's counter (and what these two miss), and
-the shapes of all matrix products in a training step as the profiler saw them.
+"""Traced FLOPs against the closed form, the closed form against fvcore, torch's counter (and what these two miss),
+and the trace against the shapes of all matrix products in a training step as the profiler saw them.
 """
 
 import pytest
 import torch
+from closed_form import forward_flops, step_flops
 from fvcore.nn import FlopCountAnalysis
 from tiny_models import CLASSES, make_model, make_vit, normal
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -11,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from moe_bsr import config as configuration
 from moe_bsr.benchmark.matmuls import step_products
 from moe_bsr.config import Config
-from moe_bsr.cost.flops import forward_flops, step_flops
+from moe_bsr.cost.predict import predict
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.runtime import cpu_features as cpu
 from moe_bsr.runtime.device import prepare
@@ -22,10 +23,8 @@ DEPTH, TOKENS = 4, PREFIX + PATCHES
 
 
 def closed_form(model) -> float:
-    """FLOPs of the forward pass of the batch, with the head of the task `one` in place of the mean head."""
-    heads = [head.weight.numel() for head in model.heads.values()]
-    of_head = 2 * (model.heads["one"].weight.numel() - sum(heads) / len(heads))
-    return IMAGES * (forward_flops(model) + of_head)
+    """FLOPs of the forward pass of the batch."""
+    return IMAGES * forward_flops(model, "one")
 
 
 @pytest.fixture(autouse=True)
@@ -124,8 +123,8 @@ PLANS = {
 }
 
 
-def step_counts(plan: str, precision: str, storage: str, kind: str = "class-token", **changes) -> tuple[int, int]:
-    """(closed form, products seen) of a training step of IMAGES images."""
+def planned(plan: str, precision: str, storage: str, kind: str = "class-token", **changes):
+    """A model of one task and its configuration."""
     keys = {"train_blocks": [], "drop_blocks": [], "moe_blocks": []} | PLANS[plan]
     config = configuration.replace(
         Config(),
@@ -138,39 +137,74 @@ def step_counts(plan: str, precision: str, storage: str, kind: str = "class-toke
         **{f"plan__{k}": v for k, v in keys.items()},
         **changes,
     )
-    model, runtime = MultitaskViT(make_vit(kind), config, {"one": CLASSES["one"]}), prepare(config.runtime)
+    return MultitaskViT(make_vit(kind), config, {"one": CLASSES["one"]}), config
+
+
+def traced(model, config) -> tuple[int, int]:
+    """Traced FLOPs of the forward pass and of the whole step."""
+    cost = predict(model, config, batch=IMAGES, precision=config.runtime.precision)
+    return cost.forward_flops, cost.step_flops
+
+
+def executed(model, config) -> int:
+    """FLOPs of all matrix products in a training step, as the profiler saw them."""
+    runtime = prepare(config.runtime)
     counted = step_products(training_step(runtime.place(model), config, runtime, batch=IMAGES))
-    return IMAGES * step_flops(model), sum(product.flops * n for product, n in counted.items())
+    return sum(product.flops * n for product, n in counted.items())
 
 
 @pytest.mark.parametrize("storage", ["exact", "int8", "recompute"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("plan", ["full", "last", "last-k"])
-def test_a_step_computes_exactly_the_products_of_the_closed_form(plan, precision, storage):
-    closed, seen = step_counts(plan, precision, storage)
-    assert closed == seen
+def test_a_dense_step_is_traced_exactly_as_the_closed_form_says(plan, precision, storage):
+    model, config = planned(plan, precision, storage)
+    assert traced(model, config) == (closed_form(model), IMAGES * step_flops(model, "one"))
+
+
+def test_dropping_is_traced_exactly_but_for_two_small_sums():
+    """The class token's row is no matrix product; the fused token is one, which the closed form leaves out."""
+    model, config = planned("bsr", "fp32", "exact")
+    dropped = PATCHES // 2 + 4  # of 16 patches 8; of those and the fused one 4
+    scored = TOKENS + (PREFIX + PATCHES // 2 + 1)
+    assert traced(model, config)[0] == closed_form(model) + 2 * IMAGES * WIDTH * (dropped - scored)
+
+
+def test_experts_are_traced_exactly_forward():
+    """In float32 rows are not padded, and each row goes through one expert."""
+    model, config = planned("moe", "fp32", "exact")
+    assert traced(model, config)[0] == closed_form(model)
+
+
+@pytest.mark.parametrize("storage", ["exact", "recompute"])
+@pytest.mark.parametrize("plan", ["full", "bsr", "moe", "moe-bsr"])
+def test_every_product_that_is_executed_is_traced(plan, storage):
+    """But for those of one vector, of a gate's gradient: torch's counter, as ours, knows their operator not."""
+    model, config = planned(plan, "fp32", storage)
+    assert traced(model, config)[1] == pytest.approx(executed(model, config), rel=1e-3)
 
 
 @pytest.mark.parametrize("storage", ["exact", "recompute"])
 @pytest.mark.parametrize("plan", ["bsr", "moe", "moe-bsr"])
 def test_with_dropping_and_experts_only_weighted_sums_of_tokens_differ(plan, storage):
-    """The class token's row (no matrix product), the fused token and the gates' sum (not in the closed
-    form): below 1 % even at a width of 16.
-
-    In float32: in bf16 each expert's rows are padded to a multiple of 64, which these few tokens are not.
-    """
-    closed, seen = step_counts(plan, "fp32", storage)
-    assert closed == pytest.approx(seen, rel=0.01) and closed != seen
+    """The class token's row, the fused token and the gates' sum: below 1 % even at a width of 16."""
+    model, config = planned(plan, "fp32", storage)
+    assert IMAGES * step_flops(model, "one") == pytest.approx(traced(model, config)[1], rel=0.01)
 
 
 @pytest.mark.parametrize("detach", [False, True])
 def test_scores_by_the_whole_map_are_counted_with_their_gradient(detach):
-    closed, seen = step_counts("bsr", "fp32", "exact", "average-pool", tokens__detach_fusion_weights=detach)
-    assert closed == pytest.approx(seen, rel=0.002)
+    model, config = planned("bsr", "fp32", "exact", "average-pool", tokens__detach_fusion_weights=detach)
+    assert IMAGES * step_flops(model, "one") == pytest.approx(traced(model, config)[1], rel=0.002)
+
+
+def test_pooling_by_attention_is_counted():
+    model, config = planned("full", "fp32", "exact", "attention-pool")
+    assert traced(model, config)[0] == pytest.approx(closed_form(model), abs=IMAGES)
 
 
 def test_a_frozen_router_computes_no_gradient_of_its_weights():
-    (closed, seen), (frozen, seen_frozen) = (
-        step_counts("moe", "fp32", "exact", moe__train_router=trains) for trains in (True, False)
+    (trained, config), (frozen, config_frozen) = (
+        planned("moe", "fp32", "exact", moe__train_router=trains) for trains in (True, False)
     )
-    assert closed - frozen == seen - seen_frozen > 0
+    closed = IMAGES * (step_flops(trained, "one") - step_flops(frozen, "one"))
+    assert traced(trained, config)[1] - traced(frozen, config_frozen)[1] == closed > 0

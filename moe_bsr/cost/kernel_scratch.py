@@ -1,0 +1,198 @@
+"""Scratch memory of kernels: what they allocate for themselves while they run, and no dispatcher sees.
+
+One row for a kernel and the CPUs it was measured on, by torch's profiler, which reports what a kernel asks of torch's
+allocator. Rows are fits, right to some ten percent; the few large ones (patch convolutions, bf16 products without
+bf16 instructions, flash attention's packed keys and values) are exact where they were measured. A kernel without a
+row takes nothing. A GPU's kernels have no rows.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_bsr.runtime import cpu_features as cpu
+
+AMX, VECTORS, AVX512, AVX2 = "amx_bf16", "avx512_bf16", "avx512", "avx2"
+SPR = "Xeon (Sapphire Rapids), torch 2.11.0, 2026-11-26"
+SPR_OLD = "Xeon with AMX, torch 2.15.0, 2026-11-21"
+ZEN4 = "Zen 4, torch 2.14.1, 2026-11-24"
+ZEN3 = "Zen 3, torch 2.14.1, 2026-11-26"
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Attributes:
+        kernels: operators, by name. cpus: kinds of CPU (`cpu_kind`); empty: all.
+        size: (threads, arguments, result) -> bytes. measured: CPU, torch and day.
+    """
+
+    kernels: tuple[str, ...]
+    dtype: torch.dtype
+    cpus: tuple[str, ...]
+    size: Callable[[int, Sequence[Any], Any], float]
+    measured: str
+
+
+def cpu_kind() -> str:
+    """What oneDNN chooses its kernels by: matrix tiles for bf16, vectors for bf16, AVX-512, or none of these."""
+    return cpu.bf16_instructions() or (AVX512 if "avx512bw" in cpu.words() else AVX2)
+
+
+def on(device: torch.device, threads: int) -> Callable[[str, Sequence[Any], Any], int]:
+    """Scratch bytes of an operator on this device: (name, arguments, result) -> bytes."""
+    if device.type != "cpu":
+        return lambda name, args, result: 0
+    return partial(_bytes, _fits(cpu_kind()), threads)
+
+
+def _fits(kind: str) -> dict[tuple[str, torch.dtype], Fit]:
+    return {(kernel, fit.dtype): fit for fit in FITS if not fit.cpus or kind in fit.cpus for kernel in fit.kernels}
+
+
+def _bytes(fits: dict[tuple[str, torch.dtype], Fit], threads: int, name: str, args: Sequence[Any], result: Any) -> int:
+    tensor = next((a for a in args if isinstance(a, Tensor)), None)
+    fit = None if tensor is None else fits.get((name, tensor.dtype))
+    return 0 if fit is None else int(fit.size(threads, args, result))
+
+
+def _operands(args: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """Of a product, without its bias."""
+    first, second, *rest = args
+    return (second, rest[0]) if rest and isinstance(rest[0], Tensor) and first.ndim < 2 else (first, second)
+
+
+def _relaid_rows(threads: int, args: Sequence[Any], result: Any) -> float:
+    """oneDNN's float32 product copies rows of the first operand, panel by panel; of a transposed weight nothing."""
+    x, weight, *_ = args
+    inputs = x.shape[-1]
+    return 640 * threads + 256 if not weight.is_contiguous() else threads * (256 * min(inputs, 1024) + 768) + 128
+
+
+def _wide_rows(threads: int, args: Sequence[Any], result: Any) -> float:
+    """The same with AVX-512, where few rows go another way."""
+    x, weight, *_ = args
+    inputs, rows = x.shape[-1], x.numel() // x.shape[-1]
+    if not weight.is_contiguous() or rows < 256 and inputs < 384:
+        return 0
+    return threads * (256 * min(inputs, 512 if inputs < 1024 else 1024) + 768) + 128
+
+
+def _is_weight_gradient(args: Sequence[Any]) -> bool:
+    a, _ = _operands(args)
+    return a.ndim == 2 and not a.is_contiguous()
+
+
+def _tiles(threads: int, args: Sequence[Any], result: Any) -> float:
+    """With matrix tiles the weight is laid out anew; of a weight's gradient both operands, up to a point."""
+    a, b = _operands(args)
+    if _is_weight_gradient(args):
+        rows, width = a.shape[1], min(a.shape[0], b.shape[1])
+        return min(2 * rows * width + 600 * width + 60_000, 1_600_000)
+    return 2 * b.numel()
+
+
+def _vectors(threads: int, args: Sequence[Any], result: Any) -> float:
+    """With vector instructions parts of the operands are."""
+    a, b = _operands(args)
+    if _is_weight_gradient(args):
+        rows, width = a.shape[1], min(a.shape[0], b.shape[1])
+        return min(min(rows, 544) * (6 * width + 100), 1_600_000)
+    return 45_000 + 100 * a.shape[-1]
+
+
+def _wide_result(threads: int, args: Sequence[Any], result: Any) -> float:
+    """Without bf16 instructions the product is accumulated in a float32 result."""
+    return 4 * result.numel()
+
+
+def _batched_tiles(threads: int, args: Sequence[Any], result: Any) -> float:
+    a, _ = args
+    return threads * (128 * a.shape[2] + 9_500 if a.is_contiguous() else 700 * a.shape[2] + 20_000)
+
+
+def _batched_wide(threads: int, args: Sequence[Any], result: Any) -> float:
+    """Of each thread's product of the batch, the result in float32."""
+    return threads * 4 * prod(result.shape[1:])
+
+
+def _attention(threads: int, args: Sequence[Any], result: Any) -> float:
+    """Flash attention on a CPU: blocks of the map and of the output for each thread, in bf16 a second map."""
+    q = args[0]
+    tokens, width, keys = q.shape[2], q.shape[3], min(args[1].shape[2], 512)
+    block = _query_block(tokens)
+    size = threads * block * (keys + 2 + width) * 4
+    return size if q.dtype == torch.float32 else size + threads * block * keys * 2
+
+
+def _packed_attention(threads: int, args: Sequence[Any], result: Any) -> float:
+    """With matrix tiles also keys and values, packed; short sequences are not worth it."""
+    q, k, v, *_ = args
+    size = _attention(threads, args, result)
+    block, keys = _query_block(q.shape[2]), min(k.shape[2], 512)
+    return size if q.shape[2] < 64 else size + threads * block * keys * 2 + 2 * (k.numel() + v.numel())
+
+
+def _attention_backward(threads: int, args: Sequence[Any], result: Any) -> float:
+    """Two maps for each thread, in bf16 with a copy of each; and a sum for each query."""
+    q = args[1]
+    block, keys = _query_block(q.shape[2]), min(args[2].shape[2], 512)
+    size = threads * block * keys * 8 + 4 * block
+    return size if q.dtype == torch.float32 else size + threads * block * keys * 4
+
+
+def _query_block(tokens: int) -> int:
+    return min(tokens, 256 if tokens >= 768 else 64 if tokens >= 192 else 32)
+
+
+def _patches(threads: int, args: Sequence[Any], result: Any) -> float:
+    """The result in oneDNN's layout, after the weight in the same."""
+    return max(args[1].numel(), result.numel()) * result.element_size()
+
+
+def _patches_backward(threads: int, args: Sequence[Any], result: Any) -> float:
+    """Of the weight's gradient: for each thread a padded copy of it and of an image, where patches are 16 wide.
+
+    The output's gradient comes from a transposition, and is copied first.
+    """
+    grad, images, weight, *_ = args
+    copy = 0 if grad.is_contiguous() else 4 * grad.numel()
+    if weight.shape[-1] != 16 or weight.shape[0] % 16:
+        return copy + 4 * grad.numel()
+    return copy + threads * 4 * (4 * weight.numel() + prod(images.shape[1:])) + 256
+
+
+def _layer_norm_backward(threads: int, args: Sequence[Any], result: Any) -> float:
+    """Partial sums for the two parameters, where they train."""
+    mask = args[7]
+    return 2 * threads * prod(args[2]) * args[1].element_size() if mask[1] or mask[2] else 0
+
+
+def _stable_sort(threads: int, args: Sequence[Any], result: Any) -> float:
+    """A copy of one row of values and positions at a time, for each thread that works on it."""
+    return args[0].shape[-1] * (args[0].element_size() if args[0].ndim > 1 else 8)
+
+
+FITS = [
+    Fit(("_linear_pointwise",), torch.float32, (AVX2,), _relaid_rows, ZEN3),
+    Fit(("_linear_pointwise",), torch.float32, (AMX, VECTORS, AVX512), _wide_rows, SPR),
+    Fit(("_linear_pointwise", "addmm", "mm"), torch.bfloat16, (AMX,), _tiles, SPR_OLD),
+    Fit(("_linear_pointwise", "addmm", "mm"), torch.bfloat16, (VECTORS,), _vectors, ZEN4),
+    Fit(("_linear_pointwise", "addmm", "mm"), torch.bfloat16, (AVX512,), _wide_result, SPR),
+    Fit(("bmm",), torch.bfloat16, (AMX, VECTORS), _batched_tiles, SPR),
+    Fit(("bmm",), torch.bfloat16, (AVX512,), _batched_wide, SPR),
+    *(Fit(("_scaled_dot_product_flash_attention_for_cpu_backward",), dtype, (), _attention_backward, f"{ZEN3}; {SPR}")
+      for dtype in (torch.float32, torch.bfloat16)),
+    Fit(("_scaled_dot_product_flash_attention_for_cpu",), torch.float32, (), _attention, f"{ZEN3}; {SPR}"),
+    Fit(("_scaled_dot_product_flash_attention_for_cpu",), torch.bfloat16, (VECTORS, AVX512, AVX2), _attention, ZEN3),
+    Fit(("_scaled_dot_product_flash_attention_for_cpu",), torch.bfloat16, (AMX,), _packed_attention, SPR),
+    *(Fit(("convolution",), dtype, (), _patches, f"{ZEN3}; {SPR}") for dtype in (torch.float32, torch.bfloat16)),
+    Fit(("convolution_backward",), torch.float32, (), _patches_backward, f"{ZEN3}; {SPR}"),
+    *(Fit(("native_layer_norm_backward",), dtype, (), _layer_norm_backward, f"{ZEN3}; {SPR}")
+      for dtype in (torch.float32, torch.bfloat16)),
+    *(Fit(("sort",), dtype, (), _stable_sort, f"{ZEN3}; {SPR}") for dtype in (torch.float32, torch.int64)),
+]

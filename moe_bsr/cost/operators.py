@@ -1,0 +1,274 @@
+"""Operators on fake tensors: what one returns, how many FLOPs it takes, how much scratch memory its kernel uses.
+
+`FakeTensorMode` knows the outputs of every operator, but needs 0.3 ms for each call. A training step repeats a
+few hundred calls thousands of times, so each is answered from a table after the first: by operator and by shape,
+layout, type and device of its tensors.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from moe_bsr.cost import rules
+
+FAKE = FakeTensorMode(allow_non_fake_inputs=True)
+"""One for the process: fake tensors of two modes do not mix."""
+
+
+def _linear_flops(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * x.numel() * weight.shape[0]
+
+
+def _grouped_flops(a: Tensor, b: Tensor, *_: Any, out_val: Tensor, **__: Any) -> int:
+    """Of every row with its group's matrix, or of every group's outer product: rows x inner x outer width."""
+    return 2 * a.numel() * b.shape[-1]
+
+
+def _attention_flops(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(q.shape, k.shape, v.shape)
+
+
+def _attention_backward_flops(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
+
+
+def _batched_flops(matrix: Tensor, vector: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * prod(matrix.shape)
+
+
+# Operators that torch's counter does not know. They get the arguments and the output (`out_val`).
+FLOPS: dict[str, Callable[..., int]] = {
+    "mkldnn::_linear_pointwise": _linear_flops,
+    "aten::_scaled_dot_product_flash_attention_for_cpu": _attention_flops,
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward_flops,
+    "aten::_grouped_mm": _grouped_flops,
+    "aten::_addmm_activation": lambda _, a, b, **__: 2 * a.numel() * b.shape[1],
+    "aten::mv": _batched_flops,
+}
+
+
+@dataclass(slots=True)
+class _New:
+    """An output with memory of its own."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(slots=True)
+class Effect:
+    """What an operator does with arguments of these shapes.
+
+    Attributes:
+        outputs: for each output a `_New`, the index of the tensor argument that is returned, or None. None as a
+            whole: the outputs are views of arguments, or of other kinds.
+        several: the type of the sequence that is returned, or None for a single output.
+        news: positions of outputs with memory of their own.
+        name: of the operator, without namespace and overload.
+    """
+
+    outputs: list[_New | int | None] | None
+    several: type | None
+    news: tuple[int, ...]
+    flops: int
+    name: str
+
+
+VIEW = Effect(None, None, (), 0, "view")
+_effects: dict[tuple, Effect] = {}
+_kinds: dict[tuple, "Effect | None"] = {}  # by types alone, for operators that have a rule; None: it was wrong
+_views: dict[OpOverload, bool] = {}
+_written: dict[OpOverload, list[tuple[int, str]] | None] = {}
+
+
+def run(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Effect, tuple | None]:
+    """Run an operator on fake tensors, within `FAKE`.
+
+    Returns:
+        What it returns, its effect, and a key that is equal for equal arguments (None: there is none).
+    """
+    tensors: list[Tensor] = []
+    values: list[Any] = [func]
+    if not (_add_to_key(values, tensors, args) and (not kwargs or _add_to_key(values, tensors, kwargs.items()))):
+        result = func(*args, **kwargs)
+        return result, _learn(func, args, kwargs, tensors, result), None
+    if is_view(func):
+        device = tensors[0].fake_device
+        with in_kernel_invocation_manager(FAKE):
+            result = func(*args, **kwargs)
+        if isinstance(result, Tensor):
+            return FakeTensor(FAKE, result, device), VIEW, None
+        return type(result)(FakeTensor(FAKE, r, device) for r in result), VIEW, None
+    key = tuple(values)
+    if (places := _returned_arguments(func)) is not None:
+        if key not in _effects:
+            _effects[key] = Effect([], None, (), _flops(func, args, kwargs, None), _name(func))
+        returned = [args[place] if place < len(args) else kwargs[name] for place, name in places]
+        return returned[0] if len(returned) == 1 else tuple(returned) or None, _effects[key], key
+    known = _effects.get(key) or _by_rule(func, args, kwargs, tensors, key)
+    if known is None:
+        result = func(*args, **kwargs)
+        known = _effects[key] = _learn(func, args, kwargs, tensors, result)
+        if func is not torch.ops.aten.native_layer_norm.default:
+            return result, known, key
+        _correct_layer_norm(known, args)
+    if known.outputs is None:
+        return func(*args, **kwargs), known, key
+    outputs = []
+    for output in known.outputs:
+        if type(output) is _New:
+            with in_kernel_invocation_manager(FAKE):
+                made = torch.empty_strided(output.size, output.stride, dtype=output.dtype, device="meta")
+            outputs.append(FakeTensor(FAKE, made, output.device))
+        else:
+            outputs.append(None if output is None else tensors[output])
+    result = known.several(outputs) if known.several is not None else outputs[0] if outputs else None
+    return result, known, key
+
+
+def empty(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> FakeTensor:
+    """A fake tensor, made past all modes."""
+    with in_kernel_invocation_manager(FAKE):
+        made = torch.empty(size, dtype=dtype, device="meta")
+    return FakeTensor(FAKE, made, device)
+
+
+def is_view(func: OpOverload) -> bool:
+    """Whether all that the operator returns are views of its arguments."""
+    if func not in _views:
+        aliases = [r.alias_info for r in func._schema.returns]
+        _views[func] = (bool(aliases) and all(a is not None and not a.is_write for a in aliases)
+                        or func is torch.ops.aten._unsafe_view.default)
+    return _views[func]
+
+
+def _returned_arguments(func: OpOverload) -> list[tuple[int, str]] | None:
+    """Of an operator that returns nothing but arguments it wrote to: (position, name) of these; None of others."""
+    if func not in _written:
+        arguments = {frozenset(a.alias_info.before_set): (i, a.name) for i, a in enumerate(func._schema.arguments)
+                     if a.alias_info is not None and a.alias_info.is_write}
+        aliases = [r.alias_info for r in func._schema.returns]
+        writes = all(a is not None and a.is_write and frozenset(a.before_set) in arguments for a in aliases)
+        keeps_layout = torch.Tag.inplace_view not in func.tags and _name(func) not in ("resize_", "set_")
+        _written[func] = ([arguments[frozenset(a.before_set)] for a in aliases]
+                          if writes and keeps_layout and arguments else None)
+    return _written[func]
+
+
+def _correct_layer_norm(effect: Effect, args: Sequence[Any]) -> None:
+    """On a CPU, the statistics of a bf16 input are float32 if its parameters are; torch's fake ones are bf16."""
+    x, _, weight, *_ = args
+    if x.fake_device.type == "cpu" and weight is not None:
+        for statistics in effect.outputs[1:]:
+            statistics.dtype = torch.promote_types(x.dtype, weight.dtype)
+
+
+def _name(func: OpOverload) -> str:
+    return func._schema.name.partition("::")[2]
+
+
+def _by_rule(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: list[Tensor], key: tuple
+             ) -> Effect | None:
+    """The effect of arguments in new sizes, if the operator has a rule that held for their types before."""
+    kind = _kind(func, args, kwargs)
+    if _kinds.get(kind) is None or (sizes := rules.sizes(func, args, kwargs, tensors)) is None:
+        return None
+    like = _kinds[kind]
+    outputs = [None if size is None else _New(size, rules.contiguous(size), new.dtype, new.device)
+               for size, new in zip(sizes, like.outputs, strict=True)]
+    effect = _effects[key] = Effect(outputs, like.several, like.news, _flops(func, args, kwargs, None), like.name)
+    return effect
+
+
+def _check_rule(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: list[Tensor], effect: Effect
+                ) -> None:
+    """Compare an operator's rule, if it has one, with what the operator really returned."""
+    sizes = rules.sizes(func, args, kwargs, tensors)
+    if sizes is None or effect.outputs is None or any(isinstance(o, int) for o in effect.outputs):
+        return
+    found = [None if o is None else (o.size, o.stride) for o in effect.outputs]
+    expected = [None if size is None else (size, rules.contiguous(size)) for size in sizes]
+    kind = _kind(func, args, kwargs)
+    _kinds[kind] = effect if found == expected and _kinds.get(kind, effect) is not None else None
+
+
+def _kind(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple:
+    """A key of types without sizes and numbers."""
+    values: list[Any] = [func]
+
+    def add(value: Any) -> None:
+        if isinstance(value, FakeTensor):
+            values.extend((value.dtype, value.fake_device, value.ndim == 0))
+        elif isinstance(value, list | tuple):
+            values.append("[")
+            for part in value[:1] if value and not isinstance(value[0], bool) else value:
+                add(part)
+        else:
+            values.append(type(value) if isinstance(value, float | torch.Generator) or type(value) is int else value)
+
+    for value in (*args, *kwargs.values()):
+        add(value)
+    return (*values, *kwargs)
+
+
+def _add_to_key(key: list[Any], tensors: list[Tensor], values: Sequence[Any]) -> bool:
+    """Extend the key by arguments; False if there is one whose effect is not known by its shape."""
+    for value in values:
+        kind = type(value)
+        if kind is FakeTensor:
+            tensors.append(value)
+            key += (value.shape, value.stride(), value.dtype, value.fake_device)
+        elif kind is tuple or kind is list:
+            key.append(len(value))
+            if not _add_to_key(key, tensors, value):
+                return False
+        elif isinstance(value, Tensor):
+            return False
+        elif isinstance(value, torch.Generator):
+            key.append(torch.Generator)
+        else:
+            key += (kind, value)  # 1, 1.0 and True are equal, but not alike
+    return True
+
+
+def _learn(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: list[Tensor], result: Any
+           ) -> Effect:
+    """The effect of a call that was run."""
+    outputs = list(result) if isinstance(result, tuple | list) else [] if result is None else [result]
+    flops = _flops(func, args, kwargs, result)
+    storages = {t.untyped_storage()._cdata for t in tensors}
+    places = {id(t): i for i, t in enumerate(tensors)}
+    news = tuple(i for i, t in enumerate(outputs)
+                 if isinstance(t, Tensor) and t.untyped_storage()._cdata not in storages)
+    kinds: list[_New | int | None] | None = []
+    for i, output in enumerate(outputs):
+        if output is None:
+            kinds.append(None)
+        elif id(output) in places:
+            kinds.append(places[id(output)])
+        elif i in news and type(output) is FakeTensor and output.constant is None:
+            kinds.append(_New(tuple(output.shape), output.stride(), output.dtype, output.fake_device))
+        else:
+            kinds = None
+            break
+    several = type(result) if isinstance(result, tuple | list) else None
+    effect = Effect(kinds, several, news, flops, _name(func))
+    _check_rule(func, args, kwargs, tensors, effect)
+    return effect
+
+
+def _flops(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> int:
+    if (formula := FLOPS.get(func._schema.name)) is not None:
+        return int(formula(*args, **kwargs, out_val=result))
+    if (formula := flop_registry.get(func.overloadpacket)) is not None:
+        return int(formula(*args, **kwargs, out_val=result))
+    return 0

@@ -1,0 +1,154 @@
+"""Sizes of what common operators return, from the sizes of their arguments.
+
+Only a shortcut: each rule is compared with `FakeTensorMode` whenever it meets arguments of new types, and not used
+for them if it is wrong. It is used for contiguous arguments alone, whose results are contiguous.
+"""
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+Sizes = list[tuple[int, ...] | None]
+
+
+def _broadcast(*tensors: Any) -> Sizes:
+    return [tuple(torch.broadcast_shapes(*(t.shape for t in tensors if isinstance(t, Tensor))))]
+
+
+def _same(x: Tensor, *_: Any) -> Sizes:
+    return [tuple(x.shape)]
+
+
+def _reduced(x: Tensor, dims: Sequence[int] | None = None, keepdim: bool = False, *_: Any) -> Sizes:
+    if isinstance(dims, int):
+        dims = [dims]
+    places = {d % x.ndim for d in dims} if dims else set(range(x.ndim))
+    sizes = [1 if i in places else n for i, n in enumerate(x.shape)]
+    return [tuple(n for i, n in enumerate(sizes) if keepdim or i not in places)]
+
+
+def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Sizes:
+    sizes = list(tensors[0].shape)
+    sizes[dim] = sum(t.shape[dim] for t in tensors)
+    return [tuple(sizes)]
+
+
+def _index(x: Tensor, indices: Sequence[Tensor | None]) -> Sizes | None:
+    if any(i is None or i.dtype != torch.int64 for i in indices):
+        return None
+    return [(*torch.broadcast_shapes(*(i.shape for i in indices)), *x.shape[len(indices):])]
+
+
+def _index_select(x: Tensor, dim: int, index: Tensor) -> Sizes:
+    sizes = list(x.shape)
+    sizes[dim] = len(index)
+    return [tuple(sizes)]
+
+
+def _topk(x: Tensor, k: int, dim: int = -1, *_: Any) -> Sizes:
+    sizes = list(x.shape)
+    sizes[dim] = k
+    return [tuple(sizes), tuple(sizes)]
+
+
+def _layer_norm(x: Tensor, normalized: Sequence[int], *_: Any) -> Sizes:
+    rows = (*x.shape[:x.ndim - len(normalized)], *(1 for _ in normalized))
+    return [tuple(x.shape), rows, rows]
+
+
+def _layer_norm_backward(grad: Tensor, x: Tensor, normalized: Sequence[int], mean: Tensor, rstd: Tensor,
+                         weight: Tensor | None, bias: Tensor | None, mask: Sequence[bool]) -> Sizes:
+    sizes = (tuple(x.shape), tuple(normalized), tuple(normalized))
+    return [size if wanted else None for size, wanted in zip(sizes, mask, strict=True)]
+
+
+def _sized(size: Sequence[int], *_: Any) -> Sizes:
+    return [tuple(size)]
+
+
+def _new_sized(x: Tensor, size: Sequence[int], *_: Any) -> Sizes:
+    return [tuple(size)]
+
+
+RULES: dict[Any, Callable[..., Sizes | None]] = {
+    aten.mm.default: lambda a, b: [(a.shape[0], b.shape[1])],
+    aten.bmm.default: lambda a, b: [(a.shape[0], a.shape[1], b.shape[2])],
+    aten.addmm.default: lambda c, a, b: [(a.shape[0], b.shape[1])],
+    torch.ops.mkldnn._linear_pointwise.default: lambda x, weight, *_: [(*x.shape[:-1], weight.shape[0])],
+    aten.native_layer_norm.default: _layer_norm,
+    aten.native_layer_norm_backward.default: _layer_norm_backward,
+    aten._softmax.default: _same,
+    aten._log_softmax.default: _same,
+    aten._softmax_backward_data.default: _same,
+    aten._log_softmax_backward_data.default: _same,
+    aten.sum.dim_IntList: _reduced,
+    aten.mean.dim: _reduced,
+    aten.amax.default: _reduced,
+    aten.var.correction: lambda x, dims=None, **_: _reduced(x, dims),
+    aten.sum.default: lambda x: [()],
+    aten.cat.default: _cat,
+    aten.stack.default: lambda tensors, dim=0: [(*tensors[0].shape[:dim], len(tensors), *tensors[0].shape[dim:])]
+    if dim >= 0 else None,
+    aten.index.Tensor: _index,
+    aten.index_select.default: _index_select,
+    aten.embedding.default: lambda weight, index, *_: [(*index.shape, *weight.shape[1:])],
+    aten.gather.default: lambda x, dim, index, **_: [tuple(index.shape)],
+    aten.scatter.src: _same,
+    aten.scatter.value: _same,
+    aten.index_put.default: _same,
+    aten.cumsum.default: _same,
+    aten.sort.default: lambda x, *_: [tuple(x.shape)] * 2,
+    aten.sort.stable: lambda x, **_: [tuple(x.shape)] * 2,
+    aten.topk.default: _topk,
+    aten.searchsorted.Tensor: lambda sequence, x, **_: [tuple(x.shape)],
+    aten.slice_backward.default: _new_sized,
+    aten.select_backward.default: _new_sized,
+    aten.nll_loss_forward.default: lambda x, target, weight, reduction, _: [(), ()] if reduction else None,
+    aten.nll_loss_backward.default: lambda grad, x, *_: [tuple(x.shape)],
+    aten.clone.default: _same,
+    aten._to_copy.default: _same,
+    aten.empty.memory_format: _sized,
+    aten.zeros.default: _sized,
+    aten.ones.default: _sized,
+    aten.full.default: _sized,
+    aten.randn.generator: _sized,
+    aten.new_empty.default: _new_sized,
+    aten.new_zeros.default: _new_sized,
+    aten.new_full.default: _new_sized,
+    aten.empty_like.default: _same,
+    aten.zeros_like.default: _same,
+    aten.ones_like.default: _same,
+    aten.full_like.default: _same,
+}
+
+
+def sizes(func: Any, args: Sequence[Any], kwargs: dict[str, Any], tensors: Sequence[Tensor]) -> Sizes | None:
+    """Sizes of an operator's outputs (None in place of one that is not returned), or None: there is no rule.
+
+    Args:
+        tensors: all among the arguments.
+    """
+    rule = RULES.get(func)
+    if rule is None:
+        if torch.Tag.pointwise not in func.tags:
+            return None
+        rule = _broadcast
+        args, kwargs = tensors, {}
+    if func not in _LAYOUT_FREE and not all(t.is_contiguous() for t in tensors):
+        return None
+    return rule(*args, **({} if rule in _WITHOUT_NAMES else kwargs))
+
+
+_WITHOUT_NAMES = {_broadcast, _same, _sized, _new_sized, _reduced}  # their named arguments decide no size
+# Matrix products return contiguous results of operands in any layout.
+_LAYOUT_FREE = {aten.mm.default, aten.bmm.default, aten.addmm.default, torch.ops.mkldnn._linear_pointwise.default,
+                aten.index.Tensor, aten.new_empty.default, aten.new_zeros.default, aten.new_full.default, aten.nll_loss_backward.default}
+
+
+def contiguous(size: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor."""
+    return tuple(prod(max(n, 1) for n in size[i + 1:]) for i in range(len(size)))

@@ -1,0 +1,208 @@
+"""The tracer: which memory a piece of code allocates and frees, and when, without running it.
+
+The code runs on fake tensors, which have shapes, types and a device but no memory. The tracer sees every operator,
+notes the storages that are born and, by a weak reference to each, the moment at which they die: for autograd's
+saved tensors as for all others. FLOPs are counted on the way.
+
+Two things differ between fake and real tensors and are mended here. Where autograd adds a second gradient to
+a first one that nobody else holds, it does so in place, but not for fake tensors. And kernels' scratch memory is
+seen by no dispatcher: `kernel_scratch` has a table of it.
+"""
+
+import contextlib
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import _engine_run_backward
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moe_bsr.cost import operators
+from moe_bsr.cost.operators import FAKE
+
+VALUE = 1e6  # of every loss and norm that Python reads: finite, and large enough for gradients to be clipped
+WEIGHT_COPY = "weight copy"
+CUDA_BLOCK = 512  # bytes: CUDA's allocator rounds up to multiples of it
+
+
+@dataclass(slots=True, eq=False)
+class Allocation:
+    """One block of memory.
+
+    Attributes:
+        maker: the operator that asked for it, in a backward pass with the autograd node before it.
+    """
+
+    bytes: int
+    phase: str
+    section: str
+    maker: str
+
+
+@dataclass(slots=True)
+class Trace:
+    """Attributes:
+        changes: every allocation (True) and release (False) in order, with the phase in which it happened.
+        flops: by (phase, section).
+    """
+
+    changes: list[tuple[str, bool, Allocation]] = field(default_factory=list)
+    flops: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def peak(self, phase: str | None = None, without: Collection[Allocation] = ()) -> int:
+        """Most bytes alive at one moment (of a phase) over what lived before the trace.
+
+        Args:
+            without: allocations that do not count.
+        """
+        without, live, most = set(without), 0, 0
+        for within, made, allocation in self.changes:
+            if phase in (None, within):
+                most = max(most, live)
+            if allocation not in without:
+                live += allocation.bytes if made else -allocation.bytes
+            if phase in (None, within):
+                most = max(most, live)
+        return most
+
+    def phase_flops(self, phase: str) -> int:
+        return sum(flops for (within, _), flops in self.flops.items() if within == phase)
+
+
+class Tracer(TorchDispatchMode):
+    """Follows the storages of one device while it is active, within `FAKE`.
+
+    Attributes:
+        phase, section: names for what is allocated from here on; set them as the traced code goes on.
+        alive: what has been allocated and not freed yet.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """A wrapper that protects from `torch.compile` would take as long as the tracer itself."""
+        return False
+
+    def __init__(self, device: torch.device,
+                 scratch: Callable[[str, tuple, Any], int] = lambda name, args, result: 0,
+                 parameters: Iterable[Tensor] = ()) -> None:
+        """Args:
+            device: the one whose memory is followed. scratch: bytes a kernel uses for itself (`kernel_scratch`).
+            parameters: whose copies in another type are told apart from other copies.
+        """
+        super().__init__()
+        self._parameters = {p.untyped_storage()._cdata for p in parameters}
+        self.device, self.trace = device.type, Trace()
+        self.phase = self.section = ""
+        self._scratch, self._known_scratch = scratch, {}
+        self._alive: dict[int, Allocation] = {}
+        self._watched: dict[int, weakref.ref] = {}
+        self._sum: tuple[int, int, int] | None = None
+
+    @property
+    def alive(self) -> Collection[Allocation]:
+        return self._alive.values()
+
+    def allocation(self, tensor: Tensor) -> Allocation | None:
+        """The memory of a tensor; None if it was not allocated while the tracer was active."""
+        return self._alive.get(tensor.untyped_storage()._cdata)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.prim.device.default:
+            return args[0].device
+        self._sum = None
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return VALUE if args[0].dtype.is_floating_point else 1
+        kwargs = kwargs or {}
+        result, effect, key = operators.run(func, args, kwargs)
+        if effect.flops:
+            self.trace.flops[self.phase, self.section] += effect.flops
+        if effect.news:
+            outputs = result if isinstance(result, tuple | list) else (result,)
+            for place in effect.news:
+                self._follow(outputs[place], self._maker(effect.name, args))
+            if func is torch.ops.aten.add.Tensor and _engine_calls(sys._getframe(1)):
+                self._note_sum(args[0], result)
+        scratch = self._scratch_of(effect.name, key, args, result)
+        if scratch:
+            scratch = Allocation(scratch, self.phase, self.section, effect.name)
+            self.trace.changes += ((self.phase, True, scratch), (self.phase, False, scratch))
+        return result
+
+    def _maker(self, name: str, args: tuple) -> str:
+        if name == "_to_copy" and args[0].untyped_storage()._cdata in self._parameters:
+            return WEIGHT_COPY
+        return name
+
+    def _scratch_of(self, name: str, key: tuple | None, args: tuple, result: Any) -> int:
+        if key is None:
+            return self._scratch(name, args, result)
+        if key not in self._known_scratch:
+            self._known_scratch[key] = self._scratch(name, args, result)
+        return self._known_scratch[key]
+
+    def _follow(self, tensor: Tensor, maker: str) -> None:
+        """Note the birth of a storage, and arrange to be told of its death."""
+        storage = tensor.untyped_storage()
+        size = storage.nbytes()
+        if tensor.device.type != self.device or not size:
+            return
+        if self.device == "cuda":
+            size = (size + CUDA_BLOCK - 1) // CUDA_BLOCK * CUDA_BLOCK
+        key = storage._cdata
+        self._alive[key] = allocation = Allocation(size, self.phase, self.section, maker)
+        self._watched[key] = weakref.ref(storage, partial(self._died, key))
+        self.trace.changes.append((self.phase, True, allocation))
+
+    def _died(self, key: int, _: weakref.ref) -> None:
+        del self._watched[key]
+        allocation = self._alive.pop(key)
+        if self._sum is not None and key == self._sum[0]:
+            # Nobody else held the first term: with real tensors the second is added in place.
+            _, total, birth = self._sum
+            self._sum = None
+            if total in self._alive:
+                del self.trace.changes[birth]
+                self._alive[total] = allocation
+                return
+        self.trace.changes.append((self.phase, False, allocation))
+
+    def _note_sum(self, first: Tensor, result: Tensor) -> None:
+        """Autograd's engine adds two gradients of one tensor."""
+        key, total = (t.untyped_storage()._cdata for t in (first, result))
+        dense = first.is_contiguous() or first.numel() == first.untyped_storage().nbytes() // first.element_size()
+        if key in self._alive and total in self._alive and dense and first.dtype == result.dtype:
+            self._sum = key, total, len(self.trace.changes) - 1
+
+
+def _engine_calls(frame: Any) -> bool:
+    """Whether autograd's engine asked for an operator itself, and no Python code within a backward."""
+    for _ in range(3):
+        if frame is None:
+            return False
+        if frame.f_code is _engine_run_backward.__code__:
+            return True
+        if not frame.f_code.co_filename.endswith("_dynamo/eval_frame.py"):
+            return False
+        frame = frame.f_back
+    return False
+
+
+@contextlib.contextmanager
+def fake_tensors() -> Iterator[None]:
+    """A region whose tensors are fake: they have addresses, as different tensors have different ones."""
+    def address(tensor: Tensor) -> int:
+        return tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size()
+
+    FakeTensor.data_ptr = address
+    try:
+        with FAKE:
+            yield
+    finally:
+        del FakeTensor.data_ptr

@@ -1,0 +1,125 @@
+"""FLOPs in closed form, as a paper would state them: an oracle for the tracer. A multiply-add is two.
+
+Attention, routers and experts are counted; the backward of y = x W costs as much again for dx, where the gradient
+path goes on, and once more for dW, where W trains. Elementwise work (norms, softmax, activations) is not counted.
+"""
+
+from timm.layers import AttentionPoolLatent
+from timm.models.vision_transformer import Block
+
+from moe_bsr.model.layers import Mlp
+from moe_bsr.model.moe import MoE
+from moe_bsr.model.multitask import MultitaskViT
+from moe_bsr.model.plan import BlockPlan, token_counts
+from moe_bsr.model.storage import STORAGES
+
+
+def forward_flops(model: MultitaskViT, task: str) -> int:
+    """Of one image's forward pass to the logits of a task."""
+    vit = model.vit
+    blocks = sum(macs(b, p, n, m, vit.has_class_token) for b, p, (n, m) in zip(vit.blocks, model.plan, counts(model)))
+    return 2 * (_embedding(model) + model.heads[task].weight.numel() + blocks + pooling_macs(model))
+
+
+def step_flops(model: MultitaskViT, task: str) -> int:
+    """Of one image in a training step: forward, backward where it must run, recomputation if any.
+
+    Pooling by attention is left out.
+    """
+    vit, head = model.vit, model.heads[task].weight.numel()
+    path = model.path_start < len(vit.blocks)
+    total = _embedding(model) * (1 + model.embedding_trains) + head * (2 + path)
+    for index, (block, plan, (n, m)) in enumerate(zip(vit.blocks, model.plan, counts(model), strict=True)):
+        forward = macs(block, plan, n, m, vit.has_class_token)
+        total += forward
+        if index < model.path_start:
+            continue
+        total += sum(backward_macs(block, plan, n, m, vit.has_class_token, model.tokens_config.attached))
+        if STORAGES[plan.storage.kind].recomputes:
+            total += forward - skipped_macs(block, m)
+    return 2 * total
+
+
+def counts(model: MultitaskViT) -> list[tuple[int, int]]:
+    """(tokens in attention, tokens in FFN) of each block."""
+    vit, tokens = model.vit, model.tokens_config
+    entering = vit.patch_embed.num_patches + vit.num_prefix_tokens
+    return token_counts(model.plan, entering, vit.num_prefix_tokens, tokens.fuses, tokens.protect_fused)
+
+
+def macs(block: Block, plan: BlockPlan, attention_tokens: int, ffn_tokens: int, has_class_token: bool) -> int:
+    """Multiply-adds of one image's forward pass: 4 D^2 n + 2 D n^2 for the attention, the scores, the FFN."""
+    n, layer = attention_tokens, block.attn
+    total = n * (layer.qkv.weight.numel() + layer.proj.weight.numel()) + 2 * n * n * _inner(block)
+    if layer.gate is not None:
+        total += n * layer.gate.weight.numel()
+    total += _scores(block, plan, n, has_class_token)
+    if isinstance(block.mlp, MoE):
+        one_expert = block.mlp.experts.fc1_weight[0].numel() + block.mlp.experts.fc2_weight[0].numel()
+        return total + ffn_tokens * block.mlp.top_k * one_expert + router_macs(block.mlp, ffn_tokens)
+    return total + ffn_tokens * sum(p.numel() for p in block.mlp.parameters() if p.ndim == 2)
+
+
+def backward_macs(
+    block: Block, plan: BlockPlan, attention_tokens: int, ffn_tokens: int, has_class_token: bool, attached: bool
+) -> tuple[int, int]:
+    """Multiply-adds of one image's backward pass: (for the inputs, for the weights that train).
+
+    The two products of attention have two operands each, and the map is computed once more.
+
+    Args:
+        attached: whether the scores have a gradient (their product has two operands as well).
+    """
+    n = attention_tokens
+    maps, scores = n * n * _inner(block), _scores(block, plan, n, has_class_token)
+    of_matrices = macs(block, plan, n, ffn_tokens, has_class_token) - 2 * maps - scores
+    again = 0 if has_class_token else scores  # a whole map, computed once more as well
+    inputs = of_matrices + 5 * maps + (2 * scores + again if attached else 0)
+    if not plan.trainable:
+        return inputs, 0
+    frozen = isinstance(block.mlp, MoE) and not any(p.requires_grad for p in block.mlp.router.parameters())
+    return inputs, of_matrices - (router_macs(block.mlp, ffn_tokens) if frozen else 0)
+
+
+def skipped_macs(block: Block, ffn_tokens: int) -> int:
+    """Of one image: what a block leaves out when it is run again for its graph: the FFN's last product."""
+    if any(p.requires_grad for p in block.ls2.parameters()) or type(block.mlp) not in (Mlp, MoE):
+        return 0
+    if isinstance(block.mlp, MoE):
+        return ffn_tokens * block.mlp.top_k * block.mlp.experts.fc2_weight[0].numel()
+    return ffn_tokens * block.mlp.fc2.weight.numel()
+
+
+def router_macs(moe: MoE, tokens: int) -> int:
+    experts, width, _ = moe.experts.fc2_weight.shape
+    return tokens * experts * width
+
+
+def pooling_macs(model: MultitaskViT) -> int:
+    """Of one image's pooling by attention, if there is one: a learned query looks at all tokens, an FFN follows.
+
+    Pooling without parameters (timm's PRR) lets all tokens look at one another.
+    """
+    vit, pool = model.vit, model.vit.attn_pool
+    if pool is None:
+        return 0
+    tokens = counts(model)[-1][1] - (0 if vit.pool_include_prefix else vit.num_prefix_tokens)
+    if not isinstance(pool, AttentionPoolLatent):
+        return 2 * tokens * tokens * vit.embed_dim
+    of_every_token = pool.kv.weight.numel() + 2 * vit.embed_dim
+    of_one = sum(p.numel() for n, p in pool.named_parameters() if p.ndim == 2 and n != "kv.weight")
+    return tokens * of_every_token + of_one
+
+
+def _embedding(model: MultitaskViT) -> int:
+    return model.vit.patch_embed.num_patches * model.vit.patch_embed.proj.weight.numel()
+
+
+def _inner(block: Block) -> int:
+    """Width of all heads together."""
+    return block.attn.num_heads * block.attn.head_dim
+
+
+def _scores(block: Block, plan: BlockPlan, tokens: int, has_class_token: bool) -> int:
+    """Multiply-adds of the scores, if tokens are dropped: the class token's row, or without one the whole map."""
+    return 0 if plan.keep_rate == 1 else (1 if has_class_token else tokens) * tokens * _inner(block)
