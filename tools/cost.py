@@ -1,8 +1,6 @@
-"""Front of moe_bsr/cli/cost.py."""
+"""`moe-bsr cost` for a clone of the repository; the code is in moe_bsr/cli/cost.py."""
 
-import sys
-
-from moe_bsr.cli.cost import main
+from moe_bsr.cli.main import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start("cost")
