@@ -8,6 +8,7 @@ At its top it imports the standard library only: torch takes seconds to load, an
 import argparse
 import difflib
 import importlib
+import re
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -82,6 +83,15 @@ def program(command: str) -> str:
     return f"moe-bsr {command}"
 
 
+def in_flags(message: str) -> str:
+    """A message of the library, whose arguments are Python's (`resume=True`), as the command line spells them."""
+    message = message.replace("resume=True", "--resume")
+    message = re.sub(
+        r"(?<![\w.])(weights|device|data_root)='?([^\s',;]+)'?", lambda m: f"--{m[1].replace('_', '-')} {m[2]}", message
+    )
+    return re.sub(r"(?<![\w.])tasks=\[([^]]*)\]", lambda m: "--task " + re.sub("[',]", "", m[1]), message)
+
+
 def _run(name: str, rest: list[str], own_process: bool) -> int:
     module = importlib.import_module(f"moe_bsr.cli.{name.replace('-', '_')}")
     parser = argparse.ArgumentParser(
@@ -96,7 +106,7 @@ def _run(name: str, rest: list[str], own_process: bool) -> int:
     try:
         return module.run(parsed)
     except _expected_errors() as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {in_flags(str(error))}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)

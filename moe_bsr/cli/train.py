@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_bsr.cli import run_arguments
-from moe_bsr.cli.main import FAILED, INTERRUPTED, program
+from moe_bsr.cli.main import FAILED, INTERRUPTED, in_flags, program
 
 if TYPE_CHECKING:
     from moe_bsr.config import Config
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise  # refused before anything was trained
     except (NonFiniteLoss, FloatingPointError, OSError, UnreadableImage) as error:
         # A diverged model, a full disk or a damaged image ends a training that had begun.
-        print(f"{program('train')}: {error}", file=sys.stderr)
+        print(f"{program('train')}: {in_flags(str(error))}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print(
