@@ -165,8 +165,11 @@ def look(folder: Path, splits: Path, test_fraction: float) -> tuple[list[Dataset
 
 
 def is_dataset(folder: Path) -> bool:
-    """Whether a folder itself has splits or classes, and is no folder of datasets."""
-    return any(path.name == "train" or images_in(path) for path in subfolders(folder))
+    """Whether a folder itself has splits or classes: in it are folders that hold images, and no folders of images."""
+    return any(
+        path.name == "train" or (images_in(path) and not any(map(images_in, subfolders(path))))
+        for path in subfolders(folder)
+    )
 
 
 def dataset_in(place: Path, splits: Path, test_fraction: float, left_out: list[str]) -> Dataset:

@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     from moe_bsr.config import load, packaged
 
     top1: dict[str, dict[str, list[float]]] = {}
-    intervals: dict[str, list[list[float]]] = {task: [] for task in arguments.tasks}
+    intervals: dict[str, list[list[float]]] = {}
     for seed in arguments.seeds:
         for storage in ["exact", *arguments.storages]:
             config = load(
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
             for task, scores in report["tasks"].items():
                 top1.setdefault(storage, {}).setdefault(task, []).append(scores["top1"])
                 if storage == "exact":
-                    intervals[task].append([scores["top1_low"], scores["top1_high"]])
+                    intervals.setdefault(task, []).append([scores["top1_low"], scores["top1_high"]])
     result = {
         "config": CONFIG,
         "steps": arguments.steps,
