@@ -38,6 +38,9 @@ COMMANDS = {
 # Those that train or evaluate in this process: they need the C library's allocator set up first.
 COMPUTING = {"train", "evaluate", "views", "pretrain", "sweep-storages"}
 
+# Packages that only some commands need, and the extra that installs them.
+EXTRAS = {"matplotlib": "views", "scipy": "views", "onnx": "export", "onnxruntime": "export", "onnxscript": "export"}
+
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 
 
@@ -107,6 +110,12 @@ def _run(name: str, rest: list[str], own_process: bool) -> int:
         return module.run(parsed)
     except _expected_errors() as error:
         print(f"{parser.prog}: {in_flags(str(error))}", file=sys.stderr)
+        return REFUSED
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        print(f"{parser.prog}: needs {package}: pip install 'moe_bsr[{EXTRAS[package]}]'", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)

@@ -96,6 +96,16 @@ def test_what_the_library_calls_an_argument_is_a_flag_here(python, flags):
     assert in_flags(python) == flags
 
 
+def test_a_missing_extra_is_named_with_how_to_install_it(monkeypatch, capsys):
+    def need(arguments):
+        import matplotlib.figure  # noqa: F401
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("moe_bsr.cli.configs.run", need)
+    assert main(["configs"]) == 2
+    assert capsys.readouterr().err == "moe-bsr configs: needs matplotlib: pip install 'moe_bsr[views]'\n"
+
+
 def test_an_interrupt_is_no_traceback(monkeypatch, capsys):
     def interrupt(arguments):
         raise KeyboardInterrupt

@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -120,3 +122,15 @@ def test_divergence_exits_with_1(written, tmp_path, capsys):
     extreme = ["train.lr=1e30", "train.grad_clip_norm=null"]
     assert main(["train", written, *extreme, "--run", str(tmp_path / "run")]) == 1
     assert "last good checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.xfail(reason="the expert views draw during training without asking whether matplotlib is there")
+def test_training_needs_none_of_the_extras(written, tmp_path):
+    code = f"""if True:
+        import sys, timm, torch._dynamo
+        sys.modules |= dict.fromkeys(["matplotlib", "scipy"])
+        from moe_bsr.cli.main import main
+        sys.exit(main(["train", {written!r}, "train.steps=2", "--run", {str(tmp_path / "run")!r}]))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
