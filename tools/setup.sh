@@ -1,13 +1,14 @@
-# Sourced by quickstart.sh and test.sh: makes .venv when absent and installs the project into it.
-# With MOE_BSR_PYTHON set to an interpreter that has moe_bsr installed already, that one is used instead.
+# Sourced by quickstart.sh and test.sh with the extra they need, `views` or `dev`: makes .venv when absent and installs
+# the project with that extra into it. With MOE_BSR_PYTHON set to an interpreter that has all of it, that one is used.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+extra="$1"
 if [ -n "${MOE_BSR_PYTHON:-}" ]; then
     python="$MOE_BSR_PYTHON"
 else
     python=.venv/bin/python
-    stamp=.venv/installed-from
+    stamp=".venv/installed-$extra"
     if [ ! -x "$python" ]; then
         base=""
         for candidate in python3.11 python3.12 python3.13 python3; do
@@ -21,8 +22,8 @@ else
     fi
     # Reinstall only when the dependencies changed: a second run starts at once.
     if ! cmp -s pyproject.toml "$stamp"; then
-        echo "installing moe_bsr and what it needs into .venv (torch is large: one to three minutes) ..."
-        "$python" -m pip install --quiet --disable-pip-version-check -e '.[test]' 2> >(grep -v '^WARNING: Location' >&2)
+        echo "installing moe_bsr[$extra] and what it needs into .venv (torch is large: one to three minutes) ..."
+        "$python" -m pip install --quiet --disable-pip-version-check -e ".[$extra]" 2> >(grep -v '^WARNING: Location' >&2)
         cp pyproject.toml "$stamp"
     fi
 fi

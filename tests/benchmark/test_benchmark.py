@@ -1,12 +1,9 @@
 """The benchmark: what it counts, whether its baseline is BSR, that it judges honestly."""
 
-import json
 import multiprocessing
 import os
-import runpy
 import threading
 from multiprocessing.connection import Connection
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -175,40 +172,6 @@ def test_a_case_that_cannot_be_made_is_named(workers_are_threads):
     with pytest.raises(RuntimeError, match="^bsr fp32: ConfigError: plan.train_blocks"):
         with workers([Case(subject="bsr", **SMALL | {"backbone": "test_vit"})]):
             pass
-
-
-def test_the_tool_prints_the_raw_times_of_every_turn_and_verdicts_as_json(capsys, tmp_path):
-    tool = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"
-    main = runpy.run_path(str(tool), run_name="benchmark")["main"]
-    arguments = [
-        "--backbone",
-        SMALL["backbone"],
-        "--image-size",
-        "64",
-        "--batch",
-        "2",
-        "--threads",
-        "1",
-        "--precisions",
-        "bf16",
-        "--rounds",
-        "2",
-        "--steps",
-        "3",
-        "--only",
-        "dense_ffn",
-        "--json",
-    ]
-    assert main(arguments) == 0
-    result = json.loads(capsys.readouterr().out)
-    about = result["groups"]["experts bf16"]["dense_ffn bf16"]
-    assert [len(turn) for turn in about["seconds"]] == [3, 3]
-    assert about["memory"]["kept_per_image"] > 0 and result["targets"] == []
-    (tmp_path / "benchmark.json").write_text(json.dumps(result))
-    assert main(["--read", str(tmp_path / "benchmark.json"), "--markdown"]) == 0
-    titles, _, row = capsys.readouterr().out.splitlines()
-    assert titles.startswith("| experts bf16 | step ms |") and row.startswith("| dense_ffn bf16 | ")
-    assert main(["--read", str(tmp_path / "absent.json")]) == 2
 
 
 def test_scaling_keeps_every_time_and_memory_grows_with_the_batch_but_not_with_tasks(

@@ -1,14 +1,14 @@
 """What a configuration costs, as a person asks: predictions beside measurements, budgets, refusals."""
 
 import json
-import runpy
-from pathlib import Path
 
 import pytest
 from tiny_runs import make_config, make_trainer
 
 from moe_bsr import config as configuration
 from moe_bsr.benchmark import sweep
+from moe_bsr.benchmark.measure import held, trace
+from moe_bsr.cli.main import main
 from moe_bsr.config import ConfigError
 from moe_bsr.cost.planner import answer, largest, parse_bytes
 from moe_bsr.cost.predict import predict
@@ -21,11 +21,9 @@ CLASSES = {"shapes": 10, "fractals": 12}
 def ask(tmp_path, capsys):
     """Run tools/cost.py on a tiny configuration with overrides; returns (exit status, stdout, stderr)."""
     (tmp_path / "tiny.yaml").write_text(configuration.dump(make_config(tmp_path)))
-    tool = Path(__file__).resolve().parents[2] / "tools" / "cost.py"
-    main = runpy.run_path(str(tool), run_name="cost")["main"]
 
     def run(*arguments: str) -> tuple[int, str, str]:
-        status = main([str(tmp_path / "tiny.yaml"), *arguments])
+        status = main(["cost", str(tmp_path / "tiny.yaml"), *arguments])
         return status, *capsys.readouterr()
 
     return run

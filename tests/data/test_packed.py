@@ -1,6 +1,5 @@
 """The packed form: written and read back, mapped in place, refused when damaged."""
 
-import importlib.util
 import io
 import os
 import zipfile
@@ -179,70 +178,6 @@ def test_interrupted_writing_leaves_nothing(tmp_path):
         writer.add(b"x", 0)
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
-
-
-def pack_tool():
-    path = Path(__file__).parents[2] / "tools" / "pack.py"
-    spec = importlib.util.spec_from_file_location("pack_tool", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_tool_packs_a_folder_task_and_the_pack_takes_its_place(tmp_path, capsys):
-    for split, count in (("train", 12), ("test", 3)):
-        for k, name in enumerate(["ant", "bee"]):
-            (tmp_path / "bugs" / split / name).mkdir(parents=True)
-            for n in range(count):
-                picture(100 * k + n, 20, 16).save(tmp_path / "bugs" / split / name / f"{n}.png")
-    file = tmp_path / "insects.yaml"
-    file.write_text("title: Insects\nsource: folder\npath: bugs\n")
-    before = load_task(load_spec(file), root=tmp_path)
-    pack_tool().main([str(file), "--root", str(tmp_path)])
-    assert "24 images" in capsys.readouterr().out
-    after = load_task(load_spec(file), root=tmp_path)
-    assert "folder" in before.origin and "pack" in after.origin
-    assert after.class_names == before.class_names
-    for split in ("train", "val", "test"):
-        old, new = getattr(before, split), getattr(after, split)
-        np.testing.assert_array_equal(old.index, new.index)
-        np.testing.assert_array_equal(old.labels, new.labels)
-        for i in old.index:
-            np.testing.assert_array_equal(old.source.image(i), new.source.image(i))
-    with pytest.raises(SystemExit, match="2"):
-        pack_tool().main([str(file), "--root", str(tmp_path)])
-    assert "insects is a pack already; remove it" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("path", ["bugs", "bugs/photos", "elsewhere"])
-def test_tool_never_advises_to_remove_originals(tmp_path, capsys, path):
-    place = tmp_path / path
-    for folder in (place / split / name for split in ("train", "test") for name in ("ant", "bee")):
-        folder.mkdir(parents=True)
-        picture(1, 20, 16).save(folder / "0.png")
-    (tmp_path / "bugs").mkdir(exist_ok=True)
-    file = tmp_path / "bugs.yaml"
-    file.write_text(f"title: Insects\nsource: folder\npath: {path}\n")
-    tool = [str(file), "--root", str(tmp_path)]
-    with pytest.raises(SystemExit, match="2"):
-        pack_tool().main(tool)
-    refusal = capsys.readouterr().err
-    assert "name another --out" in refusal and "remove" not in refusal
-    assert ("where the originals lie" in refusal) == (path != "elsewhere")
-    pack_tool().main([*tool, "--out", str(tmp_path / "packs")])
-    assert (tmp_path / "packs" / "bugs" / "train.npz").is_file() and (place / "train" / "ant" / "0.png").is_file()
-
-
-def test_tool_names_a_damaged_image_and_leaves_no_pack(tmp_path, capsys):
-    for folder in (tmp_path / "bugs" / split / name for split in ("train", "test") for name in ("ant", "bee")):
-        folder.mkdir(parents=True)
-        (folder / "0.jpg").write_bytes(b"broken")
-    file = tmp_path / "insects.yaml"
-    file.write_text("title: Insects\nsource: folder\npath: bugs\n")
-    with pytest.raises(SystemExit, match="2"):
-        pack_tool().main([str(file), "--root", str(tmp_path)])
-    assert "ant/0.jpg" in capsys.readouterr().err
-    assert sorted(place.name for place in tmp_path.iterdir()) == ["bugs", "insects.yaml"]
 
 
 def test_packed_task(tmp_path, pack):

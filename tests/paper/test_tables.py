@@ -1,9 +1,6 @@
 """The published rules against an estimator that walks over a real forward pass, and the paper's figures."""
 
-import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,10 +17,6 @@ from moe_bsr.paper.settings import Setting, shape
 from moe_bsr.paper.shapes import from_model
 from moe_bsr.paper.tables import FIGURES
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-import reproduce
-
-PAGE = Path(__file__).parents[2] / "docs/paper_tables.md"
 DEIT = Setting("DeiT-S")
 T, A = 197 * 384 * 4, 6 * 197**2 * 4
 
@@ -276,33 +269,6 @@ def test_what_cannot_be_reproduced_is_said_and_never_fails_the_tool(results):
     assert ("3", "FT-Last") in missed and ("5", "ResNet-50, FT-Full") in missed
     assert all(r.status == "not reproduced" for r in results if "On-device" in r.column)
     assert all(r.ours is not None or r.note for r in results)
-
-
-def test_json_has_every_figure(capsys):
-    assert reproduce.main(["--json", "3"]) == 0
-    figures = json.loads(capsys.readouterr().out)
-    first = figures[0]
-    assert {"table", "row", "column", "published", "ours", "rule", "relative_difference", "note"} <= set(first)
-    assert (first["table"], first["row"], first["published"]) == ("3", "FT-Full", 8649.0)
-    assert first["relative_difference"] == pytest.approx(first["ours"] / 8649 - 1)
-    assert first["kept_mb"]["autograd, plain PyTorch"] == pytest.approx(67.25, abs=0.01)
-
-
-def test_a_figure_that_is_off_fails_the_tool(monkeypatch, capsys):
-    moved = [replace(f, published="8700") if f.published == "8649" else f for f in FIGURES if f.table == "2"]
-    monkeypatch.setattr(reproduce, "FIGURES", moved)
-    assert reproduce.main(["2"]) == 1
-    assert "OFF" in capsys.readouterr().out
-
-
-def test_an_unknown_table_is_refused(capsys):
-    assert reproduce.main(["9"]) == 2
-    assert "no table '9'; there are 1, 2" in capsys.readouterr().err
-
-
-def test_the_page_is_the_tools_output(capsys):
-    assert reproduce.main(["--markdown"]) == 0
-    assert capsys.readouterr().out == PAGE.read_text(), "stale: tools/reproduce.py --markdown makes it anew"
 
 
 def test_what_our_code_keeps_stands_beside_it(results):

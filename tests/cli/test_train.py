@@ -1,12 +1,10 @@
 """The training launcher and the comparison as a person meets them: what they print, how they exit."""
 
 import os
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -14,14 +12,11 @@ from tiny_runs import act_at, make_config
 
 from moe_bsr import config as configuration
 from moe_bsr.api import train
+from moe_bsr.cli.main import main
 from moe_bsr.runs import folder as run
 from moe_bsr.runs import report
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-
-
-def tool(name: str):
-    return runpy.run_path(str(TOOLS / f"{name}.py"))["main"]
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 @pytest.fixture
@@ -31,7 +26,7 @@ def written(tmp_path) -> str:
 
 
 def test_a_dry_run_prints_every_block_and_writes_nothing(written, tmp_path, capsys):
-    assert tool("train")([written, "--dry-run", "--run", str(tmp_path / "run")]) == 0
+    assert main(["train", written, "--dry-run", "--run", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().out
     assert "shapes: 10 classes, train 20, val 10, test 10" in printed
     rows = {line.split()[0]: line for line in printed.splitlines() if line.strip()[:1].isdigit()}
@@ -52,21 +47,21 @@ def test_a_dry_run_prints_every_block_and_writes_nothing(written, tmp_path, caps
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line_with_status_2(written, tmp_path, capsys, arguments, words):
-    assert tool("train")([written, *arguments, "--run", str(tmp_path / "run")]) == 2
+    assert main(["train", written, *arguments, "--run", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
-    assert words in error and error.startswith("train.py: ") and len(error.splitlines()) == 1
+    assert words in error and error.startswith("moe-bsr train: ") and len(error.splitlines()) == 1
 
 
 def test_training_prints_the_report_and_runs_are_set_side_by_side(written, tmp_path, capsys):
     for name, change in (("moe", []), ("dense", ["plan.moe_blocks=[]"])):
-        assert tool("train")([written, "train.steps=2", *change, "--run", str(tmp_path / name)]) == 0
+        assert main(["train", written, "train.steps=2", *change, "--run", str(tmp_path / name)]) == 0
     assert "| shapes |" in capsys.readouterr().out
-    assert tool("compare")([str(tmp_path / "dense"), str(tmp_path / "moe"), "--experts"]) == 0
+    assert main(["compare", str(tmp_path / "dense"), str(tmp_path / "moe"), "--experts"]) == 0
     header, chance, dense, moe, *use = capsys.readouterr().out.splitlines()
     assert header.split()[:4] == ["top-1", "%", "shapes", "fractals"] and chance.split()[1] == "10.0"
     assert f"{report.read(tmp_path / 'moe')['tasks']['shapes']['top1']:.1f}" == moe.split()[1]
     assert dense.startswith("dense") and any("block 5" in line for line in use)
-    assert tool("compare")([str(tmp_path)]) == 2
+    assert main(["compare", str(tmp_path)]) == 2
 
 
 def test_an_interrupted_run_stands_in_the_comparison_with_a_dash(tmp_path, monkeypatch, capsys):
@@ -74,7 +69,7 @@ def test_an_interrupted_run_stands_in_the_comparison_with_a_dash(tmp_path, monke
         act_at(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert train(make_config(tmp_path), tmp_path / "run")["status"] == "interrupted"
     capsys.readouterr()
-    assert tool("compare")([str(tmp_path / "run"), "--markdown"]) == 0
+    assert main(["compare", str(tmp_path / "run"), "--markdown"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("| run | - | - | - |")
 
 
@@ -84,25 +79,24 @@ def test_runs_in_folders_of_equal_names_go_by_their_paths(tmp_path, monkeypatch,
         shutil.copytree(tmp_path / "a" / "run", tmp_path / copy)
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
-    assert tool("compare")(["a/run/", "b/run", "c", "a/run"]) == 0
+    assert main(["compare", "a/run/", "b/run", "c", "a/run"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["a/run", "b/run", "c"]
 
 
 @pytest.mark.parametrize("content", ["", '{"status": "fini', "[]", "{}"])
 def test_a_damaged_report_is_refused_by_name(written, tmp_path, capsys, content):
     folder = tmp_path / "run"
-    assert tool("train")([written, "train.steps=2", "--run", str(folder)]) == 0
+    assert main(["train", written, "train.steps=2", "--run", str(folder)]) == 0
     (folder / "report.json").write_text(content)
     capsys.readouterr()
-    assert tool("compare")([str(folder)]) == 2
-    assert tool("train")([written, "train.steps=2", "--run", str(folder), "--resume"]) == 2
-    with pytest.raises(SystemExit, match="2"):
-        tool("evaluate")([str(folder), "--split", "test"])
+    assert main(["compare", str(folder)]) == 2
+    assert main(["train", written, "train.steps=2", "--run", str(folder), "--resume"]) == 2
+    assert main(["evaluate", str(folder), "--split", "test"]) == 2
     refusals = capsys.readouterr().err.splitlines()
     assert len(refusals) == 3 and all(f"{folder / 'report.json'}: cut or damaged" in line for line in refusals)
     assert run.test_evaluations(folder) == 1
     (folder / "report.json").unlink()
-    assert tool("train")([written, "train.steps=2", "--run", str(folder), "--resume"]) == 0
+    assert main(["train", written, "train.steps=2", "--run", str(folder), "--resume"]) == 0
     assert report.read(folder)["test_evaluations"] == 2
 
 
@@ -115,43 +109,28 @@ def test_of_an_unfinished_series_the_tasks_that_are_trained_are_used(tmp_path, c
     Image.new("RGB", (20, 20)).save(image)
     for name, arguments in (("evaluate", []), ("predict", [str(image)])):
         call = [str(tmp_path / "run"), *arguments, "--device", "cpu", "--weights", "random"]
-        tool(name)([*call, "--json", "--task", "shapes"])
+        assert main([name, *call, "--json", "--task", "shapes"]) == 0
         printed = capsys.readouterr().out
         assert '"shapes"' in printed and "fractals" not in printed
         for chosen in ([], ["--task", "fractals"]):
-            with pytest.raises(SystemExit) as stopped:
-                tool(name)([*call, *chosen])
-            assert stopped.value.code == 2
+            assert main([name, *call, *chosen]) == 2
             refusal = capsys.readouterr().err
             assert "not trained yet: fractals;" in refusal and "--resume" in refusal and "--task shapes" in refusal
 
 
 def test_divergence_exits_with_1(written, tmp_path, capsys):
     extreme = ["train.lr=1e30", "train.grad_clip_norm=null"]
-    assert tool("train")([written, *extreme, "--run", str(tmp_path / "run")]) == 1
+    assert main(["train", written, *extreme, "--run", str(tmp_path / "run")]) == 1
     assert "last good checkpoint" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's setting")
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        ("", "glibc.malloc.tcache_count=0"),
-        ("glibc.malloc.perturb=1", "glibc.malloc.perturb=1:glibc.malloc.tcache_count=0"),
-        ("glibc.malloc.tcache_count=3", "glibc.malloc.tcache_count=3"),
-    ],
-)
-def test_a_tool_starts_again_with_the_allocators_setting_and_its_arguments(tmp_path, before, after):
-    program = tmp_path / "program.py"
-    program.write_text(
-        f"import sys\nsys.path.insert(0, {str(TOOLS.parent)!r})\nfrom moe_bsr.runtime import allocator\nallocator.start_again()\n"
-        "import os\nprint(os.environ['GLIBC_TUNABLES'], sys.argv[1:], sys.flags.optimize)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-O", program, "a b", "--c"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={"GLIBC_TUNABLES": before},
-    )
-    assert done.stdout == f"{after} ['a b', '--c'] 1\n"
+@pytest.mark.xfail(reason="the expert views draw during training without asking whether matplotlib is there")
+def test_training_needs_none_of_the_extras(written, tmp_path):
+    code = f"""if True:
+        import sys, timm, torch._dynamo
+        sys.modules |= dict.fromkeys(["matplotlib", "scipy"])
+        from moe_bsr.cli.main import main
+        sys.exit(main(["train", {written!r}, "train.steps=2", "--run", {str(tmp_path / "run")!r}]))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,8 +1,7 @@
-"""tools/expert_views.py as a person meets it: files, page, events; for runs with and without experts."""
+"""moe-bsr views as a person meets it: files, page, events; for runs with and without experts."""
 
 import base64
 import re
-import runpy
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,11 +14,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 import moe_bsr
 from moe_bsr.callbacks import hparams
+from moe_bsr.cli.main import main
 from moe_bsr.evaluation.evaluate import evaluate
 from moe_bsr.visualize import expert_report as gallery
 from moe_bsr.visualize.html import Picture, Section, Table, page
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "expert_views.py"
 KINDS = {
     "experts": {},
     "dense": {"plan__moe_blocks": []},
@@ -29,7 +28,7 @@ KINDS = {
 
 
 def draw(run: Path, *arguments: str) -> None:
-    runpy.run_path(str(TOOL))["main"]([str(run), "--no-serve", "--images", "2", "--ablate", "8", *arguments])
+    assert main(["views", str(run), "--no-serve", "--images", "2", "--ablate", "8", *arguments]) == 0
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -130,7 +129,6 @@ def test_statistics_and_accuracy_are_those_of_the_whole_validation_split(drawn):
     "arguments, words",
     [
         (["nowhere"], "not a run folder"),
-        (["--images", "0"], "at least 1"),
         (["--checkpoint", "99"], "no checkpoint 99"),
     ],
 )
@@ -139,9 +137,8 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(tmp_path, capsys, arguments
     if arguments[0].startswith("--"):
         moe_bsr.train(make_config(tmp_path, train__steps=1, train__evaluate_test=False), run)
         arguments = [str(run), *arguments]
-    with pytest.raises(SystemExit) as exit:
-        runpy.run_path(str(TOOL))["main"]([*arguments, "--no-serve"])
-    assert exit.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+    assert main(["views", *arguments, "--no-serve"]) == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_words_are_escaped_and_tables_are_complete():

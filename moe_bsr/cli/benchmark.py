@@ -1,0 +1,184 @@
+"""Side-by-side timings and memory of one training step: stock timm, the public form of BSR, and ours.
+
+    moe-bsr benchmark                                     # DeiT-S, 224 px, batch 32: 40 minutes; with AMX, 10
+    moe-bsr benchmark --backbone vit_base_patch16_224 --batch 8 --storages exact   # 20 GB
+    moe-bsr benchmark --cases bsr full --rounds 3 --profile # some cases, and where their time goes
+    moe-bsr benchmark --scaling                           # against tokens, batch, experts and tasks
+    moe-bsr benchmark --json > benchmark.json
+    moe-bsr benchmark --from-json benchmark.json --markdown    # its tables again
+
+Every case is a process of its own and all take turns, so only compare figures of one run. Weights and images
+are random; data loading is not timed. --json prints everything, the raw times of every step included.
+
+Exit status: 0 done, 1 a measurement failed, 2 refused.
+"""
+
+import argparse
+import json
+import sys
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_bsr.cli.main import FAILED, program
+
+if TYPE_CHECKING:
+    from moe_bsr.benchmark.cases import Case
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backbone", default="deit_small_patch16_224", help="a timm VisionTransformer")
+    parser.add_argument("--image-size", type=int, help="pixels (default: the backbone's own)")
+    parser.add_argument("--batch", "--batch-size", type=int, default=32)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, auto (cpu)")
+    parser.add_argument("--threads", type=int, help="compute threads (default: torch's choice)")
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=("bf16", "fp32"),
+        help="default: both; fp32 where the device has no bf16 instructions",
+    )
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=2, help="steps of a case in a round")
+    parser.add_argument("--storages", nargs="+", help="of the BSR cases (default: all)")
+    parser.add_argument(
+        "--cases",
+        "--only",
+        nargs="+",
+        metavar="SUBJECT",
+        help="timm, explicit, full, bsr, moe_full, moe_bsr, moe_ffn, dense_ffn; targets that need others are left out",
+    )
+    parser.add_argument("--profile", action="store_true", help="the ten costliest operators of each case")
+    parser.add_argument("--scaling", action="store_true", help="how step time and peak grow")
+    parser.add_argument("--picture", type=Path, default=Path("scaling.png"), help="of --scaling")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--from-json", "--read", type=Path, metavar="FILE", help="of an earlier --json: measure nothing, show that"
+    )
+    parser.add_argument("--markdown", action="store_true")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from moe_bsr.benchmark import scaling
+
+    try:
+        result = json.loads(arguments.from_json.read_text()) if arguments.from_json else measure(arguments)
+    except RuntimeError as error:
+        print(f"{program('benchmark')}: {error}", file=sys.stderr)
+        return FAILED
+    if "scaling" in result:
+        scaling.draw(result, arguments.picture)
+        note(f"picture: {arguments.picture}")
+    print(json.dumps(result, indent=1) if arguments.json else tables(result, arguments.markdown))
+    return 0
+
+
+def measure(arguments: argparse.Namespace) -> dict:
+    """Run the cases; what --json prints."""
+    from moe_bsr.benchmark import scaling
+    from moe_bsr.benchmark.cases import PRECISIONS, suite
+    from moe_bsr.config import RuntimeConfig, require
+    from moe_bsr.runs.folder import environment
+    from moe_bsr.runtime.device import bf16_is_fast, find_device, prepare
+
+    device = find_device(arguments.device)
+    shared = {
+        "backbone": arguments.backbone,
+        "image_size": arguments.image_size,
+        "batch": arguments.batch,
+        "device": str(device),
+        "threads": arguments.threads,
+    }
+    native = bf16_is_fast(device)[0]
+    require(
+        arguments.batch >= 2,
+        "--batch",
+        arguments.batch,
+        "at least 2: bytes kept per image are the growth from half the batch to all of it",
+    )
+    if arguments.scaling:
+        result = scaling.measure(shared, "bf16" if native else "fp32", arguments.rounds, arguments.steps, note)
+    else:
+        chosen = arguments.precisions or (PRECISIONS if native else ["fp32"])
+        precisions = [precision for precision in PRECISIONS if precision in chosen]
+        groups = {
+            name: [c for c in cases if not arguments.cases or c.subject in arguments.cases]
+            for name, cases in suite(arguments.storages, precisions, **shared).items()
+        }
+        result = compare(groups, arguments)
+    return {"arguments": shared, **environment(prepare(RuntimeConfig(device=str(device))))} | result
+
+
+def compare(groups: "dict[str, list[Case]]", arguments: argparse.Namespace) -> dict:
+    """Time and measure every case of every group, and hold the figures against the targets."""
+    from moe_bsr.benchmark.targets import judge
+    from moe_bsr.config import require
+
+    results: dict[str, dict[str, dict]] = {}
+    for name, cases in groups.items():
+        note(f"{name}: {len(cases)} cases")
+        try:
+            results[name] = run_group(cases, arguments)
+        except RuntimeError as error:  # most likely out of memory; what the other groups say still holds
+            note(f"{name}: left out: {error}")
+            results[name] = {}
+    require(any(results.values()), "--cases", arguments.cases, "no group of cases could be run, see above")
+    return {"groups": results, "targets": judge(results)}
+
+
+def run_group(cases: "list[Case]", arguments: argparse.Namespace) -> dict[str, dict]:
+    """{case: times and memory} of the cases of one group, all alive at once and taking turns."""
+    from moe_bsr.benchmark.workers import interleave, workers
+
+    results: dict[str, dict] = {}
+    with workers(cases) as group:
+        times = interleave(group, arguments.rounds, arguments.steps)
+        for one, seconds in zip(group, times, strict=True):
+            results[one.case.name] = about = {"seconds": seconds, "memory": one.ask("memory")}
+            if one.case.subject in ("bsr", "moe_bsr") and one.case.storage == "exact":
+                about["products"] = one.ask("products")
+            if arguments.profile:
+                about["hot_spots"] = one.ask("hot_spots")
+    return results
+
+
+def tables(result: dict, markdown: bool) -> str:
+    """What a run of this tool found, read from its JSON."""
+    from moe_bsr.benchmark.tables import of_cases, of_scaling, of_targets
+    from moe_bsr.benchmark.targets import judge
+    from moe_bsr.runs.report import as_markdown, as_text
+
+    draw = as_markdown if markdown else as_text
+    blocks = [draw(of_scaling(points, name)) for name, points in result.get("scaling", {}).items()]
+    groups = result.get("groups", {})
+    for group, cases in groups.items():
+        if cases:
+            blocks.append(draw(of_cases(groups, group, result["arguments"]["batch"])))
+        spots = {name: about["hot_spots"] for name, about in cases.items() if "hot_spots" in about}
+        blocks += [
+            draw([[name, "ms a step", "calls"], *([operator, f"{ms:.1f}", str(calls)] for operator, ms, calls in rows)])
+            for name, rows in spots.items()
+        ]
+    if judged := judge(groups):
+        blocks.append(as_markdown(of_targets(judged)) if markdown else "\n".join(target_table(judged)))
+    return "\n\n".join(blocks)
+
+
+def target_table(rows: list[dict]) -> list[str]:
+    lines = []
+    for row in rows:
+        known = ", ".join(f"{key} {row[key]}" for key in ("published", "bound") if row[key])
+        verdict = "reached" if row["reached"] else "missed"
+        lines += [
+            f"{verdict:<7}  {row['value']:>7.2f}x  {row['target']:<8}  {row['what']}"
+            + (f" ({known})" if known else ""),
+            f"{'':<29}{row['detail']}",
+        ]
+        if row["others"]:
+            others = ", ".join(f"{case} {value:.2f}" for case, value in row["others"].items())
+            lines += textwrap.wrap(f"the same for {others}", 110, initial_indent=" " * 29, subsequent_indent=" " * 31)
+    return lines
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,61 @@
+"""Copy a packaged configuration or task file into the current folder, to change it.
+
+    moe-bsr copy quickstart                      # quickstart.yaml here
+    moe-bsr copy deit_tiny_moe_full configs      # into configs/, with the file it extends
+    moe-bsr copy quickstart mine.yaml            # under another name
+    moe-bsr copy pets tasks                      # a task; in tasks/ it is found by its name
+
+`moe-bsr configs` and `moe-bsr tasks` list the names. What a configuration extends is copied beside it, but for
+base.yaml: its values are the defaults, which hold without it. Files that are there are kept; --force replaces them.
+"""
+
+import argparse
+import difflib
+import re
+from pathlib import Path
+
+from moe_bsr.cli.main import program
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="of a configuration or a task")
+    parser.add_argument("dest", nargs="?", type=Path, default=Path(), metavar="DEST", help="a folder, or a .yaml file")
+    parser.add_argument("--force", action="store_true", help="replace files that are there")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from moe_bsr.config import ConfigError, packaged
+
+    source = packaged.find("configs", arguments.name) or packaged.find("tasks", arguments.name)
+    if source is None:
+        known = [*packaged.names("configs"), *packaged.names("tasks")]
+        near = difflib.get_close_matches(Path(arguments.name).stem, known, 1)
+        raise ConfigError(
+            f"no packaged configuration or task {arguments.name!r}"
+            + (f"; did you mean {near[0]!r}?" if near else "; moe-bsr configs and moe-bsr tasks list them")
+        )
+    is_file = arguments.dest.suffix in (".yaml", ".yml")
+    target = arguments.dest if is_file else arguments.dest / source.name
+    texts = with_what_it_extends(source, target)
+    if not arguments.force and (there := [str(path) for path in texts if path.exists()]):
+        raise ConfigError(f"{', '.join(there)}: there already; --force replaces it, or name another DEST")
+    for path, text in texts.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        print(f"written: {path}")
+    if source.parent.name == "configs":
+        print(f"next: {program('train')} {target} --dry-run")
+    elif target.parent.name != "tasks":
+        print(f"use it as tasks=[{target}]; in a folder tasks/ it is found by its name")
+    return 0
+
+
+def with_what_it_extends(source: Path, target: Path) -> dict[Path, str]:
+    """The text of each file to write: the source as the target, and what it extends beside that."""
+    text = source.read_text(encoding="utf-8")
+    extended = re.search(r"^extends: *(\S+).*\n", text, re.MULTILINE)
+    if extended is None:
+        return {target: text}
+    if extended[1] == "base.yaml":
+        return {target: text.replace(extended[0], "")}
+    return {target: text} | with_what_it_extends(source.parent / extended[1], target.parent / extended[1])

@@ -1,0 +1,140 @@
+"""Runs the commands: `moe-bsr COMMAND ...`, `python -m moe_bsr COMMAND ...` and the programs of tools/.
+
+A command is a file of this folder, named as the command with `_` for `-`. Its docstring is its help text,
+`add_arguments(parser)` declares its arguments, and `run(arguments)` does the work and returns the exit status.
+At its top it imports the standard library only: torch takes seconds to load, and --help should not wait for it.
+"""
+
+import argparse
+import difflib
+import importlib
+import re
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import moe_bsr
+
+COMMANDS = {
+    "train": "train several tasks as a configuration says, and write a run folder",
+    "evaluate": "accuracy of a run, task by task",
+    "predict": "name what is on images, for all tasks of a run at once",
+    "views": "draw what a run does with experts and patches, and open TensorBoard on it",
+    "compare": "set finished runs side by side",
+    "cost": "memory and FLOPs of a configuration before anyone trains it",
+    "init": "look at image folders and write the task files and the configuration to train on them",
+    "tasks": "list the tasks there are",
+    "configs": "list the configurations that come with the package",
+    "copy": "copy a packaged configuration or task file here, to change it",
+    "pack": "pack a task's images into one file per split",
+    "benchmark": "time and memory of a training step, beside timm and the public form of BSR",
+    "reproduce": "rebuild the cost figures of the BSR paper's tables",
+    "pretrain": "make the bundled backbone anew",
+    "sweep-variants": "train every variant at equal images, each at its best learning rate",
+    "sweep-storages": "train with one storage and another, in pairs, and show the difference in accuracy",
+    "results": "write results/README.md from the reports in results/",
+}
+
+# Those that train or evaluate in this process: they need the C library's allocator set up first.
+COMPUTING = {"train", "evaluate", "views", "pretrain", "sweep-storages"}
+
+# Packages that only some commands need, and the extra that installs them.
+EXTRAS = {"matplotlib": "views", "scipy": "views", "onnx": "export", "onnxruntime": "export", "onnxscript": "export"}
+
+FAILED, REFUSED, INTERRUPTED = 1, 2, 130
+
+
+def start(command: str | None = None) -> NoReturn:
+    """The whole life of a process: run what its arguments say, or that command with them, and exit."""
+    arguments = sys.argv[1:] if command is None else [command, *sys.argv[1:]]
+    sys.exit(main(arguments, own_process=True))
+
+
+def main(arguments: list[str], own_process: bool = False) -> int:
+    """Run a command line in this process; returns the exit status.
+
+    Args:
+        own_process: whether the process may be set up for the command. Otherwise nothing global changes.
+    Raises:
+        SystemExit: after --help or --version, and for arguments that no parser knows (status 2).
+    """
+    name, *rest = arguments or ["--help"]
+    if name in COMMANDS:
+        return _run(name, rest, own_process)
+    parser = argparse.ArgumentParser(
+        prog="moe-bsr",
+        description="Fine-tune one Vision Transformer for several image-classification tasks.",
+        epilog="commands:\n"
+        + "\n".join(f"  {command:<16}{what}" for command, what in COMMANDS.items())
+        + "\n\nmoe-bsr COMMAND --help says more. To begin with: moe-bsr train configs/quickstart.yaml",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", metavar="COMMAND", help="one of those below")
+    parser.add_argument("--version", action="version", version=f"moe-bsr {moe_bsr.__version__}")
+    parser.parse_args([name])
+    near = difflib.get_close_matches(name, COMMANDS, 1)
+    parser.error(f"no command {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; see moe-bsr --help"))
+
+
+def program(command: str) -> str:
+    """How a person starts a command, in the way this process was started."""
+    path = Path(sys.argv[0])
+    if path.suffix == ".py" and path.parent.name == "tools":
+        return f"python {path}"
+    if path.parts[-2:] == ("moe_bsr", "__main__.py"):
+        return f"python -m moe_bsr {command}"
+    return f"moe-bsr {command}"
+
+
+def in_flags(message: str) -> str:
+    """A message of the library, whose arguments are Python's (`resume=True`), as the command line spells them."""
+    message = message.replace("resume=True", "--resume")
+    message = re.sub(
+        r"(?<![\w.])(weights|device|data_root)='?([^\s',;]+)'?", lambda m: f"--{m[1].replace('_', '-')} {m[2]}", message
+    )
+    return re.sub(r"(?<![\w.])tasks=\[([^]]*)\]", lambda m: "--task " + re.sub("[',]", "", m[1]), message)
+
+
+def _run(name: str, rest: list[str], own_process: bool) -> int:
+    module = importlib.import_module(f"moe_bsr.cli.{name.replace('-', '_')}")
+    parser = argparse.ArgumentParser(
+        prog=program(name), description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    if not hasattr(module, "run"):
+        return module.main(rest)
+    module.add_arguments(parser)
+    parsed = parser.parse_intermixed_args(rest)
+    if own_process and name in COMPUTING:
+        _set_up_process()
+    try:
+        return module.run(parsed)
+    except _expected_errors() as error:
+        print(f"{parser.prog}: {in_flags(str(error))}", file=sys.stderr)
+        return REFUSED
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        print(f"{parser.prog}: needs {package}: pip install 'moe_bsr[{EXTRAS[package]}]'", file=sys.stderr)
+        return REFUSED
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _set_up_process() -> None:
+    """What a program may do to its process, and a library may not: the C library's allocator."""
+    from moe_bsr.runtime import allocator
+
+    allocator.start_again()  # returns in the second life; torch is not loaded yet
+
+    from moe_bsr.runtime.device import keep_freed_memory
+
+    keep_freed_memory()
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    """Those whose message says all there is to say; anything else is a fault of ours and keeps its traceback."""
+    from moe_bsr.runs.checkpoint import CheckpointError
+
+    return ValueError, OSError, CheckpointError, FloatingPointError

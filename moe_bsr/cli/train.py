@@ -1,0 +1,93 @@
+"""Train several tasks as a configuration says, and write a run folder.
+
+    moe-bsr train configs/quickstart.yaml
+    moe-bsr train configs/deit_tiny_moe_bsr.yaml data.root=data train.steps=2000 --run runs/mine
+    moe-bsr train configs/deit_tiny_moe_bsr.yaml --run runs/mine --resume
+    moe-bsr train configs/quickstart.yaml --dry-run
+
+CONFIG is the file of that path, or else the one of that name in the package (moe-bsr configs lists them).
+
+Exit status: 0 finished, 1 training failed, 2 refused, 128 + signal if interrupted (saved; --resume goes on).
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_bsr.cli import run_arguments
+from moe_bsr.cli.main import FAILED, INTERRUPTED, in_flags, program
+
+if TYPE_CHECKING:
+    from moe_bsr.config import Config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    run_arguments.add_overrides(parser)
+    parser.add_argument(
+        "--run", "--run-dir", metavar="DIR", type=Path, help="the run folder (default runs/<name of CONFIG>)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, exit")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import moe_bsr
+    from moe_bsr.config import load, packaged
+    from moe_bsr.data import UnreadableImage
+    from moe_bsr.training.trainer import NonFiniteLoss
+
+    folder = arguments.run or Path("runs") / Path(arguments.config).stem
+    config = load(packaged.find_config(arguments.config), arguments.overrides)
+    if arguments.dry_run:
+        return dry_run(config, folder, arguments.resume)
+    try:
+        report = moe_bsr.train(config, folder, arguments.resume)
+    except FileNotFoundError:
+        raise  # refused before anything was trained
+    except (NonFiniteLoss, FloatingPointError, OSError, UnreadableImage) as error:
+        # A diverged model, a full disk or a damaged image ends a training that had begun.
+        print(f"{program('train')}: {in_flags(str(error))}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print(
+            f"{program('train')}: interrupted outside of training; a run that had begun goes on with --resume",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    print((folder / "report.md").read_text())
+    if report["status"] == "interrupted":
+        again = shlex.join([arguments.config, *arguments.overrides, "--run", str(folder), "--resume"])
+        print(f"interrupted; saved in {folder}. Go on with: {program('train')} {again}")
+        return 128 + report["signal"]
+    return 0
+
+
+def dry_run(config: "Config", folder: Path, resume: bool) -> int:
+    """Open every dataset and the backbone, print the plan; write nothing."""
+    from moe_bsr.model import summary
+    from moe_bsr.model.multitask import build, build_on_meta
+    from moe_bsr.runs.folder import check_folder, open_task
+    from moe_bsr.runtime.device import prepare
+    from moe_bsr.training.feature_cache import FeatureCache
+
+    runtime = prepare(config.runtime)
+    build_on_meta(config, dict.fromkeys(config.task_names(), 2))  # a plan that cannot be is refused before any download
+    tasks = {name: open_task(config, file) for name, file in config.task_files().items()}
+    for name, data in tasks.items():
+        for split in (data.train, data.val, data.test):
+            split.source.image(int(split.index[0]))
+        print(
+            f"{name}: {len(data.class_names)} classes, train {len(data.train)}, val {len(data.val)}, "
+            f"test {len(data.test)} ({data.origin})"
+        )
+    model = runtime.place(build(config, {name: len(data.class_names) for name, data in tasks.items()}))
+    print("\n".join([*summary.summary(model, config), *summary.table(model, config)]))
+    if config.data.feature_cache_mb:
+        with runtime.autocast():
+            sizes = {name: len(data.train) for name, data in tasks.items()}
+            print(FeatureCache(model, sizes, config.data.feature_cache_mb))
+    check_folder(config, folder, resume)
+    print(f"run folder {folder}; {runtime.precision} on {runtime.device} ({runtime.precision_reason})")
+    return 0

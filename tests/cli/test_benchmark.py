@@ -1,0 +1,27 @@
+"""moe-bsr benchmark: raw times as JSON, and its tables again from that."""
+
+import json
+
+from moe_bsr.cli.main import main
+
+TINY = ["--backbone", "deit_tiny_patch16_224", "--image-size", "64", "--batch", "2", "--threads", "1"]
+
+
+def test_raw_times_of_every_turn_and_verdicts_as_json_and_the_tables_from_it(capsys, tmp_path):
+    call = ["benchmark", *TINY, "--precisions", "bf16", "--rounds", "2", "--steps", "3", "--cases", "dense_ffn"]
+    assert main([*call, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    case = result["groups"]["experts bf16"]["dense_ffn bf16"]
+    assert [len(turn) for turn in case["seconds"]] == [3, 3]
+    assert case["memory"]["kept_per_image"] > 0 and result["targets"] == []
+    (tmp_path / "benchmark.json").write_text(json.dumps(result))
+    assert main(["benchmark", "--from-json", str(tmp_path / "benchmark.json"), "--markdown"]) == 0
+    titles, _, row = capsys.readouterr().out.splitlines()
+    assert titles.startswith("| experts bf16 | step ms |") and row.startswith("| dense_ffn bf16 | ")
+
+
+def test_what_cannot_be_measured_is_refused(capsys, tmp_path):
+    assert main(["benchmark", "--read", str(tmp_path / "absent.json")]) == 2
+    assert main(["benchmark", *TINY, "--only", "nothing"]) == 2
+    assert main(["benchmark", "--batch", "1"]) == 2
+    assert "--batch = 1: at least 2" in capsys.readouterr().err

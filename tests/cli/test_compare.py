@@ -1,0 +1,20 @@
+"""moe-bsr compare beside test_train.py's tables of trained runs: reports made up."""
+
+import json
+
+from moe_bsr.cli.main import main
+
+
+def test_json_holds_the_reports_by_the_names_of_the_table(tmp_path, capsys):
+    for name in ("a/run", "b/run", "c"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "report.json").write_text(json.dumps({"tasks": {}, "from": name}))
+    paths = [str(tmp_path / name) for name in ("a/run", "b/run", "c")]
+    assert main(["compare", *paths, "--json"]) == 0
+    reports = json.loads(capsys.readouterr().out)
+    assert list(reports) == [*paths[:2], "c"] and reports["c"]["from"] == "c"
+
+
+def test_a_folder_without_a_report_is_refused(tmp_path, capsys):
+    assert main(["compare", str(tmp_path)]) == 2
+    assert "has no report.json: not a finished run" in capsys.readouterr().err

@@ -1,0 +1,37 @@
+"""moe-bsr evaluate as a person and a script meet it."""
+
+import json
+import shutil
+
+import pytest
+from tiny_runs import TASKS
+
+import moe_bsr
+from moe_bsr.cli.main import main
+from moe_bsr.evaluation.evaluate import evaluate
+
+
+def test_its_numbers_are_those_of_the_trainers_evaluation(tiny_run, capsys):
+    assert main(["evaluate", str(tiny_run), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    loaded = moe_bsr.load(tiny_run)
+    for task in TASKS:
+        direct = evaluate(loaded.models[task], loaded.data(task), "val", loaded.transforms, loaded.runtime)
+        assert report["tasks"][task] | {"images_per_second": 0} == direct | {"images_per_second": 0}
+    assert report["mean_top1"] == pytest.approx(sum(task["top1"] for task in report["tasks"].values()) / 2)
+    assert (report["step"], report["split"]) == (loaded.step, "val") and "test_evaluations" not in report
+
+
+def test_evaluations_of_the_test_split_are_counted_once_each(tiny_run, tmp_path, capsys):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    for count in (2, 3):  # the training's own was the first
+        assert main(["evaluate", str(run), "--split", "test", "--task", "shapes"]) == 0
+        out = capsys.readouterr().out
+        assert f"test evaluation {count} of this run" in out and "fractals" not in out
+
+
+def test_an_unknown_task_is_refused_and_nothing_counted(tiny_run, tmp_path, capsys):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    assert main(["evaluate", str(run), "--task", "shape", "--split", "test"]) == 2
+    assert "did you mean shapes" in capsys.readouterr().err
+    assert len((run / "test_evaluations.log").read_text().splitlines()) == 1

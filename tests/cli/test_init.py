@@ -1,0 +1,132 @@
+"""moe-bsr init on the folders people have: what it writes can be trained, what it cannot use it says."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from moe_bsr.cli.main import main
+from moe_bsr.config import load
+from moe_bsr.data import load_spec, load_task
+
+
+def write(folder: Path, *counts: int, names: str = "abcdefgh") -> None:
+    """Class folders with so many images each, all of one color."""
+    for kind, count in zip(names, counts, strict=False):
+        (folder / kind).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (12, 10), (20 * len(str(folder)) % 256, 9 * i, 200)).save(folder / kind / f"{i}.png")
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch) -> Path:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def sizes(name: str) -> tuple[int, int, int]:
+    data = load_task(load_spec(name), root=Path("data"))
+    return len(data.class_names), len(data.train) + len(data.val), len(data.test)
+
+
+def test_a_folder_of_datasets_of_every_kind_can_be_trained(tmp_path, capsys):
+    photos = tmp_path / "my photos"
+    write(photos / "whole" / "train", 6, 5)
+    write(photos / "whole" / "test", 2, 3)
+    write(photos / "no test" / "train", 4, 4, 4)
+    write(photos / "no test" / "val", 1, 2)
+    write(photos / "classes", 10, 5, 4)
+    (photos / "empty").mkdir()
+    assert main(["init", str(photos)]) == 0
+    printed = capsys.readouterr().out
+    assert sizes("tasks/whole.yaml") == (2, 11, 5)
+    assert sizes("tasks/no_test.yaml") == (3, 12, 3)
+    assert sizes("tasks/classes.yaml") == (3, 15, 4)  # of 10, 5 and 4 images 2, 1 and 1 are set aside
+    for words in (
+        "whole: 2 classes, 11 training and 5 test images",
+        "val/ is its test split",
+        "20% of each class are set aside",
+        f"not used: {photos / 'empty'}: no class folders",
+        "train my_photos.yaml --dry-run",
+    ):
+        assert words in printed
+    assert load("my_photos.yaml").task_names() == ["classes", "no_test", "whole"]
+    assert main(["train", "my_photos.yaml", "train.steps=3", "train.batch_size=4", "train.eval_every=null"]) == 0
+    assert "| classes |" in capsys.readouterr().out and Path("runs/my_photos/report.json").is_file()
+
+
+def test_one_dataset_is_one_task_and_its_name_a_possible_one(tmp_path, here):
+    write(tmp_path / "test" / "train", 4, 4)
+    write(tmp_path / "test" / "test", 1, 1)
+    assert main(["init", str(tmp_path / "test"), "--out", "inner"]) == 0
+    assert sorted(str(path.relative_to(here)) for path in here.rglob("*.yaml")) == [
+        "inner/tasks/test.yaml",
+        "inner/test.yaml",
+    ]
+    write(tmp_path / "half", 3, 3)  # torch's modules have an attribute of this name
+    assert main(["init", str(tmp_path / "half")]) == 0
+    assert load("half_images.yaml").task_names() == ["half_images"]
+
+
+def test_what_cannot_be_used_is_told(tmp_path, capsys):
+    data = tmp_path / "data"
+    write(data / "mixed", 3, 3)
+    (data / "mixed" / "empty").mkdir()
+    (data / "mixed" / "a" / "notes.txt").write_text("")
+    (data / "mixed" / "b" / "more").mkdir()
+    Image.new("RGB", (5, 5)).save(data / "mixed" / "loose.png")
+    write(data / "strange" / "train", 2, 2)
+    write(data / "strange" / "test", 1, 1, 1)
+    write(data / "single", 5)
+    write(data / "three" / "train", 3, 3)
+    write(data / "three" / "val", 3, 3)
+    write(data / "three" / "test", 1, 1)
+    assert main(["init", str(data)]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not used: ")]
+    for words in (
+        "empty: no images",
+        "notes.txt",
+        "more: a folder within a class",
+        "1 image(s) in",
+        "strange/test/c: a class without training images",
+        "single: 1 class folder",
+        "three/val: validation is carved",
+    ):
+        assert sum(words in line for line in told) == 1, words
+    assert len(told) == 7 and load("data.yaml").task_names() == ["mixed", "three"]
+
+
+def test_the_same_images_are_set_aside_when_others_come(tmp_path):
+    write(tmp_path / "set", 20, 20)
+    assert main(["init", str(tmp_path / "set")]) == 0
+    before = {str(path) for path in Path("splits/set/test").rglob("*.png")}
+    Image.new("RGB", (5, 5)).save(tmp_path / "set" / "a" / "new.png")
+    assert main(["init", str(tmp_path / "set"), "--force"]) == 0
+    after = {str(path) for path in Path("splits/set/test").rglob("*.png")}
+    assert len(before) == len(after) == 8 and len(before - after) <= 1
+
+
+def test_nothing_is_overwritten_or_removed_without_force(tmp_path, capsys):
+    write(tmp_path / "set", 5, 5)
+    Path("set.yaml").write_text("mine")
+    assert main(["init", str(tmp_path / "set")]) == 2
+    assert "set.yaml: there already; --force" in capsys.readouterr().err
+    assert [path.name for path in Path().iterdir()] == ["set.yaml"] and Path("set.yaml").read_text() == "mine"
+    assert main(["init", str(tmp_path / "set"), "--force"]) == 0
+    Path("splits/set/train/own.txt").write_text("mine")
+    assert main(["init", str(tmp_path / "set"), "--force"]) == 2
+    assert "own.txt: no link of moe-bsr init" in capsys.readouterr().err
+    Path("splits/set/train/own.txt").unlink()
+    assert main(["init", str(tmp_path / "set"), "--force"]) == 0
+    assert len(list((tmp_path / "set").rglob("*.png"))) == 10  # originals are where they were
+
+
+@pytest.mark.parametrize("fraction", ["0", "1", "-0.5"])
+def test_what_is_no_dataset_or_fraction_is_refused(tmp_path, capsys, fraction):
+    assert main(["init", str(tmp_path / "nowhere")]) == 2
+    assert main(["init", "."]) == 2
+    write(tmp_path / "set", 5, 5)
+    assert main(["init", str(tmp_path / "set"), f"--test-fraction={fraction}"]) == 2
+    assert "above 0 and below 1" in capsys.readouterr().err
+    assert not list(Path().iterdir())
