@@ -234,9 +234,7 @@ def measured_table(measured: dict[str, Any], device: str) -> list[str]:
         f"  kept by {name:<12}  {row['predicted'] / MB:>10.3f}  {row['measured'] / MB:>10.3f}"
         for name, row in measured["kept_by_block"].items()
     ]
-    lines.append(
-        "(a step of one task; a block's input counts for the block that made it)"
-    )
+    lines.append("(a step of one task; a block's input counts for the block that made it)")
     what = "CUDA's allocator" if device == "cuda" else "resident memory of the process, libraries included"
     lines += [
         f"{'peak in a step':<22}  {'':>10}  {measured['process_peak'] / MB:>10.1f}  {what}",

@@ -125,8 +125,7 @@ def markdown(report: dict[str, Any]) -> str:
         lines.append(f"| mean | {report['mean_top1']:.2f} | | | | | | | | |")
     lines += [
         "",
-        f"Training took {report['train_seconds']:.0f} s; {_gflops(report)} GFLOPs an image "
-        f"forward. {_peaks(report)}",
+        f"Training took {report['train_seconds']:.0f} s; {_gflops(report)} GFLOPs an image forward. {_peaks(report)}",
         "",
         _provenance(report),
     ]

@@ -7,7 +7,6 @@ from tiny_runs import make_config, make_trainer
 
 from moe_bsr import config as configuration
 from moe_bsr.benchmark import sweep
-from moe_bsr.benchmark.measure import held, trace
 from moe_bsr.cli.main import main
 from moe_bsr.config import ConfigError
 from moe_bsr.cost.planner import answer, largest, parse_bytes
