@@ -15,6 +15,7 @@ from moe_bsr.callbacks.jsonl import Jsonl
 from moe_bsr.config import Config, ConfigError
 from moe_bsr.cost.predict import Cost, predict
 from moe_bsr.data import TaskData
+from moe_bsr.data.sampler import SAMPLERS
 from moe_bsr.evaluation import evaluate as evaluation
 from moe_bsr.model import summary
 from moe_bsr.model.multitask import MultitaskViT, build, build_on_meta
@@ -51,7 +52,7 @@ def train(
     run_dir = Path(run_dir)
     runtime = prepare(config.runtime)
     run.check_folder(config, run_dir, resume)
-    build_on_meta(config, dict.fromkeys(config.task_names(), 2))  # what cannot be is refused before data are opened
+    check(config)
     if resume and (done := report.read(run_dir)) is not None and done["status"] == "finished":
         return done
     if config.mode == "single_task":
@@ -61,6 +62,16 @@ def train(
     with runtime.in_effect():
         model = runtime.place(build(config, {name: len(data.class_names) for name, data in tasks.items()}))
         return make_trainer(config, model, tasks, runtime, run_dir, chosen).fit(resume)
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot be before data are opened or weights are read.
+
+    Raises:
+        ConfigError: an impossible plan, or an unknown kind of storage, adapter, router, sampler or backbone.
+    """
+    SAMPLERS.choose(config.sampler.kind)
+    build_on_meta(config, dict.fromkeys(config.task_names(), 2))
 
 
 def _train_each_task(config: Config, run_dir: Path, resume: bool, callbacks: list[Callback] | None) -> dict[str, Any]:

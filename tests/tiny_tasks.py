@@ -5,7 +5,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from moe_bsr import config as configuration
-from moe_bsr.data import ImageTransforms, Split, TaskData, TaskSpec
+from moe_bsr.data import ImageTransforms, Split, TaskData
+from moe_bsr.data.sources.folder import FolderTask
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.runtime.device import Runtime
 
@@ -35,7 +36,7 @@ def task_data(name: str, labels=None) -> TaskData:
     classes = CLASSES[name]
     source = Noise(np.arange(23) % classes if labels is None else labels, classes, classes)
     split = Split(source, np.arange(len(source)), source.labels)
-    spec = TaskSpec(name=name, title=name, source="folder", path="nowhere")
+    spec = FolderTask(name=name, title=name, path="nowhere")
     return TaskData(
         name=name,
         title=name,

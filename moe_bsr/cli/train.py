@@ -67,13 +67,14 @@ def run(arguments: argparse.Namespace) -> int:
 def dry_run(config: "Config", folder: Path, resume: bool) -> int:
     """Open every dataset and the backbone, print the plan; write nothing."""
     from moe_bsr.model import summary
-    from moe_bsr.model.multitask import build, build_on_meta
+    from moe_bsr.api import check
+    from moe_bsr.model.multitask import build
     from moe_bsr.runs.folder import check_folder, open_task
     from moe_bsr.runtime.device import prepare
     from moe_bsr.training.feature_cache import FeatureCache
 
     runtime = prepare(config.runtime)
-    build_on_meta(config, dict.fromkeys(config.task_names(), 2))  # a plan that cannot be is refused before any download
+    check(config)  # what cannot be is refused before any download
     tasks = {name: open_task(config, file) for name, file in config.task_files().items()}
     for name, data in tasks.items():
         for split in (data.train, data.val, data.test):

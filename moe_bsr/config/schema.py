@@ -171,7 +171,7 @@ class DataConfig:
 
 @dataclass(kw_only=True, slots=True)
 class SamplerConfig:
-    kind: Literal["round_robin", "proportional", "temperature", "joint", "exhaust"] = "round_robin"
+    kind: str = "round_robin"
     temperature: float = 2.0
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ class Batch:
     positions: np.ndarray
     images: torch.Tensor | None
     labels: torch.Tensor
-    features: torch.Tensor | None = None
+    features: Any = None
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -14,7 +14,7 @@ from moe_bsr.config import Config
 from moe_bsr.model import block
 from moe_bsr.model.adapters import ADAPTERS
 from moe_bsr.model.backbones import family_of
-from moe_bsr.model.backbones.vit import digest, embed, pool
+from moe_bsr.model.backbones.vit import digest
 from moe_bsr.model.balance import Balance
 from moe_bsr.model.block import BlockContext, Record
 from moe_bsr.model.layers import Linear, adopt
@@ -64,6 +64,7 @@ class MultitaskViT(nn.Module):
         """
         super().__init__()
         self.vit = vit
+        self.family = family_of(config.backbone)
         self.backbone_sha256 = digest(vit.state_dict()) if _has_values(vit) else ""
         self.tokens_config = config.tokens
         self.plan = make_plan(config, len(vit.blocks))
@@ -113,7 +114,7 @@ class MultitaskViT(nn.Module):
         if not images.is_floating_point():
             raise TypeError(f"images are {images.dtype}: normalize them first, as a run's transforms.normalize does")
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.embedding_trains):
-            x = embed(self.vit, images)
+            x = self.family.embed(self.vit, images)
             origin = torch.arange(x.shape[1] - self.vit.num_prefix_tokens, device=x.device)
             tokens = Tokens(x.to(compute_dtype(x)), origin.expand(x.shape[0], -1))
             del x
@@ -175,7 +176,7 @@ class MultitaskViT(nn.Module):
 
     def logits(self, tokens: Tokens, task: str) -> Tensor:
         """The head of `task` on the last block's tokens: (B, classes) float32."""
-        features = pool(self.vit, tokens.x)
+        features = self.family.pool(self.vit, tokens.x)
         # In float32: bf16 logits of a hundred classes tie, and ties decide about accuracy.
         with torch.autocast(features.device.type, enabled=False):
             return self.heads[task](features.float())

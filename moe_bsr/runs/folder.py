@@ -17,7 +17,7 @@ import yaml
 from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError
 from moe_bsr.data import ImageTransforms, TaskData, load_spec, load_task
-from moe_bsr.model.backbones import vit as backbone
+from moe_bsr.model.backbones import family_of
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.runs import checkpoint, report
 from moe_bsr.runtime.device import Runtime
@@ -48,14 +48,14 @@ def open_task(config: Config, task: str, root: str | None = None) -> TaskData:
         load_spec(task),
         root=Path(root or data.root).expanduser(),
         download=data.download,
-        validation=data.val_fraction,
-        data_seed=data.split_seed,
+        val_fraction=data.val_fraction,
+        split_seed=data.split_seed,
     )
 
 
 def make_transforms(config: Config, model: MultitaskViT) -> ImageTransforms:
     """How images become inputs of this model: the backbone's own settings and the configuration's."""
-    settings = backbone.image_settings(config.backbone, model.vit)
+    settings = family_of(config.backbone).image_settings(config.backbone, model.vit)
     return ImageTransforms(
         **asdict(settings),
         resize=config.data.resize,

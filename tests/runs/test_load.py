@@ -9,13 +9,13 @@ from safetensors.torch import save_file
 from tiny_runs import Crash, act_at, crash, make_config, script_scores, state_of
 
 import moe_bsr
+from moe_bsr.api import train
 from moe_bsr.config import Config, ConfigError
 from moe_bsr.evaluation.evaluate import evaluate
 from moe_bsr.model.backbones.vit import load as load_backbone
 from moe_bsr.runs import checkpoint
 from moe_bsr.runs.checkpoint import CheckpointError
 from moe_bsr.runs.load import chosen_tasks
-from moe_bsr.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 

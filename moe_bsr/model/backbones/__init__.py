@@ -8,7 +8,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from moe_bsr.config import BackboneConfig
 from moe_bsr.config.registry import Registry
@@ -34,12 +34,16 @@ class Backbone:
         create_on_meta: config -> the network without values, instant.
         load: (config, seed) -> the network with its weights, without a classifier, in float32 on the CPU.
         image_settings: (config, network) -> how its images must be prepared.
+        embed: (network, (B, 3, S, S) normalized images) -> (B, N, D) tokens, prefix tokens first.
+        pool: (network, (B, N, D) tokens of the last block) -> (B, D) features for the heads.
     """
 
     accepts: Callable[[str], bool]
     create_on_meta: Callable[[BackboneConfig], nn.Module]
     load: Callable[[BackboneConfig, int], nn.Module]
     image_settings: Callable[[BackboneConfig, nn.Module], ImageSettings]
+    embed: Callable[[nn.Module, Tensor], Tensor]
+    pool: Callable[[nn.Module, Tensor], Tensor]
 
 
 BACKBONES: Registry[Backbone] = Registry("backbone.name")

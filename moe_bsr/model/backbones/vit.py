@@ -238,4 +238,4 @@ def _misfits(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
     ]
 
 
-BACKBONES.register("vit")(Backbone(lambda name: True, create_on_meta, load, image_settings))
+BACKBONES.register("vit")(Backbone(lambda name: True, create_on_meta, load, image_settings, embed, pool))
