@@ -11,14 +11,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from moe_bsr.api import evaluate as evaluate
     from moe_bsr.api import train as train
+    from moe_bsr.config import Config as Config
+    from moe_bsr.runs.load import TrainedRun as TrainedRun
     from moe_bsr.runs.load import load as load
 
 __version__ = "0.1.0"
 
 # Loaded at first use: torch takes seconds to import, and `moe-bsr --help` should not wait for it.
-_HOME = {"evaluate": "moe_bsr.api", "load": "moe_bsr.runs.load", "train": "moe_bsr.api"}
+_HOME = {
+    "Config": "moe_bsr.config",
+    "TrainedRun": "moe_bsr.runs.load",
+    "evaluate": "moe_bsr.api",
+    "load": "moe_bsr.runs.load",
+    "train": "moe_bsr.api",
+}
 
-__all__ = ["__version__", "evaluate", "load", "train"]
+__all__ = ["Config", "TrainedRun", "__version__", "evaluate", "load", "train"]
 
 
 def __getattr__(name: str):
