@@ -1,12 +1,13 @@
 """What follows a training run: the console, metrics.jsonl, TensorBoard, the expert views."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from moe_bsr.training.callback import Callback
 
 
 def default_callbacks(run_dir: Path) -> list[Callback]:
-    """Those of a run for which none are named."""
+    """Those of a run for which none are named; without matplotlib (the extra `views`) no pictures are drawn."""
     from moe_bsr.callbacks.console import Console
     from moe_bsr.callbacks.expert_views import ExpertViews
     from moe_bsr.callbacks.jsonl import Jsonl
@@ -14,4 +15,5 @@ def default_callbacks(run_dir: Path) -> list[Callback]:
     from moe_bsr.callbacks.writer import Writer
 
     writer = Writer(run_dir / "tensorboard")
-    return [Console(), Jsonl(run_dir), TensorBoard(writer), ExpertViews(writer)]
+    views = [ExpertViews(writer)] if find_spec("matplotlib") else []
+    return [Console(), Jsonl(run_dir), TensorBoard(writer), *views]

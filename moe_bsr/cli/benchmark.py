@@ -78,8 +78,8 @@ def measure(arguments: argparse.Namespace) -> dict:
     from moe_bsr.benchmark import scaling
     from moe_bsr.benchmark.cases import PRECISIONS, suite
     from moe_bsr.config import RuntimeConfig, require
-    from moe_bsr.runs.folder import environment
     from moe_bsr.runtime.device import bf16_is_fast, find_device, prepare
+    from moe_bsr.runtime.provenance import environment
 
     device = find_device(arguments.device)
     shared = {
@@ -146,7 +146,7 @@ def tables(result: dict, markdown: bool) -> str:
     """What a run of this tool found, read from its JSON."""
     from moe_bsr.benchmark.tables import of_cases, of_scaling, of_targets
     from moe_bsr.benchmark.targets import judge
-    from moe_bsr.runs.report import as_markdown, as_text
+    from moe_bsr.runtime.text_tables import as_markdown, as_text
 
     draw = as_markdown if markdown else as_text
     blocks = [draw(of_scaling(points, name)) for name, points in result.get("scaling", {}).items()]

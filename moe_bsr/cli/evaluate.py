@@ -11,9 +11,7 @@ evaluation of the test split is counted in the run; choose by val.
 
 import argparse
 import json
-import statistics
 import sys
-from typing import Any
 
 from moe_bsr.cli import run_arguments
 
@@ -27,9 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from moe_bsr.evaluation.evaluate import table
+    import moe_bsr
+    from moe_bsr.evaluation.tables import table
 
-    report = evaluate_run(arguments)
+    trained = moe_bsr.load(
+        arguments.run, arguments.checkpoint, arguments.data_root, arguments.device, arguments.weights, arguments.task
+    )
+    with trained.runtime.in_effect():
+        report = moe_bsr.evaluate(trained, arguments.split, batch_size=arguments.batch_size, on_task=announce)
     if arguments.json:
         print(json.dumps(report, indent=1, allow_nan=False))
         return 0
@@ -41,23 +44,5 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def evaluate_run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The numbers of every chosen task, as --json prints them."""
-    from moe_bsr.evaluation.evaluate import evaluate
-    from moe_bsr.runs import folder
-
-    loaded = folder.load(
-        arguments.run, arguments.checkpoint, arguments.data_root, arguments.device, arguments.weights, arguments.task
-    )
-    data = {task: loaded.data(task) for task in loaded.models}  # if missing, nothing is counted
-    report = {"run": str(arguments.run), "step": loaded.step, "split": arguments.split}
-    if arguments.split == "test":
-        report["test_evaluations"] = folder.count_test_evaluation(arguments.run, list(data))
-    results = {}
-    for task in data:
-        print(f"{task}: {len(getattr(data[task], arguments.split))} images", file=sys.stderr)
-        results[task] = evaluate(
-            loaded.models[task], data[task], arguments.split, loaded.transforms, loaded.runtime, arguments.batch_size
-        )
-    mean = statistics.fmean(result["top1"] for result in results.values())
-    return report | {"mean_top1": mean, "tasks": results}
+def announce(task: str, images: int) -> None:
+    print(f"{task}: {images} images", file=sys.stderr)

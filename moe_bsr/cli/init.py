@@ -229,7 +229,7 @@ def count(split: Path, left_out: list[str]) -> dict[str, int]:
 
 def classes_in(folder: Path, left_out: list[str]) -> dict[str, list[Path]]:
     """The images by class; what lies there and is none is told."""
-    from moe_bsr.data.sources import EXTENSIONS
+    from moe_bsr.data.image_files import EXTENSIONS
 
     classes = {}
     if loose := images_in(folder):
@@ -252,7 +252,7 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def images_in(folder: Path) -> list[Path]:
-    from moe_bsr.data.sources import EXTENSIONS
+    from moe_bsr.data.image_files import EXTENSIONS
 
     return sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in EXTENSIONS and p.name[0] != ".")
 

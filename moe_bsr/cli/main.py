@@ -128,9 +128,9 @@ def _set_up_process() -> None:
 
     allocator.start_again()  # returns in the second life; torch is not loaded yet
 
-    from moe_bsr.runtime.device import keep_freed_memory
+    from moe_bsr.runtime.device import tune_process
 
-    keep_freed_memory()
+    tune_process()
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:

@@ -37,17 +37,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from moe_bsr.runs.folder import load
+    from moe_bsr.runs.load import load
     from moe_bsr.visualize import expert_report
 
     loaded = load(arguments.run, arguments.checkpoint, arguments.data_root, arguments.device, arguments.weights)
-    sections = expert_report.sections(
-        loaded,
-        arguments.images,
-        arguments.ablation_images,
-        arguments.batch_size,
-        say=lambda line: print(line, file=sys.stderr),
-    )
+    with loaded.runtime.in_effect():
+        sections = expert_report.sections(
+            loaded,
+            arguments.images,
+            arguments.ablation_images,
+            arguments.batch_size,
+            say=lambda line: print(line, file=sys.stderr),
+        )
     print("\n".join(map(str, expert_report.write(loaded, sections))))
     options = ["--logdir", str(arguments.run), "--samples_per_plugin", SAMPLES, "--reload_multifile", "true"]
     if arguments.no_serve:

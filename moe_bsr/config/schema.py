@@ -15,13 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from torch import nn
 
 from moe_bsr.config.reader import ConfigError, convert, parse, read_tree, require, set_dotted
-
-# Attributes of torch's dictionaries, which therefore cannot name an entry.
-RESERVED = {*dir(nn.ModuleDict()), *dir(nn.ParameterDict())}
-
 
 @dataclass(kw_only=True, slots=True)
 class BackboneConfig:
@@ -290,11 +285,10 @@ class Config:
         names = self.task_names()
         for name in names:
             require(
-                re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None and name not in RESERVED,
+                re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None,
                 "tasks",
                 name,
-                "a task's name has letters, digits, _ and - only (it names folders, heads and "
-                "tags) and is no word torch's modules use themselves, such as train, type, half",
+                "a task's name has letters, digits, _ and - only (it names folders, heads and tags)",
             )
         require(len(set(names)) == len(names), "tasks", self.tasks, "each task once")
         unknown = sorted(set(self.train.task_weights) - set(names))

@@ -10,7 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from moe_bsr.config import Config
+from moe_bsr.config import Config, require
 from moe_bsr.model import block
 from moe_bsr.model.adapters import ADAPTERS
 from moe_bsr.model.backbones import family_of
@@ -69,6 +69,8 @@ class MultitaskViT(nn.Module):
         self.tokens_config = config.tokens
         self.plan = make_plan(config, len(vit.blocks))
         self.tasks = list(classes)
+        reserved = sorted(set(classes) & {*dir(nn.ModuleDict()), *dir(nn.ParameterDict())})
+        require(not reserved, "tasks", reserved, "words of torch's own modules cannot name a task: rename its file")
         for layer in vit.blocks:
             adopt(layer)
         self.upcycling_errors: dict[int, float] = {}

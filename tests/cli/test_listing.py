@@ -50,7 +50,7 @@ def test_tasks_of_this_folder_come_first_and_hide_packaged_ones_of_their_name(tm
 
 def test_a_task_file_that_cannot_be_used_is_named_and_the_others_listed(tmp_path, capsys):
     (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "broken.yaml").write_text("titel: x\n")
+    (tmp_path / "tasks" / "broken.yaml").write_text("titel: x\nsource: folder\npath: x\n")
     assert main(["tasks"]) == 1
     captured = capsys.readouterr()
     assert "tasks/broken.yaml" in captured.err and "did you mean 'title'" in captured.err and "pets" in captured.out

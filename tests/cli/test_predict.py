@@ -46,7 +46,7 @@ def test_a_folder_stands_for_the_images_in_it_and_below(tiny_run, images, tmp_pa
     assert [line for line in printed.splitlines() if line in images] == images and "fractals" not in printed
     (tmp_path / "empty").mkdir()
     assert main(["predict", str(tiny_run), str(tmp_path / "empty")]) == 2
-    assert "empty: no images" in capsys.readouterr().err
+    assert "empty: no images below it" in capsys.readouterr().err
 
 
 def test_it_says_what_was_shared(tiny_run, images, capsys):
@@ -74,6 +74,8 @@ def test_an_unreadable_image_is_named_and_the_others_go_on(tiny_run, images, tmp
         assert main(["predict", str(tiny_run), *map(str, paths), "--json"]) == 1
         captured = capsys.readouterr()
         assert words in captured.err and len(captured.err.splitlines()) == 1
-        assert json.loads(captured.out) == expected
+        report = json.loads(captured.out)
+        assert [skipped["image"] for skipped in report["skipped"]] == [str(bad)]
+        assert report | {"skipped": []} == expected
     assert main(["predict", str(tiny_run), str(bad)]) == 1
     assert capsys.readouterr().out == ""

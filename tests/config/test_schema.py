@@ -276,7 +276,6 @@ REFUSED = [
     ("train.warmup_steps", 1001, "0 to train.steps = 1000"),
     ("train.weight_decay", float("inf"), "finite"),
     ("seed", -1, "0 to 2**63"),
-    ("tasks", ["half"], "torch's modules use"),
     ("train.grad_clip_norm", 0.0, "null or above 0"),
     ("train.label_smoothing", 1.0, "[0, 1)"),
     ("train.label_smoothing", -0.1, "[0, 1)"),

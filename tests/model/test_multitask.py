@@ -306,3 +306,8 @@ def test_any_number_of_experts_and_tasks(experts, top_k, tasks):
     assert output.logits.shape == (1, 3)
     assert all(g.isfinite().all() for g in gradients(model).values())
     assert isinstance(model.vit.blocks[1].mlp, MoE) and copy.deepcopy(model).tasks == list(classes)
+
+
+def test_a_task_cannot_bear_a_name_of_torchs_modules():
+    with pytest.raises(ConfigError, match="tasks = .'half', 'train'.: words of torch's own modules"):
+        make_model(classes={"half": 2, "fine": 3, "train": 2})
