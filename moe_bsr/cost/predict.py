@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_bsr.config import Config
+from moe_bsr.config import Config, ConfigError
 from moe_bsr.cost import kernel_scratch
 from moe_bsr.cost.model_sections import (Setting, block_modules, embedding_modules, head_modules, trace_block,
                                          trace_embedding, trace_head, trace_update, Update)
@@ -127,7 +127,7 @@ class _Step:
 
     def __init__(self, model: MultitaskViT, config: Config, batch: int, precision: str, shares: dict[int, float]
                  ) -> None:
-        device = find_device(config.runtime.device)
+        device = device_of(config)
         threads = config.runtime.threads or torch.get_num_threads()
         narrow = cast_parameters(model) if precision == "bf16" else set()
 
@@ -193,6 +193,21 @@ class _Step:
         if key not in _sections:
             _sections[key] = trace_update(self.setting, stepped, self.trained)
         return _sections[key]
+
+
+def device_of(config: Config) -> torch.device:
+    """The device of a run, which need not be here; "auto" is the best that is.
+
+    Raises:
+        ConfigError: no such kind of device.
+    """
+    name = config.runtime.device
+    if name == "auto":
+        return find_device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"runtime.device = {name!r}: {str(error).splitlines()[0]}; use auto, cpu or cuda") from error
 
 
 def cast_parameters(model: MultitaskViT) -> set[int]:

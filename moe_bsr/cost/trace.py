@@ -98,7 +98,9 @@ class Tracer(TorchDispatchMode):
         """
         super().__init__()
         self._parameters = {p.untyped_storage()._cdata for p in parameters}
-        self.device, self.trace = device.type, Trace()
+        self.device, self._place, self.trace = device.type, device, Trace()
+        # What torch's own code is told, which would look for the device: autograd's engine for its streams.
+        self._absent = torch.device("meta") if device.type == "cuda" and not torch.cuda.is_available() else None
         self.phase = self.section = ""
         self._scratch, self._known_scratch = scratch, {}
         self._alive: dict[int, Allocation] = {}
@@ -115,11 +117,13 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.prim.device.default:
-            return args[0].device
+            return self._absent or args[0].device
         self._sum = None
         if func is torch.ops.aten._local_scalar_dense.default:
             return VALUE if args[0].dtype.is_floating_point else 1
         kwargs = kwargs or {}
+        if self._absent is not None and kwargs.get("device") == self._absent:
+            kwargs = kwargs | {"device": self._place}
         result, effect, key = operators.run(func, args, kwargs)
         if effect.flops:
             self.trace.flops[self.phase, self.section] += effect.flops
@@ -202,7 +206,8 @@ def fake_tensors() -> Iterator[None]:
 
     FakeTensor.data_ptr = address
     try:
-        with FAKE:
+        # In one thread: the engine's threads belong to devices, which may not be here.
+        with FAKE, torch.autograd.set_multithreading_enabled(False):
             yield
     finally:
         del FakeTensor.data_ptr
