@@ -39,7 +39,7 @@ def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Sizes:
 def _index(x: Tensor, indices: Sequence[Tensor | None]) -> Sizes | None:
     if any(i is None or i.dtype != torch.int64 for i in indices):
         return None
-    return [(*torch.broadcast_shapes(*(i.shape for i in indices)), *x.shape[len(indices):])]
+    return [(*torch.broadcast_shapes(*(i.shape for i in indices)), *x.shape[len(indices) :])]
 
 
 def _index_select(x: Tensor, dim: int, index: Tensor) -> Sizes:
@@ -55,12 +55,20 @@ def _topk(x: Tensor, k: int, dim: int = -1, *_: Any) -> Sizes:
 
 
 def _layer_norm(x: Tensor, normalized: Sequence[int], *_: Any) -> Sizes:
-    rows = (*x.shape[:x.ndim - len(normalized)], *(1 for _ in normalized))
+    rows = (*x.shape[: x.ndim - len(normalized)], *(1 for _ in normalized))
     return [tuple(x.shape), rows, rows]
 
 
-def _layer_norm_backward(grad: Tensor, x: Tensor, normalized: Sequence[int], mean: Tensor, rstd: Tensor,
-                         weight: Tensor | None, bias: Tensor | None, mask: Sequence[bool]) -> Sizes:
+def _layer_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    normalized: Sequence[int],
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Sequence[bool],
+) -> Sizes:
     sizes = (tuple(x.shape), tuple(normalized), tuple(normalized))
     return [size if wanted else None for size, wanted in zip(sizes, mask, strict=True)]
 
@@ -90,8 +98,9 @@ RULES: dict[Any, Callable[..., Sizes | None]] = {
     aten.var.correction: lambda x, dims=None, **_: _reduced(x, dims),
     aten.sum.default: lambda x: [()],
     aten.cat.default: _cat,
-    aten.stack.default: lambda tensors, dim=0: [(*tensors[0].shape[:dim], len(tensors), *tensors[0].shape[dim:])]
-    if dim >= 0 else None,
+    aten.stack.default: lambda tensors, dim=0: (
+        [(*tensors[0].shape[:dim], len(tensors), *tensors[0].shape[dim:])] if dim >= 0 else None
+    ),
     aten.index.Tensor: _index,
     aten.index_select.default: _index_select,
     aten.embedding.default: lambda weight, index, *_: [(*index.shape, *weight.shape[1:])],
@@ -104,10 +113,12 @@ RULES: dict[Any, Callable[..., Sizes | None]] = {
     aten.sort.stable: lambda x, **_: [tuple(x.shape)] * 2,
     aten.topk.default: _topk,
     aten.searchsorted.Tensor: lambda sequence, x, **_: [tuple(x.shape)],
-    aten._scaled_dot_product_flash_attention_for_cpu.default:
-        lambda q, *_, **__: [tuple(q.shape), tuple(q.shape[:3])],
-    aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
-        lambda grad, q, k, v, *_, **__: [tuple(q.shape), tuple(k.shape), tuple(v.shape)],
+    aten._scaled_dot_product_flash_attention_for_cpu.default: lambda q, *_, **__: [tuple(q.shape), tuple(q.shape[:3])],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: lambda grad, q, k, v, *_, **__: [
+        tuple(q.shape),
+        tuple(k.shape),
+        tuple(v.shape),
+    ],
     aten.floor_divide.default: lambda a, b: _broadcast(a, b),
     aten.scatter_add.default: _same,
     aten.slice_backward.default: _new_sized,
@@ -156,6 +167,8 @@ def _grouped(a: Tensor, b: Tensor, offsets: Tensor | None = None, *_: Any) -> Si
 OWN: dict[Any, Callable[..., Sizes]] = {torch.ops.aten._grouped_mm.default: _grouped}
 
 _WITHOUT_NAMES = {_broadcast, _same, _sized, _new_sized, _reduced}  # their named arguments decide no size
+
+
 def layout(tensor: Tensor) -> tuple[int, ...]:
     """A tensor's dimensions from the outermost in memory to the innermost."""
     strides = tensor.stride()

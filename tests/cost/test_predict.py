@@ -3,13 +3,13 @@
 import pytest
 import torch
 from tiny_models import CLASSES, KINDS, make_vit
+from whole_step import trace_whole
 
 from moe_bsr import config as configuration
 from moe_bsr.config import Config
 from moe_bsr.cost.predict import predict
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.model.storage import STORAGES
-from whole_step import trace_whole
 
 PLANS = {
     "full": {"train_blocks": "all"},
