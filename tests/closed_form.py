@@ -17,7 +17,10 @@ from moe_bsr.model.storage import STORAGES
 def forward_flops(model: MultitaskViT, task: str) -> int:
     """Of one image's forward pass to the logits of a task."""
     vit = model.vit
-    blocks = sum(macs(b, p, n, m, vit.has_class_token) for b, p, (n, m) in zip(vit.blocks, model.plan, counts(model)))
+    blocks = sum(
+        macs(b, p, n, m, vit.has_class_token)
+        for b, p, (n, m) in zip(vit.blocks, model.plan, counts(model), strict=True)
+    )
     return 2 * (_embedding(model) + model.heads[task].weight.numel() + blocks + pooling_macs(model))
 
 

@@ -27,8 +27,8 @@ ZEN3 = "Zen 3, torch 2.14.1, 2026-11-26"
 @dataclass(frozen=True, slots=True)
 class Fit:
     """Attributes:
-        kernels: operators, by name. cpus: kinds of CPU (`cpu_kind`); empty: all.
-        size: (threads, arguments, result) -> bytes. measured: CPU, torch and day.
+    kernels: operators, by name. cpus: kinds of CPU (`cpu_kind`); empty: all.
+    size: (threads, arguments, result) -> bytes. measured: CPU, torch and day.
     """
 
     kernels: tuple[str, ...]
@@ -40,7 +40,7 @@ class Fit:
 
 def cpu_kind() -> str:
     """What oneDNN chooses its kernels by: matrix tiles for bf16, vectors for bf16, AVX-512, or none of these."""
-    return cpu.bf16_instructions() or (AVX512 if "avx512bw" in cpu.words() else AVX2)
+    return cpu.bf16_instructions() or (AVX512 if "avx512bw" in cpu.flags() else AVX2)
 
 
 def on(device: torch.device, threads: int) -> Callable[[str, Sequence[Any], Any], int]:
@@ -185,14 +185,18 @@ FITS = [
     Fit(("_linear_pointwise", "addmm", "mm"), torch.bfloat16, (AVX512,), _wide_result, SPR),
     Fit(("bmm",), torch.bfloat16, (AMX, VECTORS), _batched_tiles, SPR),
     Fit(("bmm",), torch.bfloat16, (AVX512,), _batched_wide, SPR),
-    *(Fit(("_scaled_dot_product_flash_attention_for_cpu_backward",), dtype, (), _attention_backward, f"{ZEN3}; {SPR}")
-      for dtype in (torch.float32, torch.bfloat16)),
+    *(
+        Fit(("_scaled_dot_product_flash_attention_for_cpu_backward",), dtype, (), _attention_backward, f"{ZEN3}; {SPR}")
+        for dtype in (torch.float32, torch.bfloat16)
+    ),
     Fit(("_scaled_dot_product_flash_attention_for_cpu",), torch.float32, (), _attention, f"{ZEN3}; {SPR}"),
     Fit(("_scaled_dot_product_flash_attention_for_cpu",), torch.bfloat16, (VECTORS, AVX512, AVX2), _attention, ZEN3),
     Fit(("_scaled_dot_product_flash_attention_for_cpu",), torch.bfloat16, (AMX,), _packed_attention, SPR),
     *(Fit(("convolution",), dtype, (), _patches, f"{ZEN3}; {SPR}") for dtype in (torch.float32, torch.bfloat16)),
     Fit(("convolution_backward",), torch.float32, (), _patches_backward, f"{ZEN3}; {SPR}"),
-    *(Fit(("native_layer_norm_backward",), dtype, (), _layer_norm_backward, f"{ZEN3}; {SPR}")
-      for dtype in (torch.float32, torch.bfloat16)),
+    *(
+        Fit(("native_layer_norm_backward",), dtype, (), _layer_norm_backward, f"{ZEN3}; {SPR}")
+        for dtype in (torch.float32, torch.bfloat16)
+    ),
     *(Fit(("sort",), dtype, (), _stable_sort, f"{ZEN3}; {SPR}") for dtype in (torch.float32, torch.int64)),
 ]

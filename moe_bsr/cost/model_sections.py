@@ -2,25 +2,27 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moe_bsr.model.block import Record
 from moe_bsr.config import Config
 from moe_bsr.cost.operators import empty
 from moe_bsr.cost.sections import Border, Section, Stream, fake_parameters, summarize, tensors_of
-from moe_bsr.training.update import TrainingStep
 from moe_bsr.cost.trace import Allocation, Tracer, fake_tensors
+from moe_bsr.data.loader import Batch
+from moe_bsr.model.block import Record
+from moe_bsr.model.moe import Routing
+from moe_bsr.model.multitask import MultitaskViT, Output
+from moe_bsr.model.tokens import Tokens
 from moe_bsr.ops.experts import assume_rows
 from moe_bsr.runtime.device import Runtime
-from moe_bsr.model.moe import Routing
-from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.training.optim import MovingAverage, make_optimizer
-from moe_bsr.model.tokens import Tokens
+from moe_bsr.training.update import OptimizerUpdate, multitask_update
 
 NOISE_KEY = (0, 0, 0)
 
@@ -43,8 +45,9 @@ class Setting:
     rows: Callable[[int], Callable[[int, int, int], list[int]]]
 
     @contextlib.contextmanager
-    def tracing(self, modules: dict[str, nn.Module], with_gradient: Collection[str] = ()
-                ) -> Iterator[tuple[Tracer, dict[str, nn.Parameter]]]:
+    def tracing(
+        self, modules: dict[str, nn.Module], with_gradient: Collection[str] = ()
+    ) -> Iterator[tuple[Tracer, dict[str, nn.Parameter]]]:
         """A region in which the modules are fake and memory is followed.
 
         Args:
@@ -69,8 +72,11 @@ def block_modules(model: MultitaskViT, index: int) -> dict[str, nn.Module]:
 def head_modules(model: MultitaskViT, task: str) -> dict[str, nn.Module]:
     """All modules behind the last block, of one task."""
     others = tuple(f"heads.{name}" for name in model.tasks if name != task)
-    return {name: module for name, module in model.named_modules()
-            if _root(name) in _LATER and _root(name) != "vit.blocks" and name not in others}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if _root(name) in _LATER and _root(name) != "vit.blocks" and name not in others
+    }
 
 
 _LATER = ("vit.blocks", "vit.norm", "vit.fc_norm", "vit.head_drop", "vit.head", "vit.attn_pool", "heads", "balance")
@@ -96,8 +102,10 @@ def trace_embedding(setting: Setting, with_gradient: Collection[str]) -> Section
 def trace_block(setting: Setting, index: int, task: str, stream: Stream, with_gradient: Collection[str]) -> Section:
     """One block's forward pass, and its backward if the gradient path goes through it."""
     model, on_path = setting.model, index >= setting.model.path_start
-    with (setting.tracing(block_modules(model, index), with_gradient) as (tracer, parameters),
-          assume_rows(setting.rows(index))):
+    with (
+        setting.tracing(block_modules(model, index), with_gradient) as (tracer, parameters),
+        assume_rows(setting.rows(index)),
+    ):
         border = Border(tracer)
         tokens = _bring_tokens(border, stream)
         inputs = [tracer.allocation(t) for t in (tokens.x, tokens.origin)]
@@ -118,8 +126,15 @@ def _bring_tokens(border: Border, stream: Stream) -> Tokens:
     return Tokens(x, origin, stream.fused)
 
 
-def _finish_block(tracer: Tracer, border: Border, parameters: dict[str, nn.Parameter], with_gradient: Collection[str],
-                  end: list[Tokens], record: Record | None, inputs: list[Allocation]) -> Section:
+def _finish_block(
+    tracer: Tracer,
+    border: Border,
+    parameters: dict[str, nn.Parameter],
+    with_gradient: Collection[str],
+    end: list[Tokens],
+    record: Record | None,
+    inputs: list[Allocation],
+) -> Section:
     """Let go of what a section returned, run its backward pass, and sum up."""
     tokens, routing = end.pop(), None if record is None else record.routing
     x, origin = tokens.x, tokens.origin
@@ -127,8 +142,11 @@ def _finish_block(tracer: Tracer, border: Border, parameters: dict[str, nn.Param
     outputs = [tracer.allocation(t) for t in (x, origin)]
     reported = [a for t in tensors_of(record) if (a := tracer.allocation(t)) is not None]
     balanced = [] if routing is None else [routing.importance, routing.load]
-    about: dict[str, Any] = {"stream": stream, "routing": tuple(t.requires_grad for t in balanced),
-                             "reports": [tracer.allocation(t) for t in balanced]}
+    about: dict[str, Any] = {
+        "stream": stream,
+        "routing": tuple(t.requires_grad for t in balanced),
+        "reports": [tracer.allocation(t) for t in balanced],
+    }
     wanted = [t for t in (x, *balanced) if t.requires_grad]
     result = border.take(wanted) if x.requires_grad else None
     tracer.phase = "handover"
@@ -142,75 +160,123 @@ def _finish_block(tracer: Tracer, border: Border, parameters: dict[str, nn.Param
         gradients, about["trained"] = _gradients(tracer, parameters, with_gradient)
         about["gradient_in"], about["routing_in"] = border.arrived[:1], border.arrived[1:]
     left = [tracer.allocation(t) for t in border.left if t is not None]
-    return summarize(tracer, border, gradients, reported, [*outputs, *left], kept, inputs=inputs, outputs=outputs,
-                     gradient_out=left, **about)
+    return summarize(
+        tracer,
+        border,
+        gradients,
+        reported,
+        [*outputs, *left],
+        kept,
+        inputs=inputs,
+        outputs=outputs,
+        gradient_out=left,
+        **about,
+    )
 
 
-def _gradients(tracer: Tracer, parameters: dict[str, nn.Parameter], with_gradient: Collection[str]
-               ) -> tuple[list[Allocation], frozenset[str]]:
+def _gradients(
+    tracer: Tracer, parameters: dict[str, nn.Parameter], with_gradient: Collection[str]
+) -> tuple[list[Allocation], frozenset[str]]:
     """Gradients that are new, and the names of all parameters that have one."""
     trained = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-    return ([tracer.allocation(grad) for name, grad in trained.items() if name not in with_gradient],
-            frozenset(trained))
+    return (
+        [tracer.allocation(grad) for name, grad in trained.items() if name not in with_gradient],
+        frozenset(trained),
+    )
 
 
-def trace_head(setting: Setting, task: str, stream: Stream, routing: list[tuple[bool, ...]],
-               with_gradient: Collection[str]) -> Section:
+def trace_head(
+    setting: Setting, task: str, stream: Stream, routing: list[tuple[bool, ...]], with_gradient: Collection[str]
+) -> Section:
     """Final norm, pooling, the task's head, the balance loss and the loss, and back to the last block.
 
     Args:
         routing: of each block that routes: whether its importance and load require a gradient.
     """
     modules = head_modules(setting.model, task)
-    with setting.tracing(modules) as (tracer, _):
+    with setting.tracing(modules) as (tracer, parameters):
         border = Border(tracer)
-        step = _head_step(setting, border, task, stream, routing)
-        step.forward()
-        step.output = None
+        update, inputs = _head_update(setting, border, parameters.values(), task, stream, routing)
+        update.forward(inputs, NOISE_KEY)
+        update.output = None
         kept = Counter()
         for allocation in set(tracer.alive).difference(border.imported):
             kept[allocation.maker] += allocation.bytes
         # Slots are numbered in the order in which they were brought.
         kept_slots = tuple(i for i, a in enumerate(border.imported) if a in tracer.alive)
-        del step
+        update.clear()
     with setting.tracing(modules, with_gradient) as (tracer, parameters):
         border = Border(tracer)
-        step = _head_step(setting, border, task, stream, routing)
+        update, batch = _head_update(setting, border, parameters.values(), task, stream, routing)
         inputs = list(border.imported)
         tracer.phase = "forward"
-        step.forward()
+        update.forward(batch, NOISE_KEY)
         tracer.phase = "backward"
-        step.backward()
+        update.backward()
         gradients, trained = _gradients(tracer, parameters, with_gradient)
         tracer.phase = "clear"
-        step.clear()
+        update.clear()
         x, *balance = border.left
         left = [tracer.allocation(t) for t in (x, *balance) if t is not None]
         section = summarize(
-            tracer, border, gradients, [], left, [], inputs=inputs, trained=trained,
-            gradient_out=left[:1] if x is not None else [], routing_in=left[x is not None:])
+            tracer,
+            border,
+            gradients,
+            [],
+            left,
+            [],
+            inputs=inputs,
+            trained=trained,
+            gradient_out=left[:1] if x is not None else [],
+            routing_in=left[x is not None :],
+        )
     section.kept, section.kept_slots = kept, kept_slots
     return section
 
 
-def _head_step(setting: Setting, border: Border, task: str, stream: Stream, routing: list[tuple[bool, ...]]) -> TrainingStep:
-    """A training step that begins behind the last block."""
-    model, device = setting.model, setting.runtime.device
+def _head_update(
+    setting: Setting,
+    border: Border,
+    parameters: Iterable[nn.Parameter],
+    task: str,
+    stream: Stream,
+    routing: list[tuple[bool, ...]],
+) -> tuple[OptimizerUpdate, Batch]:
+    """The trainer's update of a model that begins behind the last block, and its inputs."""
     tokens = _bring_tokens(border, stream)
     experts = setting.config.moe.num_experts
-    records = {index: Record(routing=Routing(None, None, None, *(
-        border.bring((experts,), torch.float32, needs) for needs in flags)))
-        for index, flags in zip(sorted(setting.config.plan.moe_blocks), routing, strict=True)}
-    labels = empty((setting.batch,), torch.int64, device)
-    criterion = nn.CrossEntropyLoss(label_smoothing=setting.config.train.label_smoothing)
-    start = [(tokens, records)]
+    records = {
+        index: Record(routing=Routing(None, None, None, *(border.bring((experts,), torch.float32, f) for f in flags)))
+        for index, flags in zip(sorted(setting.config.plan.moe_blocks), routing, strict=True)
+    }
+    labels = empty((setting.batch,), torch.int64, setting.runtime.device)
+    update = multitask_update(
+        _BehindBlocks(setting.model, [(tokens, records)]),
+        setting.config.train,
+        setting.runtime,
+        torch.optim.SGD(parameters, lr=1.0),
+    )
+    return update, Batch(task, np.arange(setting.batch), None, labels)
 
-    def output():
+
+class _BehindBlocks(nn.Module):
+    """What is left of a model when its blocks have run.
+
+    Args:
+        start: their tokens and records; emptied by the call, which alone may hold them.
+    """
+
+    def __init__(self, model: MultitaskViT, start: list[tuple[Tokens, dict[int, Record]]]) -> None:
+        super().__init__()
+        self._whole, self._start = [model], start
+
+    def forward(self, images: None, task: str, noise_key: tuple[int, ...]) -> Output:
+        model = self._whole[0]
         with _starting_at(model, len(model.plan)):
-            return model._forward_path(start, task, NOISE_KEY)
+            return model._forward_path(self._start, task, noise_key)
 
-    return TrainingStep(model, setting.runtime, None, output=output, commit=lambda output: model.commit(output, task),
-                loss=lambda output: criterion(output.logits.float(), labels) + output.auxiliary_loss)
+    def commit(self, output: Output, task: str) -> None:
+        self._whole[0].commit(output, task)
 
 
 @contextlib.contextmanager
@@ -226,8 +292,8 @@ def _starting_at(model: MultitaskViT, block: int) -> Iterator[None]:
 @dataclass(slots=True)
 class Update:
     """Attributes:
-        state, average: bytes of the optimizer's state and of the parameters' moving average.
-        rise: most bytes alive in an update over those at its start.
+    state, average: bytes of the optimizer's state and of the parameters' moving average.
+    rise: most bytes alive in an update over those at its start.
     """
 
     state: int
@@ -245,20 +311,18 @@ def trace_update(setting: Setting, stepped: Collection[str], with_gradient: Coll
     with setting.tracing(dict(model.named_modules())) as (tracer, parameters):
         average = None if settings.ema_decay is None else MovingAverage(model, settings.ema_decay)
         held = sum(a.bytes for a in tracer.alive)
-        optimizer = make_optimizer(model, settings, len(model.plan))
-        step = TrainingStep(model, setting.runtime, optimizer, output=lambda: None, loss=lambda output: None, clip=True)
+        optimizer = make_optimizer(model, settings)
+        update = multitask_update(model, settings, setting.runtime, optimizer, average)
         state = 0
         for phase, names in (("first", stepped), ("optimizer", with_gradient)):
             tracer.phase = "outside"
             for name in names:
                 parameters[name].grad = torch.empty_like(parameters[name])
-            step.trained = [p for p in parameters.values() if p.grad is not None]
+            update.trained = [p for p in parameters.values() if p.grad is not None]
             tracer.phase = phase
             if phase == "optimizer":
                 start = len(tracer.trace.changes)
-            step.update()
-            if average is not None:
-                average.update(model)
+            update.step()
             if phase == "first":
                 state = sum(a.bytes for a in tracer.alive) - held
         changes = [c for c in tracer.trace.changes[start:] if c[2].phase == "optimizer"]

@@ -26,7 +26,7 @@ def _linear_flops(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
     return 2 * x.numel() * weight.shape[0]
 
 
-def _grouped_flops(a: Tensor, b: Tensor, *_: Any, out_val: Tensor, **__: Any) -> int:
+def _grouped_flops(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
     """Of every row with its group's matrix, or of every group's outer product: rows x inner x outer width."""
     return 2 * a.numel() * b.shape[-1]
 
@@ -85,7 +85,7 @@ class Effect:
 
 VIEW = Effect(None, None, (), 0, "view")
 _effects: dict[tuple, Effect] = {}
-_kinds: dict[tuple, "Effect | None"] = {}  # by types alone, for operators that have a rule; None: it was wrong
+_kinds: dict[tuple, tuple["Effect", list] | None] = {}  # by types and layouts; None: the operator's rule was wrong
 _views: dict[OpOverload, bool] = {}
 _written: dict[OpOverload, list[tuple[int, str]] | None] = {}
 
@@ -146,21 +146,28 @@ def is_view(func: OpOverload) -> bool:
     """Whether all that the operator returns are views of its arguments."""
     if func not in _views:
         aliases = [r.alias_info for r in func._schema.returns]
-        _views[func] = (bool(aliases) and all(a is not None and not a.is_write for a in aliases)
-                        or func is torch.ops.aten._unsafe_view.default)
+        _views[func] = (
+            bool(aliases)
+            and all(a is not None and not a.is_write for a in aliases)
+            or func is torch.ops.aten._unsafe_view.default
+        )
     return _views[func]
 
 
 def _returned_arguments(func: OpOverload) -> list[tuple[int, str]] | None:
     """Of an operator that returns nothing but arguments it wrote to: (position, name) of these; None of others."""
     if func not in _written:
-        arguments = {frozenset(a.alias_info.before_set): (i, a.name) for i, a in enumerate(func._schema.arguments)
-                     if a.alias_info is not None and a.alias_info.is_write}
+        arguments = {
+            frozenset(a.alias_info.before_set): (i, a.name)
+            for i, a in enumerate(func._schema.arguments)
+            if a.alias_info is not None and a.alias_info.is_write
+        }
         aliases = [r.alias_info for r in func._schema.returns]
         writes = all(a is not None and a.is_write and frozenset(a.before_set) in arguments for a in aliases)
         keeps_layout = torch.Tag.inplace_view not in func.tags and _name(func) not in ("resize_", "set_")
-        _written[func] = ([arguments[frozenset(a.before_set)] for a in aliases]
-                          if writes and keeps_layout and arguments else None)
+        _written[func] = (
+            [arguments[frozenset(a.before_set)] for a in aliases] if writes and keeps_layout and arguments else None
+        )
     return _written[func]
 
 
@@ -176,29 +183,51 @@ def _name(func: OpOverload) -> str:
     return func._schema.name.partition("::")[2]
 
 
-def _by_rule(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: list[Tensor], key: tuple
-             ) -> Effect | None:
+def _by_rule(
+    func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: list[Tensor], key: tuple
+) -> Effect | None:
     """The effect of arguments in new sizes, if the operator has a rule that held for their types before."""
+    if func in rules.OWN:
+        first = tensors[0]
+        outputs = [
+            _New(size, rules.contiguous(size), first.dtype, first.fake_device)
+            for size in rules.OWN[func](*args, **kwargs)
+        ]
+        effect = _effects[key] = Effect(outputs, None, (0,), _flops(func, args, kwargs, None), _name(func))
+        return effect
     kind = _kind(func, args, kwargs)
     if _kinds.get(kind) is None or (sizes := rules.sizes(func, args, kwargs, tensors)) is None:
         return None
-    like = _kinds[kind]
-    outputs = [None if size is None else _New(size, rules.contiguous(size), new.dtype, new.device)
-               for size, new in zip(sizes, like.outputs, strict=True)]
+    like, orders = _kinds[kind]
+    outputs = [
+        None if size is None else _New(size, rules.strides(size, order), new.dtype, new.device)
+        for size, order, new in zip(sizes, orders, like.outputs, strict=True)
+    ]
     effect = _effects[key] = Effect(outputs, like.several, like.news, _flops(func, args, kwargs, None), like.name)
     return effect
 
 
-def _check_rule(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: list[Tensor], effect: Effect
-                ) -> None:
-    """Compare an operator's rule, if it has one, with what the operator really returned."""
+def _check_rule(
+    func: OpOverload,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    tensors: list[Tensor],
+    effect: Effect,
+    outputs: list[Tensor | None],
+) -> None:
+    """Compare an operator's rule, if it has one, with what the operator really returned, and learn the layout."""
     sizes = rules.sizes(func, args, kwargs, tensors)
     if sizes is None or effect.outputs is None or any(isinstance(o, int) for o in effect.outputs):
         return
+    orders = [None if o is None else rules.layout(o) for o in outputs]
     found = [None if o is None else (o.size, o.stride) for o in effect.outputs]
-    expected = [None if size is None else (size, rules.contiguous(size)) for size in sizes]
+    expected = [
+        None if size is None else (size, rules.strides(size, order))
+        for size, order in zip(sizes, orders, strict=True)
+        if size is None or order is not None
+    ]
     kind = _kind(func, args, kwargs)
-    _kinds[kind] = effect if found == expected and _kinds.get(kind, effect) is not None else None
+    _kinds[kind] = (effect, orders) if found == expected and _kinds.get(kind, ()) is not None else None
 
 
 def _kind(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple:
@@ -207,9 +236,10 @@ def _kind(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> t
 
     def add(value: Any) -> None:
         if isinstance(value, FakeTensor):
-            values.extend((value.dtype, value.fake_device, value.ndim == 0))
+            stride = value.stride()
+            values.extend((value.dtype, value.fake_device, rules.layout(value), stride.count(0), stride[-1:] == (1,)))
         elif isinstance(value, list | tuple):
-            values.append("[")
+            values.append(len(value))
             for part in value[:1] if value and not isinstance(value[0], bool) else value:
                 add(part)
         else:
@@ -240,15 +270,17 @@ def _add_to_key(key: list[Any], tensors: list[Tensor], values: Sequence[Any]) ->
     return True
 
 
-def _learn(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: list[Tensor], result: Any
-           ) -> Effect:
+def _learn(
+    func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: list[Tensor], result: Any
+) -> Effect:
     """The effect of a call that was run."""
     outputs = list(result) if isinstance(result, tuple | list) else [] if result is None else [result]
     flops = _flops(func, args, kwargs, result)
     storages = {t.untyped_storage()._cdata for t in tensors}
     places = {id(t): i for i, t in enumerate(tensors)}
-    news = tuple(i for i, t in enumerate(outputs)
-                 if isinstance(t, Tensor) and t.untyped_storage()._cdata not in storages)
+    news = tuple(
+        i for i, t in enumerate(outputs) if isinstance(t, Tensor) and t.untyped_storage()._cdata not in storages
+    )
     kinds: list[_New | int | None] | None = []
     for i, output in enumerate(outputs):
         if output is None:
@@ -262,7 +294,7 @@ def _learn(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], ten
             break
     several = type(result) if isinstance(result, tuple | list) else None
     effect = Effect(kinds, several, news, flops, _name(func))
-    _check_rule(func, args, kwargs, tensors, effect)
+    _check_rule(func, args, kwargs, tensors, effect, outputs)
     return effect
 
 

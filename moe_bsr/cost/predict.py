@@ -4,25 +4,34 @@
 The network is never run; a model on the meta device will do.
 """
 
+import contextlib
 import dataclasses
 import itertools
-from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe_bsr.config import Config
+from moe_bsr.config import Config, ConfigError
 from moe_bsr.cost import kernel_scratch
-from moe_bsr.cost.model_sections import (Setting, block_modules, embedding_modules, head_modules, trace_block,
-                                         trace_embedding, trace_head, trace_update, Update)
+from moe_bsr.cost.model_sections import (
+    Setting,
+    Update,
+    block_modules,
+    embedding_modules,
+    head_modules,
+    trace_block,
+    trace_embedding,
+    trace_head,
+    trace_update,
+)
 from moe_bsr.cost.sections import Section, standing_in
 from moe_bsr.cost.timeline import Placed, Timeline
 from moe_bsr.cost.trace import WEIGHT_COPY
-from moe_bsr.runtime.device import Runtime, find_device
 from moe_bsr.model.multitask import MultitaskViT
+from moe_bsr.runtime.device import Runtime, find_device
 
 
 @dataclass(slots=True)
@@ -55,15 +64,25 @@ class Cost:
 
     def summary(self, batch: int) -> str:
         """In one line, for a person who starts a run with these micro-batches."""
-        return (f"predicted: {self.peak / 2**20:.0f} MB of tensors at the peak of a step ({self.kept / 2**20:.0f} MB kept "
-                f"for backward), {self.step_flops / batch / 1e9:.2f} GFLOPs an image to train")
+        return (
+            f"predicted: {self.peak / 2**20:.0f} MB of tensors at the peak of a step ({self.kept / 2**20:.0f} MB kept "
+            f"for backward), {self.step_flops / batch / 1e9:.2f} GFLOPs an image to train"
+        )
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
 
-def predict(model: MultitaskViT, config: Config, *, batch: int, precision: str, task: str | None = None,
-            all_tasks: bool = False, shares: dict[int, float] | None = None) -> Cost:
+def predict(
+    model: MultitaskViT,
+    config: Config,
+    *,
+    batch: int,
+    precision: str,
+    task: str | None = None,
+    all_tasks: bool = False,
+    shares: dict[int, float] | None = None,
+) -> Cost:
     """The cost of training steps of one task's micro-batches of `batch` images.
 
     Args:
@@ -74,16 +93,19 @@ def predict(model: MultitaskViT, config: Config, *, batch: int, precision: str, 
         shares: by block with experts, the largest expert's group over an equal one, once it is known: values
             decide it.
     """
-    training = model.training
-    model.train()
-    try:
+    with _as_trained(model, device_of(config), precision):
         return _predict(model, config, batch, precision, task, all_tasks, shares or {})
-    finally:
-        model.train(training)
 
 
-def _predict(model: MultitaskViT, config: Config, batch: int, precision: str, task: str | None, all_tasks: bool,
-             shares: dict[int, float]) -> Cost:
+def _predict(
+    model: MultitaskViT,
+    config: Config,
+    batch: int,
+    precision: str,
+    task: str | None,
+    all_tasks: bool,
+    shares: dict[int, float],
+) -> Cost:
     step = _Step(model, config, batch, precision, shares)
     task = task or max(model.tasks, key=lambda name: model.heads[name].out_features)
     tasks = model.tasks if all_tasks and config.sampler.kind == "joint" else [task]
@@ -106,12 +128,18 @@ def _predict(model: MultitaskViT, config: Config, batch: int, precision: str, ta
     parameters = sum(t.numel() * step.setting.dtype(t).itemsize for t in (*model.parameters(), *model.buffers()))
     peak = max(timeline.peaks.values())
     return Cost(
-        parameters=parameters, copies=sum(makers.get(WEIGHT_COPY, 0) for makers in kept.values()),
-        gradients=gradients, optimizer=update.state, average=update.average,
-        kept=sum(sum(makers.values()) for makers in kept.values()), kept_by_block=kept, transients=transients,
+        parameters=parameters,
+        copies=sum(makers.get(WEIGHT_COPY, 0) for makers in kept.values()),
+        gradients=gradients,
+        optimizer=update.state,
+        average=update.average,
+        kept=sum(sum(makers.values()) for makers in kept.values()),
+        kept_by_block=kept,
+        transients=transients,
         peak=parameters + update.state + update.average + peak,
         forward_flops=sum(place.section.forward_flops for place in places),
-        step_flops=sum(place.section.forward_flops + place.section.backward_flops for place in places))
+        step_flops=sum(place.section.forward_flops + place.section.backward_flops for place in places),
+    )
 
 
 _sections: dict[Hashable, Any] = {}
@@ -125,9 +153,10 @@ class _Step:
         trained: names of the parameters that have a gradient so far.
     """
 
-    def __init__(self, model: MultitaskViT, config: Config, batch: int, precision: str, shares: dict[int, float]
-                 ) -> None:
-        device = find_device(config.runtime.device)
+    def __init__(
+        self, model: MultitaskViT, config: Config, batch: int, precision: str, shares: dict[int, float]
+    ) -> None:
+        device = device_of(config)
         threads = config.runtime.threads or torch.get_num_threads()
         narrow = cast_parameters(model) if precision == "bf16" else set()
 
@@ -135,8 +164,15 @@ class _Step:
             return torch.bfloat16 if id(tensor) in narrow else tensor.dtype
 
         self.model, self.shares, self.trained = model, shares, set()
-        self.setting = Setting(model, config, Runtime(device, precision, threads, ""), batch, dtype,
-                               kernel_scratch.on(device, threads), lambda index: unequal_rows(self._share(index)))
+        self.setting = Setting(
+            model,
+            config,
+            Runtime(device, precision, threads, ""),
+            batch,
+            dtype,
+            kernel_scratch.on(device, threads),
+            lambda index: unequal_rows(self._share(index)),
+        )
         self.key = (batch, device, precision, threads, repr(config.tokens))
 
     def _share(self, index: int) -> float:
@@ -147,30 +183,69 @@ class _Step:
         """The sections of one micro-batch of a task; what trains in them has a gradient from here on."""
         model, setting = self.model, self.setting
         section = self._section(
-            "embedding", embedding_modules(model), "", task, (model.embedding_trains, model.vit.patch_embed.img_size),
-            lambda grads: trace_embedding(setting, grads))
+            "embedding",
+            embedding_modules(model),
+            "",
+            task,
+            (model.embedding_trains, model.vit.patch_embed.img_size),
+            lambda grads: trace_embedding(setting, grads),
+        )
         places = [Placed("embedding", section)]
         routing: list[tuple[bool, ...]] = []
         for index, plan in enumerate(model.plan):
             stream = section.stream
-            about = (plan, stream, index >= model.path_start, self.shares.get(index), model.vit.num_prefix_tokens, model.vit.has_class_token)
+            about = (
+                plan,
+                stream,
+                index >= model.path_start,
+                self.shares.get(index),
+                model.vit.num_prefix_tokens,
+                model.vit.has_class_token,
+            )
             section = self._section(
-                "block", block_modules(model, index), f"vit.blocks.{index}.", task, about,
-                lambda grads, index=index, stream=stream: trace_block(setting, index, task, stream, grads))
+                "block",
+                block_modules(model, index),
+                f"vit.blocks.{index}.",
+                task,
+                about,
+                lambda grads, index=index, stream=stream: trace_block(setting, index, task, stream, grads),
+            )
             places.append(Placed(f"block {index}", section))
             if section.routing:
                 routing.append(section.routing)
-        about = (section.stream, tuple(routing), model.vit.global_pool, repr(setting.config.moe),
-                 setting.config.train.label_smoothing)
-        places.append(Placed("head", self._section(
-            "head", head_modules(model, task), "", task, about,
-            lambda grads: trace_head(setting, task, section.stream, routing, grads))))
+        about = (
+            section.stream,
+            tuple(routing),
+            model.vit.global_pool,
+            repr(setting.config.moe),
+            setting.config.train.label_smoothing,
+        )
+        places.append(
+            Placed(
+                "head",
+                self._section(
+                    "head",
+                    head_modules(model, task),
+                    "",
+                    task,
+                    about,
+                    lambda grads: trace_head(setting, task, section.stream, routing, grads),
+                ),
+            )
+        )
         return places
 
-    def _section(self, kind: str, modules: dict[str, nn.Module], prefix: str, task: str, about: tuple,
-                 trace: Callable[[set[str]], Section]) -> Section:
+    def _section(
+        self,
+        kind: str,
+        modules: dict[str, nn.Module],
+        prefix: str,
+        task: str,
+        about: tuple,
+        trace: Callable[[set[str]], Section],
+    ) -> Section:
         """Args:
-            prefix: of the modules' parameters' names in the model.
+        prefix: of the modules' parameters' names in the model.
         """
         names, about_modules = _fingerprint(modules, task, self.model.tasks, self.setting.dtype)
         has_gradient = {name for name in names if prefix + name in self.trained}
@@ -185,14 +260,48 @@ class _Step:
 
     def update(self, stepped: set[str]) -> Update:
         """Args:
-            stepped: names of the parameters that had an update before.
+        stepped: names of the parameters that had an update before.
         """
-        parameters = tuple((name, p.shape, name in stepped, name in self.trained)
-                           for name, p in self.model.named_parameters() if p.requires_grad)
+        parameters = tuple(
+            (name, p.shape, name in stepped, name in self.trained)
+            for name, p in self.model.named_parameters()
+            if p.requires_grad
+        )
         key = ("update", self.key[1:], parameters, repr(self.setting.config.train), len(self.model.plan))
         if key not in _sections:
             _sections[key] = trace_update(self.setting, stepped, self.trained)
         return _sections[key]
+
+
+def device_of(config: Config) -> torch.device:
+    """The device of a run, which need not be here; "auto" is the best that is.
+
+    Raises:
+        ConfigError: no such kind of device.
+    """
+    name = config.runtime.device
+    if name == "auto":
+        return find_device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"runtime.device = {name!r}: {str(error).splitlines()[0]}; use auto, cpu or cuda") from error
+
+
+@contextlib.contextmanager
+def _as_trained(model: MultitaskViT, device: torch.device, precision: str) -> Iterator[None]:
+    """The model in training mode, its norms as `Runtime.place` sets them, while the context lasts."""
+    training = model.training
+    norms = {module: module._fast_norm for module in model.modules() if hasattr(module, "_fast_norm")}
+    model.train()
+    for module in norms:
+        module._fast_norm = device.type == "cuda" and precision == "bf16"
+    try:
+        yield
+    finally:
+        model.train(training)
+        for module, fast in norms.items():
+            module._fast_norm = fast
 
 
 def cast_parameters(model: MultitaskViT) -> set[int]:
@@ -203,8 +312,9 @@ def cast_parameters(model: MultitaskViT) -> set[int]:
     return {id(p) for name, p in model.named_parameters() if name in cast}
 
 
-def _fingerprint(modules: dict[str, nn.Module], task: str, tasks: list[str], dtype: Callable[[Tensor], torch.dtype]
-                 ) -> tuple[dict[str, str], tuple]:
+def _fingerprint(
+    modules: dict[str, nn.Module], task: str, tasks: list[str], dtype: Callable[[Tensor], torch.dtype]
+) -> tuple[dict[str, str], tuple]:
     """What distinguishes modules that may allocate differently.
 
     Returns:
@@ -252,6 +362,7 @@ def unequal_rows(share: float) -> Callable[[int, int, int], list[int]]:
     Args:
         share: the largest group over an equal one.
     """
+
     def rows(assignments: int, experts: int, multiple: int) -> list[int]:
         others = experts - 1
         largest = min(round(share * assignments / experts), assignments) if others else assignments

@@ -1,11 +1,10 @@
 """Sizes of what common operators return, from the sizes of their arguments.
 
-Only a shortcut: each rule is compared with `FakeTensorMode` whenever it meets arguments of new types, and not used
-for them if it is wrong. It is used for contiguous arguments alone, whose results are contiguous.
+Only a shortcut: each rule is compared with `FakeTensorMode` whenever it meets arguments of new types or layouts, and
+not used for them if it is wrong. The layouts of results are learned on the same occasion.
 """
 
 from collections.abc import Callable, Sequence
-from math import prod
 from typing import Any
 
 import torch
@@ -40,7 +39,7 @@ def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Sizes:
 def _index(x: Tensor, indices: Sequence[Tensor | None]) -> Sizes | None:
     if any(i is None or i.dtype != torch.int64 for i in indices):
         return None
-    return [(*torch.broadcast_shapes(*(i.shape for i in indices)), *x.shape[len(indices):])]
+    return [(*torch.broadcast_shapes(*(i.shape for i in indices)), *x.shape[len(indices) :])]
 
 
 def _index_select(x: Tensor, dim: int, index: Tensor) -> Sizes:
@@ -56,12 +55,20 @@ def _topk(x: Tensor, k: int, dim: int = -1, *_: Any) -> Sizes:
 
 
 def _layer_norm(x: Tensor, normalized: Sequence[int], *_: Any) -> Sizes:
-    rows = (*x.shape[:x.ndim - len(normalized)], *(1 for _ in normalized))
+    rows = (*x.shape[: x.ndim - len(normalized)], *(1 for _ in normalized))
     return [tuple(x.shape), rows, rows]
 
 
-def _layer_norm_backward(grad: Tensor, x: Tensor, normalized: Sequence[int], mean: Tensor, rstd: Tensor,
-                         weight: Tensor | None, bias: Tensor | None, mask: Sequence[bool]) -> Sizes:
+def _layer_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    normalized: Sequence[int],
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Sequence[bool],
+) -> Sizes:
     sizes = (tuple(x.shape), tuple(normalized), tuple(normalized))
     return [size if wanted else None for size, wanted in zip(sizes, mask, strict=True)]
 
@@ -91,8 +98,9 @@ RULES: dict[Any, Callable[..., Sizes | None]] = {
     aten.var.correction: lambda x, dims=None, **_: _reduced(x, dims),
     aten.sum.default: lambda x: [()],
     aten.cat.default: _cat,
-    aten.stack.default: lambda tensors, dim=0: [(*tensors[0].shape[:dim], len(tensors), *tensors[0].shape[dim:])]
-    if dim >= 0 else None,
+    aten.stack.default: lambda tensors, dim=0: (
+        [(*tensors[0].shape[:dim], len(tensors), *tensors[0].shape[dim:])] if dim >= 0 else None
+    ),
     aten.index.Tensor: _index,
     aten.index_select.default: _index_select,
     aten.embedding.default: lambda weight, index, *_: [(*index.shape, *weight.shape[1:])],
@@ -105,6 +113,14 @@ RULES: dict[Any, Callable[..., Sizes | None]] = {
     aten.sort.stable: lambda x, **_: [tuple(x.shape)] * 2,
     aten.topk.default: _topk,
     aten.searchsorted.Tensor: lambda sequence, x, **_: [tuple(x.shape)],
+    aten._scaled_dot_product_flash_attention_for_cpu.default: lambda q, *_, **__: [tuple(q.shape), tuple(q.shape[:3])],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: lambda grad, q, k, v, *_, **__: [
+        tuple(q.shape),
+        tuple(k.shape),
+        tuple(v.shape),
+    ],
+    aten.floor_divide.default: lambda a, b: _broadcast(a, b),
+    aten.scatter_add.default: _same,
     aten.slice_backward.default: _new_sized,
     aten.select_backward.default: _new_sized,
     aten.nll_loss_forward.default: lambda x, target, weight, reduction, _: [(), ()] if reduction else None,
@@ -138,17 +154,35 @@ def sizes(func: Any, args: Sequence[Any], kwargs: dict[str, Any], tensors: Seque
             return None
         rule = _broadcast
         args, kwargs = tensors, {}
-    if func not in _LAYOUT_FREE and not all(t.is_contiguous() for t in tensors):
-        return None
     return rule(*args, **({} if rule in _WITHOUT_NAMES else kwargs))
 
 
+def _grouped(a: Tensor, b: Tensor, offsets: Tensor | None = None, *_: Any) -> Sizes:
+    if a.ndim == 2 and b.ndim == 2:
+        return [(len(offsets), a.shape[0], b.shape[1])]
+    return [(*a.shape[:-1], b.shape[-1])]
+
+
+# Where `FakeTensorMode` refuses what kernels do: grouped products of float32.
+OWN: dict[Any, Callable[..., Sizes]] = {torch.ops.aten._grouped_mm.default: _grouped}
+
 _WITHOUT_NAMES = {_broadcast, _same, _sized, _new_sized, _reduced}  # their named arguments decide no size
-# Matrix products return contiguous results of operands in any layout.
-_LAYOUT_FREE = {aten.mm.default, aten.bmm.default, aten.addmm.default, torch.ops.mkldnn._linear_pointwise.default,
-                aten.index.Tensor, aten.new_empty.default, aten.new_zeros.default, aten.new_full.default, aten.nll_loss_backward.default}
+
+
+def layout(tensor: Tensor) -> tuple[int, ...]:
+    """A tensor's dimensions from the outermost in memory to the innermost."""
+    strides = tensor.stride()
+    return tuple(sorted(range(tensor.ndim), key=lambda i: -strides[i]))
+
+
+def strides(size: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a dense tensor whose dimensions lie in memory in this order."""
+    result, step = [0] * len(size), 1
+    for dimension in reversed(order):
+        result[dimension] = step
+        step *= max(size[dimension], 1)
+    return tuple(result)
 
 
 def contiguous(size: Sequence[int]) -> tuple[int, ...]:
-    """Strides of a contiguous tensor."""
-    return tuple(prod(max(n, 1) for n in size[i + 1:]) for i in range(len(size)))
+    return strides(size, range(len(size)))

@@ -81,17 +81,17 @@ class Stream:
 @dataclass(slots=True)
 class Section:
     """Attributes:
-        phases: what happens in each of PHASES: runs and events, in order.
-        inputs, outputs: slots of the tokens' features and origins, entering and leaving.
-        reports: slots of what the balance loss looks at (importance and load), which are inputs of the head.
-        gradient_in, gradient_out: slots of the tokens' gradient that arrives, and of the one that leaves.
-        routing_in: slots of the gradients that arrive from the balance loss; of the head: those that leave to
-            each block that routes.
-        stream: the tokens that leave.
-        routing: of importance and load, if they are reported: whether each requires a gradient.
-        kept: bytes that the graph alone holds after the forward pass, slots apart, by maker.
-        kept_slots: slots that the graph holds then.
-        gradients: bytes of the parameters' gradients made here. trained: names of the parameters that got one.
+    phases: what happens in each of PHASES: runs and events, in order.
+    inputs, outputs: slots of the tokens' features and origins, entering and leaving.
+    reports: slots of what the balance loss looks at (importance and load), which are inputs of the head.
+    gradient_in, gradient_out: slots of the tokens' gradient that arrives, and of the one that leaves.
+    routing_in: slots of the gradients that arrive from the balance loss; of the head: those that leave to
+        each block that routes.
+    stream: the tokens that leave.
+    routing: of importance and load, if they are reported: whether each requires a gradient.
+    kept: bytes that the graph alone holds after the forward pass, slots apart, by maker.
+    kept_slots: slots that the graph holds then.
+    gradients: bytes of the parameters' gradients made here. trained: names of the parameters that got one.
     """
 
     phases: dict[str, list[Run | Event]]
@@ -165,8 +165,15 @@ class _Output(torch.autograd.Function):
         return None, *made
 
 
-def summarize(tracer: Tracer, border: Border, gradients: list[Allocation], reported: list[Allocation],
-              left: list[Allocation], kept: list[Allocation], **about: Any) -> Section:
+def summarize(
+    tracer: Tracer,
+    border: Border,
+    gradients: list[Allocation],
+    reported: list[Allocation],
+    left: list[Allocation],
+    kept: list[Allocation],
+    **about: Any,
+) -> Section:
     """A section from a finished trace.
 
     Args:
@@ -198,11 +205,16 @@ def summarize(tracer: Tracer, border: Border, gradients: list[Allocation], repor
             inside[allocation.maker] += allocation.bytes
     for name in ("inputs", "outputs", "reports", "gradient_in", "gradient_out", "routing_in"):
         about[name] = tuple(number[a] for a in about.get(name, ()))
-    return Section(phases=phases, slots=slots, kept=inside,
-                   kept_slots=tuple(number[a] for a in kept if a in number),
-                   gradients=sum(a.bytes for a in gradients),
-                   forward_flops=tracer.trace.phase_flops("forward"),
-                   backward_flops=tracer.trace.phase_flops("backward"), **about)
+    return Section(
+        phases=phases,
+        slots=slots,
+        kept=inside,
+        kept_slots=tuple(number[a] for a in kept if a in number),
+        gradients=sum(a.bytes for a in gradients),
+        forward_flops=tracer.trace.phase_flops("forward"),
+        backward_flops=tracer.trace.phase_flops("backward"),
+        **about,
+    )
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
@@ -252,8 +264,9 @@ def standing_in(modules: dict[str, nn.Module], make: Callable[[Tensor], Tensor])
             tensors.update(before)
 
 
-def fake_parameters(modules: dict[str, nn.Module], device: torch.device, dtype: Callable[[Tensor], torch.dtype]
-                    ) -> contextlib.AbstractContextManager[dict[str, nn.Parameter]]:
+def fake_parameters(
+    modules: dict[str, nn.Module], device: torch.device, dtype: Callable[[Tensor], torch.dtype]
+) -> contextlib.AbstractContextManager[dict[str, nn.Parameter]]:
     """`standing_in` of fake tensors of the same shapes; to be entered within `fake_tensors`.
 
     Args:

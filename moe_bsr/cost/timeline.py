@@ -48,8 +48,8 @@ class Placed:
 
 class Timeline:
     """Attributes:
-        live, live_without: bytes alive now over what lived before the step; without gradients of parameters.
-        peaks, peaks_without: the most of these by phase (forward, backward, optimizer).
+    live, live_without: bytes alive now over what lived before the step; without gradients of parameters.
+    peaks, peaks_without: the most of these by phase (forward, backward, optimizer).
     """
 
     def __init__(self) -> None:
@@ -93,7 +93,7 @@ class Timeline:
             places: the embedding, the blocks, the head.
         """
         reports: list[Shared] = []
-        for before, place in zip([None, *places], places):
+        for before, place in zip([None, *places], places, strict=False):
             if before is not None:
                 reports += before.at(before.section.reports)
                 entering = [*before.at(before.section.outputs), *(reports if place is places[-1] else ())]

@@ -14,14 +14,17 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import _engine_run_backward
+from torch.optim import optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_bsr.cost import operators
@@ -49,8 +52,8 @@ class Allocation:
 @dataclass(slots=True)
 class Trace:
     """Attributes:
-        changes: every allocation (True) and release (False) in order, with the phase in which it happened.
-        flops: by (phase, section).
+    changes: every allocation (True) and release (False) in order, with the phase in which it happened.
+    flops: by (phase, section).
     """
 
     changes: list[tuple[str, bool, Allocation]] = field(default_factory=list)
@@ -89,16 +92,21 @@ class Tracer(TorchDispatchMode):
         """A wrapper that protects from `torch.compile` would take as long as the tracer itself."""
         return False
 
-    def __init__(self, device: torch.device,
-                 scratch: Callable[[str, tuple, Any], int] = lambda name, args, result: 0,
-                 parameters: Iterable[Tensor] = ()) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        scratch: Callable[[str, tuple, Any], int] = lambda name, args, result: 0,
+        parameters: Iterable[Tensor] = (),
+    ) -> None:
         """Args:
-            device: the one whose memory is followed. scratch: bytes a kernel uses for itself (`kernel_scratch`).
-            parameters: whose copies in another type are told apart from other copies.
+        device: the one whose memory is followed. scratch: bytes a kernel uses for itself (`kernel_scratch`).
+        parameters: whose copies in another type are told apart from other copies.
         """
         super().__init__()
         self._parameters = {p.untyped_storage()._cdata for p in parameters}
-        self.device, self.trace = device.type, Trace()
+        self.device, self._place, self.trace = device.type, device, Trace()
+        # What torch's own code is told, which would look for the device: autograd's engine for its streams.
+        self._absent = torch.device("meta") if device.type == "cuda" and not torch.cuda.is_available() else None
         self.phase = self.section = ""
         self._scratch, self._known_scratch = scratch, {}
         self._alive: dict[int, Allocation] = {}
@@ -115,11 +123,13 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.prim.device.default:
-            return args[0].device
+            return self._absent or args[0].device
         self._sum = None
         if func is torch.ops.aten._local_scalar_dense.default:
             return VALUE if args[0].dtype.is_floating_point else 1
         kwargs = kwargs or {}
+        if self._absent is not None and kwargs.get("device") == self._absent:
+            kwargs = kwargs | {"device": self._place}
         result, effect, key = operators.run(func, args, kwargs)
         if effect.flops:
             self.trace.flops[self.phase, self.section] += effect.flops
@@ -196,13 +206,20 @@ def _engine_calls(frame: Any) -> bool:
 
 @contextlib.contextmanager
 def fake_tensors() -> Iterator[None]:
-    """A region whose tensors are fake: they have addresses, as different tensors have different ones."""
+    """A region whose tensors are fake, of any device; they have addresses, as different tensors have different ones."""
+
     def address(tensor: Tensor) -> int:
         return tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size()
 
-    FakeTensor.data_ptr = address
-    try:
-        with FAKE:
-            yield
-    finally:
-        del FakeTensor.data_ptr
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(FakeTensor, "data_ptr", address))
+        # Optimizers take all parameters at once on a GPU, but only if they know their type.
+        known = optimizer._foreach_supported_types
+        stack.enter_context(mock.patch.object(optimizer, "_foreach_supported_types", [*known, FakeTensor]))
+        if not torch.cuda.is_available():  # or autocast for it would be switched off
+            stack.enter_context(mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", bool))
+            stack.enter_context(mock.patch.object(torch.cuda, "is_bf16_supported", lambda *_: True))
+        # In one thread: the engine's threads belong to devices, which may not be here.
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        stack.enter_context(FAKE)
+        yield

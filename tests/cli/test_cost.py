@@ -143,10 +143,10 @@ def test_a_budget_below_the_parameters_is_refused_with_the_floor(ask):
 
 
 def test_one_model_per_task_tells_the_largest(ask):
-    one = json.loads(ask("--json", "mode=stl")[1])
+    one = json.loads(ask("--json", "mode=single_task")[1])
     both = json.loads(ask("--json")[1])
     assert one["parameters"] < both["parameters"]
-    assert "this is the one of fractals" in ask("mode=stl")[1]
+    assert "this is the one of fractals" in ask("mode=single_task")[1]
 
 
 def test_a_task_without_a_number_of_classes_needs_one(ask, tmp_path):
