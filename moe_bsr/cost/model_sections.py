@@ -310,7 +310,7 @@ def trace_update(setting: Setting, stepped: Collection[str], with_gradient: Coll
     model, settings = setting.model, setting.config.train
     with setting.tracing(dict(model.named_modules())) as (tracer, parameters):
         average = None if settings.ema_decay is None else MovingAverage(model, settings.ema_decay)
-        held = sum(a.bytes for a in tracer.alive)
+        held = sum(a.size for a in tracer.alive)
         optimizer = make_optimizer(model, settings)
         update = multitask_update(model, settings, setting.runtime, optimizer, average)
         state = 0
@@ -324,7 +324,7 @@ def trace_update(setting: Setting, stepped: Collection[str], with_gradient: Coll
                 start = len(tracer.trace.changes)
             update.step()
             if phase == "first":
-                state = sum(a.bytes for a in tracer.alive) - held
+                state = sum(a.size for a in tracer.alive) - held
         changes = [c for c in tracer.trace.changes[start:] if c[2].phase == "optimizer"]
     live = rise = 0
     for _, made, allocation in changes:

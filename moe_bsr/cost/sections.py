@@ -210,7 +210,7 @@ def summarize(
         slots=slots,
         kept=inside,
         kept_slots=tuple(number[a] for a in kept if a in number),
-        gradients=sum(a.bytes for a in gradients),
+        gradients=sum(a.size for a in gradients),
         forward_flops=tracer.trace.phase_flops("forward"),
         backward_flops=tracer.trace.phase_flops("backward"),
         **about,

@@ -32,6 +32,7 @@ from moe_bsr.cost.operators import FAKE
 
 VALUE = 1e6  # of every loss and norm that Python reads: finite, and large enough for gradients to be clipped
 WEIGHT_COPY = "weight copy"
+ABSENT_GPU = (9, 0)  # the compute capability that a GPU is taken to have that is not here
 CUDA_BLOCK = 512  # bytes: CUDA's allocator rounds up to multiples of it
 
 
@@ -40,10 +41,12 @@ class Allocation:
     """One block of memory.
 
     Attributes:
+        bytes: as the allocator counts them. size: of the tensor alone.
         maker: the operator that asked for it, in a backward pass with the autograd node before it.
     """
 
     bytes: int
+    size: int
     phase: str
     section: str
     maker: str
@@ -141,7 +144,7 @@ class Tracer(TorchDispatchMode):
                 self._note_sum(args[0], result)
         scratch = self._scratch_of(effect.name, key, args, result)
         if scratch:
-            scratch = Allocation(scratch, self.phase, self.section, effect.name)
+            scratch = Allocation(scratch, scratch, self.phase, self.section, effect.name)
             self.trace.changes += ((self.phase, True, scratch), (self.phase, False, scratch))
         return result
 
@@ -160,13 +163,13 @@ class Tracer(TorchDispatchMode):
     def _follow(self, tensor: Tensor, maker: str) -> None:
         """Note the birth of a storage, and arrange to be told of its death."""
         storage = tensor.untyped_storage()
-        size = storage.nbytes()
+        size = taken = storage.nbytes()
         if tensor.device.type != self.device or not size:
             return
         if self.device == "cuda":
-            size = (size + CUDA_BLOCK - 1) // CUDA_BLOCK * CUDA_BLOCK
+            taken = (size + CUDA_BLOCK - 1) // CUDA_BLOCK * CUDA_BLOCK
         key = storage._cdata
-        self._alive[key] = allocation = Allocation(size, self.phase, self.section, maker)
+        self._alive[key] = allocation = Allocation(taken, size, self.phase, self.section, maker)
         self._watched[key] = weakref.ref(storage, partial(self._died, key))
         self.trace.changes.append((self.phase, True, allocation))
 
@@ -219,6 +222,7 @@ def fake_tensors() -> Iterator[None]:
         if not torch.cuda.is_available():  # or autocast for it would be switched off
             stack.enter_context(mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", bool))
             stack.enter_context(mock.patch.object(torch.cuda, "is_bf16_supported", lambda *_: True))
+            stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", lambda *_: ABSENT_GPU))
         # In one thread: the engine's threads belong to devices, which may not be here.
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(FAKE)
