@@ -40,7 +40,7 @@ class Fit:
 
 def cpu_kind() -> str:
     """What oneDNN chooses its kernels by: matrix tiles for bf16, vectors for bf16, AVX-512, or none of these."""
-    return cpu.bf16_instructions() or (AVX512 if "avx512bw" in cpu.words() else AVX2)
+    return cpu.bf16_instructions() or (AVX512 if "avx512bw" in cpu.flags() else AVX2)
 
 
 def on(device: torch.device, threads: int) -> Callable[[str, Sequence[Any], Any], int]:

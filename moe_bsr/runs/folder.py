@@ -48,8 +48,8 @@ def open_task(config: Config, task: str, root: str | None = None) -> TaskData:
         load_spec(task),
         root=Path(root or data.root).expanduser(),
         download=data.download,
-        validation=data.val_fraction,
-        data_seed=data.split_seed,
+        val_fraction=data.val_fraction,
+        split_seed=data.split_seed,
     )
 
 
