@@ -75,7 +75,7 @@ def trace_whole(
                 getattr(step, phase)()
             gradients = [tracer.allocation(p.grad) for p in step.trained]
             tracer.phase = "optimizer"
-            step.update()
+            step.step()
             if average is not None:
                 average.update(model)
             step.clear()

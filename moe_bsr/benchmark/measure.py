@@ -273,7 +273,7 @@ def _marked_blocks(model: nn.Module) -> Iterator[None]:
     if not isinstance(model, MultitaskViT):
         yield
         return
-    run_stem, run_block = model.forward_features, model._block
+    run_stem, run_block = model.forward_features, model.run_block
 
     def forward_features(*arguments: Any) -> Any:
         mark("embedding")
@@ -283,12 +283,12 @@ def _marked_blocks(model: nn.Module) -> Iterator[None]:
         mark(f"block {index}")
         return run_block(index, *arguments)
 
-    model.forward_features, model._block = forward_features, block
+    model.forward_features, model.run_block = forward_features, block
     norm = model.vit.norm.register_forward_pre_hook(lambda *_: mark("head"))
     try:
         yield
     finally:
-        del model.forward_features, model._block
+        del model.forward_features, model.run_block
         norm.remove()
 
 

@@ -1,6 +1,7 @@
 """The sections of a model's training step: each is traced with the very code that the trainer runs."""
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -210,7 +211,7 @@ def _head_step(setting: Setting, border: Border, task: str, stream: Stream, rout
             return model._forward_path(start, task, NOISE_KEY)
 
     return TrainingStep(model, setting.runtime, None, output=output, commit=lambda output: model.commit(output, task),
-                loss=lambda output: criterion(output.logits.float(), labels) + output.auxiliary_loss)
+                loss=lambda output: (criterion(output.logits.float(), labels), output.auxiliary_loss))
 
 
 @contextlib.contextmanager
@@ -245,8 +246,10 @@ def trace_update(setting: Setting, stepped: Collection[str], with_gradient: Coll
     with setting.tracing(dict(model.named_modules())) as (tracer, parameters):
         average = None if settings.ema_decay is None else MovingAverage(model, settings.ema_decay)
         held = sum(a.bytes for a in tracer.alive)
-        optimizer = make_optimizer(model, settings, len(model.plan))
-        step = TrainingStep(model, setting.runtime, optimizer, output=lambda: None, loss=lambda output: None, clip=True)
+        optimizer = make_optimizer(model, settings)
+        limit = math.inf if settings.grad_clip_norm is None else settings.grad_clip_norm
+        step = TrainingStep(model, setting.runtime, optimizer, output=lambda: None, loss=lambda output: None,
+                            clip_norm=limit, average=average)
         state = 0
         for phase, names in (("first", stepped), ("optimizer", with_gradient)):
             tracer.phase = "outside"
@@ -256,9 +259,7 @@ def trace_update(setting: Setting, stepped: Collection[str], with_gradient: Coll
             tracer.phase = phase
             if phase == "optimizer":
                 start = len(tracer.trace.changes)
-            step.update()
-            if average is not None:
-                average.update(model)
+            step.step()
             if phase == "first":
                 state = sum(a.bytes for a in tracer.alive) - held
         changes = [c for c in tracer.trace.changes[start:] if c[2].phase == "optimizer"]
