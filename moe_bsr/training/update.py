@@ -41,7 +41,7 @@ class OptimizerUpdate:
         self,
         model: nn.Module,
         runtime: Runtime,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | None,
         *,
         output: Callable[..., Any],
         loss: Callable[..., Tensor | tuple[Tensor, ...]],
@@ -51,6 +51,7 @@ class OptimizerUpdate:
     ) -> None:
         """
         Args:
+            optimizer: None for whoever runs the forward and backward phases alone.
             output: the model's forward pass of the inputs given to `forward`; called under autocast.
             loss: of that output and the same inputs, called outside autocast: a scalar, or several to be added.
             commit: what else is done with the output and the inputs, once, after the backward pass.
@@ -83,7 +84,8 @@ class OptimizerUpdate:
         if self._commit is not None:
             self._commit(self.output, *self._inputs)
         self._inputs = ()
-        self.trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        groups = self.optimizer.param_groups if self.optimizer else [{"params": self.model.parameters()}]
+        self.trained = [p for group in groups for p in group["params"] if p.grad is not None]
 
     def step(self) -> float | None:
         """Clip, step, forget the gradients, move the average.
@@ -219,7 +221,7 @@ class TrainingStep(OptimizerUpdate):
         self,
         model: nn.Module,
         runtime: Runtime,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | None,
         *,
         inputs: tuple = (),
         **parts: Any,
