@@ -66,8 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def dry_run(config: "Config", folder: Path, resume: bool) -> int:
     """Open every dataset and the backbone, print the plan; write nothing."""
-    from moe_bsr.model import summary
     from moe_bsr.api import check
+    from moe_bsr.model import summary
     from moe_bsr.model.multitask import build
     from moe_bsr.runs.folder import check_folder, open_task
     from moe_bsr.runtime.device import prepare

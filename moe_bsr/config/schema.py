@@ -18,6 +18,7 @@ import yaml
 
 from moe_bsr.config.reader import ConfigError, convert, parse, read_tree, require, set_dotted
 
+
 @dataclass(kw_only=True, slots=True)
 class BackboneConfig:
     name: str = "vit_pico_patch8_64"
