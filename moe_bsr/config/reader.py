@@ -83,7 +83,7 @@ def set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
 
 def convert(value: Any, hint: Any, key: str) -> Any:
     """`value` as the type `hint` asks for, or a ConfigError that says what was expected."""
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return convert_section(value, hint, key)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
@@ -129,7 +129,7 @@ def convert_section(value: Any, cls: type, key: str, **given: Any) -> Any:
                 if dataclasses.is_dataclass(hint)
                 for inner in typing.get_type_hints(hint)
             } | {here: here for here in hints}
-            near = nearest(name, paths, lambda near, paths=paths: repr(prefix + paths[near]))
+            near = nearest(name, paths, {key: repr(prefix + path) for key, path in paths.items()}.__getitem__)
             raise ConfigError(f"unknown key {prefix}{name}{near} (allowed: {', '.join(hints) or 'none'})")
     for field in dataclasses.fields(cls):
         required = field.default is field.default_factory  # only MISSING is both

@@ -72,7 +72,8 @@ def _named(images: Images | Iterable[Images]) -> Iterator[tuple[str | int, Path 
     """Every single image with its name: the file as given, or its position among all that came."""
     one = isinstance(images, str | PathLike | Image.Image) or isinstance(images, np.ndarray) and images.ndim == 3
     position = 0
-    for image in [images] if one else images:
+    many: Iterable[Any] = [images] if one else images  # type: ignore[assignment]
+    for image in many:
         if isinstance(image, str | PathLike):
             path = Path(image)
             files = _files_below(path) if path.is_dir() else [path]

@@ -11,6 +11,7 @@ import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +19,8 @@ from torch import nn
 from moe_bsr.config import ConfigError, RuntimeConfig
 from moe_bsr.runtime import allocator
 from moe_bsr.runtime import cpu_features as cpu
+
+Placed = TypeVar("Placed", bound=nn.Module)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +61,15 @@ class Runtime:
         finally:
             torch.set_num_threads(before)
 
-    def place(self, model: nn.Module) -> nn.Module:
+    def place(self, model: Placed) -> Placed:
         """A `MultitaskViT` on the device, its frozen matrices in the type they are computed in."""
         if self.precision == "bf16":
-            model.cast_frozen_(torch.bfloat16)
+            model.cast_frozen_(torch.bfloat16)  # type: ignore[operator]  # of MultitaskViT, which runtime/ does not know
         # CUDA's autocast would widen the stream to float32 in each LayerNorm, and keep it so for the backward.
         narrow = self.device.type == "cuda" and self.precision == "bf16"
         for module in model.modules():
             if hasattr(module, "_fast_norm"):  # timm's norm layers; its public switch is for the whole process
-                module._fast_norm = narrow
+                module._fast_norm = narrow  # type: ignore[assignment]
         return model.to(self.device)
 
     def reset_peak(self) -> None:
@@ -125,7 +128,7 @@ def exact_convolutions() -> Iterator[None]:
 
     By default it takes TF32 (10 bits of mantissa), which makes the patch embedding 100 times less exact.
     """
-    convolutions = torch.backends.cudnn.conv
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = convolutions.fp32_precision
     convolutions.fp32_precision = "ieee"
     try:
