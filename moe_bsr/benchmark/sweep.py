@@ -61,7 +61,7 @@ def run(
             load = routing.load.detach()
             shares[index] = float(load.max() / load.mean())
 
-    with model.register_forward_hook(note_shares):
+    with model.register_forward_hook(note_shares), runtime.in_effect():
         seen = measure(step)  # its last forward pass is that of the step it traces
     return predict(model, config, batch=batch, precision=runtime.precision, task=task, shares=shares), seen
 

@@ -88,11 +88,14 @@ def _is_weight_gradient(args: Sequence[Any]) -> bool:
 
 
 def _tiles(threads: int, args: Sequence[Any], result: Any) -> float:
-    """With matrix tiles the weight is laid out anew; of a weight's gradient both operands, up to a point."""
+    """With matrix tiles each thread copies some rows of the first operand, or the weight is laid out anew, by version;
+    of a weight's gradient both operands are, up to a point."""
     a, b = _operands(args)
     if _is_weight_gradient(args):
         rows, width = a.shape[1], min(a.shape[0], b.shape[1])
-        return min(2 * rows * width + 600 * width + 60_000, 1_600_000)
+        return min(2 * rows * width + 600 * width + 60_000, 800_000 * threads)
+    if torch.__version__ < "2.12":  # measured with 2.11.0 and 2.15.0
+        return threads * (128 * a.shape[-1] + 4_800)
     return 2 * b.numel()
 
 
@@ -180,7 +183,7 @@ def _stable_sort(threads: int, args: Sequence[Any], result: Any) -> float:
 FITS = [
     Fit(("_linear_pointwise",), torch.float32, (AVX2,), _relaid_rows, ZEN3),
     Fit(("_linear_pointwise",), torch.float32, (AMX, VECTORS, AVX512), _wide_rows, SPR),
-    Fit(("_linear_pointwise", "addmm", "mm"), torch.bfloat16, (AMX,), _tiles, SPR_OLD),
+    Fit(("_linear_pointwise", "addmm", "mm"), torch.bfloat16, (AMX,), _tiles, f"{SPR}; {SPR_OLD}"),
     Fit(("_linear_pointwise", "addmm", "mm"), torch.bfloat16, (VECTORS,), _vectors, ZEN4),
     Fit(("_linear_pointwise", "addmm", "mm"), torch.bfloat16, (AVX512,), _wide_result, SPR),
     Fit(("bmm",), torch.bfloat16, (AMX, VECTORS), _batched_tiles, SPR),

@@ -96,7 +96,7 @@ RULES: dict[Any, Callable[..., Sizes | None]] = {
     aten.mean.dim: _reduced,
     aten.amax.default: _reduced,
     aten.var.correction: lambda x, dims=None, **_: _reduced(x, dims),
-    aten.sum.default: lambda x: [()],
+    aten.sum.default: lambda x, **_: [()],
     aten.cat.default: _cat,
     aten.stack.default: lambda tensors, dim=0: (
         [(*tensors[0].shape[:dim], len(tensors), *tensors[0].shape[dim:])] if dim >= 0 else None
@@ -154,7 +154,10 @@ def sizes(func: Any, args: Sequence[Any], kwargs: dict[str, Any], tensors: Seque
             return None
         rule = _broadcast
         args, kwargs = tensors, {}
-    return rule(*args, **({} if rule in _WITHOUT_NAMES else kwargs))
+    try:
+        return rule(*args, **({} if rule in _WITHOUT_NAMES else kwargs))
+    except TypeError:  # called in a way that the rule does not know
+        return None
 
 
 def _grouped(a: Tensor, b: Tensor, offsets: Tensor | None = None, *_: Any) -> Sizes:
