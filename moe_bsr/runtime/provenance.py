@@ -5,6 +5,7 @@ Results are read months later and on other machines. Every JSON file of results 
 
 import functools
 import importlib.metadata
+import os
 import shlex
 import subprocess
 import sys
@@ -50,24 +51,25 @@ def commit() -> str | None:
     """
     if (CODE / ".git").exists():
         try:
-            words = [
-                "git",
-                "--no-optional-locks",
-                "-C",
-                str(CODE),
-                "describe",
-                "--always",
-                "--dirty",
-                "--abbrev=40",
-                "--exclude=*",
-            ]
-            return subprocess.run(words, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+            return _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "-s", "-uno") else "")
         except (OSError, subprocess.SubprocessError):
             pass  # no git here, or a repository it will not read
     try:
         return importlib.metadata.version("moe_bsr")
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _git(*words: str) -> str:
+    asked = subprocess.run(
+        ["git", "-C", str(CODE), *words],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+        env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},  # read only
+    )
+    return asked.stdout.strip()
 
 
 def command() -> str | None:
