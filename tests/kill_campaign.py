@@ -28,6 +28,7 @@ from moe_bsr import config as configuration
 from moe_bsr.api import train
 from moe_bsr.callbacks import expert_views
 from moe_bsr.runs import checkpoint
+from moe_bsr.runtime import files
 
 STEPS = 9
 TASK = """title: {name}
@@ -117,7 +118,7 @@ def kill_at_operation(number: int):
 
     for owner, name in (
         (checkpoint, "save_file"),
-        (checkpoint, "_sync"),
+        (files, "sync"),
         (checkpoint.shutil, "rmtree"),
         (Path, "rename"),
         (Path, "write_text"),
