@@ -6,8 +6,7 @@ from tiny_runs import make_config, make_trainer
 
 from moe_bsr.benchmark import sweep
 from moe_bsr.benchmark.measure import held, trace
-from moe_bsr.data import Loader
-from moe_bsr.model.storage import STORAGES
+from moe_bsr.cost.predict import predict
 from moe_bsr.runtime import cpu_features as cpu
 
 CLASSES = {"shapes": 10, "fractals": 12}
@@ -32,19 +31,21 @@ def test_every_row_of_experts_and_the_noise_they_decided_by_is_counted(tmp_path,
 def test_the_peak_of_a_run_counts_its_average_and_what_earlier_micro_batches_left(tmp_path, changes):
     config = make_config(tmp_path, train__batch_size=20, train__ema_decay=0.9, **changes)
     trainer = make_trainer(config, tmp_path / "run")
-    batches = iter(Loader(trainer.tasks, trainer.transforms, trainer.sampler.batches(0), 0))
+    batches = trainer.inputs.batches(trainer.sampler.batches(0))
     for _ in range(3):
         trainer._update(batches)
     standing = held(
         [
             *trainer.model.parameters(),
             *trainer.model.buffers(),
-            *trainer.average.average.values(),
-            *(v for s in trainer.optimizer.state.values() for v in s.values()),
+            *trainer.state.average.average.values(),
+            *(v for s in trainer.state.optimizer.state.values() for v in s.values()),
         ]
     )
     peak = trace({"update": lambda: trainer._update(batches)}, trainer.runtime.device).peak()
-    cost = trainer.predicted
+    cost = predict(
+        trainer.model, config, batch=20 // config.train.grad_accumulation_steps, precision="fp32", all_tasks=True
+    )
     assert cost.parameters + cost.optimizer + cost.average == standing
     images = 4 * 3 * 32 * 32 * 20 // config.train.grad_accumulation_steps
     assert cost.peak + images == pytest.approx(standing + peak, rel=0.03)
@@ -90,7 +91,7 @@ def test_predictions_hold_with_layer_scale(tmp_path, plan, precision, storage):
         assert abs(compared[quantity]["difference"]) <= tolerance, (quantity, compared[quantity])
 
 
-@pytest.mark.parametrize(("batch", "storages"), [(24, list(STORAGES)), (40, ["exact"])])
+@pytest.mark.parametrize(("batch", "storages"), [(24, ["exact", "recompute_int8"]), (40, ["int8"])])
 def test_predictions_hold_for_every_plan_precision_batch_and_storage(tmp_path, batch, storages):
     """The sweep of `cost.py --sweep` at a width of 64 and 64 px."""
     records = list(
