@@ -17,17 +17,20 @@ import sys
 import textwrap
 from typing import Any
 
+import torch
+
 from moe_bsr import config as configuration
 from moe_bsr.benchmark import sweep
 from moe_bsr.config import Config, ConfigError, require
 from moe_bsr.cost import planner as budget
-from moe_bsr.cost.predict import Cost, predict
+from moe_bsr.cost.predict import Cost, device_of, predict
 from moe_bsr.data import load_spec
 from moe_bsr.model.multitask import MultitaskViT, build_on_meta
 from moe_bsr.paper import backrazor_rule as backrazor
 from moe_bsr.paper import bsr_rule as paper
 from moe_bsr.paper.shapes import from_model
-from moe_bsr.runtime.device import prepare
+from moe_bsr.runtime.device import Runtime, prepare
+from moe_bsr.runtime.provenance import command, commit, environment
 
 MB = 2**20
 RULES = {"paper": paper.memory, "backrazor": backrazor.memory}
@@ -101,7 +104,7 @@ def answer(
     if arguments.mode != "exact":
         result, lines, status = rule_answer(model, batch, arguments.mode)
         return result, [*notes, *lines], status
-    runtime = prepare(config.runtime)
+    runtime = prepare(config.runtime) if arguments.measure or not is_absent_gpu(config) else absent_gpu(config)
     cost = predict(model, config, batch=batch, precision=runtime.precision, all_tasks=True)
     result = {"mode": arguments.mode, "batch": batch, "precision": runtime.precision, **cost.as_dict()}
     lines = [
@@ -132,6 +135,16 @@ def answer(
         lines += ["", *budget_lines(told, batch)]
         status = 0 if told.fits else 1
     return result, lines, status
+
+
+def is_absent_gpu(config: Config) -> bool:
+    """Whether the run is for a GPU and there is none here: its cost can be predicted all the same."""
+    return config.runtime.device.startswith("cuda") and not torch.cuda.is_available()
+
+
+def absent_gpu(config: Config) -> Runtime:
+    precision = "bf16" if config.runtime.precision == "auto" else config.runtime.precision
+    return Runtime(device_of(config), precision, torch.get_num_threads(), "for a GPU that is not here")
 
 
 def rule_answer(model: MultitaskViT, batch: int, mode: str) -> tuple[dict[str, Any], list[str], int]:
@@ -188,7 +201,19 @@ def sweep_answer(
         limit = sweep.TOLERANCES.get(name)
         allowed, where = "" if limit is None else f"{limit:.0%}", " ".join(map(str, about["at"].values()))
         lines.append(f"{name:<22}  {about['worst']:>8.3%}  {about['median']:>8.3%}  {allowed:>8}  {where}")
-    return {"summary": total, "within_tolerance": held, "records": records}, lines, 0 if held else 1
+    return (
+        {
+            "command": command(),
+            "commit": commit(),
+            "environment": environment(prepare(config.runtime)),
+            "config": configuration.to_dict(config),
+            "summary": total,
+            "within_tolerance": held,
+            "records": records,
+        },
+        lines,
+        (0 if held else 1),
+    )
 
 
 def table(cost: Cost, batch: int) -> list[str]:

@@ -193,3 +193,22 @@ def test_backbones_with_other_activations_and_ffns_are_costed(ask, backbone):
 def test_grouped_experts_are_costed(ask):
     loop, grouped = (json.loads(ask("--json", f"moe.backend={backend}")[1]) for backend in ("loop", "grouped"))
     assert loop["parameters"] == grouped["parameters"] and loop["kept"] < grouped["kept"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_for_a_gpu_is_costed_where_there_is_none(ask, precision):
+    """On a CPU's allocator the same step takes less: a GPU's hands out multiples of 512 bytes."""
+    gpu, cpu = (
+        json.loads(ask("--json", f"runtime.device={device}", f"runtime.precision={precision}")[1])
+        for device in ("cuda", "cpu")
+    )
+    assert gpu["precision"] == precision and gpu["parameters"] == cpu["parameters"]
+    assert gpu["gradients"] == cpu["gradients"] and gpu["optimizer"] == cpu["optimizer"]
+    assert all(size % 512 == 0 for kinds in gpu["kept_by_block"].values() for size in kinds.values())
+
+
+def test_a_sweep_says_where_it_comes_from(ask):
+    status, out, _ = ask("--sweep", "--json", "--batches", "2", "--storages", "exact", "--image-size", "32")
+    result = json.loads(out)
+    assert status in (0, 1) and len(result["records"]) == 12
+    assert result["config"]["backbone"]["name"] == "test_vit" and result["environment"]["threads"] == 1
