@@ -115,7 +115,8 @@ def trace_block(setting: Setting, index: int, task: str, stream: Stream, with_gr
             tokens = model.run_block(index, tokens, task, NOISE_KEY if on_path else None, records)
         end = [tokens]
         del tokens
-        return _finish_block(tracer, border, parameters, with_gradient, end, records.pop(index, None), inputs)
+        balanced = setting.config.moe.balance_loss != "none"
+        return _finish_block(tracer, border, parameters, with_gradient, end, records.pop(index, None), inputs, balanced)
 
 
 def _bring_tokens(border: Border, stream: Stream) -> Tokens:
@@ -134,23 +135,28 @@ def _finish_block(
     end: list[Tokens],
     record: Record | None,
     inputs: list[Allocation],
+    balanced: bool = True,
 ) -> Section:
-    """Let go of what a section returned, run its backward pass, and sum up."""
+    """Let go of what a section returned, run its backward pass, and sum up.
+
+    Args:
+        balanced: whether a balance loss sends gradients back through importance and load.
+    """
     tokens, routing = end.pop(), None if record is None else record.routing
     x, origin = tokens.x, tokens.origin
     stream = Stream(tuple(x.shape), x.dtype, x.requires_grad, (tuple(origin.shape), origin.stride()), tokens.fused)
     outputs = [tracer.allocation(t) for t in (x, origin)]
     reported = [a for t in tensors_of(record) if (a := tracer.allocation(t)) is not None]
-    balanced = [] if routing is None else [routing.importance, routing.load]
+    amounts = [] if routing is None else [routing.importance, routing.load]
     about: dict[str, Any] = {
         "stream": stream,
-        "routing": tuple(t.requires_grad for t in balanced),
-        "reports": [tracer.allocation(t) for t in balanced],
+        "routing": tuple(t.requires_grad for t in amounts),
+        "reports": [tracer.allocation(t) for t in amounts],
     }
-    wanted = [t for t in (x, *balanced) if t.requires_grad]
+    wanted = [t for t in (x, *(amounts if balanced else ())) if t.requires_grad]
     result = border.take(wanted) if x.requires_grad else None
     tracer.phase = "handover"
-    del tokens, x, origin, record, routing, balanced, wanted
+    del tokens, x, origin, record, routing, amounts, wanted
     kept, gradients = list(tracer.alive) if result is not None else [], []
     if result is not None:
         tracer.phase = "backward"

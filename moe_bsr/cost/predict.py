@@ -201,6 +201,7 @@ class _Step:
                 self.shares.get(index),
                 model.vit.num_prefix_tokens,
                 model.vit.has_class_token,
+                setting.config.moe.balance_loss == "none",
             )
             section = self._section(
                 "block",
@@ -252,7 +253,7 @@ class _Step:
         key = (kind, self.key, about, about_modules, tuple(names[n] for n in names if n in has_gradient))
         if key not in _sections:
             section = trace(has_gradient)
-            section.trained = frozenset(names[name] for name in section.trained)
+            section.trained = frozenset(names[name] for name in section.trained if name in names)
             _sections[key] = section
         section = _sections[key]
         self.trained |= {prefix + name for name, alike in names.items() if alike in section.trained}

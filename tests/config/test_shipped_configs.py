@@ -44,7 +44,7 @@ def test_a_configuration_loads_and_its_plan_fits_its_backbone(path):
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_an_experiment_holds_only_differences_and_says_how_to_run_it(path):
     assert len(path.read_text().splitlines()) < 30
-    assert f"python tools/train.py configs/{path.name}" in header(path)
+    assert f"moe-bsr train configs/{path.name}" in header(path)
     assert "extends" in yaml.safe_load(path.read_text())
 
 
