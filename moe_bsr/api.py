@@ -5,6 +5,7 @@ Everything is put together here: data, model, predicted cost, callbacks and trai
 
 import dataclasses
 import statistics
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from moe_bsr import config as configuration
 from moe_bsr.callbacks import default_callbacks
 from moe_bsr.callbacks.jsonl import Jsonl
-from moe_bsr.config import Config, ConfigError
+from moe_bsr.config import Config
 from moe_bsr.cost.predict import Cost, predict
 from moe_bsr.data import TaskData
 from moe_bsr.data.sampler import SAMPLERS
@@ -121,7 +122,8 @@ def make_trainer(
 def _predict(config: Config, model: MultitaskViT, runtime: Runtime) -> Cost | None:
     try:
         return predict(model, config, batch=_micro_batch(config), precision=runtime.precision, all_tasks=True)
-    except ConfigError:  # a part without a predicted cost may train all the same
+    except Exception as error:  # whatever a tracer meets, it must not keep anybody from training
+        warnings.warn(f"the cost of this run could not be predicted: {type(error).__name__}: {error}", stacklevel=2)
         return None
 
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from moe_bsr.config import Config
 from moe_bsr.cost import kernel_scratch
+from moe_bsr.cost.expert_rows import unequal_rows
 from moe_bsr.cost.operators import empty
-from moe_bsr.cost.predict import unequal_rows
 from moe_bsr.cost.sections import fake_parameters
 from moe_bsr.cost.trace import Tracer, fake_tensors
 from moe_bsr.model.multitask import MultitaskViT

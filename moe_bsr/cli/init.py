@@ -259,14 +259,7 @@ def images_in(folder: Path) -> list[Path]:
 
 def task_name(folder: Path) -> str:
     """A folder's name as a task may be called."""
-    from moe_bsr.config import Config, ConfigError
-
-    name = re.sub(r"[^A-Za-z0-9_-]+", "_", folder.name).strip("_") or "images"
-    try:
-        Config(tasks=[name])
-    except ConfigError:  # a word that torch's modules use themselves
-        return f"{name}_images"
-    return name
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", folder.name).strip("_") or "images"
 
 
 def task_file(dataset: Dataset) -> str:

@@ -46,8 +46,13 @@ def cpu_kind() -> str:
 def on(device: torch.device, threads: int) -> Callable[[str, Sequence[Any], Any], int]:
     """Scratch bytes of an operator on this device: (name, arguments, result) -> bytes."""
     if device.type != "cpu":
-        return lambda name, args, result: 0
+        return nothing
     return partial(_bytes, _fits(cpu_kind()), threads)
+
+
+def nothing(name: str, args: Sequence[Any], result: Any) -> int:
+    """Where no scratch memory is known, or none is to count."""
+    return 0
 
 
 def _fits(kind: str) -> dict[tuple[str, torch.dtype], Fit]:

@@ -6,7 +6,6 @@ The network is never run; a model on the meta device will do.
 
 import contextlib
 import dataclasses
-import itertools
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from moe_bsr.config import Config, ConfigError
 from moe_bsr.cost import kernel_scratch
+from moe_bsr.cost.expert_rows import largest_share, unequal_rows
 from moe_bsr.cost.model_sections import (
     Setting,
     Update,
@@ -82,6 +82,7 @@ def predict(
     task: str | None = None,
     all_tasks: bool = False,
     shares: dict[int, float] | None = None,
+    scratch: bool = True,
 ) -> Cost:
     """The cost of training steps of one task's micro-batches of `batch` images.
 
@@ -92,21 +93,14 @@ def predict(
             joint sampling their gradients, and at the peak what earlier micro-batches of an update left.
         shares: by block with experts, the largest expert's group over an equal one, once it is known: values
             decide it.
+        scratch: whether kernels' scratch memory counts; without it the numbers are the same on every CPU.
     """
     with _as_trained(model, device_of(config), precision):
-        return _predict(model, config, batch, precision, task, all_tasks, shares or {})
+        return _predict(_Step(model, config, batch, precision, shares or {}, scratch), config, task, all_tasks)
 
 
-def _predict(
-    model: MultitaskViT,
-    config: Config,
-    batch: int,
-    precision: str,
-    task: str | None,
-    all_tasks: bool,
-    shares: dict[int, float],
-) -> Cost:
-    step = _Step(model, config, batch, precision, shares)
+def _predict(step: "_Step", config: Config, task: str | None, all_tasks: bool) -> Cost:
+    model = step.model
     task = task or max(model.tasks, key=lambda name: model.heads[name].out_features)
     tasks = model.tasks if all_tasks and config.sampler.kind == "joint" else [task]
     micro_batches = [name for name in tasks for _ in range(config.train.grad_accumulation_steps if all_tasks else 1)]
@@ -154,7 +148,13 @@ class _Step:
     """
 
     def __init__(
-        self, model: MultitaskViT, config: Config, batch: int, precision: str, shares: dict[int, float]
+        self,
+        model: MultitaskViT,
+        config: Config,
+        batch: int,
+        precision: str,
+        shares: dict[int, float],
+        scratch: bool,
     ) -> None:
         device = device_of(config)
         threads = config.runtime.threads or torch.get_num_threads()
@@ -170,10 +170,10 @@ class _Step:
             Runtime(device, precision, threads, ""),
             batch,
             dtype,
-            kernel_scratch.on(device, threads),
+            kernel_scratch.on(device, threads) if scratch else kernel_scratch.nothing,
             lambda index: unequal_rows(self._share(index)),
         )
-        self.key = (batch, device, precision, threads, repr(config.tokens))
+        self.key = (batch, device, precision, threads, scratch, repr(config.tokens))
 
     def _share(self, index: int) -> float:
         moe = self.setting.config.moe
@@ -346,31 +346,3 @@ def _plain(value: Any) -> Hashable:
     if isinstance(value, tuple | list):
         return tuple(map(_plain, value))
     return getattr(value, "__qualname__", None) or (repr(value) if dataclasses.is_dataclass(value) else type(value))
-
-
-def largest_share(width: int, experts: int, k: int) -> float:
-    """The largest expert's group over an equal one, as fresh routers make it: the spread of their logits, and
-    with it this, grows with sqrt(width). Measured with random weights: 1.3, 1.5, 1.9 for DeiT-Ti, DeiT-S, ViT-B."""
-    return min(1 + 0.03 * width**0.5, experts / k)
-
-
-def unequal_rows(share: float) -> Callable[[int, int, int], list[int]]:
-    """Rows of each expert where values are not known: the first has the largest share, the others equal ones.
-
-    Rows are padded to a multiple. The others' are spread over one multiple, so that as much is padding as is on
-    average.
-
-    Args:
-        share: the largest group over an equal one.
-    """
-
-    def rows(assignments: int, experts: int, multiple: int) -> list[int]:
-        others = experts - 1
-        largest = min(round(share * assignments / experts), assignments) if others else assignments
-        each = (assignments - largest) / max(others, 1)
-        spread = min(multiple, 2 * each)
-        sums = [round(each * n + spread * (n * n / max(others, 1) - n) / 2) for n in range(experts)]
-        counts = [largest, *(b - a for a, b in itertools.pairwise(sums))]
-        return [-(-count // multiple) * multiple for count in counts]
-
-    return rows

@@ -81,7 +81,7 @@ def ours(setting: Setting, batch: int) -> Cost | None:
     if setting.substring:
         return None
     chosen = config(setting)
-    return predict(build_on_meta(chosen, dict(setting.tasks)), chosen, batch=batch, precision="fp32")
+    return predict(build_on_meta(chosen, dict(setting.tasks)), chosen, batch=batch, precision="fp32", scratch=False)
 
 
 def select_by_substring(model: MultitaskViT, blocks: tuple[int, ...]) -> None:

@@ -124,7 +124,6 @@ def test_divergence_exits_with_1(written, tmp_path, capsys):
     assert "last good checkpoint" in capsys.readouterr().err
 
 
-@pytest.mark.xfail(reason="the expert views draw during training without asking whether matplotlib is there")
 def test_training_needs_none_of_the_extras(written, tmp_path):
     code = f"""if True:
         import sys, timm, torch._dynamo

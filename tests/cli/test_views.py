@@ -157,7 +157,11 @@ def test_words_are_escaped_and_tables_are_complete():
 
 
 def test_hparams_line_runs_up_without_a_run_of_their_own(tmp_path):
-    config = make_config(tmp_path, plan__keep_rate=[0.5, 0.75], storage={"recompute": [3, 4], "int8": [5]})
+    config = make_config(
+        tmp_path,
+        plan__keep_rate=[0.5, 0.75],
+        storage=[{"kind": "recompute", "blocks": [3, 4]}, {"kind": "int8", "blocks": [5]}],
+    )
     report = {
         "mean_top1": 12.5,
         "tasks": {"shapes": {"top1": 10.0}, "fractals": {"top1": 15.0}},
