@@ -24,7 +24,7 @@ def unequal_rows(share: float) -> Callable[[int, int, int], list[int]]:
         others = experts - 1
         largest = min(round(share * assignments / experts), assignments) if others else assignments
         each = (assignments - largest) / max(others, 1)
-        spread = min(multiple, 2 * each)
+        spread = min(multiple, 2 * each) if multiple > 1 else 0
         sums = [round(each * n + spread * (n * n / max(others, 1) - n) / 2) for n in range(experts)]
         counts = [largest, *(b - a for a, b in itertools.pairwise(sums))]
         return [-(-count // multiple) * multiple for count in counts]

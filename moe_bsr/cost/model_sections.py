@@ -95,8 +95,8 @@ def trace_embedding(setting: Setting, with_gradient: Collection[str]) -> Section
         images = empty((setting.batch, 3, side, side), torch.float32, setting.runtime.device)
         tracer.phase = "forward"
         with _starting_at(model, 0), setting.runtime.autocast():
-            tokens = [model.forward_features(images)[0]]
-        return _finish_block(tracer, border, parameters, with_gradient, tokens, None, [])
+            end = [model.forward_features(images)[0], None]
+        return _finish_block(tracer, border, parameters, with_gradient, end, [])
 
 
 def trace_block(setting: Setting, index: int, task: str, stream: Stream, with_gradient: Collection[str]) -> Section:
@@ -113,10 +113,10 @@ def trace_block(setting: Setting, index: int, task: str, stream: Stream, with_gr
         tracer.phase = "forward"
         with torch.set_grad_enabled(on_path), setting.runtime.autocast():
             tokens = model.run_block(index, tokens, task, NOISE_KEY if on_path else None, records)
-        end = [tokens]
+        end = [tokens, records.pop(index, None)]
         del tokens
-        balanced = setting.config.moe.balance_loss != "none"
-        return _finish_block(tracer, border, parameters, with_gradient, end, records.pop(index, None), inputs, balanced)
+        balances = model.balance.kind != "none"
+        return _finish_block(tracer, border, parameters, with_gradient, end, inputs, balances)
 
 
 def _bring_tokens(border: Border, stream: Stream) -> Tokens:
@@ -132,31 +132,32 @@ def _finish_block(
     border: Border,
     parameters: dict[str, nn.Parameter],
     with_gradient: Collection[str],
-    end: list[Tokens],
-    record: Record | None,
+    end: list[Tokens | Record | None],
     inputs: list[Allocation],
-    balanced: bool = True,
+    balances: bool = False,
 ) -> Section:
     """Let go of what a section returned, run its backward pass, and sum up.
 
     Args:
-        balanced: whether a balance loss sends gradients back through importance and load.
+        end: the tokens and the record; emptied, so that nobody else holds them.
+        balances: whether the loss looks at what a block's routers did.
     """
-    tokens, routing = end.pop(), None if record is None else record.routing
+    record, tokens = end.pop(), end.pop()
+    routing = None if record is None else record.routing
     x, origin = tokens.x, tokens.origin
     stream = Stream(tuple(x.shape), x.dtype, x.requires_grad, (tuple(origin.shape), origin.stride()), tokens.fused)
     outputs = [tracer.allocation(t) for t in (x, origin)]
     reported = [a for t in tensors_of(record) if (a := tracer.allocation(t)) is not None]
-    amounts = [] if routing is None else [routing.importance, routing.load]
+    balanced = [] if routing is None else [routing.importance, routing.load]
     about: dict[str, Any] = {
         "stream": stream,
-        "routing": tuple(t.requires_grad for t in amounts),
-        "reports": [tracer.allocation(t) for t in amounts],
+        "routing": tuple(t.requires_grad for t in balanced),
+        "reports": [tracer.allocation(t) for t in balanced],
     }
-    wanted = [t for t in (x, *(amounts if balanced else ())) if t.requires_grad]
+    wanted = [t for t in (x, *(balanced if balances else ())) if t.requires_grad]
     result = border.take(wanted) if x.requires_grad else None
     tracer.phase = "handover"
-    del tokens, x, origin, record, routing, amounts, wanted
+    del tokens, x, origin, record, routing, balanced, wanted
     kept, gradients = list(tracer.alive) if result is not None else [], []
     if result is not None:
         tracer.phase = "backward"

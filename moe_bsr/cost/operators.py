@@ -220,14 +220,11 @@ def _check_rule(
     if sizes is None or effect.outputs is None or any(isinstance(o, int) for o in effect.outputs):
         return
     orders = [None if o is None else rules.layout(o) for o in outputs]
-    found = [None if o is None else (o.size, o.stride) for o in effect.outputs]
-    expected = [
-        None if size is None else (size, rules.strides(size, order))
-        for size, order in zip(sizes, orders, strict=True)
-        if size is None or order is not None
-    ]
+    right = sizes == [None if o is None else o.size for o in effect.outputs] and all(
+        o is None or o.stride == rules.strides(o.size, order) for o, order in zip(effect.outputs, orders, strict=True)
+    )
     kind = _kind(func, args, kwargs)
-    _kinds[kind] = (effect, orders) if found == expected and _kinds.get(kind, ()) is not None else None
+    _kinds[kind] = (effect, orders) if right and _kinds.get(kind, ()) is not None else None
 
 
 def _kind(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple:

@@ -199,9 +199,9 @@ class _Step:
                 stream,
                 index >= model.path_start,
                 self.shares.get(index),
+                model.balance.kind,
                 model.vit.num_prefix_tokens,
                 model.vit.has_class_token,
-                setting.config.moe.balance_loss == "none",
             )
             section = self._section(
                 "block",

@@ -5,8 +5,8 @@ notes the storages that are born and, by a weak reference to each, the moment at
 saved tensors as for all others. FLOPs are counted on the way.
 
 Two things differ between fake and real tensors and are mended here. Where autograd adds a second gradient to
-a first one that nobody else holds, it does so in place, but not for fake tensors. And kernels' scratch memory is
-seen by no dispatcher: `kernel_scratch` has a table of it.
+a first one that nobody else holds, or puts one into zeros, it does so in place, but not for fake tensors. And kernels'
+scratch memory is seen by no dispatcher: `kernel_scratch` has a table of it.
 """
 
 import contextlib
@@ -31,6 +31,7 @@ from moe_bsr.cost import operators
 from moe_bsr.cost.operators import FAKE
 
 VALUE = 1e6  # of every loss and norm that Python reads: finite, and large enough for gradients to be clipped
+IN_PLACE = {torch.ops.aten.add.Tensor, torch.ops.aten.index_put.default}  # of real tensors, within autograd's engine
 WEIGHT_COPY = "weight copy"
 ABSENT_GPU = (9, 0)  # the compute capability that a GPU is taken to have that is not here
 CUDA_BLOCK = 512  # bytes: CUDA's allocator rounds up to multiples of it
@@ -140,7 +141,7 @@ class Tracer(TorchDispatchMode):
             outputs = result if isinstance(result, tuple | list) else (result,)
             for place in effect.news:
                 self._follow(outputs[place], self._maker(effect.name, args))
-            if func is torch.ops.aten.add.Tensor and _engine_calls(sys._getframe(1)):
+            if func in IN_PLACE and _engine_calls(sys._getframe(1)):
                 self._note_sum(args[0], result)
         scratch = self._scratch_of(effect.name, key, args, result)
         if scratch:

@@ -7,7 +7,8 @@ from whole_step import trace_whole
 
 from moe_bsr import config as configuration
 from moe_bsr.config import Config
-from moe_bsr.cost.predict import predict
+from moe_bsr.cost import predict as prediction
+from moe_bsr.cost.predict import predict, unequal_rows
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.model.storage import STORAGES
 
@@ -48,8 +49,9 @@ def assert_equal(cost, whole) -> None:
     assert {k: v for k, v in cost.kept_by_block.items() if v} == whole.kept_by_block
 
 
-@pytest.mark.parametrize("storage", list(STORAGES))
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("precision", "storage"), [*(("fp32", storage) for storage in STORAGES), ("bf16", "exact"), ("bf16", "int8")]
+)
 @pytest.mark.parametrize("plan", list(PLANS))
 def test_sections_add_up_to_the_step(plan, precision, storage):
     assert_equal(*both(make_config(plan, storage=storage), precision=precision))
@@ -59,3 +61,93 @@ def test_sections_add_up_to_the_step(plan, precision, storage):
 @pytest.mark.parametrize("plan", ["full", "bsr"])
 def test_sections_of_every_kind_of_backbone_add_up(plan, kind):
     assert_equal(*both(make_config(plan), kind))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"adapter": {"kind": "lora", "rank": 2}},
+        {"train__optimizer": "sgd", "train__ema_decay": 0.9},
+        {"moe__router": "task_conditioned"},
+        {"moe__gate_noise": 1.0, "storage": "recompute"},
+        {"moe__balance_loss": "none"},
+        {"tokens__fuse": "none"},
+        {"tokens__protect_fused": True, "tokens__fuse": "normalized"},
+    ],
+    ids=lambda changes: ",".join(changes),
+)
+def test_sections_add_up_whatever_is_configured(changes):
+    assert_equal(*both(make_config("moe-bsr", **changes)))
+
+
+def test_a_prediction_leaves_the_model_as_it_was():
+    config = make_config("moe-bsr", storage="int8")
+    model = MultitaskViT(make_vit(), config, CLASSES).eval()
+    model.heads["one"].weight.grad = torch.ones_like(model.heads["one"].weight)
+    before = {name: (p, p.data_ptr(), p.dtype, p.grad) for name, p in model.named_parameters()}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.random.get_rng_state()
+    predict(model, config, batch=3, precision="bf16", all_tasks=True)
+    after = {name: (p, p.data_ptr(), p.dtype, p.grad) for name, p in model.named_parameters()}
+    assert all(all(a is b or a == b for a, b in zip(before[n], after[n], strict=True)) for n in before)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not model.training and not any(m.training for m in model.modules())
+    assert torch.equal(random, torch.random.get_rng_state())
+
+
+def test_it_does_not_matter_what_was_predicted_before():
+    """Alike sections are traced once; what makes them differ is all in their keys."""
+    configs = [
+        make_config(plan, storage=storage, train__optimizer=optimizer)
+        for plan in PLANS
+        for storage, optimizer in (("exact", "adamw"), ("recompute", "sgd"))
+    ]
+    models = [MultitaskViT(make_vit(), config, CLASSES) for config in configs]
+
+    def costs(order):
+        return {
+            (i, precision): predict(models[i], configs[i], batch=4, precision=precision, all_tasks=True)
+            for i in order
+            for precision in ("fp32", "bf16")
+        }
+
+    shared = costs(range(len(configs)))
+    prediction._sections.clear()
+    assert costs(reversed(range(len(configs)))) == shared
+    for (i, precision), cost in shared.items():
+        prediction._sections.clear()
+        assert predict(models[i], configs[i], batch=4, precision=precision, all_tasks=True) == cost
+
+
+def test_alike_blocks_are_traced_once():
+    config = make_config("full")
+    prediction._sections.clear()
+    predict(MultitaskViT(make_vit(), config, CLASSES), config, batch=2, precision="fp32")
+    assert sorted(key[0] for key in prediction._sections) == ["block", "embedding", "head", "update"]
+
+
+def test_every_task_and_micro_batch_of_an_update_counts():
+    """Joint sampling: gradients and state of every head; what one micro-batch's output holds, for each of them."""
+    model = MultitaskViT(make_vit(), make_config("moe-bsr"), CLASSES)
+    heads = [4 * sum(p.numel() for p in head.parameters()) for head in model.heads.values()]
+    routers = 4 * 2 * 4 * 16  # of each task: two layers, four experts, width 16
+
+    def cost(**changes):
+        return predict(model, make_config("moe-bsr", **changes), batch=4, precision="fp32", all_tasks=True)
+
+    one, joint, twice = cost(), cost(sampler__kind="joint"), cost(train__grad_accumulation_steps=2)
+    assert joint.gradients - one.gradients == sum(heads) - max(heads) + 2 * routers
+    assert joint.optimizer == one.optimizer
+    assert one.gradients == twice.gradients and one.kept == twice.kept
+    assert joint.peak > one.peak < twice.peak
+
+
+@pytest.mark.parametrize(("assignments", "experts", "multiple"), [(800, 16, 1), (896, 16, 16), (7, 4, 16), (9, 1, 64)])
+@pytest.mark.parametrize("share", [1.0, 1.7])
+def test_rows_of_experts_hold_all_assignments(assignments, experts, multiple, share):
+    rows = unequal_rows(share)(assignments, experts, multiple)
+    assert len(rows) == experts and all(n % multiple == 0 for n in rows)
+    assert assignments <= sum(rows) < assignments + multiple * experts
+    assert (sum(rows) == assignments) or multiple > 1
+    if multiple == 1:
+        assert max(rows) == rows[0] == round(share * assignments / experts)
