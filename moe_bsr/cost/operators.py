@@ -126,7 +126,7 @@ def run(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tup
     outputs = []
     for output in known.outputs:
         if type(output) is _New:
-            with in_kernel_invocation_manager(FAKE):
+            with torch._C._DisableTorchDispatch():
                 made = torch.empty_strided(output.size, output.stride, dtype=output.dtype, device="meta")
             outputs.append(FakeTensor(FAKE, made, output.device))
         else:
@@ -137,7 +137,7 @@ def run(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tup
 
 def empty(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> FakeTensor:
     """A fake tensor, made past all modes."""
-    with in_kernel_invocation_manager(FAKE):
+    with torch._C._DisableTorchDispatch():
         made = torch.empty(size, dtype=dtype, device="meta")
     return FakeTensor(FAKE, made, device)
 

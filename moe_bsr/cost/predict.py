@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_bsr import ops
 from moe_bsr.config import Config, ConfigError
 from moe_bsr.cost import kernel_scratch
 from moe_bsr.cost.expert_rows import largest_share, unequal_rows
 from moe_bsr.cost.model_sections import (
     Setting,
     Update,
-    block_modules,
-    embedding_modules,
-    head_modules,
+    modules_of_sections,
+    of_task,
     trace_block,
     trace_embedding,
     trace_head,
@@ -31,6 +31,7 @@ from moe_bsr.cost.sections import Section, standing_in
 from moe_bsr.cost.timeline import Placed, Timeline
 from moe_bsr.cost.trace import WEIGHT_COPY
 from moe_bsr.model.multitask import MultitaskViT
+from moe_bsr.runtime import cpu_features as cpu
 from moe_bsr.runtime.device import Runtime, find_device
 
 
@@ -173,7 +174,9 @@ class _Step:
             kernel_scratch.on(device, threads) if scratch else kernel_scratch.nothing,
             lambda index: unequal_rows(self._share(index)),
         )
-        self.key = (batch, device, precision, threads, scratch, repr(config.tokens))
+        self.modules = modules_of_sections(model)
+        kernels = ops.is_reference(), cpu.mkl_is_slow(), cpu.bf16_instructions(), cpu.onednn_has_bf16()
+        self.key = (batch, device, precision, threads, scratch, kernels, repr(config.tokens))
 
     def _share(self, index: int) -> float:
         moe = self.setting.config.moe
@@ -184,11 +187,11 @@ class _Step:
         model, setting = self.model, self.setting
         section = self._section(
             "embedding",
-            embedding_modules(model),
+            self.modules["embedding"],
             "",
             task,
             (model.embedding_trains, model.vit.patch_embed.img_size),
-            lambda grads: trace_embedding(setting, grads),
+            lambda *given: trace_embedding(setting, *given),
         )
         places = [Placed("embedding", section)]
         routing: list[tuple[bool, ...]] = []
@@ -205,11 +208,13 @@ class _Step:
             )
             section = self._section(
                 "block",
-                block_modules(model, index),
+                self.modules[f"block {index}"],
                 f"vit.blocks.{index}.",
                 task,
                 about,
-                lambda grads, index=index, stream=stream: trace_block(setting, index, task, stream, grads),
+                lambda modules, grads, index=index, stream=stream: trace_block(
+                    setting, modules, index, task, stream, grads
+                ),
             )
             places.append(Placed(f"block {index}", section))
             if section.routing:
@@ -226,11 +231,11 @@ class _Step:
                 "head",
                 self._section(
                     "head",
-                    head_modules(model, task),
+                    of_task(self.modules["head"], model.tasks, task),
                     "",
                     task,
                     about,
-                    lambda grads: trace_head(setting, task, section.stream, routing, grads),
+                    lambda modules, grads: trace_head(setting, modules, task, section.stream, routing, grads),
                 ),
             )
         )
@@ -243,7 +248,7 @@ class _Step:
         prefix: str,
         task: str,
         about: tuple,
-        trace: Callable[[set[str]], Section],
+        trace: Callable[[dict[str, nn.Module], set[str]], Section],
     ) -> Section:
         """Args:
         prefix: of the modules' parameters' names in the model.
@@ -252,7 +257,7 @@ class _Step:
         has_gradient = {name for name in names if prefix + name in self.trained}
         key = (kind, self.key, about, about_modules, tuple(names[n] for n in names if n in has_gradient))
         if key not in _sections:
-            section = trace(has_gradient)
+            section = trace(modules, has_gradient)
             section.trained = frozenset(names[name] for name in section.trained if name in names)
             _sections[key] = section
         section = _sections[key]
@@ -292,17 +297,18 @@ def device_of(config: Config) -> torch.device:
 @contextlib.contextmanager
 def _as_trained(model: MultitaskViT, device: torch.device, precision: str) -> Iterator[None]:
     """The model in training mode, its norms as `Runtime.place` sets them, while the context lasts."""
-    training = model.training
-    norms = {module: module._fast_norm for module in model.modules() if hasattr(module, "_fast_norm")}
-    model.train()
-    for module in norms:
-        module._fast_norm = device.type == "cuda" and precision == "bf16"
+    modes = {module: (module.training, getattr(module, "_fast_norm", None)) for module in model.modules()}
+    for module, (_, fast_norm) in modes.items():
+        module.training = True
+        if fast_norm is not None:
+            module._fast_norm = device.type == "cuda" and precision == "bf16"
     try:
         yield
     finally:
-        model.train(training)
-        for module, fast in norms.items():
-            module._fast_norm = fast
+        for module, (training, fast_norm) in modes.items():
+            module.training = training
+            if fast_norm is not None:
+                module._fast_norm = fast_norm
 
 
 def cast_parameters(model: MultitaskViT) -> set[int]:
