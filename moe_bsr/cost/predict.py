@@ -17,6 +17,7 @@ from moe_bsr import ops
 from moe_bsr.config import Config, ConfigError
 from moe_bsr.cost import kernel_scratch
 from moe_bsr.cost.expert_rows import largest_share, unequal_rows
+from moe_bsr.cost.fingerprint import fingerprint
 from moe_bsr.cost.model_sections import (
     Setting,
     Update,
@@ -137,6 +138,7 @@ def _predict(step: "_Step", config: Config, task: str | None, all_tasks: bool) -
     )
 
 
+MAX_SECTIONS = 10_000
 _sections: dict[Hashable, Any] = {}
 """What has been traced in this process, by everything that it depends on."""
 
@@ -253,10 +255,12 @@ class _Step:
         """Args:
         prefix: of the modules' parameters' names in the model.
         """
-        names, about_modules = _fingerprint(modules, task, self.model.tasks, self.setting.dtype)
+        names, about_modules = fingerprint(modules, task, self.model.tasks, self.setting.dtype)
         has_gradient = {name for name in names if prefix + name in self.trained}
         key = (kind, self.key, about, about_modules, tuple(names[n] for n in names if n in has_gradient))
         if key not in _sections:
+            if len(_sections) >= MAX_SECTIONS:
+                _sections.clear()
             section = trace(modules, has_gradient)
             section.trained = frozenset(names[name] for name in section.trained if name in names)
             _sections[key] = section
@@ -317,38 +321,3 @@ def cast_parameters(model: MultitaskViT) -> set[int]:
         model.cast_frozen_(torch.bfloat16)
         cast = {name for name, parameter in parameters.items() if parameter.dtype == torch.bfloat16}
     return {id(p) for name, p in model.named_parameters() if name in cast}
-
-
-def _fingerprint(
-    modules: dict[str, nn.Module], task: str, tasks: list[str], dtype: Callable[[Tensor], torch.dtype]
-) -> tuple[dict[str, str], tuple]:
-    """What distinguishes modules that may allocate differently.
-
-    Returns:
-        Their parameters' names, with a name in which the task's own does not occur, and a key.
-    """
-    key: list[Any] = []
-    names: dict[str, str] = {}
-    for prefix, module in modules.items():
-        by_task = isinstance(module, nn.ParameterDict) and set(module.keys()) == set(tasks)
-        alike = prefix.replace(f"heads.{task}", "heads.*")
-        key += (alike, type(module))
-        for name, value in vars(module).items():
-            if name[0] != "_":
-                key += (name, _plain(value))
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is None or by_task and name != task:
-                continue
-            if isinstance(tensor, nn.Parameter):
-                names[f"{prefix}.{name}".removeprefix(".")] = f"{alike}.{'*' if by_task else name}"
-            key += (name if not by_task else "*", tensor.shape, dtype(tensor), tensor.requires_grad)
-    return names, tuple(key)
-
-
-def _plain(value: Any) -> Hashable:
-    """An attribute of a module as part of a key: values as they are, objects by their type."""
-    if value is None or isinstance(value, bool | int | float | str | torch.dtype | type):
-        return value
-    if isinstance(value, tuple | list):
-        return tuple(map(_plain, value))
-    return getattr(value, "__qualname__", None) or (repr(value) if dataclasses.is_dataclass(value) else type(value))
