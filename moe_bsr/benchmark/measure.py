@@ -97,10 +97,10 @@ def trace(phases: dict[str, Callable[[], Any]], device: torch.device) -> Trace:
 
     Releases of what lived before the first phase are not seen. A phase's result is dropped at once.
     """
-    history = contextlib.nullcontext([]) if device.type == "cpu" else _cuda_history(device)
+    recording = contextlib.nullcontext([]) if device.type == "cpu" else _cuda_history(device)
     with (
         quiet_kineto(),
-        history as releases,
+        recording as history,
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
     ):
         for name, run in phases.items():
