@@ -97,35 +97,90 @@ def trace(phases: dict[str, Callable[[], Any]], device: torch.device) -> Trace:
 
     Releases of what lived before the first phase are not seen. A phase's result is dropped at once.
     """
-    with quiet_kineto(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    recording = contextlib.nullcontext([]) if device.type == "cpu" else _cuda_history(device)
+    with (
+        quiet_kineto(),
+        recording as history,
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+    ):
         for name, run in phases.items():
             with record_function(PHASE + name):
-                pass
+                if device.type == "cuda":
+                    torch.empty(1, dtype=torch.int8, device=device)  # a mark in the allocator's history
             run()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
     events = sorted(_walk(profiler.profiler.kineto_results.experimental_event_tree(), ()), key=lambda e: e[0])
-    result, live = Trace(), {}
+    made = _made(events, device.type)
+    return _on_cpu(made) if device.type == "cpu" else _on_cuda(made, history)
+
+
+def _made(events: list, device: str) -> Iterator[tuple[str, int, Allocation]]:
+    """(phase, bytes, allocation) of every event of the device's allocator, in order: negative bytes are released.
+
+    The start of a phase comes as an allocation of 0 bytes.
+    """
     phase = section = ""
     for _, operators, event in events:
         if event.tag != _EventType.Allocation:
             if event.name.startswith(PHASE):
-                result.alive[phase] = list(live.values())
                 phase, section = event.name.removeprefix(PHASE), ""
+                yield phase, 0, Allocation(0, 0, phase, "", ())
             elif event.name.startswith(SECTION):
                 section = event.name.removeprefix(SECTION)
             continue
         about = event.extra_fields
-        if about.device.type != device.type or about.alloc_size == 0:
-            continue
-        if about.alloc_size > 0:
-            live[about.ptr] = Allocation(about.ptr, about.alloc_size, phase, section, operators)
-            result.changes.append((phase, True, live[about.ptr]))
-        elif about.ptr in live:
-            result.changes.append((phase, False, live.pop(about.ptr)))
+        if about.device.type == device and about.alloc_size:
+            yield phase, about.alloc_size, Allocation(about.ptr, about.alloc_size, phase, section, operators)
+
+
+def _on_cpu(made: Iterable[tuple[str, int, Allocation]]) -> Trace:
+    result, live, phase = Trace(), {}, ""
+    for within, size, allocation in made:
+        if size == 0:
+            result.alive[phase] = list(live.values())
+        elif size > 0:
+            live[allocation.pointer] = allocation
+            result.changes.append((within, True, allocation))
+        elif allocation.pointer in live:
+            result.changes.append((within, False, live.pop(allocation.pointer)))
+        phase = within
     result.alive[phase] = list(live.values())
     result.alive.pop("", None)
     return result
+
+
+def _on_cuda(made: Iterable[tuple[str, int, Allocation]], history: list[dict[str, Any]]) -> Trace:
+    """The profiler hears of what CUDA's allocator hands out alone; the allocator's history has the releases too."""
+    result, live, phase = Trace(), {}, ""
+    made = (allocation for _, size, allocation in made if size > 0)
+    for entry in history:
+        if entry["action"] == "free_completed" and entry["addr"] in live:
+            result.changes.append((phase, False, live.pop(entry["addr"])))
+        if entry["action"] != "alloc":
+            continue
+        allocation = next(made)
+        if any(name.startswith(PHASE) for name in allocation.operators):
+            result.alive[phase] = list(live.values())
+            phase = allocation.phase
+        else:
+            live[allocation.pointer] = allocation
+            result.changes.append((phase, True, allocation))
+    result.alive[phase] = list(live.values())
+    result.alive.pop("", None)
+    return result
+
+
+@contextlib.contextmanager
+def _cuda_history(device: torch.device) -> Iterator[list[dict[str, Any]]]:
+    """What CUDA's allocator hands out and takes back while the context lasts; filled at its end."""
+    history: list[dict[str, Any]] = []
+    torch.cuda.memory._record_memory_history(context=None, stacks="python", clear_history=True)
+    try:
+        yield history
+    finally:
+        history += torch.cuda.memory._snapshot(device)["device_traces"][device.index or torch.cuda.current_device()]
+        torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def _walk(events: list, operators: tuple[str, ...]) -> Iterator[tuple[int, tuple[str, ...], Any]]:

@@ -60,37 +60,38 @@ class Setting:
                 yield tracer, parameters
 
 
-def embedding_modules(model: MultitaskViT) -> dict[str, nn.Module]:
-    """All modules before the first block."""
-    return {name: module for name, module in model.named_modules() if _root(name) not in _LATER}
+Modules = dict[str, nn.Module]
 
 
-def block_modules(model: MultitaskViT, index: int) -> dict[str, nn.Module]:
-    return dict(model.vit.blocks[index].named_modules())
+def modules_of_sections(model: MultitaskViT) -> dict[str, Modules]:
+    """All modules by section ("embedding", "block 0" ..., "head") and by name: in a block, of the block."""
+    result: dict[str, Modules] = {"embedding": {}, "head": {}}
+    for name, module in model.named_modules():
+        root, _, rest = name.partition(".")
+        place, _, inside = rest.partition(".")
+        if root == "vit" and place == "blocks":
+            index, _, inside = inside.partition(".")
+            if index:
+                result.setdefault(f"block {index}", {})[inside] = module
+        elif name:
+            later = place in _BEHIND_BLOCKS if root == "vit" else root in ("heads", "balance")
+            result["head" if later else "embedding"][name] = module
+    return result
 
 
-def head_modules(model: MultitaskViT, task: str) -> dict[str, nn.Module]:
-    """All modules behind the last block, of one task."""
-    others = tuple(f"heads.{name}" for name in model.tasks if name != task)
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if _root(name) in _LATER and _root(name) != "vit.blocks" and name not in others
-    }
+def of_task(modules: Modules, tasks: Collection[str], task: str) -> Modules:
+    """Without the heads of the other tasks."""
+    others = {f"heads.{name}" for name in tasks if name != task}
+    return {name: module for name, module in modules.items() if name not in others}
 
 
-_LATER = ("vit.blocks", "vit.norm", "vit.fc_norm", "vit.head_drop", "vit.head", "vit.attn_pool", "heads", "balance")
+_BEHIND_BLOCKS = ("norm", "fc_norm", "head_drop", "head", "attn_pool")
 
 
-def _root(name: str) -> str:
-    parts = name.split(".")
-    return ".".join(parts[:2] if parts[0] == "vit" else parts[:1])
-
-
-def trace_embedding(setting: Setting, with_gradient: Collection[str]) -> Section:
+def trace_embedding(setting: Setting, modules: Modules, with_gradient: Collection[str]) -> Section:
     """From images to the first block's tokens, and back if the embedding trains."""
     model, side = setting.model, setting.model.vit.patch_embed.img_size[0]
-    with setting.tracing(embedding_modules(model), with_gradient) as (tracer, parameters):
+    with setting.tracing(modules, with_gradient) as (tracer, parameters):
         border = Border(tracer)
         images = empty((setting.batch, 3, side, side), torch.float32, setting.runtime.device)
         tracer.phase = "forward"
@@ -99,11 +100,13 @@ def trace_embedding(setting: Setting, with_gradient: Collection[str]) -> Section
         return _finish_block(tracer, border, parameters, with_gradient, end, [])
 
 
-def trace_block(setting: Setting, index: int, task: str, stream: Stream, with_gradient: Collection[str]) -> Section:
+def trace_block(
+    setting: Setting, modules: Modules, index: int, task: str, stream: Stream, with_gradient: Collection[str]
+) -> Section:
     """One block's forward pass, and its backward if the gradient path goes through it."""
     model, on_path = setting.model, index >= setting.model.path_start
     with (
-        setting.tracing(block_modules(model, index), with_gradient) as (tracer, parameters),
+        setting.tracing(modules, with_gradient) as (tracer, parameters),
         assume_rows(setting.rows(index)),
     ):
         border = Border(tracer)
@@ -193,14 +196,18 @@ def _gradients(
 
 
 def trace_head(
-    setting: Setting, task: str, stream: Stream, routing: list[tuple[bool, ...]], with_gradient: Collection[str]
+    setting: Setting,
+    modules: Modules,
+    task: str,
+    stream: Stream,
+    routing: list[tuple[bool, ...]],
+    with_gradient: Collection[str],
 ) -> Section:
     """Final norm, pooling, the task's head, the balance loss and the loss, and back to the last block.
 
     Args:
         routing: of each block that routes: whether its importance and load require a gradient.
     """
-    modules = head_modules(setting.model, task)
     with setting.tracing(modules) as (tracer, parameters):
         border = Border(tracer)
         update, inputs = _head_update(setting, border, parameters.values(), task, stream, routing)

@@ -84,6 +84,7 @@ class Effect:
 
 
 VIEW = Effect(None, None, (), 0, "view")
+MAX_EFFECTS = 100_000
 _effects: dict[tuple, Effect] = {}
 _kinds: dict[tuple, tuple["Effect", list] | None] = {}  # by types and layouts; None: the operator's rule was wrong
 _views: dict[OpOverload, bool] = {}
@@ -109,6 +110,8 @@ def run(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tup
             return FakeTensor(FAKE, result, device), VIEW, None
         return type(result)(FakeTensor(FAKE, r, device) for r in result), VIEW, None
     key = tuple(values)
+    if len(_effects) >= MAX_EFFECTS:
+        _effects.clear()
     if (places := _returned_arguments(func)) is not None:
         if key not in _effects:
             _effects[key] = Effect([], None, (), _flops(func, args, kwargs, None), _name(func))
@@ -126,7 +129,7 @@ def run(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tup
     outputs = []
     for output in known.outputs:
         if type(output) is _New:
-            with in_kernel_invocation_manager(FAKE):
+            with torch._C._DisableTorchDispatch():
                 made = torch.empty_strided(output.size, output.stride, dtype=output.dtype, device="meta")
             outputs.append(FakeTensor(FAKE, made, output.device))
         else:
@@ -137,7 +140,7 @@ def run(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tup
 
 def empty(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> FakeTensor:
     """A fake tensor, made past all modes."""
-    with in_kernel_invocation_manager(FAKE):
+    with torch._C._DisableTorchDispatch():
         made = torch.empty(size, dtype=dtype, device="meta")
     return FakeTensor(FAKE, made, device)
 

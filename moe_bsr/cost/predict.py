@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_bsr import ops
 from moe_bsr.config import Config, ConfigError
 from moe_bsr.cost import kernel_scratch
 from moe_bsr.cost.expert_rows import largest_share, unequal_rows
+from moe_bsr.cost.fingerprint import fingerprint
 from moe_bsr.cost.model_sections import (
     Setting,
     Update,
-    block_modules,
-    embedding_modules,
-    head_modules,
+    modules_of_sections,
+    of_task,
     trace_block,
     trace_embedding,
     trace_head,
@@ -31,6 +32,7 @@ from moe_bsr.cost.sections import Section, standing_in
 from moe_bsr.cost.timeline import Placed, Timeline
 from moe_bsr.cost.trace import WEIGHT_COPY
 from moe_bsr.model.multitask import MultitaskViT
+from moe_bsr.runtime import cpu_features as cpu
 from moe_bsr.runtime.device import Runtime, find_device
 
 
@@ -136,6 +138,7 @@ def _predict(step: "_Step", config: Config, task: str | None, all_tasks: bool) -
     )
 
 
+MAX_SECTIONS = 10_000
 _sections: dict[Hashable, Any] = {}
 """What has been traced in this process, by everything that it depends on."""
 
@@ -173,7 +176,9 @@ class _Step:
             kernel_scratch.on(device, threads) if scratch else kernel_scratch.nothing,
             lambda index: unequal_rows(self._share(index)),
         )
-        self.key = (batch, device, precision, threads, scratch, repr(config.tokens))
+        self.modules = modules_of_sections(model)
+        kernels = ops.is_reference(), cpu.mkl_is_slow(), cpu.bf16_instructions(), cpu.onednn_has_bf16()
+        self.key = (batch, device, precision, threads, scratch, kernels, repr(config.tokens))
 
     def _share(self, index: int) -> float:
         moe = self.setting.config.moe
@@ -184,11 +189,11 @@ class _Step:
         model, setting = self.model, self.setting
         section = self._section(
             "embedding",
-            embedding_modules(model),
+            self.modules["embedding"],
             "",
             task,
             (model.embedding_trains, model.vit.patch_embed.img_size),
-            lambda grads: trace_embedding(setting, grads),
+            lambda *given: trace_embedding(setting, *given),
         )
         places = [Placed("embedding", section)]
         routing: list[tuple[bool, ...]] = []
@@ -205,11 +210,13 @@ class _Step:
             )
             section = self._section(
                 "block",
-                block_modules(model, index),
+                self.modules[f"block {index}"],
                 f"vit.blocks.{index}.",
                 task,
                 about,
-                lambda grads, index=index, stream=stream: trace_block(setting, index, task, stream, grads),
+                lambda modules, grads, index=index, stream=stream: trace_block(
+                    setting, modules, index, task, stream, grads
+                ),
             )
             places.append(Placed(f"block {index}", section))
             if section.routing:
@@ -226,11 +233,11 @@ class _Step:
                 "head",
                 self._section(
                     "head",
-                    head_modules(model, task),
+                    of_task(self.modules["head"], model.tasks, task),
                     "",
                     task,
                     about,
-                    lambda grads: trace_head(setting, task, section.stream, routing, grads),
+                    lambda modules, grads: trace_head(setting, modules, task, section.stream, routing, grads),
                 ),
             )
         )
@@ -243,16 +250,18 @@ class _Step:
         prefix: str,
         task: str,
         about: tuple,
-        trace: Callable[[set[str]], Section],
+        trace: Callable[[dict[str, nn.Module], set[str]], Section],
     ) -> Section:
         """Args:
         prefix: of the modules' parameters' names in the model.
         """
-        names, about_modules = _fingerprint(modules, task, self.model.tasks, self.setting.dtype)
+        names, about_modules = fingerprint(modules, task, self.model.tasks, self.setting.dtype)
         has_gradient = {name for name in names if prefix + name in self.trained}
         key = (kind, self.key, about, about_modules, tuple(names[n] for n in names if n in has_gradient))
         if key not in _sections:
-            section = trace(has_gradient)
+            if len(_sections) >= MAX_SECTIONS:
+                _sections.clear()
+            section = trace(modules, has_gradient)
             section.trained = frozenset(names[name] for name in section.trained if name in names)
             _sections[key] = section
         section = _sections[key]
@@ -292,17 +301,18 @@ def device_of(config: Config) -> torch.device:
 @contextlib.contextmanager
 def _as_trained(model: MultitaskViT, device: torch.device, precision: str) -> Iterator[None]:
     """The model in training mode, its norms as `Runtime.place` sets them, while the context lasts."""
-    training = model.training
-    norms = {module: module._fast_norm for module in model.modules() if hasattr(module, "_fast_norm")}
-    model.train()
-    for module in norms:
-        module._fast_norm = device.type == "cuda" and precision == "bf16"
+    modes = {module: (module.training, getattr(module, "_fast_norm", None)) for module in model.modules()}
+    for module, (_, fast_norm) in modes.items():
+        module.training = True
+        if fast_norm is not None:
+            module._fast_norm = device.type == "cuda" and precision == "bf16"
     try:
         yield
     finally:
-        model.train(training)
-        for module, fast in norms.items():
-            module._fast_norm = fast
+        for module, (training, fast_norm) in modes.items():
+            module.training = training
+            if fast_norm is not None:
+                module._fast_norm = fast_norm
 
 
 def cast_parameters(model: MultitaskViT) -> set[int]:
@@ -311,38 +321,3 @@ def cast_parameters(model: MultitaskViT) -> set[int]:
         model.cast_frozen_(torch.bfloat16)
         cast = {name for name, parameter in parameters.items() if parameter.dtype == torch.bfloat16}
     return {id(p) for name, p in model.named_parameters() if name in cast}
-
-
-def _fingerprint(
-    modules: dict[str, nn.Module], task: str, tasks: list[str], dtype: Callable[[Tensor], torch.dtype]
-) -> tuple[dict[str, str], tuple]:
-    """What distinguishes modules that may allocate differently.
-
-    Returns:
-        Their parameters' names, with a name in which the task's own does not occur, and a key.
-    """
-    key: list[Any] = []
-    names: dict[str, str] = {}
-    for prefix, module in modules.items():
-        by_task = isinstance(module, nn.ParameterDict) and set(module.keys()) == set(tasks)
-        alike = prefix.replace(f"heads.{task}", "heads.*")
-        key += (alike, type(module))
-        for name, value in vars(module).items():
-            if name[0] != "_":
-                key += (name, _plain(value))
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is None or by_task and name != task:
-                continue
-            if isinstance(tensor, nn.Parameter):
-                names[f"{prefix}.{name}".removeprefix(".")] = f"{alike}.{'*' if by_task else name}"
-            key += (name if not by_task else "*", tensor.shape, dtype(tensor), tensor.requires_grad)
-    return names, tuple(key)
-
-
-def _plain(value: Any) -> Hashable:
-    """An attribute of a module as part of a key: values as they are, objects by their type."""
-    if value is None or isinstance(value, bool | int | float | str | torch.dtype | type):
-        return value
-    if isinstance(value, tuple | list):
-        return tuple(map(_plain, value))
-    return getattr(value, "__qualname__", None) or (repr(value) if dataclasses.is_dataclass(value) else type(value))

@@ -1,0 +1,45 @@
+"""When two modules are alike: what they allocate is the same for the same input."""
+
+import dataclasses
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_bsr.model.layers import has_hooks
+
+
+def fingerprint(
+    modules: dict[str, nn.Module], task: str, tasks: list[str], dtype: Callable[[Tensor], torch.dtype]
+) -> tuple[dict[str, str], tuple]:
+    """What distinguishes modules that may allocate differently.
+
+    Returns:
+        Their parameters' names, with a name in which the task's own does not occur, and a key.
+    """
+    key: list[Any] = []
+    names: dict[str, str] = {}
+    for prefix, module in modules.items():
+        by_task = isinstance(module, nn.ParameterDict) and set(module.keys()) == set(tasks)
+        alike = prefix.replace(f"heads.{task}", "heads.*")
+        key += (alike, type(module), has_hooks(module))
+        for name, value in vars(module).items():
+            if name[0] != "_":
+                key += (name, _plain(value))
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None or by_task and name != task:
+                continue
+            if isinstance(tensor, nn.Parameter):
+                names[f"{prefix}.{name}".removeprefix(".")] = f"{alike}.{'*' if by_task else name}"
+            key += (name if not by_task else "*", tensor.shape, dtype(tensor), tensor.requires_grad)
+    return names, tuple(key)
+
+
+def _plain(value: Any) -> Hashable:
+    """An attribute of a module as part of a key: values as they are, objects by their type."""
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype | type):
+        return value
+    if isinstance(value, tuple | list):
+        return tuple(map(_plain, value))
+    return getattr(value, "__qualname__", None) or (repr(value) if dataclasses.is_dataclass(value) else type(value))

@@ -1,0 +1,39 @@
+"""The meter and the predicted cost on a CUDA device."""
+
+import pytest
+import torch
+from tiny_runs import make_config
+
+from moe_bsr.benchmark import sweep
+from moe_bsr.benchmark.measure import trace
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+SIZE = 4 * 512 * 1024
+
+
+def test_releases_are_seen():
+    x = torch.randn(512, 1024, device="cuda")
+    kept = []
+    seen = trace(
+        {"scratch": lambda: (x + 1).exp().sum(), "keep": lambda: kept.append(x + 1), "free": kept.clear}, x.device
+    )
+    assert [len(seen.alive[phase]) for phase in ("scratch", "keep", "free")] == [0, 1, 0]
+    assert seen.alive["keep"][0].bytes >= SIZE
+    assert 2 * SIZE <= seen.peak("scratch") < 3 * SIZE > seen.peak("keep") >= SIZE
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("plan", ["full", "last", "last-k", "bsr"])
+def test_predictions_hold(tmp_path, plan, precision):
+    """But for what the allocator leaves of a block that it does not split: up to 1 MB of each large one."""
+    config = make_config(
+        tmp_path,
+        runtime__device="cuda",
+        runtime__precision=precision,
+        **{f"plan__{key}": value for key, value in sweep.plans(6)[plan].items()},
+    )
+    compared = sweep.compare(*sweep.run(config, {"shapes": 10, "fractals": 12}, batch=64))
+    for quantity in ("parameters", "gradients", "optimizer"):
+        assert compared[quantity]["difference"] == 0.0
+    assert -0.15 < compared["kept"]["difference"] <= 0.02
+    assert -0.15 < compared["peak"]["difference"] <= 0.03
