@@ -25,7 +25,7 @@ def test_releases_are_seen():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("plan", ["full", "last", "last-k", "bsr"])
 def test_predictions_hold(tmp_path, plan, precision):
-    """But for what the allocator leaves of a block that it does not split: up to 1 MB of each large one."""
+    """But for what cuBLAS takes for itself, and what the allocator leaves of a block it does not split: some MB."""
     config = make_config(
         tmp_path,
         runtime__device="cuda",
@@ -35,5 +35,6 @@ def test_predictions_hold(tmp_path, plan, precision):
     compared = sweep.compare(*sweep.run(config, {"shapes": 10, "fractals": 12}, batch=64))
     for quantity in ("parameters", "gradients", "optimizer"):
         assert compared[quantity]["difference"] == 0.0
-    assert -0.15 < compared["kept"]["difference"] <= 0.02
-    assert -0.15 < compared["peak"]["difference"] <= 0.03
+    for quantity, allowed in (("kept", 0.02), ("peak", 0.03)):
+        row = compared[quantity]
+        assert -4 * 2**20 <= row["predicted"] - row["measured"] <= allowed * row["measured"]
