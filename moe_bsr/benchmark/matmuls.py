@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
-from moe_bsr.benchmark.measure import quiet_kineto
+from moe_bsr.benchmark.kineto import quiet_kineto
 from moe_bsr.ops import linear
 from moe_bsr.training.update import TrainingStep
 

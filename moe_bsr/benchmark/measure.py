@@ -9,7 +9,6 @@ out (code, libraries' private buffers, freed memory not yet returned) is in the 
 """
 
 import contextlib
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from moe_bsr.benchmark.kineto import quiet_kineto
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.training.update import TrainingStep
 
@@ -188,19 +188,6 @@ def _walk(events: list, operators: tuple[str, ...]) -> Iterator[tuple[int, tuple
         yield event.start_time_ns, operators, event
         if event.tag != _EventType.Allocation:
             yield from _walk(event.children, (*operators, event.name))
-
-
-@contextlib.contextmanager
-def quiet_kineto() -> Iterator[None]:
-    """The profiler's library complains on stderr about absent GPUs, past Python's own streams."""
-    saved = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
 
 
 def saved_storages(run: Callable[[], Any], exclude: list[Tensor]) -> list[Tensor]:

@@ -12,8 +12,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from moe_bsr.benchmark.cases import Case, make
+from moe_bsr.benchmark.kineto import quiet_kineto
 from moe_bsr.benchmark.matmuls import step_products, time_products
-from moe_bsr.benchmark.measure import inference_peak, kept_for_backward, measure, quiet_kineto
+from moe_bsr.benchmark.measure import inference_peak, kept_for_backward, measure
 from moe_bsr.training.update import TrainingStep
 
 
