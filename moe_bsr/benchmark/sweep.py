@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import itertools
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
@@ -110,6 +110,7 @@ def sweep(
     image_size: int | None,
     batches: list[int],
     storages: list[str] | None = None,
+    precisions: Sequence[str] = ("fp32", "bf16"),
 ) -> Iterator[dict[str, Any]]:
     """One record for each backbone x plan x precision x batch x storage; `config` gives the rest."""
     for name in backbones:
@@ -122,7 +123,7 @@ def sweep(
             plan__moe_blocks=[],
         )
         vit = random_backbone(config)
-        grid = itertools.product(("fp32", "bf16"), batches, storages or list(STORAGES), plans(len(vit.blocks)).items())
+        grid = itertools.product(precisions, batches, storages or list(STORAGES), plans(len(vit.blocks)).items())
         for precision, batch, storage, (plan, keys) in grid:
             changed = configuration.replace(
                 config,

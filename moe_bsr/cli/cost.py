@@ -49,6 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--image-size", type=int, help="of the sweep, in pixels")
     parser.add_argument("--batches", type=int, nargs="+", default=[2, 5], help="of the sweep")
     parser.add_argument("--storages", nargs="+", help="of the sweep (default: all)")
+    parser.add_argument(
+        "--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"], help="of the sweep"
+    )
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_intermixed_args(arguments)
     try:
@@ -186,6 +189,7 @@ def sweep_answer(
         image_size=arguments.image_size,
         batches=arguments.batches,
         storages=arguments.storages,
+        precisions=arguments.precisions,
     ):
         records.append(record)
         about = " ".join(str(v) for k, v in record.items() if k != "quantities")
