@@ -84,6 +84,7 @@ class Effect:
 
 
 VIEW = Effect(None, None, (), 0, "view")
+PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
 MAX_EFFECTS = 100_000
 _effects: dict[tuple, Effect] = {}
 _kinds: dict[tuple, tuple["Effect", list] | None] = {}  # by types and layouts; None: the operator's rule was wrong
@@ -261,12 +262,14 @@ def _add_to_key(key: list[Any], tensors: list[Tensor], values: Sequence[Any]) ->
             key.append(len(value))
             if not _add_to_key(key, tensors, value):
                 return False
-        elif isinstance(value, Tensor):
-            return False
-        elif isinstance(value, torch.Generator):
-            key.append(torch.Generator)
-        else:
+        elif kind in PLAIN:
             key += (kind, value)  # 1, 1.0 and True are equal, but not alike
+        elif issubclass(kind, Tensor):
+            return False
+        else:
+            key.append(kind)
+            if kind is not torch.Generator:
+                key.append(value)
     return True
 
 

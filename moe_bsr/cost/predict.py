@@ -6,6 +6,7 @@ The network is never run; a model on the meta device will do.
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -269,11 +270,13 @@ class _Step:
         return section
 
     def update(self, stepped: set[str]) -> Update:
-        """Args:
-        stepped: names of the parameters that had an update before.
+        """Of blocks that train it matters which parameters they have, not which blocks they are.
+
+        Args:
+            stepped: names of the parameters that had an update before.
         """
         parameters = tuple(
-            (name, p.shape, name in stepped, name in self.trained)
+            (re.sub(r"blocks\.\d+", "blocks", name), p.shape, name in stepped, name in self.trained)
             for name, p in self.model.named_parameters()
             if p.requires_grad
         )
