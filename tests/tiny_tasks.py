@@ -22,6 +22,7 @@ class Noise:
         self.labels = np.asarray(labels, dtype=np.int64)
         self.class_names = [f"class {i}" for i in range(classes)]
         self.seed = seed
+        self.names = self.sizes = None
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -41,20 +41,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from moe_bsr.data import load_spec, open_sources
+    from moe_bsr.data import load_spec, open_images
     from moe_bsr.data.packed import write_classes
 
     spec = load_spec(arguments.task)
     target = (arguments.out or arguments.root) / spec.name
     refuse_existing(target, spec, arguments.root)
-    train, test, origin = open_sources(spec, root=arguments.root, download=arguments.download, use_pack=False)
-    print(f"{spec.title} from {origin}")
+    images = open_images(spec, root=arguments.root, download=arguments.download, use_pack=False)
+    print(f"{spec.title} from {images.origin}")
     partial = target.with_name(f"{spec.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        write_classes(partial, train.class_names)
-        for name, source in (("train", train), ("test", test)):
+        write_classes(partial, images.train.class_names)
+        for name, source in (("train", images.train), ("test", images.test)):
             start = time.monotonic()
             pack_split(source, partial / f"{name}.npz", arguments.short_side, arguments.quality)
             megabytes = (partial / f"{name}.npz").stat().st_size / 1e6
@@ -72,9 +72,8 @@ def pack_split(source: Any, path: Path, short_side: int, quality: int) -> None:
     with PackWriter(path) as writer, ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(source), IMAGES_AT_ONCE):
             part = range(start, min(start + IMAGES_AT_ONCE, len(source)))
-            images = pool.map(lambda i: encode(source, i, short_side, quality), part)
-            for image, label in zip(images, source.labels[part.start : part.stop].tolist(), strict=True):
-                writer.add(image, label)
+            for i, image in zip(part, pool.map(lambda i: encode(source, i, short_side, quality), part), strict=True):
+                writer.add(image, int(source.labels[i]), source.names and source.names[i])
 
 
 def refuse_existing(target: Path, spec: "TaskSpec", root: Path) -> None:

@@ -3,8 +3,8 @@
 from moe_bsr.data import sources  # fills SOURCES
 from moe_bsr.data.image_files import UnreadableImage, decode
 from moe_bsr.data.loader import Batch, Loader
-from moe_bsr.data.spec import SOURCES, ImageSource, TaskSpec, load_spec
-from moe_bsr.data.task import Split, TaskData, load_task, open_sources, split_validation
+from moe_bsr.data.spec import SOURCES, ImageSource, TaskImages, TaskSpec, load_spec
+from moe_bsr.data.task import Split, TaskData, load_task, open_images
 from moe_bsr.data.transforms import ImageTransforms
 
 __all__ = [
@@ -15,12 +15,12 @@ __all__ = [
     "Loader",
     "Split",
     "TaskData",
+    "TaskImages",
     "TaskSpec",
     "UnreadableImage",
     "decode",
     "load_spec",
     "load_task",
-    "open_sources",
+    "open_images",
     "sources",
-    "split_validation",
 ]

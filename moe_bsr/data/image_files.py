@@ -1,6 +1,8 @@
 """Image files: decoding, and sources that are lists of files."""
 
+import functools
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -39,12 +41,24 @@ def decode(encoded: bytes | Path, name: str) -> np.ndarray:
 
 
 class FileSource:
-    """Images in files; `files` and `labels` are aligned."""
+    """Images in files; `files` and `labels` are aligned, and `names` with them.
 
-    def __init__(self, files: list[Path], labels: np.ndarray, class_names: list[str]):
+    Args:
+        root: what the names of the images are relative to; a file that does not lie below it is named whole.
+    """
+
+    def __init__(self, files: list[Path], labels: np.ndarray, class_names: list[str], root: Path):
         self.files = files
         self.labels = np.asarray(labels, dtype=np.int64)
         self.class_names = class_names
+        self.names: list[str] | None = [
+            str(file).removeprefix(f"{root}{os.sep}").replace(os.sep, "/") for file in files
+        ]
+
+    @functools.cached_property
+    def sizes(self) -> np.ndarray | None:
+        """Bytes of each file, int64 (N,); -1 for a file that cannot be looked at."""
+        return np.array([_size(file) for file in self.files], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -54,6 +68,13 @@ class FileSource:
 
     def encoded(self, i: int) -> bytes | None:
         return self.files[i].read_bytes()
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return -1
 
 
 def is_image(path: Path) -> bool:

@@ -6,6 +6,7 @@ Each `.npz` is an ordinary NumPy archive without pickles:
     jpeg     uint8 (bytes)   the encoded images (JPEG, PNG, ...), one after the other
     offsets  int64 (N + 1)   image i is jpeg[offsets[i] : offsets[i + 1]]
     labels   int64 (N)       0 .. classes - 1
+    names    uint8 (bytes)   the images' names in UTF-8, each followed by a zero byte; a pack may lack it
 
 `PackWriter` stores its members uncompressed, so that reading maps them where they lie inside the
 zip file: a pack may be larger than memory. A compressed member is read into memory.
@@ -24,7 +25,7 @@ from numpy.lib import format as npy
 from PIL import Image
 
 from moe_bsr.data.image_files import decode
-from moe_bsr.data.spec import ImageSource
+from moe_bsr.data.spec import ImageSource, TaskImages
 
 MEMBERS = ("jpeg", "offsets", "labels")
 
@@ -37,7 +38,9 @@ class PackedSource:
         self.class_names = _read_classes(path.parent / "classes.txt")
         members = _read_members(path)
         self.jpeg, self.offsets, self.labels = (members[name] for name in MEMBERS)
+        self.names = _split_names(members["names"]) if "names" in members else None
         self._check()
+        self.sizes = np.diff(self.offsets)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -67,6 +70,8 @@ class PackedSource:
             )
         if (sizes <= 0).any():
             raise ValueError(f"{self.path}: offsets do not rise at image {np.argmax(sizes <= 0)}")
+        if self.names is not None and not len(set(self.names)) == len(self.names) == count:
+            raise ValueError(f"{self.path}: {len(self.names)} names for {count} images, expected one for each")
         low, high = self.labels.min(), self.labels.max()
         if low < 0 or high >= len(self.class_names):
             raise ValueError(
@@ -74,9 +79,10 @@ class PackedSource:
             )
 
 
-def open_pack(folder: Path) -> tuple[PackedSource, PackedSource, str]:
-    """The training and the test split of a pack, and a line that says where it lies."""
-    return PackedSource(folder / "train.npz"), PackedSource(folder / "test.npz"), f"pack {folder}"
+def open_pack(folder: Path) -> TaskImages:
+    """The splits of a pack."""
+    train, test = (PackedSource(folder / f"{split}.npz") for split in ("train", "test"))
+    return TaskImages(train=train, test=test, origin=f"pack {folder}")
 
 
 class PackWriter:
@@ -91,13 +97,17 @@ class PackWriter:
         self._images = path.with_suffix(".images.tmp")
         self._offsets: list[int] = [0]
         self._labels: list[int] = []
+        self._names: list[str] = []
 
     def __enter__(self) -> "PackWriter":
         self._file = open(self._images, "wb")
         return self
 
-    def add(self, encoded: bytes, label: int) -> None:
+    def add(self, encoded: bytes, label: int, name: str | None = None) -> None:
+        """Add one image. `name`: of its own, for all images or for none."""
         self._file.write(encoded)
+        if name is not None:
+            self._names.append(name)
         self._offsets.append(self._offsets[-1] + len(encoded))
         self._labels.append(label)
 
@@ -121,15 +131,26 @@ class PackWriter:
                     npy.write_array_header_1_0(member, header)
                     with open(self._images, "rb") as images:
                         shutil.copyfileobj(images, member, 1 << 20)
-                for name, values in (("offsets", self._offsets), ("labels", self._labels)):
+                arrays = {"offsets": np.array(self._offsets, np.int64), "labels": np.array(self._labels, np.int64)}
+                if self._names:
+                    arrays["names"] = np.frombuffer(_join_names(self._names), np.uint8)
+                for name, array in arrays.items():
                     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                        npy.write_array(member, np.array(values, dtype=np.int64))
+                        npy.write_array(member, array)
             file.flush()
             os.fsync(file.fileno())
 
 
 def write_classes(folder: Path, class_names: list[str]) -> None:
     (folder / "classes.txt").write_text("".join(f"{n}\n" for n in class_names), encoding="utf-8")
+
+
+def _join_names(names: list[str]) -> bytes:
+    return b"".join(name.encode("utf-8", "surrogateescape") + b"\0" for name in names)
+
+
+def _split_names(joined: np.ndarray) -> list[str]:
+    return [name.decode("utf-8", "surrogateescape") for name in joined.tobytes().split(b"\0")[:-1]]
 
 
 def encode(source: ImageSource, i: int, short_side: int, quality: int) -> bytes:
@@ -169,7 +190,7 @@ def _read_members(path: Path) -> dict[str, np.ndarray]:
             if missing := [name for name in MEMBERS if name not in members]:
                 raise ValueError(f"no member {missing[0]!r}, it holds {', '.join(members)}")
             arrays: dict[str, np.ndarray] = {}
-            for name in MEMBERS:
+            for name in (*MEMBERS, *({"names"} & members.keys())):
                 if name == "jpeg" and members[name].compress_type == zipfile.ZIP_STORED:
                     arrays[name] = _map_member(path, members[name])
                 else:

@@ -9,10 +9,11 @@ there:
     class MyTask(TaskSpec):
         url: str
 
-        def open(self, root, download): ...
+        def open(self, root, download): return TaskImages(train=..., test=..., origin=...)
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -36,6 +37,17 @@ class ImageSource(Protocol):
     labels: np.ndarray
     class_names: list[str]
 
+    @property
+    def names(self) -> Sequence[str] | None:
+        """What each image is called, as `<class>/<file>`: it decides between training and validation, and a run
+        remembers it. None where images have no names but their position."""
+        ...
+
+    @property
+    def sizes(self) -> np.ndarray | None:
+        """Bytes of each encoded image, int64 (N,); None where there are no files."""
+        ...
+
     def __len__(self) -> int: ...
 
     def image(self, i: int) -> np.ndarray:
@@ -44,11 +56,30 @@ class ImageSource(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskImages:
+    """What a task's source holds.
+
+    Attributes:
+        test: None where the source has no test split: it is taken from `train` then (`TaskSpec.test_fraction`).
+        val: None where the source has no validation split: it is taken from `train` then.
+        origin: where the images come from, in one line.
+        unused: what lies there and is not used, a line each.
+    """
+
+    train: ImageSource
+    test: ImageSource | None
+    val: ImageSource | None = None
+    origin: str
+    unused: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskSpec:
     """The keys that every task file may have; `name` is the name of the file. Raises ConfigError if impossible.
 
     Attributes:
         classes: their number, checked against the data where given.
+        test_fraction: share of the images set aside as the test split, where the source has none; null is 0.2.
         crop_scale: the least and the largest share of an image's area that a training crop has.
         flip: whether half of the training crops are mirrored.
     """
@@ -60,18 +91,21 @@ class TaskSpec:
     homepage: str | None = ""
     crop_scale: list[float] = field(default_factory=lambda: [0.35, 1.0])
     flip: bool = True
+    test_fraction: float | None = None
 
     def __post_init__(self) -> None:
         require(self.classes is None or self.classes >= 2, "classes", self.classes, "at least 2")
         require(is_crop_range(self.crop_scale), "crop_scale", self.crop_scale, "[low, high], 0 < low <= high <= 1")
+        share = self.test_fraction
+        require(share is None or 0 < share < 1, "test_fraction", share, "null (0.2) or above 0 and below 1")
 
     @property
     def source(self) -> str:
         """The name that task files of this kind give as their source."""
         return next((kind for kind in SOURCES if SOURCES[kind] is type(self)), "")
 
-    def open(self, root: Path, download: bool = False) -> tuple[ImageSource, ImageSource, str]:
-        """The images for training and for the test, and a line that says where they come from.
+    def open(self, root: Path, download: bool = False) -> TaskImages:
+        """The images of each split that the source has.
 
         Args:
             root: the data root, for relative paths.

@@ -1,25 +1,30 @@
 """A task opened: its training, validation and test split, ready to be indexed.
 
-The test split is the data set's own. The validation split comes from the training data, by a seed of its
-own, so that no model is selected by test images.
+Splits that the source has are used as they are. The others are set aside from the training images, so that no model
+is selected by test images: see `splits.py`.
 """
 
-import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from moe_bsr.data.image_files import UnreadableImage
 from moe_bsr.data.packed import open_pack
-from moe_bsr.data.spec import ImageSource, TaskSpec
-from moe_bsr.runtime.rng import key, stream
+from moe_bsr.data.spec import ImageSource, TaskImages, TaskSpec
+from moe_bsr.data.splits import held_out
 
-MAX_VALIDATION_IMAGES = 5000
+TEST_FRACTION = 0.2  # where neither the source nor the task file has a test split
 
 
 @dataclass(frozen=True)
 class Split:
-    """Some images of a source: `index` int64 (N,) into it, `labels` int64 (N,) aligned with it."""
+    """Some images of a source.
+
+    Attributes:
+        index: int64 (N,) into the source; -1 for an image that a run was trained on and that is gone.
+        labels: int64 (N,), aligned with `index`.
+    """
 
     source: ImageSource
     index: np.ndarray
@@ -28,10 +33,25 @@ class Split:
     def __len__(self) -> int:
         return len(self.index)
 
+    def place(self, position: int) -> int:
+        """Where the source has the image at a position of this split.
+
+        Raises:
+            UnreadableImage: it is gone.
+        """
+        if (index := int(self.index[position])) < 0:
+            raise UnreadableImage(f"image {position} of this split is gone since the run began")
+        return index
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskData:
-    """A task with its splits; `origin` says in one line where the images come from."""
+    """A task with its splits.
+
+    Attributes:
+        origin: where the images come from, in one line.
+        notes: what a person should know about how they are used, a line each.
+    """
 
     name: str
     title: str
@@ -41,6 +61,7 @@ class TaskData:
     test: Split
     origin: str
     spec: TaskSpec
+    notes: list[str] = field(default_factory=list)
 
 
 def load_task(
@@ -51,88 +72,81 @@ def load_task(
     val_fraction: float = 0.1,
     split_seed: int = 0,
 ) -> TaskData:
-    """Open a task and split its validation images off the training images.
+    """Open a task, and set aside validation and test images where its source has no such split.
 
     Args:
         root: the data root.
-        val_fraction: share of the training images for validation, see `split_validation`.
-        split_seed: of the choice of these images, which depends on the task's name as well.
+        val_fraction: share of the training images for validation, see `splits.held_out`.
+        split_seed: of the choice of these images.
     Raises:
         FileNotFoundError: says what is expected where.
-        ValueError: data that contradict the task file or each other.
+        ValueError: data that contradict the task file or each other. Both name the task.
     """
-    train, test, origin = open_sources(spec, root=Path(root), download=download)
-    train_index, val_index = split_validation(train.labels, val_fraction, key(split_seed, spec.name, "carve"))
-    counts = np.bincount(train.labels, minlength=len(train.class_names))
-    if (lone := int((counts == 1).sum())) > 0:
-        warnings.warn(
-            f"task {spec.name}: {lone} classes have a single training image; it stays in training, "
-            "so validation does not cover them",
-            stacklevel=2,
-        )
+    images = open_images(spec, root=Path(root), download=download)
+    train, rest = images.train, np.arange(len(images.train))
+    notes = list(images.unused)
+    try:
+        if images.test is None:
+            fraction = TEST_FRACTION if spec.test_fraction is None else spec.test_fraction
+            rest, chosen = _hold_out(train, rest, fraction, split_seed, "test")
+            test = Split(train, chosen, train.labels[chosen])
+            notes.append(f"no test split: {len(chosen)} images ({fraction:.0%}) are set aside for it")
+        else:
+            test = Split(images.test, np.arange(len(images.test)), images.test.labels)
+        if images.val is None:
+            rest, chosen = _hold_out(train, rest, val_fraction, split_seed, "validation")
+            val = Split(train, chosen, train.labels[chosen])
+        else:
+            val = Split(images.val, np.arange(len(images.val)), images.val.labels)
+            notes.append(f"validation is the data's own: {len(val)} images")
+    except ValueError as error:
+        raise ValueError(f"task {spec.name}: {error} ({images.origin})") from None
+    uncovered = len(train.class_names) - len(np.unique(val.labels))
+    if uncovered:
+        notes.append(f"{uncovered} of {len(train.class_names)} classes have no validation image")
     return TaskData(
         name=spec.name,
         title=spec.title,
         class_names=list(train.class_names),
-        train=Split(train, train_index, train.labels[train_index]),
-        val=Split(train, val_index, train.labels[val_index]),
-        test=Split(test, np.arange(len(test)), test.labels),
-        origin=origin,
+        train=Split(train, rest, train.labels[rest]),
+        val=val,
+        test=test,
+        origin=images.origin,
         spec=spec,
+        notes=notes,
     )
 
 
-def open_sources(
-    spec: TaskSpec, *, root: Path, download: bool = False, use_pack: bool = True
-) -> tuple[ImageSource, ImageSource, str]:
-    """The training and the test source of a task, and a line saying where they come from.
+def open_images(spec: TaskSpec, *, root: Path, download: bool = False, use_pack: bool = True) -> TaskImages:
+    """The images of a task, split as its source splits them.
 
     A pack at `<root>/<name>` takes the place of the declared source unless `use_pack` is false.
     """
     pack = root / spec.name
     packed = use_pack and (pack / "train.npz").is_file()
-    opened: tuple[ImageSource, ImageSource, str] = open_pack(pack) if packed else spec.open(root, download)
-    train, test, origin = opened
-    if len(train.class_names) < 2:
+    images = open_pack(pack) if packed else spec.open(root, download)
+    names, origin = list(images.train.class_names), images.origin
+    if len(names) < 2:
+        raise ValueError(f"task {spec.name}: {len(names)} class, and there must be two to tell apart ({origin})")
+    for split, source in (("val", images.val), ("test", images.test)):
+        if source is not None and list(source.class_names) != names:
+            raise ValueError(f"task {spec.name}: train and {split} differ in their classes ({origin})")
+    if spec.classes not in (None, len(names)):
         raise ValueError(
-            f"task {spec.name}: {len(train.class_names)} class, and there must be two to tell apart ({origin})"
+            f"task {spec.name}: classes: {spec.classes} in its file, but {len(names)} in the data ({origin})"
         )
-    if list(train.class_names) != list(test.class_names):
-        raise ValueError(f"task {spec.name}: train and test differ in their classes ({origin})")
-    if spec.classes not in (None, len(train.class_names)):
+    if images.test is not None and spec.test_fraction is not None:
         raise ValueError(
-            f"task {spec.name}: classes: {spec.classes} in its file, but {len(train.class_names)} "
-            f"in the data ({origin})"
+            f"task {spec.name}: test_fraction: {spec.test_fraction}, but the data have a test split ({origin}); "
+            "remove the key to use that"
         )
-    return train, test, origin
+    return images
 
 
-def split_validation(labels: np.ndarray, fraction: float, key: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split positions 0..N-1 into training and validation, both sorted; a pure function.
-
-    Validation holds `fraction` of the images (0 < fraction < 0.5), at most
-    `MAX_VALIDATION_IMAGES`, in each class in proportion (largest remainder) but at least one; that
-    minimum comes first. A class with a single image keeps it in training.
-    """
-    if not 0 < fraction < 0.5:
-        raise ValueError(f"val_fraction: {fraction} is not between 0 and 0.5 (both excluded)")
-    per_class = allocate_per_class(np.bincount(labels), fraction)
-    if per_class.sum() == 0:
-        raise ValueError("no image is left for validation: every class has a single image")
-    shuffled = stream(key).permutation(len(labels))
-    chosen = [shuffled[labels[shuffled] == label][:count] for label, count in enumerate(per_class) if count]
-    val = np.sort(np.concatenate(chosen))
-    return np.setdiff1d(np.arange(len(labels)), val), val
-
-
-def allocate_per_class(counts: np.ndarray, fraction: float) -> np.ndarray:
-    """How many of each class's `counts` images go to validation, int64 (classes,)."""
-    total = min(round(counts.sum() * fraction), MAX_VALIDATION_IMAGES)
-    ideal = counts * (total / counts.sum())
-    fewest, most = np.minimum(1, np.maximum(counts - 1, 0)), np.maximum(counts - 1, 0)
-    chosen = np.clip(np.floor(ideal).astype(np.int64), fewest, most)
-    while chosen.sum() < total and (chosen < most).any():
-        chosen[np.argmax(np.where(chosen < most, ideal - chosen, -np.inf))] += 1
-    while chosen.sum() > total and (chosen > fewest).any():
-        chosen[np.argmax(np.where(chosen > fewest, chosen - ideal, -np.inf))] -= 1
-    return chosen
+def _hold_out(
+    source: ImageSource, among: np.ndarray, fraction: float, seed: int, purpose: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """`held_out` among some of a source's images; positions in the source."""
+    names = [source.names[i] for i in among] if source.names is not None else [str(i) for i in among]
+    kept, out = held_out(source.labels[among], names, fraction, seed, purpose)
+    return among[kept], among[out]

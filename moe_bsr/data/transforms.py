@@ -17,6 +17,7 @@ from PIL import Image
 from moe_bsr.config import is_crop_range, require
 from moe_bsr.data.cache import DecodedCache
 from moe_bsr.data.image_files import exif_rgb
+from moe_bsr.data.splits import image_key
 from moe_bsr.data.task import Split, TaskData
 from moe_bsr.runtime.rng import key, stream
 
@@ -77,16 +78,18 @@ class ImageTransforms:
         """Augmented training images: uint8 (B, 3, S, S), and labels int64 (B,).
 
         `positions` (B,) index `data.train`; `epochs` (B,) tell repetitions apart. What an image
-        becomes depends on (seed, task, epoch, its index in the source) and on nothing else.
+        becomes depends on (seed, task, epoch, its name) and on nothing else; images without names are known by
+        their place in the source.
         """
         scale = self.crop_scale or data.spec.crop_scale
         flip = data.spec.flip if self.flip is None else self.flip
         stream_key = key(self.seed, data.name, "augment")
         pixels = self._empty(len(positions))
-        for row, index, epoch in zip(pixels, data.train.index[positions], epochs, strict=True):
-            image = self._cache.image(data.train.source, int(index))
+        for row, position, epoch in zip(pixels, positions, epochs, strict=True):
+            place = data.train.place(position)
+            image = self._cache.image(data.train.source, place)
             if self.augment:
-                uniforms = stream(stream_key, int(epoch), int(index)).random(2 * ATTEMPTS + 3)
+                uniforms = stream(stream_key, int(epoch), image_key(data.train.source, place)).random(2 * ATTEMPTS + 3)
                 row[:] = self.train_transform(image, scale, flip, uniforms)
             else:
                 row[:] = self.eval_transform(image)
@@ -100,11 +103,11 @@ class ImageTransforms:
             raise ValueError(f"split: {split_name!r} is not train, val or test")
         split: Split = getattr(data, split_name)
         for start in range(0, len(split), batch_size):
-            part = slice(start, start + batch_size)
-            pixels = self._empty(len(split.index[part]))
-            for row, index in zip(pixels, split.index[part], strict=True):
-                row[:] = self.eval_transform(self._cache.image(split.source, int(index)))
-            yield _as_images(pixels), torch.from_numpy(split.labels[part])
+            part = range(start, min(start + batch_size, len(split)))
+            pixels = self._empty(len(part))
+            for row, position in zip(pixels, part, strict=True):
+                row[:] = self.eval_transform(self._cache.image(split.source, split.place(position)))
+            yield _as_images(pixels), torch.from_numpy(split.labels[start : start + batch_size])
 
     def eval_image(self, image: Image.Image) -> torch.Tensor:
         """Any PIL image as evaluation would see it, uint8 (3, S, S)."""

@@ -24,6 +24,7 @@ class Pixels:
     """A source that holds arrays and no files."""
 
     class_names = ["even", "odd"]
+    names = sizes = None
 
     def __init__(self, count: int, side: int):
         self.labels = np.arange(count) % 2
@@ -186,7 +187,7 @@ def test_packed_task(tmp_path, pack):
     file = tmp_path / "other.yaml"
     file.write_text("title: Other\nsource: packed\npath: pixels\n")
     data = load_task(load_spec(file), root=tmp_path)
-    assert (len(data.train), len(data.val), len(data.test)) == (36, 4, 40)
+    assert (len(data.train) + len(data.val), len(data.test)) == (40, 40)
     (tmp_path / "pixels/test.npz").unlink()
     with pytest.raises(FileNotFoundError, match="test.npz"):
         load_task(load_spec(file), root=tmp_path)

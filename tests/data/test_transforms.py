@@ -19,6 +19,7 @@ class Pixels:
     """Smooth random images of given sizes; counts how often each is decoded."""
 
     class_names = ["a", "b", "c"]
+    names = sizes = None
 
     def __init__(self, sizes: list[tuple[int, int]]):
         rng = np.random.default_rng(0)

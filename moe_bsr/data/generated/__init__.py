@@ -17,11 +17,14 @@ FAMILIES = tuple(_DRAWN)  # the five tasks, then what the backbone learned from
 
 
 class Generated:
-    """`count` drawn images: `labels` int64 (N,), `class_names`, `image(i)` uint8 (64, 64, 3) RGB.
+    """`count` drawn images: `labels` int64 (N,), `class_names`, `image(i)` uint8 (64, 64, 3) RGB; none has a name.
 
     `split` is any name; different names, like different seeds, draw from separate random streams.
     Raises ValueError for an unknown family or a count below one, IndexError for an absent image.
     """
+
+    names = None
+    sizes = None
 
     def __init__(self, family: str, split: str, count: int, seed: int = 0):
         if family not in _DRAWN:

@@ -2,13 +2,9 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from moe_bsr.config import require
-from moe_bsr.data.spec import SOURCES, TaskSpec
-
-if TYPE_CHECKING:
-    from moe_bsr.data.generated import Generated
+from moe_bsr.data.spec import SOURCES, TaskImages, TaskSpec
 
 
 @SOURCES.register("generated")
@@ -32,9 +28,9 @@ class GeneratedTask(TaskSpec):
             require(getattr(self, key) >= 2, key, getattr(self, key), "at least 2 images")
         require(self.seed >= 0, "seed", self.seed, "at least 0")
 
-    def open(self, root: Path, download: bool = False) -> tuple["Generated", "Generated", str]:
+    def open(self, root: Path, download: bool = False) -> TaskImages:
         from moe_bsr.data.generated import Generated  # the only source that draws: loaded where it is wanted
 
         train = Generated(self.family, "train", self.train, self.seed)
         test = Generated(self.family, "test", self.test, self.seed)
-        return train, test, f"drawn: {self.family}, seed {self.seed}"
+        return TaskImages(train=train, test=test, origin=f"drawn: {self.family}, seed {self.seed}")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_bsr.data.image_files import EXTENSIONS, FileSource, is_image
-from moe_bsr.data.spec import SOURCES, TaskSpec
+from moe_bsr.data.spec import SOURCES, TaskImages, TaskSpec
 
 
 @SOURCES.register("folder")
@@ -19,7 +19,7 @@ class FolderTask(TaskSpec):
     def folder(self, root: Path) -> Path:
         return root / Path(self.path).expanduser()
 
-    def open(self, root: Path, download: bool = False) -> tuple["FolderSource", "FolderSource", str]:
+    def open(self, root: Path, download: bool = False) -> TaskImages:
         folder = self.folder(root)
         for split in ("train", "test"):
             if not (folder / split).is_dir():
@@ -29,7 +29,8 @@ class FolderTask(TaskSpec):
                     "test images must be set aside by hand)"
                 )
         train = FolderSource(folder / "train")
-        return train, FolderSource(folder / "test", train.class_names), f"folder {folder}"
+        test = FolderSource(folder / "test", train.class_names)
+        return TaskImages(train=train, test=test, origin=f"folder {folder}")
 
 
 class FolderSource(FileSource):
@@ -58,4 +59,4 @@ class FolderSource(FileSource):
                 raise ValueError(f"{folder / name}: no images ({', '.join(sorted(EXTENSIONS))})")
             files += images
             labels += [names.index(name)] * len(images)
-        super().__init__(files, np.array(labels), list(names))
+        super().__init__(files, np.array(labels), list(names), folder)

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_bsr.data.packed import PackedSource, open_pack
-from moe_bsr.data.spec import SOURCES, TaskSpec
+from moe_bsr.data.packed import open_pack
+from moe_bsr.data.spec import SOURCES, TaskImages, TaskSpec
 
 
 @SOURCES.register("packed")
@@ -17,5 +17,5 @@ class PackedTask(TaskSpec):
     def folder(self, root: Path) -> Path:
         return root / Path(self.path).expanduser()
 
-    def open(self, root: Path, download: bool = False) -> tuple[PackedSource, PackedSource, str]:
+    def open(self, root: Path, download: bool = False) -> TaskImages:
         return open_pack(self.folder(root))

@@ -14,7 +14,7 @@ import torchvision
 from moe_bsr.config import require
 from moe_bsr.config.reader import nearest
 from moe_bsr.data.image_files import FileSource
-from moe_bsr.data.spec import SOURCES, TaskSpec
+from moe_bsr.data.spec import SOURCES, TaskImages, TaskSpec
 
 # dataset -> (splits torchvision knows, what it expects below the data root)
 TORCHVISION = {
@@ -64,11 +64,11 @@ class TorchvisionTask(TaskSpec):
         require(not both, "splits", splits, f"no split may be in train and in test, as {both} are")
         _check(self.dataset, splits["train"] + splits["test"])
 
-    def open(self, root: Path, download: bool = False) -> tuple["TorchvisionSource", "TorchvisionSource", str]:
+    def open(self, root: Path, download: bool = False) -> TaskImages:
         train, test = (
             TorchvisionSource(self.dataset, root, self.splits[split], download) for split in ("train", "test")
         )
-        return train, test, f"torchvision {self.dataset} in {root}"
+        return TaskImages(train=train, test=test, origin=f"torchvision {self.dataset} in {root}")
 
 
 def _check(dataset: str, splits: list[str]) -> None:
@@ -96,8 +96,11 @@ class TorchvisionSource(FileSource):
             [image for part in images for image in part],
             np.concatenate(labels),
             list(parts[0].classes),
+            root / TORCHVISION[dataset][1].split("/")[0],
         )
-        if isinstance(self.files[0], Path):
+        if not isinstance(self.files[0], Path):
+            self.names = None
+        else:
             missing = [path for path in self.files if not path.exists()]
             if missing:
                 raise FileNotFoundError(
@@ -105,6 +108,10 @@ class TorchvisionSource(FileSource):
                     f"is {missing[0]}; remove {root / TORCHVISION[dataset][1].split('/')[0]} and "
                     "download or unpack it again"
                 )
+
+    @property
+    def sizes(self) -> np.ndarray | None:
+        return None if self.names is None else super().sizes
 
     def image(self, i: int) -> np.ndarray:
         image = self.files[i]
