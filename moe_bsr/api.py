@@ -58,11 +58,13 @@ def train(
         return done
     if config.mode == "single_task":
         return _train_each_task(config, run_dir, resume, callbacks)
-    tasks = {name: run.open_task(config, file) for name, file in config.task_files().items()}
+    tasks, notes = run.open_tasks(config, run_dir, resume)
     chosen = default_callbacks(run_dir) if callbacks is None else [Jsonl(run_dir), *callbacks]
     with runtime.in_effect():
         model = runtime.place(build(config, {name: len(data.class_names) for name, data in tasks.items()}))
-        return make_trainer(config, model, tasks, runtime, run_dir, chosen).fit(resume)
+        trainer = make_trainer(config, model, tasks, runtime, run_dir, chosen)
+        trainer.about += notes
+        return trainer.fit(resume)
 
 
 def check(config: Config) -> None:
@@ -167,9 +169,11 @@ def evaluate(
         tasks: only these. on_task: called with the name and the number of images before a task is evaluated.
         options: of `load`, for a folder: checkpoint_name, data_root, device, weights.
     Returns:
-        run, step, split, mean_top1, tasks ({name: numbers}) and, for the test split, test_evaluations.
+        run, step, split, mean_top1, tasks ({name: numbers}), data_changes ({name: how its images of this split
+        differ from what the run began with}, empty where none do) and, for the test split, test_evaluations.
     Raises:
         ValueError: no such split, or a task the run does not have.
+        ConfigError: validation images are no longer what they were when the run began.
         ConfigError: not a run folder. CheckpointError: a missing or damaged checkpoint.
         FloatingPointError: logits that are not finite.
     """
@@ -179,8 +183,9 @@ def evaluate(
         trained = run_dir if tasks is None else dataclasses.replace(run_dir, models=_chosen(run_dir, tasks))
     else:
         trained = load(run_dir, tasks=tasks, **options)
-    data = {task: trained.data(task) for task in trained.models}  # if missing, nothing is counted
-    result: dict[str, Any] = {"run": str(trained.run), "step": trained.step, "split": split}
+    data = {task: trained.data(task, split) for task in trained.models}  # if missing, nothing is counted
+    changes = {task: str(changed) for task in data if (changed := trained.changes[task][split])}
+    result: dict[str, Any] = {"run": str(trained.run), "step": trained.step, "split": split, "data_changes": changes}
     if split == "test":
         result["test_evaluations"] = run.count_test_evaluation(trained.run, list(data))
     scores = {}

@@ -17,8 +17,8 @@ from moe_bsr.training import trainer as trainer_module
 from moe_bsr.training.callback import Callback, StepEvent
 from moe_bsr.training.trainer import Trainer
 
-TASKS = {"shapes": (10, 30), "fractals": (12, 60)}  # classes, images of which one per class validates
-SIZES = {"shapes": 20, "fractals": 48}
+TASKS = {"shapes": (10, 30), "fractals": (12, 60)}  # classes, images before some are held out for validation
+SIZES = {"shapes": 23, "fractals": 51}  # training images left
 TASK = "{{title: {0}, source: generated, family: {0}, classes: {1}, train: {2}, test: {1}, license: none}}\n"
 
 
@@ -39,6 +39,11 @@ def make_config(folder: Path, **changes) -> Config:
         }
     )
     return configuration.replace(config, **changes)
+
+
+def replace_task(config: Config, task: str) -> Config:
+    """The same run of one other task."""
+    return configuration.replace(config, tasks=[task])
 
 
 def make_trainer(config: Config, folder: Path, callbacks: list[Callback] | None = None) -> Trainer:

@@ -39,6 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{report['run']}, step {report['step']}, {arguments.split} split")
     if arguments.split == "test":
         print(f"(test evaluation {report['test_evaluations']} of this run)")
+    for task, changed in report["data_changes"].items():
+        print(f"{task}: these images changed since the run began: {changed}")
     print()
     print(table(report["tasks"]))
     return 0

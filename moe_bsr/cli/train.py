@@ -69,13 +69,13 @@ def dry_run(config: "Config", folder: Path, resume: bool) -> int:
     from moe_bsr.api import check
     from moe_bsr.model import summary
     from moe_bsr.model.multitask import build
-    from moe_bsr.runs.folder import check_folder, open_task
+    from moe_bsr.runs.folder import check_folder, open_tasks
     from moe_bsr.runtime.device import prepare
     from moe_bsr.training.feature_cache import FeatureCache
 
     runtime = prepare(config.runtime)
     check(config)  # what cannot be is refused before any download
-    tasks = {name: open_task(config, file) for name, file in config.task_files().items()}
+    tasks, notes = open_tasks(config, folder, resume)
     for name, data in tasks.items():
         for split in (data.train, data.val, data.test):
             split.source.image(int(split.index[0]))
@@ -83,6 +83,7 @@ def dry_run(config: "Config", folder: Path, resume: bool) -> int:
             f"{name}: {len(data.class_names)} classes, train {len(data.train)}, val {len(data.val)}, "
             f"test {len(data.test)} ({data.origin})"
         )
+    print(*notes, sep="\n", end="\n" if notes else "")
     model = runtime.place(build(config, {name: len(data.class_names) for name, data in tasks.items()}))
     print("\n".join([*summary.summary(model, config), *summary.table(model, config)]))
     if config.data.feature_cache_mb:

@@ -138,12 +138,13 @@ def load_spec(name_or_path: str | Path) -> TaskSpec:
     if not isinstance(entries, dict):
         raise ConfigError(f"task file {path}: expected keys and values such as 'title: My pictures'")
     try:
-        return _from_entries(path.stem, entries)
+        return spec_from(path.stem, entries)
     except ConfigError as error:
         raise ConfigError(f"task {path.stem}: {error}") from None
 
 
-def _from_entries(name: str, entries: dict) -> TaskSpec:
+def spec_from(name: str, entries: dict) -> TaskSpec:
+    """The task that these keys and values of a task file describe. Raises ConfigError."""
     kinds = ", ".join(SOURCES)
     if "source" not in entries:
         raise ConfigError(f"the key 'source' is missing: one of {kinds}")

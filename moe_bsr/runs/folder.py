@@ -1,11 +1,11 @@
 """The run folder: what a run writes down about itself, and what it checks before it goes on.
 
 `config.yaml` holds the configuration and, under `resolved`, everything it led to: precision, threads,
-image settings, classes, the hash of the backbone's weights, versions. `load.py` makes a model of it again.
+image settings, the tasks and their images, the hash of the backbone's weights, versions. `load.py` makes a model of
+it again, `data_record.py` finds its images again.
 """
 
 import datetime
-import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -16,10 +16,10 @@ import yaml
 
 from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError
-from moe_bsr.data import ImageTransforms, TaskData, load_spec, load_task
+from moe_bsr.data import ImageTransforms, TaskData, TaskSpec, load_spec, load_task
 from moe_bsr.model.backbones import family_of
 from moe_bsr.model.multitask import MultitaskViT
-from moe_bsr.runs import checkpoint, report
+from moe_bsr.runs import checkpoint, data_record, report
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.runtime.files import write_whole
 from moe_bsr.runtime.provenance import commit, environment
@@ -41,11 +41,11 @@ RESUMABLE_KEYS = (
 RESOLVED = ("backbone_sha256", "tasks", "precision", "python")
 
 
-def open_task(config: Config, task: str, root: str | None = None) -> TaskData:
-    """The dataset of a task file, as the run divides it; `root` takes the place of data.root."""
+def open_task(config: Config, task: str | TaskSpec, root: str | None = None) -> TaskData:
+    """The dataset of a task, or of its file, as the run divides it; `root` takes the place of data.root."""
     data = config.data
     return load_task(
-        load_spec(task),
+        load_spec(task) if isinstance(task, str) else task,
         root=Path(root or data.root).expanduser(),
         download=data.download,
         val_fraction=data.val_fraction,
@@ -74,8 +74,18 @@ def write_config(
     transforms: ImageTransforms,
     runtime: Runtime,
     tasks: dict[str, TaskData],
+    resumed: bool = False,
 ) -> None:
-    """Write `config.yaml`: what was asked for, and everything it led to."""
+    """Write `config.yaml`: what was asked for, and everything it led to.
+
+    Args:
+        resumed: whether the run goes on from a checkpoint: what was recorded of its tasks when it began stays.
+    """
+    about = recorded_tasks(run) if resumed else {}
+    if not about:
+        for name, data in tasks.items():
+            about[name] = data_record.describe(data)
+            data_record.write_images(run, data)
     resolved = {
         "backbone_sha256": model.backbone_sha256,
         "images": {
@@ -85,7 +95,8 @@ def write_config(
             "interpolation": transforms.interpolation,
             "crop_pct": transforms.crop_pct,
         },
-        "tasks": {name: data_fingerprint(data) for name, data in tasks.items()},
+        "data_root": str(Path(config.data.root).expanduser().resolve()),
+        "tasks": about,
         "commit": commit(),
         **environment(runtime),
     }
@@ -93,17 +104,43 @@ def write_config(
     write_whole(run / "config.yaml", yaml.safe_dump(tree, sort_keys=False, width=110))
 
 
-def data_fingerprint(data: TaskData) -> dict[str, Any]:
-    """What a resumed run must find again, and where it was."""
-    labels = hashlib.sha256(b"".join(split.labels.tobytes() for split in (data.train, data.val, data.test)))
-    return {
-        "origin": data.origin,
-        "train": len(data.train),
-        "val": len(data.val),
-        "test": len(data.test),
-        "labels_sha256": labels.hexdigest(),
-        "classes": list(data.class_names),
-    }
+def open_tasks(config: Config, run: Path, resume: bool = False) -> tuple[dict[str, TaskData], list[str]]:
+    """The datasets of a configuration, by task; to resume a run, with the splits that it began with.
+
+    Returns:
+        The datasets, and what a person should know about them, a line each.
+    Raises:
+        ConfigError: training or validation images of the run are no longer there as they were, or a task file now
+            says other things.
+    """
+    specs = {name: load_spec(file) for name, file in config.task_files().items()}
+    before = recorded_tasks(run) if resume else {}
+    for name, about in before.items():
+        data_record.check_spec(run, specs[name], about)
+    tasks = {name: open_task(config, spec) for name, spec in specs.items()}
+    notes = [f"{name}: {note}" for name, data in tasks.items() for note in data.notes]
+    for name, about in before.items():
+        tasks[name], changes = data_record.follow(run, tasks[name], about)
+        for split, change in changes.items():
+            if change.lost and split != "test":
+                raise ConfigError(
+                    f"cannot resume {run}: the {split} images of task {name} changed ({tasks[name].origin}): {change}; "
+                    "put them back, or begin in another folder"
+                )
+        notes += [
+            f"{name}: the {split} images changed since the run began: {change}"
+            + ("" if split == "test" else "; the new ones are not used")
+            for split, change in changes.items()
+            if change
+        ]
+    return tasks, notes
+
+
+def recorded_tasks(run: Path) -> dict[str, dict[str, Any]]:
+    """What a run that has a checkpoint recorded of its tasks when it began; nothing of one that has none."""
+    if not checkpoint.steps(run) or not (run / "config.yaml").is_file():
+        return {}
+    return read_config(run)[1].get("tasks", {})
 
 
 def read_config(run: Path) -> tuple[Config, dict[str, Any]]:
@@ -159,27 +196,6 @@ def check_folder(config: Config, folder: Path, resume: bool) -> None:
             f"cannot resume {folder}: the configuration changed: {'; '.join(changed[:4])}; a resumed "
             "run keeps its settings, so name another folder for these"
         )
-
-
-def check_data(run: Path, before: dict[str, dict[str, Any]], tasks: dict[str, TaskData]) -> None:
-    """Raise ConfigError if a task's data are not those that `data_fingerprint` told of when the run began.
-
-    Other images or classes under the same names would go unnoticed, and mix up everything learned.
-    """
-    for name, data in tasks.items():
-        then, now = before[name], data_fingerprint(data)
-        changed = [
-            f"{key} was {then.get(key)}, now {now[key]}"
-            for key in ("train", "val", "test", "classes")
-            if then.get(key) != now[key]
-        ]
-        if not changed and then.get("labels_sha256", now["labels_sha256"]) != now["labels_sha256"]:
-            changed = ["other labels, or in another order"]
-        if changed:
-            raise ConfigError(
-                f"cannot resume {run}: the data of task {name} changed ({data.origin}): "
-                f"{'; '.join(changed)}; put them back, or begin in another folder"
-            )
 
 
 def restore_weights(model: MultitaskViT, weights: dict[str, torch.Tensor], backbone_sha256: str, folder: Path) -> None:

@@ -18,7 +18,7 @@ from moe_bsr.config import Config, ConfigError
 from moe_bsr.config.reader import nearest
 from moe_bsr.data import ImageTransforms, TaskData
 from moe_bsr.model.multitask import MultitaskViT, build, build_on_meta
-from moe_bsr.runs import checkpoint
+from moe_bsr.runs import checkpoint, data_record
 from moe_bsr.runs.folder import make_transforms, open_task, read_config, restore_weights
 from moe_bsr.runs.predict import Images, predict_images
 from moe_bsr.runtime.device import Runtime, prepare
@@ -32,6 +32,9 @@ class TrainedRun:
         models: by task; in a multitask run the same model for all, in a single-task run one each.
         step: of the checkpoint; in a single-task run the largest of its models'.
         weights: "average" (EMA) or "live".
+        recorded: by task, what `data_record.describe` said when the run began.
+        data_root: where the datasets are.
+        changes: by task and split, how the images differ from what the run began with; filled by `data`.
     """
 
     run: Path
@@ -42,22 +45,31 @@ class TrainedRun:
     class_names: dict[str, list[str]]
     step: int
     weights: str
+    recorded: dict[str, dict[str, Any]] = field(default_factory=dict)
     data_root: str | None = None
+    changes: dict[str, dict[str, data_record.Changes]] = field(default_factory=dict)
     _data: dict[str, TaskData] = field(default_factory=dict)
 
-    def data(self, task: str) -> TaskData:
-        """The task's dataset, opened at the first call.
+    def data(self, task: str, split: str = "val") -> TaskData:
+        """The task's dataset, opened at the first call, with the splits and the specification that the run began with.
 
+        Args:
+            split: what it is wanted for; of the test split, changes are told (`changes`) and not refused.
         Raises:
-            ConfigError: its classes are not those the run was trained on.
+            ConfigError: other classes than the run was trained on, or images of this split are not what they were.
         """
         if task not in self._data:
-            data = open_task(self.config, self.config.task_files()[task], self.data_root)
-            if list(data.class_names) != self.class_names[task]:
-                raise ConfigError(
-                    f"task {task}: its data now have other classes than the run was trained on ({data.origin})"
-                )
-            self._data[task] = data
+            about = self.recorded[task]
+            spec = data_record.recorded_spec(task, about) or self.config.task_files()[task]
+            data = open_task(self.config, spec, self.data_root)
+            folder = self.run / task if self.config.mode == "single_task" else self.run
+            self._data[task], self.changes[task] = data_record.follow(folder, data, about)
+        changed = self.changes[task][split]
+        if changed.lost and split != "test":
+            raise ConfigError(
+                f"{self.run}: the {split} images of task {task} are not those of the run "
+                f"({self._data[task].origin}): {changed}; put them back, or evaluate the test split"
+            )
         return self._data[task]
 
     def predict(
@@ -119,7 +131,8 @@ def load(
             {task: part.class_names[task] for task, part in parts.items()},
             max(part.step for part in parts.values()),
             first.weights,
-            data_root,
+            {task: part.recorded[task] for task, part in parts.items()},
+            first.data_root,
         )
     config.runtime.precision = resolved["precision"]
     runtime = _prepare_for(run, config, device)
@@ -149,7 +162,8 @@ def load(
         {task: names[task] for task in chosen},
         state["step"],
         "average" if average else "live",
-        data_root,
+        resolved["tasks"],
+        data_root or _data_root(config, resolved),
     )
 
 
@@ -173,6 +187,12 @@ def _require_trained(run: Path, chosen: list[str], known: list[str]) -> None:
         raise checkpoint.CheckpointError(
             f"{run}: not trained yet: {', '.join(missing)}; go on training with resume=True{others}"
         )
+
+
+def _data_root(config: Config, resolved: dict[str, Any]) -> str:
+    """Where the run found its data; or data.root as it was written, where the run has moved to another machine."""
+    then = resolved.get("data_root", config.data.root)
+    return then if Path(then).is_dir() else config.data.root
 
 
 def _prepare_for(run: Path, config: Config, device: str | None) -> Runtime:

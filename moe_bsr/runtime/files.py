@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Replace a text file by one rename: a reader, or a crash, meets the old text or the new one."""
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Replace a file by one rename: a reader, or a crash, meets the old content or the new one."""
     temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     sync(temporary)
     temporary.rename(file)
 

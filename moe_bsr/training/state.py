@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_bsr.data import TaskData
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.runs import checkpoint
 from moe_bsr.runs import folder as run
@@ -143,13 +142,13 @@ class TrainState:
         """Start at the first step: the callbacks forget what an earlier run left in the folder."""
         self._restore_callbacks({})
 
-    def resume(self, folder: Path, tasks: dict[str, TaskData], runtime: Runtime) -> list[str]:
+    def resume(self, folder: Path, runtime: Runtime) -> list[str]:
         """Go on from the newest sound checkpoint of a run folder, or begin if there is none.
 
         Returns:
             Notes for a person: what was resumed from, and why it may not be bit-exact.
         Raises:
-            ConfigError: the tasks' data are not those of the run. CheckpointError: none is sound, or none fits.
+            CheckpointError: none is sound, or none fits.
         """
         checkpoint.recover(folder)
         if not checkpoint.steps(folder):
@@ -160,7 +159,6 @@ class TrainState:
         place = checkpoint.latest(folder, warn=notes.append)
         tensors, progress = checkpoint.read(place, verified=True)
         resolved = run.read_config(folder)[1]
-        run.check_data(folder, resolved["tasks"], tasks)
         run.restore_weights(self.model, tensors["weights"], resolved["backbone_sha256"], place)
         self.load_state_dict({**tensors, "progress": progress})
         self.saved_step = self.step

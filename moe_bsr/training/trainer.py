@@ -85,10 +85,10 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.runtime.reset_peak()
         if resume:
-            self.about += self.state.resume(self.folder, self.tasks, self.runtime)
+            self.about += self.state.resume(self.folder, self.runtime)
         else:
             self.state.begin()
-        run.write_config(self.folder, self.config, self.model, self.transforms, self.runtime, self.tasks)
+        run.write_config(self.folder, self.config, self.model, self.transforms, self.runtime, self.tasks, resume)
         try:
             self._start()
             with self.stop:

@@ -28,7 +28,7 @@ def written(tmp_path) -> str:
 def test_a_dry_run_prints_every_block_and_writes_nothing(written, tmp_path, capsys):
     assert main(["train", written, "--dry-run", "--run", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().out
-    assert "shapes: 10 classes, train 20, val 10, test 10" in printed
+    assert "shapes: 10 classes, train 23, val 7, test 10" in printed
     rows = {line.split()[0]: line for line in printed.splitlines() if line.strip()[:1].isdigit()}
     assert "5 -> 4" in rows["1"] and "yes" in rows["1"]  # 4 patches: 2 kept, 1 fused, the class token
     assert "top-2 of 4 experts x3" in rows["3"] and "dense" in rows["0"] and "(0)" in rows["0"]

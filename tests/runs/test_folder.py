@@ -84,7 +84,7 @@ def test_without_a_test_the_report_is_of_validation(config, tmp_path):
     untested = moe_bsr.config.replace(config, train__evaluate_test=False, train__steps=2)
     report = train(untested, tmp_path / "run")
     assert report["split"] == "val" and report["test_evaluations"] == 0
-    assert {name: task["n"] for name, task in report["tasks"].items()} == {"shapes": 10, "fractals": 12}
+    assert {name: task["n"] for name, task in report["tasks"].items()} == {"shapes": 7, "fractals": 9}
 
 
 def test_every_evaluation_on_test_data_is_counted(config, tmp_path):
@@ -112,12 +112,9 @@ def test_the_resolved_configuration_is_written_down(finished, config):
     assert resolved["backbone_sha256"] == moe_bsr.load(finished).models["shapes"].backbone_sha256 != ""
     for name, (classes, count) in TASKS.items():
         about = resolved["tasks"][name]
-        assert (len(about["classes"]), about["train"], about["val"], about["test"]) == (
-            classes,
-            SIZES[name],
-            count - SIZES[name],
-            classes,
-        )
+        images = [about["splits"][split]["images"] for split in ("train", "val", "test")]
+        assert len(about["classes"]) == classes and images == [SIZES[name], count - SIZES[name], classes]
+        assert about["spec"]["source"] == "generated" and about["spec"]["family"] == name
 
 
 # --- metrics and events ---

@@ -54,7 +54,7 @@ def test_same_weights_to_the_bit(tmp_path, monkeypatch, plan, frame):
     assert all(torch.equal(got[name], value) for name, value in expected.items())
     updates = run_for_all // 8
     assert updates == (16 if frame == "joint" else 8)
-    # Batches of eight walk through 20 and 48 images: only an image's first epoch runs the blocks.
+    # Batches of eight walk through 23 and 51 images: only an image's first epoch runs the blocks.
     assert run_once < run_for_all
     assert all(kept.inputs.cache.seen["shapes"])
 
@@ -78,7 +78,7 @@ def test_what_was_kept_is_what_the_frozen_blocks_make(tmp_path, monkeypatch):
 def test_the_last_layer_keeps_one_token(tmp_path, monkeypatch):
     trainer, _ = fit(tmp_path, monkeypatch, PLANS["last layer"], 100)
     assert trainer.inputs.cache.kept["shapes"][0].shape[1] == 1
-    assert "blocks 0 to 5 make of 68 training images" in str(trainer.inputs.cache)
+    assert "blocks 0 to 5 make of 74 training images" in str(trainer.inputs.cache)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_the_last_layer_keeps_one_token(tmp_path, monkeypatch):
                 "data__feature_cache_mb": 1,
                 "backbone__image_size": 256,
             },
-            r"data.feature_cache_mb.*at least \d+, for 68 images",
+            r"data.feature_cache_mb.*at least \d+, for 74 images",
         ),
     ],
 )
@@ -111,4 +111,4 @@ def test_how_to_augment_is_refused_where_nothing_is_augmented(tmp_path):
 
 def test_features_of_the_embedding_alone_are_called_so(tmp_path, monkeypatch):
     trainer, _ = fit(tmp_path, monkeypatch, PLANS["from the first block"], 100)
-    assert "the embedding makes of 68 training images" in str(trainer.inputs.cache)
+    assert "the embedding makes of 74 training images" in str(trainer.inputs.cache)

@@ -19,7 +19,6 @@ from moe_bsr.api import train
 from moe_bsr.config import Config, ConfigError, replace
 from moe_bsr.data import Loader, UnreadableImage
 from moe_bsr.runs import checkpoint
-from moe_bsr.runs import folder as run
 from moe_bsr.training import inputs
 from moe_bsr.training import trainer as trainer_module
 from moe_bsr.training.optim import MovingAverage
@@ -221,24 +220,6 @@ def test_what_changes_no_result_may_change_on_resume(config, whole, tmp_path, mo
     other = replace(config, train__checkpoint_every=1, data__prefetch=2, data__image_cache_mb=0, data__root="other")
     train(other, tmp_path, resume=True)
     assert_same(tmp_path, whole)
-
-
-def test_other_data_under_the_same_names_cannot_resume(config, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        act_at(patch, 5, send(signal.SIGTERM))
-        train(config, tmp_path)
-    opened = run.open_task
-
-    def relabeled(*arguments):
-        data = opened(*arguments)
-        data.train.labels[:] = data.train.labels[::-1].copy()
-        return data
-
-    monkeypatch.setattr(run, "open_task", relabeled)
-    before = (tmp_path / "config.yaml").read_bytes()
-    with pytest.raises(ConfigError, match="the data of task shapes changed.*other labels"):
-        train(config, tmp_path, resume=True)
-    assert (tmp_path / "config.yaml").read_bytes() == before
 
 
 @pytest.mark.parametrize(("kind", "batches"), [("temperature", 5), ("joint", 11)])

@@ -1,0 +1,204 @@
+"""Which images a run means: written down when it begins, compared whenever it goes on or is evaluated.
+
+`config.yaml` holds each task's specification, its classes and a hash of each split; `images/<task>.json.gz` lists the
+images themselves - name, bytes, label and, of up to 1,000 in a split, a checksum - so that a change can be named. The
+list is also what is followed: an image that has come since then is none of the run's, and none changes its split.
+"""
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_bsr.config import ConfigError
+from moe_bsr.data import Split, TaskData, TaskSpec
+from moe_bsr.data.spec import ImageSource, spec_from
+from moe_bsr.data.splits import image_key
+from moe_bsr.runtime.files import write_whole
+
+SPLITS = ("train", "val", "test")
+SHOWN = 3  # names in a message
+READ = 1000  # images of a split whose contents are compared; of the others, their sizes
+
+
+@dataclass(slots=True)
+class Changes:
+    """How a split differs from what a run began with, by the names of its images.
+
+    Attributes:
+        gone, altered, added: no longer there; there with other contents or another label; there now, and not then.
+        other: what differs where images have no names, or the run's list of them is lost.
+    """
+
+    gone: list[str] = field(default_factory=list)
+    altered: list[str] = field(default_factory=list)
+    added: list[str] = field(default_factory=list)
+    other: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.gone or self.altered or self.added or self.other)
+
+    @property
+    def lost(self) -> bool:
+        """Whether what the run began with is no longer there as it was."""
+        return bool(self.gone or self.altered or self.other)
+
+    def __str__(self) -> str:
+        parts = [
+            f"{len(names)} {what} ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
+            for names, what in ((self.gone, "gone"), (self.altered, "with other contents"), (self.added, "new"))
+            if names
+        ]
+        return ", ".join([*parts, *([self.other] if self.other else [])])
+
+
+def describe(data: TaskData) -> dict[str, Any]:
+    """What `config.yaml` says of a task's data: plain values."""
+    return {
+        "origin": data.origin,
+        "spec": {"source": data.spec.source} | _keys(data.spec),
+        "classes": list(data.class_names),
+        "splits": {
+            name: {"images": len(split), "sha256": _sha256(_listed(split))} for name, split in _splits(data).items()
+        },
+    }
+
+
+def write_images(run: Path, data: TaskData) -> None:
+    """List the images of each split, for sources whose images have names."""
+    listed = {name: _listed(split) for name, split in _splits(data).items()}
+    if all(split["names"] is not None for split in listed.values()):
+        file = _file(run, data.name)
+        file.parent.mkdir(exist_ok=True)
+        write_whole(file, gzip.compress(json.dumps(listed).encode(), mtime=0))
+
+
+def recorded_spec(task: str, about: dict[str, Any]) -> TaskSpec | None:
+    """The task as the run began with it, of what `describe` said; None for a run of an older version."""
+    return spec_from(task, about["spec"]) if "spec" in about else None
+
+
+def check_spec(run: Path, spec: TaskSpec, about: dict[str, Any]) -> None:
+    """Raise ConfigError if a task's file now says other things that matter than when the run began.
+
+    Where the images lie does not matter: they are compared themselves.
+    """
+    then, now = about.get("spec", {}), _keys(spec)
+    for key in sorted(now.keys() - {"title", "license", "homepage", "path"}):
+        if key in then and then[key] != now[key]:
+            raise ConfigError(
+                f"cannot resume {run}: in the file of task {spec.name} {key} was {then[key]}, now {now[key]}; "
+                "put it back, or begin in another folder"
+            )
+
+
+def follow(run: Path, data: TaskData, about: dict[str, Any]) -> tuple[TaskData, dict[str, Changes]]:
+    """The splits as the run began with them, out of the data as they are now, and what has changed, by split.
+
+    The training and validation images are the recorded ones in the recorded order: positions stay the same, and new
+    images are left out. An image that is gone keeps its position (`Split.place` refuses it). A test split of the
+    data's own is taken as it is now.
+    """
+    if list(data.class_names) != about["classes"]:
+        then, now = set(about["classes"]), set(data.class_names)
+        what = ", ".join([*(f"{c!r} is gone" for c in then - now), *(f"{c!r} is new" for c in now - then)])
+        raise ConfigError(
+            f"task {data.name}: its data now have other classes than the run was trained on: "
+            f"{what or 'in another order'} ({data.origin})"
+        )
+    if "splits" not in about:
+        unknown = Changes(other="of a run of an older version, which did not record its images")
+        return data, dict.fromkeys(SPLITS, unknown)
+    current = {name: _listed(split) for name, split in _splits(data).items()}
+    moved = [name for name in SPLITS if _sha256(current[name]) != about["splits"][name]["sha256"]]
+    if not moved:
+        return data, {name: Changes() for name in SPLITS}
+    images = _read_images(run, data.name, about)
+    changes = {name: Changes() for name in SPLITS}
+    if images is None or any(split["names"] is None for split in current.values()):
+        for name in moved:
+            count = about["splits"][name]["images"], len(current[name]["labels"])
+            changes[name].other = (
+                "other images or labels" if count[0] == count[1] else "{} images, now {}".format(*count)
+            )
+        return data, changes
+    known = {image for split in images.values() for image in split["names"]}
+    splits: dict[str, Split] = {}
+    for name, split in _splits(data).items():
+        splits[name], changes[name] = _followed(split, images[name])
+        changes[name].added = sorted(set(current[name]["names"]) - known)
+        if name == "test" and split.source is not data.train.source:
+            splits[name] = split
+    return dataclasses.replace(data, train=splits["train"], val=splits["val"], test=splits["test"]), changes
+
+
+def _followed(split: Split, then: dict[str, Any]) -> tuple[Split, Changes]:
+    """The recorded images of a split, found again in its source."""
+    source = split.source
+    assert source.names is not None and source.sizes is not None
+    place = {image: i for i, image in enumerate(source.names)}
+    index = np.array([place.get(image, -1) for image in then["names"]], dtype=np.int64)
+    labels, sizes = np.array(then["labels"], dtype=np.int64), np.array(then["sizes"], dtype=np.int64)
+    there = index >= 0
+    same = (source.labels[index] == labels) & (source.sizes[index] == sizes)
+    for position in np.flatnonzero(there & same):
+        then_read = then["checksums"][position]
+        same[position] = then_read is None or then_read == _checksum(source, int(index[position]))
+    changes = Changes(
+        gone=[then["names"][i] for i in np.flatnonzero(~there)],
+        altered=[then["names"][i] for i in np.flatnonzero(there & ~same)],
+    )
+    return Split(source, index, labels), changes
+
+
+def _splits(data: TaskData) -> dict[str, Split]:
+    return {name: getattr(data, name) for name in SPLITS}
+
+
+def _listed(split: Split) -> dict[str, Any]:
+    """The images of a split: names (or None), bytes (or None), checksums (where read) and labels, in its order."""
+    source, index = split.source, split.index
+    every = -(-len(index) // READ)
+    return {
+        "names": None if source.names is None else [source.names[i] for i in index],
+        "sizes": None if source.sizes is None else source.sizes[index].tolist(),
+        "checksums": [_checksum(source, int(i)) if image_key(source, int(i)) % every == 0 else None for i in index],
+        "labels": split.labels.tolist(),
+    }
+
+
+def _checksum(source: ImageSource, index: int) -> int | None:
+    """Of an image's file; None where there is none, or it cannot be read."""
+    try:
+        encoded = source.encoded(index) if hasattr(source, "encoded") else None
+    except OSError:
+        return None
+    return None if encoded is None else zlib.crc32(encoded)
+
+
+def _sha256(listed: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
+
+
+def _keys(spec: TaskSpec) -> dict[str, Any]:
+    return {key: value for key, value in dataclasses.asdict(spec).items() if key != "name"}
+
+
+def _file(run: Path, task: str) -> Path:
+    return run / "images" / f"{task}.json.gz"
+
+
+def _read_images(run: Path, task: str, about: dict[str, Any]) -> dict[str, Any] | None:
+    """The list that `write_images` wrote; None where there is none, or it is not the one that was recorded."""
+    try:
+        listed = json.loads(gzip.decompress(_file(run, task).read_bytes()))
+        sound = all(_sha256(listed[name]) == about["splits"][name]["sha256"] for name in SPLITS)
+    except (OSError, EOFError, ValueError, KeyError, TypeError):
+        return None
+    return listed if sound else None

@@ -1,0 +1,210 @@
+"""A run knows which images it means: what changed is told, and nothing changes its split."""
+
+import gzip
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from tiny_data import save
+from tiny_runs import make_config, replace_task
+
+import moe_bsr
+from moe_bsr.api import evaluate, train
+from moe_bsr.cli.main import main
+from moe_bsr.config import Config, ConfigError
+from moe_bsr.data import load_spec, load_task
+from moe_bsr.runs import checkpoint, data_record
+from moe_bsr.runs.folder import open_tasks
+
+pytestmark = pytest.mark.usefixtures("undrawn")
+CLASSES = ("ant", "bee", "cat")
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """A working directory with data/bugs: 36 training and 6 test images, and tasks/bugs.yaml."""
+    for k, kind in enumerate(CLASSES):
+        for n in range(14):
+            split = "train" if n < 12 else "test"
+            save(tmp_path / "data/bugs" / split / kind / f"{n:02d}.png", 100 * k + n)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/bugs.yaml").write_text("title: Bugs\nsource: folder\npath: bugs\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def config(place) -> Config:
+    return replace_task(make_config(place, train__steps=4, train__checkpoint_every=2, train__eval_every=2), "bugs")
+
+
+@pytest.fixture
+def stopped(config, place) -> Path:
+    """A run that has a checkpoint at its second of four updates."""
+    train(moe_bsr.config.replace(config, train__steps=4), place / "run")
+    report = place / "run/report.json"
+    report.unlink()
+    for step in (4,):
+        shutil.rmtree(place / f"run/checkpoint/{step}")
+    return place / "run"
+
+
+def of(data, split):
+    part = getattr(data, split)
+    return [part.source.names[i] for i in part.index]
+
+
+def first_of(split: str) -> Path:
+    """A training or validation image's file."""
+    data = load_task(load_spec("bugs"), root=Path("data"))
+    return Path("data/bugs/train") / of(data, split)[0]
+
+
+def recolor(path: Path) -> None:
+    Image.fromarray(np.full((10, 12, 3), 77, np.uint8)).save(path)
+
+
+def exchange_classes(split: str) -> None:
+    folder = Path("data/bugs/train")
+    for old, new in (("ant", "x"), ("bee", "ant"), ("x", "bee")):
+        (folder / old).rename(folder / new)
+
+
+CHANGES = {
+    "gone": lambda split: first_of(split).unlink(),
+    "renamed": lambda split: first_of(split).rename(first_of(split).with_name("zz.png")),
+    "contents": lambda split: recolor(first_of(split)),
+    "classes exchanged": exchange_classes,
+    "test image in its place": lambda split: shutil.copy("data/bugs/test/cat/13.png", first_of(split)),
+}
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_image_bars_resume_and_is_named(config, stopped, change, split):
+    name = f"{first_of(split).parent.name}/{first_of(split).name}"
+    CHANGES[change](split)
+    before = (stopped / "config.yaml").read_bytes()
+    with pytest.raises(ConfigError, match="cannot resume .* images of task bugs changed") as error:
+        train(config, stopped, resume=True)
+    assert change == "classes exchanged" or (name in str(error.value) and split in str(error.value))
+    assert (stopped / "config.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_validation_images_bar_their_evaluation_but_not_the_test(stopped, change):
+    CHANGES[change]("val")
+    with pytest.raises(ConfigError, match="val images of task bugs are not those of the run"):
+        evaluate(stopped, "val")
+    assert evaluate(stopped, "test")["data_changes"] == {}
+
+
+def test_added_images_change_neither_what_is_trained_on_nor_what_validates(config, stopped, capsys):
+    whole = train(config, stopped.parent / "whole")
+    shutil.copytree(stopped, stopped.parent / "untouched")
+    before = evaluate(stopped)
+    for n in range(30):
+        save(Path(f"data/bugs/train/ant/0{n}_new.png"), n)
+    after = evaluate(stopped)
+    assert after["tasks"]["bugs"]["loss"] == before["tasks"]["bugs"]["loss"]
+    assert "new" in after["data_changes"]["bugs"] and before["data_changes"] == {}
+    tasks, notes = open_tasks(config, stopped, resume=True)
+    assert any("train images changed" in note and "_new.png" in note and "not used" in note for note in notes)
+    assert of(tasks["bugs"], "train") == of(moe_bsr.load(stopped).data("bugs"), "train")
+    resumed = train(config, stopped, resume=True)
+    assert resumed["tasks"]["bugs"]["loss"] == whole["tasks"]["bugs"]["loss"]
+    held = [checkpoint.read(folder / "checkpoint/4")[0]["weights"] for folder in (stopped, stopped.parent / "whole")]
+    assert all((held[0][key] == held[1][key]).all() for key in held[1])
+
+
+@pytest.mark.parametrize("change", ["gone", "added", "contents"])
+def test_changed_test_images_bar_nothing_and_are_told(config, stopped, change, capsys):
+    file = Path("data/bugs/test/bee/12.png")
+    match change:
+        case "gone":
+            file.unlink()
+        case "added":
+            save(file.with_name("more.png"), 1)
+        case "contents":
+            recolor(file)
+    _, notes = open_tasks(config, stopped, resume=True)
+    assert any("the test images changed" in note for note in notes)
+    assert train(config, stopped, resume=True)["status"] == "finished"
+    result = evaluate(stopped, "test")
+    assert result["tasks"]["bugs"]["n"] == {"gone": 5, "added": 7, "contents": 6}[change]
+    assert ("more.png" if change == "added" else "bee/12.png") in result["data_changes"]["bugs"]
+    assert main(["evaluate", str(stopped), "--split", "test"]) == 0
+    assert "these images changed since the run began" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key, value", [("flip", False), ("crop_scale", [0.5, 0.6])])
+def test_another_task_file_bars_resume_by_its_key(config, stopped, key, value):
+    file = Path("tasks/bugs.yaml")
+    file.write_text(file.read_text() + f"{key}: {json.dumps(value)}\n")
+    with pytest.raises(ConfigError, match=rf"in the file of task bugs {key} was .*, now"):
+        train(config, stopped, resume=True)
+    file.write_text(file.read_text().replace("title: Bugs", "title: Insects").split(key)[0])
+    assert train(config, stopped, resume=True)["status"] == "finished"
+
+
+def test_a_run_is_evaluated_from_anywhere_on_its_own_specification(stopped, tmp_path_factory, monkeypatch):
+    expected = evaluate(stopped)
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    (stopped.parent / "tasks/bugs.yaml").write_text("title: Bugs\nsource: folder\npath: nowhere\n")
+    found = evaluate(stopped)
+    assert found["tasks"]["bugs"]["loss"] == expected["tasks"]["bugs"]["loss"]
+    moved = tmp_path_factory.mktemp("disk")
+    shutil.move(stopped.parent / "data", moved / "data")
+    with pytest.raises((ConfigError, FileNotFoundError), match="data"):
+        evaluate(stopped)
+    again = evaluate(stopped, data_root=str(moved / "data"))
+    assert again["tasks"]["bugs"]["loss"] == expected["tasks"]["bugs"]["loss"]
+
+
+def test_data_before_the_first_checkpoint_may_change(config, place):
+    run = place / "early"
+    open_tasks(config, run)
+    run.mkdir()
+    first_of("train").unlink()
+    assert train(config, run, resume=True)["status"] == "finished"
+
+
+def test_a_record_that_was_lost_or_altered_is_not_believed(stopped):
+    file = stopped / "images/bugs.json.gz"
+    data = moe_bsr.load(stopped).data("bugs")
+    listed = json.loads(gzip.decompress(file.read_bytes()))
+    assert listed["train"]["names"] == of(data, "train") and len(listed["test"]["names"]) == 6
+    assert listed["val"]["sizes"] == [os.stat(f"data/bugs/train/{name}").st_size for name in of(data, "val")]
+    file.write_bytes(file.read_bytes()[:50])
+    assert evaluate(stopped)["data_changes"] == {}  # nothing has changed: the list is not needed
+    save(Path("data/bugs/train/ant/0_new.png"), 1)
+    listed["val"]["names"], listed["train"]["names"] = listed["train"]["names"], listed["val"]["names"]
+    for content in (None, b"", gzip.compress(json.dumps(listed).encode()), gzip.compress(b"[]")):
+        file.unlink() if content is None else file.write_bytes(content)
+        tasks = moe_bsr.load(stopped)
+        changed = data_record.follow(stopped, load_task(load_spec("bugs"), root=Path("data")), tasks.recorded["bugs"])
+        assert changed[1]["train"].other and changed[1]["train"].lost
+
+
+def test_a_run_that_recorded_no_images_is_tested_but_not_validated(stopped):
+    file = stopped / "config.yaml"
+    tree = yaml.safe_load(file.read_text())
+    about = tree["resolved"]["tasks"]["bugs"]
+    del about["splits"], about["spec"]
+    file.write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError, match="older version"):
+        evaluate(stopped)
+    assert evaluate(stopped, "test")["tasks"]["bugs"]["n"] == 6
+
+
+def test_other_classes_are_named(config, stopped):
+    Path("data/bugs/train/cat").rename("data/bugs/train/cow")
+    Path("data/bugs/test/cat").rename("data/bugs/test/cow")
+    for attempt in (lambda: train(config, stopped, resume=True), lambda: evaluate(stopped, "test")):
+        with pytest.raises(ConfigError, match="'cat' is gone, 'cow' is new"):
+            attempt()
