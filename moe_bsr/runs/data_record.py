@@ -70,6 +70,18 @@ def describe(data: TaskData) -> dict[str, Any]:
     }
 
 
+def problem(about: dict[str, Any]) -> str | None:
+    """What is wrong with the form of what `describe` said, read from a file, or None."""
+    if "splits" not in about:
+        return None  # an older version's
+    splits = about["splits"]
+    for name in SPLITS:
+        split = splits.get(name) if isinstance(splits, dict) else None
+        if not isinstance(split, dict) or not isinstance(split.get("images"), int) or "sha256" not in split:
+            return f"splits.{name} is no number of images and their sha256"
+    return None if isinstance(about.get("spec"), dict) else "spec holds no keys and values"
+
+
 def write_images(run: Path, data: TaskData) -> None:
     """List the images of each split, for sources whose images have names."""
     listed = {name: _listed(split) for name, split in _splits(data).items()}

@@ -1,9 +1,11 @@
 """The run folder: what a run writes down, and that a trained model comes back from it as it was scored."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import SIZES, TASKS, Crash, act_at, crash, make_config
 
@@ -115,6 +117,55 @@ def test_the_resolved_configuration_is_written_down(finished, config):
         images = [about["splits"][split]["images"] for split in ("train", "val", "test")]
         assert len(about["classes"]) == classes and images == [SIZES[name], count - SIZES[name], classes]
         assert about["spec"]["source"] == "generated" and about["spec"]["family"] == name
+
+
+def edited(run: Path, folder: Path, change) -> Path:
+    """A copy of a run whose config.yaml went through `change`."""
+    shutil.copytree(run, folder)
+    tree = yaml.safe_load((folder / "config.yaml").read_text())
+    change(tree)
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    return folder
+
+
+@pytest.mark.parametrize("section", ["train", "sampler", "runtime"])
+def test_keys_of_another_version_that_only_say_how_to_train_are_left_out(finished, config, tmp_path, section):
+    folder = edited(finished, tmp_path / "run", lambda tree: tree[section].update(invented=3))
+    with pytest.warns(UserWarning, match=rf"written by another version of moe_bsr .* {section}.invented"):
+        moe_bsr.load(folder)
+    (folder / "report.json").unlink()
+    with pytest.raises(ConfigError, match=rf"another version of moe_bsr .*{section}.invented"):
+        train(config, folder, resume=True)
+
+
+@pytest.mark.parametrize("section", [None, "plan", "moe", "backbone", "data", "tokens"])
+def test_keys_of_another_version_that_shape_the_model_are_refused(finished, tmp_path, section):
+    folder = edited(finished, tmp_path / "run", lambda tree: (tree[section] if section else tree).update(invented=3))
+    with pytest.raises(ConfigError, match="another version of moe_bsr .*invented"):
+        moe_bsr.load(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tree: tree["resolved"].pop("tasks"),
+        lambda tree: tree["resolved"].update(tasks=[]),
+        lambda tree: tree["resolved"]["tasks"].pop("shapes"),
+        lambda tree: tree["resolved"]["tasks"].update(shapes="x"),
+        lambda tree: tree["resolved"]["tasks"]["shapes"].pop("classes"),
+        lambda tree: tree["resolved"]["tasks"]["shapes"].update(classes=[1, 2]),
+        lambda tree: tree["resolved"]["tasks"]["shapes"].update(classes="many"),
+        lambda tree: tree["resolved"]["tasks"]["shapes"].update(spec=3),
+        lambda tree: tree["resolved"]["tasks"]["shapes"].update(splits={}),
+        lambda tree: tree["resolved"]["tasks"]["shapes"]["splits"].update(val=3),
+        lambda tree: tree.update(resolved=[1]),
+        lambda tree: tree.update(tasks=3),
+    ],
+)
+def test_a_damaged_configuration_of_a_run_is_called_so(finished, tmp_path, change):
+    folder = edited(finished, tmp_path / "run", change)
+    with pytest.raises(ConfigError, match="config.yaml: cut or damaged"):
+        moe_bsr.load(folder)
 
 
 # --- metrics and events ---
