@@ -1,0 +1,151 @@
+"""Run a command line in a forked process with limits on time and memory, and judge how it ended.
+
+The process that forks has torch loaded already, so a trial costs its own work alone. POSIX only.
+"""
+
+import contextlib
+import faulthandler
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+
+LONGEST = 700  # characters of a refusal
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a command ended.
+
+    Attributes:
+        status: its exit status; negative, the signal that ended it; None, it was stopped after `seconds`.
+        peak_mb: resident memory at its peak, beyond what the forking process had, in MiB.
+    """
+
+    status: int | None
+    stdout: str
+    stderr: str
+    seconds: float
+    peak_mb: float
+
+    @property
+    def trouble(self) -> str | None:
+        """What no command may do, or None: hang, crash, print a traceback, run out of memory without a word."""
+        if self.status is None:
+            return f"hung for {self.seconds:.0f} s"
+        if self.status < 0:
+            return f"ended by {signal.Signals(-self.status).name}"
+        if "Traceback (most recent call last)" in self.stderr:
+            return f"traceback: {self.stderr.strip().splitlines()[-1]}"
+        return None
+
+    @property
+    def refused(self) -> bool:
+        return self.status not in (0, None)
+
+    def unclear(self, *words: str) -> str | None:
+        """Why a refusal is no clear one, or None: one line, not too long, with one of `words` in it if any are given."""
+        lines = [line for line in self.stderr.strip().splitlines() if not _is_warning(line)]
+        if not lines:
+            return "refused without a word"
+        last = lines[-1]
+        if len(lines) > 1:
+            return f"{len(lines)} lines: {' / '.join(lines)[:LONGEST]}"
+        if len(last) > LONGEST:
+            return f"a line of {len(last)} characters"
+        if words and not any(word in last for word in words):
+            return f"names none of {', '.join(words)}: {last}"
+        return None
+
+
+def run(command: Callable[[], int | None], *, seconds: float = 30, memory_mb: float = 4000) -> Outcome:
+    """Call `command` in a forked process and wait for it.
+
+    Args:
+        command: returns an exit status, None for 0; it may raise.
+        seconds: after these the process and its children are killed.
+        memory_mb: address space beyond what this process has, in MiB.
+    """
+    before = _resident_mb()
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        began = time.monotonic()
+        pid = os.fork()
+        if pid == 0:
+            _child(command, out.fileno(), err.fileno(), memory_mb)
+        status, usage = _wait(pid, began + seconds)
+        took = time.monotonic() - began
+        for stream in (out, err):
+            stream.seek(0)
+        texts = [stream.read().decode(errors="replace") for stream in (out, err)]
+    return Outcome(status, *texts, took, max(0.0, usage / 1024 - before))
+
+
+def command_line(*arguments: str) -> Callable[[], int]:
+    """A command of moe-bsr, for `run`."""
+
+    def command() -> int:
+        from moe_bsr.cli.main import main
+
+        return main(list(arguments))
+
+    return command
+
+
+def _child(command: Callable[[], int | None], out: int, err: int, memory_mb: float) -> None:
+    status = 1
+    try:
+        os.setsid()
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(out, 1)
+        os.dup2(err, 2)
+        faulthandler.disable()
+        sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False, errors="backslashreplace") for n in (1, 2))
+        limit = _address_space() + int(memory_mb * 2**20)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        status = command() or 0
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+def _wait(pid: int, deadline: float) -> tuple[int | None, int]:
+    """Exit status and peak resident memory in KiB."""
+    pause = 0.002
+    while True:
+        ended, status, usage = os.wait4(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status), usage.ru_maxrss
+        if time.monotonic() > deadline:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            return None, os.wait4(pid, 0)[2].ru_maxrss
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.05)
+
+
+def _is_warning(line: str) -> bool:
+    return "Warning: " in line or line.startswith("  ") or line.startswith("warning:")
+
+
+def _address_space() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+
+def _resident_mb() -> float:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
