@@ -290,4 +290,4 @@ def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
 
 def _sha256(file: Path) -> str:
     with files.open_file(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]  # it is a FileIO
