@@ -3,6 +3,7 @@
 Everything is put together here: data, model, predicted cost, callbacks and trainer.
 """
 
+import contextlib
 import dataclasses
 import statistics
 import warnings
@@ -10,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moe_bsr import config as configuration
 from moe_bsr.callbacks import default_callbacks
 from moe_bsr.callbacks.jsonl import Jsonl
-from moe_bsr.config import Config
+from moe_bsr.config import Config, ConfigError
 from moe_bsr.cost.predict import Cost, predict
 from moe_bsr.data import TaskData
 from moe_bsr.data.sampler import SAMPLERS
@@ -23,7 +26,9 @@ from moe_bsr.model.multitask import MultitaskViT, build, build_on_meta
 from moe_bsr.runs import folder as run
 from moe_bsr.runs import report
 from moe_bsr.runs.load import TrainedRun, load
-from moe_bsr.runtime.device import Runtime, prepare
+from moe_bsr.runs.lock import locked
+from moe_bsr.runtime import memory
+from moe_bsr.runtime.device import Runtime, find_device, prepare
 from moe_bsr.runtime.files import write_whole
 from moe_bsr.training.callback import Callback
 from moe_bsr.training.feature_cache import CachedInputs, FeatureCache
@@ -45,19 +50,32 @@ def train(
         callbacks: in place of the console, TensorBoard and the expert views; metrics.jsonl is always written.
             With `mode: single_task` they see one run after the other.
     Raises:
-        ConfigError: an impossible configuration, or a folder that holds another run.
-        ValueError: two callbacks of one name.
-        NonFiniteLoss: the loss or the gradient became infinite or NaN.
-        FloatingPointError: an evaluation met logits that are.
+        ConfigError: an impossible configuration, a folder that holds another run or that a process trains in.
+        CheckpointError: no checkpoint to resume from is sound. ValueError: two callbacks of one name.
+        TrainingFailed: a run that had begun could not go on: no room on the disk, no memory, or (NonFiniteLoss) the
+            loss or the gradient became infinite or NaN.
+        FloatingPointError: an evaluation met logits that are. UnreadableImage: an image could not be decoded.
     """
     run_dir = Path(run_dir)
     runtime = prepare(config.runtime)
     run.check_folder(config, run_dir, resume)
     check(config)
+    parts = [run_dir / name for name in config.task_names()] if config.mode == "single_task" else []
+    with contextlib.ExitStack() as held:
+        for place in (run_dir, *parts):
+            held.enter_context(locked(place))
+        run.check_folder(config, run_dir, resume)  # again: who held it before us may have finished
+        return _train(config, run_dir, resume, callbacks, runtime)
+
+
+def _train(
+    config: Config, run_dir: Path, resume: bool, callbacks: list[Callback] | None, runtime: Runtime
+) -> dict[str, Any]:
+    """`train`, in a folder that is locked and checked."""
     if resume and (done := report.read(run_dir)) is not None and done["status"] == "finished":
         return done
     if config.mode == "single_task":
-        return _train_each_task(config, run_dir, resume, callbacks)
+        return _train_each_task(config, run_dir, resume, callbacks, runtime)
     tasks, notes = run.open_tasks(config, run_dir, resume)
     chosen = default_callbacks(run_dir) if callbacks is None else [Jsonl(run_dir), *callbacks]
     with runtime.in_effect():
@@ -74,17 +92,19 @@ def check(config: Config) -> None:
         ConfigError: an impossible plan, or an unknown kind of storage, adapter, router, sampler or backbone.
     """
     SAMPLERS.choose(config.sampler.kind)
-    build_on_meta(config, dict.fromkeys(config.task_names(), 2))
+    model = build_on_meta(config, dict.fromkeys(config.task_names(), 2))
+    _check_parameters(model, find_device(config.runtime.device))
 
 
-def _train_each_task(config: Config, run_dir: Path, resume: bool, callbacks: list[Callback] | None) -> dict[str, Any]:
+def _train_each_task(
+    config: Config, run_dir: Path, resume: bool, callbacks: list[Callback] | None, runtime: Runtime
+) -> dict[str, Any]:
     """One complete run per task; finished ones are not repeated on resume."""
-    run_dir.mkdir(parents=True, exist_ok=True)
     write_whole(run_dir / "config.yaml", configuration.dump(config))
     parts: dict[str, dict[str, Any]] = {}
     names = config.task_names()
     for name in names:
-        parts[name] = train(config.of_task(name), run_dir / name, resume, callbacks)
+        parts[name] = _train(config.of_task(name), run_dir / name, resume, callbacks, runtime)
         whole = report.aggregate(config, parts)
         report.write(run_dir, whole)
         if parts[name]["status"] != "finished":
@@ -113,12 +133,42 @@ def make_trainer(
             )
         inputs = CachedInputs(inputs, cache)
     predicted = _predict(config, model, runtime)
+    if predicted is not None:
+        _warn_of_memory(config, inputs, predicted)
     about = _about(config, model, tasks, runtime, run_dir, predicted) + inputs.summary()
     costs = {
         "predicted_peak_mb": predicted and predicted.peak / 2**20,
         "gflops_per_image": predicted and predicted.forward_flops / _micro_batch(config) / 1e9,
     }
     return Trainer(config, model, inputs, runtime, run_dir, callbacks, about, costs)
+
+
+def _check_parameters(model: MultitaskViT, device: torch.device) -> None:
+    """Refuse a model whose parameters alone do not fit."""
+    needed = sum(parameter.nbytes for parameter in model.parameters())
+    free = memory.available(device)
+    if free is not None and needed > free[0]:
+        raise ConfigError(
+            f"backbone.name, moe.num_experts: the model's parameters alone take {needed / 2**20:.0f} MB, and "
+            f"{free[1]} has {free[0] / 2**20:.0f} MB free; take a smaller backbone or fewer experts"
+        )
+
+
+def _warn_of_memory(config: Config, inputs: Inputs, predicted: Cost) -> None:
+    """Warn of a run whose predicted peak is more than the memory there is; the model itself is in memory already."""
+    free = memory.available(inputs.runtime.device)
+    step = predicted.peak - predicted.parameters
+    images = inputs.cached_bytes()
+    if inputs.runtime.device.type == "cpu":
+        step, what = step + images, f"{step / 2**20:.0f} MB for an update and {images / 2**20:.0f} MB of cached images"
+    else:
+        what = "for an update"
+    if free is not None and step > free[0]:
+        warnings.warn(
+            f"this run may run out of memory: beside the model it needs about {step / 2**20:.0f} MB ({what}), and "
+            f"{free[1]} has {free[0] / 2**20:.0f} MB free; {memory.REMEDY}, or lower data.image_cache_mb",
+            stacklevel=3,
+        )
 
 
 def _predict(config: Config, model: MultitaskViT, runtime: Runtime) -> Cost | None:

@@ -118,11 +118,13 @@ def kill_at_operation(number: int):
 
     for owner, name in (
         (checkpoint, "save_file"),
+        (checkpoint.os, "link"),
+        (files, "write_new"),
         (files, "sync"),
-        (checkpoint.shutil, "rmtree"),
+        (files.shutil, "rmtree"),
         (Path, "rename"),
-        (Path, "write_text"),
         (Path, "mkdir"),
+        (Path, "chmod"),
     ):
         setattr(owner, name, counted(getattr(owner, name)))
 

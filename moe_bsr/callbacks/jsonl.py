@@ -1,12 +1,16 @@
 """`metrics.jsonl`: one object a line with step, task and named numbers.
 
-It holds nothing measured by a clock, so that a resumed run's file equals an uninterrupted one's.
+It holds nothing measured by a clock, so that a resumed run's file equals an uninterrupted one's. It is the run's own
+record: where it cannot be written the run ends. The lines that found no room go into the checkpoint.
 """
 
 import json
 import os
+import warnings
 from pathlib import Path
+from typing import IO
 
+from moe_bsr.runtime import files
 from moe_bsr.training.callback import Callback, EvalEvent, StepEvent
 
 SCORES = ("top1", "top5", "mean_class_accuracy", "ece", "loss", "n")
@@ -14,44 +18,60 @@ SCORES = ("top1", "top5", "mean_class_accuracy", "ece", "loss", "n")
 
 class Jsonl(Callback):
     name = "jsonl"
+    essential = True
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / "metrics.jsonl"
-        self.stream = None
+        self.stream: IO[bytes] | None = None
+        self.unwritten = b""
 
     def restore(self, state: dict) -> None:
-        self.stream = self.path.open("ab", buffering=0)
-        self.stream.truncate(min(self.path.stat().st_size, state.get("bytes", 0)))
+        """
+        Raises:
+            ValueError: no state of this callback.
+        """
+        length, unwritten = state.get("bytes", 0), state.get("unwritten", "")
+        if type(length) is not int or length < 0 or not isinstance(unwritten, str):
+            raise ValueError(f"no length of {self.path.name}: {state!a:.80}")
+        self.unwritten = unwritten.encode()
+        self.stream = files.open_file(self.path, "ab")
+        there = self.path.stat().st_size
+        if there < length:
+            warnings.warn(
+                f"{self.path} has {there} bytes of the {length} it had at the checkpoint: lines before it are lost",
+                stacklevel=2,
+            )
+            length = files.read_bytes(self.path).rfind(b"\n") + 1  # a line cut in two would spoil the next one
+        self.stream.truncate(length)
+        self._write_out()
 
     def on_step(self, step: StepEvent) -> None:
-        self._write(
-            {
-                "step": step.step,
-                "task": step.task,
-                **step.metrics,
-                "images": step.progress[step.task]["images"],
-                "epochs": step.progress[step.task]["epochs"],
-            }
-        )
+        place = {"step": step.step, "task": step.task}
+        shown = {name: step.progress[step.task][name] for name in ("images", "epochs")}
+        self._write([place | step.metrics | shown])
 
     def on_evaluate(self, evaluation: EvalEvent) -> None:
-        for task, scores in evaluation.scores.items():
-            self._write(
-                {
-                    "step": evaluation.step,
-                    "task": task,
-                    "split": evaluation.split,
-                    **{name: scores[name] for name in SCORES},
-                }
-            )
+        self._write(
+            [
+                {"step": evaluation.step, "task": task, "split": evaluation.split}
+                | {name: scores[name] for name in SCORES}
+                for task, scores in evaluation.scores.items()
+            ]
+        )
 
     def state(self) -> dict:
         os.fsync(self.stream.fileno())
-        return {"bytes": self.path.stat().st_size}
+        state = {"bytes": self.path.stat().st_size}
+        return state | {"unwritten": self.unwritten.decode()} if self.unwritten else state
 
     def close(self) -> None:
         if self.stream is not None:
             self.stream.close()
 
-    def _write(self, line: dict) -> None:
-        self.stream.write((json.dumps(line) + "\n").encode())
+    def _write(self, lines: list[dict]) -> None:
+        self.unwritten += "".join(json.dumps(line) + "\n" for line in lines).encode()
+        self._write_out()
+
+    def _write_out(self) -> None:
+        while self.unwritten:  # one call may write a part, as when the disk is filling up
+            self.unwritten = self.unwritten[self.stream.write(self.unwritten) :]

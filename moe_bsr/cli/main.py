@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import moe_bsr
+from moe_bsr.cli import streams
 
 COMMANDS = {
     "train": "train several tasks as a configuration says, and write a run folder",
@@ -47,7 +48,14 @@ FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 def start(command: str | None = None) -> NoReturn:
     """The whole life of a process: run what its arguments say, or that command with them, and exit."""
     arguments = sys.argv[1:] if command is None else [command, *sys.argv[1:]]
-    sys.exit(main(arguments, own_process=True))
+    name = arguments[0] if arguments else ""
+    streams.set_up(program(name).strip(), quiet_output=name == "train")
+    status = main(arguments, own_process=True)
+    if (failed := streams.finish()) is not None:  # a reader that has seen enough (head) is no failure
+        if failed:
+            print(f"{program(name)}: {failed}", file=sys.stderr)
+        status = status or bool(failed) * FAILED
+    sys.exit(status)
 
 
 def main(arguments: list[str], own_process: bool = False) -> int:
@@ -88,7 +96,7 @@ def program(command: str) -> str:
 
 def in_flags(message: str) -> str:
     """A message of the library, whose arguments are Python's (`resume=True`), as the command line spells them."""
-    message = message.replace("resume=True", "--resume")
+    message = message.replace("resume=True", "--resume").replace("checkpoint_name='last'", "--checkpoint last")
     message = re.sub(
         r"(?<![\w.])(weights|device|data_root)='?([^\s',;]+)'?", lambda m: f"--{m[1].replace('_', '-')} {m[2]}", message
     )
@@ -108,8 +116,10 @@ def _run(name: str, rest: list[str], own_process: bool) -> int:
         _set_up_process()
     try:
         return module.run(parsed)
+    except BrokenPipeError:  # nobody reads any more
+        return 0
     except _expected_errors() as error:
-        print(f"{parser.prog}: {in_flags(str(error))}", file=sys.stderr)
+        print(f"{parser.prog}: {in_flags(told(error))}", file=sys.stderr)
         return REFUSED
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
@@ -120,6 +130,23 @@ def _run(name: str, rest: list[str], own_process: bool) -> int:
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except (MemoryError, RuntimeError) as error:
+        from moe_bsr.runtime import memory
+
+        if not memory.is_short(error):
+            raise
+        print(f"{parser.prog}: out of memory ({memory.described(error)}); {_SMALLER}", file=sys.stderr)
+        return FAILED
+
+
+_SMALLER = "give it more, or smaller batches (--batch-size, train.batch_size)"
+
+
+def told(error: Exception) -> str:
+    """An exception's message in one line; of the system's errors the file first."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
 
 
 def _set_up_process() -> None:

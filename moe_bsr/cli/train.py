@@ -7,7 +7,8 @@
 
 CONFIG is the file of that path, or else the one of that name in the package (moe-bsr configs lists them).
 
-Exit status: 0 finished, 1 training failed, 2 refused, 128 + signal if interrupted (saved; --resume goes on).
+Exit status: 0 finished, 1 training failed, 2 refused before it began, 128 + signal if interrupted (saved; --resume
+goes on). SIGINT, SIGTERM, SIGHUP and SIGXCPU interrupt.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_bsr.cli import run_arguments
-from moe_bsr.cli.main import FAILED, INTERRUPTED, in_flags, program
+from moe_bsr.cli.main import FAILED, INTERRUPTED, in_flags, program, told
 
 if TYPE_CHECKING:
     from moe_bsr.config import Config
@@ -36,7 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
     import moe_bsr
     from moe_bsr.config import load, packaged
     from moe_bsr.data import UnreadableImage
-    from moe_bsr.training.trainer import NonFiniteLoss
+    from moe_bsr.runs.report import markdown
+    from moe_bsr.training.trainer import TrainingFailed
 
     folder = arguments.run or Path("runs") / Path(arguments.config).stem
     config = load(packaged.find_config(arguments.config), arguments.overrides)
@@ -44,11 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
         return dry_run(config, folder, arguments.resume)
     try:
         report = moe_bsr.train(config, folder, arguments.resume)
-    except FileNotFoundError:
-        raise  # refused before anything was trained
-    except (NonFiniteLoss, FloatingPointError, OSError, UnreadableImage) as error:
-        # A diverged model, a full disk or a damaged image ends a training that had begun.
-        print(f"{program('train')}: {in_flags(str(error))}", file=sys.stderr)
+    except (TrainingFailed, FloatingPointError, UnreadableImage) as error:
+        # A diverged model, a full disk, too little memory or a damaged image ends a training that had begun.
+        print(f"{program('train')}: {in_flags(told(error))}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print(
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return INTERRUPTED
-    print((folder / "report.md").read_text())
+    print(markdown(report))
     if report["status"] == "interrupted":
         again = shlex.join([arguments.config, *arguments.overrides, "--run", str(folder), "--resume"])
         print(f"interrupted; saved in {folder}. Go on with: {program('train')} {again}")

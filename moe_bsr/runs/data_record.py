@@ -20,6 +20,7 @@ from moe_bsr.config import ConfigError
 from moe_bsr.data import Split, TaskData, TaskSpec
 from moe_bsr.data.spec import ImageSource, spec_from
 from moe_bsr.data.splits import image_key
+from moe_bsr.runtime import files
 from moe_bsr.runtime.files import write_whole
 
 SPLITS = ("train", "val", "test")
@@ -87,6 +88,7 @@ def write_images(run: Path, data: TaskData) -> None:
     listed = {name: _listed(split) for name, split in _splits(data).items()}
     if all(split["names"] is not None for split in listed.values()):
         file = _file(run, data.name)
+        files.require(file.parent, "a folder")
         file.parent.mkdir(exist_ok=True)
         write_whole(file, gzip.compress(json.dumps(listed).encode(), mtime=0))
 
@@ -209,7 +211,7 @@ def _file(run: Path, task: str) -> Path:
 def _read_images(run: Path, task: str, about: dict[str, Any]) -> dict[str, Any] | None:
     """The list that `write_images` wrote; None where there is none, or it is not the one that was recorded."""
     try:
-        listed = json.loads(gzip.decompress(_file(run, task).read_bytes()))
+        listed = json.loads(gzip.decompress(files.read_bytes(_file(run, task))))
         sound = all(_sha256(listed[name]) == about["splits"][name]["sha256"] for name in SPLITS)
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None

@@ -7,6 +7,7 @@ it again, `data_record.py` finds its images again.
 
 import dataclasses
 import datetime
+import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -22,7 +23,8 @@ from moe_bsr.config import Config, ConfigError
 from moe_bsr.data import ImageTransforms, TaskData, TaskSpec, load_spec, load_task
 from moe_bsr.model.backbones import family_of
 from moe_bsr.model.multitask import MultitaskViT
-from moe_bsr.runs import checkpoint, data_record, report
+from moe_bsr.runs import checkpoint, data_record, ordinary, report
+from moe_bsr.runtime import files
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.runtime.files import write_whole
 from moe_bsr.runtime.provenance import commit, environment
@@ -238,9 +240,11 @@ def config_diff(old: Config, new: Config) -> list[str]:
 
 def check_folder(config: Config, folder: Path, resume: bool) -> None:
     """Raise ConfigError if the folder holds another run, or without `resume` any, or is none."""
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file; name a folder for the run")
-    parts = [folder / name for name in config.task_names()] if config.mode == "single_task" else []
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder; name a folder for the run")
+    names = config.task_names() if config.mode == "single_task" else []
+    ordinary.check(folder, names)
+    parts = [folder / name for name in names]
     if not resume and any(checkpoint.steps(place) or (place / "report.json").is_file() for place in (folder, *parts)):
         raise ConfigError(f"{folder} holds a run already; go on with it by resume=True, or name another folder")
     if not resume or not (folder / "config.yaml").is_file():
@@ -289,9 +293,8 @@ def count_test_evaluation(run: Path, tasks: Iterable[str] = ()) -> int:
             count_test_evaluation(run / task)
         count = max(test_evaluations(run / task) for task in config.task_names())
     else:
-        log = run / "test_evaluations.log"
-        with log.open("a") as stream:
-            stream.write(f"{datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')}\n")
+        with files.open_file(run / "test_evaluations.log", "ab") as stream:
+            stream.write(f"{datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')}\n".encode())
         count = test_evaluations(run)
     if known:
         report.write(run, known | {"test_evaluations": count})
@@ -301,4 +304,4 @@ def count_test_evaluation(run: Path, tasks: Iterable[str] = ()) -> int:
 def test_evaluations(run: Path) -> int:
     """How often the test split of a complete run was evaluated."""
     log = run / "test_evaluations.log"
-    return len(log.read_text().splitlines()) if log.is_file() else 0
+    return len(files.read_bytes(log).splitlines()) if files.kind(log) else 0

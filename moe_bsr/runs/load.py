@@ -18,10 +18,10 @@ from moe_bsr.config import Config, ConfigError
 from moe_bsr.config.reader import nearest
 from moe_bsr.data import ImageTransforms, TaskData
 from moe_bsr.model.multitask import MultitaskViT, build, build_on_meta
-from moe_bsr.runs import checkpoint, data_record
+from moe_bsr.runs import checkpoint, contents, data_record, ordinary
 from moe_bsr.runs.folder import make_transforms, open_task, read_config, restore_weights
 from moe_bsr.runs.predict import Images, predict_images
-from moe_bsr.runtime.device import Runtime, prepare
+from moe_bsr.runtime.device import Runtime, most_threads, prepare
 
 
 @dataclass(slots=True)
@@ -116,9 +116,11 @@ def load(
         ValueError: a task that the run does not have.
     """
     run = Path(run)
+    ordinary.check(run)
     config, resolved = read_config(run)
     chosen = chosen_tasks(tasks, config.task_names())
     if config.mode == "single_task":
+        ordinary.check(run, chosen)
         _require_trained(run, chosen, config.task_names())
         parts = {task: load(run / task, checkpoint_name, data_root, device, weights) for task in chosen}
         first = next(iter(parts.values()))
@@ -139,6 +141,7 @@ def load(
     names = {task: about["classes"] for task, about in resolved["tasks"].items()}
     classes = {task: len(known) for task, known in names.items()}
     folder, tensors, state = _read_named(run, checkpoint_name)
+    contents.check_state(folder, state, config.task_names())
     if build_on_meta(config, classes).state_dict().keys() <= tensors["weights"].keys():
         config.backbone.weights = "random"  # everything was saved: no need for the backbone's file
     elif weights is not None:
@@ -149,8 +152,10 @@ def load(
         raise ConfigError(
             f"{run}: {error}. The run needs the weights it was trained from: weights=FILE says where they are now"
         ) from error
+    contents.check_tensors(folder / "weights.safetensors", tensors["weights"], contents.model_tensors(model))
     restore_weights(model, tensors["weights"], resolved["backbone_sha256"], folder)
     average = tensors.get("average")
+    contents.check_average(folder, average, model, config.train.ema_decay is not None)
     if average:
         model.load_state_dict(average, strict=False)
     return TrainedRun(
@@ -197,6 +202,8 @@ def _data_root(config: Config, resolved: dict[str, Any]) -> str:
 
 def _prepare_for(run: Path, config: Config, device: str | None) -> Runtime:
     """To compute on `device`, or where the run did."""
+    if (config.runtime.threads or 0) > most_threads():  # it was trained on a larger machine
+        config.runtime.threads = None
     if device is not None:
         config.runtime.device = device
         return prepare(config.runtime)
@@ -208,15 +215,19 @@ def _prepare_for(run: Path, config: Config, device: str | None) -> Runtime:
 
 def _read_named(run: Path, name: str | int) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]]:
     """A checkpoint's folder, tensors and state; of "best", the newest sound checkpoint knows which it is."""
+    why = ""
     if name in ("best", "last"):
         newest = checkpoint.latest(run)
         best = checkpoint.best_step(newest)
         if name == "last" or best is None or newest.name == str(best):
             return newest, *checkpoint.read(newest, verified=True)
-        name = best
+        name, why = best, "; of the best one no other is left, checkpoint_name='last' takes the newest"
+    there = checkpoint.steps(run)
+    if str(name) not in map(str, there):
+        others = why or f"; there are best, last and {', '.join(map(str, there))}"
+        raise checkpoint.CheckpointError(f"no checkpoint {name} in {run}{others}")
     folder = run / "checkpoint" / str(name)
-    if not folder.is_dir():
-        raise checkpoint.CheckpointError(
-            f"no checkpoint {name} in {run}; there are best, last and {', '.join(map(str, checkpoint.steps(run)))}"
-        )
-    return folder, *checkpoint.read(folder)
+    try:
+        return folder, *checkpoint.read(folder)
+    except checkpoint.CheckpointError as error:
+        raise checkpoint.CheckpointError(f"{error}{why}") from error

@@ -10,7 +10,7 @@ from typing import Any
 from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError
 from moe_bsr.runtime.device import Runtime
-from moe_bsr.runtime.files import write_whole
+from moe_bsr.runtime.files import NotOrdinary, read_text, write_whole
 from moe_bsr.runtime.provenance import command, commit, environment
 
 
@@ -23,7 +23,9 @@ def make(
     scores: dict[str, dict[str, Any]] | None,
     split: str,
     progress: dict[str, dict[str, float]],
-    best: tuple[float, int] | None,
+    best: tuple[float | None, int] | None,
+    lost: dict[str, Any] | None = None,
+    step: int = 0,
     **measured: Any,
 ) -> dict[str, Any]:
     """Report of one run.
@@ -31,10 +33,13 @@ def make(
     Args:
         runtime: what computed it.
         scores: by task, from `evaluate`; None if the run did not get that far.
-        progress: updates, images and epochs by task.
-        best: mean validation top-1 and step of the weights selected.
+        progress: updates, images and epochs by task, at `step`.
+        best: mean validation top-1 and step of the weights selected, which the scores are of.
+        lost: step, mean_top1, scores and reason of a better evaluation whose checkpoint could not be read.
+        step: updates done.
     """
-    tasks = {name: {**(scores[name] if scores else {}), **counts} for name, counts in progress.items()}
+    scored = {"scored_step": best and best[1]} if scores else {}
+    tasks = {name: {**(scores[name] if scores else {}), **scored, **counts} for name, counts in progress.items()}
     return {
         "status": status,
         "signal": signal,
@@ -43,6 +48,8 @@ def make(
         "mean_top1": _mean([t.get("top1") for t in tasks.values()]),
         "selected_step": best and best[1],
         "selected_mean_val_top1": best and best[0],
+        "lost_best": lost,
+        "step": step,
         **measured,
         "config": configuration.to_dict(config),
         "environment": environment(runtime),
@@ -68,6 +75,9 @@ def aggregate(config: Config, parts: dict[str, dict[str, Any]]) -> dict[str, Any
         "tasks": tasks,
         "mean_top1": _mean([t.get("top1") for t in tasks.values()]),
         "selected_mean_val_top1": _mean([p["selected_mean_val_top1"] for p in done]),
+        "selected_steps": {name: part["selected_step"] for name, part in parts.items()},
+        "steps": {name: part["step"] for name, part in parts.items()},
+        "lost_best": {name: part["lost_best"] for name, part in parts.items() if part["lost_best"]},
         "predicted_peak_mb": max(p["predicted_peak_mb"] or 0 for p in done) or None,
         "train_seconds": sum(p["train_seconds"] for p in done),
         "measured_peak_mb": max(p["measured_peak_mb"] for p in done),
@@ -92,13 +102,15 @@ def read(folder: Path) -> dict[str, Any] | None:
         ConfigError: it is cut or damaged.
     """
     file = folder / "report.json"
-    if not file.is_file():
-        return None
     try:
-        report = json.loads(file.read_text())
-        if not isinstance(report, dict) or "tasks" not in report:
+        report = json.loads(read_text(file))
+        if not isinstance(report, dict) or not report.keys() >= {"tasks", "status"}:
             raise ValueError("no report of a run")
-    except ValueError as error:
+    except FileNotFoundError:
+        return None
+    except NotOrdinary as error:
+        raise ConfigError(str(error)) from None
+    except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"{file}: cut or damaged: {error}; remove it, and training with resume=True writes it "
             "again (a finished run is tested once more for it)"
@@ -125,11 +137,43 @@ def markdown(report: dict[str, Any]) -> str:
         lines.append(f"| mean | {report['mean_top1']:.2f} | | | | | | | | |")
     lines += [
         "",
+        *_steps(report),
+        "",
         f"Training took {report['train_seconds']:.0f} s; {_gflops(report)} GFLOPs an image forward. {_peaks(report)}",
         "",
         _provenance(report),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _steps(report: dict[str, Any]) -> list[str]:
+    """Which step's weights the scores are of, and up to which step images and updates are counted."""
+    if "selected_steps" in report:  # one model per task
+        of = {task: (report["selected_steps"][task], report["steps"][task]) for task in report["selected_steps"]}
+        lines = [
+            f"{task}: {_scored(selected, report['tasks'][task])}counts are up to step {step}."
+            for task, (selected, step) in of.items()
+        ]
+        return [" ".join(lines), *(_lost(lost, f"{task}: ") for task, lost in report["lost_best"].items())]
+    mean, any_task = report.get("selected_mean_val_top1"), next(iter(report["tasks"].values()))
+    why = "" if mean is None else f" (mean validation top-1 {mean:.2f} %)"
+    lines = [
+        f"{_scored(report.get('selected_step'), any_task, why)}images seen, epochs and updates are counted up to step "
+        f"{report.get('step')}."
+    ]
+    return [lines[0][0].upper() + lines[0][1:], *([_lost(lost)] if (lost := report.get("lost_best")) else [])]
+
+
+def _scored(step: int | None, task: dict[str, Any], why: str = "") -> str:
+    return f"scores are of the weights selected, those after step {step}{why}; " if "top1" in task else ""
+
+
+def _lost(lost: dict[str, Any], place: str = "") -> str:
+    scores = ", ".join(f"{task} {each['top1']:.1f}" for task, each in (lost["scores"] or {}).items())
+    return (
+        f"{place}The best evaluation was that of step {lost['step']}, mean validation top-1 {lost['mean_top1']:.2f} % "
+        f"({scores}); its weights are lost: {lost['reason']}."
+    )
 
 
 def _peaks(report: dict[str, Any]) -> str:

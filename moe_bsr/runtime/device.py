@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from moe_bsr.config import ConfigError, RuntimeConfig
+from moe_bsr.config import ConfigError, RuntimeConfig, require
 from moe_bsr.runtime import allocator
 from moe_bsr.runtime import cpu_features as cpu
 
@@ -95,7 +95,8 @@ def prepare(config: RuntimeConfig) -> Runtime:
     """Choose device, precision and number of threads. Changes nothing in the process.
 
     Raises:
-        ConfigError: a device that is not there, or a launch on several processes.
+        ConfigError: a device that is not there, more threads than this machine can use, or a launch on several
+            processes.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1:
@@ -103,6 +104,12 @@ def prepare(config: RuntimeConfig) -> Runtime:
             f"WORLD_SIZE = {world}: training on several processes is not supported; start one process, without torchrun"
         )
     device = find_device(config.device)
+    require(
+        config.threads is None or config.threads <= most_threads(),
+        "runtime.threads",
+        config.threads,
+        f"null or 1 to {most_threads()} on this machine of {os.cpu_count()} cores",
+    )
     fast, why = bf16_is_fast(device)
     precision = config.precision
     if precision == "auto":
@@ -110,6 +117,11 @@ def prepare(config: RuntimeConfig) -> Runtime:
     else:
         why = "asked for"
     return Runtime(device, precision, config.threads or torch.get_num_threads(), why)
+
+
+def most_threads() -> int:
+    """That make any sense on this machine; some thousands end the process without a word."""
+    return max(64, 4 * (os.cpu_count() or 1))
 
 
 def tune_process(threads: int | None = None) -> None:
@@ -145,8 +157,10 @@ def find_device(name: str) -> torch.device:
     """
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ConfigError(
             f"runtime.device = {name!r}: {str(error).splitlines()[0]}; use auto, cpu or a device torch sees here"
         ) from error

@@ -1,4 +1,4 @@
-"""Stopping on SIGINT and SIGTERM where nothing is lost.
+"""Stopping on SIGINT, SIGTERM, SIGHUP and SIGXCPU where nothing is lost.
 
 While training changes state a signal is only noted, and the loop ends after the update. Where no state
 changes (an evaluation) it ends the work at once.
@@ -10,15 +10,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+# Ctrl-C, a polite kill, a terminal that closes, processor time used up; the last two are not everywhere.
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGXCPU") if hasattr(signal, name)]
+
 
 class Interrupted(Exception):
     """A signal ended work inside `StopSignals.at_once`."""
 
 
 class StopSignals:
-    """Catches SIGINT and SIGTERM while it is entered as a context manager; the old handlers come back after it.
+    """Catches `STOPPING` while it is entered as a context manager; the old handlers come back after it.
 
-    In another thread than the main one it catches nothing: Python allows no handlers there.
+    A SIGHUP that is ignored already stays so (`nohup`). In another thread than the main one it catches nothing:
+    Python allows no handlers there.
 
     Attributes:
         number: of the signal that arrived, 0 as long as none has.
@@ -31,7 +35,12 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+            hangup = getattr(signal, "SIGHUP", None)
+            self._previous = {
+                number: signal.signal(number, self._on_signal)
+                for number in STOPPING
+                if number != hangup or signal.getsignal(number) is not signal.SIG_IGN
+            }
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -23,7 +23,9 @@ from moe_bsr.selftest import sandbox, tiny
 CANARY = b"nobody may write here\n"
 
 
-def campaign(folder: Path, count: int, seed: int, progress: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def campaign(
+    folder: Path, count: int, seed: int, progress: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
     """Try `count` damages; returns plain values: tried, by kind {tried, refused, right}, and each failure in words."""
     config, file = tiny.write_config(folder)
     whole, sound = folder / "whole", folder / "sound"
@@ -123,7 +125,9 @@ def _change_bytes(run: Path, canary: Path, chance: random.Random) -> str:
 
 def _replace_file(run: Path, canary: Path, chance: random.Random) -> str:
     file = _file(run, chance)
-    how = chance.choice(["gone", "a folder", "a FIFO", "a link out", "a broken link", "a device", "no permission", "itself"])
+    how = chance.choice(
+        ["gone", "a folder", "a FIFO", "a link out", "a broken link", "a device", "no permission", "itself"]
+    )
     if how == "no permission":
         file.chmod(0)
         return f"{file.relative_to(run)} has no permission"
@@ -234,7 +238,9 @@ def _forge_tensors(folder: Path, chance: random.Random) -> str:
     file = folder / chance.choice(["weights.safetensors", "optimizer.safetensors", "average.safetensors"])
     tensors = load_file(file)
     name = chance.choice(sorted(tensors))
-    how = chance.choice(["gone", "renamed", "another shape", "flat", "integers", "NaN", "infinite", "one more", "empty", "none at all"])
+    how = chance.choice(
+        ["gone", "renamed", "another shape", "flat", "integers", "NaN", "infinite", "one more", "empty", "none at all"]
+    )
     value = tensors[name]
     if how in ("gone", "renamed"):
         del tensors[name]
@@ -266,7 +272,9 @@ def _forge_manifest(folder: Path, chance: random.Random) -> str:
     if how == "step":
         manifest["step"] = 1
     elif how in ("path", "absolute path", "device"):
-        name = {"path": "../../../canary", "absolute path": str(folder.parents[2] / "canary"), "device": "/dev/zero"}[how]
+        name = {"path": "../../../canary", "absolute path": str(folder.parents[2] / "canary"), "device": "/dev/zero"}[
+            how
+        ]
         manifest["sha256"][name] = hashlib.sha256(CANARY).hexdigest()
     elif how == "list":
         manifest = [manifest]
@@ -374,9 +382,7 @@ def _numbers(report: dict[str, Any]) -> dict[str, Any]:
 
 def _fit_hashes(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["sha256"] = {
-        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in manifest["sha256"]
-    }
+    manifest["sha256"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in manifest["sha256"]}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 

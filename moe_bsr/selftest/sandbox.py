@@ -49,7 +49,7 @@ class Outcome:
         return self.status not in (0, None)
 
     def unclear(self, *words: str) -> str | None:
-        """Why a refusal is no clear one, or None: one line, not too long, with one of `words` in it if any are given."""
+        """Why a refusal is no clear one, or None: one line, not too long, with one of `words` if any are given."""
         lines = [line for line in self.stderr.strip().splitlines() if not _is_warning(line)]
         if not lines:
             return "refused without a word"
@@ -138,7 +138,7 @@ def _wait(pid: int, deadline: float) -> tuple[int | None, int]:
 
 
 def _is_warning(line: str) -> bool:
-    return "Warning: " in line or line.startswith("  ") or line.startswith("warning:")
+    return "Warning: " in line or line.startswith(("  ", "warning:"))
 
 
 def _address_space() -> int:

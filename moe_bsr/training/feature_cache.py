@@ -120,5 +120,8 @@ class CachedInputs(Inputs):
             self.cache.add(task, positions, features)
         return dataclasses.replace(batch, images=None, labels=labels, features=features)
 
+    def cached_bytes(self) -> int:
+        return super().cached_bytes() + self.cache.bytes
+
     def summary(self) -> list[str]:
         return [str(self.cache)]

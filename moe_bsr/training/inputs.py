@@ -1,11 +1,12 @@
 """What the trainer feeds to a model: whole batches, drawn ahead, and micro-batches ready for the forward pass."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from moe_bsr.data import ImageTransforms, Loader, TaskData
+from moe_bsr.data import ImageTransforms, Loader, TaskData, UnreadableImage
 from moe_bsr.data.loader import Batch
 from moe_bsr.runtime.device import Runtime
 
@@ -28,6 +29,15 @@ class Inputs:
         return dataclasses.replace(
             batch, images=self.transforms.normalize(batch.images, device=device), labels=batch.labels.to(device)
         )
+
+    def cached_bytes(self) -> int:
+        """What decoded images will take in memory at most, judged by the first image of each task."""
+        total = 0
+        for data in self.tasks.values():
+            with contextlib.suppress(UnreadableImage):  # named when its batch is asked for
+                first = data.train.source.image(int(data.train.index[0]))
+                total += (len(data.train) + len(data.val)) * first.nbytes
+        return min(total, int(self.transforms.cache_mb * 1e6))
 
     def summary(self) -> list[str]:
         """Lines for a person who starts the run."""

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from moe_bsr.model.multitask import MultitaskViT
-from moe_bsr.runs import checkpoint
+from moe_bsr.runs import checkpoint, contents
 from moe_bsr.runs import folder as run
 from moe_bsr.runtime.device import Runtime
-from moe_bsr.training.callback import Callback, by_name
+from moe_bsr.training.callback import Callback, Callbacks
 from moe_bsr.training.optim import MovingAverage
 
 
@@ -22,8 +22,8 @@ class Best:
     """The evaluation whose weights are reported.
 
     Attributes:
-        mean_top1: over the tasks, on the validation split; None if its weights were lost.
-        scores: by task; None if they are not known (any more).
+        mean_top1: over the tasks, on the validation split; None if these weights were not evaluated on it.
+        scores: by task; None likewise.
     """
 
     step: int
@@ -31,12 +31,22 @@ class Best:
     scores: dict[str, dict[str, Any]] | None = None
 
 
+@dataclass(slots=True)
+class Lost:
+    """The best evaluation of a run, whose checkpoint is lost. reason: what is wrong with it."""
+
+    best: Best
+    reason: str
+
+
 class TrainState:
     """What changes while a run trains.
 
     Attributes:
         step: updates done. seconds: spent in them. best: None before the first evaluation.
-        pending_evaluation: whether the evaluation due at this step was interrupted.
+        pending_evaluation: whether the evaluation due at this step is not yet done.
+        untold_scores: of the evaluation at this step, of which the callbacks have not been told.
+        lost: the best evaluation, if its weights could not be read again.
         saved_step: of the newest checkpoint; -1 before the first.
     """
 
@@ -56,11 +66,13 @@ class TrainState:
             ValueError: two callbacks of one name.
         """
         self.model, self.optimizer, self.average = model, optimizer, average
-        self.callbacks = by_name(callbacks)
+        self.callbacks = Callbacks(callbacks)
         self.selection, self.saved_weights = selection, saved_weights
         self.step, self.seconds = 0, 0.0
         self.best: Best | None = None
         self.pending_evaluation = False
+        self.untold_scores: dict[str, dict[str, Any]] | None = None
+        self.lost: Lost | None = None
         self.saved_step = -1
 
     def add_evaluation(self, scores: dict[str, dict[str, Any]]) -> None:
@@ -68,26 +80,23 @@ class TrainState:
         mean = sum(s["top1"] for s in scores.values()) / len(scores)
         if self.selection == "last" or self.best is None or mean > self.best.mean_top1:
             self.best = Best(self.step, mean, scores)
-        self.pending_evaluation = False
+        self.pending_evaluation, self.untold_scores = False, scores
 
     # --- as values ---
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Tensors under "weights", "optimizer" and, if there is one, "average"; JSON values under "progress"."""
-        weights = self.model.state_dict()
-        if self.saved_weights == "trainable":
-            unchanged = self.model.unchanged_backbone_names()
-            weights = {name: value for name, value in weights.items() if name not in unchanged}
-        state = {"weights": weights, "optimizer": self._moments()}
-        if self.average is not None:
-            state["average"] = self.average.average
+        state = self._tensors()
         state["progress"] = {
             "step": self.step,
             "pending_evaluation": self.pending_evaluation,
             "seconds": self.seconds,
             "best_step": self.best and self.best.step,
             "best_mean_top1": self.best and self.best.mean_top1,
-            "callbacks": {name: callback.state() for name, callback in self.callbacks.items()},
+            "best_scores": self.best and self.best.scores,
+            "untold_scores": self.untold_scores,
+            "moments": len(state["optimizer"]),
+            "callbacks": self.callbacks.state(),
         }
         return state
 
@@ -101,10 +110,21 @@ class TrainState:
             self.optimizer.state[parameters[name]][key] = value.to(parameters[name].device)
         progress = state["progress"]
         self.step, self.seconds = progress["step"], progress["seconds"]
-        self.pending_evaluation = progress["pending_evaluation"]
+        self.pending_evaluation, self.untold_scores = progress["pending_evaluation"], progress["untold_scores"]
         if progress["best_step"] is not None:
-            self.best = Best(progress["best_step"], progress["best_mean_top1"])
-        self._restore_callbacks(progress["callbacks"])
+            self.best = Best(progress["best_step"], progress["best_mean_top1"], progress["best_scores"])
+        self.callbacks.restore(progress["callbacks"])
+
+    def _tensors(self) -> dict[str, dict[str, Any]]:
+        """By the file they are saved in."""
+        weights = self.model.state_dict()
+        if self.saved_weights == "trainable":
+            unchanged = self.model.unchanged_backbone_names()
+            weights = {name: value for name, value in weights.items() if name not in unchanged}
+        tensors = {"weights": weights, "optimizer": self._moments()}
+        if self.average is not None:
+            tensors["average"] = self.average.average
+        return tensors
 
     def _moments(self) -> dict[str, Tensor]:
         """The optimizer's state by the parameter's name and its own: heads.pets.weight/exp_avg."""
@@ -125,24 +145,34 @@ class TrainState:
             for name, value in self.average.average.items():
                 value.copy_(state["average"][name])
 
-    def _restore_callbacks(self, states: dict[str, dict[str, Any]]) -> None:
-        for name, callback in self.callbacks.items():
-            callback.restore(states.get(name, {}))
-
     # --- on disk ---
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint into the run folder."""
+        """Write a checkpoint into the run folder.
+
+        Raises:
+            OSError: it could not be written.
+        """
         tensors = self.state_dict()
         progress = tensors.pop("progress")
-        checkpoint.save(folder, self.step, tensors, progress)
+        if self.saved_step == self.step and self.step in checkpoint.steps(folder):
+            checkpoint.save_state(folder, self.step, progress)  # an evaluation changes no tensor
+        else:
+            checkpoint.save(folder, self.step, tensors, progress)
         self.saved_step = self.step
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file of a checkpoint, by name, once every parameter has its moments."""
+        trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+        copies = 2 if isinstance(self.optimizer, torch.optim.AdamW) else bool(self.optimizer.defaults["momentum"])
+        sizes = {name: sum(tensor.nbytes for tensor in group.values()) for name, group in self._tensors().items()}
+        return sizes | {"optimizer": copies * trained}
 
     def begin(self) -> None:
         """Start at the first step: the callbacks forget what an earlier run left in the folder."""
-        self._restore_callbacks({})
+        self.callbacks.restore({})
 
-    def resume(self, folder: Path, runtime: Runtime) -> list[str]:
+    def resume(self, folder: Path, tasks: Iterable[str], runtime: Runtime) -> list[str]:
         """Go on from the newest sound checkpoint of a run folder, or begin if there is none.
 
         Returns:
@@ -159,8 +189,12 @@ class TrainState:
         place = checkpoint.latest(folder, warn=notes.append)
         tensors, progress = checkpoint.read(place, verified=True)
         resolved = run.read_config(folder)[1]
+        self._check(place, tensors, progress, list(tasks))
         run.restore_weights(self.model, tensors["weights"], resolved["backbone_sha256"], place)
-        self.load_state_dict({**tensors, "progress": progress})
+        try:
+            self.load_state_dict({**tensors, "progress": progress})
+        except ValueError as error:  # of an essential callback
+            raise checkpoint.CheckpointError(f"checkpoint refused: {place / checkpoint.STATE}: {error}") from error
         self.saved_step = self.step
         notes.append(f"resumed from {place}")
         now = run.environment(runtime)
@@ -171,15 +205,29 @@ class TrainState:
             notes.append(f"not bit-exact with the run so far: {'; '.join(changed)}")
         return notes
 
+    def _check(self, place: Path, tensors: dict[str, dict[str, Tensor]], progress: Any, tasks: list[str]) -> None:
+        """Refuse a checkpoint that no trainer of this run can have written."""
+        contents.check_state(place, progress, tasks)
+        if "optimizer" not in tensors:
+            raise checkpoint.CheckpointError(f"{place} does not fit the run: it has no optimizer.safetensors")
+        contents.check_tensors(place / "weights.safetensors", tensors["weights"], contents.model_tensors(self.model))
+        contents.check_moments(place / "optimizer.safetensors", tensors["optimizer"], self.model, progress["moments"])
+        contents.check_average(place, tensors.get("average"), self.model, self.average is not None)
+
     def load_best(self, folder: Path) -> None:
         """Put the best evaluation's weights into the model; if they were lost the last ones stay, with a warning."""
         if self.best.step == self.step:
             return
+        place = folder / "checkpoint" / str(self.best.step)
         try:
-            tensors, _ = checkpoint.read(folder / "checkpoint" / str(self.best.step))
+            tensors, _ = checkpoint.read(place)
+            contents.check_tensors(
+                place / "weights.safetensors", tensors["weights"], contents.model_tensors(self.model)
+            )
+            contents.check_average(place, tensors.get("average"), self.model, self.average is not None)
         except checkpoint.CheckpointError as error:
             warnings.warn(f"{error}; the last weights are reported in place of the best", stacklevel=2)
-            self.best = Best(self.step, None)  # the lost weights' scores must not stand beside the last weights
+            self.lost, self.best = Lost(self.best, str(error)), Best(self.step, None)
             return
         self.model.load_state_dict(tensors["weights"], strict=False)
         self._load_average(tensors)

@@ -4,6 +4,8 @@ It knows no method: what trains, drops or routes is the model's business, which 
 what the model is fed the inputs', and what becomes of the numbers the callbacks'.
 """
 
+import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -18,6 +20,7 @@ from moe_bsr.evaluation.evaluate import evaluate
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.runs import checkpoint, report
 from moe_bsr.runs import folder as run
+from moe_bsr.runtime import files, memory
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.runtime.interrupt import Interrupted, StopSignals
 from moe_bsr.training.callback import Callback, EvalEvent, StartEvent, StepEvent
@@ -27,7 +30,11 @@ from moe_bsr.training.state import TrainState
 from moe_bsr.training.update import BatchResult, accumulate, multitask_update, task_weights
 
 
-class NonFiniteLoss(RuntimeError):
+class TrainingFailed(RuntimeError):
+    """A run that had begun cannot go on. One line says what happened, which checkpoint is good and what to do."""
+
+
+class NonFiniteLoss(TrainingFailed):
     """Training diverged; the message names the step, the task and the last good checkpoint."""
 
 
@@ -73,7 +80,7 @@ class Trainer:
         self.update = multitask_update(model, settings, runtime, optimizer, average)
         self.weights = task_weights(list(self.tasks), settings)
         self.state = TrainState(model, optimizer, average, callbacks, settings.checkpoint_selection, settings.save)
-        self.callbacks = self.state.callbacks.values()
+        self.callbacks = self.state.callbacks
         self.stop = StopSignals()
 
     def fit(self, resume: bool = False) -> dict[str, Any]:
@@ -81,30 +88,73 @@ class Trainer:
 
         Args:
             resume: go on from the folder's newest sound checkpoint, if there is one.
+        Raises:
+            ConfigError, CheckpointError: refused, nothing was trained. TrainingFailed, UnreadableImage: later.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.runtime.reset_peak()
-        if resume:
-            self.about += self.state.resume(self.folder, self.runtime)
-        else:
-            self.state.begin()
-        run.write_config(self.folder, self.config, self.model, self.transforms, self.runtime, self.tasks, resume)
+        self._check_room()
         try:
-            self._start()
-            with self.stop:
-                try:
-                    self._loop()
-                except Interrupted:
-                    self.state.pending_evaluation = True
-                    self.state.save(self.folder)
-                try:
-                    result = self._report()
-                except Interrupted:  # while testing, when everything had been saved
-                    result = self._report()
-            return self._end(result)
+            if resume:
+                self.about += self.state.resume(self.folder, self.tasks, self.runtime)
+                if self.state.step > self.config.train.steps:
+                    raise checkpoint.CheckpointError(
+                        f"{self.folder / 'checkpoint' / str(self.state.step)} is of a step after the run's last, "
+                        f"train.steps = {self.config.train.steps}"
+                    )
+            else:
+                self.state.begin()
+            run.write_config(self.folder, self.config, self.model, self.transforms, self.runtime, self.tasks, resume)
+            try:
+                return self._fit()
+            except (OSError, MemoryError, RuntimeError) as error:
+                if (line := self._explained(error)) is None:
+                    raise
+                raise TrainingFailed(line) from error
         finally:
-            for callback in self.callbacks:
-                callback.close()
+            self.callbacks.close()
+
+    def _fit(self) -> dict[str, Any]:
+        self._start()
+        with self.stop:
+            with contextlib.suppress(Interrupted):  # in an evaluation, before which everything was saved
+                self._loop()
+            try:
+                result = self._report()
+            except Interrupted:  # while testing, when everything had been saved
+                result = self._report()
+        return self._end(result)
+
+    def _check_room(self) -> None:
+        """Refuse a run whose checkpoints, three at times, have no room where they are to be kept."""
+        there = checkpoint.steps(self.folder)
+        left = self.config.train.steps - (there[-1] if there else 0)
+        if left > 0:
+            saves = math.ceil(left / self._checkpoint_every())
+            at_once = max(1, checkpoint.KEPT + 1 - len(there))
+            checkpoint.check_room(self.folder, self.state.sizes(), min(saves, at_once))
+
+    def _checkpoint_every(self) -> int:
+        return self.config.train.checkpoint_every or max(1, self.config.train.steps // 10)
+
+    def _explained(self, error: Exception) -> str | None:
+        """What ended training and how to go on, in a line; None for what is no trouble of the machine's."""
+        ended = f"{self.folder}: training ended at step {self.state.step}"
+        if memory.is_short(error):
+            return (
+                f"{ended}: out of memory ({memory.described(error)}); {self._good()}; with more memory free go on with "
+                f"resume=True, or in another folder {memory.REMEDY}"
+            )
+        if isinstance(error, OSError):
+            said = str(error) if error.errno is None else f"{error.filename or 'a file'}: {files.reason(error)}"
+            return f"{ended}: {said}; {self._good()}; then go on with resume=True"
+        return None
+
+    def _good(self) -> str:
+        saved = checkpoint.steps(self.folder)
+        return (
+            f"last good checkpoint: {self.folder / 'checkpoint' / str(saved[-1]) if saved else 'none was written yet'}"
+        )
 
     def _start(self) -> None:
         start = StartEvent(
@@ -118,14 +168,14 @@ class Trainer:
             self.transforms,
             self.runtime,
         )
-        for callback in self.callbacks:
-            callback.on_start(start)
+        self.callbacks.tell("on_start", start)
 
     def _loop(self) -> None:
         settings, state, clock = self.config.train, self.state, time.monotonic()
-        checkpoint_every = settings.checkpoint_every or max(1, settings.steps // 10)
-        if state.pending_evaluation:
+        checkpoint_every = self._checkpoint_every()
+        if state.pending_evaluation or (state.step == settings.steps and state.best is None):
             self._evaluate_and_save()
+        self._tell_scores()
         batches = self.inputs.batches(self.sampler.batches(state.step))
         while state.step < settings.steps and not self.stop.number:
             try:
@@ -135,6 +185,9 @@ class Trainer:
                     state.save(self.folder)
                 raise
             state.seconds += time.monotonic() - clock
+            if self.callbacks.failed is not None:
+                state.save(self.folder)
+                raise self.callbacks.failed
             if state.step == settings.steps or (settings.eval_every and state.step % settings.eval_every == 0):
                 self._evaluate_and_save()
             elif state.step % checkpoint_every == 0:
@@ -171,8 +224,7 @@ class Trainer:
                 "gradient_norm": norm,
             }
             event = StepEvent(state.step, task, metrics, progress, result.outputs, speed)
-            for callback in self.callbacks:
-                callback.on_step(event)
+            self.callbacks.tell("on_step", event)
 
     def _backward(self, batch: Batch, place: int, tasks: int) -> BatchResult:
         """The gradient of the batch that is number `place` of so many tasks' in this update."""
@@ -191,10 +243,8 @@ class Trainer:
         return result
 
     def _refuse(self, what: str, task: str) -> NoReturn:
-        saved = checkpoint.steps(self.folder)
-        good = self.folder / "checkpoint" / str(saved[-1]) if saved else "none was written yet"
         raise NonFiniteLoss(
-            f"{what} at step {self.state.step + 1}, task {task}; last good checkpoint: {good}; "
+            f"{what} at step {self.state.step + 1}, task {task}; {self._good()}; "
             "in a new run folder lower train.lr, set train.grad_clip_norm, or use runtime.precision=fp32"
         )
 
@@ -215,14 +265,25 @@ class Trainer:
         return scores
 
     def _evaluate_and_save(self) -> None:
-        scores = self._evaluate("val")
-        self.state.add_evaluation(scores)
-        self._emit(EvalEvent(self.state.step, "val", scores))
-        self.state.save(self.folder)
+        """Evaluate, saved before and after: neither an image that cannot be read nor a callback costs anything."""
+        state = self.state
+        if not state.pending_evaluation:  # otherwise it was saved so, and resumed
+            state.pending_evaluation = True
+            state.save(self.folder)
+        state.add_evaluation(self._evaluate("val"))
+        state.save(self.folder)
+        self._tell_scores()
+
+    def _tell_scores(self) -> None:
+        """Tell the callbacks of the evaluation at this step, if they have not been told."""
+        if (scores := self.state.untold_scores) is not None:
+            self._emit(EvalEvent(self.state.step, "val", scores))
+            self.state.untold_scores = None
 
     def _emit(self, evaluation: EvalEvent) -> None:
-        for callback in self.callbacks:
-            callback.on_evaluate(evaluation)
+        self.callbacks.tell("on_evaluate", evaluation)
+        if self.callbacks.failed is not None:  # what was saved last does not hold them as told
+            raise self.callbacks.failed
 
     def _report(self) -> dict[str, Any]:
         """The report; a run that reached its end is tested first, with the weights selected."""
@@ -232,7 +293,7 @@ class Trainer:
             if split == "test":
                 run.count_test_evaluation(self.folder)
                 scores = self._evaluate(split)
-                self._emit(EvalEvent(state.step, split, scores))
+                self._emit(EvalEvent(state.best.step, split, scores))
             else:
                 scores = state.best.scores or self._evaluate(split)
         return report.make(
@@ -243,8 +304,9 @@ class Trainer:
             scores=scores,
             split=split,
             progress=self.sampler.progress(state.step),
-            step=state.step,
             best=state.best and (state.best.mean_top1, state.best.step),
+            lost=state.lost and {**dataclasses.asdict(state.lost.best), "reason": state.lost.reason},
+            step=state.step,
             weights="live" if state.average is None else "average",
             train_seconds=state.seconds,
             measured_peak_mb=self.runtime.peak_mb(),
@@ -255,11 +317,6 @@ class Trainer:
 
     def _end(self, result: dict[str, Any]) -> dict[str, Any]:
         """Let the callbacks add their values, and write the report."""
-        added: dict[str, Any] = {}
-        try:
-            for callback in self.callbacks:
-                added |= callback.on_end(result) or {}
-        finally:  # a picture that cannot be drawn must not cost the result
-            result = added | result
-            report.write(self.folder, result)
+        result = self.callbacks.end(result) | result
+        report.write(self.folder, result)
         return result

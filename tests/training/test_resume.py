@@ -12,9 +12,9 @@ CAMPAIGN = Path(__file__).parents[1] / "kill_campaign.py"
 
 
 def test_killed_at_random_and_in_every_stage_of_a_checkpoint_write():
-    # Operations 35 to 50 of the run are one whole checkpoint write, with the removal of an old one.
+    # Operations 61 to 76 of the run are one checkpoint write, with the removal of an old one.
     done = subprocess.run(
-        [sys.executable, CAMPAIGN, "--kills", "5", "--stages", "35", "51"], capture_output=True, text=True, check=False
+        [sys.executable, CAMPAIGN, "--kills", "5", "--stages", "61", "77"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout)

@@ -1,0 +1,144 @@
+"""Whether what a checkpoint holds can be this run's: types, names, shapes and finite numbers.
+
+Its hashes tell that nothing was changed by accident. They cannot tell that it was written for this model, and
+whoever changes a file on purpose changes its hash too.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_bsr.runs.checkpoint import STATE, CheckpointError
+
+
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def is_step(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def is_table(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(each, dict) for each in value.values())
+
+
+def _or_null(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or check(value)
+
+
+STATE_KEYS: dict[str, Callable[[Any], bool]] = {
+    "step": is_step,
+    "pending_evaluation": lambda value: type(value) is bool,
+    "seconds": lambda value: is_number(value) and value >= 0,
+    "best_step": _or_null(is_step),
+    "best_mean_top1": _or_null(is_number),
+    "best_scores": _or_null(is_table),
+    "untold_scores": _or_null(is_table),
+    "moments": is_step,
+    "callbacks": is_table,
+}
+
+
+SCORED = ("top1", "top1_low", "top1_high", "top5", "mean_class_accuracy", "ece", "chance", "loss", "n")
+
+
+def check_state(folder: Path, state: Any, tasks: list[str]) -> None:
+    """The state of a checkpoint is one that a trainer of these tasks wrote at this folder's step.
+
+    Raises:
+        CheckpointError: naming the file and the key.
+    """
+    if not isinstance(state, dict):
+        raise CheckpointError(f"checkpoint refused: {folder / STATE} holds no keys and values")
+    wrong = [key for key, check in STATE_KEYS.items() if key not in state or not check(state[key])]
+    if not wrong and str(state["step"]) != folder.name:
+        wrong = ["step"]
+    if not wrong and state["best_step"] is not None and not 0 < state["best_step"] <= state["step"]:
+        wrong = ["best_step"]
+    if not wrong and state["best_step"] is not None and state["best_mean_top1"] is None:
+        wrong = ["best_mean_top1"]
+    for key in ("best_scores", "untold_scores"):
+        if not wrong and state[key] is not None and not _are_scores(state[key], tasks):
+            wrong = [key]
+    if wrong:
+        found = f"{wrong[0]} = {str(state[wrong[0]])!a:.60}" if wrong[0] in state else f"no {wrong[0]}"
+        raise CheckpointError(f"checkpoint refused: {folder / STATE} has {found}, which no trainer wrote there")
+
+
+def _are_scores(scores: dict[str, dict[str, Any]], tasks: list[str]) -> bool:
+    return list(scores) == tasks and all(is_number(each.get(name)) for each in scores.values() for name in SCORED)
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Its parameters, which know whether they train, and its buffers."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def check_tensors(file: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
+    """Each tensor has the shape and type of the one of its name in `like`, and finite numbers.
+
+    Frozen parameters may have another floating-point type, for they are kept in the one they are computed in. Names
+    that are not in `like` are not looked at.
+
+    Raises:
+        CheckpointError: naming the file and the tensor.
+    """
+    for name, value in tensors.items():
+        if (expected := like.get(name)) is None:
+            continue
+        trained = isinstance(expected, nn.Parameter) and expected.requires_grad
+        narrowed = not trained and value.dtype in (torch.float32, torch.bfloat16) and expected.is_floating_point()
+        if value.shape != expected.shape or (value.dtype != expected.dtype and not narrowed):
+            raise CheckpointError(
+                f"{file} does not fit the model: {name} is {_form(value)} where the model has {_form(expected)}"
+            )
+        if not bool(value.isfinite().all()):
+            raise CheckpointError(
+                f"{file}: {name} has numbers that are not finite; the weights are broken, use an earlier checkpoint"
+            )
+
+
+def check_average(folder: Path, average: Mapping[str, Tensor] | None, model: nn.Module, expected: bool) -> None:
+    """There is a moving average of the trained parameters exactly if the configuration asks for one.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    file = folder / "average.safetensors"
+    if (average is not None) != expected:
+        found = "no moving average" if expected else "a moving average"
+        raise CheckpointError(f"{folder} does not fit the run: it has {found}, unlike train.ema_decay")
+    if average is not None:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if other := sorted(trained.keys() ^ average.keys()):
+            raise CheckpointError(f"{file} does not fit the model: not the trained parameters ({other[0]})")
+        check_tensors(file, average, trained)
+
+
+def check_moments(file: Path, moments: Mapping[str, Tensor], model: nn.Module, count: int) -> None:
+    """The optimizer's state is whole: for each parameter that has any, all of its tensors, in its shape.
+
+    Args:
+        moments: by parameter and name: heads.pets.weight/exp_avg. count: how many there were.
+    Raises:
+        CheckpointError: naming the file.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    keys: dict[str, set[str]] = {}
+    for name, value in moments.items():
+        parameter, _, key = name.rpartition("/")
+        if parameter not in parameters:
+            raise CheckpointError(f"{file} does not fit the model: unexpected {name}")
+        keys.setdefault(parameter, set()).add(key)
+        check_tensors(file, {name: value}, {name: torch.empty(()) if key == "step" else parameters[parameter]})
+    if len({frozenset(each) for each in keys.values()}) > 1 or len(moments) != count:
+        raise CheckpointError(f"{file}: {len(moments)} tensors of the optimizer where {count} were saved")
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

@@ -1,0 +1,139 @@
+"""Kill a training with SIGKILL again and again; what comes out must be bit for bit the run that was never killed.
+
+Two kinds of kills: at a random moment, and before every single disk operation of what is saved.
+"""
+
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moe_bsr.api import train
+from moe_bsr.config import Config
+from moe_bsr.runs import checkpoint
+from moe_bsr.runtime import files
+from moe_bsr.selftest import tiny
+
+
+def campaign(
+    folder: Path,
+    count: int,
+    seed: int,
+    progress: Callable[[str], None] = lambda line: None,
+    stages: range = range(10_000),
+) -> dict[str, Any]:
+    """Kill `count` times at random, and before each disk operation in `stages` (all there are).
+
+    Returns:
+        Plain values: tried (kills of both kinds), failed, differing (files that came out with other bits), and more.
+    """
+    config, _ = tiny.write_config(folder, views__pictures=False)
+    chance = random.Random(seed)
+    began = time.monotonic()
+    if not _ended(_start(config, folder / "reference")):
+        raise RuntimeError("the run that is not killed failed")
+    seconds = time.monotonic() - began
+    expected = outcome(folder / "reference")
+    failures: list[str] = []
+
+    def note(what: str, run: Path) -> None:
+        if wrong := differing(run, expected):
+            failures.append(f"{what}: other bits in {', '.join(wrong)}")
+            progress(failures[-1])
+
+    run, runs = folder / "timed", 1
+    for _ in range(count):
+        pid = _start(config, run)
+        time.sleep(chance.uniform(0, 1.1 * seconds))
+        os.kill(pid, signal.SIGKILL)
+        if _ended(pid):
+            note(f"run {runs}, killed at random moments", run)
+            shutil.rmtree(run)
+            runs += 1
+    if not _ended(_start(config, run)):
+        failures.append(f"run {runs}: the last resume failed")
+    note(f"run {runs}, killed at random moments", run)
+
+    run, killed = folder / "stages", 0
+    for number in stages:
+        done = _ended(_start(config, run, lambda number=number: _kill_at_operation(number)))
+        killed += not done
+        if not done and not _ended(_start(config, run)):
+            failures.append(f"killed before disk operation {number}: the resume failed")
+        note(f"killed before disk operation {number}", run)
+        shutil.rmtree(run)
+        if done:  # a whole run has fewer operations
+            break
+    return {
+        "tried": count + killed,
+        "failed": len(failures),
+        "seed": seed,
+        "kills": count,
+        "runs": runs,
+        "stages": killed,
+        "seconds_uninterrupted": round(seconds, 2),
+        "failures": failures,
+    }
+
+
+def outcome(run: Path) -> dict[str, bytes]:
+    """Everything that has to agree: the last checkpoint's tensors and the metrics, as bytes."""
+    last = run / "checkpoint" / str(tiny.STEPS)
+    return {file.name: file.read_bytes() for file in (*last.glob("*.safetensors"), run / "metrics.jsonl") if file.is_file()}
+
+
+def differing(run: Path, expected: dict[str, bytes]) -> list[str]:
+    """The names of the files whose bytes are not the expected ones."""
+    got = outcome(run)
+    return sorted(name for name in expected.keys() | got.keys() if got.get(name) != expected.get(name))
+
+
+def _start(config: Config, run: Path, before: Callable[[], None] = lambda: None) -> int:
+    """Train (resuming) in a forked process; returns its process id."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            before()
+            train(config, run, resume=True)
+            status = 0
+        finally:
+            os._exit(status)
+    return pid
+
+
+def _ended(pid: int) -> bool:
+    """Wait for a process; whether it ended by itself, and well."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def _kill_at_operation(number: int) -> None:
+    """In this process: SIGKILL before the `number`-th disk operation."""
+    count = 0
+
+    def counted(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **keywords: Any) -> Any:
+            nonlocal count
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count += 1
+            return operation(*arguments, **keywords)
+
+        return run
+
+    for owner, name in (
+        (checkpoint, "save_file"),
+        (checkpoint.os, "link"),
+        (files, "write_new"),
+        (files, "sync"),
+        (files.shutil, "rmtree"),
+        (Path, "rename"),
+        (Path, "mkdir"),
+        (Path, "chmod"),
+    ):
+        setattr(owner, name, counted(getattr(owner, name)))
