@@ -116,6 +116,8 @@ def _run(name: str, rest: list[str], own_process: bool) -> int:
         _set_up_process()
     try:
         return module.run(parsed)
+    except MemoryError as error:
+        return _out_of_memory(parser.prog, str(error))
     except BrokenPipeError:  # nobody reads any more
         return 0
     except _expected_errors() as error:
@@ -130,16 +132,18 @@ def _run(name: str, rest: list[str], own_process: bool) -> int:
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (MemoryError, RuntimeError) as error:
+    except RuntimeError as error:
         from moe_bsr.runtime import memory
 
         if not memory.is_short(error):
             raise
-        print(f"{parser.prog}: out of memory ({memory.described(error)}); {_SMALLER}", file=sys.stderr)
-        return FAILED
+        return _out_of_memory(parser.prog, memory.described(error))
 
 
-_SMALLER = "give it more, or smaller batches (--batch-size, train.batch_size)"
+def _out_of_memory(prog: str, said: str) -> int:
+    smaller = "free some, or take smaller batches (train.batch_size, --batch-size)"
+    print(f"{prog}: out of memory ({said or 'no more is to be had'}); {smaller}", file=sys.stderr)
+    return FAILED
 
 
 def told(error: Exception) -> str:

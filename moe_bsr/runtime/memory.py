@@ -4,6 +4,7 @@ import contextlib
 import errno
 import re
 import resource
+import textwrap
 from pathlib import Path
 
 import torch
@@ -32,7 +33,8 @@ def is_short(error: BaseException) -> bool:
 
 def described(error: BaseException) -> str:
     """The exception in one short line."""
-    return (" ".join(str(error).split())[:120]).strip() or type(error).__name__
+    said = re.sub(r"\[enforce fail at [^]]*\] \S+ == 0\. ", "", str(error))
+    return textwrap.shorten(said, 160, placeholder=" ...") or type(error).__name__
 
 
 def available(device: torch.device) -> tuple[int, str] | None:

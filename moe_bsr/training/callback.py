@@ -113,7 +113,7 @@ def by_name(callbacks: Iterable[Callback]) -> dict[str, Callback]:
     """
     named: dict[str, Callback] = {}
     for callback in callbacks:
-        name = callback.name or type(callback).__name__
+        name = getattr(callback, "name", "") or type(callback).__name__
         if name in named:
             raise ValueError(
                 f"callbacks: two are named {name!r} ({type(named[name]).__name__} and {type(callback).__name__}); "
@@ -152,7 +152,7 @@ class Callbacks:
                 try:
                     getattr(callback, hook)(event)
                 except OSError as error:
-                    if not callback.essential or hook == "on_start":
+                    if not _essential(callback) or hook == "on_start":
                         raise
                     self.failed = self.failed or error
 
@@ -170,7 +170,7 @@ class Callbacks:
         """The callbacks' states by name; of a silent one, the last it gave."""
         for name, callback in self._listening():
             with self._guard(name, "state"):
-                self._states[name] = json.loads(json.dumps(callback.state()))
+                self._states[name] = json.loads(json.dumps(dict(callback.state())))
         return dict(self._states)
 
     def restore(self, states: dict[str, dict[str, Any]]) -> None:
@@ -194,7 +194,7 @@ class Callbacks:
         try:
             yield
         except (Exception, SystemExit) as error:
-            if essential and self.named[name].essential:
+            if essential and _essential(self.named[name]):
                 raise
             if name not in self._silent:
                 self._silent.add(name)
@@ -203,6 +203,10 @@ class Callbacks:
                     "goes on without it",
                     stacklevel=4,
                 )
+
+
+def _essential(callback: Callback) -> bool:
+    return getattr(callback, "essential", False)
 
 
 def _told(error: BaseException) -> str:

@@ -185,10 +185,12 @@ class Trainer:
                     state.save(self.folder)
                 raise
             state.seconds += time.monotonic() - clock
+            due = state.step == settings.steps or (settings.eval_every and state.step % settings.eval_every == 0)
             if self.callbacks.failed is not None:
+                state.pending_evaluation = bool(due)
                 state.save(self.folder)
                 raise self.callbacks.failed
-            if state.step == settings.steps or (settings.eval_every and state.step % settings.eval_every == 0):
+            if due:
                 self._evaluate_and_save()
             elif state.step % checkpoint_every == 0:
                 state.save(self.folder)

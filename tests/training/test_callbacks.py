@@ -1,0 +1,263 @@
+"""What only looks at training cannot stop it; what is the run's own record ends it with everything saved."""
+
+import errno
+import json
+import warnings
+
+import pytest
+import torch
+from tiny_runs import TASKS, make_config, make_trainer
+
+from moe_bsr.api import train
+from moe_bsr.callbacks.jsonl import Jsonl
+from moe_bsr.config import replace
+from moe_bsr.runs import checkpoint
+from moe_bsr.training import trainer as trainer_module
+from moe_bsr.training.callback import Callback, Callbacks
+from moe_bsr.training.trainer import TrainingFailed
+
+HOOKS = ("restore", "on_start", "on_step", "on_evaluate", "state", "on_end", "close")
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+ERRORS = [
+    ZeroDivisionError("by zero"),
+    ValueError("two\nlines"),
+    BrokenPipeError(errno.EPIPE, "Broken pipe"),
+    OSError(errno.ENOSPC, "No space left on device"),
+    MemoryError(),
+    KeyError("name"),
+    StopIteration(),
+    SystemExit(3),
+    Unspeakable(),
+]
+
+
+class Failing(Callback):
+    """Raises in one hook each time it is called, and notes every call."""
+
+    name = "failing"
+
+    def __init__(self, hook: str, error: BaseException) -> None:
+        self.calls: list[str] = []
+        for each in HOOKS:
+            setattr(self, each, self._hook(each, error if each == hook else None))
+
+    def _hook(self, name: str, error: BaseException | None):
+        def call(*arguments):
+            self.calls.append(name)
+            if error is not None:
+                raise error
+            return {}
+
+        return call
+
+
+class Witness(Callback):
+    """Notes all it is told, and adds to the report."""
+
+    name = "witness"
+
+    def __init__(self) -> None:
+        self.told: list = []
+
+    def on_step(self, step) -> None:
+        self.told.append((step.step, step.task, step.metrics))
+
+    def on_evaluate(self, evaluation) -> None:
+        self.told.append((evaluation.step, evaluation.split, {t: s["top1"] for t, s in evaluation.scores.items()}))
+
+    def on_end(self, report) -> dict:
+        return {"witness": len(self.told)}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return make_config(tmp_path_factory.mktemp("tasks"), train__steps=4, train__eval_every=2)
+
+
+@pytest.fixture(scope="module")
+def alone(config, tmp_path_factory):
+    folder, witness = tmp_path_factory.mktemp("alone") / "run", Witness()
+    train(config, folder, callbacks=[witness])
+    return folder, witness
+
+
+def record(folder) -> dict[str, bytes]:
+    names = ("metrics.jsonl", "checkpoint/4/weights.safetensors", "checkpoint/4/optimizer.safetensors")
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+@pytest.mark.parametrize(
+    ("hook", "error"),
+    [(hook, ERRORS[0]) for hook in HOOKS] + [("on_evaluate", error) for error in ERRORS[1:]],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_a_failing_callback_is_named_once_and_changes_nothing(config, alone, tmp_path, hook, error):
+    failing, witness = Failing(hook, error), Witness()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = train(config, tmp_path / "run", callbacks=[failing, witness])
+    (said,) = [str(each.message) for each in caught if "callback" in str(each.message)]
+    assert "'failing'" in said and hook in said and type(error).__name__ in said and "\n" not in said
+    assert record(tmp_path / "run") == record(alone[0])
+    assert witness.told == alone[1].told and report["witness"] == len(witness.told) and report["status"] == "finished"
+    assert failing.calls.count(hook) == 1
+    after = failing.calls[failing.calls.index(hook) + 1 :]
+    assert after == (["close"] if hook != "close" else [])
+
+
+@pytest.mark.parametrize("value", [{"a": {1, 2}}, {"a": torch.ones(1)}, 5], ids=["set", "tensor", "no table"])
+@pytest.mark.parametrize("hook", ["state", "on_end"])
+def test_what_is_no_json_costs_neither_checkpoint_nor_report(config, alone, tmp_path, hook, value):
+    callback = Callback()
+    setattr(callback, hook, lambda *arguments: value)
+    with pytest.warns(UserWarning, match=f"callback 'Callback' failed in {hook}"):
+        report = train(config, tmp_path / "run", callbacks=[callback])
+    assert report["status"] == "finished" and record(tmp_path / "run") == record(alone[0])
+
+
+def test_a_callback_that_lacks_a_hook_is_left_out(config, tmp_path):
+    with pytest.warns(UserWarning, match="failed in restore: AttributeError"):
+        assert train(config, tmp_path / "run", callbacks=[object()])["status"] == "finished"
+
+
+def test_a_report_is_not_changed_through_what_a_callback_is_given(config, tmp_path):
+    callback = Callback()
+    callback.on_end = lambda report: report.clear()
+    assert train(config, tmp_path / "run", callbacks=[callback])["status"] == "finished"
+
+
+def test_a_silent_callbacks_last_state_stays_in_the_checkpoint():
+    callback = Callback()
+    callback.state = iter([{"n": 1}]).__next__
+    callbacks = Callbacks([callback])
+    assert callbacks.state() == {"Callback": {"n": 1}}
+    with pytest.warns(UserWarning, match="failed in state"):
+        assert callbacks.state() == {"Callback": {"n": 1}}
+    assert callbacks.state() == {"Callback": {"n": 1}}
+
+
+# --- evaluations ---
+
+
+class Looking(Callback):
+    """Notes which checkpoint is there when it is told of an evaluation, and may end the process then."""
+
+    def __init__(self, folder, end=lambda: None) -> None:
+        self.folder, self.end, self.seen = folder, end, []
+
+    def on_evaluate(self, evaluation) -> None:
+        if evaluation.split == "val":
+            place = self.folder / "checkpoint" / str(evaluation.step)
+            self.seen.append((evaluation.step, checkpoint.damage(place), checkpoint.read(place)[1]["best_step"]))
+            self.end()
+
+
+def test_an_evaluation_is_on_the_disk_before_a_callback_hears_of_it(config, tmp_path):
+    looking = Looking(tmp_path / "run")
+    report = train(config, tmp_path / "run", callbacks=[looking])
+    assert [(step, wrong) for step, wrong, _ in looking.seen] == [(2, None), (4, None)]
+    assert looking.seen[-1][2] == report["selected_step"]
+
+
+class Killed(BaseException):
+    """Ends a process in the middle, as no exception of a callback's would."""
+
+
+def killed() -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize("at", [2, 4])
+def test_killed_while_callbacks_hear_of_an_evaluation_it_is_not_repeated(config, alone, tmp_path, monkeypatch, at):
+    folder = tmp_path / "run"
+    with pytest.raises(Killed):
+        train(
+            config,
+            folder,
+            callbacks=[Looking(folder, lambda: killed() if checkpoint.steps(folder)[-1] == at else None)],
+        )
+    evaluate, evaluated = trainer_module.evaluate, []
+    monkeypatch.setattr(trainer_module, "evaluate", lambda *a: evaluated.append(a[2]) or evaluate(*a))
+    train(config, folder, resume=True, callbacks=[])
+    assert evaluated == (["val"] * 2 if at == 2 else []) + ["test"] * 2
+    assert record(folder) == record(alone[0])
+
+
+def fail(*arguments):
+    raise FloatingPointError("logits that are not finite")
+
+
+def test_an_evaluation_that_fails_costs_no_update(config, alone, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(FloatingPointError):
+        patch.setattr(trainer_module, "evaluate", fail)
+        train(config, tmp_path / "run", callbacks=[])
+    assert checkpoint.steps(tmp_path / "run")[-1] == 2
+    train(config, tmp_path / "run", resume=True, callbacks=[])
+    assert record(tmp_path / "run") == record(alone[0])
+
+
+# --- the run's own record ---
+
+
+class Full(Jsonl):
+    """A disk with room for so many bytes of metrics."""
+
+    room = 500
+
+    def restore(self, state) -> None:
+        super().restore(state)
+        file, full = self.stream, self
+
+        class Stream:
+            def write(self, content: bytes) -> int:
+                left = full.room - file.tell()
+                if left <= 0:
+                    raise OSError(errno.ENOSPC, "No space left on device", str(full.path))
+                return file.write(content[:left])
+
+            def __getattr__(self, name):
+                return getattr(file, name)
+
+        self.stream = Stream()
+
+
+@pytest.mark.parametrize("room", [1, 500])
+@pytest.mark.parametrize("kind", ["round_robin", "joint"])
+def test_without_room_for_metrics_a_run_ends_saved_and_goes_on_to_the_same_bytes(
+    config, tmp_path, monkeypatch, kind, room
+):
+    config = replace(config, sampler__kind=kind)
+    make_trainer(config, tmp_path / "whole", [Jsonl(tmp_path / "whole")]).fit()
+    full = Full(tmp_path / "cut")
+    full.room = room
+    with pytest.raises(TrainingFailed) as failure:
+        make_trainer(config, tmp_path / "cut", [full]).fit()
+    line, saved = str(failure.value), checkpoint.steps(tmp_path / "cut")
+    assert "metrics.jsonl: No space left on device" in line and "make room" in line and "resume=True" in line
+    assert saved and str(tmp_path / "cut" / "checkpoint" / str(saved[-1])) in line and "\n" not in line
+    make_trainer(config, tmp_path / "cut", [Jsonl(tmp_path / "cut")]).fit(resume=True)
+    assert record(tmp_path / "cut") == record(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("left", [0, 100, 250])
+def test_a_shortened_record_is_noted_once_and_no_line_is_cut_in_two(config, tmp_path, left):
+    jsonl, folder = Jsonl(tmp_path), tmp_path
+    lines = [json.dumps({"step": step}) + "\n" for step in range(40)]
+    jsonl.path.write_text("".join(lines)[:left])
+    with pytest.warns(UserWarning, match=f"metrics.jsonl has {left} bytes of the 600 it had") as noted:
+        jsonl.restore({"bytes": 600})
+    jsonl._write([{"step": 40}])
+    assert len(noted) == 1 and all(json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+
+
+@pytest.mark.parametrize("state", [{"bytes": "x"}, {"bytes": -1}, {"bytes": True}, {"bytes": 1, "unwritten": 5}])
+def test_a_forged_length_of_the_record_is_refused(tmp_path, state):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl"):
+        Jsonl(tmp_path).restore(state)
+    assert list(TASKS) and not (tmp_path / "metrics.jsonl").exists()
