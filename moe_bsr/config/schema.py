@@ -109,7 +109,7 @@ class MoEConfig:
     backend: Literal["auto", "loop", "grouped"] = "auto"
 
     def __post_init__(self) -> None:
-        _within("moe", self, num_experts=(1, 256))
+        _within("moe", self, num_experts=(1, 1024))
         require(
             1 <= self.top_k <= self.num_experts, "moe.top_k", self.top_k, f"1 to moe.num_experts = {self.num_experts}"
         )

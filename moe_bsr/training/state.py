@@ -102,6 +102,8 @@ class TrainState:
             self.optimizer.state[parameters[name]][key] = value.to(parameters[name].device)
         progress = state["progress"]
         self.step, self.seconds = progress["step"], progress["seconds"]
+        if self.average is not None:
+            self.average.updates = self.step
         self.pending_evaluation = progress["pending_evaluation"]
         if progress["best_step"] is not None:
             self.best = Best(progress["best_step"], progress["best_mean_top1"])
