@@ -1,9 +1,9 @@
 """Keep activations in fewer bits: `bf16`, or `int8` with a scale for each channel of each image.
 
-The forward pass is exact; only what the backward pass finds is rounded. All experts of a layer share their scales:
-rounded each in its own way, equal experts would seem to differ, and routers would learn that. Parameters, indices and small
+The forward pass is exact; only what the backward pass finds is rounded. Parameters, indices and small
 per-token statistics stay as they are (a function saves these as columns, (..., 1)), and a tensor that
-several operations keep is packed once.
+several operations keep is packed once. All experts of a layer share their scales: rounded each in its own way,
+equal experts would seem to differ, and routers would learn that.
 """
 
 from functools import partial
