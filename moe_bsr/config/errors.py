@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-LONGEST = 600  # characters of a message; what is longer loses its middle
+LONGEST = 660  # characters of a message; what is longer loses its middle
 
 
 class ConfigError(ValueError):
@@ -16,7 +16,7 @@ class ConfigError(ValueError):
     def __init__(self, message: str) -> None:
         # Values come from files of anybody: line breaks and control letters must not reach a terminal.
         message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.splitlines()))
-        super().__init__(message if len(message) <= LONGEST else f"{message[:440]} ... {message[-150:]}")
+        super().__init__(message if len(message) <= LONGEST else f"{message[:480]} ... {message[-150:]}")
 
 
 def show(value: Any) -> str:

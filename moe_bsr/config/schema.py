@@ -240,8 +240,8 @@ class TrainConfig:
             0 <= self.weight_decay < 1 / highest,
             "train.weight_decay",
             self.weight_decay,
-            f"at least 0 and below {1 / highest:.4g} = 1 / the highest learning rate: at that, one update takes away "
-            "the whole weight",
+            f"at least 0 and below {1 / highest:.4g}, where one update takes away the whole weight: it is multiplied "
+            f"by train.lr = {self.lr:g} and train.head_lr_scale = {self.head_lr_scale:g}",
         )
         require(
             self.grad_clip_norm is None or self.grad_clip_norm > 0,

@@ -118,7 +118,7 @@ def _types_refused(file: Path, message: str) -> list[str]:
             types = torch.serialization.get_unsafe_globals_in_checkpoint(stream)
     except Exception:  # only for zip archives, and not for every content
         types = re.findall(r"GLOBAL ([\w.]+)", message)
-    types = [name for name in types if name != ARGUMENTS[1]]
+    types = [name for name in sorted(types) if name != ARGUMENTS[1]]
     return types[:4] + ([f"{len(types) - 4} more types"] if len(types) > 4 else [])
 
 
