@@ -21,17 +21,23 @@ class WrongType(ConfigError):
     """A value of another type than the key's: another type that the key may have can still fit."""
 
 
-def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A YAML file merged over the one it `extends`, and so on; `seen` guards against circles."""
+def read_tree(path: Path, seen: tuple[Path, ...] = (), asked: str = "") -> dict[str, Any]:
+    """A YAML file merged over the one it `extends`, and so on.
+
+    Args:
+        seen: guards against circles. asked: begins the errors about a file that another one asked for.
+    """
     try:
         place, is_file = path.resolve(), path.is_file()
     except (OSError, ValueError) as error:  # a name too long, or one that no file can have
-        raise ConfigError(f"no configuration file {show(str(path))}: {getattr(error, 'strerror', error)}") from None
+        raise ConfigError(
+            f"{asked}no configuration file {show(str(path))}: {getattr(error, 'strerror', error)}"
+        ) from None
     if place in seen:
         raise ConfigError(f"extends: {path} extends itself through {[p.name for p in seen]}")
     if not is_file:
         beside = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise ConfigError(f"no configuration file {path}{nearest(path.name, beside, str)}")
+        raise ConfigError(f"{asked}no configuration file {path}{nearest(path.name, beside, str)}")
     tree = read_yaml(path, str(path)) or {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(tree).__name__}")
@@ -39,7 +45,7 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if parent is None:
         return tree
     require(isinstance(parent, str), "extends", parent, "the name of one YAML file beside this one")
-    return _merge(read_tree(path.parent / parent, (*seen, place)), tree)
+    return _merge(read_tree(path.parent / parent, (*seen, place), f"extends = {show(parent)}: "), tree)
 
 
 def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:

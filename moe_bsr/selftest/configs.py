@@ -1,0 +1,155 @@
+"""Configurations, task files and overrides, broken at random: each is refused clearly, or is a right run.
+
+    for mutant in mutants(seed=0, count=500):
+        kind = judge(mutant, try_mutant(mutant, folder, main))
+
+A clear refusal has status 2 and one line of at most 700 characters that names the key or the file. Everything is
+drawn from the seed, so a mutant can be had again by its number.
+"""
+
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moe_bsr.selftest.mutation import change
+from moe_bsr.selftest.sandbox import CRASHED, Result, run
+
+LONGEST = 700
+GOOD = ("refused", "accepted", "stopped")
+REFUSED, FAILED = 2, 1
+
+CONFIG = """# two small tasks, two updates
+tasks: [shapes.yaml, petals.yaml]
+seed: 3
+mode: multitask
+storage: exact
+adapter: null
+backbone:
+  name: test_vit
+  weights: random
+  image_size: 32
+plan:
+  train_blocks: [1, 3, 5]
+  drop_blocks: [1, 3]
+  keep_rate: 0.5
+  moe_blocks: [3, 5]
+tokens: {fuse: raw, rank_by: probabilities}
+moe:
+  num_experts: 4
+  top_k: 2
+  mlp_ratio: 3
+  router: per_task
+  gate_noise: 0.5
+  balance_loss: per_task
+  balance_loss_weight: 0.01
+data:
+  root: .
+  val_fraction: 0.1
+  crop_scale: [0.5, 1.0]
+  image_cache_mb: 64
+  prefetch: 0
+sampler: {kind: temperature, temperature: 2.0}
+train:
+  steps: 2
+  batch_size: 4
+  grad_accumulation_steps: 2
+  optimizer: adamw
+  lr: 1.0e-3
+  weight_decay: 0.05
+  layer_decay: 0.9
+  warmup_fraction: 0.1
+  grad_clip_norm: 1.0
+  label_smoothing: 0.1
+  ema_decay: 0.9
+  task_weights: {shapes: 2.0}
+  evaluate_test: false
+runtime: {device: cpu, precision: fp32, threads: 1}
+"""
+TASK = """title: {title}
+source: generated
+family: {family}
+classes: {classes}
+train: {train}
+test: {classes}
+seed: 0
+crop_scale: [0.5, 1.0]
+flip: true
+license: generated
+"""
+FILES = {
+    "config.yaml": CONFIG,
+    "shapes.yaml": TASK.format(title="Shapes", family="shapes", classes=10, train=30),
+    "petals.yaml": TASK.format(title="Petals", family="petals", classes=24, train=60),
+}
+
+
+class Mutant(NamedTuple):
+    """A configuration with its task files and overrides.
+
+    Attributes:
+        description: what was changed. words: one of them has to be in a refusal: a key or a file that was touched.
+    """
+
+    description: str
+    files: dict[str, bytes]
+    overrides: list[str]
+    words: tuple[str, ...] = ()
+
+
+def mutants(seed: int, count: int) -> Iterator[Mutant]:
+    """That many mutants, each of one to three changes, the same for the same seed."""
+    for number in range(count):
+        draw = random.Random(f"{seed}/{number}")
+        files = {name: text.encode() for name, text in FILES.items()}
+        overrides: list[str] = []
+        told, words = [], []
+        for _ in range(draw.choice((1, 1, 1, 1, 2, 3))):
+            description, touched = change(draw, files, overrides)
+            told.append(description)
+            words += touched
+        yield Mutant(f"seed {seed}, number {number}: {'; '.join(told)}", files, overrides, tuple(words))
+
+
+def try_mutant(
+    mutant: Mutant, folder: Path, main: Callable[[list[str]], int], train: bool = False, **limits: Any
+) -> Result:
+    """Run the command line on a mutant, in an empty folder below `folder`.
+
+    Args:
+        main: takes the arguments of the command line, returns the exit status.
+        train: really trains, in place of a dry run. limits: of `sandbox.run`.
+    """
+    place = folder / "mutant"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    for name, content in mutant.files.items():
+        (place / name).write_bytes(content)
+    arguments = ["train", "config.yaml", *mutant.overrides, "--run", "run", *([] if train else ["--dry-run"])]
+    return run(lambda: main(arguments), place, **limits)
+
+
+def judge(mutant: Mutant, result: Result) -> str:
+    """One of `GOOD`, or what is wrong with how it ended."""
+    if result.hung:
+        return "hung"
+    if result.status < 0:
+        return f"ended by signal {-result.status}"
+    if result.status == CRASHED or "Traceback (most recent" in result.err:
+        return "traceback"
+    if result.status == 0:
+        return "accepted"
+    if result.status not in (REFUSED, FAILED):
+        return f"status {result.status}"
+    lines = [line for line in result.err.splitlines() if line.strip()]
+    message = lines[-1] if lines else ""
+    if not lines or (len(lines) > 1 and not lines[0].startswith("usage:")):
+        return f"{len(lines)} lines"
+    if len(message) > LONGEST:
+        return f"{len(message)} characters"
+    if not message.isprintable():
+        return "control characters"
+    if not any(word in message for word in mutant.words):
+        return "names neither key nor file"
+    return "refused" if result.status == REFUSED else "stopped"
