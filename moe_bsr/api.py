@@ -31,6 +31,7 @@ from moe_bsr.runtime import memory
 from moe_bsr.runtime.device import Runtime, find_device, prepare
 from moe_bsr.runtime.files import write_whole
 from moe_bsr.training.callback import Callback
+from moe_bsr.training.doubts import doubts
 from moe_bsr.training.feature_cache import CachedInputs, FeatureCache
 from moe_bsr.training.inputs import Inputs
 from moe_bsr.training.trainer import Trainer
@@ -196,6 +197,7 @@ def _about(
     return [
         *summary.summary(model, config),
         f"train/val/test images: {sizes}",
+        *(f"warning: {doubt}" for doubt in doubts(config, {name: len(data.train) for name, data in tasks.items()})),
         f"{config.train.steps} updates of {config.train.batch_size} images ({config.sampler.kind}); "
         f"{runtime.precision} ({runtime.precision_reason}), {runtime.threads} threads on {runtime.device}; "
         f"run folder {run_dir}",

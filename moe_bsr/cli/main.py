@@ -33,6 +33,7 @@ COMMANDS = {
     "pretrain": "make the bundled backbone anew",
     "sweep-variants": "train every variant at equal images, each at its best learning rate",
     "sweep-storages": "train with one storage and another, in pairs, and show the difference in accuracy",
+    "selftest": "attack the product: kills, damaged runs, broken configurations, hostile files",
     "results": "write results/README.md from the reports in results/",
 }
 
@@ -103,9 +104,16 @@ def in_flags(message: str) -> str:
     return re.sub(r"(?<![\w.])tasks=\[([^]]*)\]", lambda m: "--task " + re.sub("[',]", "", m[1]), message)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        if key := re.search(r"--(\w+(\.\w+)+)(=| |$)", message):
+            message += f"; a key of the configuration is set without dashes: {key[1]}=VALUE"
+        super().error(message)
+
+
 def _run(name: str, rest: list[str], own_process: bool) -> int:
     module = importlib.import_module(f"moe_bsr.cli.{name.replace('-', '_')}")
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=program(name), description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     if not hasattr(module, "run"):

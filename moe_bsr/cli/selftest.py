@@ -29,7 +29,8 @@ from moe_bsr.cli.run_arguments import at_least
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, what in (("kills", "kills"), ("damage", "damages"), ("configs", "configurations")):
-        parser.add_argument(f"--{name}", type=at_least(0), metavar="N", help=f"so many {what} (a few, if no part is named)")
+        help = f"so many {what} (a few, if no part is named)"
+        parser.add_argument(f"--{name}", type=at_least(0), metavar="N", help=help)
     parser.add_argument("--hostile", action="store_true", help="all hostile files (a few, if no part is named)")
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of all that is drawn (0)")
     parser.add_argument("--json", action="store_true", help="JSON on stdout instead of the table")
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import torch
 
+    from moe_bsr.cli.main import main
     from moe_bsr.runtime.provenance import commit
     from moe_bsr.selftest import configs, damage, hostile, kills
 
@@ -52,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
             continue
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="moe-bsr-selftest-") as folder:
-            parts[name] = part.campaign(Path(folder).resolve(), asked[name], arguments.seed, _progress)
+            parts[name] = part.campaign(Path(folder).resolve(), asked[name], arguments.seed, main, _progress)
         parts[name]["seconds"] = round(time.monotonic() - began)
     failed = sum(part["failed"] for part in parts.values())
     if arguments.json:

@@ -71,6 +71,7 @@ def dry_run(config: "Config", folder: Path, resume: bool) -> int:
     from moe_bsr.model.multitask import build
     from moe_bsr.runs.folder import check_folder, open_tasks
     from moe_bsr.runtime.device import prepare
+    from moe_bsr.training.doubts import doubts
     from moe_bsr.training.feature_cache import FeatureCache
 
     runtime = prepare(config.runtime)
@@ -86,6 +87,8 @@ def dry_run(config: "Config", folder: Path, resume: bool) -> int:
     print(*notes, sep="\n", end="\n" if notes else "")
     model = runtime.place(build(config, {name: len(data.class_names) for name, data in tasks.items()}))
     print("\n".join([*summary.summary(model, config), *summary.table(model, config)]))
+    for doubt in doubts(config, {name: len(data.train) for name, data in tasks.items()}):
+        print(f"warning: {doubt}")
     if config.data.feature_cache_mb:
         with runtime.autocast():
             sizes = {name: len(data.train) for name, data in tasks.items()}

@@ -1,6 +1,7 @@
-"""What a run is: typed configuration (`schema`), read strictly from YAML (`reader`)."""
+"""What a run is: typed configuration (`schema`), read strictly from YAML (`yaml_text`, `reader`, `files`)."""
 
-from moe_bsr.config.reader import ConfigError, require
+from moe_bsr.config.errors import ConfigError, require
+from moe_bsr.config.files import dump, from_dict, load, replace, to_dict
 from moe_bsr.config.schema import (
     BackboneConfig,
     Config,
@@ -11,12 +12,7 @@ from moe_bsr.config.schema import (
     SamplerConfig,
     TokensConfig,
     TrainConfig,
-    dump,
-    from_dict,
     is_crop_range,
-    load,
-    replace,
-    to_dict,
 )
 
 __all__ = [

@@ -1,66 +1,51 @@
-"""Strict reading of YAML into dataclasses: nothing unknown, nothing guessed, errors that say what to do."""
+"""Strict reading of YAML files into dataclasses: nothing unknown, nothing guessed, errors that say what to do."""
 
 import dataclasses
-import difflib
+import math
+import re
 import types
 import typing
-from collections.abc import Callable, Iterable
+import unicodedata
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
+from moe_bsr.config.errors import ConfigError, nearest, require, show
+from moe_bsr.config.yaml_text import NUMBER, read_yaml
+
+LONGEST_TEXT = 500  # characters of a name or a path
+# Sizes a number may have: beyond them float32 rounds to 0 or overflows, and quotients fail in places of their own.
+SMALLEST, LARGEST = 1e-30, 1e30
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be: the message names the key, the value and what is allowed."""
+class WrongType(ConfigError):
+    """A value of another type than the key's: another type that the key may have can still fit."""
 
 
-def require(condition: bool, key: str, value: Any, allowed: str) -> None:
-    """Raise a ConfigError of the one form used everywhere unless `condition` holds."""
-    if not condition:
-        raise ConfigError(f"{key} = {value!r}: {allowed}")
+def read_tree(path: Path, seen: tuple[Path, ...] = (), asked: str = "") -> dict[str, Any]:
+    """A YAML file merged over the one it `extends`, and so on.
 
-
-def nearest(word: Any, known: Iterable[str], show: Callable[[str], str] = repr) -> str:
-    """The end of an error about `word`: which of `known` was probably meant; empty if none is near."""
-    near = difflib.get_close_matches(str(word), known, 1)
-    return f"; did you mean {show(near[0])}?" if near else ""
-
-
-def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A YAML file merged over the one it `extends`, and so on; `seen` guards against circles."""
-    if path.resolve() in seen:
+    Args:
+        seen: guards against circles. asked: begins the errors about a file that another one asked for.
+    """
+    try:
+        place, is_file = path.resolve(), path.is_file()
+    except (OSError, ValueError) as error:  # a name too long, or one that no file can have
+        raise ConfigError(
+            f"{asked}no configuration file {show(str(path))}: {getattr(error, 'strerror', error)}"
+        ) from None
+    if place in seen:
         raise ConfigError(f"extends: {path} extends itself through {[p.name for p in seen]}")
-    if not path.is_file():
+    if not is_file:
         beside = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise ConfigError(f"no configuration file {path}{nearest(path.name, beside, str)}")
-    tree = parse(path.read_text(), str(path)) or {}
+        raise ConfigError(f"{asked}no configuration file {path}{nearest(path.name, beside, str)}")
+    tree = read_yaml(path, str(path)) or {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(tree).__name__}")
     parent = tree.pop("extends", None)
     if parent is None:
         return tree
     require(isinstance(parent, str), "extends", parent, "the name of one YAML file beside this one")
-    return _merge(read_tree(path.parent / parent, (*seen, path.resolve())), tree)
-
-
-def parse(text: str, where: str) -> Any:
-    """A YAML text as values; `where` names it in errors."""
-    try:
-        return yaml.load(text, _NoDuplicates)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not valid YAML: {str(error).splitlines()[0]}") from None
-
-
-class _NoDuplicates(yaml.SafeLoader):
-    """YAML as usual, but a key written twice is refused: the first one would be lost silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ConfigError(f"{key}: written twice {node.start_mark}")
-        return super().construct_mapping(node, deep)
+    return _merge(read_tree(path.parent / parent, (*seen, place), f"extends = {show(parent)}: "), tree)
 
 
 def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
@@ -90,34 +75,71 @@ def convert(value: Any, hint: Any, key: str) -> Any:
         for option in arguments:
             try:
                 return convert(value, option, key)
-            except ConfigError:
+            except WrongType:
                 continue
     elif origin is Literal:
         if value in arguments and type(value) is type(arguments[0]):
             return value
         names = [str(a) for a in arguments]
-        raise ConfigError(f"{key} = {value!r}: one of {', '.join(names)}{nearest(value, names)}")
+        raise WrongType(f"{key} = {show(value)}: one of {', '.join(names)}{nearest(value, names)}")
     elif origin is list and isinstance(value, (list, tuple)):
         return [convert(item, arguments[0], f"{key}[{i}]") for i, item in enumerate(value)]
+    elif hint == list[str] and isinstance(value, str):
+        return [convert(value, str, key)]
     elif hint is dict and isinstance(value, dict):
         return value
     elif origin is dict and isinstance(value, dict):
         return {convert(k, arguments[0], key): convert(v, arguments[1], f"{key}.{k}") for k, v in value.items()}
     elif hint is types.NoneType and value is None:
         return None
-    elif hint is float and isinstance(value, str) and _is_number(value):
-        return float(value)  # YAML 1.1 reads 1e-3 as a string
-    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    elif hint in (int, bool, str) and type(value) is hint:
+    elif hint is float and isinstance(value, str) and NUMBER.fullmatch(value):
+        return _finite(float(value), key)  # YAML 1.1 reads 1e-3 as a string
+    elif hint is float and type(value) in (int, float):
+        return _finite(value, key)
+    elif hint is int and type(value) is int:
+        require(abs(value) < 2**63, key, value, "a whole number of at most 63 bits")
         return value
-    raise ConfigError(f"{key} = {value!r}: expected {_describe(hint)}")
+    elif hint is str and type(value) is str:
+        require(len(value) <= LONGEST_TEXT, key, value, f"a text of at most {LONGEST_TEXT} characters")
+        broken = any(unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t" for c in value)
+        require(not broken, key, value, "a text without control characters")
+        return value
+    elif hint is bool and type(value) is bool:
+        return value
+    raise WrongType(f"{key} = {show(value)}: expected {_describe(hint)}{_misreading(value, hint)}")
+
+
+def _finite(value: float, key: str) -> float:
+    size = abs(value)
+    require(size < math.inf, key, value, "expected a finite number")  # NaN is not below either
+    fits = size == 0 or SMALLEST <= size <= LARGEST
+    require(fits, key, value, f"expected 0, or a number of size {SMALLEST} to {LARGEST}")
+    return float(value)
+
+
+# What YAML reads as no text, how that may have been written, and how to write it as text.
+_NO_TEXT = {
+    True: ("yes, on and true", "yes"),
+    False: ("no, off and false", "no"),
+    None: ("null, ~ and nothing", "null"),
+}
+
+
+def _misreading(value: Any, hint: Any) -> str:
+    """Why a value may not have the type it was meant to have, as the end of an error."""
+    kinds = {hint, *typing.get_args(hint)}
+    if kinds & {str, list[str]} and (value is None or type(value) in (bool, int, float)):
+        written, example = ("digits", str(value)) if type(value) in (int, float) else _NO_TEXT[value]
+        return f"; YAML reads {written} as no text: write it in quotes, such as {show(example)}"
+    if kinds & {int, float} and isinstance(value, str) and re.match(r"[-+]?\.?[0-9]", value):
+        return "; write decimal digits, without leading zeros, colons, underscores, hexadecimal or units"
+    return ""
 
 
 def convert_section(value: Any, cls: type, key: str, **given: Any) -> Any:
     """`value` as the dataclass `cls`, of which the caller sets the fields `given` and `value` may not."""
     if not isinstance(value, dict):
-        raise ConfigError(f"{key} = {value!r}: expected a section with keys and values")
+        raise WrongType(f"{key} = {show(value)}: expected a section with keys and values")
     hints = {name: hint for name, hint in typing.get_type_hints(cls).items() if name not in given}
     prefix = f"{key}." if key else ""
     for name in value:
@@ -136,14 +158,6 @@ def convert_section(value: Any, cls: type, key: str, **given: Any) -> Any:
         if required and field.name in hints and field.name not in value:
             raise ConfigError(f"the key {prefix + field.name!r} is missing: expected {_describe(hints[field.name])}")
     return cls(**given, **{name: convert(item, hints[name], prefix + name) for name, item in value.items()})
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _describe(hint: Any) -> str:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from moe_bsr.config.reader import ConfigError, convert_section, nearest, require
+from moe_bsr.config.errors import ConfigError, nearest, require, show
+from moe_bsr.config.reader import convert_section
 
 Entry = TypeVar("Entry")
 
@@ -81,6 +82,6 @@ class Registry(Generic[Entry]):
                 f"one of {', '.join(self)}, or a mapping with kind and its options")  # fmt: skip
         options = dict(options)
         kind = options.pop("kind")
-        if kind not in self._entries:
-            raise ConfigError(f"{self.key} = {kind!r}: one of {', '.join(self)}{nearest(kind, self)}")
+        if not isinstance(kind, str) or kind not in self._entries:
+            raise ConfigError(f"{self.key} = {show(kind)}: one of {', '.join(self)}{nearest(kind, self)}")
         return Choice(kind, convert_section(options, self._entries[kind][1], self.key))

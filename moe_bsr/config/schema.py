@@ -1,4 +1,4 @@
-"""Typed configuration: what a run is, as dataclasses; read strictly from YAML with dotted overrides.
+"""Typed configuration: what a run is, as dataclasses that refuse what cannot be.
 
 A configuration file holds only what differs from the file it `extends`. Nothing is guessed: an unknown
 key, a wrong type or an impossible combination is refused before anything is loaded, in one line that
@@ -7,16 +7,20 @@ with its default and what it means; that page is the reference, and a test keeps
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
+from moe_bsr.config.errors import require
 
-from moe_bsr.config.reader import ConfigError, convert, parse, read_tree, require, set_dotted
+
+def _within(name: str, section: Any, **limits: tuple[int, int]) -> None:
+    """Refuse numbers of a section outside (least, most); null passes."""
+    for key, (least, most) in limits.items():
+        value = getattr(section, key)
+        require(value is None or least <= value <= most, f"{name}.{key}", value, f"at least {least}, at most {most:,}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -26,12 +30,7 @@ class BackboneConfig:
     image_size: int | None = None
 
     def __post_init__(self) -> None:
-        require(
-            self.image_size is None or self.image_size >= 1,
-            "backbone.image_size",
-            self.image_size,
-            "null (the backbone's own) or a multiple of its patch size in pixels",
-        )
+        _within("backbone", self, image_size=(1, 4096))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -110,13 +109,20 @@ class MoEConfig:
     backend: Literal["auto", "loop", "grouped"] = "auto"
 
     def __post_init__(self) -> None:
-        require(self.num_experts >= 1, "moe.num_experts", self.num_experts, "at least 1")
+        _within("moe", self, num_experts=(1, 1024))
         require(
             1 <= self.top_k <= self.num_experts, "moe.top_k", self.top_k, f"1 to moe.num_experts = {self.num_experts}"
         )
         require(self.mlp_ratio >= 1, "moe.mlp_ratio", self.mlp_ratio, "at least 1 (hidden width = mlp_ratio x width)")
         for key in ("gate_noise", "init_noise", "balance_loss_weight"):
             require(getattr(self, key) >= 0, f"moe.{key}", getattr(self, key), "at least 0")
+        require(
+            self.top_k > 1 or not (self.renormalize_gates and self.train_router and self.num_experts > 1),
+            "moe.top_k",
+            self.top_k,
+            "at least 2 with moe.renormalize_gates = true: one gate, renormalized, is always 1, so that the routers "
+            "would learn nothing from the task; or set moe.renormalize_gates=false",
+        )
 
 
 def is_crop_range(scale: Sequence[float]) -> bool:
@@ -153,16 +159,13 @@ class DataConfig:
             self.augment,
             "true with data.crop_scale or data.hflip, which say how to augment; else leave these null",
         )
-        require(self.image_cache_mb >= 0, "data.image_cache_mb", self.image_cache_mb, "at least 0 megabytes")
-        cache = self.feature_cache_mb
-        require(cache is None or cache >= 1, "data.feature_cache_mb", cache, "null (off) or at least 1 megabyte")
+        _within("data", self, image_cache_mb=(0, 2**24), feature_cache_mb=(1, 2**24), prefetch=(0, 100))
         require(
-            cache is None or not self.augment,
+            self.feature_cache_mb is None or not self.augment,
             "data.feature_cache_mb",
-            cache,
+            self.feature_cache_mb,
             "null while data.augment is true: a crop that differs each time has no output to keep",
         )
-        require(self.prefetch >= 0, "data.prefetch", self.prefetch, "at least 0 batches ahead")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -177,6 +180,9 @@ class SamplerConfig:
             self.temperature,
             "above 0; 1 is proportional to the dataset sizes, large is uniform",
         )
+
+
+MOST_STEPS = 10**7
 
 
 @dataclass(kw_only=True, slots=True)
@@ -204,18 +210,15 @@ class TrainConfig:
     save: Literal["trainable", "all"] = "trainable"
 
     def __post_init__(self) -> None:
-        for key in ("steps", "batch_size", "grad_accumulation_steps"):
-            require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "at least 1")
-        for key in ("eval_every", "checkpoint_every"):
-            every = getattr(self, key)
-            require(every is None or every >= 1, f"train.{key}", every, "null (its default) or at least 1 update")
+        _within("train", self, **dict.fromkeys(("steps", "eval_every", "checkpoint_every"), (1, MOST_STEPS)))
+        _within("train", self, **dict.fromkeys(("batch_size", "grad_accumulation_steps"), (1, 2**16)))
         require(
             self.batch_size % self.grad_accumulation_steps == 0,
             "train.grad_accumulation_steps",
             self.grad_accumulation_steps,
             f"must divide train.batch_size = {self.batch_size}: micro-batches split one batch",
         )
-        require(0 < self.lr < math.inf, "train.lr", self.lr, "above 0 and finite")
+        require(self.lr > 0, "train.lr", self.lr, "above 0")
         require(0 <= self.min_lr <= self.lr, "train.min_lr", self.min_lr, f"0 to train.lr = {self.lr}")
         require(0 <= self.momentum < 1, "train.momentum", self.momentum, "[0, 1)")
         require(0 < self.layer_decay <= 1, "train.layer_decay", self.layer_decay, "in (0, 1]")
@@ -232,7 +235,14 @@ class TrainConfig:
             self.warmup_steps,
             f"null (train.warmup_fraction decides) or 0 to train.steps = {self.steps}",
         )
-        require(0 <= self.weight_decay < math.inf, "train.weight_decay", self.weight_decay, "at least 0 and finite")
+        highest = self.lr * max(1.0, self.head_lr_scale)
+        require(
+            0 <= self.weight_decay < 1 / highest,
+            "train.weight_decay",
+            self.weight_decay,
+            f"at least 0 and below {1 / highest:.4g}, where one update takes away the whole weight: it is multiplied "
+            f"by train.lr = {self.lr:g} and train.head_lr_scale = {self.head_lr_scale:g}",
+        )
         require(
             self.grad_clip_norm is None or self.grad_clip_norm > 0,
             "train.grad_clip_norm",
@@ -261,7 +271,7 @@ class RuntimeConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        require(self.threads is None or self.threads >= 1, "runtime.threads", self.threads, "null or at least 1")
+        _within("runtime", self, threads=(1, 1024))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -286,10 +296,11 @@ class Config:
         names = self.task_names()
         for name in names:
             require(
-                re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None,
+                re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name) is not None,
                 "tasks",
                 name,
-                "a task's name has letters, digits, _ and - only (it names folders, heads and tags)",
+                "a task's name has at most 100 letters, digits, _ and - (it names folders, heads and tags); "
+                "several tasks are written [a, b]",
             )
         require(len(set(names)) == len(names), "tasks", self.tasks, "each task once")
         unknown = sorted(set(self.train.task_weights) - set(names))
@@ -306,41 +317,5 @@ class Config:
     def of_task(self, name: str) -> "Config":
         """The configuration of one task's own run."""
         weights = {task: weight for task, weight in self.train.task_weights.items() if task == name}
-        return replace(self, mode="multitask", tasks=[self.task_files()[name]], train__task_weights=weights)
-
-
-def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a YAML configuration with everything it extends, then apply `a.b=value` overrides.
-
-    Raises:
-        ConfigError: unreadable file, unknown key, wrong type or impossible value.
-    """
-    tree = read_tree(Path(path))
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"override {text!r}: write key=value, for example train.steps=200")
-        set_dotted(tree, key.strip(), parse(value, key))
-    return from_dict(tree)
-
-
-def from_dict(tree: dict[str, Any]) -> Config:
-    """Build a checked Config from nested dictionaries (as in a resolved `config.yaml`)."""
-    return convert(tree, Config, "")
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    return dataclasses.asdict(config)
-
-
-def dump(config: Config) -> str:
-    """The configuration as YAML, keys in the order of their definition."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
-
-
-def replace(config: Config, **changes: Any) -> Config:
-    """A copy with changed values; keys as in `train__steps=10` reach into sections. Checked again."""
-    tree = to_dict(config)
-    for key, value in changes.items():
-        set_dotted(tree, key.replace("__", "."), value)
-    return from_dict(tree)
+        train = dataclasses.replace(self.train, task_weights=weights)
+        return dataclasses.replace(self, mode="multitask", tasks=[self.task_files()[name]], train=train)

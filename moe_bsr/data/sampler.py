@@ -29,7 +29,7 @@ class Request:
     config: SamplerConfig
 
 
-# A sampler is a function Request -> int64 (steps, tasks): 1 where a task is visited in an update, else 0.
+# A sampler is a function Request -> (steps, tasks): 1 where a task is visited in an update, else 0.
 SAMPLERS: Registry[Callable[[Request], np.ndarray]] = Registry("sampler.kind")
 
 
@@ -49,7 +49,8 @@ class MultitaskSampler:
         self.names = list(sizes)
         visits = schedule(Request(list(sizes.values()), batch_size, steps, seed, config))
         self._visits = visits
-        self._before = np.concatenate([np.zeros((1, len(sizes)), np.int64), visits.cumsum(0)])
+        before = visits.cumsum(0, dtype=np.int32)  # ten million updates fit, and so does their memory
+        self._before = np.concatenate([np.zeros((1, len(sizes)), np.int32), before])
 
     def tasks(self, step: int) -> list[str]:
         """The tasks of update `step` (from 0): one, or all of them when sampling jointly."""
@@ -87,7 +88,7 @@ class MultitaskSampler:
 @SAMPLERS.register("joint")
 def joint(request: Request) -> np.ndarray:
     """Every task in every update."""
-    return np.ones((request.steps, len(request.sizes)), np.int64)
+    return np.ones((request.steps, len(request.sizes)), np.uint8)
 
 
 @SAMPLERS.register("round_robin")
@@ -118,7 +119,7 @@ def exhaust(request: Request) -> np.ndarray:
 
 def _visits(order: np.ndarray, request: Request) -> np.ndarray:
     """From the index of each update's task, (steps,), to visits (steps, tasks)."""
-    return np.eye(len(request.sizes), dtype=np.int64)[order]
+    return np.eye(len(request.sizes), dtype=np.uint8)[order]
 
 
 def _by_temperature(request: Request, temperature: float) -> np.ndarray:

@@ -21,8 +21,10 @@ from typing import Protocol
 import numpy as np
 
 from moe_bsr.config import ConfigError, is_crop_range, require
-from moe_bsr.config.reader import convert_section, nearest, parse
+from moe_bsr.config.errors import nearest
+from moe_bsr.config.reader import convert_section
 from moe_bsr.config.registry import Registry
+from moe_bsr.config.yaml_text import read_yaml
 
 
 class ImageSource(Protocol):
@@ -134,7 +136,7 @@ def load_spec(name_or_path: str | Path) -> TaskSpec:
         path = _find(str(name_or_path))
     elif not path.is_file():
         raise FileNotFoundError(f"task file {path} does not exist")
-    entries = parse(path.read_text(encoding="utf-8"), f"task file {path}")
+    entries = read_yaml(path, f"task file {path}")
     if not isinstance(entries, dict):
         raise ConfigError(f"task file {path}: expected keys and values such as 'title: My pictures'")
     try:

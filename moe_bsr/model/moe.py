@@ -93,7 +93,7 @@ class MoE(nn.Module):
             )
             logits = clean + self.noise_std * noise
         probabilities = logits.softmax(-1)
-        chosen = replay.record("experts", lambda: probabilities.topk(self.top_k).indices)
+        chosen = replay.record("experts", lambda: logits.topk(self.top_k).indices)
         gates = probabilities.gather(1, chosen)
         if self.renormalize:
             gates = gates / gates.sum(1, keepdim=True)

@@ -10,7 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from moe_bsr.config import Config, require
+from moe_bsr.config import Config, ConfigError, require
 from moe_bsr.model import block
 from moe_bsr.model.adapters import ADAPTERS
 from moe_bsr.model.backbones import family_of
@@ -242,7 +242,15 @@ def build(config: Config, classes: dict[str, int]) -> MultitaskViT:
     """A model as the configuration says, on the CPU in float32; checked before weights are read.
 
     Raises:
-        ConfigError: impossible plan, unknown backbone, or weights that do not fit it.
+        ConfigError: impossible plan, unknown backbone, weights that do not fit it, or too little memory.
     """
-    build_on_meta(config, classes)
-    return MultitaskViT(family_of(config.backbone).load(config.backbone, config.seed), config, classes)
+    size = sum(parameter.numel() for parameter in build_on_meta(config, classes).parameters())
+    try:
+        return MultitaskViT(family_of(config.backbone).load(config.backbone, config.seed), config, classes)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+            raise
+        raise ConfigError(
+            f"the {4 * size / 2**20:,.0f} MB of this model's parameters find no room in memory: take fewer "
+            "moe.num_experts or plan.moe_blocks, or a smaller backbone.name"
+        ) from None

@@ -44,6 +44,8 @@ def summary(model: MultitaskViT, config: Config) -> list[str]:
         f"{config.backbone.name} ({config.backbone.weights}), {model.vit.patch_embed.img_size[0]} px, "
         f"{len(model.plan)} blocks; {total / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained"
     ]
+    if notes := getattr(model.vit, "weights_notes", []):
+        lines.append(f"of the weights file, {'; '.join(notes)}")
     if any(error > 1e-4 for error in model.upcycling_errors.values()):
         errors = ", ".join(f"block {i}: {e:.3f}" for i, e in model.upcycling_errors.items())
         lines.append(f"experts start off the pretrained FFN by (relative): {errors}")

@@ -109,6 +109,23 @@ def rows_per_expert(rows_E: Tensor, assignments: int, padding: int) -> list[int]
     return rows_E.tolist() if assumed is None else assumed(assignments, len(rows_E), padding)
 
 
+_see_alike: ContextVar[Callable[[list[Tensor]], None] | None] = ContextVar("saved alike", default=None)
+
+
+@contextmanager
+def saved_alike(see: Callable[[list[Tensor]], None]) -> Iterator[None]:
+    """Within, `see` is told of (r, F) tensors about to be saved that are rows of one: all experts' hidden values.
+
+    For whoever rounds what is saved: a gate's gradient tells experts apart by these values alone, and where each
+    expert's were rounded in its own way, equal experts would differ.
+    """
+    token = _see_alike.set(see)
+    try:
+        yield
+    finally:
+        _see_alike.reset(token)
+
+
 def sort_by_expert(chosen_TK: Tensor, experts: int, padding: int) -> tuple[Tensor, Tensor, Tensor]:
     """Where each assignment goes in the experts' batch, whose rows are grouped by expert.
 
@@ -166,6 +183,8 @@ class _ExpertLoop(torch.autograd.Function):
             if keeps_hidden:
                 hidden.append(h_rF)
             del h_rF  # it would live beside the next expert's
+        if hidden and (see := _see_alike.get()) is not None:
+            see(hidden)
         # Gates as columns (T, K, 1): what is saved as columns, a storage keeps as it is.
         ctx.save_for_backward(x_TD, gates_TK.unsqueeze(2), row_of_assignment, token_of_row, *weights, *hidden)
         ctx.rows, ctx.act = rows, act

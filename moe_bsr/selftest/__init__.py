@@ -1,1 +1,1 @@
-"""Attacks on the product, to be run by hand: kills, damaged runs, mutated configurations, hostile files."""
+"""The product tried on itself: what people, disks and strangers do to it, each case in a process of its own."""

@@ -19,21 +19,22 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from moe_bsr.selftest import sandbox, tiny
+from moe_bsr.selftest.sandbox import Main
 
 CANARY = b"nobody may write here\n"
 
 
 def campaign(
-    folder: Path, count: int, seed: int, progress: Callable[[str], None] = lambda line: None
+    folder: Path, count: int, seed: int, main: Main, progress: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
     """Try `count` damages; returns plain values: tried, by kind {tried, refused, right}, and each failure in words."""
     config, file = tiny.write_config(folder)
     whole, sound = folder / "whole", folder / "sound"
     for run, last in ((whole, tiny.STEPS), (sound, 6)):
-        _must(sandbox.run(_train_until(file, run, last), seconds=300))
+        _must(sandbox.run(_train_until(main, file, run, last), seconds=300))
     expected = _bits(whole)
-    scores = {step: _scores(sound, step) for step in _steps(sound)}
-    scores |= {step: _scores(whole, step) for step in _steps(whole)}
+    scores = {step: _scores(main, sound, step) for step in _steps(sound)}
+    scores |= {step: _scores(main, whole, step) for step in _steps(whole)}
     allowed = {json.dumps(value, sort_keys=True) for value in scores.values()}
     chance, kinds, failures = random.Random(seed), {}, []
     for number in range(count):
@@ -45,7 +46,7 @@ def campaign(
             what = KINDS[kind](run, canary, chance)
             found = kinds.setdefault(kind, {"tried": 0, "refused": 0, "right": 0})
             found["tried"] += 1
-            wrong = _try(file, run, expected, allowed, found)
+            wrong = _try(main, file, run, expected, allowed, found)
             if canary.read_bytes() != CANARY:
                 wrong = "wrote outside of the run folder"
         finally:
@@ -56,9 +57,11 @@ def campaign(
     return {"tried": count, "seed": seed, "failed": len(failures), "kinds": kinds, "failures": failures}
 
 
-def _try(file: Path, run: Path, expected: dict[str, bytes], allowed: set[str], found: dict[str, int]) -> str | None:
+def _try(
+    main: Main, file: Path, run: Path, expected: dict[str, bytes], allowed: set[str], found: dict[str, int]
+) -> str | None:
     """What went wrong with a damaged run, or None."""
-    evaluation = sandbox.run(sandbox.command_line("evaluate", str(run), "--json"), seconds=60)
+    evaluation = sandbox.run(lambda: main(["evaluate", str(run), "--json"]))
     if wrong := evaluation.trouble:
         return f"evaluate: {wrong}"
     if evaluation.refused:
@@ -71,7 +74,7 @@ def _try(file: Path, run: Path, expected: dict[str, bytes], allowed: set[str], f
             return f"evaluate: no JSON on stdout but {evaluation.stdout[:80]!r}"
         if json.dumps(value, sort_keys=True) not in allowed:
             return "evaluate: numbers of no sound checkpoint"
-    resumed = sandbox.run(sandbox.command_line("train", str(file), "--run", str(run), "--resume"), seconds=120)
+    resumed = sandbox.run(lambda: main(["train", str(file), "--run", str(run), "--resume"]), seconds=120)
     if wrong := resumed.trouble:
         return f"resume: {wrong}"
     if resumed.refused:
@@ -333,11 +336,10 @@ KINDS: dict[str, Callable[[Path, Path, random.Random], str]] = {
 # --- what is compared ---
 
 
-def _train_until(file: Path, run: Path, last: int) -> Callable[[], int]:
+def _train_until(main: Main, file: Path, run: Path, last: int) -> Callable[[], int]:
     """Train in the sandbox; before the end, stop as a signal would after update `last`."""
 
     def command() -> int:
-        from moe_bsr.runtime.interrupt import StopSignals
         from moe_bsr.training.trainer import Trainer
 
         update = Trainer._update
@@ -348,8 +350,7 @@ def _train_until(file: Path, run: Path, last: int) -> Callable[[], int]:
                 self.stop.number = 15
 
         Trainer._update = counted
-        assert StopSignals
-        status = sandbox.command_line("train", str(file), "--run", str(run))()
+        status = main(["train", str(file), "--run", str(run)])
         return 0 if status in (0, 128 + 15) else status
 
     return command
@@ -369,8 +370,8 @@ def _bits(run: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in [*last.glob("*.safetensors"), run / "metrics.jsonl"]}
 
 
-def _scores(run: Path, step: int) -> dict[str, Any]:
-    found = sandbox.run(sandbox.command_line("evaluate", str(run), "--checkpoint", str(step), "--json"), seconds=60)
+def _scores(main: Main, run: Path, step: int) -> dict[str, Any]:
+    found = sandbox.run(lambda: main(["evaluate", str(run), "--checkpoint", str(step), "--json"]))
     _must(found)
     return _numbers(json.loads(found.stdout))
 

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from moe_bsr.selftest import sandbox, tiny
+from moe_bsr.selftest.sandbox import Main
 
 CANARY = b"nobody may write here\n"
 MEMORY_MB = 1500  # beyond what the libraries take
@@ -29,7 +30,7 @@ Case = tuple[str, Callable[[Path], list[str]]]  # a name; writes files into a fo
 
 
 def campaign(
-    folder: Path, count: int, seed: int, progress: Callable[[str], None] = lambda line: None
+    folder: Path, count: int, seed: int, main: Main, progress: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
     """Try the cases, in turn from `seed` on; returns plain values: tried, failed, and each failure in words."""
     cases = list(all_cases(random.Random(seed)))
@@ -44,19 +45,15 @@ def campaign(
         canary.write_bytes(CANARY)
         arguments = prepare(place)
         kinds[name.split(":")[0]] = kinds.get(name.split(":")[0], 0) + 1
-        if wrong := _try(place, canary, arguments):
+        if wrong := _try(place, canary, lambda arguments=arguments: main(arguments)):
             failures.append({"case": name, "wrong": wrong})
             progress(f"{name}: {wrong}")
     return {"tried": sum(kinds.values()), "seed": seed, "failed": len(failures), "kinds": kinds, "failures": failures}
 
 
-def _try(place: Path, canary: Path, arguments: list[str]) -> str | None:
-    def command() -> int:
-        os.chdir(place)
-        return sandbox.command_line(*arguments)()
-
+def _try(place: Path, canary: Path, command: Callable[[], int]) -> str | None:
     before = sorted(path.name for path in canary.parent.iterdir())
-    outcome = sandbox.run(command, seconds=60, memory_mb=MEMORY_MB + 4000)
+    outcome = sandbox.run(command, folder=place, memory_mb=MEMORY_MB + 4000)
     if wrong := outcome.trouble:
         return wrong
     if canary.read_bytes() != CANARY or sorted(path.name for path in canary.parent.iterdir()) != before:

@@ -17,12 +17,14 @@ from moe_bsr.config import Config
 from moe_bsr.runs import checkpoint
 from moe_bsr.runtime import files
 from moe_bsr.selftest import tiny
+from moe_bsr.selftest.sandbox import Main
 
 
 def campaign(
     folder: Path,
     count: int,
     seed: int,
+    main: Main,
     progress: Callable[[str], None] = lambda line: None,
     stages: range = range(10_000),
 ) -> dict[str, Any]:

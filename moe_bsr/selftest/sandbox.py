@@ -14,8 +14,11 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 LONGEST = 700  # characters of a refusal
+
+Main = Callable[[list[str]], int]  # the command line: takes its arguments, returns the exit status
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,20 +57,25 @@ class Outcome:
         if not lines:
             return "refused without a word"
         last = lines[-1]
-        if len(lines) > 1:
+        if len(lines) > 1 and not lines[0].startswith("usage:"):
             return f"{len(lines)} lines: {' / '.join(lines)[:LONGEST]}"
         if len(last) > LONGEST:
             return f"a line of {len(last)} characters"
+        if not last.isprintable():
+            return f"control letters: {last!r}"
         if words and not any(word in last for word in words):
             return f"names none of {', '.join(words)}: {last}"
         return None
 
 
-def run(command: Callable[[], int | None], *, seconds: float = 30, memory_mb: float = 4000) -> Outcome:
+def run(
+    command: Callable[[], int | None], *, folder: Path | None = None, seconds: float = 60, memory_mb: float = 4000
+) -> Outcome:
     """Call `command` in a forked process and wait for it.
 
     Args:
         command: returns an exit status, None for 0; it may raise.
+        folder: its current directory, if not this process's.
         seconds: after these the process and its children are killed.
         memory_mb: address space beyond what this process has, in MiB.
     """
@@ -76,7 +84,7 @@ def run(command: Callable[[], int | None], *, seconds: float = 30, memory_mb: fl
         began = time.monotonic()
         pid = os.fork()
         if pid == 0:
-            _child(command, out.fileno(), err.fileno(), memory_mb)
+            _child(command, folder, out.fileno(), err.fileno(), memory_mb)
         status, usage = _wait(pid, began + seconds)
         took = time.monotonic() - began
         for stream in (out, err):
@@ -85,21 +93,12 @@ def run(command: Callable[[], int | None], *, seconds: float = 30, memory_mb: fl
     return Outcome(status, *texts, took, max(0.0, usage / 1024 - before))
 
 
-def command_line(*arguments: str) -> Callable[[], int]:
-    """A command of moe-bsr, for `run`."""
-
-    def command() -> int:
-        from moe_bsr.cli.main import main
-
-        return main(list(arguments))
-
-    return command
-
-
-def _child(command: Callable[[], int | None], out: int, err: int, memory_mb: float) -> None:
+def _child(command: Callable[[], int | None], folder: Path | None, out: int, err: int, memory_mb: float) -> None:
     status = 1
     try:
         os.setsid()
+        if folder is not None:
+            os.chdir(folder)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(out, 1)
         os.dup2(err, 2)

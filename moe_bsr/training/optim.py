@@ -78,16 +78,25 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float | None) -> float
 
 
 class MovingAverage:
-    """Exponential moving average of the trained parameters, in float32; frozen ones need none."""
+    """Exponential moving average of the trained parameters, in float32; frozen ones need none.
+
+    The decay rises to `decay`: after t updates it is (1 + t) / (10 + t) at most. Otherwise a run of few updates would
+    mostly average the weights it started from.
+
+    Attributes:
+        updates: how many there were; who restores an average restores this too.
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
+        self.decay, self.updates = decay, 0
         self.average = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         live = dict(model.named_parameters())
-        torch._foreach_lerp_(list(self.average.values()), [live[n] for n in self.average], 1 - self.decay)
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(list(self.average.values()), [live[n] for n in self.average], 1 - decay)
+        self.updates += 1
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:

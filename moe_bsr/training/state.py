@@ -111,6 +111,8 @@ class TrainState:
         progress = state["progress"]
         self.step, self.seconds = progress["step"], progress["seconds"]
         self.pending_evaluation, self.untold_scores = progress["pending_evaluation"], progress["untold_scores"]
+        if self.average is not None:
+            self.average.updates = self.step
         if progress["best_step"] is not None:
             self.best = Best(progress["best_step"], progress["best_mean_top1"], progress["best_scores"])
         self.callbacks.restore(progress["callbacks"])

@@ -63,7 +63,7 @@ def by_hand(model, data, index: int, expert: int) -> np.ndarray:
     [
         {},
         {"router": "task_conditioned", "renormalize_gates": False},
-        {"kind": "registers", "top_k": 1},
+        {"kind": "registers", "top_k": 1, "renormalize_gates": False},
         {"top_k": 4},
         {"kind": "average-pool", "drop_blocks": [0, 1, 2], "train_blocks": "all", "moe_blocks": [0, 1, 2, 3]},
     ],

@@ -297,7 +297,7 @@ def test_any_number_of_experts_and_tasks(experts, top_k, tasks):
     classes = dict(list(CLASSES.items())[:tasks])
     vit = make_vit()
     config = Config(
-        moe=MoEConfig(num_experts=experts, top_k=top_k, balance_loss="across_tasks"),
+        moe=MoEConfig(num_experts=experts, top_k=top_k, renormalize_gates=top_k > 1, balance_loss="across_tasks"),
         plan=PlanConfig(train_blocks=[1], drop_blocks=[1], moe_blocks=[1]),
     )
     model = MultitaskViT(vit, config, classes)

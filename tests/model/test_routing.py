@@ -1,5 +1,7 @@
 """Which experts a token goes to: routers, the routing record, gate noise and replay."""
 
+import itertools
+
 import pytest
 import torch
 from tiny_models import TASKS, WIDTH, make_mlp, make_moe, normal
@@ -8,6 +10,7 @@ from torch.nn import functional as F
 from moe_bsr.config import ConfigError, MoEConfig
 from moe_bsr.model.moe import MoE
 from moe_bsr.model.replay import Replay
+from moe_bsr.model.routers import ROUTERS as REGISTERED
 from moe_bsr.model.routers import PerTaskRouter, TaskConditionedRouter
 from moe_bsr.runtime.rng import generator
 
@@ -98,6 +101,34 @@ def test_importance_has_the_gradient_of_its_gates():
     kept = p * chosen / (p * chosen).sum(1, keepdim=True)
     (slow,) = torch.autograd.grad((kept.sum(0) * weight).sum(), moe.router.weight["one"])
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-6)
+
+
+# --- every legal setting learns, and tells near logits apart ---
+
+
+@pytest.mark.parametrize("router", sorted(REGISTERED))
+@pytest.mark.parametrize("top_k, renormalize", [*itertools.product([1, 2, 5, 6], [True, False])])
+def test_a_router_learns_from_the_task_or_its_settings_are_refused(router, top_k, renormalize):
+    options = {"router": router, "top_k": top_k, "renormalize_gates": renormalize, "balance_loss": "none"}
+    if top_k == 1 and renormalize:
+        with pytest.raises(ConfigError, match=r"moe\.top_k = 1.*moe\.renormalize_gates"):
+            make_moe(scale=1.0, **options)
+        return
+    moe = make_moe(scale=1.0, **options)
+    moe(normal(2, 9, WIDTH), "one", Replay())[0].square().sum().backward()
+    norm = torch.stack([p.grad.norm() for p in moe.router.parameters() if p.grad is not None]).norm()
+    assert norm > 1e-3, norm
+
+
+@pytest.mark.parametrize("router", sorted(REGISTERED))
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_experts_are_chosen_by_logits_where_probabilities_are_all_zero(router, renormalize):
+    moe = make_moe(router=router, scale=1e4, top_k=3, renormalize_gates=renormalize)
+    logits = moe.router(normal(40, WIDTH), "one")
+    assert (logits.softmax(-1) == 0).sum(-1).min() > 3, "or nothing would be tied"
+    routing = moe.route(normal(40, WIDTH), "one", Replay(), None)
+    assert torch.equal(routing.experts, logits.sort(descending=True).indices[:, :3])
+    assert routing.gates.isfinite().all()
 
 
 # --- gate noise and replay ---

@@ -195,13 +195,25 @@ def test_the_moving_average_is_its_recursion_over_the_trained_parameters():
     average = MovingAverage(model, 0.8)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     expected = {name: value.double() for name, value in values(model).items() if name in trained}
-    for _ in range(5):
+    for step in range(50):
         perturb(model, generator)
         average.update(model)
-        expected = {name: 0.8 * old + 0.2 * values(model)[name].double() for name, old in expected.items()}
+        decay = min(0.8, (1 + step) / (10 + step))
+        expected = {name: decay * old + (1 - decay) * values(model)[name] for name, old in expected.items()}
     assert average.average.keys() == trained
     for name, value in expected.items():
         torch.testing.assert_close(average.average[name].double(), value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.99, 0.9998, 0.999999])
+def test_after_sixty_updates_nothing_of_the_start_is_left_in_the_average(decay):
+    model = torch.nn.Linear(3, 2)
+    average = MovingAverage(model, decay)
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    for _ in range(60):
+        average.update(model)
+    torch.testing.assert_close(average.average["weight"], model.weight.detach(), rtol=0, atol=1e-6)
 
 
 def test_swapping_exchanges_and_swapping_back_restores_every_bit():

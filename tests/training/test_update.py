@@ -102,6 +102,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
 def test_the_average_moves_after_each_step():
     model, update = make_update()
     update._average = MovingAverage(model, 0.75)
+    update._average.updates = 100  # past the warm-up of its decay
     start = model.weight.detach().clone()
     update.forward(normal(4, 3))
     update.backward()

@@ -23,7 +23,10 @@ class LoRAOptions:
     layers: list[str] = field(default_factory=lambda: ["attn.qkv"])
 
     def __post_init__(self) -> None:
-        require(self.rank >= 1, "adapter.rank", self.rank, "at least 1")
+        require(1 <= self.rank <= 4096, "adapter.rank", self.rank, "at least 1, at most 4,096")
+        require(
+            self.alpha > 0, "adapter.alpha", self.alpha, "above 0: at 0 the adapter has no effect and learns nothing"
+        )
         unknown = sorted(set(self.layers) - set(LAYERS))
         require(bool(self.layers) and not unknown, "adapter.layers", self.layers, f"some of {', '.join(LAYERS)}")
         object.__setattr__(self, "layers", tuple(self.layers))  # hashable: plans are compared

@@ -7,18 +7,21 @@ embeddings are resized to the image size asked for.
 import difflib
 import hashlib
 import json
+import os
+import re
 from pathlib import Path
 
 import timm
 import torch
 from safetensors import safe_open
 from timm.layers import Attention, PatchEmbed
-from timm.models import load_state_dict
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from moe_bsr.config import BackboneConfig, ConfigError, require
+from moe_bsr.config.errors import show
 from moe_bsr.model.backbones import BACKBONES, Backbone, ImageSettings
+from moe_bsr.model.backbones.weights import NotWeights, check_usable, foreign, npz_misfit, read
 from moe_bsr.ops.patches import embed_patches
 
 BUNDLED = Path(__file__).parents[2] / "weights"
@@ -97,29 +100,17 @@ def digest(state: dict[str, torch.Tensor]) -> str:
 
 
 def _create(config: BackboneConfig, pretrained: bool = False) -> VisionTransformer:
-    size = {} if config.image_size is None else {"img_size": config.image_size}
-    file = _bundled_file(config.name)
+    _check_name(config.name)
     try:
-        if file is not None:
-            arguments = json.loads(_metadata(file)["architecture"])
-            vit = VisionTransformer(**(arguments | size), num_classes=0)
-        else:
-            vit = timm.create_model(config.name, pretrained=pretrained, num_classes=0, **size)
-    except RuntimeError as error:
-        known = [p.stem for p in BUNDLED.glob("*.safetensors")]
-        names = timm.list_models(["vit_*", "deit*"], pretrained="." in config.name)
-        near = difflib.get_close_matches(config.name, names, 4)
-        raise ConfigError(
-            f"backbone.name = {config.name!r}: {error}; bundled here: {', '.join(known)}; "
-            f"nearest in timm: {', '.join(near) or 'none'}"
-        ) from None
-    except (ValueError, AssertionError) as error:
-        raise ConfigError(f"backbone.image_size = {config.image_size}: {error}") from None
-    except TypeError as error:
-        raise ConfigError(
-            f"backbone.image_size = {config.image_size}: {config.name} takes no image "
-            f"size ({error}); it is no timm VisionTransformer"
-        ) from None
+        vit = _network(config.name, config.image_size, pretrained)
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        if pretrained or config.image_size is None:
+            raise
+        with torch.device("meta"):
+            plain = _network(config.name, None)  # if it exists without the size, the size is at fault
+        plain = f"; {config.name} is no timm VisionTransformer" if type(plain) is not VisionTransformer else ""
+        key, value = ("backbone.name", config.name) if plain else ("backbone.image_size", config.image_size)
+        raise ConfigError(f"{key} = {show(value)}: {error}{plain}") from None
     require(
         type(vit) is VisionTransformer,
         "backbone.name",
@@ -149,6 +140,46 @@ def _create(config: BackboneConfig, pretrained: bool = False) -> VisionTransform
     return vit
 
 
+def _network(name: str, size: int | None, pretrained: bool = False) -> nn.Module:
+    """The bundled or timm network of that name.
+
+    Raises:
+        ConfigError: there is none. TypeError, ValueError, AssertionError, RuntimeError: not of that size.
+    """
+    size_argument = {} if size is None else {"img_size": size}
+    if (file := _bundled_file(name)) is not None:
+        arguments = json.loads(_metadata(file)["architecture"])
+        return VisionTransformer(**(arguments | size_argument), num_classes=0)
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, **size_argument)
+    except RuntimeError as error:
+        if not re.match("Unknown model|Invalid pretrained tag", str(error)):
+            raise
+        raise ConfigError(f"backbone.name = {show(name)}: {error}; {_known(name)}") from None
+
+
+def _check_name(name: str) -> None:
+    """Refuse what is no name: a path, or a place on a hub."""
+    require(
+        re.fullmatch(r"\w[\w.-]{0,99}", name, re.ASCII) is not None,
+        "backbone.name",
+        name,
+        "a network's name in timm, without hub or folder (its file goes into backbone.weights); " + _known(name),
+    )
+
+
+def _known(name: str) -> str:
+    """What is bundled, and which of timm's names have all the words of this one, or are like it."""
+    tags = "." in name
+    names = timm.list_models(["vit_*", "deit*"], pretrained=tags)
+    plain = re.split(r"[/:]", name)[-1].replace("-", "_")
+    words = [word for word in plain.split("_") if word]
+    near = [each for each in names if words and all(word in each for word in words)][:2]
+    near += difflib.get_close_matches(plain[:100], names, 3)
+    bundled = ", ".join(sorted(p.stem for p in BUNDLED.glob("*.safetensors")))
+    return f"bundled here: {bundled}; nearest in timm: {', '.join(dict.fromkeys(near)) or 'none'}"
+
+
 def _unsupported(block: nn.Module) -> str | None:
     """What a block is, if the one forward of `model.block` is not its own."""
     if type(block) is not Block or type(block.attn) is not Attention:
@@ -171,7 +202,7 @@ def _weights_file(config: BackboneConfig) -> Path:
     if config.weights == "bundled":
         file = _bundled_file(config.name)
         if file is None:
-            known = ", ".join(p.stem for p in BUNDLED.glob("*.safetensors"))
+            known = ", ".join(sorted(p.stem for p in BUNDLED.glob("*.safetensors")))
             raise ConfigError(
                 f"backbone.weights = 'bundled': bundled are {known}, not {config.name}; use "
                 "hub, random, or the path of a .safetensors, .pth or .npz file"
@@ -179,7 +210,7 @@ def _weights_file(config: BackboneConfig) -> Path:
         return file
     file = Path(config.weights).expanduser()
     require(
-        file.is_file(),
+        os.path.isfile(file),  # of a name that no file can have, Path.is_file would raise
         "backbone.weights",
         config.weights,
         "no such file; give hub, bundled, random, or the path of a .safetensors, .pth or .npz file",
@@ -188,38 +219,51 @@ def _weights_file(config: BackboneConfig) -> Path:
 
 
 def _load_file(vit: VisionTransformer, file: Path, config: BackboneConfig) -> None:
-    if file.suffix == ".npz":
-        try:
-            vit.load_pretrained(str(file))
-        except Exception as error:  # a damaged archive and a misfit raise many kinds
-            raise ConfigError(
-                f"backbone.weights = {str(file)!r}: unreadable, or no fit for {config.name}: {error}"
-            ) from error
-        return
+    """Put a file's weights into `vit`; `vit.weights_notes` says which part of the file they were."""
+    vit.weights_notes = []
     try:
-        raw = load_state_dict(str(file), weights_only=True)
-    except Exception as error:  # every format has its own kinds of errors
-        raise ConfigError(
-            f"backbone.weights = {str(file)!r}: unreadable ({str(error).splitlines()[0]}); a "
-            "checkpoint may hold tensors and nothing that needs unpickling"
-        ) from error
-    tensors = {k: v for k, v in raw.items() if isinstance(v, torch.Tensor)}
-    if not tensors:
-        raise ConfigError(
-            f"backbone.weights = {str(file)!r}: no tensors by name, but {', '.join(map(str, raw))}; "
-            "save the part that is the backbone on its own"
-        )
+        problem = _load_npz(vit, file) if file.suffix == ".npz" else _load_tensors(vit, file)
+        check_usable(vit.state_dict())
+    except NotWeights as error:
+        raise ConfigError(f"backbone.weights = {show(str(file))}: {error}") from None
+    if problem:
+        raise ConfigError(f"backbone.weights = {show(str(file))}: does not fit {config.name}: {problem}")
+
+
+def _load_npz(vit: VisionTransformer, file: Path) -> str | None:
+    """Load Google's original release; returns why it does not fit, if it does not."""
+    with file.open("rb") as stream:
+        if (other := foreign(stream.read(4096))) is not None:
+            raise NotWeights(other)
+    try:
+        problem = npz_misfit(file, len(vit.blocks))
+        if problem is None:
+            vit.load_pretrained(str(file))
+        return problem
+    except NotWeights:
+        raise
+    except Exception as error:  # a damaged archive and a misfit raise many kinds
+        if "allow_pickle" in str(error):
+            raise NotWeights("holds Python objects; only arrays are read") from None
+        return f"unreadable, or other arrays than Google's release has: {error}"
+
+
+def _load_tensors(vit: VisionTransformer, file: Path) -> str | None:
+    """Load named tensors; returns why they do not fit, if they do not."""
+    tensors, vit.weights_notes = read(file)
     expected = vit.state_dict()
+    check_usable({name: value for name, value in tensors.items() if name in expected})
     try:
         state = checkpoint_filter_fn(tensors, vit)
-    except (RuntimeError, ValueError, KeyError) as error:  # it resizes what it takes for the same model's
-        problems = [*_misfits(tensors, expected), str(error).splitlines()[0]]
+    except (RuntimeError, ValueError, KeyError, IndexError) as error:  # it resizes what it takes for the same model's
+        problems = [*_misfits(tensors, expected), *str(error).splitlines()[:1]]
     else:
         state = {k: v.float() for k, v in state.items() if not k.startswith(NOT_BACKBONE)}
         problems = _misfits(state, expected)
     if problems:
-        raise ConfigError(f"backbone.weights = {str(file)!r}: does not fit {config.name}: {'; '.join(problems)}")
+        return "; ".join(problems)
     vit.load_state_dict(state)
+    return None
 
 
 def _misfits(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:

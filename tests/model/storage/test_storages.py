@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from moe_bsr.config import ConfigError
 from moe_bsr.model.plan import choices_of_blocks
+from moe_bsr.model.routers import ROUTERS
 from moe_bsr.model.storage import STORAGES
 from moe_bsr.model.storage.packed import BFloat16Packed, Int8Packed, _run_packed, packable
 
@@ -122,6 +123,25 @@ def test_quantization_is_within_half_a_step_of_each_channel(dtype):
     step = x.float().abs().amax(1, keepdim=True) / 126
     bound = 0.5 * step + 2**-7 * x.float().abs()  # and the rounding of the scale
     assert ((back.float() - x.float()).abs() <= bound).all()
+
+
+def router_gradient(storage: str, renormalize: bool, **moe) -> torch.Tensor:
+    """Of experts that are equal copies, as at the start of a training; all routers' gradients in one."""
+    model = make_model(
+        storage=storage, moe_blocks=(1, 3), init_noise=0.0, renormalize_gates=renormalize, balance_loss="none", **moe
+    ).train()
+    F.cross_entropy(model(normal(12, 3, 16, 16), "one").logits, torch.arange(12) % 3).backward()
+    return torch.cat([g.flatten() for name, g in gradients(model).items() if ".router." in name])
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped"])
+@pytest.mark.parametrize("router", sorted(ROUTERS))
+@pytest.mark.parametrize("storage", sorted(STORAGES))
+def test_equal_experts_stay_equal_to_the_router_however_activations_are_kept(storage, router, backend):
+    """To a router, copies of one FFN differ by rounding alone. Where it learns, this is its gradient's size."""
+    size = router_gradient("exact", False, router=router).norm()
+    options = {"renormalize": True, "router": router, "backend": backend}
+    assert (router_gradient(storage, **options) - router_gradient("exact", **options)).norm() < 1e-5 * size
 
 
 def test_zeros_stay_zeros():

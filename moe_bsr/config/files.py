@@ -1,0 +1,51 @@
+"""From a YAML file and `a.b=value` overrides to a checked configuration, and back to YAML."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moe_bsr.config.errors import ConfigError, show
+from moe_bsr.config.reader import convert, read_tree, set_dotted
+from moe_bsr.config.schema import Config
+from moe_bsr.config.yaml_text import parse_value
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML configuration with everything it extends, then apply `a.b=value` overrides.
+
+    Raises:
+        ConfigError: unreadable file, unknown key, wrong type or impossible value.
+    """
+    tree = read_tree(Path(path))
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        key = key.strip()
+        if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
+            raise ConfigError(f"override {show(text)}: write key=value, for example train.steps=200")
+        set_dotted(tree, key, parse_value(value, key))
+    return from_dict(tree)
+
+
+def from_dict(tree: dict[str, Any]) -> Config:
+    """Build a checked Config from nested dictionaries (as in a resolved `config.yaml`)."""
+    return convert(tree, Config, "")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def dump(config: Config) -> str:
+    """The configuration as YAML, keys in the order of their definition."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def replace(config: Config, **changes: Any) -> Config:
+    """A copy with changed values; keys as in `train__steps=10` reach into sections. Checked again."""
+    tree = to_dict(config)
+    for key, value in changes.items():
+        set_dotted(tree, key.replace("__", "."), value)
+    return from_dict(tree)

@@ -1,0 +1,211 @@
+"""Weights files: what a file is, and the tensors in it that are a backbone's.
+
+Of a wrapper's parts one is taken, and a wrapper's prefix is taken off; a note says so. Nothing is executed.
+"""
+
+import re
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+# Parts of a checkpoint that may be the backbone, the best first: averages before what they average.
+PARTS = (
+    "state_dict_ema", "model_ema", "ema", "teacher", "target_encoder", "state_dict", "model", "student", "encoder",
+    "backbone", "module", "net", "network", "weights", "params",
+)  # fmt: skip
+ANCHOR = "patch_embed.proj.weight"  # what every ViT of timm's naming has: what stands before it is a prefix
+MAGIC = {
+    b"\x1f\x8b": "packed with gzip: unpack it",
+    b"BZh": "packed with bzip2: unpack it",
+    b"\xfd7zXZ": "packed with xz: unpack it",
+    b"\x28\xb5\x2f\xfd": "packed with zstd: unpack it",
+    b"\x89HDF": "an HDF5 file (Keras)",
+    b"GGUF": "a GGUF file (quantized, for llama.cpp)",
+    b"\x89PNG": "an image",
+    b"\xff\xd8\xff": "an image",
+    b"%PDF": "a PDF",
+}
+
+
+ARGUMENTS = SimpleNamespace, "argparse.Namespace"  # which checkpoints of timm hold, and what is made of them here
+
+
+class NotWeights(ValueError):
+    """A file that is no weights file, or holds no weights that can be used: the message says what it is."""
+
+
+def read(file: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The backbone's tensors by name, and notes for a person on which part of the file they are.
+
+    Raises:
+        NotWeights: what the file is instead, and what to do.
+    """
+    with file.open("rb") as stream:
+        head = stream.read(4096)
+    if (other := foreign(head)) is not None:
+        raise NotWeights(other)
+    if zipfile.is_zipfile(file):
+        names = zipfile.ZipFile(file).namelist()
+        if any(Path(name).name == "constants.pkl" for name in names):
+            raise NotWeights("a TorchScript program: save its state_dict() with torch.save")
+        if names and all(name.endswith(".npy") for name in names):
+            raise NotWeights("NumPy arrays: a file of Google's original release has to end in .npz")
+    elif head[:2] == b"PK":
+        raise NotWeights("cut off or damaged (a zip archive without its end): fetch it again")
+    content = _safetensors(file) if head[8:9] == b"{" else _torch_file(file)
+    state, notes = _part(content)
+    return _without_prefix(state, notes)
+
+
+def foreign(head: bytes) -> str | None:
+    """What a file is that begins so, if that is not weights."""
+    if not head:
+        return "empty: fetch the file again"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer in place of the file: fetch the file itself (git lfs pull)"
+    for magic, what in MAGIC.items():
+        if head.startswith(magic):
+            return what
+    if not head.strip(b"\0"):
+        return "nothing but zeros: fetch the file again"
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if start[:1] == b"<":
+        return "a web page in place of the file: open its address in a browser to see why, and download the file itself"
+    if len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**40:
+        return None  # safetensors
+    try:
+        text = head.decode("ascii").split("\n")[0]
+    except UnicodeDecodeError:
+        return None
+    printable = all(c.isprintable() or c in "\t\r" for c in text)
+    return f"a text file, which begins with {text[:60]!r}" if printable else None
+
+
+def _safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except Exception as error:  # SafetensorError is of no public base
+        raise NotWeights(f"cut off or damaged ({_first_line(error)}): fetch it again") from None
+
+
+def _torch_file(file: Path) -> Any:
+    try:
+        # A stream: of a path, the ending would decide.
+        with torch.serialization.safe_globals([ARGUMENTS]), file.open("rb") as stream:
+            return torch.load(stream, map_location="cpu", weights_only=True)
+    except Exception as error:  # every format has its own kinds of errors
+        types = _types_refused(file, str(error))
+        if not types:
+            raise NotWeights("no weights file, cut off or damaged: fetch it again") from None
+    raise NotWeights(
+        f"holds {', '.join(types)} beside tensors, and unpickling these may run anybody's code. If you trust the file, "
+        f"save the tensors alone: import pickle, torch; s = torch.load({file.name!r}, 'cpu', pickle); "
+        "torch.save({k: v for k, v in s.items() if torch.is_tensor(v)}, 'tensors.pth') "
+        "(of s['model'] or s.state_dict(), where they lie there)"
+    )
+
+
+def _types_refused(file: Path, message: str) -> list[str]:
+    """Names of the types in a pickle that are not plain tensors and containers; empty if that is not the trouble."""
+    try:
+        with file.open("rb") as stream:
+            types = torch.serialization.get_unsafe_globals_in_checkpoint(stream)
+    except Exception:  # only for zip archives, and not for every content
+        types = re.findall(r"GLOBAL ([\w.]+)", message)
+    types = [name for name in sorted(types) if name != ARGUMENTS[1]]
+    return types[:4] + ([f"{len(types) - 4} more types"] if len(types) > 4 else [])
+
+
+def _part(content: Any, path: str = "", depth: int = 3) -> tuple[dict[str, Tensor], list[str]]:
+    """The dictionary of tensors within what a checkpoint holds, and a note if others were passed over."""
+    if not isinstance(content, dict):
+        raise NotWeights(f"{path or 'it'} holds no tensors by name, but {type(content).__name__}")
+    state = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    inner = {key: value for key, value in content.items() if isinstance(value, dict) and _has_tensors(value, depth)}
+    if (state and not inner) or (state and any(name.endswith(ANCHOR) for name in state)):
+        return state, []
+    chosen = next((name for name in PARTS if name in inner), next(iter(inner)) if len(inner) == 1 else None)
+    if chosen is None:
+        keys = ", ".join(str(key) for key in content)
+        raise NotWeights(f"no tensors by name, but {keys[:200]}; save the part that is the backbone on its own")
+    state, notes = _part(inner[chosen], f"{path}{chosen}.", depth - 1)
+    others = [name for name in inner if name != chosen]
+    return state, [f"{path}{chosen} was taken" + (f", not {', '.join(others)}" if others else ""), *notes]
+
+
+def _has_tensors(content: dict, depth: int) -> bool:
+    values = content.values()
+    return any(isinstance(v, Tensor) for v in values) or (
+        depth > 0 and any(isinstance(v, dict) and _has_tensors(v, depth - 1) for v in values)
+    )
+
+
+def _without_prefix(state: dict[str, Tensor], notes: list[str]) -> tuple[dict[str, Tensor], list[str]]:
+    """Names as the backbone has them, where a wrapper put its own before all of them."""
+    found = [name.removesuffix(ANCHOR) for name in state if name == ANCHOR or name.endswith("." + ANCHOR)]
+    if not found or "" in found:
+        return state, notes
+
+    def rank(prefix: str) -> int:
+        return min((PARTS.index(word) for word in prefix.split(".") if word in PARTS), default=len(PARTS))
+
+    best = min(found, key=rank)
+    others = [prefix for prefix in found if prefix != best]
+    if others and rank(best) == rank(min(others, key=rank)):
+        raise NotWeights(f"several networks, under {', '.join(found)}: save the one that is the backbone on its own")
+    kept = {name.removeprefix(best): value for name, value in state.items() if name.startswith(best)}
+    passed = f", and {len(state) - len(kept)} tensors without it were passed over" if len(kept) < len(state) else ""
+    return kept, [*notes, f"the prefix {best!r} was taken off{passed}"]
+
+
+def check_usable(state: dict[str, Tensor]) -> None:
+    """Refuse what cannot be a network's weights: rounded to integers, or not finite.
+
+    Raises:
+        NotWeights: names the first such tensors.
+    """
+    rounded = [f"{name} is {_dtype(t)}" for name, t in state.items() if not t.is_floating_point() or t.itemsize == 1]
+    if rounded:
+        raise NotWeights(f"{_some(rounded)}: quantized; export the float weights")
+    endless = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if endless:
+        raise NotWeights(f"not finite: {_some(endless)}; the file is damaged, or its training diverged")
+
+
+def npz_misfit(file: Path, depth: int) -> str | None:
+    """What timm's reader of Google's .npz files would pass over: blocks beyond the model's.
+
+    Raises:
+        NotWeights: whole numbers, which it would take for weights.
+    """
+    if not zipfile.is_zipfile(file):
+        raise NotWeights("cut off or damaged (no zip archive): fetch it again")
+    with np.load(file, allow_pickle=False) as arrays:
+        blocks = {int(n) + 1 for name in arrays.files for n in re.findall(r"encoderblock_(\d+)/", name)}
+        stacked = [name for name in arrays.files if "/encoderblock/" in name]
+        blocks |= {len(arrays[stacked[0]])} if stacked else set()
+        if blocks and max(blocks) != depth:
+            return f"it has {max(blocks)} blocks, the model {depth}"
+        kinds = {name: arrays[name].dtype for name in arrays.files if arrays[name].ndim}
+    rounded = [f"{name} is {kind}" for name, kind in kinds.items() if kind.kind in "iub"]
+    if rounded:
+        raise NotWeights(f"{_some(rounded)}: quantized; export the float weights")
+    return None
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _some(texts: list[str]) -> str:
+    return ", ".join(texts[:3]) + (f" and {len(texts) - 3} more" if len(texts) > 3 else "")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

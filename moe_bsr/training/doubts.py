@@ -1,0 +1,107 @@
+"""Legal settings that still spoil a run's result: said with their numbers before it starts.
+
+What can never be right is refused by the configuration (`config/schema.py`). This is what may be meant, and is
+usually a slip: a rate of another optimizer, a warm-up as long as the run, a task that hardly gets an update.
+"""
+
+from collections.abc import Iterator
+
+from moe_bsr.config import Config
+from moe_bsr.data.sampler import MultitaskSampler
+from moe_bsr.training.optim import learning_rate
+
+LEAST_SHARE = 0.02  # of the updates, below which a task is called starved
+LARGEST_RATE = {"adamw": 0.1, "sgd": 10.0}
+
+
+def doubts(config: Config, sizes: dict[str, int]) -> list[str]:
+    """Lines for a person; none for settings that hold together.
+
+    Args:
+        sizes: number of training images by task.
+    """
+    return [*_optimization(config), *_learning_signal(config), *_data(config, sizes)]
+
+
+def _optimization(config: Config) -> Iterator[str]:
+    train = config.train
+    rates = [learning_rate(train, step) for step in range(0, train.steps, max(1, train.steps // 1000))]
+    mean_rate, highest = sum(rates) / len(rates), train.lr * max(1.0, train.head_lr_scale)
+    if highest > LARGEST_RATE[train.optimizer]:
+        yield (
+            f"train.lr = {train.lr:g} (heads: x {train.head_lr_scale:g}) is very large for {train.optimizer}; usual "
+            f"are at most {LARGEST_RATE[train.optimizer]:g}"
+        )
+    if train.optimizer == "adamw" and (moved := mean_rate * train.steps) < 1e-4:
+        yield (
+            f"train.lr = {train.lr:g} moves a weight by at most {moved:.1g} in {train.steps} updates: hardly anything "
+            "will be learned"
+        )
+    warmup = train.warmup_steps
+    warmup = round(train.warmup_fraction * train.steps) if warmup is None else warmup
+    if train.steps > 1 and warmup > train.steps / 2:
+        yield f"train.warmup_steps or warmup_fraction: the learning rate rises in {warmup} of {train.steps} updates"
+    left = (1 - mean_rate * train.weight_decay) ** train.steps
+    if left < 0.1:
+        yield f"train.weight_decay = {train.weight_decay:g} alone shrinks the weights to {left:.1%} by the end"
+    if train.optimizer == "sgd" and 1 / (1 - train.momentum) > train.steps:
+        yield f"train.momentum = {train.momentum:g} averages over more updates than the {train.steps} of this run"
+    if train.grad_clip_norm is not None and train.grad_clip_norm < 1e-3:
+        yield f"train.grad_clip_norm = {train.grad_clip_norm:g} scales nearly every gradient down to almost nothing"
+    if train.layer_decay < 0.3:
+        left = f"{train.layer_decay**4:.1g}"
+        yield f"train.layer_decay = {train.layer_decay:g}: four blocks down, {left} of the rate is left"
+    if train.ema_decay is not None and (reached := train.steps / (9 + train.steps)) < train.ema_decay:
+        needed = (10 * train.ema_decay - 1) / (1 - train.ema_decay)
+        yield (
+            f"train.ema_decay = {train.ema_decay:g} takes {needed:,.0f} updates to reach; after {train.steps} it is "
+            f"{reached:.4g}"
+        )
+
+
+def _learning_signal(config: Config) -> Iterator[str]:
+    train, moe = config.train, config.moe
+    if train.label_smoothing > 0.5:
+        yield f"train.label_smoothing = {train.label_smoothing:g} leaves the right class less than half of the target"
+    if config.backbone.weights == "random" and config.plan.train_blocks != "all":
+        yield "backbone.weights = random with plan.train_blocks not all: the frozen blocks stay random"
+    rates = config.plan.keep_rate if isinstance(config.plan.keep_rate, list) else [config.plan.keep_rate]
+    if config.plan.drop_blocks and min(rates) < 0.05:
+        yield f"plan.keep_rate = {min(rates):g} keeps {min(rates):.2%} of the tokens at a block"
+    if config.plan.moe_blocks:
+        if moe.gate_noise > moe.num_experts:
+            yield (
+                f"moe.gate_noise = {moe.gate_noise:g} is noise of {moe.gate_noise / moe.num_experts:.3g} on router "
+                "logits that start below 1: experts are drawn by lot"
+            )
+        if moe.init_noise > 0.5:
+            yield f"moe.init_noise = {moe.init_noise:g} drowns the pretrained FFN that experts are copies of"
+        if moe.balance_loss != "none" and moe.balance_loss_weight > 1:
+            yield f"moe.balance_loss_weight = {moe.balance_loss_weight:g} outweighs the loss of the tasks"
+    if (crop := config.data.crop_scale) is not None and crop[1] < 0.05:
+        yield f"data.crop_scale = {crop}: training sees at most {crop[1]:.1%} of an image"
+    weights = {task: train.task_weights.get(task, 1.0) for task in config.task_names()}
+    mean = sum(weights.values()) / len(weights)
+    for task, weight in weights.items():
+        if weight < 0.01 * mean:
+            yield f"train.task_weights: {task} counts {weight / mean:.1g} of the mean task"
+
+
+def _data(config: Config, sizes: dict[str, int]) -> Iterator[str]:
+    train = config.train
+    for task, size in sizes.items():
+        if train.batch_size > size:
+            yield (
+                f"train.batch_size = {train.batch_size}, but {task} has {size} training images: each is in an update "
+                f"{train.batch_size / size:.3g} times; take at most {size}"
+            )
+    runs = [sizes] if config.mode == "multitask" else [{task: size} for task, size in sizes.items()]
+    for run in runs:
+        sampler = MultitaskSampler(run, train.batch_size, train.steps, config.sampler, config.seed)
+        for task, counts in sampler.progress(train.steps).items():
+            share = counts["updates"] / train.steps
+            if share < min(LEAST_SHARE, 0.5 / len(run)):
+                yield (
+                    f"sampler.kind = {config.sampler.kind}: {task} gets {counts['updates']} of {train.steps} updates "
+                    f"({share:.1%}), {counts['epochs']:.2g} epochs of its {sizes[task]} images"
+                )

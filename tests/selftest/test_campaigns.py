@@ -1,0 +1,61 @@
+"""The campaigns of `moe-bsr selftest`, a few cases of each; the long ones are run by hand."""
+
+import json
+
+import pytest
+
+from moe_bsr.cli.main import main
+from moe_bsr.selftest import damage, hostile, kills
+
+
+def test_killed_at_random_and_in_every_stage_of_a_checkpoint_write(tmp_path):
+    # Operations 61 to 76 of the run are one checkpoint write, with the removal of an old one.
+    result = kills.campaign(tmp_path, 5, 0, main, stages=range(61, 77))
+    assert (result["tried"], result["kills"], result["stages"]) == (21, 5, 16)
+    assert result["failures"] == []
+
+
+def test_a_killed_run_that_comes_out_otherwise_is_noticed(tmp_path):
+    (tmp_path / "checkpoint/9").mkdir(parents=True)
+    for name in ("checkpoint/9/weights.safetensors", "metrics.jsonl"):
+        (tmp_path / name).write_bytes(b"a")
+    expected = kills.outcome(tmp_path)
+    assert kills.differing(tmp_path, expected) == []
+    (tmp_path / "metrics.jsonl").write_bytes(b"b")
+    (tmp_path / "checkpoint/9/average.safetensors").write_bytes(b"a")
+    assert kills.differing(tmp_path, expected) == ["average.safetensors", "metrics.jsonl"]
+
+
+def test_damaged_runs(tmp_path):
+    result = damage.campaign(tmp_path, 8, 1, main)
+    assert result["tried"] == 8 == sum(kind["tried"] for kind in result["kinds"].values())
+    assert result["failures"] == []
+
+
+def test_hostile_files(tmp_path):
+    result = hostile.campaign(tmp_path, 12, 1, main)
+    assert result["tried"] == 12 and result["failures"] == []
+
+
+@pytest.mark.parametrize("wrong", ["reads outside", "crashes", "prints control letters", "writes outside"])
+def test_a_product_that_gives_way_is_noticed(tmp_path, wrong):
+    def gives_way(arguments):
+        if wrong == "crashes":
+            raise KeyError(wrong)
+        if wrong == "writes outside":
+            (tmp_path / "canary").write_text("was here")
+        if wrong == "prints control letters":
+            print("\x1b[31m")
+        return {"reads outside": 3}.get(wrong, 0)
+
+    result = hostile.campaign(tmp_path, 2, 0, gives_way)
+    assert result["failed"] == 2
+
+
+def test_the_command_prints_json_and_fails_where_something_failed(monkeypatch, capsys):
+    for failed in (0, 1):
+        found = {"tried": 1, "failed": failed, "failures": ["x"] * failed}
+        monkeypatch.setattr(damage, "campaign", lambda *arguments, found=found: dict(found))
+        assert main(["selftest", "--damage", "1", "--json"]) == failed
+        told = json.loads(capsys.readouterr().out)
+        assert told["failed"] == failed and told["damage"]["tried"] == 1 and "kills" not in told

@@ -1,0 +1,56 @@
+"""The campaign of broken configurations: drawn from a seed, each really run, and judged as it ended."""
+
+import pytest
+
+from moe_bsr.cli.main import main
+from moe_bsr.selftest.configs import FILES, GOOD, Mutant, judge, mutants, try_mutant
+from moe_bsr.selftest.sandbox import Outcome
+
+WHOLE = Mutant("nothing", {name: text.encode() for name, text in FILES.items()}, [])
+
+
+def test_the_same_seed_gives_the_same_mutants_and_a_longer_campaign_begins_alike():
+    first = list(mutants(1, 30))
+    assert first == list(mutants(1, 60))[:30] != list(mutants(2, 30))
+    assert len({mutant.description for mutant in first}) == 30
+    changed = [mutant for mutant in first if mutant.files != WHOLE.files or mutant.overrides]
+    assert len(changed) >= 28, "now and then a change changes nothing"
+
+
+def test_what_mutants_are_made_of_is_a_right_run(tmp_path):
+    assert judge(WHOLE, try_mutant(WHOLE, tmp_path, main)) == "accepted"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_mutants_are_refused_clearly_or_are_right_runs(tmp_path, seed):
+    for mutant in mutants(100 + seed, 8):
+        result = try_mutant(mutant, tmp_path, main)
+        assert judge(mutant, result) in GOOD, (mutant.description, result)
+
+
+def ended(err: str = "", status: int | None = 2) -> Outcome:
+    return Outcome(status, "", err, 0.1, 0.0)
+
+
+@pytest.mark.parametrize(
+    "outcome, kind",
+    [
+        (ended("moe-bsr train: train.lr = 0.0: above 0\n"), "refused"),
+        (ended("usage: moe-bsr train [-h]\nmoe-bsr train: error: lr\n"), "refused"),
+        (ended("x.py:3: UserWarning: lr\n  warn(lr)\nmoe-bsr train: lr\n"), "refused"),
+        (ended("moe-bsr train: loss nan: lower train.lr\n", 1), "stopped"),
+        (ended(status=0), "accepted"),
+        (ended("Traceback (most recent call last):\n  ...\nKeyError: 'lr'\n", 1), "traceback: KeyError: 'lr'"),
+        (ended(status=-11), "ended by SIGSEGV"),
+        (ended(status=None), "hung for 0 s"),
+        (ended("lr\nis wrong"), "2 lines: lr / is wrong"),
+        (ended(""), "refused without a word"),
+        (ended("lr" * 400), "a line of 800 characters"),
+        (ended("lr \x1b[31m"), "control letters: 'lr \\x1b[31m'"),
+        (ended("something is wrong"), "names none of lr: something is wrong"),
+        (ended("lr", 3), "status 3"),
+    ],
+)
+def test_a_case_is_judged_by_status_lines_length_and_words(outcome, kind):
+    assert judge(WHOLE._replace(words=("lr",)), outcome) == kind
+    assert (kind in GOOD) == (kind in ("refused", "stopped", "accepted"))

@@ -1,0 +1,54 @@
+"""A command in a process of its own: its limits, what it printed, how it ended."""
+
+import os
+import signal
+import sys
+import time
+
+import pytest
+
+from moe_bsr.selftest import sandbox
+
+
+def refuse() -> int:
+    print("on stdout")
+    print("on stderr", file=sys.stderr)
+    os.system("echo from below")
+    return 2
+
+
+@pytest.mark.parametrize(
+    "command, status, words",
+    [
+        (lambda: 3, 3, ""),
+        (lambda: None, 0, ""),
+        (lambda: sys.exit(4), 4, ""),
+        (refuse, 2, "on stderr"),
+        (lambda: 1 // 0, 1, "ZeroDivisionError"),
+        (lambda: os.kill(os.getpid(), signal.SIGSEGV), -signal.SIGSEGV, ""),
+        (lambda: bytearray(2**31) and None, 1, "MemoryError"),
+    ],
+)
+def test_how_a_command_ends(command, status, words, tmp_path):
+    outcome = sandbox.run(command, folder=tmp_path, memory_mb=500)
+    assert outcome.status == status and words in outcome.stderr
+    assert (outcome.trouble is None) == (status >= 0 and "Error" not in outcome.stderr)
+
+
+def test_what_it_prints_and_where_it_runs(tmp_path):
+    outcome = sandbox.run(lambda: print(os.getcwd()) or refuse(), folder=tmp_path)
+    assert outcome.stdout.split("\n")[:2] == [str(tmp_path), "on stdout"] and "from below" in outcome.stdout
+
+
+def test_one_that_hangs_is_stopped_with_its_children():
+    began = time.monotonic()
+    outcome = sandbox.run(lambda: os.fork() and time.sleep(60), seconds=0.3)
+    assert outcome.status is None and "hung" in outcome.trouble and time.monotonic() - began < 20
+
+
+def test_memory_at_the_peak_is_measured():
+    def eat() -> None:
+        held = bytearray(100 * 2**20)
+        held[::4096] = b"x" * len(held[::4096])
+
+    assert 80 < sandbox.run(eat).peak_mb < 200
