@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import moe_bsr
+from moe_bsr.cli.terminal import replace_what_cannot_be_shown, say
+from moe_bsr.runtime.names import printable
 
 COMMANDS = {
     "train": "train several tasks as a configuration says, and write a run folder",
@@ -58,6 +60,8 @@ def main(arguments: list[str], own_process: bool = False) -> int:
     Raises:
         SystemExit: after --help or --version, and for arguments that no parser knows (status 2).
     """
+    if own_process:
+        replace_what_cannot_be_shown()
     name, *rest = arguments or ["--help"]
     if name in COMMANDS:
         return _run(name, rest, own_process)
@@ -109,16 +113,16 @@ def _run(name: str, rest: list[str], own_process: bool) -> int:
     try:
         return module.run(parsed)
     except _expected_errors() as error:
-        print(f"{parser.prog}: {in_flags(str(error))}", file=sys.stderr)
+        say(f"{parser.prog}: {printable(in_flags(str(error)))}", error=True)
         return REFUSED
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
-        print(f"{parser.prog}: needs {package}: pip install 'moe_bsr[{EXTRAS[package]}]'", file=sys.stderr)
+        say(f"{parser.prog}: needs {package}: pip install 'moe_bsr[{EXTRAS[package]}]'", error=True)
         return REFUSED
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        say(f"{parser.prog}: interrupted", error=True)
         return INTERRUPTED
 
 

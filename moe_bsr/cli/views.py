@@ -15,6 +15,7 @@ import subprocess
 import sys
 
 from moe_bsr.cli import run_arguments
+from moe_bsr.cli.terminal import say
 
 SAMPLES = "images=100,text=100"  # steps kept of each picture; TensorBoard's own 10 would hide a run's history
 
@@ -47,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.images,
             arguments.ablation_images,
             arguments.batch_size,
-            say=lambda line: print(line, file=sys.stderr),
+            say=lambda line: say(line, error=True),
         )
     print("\n".join(map(str, expert_report.write(loaded, sections))))
     options = ["--logdir", str(arguments.run), "--samples_per_plugin", SAMPLES, "--reload_multifile", "true"]

@@ -7,7 +7,7 @@ from pathlib import Path
 def write_whole(file: Path, text: str) -> None:
     """Replace a text file by one rename: a reader, or a crash, meets the old text or the new one."""
     temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     sync(temporary)
     temporary.rename(file)
 

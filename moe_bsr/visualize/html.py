@@ -2,7 +2,9 @@
 
 import base64
 from dataclasses import dataclass, field
-from html import escape
+from html import escape as escape_markup
+
+from moe_bsr.runtime.names import printable
 
 STYLE = """
 :root { color-scheme: light; }
@@ -64,6 +66,11 @@ class Section:
     tables: list[Table] = field(default_factory=list)
 
 
+def escape(text: str) -> str:
+    """Any text as HTML that shows it and does nothing else, in text and in quoted attributes."""
+    return escape_markup(printable(text), quote=True)
+
+
 def page(title: str, about: list[str], sections: list[Section]) -> str:
     """The whole page.
 
@@ -93,10 +100,7 @@ def _section(section: Section) -> str:
 
 def _picture(picture: Picture) -> str:
     data = base64.b64encode(picture.png).decode()
-    return (
-        f'<figure><img src="data:image/png;base64,{data}" width="{WIDTH}" '
-        f'alt="{escape(picture.alt, quote=True)}"></figure>'
-    )
+    return f'<figure><img src="data:image/png;base64,{data}" width="{WIDTH}" alt="{escape(picture.alt)}"></figure>'
 
 
 def _table(table: Table) -> str:

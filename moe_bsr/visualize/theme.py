@@ -14,6 +14,9 @@ import numpy as np
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 
+from moe_bsr.runtime import names
+from moe_bsr.visualize.fonts import drawable
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -64,11 +67,15 @@ def canvas(width: int, height: int) -> tuple[Figure, Axes]:
 
 
 def text(axes: Axes, x: float, y: float, content: object, size: float = SMALL, **how) -> None:
-    axes.text(x, y, str(content), size=size, zorder=4, **{"va": "center", "color": INK} | how)  # above cells and lines
+    """Words as they are: no formulas in them, no line breaks, no letter that only warnings would stand for."""
+    words, families = drawable(content)
+    style = {"va": "center", "color": INK, "size": size, "zorder": 4} | how  # above cells and lines
+    axes.text(x, y, words, family=families, parse_math=False, usetex=False, **style)
 
 
-def shorten(name: str, max_letters: int) -> str:
-    return name if len(name) <= max_letters else name[: max_letters - 1] + "\u2026"
+def shorten(name: str, width: int) -> str:
+    """A name in at most so many letters' widths; a wide letter counts twice."""
+    return names.shorten(names.printable(name), width)
 
 
 def pixels(drawn: Figure) -> np.ndarray:
