@@ -26,7 +26,7 @@ import torch
 
 from moe_bsr import config as configuration
 from moe_bsr.api import train
-from moe_bsr.callbacks import expert_views
+from moe_bsr.callbacks import expert_views, mistakes
 from moe_bsr.runs import checkpoint
 from moe_bsr.runtime import files
 
@@ -91,10 +91,8 @@ def start(config: configuration.Config, run: Path, before_start=lambda: None) ->
 
 def without_drawing(replace=setattr) -> None:
     """Pictures take several times as long as these runs train, and nothing that is compared depends on them."""
-    for name in ("training_figures", "validation_figures"):
-        replace(expert_views.routing_log, name, lambda *arguments: [])
-    replace(expert_views, "strip", lambda *arguments: None)
-    replace(expert_views.ExpertViews, "_draw", lambda *arguments: None)
+    replace(expert_views, "drawing_due", lambda *arguments: False)
+    replace(mistakes.MistakeViews, "on_end", lambda self, report: None)
 
 
 def wait(pid: int) -> bool:

@@ -50,7 +50,9 @@ class Console(Callback):
         cells = {task: f"{evaluation.split} {value:5.1f}%" for task, value in top1.items()}
         mean = f"{evaluation.split} mean {fmean(top1.values()):.2f}%"
         if len(self.tasks) > MANY:
-            self._row(evaluation.step, [pad(f"{evaluation.split} {fmean(top1.values()):5.1f}%", CELL, right=True)], top1)
+            self._row(
+                evaluation.step, [pad(f"{evaluation.split} {fmean(top1.values()):5.1f}%", CELL, right=True)], top1
+            )
         else:
             self._row(evaluation.step, [cells.get(task, "") for task in self.tasks], {}, mean)
 

@@ -202,6 +202,7 @@ class TrainConfig:
     checkpoint_selection: Literal["best", "last"] = "best"
     evaluate_test: bool = True
     save: Literal["trainable", "all"] = "trainable"
+    pictures: bool = True
 
     def __post_init__(self) -> None:
         for key in ("steps", "batch_size", "grad_accumulation_steps"):

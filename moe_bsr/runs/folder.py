@@ -34,6 +34,7 @@ RESUMABLE_KEYS = (
     "data.prefetch",
     "train.checkpoint_every",
     "train.evaluate_test",
+    "train.pictures",
     "backbone.weights",
 )
 

@@ -4,6 +4,7 @@ A report speaks for itself: it holds the configuration, the machine, the code's 
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.runtime.files import write_whole
+from moe_bsr.runtime.names import printable
 from moe_bsr.runtime.provenance import command, commit, environment
 
 
@@ -59,7 +61,7 @@ def aggregate(config: Config, parts: dict[str, dict[str, Any]]) -> dict[str, Any
         parts: reports so far, by task.
     """
     done, names = list(parts.values()), config.task_names()
-    tasks = {name: part["tasks"][name] for name, part in parts.items()}
+    tasks = {name: part["tasks"][name] | {"selected_step": part["selected_step"]} for name, part in parts.items()}
     finished = list(parts) == names and all(part["status"] == "finished" for part in done)
     return {
         "status": "finished" if finished else "interrupted",
@@ -95,7 +97,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        report = json.loads(file.read_text())
+        report = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(report, dict) or "tasks" not in report:
             raise ValueError("no report of a run")
     except ValueError as error:
@@ -107,9 +109,12 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def markdown(report: dict[str, Any]) -> str:
+    counted = f"{report['test_evaluations']} evaluation(s) of the test split so far."
     lines = [
-        f"Status: {report['status']}. Scored on the {report['split']} split; "
-        f"{report['test_evaluations']} evaluation(s) of the test split so far.",
+        f"Status: {report['status']}. {selection(report)}",
+        "",
+        f"Accuracies are those of the weights selected, on the {report['split']} split; {counted} Images, epochs and "
+        f"updates are those of the whole training.",
         "",
         "| task | top-1 % | 95 % interval | top-5 % | mean per class % | calibration error % | chance % | "
         "images seen | epochs | updates |",
@@ -124,12 +129,53 @@ def markdown(report: dict[str, Any]) -> str:
     if report["mean_top1"] is not None:
         lines.append(f"| mean | {report['mean_top1']:.2f} | | | | | | | | |")
     lines += [
+        *_confusions(report),
         "",
         f"Training took {report['train_seconds']:.0f} s; {_gflops(report)} GFLOPs an image forward. {_peaks(report)}",
         "",
         _provenance(report),
     ]
     return "\n".join(lines) + "\n"
+
+
+def selection(report: dict[str, Any]) -> str:
+    """Which weights were selected and why, in a sentence."""
+    if "parts" in report:
+        steps = [
+            f"{task} {about['selected_step']}" for task, about in report["tasks"].items() if "selected_step" in about
+        ]
+        return f"One model for each task, each of its own step: {', '.join(steps) or 'none selected yet'}."
+    step, mean = report.get("selected_step"), report.get("selected_mean_val_top1")
+    if step is None:
+        return "Nothing was evaluated yet, so no weights are selected."
+    if mean is None:
+        return f"Weights: those of step {step}, the last; those selected were lost with their checkpoint."
+    if report["config"]["train"]["checkpoint_selection"] == "last":
+        why = f"the last, as train.checkpoint_selection asks; their mean validation top-1 is {mean:.2f} %"
+    else:
+        why = f"for the highest mean validation top-1: {mean:.2f} %"
+    return f"Weights selected: those of step {step} of {report['step']}, {why}."
+
+
+def _confusions(report: dict[str, Any]) -> list[str]:
+    """The largest confusions of each task: what one would look at first."""
+    lines = []
+    for task, about in report["tasks"].items():
+        pairs = [
+            f"{_code(c['true'])} taken for {_code(c['predicted'])} {c['count']}x ({100 * c['share']:.0f} %)"
+            for c in about.get("confusions", ())
+        ]
+        lines += [f"* {task}: {'; '.join(pairs)}"] if pairs else []
+    title = f"Largest confusions on the {report['split']} split, with the share of the class that was mistaken:"
+    return ["", title, "", *lines] if lines else []
+
+
+def _code(name: str) -> str:
+    """A class's name in Markdown, as it is: no markup, no formula, no line break."""
+    name = printable(name)
+    fence = "`" * (1 + max(map(len, re.findall("`+", name)), default=0))
+    edge = " " if name[:1] in ("`", " ", "") or name[-1:] in ("`", " ") else ""
+    return f"{fence}{edge}{name}{edge}{fence}"
 
 
 def _peaks(report: dict[str, Any]) -> str:

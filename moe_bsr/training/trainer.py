@@ -256,10 +256,15 @@ class Trainer:
     def _end(self, result: dict[str, Any]) -> dict[str, Any]:
         """Let the callbacks add their values, and write the report."""
         added: dict[str, Any] = {}
+        average = self.state.average
+        if average is not None:  # who looks at the model now sees the weights that were scored
+            average.swap(self.model)
         try:
             for callback in self.callbacks:
                 added |= callback.on_end(result) or {}
         finally:  # a picture that cannot be drawn must not cost the result
+            if average is not None:
+                average.swap(self.model)
             result = added | result
             report.write(self.folder, result)
         return result

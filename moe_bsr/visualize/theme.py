@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
-from tensorboard.compat.proto.summary_pb2 import Summary
 
 from moe_bsr.runtime import names
 from moe_bsr.visualize.fonts import drawable
@@ -20,7 +19,6 @@ from moe_bsr.visualize.fonts import drawable
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from torch.utils.tensorboard import SummaryWriter
 
 WIDTH = 760  # pixels
 HEADING, LABEL, SMALL, TINY = 25, 19, 17, 12  # font sizes in pixels
@@ -30,6 +28,7 @@ WRONG = "#b3261e"
 
 # White to dark blue, darker throughout: equal steps also in gray print, and for every kind of color vision.
 _SEQUENTIAL = ("#ffffff", "#dbe9f4", "#b0d2e7", "#78b3d6", "#4590c0", "#2169a8", "#10467f", "#08264d")
+_REDDISH = ("#ffffff", "#fbe3dd", "#f6b9ac", "#ea8573", "#d65443", "#b3261e", "#7f1310", "#4a0604")
 # Brown below, white at zero, blue above; alike in darkness on both sides.
 _DIVERGING = ("#53300a", "#95591a", "#c28f4c", "#ecd3a8", "#ffffff", "#b9d7ea", "#5f9fcc", "#2169a8", "#0b3766")
 # Colors of the experts: Okabe and Ito's seven (2008, without black), then always the color farthest from all before,
@@ -97,16 +96,14 @@ def png(drawn: Figure, colors: int | None = None) -> bytes:
     return stream.getvalue()
 
 
-def write_png(writer: SummaryWriter, tag: str, png: bytes, step: int) -> None:
-    """Add a PNG file's very bytes to a run's events; `SummaryWriter.add_image` takes pixels and encodes them anew."""
-    width, height = Image.open(io.BytesIO(png)).size
-    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
-    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
-
-
 def sequential(values: np.ndarray) -> np.ndarray:
     """(...) from 0 (white) to 1 (dark blue), clipped -> (..., 3) RGB in [0, 1]; NaN becomes EMPTY."""
     return _between(_SEQUENTIAL, np.asarray(values, float))
+
+
+def reddish(values: np.ndarray) -> np.ndarray:
+    """As `sequential`, from white to dark red: for what is wrong."""
+    return _between(_REDDISH, np.asarray(values, float))
 
 
 def diverging(values: np.ndarray) -> np.ndarray:
