@@ -4,13 +4,14 @@
     moe-bsr views runs/real --no-serve --images 8 --ablation-images 0
 
 RUN is a folder that `moe-bsr train` wrote. The checkpoint is run on the validation split; the pictures go
-into RUN/views/ (PNG files, and index.html that shows and explains all of them and needs no server) and
-into RUN/tensorboard. Then TensorBoard starts, until Ctrl-C; with --no-serve it does not. Drawing again
-replaces what was drawn before.
+into RUN/views/ (PNG files, and index.html that says what they come to, shows and explains all of them and needs
+no server). Then TensorBoard starts on what training wrote, until Ctrl-C; with --no-serve it does not. Drawing
+again replaces what was drawn before.
 """
 
 import argparse
 import contextlib
+import shlex
 import subprocess
 import sys
 
@@ -50,10 +51,10 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.batch_size,
             say=lambda line: say(line, error=True),
         )
-    print("\n".join(map(str, expert_report.write(loaded, sections))))
+    say(expert_report.write(loaded, sections))
     options = ["--logdir", str(arguments.run), "--samples_per_plugin", SAMPLES, "--reload_multifile", "true"]
     if arguments.no_serve:
-        print("in TensorBoard:", "tensorboard", *options)
+        say(f"in TensorBoard: tensorboard {shlex.join(options)}")
         return 0
     with contextlib.suppress(KeyboardInterrupt):
         return subprocess.call([sys.executable, "-m", "tensorboard.main", *options, "--port", arguments.port])

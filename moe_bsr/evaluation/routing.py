@@ -101,6 +101,10 @@ class RoutingStatistics:
         distance[np.diag_indices(len(rows))] = np.where(self.seen, 0.0, np.nan)
         return distance
 
+    def used(self) -> float:
+        """As how many experts used alike the load is spread: 2 to the power of its entropy; NaN before any token."""
+        return 2 ** float(entropy_bits(self.load()))
+
     def mutual_information(self) -> float:
         """Between task and expert, every seen task alike: bits / log2(min(tasks seen, E)), in [0, 1].
 
@@ -140,8 +144,7 @@ class RoutingStatistics:
             return "no tokens yet"
         if self.experts == 1:
             return "one expert: nothing to route"
-        used = 2 ** float(entropy_bits(self.load()))
-        k = self.top_k
+        used, k = self.used(), self.top_k
         if used <= 1.25 * k < self.experts:
             balance = "collapsed"
         else:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from html import escape as escape_markup
 
 from moe_bsr.runtime.names import printable
+from moe_bsr.visualize.conclusions import Claim
 
 STYLE = """
 :root { color-scheme: light; }
@@ -35,16 +36,11 @@ WIDTH = 480  # pixels of a picture on the page: fewer than were drawn, so that i
 
 @dataclass(slots=True)
 class Picture:
-    """A PNG with the name of its file and a text for those who cannot see it.
-
-    Attributes:
-        task: that it is of alone; empty for all.
-    """
+    """A PNG with the name of its file and a text for those who cannot see it."""
 
     name: str
     png: bytes
     alt: str
-    task: str = ""
 
 
 @dataclass(slots=True)
@@ -58,10 +54,10 @@ class Table:
 
 @dataclass(slots=True)
 class Section:
-    """A heading, paragraphs on what is shown and how to read it, then pictures, two in a row, and tables."""
+    """A heading, what it comes to and how to read it, then pictures, two in a row, and tables."""
 
     title: str
-    paragraphs: list[str]
+    paragraphs: list[str | Claim]
     pictures: list[Picture] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
 
@@ -92,10 +88,17 @@ def page(title: str, about: list[str], sections: list[Section]) -> str:
 
 def _section(section: Section) -> str:
     parts = [f'<h2 id="{_anchor(section.title)}">{escape(section.title)}</h2>']
-    parts += [f"<p>{escape(text)}</p>" for text in section.paragraphs]
+    parts += map(_paragraph, section.paragraphs)
     if section.pictures:
         parts.append('<div class="several">' + "\n".join(map(_picture, section.pictures)) + "</div>")
     return "\n".join([*parts, *map(_table, section.tables)])
+
+
+def _paragraph(text: str | Claim) -> str:
+    if isinstance(text, str):
+        return f"<p>{escape(text)}</p>"
+    weight = "strong" if text.notable else "span"
+    return f"<p><{weight}>{escape(text.verdict)}</{weight}> {escape(text.reasons)}</p>"
 
 
 def _picture(picture: Picture) -> str:
