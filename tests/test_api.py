@@ -64,7 +64,7 @@ def test_callbacks_follow_one_task_after_the_other(tmp_path):
 
 def test_the_default_callbacks_have_names_of_their_own(tmp_path):
     names = [callback.name for callback in default_callbacks(tmp_path)]
-    assert names == ["console", "jsonl", "tensorboard", "expert_views"]
+    assert names == ["console", "jsonl", "tensorboard", "expert_views", "mistakes"]
 
 
 @pytest.mark.parametrize("mode", ["multitask", "single_task"])

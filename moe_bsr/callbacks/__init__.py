@@ -1,4 +1,4 @@
-"""What follows a training run: the console, metrics.jsonl, TensorBoard, the expert views."""
+"""What follows a training run: the console, metrics.jsonl, TensorBoard, views of experts and mistakes."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,9 +11,10 @@ def default_callbacks(run_dir: Path) -> list[Callback]:
     from moe_bsr.callbacks.console import Console
     from moe_bsr.callbacks.expert_views import ExpertViews
     from moe_bsr.callbacks.jsonl import Jsonl
+    from moe_bsr.callbacks.mistakes import MistakeViews
     from moe_bsr.callbacks.tensorboard import TensorBoard
     from moe_bsr.callbacks.writer import Writer
 
     writer = Writer(run_dir / "tensorboard")
-    views = [ExpertViews(writer)] if find_spec("matplotlib") else []
+    views = [ExpertViews(writer), MistakeViews(writer)] if find_spec("matplotlib") else []
     return [Console(), Jsonl(run_dir), TensorBoard(writer), *views]

@@ -1,13 +1,22 @@
-"""The console: a tqdm bar on a terminal, plain lines in a file."""
+"""The console: a table with a row for each twentieth of a run and for each evaluation; on a terminal a bar below it.
+
+A row has every task's mean loss and accuracy over the updates since the row before, so a task shows whether or not
+its turn comes at the row's update. Many tasks are summed up by their mean, the worst and the best.
+"""
 
 import sys
 import time
+from statistics import fmean
 
 from tqdm import tqdm
 
+from moe_bsr.runtime.names import pad, printable, shorten
 from moe_bsr.training.callback import Callback, EvalEvent, StartEvent, StepEvent
 
-MAX_LINES = 20  # progress lines over a run when there is no terminal
+ROWS = 20  # of training, over a run
+MANY = 8  # tasks that have a column each
+EXTREMES = 2  # worst and best tasks named, where there are more
+CELL = 11  # letters of a task's column: "  2.31  12%"
 
 
 class Console(Callback):
@@ -15,45 +24,106 @@ class Console(Callback):
     bar: tqdm | None = None
 
     def on_start(self, start: StartEvent) -> None:
-        self.steps = start.config.train.steps
+        self.tasks, self.steps = start.tasks, start.config.train.steps
         self.started, self.first = time.monotonic(), start.step
+        self.has_header = False
+        self._begin_row()
         for line in start.about:
             self._say(line)
-        self.bar = (
-            tqdm(total=self.steps, initial=start.step, unit="update", dynamic_ncols=True, smoothing=0.05)
-            if sys.stderr.isatty()
-            else None
-        )
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=self.steps, initial=start.step, unit="update", dynamic_ncols=True, smoothing=0.05)
 
     def on_step(self, step: StepEvent) -> None:
-        m = step.metrics
-        text = f"{step.task} loss {m['loss']:.3f} acc {m['accuracy']:.0%}"
+        """Rows come with the last task of an update."""
         if self.bar is not None:
             self.bar.update(step.step - self.bar.n)
-            self.bar.set_postfix_str(f"{text} | {_progress(step)}", refresh=False)
-        elif step.step % max(1, self.steps // MAX_LINES) == 0 or step.step == self.steps:
-            done = step.step - self.first
-            left = (time.monotonic() - self.started) / done * (self.steps - step.step)
-            self._say(
-                f"{step.step:>6}/{self.steps} {text} lr {m['lr']:.2e} | {step.images_per_second:.0f} "
-                f"images/s, {left:.0f} s left | {_progress(step)}"
-            )
+        if self.due and step.step > self.due.step:
+            self._training_row(self.due)
+        self.seen.setdefault(step.task, []).append((step.metrics["loss"], 100 * step.metrics["accuracy"]))
+        self.seconds_per_image.append(1 / step.images_per_second)
+        self.due = step if step.step % max(1, self.steps // ROWS) == 0 or step.step == self.steps else None
 
     def on_evaluate(self, evaluation: EvalEvent) -> None:
-        scores = "  ".join(f"{task} {s['top1']:.1f}" for task, s in evaluation.scores.items())
-        mean = sum(s["top1"] for s in evaluation.scores.values()) / len(evaluation.scores)
-        self._say(f"{evaluation.step:>6}/{self.steps} {evaluation.split} top-1 %: {scores}  mean {mean:.2f}")
+        if self.due:
+            self._training_row(self.due)
+        top1 = {task: scores["top1"] for task, scores in evaluation.scores.items()}
+        cells = {task: f"{evaluation.split} {value:5.1f}%" for task, value in top1.items()}
+        mean = f"{evaluation.split} mean {fmean(top1.values()):.2f}%"
+        if len(self.tasks) > MANY:
+            self._row(
+                evaluation.step, [pad(f"{evaluation.split} {fmean(top1.values()):5.1f}%", CELL, right=True)], top1
+            )
+        else:
+            self._row(evaluation.step, [cells.get(task, "") for task in self.tasks], {}, mean)
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
 
+    def _begin_row(self) -> None:
+        self.seen: dict[str, list[tuple[float, float]]] = {}
+        self.seconds_per_image: list[float] = []
+        self.due: StepEvent | None = None
+
+    def _training_row(self, step: StepEvent) -> None:
+        means = {task: [fmean(column) for column in zip(*rows, strict=True)] for task, rows in self.seen.items()}
+        left = (time.monotonic() - self.started) / (step.step - self.first) * (self.steps - step.step)
+        rest = (
+            f"{1 / fmean(self.seconds_per_image):8.0f}  {tqdm.format_interval(left):>8}  {step.metrics['lr']:.1e}  "
+            f"{_epochs(step)}"
+        )
+        if len(self.tasks) > MANY:
+            both = [fmean(column) for column in zip(*means.values(), strict=True)]
+            self._row(step.step, [_cell(both)], {task: accuracy for task, (_, accuracy) in means.items()}, rest)
+        else:
+            self._row(step.step, [_cell(means.get(task)) for task in self.tasks], {}, rest)
+        self._begin_row()
+
+    def _row(self, step: int, cells: list[str], of_tasks: dict[str, float], rest: str = "") -> None:
+        """Args: of_tasks: percent by task, of which the extremes are named."""
+        if not self.has_header:
+            self._header()
+        words = [pad(f"{step}/{self.steps}", self._width(), right=True)]
+        words += [pad(cell, CELL, right=True) for cell in cells]
+        words += [rest] if rest else []
+        if of_tasks:
+            order = sorted(of_tasks, key=lambda task: of_tasks[task])
+            worst, best = order[:EXTREMES], order[: -EXTREMES - 1 : -1]
+            words.append(
+                "; ".join(
+                    f"{name} {', '.join(f'{task} {of_tasks[task]:.0f}%' for task in tasks)}"
+                    for name, tasks in (("worst", worst), ("best", best))
+                )
+            )
+        self._say("  ".join(words).rstrip())
+
+    def _header(self) -> None:
+        names = self.tasks if len(self.tasks) <= MANY else [f"{len(self.tasks)} tasks"]
+        rest = "images/s      left  lr       epochs"
+        for first, cells, last in (
+            ("", [shorten(name, CELL) for name in names], ""),
+            ("update", ["loss  acc"] * len(names), rest),
+        ):
+            words = [pad(first, self._width(), right=True), *(pad(cell, CELL, right=True) for cell in cells), last]
+            self._say("  ".join(words).rstrip())
+        self.has_header = True
+
+    def _width(self) -> int:
+        return max(6, 2 * len(str(self.steps)) + 1)
+
     def _say(self, line: str) -> None:
-        tqdm.write(line, file=sys.stdout)
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        tqdm.write(printable(line).encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
         sys.stdout.flush()
 
 
-def _progress(step: StepEvent) -> str:
-    """Realized updates and epochs of each task."""
-    return " ".join(f"{task}:{int(p['updates'])}u/{p['epochs']:.1f}ep" for task, p in step.progress.items())
+def _cell(means: list[float] | None) -> str:
+    """Loss and accuracy in percent; a dash for a task that had no turn."""
+    return "-" if means is None else f"{means[0]:6.2f} {means[1]:3.0f}%"
+
+
+def _epochs(step: StepEvent) -> str:
+    """Epochs of the tasks so far: the fewest and the most."""
+    done = sorted({f"{progress['epochs']:.1f}" for progress in step.progress.values()}, key=float)
+    return done[0] if len(done) == 1 else f"{done[0]}-{done[-1]}"

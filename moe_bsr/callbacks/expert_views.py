@@ -1,8 +1,9 @@
-"""Expert and token views during training: routing is counted at every step and drawn at evaluations.
+"""Expert and token views during training: routing is counted at every step, told at evaluations, drawn at a few.
 
-What is drawn "in training" is the tokens of all updates since the last evaluation. "Validation" is a fixed
-handful of images of each task, seen by the weights as they are then (not their moving average); they also
-tell how much of the routing is still changing. Pictures of one step are comparable with those of another.
+What is said of the experts is of the tokens of all updates since the last evaluation. The images of the token
+strips are a fixed handful of each task's validation images, seen by the weights as they are then (not their moving
+average); they also tell how much of the routing is still changing. Pictures of one step are comparable with
+those of another.
 """
 
 import time
@@ -19,8 +20,11 @@ from moe_bsr.visualize import routing_log, theme
 from moe_bsr.visualize.tokens import make_views, strip
 
 IMAGES = 16  # probe images per task, of which
-DRAWN = 2  # are drawn
+DRAWN = 2  # are drawn, of
+TASKS = 8  # tasks at most
+DRAWINGS = 3  # over a run, the last at its end: drawing takes seconds
 COLORS = 256  # of a picture: a third of the bytes
+EXPERTS, PATCHES = "what experts do", "what becomes of patches"  # sections of TensorBoard's page, after val/
 
 ByBlock = dict[int, RoutingStatistics]
 
@@ -57,17 +61,15 @@ class ExpertViews(Callback):
         if evaluation.split != "val" or not (self.blocks or self.drops):
             return
         began, step, start = time.perf_counter(), evaluation.step, self.start
+        draws = start.config.train.pictures and drawing_due(self.since, step, start.config.train.steps)
+        seen = self.probes if self.blocks else dict(list(self.probes.items())[: TASKS * draws])
         probed = {
-            task: probe.run_probe(start.model, data, start.transforms, start.runtime)
-            for task, data in self.probes.items()
+            task: probe.run_probe(start.model, data, start.transforms, start.runtime) for task, data in seen.items()
         }
         if self.blocks:
             self._write_numbers(probed, step)
-            self._draw_experts(probed, step)
-        for task, result in probed.items():
-            views = make_views(result, start.data[task].class_names, start.model.vit.patch_embed.grid_size)[:DRAWN]
-            experts = start.config.moe.num_experts if self.blocks else 0
-            self._draw(f"tokens/{task}", strip(task, views, experts, f"validation, step {step:,}"), step)
+        if draws:
+            self._draw(probed, step)
         self.whole, self.window = self._whole_run(), {}
         self.since, self.balance = step, [0.0, 0]
         self.drawing += time.perf_counter() - began
@@ -126,22 +128,26 @@ class ExpertViews(Callback):
         for block in self.blocks:
             numbers = self.window[block].numbers() if block in self.window else {}
             for name, value in (numbers | {"stability": stability.get(block, np.nan)}).items():
-                self.writer.scalar(f"experts/block{block}/{name}", value, step)
+                self.writer.scalar(f"{EXPERTS}/{name}", value, step, f"block {block}")
         if self.balance[1]:
-            self.writer.scalar("experts/balance_loss", self.balance[0] / self.balance[1], step)
-
-    def _draw_experts(self, probed: dict[str, probe.ProbeResult], step: int) -> None:
-        validation: ByBlock = {}
-        for task, result in probed.items():
-            for block in self.blocks:
-                _count(validation, block, self.tasks, task, result.records[block].routing)
-        updates = f"training, updates {self.since + 1:,} to {step:,}"
+            self.writer.scalar(f"{EXPERTS}/balance_loss", self.balance[0] / self.balance[1], step)
         if self.window:
-            self.writer.text("experts", routing_log.table(self.window, updates), step)
-            for tag, figure in routing_log.training_figures(self.window, updates):
-                self._draw(tag, figure, step)
-        for tag, figure in routing_log.validation_figures(validation, f"validation, {IMAGES} images per task", step):
-            self._draw(tag, figure, step)
+            self.writer.text("experts", routing_log.table(self.window, self._updates(step)), step)
+
+    def _draw(self, probed: dict[str, probe.ProbeResult], step: int) -> None:
+        if self.window:
+            for name, figure in routing_log.figures(self.window, self._updates(step)):
+                self.writer.picture(f"{EXPERTS}/{name}", theme.png(figure, COLORS), step)
+        for task, result in list(probed.items())[:TASKS]:
+            grid = self.start.model.vit.patch_embed.grid_size
+            views = make_views(result, self.start.data[task].class_names, grid)[:DRAWN]
+            figure = strip(
+                task, views, self.start.config.moe.num_experts if self.blocks else 0, f"validation, step {step:,}"
+            )
+            self.writer.picture(f"{PATCHES}/{task}", theme.png(figure, COLORS), step)
+
+    def _updates(self, step: int) -> str:
+        return f"training, updates {self.since + 1:,} to {step:,}"
 
     def _stability(self, probed: dict[str, probe.ProbeResult]) -> dict[int, float]:
         """By block, how much of the probe images' routing is as it was at the last evaluation."""
@@ -157,8 +163,10 @@ class ExpertViews(Callback):
             if before
         }
 
-    def _draw(self, tag: str, figure, step: int) -> None:
-        self.writer.picture(tag, theme.png(figure, COLORS), step)
+
+def drawing_due(since: int, step: int, steps: int) -> bool:
+    """Whether an evaluation is one to draw at: the first after each third of the run, and the last."""
+    return step * DRAWINGS // steps > since * DRAWINGS // steps
 
 
 def _count(by_block: ByBlock, block: int, tasks: list[str], task: str, routing) -> None:

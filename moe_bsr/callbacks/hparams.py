@@ -1,4 +1,4 @@
-"""A run's row in TensorBoard's HParams tab: what was chosen, and what came of it.
+"""A run's row in TensorBoard's HParams tab: what was chosen, and what came of it on the validation split.
 
 The three messages of the tab go through the run's own writer. (`SummaryWriter.add_hparams` would open a
 second, time-stamped run beside it.)
@@ -7,35 +7,42 @@ second, time-stamped run beside it.)
 from collections.abc import Mapping
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
+from moe_bsr.callbacks.writer import Writer
 from moe_bsr.config import Config
+from moe_bsr.runtime.names import printable
+
+SECTION = "what the run came to"  # of the scalars; after all others
 
 
-def write(writer: SummaryWriter, config: Config, report: Mapping[str, Any]) -> None:
-    """Add the row of a finished run; nothing for one that was interrupted and has no result yet.
+def write(writer: Writer, config: Config, report: Mapping[str, Any], top1: Mapping[str, float]) -> None:
+    """Add the row of a finished run.
 
     Args:
-        report: as `runs.report.make` returns it.
+        report: as `runs.report.make` returns it. top1: validation top-1 in percent of the weights selected, by task.
     """
-    if report["mean_top1"] is None:
-        return
-    results = outcomes(report)
-    for message in hparams(choices(config), results):
-        writer.file_writer.add_summary(message)
-    for tag, value in results.items():
-        writer.add_scalar(tag, value, report["step"])
+    results, step = outcomes(report, top1), report["selected_step"]
+    columns, *messages = hparams(choices(config, report), {f"{SECTION}/{name}": 0.0 for name in results})
+    _name_columns(columns)
+    for message in (columns, *messages):
+        writer.add(message, step)
+    for name, value in results.items():
+        writer.scalar(f"{SECTION}/{name}", value, step)
 
 
-def choices(config: Config) -> dict[str, str | float]:
+def choices(config: Config, report: Mapping[str, Any]) -> dict[str, str | float]:
     """The columns by which runs are told apart; lists as text, because the tab knows no lists.
 
     TensorBoard sorts columns by name and shows five at first: the names put the plan there.
     """
-    plan, moe, storage = config.plan, config.moe, config.storage
+    plan, moe, data = config.plan, config.moe, config.data
     keeps = plan.keep_rate if isinstance(plan.keep_rate, list) else [plan.keep_rate] * bool(plan.drop_blocks)
-    return {
+    found = {
+        "adapter": _listed_parts(config.adapter),
+        "augmentation": "crops and mirroring" if data.augment else "none",
+        "backbone": f"{config.backbone.name} ({config.backbone.weights})",
         "blocks trained": plan.train_blocks if plan.train_blocks == "all" else _listed(plan.train_blocks),
         "drop in blocks": _listed(plan.drop_blocks),
         "drop keeps": _listed(keeps),
@@ -44,33 +51,50 @@ def choices(config: Config) -> dict[str, str | float]:
         "images per batch": float(config.train.batch_size),
         "learning rate": config.train.lr,
         "load balance": moe.balance_loss if plan.moe_blocks else "none",
+        "precision": report["environment"]["precision"],
         "router": moe.router if plan.moe_blocks else "none",
         "sampler": config.sampler.kind,
         "seed": float(config.seed),
         "steps": float(config.train.steps),
-        "storage": "; ".join(map(_described, storage if isinstance(storage, list) else [storage])),
+        "storage": _listed_parts(config.storage),
         "tasks": ", ".join(config.task_names()),
     }
+    return {name: printable(value) if isinstance(value, str) else value for name, value in found.items()}
 
 
-def outcomes(report: Mapping[str, Any]) -> dict[str, float]:
-    """The tab's results, by scalar tag, the first five shown; accuracies on the report's split."""
+def outcomes(report: Mapping[str, Any], top1: Mapping[str, float]) -> dict[str, float]:
+    """The tab's results by name, the first five shown: runs are ranked by what one may choose by, never by the test."""
     results = {
-        "result/mean top-1 %": report["mean_top1"],
-        "result/peak MB": report["measured_peak_mb"],
-        "result/GFLOPs per image": report["gflops_per_image"],
-        "result/train seconds": report["train_seconds"],
-    } | {f"result/{task} top-1 %": scores["top1"] for task, scores in report["tasks"].items()}
-    return {tag: value for tag, value in results.items() if value is not None}  # the cost may be unknown
+        "mean val top-1 %": report["selected_mean_val_top1"],
+        "peak MB": report["measured_peak_mb"],
+        "GFLOPs per image": report["gflops_per_image"],
+        "train seconds": report["train_seconds"],
+    } | {f"{task} val top-1 %": value for task, value in top1.items()}
+    return {name: value for name, value in results.items() if value is not None}  # the cost may be unknown
 
 
-def _described(storage: str | dict[str, Any]) -> str:
-    """A storage, its options and its blocks, as the configuration names them: "recompute 3, 4"."""
-    if isinstance(storage, str):
-        return storage
-    options = [f"{key}={value}" for key, value in storage.items() if key not in ("kind", "blocks")]
-    blocks = [_listed(storage["blocks"])] if "blocks" in storage else []
-    return " ".join([storage["kind"], *options, *blocks])
+def _name_columns(message: Any) -> None:
+    """Show each result by its name alone, without the section that its tag begins with."""
+    content = message.value[0].metadata.plugin_data
+    data = HParamsPluginData.FromString(content.content)
+    for metric in data.experiment.metric_infos:
+        metric.display_name = metric.name.tag.removeprefix(f"{SECTION}/")
+    content.content = data.SerializeToString()
+
+
+def _listed_parts(parts: str | dict[str, Any] | list | None) -> str:
+    """Storages or adapters, as the configuration names them: "recompute 3, 4; int8 5"."""
+    each = parts if isinstance(parts, list) else [parts]
+    return "; ".join("none" if part is None else _described(part) for part in each)
+
+
+def _described(part: str | dict[str, Any]) -> str:
+    """A kind, its options and its blocks: "recompute 3, 4"."""
+    if isinstance(part, str):
+        return part
+    options = [f"{key}={value}" for key, value in part.items() if key not in ("kind", "blocks")]
+    blocks = [_listed(part["blocks"])] if "blocks" in part else []
+    return " ".join([part["kind"], *options, *blocks])
 
 
 def _listed(values: list) -> str:

@@ -1,34 +1,33 @@
-"""TensorBoard: scalars per task, the custom pages that gather them, the report and the row of the HParams tab.
+"""TensorBoard: curves that can be read side by side, the report, and the run's row in the HParams tab.
 
-Training is under `train/<task>/`, evaluations under `val/<task>/` and `test/<task>/`.
+Sections come in the order of their names, so these are chosen for it:
+
+    accuracy/<task>, loss/<task>   a chart for each task, training against validation
+    train/..., val/...             a chart for each number, a curve for each task; val/top1 has the mean, by which the
+                                   checkpoint is chosen, and a dot for the one that was
+    what experts do/...            a chart for each number, a curve for each block (`expert_views`)
+    what the run came to/...       what the HParams tab shows
+
+The test split is in the report alone: what stands in a chart is what one chooses by.
 """
 
 import math
 from collections.abc import Mapping
+from statistics import fmean
 from typing import Any
 
 from moe_bsr.callbacks import hparams
 from moe_bsr.callbacks.writer import Writer
-from moe_bsr.runs.report import markdown
+from moe_bsr.runs.report import markdown, selection
+from moe_bsr.runtime.names import printable
 from moe_bsr.training.callback import Callback, EvalEvent, StartEvent, StepEvent
 
 SCORES = ("top1", "top5", "mean_class_accuracy", "ece", "loss")
 MAX_POINTS = 2000  # training points per task and number; TensorBoard itself shows 1000
-TASK_CHARTS = {
-    "validation top-1, %": "val/[^/]+/top1$",
-    "validation loss": "val/[^/]+/loss$",
-    "training accuracy": "train/[^/]+/accuracy$",
-    "training loss": "train/[^/]+/loss$",
-}
-EXPERT_CHARTS = {
-    "load CV (0: even)": "load_cv",
-    "entropy of the mean choice (1: balanced)": "mean_entropy",
-    "entropy of single tokens (0: sure)": "token_entropy",
-    "dead experts": "dead_experts",
-    "largest share": "largest_share",
-    "specialization (1: an expert tells the task)": "mutual_information",
-    "stability since the last evaluation (1: settled)": "stability",
-}
+
+# Sub-runs beside the tasks'; no task can have such a name.
+MEAN, SELECTED, TRAINING, VALIDATION = "mean of tasks", "selected step", "in training", "on validation"
+ALL = "(mean of tasks)"  # comes before every task's name
 
 
 class TensorBoard(Callback):
@@ -39,44 +38,65 @@ class TensorBoard(Callback):
 
     def restore(self, state: dict[str, Any]) -> None:
         self.writer.restore(state)
+        # By task since the last evaluation: sums of loss and accuracy in percent, and how many updates.
+        self.window: dict[str, list[float]] = state.get("window", {})
+        # The evaluation that would be selected now: its step, and top-1 in percent by task.
+        self.best: dict[str, Any] = state.get("best", {})
 
     def on_start(self, start: StartEvent) -> None:
         self.config = start.config
         self.every = math.ceil(start.config.train.steps / MAX_POINTS)
         if start.step == 0:
-            self.writer.summary.add_text("run", "\n\n".join(start.about))
-            self.writer.summary.add_custom_scalars(layout(bool(start.config.plan.moe_blocks)))
+            blocks = [f"block {block}" for block in start.model.balance.blocks]
+            mean = [MEAN] if len(start.tasks) > 1 else []
+            self.writer.begin([*start.tasks, *mean, SELECTED, TRAINING, VALIDATION, *blocks, ""])
+            self.writer.text("run", "\n\n".join(map(printable, start.about)), 0)
 
     def on_step(self, step: StepEvent) -> None:
+        sums = self.window.get(step.task, [0.0, 0.0, 0])
+        loss, accuracy = step.metrics["loss"], 100 * step.metrics["accuracy"]
+        self.window[step.task] = [sums[0] + loss, sums[1] + accuracy, sums[2] + 1]
         if step.progress[step.task]["updates"] % self.every:
             return
         for name, value in step.metrics.items():
-            tag = f"train/{step.task}/{name}" if name != "lr" else "train/lr"
-            self.writer.scalar(tag, value, step.step)
-        self.writer.scalar("speed/images_per_second", step.images_per_second, step.step)
+            self.writer.scalar(f"train/{name}", value, step.step, "" if name == "lr" else step.task)
+        self.writer.scalar("train/images_per_second", step.images_per_second, step.step)
 
     def on_evaluate(self, evaluation: EvalEvent) -> None:
-        for task, scores in evaluation.scores.items():
-            for name in SCORES:
-                self.writer.scalar(f"{evaluation.split}/{task}/{name}", scores[name], evaluation.step)
+        if evaluation.split != "val":
+            return
+        scores, step = evaluation.scores, evaluation.step
+        means = {name: fmean(of_task[name] for of_task in scores.values()) for name in SCORES}
+        for name in SCORES:
+            for task, of_task in scores.items():
+                self.writer.scalar(f"val/{name}", of_task[name], step, task)
+            if len(scores) > 1:
+                self.writer.scalar(f"val/{name}", means[name], step, MEAN)
+        training = {task: (loss / n, accuracy / n) for task, (loss, accuracy, n) in self.window.items()}
+        validation = {task: (of_task["loss"], of_task["top1"]) for task, of_task in scores.items()}
+        for run, values in ((TRAINING, training), (VALIDATION, validation)):
+            if len(scores) > 1 and values.keys() == scores.keys():
+                values = {ALL: tuple(fmean(column) for column in zip(*values.values(), strict=True))} | values
+            for name, (loss, accuracy) in values.items():
+                self.writer.scalar(f"accuracy/{name}", accuracy, step, run)
+                self.writer.scalar(f"loss/{name}", loss, step, run)
+        self.window = {}
+        if self.config.train.checkpoint_selection == "last" or means["top1"] > self.best.get("mean", -1):
+            top1 = {task: of_task["top1"] for task, of_task in scores.items()}
+            self.best = {"step": step, "mean": means["top1"], "top1": top1}
 
     def state(self) -> dict[str, Any]:
-        return self.writer.state()
+        return self.writer.state() | {"window": self.window, "best": self.best}
 
     def on_end(self, report: Mapping[str, Any]) -> None:
-        self.writer.summary.add_text("report", markdown(report))
-        hparams.write(self.writer.summary, self.config, report)
+        step = report["step"]
+        self.writer.text("report", markdown(report), step)
+        self.writer.text("selected step", selection(report), step)
+        if report["status"] == "finished" and report["selected_mean_val_top1"] is not None:
+            chosen, top1 = report["selected_step"], report["selected_mean_val_top1"]
+            self.writer.scalar("val/top1", top1, chosen, SELECTED)
+            of_tasks = self.best["top1"] if self.best.get("step") == chosen else {}
+            hparams.write(self.writer, self.config, report, of_tasks)
 
     def close(self) -> None:
-        self.writer.close()
-
-
-def layout(experts: bool) -> dict[str, dict[str, list]]:
-    """The custom-scalars pages: "Tasks" with a curve per task and, with experts, "Experts" per MoE block."""
-    pages = {"Tasks": {title: ["Multiline", [tags]] for title, tags in TASK_CHARTS.items()}}
-    if experts:
-        pages["Experts"] = {
-            title: ["Multiline", [rf"experts/block\d+/{name}$"]] for title, name in EXPERT_CHARTS.items()
-        }
-        pages["Experts"]["balance loss, weighted"] = ["Multiline", ["experts/balance_loss$"]]
-    return pages
+        self.writer.flush()

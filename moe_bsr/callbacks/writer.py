@@ -1,48 +1,69 @@
-"""Writes a run's TensorBoard events: one writer for all callbacks, so that all events are in one file.
+"""Writes a run's TensorBoard events, cut back on resume, in one file for each of its sub-runs.
 
-A resume cuts the event files back to their length at the checkpoint. Pictures have a budget of bytes.
+TensorBoard gives every sub-run (a folder) a color and a line in the legend, so what is to be compared in one chart, as
+tasks are, goes by one tag into different sub-runs. There is one file for each, however often the run is resumed, and
+none is held open: hundreds of tasks need neither threads nor file handles. A resumed run writes the same bytes where
+the interrupted one had written them, so a TensorBoard that is looking on goes on.
 """
 
+import io
 import math
+import os
+import stat
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
+from PIL import Image
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import summary
 
-from moe_bsr.visualize import theme
-
+FILE = "events.out.tfevents.0"
 BUDGET = 20_000_000  # bytes of events for every hour of training begun: beyond it no picture is written
+SECONDS = 10  # between writes at most, for those who look on
 
 
 class Writer:
-    """Events of one run. The `TensorBoard` callback keeps its state in the checkpoints and closes it."""
+    """Events of one run. The `TensorBoard` callback keeps its state in the checkpoints and closes it.
+
+    `run` names a sub-run; "" is the run itself.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._summary: SummaryWriter | None = None
+        self._waiting: dict[str, list[bytes]] = {}  # events by sub-run
         self._start(0.0, False)
 
-    @property
-    def summary(self) -> SummaryWriter:
-        """torch's writer, for everything that is not below; opened at the first event."""
-        if self._summary is None:
-            self._summary = SummaryWriter(str(self.folder))
-        return self._summary
+    def begin(self, runs: Iterable[str]) -> None:
+        """Sub-runs in the order in which TensorBoard shall give out its few colors."""
+        for run in runs:
+            self._waiting.setdefault(run, [])
+        self.flush()
 
-    def scalar(self, tag: str, value: float, step: int) -> None:
+    def add(self, message: Summary, step: int, run: str = "") -> None:
+        """Any summary; the others below are made for the kinds we have."""
+        self._waiting.setdefault(run, []).append(_event(step=step, summary=message))
+        if time.monotonic() - self._written > SECONDS:
+            self.flush()
+
+    def scalar(self, tag: str, value: float, step: int, run: str = "") -> None:
         """A point of a curve; a number that is not defined (NaN) is left out."""
         if not math.isnan(value):
-            self.summary.add_scalar(tag, value, step)
+            self.add(Summary(value=[Summary.Value(tag=tag, simple_value=value)]), step, run)
 
     def text(self, tag: str, markdown: str, step: int) -> None:
         """A text card."""
-        self.summary.add_text(tag, markdown, step)
+        self.add(summary.text(tag, markdown), step)
 
     def picture(self, tag: str, png: bytes, step: int) -> None:
         """The bytes of a PNG file, if the budget allows; the first time it does not, a text says so."""
         if self.size() + len(png) <= BUDGET * max(1, math.ceil(self._trained() / 3600)):
-            theme.write_png(self.summary, tag, png, step)
+            width, height = Image.open(io.BytesIO(png)).size
+            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
+            self.add(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
         elif not self._full:
             self._full = True
             self.text(
@@ -54,14 +75,14 @@ class Writer:
 
     def size(self) -> int:
         """Bytes of all event files."""
-        self._flush()
+        self.flush()
         return sum(file.stat().st_size for file in self._files())
 
     def state(self) -> dict[str, Any]:
         """JSON values; see `Callback.state`."""
-        self._flush()
+        self.flush()
         return {
-            "bytes": {file.name: file.stat().st_size for file in self._files()},
+            "bytes": {file.relative_to(self.folder).as_posix(): file.stat().st_size for file in self._files()},
             "seconds": self._trained(),
             "full": self._full,
         }
@@ -70,27 +91,57 @@ class Writer:
         """Cut the event files back to their length at the checkpoint and delete later ones."""
         lengths = state.get("bytes", {})
         for file in self._files():
-            if file.name in lengths:
-                with file.open("ab") as stream:
-                    stream.truncate(min(file.stat().st_size, lengths[file.name]))
+            name = file.relative_to(self.folder).as_posix()
+            if name in lengths:
+                os.truncate(file, min(file.stat().st_size, lengths[name]))
             else:
                 file.unlink()
+        self._waiting.clear()
         self._start(state.get("seconds", 0.0), state.get("full", False))
 
-    def close(self) -> None:
-        if self._summary is not None:
-            self._summary.close()
-            self._summary = None
+    def flush(self) -> None:
+        """Append what waits to the files.
+
+        Raises:
+            OSError: a link, a folder or a device where an event file belongs; a full disk.
+        """
+        for run, events in self._waiting.items():
+            file = self.folder / run / FILE
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with _open(file) as stream:
+                record = RecordWriter(stream)
+                if not file.stat().st_size:
+                    record.write(_event(file_version="brain.Event:2"))
+                for event in events:
+                    record.write(event)
+        self._waiting.clear()
+        self._written = time.monotonic()
 
     def _start(self, seconds: float, full: bool) -> None:
         self._seconds, self._full, self._started = seconds, full, time.monotonic()
+        self._written = time.monotonic()
 
     def _trained(self) -> float:
         return self._seconds + time.monotonic() - self._started
 
-    def _flush(self) -> None:
-        if self._summary is not None:
-            self._summary.flush()
-
     def _files(self) -> list[Path]:
-        return list(self.folder.glob("events.out.tfevents.*"))
+        """Event files, of this run and its sub-runs; nothing is reached through a link."""
+        if self.folder.is_symlink():
+            return []
+        places = [self.folder, *(place for place in self.folder.glob("*/") if not place.is_symlink())]
+        return [file for place in places for file in place.glob("events.out.tfevents.*") if _is_plain(file)]
+
+
+def _event(**parts: Any) -> bytes:
+    return Event(wall_time=time.time(), **parts).SerializeToString()
+
+
+def _is_plain(file: Path) -> bool:
+    return stat.S_ISREG(file.lstat().st_mode)
+
+
+def _open(file: Path) -> io.BufferedWriter:
+    """An event file to append to, and nothing else in its place: a resumed run must not write elsewhere."""
+    if file.parent.is_symlink() or file.parent.parent.is_symlink() or os.path.lexists(file) and not _is_plain(file):
+        raise OSError(f"{file}: a link or no file where events are written; remove it")
+    return file.open("ab")

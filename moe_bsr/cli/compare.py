@@ -13,6 +13,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from moe_bsr.cli.terminal import say
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
@@ -31,9 +33,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(reports, indent=1))
         return 0
     rows = report.comparison(reports, intervals=arguments.markdown)
-    print(as_markdown(rows) if arguments.markdown else as_text(rows))
+    say(as_markdown(rows) if arguments.markdown else as_text(rows))
     if arguments.experts:
-        print(report.expert_use(list(reports.values())[-1]))
+        say(report.expert_use(list(reports.values())[-1]))
     return 0
 
 

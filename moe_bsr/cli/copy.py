@@ -15,6 +15,7 @@ import re
 from pathlib import Path
 
 from moe_bsr.cli.main import program
+from moe_bsr.cli.terminal import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,11 +43,11 @@ def run(arguments: argparse.Namespace) -> int:
     for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-        print(f"written: {path}")
+        say(f"written: {path}")
     if source.parent.name == "configs":
-        print(f"next: {program('train')} {target} --dry-run")
+        say(f"next: {program('train')} {target} --dry-run")
     elif target.parent.name != "tasks":
-        print(f"use it as tasks=[{target}]; in a folder tasks/ it is found by its name")
+        say(f"use it as tasks=[{target}]; in a folder tasks/ it is found by its name")
     return 0
 
 

@@ -11,9 +11,9 @@ evaluation of the test split is counted in the run; choose by val.
 
 import argparse
 import json
-import sys
 
 from moe_bsr.cli import run_arguments
+from moe_bsr.cli.terminal import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,15 +36,15 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(report, indent=1, allow_nan=False))
         return 0
-    print(f"{report['run']}, step {report['step']}, {arguments.split} split")
+    say(f"{report['run']}, step {report['step']}, {arguments.split} split")
     if arguments.split == "test":
-        print(f"(test evaluation {report['test_evaluations']} of this run)")
+        say(f"(test evaluation {report['test_evaluations']} of this run)")
     for task, changed in report["data_changes"].items():
-        print(f"{task}: these images changed since the run began: {changed}")
-    print()
-    print(table(report["tasks"]))
+        say(f"{task}: these images changed since the run began: {changed}")
+    say()
+    say(table(report["tasks"]))
     return 0
 
 
 def announce(task: str, images: int) -> None:
-    print(f"{task}: {images} images", file=sys.stderr)
+    say(f"{task}: {images} images", error=True)

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moe_bsr.cli.main import program
+from moe_bsr.cli.terminal import say
 
 CONFIG = """\
 # {command}
@@ -103,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--test-fraction {arguments.test_fraction}: above 0 and below 1")
     datasets, left_out = look(folder, (out / "splits").resolve(), arguments.test_fraction)
     for line in left_out:
-        print(f"not used: {line}")
+        say(f"not used: {line}")
     if not datasets:
         raise ConfigError(f"{folder}: no dataset in it; moe-bsr init --help shows the folders that are understood")
     name = task_name(folder)
@@ -129,11 +130,11 @@ def run(arguments: argparse.Namespace) -> int:
         path.write_text(text, encoding="utf-8")
     load(config)  # what was written can be read
     for dataset in datasets:
-        print(
+        say(
             f"{dataset.name}: {len(dataset.train)} classes, {sum(dataset.train.values())} training and "
             f"{sum(dataset.test.values())} test images" + "".join(f"\n  {note}" for note in dataset.notes)
         )
-    print("written: " + ", ".join(map(str, files)))
+    say("written: " + ", ".join(map(str, files)))
     print(f"next:\n  {command} --dry-run    every dataset opened, the plan block by block\n  {command}")
     return 0
 

@@ -15,6 +15,8 @@ from typing import NoReturn
 
 import moe_bsr
 from moe_bsr.cli import streams
+from moe_bsr.cli.terminal import say
+from moe_bsr.runtime.names import printable
 
 COMMANDS = {
     "train": "train several tasks as a configuration says, and write a run folder",
@@ -129,16 +131,16 @@ def _run(name: str, rest: list[str], own_process: bool) -> int:
     except BrokenPipeError:  # nobody reads any more
         return 0
     except _expected_errors() as error:
-        print(f"{parser.prog}: {in_flags(told(error))}", file=sys.stderr)
+        say(f"{parser.prog}: {printable(in_flags(told(error)))}", error=True)
         return REFUSED
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
-        print(f"{parser.prog}: needs {package}: pip install 'moe_bsr[{EXTRAS[package]}]'", file=sys.stderr)
+        say(f"{parser.prog}: needs {package}: pip install 'moe_bsr[{EXTRAS[package]}]'", error=True)
         return REFUSED
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        say(f"{parser.prog}: interrupted", error=True)
         return INTERRUPTED
     except RuntimeError as error:
         from moe_bsr.runtime import memory

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_bsr.cli.run_arguments import at_least
+from moe_bsr.cli.terminal import say
 
 if TYPE_CHECKING:
     from moe_bsr.data import TaskSpec
@@ -48,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     target = (arguments.out or arguments.root) / spec.name
     refuse_existing(target, spec, arguments.root)
     images = open_images(spec, root=arguments.root, download=arguments.download, use_pack=False)
-    print(f"{spec.title} from {images.origin}")
+    say(f"{spec.title} from {images.origin}")
     partial = target.with_name(f"{spec.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -62,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(f"written to {target}; train with {target.parent} as the data root to use it")
+    say(f"written to {target}; train with {target.parent} as the data root to use it")
     return 0
 
 

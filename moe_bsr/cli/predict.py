@@ -13,11 +13,12 @@ Exit status: 0 all images were read, 1 some were not, 2 refused.
 
 import argparse
 import json
-import sys
 from typing import Any
 
 from moe_bsr.cli import run_arguments
 from moe_bsr.cli.main import FAILED, program
+from moe_bsr.cli.terminal import say
+from moe_bsr.runtime.names import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     with loaded.runtime.in_effect():
         report = loaded.predict(arguments.images, top=arguments.top)
     for skipped in report["skipped"]:
-        print(f"{program('predict')}: {skipped['reason']}", file=sys.stderr)
+        say(f"{program('predict')}: {printable(skipped['reason'])}", error=True)
     if arguments.json:
         print(json.dumps(report, indent=1))
     elif report["images"]:
@@ -51,16 +52,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 def print_report(report: dict[str, Any]) -> None:
     for image in report["images"]:
-        print(image["image"])
+        say(printable(image["image"]))
         width = max(map(len, image["tasks"]))
         for task, names in image["tasks"].items():
-            found = ", ".join(f"{n['name']} {100 * n['probability']:.0f} %" for n in names)
-            print(f"  {task.ljust(width)}  {found}")
-    print()
+            found = ", ".join(f"{printable(n['name'])} {100 * n['probability']:.0f} %" for n in names)
+            say(f"  {task.ljust(width)}  {found}")
+    say()
     for group in report["groups"]:
         shared, blocks, tasks = group["shared_blocks"], group["blocks"], group["tasks"]
         if len(tasks) > 1:
-            print(
+            say(
                 f"{len(tasks)} tasks: {shared} of {blocks} blocks ran once for all of them, "
                 f"{blocks - shared} once for each task."
             )

@@ -11,10 +11,10 @@ Exit status: 0, or 1 if a task file cannot be used (it is named on stderr).
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from moe_bsr.cli.main import FAILED
+from moe_bsr.cli.terminal import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             spec = load_spec(file)
         except ValueError as error:
-            print(f"{file}: {error}", file=sys.stderr)
+            say(f"{file}: {error}", error=True)
             failed = True
             continue
         place = str(file) if name in here else "packaged"
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         columns = ("name", "classes", "source", "file", "license")
         rows = [["task", *columns[1:]]]
         rows += [[str(task[column] or "-") for column in columns] for task in found]
-        print(left_aligned(rows))
+        say(left_aligned(rows))
     return FAILED if failed else 0
 
 

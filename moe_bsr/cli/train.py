@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 
 from moe_bsr.cli import run_arguments
 from moe_bsr.cli.main import FAILED, INTERRUPTED, in_flags, program, told
+from moe_bsr.cli.terminal import say
+from moe_bsr.runtime.names import printable
 
 if TYPE_CHECKING:
     from moe_bsr.config import Config
@@ -48,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         report = moe_bsr.train(config, folder, arguments.resume)
     except (TrainingFailed, FloatingPointError, UnreadableImage) as error:
         # A diverged model, a full disk, too little memory or a damaged image ends a training that had begun.
-        print(f"{program('train')}: {in_flags(told(error))}", file=sys.stderr)
+        say(f"{program('train')}: {printable(in_flags(told(error)))}", error=True)
         return FAILED
     except KeyboardInterrupt:
         print(
@@ -56,10 +58,10 @@ def run(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return INTERRUPTED
-    print(markdown(report))
+    say(markdown(report))
     if report["status"] == "interrupted":
         again = shlex.join([arguments.config, *arguments.overrides, "--run", str(folder), "--resume"])
-        print(f"interrupted; saved in {folder}. Go on with: {program('train')} {again}")
+        say(f"interrupted; saved in {folder}. Go on with: {program('train')} {again}")
         return 128 + report["signal"]
     return 0
 
@@ -80,7 +82,7 @@ def dry_run(config: "Config", folder: Path, resume: bool) -> int:
     for name, data in tasks.items():
         for split in (data.train, data.val, data.test):
             split.source.image(int(split.index[0]))
-        print(
+        say(
             f"{name}: {len(data.class_names)} classes, train {len(data.train)}, val {len(data.val)}, "
             f"test {len(data.test)} ({data.origin})"
         )
@@ -94,5 +96,5 @@ def dry_run(config: "Config", folder: Path, resume: bool) -> int:
             sizes = {name: len(data.train) for name, data in tasks.items()}
             print(FeatureCache(model, sizes, config.data.feature_cache_mb))
     check_folder(config, folder, resume)
-    print(f"run folder {folder}; {runtime.precision} on {runtime.device} ({runtime.precision_reason})")
+    say(f"run folder {folder}; {runtime.precision} on {runtime.device} ({runtime.precision_reason})")
     return 0

@@ -4,17 +4,19 @@
     moe-bsr views runs/real --no-serve --images 8 --ablation-images 0
 
 RUN is a folder that `moe-bsr train` wrote. The checkpoint is run on the validation split; the pictures go
-into RUN/views/ (PNG files, and index.html that shows and explains all of them and needs no server) and
-into RUN/tensorboard. Then TensorBoard starts, until Ctrl-C; with --no-serve it does not. Drawing again
-replaces what was drawn before.
+into RUN/views/ (PNG files, and index.html that says what they come to, shows and explains all of them and needs
+no server). Then TensorBoard starts on what training wrote, until Ctrl-C; with --no-serve it does not. Drawing
+again replaces what was drawn before.
 """
 
 import argparse
 import contextlib
+import shlex
 import subprocess
 import sys
 
 from moe_bsr.cli import run_arguments
+from moe_bsr.cli.terminal import say
 
 SAMPLES = "images=100,text=100"  # steps kept of each picture; TensorBoard's own 10 would hide a run's history
 
@@ -47,12 +49,12 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.images,
             arguments.ablation_images,
             arguments.batch_size,
-            say=lambda line: print(line, file=sys.stderr),
+            say=lambda line: say(line, error=True),
         )
-    print("\n".join(map(str, expert_report.write(loaded, sections))))
+    say(expert_report.write(loaded, sections))
     options = ["--logdir", str(arguments.run), "--samples_per_plugin", SAMPLES, "--reload_multifile", "true"]
     if arguments.no_serve:
-        print("in TensorBoard:", "tensorboard", *options)
+        say(f"in TensorBoard: tensorboard {shlex.join(options)}")
         return 0
     with contextlib.suppress(KeyboardInterrupt):
         return subprocess.call([sys.executable, "-m", "tensorboard.main", *options, "--port", arguments.port])

@@ -208,6 +208,7 @@ class TrainConfig:
     checkpoint_selection: Literal["best", "last"] = "best"
     evaluate_test: bool = True
     save: Literal["trainable", "all"] = "trainable"
+    pictures: bool = True
 
     def __post_init__(self) -> None:
         _within("train", self, **dict.fromkeys(("steps", "eval_every", "checkpoint_every"), (1, MOST_STEPS)))

@@ -38,9 +38,13 @@ class Ablation:
         """(T, E) accuracy lost, in percentage points; negative where masking helps."""
         return 100 * (self.lost - self.gained) / self.images[:, None]
 
+    def p_values(self) -> np.ndarray:
+        """(T, E) of the exact McNemar test: how often chance does as much to as many changed answers; above 1 is 1."""
+        return 2 * bdtr(np.minimum(self.lost, self.gained), self.lost + self.gained, 0.5)
+
     def clear(self) -> np.ndarray:
-        """(T, E) bool: more than chance does to as many changed answers (exact McNemar test at 5 %)."""
-        return 2 * bdtr(np.minimum(self.lost, self.gained), self.lost + self.gained, 0.5) <= 0.05
+        """(T, E) bool: more than chance does, at 5 % for each cell by itself."""
+        return self.p_values() <= 0.05
 
 
 def ablate(

@@ -7,6 +7,8 @@ are in percent; shares lie between 0 and 1.
 
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +34,34 @@ def evaluate(
         ValueError: no images, or not as many classes as the head has.
         FloatingPointError: a logit is NaN or infinite.
     """
+    usage, rates = TokenAndExpertUsage(data.name), []
+
+    def watch(output: Any, images: int, seconds: float) -> None:
+        usage.add(output.records)
+        rates.append(images / seconds)
+
+    predictions = predict(model, data, split, transforms, runtime, batch_size, watch)
+    return summarize(predictions, data.class_names) | usage.summary() | {"images_per_second": statistics.median(rates)}
+
+
+def predict(
+    model: nn.Module,
+    data: TaskData,
+    split: str,
+    transforms: ImageTransforms,
+    runtime: Runtime,
+    batch_size: int = 64,
+    watch: Callable[[Any, int, float], None] = lambda output, images, seconds: None,
+) -> Predictions:
+    """What the model makes of each image of a split, in the split's order; otherwise as `evaluate`.
+
+    Args:
+        watch: told the output, the number of images and the seconds (see `evaluate`) of each batch.
+    """
     size, done = len(getattr(data, split)), 0
     if size == 0:
         raise ValueError(f"task {data.name}: its {split} split has no images to evaluate")
-    predictions, usage, rates = Predictions.empty(size), TokenAndExpertUsage(data.name), []
+    predictions = Predictions.empty(size)
     was_training = model.training
     model.eval()
     try:
@@ -44,14 +70,14 @@ def evaluate(
                 start = time.perf_counter()
                 output = model(transforms.normalize(images, device=runtime.device), data.name)
                 logits = output.logits.float().cpu()
-                rates.append(len(images) / (time.perf_counter() - start))
+                seconds = time.perf_counter() - start
                 _check(logits, data)
                 predictions.fill(done, score_batch(logits, labels))
                 done += len(labels)
-                usage.add(output.records)
+                watch(output, len(images), seconds)
     finally:
         model.train(was_training)
-    return summarize(predictions, data.class_names) | usage.summary() | {"images_per_second": statistics.median(rates)}
+    return predictions
 
 
 def _check(logits: Tensor, data: TaskData) -> None:

@@ -26,7 +26,6 @@ class RoutingStatistics:
 
     The sums (see `total`):
         tokens: (T,) int64. counts: (T, E) int64 how often an expert was among the chosen.
-        pairs: (E, E) int64 how often two experts were chosen for the same token; all tasks.
         gates: (T, E) float64 sums of the kept gates. probabilities: (T, E) float64 sums of the softmax.
         entropy: (T,) float64 sums of the entropies of single tokens' softmax, in nats.
     """
@@ -37,14 +36,13 @@ class RoutingStatistics:
         self._sums = {
             "tokens": torch.zeros(rows, dtype=torch.int64),
             "counts": torch.zeros(rows, experts, dtype=torch.int64),
-            "pairs": torch.zeros(experts, experts, dtype=torch.int64),
             "gates": torch.zeros(rows, experts, dtype=torch.float64),
             "probabilities": torch.zeros(rows, experts, dtype=torch.float64),
             "entropy": torch.zeros(rows, dtype=torch.float64),
         }
 
     def total(self, name: str) -> np.ndarray:
-        """One of the sums: tokens, counts, pairs, gates, probabilities or entropy."""
+        """One of the sums: tokens, counts, gates, probabilities or entropy."""
         return self._sums[name].cpu().numpy()
 
     @torch.no_grad()
@@ -53,16 +51,12 @@ class RoutingStatistics:
         row, sums = self.tasks.index(task), self._sums
         probabilities = routing.probabilities.detach().flatten(0, -2)
         device = probabilities.device
-        if sums["pairs"].device != device:
+        if sums["counts"].device != device:
             self._sums = sums = {name: value.to(device) for name, value in sums.items()}
-        # Counts of pairs are a product of (tokens, E) marks, exact in float32 up to 2^24 tokens; who is
-        # chosen with itself is who is chosen.
+        # Marks of who is chosen, summed exactly in float32 up to 2^24 tokens.
         marks = torch.zeros_like(probabilities).scatter_(1, routing.experts.flatten(0, -2), 1.0)
-        with torch.autocast(device.type, enabled=False):  # it would multiply in bf16
-            together = (marks.t() @ marks).long()
         sums["tokens"][row] += len(marks)
-        sums["counts"][row] += together.diagonal()
-        sums["pairs"] += together.fill_diagonal_(0)
+        sums["counts"][row] += marks.sum(0, dtype=torch.float32).long()
         sums["gates"][row] += routing.importance.detach()
         sums["probabilities"][row] += probabilities.sum(0)
         # A third of the time of torch.special.entr; the bound keeps 0 log 0 at 0.
@@ -95,15 +89,6 @@ class RoutingStatistics:
         """(E,) share of each expert in all choices, of all tasks together; NaN before any token."""
         return _ratio(self.total("counts").sum(0), self.total("counts").sum())
 
-    def together(self) -> np.ndarray:
-        """(E, E) of the tokens that chose the row's expert, the share that also chose the column's.
-
-        The diagonal, and the row of an expert never chosen, are NaN.
-        """
-        shares = _ratio(self.total("pairs"), self.total("counts").sum(0)[:, None])
-        np.fill_diagonal(shares, np.nan)
-        return shares
-
     def distances(self) -> np.ndarray:
         """(T, T) Jensen-Shannon distance between two tasks' count shares: 0 the same, 1 no expert in common.
 
@@ -115,6 +100,10 @@ class RoutingStatistics:
         distance = np.sqrt(np.clip(both - (own[:, None] + own[None]) / 2, 0, 1))
         distance[np.diag_indices(len(rows))] = np.where(self.seen, 0.0, np.nan)
         return distance
+
+    def used(self) -> float:
+        """As how many experts used alike the load is spread: 2 to the power of its entropy; NaN before any token."""
+        return 2 ** float(entropy_bits(self.load()))
 
     def mutual_information(self) -> float:
         """Between task and expert, every seen task alike: bits / log2(min(tasks seen, E)), in [0, 1].
@@ -155,8 +144,7 @@ class RoutingStatistics:
             return "no tokens yet"
         if self.experts == 1:
             return "one expert: nothing to route"
-        used = 2 ** float(entropy_bits(self.load()))
-        k = self.top_k
+        used, k = self.used(), self.top_k
         if used <= 1.25 * k < self.experts:
             balance = "collapsed"
         else:

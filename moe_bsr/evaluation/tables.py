@@ -2,6 +2,7 @@
 
 import statistics
 
+from moe_bsr.runtime.names import printable
 from moe_bsr.runtime.text_tables import as_text
 
 COLUMNS = (
@@ -27,7 +28,8 @@ def table(results: dict[str, dict]) -> str:
     lines = [as_text(rows), "", "Largest confusions (share of the class that was mistaken):"]
     for task, result in results.items():
         pairs = [
-            f"{c['true']} -> {c['predicted']} {c['count']}x ({100 * c['share']:.0f} %)" for c in result["confusions"]
+            f"{printable(c['true'])} -> {printable(c['predicted'])} {c['count']}x ({100 * c['share']:.0f} %)"
+            for c in result["confusions"]
         ]
         lines.append(f"  {task}: {', '.join(pairs) or 'none'}")
     return "\n".join(lines)

@@ -39,6 +39,7 @@ RESUMABLE_KEYS = (
     "data.prefetch",
     "train.checkpoint_every",
     "train.evaluate_test",
+    "train.pictures",
     "backbone.weights",
 )
 

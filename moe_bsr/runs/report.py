@@ -4,6 +4,7 @@ A report speaks for itself: it holds the configuration, the machine, the code's 
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.runtime.files import NotOrdinary, read_text, write_whole
+from moe_bsr.runtime.names import printable
 from moe_bsr.runtime.provenance import command, commit, environment
 
 
@@ -66,7 +68,7 @@ def aggregate(config: Config, parts: dict[str, dict[str, Any]]) -> dict[str, Any
         parts: reports so far, by task.
     """
     done, names = list(parts.values()), config.task_names()
-    tasks = {name: part["tasks"][name] for name, part in parts.items()}
+    tasks = {name: part["tasks"][name] | {"selected_step": part["selected_step"]} for name, part in parts.items()}
     finished = list(parts) == names and all(part["status"] == "finished" for part in done)
     return {
         "status": "finished" if finished else "interrupted",
@@ -119,9 +121,12 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def markdown(report: dict[str, Any]) -> str:
+    counted = f"{report['test_evaluations']} evaluation(s) of the test split so far."
     lines = [
-        f"Status: {report['status']}. Scored on the {report['split']} split; "
-        f"{report['test_evaluations']} evaluation(s) of the test split so far.",
+        f"Status: {report['status']}. {selection(report)}",
+        "",
+        f"Accuracies are those of the weights selected, on the {report['split']} split; {counted} Images, epochs and "
+        f"updates are those of the whole training.",
         "",
         "| task | top-1 % | 95 % interval | top-5 % | mean per class % | calibration error % | chance % | "
         "images seen | epochs | updates |",
@@ -136,6 +141,7 @@ def markdown(report: dict[str, Any]) -> str:
     if report["mean_top1"] is not None:
         lines.append(f"| mean | {report['mean_top1']:.2f} | | | | | | | | |")
     lines += [
+        *_confusions(report),
         "",
         *_steps(report),
         "",
@@ -147,25 +153,13 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def _steps(report: dict[str, Any]) -> list[str]:
-    """Which step's weights the scores are of, and up to which step images and updates are counted."""
-    if "selected_steps" in report:  # one model per task
-        of = {task: (report["selected_steps"][task], report["steps"][task]) for task in report["selected_steps"]}
-        lines = [
-            f"{task}: {_scored(selected, report['tasks'][task])}counts are up to step {step}."
-            for task, (selected, step) in of.items()
-        ]
-        return [" ".join(lines), *(_lost(lost, f"{task}: ") for task, lost in report["lost_best"].items())]
-    mean, any_task = report.get("selected_mean_val_top1"), next(iter(report["tasks"].values()))
-    why = "" if mean is None else f" (mean validation top-1 {mean:.2f} %)"
-    lines = [
-        f"{_scored(report.get('selected_step'), any_task, why)}images seen, epochs and updates are counted up to step "
-        f"{report.get('step')}."
-    ]
-    return [lines[0][0].upper() + lines[0][1:], *([_lost(lost)] if (lost := report.get("lost_best")) else [])]
-
-
-def _scored(step: int | None, task: dict[str, Any], why: str = "") -> str:
-    return f"scores are of the weights selected, those after step {step}{why}; " if "top1" in task else ""
+    """Up to which step images and updates are counted, and a best evaluation whose weights were lost."""
+    steps = report.get("steps", {"": report.get("step")})  # by task where each has its own model
+    counted = ", ".join(f"{step} ({task})" if task else f"{step}" for task, step in steps.items())
+    lines = [f"Images seen, epochs and updates are counted up to step {counted}."]
+    lost = report.get("lost_best") or {}
+    places = {f"{task}: ": each for task, each in lost.items()} if "steps" in report else {"": lost}
+    return lines + [_lost(each, place) for place, each in places.items() if each]
 
 
 def _lost(lost: dict[str, Any], place: str = "") -> str:
@@ -174,6 +168,46 @@ def _lost(lost: dict[str, Any], place: str = "") -> str:
         f"{place}The best evaluation was that of step {lost['step']}, mean validation top-1 {lost['mean_top1']:.2f} % "
         f"({scores}); its weights are lost: {lost['reason']}."
     )
+
+
+def selection(report: dict[str, Any]) -> str:
+    """Which weights were selected and why, in a sentence."""
+    if "parts" in report:
+        steps = [
+            f"{task} {about['selected_step']}" for task, about in report["tasks"].items() if "selected_step" in about
+        ]
+        return f"One model for each task, each of its own step: {', '.join(steps) or 'none selected yet'}."
+    step, mean = report.get("selected_step"), report.get("selected_mean_val_top1")
+    if step is None:
+        return "Nothing was evaluated yet, so no weights are selected."
+    if mean is None:
+        return f"Weights: those of step {step}, the last; those selected were lost with their checkpoint."
+    if report["config"]["train"]["checkpoint_selection"] == "last":
+        why = f"the last, as train.checkpoint_selection asks; their mean validation top-1 is {mean:.2f} %"
+    else:
+        why = f"for the highest mean validation top-1: {mean:.2f} %"
+    return f"Weights selected: those of step {step} of {report['step']}, {why}."
+
+
+def _confusions(report: dict[str, Any]) -> list[str]:
+    """The largest confusions of each task: what one would look at first."""
+    lines = []
+    for task, about in report["tasks"].items():
+        pairs = [
+            f"{_code(c['true'])} taken for {_code(c['predicted'])} {c['count']}x ({100 * c['share']:.0f} %)"
+            for c in about.get("confusions", ())
+        ]
+        lines += [f"* {task}: {'; '.join(pairs)}"] if pairs else []
+    title = f"Largest confusions on the {report['split']} split, with the share of the class that was mistaken:"
+    return ["", title, "", *lines] if lines else []
+
+
+def _code(name: str) -> str:
+    """A class's name in Markdown, as it is: no markup, no formula, no line break."""
+    name = printable(name)
+    fence = "`" * (1 + max(map(len, re.findall("`+", name)), default=0))
+    edge = " " if name[:1] in ("`", " ", "") or name[-1:] in ("`", " ") else ""
+    return f"{fence}{edge}{name}{edge}{fence}"
 
 
 def _peaks(report: dict[str, Any]) -> str:

@@ -1,16 +1,25 @@
-"""Tables of strings, aligned for a terminal or as Markdown. The first row is the header."""
+"""Tables of strings, aligned for a terminal or as Markdown. The first row is the header.
+
+Cells may hold names that people gave: they are printed as they are, but command no terminal (`names.printable`).
+"""
 
 from collections.abc import Sequence
+
+from moe_bsr.runtime.names import columns, pad, printable
 
 
 def as_text(rows: Sequence[Sequence[str]]) -> str:
     """Columns padded to equal width: the first to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    shown = [list(map(printable, row)) for row in rows]
+    widths = [max(map(columns, column)) for column in zip(*shown, strict=True)]
     return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
+        "  ".join(
+            pad(cell, width, right=i > 0) for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in shown
     )
 
 
 def as_markdown(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    head, *body = ["| " + " | ".join(printable(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join([head, "| " + " | ".join("---" for _ in rows[0]) + " |", *body])

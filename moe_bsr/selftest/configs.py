@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_bsr.selftest.mutation import change
 from moe_bsr.selftest import sandbox
+from moe_bsr.selftest.mutation import change
 from moe_bsr.selftest.sandbox import Main, Outcome
 
 GOOD = ("refused", "accepted", "stopped")

@@ -136,7 +136,16 @@ def _weights(chance: random.Random) -> Iterator[Case]:
         yield f"weights: FIFO.{ending}", _special_weights(ending, os.mkfifo)
         yield f"weights: folder.{ending}", _special_weights(ending, os.mkdir)
         yield f"weights: device.{ending}", _special_weights(ending, lambda path: os.symlink("/dev/zero", path))
-    for name in ("../../etc/passwd", "../x", "local-dir:", "hf_hub:", "local-dir:/dev", "a/b/c", "\x1b[31m", "x" * 5000):
+    for name in (
+        "../../etc/passwd",
+        "../x",
+        "local-dir:",
+        "hf_hub:",
+        "local-dir:/dev",
+        "a/b/c",
+        "\x1b[31m",
+        "x" * 5000,
+    ):
         yield f"backbone: {name[:20]!r}", _override_case(f"backbone.name={name}")
 
 
@@ -378,9 +387,9 @@ def _pack_case(content: bytes, classes: bytes = b"a\nb\n") -> Callable[[Path], l
 
 
 def _names() -> Iterator[Case]:
-    strange = ["$$", "$\\frac{$", "$\\nosuch{x}$", "\x1b]0;x\x07", "a\nb", "a\tb", "été", "日本 語", "\u202egnp", "x" * 200,
-               "<script>alert(1)</script>", "{0}", "%s%n", "a'b\"c", "-rf", "--help", " ", "CON", "caf\udce9"]  # fmt: skip
-    for name in strange:
+    markup = ["$$", "$\\frac{$", "$\\nosuch{x}$", "<script>alert(1)</script>", "{0}", "%s%n", "a'b\"c", "-rf", "--help"]
+    letters = ["\x1b]0;x\x07", "a\nb", "a\tb", "été", "日本 語", "\u202egnp", "x" * 200, " ", "CON", "caf\udce9"]
+    for name in markup + letters:
         for command in ("train", "check"):
             yield f"class names: {name!r} in {command}", _class_case(name, command)
     for name in ("../x", "/etc/x", "a/b", "", " ", "\x00", "a\nb", "$$", "x" * 300, "..", "con", "-x", "<b>"):

@@ -33,7 +33,7 @@ def campaign(
     Returns:
         Plain values: tried (kills of both kinds), failed, differing (files that came out with other bits), and more.
     """
-    config, _ = tiny.write_config(folder, views__pictures=False)
+    config, _ = tiny.write_config(folder, train__pictures=False)
     chance = random.Random(seed)
     began = time.monotonic()
     if not _ended(_start(config, folder / "reference")):
@@ -85,7 +85,9 @@ def campaign(
 def outcome(run: Path) -> dict[str, bytes]:
     """Everything that has to agree: the last checkpoint's tensors and the metrics, as bytes."""
     last = run / "checkpoint" / str(tiny.STEPS)
-    return {file.name: file.read_bytes() for file in (*last.glob("*.safetensors"), run / "metrics.jsonl") if file.is_file()}
+    return {
+        file.name: file.read_bytes() for file in (*last.glob("*.safetensors"), run / "metrics.jsonl") if file.is_file()
+    }
 
 
 def differing(run: Path, expected: dict[str, bytes]) -> list[str]:

@@ -319,6 +319,13 @@ class Trainer:
 
     def _end(self, result: dict[str, Any]) -> dict[str, Any]:
         """Let the callbacks add their values, and write the report."""
-        result = self.callbacks.end(result) | result
+        average = self.state.average
+        if average is not None:  # who looks at the model now sees the weights that were scored
+            average.swap(self.model)
+        try:
+            result = self.callbacks.end(result) | result
+        finally:
+            if average is not None:
+                average.swap(self.model)
         report.write(self.folder, result)
         return result

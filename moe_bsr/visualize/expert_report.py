@@ -1,23 +1,38 @@
 """All views of a trained run, drawn from its checkpoint on the validation split, explained and written."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from moe_bsr.evaluation import ablation, probe
+from moe_bsr.evaluation.mistakes import find_mistakes
 from moe_bsr.evaluation.routing import RoutingStatistics
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.runs.load import TrainedRun
 from moe_bsr.runtime.files import write_whole
+from moe_bsr.visualize import conclusions, mistakes, theme
 from moe_bsr.visualize import experts as expert_figures
-from moe_bsr.visualize import theme
 from moe_bsr.visualize.html import Picture, Section, Table, page
 from moe_bsr.visualize.tokens import make_views, strip
 
-SUFFIX = ".views"  # of the event files written here
+MISTAKES = 2000  # images of a task at most whose mistakes are counted
+
+
+@dataclass(slots=True)
+class Observed:
+    """What the whole validation split shows.
+
+    Attributes:
+        statistics: of the routing, by MoE block. kept: patches, by task.
+        scores: (right, all) images by task.
+    """
+
+    statistics: dict[int, RoutingStatistics] = field(default_factory=dict)
+    kept: dict[str, conclusions.KeptPatches] = field(default_factory=dict)
+    scores: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def sections(
@@ -29,25 +44,22 @@ def sections(
         images: strips per task. ablated: images per task for masking experts; 0 leaves it out.
         say: told what is being done.
     """
-    reason = no_experts(trained)
-    statistics, scores = observe(trained, batch_size, say)
-    found = [_accuracy_section(scores)]
-    if reason:
-        found.append(Section("No expert views", [reason]))
-    else:
-        found += [
-            _numbers_section(statistics),
-            _usage_section(statistics, trained.step),
-            _similarity_section(statistics, trained.step),
-        ]
-        if ablated:
-            say(f"masking each expert in turn, on at most {ablated} images per task")
-            data = {task: probe.pick_probe_images(trained.data(task), ablated) for task in trained.models}
-            model = next(iter(trained.models.values()))
-            results = ablation.ablate(model, data, trained.transforms, trained.runtime, batch_size)
-            found += [_ablation_section(results, trained.step, _only_class_token(model))] if results else []
+    reason, seen, results = no_experts(trained), observe(trained, batch_size, say), {}
+    if ablated and not reason:
+        say(f"masking each expert in turn, on at most {ablated} images per task")
+        data = {task: probe.pick_probe_images(trained.data(task), ablated) for task in trained.models}
+        model = next(iter(trained.models.values()))
+        results = ablation.ablate(model, data, trained.transforms, trained.runtime, batch_size)
+    say("what is taken for what, and the most wrong answers")
+    found = [_conclusions(seen, results, reason), _accuracy_section(seen.scores)]
+    found.append(_mistakes_section(trained, batch_size))
+    if not reason:
+        found.append(_usage_section(seen.statistics, trained.step))
+        found += [_ablation_section(results, trained.step, _only_class_token(model))] if results else []
+        found += [_distances_section(seen.statistics, trained.step)] if len(trained.models) > 1 else []
     say(f"strips of {images} images per task")
-    return [*found, _token_section(trained, images)]
+    found.append(_token_section(trained, images))
+    return found if reason else [*found, _numbers_section(seen.statistics)]
 
 
 def no_experts(trained: TrainedRun) -> str:
@@ -65,64 +77,78 @@ def no_experts(trained: TrainedRun) -> str:
     return ""
 
 
-def observe(
-    trained: TrainedRun, batch_size: int, say: Callable[[str], None]
-) -> tuple[dict[int, RoutingStatistics], dict[str, tuple[int, int]]]:
-    """Routing statistics by MoE block, and (right, all) images by task, of the whole validation split."""
-    statistics: dict[int, RoutingStatistics] = {}
-    scores = {}
+def observe(trained: TrainedRun, batch_size: int, say: Callable[[str], None]) -> Observed:
+    """Once through the whole validation split of each task."""
+    seen = Observed()
     for task, model in trained.models.items():
         data, right = trained.data(task), 0
+        kept = seen.kept[task] = conclusions.KeptPatches(model.vit.patch_embed.grid_size)
         say(f"{task}: {len(data.val)} validation images")
         with torch.inference_mode(), trained.runtime.autocast():
             for images, labels in trained.transforms.eval_batches(data, "val", batch_size):
                 output = model(trained.transforms.normalize(images, device=trained.runtime.device), task)
                 right += int((output.logits.argmax(1).cpu() == labels).sum())
+                kept.add(output.records)
                 for block, routing in output.routing.items():
-                    if block not in statistics:
-                        statistics[block] = RoutingStatistics(list(trained.models), len(routing.importance))
-                    statistics[block].add(task, routing)
-        scores[task] = right, len(data.val)
-    return statistics, scores
+                    if block not in seen.statistics:
+                        seen.statistics[block] = RoutingStatistics(list(trained.models), len(routing.importance))
+                    seen.statistics[block].add(task, routing)
+        seen.scores[task] = right, len(data.val)
+    return seen
 
 
-def write(trained: TrainedRun, sections: list[Section]) -> list[Path]:
-    """PNG files and the page into RUN/views, pictures into the events; what was there before is replaced.
-
-    Returns:
-        The page's path and the folder of the events.
-    """
+def write(trained: TrainedRun, sections: list[Section]) -> Path:
+    """PNG files and the page into RUN/views; what was there before is replaced. Returns the page's path."""
     folder = trained.run / "views"
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.png"):
         old.unlink()
-    pictures = [picture for section in sections for picture in section.pictures]
-    for picture in pictures:
+    for picture in (picture for section in sections for picture in section.pictures):
         (folder / f"{picture.name}.png").write_bytes(picture.png)
     which = "of each task" if trained.config.mode == "single_task" else f"of step {trained.step:,}"
     about = [f"{trained.run}, checkpoint {which} ({trained.weights} weights), validation split."]
     title = f"Experts and tokens of {trained.run.resolve().name}"
     write_whole(folder / "index.html", page(title, about, sections))
-    events = {}
-    for picture in pictures:
-        # In a run of one model per task, a task's pictures belong to its own run.
-        part = trained.run / picture.task if trained.config.mode == "single_task" and picture.task else trained.run
-        events.setdefault(part / "tensorboard", []).append(picture)
-    for place, shown in events.items():
-        _write_events(place, shown, trained.step)
-    return [folder / "index.html", *events]
+    return folder / "index.html"
 
 
-def _write_events(place: Path, pictures: list[Picture], step: int) -> None:
-    for old in place.glob(f"events.out.tfevents.*{SUFFIX}"):
-        old.unlink()
-    with SummaryWriter(str(place), filename_suffix=SUFFIX) as writer:
-        for picture in pictures:
-            theme.write_png(writer, f"views/{picture.name}", picture.png, step)
+def _picture(name: str, figure, alt: str) -> Picture:
+    return Picture(name, theme.png(figure), alt)
 
 
-def _picture(name: str, figure, alt: str, task: str = "") -> Picture:
-    return Picture(name, theme.png(figure), alt, task)
+def _conclusions(seen: Observed, results: dict[int, ablation.Ablation], reason: str) -> Section:
+    claims = [] if reason else [conclusions.of_load(seen.statistics), conclusions.of_tasks(seen.statistics)]
+    claims += [conclusions.of_ablation(results)] if results else []
+    claims.append(conclusions.of_drops(seen.kept))
+    said = [claim for claim in claims if claim is not None]
+    plain = ["Nothing stands out."] if not any(claim.notable for claim in said) else []
+    return Section("In short", [*plain, *said, *[reason] * bool(reason)])
+
+
+def _mistakes_section(trained: TrainedRun, batch_size: int) -> Section:
+    when = "validation" if trained.config.mode == "single_task" else f"validation, step {trained.step:,}"
+    pictures, lines = [], []
+    for task, model in trained.models.items():
+        data = probe.pick_probe_images(trained.data(task), MISTAKES)
+        found = find_mistakes(model, data, trained.transforms, trained.runtime, mistakes.WORST, batch_size)
+        note = f"{when}, {len(data.val):,} images"
+        pictures.append(
+            _picture(f"confusion_{task}", mistakes.confusion(task, found, note), f"{task}: what is taken for what.")
+        )
+        if (worst := mistakes.worst(task, found, note)) is None:
+            lines.append(f"{task}: no answer is wrong.")
+        else:
+            pictures.append(_picture(f"worst_{task}", worst, f"{task}: the images of the most wrong answers."))
+    return Section(
+        "What is taken for what",
+        [
+            "A row is a true class, a column an answer; right answers are blue, mistakes red. Beside it the images "
+            "that were answered most wrongly (those of the largest loss): the true class in bold, the answer in red. "
+            "Look there for wrong labels too.",
+            *lines,
+        ],
+        pictures,
+    )
 
 
 def _accuracy_section(scores: dict[str, tuple[int, int]]) -> Section:
@@ -146,7 +172,7 @@ def _numbers_section(statistics: dict[int, RoutingStatistics]) -> Section:
         [name.replace("_", " "), *(_format_number(numbers[name]) for numbers in by_block.values())] for name in names
     ]
     return Section(
-        "In numbers",
+        "All numbers",
         [
             *(f"Block {block}: {s.reading()}." for block, s in statistics.items()),
             "Load CV: standard deviation over mean of how often the experts are chosen; 0 is perfectly even, "
@@ -199,32 +225,21 @@ def _usage_section(statistics: dict[int, RoutingStatistics], step: int) -> Secti
     )
 
 
-def _similarity_section(statistics: dict[int, RoutingStatistics], step: int) -> Section:
-    pictures = []
-    for block, s in statistics.items():
-        if len(s.tasks) > 1:
-            pictures.append(
-                _picture(
-                    f"distances_block{block}",
-                    expert_figures.distances(s, block, "validation", step),
-                    f"Block {block}: distance between the routing of each pair of tasks.",
-                )
-            )
-        pictures.append(
-            _picture(
-                f"coactivation_block{block}",
-                expert_figures.coactivation(s, block, "validation", step),
-                f"Block {block}: experts chosen together for the same token.",
-            )
-        )
+def _distances_section(statistics: dict[int, RoutingStatistics], step: int) -> Section:
     return Section(
-        "Which tasks and which experts go together",
+        "How far apart tasks route",
         [
-            "Distance between tasks: the Jensen-Shannon distance of their rows above; 0 is the same use of "
-            "experts, 1 no expert in common. Co-activation: of the tokens that chose the expert of the row, the "
-            "share that also chose that of the column; experts that always go together do the work of one.",
+            "The Jensen-Shannon distance between the rows of two tasks above: 0 is the same use of experts, 1 no "
+            "expert in common.",
         ],
-        pictures,
+        [
+            _picture(
+                f"distances_block{block}",
+                expert_figures.distances(s, block, "validation", step),
+                f"Block {block}: distance between the routing of each pair of tasks.",
+            )
+            for block, s in statistics.items()
+        ],
     )
 
 
@@ -287,7 +302,7 @@ def _token_section(trained: TrainedRun, count: int) -> Section:
         shown = make_views(result, trained.class_names[task], model.vit.patch_embed.grid_size)
         figure = strip(task, shown, experts, when)
         pictures.append(
-            _picture(f"tokens_{task}", figure, f"{task}: what became of the patches of {len(shown)} images.", task)
+            _picture(f"tokens_{task}", figure, f"{task}: what became of the patches of {len(shown)} images.")
         )
     what = ["Images chosen by lot, the same ones whenever this page is made."]
     if trained.config.plan.drop_blocks:

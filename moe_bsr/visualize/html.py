@@ -2,7 +2,10 @@
 
 import base64
 from dataclasses import dataclass, field
-from html import escape
+from html import escape as escape_markup
+
+from moe_bsr.runtime.names import printable
+from moe_bsr.visualize.conclusions import Claim
 
 STYLE = """
 :root { color-scheme: light; }
@@ -33,16 +36,11 @@ WIDTH = 480  # pixels of a picture on the page: fewer than were drawn, so that i
 
 @dataclass(slots=True)
 class Picture:
-    """A PNG with the name of its file and a text for those who cannot see it.
-
-    Attributes:
-        task: that it is of alone; empty for all.
-    """
+    """A PNG with the name of its file and a text for those who cannot see it."""
 
     name: str
     png: bytes
     alt: str
-    task: str = ""
 
 
 @dataclass(slots=True)
@@ -56,12 +54,17 @@ class Table:
 
 @dataclass(slots=True)
 class Section:
-    """A heading, paragraphs on what is shown and how to read it, then pictures, two in a row, and tables."""
+    """A heading, what it comes to and how to read it, then pictures, two in a row, and tables."""
 
     title: str
-    paragraphs: list[str]
+    paragraphs: list[str | Claim]
     pictures: list[Picture] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
+
+
+def escape(text: str) -> str:
+    """Any text as HTML that shows it and does nothing else, in text and in quoted attributes."""
+    return escape_markup(printable(text), quote=True)
 
 
 def page(title: str, about: list[str], sections: list[Section]) -> str:
@@ -85,18 +88,22 @@ def page(title: str, about: list[str], sections: list[Section]) -> str:
 
 def _section(section: Section) -> str:
     parts = [f'<h2 id="{_anchor(section.title)}">{escape(section.title)}</h2>']
-    parts += [f"<p>{escape(text)}</p>" for text in section.paragraphs]
+    parts += map(_paragraph, section.paragraphs)
     if section.pictures:
         parts.append('<div class="several">' + "\n".join(map(_picture, section.pictures)) + "</div>")
     return "\n".join([*parts, *map(_table, section.tables)])
 
 
+def _paragraph(text: str | Claim) -> str:
+    if isinstance(text, str):
+        return f"<p>{escape(text)}</p>"
+    weight = "strong" if text.notable else "span"
+    return f"<p><{weight}>{escape(text.verdict)}</{weight}> {escape(text.reasons)}</p>"
+
+
 def _picture(picture: Picture) -> str:
     data = base64.b64encode(picture.png).decode()
-    return (
-        f'<figure><img src="data:image/png;base64,{data}" width="{WIDTH}" '
-        f'alt="{escape(picture.alt, quote=True)}"></figure>'
-    )
+    return f'<figure><img src="data:image/png;base64,{data}" width="{WIDTH}" alt="{escape(picture.alt)}"></figure>'
 
 
 def _table(table: Table) -> str:

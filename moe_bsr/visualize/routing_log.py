@@ -1,4 +1,4 @@
-"""What a training run writes about its routing at each evaluation: figures by tag, and a table in Markdown."""
+"""What a training run writes about its routing at each evaluation: figures, and a table in Markdown."""
 
 from __future__ import annotations
 
@@ -25,21 +25,11 @@ def no_experts(drops: bool) -> str:
     return text
 
 
-def training_figures(by_block: dict[int, RoutingStatistics], updates: str) -> Iterator[tuple[str, Figure]]:
-    """(tag, figure) of what was counted in training; `updates` says in which."""
-    yield "experts_overview/training", experts.overview(by_block, updates)
+def figures(by_block: dict[int, RoutingStatistics], updates: str) -> Iterator[tuple[str, Figure]]:
+    """(name, figure) of what was counted in training; `updates` says in which."""
+    yield "all blocks", experts.overview(by_block, updates)
     for block, statistics in sorted(by_block.items()):
-        yield f"experts_use/block{block}_training", experts.heatmap(statistics, block, updates)
-        if statistics.top_k > 1:
-            yield f"experts_together/block{block}", experts.coactivation(statistics, block, updates)
-        if len(statistics.tasks) > 1:
-            yield f"tasks_apart/block{block}", experts.distances(statistics, block, updates)
-
-
-def validation_figures(by_block: dict[int, RoutingStatistics], images: str, step: int) -> Iterator[tuple[str, Figure]]:
-    """(tag, figure) of what was counted on validation images; `images` says on which."""
-    for block, statistics in sorted(by_block.items()):
-        yield f"experts_use/block{block}_validation", experts.heatmap(statistics, block, images, step)
+        yield f"block {block}", experts.heatmap(statistics, block, updates)
 
 
 def table(by_block: dict[int, RoutingStatistics], when: str) -> str:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
-from tensorboard.compat.proto.summary_pb2 import Summary
+
+from moe_bsr.runtime import names
+from moe_bsr.visualize.fonts import drawable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from torch.utils.tensorboard import SummaryWriter
 
 WIDTH = 760  # pixels
 HEADING, LABEL, SMALL, TINY = 25, 19, 17, 12  # font sizes in pixels
@@ -27,6 +28,7 @@ WRONG = "#b3261e"
 
 # White to dark blue, darker throughout: equal steps also in gray print, and for every kind of color vision.
 _SEQUENTIAL = ("#ffffff", "#dbe9f4", "#b0d2e7", "#78b3d6", "#4590c0", "#2169a8", "#10467f", "#08264d")
+_REDDISH = ("#ffffff", "#fbe3dd", "#f6b9ac", "#ea8573", "#d65443", "#b3261e", "#7f1310", "#4a0604")
 # Brown below, white at zero, blue above; alike in darkness on both sides.
 _DIVERGING = ("#53300a", "#95591a", "#c28f4c", "#ecd3a8", "#ffffff", "#b9d7ea", "#5f9fcc", "#2169a8", "#0b3766")
 # Colors of the experts: Okabe and Ito's seven (2008, without black), then always the color farthest from all before,
@@ -64,11 +66,15 @@ def canvas(width: int, height: int) -> tuple[Figure, Axes]:
 
 
 def text(axes: Axes, x: float, y: float, content: object, size: float = SMALL, **how) -> None:
-    axes.text(x, y, str(content), size=size, zorder=4, **{"va": "center", "color": INK} | how)  # above cells and lines
+    """Words as they are: no formulas in them, no line breaks, no letter that only warnings would stand for."""
+    words, families = drawable(content)
+    style = {"va": "center", "color": INK, "size": size, "zorder": 4} | how  # above cells and lines
+    axes.text(x, y, words, family=families, parse_math=False, usetex=False, **style)
 
 
-def shorten(name: str, max_letters: int) -> str:
-    return name if len(name) <= max_letters else name[: max_letters - 1] + "\u2026"
+def shorten(name: str, width: int) -> str:
+    """A name in at most so many letters' widths; a wide letter counts twice."""
+    return names.shorten(names.printable(name), width)
 
 
 def pixels(drawn: Figure) -> np.ndarray:
@@ -90,16 +96,14 @@ def png(drawn: Figure, colors: int | None = None) -> bytes:
     return stream.getvalue()
 
 
-def write_png(writer: SummaryWriter, tag: str, png: bytes, step: int) -> None:
-    """Add a PNG file's very bytes to a run's events; `SummaryWriter.add_image` takes pixels and encodes them anew."""
-    width, height = Image.open(io.BytesIO(png)).size
-    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
-    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
-
-
 def sequential(values: np.ndarray) -> np.ndarray:
     """(...) from 0 (white) to 1 (dark blue), clipped -> (..., 3) RGB in [0, 1]; NaN becomes EMPTY."""
     return _between(_SEQUENTIAL, np.asarray(values, float))
+
+
+def reddish(values: np.ndarray) -> np.ndarray:
+    """As `sequential`, from white to dark red: for what is wrong."""
+    return _between(_REDDISH, np.asarray(values, float))
 
 
 def diverging(values: np.ndarray) -> np.ndarray:

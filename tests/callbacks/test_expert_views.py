@@ -3,22 +3,20 @@
 import io
 import json
 import math
-import re
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 from tiny_models import make_model, normal, scale_routers
 from tiny_routing import spread, to
 from tiny_runs import TASKS, Crash, act_at, crash, make_config, make_trainer, state_of
 
 from moe_bsr.api import train
-from moe_bsr.callbacks import tensorboard as tensorboard_module
 from moe_bsr.callbacks import writer as writer_module
-from moe_bsr.callbacks.expert_views import ExpertViews
+from moe_bsr.callbacks.expert_views import EXPERTS, PATCHES, ExpertViews, drawing_due
 from moe_bsr.callbacks.tensorboard import TensorBoard
 from moe_bsr.callbacks.writer import Writer
 from moe_bsr.config import replace
@@ -46,12 +44,14 @@ def events(run) -> EventAccumulator:
     return EventAccumulator(str(run / "tensorboard"), {"scalars": 0, "images": 0, "tensors": 0}).Reload()
 
 
-def curves(run) -> dict[str, list[tuple[int, float]]]:
-    read = events(run)
+def curves(run) -> dict[tuple[str, str], list[tuple[int, float]]]:
+    """Of experts, by sub-run and name."""
+    runs = EventMultiplexer(size_guidance={"scalars": 0}).AddRunsFromDirectory(str(run / "tensorboard")).Reload()
     return {
-        tag: [(e.step, e.value) for e in read.Scalars(tag)]
-        for tag in read.Tags()["scalars"]
-        if tag.startswith("experts/")
+        (place, tag.removeprefix(f"{EXPERTS}/")): [(e.step, e.value) for e in runs.Scalars(place, tag)]
+        for place, tags in runs.Runs().items()
+        for tag in tags["scalars"]
+        if tag.startswith(EXPERTS)
     }
 
 
@@ -95,7 +95,7 @@ def test_the_curves_are_those_of_the_window_counted_slowly(config, tmp_path):
                     counts[task][expert] += 1
             load = sum(counts.values()) / sum(c.sum() for c in counts.values())
             found = {
-                name: dict(read[f"experts/block{block}/{name}"])[last]
+                name: dict(read[f"block {block}", name])[last]
                 for name in ("load_cv", "largest_share", "dead_experts", "mutual_information")
             }
             assert found["load_cv"] == pytest.approx(np.std(load) / np.mean(load), rel=1e-5)
@@ -105,7 +105,7 @@ def test_the_curves_are_those_of_the_window_counted_slowly(config, tmp_path):
             middle = sum(shares) / 2
             bits = sum(s * math.log2(s / m) / 2 for row in shares for s, m in zip(row, middle, strict=True) if s > 0)
             assert found["mutual_information"] == pytest.approx(bits, rel=1e-4, abs=1e-6)
-        assert dict(read["experts/balance_loss"])[last] == pytest.approx(
+        assert dict(read[".", "balance_loss"])[last] == pytest.approx(
             np.mean([auxiliary for *_, auxiliary in window]), rel=1e-5
         )
     for block in MOE:
@@ -115,36 +115,34 @@ def test_the_curves_are_those_of_the_window_counted_slowly(config, tmp_path):
             assert report["expert_use"][str(block)][task] == pytest.approx(share.tolist(), abs=1e-4)
 
 
-def test_a_run_has_its_pictures_tables_and_pages(finished):
-    found = pictures(finished)
-    names = {"experts_overview/training", *(f"tokens/{task}" for task in TASKS)}
-    for block in MOE:
-        names |= {
-            f"experts_use/block{block}_training",
-            f"experts_use/block{block}_validation",
-            f"experts_together/block{block}",
-            f"tasks_apart/block{block}",
-        }
-    assert found.keys() == names
+def test_a_run_has_its_pictures_and_tables(finished):
+    found = {tag: drawn for tag, drawn in pictures(finished).items() if tag.startswith((EXPERTS, PATCHES))}
+    names = {f"{EXPERTS}/{name}" for name in ("all blocks", *(f"block {block}" for block in MOE))}
+    assert found.keys() == names | {f"{PATCHES}/{task}" for task in TASKS}
     for tag, drawn in found.items():
         assert [step for step, _ in drawn] == [4, 8], tag
         assert all(Image.open(io.BytesIO(png)).size[0] == 760 for _, png in drawn)
     tables = texts(finished, "experts")
     assert "updates 1 to 4" in tables[0] and "updates 5 to 8" in tables[1]
     assert all(f"\n| {block} |" in tables[1] for block in MOE)
-    pages = layout_pb2.Layout.FromString(
-        events(finished).Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
-    )
-    charts = {page.title: {c.title: list(c.multiline.tag) for c in page.chart} for page in pages.category}
-    assert charts.keys() == {"Experts", "Tasks"} and len(charts["Experts"]) == 8
-    tags = events(finished).Tags()["scalars"]
-    for title, (pattern,) in (charts["Experts"] | charts["Tasks"]).items():
-        assert any(re.match(pattern, tag) for tag in tags), title
     report = json.loads((finished / "report.json").read_text())
     assert set(report["views"]) == {"recording_seconds", "drawing_seconds", "events_bytes"}
     assert 0 < report["views"]["recording_seconds"] < report["views"]["drawing_seconds"]
-    written = sum(f.stat().st_size for f in (finished / "tensorboard").iterdir())
+    written = sum(f.stat().st_size for f in (finished / "tensorboard").rglob("*") if f.is_file())
     assert 0 < report["views"]["events_bytes"] <= written
+
+
+@pytest.mark.parametrize(("evaluations", "drawn"), [([8], [8]), (range(1, 9), [3, 6, 8]), ([5, 8], [5, 8])])
+def test_pictures_are_drawn_at_few_evaluations_and_at_the_last(evaluations, drawn):
+    before = [0, *evaluations]
+    assert [step for since, step in zip(before, evaluations, strict=False) if drawing_due(since, step, 8)] == drawn
+
+
+def test_pictures_can_be_switched_off_and_the_numbers_stay(config, finished, tmp_path):
+    report = train(replace(config, train__pictures=False), tmp_path / "run")
+    assert not pictures(tmp_path / "run") and curves(tmp_path / "run") == curves(finished)
+    assert report["expert_use"] == json.loads((finished / "report.json").read_text())["expert_use"]
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
 
 
 def test_a_resumed_run_tells_the_same(config, finished, tmp_path, monkeypatch):
@@ -197,7 +195,7 @@ def feed(folder, trainer, routing: dict[str, object]) -> ExpertViews:
         output = Output(torch.zeros(1), torch.zeros(()), {block: Record(routing=record) for block in MOE})
         callback.on_step(StepEvent(step, task, {"auxiliary_loss": 0.5}, {}, [output], 1.0))
     callback.on_evaluate(EvalEvent(2, "val", {}))
-    writer.close()
+    writer.flush()
     return callback
 
 
@@ -234,10 +232,9 @@ def test_a_known_routing_reads_as_what_it_is(config, tmp_path, routing, expected
     words = expected.pop("words")
     for block in MOE:
         for name, value in expected.items():
-            ((step, found),) = curves(tmp_path)[f"experts/block{block}/{name}"]
+            ((step, found),) = curves(tmp_path)[f"block {block}", name]
             assert step == 2 and found == pytest.approx(value, abs=1e-6), name
     assert words in texts(tmp_path, "experts")[0]
-    assert "experts_together/block3" not in pictures(tmp_path)  # one expert a token
 
 
 def test_pictures_end_at_the_budget_and_that_is_said_once(config, tmp_path, monkeypatch):
@@ -246,33 +243,7 @@ def test_pictures_end_at_the_budget_and_that_is_said_once(config, tmp_path, monk
     found = pictures(tmp_path)
     assert 0 < sum(len(png) for drawn in found.values() for _, png in drawn) < 150_000
     assert len(texts(tmp_path, "pictures")) == 1
-    assert len(curves(tmp_path)["experts/block3/load_cv"]) == 2  # numbers are always written
-
-
-def test_the_budget_grows_with_the_hours_of_training(tmp_path, monkeypatch):
-    """An hour and a second in, what was written before a resume counts, and so does its time."""
-    monkeypatch.setattr(writer_module, "BUDGET", 100_000)
-    writer = Writer(tmp_path / "tensorboard")
-    writer.restore({"seconds": 3601.0})
-    png = io.BytesIO()
-    Image.effect_noise((100, 100), 100).save(png, "png")  # which nothing compresses
-    for step in range(40):
-        writer.picture("noise", png.getvalue(), step)
-    writer.close()
-    size = len(png.getvalue())
-    assert 5 * size < 100_000 < 40 * size
-    written = writer.size()
-    assert 2 * 100_000 - 2 * size < written < 2 * 100_000 + 1000  # the text that says so comes on top
-    assert len(texts(tmp_path, "pictures")) == 1
-
-
-def test_a_long_run_has_points_enough_and_no_more(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(tensorboard_module, "MAX_POINTS", 4)
-    train(replace(config, plan__moe_blocks=[], plan__drop_blocks=[], train__eval_every=None), tmp_path)
-    read = events(tmp_path)
-    for task in TASKS:
-        steps = [e.step for e in read.Scalars(f"train/{task}/loss")]  # every second visit of the task
-        assert steps == ([3, 7] if task == "shapes" else [4, 8])
+    assert len(curves(tmp_path)["block 3", "load_cv"]) == 2  # numbers are always written
 
 
 @pytest.mark.parametrize("drop", [[1], []])
@@ -280,12 +251,10 @@ def test_a_dense_run_says_why_it_has_no_expert_views(config, tmp_path, drop):
     report = train(replace(config, plan__moe_blocks=[], plan__drop_blocks=drop, train__steps=2), tmp_path)
     assert "plan.moe_blocks is empty" in texts(tmp_path, "experts")[0]
     assert ("plan.drop_blocks is empty" in texts(tmp_path, "experts")[0]) == (not drop)
-    assert pictures(tmp_path).keys() == ({f"tokens/{task}" for task in TASKS} if drop else set())
-    assert not curves(tmp_path) and report["expert_use"] == {}
-    pages = layout_pb2.Layout.FromString(
-        events(tmp_path).Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    assert {tag for tag in pictures(tmp_path) if tag.startswith((EXPERTS, PATCHES))} == (
+        {f"{PATCHES}/{task}" for task in TASKS} if drop else set()
     )
-    assert [page.title for page in pages.category] == ["Tasks"]
+    assert not curves(tmp_path) and report["expert_use"] == {}
 
 
 # --- probes ---

@@ -1,14 +1,20 @@
 """moe-bsr evaluate as a person and a script meet it."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
+from tiny_names import AWKWARD
 from tiny_runs import TASKS
 
 import moe_bsr
 from moe_bsr.cli.main import main
 from moe_bsr.evaluation.evaluate import evaluate
+from moe_bsr.evaluation.tables import table
+from moe_bsr.runtime.names import printable
 
 
 def test_its_numbers_are_those_of_the_trainers_evaluation(tiny_run, capsys):
@@ -35,3 +41,22 @@ def test_an_unknown_task_is_refused_and_nothing_counted(tiny_run, tmp_path, caps
     assert main(["evaluate", str(run), "--task", "shape", "--split", "test"]) == 2
     assert "did you mean shapes" in capsys.readouterr().err
     assert len((run / "test_evaluations.log").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", AWKWARD.values(), ids=AWKWARD)
+def test_class_names_are_printed_as_they_are_and_command_no_terminal(name):
+    confusion = {"true": name, "predicted": "b", "count": 2, "share": 0.5}
+    numbers = dict.fromkeys(("top1", "top1_low", "top1_high", "top5", "mean_class_accuracy", "ece", "chance"), 1.0)
+    result = numbers | {"n": 4, "images_per_second": 1.0, "tokens_kept": 1.0, "expert_share": {}, "experts_used": {}}
+    *_, last = table({"shapes": result | {"confusions": [confusion]}}).splitlines()
+    assert last == f"  shapes: {printable(name)} -> b 2x (50 %)"
+
+
+def test_a_terminal_without_a_letter_loses_no_evaluation(tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run, tmp_path / "été 日本")
+    code = "from moe_bsr.cli.main import start; start()"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    call = [sys.executable, "-c", code, "evaluate", str(run), "--split", "test", "--task", "shapes"]
+    done = subprocess.run(call, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert r"\xe9t\xe9 \u65e5\u672c, step" in done.stdout and "shapes" in done.stdout

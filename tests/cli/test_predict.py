@@ -5,10 +5,13 @@ import json
 import pytest
 import torch
 from PIL import Image
+from tiny_names import AWKWARD
 from tiny_runs import TASKS
 
 import moe_bsr
 from moe_bsr.cli.main import main
+from moe_bsr.cli.predict import print_report
+from moe_bsr.runtime.names import printable
 
 
 @pytest.fixture
@@ -79,3 +82,20 @@ def test_an_unreadable_image_is_named_and_the_others_go_on(tiny_run, images, tmp
         assert report | {"skipped": []} == expected
     assert main(["predict", str(tiny_run), str(bad)]) == 1
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", AWKWARD.values(), ids=AWKWARD)
+def test_names_are_printed_as_they_are_and_command_no_terminal(name, capsys):
+    answer = {"image": f"photos/{name}.jpg", "tasks": {"pets": [{"name": name, "probability": 0.9}]}}
+    print_report({"images": [answer], "groups": []})
+    assert capsys.readouterr().out == f"photos/{printable(name)}.jpg\n  pets  {printable(name)} 90 %\n\n"
+
+
+def test_nor_does_an_error_that_holds_a_name(tiny_run, tmp_path, capsys):
+    assert main(["predict", str(tiny_run), str(tmp_path / "\x1b]0;x\x07\u202e.png")]) == 1
+    (tmp_path / "a\x1b[2J\nb").mkdir()
+    assert main(["predict", str(tiny_run), str(tmp_path / "a\x1b[2J\nb")]) == 2
+    assert main(["evaluate", str(tmp_path / "a\x1b[2J\nb")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and r"\x1b]0;x\x07\u202e.png: no such file" in lines[0]
+    assert all(r"a\x1b[2J\nb" in line for line in lines[1:])

@@ -10,10 +10,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.metadata import PLUGIN_NAME, parse_session_start_info_plugin_data
 from tiny_runs import TASKS, make_config
-from torch.utils.tensorboard import SummaryWriter
 
 import moe_bsr
 from moe_bsr.callbacks import hparams
+from moe_bsr.callbacks.writer import Writer
 from moe_bsr.cli.main import main
 from moe_bsr.evaluation.evaluate import evaluate
 from moe_bsr.visualize import expert_report as gallery
@@ -41,16 +41,6 @@ def drawn(request, tmp_path_factory):
     return request.param, run
 
 
-def event_images(place: Path) -> dict[str, list]:
-    events = EventAccumulator(str(place), size_guidance={"images": 0}).Reload()
-    return {tag: events.Images(tag) for tag in events.Tags()["images"] if tag.startswith("views/")}
-
-
-def files(run: Path) -> list[str]:
-    """All but event files, whose names hold the time."""
-    return sorted(str(path.relative_to(run)) for path in run.rglob("*") if "tfevents" not in path.name)
-
-
 class Reader(HTMLParser):
     """Sources of pictures, links to other files, the headings, all words, and whether tags close."""
 
@@ -74,22 +64,18 @@ class Reader(HTMLParser):
         self.words.append(data)
 
 
-def test_every_picture_is_a_file_an_event_and_in_the_page(drawn):
+def test_every_picture_is_a_file_and_in_the_page(drawn):
     kind, run = drawn
     written = {file.stem: file.read_bytes() for file in (run / "views").glob("*.png")}
-    expected = {f"tokens_{task}" for task in TASKS}
+    expected = {f"{name}_{task}" for name in ("confusion", "worst", "tokens") for task in TASKS}
     if kind in ("experts", "no drops"):
         expected |= {"overview"} | {
-            f"{name}_block{block}" for block in (3, 5) for name in ("use", "distances", "coactivation", "ablation")
+            f"{name}_block{block}" for block in (3, 5) for name in ("use", "distances", "ablation")
         }
     assert written.keys() == expected
     reader = Reader((run / "views" / "index.html").read_text())
     shown = [base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) for image in reader.images]
     assert sorted(shown) == sorted(written.values()) and all(image["alt"] for image in reader.images)
-    places = [run / task / "tensorboard" for task in TASKS] if kind == "stl" else [run / "tensorboard"]
-    events = {tag: images for place in places for tag, images in event_images(place).items()}
-    assert {tag.removeprefix("views/") for tag in events} == expected
-    assert all(len(images) == 1 and images[0].step == 2 for images in events.values())
 
 
 def test_the_page_needs_nothing_else_and_says_why_there_are_no_expert_views(drawn):
@@ -103,26 +89,37 @@ def test_the_page_needs_nothing_else_and_says_why_there_are_no_expert_views(draw
     assert ("read the class token alone" in words) == (kind in ("experts", "no drops"))
 
 
-def test_drawing_again_replaces_and_makes_no_other_run(drawn):
+def test_the_page_says_first_what_it_comes_to(drawn):
     kind, run = drawn
-    before = files(run)
+    html = (run / "views" / "index.html").read_text(encoding="utf-8")
+    heading, words = re.search(r"<main><h2 id=[^>]*>(.*?)</h2>(.*?)<h2", html, re.S).groups()
+    assert heading == "In short"
+    for said in ("xperts are ", "Mutual information", "by itself"):
+        assert (said in words) == (kind in ("experts", "no drops"))
+    assert {"dense": "no mixture of experts", "stl": "one model per task"}.get(kind, "") in words
+
+
+def test_drawing_again_replaces_and_leaves_training_events_alone(drawn):
+    _, run = drawn
+    before = {path: path.read_bytes() for path in run.rglob("*tfevents*")}
+    names = sorted(path.relative_to(run) for path in run.rglob("*"))
     draw(run, "--images", "1")
-    assert files(run) == before
-    place = run / "shapes" / "tensorboard" if kind == "stl" else run / "tensorboard"
-    assert len(list(place.glob("*.views"))) == 1
-    assert len(event_images(place)["views/tokens_shapes"]) == 1
+    assert sorted(path.relative_to(run) for path in run.rglob("*")) == names
+    assert {path: path.read_bytes() for path in run.rglob("*tfevents*")} == before
 
 
 def test_statistics_and_accuracy_are_those_of_the_whole_validation_split(drawn):
     kind, run = drawn
     loaded = moe_bsr.load(run)
-    statistics, scores = gallery.observe(loaded, 7, lambda line: None)
-    for task, (right, count) in scores.items():
+    seen = gallery.observe(loaded, 7, lambda line: None)
+    for task, (right, count) in seen.scores.items():
         result = evaluate(loaded.models[task], loaded.data(task), "val", loaded.transforms, loaded.runtime)
         assert (100 * right / count, count) == (pytest.approx(result["top1"]), result["n"])
         for block, share in result["expert_share"].items():
-            mine = statistics[int(block)].shares("count")[list(scores).index(task)]
+            mine = seen.statistics[int(block)].shares("count")[list(seen.scores).index(task)]
             assert np.allclose(mine, share)
+        if result["tokens_kept_after"]:
+            assert seen.kept[task].share() == pytest.approx(result["tokens_kept"])
 
 
 @pytest.mark.parametrize(
@@ -164,23 +161,29 @@ def test_hparams_line_runs_up_without_a_run_of_their_own(tmp_path):
     )
     report = {
         "mean_top1": 12.5,
-        "tasks": {"shapes": {"top1": 10.0}, "fractals": {"top1": 15.0}},
-        "step": 8,
+        "selected_mean_val_top1": 25.0,
+        "selected_step": 4,
+        "environment": {"precision": "fp32"},
         "measured_peak_mb": 300.0,
         "gflops_per_image": 0.25,
         "train_seconds": 4.0,
     }
-    with SummaryWriter(str(tmp_path / "tensorboard")) as writer:
-        hparams.write(writer, config, report)
-        hparams.write(writer, config, report | {"mean_top1": None})  # interrupted: nothing to line up
+    writer = Writer(tmp_path / "tensorboard")
+    hparams.write(writer, config, report, {"shapes": 20.0, "fractals": 30.0})
+    writer.flush()
     assert [path.name for path in (tmp_path / "tensorboard").iterdir() if path.is_dir()] == []
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data
     assert content.plugin_name == PLUGIN_NAME
     values = parse_session_start_info_plugin_data(content.content).hparams
     assert values["drop keeps"].string_value == "0.5, 0.75" and values["expert blocks"].string_value == "3, 5"
-    assert values["storage"].string_value == "recompute 3, 4; int8 5"
+    assert values["storage"].string_value == "recompute 3, 4; int8 5" and values["adapter"].string_value == "none"
     assert values["experts"].string_value == "top 2 of 4" and values["steps"].number_value == 8
-    scalars = {tag: [(s.step, s.value) for s in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    assert scalars["result/mean top-1 %"] == [(8, 12.5)] and scalars["result/fractals top-1 %"] == [(8, 15.0)]
-    assert scalars["result/peak MB"] == [(8, 300.0)] and len(scalars) == 6
+    assert values["backbone"].string_value == "test_vit (random)" and values["precision"].string_value == "fp32"
+    assert values["augmentation"].string_value == "crops and mirroring"
+    scalars = {
+        tag.removeprefix("what the run came to/"): [(s.step, s.value) for s in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
+    assert scalars["mean val top-1 %"] == [(4, 25.0)] and scalars["fractals val top-1 %"] == [(4, 30.0)]
+    assert scalars["peak MB"] == [(4, 300.0)] and len(scalars) == 6

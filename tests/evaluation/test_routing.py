@@ -21,7 +21,6 @@ def test_counts_are_exact_within_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         statistics.add("one", routing)
     assert statistics.total("counts").tolist() == [[0, 301, 301, 0]]
-    assert statistics.total("pairs")[1, 2] == 301
 
 
 @pytest.mark.parametrize(("tasks", "experts", "k"), [(5, 16, 4), (2, 2, 1), (3, 6, 6), (20, 64, 2), (1, 5, 3)])
@@ -29,7 +28,7 @@ def test_every_number_equals_a_loop_over_tokens(tasks, experts, k):
     names = [f"task{i}" for i in range(tasks)]
     statistics = RoutingStatistics(names, experts)
     counts, gates = np.zeros((tasks, experts)), np.zeros((tasks, experts))
-    together, mean, nats, tokens = np.zeros((experts, experts)), np.zeros(experts), 0.0, 0
+    mean, nats, tokens = np.zeros(experts), 0.0, 0
     for part in range(2 * tasks):
         row = part % tasks
         routing = by_logits(2 * normal(2, 3 + row, experts, seed=part), k)
@@ -40,8 +39,6 @@ def test_every_number_equals_a_loop_over_tokens(tasks, experts, k):
                 for place, expert in enumerate(chosen):
                     counts[row, expert] += 1
                     gates[row, expert] += routing.gates[image, token, place].item()
-                    for other in chosen:
-                        together[expert, other] += other != expert
                 p = routing.probabilities[image, token].double()
                 mean += p.numpy()
                 nats -= sum(v * math.log(v) for v in p.tolist())
@@ -51,13 +48,6 @@ def test_every_number_equals_a_loop_over_tokens(tasks, experts, k):
     assert np.allclose(statistics.shares("gate"), gates / gates.sum(1, keepdims=True), atol=1e-6)
     assert np.allclose([statistics.shares(of).sum(1) for of in ("count", "gate")], 1)
     assert statistics.top_k == k and statistics.total("tokens").sum() == tokens
-    for expert in range(experts):
-        for other in range(experts):
-            value = statistics.together()[expert, other]
-            if expert == other or counts[:, expert].sum() == 0:
-                assert np.isnan(value)
-            else:
-                assert value == pytest.approx(together[expert, other] / counts[:, expert].sum())
     for a in range(tasks):
         for b in range(tasks):
             both = entropy((shares[a] + shares[b]) / 2)
@@ -102,7 +92,6 @@ def test_a_collapse_to_the_same_four_reads_as_collapsed_though_their_gates_diffe
         statistics.add(task, to(16, [1, 2, 3, 9]))
     assert statistics.reading().startswith("collapsed")
     assert statistics.numbers()["dead_experts"] == 12
-    assert statistics.together()[1, 2] == 1 and np.isnan(statistics.together()[0]).all()
 
 
 @pytest.mark.parametrize(("tasks", "experts"), [(4, 8), (2, 2), (4, 4), (8, 4)])
@@ -161,7 +150,7 @@ def test_parts_merge_into_the_whole_and_survive_json():
             part.add("ab"[seed // 3], routing)
     whole, merged, other = parts
     merged.merge(other)
-    for name in ("tokens", "counts", "pairs", "gates", "probabilities", "entropy"):
+    for name in ("tokens", "counts", "gates", "probabilities", "entropy"):
         assert np.allclose(whole.total(name), merged.total(name), rtol=1e-12, atol=0)
     back = RoutingStatistics.from_state(json.loads(json.dumps(whole.state())))
     assert back.state() == whole.state() and back.numbers() == whole.numbers()

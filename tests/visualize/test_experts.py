@@ -37,7 +37,6 @@ def test_all_pictures_fit_their_paper_and_no_words_touch(tasks, experts, k):
     statistics = make(tasks, experts, k, unseen=2 if tasks > 2 else None)
     for figure in (
         expert_figures.heatmap(statistics, 3, "training", 20),
-        expert_figures.coactivation(statistics, 3, "training"),
         expert_figures.distances(statistics, 3, "training"),
         expert_figures.overview({3: statistics, 11: statistics}),
     ):

@@ -1,0 +1,125 @@
+"""Event files: cut back on resume, never twice, one for each sub-run, and nothing but files."""
+
+import io
+import os
+
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+
+from moe_bsr.callbacks import writer as writer_module
+from moe_bsr.callbacks.writer import FILE, Writer
+
+RUNS = ["pets", "mean of tasks", ""]
+
+
+def points(folder, tag: str = "loss") -> dict[str, list[tuple[int, float]]]:
+    runs = EventMultiplexer(size_guidance={"scalars": 0}).AddRunsFromDirectory(str(folder)).Reload()
+    return {run: [(e.step, e.value) for e in runs.Scalars(run, tag)] for run in runs.Runs()}
+
+
+def write(writer: Writer, steps: range) -> None:
+    for step in steps:
+        for run in RUNS:
+            writer.scalar("loss", float(step), step, run)
+
+
+def test_a_resumed_run_has_every_point_once_and_the_same_files(tmp_path):
+    first = Writer(tmp_path)
+    first.restore({})
+    write(first, range(1, 4))
+    state = first.state()
+    write(first, range(4, 7))  # lost: after the checkpoint
+    first.scalar("loss", 4.0, 4, "later")  # so is a sub-run that began after it
+    first.flush()
+    for _ in range(2):
+        again = Writer(tmp_path)
+        again.restore(state)
+        write(again, range(4, 6))
+        again.flush()
+    assert points(tmp_path) == {run or ".": [(s, float(s)) for s in range(1, 6)] for run in RUNS}
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()) == sorted(
+        f"{run}/{FILE}".lstrip("/") for run in RUNS
+    )
+
+
+def test_what_is_written_again_takes_the_same_bytes(tmp_path):
+    """So a TensorBoard that had read further goes on reading at the border of a record."""
+    sizes = []
+    for folder in ("whole", "resumed"):
+        writer = Writer(tmp_path / folder)
+        write(writer, range(1, 3))
+        state = writer.state()
+        write(writer, range(3, 9))
+        writer.flush()
+        if folder == "resumed":
+            writer = Writer(tmp_path / folder)
+            writer.restore(state)
+            write(writer, range(3, 9))
+        sizes.append(writer.state()["bytes"])
+    assert sizes[0] == sizes[1]
+
+
+def test_many_sub_runs_hold_no_file_open(tmp_path):
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    writer = Writer(tmp_path)
+    for task in range(200):
+        writer.scalar("loss", 1.0, 1, f"task{task}")
+    assert writer.size() > 0 and len(list(tmp_path.rglob(FILE))) == 200
+    assert not before or len(os.listdir("/proc/self/fd")) == before
+
+
+def test_sub_runs_come_in_the_order_in_which_they_were_begun(tmp_path):
+    """TensorBoard gives out its colors by the time of the first event."""
+    writer = Writer(tmp_path)
+    writer.begin(["pets", "food", "mean of tasks", ""])
+    runs = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload()
+    assert sorted(runs.Runs(), key=runs.FirstEventTimestamp) == ["pets", "food", "mean of tasks", "."]
+
+
+@pytest.mark.parametrize("kind", ["link", "link to a folder", "folder", "fifo"])
+def test_nothing_is_written_through_a_link_or_into_what_is_no_file(tmp_path, kind):
+    outside, place = tmp_path / "outside", tmp_path / "run" / "pets"
+    place.parent.mkdir()
+    if kind == "link to a folder":
+        outside.mkdir()
+        (outside / FILE).write_bytes(b"kept")
+        place.symlink_to(outside)
+    else:
+        place.mkdir()
+        outside.write_bytes(b"kept")
+        if kind == "link":
+            (place / FILE).symlink_to(outside)
+        elif kind == "folder":
+            (place / FILE).mkdir()
+        else:
+            os.mkfifo(place / FILE)
+    writer = Writer(tmp_path / "run")
+    writer.restore({"bytes": {f"pets/{FILE}": 0}})
+    writer.scalar("loss", 1.0, 1, "pets")
+    with pytest.raises(OSError, match="a link or no file where events are written; remove it"):
+        writer.flush()
+    assert (outside / FILE if outside.is_dir() else outside).read_bytes() == b"kept"
+
+
+def texts(folder, tag: str) -> list[str]:
+    events = EventAccumulator(str(folder), {"tensors": 0}).Reload()
+    return [e.tensor_proto.string_val[0].decode() for e in events.Tensors(f"{tag}/text_summary")]
+
+
+def test_the_budget_grows_with_the_hours_of_training(tmp_path, monkeypatch):
+    """An hour and a second in, what was written before a resume counts, and so does its time."""
+    monkeypatch.setattr(writer_module, "BUDGET", 100_000)
+    writer = Writer(tmp_path / "tensorboard")
+    writer.restore({"seconds": 3601.0})
+    png = io.BytesIO()
+    Image.effect_noise((100, 100), 100).save(png, "png")  # which nothing compresses
+    for step in range(40):
+        writer.picture("noise", png.getvalue(), step)
+    writer.flush()
+    size = len(png.getvalue())
+    assert 5 * size < 100_000 < 40 * size
+    written = writer.size()
+    assert 2 * 100_000 - 2 * size < written < 2 * 100_000 + 1000  # the text that says so comes on top
+    assert len(texts(tmp_path / "tensorboard", "pictures")) == 1
