@@ -51,6 +51,9 @@ def evaluate(
                 usage.add(output.records)
     finally:
         model.train(was_training)
+    if done == 0:
+        raise ValueError(f"task {data.name}: not one of its {size} {split} images can be read")
+    predictions = Predictions(*(part[:done] for part in predictions))  # without those that were skipped
     return summarize(predictions, data.class_names) | usage.summary() | {"images_per_second": statistics.median(rates)}
 
 

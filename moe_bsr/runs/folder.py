@@ -32,6 +32,7 @@ RESUMABLE_KEYS = (
     "data.image_cache_mb",
     "data.feature_cache_mb",
     "data.prefetch",
+    "data.unreadable",
     "train.checkpoint_every",
     "train.evaluate_test",
     "backbone.weights",
@@ -64,6 +65,7 @@ def make_transforms(config: Config, model: MultitaskViT) -> ImageTransforms:
         crop_scale=config.data.crop_scale,
         seed=config.seed,
         cache_mb=config.data.image_cache_mb,
+        unreadable=config.data.unreadable,
     )
 
 
@@ -84,6 +86,7 @@ def write_config(
             "std": list(transforms.std),
             "interpolation": transforms.interpolation,
             "crop_pct": transforms.crop_pct,
+            "crop_mode": transforms.crop_mode,
         },
         "tasks": {name: data_fingerprint(data) for name, data in tasks.items()},
         "commit": commit(),

@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from moe_bsr.data import UnreadableImage
-from moe_bsr.data.image_files import EXTENSIONS, decode
+from moe_bsr.data.formats import EXTENSIONS
+from moe_bsr.data.image_files import decode
 
 if TYPE_CHECKING:
     from moe_bsr.runs.load import TrainedRun
