@@ -99,8 +99,8 @@ def refuse_existing(target: Path, spec: "TaskSpec", root: Path) -> None:
     """Never advise to remove originals: only what is a pack, and not the one to be packed again."""
     if not target.exists():
         return
-    originals = (root / Path(spec.path or "").expanduser()).resolve()
-    if spec.path and originals.is_relative_to(target.resolve()):
+    originals = spec.folder(root)
+    if originals is not None and originals.resolve().is_relative_to(target.resolve()):
         raise ValueError(f"{target}: that is where the originals lie; name another --out")
     if not (target / "train.npz").is_file():
         raise ValueError(f"{target} exists and is no pack; name another --out")

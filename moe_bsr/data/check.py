@@ -79,7 +79,9 @@ def _look(split: Split, split_name: str, position: int) -> _Image:
         pixels = split.source.image(split.place(position))
     except UnreadableImage as error:
         return _Image(split_name, name, label, str(error))
-    digest = hashlib.blake2b(np.ascontiguousarray(pixels), digest_size=16, salt=str(pixels.shape[1]).encode()).digest()
+    digest = hashlib.blake2b(
+        np.ascontiguousarray(pixels).data, digest_size=16, salt=str(pixels.shape[1]).encode()
+    ).digest()
     constant = bool((pixels == pixels[0, 0]).all())
     return _Image(split_name, name, label, "", pixels.shape[1], pixels.shape[0], constant, digest)
 
@@ -103,9 +105,8 @@ def _repeated(images: list[_Image], class_names: list[str]) -> dict[str, Any]:
         for split, other in before.items():
             if split != image.split:
                 by_split[split, image.split].append([other.name, image.name])
-        other = next((each for each in before.values() if each.label != image.label), None)
-        if other is not None:
-            two_labels.append([f"{each.name} ({class_names[each.label]})" for each in (other, image)])
+        if contrary := [each for each in before.values() if each.label != image.label]:
+            two_labels.append([f"{each.name} ({class_names[each.label]})" for each in (contrary[0], image)])
         before.setdefault(image.split, image)
     return {
         "shared": [

@@ -39,9 +39,11 @@ def decode(encoded: bytes | Path, name: str, bits: int | None = None) -> np.ndar
     Raises:
         UnreadableImage: with `name`, if it cannot be read.
     """
+    kind = file_kind(encoded) if isinstance(encoded, Path) else "file"
+    if kind != "file":
+        what = "no such file" if kind == "not there" else f"not a readable image (it is {kind})"
+        raise UnreadableImage(printable(f"{name}: {what}"))
     try:
-        if isinstance(encoded, Path) and (kind := file_kind(encoded)) != "file":
-            raise ValueError(f"it is {kind}")
         with _opened(encoded) as image:
             pixels = image.width * image.height
             with _large_images if pixels > LARGE else contextlib.nullcontext():
@@ -66,7 +68,7 @@ def rgb_pixels(image: Image.Image, bits: int | None = None) -> np.ndarray:
     elif image.mode in ("I", "F"):
         raise ValueError("its pixels are signed, 32-bit or floating-point numbers: convert it to 8 or 16 bits")
     elif ";16" in raw and image.format != "JPEG2000":  # Pillow keeps the high byte of each number
-        top = max(high for _, high in image.getextrema()[:3])
+        top = int(max(image.getchannel(band).getextrema()[1] for band in range(3)))  # type: ignore[type-var]
         if bits is not None and bits < 16 or bits is None and top < DARK >> 8:
             raise ValueError(
                 f"of 16-bit color only the upper 8 bits are read, and the largest here is {top}: convert it to 8 bits"
@@ -104,7 +106,7 @@ def _on_white(image: Image.Image) -> Image.Image:
         image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        if image.getextrema()[3][0] < 255:
+        if image.getchannel("A").getextrema()[0] != 255:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 

@@ -10,7 +10,6 @@ side can be computed alone, and gets the same bits: torch does the short side, `
 
 import functools
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -102,15 +101,13 @@ def _weights(length: int, size: int, interpolation: str, first: int, count: int)
     return begins, weights / total[:, None]
 
 
-@functools.lru_cache(1024)
 def _precision(length: int, size: int, interpolation: str) -> int:
-    """Bits of the weights behind the point: as many as keep the largest within 16 bits, up to 22."""
-    largest = max(float(_weights(length, size, interpolation, *part)[1].max()) for part in _parts(size))
+    """Bits of the weights behind the point: as many as keep the largest of all within 16 bits, up to 22."""
+    # Where pixels are added, weights are at most 1 but near the two ends, where they are more.
+    near = min(math.ceil(2 * _RADIUS[interpolation] * size / length), size) if size > length else size
+    parts = {(0, near), (size - near, near)}
+    largest = max(float(_weights(length, size, interpolation, *part)[1].max()) for part in parts)
     return next((bits for bits in range(22) if int(0.5 + largest * (1 << (bits + 1))) >= 1 << 15), 22)
-
-
-def _parts(size: int) -> Iterator[tuple[int, int]]:
-    return ((first, min(2**16, size - first)) for first in range(0, size, 2**16))
 
 
 def _linear(x: np.ndarray) -> np.ndarray:

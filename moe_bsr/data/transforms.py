@@ -130,7 +130,8 @@ class ImageTransforms:
         split: Split = getattr(data, split_name)
         for start in range(0, len(split), batch_size):
             part = range(start, min(start + batch_size, len(split)))
-            pixels, labels = self._empty(len(part)), []
+            pixels = self._empty(len(part))
+            labels: list[int] = []
             for position in part:
                 if (image := self._image(data, split_name, position)) is not None:
                     pixels[len(labels)] = self.eval_transform(image)

@@ -39,6 +39,9 @@ class CsvTask(TaskSpec):
     label_column: str | None = None
     split_column: str | None = None
 
+    def folder(self, root: Path) -> Path:
+        return (root / Path(self.path).expanduser()).parent
+
     def open(self, root: Path, download: bool = False) -> TaskImages:
         table = root / Path(self.path).expanduser()
         folder = table.parent if self.images is None else root / Path(self.images).expanduser()
@@ -68,9 +71,7 @@ class CsvTask(TaskSpec):
         names = sorted({label for _, label in rows["train"]})
         if not names:
             what = "; ".join(unused.found()) or "no line"
-            raise ValueError(
-                f"{table}: no images for training (paths start from {folder}, key images); there is {what}"
-            )
+            raise ValueError(f"{table}: no training images (paths start from {folder}, key images); there is {what}")
         train, val, test = (
             self._source(rows[split], names, folder, f"{table}, {split}") if rows[split] else None
             for split in ("train", "val", "test")

@@ -128,24 +128,23 @@ class HuggingFaceSource:
         else:
             own = [None if v is None or v == "" else composed(str(v)) for v in values]
             names = sorted({name for name in own if name is not None})
-        column = dataset.with_format("arrow")[:].column(image).combine_chunks()
-        paths: list[str | None] = column.to_pylist()
+        column = dataset.with_format("arrow")[:].column(image)  # mapped, not read
         if isinstance(dataset.features[image], datasets.Image):
-            content, paths = column.field("bytes"), column.field("path").to_pylist()
-            sizes = pc.fill_null(pc.binary_length(content), -1).to_numpy(zero_copy_only=False)
+            paths = pc.struct_field(column, "path").to_pylist()
+            sizes = pc.fill_null(pc.binary_length(pc.struct_field(column, "bytes")), -1).to_numpy()
         else:
-            sizes = np.full(len(paths), -1)
-        rows = [i for i, name in enumerate(own) if name is not None and (sizes[i] >= 0 or paths[i])]
+            paths, sizes = column.to_pylist(), np.full(len(column), -1)
+        labels = {i: name for i, name in enumerate(own) if name is not None and (sizes[i] >= 0 or paths[i])}
+        rows = list(labels)
         if lost := len(own) - len(rows):
-            missing = next(i for i in range(len(own)) if i not in set(rows))
-            unused.add(
-                "row without an image or a label", "rows without an image or a label", f"{where} {missing}", "", lost
-            )
+            first = next((at for at, i in enumerate(rows) if at != i), len(rows))
+            kind = "without an image or a label"
+            unused.add(f"row {kind}", f"rows {kind}", f"row {first} of {where}", count=lost)
         self.class_names = names if class_names is None else list(class_names)
         position = {name: i for i, name in enumerate(self.class_names)}
-        if unknown := sorted({own[i] for i in rows} - position.keys()):
+        if unknown := sorted(set(labels.values()) - position.keys()):
             raise unknown_class(unknown[0], self.class_names, where)
-        self.labels = np.array([position[own[i]] for i in rows], dtype=np.int64)
+        self.labels = np.array([position[name] for name in labels.values()], dtype=np.int64)
         self._rows = rows
         named = [paths[i] for i in rows]
         self.names = named if all(named) and len(set(named)) == len(named) else None
