@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torchvision
 from PIL import Image
 from scipy.io import savemat
@@ -109,6 +110,28 @@ def packed_task(root: Path) -> Path:
     return file
 
 
+def csv_task(root: Path) -> Path:
+    lines = ["path,label"]
+    for k, name in enumerate(("ant", "bee")):
+        for n in range(12):
+            save(root / "photos" / f"{name}{n}.png", 1000 * k + n)
+            lines.append(f"photos/{name}{n}.png,{name}")
+    (root / "labels.csv").write_text("\n".join(lines))
+    file = root / "table.yaml"
+    file.write_text("title: Table\nsource: csv\npath: labels.csv\n")
+    return file
+
+
+def huggingface_task(root: Path) -> Path:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee"])})
+    rows = {"image": [picture(n) for n in range(24)], "label": [n % 2 for n in range(24)]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(root / "saved"))
+    file = root / "hub.yaml"
+    file.write_text("title: Hub\nsource: huggingface\npath: saved\n")
+    return file
+
+
 def torchvision_task(root: Path) -> Path:
     fake_food(root)
     file = root / "food.yaml"
@@ -128,4 +151,6 @@ TASK_FILES: dict[str, Callable[[Path], Path]] = {
     "folder": folder_task,
     "packed": packed_task,
     "generated": generated_task,
+    "csv": csv_task,
+    "huggingface": huggingface_task,
 }

@@ -29,6 +29,7 @@ COMMANDS = {
     "tasks": "list the tasks there are",
     "configs": "list the configurations that come with the package",
     "copy": "copy a packaged configuration or task file here, to change it",
+    "check": "open all images of tasks and list at once what cannot be read",
     "pack": "pack a task's images into one file per split",
     "benchmark": "time and memory of a training step, beside timm and the public form of BSR",
     "reproduce": "rebuild the cost figures of the BSR paper's tables",
@@ -44,6 +45,7 @@ COMPUTING = {"train", "evaluate", "views", "pretrain", "sweep-storages"}
 
 # Packages that only some commands need, and the extra that installs them.
 EXTRAS = {"matplotlib": "views", "scipy": "views", "onnx": "export", "onnxruntime": "export", "onnxscript": "export"}
+EXTRAS |= {"datasets": "huggingface"}
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 

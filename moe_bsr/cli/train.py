@@ -3,7 +3,7 @@
     moe-bsr train configs/quickstart.yaml
     moe-bsr train configs/deit_tiny_moe_bsr.yaml data.root=data train.steps=2000 --run runs/mine
     moe-bsr train configs/deit_tiny_moe_bsr.yaml --run runs/mine --resume
-    moe-bsr train configs/quickstart.yaml --dry-run
+    moe-bsr train configs/quickstart.yaml --dry-run --decode
 
 CONFIG is the file of that path, or else the one of that name in the package (moe-bsr configs lists them).
 
@@ -14,16 +14,19 @@ goes on). SIGINT, SIGTERM, SIGHUP and SIGXCPU interrupt.
 import argparse
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_bsr.cli import run_arguments
+from moe_bsr.cli.check import decode_all, lines
 from moe_bsr.cli.main import FAILED, INTERRUPTED, in_flags, program, told
 from moe_bsr.cli.terminal import say
 from moe_bsr.runtime.names import printable
 
 if TYPE_CHECKING:
     from moe_bsr.config import Config
+    from moe_bsr.data import TaskData
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,19 +36,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, exit")
+    parser.add_argument("--decode", action="store_true", help="with --dry-run: read every image, as moe-bsr check does")
 
 
 def run(arguments: argparse.Namespace) -> int:
     import moe_bsr
-    from moe_bsr.config import load, packaged
+    from moe_bsr.config import ConfigError, load, packaged
     from moe_bsr.data import UnreadableImage
     from moe_bsr.runs.report import markdown
     from moe_bsr.training.trainer import TrainingFailed
 
     folder = arguments.run or Path("runs") / Path(arguments.config).stem
     config = load(packaged.find_config(arguments.config), arguments.overrides)
+    if arguments.decode and not arguments.dry_run:
+        raise ConfigError("--decode goes with --dry-run: it reads every image and trains nothing")
     if arguments.dry_run:
-        return dry_run(config, folder, arguments.resume)
+        return dry_run(config, folder, arguments.resume, arguments.decode)
     try:
         report = moe_bsr.train(config, folder, arguments.resume)
     except (TrainingFailed, FloatingPointError, UnreadableImage) as error:
@@ -66,8 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def dry_run(config: "Config", folder: Path, resume: bool) -> int:
-    """Open every dataset and the backbone, print the plan; write nothing."""
+def dry_run(config: "Config", folder: Path, resume: bool, decode: bool) -> int:
+    """Open every dataset (with `decode` every image) and the backbone, print the plan; write nothing."""
     from moe_bsr.api import check
     from moe_bsr.model import summary
     from moe_bsr.model.multitask import build
@@ -81,7 +87,8 @@ def dry_run(config: "Config", folder: Path, resume: bool) -> int:
     tasks, notes = open_tasks(config, folder, resume)
     for name, data in tasks.items():
         for split in (data.train, data.val, data.test):
-            split.source.image(int(split.index[0]))
+            if not decode and config.data.unreadable == "stop":
+                split.source.image(split.place(0))
         say(
             f"{name}: {len(data.class_names)} classes, train {len(data.train)}, val {len(data.val)}, "
             f"test {len(data.test)} ({data.origin})"
@@ -96,5 +103,15 @@ def dry_run(config: "Config", folder: Path, resume: bool) -> int:
             sizes = {name: len(data.train) for name, data in tasks.items()}
             print(FeatureCache(model, sizes, config.data.feature_cache_mb))
     check_folder(config, folder, resume)
+    broken = decoded(tasks.values()) if decode else 0
     say(f"run folder {folder}; {runtime.precision} on {runtime.device} ({runtime.precision_reason})")
-    return 0
+    return FAILED if broken else 0
+
+
+def decoded(tasks: Iterable["TaskData"]) -> int:
+    """Read every image and tell about them; returns how many cannot be read."""
+    reports = []
+    for report in decode_all(tasks):
+        reports.append(report)
+        say("\n".join(lines(report)))
+    return sum(len(report["broken"]) for report in reports)

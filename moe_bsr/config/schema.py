@@ -140,6 +140,7 @@ class DataConfig:
     augment: bool = True
     crop_scale: list[float] | None = None
     hflip: bool | None = None
+    unreadable: Literal["stop", "skip"] = "stop"
     image_cache_mb: int = 2048
     feature_cache_mb: int | None = None
     prefetch: int = 0

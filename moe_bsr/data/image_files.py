@@ -1,43 +1,204 @@
-"""Image files: decoding, and sources that are lists of files."""
+"""Image files: decoding to RGB as a viewer would show it, and sources that are lists of files.
 
+Whatever is transparent lies on white. Photos are turned as their EXIF says. Of animations the first frame is taken.
+"""
+
+import contextlib
 import functools
 import io
 import os
+import re
+import stat
+import threading
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, JpegImagePlugin
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff"}
+from moe_bsr.data.formats import FORMATS, what_it_is
+from moe_bsr.runtime.names import printable
+
+MAX_PIXELS = 100_000_000  # decoding takes up to about 8 bytes for each
+MAX_SIDE = 2**18
+LARGE = 2**24  # pixels from which on one image is decoded at a time, however many threads there are
+BAND = 2**22  # pixels converted at once
+DARK = 2**14  # nobody knows what is white in a 16-bit image whose values stay below this
+
+_large_images = threading.Lock()
 
 
 class UnreadableImage(ValueError):
     """The message names the file."""
 
 
-def exif_rgb(image: Image.Image) -> Image.Image:
-    """RGB, turned as its EXIF orientation says: as every viewer shows it.
+def decode(encoded: bytes | Path, name: str, bits: int | None = None) -> np.ndarray:
+    """Decode an encoded image or image file to uint8 (H, W, 3).
 
-    Raises ValueError for 32-bit and floating-point pixels, of which nobody knows what is white.
+    Args:
+        bits: of the numbers in 16-bit images, see `TaskSpec.bits`.
+    Raises:
+        UnreadableImage: with `name`, if it cannot be read.
     """
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "F"):
-        raise ValueError("its pixels are 32-bit or floating-point numbers: convert it to 8 or 16 bits")
-    if image.mode.startswith("I;16"):  # Pillow would cut them off at 255
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    kind = file_kind(encoded) if isinstance(encoded, Path) else "file"
+    if kind != "file":
+        what = "no such file" if kind == "not there" else f"not a readable image (it is {kind})"
+        raise UnreadableImage(printable(f"{name}: {what}"))
+    try:
+        with _opened(encoded) as image:
+            pixels = image.width * image.height
+            with _large_images if pixels > LARGE else contextlib.nullcontext():
+                return rgb_pixels(image, bits)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's plug-ins raise nearly anything on damaged files
+        raise UnreadableImage(printable(f"{name}: not a readable image ({_reason(error, encoded)})")) from error
+
+
+def rgb_pixels(image: Image.Image, bits: int | None = None) -> np.ndarray:
+    """An opened image as uint8 (H, W, 3), turned as its EXIF says, transparent parts on white.
+
+    Raises:
+        ValueError: pixels of which nobody knows what is white.
+    """
+    raw = _raw_mode(image)
+    image.load()
+    orientation = image.getexif().get(0x0112, 1)
+    if image.mode.startswith("I;16") or (image.format, image.mode) == ("PPM", "I"):
+        image = _eight_bits(image, bits)
+    elif image.mode in ("I", "F"):
+        raise ValueError("its pixels are signed, 32-bit or floating-point numbers: convert it to 8 or 16 bits")
+    elif ";16" in raw and image.format != "JPEG2000":  # Pillow keeps the high byte of each number
+        top = max(int(np.asarray(image.getchannel(band)).max()) for band in range(3))
+        if bits is not None and bits < 16 or bits is None and top < DARK >> 8:
+            raise ValueError(
+                f"of 16-bit color only the upper 8 bits are read, and the largest here is {top}: convert it to 8 bits"
+                + (", or say bits: 16 in the task file if it is just dark" if bits is None else "")
+            )
+    key = image.info.get("transparency")
+    if isinstance(key, tuple) and ";16" in raw:
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+    elif isinstance(key, int) and raw in ("L;2", "L;4"):
+        image.info["transparency"] = key * {"L;2": 85, "L;4": 17}[raw]
+    width, height = image.size
+    rows = max(BAND // width, 1)
+    if rows >= height:
+        pixels = np.array(_on_white(image))
+    else:
+        pixels = np.empty((height, width, 3), np.uint8)
+        for top in range(0, height, rows):
+            pixels[top : top + rows] = _on_white(image.crop((0, top, width, min(top + rows, height))))
+    return np.ascontiguousarray(_UPRIGHT[orientation](pixels)) if orientation in _UPRIGHT else pixels
+
+
+_UPRIGHT = {
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: lambda pixels: np.rot90(pixels),
+}
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode == "La":  # Pillow has no shorter way for it
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema()[0] != 255:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def decode(encoded: bytes | Path, name: str) -> np.ndarray:
-    """Decode an encoded image or image file to uint8 (H, W, 3).
+def _eight_bits(image: Image.Image, bits: int | None) -> Image.Image:
+    """Gray of 16 bits as gray of 8, with its transparent value as an alpha band."""
+    values = np.asarray(image).astype(np.uint16)
+    tags = getattr(image, "tag_v2", {})
+    stated = tags.get(258, (16,))[0]  # BitsPerSample
+    if stated < 16:
+        bits = stated
+    top = int(values.max())
+    if bits is None and 0 < top < DARK:
+        fits = next(n for n in (8, 10, 12, 14) if top < 1 << n)
+        raise ValueError(
+            f"its largest value is {top} of 65535, as of {fits}-bit numbers in a 16-bit file: say bits: {fits} in the "
+            "task file, or bits: 16 if it is just dark"
+        )
+    bits = bits or 16
+    if top >= 1 << bits:
+        raise ValueError(f"its largest value is {top}, and the task file says bits: {bits}")
+    scaled = (values // 257 if bits == 16 else values.astype(np.uint32) * 255 // ((1 << bits) - 1)).astype(np.uint8)
+    if tags.get(262) == 0:  # PhotometricInterpretation: white is zero
+        scaled = 255 - scaled
+    gray = Image.fromarray(scaled)
+    if isinstance(key := image.info.get("transparency"), int):
+        gray.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
+    return gray
 
-    Raises UnreadableImage with `name` if it cannot be read.
-    """
+
+def _raw_mode(image: Image.Image) -> str:
+    """How the file stores its pixels, as Pillow's decoders call it; empty for an image that is loaded."""
+    for tile in getattr(image, "tile", ()):
+        arguments = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
+        if found := next((each for each in arguments if isinstance(each, str)), None):
+            return found
+    return ""
+
+
+def _opened(encoded: bytes | Path) -> Image.Image:
+    """Opened and not yet decoded, and no larger than can be decoded in bounded memory."""
+    file = io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded
     try:
-        with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
-            return np.array(exif_rgb(image))
-    except Exception as error:  # Pillow's plug-ins raise nearly anything on damaged files
-        raise UnreadableImage(f"{name}: not a readable image ({error}); replace or remove it") from error
+        image = Image.open(file, formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        if _start(encoded)[:3] != b"\xff\xd8\xff":
+            raise ValueError(_too_large(int(re.findall(r"\d+", str(error))[0]))) from None
+        image = JpegImagePlugin.JpegImageFile(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded)
+    pixels = image.width * image.height
+    if MAX_PIXELS < pixels <= 4 * MAX_PIXELS and image.format in ("JPEG", "MPO") and "progressive" not in image.info:
+        image.draft(None, (image.width // 2, image.height // 2))  # decoded at half its size: cheap in this format
+    elif pixels > MAX_PIXELS:
+        image.close()
+        raise ValueError(_too_large(pixels))
+    if max(image.size) > MAX_SIDE:
+        image.close()
+        raise ValueError(f"it is {image.width} x {image.height} pixels, and a side may have {MAX_SIDE}")
+    return image
+
+
+def _too_large(pixels: int) -> str:
+    return f"it has {pixels / 1e6:.0f} megapixels, and at most {MAX_PIXELS // 10**6} are read: make it smaller"
+
+
+def _start(encoded: bytes | Path) -> bytes:
+    if isinstance(encoded, bytes):
+        return encoded[:64]
+    with open(encoded, "rb") as file:
+        return file.read(64)
+
+
+def _reason(error: Exception, encoded: bytes | Path) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
+        return str(error)
+    with contextlib.suppress(OSError):
+        if what := what_it_is(_start(encoded)):
+            return what
+    return "no image format that is read here" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+
+
+def file_kind(path: Path) -> str:
+    """What a path is, links followed: "file", or in words what else, or that there is none."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return "a link that leads nowhere" if path.is_symlink() else "not there"
+    except OSError as error:
+        return f"not to be opened: {error.strerror}"
+    kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 class FileSource:
@@ -45,12 +206,16 @@ class FileSource:
 
     Args:
         root: what the names of the images are relative to; a file that does not lie below it is named whole.
+        bits: of the numbers in 16-bit images, see `TaskSpec.bits`.
     """
 
-    def __init__(self, files: list[Path], labels: np.ndarray, class_names: list[str], root: Path):
+    def __init__(
+        self, files: list[Path], labels: np.ndarray, class_names: list[str], root: Path, bits: int | None = None
+    ):
         self.files = files
         self.labels = np.asarray(labels, dtype=np.int64)
         self.class_names = class_names
+        self.bits = bits
         self.names: list[str] | None = [
             str(file).removeprefix(f"{root}{os.sep}").replace(os.sep, "/") for file in files
         ]
@@ -64,7 +229,7 @@ class FileSource:
         return len(self.files)
 
     def image(self, i: int) -> np.ndarray:
-        return decode(self.files[i], str(self.files[i]))
+        return decode(self.files[i], str(self.files[i]), self.bits)
 
     def encoded(self, i: int) -> bytes | None:
         return self.files[i].read_bytes()
@@ -75,7 +240,3 @@ def _size(file: Path) -> int:
         return file.stat().st_size
     except OSError:
         return -1
-
-
-def is_image(path: Path) -> bool:
-    return path.suffix.lower() in EXTENSIONS and path.name[0] != "."

@@ -23,7 +23,8 @@ class Batch:
     """One batch of one task.
 
     Attributes:
-        positions: int64 (B,), which images these are, as positions in the task's training split.
+        positions: int64 (B,), which images these are, as positions in the task's training split: not those of the
+            plan where an image that cannot be read was skipped (`ImageTransforms.taken`).
         images: uint8 (B, 3, S, S); None when the features of all these images are cached.
         labels: int64 (B,).
         features: what the frozen blocks make of the images, for a model that starts after them; None from the loader.
@@ -70,10 +71,12 @@ class Loader:
     def _batches(self) -> Iterator[Batch]:
         for task, positions, epochs in self.plan:
             data = self.tasks[task]
+            positions = self.transforms.taken(data, positions)
             if self.known is not None and self.known(task, positions):
                 images, labels = None, torch.from_numpy(data.train.labels[positions])
             else:
                 images, labels = self.transforms.train_batch(data, positions, epochs)
+                positions = self.transforms.taken(data, positions)
             yield Batch(task, positions, images, labels)
 
     def _ahead(self) -> Iterator[Batch]:

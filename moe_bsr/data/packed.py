@@ -1,7 +1,8 @@
 """The packed form: all encoded images of a split in one `.npz` file, read in place.
 
-A pack is a folder with `train.npz`, `test.npz` and `classes.txt` (line k = name of label k, UTF-8).
-Each `.npz` is an ordinary NumPy archive without pickles:
+A pack is a folder with `train.npz`, and `val.npz` and `test.npz` where the source has such splits; `classes.txt`
+(line k = name of label k, UTF-8, ended by a line feed) and `splits.txt` (the splits that belong to it, one a line; a
+pack without it has train and test). Each `.npz` is an ordinary NumPy archive without pickles:
 
     jpeg     uint8 (bytes)   the encoded images (JPEG, PNG, ...), one after the other
     offsets  int64 (N + 1)   image i is jpeg[offsets[i] : offsets[i + 1]]
@@ -9,16 +10,18 @@ Each `.npz` is an ordinary NumPy archive without pickles:
     names    uint8 (bytes)   the images' names in UTF-8, each followed by a zero byte; a pack may lack it
 
 `PackWriter` stores its members uncompressed, so that reading maps them where they lie inside the
-zip file: a pack may be larger than memory. A compressed member is read into memory.
+zip file: a pack may be larger than memory. A compressed member is read into memory. What a file says of itself is
+checked before memory is taken for it.
 """
 
 import io
+import math
 import os
 import shutil
 import zipfile
-import zlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.lib import format as npy
@@ -28,14 +31,22 @@ from moe_bsr.data.image_files import decode
 from moe_bsr.data.spec import ImageSource, TaskImages
 
 MEMBERS = ("jpeg", "offsets", "labels")
+DTYPES = dict.fromkeys(("jpeg", "names"), np.dtype(np.uint8)) | dict.fromkeys(("offsets", "labels"), np.dtype(np.int64))
+SPLITS = ("train", "val", "test")
+UNPACKED = 2**26  # bytes that a compressed member may have however small it is; a larger one at most
+EXPANSION = 20  # times what it takes in the file: images hardly shrink
 
 
 class PackedSource:
-    """One split of a pack. Raises ValueError naming the file and the defect if it is damaged."""
+    """One split of a pack. Raises ValueError naming the file and the defect if it is damaged.
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.class_names = _read_classes(path.parent / "classes.txt")
+    Args:
+        bits: of the numbers in images of 16 bits, see `TaskSpec.bits`.
+    """
+
+    def __init__(self, path: Path, bits: int | None = None):
+        self.path, self.bits = path, bits
+        self.class_names = _read_lines(path.parent / "classes.txt", "class name")
         members = _read_members(path)
         self.jpeg, self.offsets, self.labels = (members[name] for name in MEMBERS)
         self.names = _split_names(members["names"]) if "names" in members else None
@@ -46,19 +57,14 @@ class PackedSource:
         return len(self.labels)
 
     def image(self, i: int) -> np.ndarray:
-        return decode(self.encoded(i), f"image {i} of {self.path}")
+        name = f"image {i}" if self.names is None else f"image {i} ({self.names[i]})"
+        return decode(self.encoded(i), f"{name} of {self.path}", self.bits)
 
     def encoded(self, i: int) -> bytes:
         return self.jpeg[self.offsets[i] : self.offsets[i + 1]].tobytes()
 
     def _check(self) -> None:
-        for name, dtype in zip(MEMBERS, (np.uint8, np.int64, np.int64), strict=True):
-            array = getattr(self, name)
-            if array.dtype != dtype or array.ndim != 1:
-                raise ValueError(
-                    f"{self.path}: {name} is {array.dtype} {array.shape}, expected {np.dtype(dtype)} in one dimension"
-                )
-        count, sizes = len(self.labels), np.diff(self.offsets)
+        count = len(self.labels)
         if count == 0:
             raise ValueError(f"{self.path}: no images")
         if len(self.offsets) != count + 1:
@@ -68,8 +74,8 @@ class PackedSource:
                 f"{self.path}: offsets run from {self.offsets[0]} to {self.offsets[-1]}, outside "
                 f"the data (0 to {len(self.jpeg)}); is the file cut off?"
             )
-        if (sizes <= 0).any():
-            raise ValueError(f"{self.path}: offsets do not rise at image {np.argmax(sizes <= 0)}")
+        if (falls := self.offsets[1:] <= self.offsets[:-1]).any():  # compared, for differences could overflow
+            raise ValueError(f"{self.path}: offsets do not rise at image {np.argmax(falls)}")
         if self.names is not None and not len(set(self.names)) == len(self.names) == count:
             raise ValueError(f"{self.path}: {len(self.names)} names for {count} images, expected one for each")
         low, high = self.labels.min(), self.labels.max()
@@ -79,10 +85,16 @@ class PackedSource:
             )
 
 
-def open_pack(folder: Path) -> TaskImages:
-    """The splits of a pack."""
-    train, test = (PackedSource(folder / f"{split}.npz") for split in ("train", "test"))
-    return TaskImages(train=train, test=test, origin=f"pack {folder}")
+def open_pack(folder: Path, bits: int | None = None) -> TaskImages:
+    """The splits of a pack, `bits` as in `PackedSource`."""
+    if (folder / "splits.txt").is_file():
+        names = _read_lines(folder / "splits.txt", "split")
+        if "train" not in names or set(names) - set(SPLITS):
+            raise ValueError(f"{folder / 'splits.txt'}: {names}; expected train, and val and test if there are")
+    else:
+        names = ["train", "test"]
+    sources = {name: PackedSource(folder / f"{name}.npz", bits) for name in names}
+    return TaskImages(train=sources["train"], val=sources.get("val"), test=sources.get("test"), origin=f"pack {folder}")
 
 
 class PackWriter:
@@ -141,8 +153,23 @@ class PackWriter:
             os.fsync(file.fileno())
 
 
-def write_classes(folder: Path, class_names: list[str]) -> None:
-    (folder / "classes.txt").write_text("".join(f"{n}\n" for n in class_names), encoding="utf-8")
+def write_classes(folder: Path, class_names: Sequence[str]) -> None:
+    """Write `classes.txt`. Raises ValueError for a name that is no line."""
+    _write_lines(folder / "classes.txt", class_names)
+
+
+def write_splits(folder: Path, splits: Sequence[str]) -> None:
+    """Write `splits.txt`."""
+    _write_lines(folder / "splits.txt", splits)
+
+
+def _write_lines(path: Path, lines: Sequence[str]) -> None:
+    for line in lines:
+        if not line or "\n" in line or line[-1] == "\r":
+            raise ValueError(f"class {line!r}: a pack names its classes one a line, and this is no line; rename it")
+        if any("\ud800" <= letter <= "\udfff" for letter in line):
+            raise ValueError(f"class {line!r}: its name is not UTF-8, as a pack writes it; rename it")
+    path.write_bytes("".join(f"{line}\n" for line in lines).encode())
 
 
 def _join_names(names: list[str]) -> bytes:
@@ -172,12 +199,21 @@ def encode(source: ImageSource, i: int, short_side: int, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def _read_classes(path: Path) -> list[str]:
+def _read_lines(path: Path, what: str) -> list[str]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing; a pack names its classes there, one a line")
-    names = path.read_text(encoding="utf-8").splitlines()
-    if not names or len(set(names)) != len(names) or not all(names):
-        raise ValueError(f"{path}: {len(names)} lines; expected one distinct class name a line")
+        raise FileNotFoundError(f"{path}: missing; a pack has a {what} a line there")
+    text = path.read_bytes()
+    if text.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(f"{path}: not UTF-8 but UTF-16; save it as UTF-8")
+    lines = text.removeprefix(b"\xef\xbb\xbf").removesuffix(b"\n").split(b"\n")
+    if all(line.endswith(b"\r") for line in lines[:-1]) and len(lines) > 1:  # an editor on Windows saved it
+        lines = [line.removesuffix(b"\r") for line in lines]
+    try:
+        names = [line.decode("utf-8") for line in lines]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 (byte {error.object[error.start]:#x}); save it as UTF-8") from None
+    if len(set(names)) != len(names) or not all(names):
+        raise ValueError(f"{path}: {len(names)} lines; expected one distinct {what} a line")
     return names
 
 
@@ -189,34 +225,52 @@ def _read_members(path: Path) -> dict[str, np.ndarray]:
             members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
             if missing := [name for name in MEMBERS if name not in members]:
                 raise ValueError(f"no member {missing[0]!r}, it holds {', '.join(members)}")
-            arrays: dict[str, np.ndarray] = {}
-            for name in (*MEMBERS, *({"names"} & members.keys())):
-                if name == "jpeg" and members[name].compress_type == zipfile.ZIP_STORED:
-                    arrays[name] = _map_member(path, members[name])
-                else:
-                    with archive.open(members[name]) as member:
-                        arrays[name] = npy.read_array(member, allow_pickle=False)
-            return arrays
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: not a readable pack ({error}); make it again") from error
+            return {
+                name: _read_member(path, archive, members[name], name)
+                for name in (*MEMBERS, *({"names"} & members.keys()))
+            }
+    except Exception as error:  # zipfile and NumPy raise nearly anything on what is damaged or forged
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path}: not a readable pack ({reason}); make it again") from error
 
 
-def _map_member(path: Path, info: zipfile.ZipInfo) -> np.memmap:
-    """A stored `.npy` member, mapped where it lies: after its local zip header and NumPy header."""
+def _read_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> np.ndarray:
+    """A member, mapped where it lies if it is stored and large."""
+    if info.flag_bits & 1:
+        raise ValueError(f"{info.filename} is encrypted")
+    stored = info.compress_type == zipfile.ZIP_STORED
+    if not stored and info.file_size > max(UNPACKED, EXPANSION * info.compress_size):
+        raise ValueError(f"{info.filename} would take {info.file_size} bytes, unpacked from {info.compress_size}")
+    with archive.open(info) as member:
+        shape, header = _read_header(member, DTYPES[name], info.filename)
+        if header + math.prod(shape) * DTYPES[name].itemsize != info.file_size:
+            raise ValueError(f"{info.filename} does not have the size its header states")
+        if not stored or name != "jpeg":
+            content = member.read(info.file_size)
+            if member.read(1) or len(content) + header != info.file_size:
+                raise ValueError(f"{info.filename} does not have the size the archive states")
+            array = np.frombuffer(content, DTYPES[name])
+            return array if name == "jpeg" else array.copy()  # writable, as torch wants labels
     with open(path, "rb") as file:
         file.seek(info.header_offset)
         local = file.read(30)
-        if local[:4] != b"PK\x03\x04":
-            raise ValueError(f"no zip header where {info.filename} should begin")
-        lengths = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
-        start = info.header_offset + 30 + lengths
-        file.seek(start)
-        version = npy.read_magic(file)
-        read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-        if version not in read_header:
-            raise ValueError(f"{info.filename} has NumPy format {version}, expected 1.0 or 2.0")
-        shape, _, dtype = read_header[version](file)
-        offset = file.tell()
-    if offset + int(np.prod(shape)) * dtype.itemsize != start + info.file_size:
-        raise ValueError(f"{info.filename} does not have the size its header states")
-    return np.memmap(path, mode="r", dtype=dtype, shape=shape, offset=offset)
+    if local[:4] != b"PK\x03\x04":
+        raise ValueError(f"no zip header where {info.filename} should begin")
+    lengths = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+    offset = info.header_offset + 30 + lengths + header
+    return np.memmap(path, mode="r", dtype=DTYPES[name], shape=shape, offset=offset)
+
+
+def _read_header(member: IO[bytes], dtype: np.dtype, name: str) -> tuple[tuple[int, ...], int]:
+    """The shape that a `.npy` file states, and how many bytes its header takes. It has to be one list of `dtype`."""
+    version = npy.read_magic(member)
+    read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+    if version not in read_header:
+        raise ValueError(f"{name} has NumPy format {version}, expected 1.0 or 2.0")
+    shape, _, found = read_header[version](member)
+    if found.hasobject:
+        raise ValueError(f"{name} holds Python objects, which are never unpickled (allow_pickle=False)")
+    if found != dtype or len(shape) != 1 or shape[0] < 0:
+        label = name.removesuffix(".npy")
+        raise ValueError(f"{label} is {found} {shape}, expected {dtype} in one dimension")
+    return shape, member.tell()

@@ -84,6 +84,8 @@ class TaskSpec:
         test_fraction: share of the images set aside as the test split, where the source has none; null is 0.2.
         crop_scale: the least and the largest share of an image's area that a training crop has.
         flip: whether half of the training crops are mirrored.
+        bits: of the numbers in images of 16 bits, where cameras that measure 10, 12 or 14 wrote them; 16 says that
+            dark images are just dark; null refuses images that might be either.
     """
 
     name: str
@@ -94,12 +96,14 @@ class TaskSpec:
     crop_scale: list[float] = field(default_factory=lambda: [0.35, 1.0])
     flip: bool = True
     test_fraction: float | None = None
+    bits: int | None = None
 
     def __post_init__(self) -> None:
         require(self.classes is None or self.classes >= 2, "classes", self.classes, "at least 2")
         require(is_crop_range(self.crop_scale), "crop_scale", self.crop_scale, "[low, high], 0 < low <= high <= 1")
         share = self.test_fraction
         require(share is None or 0 < share < 1, "test_fraction", share, "null (0.2) or above 0 and below 1")
+        require(self.bits is None or 8 <= self.bits <= 16, "bits", self.bits, "null or 8 to 16")
 
     @property
     def source(self) -> str:

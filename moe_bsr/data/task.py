@@ -124,7 +124,7 @@ def open_images(spec: TaskSpec, *, root: Path, download: bool = False, use_pack:
     """
     pack = root / spec.name
     packed = use_pack and (pack / "train.npz").is_file()
-    images = open_pack(pack) if packed else spec.open(root, download)
+    images = open_pack(pack, spec.bits) if packed else spec.open(root, download)
     names, origin = list(images.train.class_names), images.origin
     if len(names) < 2:
         raise ValueError(f"task {spec.name}: {len(names)} class, and there must be two to tell apart ({origin})")

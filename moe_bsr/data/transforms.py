@@ -1,26 +1,23 @@
-"""From decoded images to a batch: crop, resize, flip; normalization on the whole batch.
-
-Resizing is torch's antialiased uint8 kernel: its pixels differ from Pillow's by at most 2 (mean
-below 0.3), in 0.13-0.17 ms an image to 224 px on one core where Pillow takes 0.33-0.46.
-torchvision's v2 functions call the same kernel and take 0.005 ms more.
-"""
+"""From decoded images to a batch: crop, resize, flip; normalization on the whole batch."""
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from moe_bsr.config import is_crop_range, require
 from moe_bsr.data.cache import DecodedCache
-from moe_bsr.data.image_files import exif_rgb
+from moe_bsr.data.image_files import UnreadableImage, rgb_pixels
+from moe_bsr.data.resize import resized, resized_part
 from moe_bsr.data.splits import image_key
 from moe_bsr.data.task import Split, TaskData
 from moe_bsr.runtime.rng import key, stream
 
+GONE = -1  # in `Split.index`
 ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 SMALL_IMAGE_SIDE = 64  # square images up to this size are not cropped for evaluation
 
@@ -34,13 +31,18 @@ class ImageTransforms:
 
     Attributes:
         size: side S of the square images, in pixels.
-        mean, std: of values 0 to 1; these, `interpolation` and `crop_pct` come from timm's data config of the backbone.
-        resize: for evaluation. "timm": the short side to floor(size / crop_pct), then the center is cropped;
-            "squash": to the square, aspect not kept.
+        mean, std: of values 0 to 1; these, `interpolation`, `crop_pct` and `crop_mode` come from timm's data config of
+            the backbone.
+        crop_mode: how evaluation brings an image to floor(size / crop_pct) before the center is cropped. "center": its
+            short side; "squash": both sides, aspect not kept; "border": its long side, the rest is filled with `mean`.
+        resize: "timm": by `crop_mode`; "squash": straight to the square.
         augment: False shows training images as evaluation sees them.
         crop_scale, flip: override the tasks' own.
         seed: of the augmentation.
         cache_mb: how much the decoded images in memory may take, in 10**6 bytes.
+        unreadable: "stop": an image that cannot be read raises UnreadableImage. "skip": for training the next one of
+            the split takes its place, from evaluation it is left out; it is named once, in a warning.
+        skipped: by (task, split): the images skipped so far, name -> why.
     Raises:
         ValueError: names the field.
     """
@@ -50,18 +52,26 @@ class ImageTransforms:
     std: tuple[float, float, float]
     interpolation: str = "bicubic"
     crop_pct: float = 0.9
+    crop_mode: str = "center"
     resize: str = "timm"
     augment: bool = True
     crop_scale: Sequence[float] | None = None
     flip: bool | None = None
     seed: int = 0
     cache_mb: float = 1000
+    unreadable: str = "stop"
+    skipped: dict[tuple[str, str], dict[str, str]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         if self.interpolation not in ("bicubic", "bilinear"):
             raise ValueError(f"interpolation: {self.interpolation!r} is not bicubic or bilinear")
-        if self.resize not in ("timm", "squash"):
-            raise ValueError(f"resize: {self.resize!r} is not timm or squash")
+        for name, allowed in (
+            ("resize", ("timm", "squash")),
+            ("crop_mode", ("center", "squash", "border")),
+            ("unreadable", ("stop", "skip")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not {' or '.join(allowed)}")
         if not 0 < self.crop_pct <= 1:
             raise ValueError(f"crop_pct: {self.crop_pct} is not above 0 and at most 1")
         require(
@@ -71,6 +81,7 @@ class ImageTransforms:
             "[low, high], 0 < low <= high <= 1",
         )
         self._cache = DecodedCache(self.cache_mb)
+        self._unreadable: dict[tuple[str, str], set[int]] = {}  # as `skipped`, by their places in the source
 
     def train_batch(
         self, data: TaskData, positions: np.ndarray, epochs: np.ndarray
@@ -86,14 +97,29 @@ class ImageTransforms:
         stream_key = key(self.seed, data.name, "augment")
         pixels = self._empty(len(positions))
         for row, position, epoch in zip(pixels, positions, epochs, strict=True):
-            place = data.train.place(position)
-            image = self._cache.image(data.train.source, place)
+            position, image = self._readable(data, int(position))
             if self.augment:
-                uniforms = stream(stream_key, int(epoch), image_key(data.train.source, place)).random(2 * ATTEMPTS + 3)
+                image_stream = image_key(data.train.source, data.train.place(position))
+                uniforms = stream(stream_key, int(epoch), image_stream).random(2 * ATTEMPTS + 3)
                 row[:] = self.train_transform(image, scale, flip, uniforms)
             else:
                 row[:] = self.eval_transform(image)
-        return _as_images(pixels), torch.from_numpy(data.train.labels[positions])
+        return _as_images(pixels), torch.from_numpy(data.train.labels[self.taken(data, positions)])
+
+    def taken(self, data: TaskData, positions: np.ndarray) -> np.ndarray:
+        """The positions (B,) of `data.train` whose images stand at those asked for: others where some were skipped.
+
+        The next position that can be read, a rule that depends on nothing else.
+        """
+        if self.unreadable == "stop":
+            return positions
+        taken, split = np.array(positions), data.train
+        lost = [GONE, *self._unreadable.get((data.name, "train"), ())]
+        for _ in range(len(split)):
+            if not (unreadable := np.isin(split.index[taken], lost)).any():
+                return taken
+            taken[unreadable] = (taken[unreadable] + 1) % len(split)
+        return positions
 
     def eval_batches(
         self, data: TaskData, split_name: str, batch_size: int
@@ -105,14 +131,48 @@ class ImageTransforms:
         for start in range(0, len(split), batch_size):
             part = range(start, min(start + batch_size, len(split)))
             pixels = self._empty(len(part))
-            for row, position in zip(pixels, part, strict=True):
-                row[:] = self.eval_transform(self._cache.image(split.source, split.place(position)))
-            yield _as_images(pixels), torch.from_numpy(split.labels[start : start + batch_size])
+            labels: list[int] = []
+            for position in part:
+                if (image := self._image(data, split_name, position)) is not None:
+                    pixels[len(labels)] = self.eval_transform(image)
+                    labels.append(split.labels[position])
+            if labels:
+                yield _as_images(pixels[: len(labels)]), torch.from_numpy(np.array(labels))
+
+    def _image(self, data: TaskData, split_name: str, position: int) -> np.ndarray | None:
+        """The decoded image at a position of a split; None where it is skipped."""
+        split: Split = getattr(data, split_name)
+        index, names = int(split.index[position]), split.source.names
+        unreadable = self._unreadable.setdefault((data.name, split_name), set())
+        if index in unreadable:
+            return None
+        try:
+            return self._cache.image(split.source, split.place(position))
+        except UnreadableImage as error:
+            if self.unreadable == "stop":
+                raise UnreadableImage(
+                    f"{error}; put a readable copy in its place, or go on with data.unreadable=skip and resume=True"
+                ) from error
+            if index != GONE:
+                unreadable.add(index)
+            name = f"position {position}" if index == GONE else str(index) if names is None else names[index]
+            if name not in (skipped := self.skipped.setdefault((data.name, split_name), {})):
+                skipped[name] = str(error)
+                warnings.warn(f"task {data.name}, {split_name}: {error}; it is skipped", stacklevel=3)
+            return None
+
+    def _readable(self, data: TaskData, position: int) -> tuple[int, np.ndarray]:
+        """The first position from this one on whose training image can be read, and the image."""
+        for step in range(len(data.train)):
+            place = (position + step) % len(data.train)
+            if (image := self._image(data, "train", place)) is not None:
+                return place, image
+        raise UnreadableImage(f"task {data.name}: not one of its {len(data.train)} training images can be read")
 
     def eval_image(self, image: Image.Image) -> torch.Tensor:
         """Any PIL image as evaluation would see it, uint8 (3, S, S)."""
         pixels = self._empty(1)
-        pixels[0] = self.eval_transform(np.array(exif_rgb(image)))
+        pixels[0] = self.eval_transform(rgb_pixels(image))
         return _as_images(pixels)[0]
 
     def train_transform(
@@ -132,14 +192,29 @@ class ImageTransforms:
         height, width = image.shape[:2]
         if self.resize == "squash" or height == width <= SMALL_IMAGE_SIDE:
             return resized(image, self.size, self.size, self.interpolation)
-        short = math.floor(self.size / self.crop_pct)
-        if height <= width:
-            height, width = short, int(short * width / height)
+        side = math.floor(self.size / self.crop_pct)
+        if self.crop_mode == "border":
+            return self._with_border(image, side)
+        if self.crop_mode == "squash":
+            height = width = side
+        elif height <= width:
+            height, width = side, int(side * width / height)
         else:
-            height, width = int(short * height / width), short
-        image = resized(image, height, width, self.interpolation)
+            height, width = int(side * height / width), side
         top, left = round((height - self.size) / 2), round((width - self.size) / 2)
-        return image[top : top + self.size, left : left + self.size]
+        return resized_part(image, height, width, self.interpolation, top, left, self.size, self.size)
+
+    def _with_border(self, image: np.ndarray, side: int) -> np.ndarray:
+        """uint8 (S, S, 3): the image, its long side of `side` pixels, in the middle of a square of the mean color."""
+        scale = max(image.shape[:2]) / side
+        height, width = (max(round(length / scale), 1) for length in image.shape[:2])
+        image = resized(image, height, width, self.interpolation)
+        square = np.empty((max(height, self.size), max(width, self.size), 3), np.uint8)
+        square[:] = [round(255 * value) for value in self.mean]
+        top, left = (square.shape[0] - height) // 2, (square.shape[1] - width) // 2
+        square[top : top + height, left : left + width] = image
+        top, left = (round((length - self.size) / 2) for length in square.shape[:2])
+        return square[top : top + self.size, left : left + self.size]
 
     def normalize(self, images: torch.Tensor, *, device: torch.device | str | None = None) -> torch.Tensor:
         """uint8 (B, 3, S, S) to normalized (B, 3, S, S) on `device`, computed in float32.
@@ -175,16 +250,6 @@ def crop_box(height: int, width: int, scale: Sequence[float], uniforms: np.ndarr
     crop_h, crop_w = int(heights[first]), int(widths[first])
     down, across = uniforms[2 * ATTEMPTS : 2 * ATTEMPTS + 2]
     return int(down * (height - crop_h + 1)), int(across * (width - crop_w + 1)), crop_h, crop_w
-
-
-def resized(image: np.ndarray, height: int, width: int, interpolation: str) -> np.ndarray:
-    """uint8 (H, W, 3) resized with antialiasing; pixels outside `image` play no part."""
-    if image.shape[:2] == (height, width):
-        return image
-    # copied, for torch wants writable memory, and alone on one thread: see loader.py
-    tensor = torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)[None]
-    tensor = F.interpolate(tensor, (height, width), mode=interpolation, antialias=True)
-    return tensor[0].permute(1, 2, 0).numpy()
 
 
 def _as_images(pixels: np.ndarray) -> torch.Tensor:

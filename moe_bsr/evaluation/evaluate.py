@@ -77,7 +77,9 @@ def predict(
                 watch(output, len(images), seconds)
     finally:
         model.train(was_training)
-    return predictions
+    if done == 0:
+        raise ValueError(f"task {data.name}: not one of its {size} {split} images can be read")
+    return Predictions(*(part[:done] for part in predictions))  # without those that were skipped
 
 
 def _check(logits: Tensor, data: TaskData) -> None:

@@ -37,6 +37,7 @@ RESUMABLE_KEYS = (
     "data.image_cache_mb",
     "data.feature_cache_mb",
     "data.prefetch",
+    "data.unreadable",
     "train.checkpoint_every",
     "train.evaluate_test",
     "train.pictures",
@@ -73,6 +74,7 @@ def make_transforms(config: Config, model: MultitaskViT) -> ImageTransforms:
         crop_scale=config.data.crop_scale,
         seed=config.seed,
         cache_mb=config.data.image_cache_mb,
+        unreadable=config.data.unreadable,
     )
 
 
@@ -103,6 +105,7 @@ def write_config(
             "std": list(transforms.std),
             "interpolation": transforms.interpolation,
             "crop_pct": transforms.crop_pct,
+            "crop_mode": transforms.crop_mode,
         },
         "data_root": str(Path(config.data.root).expanduser().resolve()),
         "tasks": about,

@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from moe_bsr.data import UnreadableImage
-from moe_bsr.data.image_files import EXTENSIONS, decode
+from moe_bsr.data import UnreadableImage, load_spec
+from moe_bsr.data.formats import EXTENSIONS, advice
+from moe_bsr.data.image_files import decode
 
 if TYPE_CHECKING:
     from moe_bsr.runs.load import TrainedRun
@@ -41,10 +42,11 @@ def predict_images(run: TrainedRun, images: Images | Iterable[Images], tasks: li
     def readable() -> Iterator[tuple[str | int, Tensor]]:
         for name, image in _named(images):
             try:
-                yield name, _as_input(run, name, image)
+                yield name, _as_input(run, name, image, bits)
             except UnreadableImage as error:
                 skipped.append({"image": name, "reason": str(error)})
 
+    bits = _bits(run, tasks)
     inputs = readable()
     while batch := list(islice(inputs, BATCH)):
         names, pixels = zip(*batch, strict=True)
@@ -86,22 +88,39 @@ def _named(images: Images | Iterable[Images]) -> Iterator[tuple[str | int, Path 
 
 
 def _files_below(folder: Path) -> list[Path]:
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.name[0] != "." and p.is_file())
+    files = sorted(p for p in folder.rglob("*") if _is_picture(p) and p.name[0] != "." and p.is_file())
     if not files:
         raise ValueError(f"{folder}: no images below it ({', '.join(sorted(EXTENSIONS))})")
     return files
 
 
-def _as_input(run: TrainedRun, name: str | int, image: Path | Image.Image | np.ndarray) -> Tensor:
+def _is_picture(path: Path) -> bool:
+    """By its ending; also one of those that cannot be read here, so that it is named among the skipped ones."""
+    return path.suffix.lower() in EXTENSIONS or advice(path.suffix.lower()) is not None
+
+
+def _bits(run: TrainedRun, tasks: list[str]) -> int | None:
+    """What the tasks' files say of images of 16 bits, where they agree."""
+    files = run.config.task_files()
+    try:
+        said = {load_spec(files[task]).bits for task in tasks if task in files}
+    except (ValueError, OSError):  # the files are elsewhere
+        return None
+    return said.pop() if len(said) == 1 else None
+
+
+def _as_input(
+    run: TrainedRun, name: str | int, image: Path | Image.Image | np.ndarray, bits: int | None = None
+) -> Tensor:
     """uint8 (3, S, S), as an evaluation would see it.
 
     Raises:
         UnreadableImage: damaged or missing. ValueError: an array of another form, or nothing of an image.
     """
     if isinstance(image, Path):
-        if not image.is_file():
-            raise UnreadableImage(f"{name}: no such file")
-        return run.transforms.eval_image(Image.fromarray(decode(image, str(name))))
+        if what_to_do := advice(image.suffix.lower()):
+            raise UnreadableImage(f"{name}: {image.suffix} files cannot be read here ({what_to_do})")
+        return run.transforms.eval_image(Image.fromarray(decode(image, str(name), bits)))
     if isinstance(image, Image.Image):
         try:
             return run.transforms.eval_image(image)

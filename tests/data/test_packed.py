@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from moe_bsr.data import load_spec, load_task
-from moe_bsr.data.packed import PackedSource, PackWriter, encode, write_classes
+from moe_bsr.data.packed import PackedSource, PackWriter, encode, open_pack, write_classes, write_splits
 from moe_bsr.data.sources.folder import FolderSource
 
 
@@ -94,6 +94,119 @@ def test_stored_images_are_mapped_where_they_lie(pack):
     with open(pack, "r+b") as file:
         file.write(content)
     assert int(source.jpeg[0]) == before ^ 255
+
+
+def test_names_of_classes_are_read_as_they_were_written(tmp_path):
+    names = ["tab\there", "\x1b[31m", "a\x85b", "a\u2028b", "a\x0bb", "a\rb", " spaces ", "caf\u00e9", "$$"]
+    write_classes(tmp_path, names)
+    source = Pixels(5, 8)
+    with PackWriter(tmp_path / "train.npz") as writer:
+        for i in range(5):
+            writer.add(encode(source, i, 256, 90), i % 2)
+    assert PackedSource(tmp_path / "train.npz").class_names == names
+    for name in ("c\nd", "", "e\r", "caf\udce9"):
+        with pytest.raises(ValueError, match="rename it"):
+            write_classes(tmp_path, ["a", name])
+
+
+def test_what_an_editor_makes_of_classes_txt(pack):
+    names = pack.parent / "classes.txt"
+    for text in (b"\xef\xbb\xbfeven\nodd\n", b"even\r\nodd\r\n", b"even\nodd"):
+        names.write_bytes(text)
+        assert PackedSource(pack).class_names == ["even", "odd"]
+    for text, words in (
+        (b"even\n\xe9\n", "not UTF-8 .byte 0xe9"),
+        ("even\nodd\n".encode("utf-16"), "not UTF-8 but UTF-16"),
+    ):
+        names.write_bytes(text)
+        with pytest.raises(ValueError, match=f"classes.txt: {words}"):
+            PackedSource(pack)
+
+
+def test_a_pack_says_which_splits_belong_to_it(pack):
+    for split in ("val", "test"):
+        (pack.parent / f"{split}.npz").write_bytes(pack.read_bytes())
+    images = open_pack(pack.parent)
+    assert images.val is None and len(images.test) == 5  # of an older version
+    for splits in (["train"], ["train", "val"], ["train", "val", "test"]):
+        write_splits(pack.parent, splits)
+        images = open_pack(pack.parent)
+        assert [split for split in ("train", "val", "test") if getattr(images, split) is not None] == splits
+    (pack.parent / "val.npz").unlink()
+    with pytest.raises(FileNotFoundError, match="val.npz"):
+        open_pack(pack.parent)
+    write_splits(pack.parent, ["test"])
+    with pytest.raises(ValueError, match="splits.txt"):
+        open_pack(pack.parent)
+
+
+def member(name: str, header: bytes | dict, content: bytes = b"") -> tuple[str, bytes]:
+    """A member of a pack with a header of one's own."""
+    if isinstance(header, dict):
+        header = str({"descr": "<i8", "fortran_order": False} | header).encode()
+    return f"{name}.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + content
+
+
+def forge(pack: Path, *members: tuple[str, bytes], compressed: bool = False) -> None:
+    """Members in place of the pack's own."""
+    with zipfile.ZipFile(pack) as archive:
+        kept = {info.filename: archive.read(info) for info in archive.infolist()} | dict(members)
+    with zipfile.ZipFile(pack, "w", zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED) as archive:
+        for name, content in kept.items():
+            archive.writestr(name, content)
+
+
+FORGED = {
+    "8 TiB of labels": member("labels", {"shape": (2**40,)}),
+    "8 TiB of images": member("jpeg", {"descr": "|u1", "shape": (2**43,)}),
+    "a shape that wraps to its size": member("jpeg", {"descr": "|u1", "shape": (2**64 + 8,)}),
+    "a negative shape": member("labels", {"shape": (-1,)}),
+    "offsets that wrap": member(
+        "offsets", {"shape": (6,)}, np.array([0, 2**63 - 1, -(2**63), 1, 2, 3], np.int64).tobytes()
+    ),
+    "a header of brackets": member("labels", b"(" * 200),
+    "a header that is no literal": member("labels", b"{'descr': open('x'), 'fortran_order': False, 'shape': (5,)}"),
+    "a header of nothing": member("labels", b""),
+    "objects": member("jpeg", {"descr": "|O", "shape": (5,)}, b"\1" * 40),
+    "strings": member("labels", {"descr": "<U5", "shape": (5,)}, b"\0" * 100),
+    "version 9": ("labels.npy", b"\x93NUMPY\x09\x00"),
+    "no NumPy": ("offsets.npy", b"nothing"),
+}
+
+
+@pytest.mark.parametrize("kind", FORGED)
+@pytest.mark.parametrize("compressed", [False, True])
+def test_what_is_forged_is_refused_before_memory_is_taken(kind, compressed, pack):
+    forge(pack, FORGED[kind], compressed=compressed)
+    with pytest.raises(ValueError) as refusal:
+        PackedSource(pack)
+    assert str(pack) in str(refusal.value)
+
+
+def test_a_member_that_unpacks_without_end_is_refused(pack, monkeypatch):
+    monkeypatch.setattr("moe_bsr.data.packed.UNPACKED", 1000)
+    forge(pack, member("jpeg", {"descr": "|u1", "shape": (2**20,)}, bytes(2**20)), compressed=True)
+    with pytest.raises(ValueError, match=r"would take \d+ bytes, unpacked from"):
+        PackedSource(pack)
+
+
+@pytest.mark.parametrize("field, value", [(6, 1), (8, 99)])
+def test_encrypted_members_and_unknown_compressions_are_refused(field, value, pack):
+    content = bytearray(pack.read_bytes())
+    place = content.find(b"PK\x01\x02")
+    while place >= 0:
+        content[place + field + 2] = value  # flags, or the compression method, in the central directory
+        place = content.find(b"PK\x01\x02", place + 1)
+    pack.write_bytes(content)
+    with pytest.raises(ValueError, match="not a readable pack"):
+        PackedSource(pack)
+
+
+def test_a_fifo_is_no_pack(pack):
+    pack.unlink()
+    os.mkfifo(pack)
+    with pytest.raises(FileNotFoundError, match="no such pack"):
+        PackedSource(pack)
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])

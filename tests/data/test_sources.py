@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torchvision
-from PIL import Image
 from tiny_data import fake_cifar, fake_flowers, fake_food, fake_pets, folder_task, picture, save
 
 from moe_bsr.config import ConfigError
-from moe_bsr.data import SOURCES, TaskSpec, decode, load_spec, load_task
+from moe_bsr.data import SOURCES, TaskSpec, load_spec, load_task
 from moe_bsr.data.sources.folder import FolderSource
 from moe_bsr.data.sources.torchvision_datasets import TORCHVISION, TorchvisionSource
 
@@ -101,34 +100,12 @@ def test_test_folder_may_lack_classes_but_not_add_any(tmp_path):
         FolderSource(tmp_path / "test", ["ant", "bee", "cat"])
 
 
-def test_folder_refusals(tmp_path):
-    file = folder_task(tmp_path)
-    with pytest.raises(FileNotFoundError, match="test"):
-        (tmp_path / "pictures/test").rename(tmp_path / "elsewhere")
-        load_task(load_spec(file), root=tmp_path)
-    (tmp_path / "pictures/train/empty").mkdir()
-    with pytest.raises(ValueError, match="empty: no images"):
-        FolderSource(tmp_path / "pictures/train")
-    with pytest.raises(ValueError, match="no class folders"):
-        FolderSource(tmp_path / "pictures/train/empty")
-
-
 def test_unreadable_image_is_named(tmp_path):
     folder_task(tmp_path)
     (tmp_path / "pictures/train/bee/3.png").write_bytes(b"\x89PNG and no more")
     source = FolderSource(tmp_path / "pictures/train")
     with pytest.raises(ValueError, match=r"bee/3\.png.*not a readable image"):
         source.image(13)
-
-
-def test_sixteen_bits_are_scaled_and_floats_refused(tmp_path):
-    wide = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
-    Image.fromarray(wide).save(tmp_path / "wide.png")
-    expected = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
-    assert np.array_equal(decode(tmp_path / "wide.png", "wide.png"), expected)
-    Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(tmp_path / "float.tiff")
-    with pytest.raises(ValueError, match=r"float\.tiff.*floating-point.*8 or 16 bits"):
-        decode(tmp_path / "float.tiff", "float.tiff")
 
 
 def test_one_class_is_no_task(tmp_path):
@@ -138,14 +115,6 @@ def test_one_class_is_no_task(tmp_path):
             shutil.rmtree(other)
     with pytest.raises(ValueError, match="1 class, and there must be two"):
         load_task(load_spec(tmp_path / "pictures.yaml"), root=tmp_path)
-
-
-def test_photographs_are_turned_upright(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    save(tmp_path / "a" / "0.png", 0, exif=exif)
-    expected = np.rot90(np.asarray(picture(0)), -1)
-    np.testing.assert_array_equal(FolderSource(tmp_path).image(0), expected)
 
 
 def test_generated_task_is_drawn_by_its_family(tmp_path, monkeypatch):
@@ -185,8 +154,13 @@ def test_generated_task_is_drawn_by_its_family(tmp_path, monkeypatch):
         ("title: x\nsource: torchvision\ndataset: CIFAR10\nsplits: {train: [train]}", "splits"),
         (
             "title: x\nsource: torchvision\ndataset: C\nsplits: {train: [a], test: [a]}",
-            "in train and in test",
+            "in train and in test or val",
         ),
+        (
+            "title: x\nsource: torchvision\ndataset: Food101\nsplits: {train: [train], test: [test], val: [test]}",
+            "test",
+        ),
+        ("title: x\nsource: folder\npath: p\nbits: 7", "bits = 7: null or 8 to 16"),
         ("title: x\nsource: torchvision\ndataset: CIFAR1", "did you mean 'CIFAR10'"),
         ("title: x\nsource: torchvision\ndataset: Food101\nsplits: {train: [train], test: [val]}", "has train, test"),
         ("title: x\nsource: generated\nfamily: dots\ntrain: 20\ntest: 6", "'classes' is missing"),
@@ -210,6 +184,16 @@ def test_unknown_task_lists_the_known_ones(tmp_path, monkeypatch):
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/mine.yaml").write_text("title: Mine\nsource: folder\npath: p\n")
     assert load_spec("mine").title == "Mine"
+
+
+def test_torchvision_splits_may_make_a_validation_split(tmp_path, monkeypatch):
+    fake_flowers(tmp_path, monkeypatch)
+    file = tmp_path / "flowers.yaml"
+    splits = "{train: [train], val: [val], test: [test]}"
+    file.write_text(f"title: Flowers\nsource: torchvision\ndataset: Flowers102\nsplits: {splits}\n")
+    data = load_task(load_spec(file), root=tmp_path)
+    assert [len(split) for split in (data.train, data.val, data.test)] == [3, 3, 6]
+    assert data.train.source is not data.val.source and data.val.labels.tolist() == [0, 1, 101]
 
 
 def test_classes_must_agree_with_the_data(tmp_path):

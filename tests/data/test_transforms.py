@@ -69,10 +69,12 @@ SIZES = [(40, 30), (30, 41), (100, 37), (24, 24), (65, 65), (200, 150), (20, 90)
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("crop_pct", [0.9, 1.0, 0.875])
-def test_evaluation_equals_timms_own_transform(interpolation, crop_pct):
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+def test_evaluation_equals_timms_own_transform(interpolation, crop_pct, crop_mode):
     data = task(sizes=SIZES)
-    theirs = timm.data.create_transform((3, 32, 32), interpolation=interpolation, crop_pct=crop_pct, normalize=False)
-    ours = make_transforms(size=32, interpolation=interpolation, crop_pct=crop_pct)
+    how = {"interpolation": interpolation, "crop_pct": crop_pct, "crop_mode": crop_mode}
+    theirs = timm.data.create_transform((3, 32, 32), mean=MEAN, std=STD, normalize=False, **how)
+    ours = make_transforms(size=32, **how)
     (images, labels), = ours.eval_batches(data, "test", 50)  # fmt: skip
     assert images.dtype == torch.uint8 and images.shape == (len(SIZES), 3, 32, 32)
     assert labels.tolist() == data.test.labels.tolist()
@@ -205,6 +207,8 @@ def test_images_are_decoded_once_within_the_cap():
         {"interpolation": "lanczos"},
         {"resize": "letterbox"},
         {"crop_pct": 1.2},
+        {"crop_mode": "random"},
+        {"unreadable": "ask"},
         {"crop_scale": (0, 1)},
     ],
 )

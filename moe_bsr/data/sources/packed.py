@@ -10,7 +10,7 @@ from moe_bsr.data.spec import SOURCES, TaskImages, TaskSpec
 @SOURCES.register("packed")
 @dataclass(frozen=True, kw_only=True)
 class PackedTask(TaskSpec):
-    """A folder with train.npz, test.npz and classes.txt; `path` is absolute, or below the data root."""
+    """A folder with train.npz, classes.txt and so on; `path` is absolute, or below the data root."""
 
     path: str
 
@@ -18,4 +18,4 @@ class PackedTask(TaskSpec):
         return root / Path(self.path).expanduser()
 
     def open(self, root: Path, download: bool = False) -> TaskImages:
-        return open_pack(self.folder(root))
+        return open_pack(self.folder(root), self.bits)

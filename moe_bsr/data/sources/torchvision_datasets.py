@@ -45,7 +45,7 @@ class TorchvisionTask(TaskSpec):
 
     Attributes:
         dataset: name of torchvision's class, one of `TORCHVISION`.
-        splits: which of its splits make "train" and which "test"; no split makes both.
+        splits: which of its splits make "train", which "test" and, if wanted, which "val"; no split makes two.
     """
 
     dataset: str
@@ -55,20 +55,26 @@ class TorchvisionTask(TaskSpec):
         super().__post_init__()
         splits = self.splits
         require(
-            splits.keys() == {"train", "test"} and all(splits.values()),
+            {"train", "test"} <= splits.keys() <= {"train", "val", "test"} and all(splits.values()),
             "splits",
             splits,
-            "the keys train and test, each a list of split names",
+            "the keys train and test, and val if wanted, each a list of split names",
         )
-        both = sorted(set(splits["train"]) & set(splits["test"]))
-        require(not both, "splits", splits, f"no split may be in train and in test, as {both} are")
-        _check(self.dataset, splits["train"] + splits["test"])
+        names = [name for part in splits.values() for name in part]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        require(not twice, "splits", splits, f"no split may be in train and in test or val, as {twice} are")
+        _check(self.dataset, names)
 
     def open(self, root: Path, download: bool = False) -> TaskImages:
-        train, test = (
-            TorchvisionSource(self.dataset, root, self.splits[split], download) for split in ("train", "test")
+        sources = {
+            split: TorchvisionSource(self.dataset, root, names, download) for split, names in self.splits.items()
+        }
+        return TaskImages(
+            train=sources["train"],
+            val=sources.get("val"),
+            test=sources["test"],
+            origin=f"torchvision {self.dataset} in {root}",
         )
-        return TaskImages(train=train, test=test, origin=f"torchvision {self.dataset} in {root}")
 
 
 def _check(dataset: str, splits: list[str]) -> None:

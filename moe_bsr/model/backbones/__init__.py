@@ -23,6 +23,7 @@ class ImageSettings:
     std: tuple[float, ...]
     interpolation: str
     crop_pct: float
+    crop_mode: str = "center"
 
 
 @dataclass(frozen=True, slots=True)

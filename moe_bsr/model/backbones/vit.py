@@ -74,7 +74,9 @@ def image_settings(config: BackboneConfig, vit: VisionTransformer) -> ImageSetti
         meta = _metadata(file)
         return ImageSettings(size, tuple(json.loads(meta["mean"])), tuple(json.loads(meta["std"])), "bicubic", 1.0)
     cfg = timm.data.resolve_model_data_config(vit)
-    return ImageSettings(size, tuple(cfg["mean"]), tuple(cfg["std"]), cfg["interpolation"], cfg["crop_pct"])
+    return ImageSettings(
+        size, tuple(cfg["mean"]), tuple(cfg["std"]), cfg["interpolation"], cfg["crop_pct"], cfg["crop_mode"]
+    )
 
 
 def embed(vit: VisionTransformer, images: Tensor) -> Tensor:

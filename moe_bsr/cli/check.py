@@ -1,0 +1,82 @@
+"""Open and decode all images of tasks, and list at once what cannot be read and what is odd.
+
+    moe-bsr check pets --root data
+    moe-bsr check tasks/birds.yaml tasks/cars.yaml --json
+
+TASK is a name in `tasks/` or a path to a task file. All cores work. Every image that cannot be read is listed with
+the reason; named besides are files that are not used, images of a single color, images of less than 8 pixels, and
+images with the very pixels of one in another split or another class.
+
+Exit status: 0 all images can be read, 1 some cannot, 2 refused.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_bsr.cli.main import FAILED
+from moe_bsr.cli.terminal import say
+
+if TYPE_CHECKING:
+    from moe_bsr.data import TaskData
+
+EXAMPLES = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("tasks", metavar="TASK", nargs="+", help="a name in tasks/, or a task file")
+    parser.add_argument("--root", "--data-root", type=Path, default=Path("data"), help="data root (data)")
+    parser.add_argument("--json", action="store_true", help="a list of objects on stdout instead of text")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from moe_bsr.data import load_spec, load_task
+
+    tasks = [load_task(load_spec(task), root=arguments.root) for task in arguments.tasks]
+    reports = []
+    for report in decode_all(tasks):
+        reports.append(report)
+        if not arguments.json:
+            say("\n".join(lines(report)))
+    if arguments.json:
+        print(json.dumps(reports, indent=1))
+    return FAILED if any(report["broken"] for report in reports) else 0
+
+
+def decode_all(tasks: Iterable["TaskData"]) -> Iterable[dict[str, Any]]:
+    """The report of `check_task` on each task, with a progress bar where a person looks on."""
+    from tqdm import tqdm
+
+    from moe_bsr.data.check import check_task
+
+    for data in tasks:
+        count = len(data.train) + len(data.val) + len(data.test)
+        with tqdm(total=count, desc=data.name, unit="img", leave=False, disable=not sys.stderr.isatty()) as bar:
+            report = check_task(data, bar.update)
+        yield report
+
+
+def lines(report: dict[str, Any]) -> list[str]:
+    """What a person is told of a task's images."""
+    told = [f"{report['task']}: {report['classes']} classes ({report['origin']})"]
+    told += [f"  {note}" for note in report["notes"]]
+    for name, split in report["splits"].items():
+        sides = " to ".join("{} x {}".format(*split[which]) for which in ("smallest", "largest") if which in split)
+        told.append(f"  {name}: {split['images']} images" + (f", {sides} pixels" if sides else ""))
+    told += [f"  {image['split']}: {image['reason']}" for image in report["broken"]]
+    for key, what in (("constant", "of a single color"), ("tiny", "with less than 8 pixels on a side")):
+        if images := report[key]:
+            names = ", ".join(f"{image['split']}: {image['image']}" for image in images[:EXAMPLES])
+            told.append(f"  {len(images)} {what}: {names}{', ...' if len(images) > EXAMPLES else ''}")
+    for shared in report["shared"]:
+        first, second = shared["splits"]
+        pairs = ", ".join(" = ".join(pair) for pair in shared["examples"])
+        told.append(f"  {shared['images']} images of {second} are in {first} as well: {pairs}")
+    if report["two_labels"]["images"]:
+        pairs = ", ".join(" = ".join(pair) for pair in report["two_labels"]["examples"])
+        told.append(f"  {report['two_labels']['images']} images are in two classes: {pairs}")
+    broken = len(report["broken"])
+    return [*told, f"  {broken} cannot be read" if broken else "  all can be read"]

@@ -1,0 +1,117 @@
+"""Opens and decodes every image of a task: what cannot be read, and what is odd, is known before training."""
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moe_bsr.data.image_files import UnreadableImage
+from moe_bsr.data.task import Split, TaskData
+
+SPLITS = ("train", "val", "test")
+TINY = 8  # pixels of the shorter side below which an image is named
+AT_ONCE = 1024  # images given to the threads at once
+EXAMPLES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class _Image:
+    """What is known of one image; of one that cannot be read, `error` alone."""
+
+    split: str
+    name: str
+    label: int
+    error: str = ""
+    width: int = 0
+    height: int = 0
+    constant: bool = False
+    digest: bytes = b""
+
+
+def check_task(data: TaskData, on_image: Callable[[], Any] = lambda: None) -> dict[str, Any]:
+    """Decode all images of all splits, in as many threads as there are cores.
+
+    Args:
+        on_image: called after each image, for a progress bar.
+    Returns:
+        Plain data, ready for JSON: `broken` has {split, image, reason} for each image that cannot be read, `constant`
+        and `tiny` {split, image} for those of a single color and those of less than 8 pixels; `shared` {splits,
+        images, examples} how many images of the second split have the very pixels of one of the first; `two_labels`
+        {images, examples} how many have those of an image of another class; `splits` {name: images, and width and
+        height of the smallest and the largest by area}.
+    """
+    found: list[_Image] = []
+    with ThreadPoolExecutor(_cores()) as pool:
+        for name in SPLITS:
+            split: Split = getattr(data, name)
+            for start in range(0, len(split), AT_ONCE):
+                part = range(start, min(start + AT_ONCE, len(split)))
+                for image in pool.map(lambda position, name=name, split=split: _look(split, name, position), part):
+                    found.append(image)
+                    on_image()
+    sound = [image for image in found if not image.error]
+    return {
+        "task": data.name,
+        "origin": data.origin,
+        "classes": len(data.class_names),
+        "notes": data.notes,
+        "splits": {name: _sizes([image for image in found if image.split == name]) for name in SPLITS},
+        "broken": [{"split": i.split, "image": i.name, "reason": i.error} for i in found if i.error],
+        "constant": _listed([image for image in sound if image.constant]),
+        "tiny": _listed([image for image in sound if min(image.width, image.height) < TINY]),
+        **_repeated([image for image in sound if not image.constant], data.class_names),
+    }
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _look(split: Split, split_name: str, position: int) -> _Image:
+    index, names, label = int(split.index[position]), split.source.names, int(split.labels[position])
+    name = names[index] if names is not None and index >= 0 else f"image {position}"
+    try:
+        pixels = split.source.image(split.place(position))
+    except UnreadableImage as error:
+        return _Image(split_name, name, label, str(error))
+    digest = hashlib.blake2b(
+        np.ascontiguousarray(pixels).data, digest_size=16, salt=str(pixels.shape[1]).encode()
+    ).digest()
+    constant = bool((pixels == pixels[0, 0]).all())
+    return _Image(split_name, name, label, "", pixels.shape[1], pixels.shape[0], constant, digest)
+
+
+def _sizes(images: list[_Image]) -> dict[str, Any]:
+    sides = sorted(((i.width, i.height) for i in images if not i.error), key=lambda side: side[0] * side[1])
+    return {"images": len(images)} | ({"smallest": sides[0], "largest": sides[-1]} if sides else {})
+
+
+def _listed(images: list[_Image]) -> list[dict[str, str]]:
+    return [{"split": image.split, "image": image.name} for image in images]
+
+
+def _repeated(images: list[_Image], class_names: list[str]) -> dict[str, Any]:
+    """What has equal pixels, between splits and between classes."""
+    by_split: dict[tuple[str, str], list[list[str]]] = defaultdict(list)
+    two_labels: list[list[str]] = []
+    first: dict[bytes, dict[str, _Image]] = defaultdict(dict)
+    for image in images:
+        before = first[image.digest]
+        for split, other in before.items():
+            if split != image.split:
+                by_split[split, image.split].append([other.name, image.name])
+        if contrary := [each for each in before.values() if each.label != image.label]:
+            two_labels.append([f"{each.name} ({class_names[each.label]})" for each in (contrary[0], image)])
+        before.setdefault(image.split, image)
+    return {
+        "shared": [
+            {"splits": list(splits), "images": len(pairs), "examples": pairs[:EXAMPLES]}
+            for splits, pairs in by_split.items()
+        ],
+        "two_labels": {"images": len(two_labels), "examples": two_labels[:EXAMPLES]},
+    }

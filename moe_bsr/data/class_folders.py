@@ -1,0 +1,89 @@
+"""All images below a folder, with a word on everything else that lies there.
+
+Sub-folders are looked into however deep they are, links are followed, and none of them round in a circle.
+"""
+
+import os
+from pathlib import Path
+
+from moe_bsr.data.formats import EXTENSIONS, advice
+from moe_bsr.data.image_files import file_kind
+from moe_bsr.data.unused import Unused
+
+# Besides hidden ones: what file managers, archives and network disks leave behind.
+_LITTER = {"__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin", "#recycle", "lost+found", "icon\r"}
+
+
+def entries(folder: str, unused: Unused) -> tuple[list[os.DirEntry], list[os.DirEntry]]:
+    """The files and the folders in a folder, by name, links followed; what is neither is counted."""
+    files, folders = [], []
+    try:
+        with os.scandir(folder) as found:
+            for entry in found:
+                if entry.name[0] == "." or entry.name.lower() in _LITTER:
+                    continue
+                if entry.is_file():
+                    files.append(entry)
+                elif entry.is_dir():
+                    folders.append(entry)
+                else:
+                    kind = file_kind(Path(entry.path))
+                    unused.add(f"entry that is {kind}", f"entries of which each is {kind}", entry.path)
+    except OSError as error:
+        unused.add("folder that cannot be opened", "folders that cannot be opened", folder, error.strerror or "")
+    return sorted(files, key=_name), sorted(folders, key=_name)
+
+
+def images_below(folder: str, unused: Unused) -> list[str]:
+    """The paths of all images in a folder and its sub-folders, in order of their parts."""
+    found: list[str] = []
+    waiting = [(folder, frozenset[tuple[int, int]]())]
+    while waiting:
+        place, above = waiting.pop()
+        try:
+            about = os.stat(place)
+        except OSError as error:
+            unused.add("folder that cannot be opened", "folders that cannot be opened", place, error.strerror or "")
+            continue
+        own = (about.st_dev, about.st_ino)
+        if own in above:
+            unused.add("link back to a folder above", "links back to a folder above", place)
+            continue
+        files, folders = entries(place, unused)
+        for entry in files:
+            if is_image(entry.name):
+                found.append(entry.path)
+            else:
+                count_no_image(entry.path, unused)
+        waiting += [(entry.path, above | {own}) for entry in folders]
+    return sorted(found, key=lambda path: path.split(os.sep))
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's ending is that of an image that can be read here."""
+    return _ending(name) in EXTENSIONS
+
+
+def count_no_image(path: str, unused: Unused) -> None:
+    """Count a file that is not read: by its ending if that is a picture's."""
+    ending = _ending(path)
+    if (what_to_do := advice(ending)) is not None:
+        unused.add(f"{ending} file", f"{ending} files", path, f"cannot be read here: {what_to_do}")
+    else:
+        unused.add("file that is no image", "files that are no images", path)
+
+
+def count_loose(entry: os.DirEntry, unused: Unused) -> None:
+    """Count a file that lies outside of the class folders."""
+    if is_image(entry.name):
+        unused.add("image outside of a class folder", "images outside of a class folder", entry.path)
+    else:
+        count_no_image(entry.path, unused)
+
+
+def _ending(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
+def _name(entry: os.DirEntry) -> str:
+    return entry.name

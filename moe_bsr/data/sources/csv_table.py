@@ -1,0 +1,141 @@
+"""Images listed in a table: a CSV file with a line for each image."""
+
+import csv
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moe_bsr.config import ConfigError
+from moe_bsr.config.reader import nearest
+from moe_bsr.data.class_folders import count_no_image
+from moe_bsr.data.class_names import SPLIT_NAMES, composed, look_alikes, split_named, unknown_class
+from moe_bsr.data.formats import EXTENSIONS
+from moe_bsr.data.image_files import FileSource, file_kind
+from moe_bsr.data.spec import SOURCES, TaskImages, TaskSpec
+from moe_bsr.data.unused import Unused
+
+# What people call the columns, the likeliest first.
+IMAGE = ("image", "path", "file", "filename", "file_name", "filepath", "file_path", "image_path", "img", "img_path")
+LABEL = ("label", "class", "category", "target", "class_name", "label_name", "species", "breed", "y")
+SPLIT = ("split", "set", "subset", "partition")
+
+
+@SOURCES.register("csv")
+@dataclass(frozen=True, kw_only=True)
+class CsvTask(TaskSpec):
+    """A table with a header; `path` is absolute, or below the data root. Separated by comma, semicolon, tab or bar.
+
+    Attributes:
+        images: folder that the paths in the table start from, absolute or below the data root; null: the table's own.
+        image_column, label_column, split_column: their names; null: the first of `IMAGE`, `LABEL` and `SPLIT` that the
+            header has, in any case. Without a column of splits all images are for training.
+    """
+
+    path: str
+    images: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    split_column: str | None = None
+
+    def folder(self, root: Path) -> Path:
+        return (root / Path(self.path).expanduser()).parent
+
+    def open(self, root: Path, download: bool = False) -> TaskImages:
+        table = root / Path(self.path).expanduser()
+        folder = table.parent if self.images is None else root / Path(self.images).expanduser()
+        if not table.is_file():
+            raise FileNotFoundError(f"{table}: no such table; path names a CSV file")
+        rows: dict[str, list[tuple[Path, str]]] = {split: [] for split in SPLIT_NAMES}
+        seen: set[Path] = set()
+        unused = Unused()
+        for line, name, label, split_name in self._rows(table):
+            where = f"{name or 'nothing'} (line {line})"
+            split = "train" if split_name is None else split_named(split_name)
+            file = _file(folder, name)
+            kind = file_kind(file) if name else "not there"
+            if not label:
+                unused.add("image without a label", "images without a label", where)
+            elif split is None:
+                unused.add("image of an unknown split", "images of an unknown split", f"{where}: {split_name!r}")
+            elif kind != "file":
+                unused.add(f"image that is {kind}", f"images of which each is {kind}", where)
+            elif file.suffix and file.suffix.lower() not in EXTENSIONS:
+                count_no_image(str(file), unused)
+            elif file in seen:
+                unused.add("line about an image of an earlier line", "lines about images of earlier lines", where)
+            else:
+                seen.add(file)
+                rows[split].append((file, label))
+        names = sorted({label for _, label in rows["train"]})
+        if not names:
+            what = "; ".join(unused.found()) or "no line"
+            raise ValueError(f"{table}: no training images (paths start from {folder}, key images); there is {what}")
+        train, val, test = (
+            self._source(rows[split], names, folder, f"{table}, {split}") if rows[split] else None
+            for split in ("train", "val", "test")
+        )
+        assert train is not None
+        return TaskImages(
+            train=train,
+            val=val,
+            test=test,
+            origin=f"table {table}",
+            unused=[*unused.lines(), *look_alikes(names)],
+        )
+
+    def _source(self, rows: list[tuple[Path, str]], names: list[str], folder: Path, where: str) -> FileSource:
+        position = {name: label for label, name in enumerate(names)}
+        if unknown := sorted({label for _, label in rows} - position.keys()):
+            raise unknown_class(unknown[0], names, where)
+        labels = np.array([position[label] for _, label in rows], dtype=np.int64)
+        return FileSource([file for file, _ in rows], labels, names, folder, self.bits)
+
+    def _rows(self, table: Path) -> Iterator[tuple[int, str, str, str | None]]:
+        """Line, path, label and split (None without such a column) of each image, without spaces around."""
+        try:
+            with table.open(encoding="utf-8-sig", newline="") as stream:
+                header = stream.readline()
+                delimiter = max(",;\t|", key=header.count)
+                columns = [column.strip() for column in next(csv.reader([header], delimiter=delimiter), [])]
+                image, label, split = (
+                    _column(columns, given, usual, key, table)
+                    for given, usual, key in (
+                        (self.image_column, IMAGE, "image_column"),
+                        (self.label_column, LABEL, "label_column"),
+                        (self.split_column, SPLIT, "split_column"),
+                    )
+                )
+                assert image is not None and label is not None
+                reader = csv.reader(stream, delimiter=delimiter)
+                for row in reader:
+                    if row:
+                        cells = [cell.strip() for cell in row] + [""] * len(columns)
+                        given = None if split is None else cells[split]
+                        yield reader.line_num + 1, cells[image], composed(cells[label]), given
+        except (UnicodeDecodeError, csv.Error) as error:
+            what = "not UTF-8: save it as CSV UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+            raise ValueError(f"{table}: {what}") from error
+
+
+def _column(columns: list[str], given: str | None, usual: Sequence[str], key: str, table: Path) -> int | None:
+    """Where a column stands; None where there need not be one."""
+    if given is not None:
+        if given not in columns:
+            raise ConfigError(f"{key} = {given!r}: one of {', '.join(columns)} ({table}){nearest(given, columns)}")
+        return columns.index(given)
+    folded = [column.casefold() for column in columns]
+    found = next((folded.index(name) for name in usual if name in folded), None)
+    if found is None and usual is not SPLIT:
+        raise ConfigError(
+            f"{key}: none of the usual names ({', '.join(usual)}) is in the header of {table}, which has "
+            f"{', '.join(columns) or 'no columns'}; give {key}"
+        )
+    return found
+
+
+def _file(folder: Path, name: str) -> Path:
+    """The file that a path in a table means, written on Windows perhaps."""
+    file = folder / name
+    return folder / name.replace("\\", "/") if "\\" in name and not file.exists() else file

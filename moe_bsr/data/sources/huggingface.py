@@ -1,0 +1,167 @@
+"""Datasets of the Hugging Face library `datasets`, in a directory that its `save_to_disk` wrote."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_bsr.config import ConfigError
+from moe_bsr.data.class_names import SPLIT_NAMES, composed, look_alikes, split_named, unknown_class
+from moe_bsr.data.image_files import decode
+from moe_bsr.data.spec import SOURCES, TaskImages, TaskSpec
+from moe_bsr.data.unused import Unused
+
+
+@SOURCES.register("huggingface")
+@dataclass(frozen=True, kw_only=True)
+class HuggingFaceTask(TaskSpec):
+    """A directory with a Dataset, or a DatasetDict with splits; `path` is absolute, or below the data root.
+
+    Attributes:
+        image_column, label_column: their names; null: the only column of images, and of class labels.
+    """
+
+    path: str
+    image_column: str | None = None
+    label_column: str | None = None
+
+    def folder(self, root: Path) -> Path:
+        return root / Path(self.path).expanduser()
+
+    def open(self, root: Path, download: bool = False) -> TaskImages:
+        folder, unused = self.folder(root), Unused()
+        splits: dict[str, Any] = {}
+        for name, dataset in _load(folder).items():
+            split = split_named(name)
+            if split is None:
+                unused.add("split of another name", "splits of other names", f"{name} ({len(dataset)} images)")
+            elif split in splits:
+                raise ValueError(f"{folder}: two splits for {split}, one of them {name!r}: keep one")
+            else:
+                splits[split] = dataset
+        if "train" not in splits:
+            raise ValueError(f"{folder}: no train split; there is {', '.join(splits) or 'none'}")
+        image, label = _columns(splits["train"], self.image_column, self.label_column, folder)
+        sources: dict[str, HuggingFaceSource] = {}
+        for split in SPLIT_NAMES:  # train first
+            if split in splits:
+                known = sources["train"].class_names if sources else None
+                sources[split] = HuggingFaceSource(
+                    splits[split], image, label, f"{folder}, {split}", known, self.bits, unused
+                )
+        return TaskImages(
+            train=sources["train"],
+            val=sources.get("val"),
+            test=sources.get("test"),
+            origin=f"Hugging Face dataset {folder}",
+            unused=[*unused.lines(), *look_alikes(sources["train"].class_names)],
+        )
+
+
+def _load(folder: Path) -> dict[str, Any]:
+    """The splits in a directory."""
+    if not (folder / "dataset_dict.json").is_file() and not (folder / "state.json").is_file():
+        raise FileNotFoundError(
+            f"{folder}: no dataset_dict.json or state.json; expected a directory that "
+            "datasets.Dataset.save_to_disk or datasets.DatasetDict.save_to_disk wrote"
+        )
+    import datasets
+
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except Exception as error:  # whatever a damaged directory makes of that library
+        raise ValueError(f"{folder}: not a readable dataset ({error})") from error
+    return dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
+
+
+def _columns(dataset: Any, image: str | None, label: str | None, folder: Path) -> tuple[str, str]:
+    """The names of the columns of images and of labels."""
+    import datasets
+
+    features = dataset.features
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    labels = labels or [name for name in ("label", "labels", "class", "category", "target") if name in features]
+    for key, given, found in (("image_column", image, images), ("label_column", label, labels)):
+        if given is None and len(found) != 1:
+            raise ConfigError(
+                f"{key}: {folder} has {', '.join(found) or 'none that is clear'} among its columns "
+                f"{', '.join(features)}; give {key}"
+            )
+        if given is not None and given not in features:
+            raise ConfigError(f"{key} = {given!r}: one of {', '.join(features)} ({folder})")
+    return image or images[0], label or labels[0]
+
+
+class HuggingFaceSource:
+    """One split. An image is known by its path where all have one of their own, else by its place.
+
+    Args:
+        class_names: of the training split; None for that split itself.
+        unused: where to count images without a label, or without an image.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        image: str,
+        label: str,
+        where: str,
+        class_names: Sequence[str] | None,
+        bits: int | None,
+        unused: Unused,
+    ) -> None:
+        import datasets
+        import pyarrow.compute as pc
+
+        if isinstance(dataset.features[image], datasets.Image):
+            dataset = dataset.cast_column(image, datasets.Image(decode=False))
+        elif dataset.features[image] != datasets.Value("string"):
+            raise ConfigError(f"image_column = {image!r}: a column of images, or of paths ({where})")
+        self._dataset, self._image, self._where, self._bits = dataset, image, where, bits
+        feature, values = dataset.features[label], dataset.with_format(None)[label][:]
+        if isinstance(feature, datasets.ClassLabel):
+            own = [None if v is None or v < 0 else composed(feature.names[v]) for v in values]
+            names = [composed(name) for name in feature.names]
+        else:
+            own = [None if v is None or v == "" else composed(str(v)) for v in values]
+            names = sorted({name for name in own if name is not None})
+        column = dataset.with_format("arrow")[:].column(image)  # mapped, not read
+        if isinstance(dataset.features[image], datasets.Image):
+            paths = pc.struct_field(column, "path").to_pylist()
+            sizes = pc.fill_null(pc.binary_length(pc.struct_field(column, "bytes")), -1).to_numpy()
+        else:
+            paths, sizes = column.to_pylist(), np.full(len(column), -1)
+        labels = {i: name for i, name in enumerate(own) if name is not None and (sizes[i] >= 0 or paths[i])}
+        rows = list(labels)
+        if lost := len(own) - len(rows):
+            first = next((at for at, i in enumerate(rows) if at != i), len(rows))
+            kind = "without an image or a label"
+            unused.add(f"row {kind}", f"rows {kind}", f"row {first} of {where}", count=lost)
+        self.class_names = names if class_names is None else list(class_names)
+        position = {name: i for i, name in enumerate(self.class_names)}
+        if unknown := sorted(set(labels.values()) - position.keys()):
+            raise unknown_class(unknown[0], self.class_names, where)
+        self.labels = np.array([position[name] for name in labels.values()], dtype=np.int64)
+        self._rows = rows
+        named = [paths[i] for i in rows]
+        self.names = named if all(named) and len(set(named)) == len(named) else None
+        self.sizes: np.ndarray | None = np.asarray(sizes, dtype=np.int64)[rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def image(self, i: int) -> np.ndarray:
+        return decode(self._content(i), f"image {self._rows[i]} of {self._where}", self._bits)
+
+    def encoded(self, i: int) -> bytes | None:
+        content = self._content(i)
+        return content.read_bytes() if isinstance(content, Path) else content
+
+    def _content(self, i: int) -> bytes | Path:
+        entry = self._dataset[self._rows[i]][self._image]
+        if isinstance(entry, str):
+            return Path(entry)
+        return entry["bytes"] if entry["bytes"] is not None else Path(entry["path"])

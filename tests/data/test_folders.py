@@ -1,0 +1,203 @@
+"""A user's own folders: every image is used or told of, splits are found, names that look alike are told apart."""
+
+import os
+import re
+import unicodedata
+from pathlib import Path
+
+import pytest
+from tiny_data import save
+
+from moe_bsr.data import load_task
+from moe_bsr.data.formats import EXTENSIONS
+from moe_bsr.data.sources.folder import FolderTask
+
+
+def write(folder: Path, *places: str, images: int = 3) -> None:
+    """Images in each of these folders."""
+    for number, place in enumerate(places):
+        for n in range(images):
+            save(folder / place / f"{n}.png", 100 * number + n)
+
+
+def opened(folder: Path, **keys):
+    return FolderTask(name="mine", title="Mine", path=str(folder), **keys).open(Path())
+
+
+def told(images) -> str:
+    return "\n".join(images.unused)
+
+
+def test_sub_folders_of_a_class_are_read_however_deep(tmp_path):
+    write(tmp_path, "train/a", "train/a/more", "train/a/more/x/y", "train/b", "test/a", "test/b/deep")
+    images = opened(tmp_path)
+    assert len(images.train) == 12 and len(images.test) == 6 and not images.unused
+    assert images.train.names[:4] == ["a/0.png", "a/1.png", "a/2.png", "a/more/0.png"]
+    assert images.train.labels.tolist() == [0] * 9 + [1] * 3
+
+
+ODD = {
+    "IMG_1.HEIC": r"1 \.heic file, such as train/a/IMG_1\.HEIC \(cannot be read here: pip install pillow-heif",
+    "raw.CR2": r"1 \.cr2 file, .*camera raw",
+    "drawing.svg": r"1 \.svg file, .*export them as PNG",
+    "layers.psd": r"1 \.psd file",
+    "notes.txt": r"1 file that is no image, such as train/a/notes\.txt",
+    "labels": "1 file that is no image",
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_is_not_read_is_counted_by_kind_with_an_example(name, tmp_path):
+    if Path(name).suffix.lower() in EXTENSIONS:
+        pytest.skip("it is read here")
+    write(tmp_path, "train/a", "train/b", "test/a")
+    (tmp_path / "train" / "a" / name).write_bytes(b"?")
+    images = opened(tmp_path)
+    assert len(images.train) == 6 and re.search(f"not used: {ODD[name]}", told(images))
+    (tmp_path / "test" / "a" / f"zz{Path(name).suffix}").write_bytes(b"?")
+    assert len(opened(tmp_path).unused) == 1 and told(opened(tmp_path)).startswith("not used: 2 ")
+
+
+def test_every_other_thing_in_the_way_is_told(tmp_path):
+    write(tmp_path, "train/a", "train/b", "extra/c", "Test/a")
+    save(tmp_path / "loose.png", 0)
+    save(tmp_path / "train" / "loose.png", 0)
+    (tmp_path / "readme.md").write_text("?")
+    os.mkfifo(tmp_path / "train" / "a" / "fifo.png")
+    (tmp_path / "train" / "a" / "lost.png").symlink_to("nowhere")
+    (tmp_path / "train" / "b" / "zero.png").symlink_to("/dev/zero")
+    images = opened(tmp_path)
+    assert len(images.train) == 6 and len(images.test) == 3
+    for words in (
+        "3 images outside of train, val and test, such as extra/c/0.png",
+        "2 images outside of a class folder",
+        "1 file that is no image, such as readme.md",
+        "is a FIFO, such as train/a/fifo.png",
+        "is a link that leads nowhere, such as train/a/lost.png",
+        "is a device, such as train/b/zero.png",
+    ):
+        assert words in told(images), words
+    notes = load_task(FolderTask(name="mine", title="Mine", path=str(tmp_path)), root=Path()).notes
+    assert set(images.unused) <= set(notes)  # shown at start and in the dry run
+
+
+def test_what_file_managers_leave_behind_is_no_news(tmp_path):
+    write(
+        tmp_path,
+        "train/a",
+        "train/b",
+        "train/.hidden",
+        "train/__MACOSX",
+        "train/a/.ipynb_checkpoints",
+        "train/a/@eaDir",
+    )
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._0.png"):
+        (tmp_path / "train" / "a" / name).write_bytes(b"?")
+    images = opened(tmp_path)
+    assert images.train.class_names == ["a", "b"] and len(images.train) == 6 and not images.unused
+
+
+@pytest.mark.parametrize("train", ["train", "Train", "training"])
+@pytest.mark.parametrize("val", ["val", "VAL", "valid", "Validation", None])
+@pytest.mark.parametrize("test", ["test", "testing", None])
+def test_own_splits_are_used_under_any_usual_name(train, val, test, tmp_path):
+    write(tmp_path, f"{train}/a", f"{train}/b", images=10)
+    for split, count in ((val, 2), (test, 4)):
+        if split is not None:
+            write(tmp_path, f"{split}/a", f"{split}/b", images=count)
+    images = opened(tmp_path)
+    assert (len(images.train), images.val and len(images.val), images.test and len(images.test)) == (
+        20, 4 if val else None, 8 if test else None,
+    )  # fmt: skip
+    data = load_task(FolderTask(name="mine", title="Mine", path=str(tmp_path)), root=Path())
+    assert len(data.train) + len(data.val) + len(data.test) == 20 + 4 * bool(val) + 8 * bool(test)
+
+
+def test_a_plain_folder_of_classes(tmp_path):
+    write(tmp_path, "train", "bus", "car")  # a class may be called train
+    images = opened(tmp_path)
+    assert images.train.class_names == ["bus", "car", "train"] and images.test is None and images.val is None
+    data = load_task(FolderTask(name="mine", title="Mine", path=str(tmp_path), test_fraction=0.5), root=Path())
+    assert len(data.train) + len(data.val) + len(data.test) == 9 and len(data.test) >= 1
+
+
+@pytest.mark.parametrize(
+    "places, words",
+    [
+        (["test/a", "test/b"], "no train folder"),
+        (["train", "test"], "no train folder with class folders.*source: csv"),
+        (["one/train/a", "one/train/b", "two/train/a"], "'one' in it has a train folder of its own"),
+        (["train/a", "train/b", "val/a", "validation/a"], "'val' and 'validation' are both for val: keep one"),
+        (["train/a", "train/b", "test/c"], "class 'c' is not among the 2 classes .*add training images"),
+        (["train/a", "train/b", "val/c"], "class 'c' is not among"),
+        ([], "no class folders"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(places, words, tmp_path):
+    write(tmp_path, *places)
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        opened(tmp_path)
+
+
+def test_an_empty_class_folder_is_absent_in_test_and_named_in_train(tmp_path):
+    write(tmp_path, "train/a", "train/b", "test/a")
+    for place in ("test/b", "test/never", "val"):
+        (tmp_path / place).mkdir()
+    images = opened(tmp_path)
+    assert images.test.labels.tolist() == [0, 0, 0] and images.val is None
+    for place in ("val/a", "val/b"):
+        (tmp_path / place).mkdir()
+    assert opened(tmp_path).val is None
+    (tmp_path / "train" / "c").mkdir()
+    with pytest.raises(ValueError, match="no images of class 'c'; there is nothing"):
+        opened(tmp_path)
+    (tmp_path / "train" / "c" / "a.svg").write_text("<svg/>")
+    with pytest.raises(ValueError, match=r"no images of class 'c'; there is 1 \.svg file"):
+        opened(tmp_path)
+
+
+NAMES = ["café", "Ångström", "한국", "nino\u0303"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("form", ["NFD", "NFC"])
+def test_a_class_in_another_unicode_form_is_the_same_class(name, form, tmp_path):
+    other = {"NFD": "NFC", "NFC": "NFD"}[form]
+    here, there = unicodedata.normalize(form, name), unicodedata.normalize(other, name)
+    write(tmp_path, f"train/{here}", "train/b", f"test/{there}")
+    images = opened(tmp_path)
+    label = images.train.class_names.index(unicodedata.normalize("NFC", name))
+    assert images.test.labels.tolist() == [label] * 3
+    write(tmp_path, f"train/{there}")  # a disk that keeps both
+    assert len(opened(tmp_path).train.class_names) == 2 and len(opened(tmp_path).train) == 9
+
+
+@pytest.mark.parametrize("near", ["Cat", "CAT", "cat ", " cat"])
+def test_a_class_that_differs_only_in_case_or_spaces_is_to_be_renamed(near, tmp_path):
+    write(tmp_path, "train/cat", "train/dog", f"test/{near}")
+    with pytest.raises(
+        ValueError, match=f"class {near!r} .*differs from 'cat' only in case or spaces: rename it"
+    ) as error:
+        opened(tmp_path)
+    assert "remove" not in str(error.value)
+    write(tmp_path, f"train/{near}")
+    assert f"{near!r}" in told(opened(tmp_path)) and "rename one" in told(opened(tmp_path))
+
+
+def test_links_are_followed_and_never_in_a_circle(tmp_path):
+    write(tmp_path, "elsewhere/a", "data/train/b")
+    (tmp_path / "data/train/a").symlink_to(tmp_path / "elsewhere/a")
+    (tmp_path / "data/train/b/up").symlink_to(tmp_path / "data/train")
+    (tmp_path / "data/train/b/self").symlink_to(tmp_path / "data/train/b")
+    images = opened(tmp_path / "data")
+    assert images.train.class_names == ["a", "b"]
+    assert len(images.train) < 20 and "link" in told(images)
+
+
+def test_opening_looks_at_no_file(tmp_path, monkeypatch):
+    write(tmp_path, "train/a", "train/b", "test/a", images=20)
+    seen = []
+    stat = os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **keys: seen.append(str(path)) or stat(path, **keys))
+    opened(tmp_path)
+    assert not [path for path in seen if path.endswith(".png")]

@@ -1,0 +1,159 @@
+"""Images listed in a table, and datasets of the Hugging Face library on disk."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_data import csv_task, huggingface_task, picture, save
+
+from moe_bsr.config import ConfigError
+from moe_bsr.data import load_spec, load_task
+from moe_bsr.data.sources.csv_table import CsvTask
+
+
+def table(folder: Path, text: str | bytes, **keys):
+    (folder / "labels.csv").write_bytes(text.encode() if isinstance(text, str) else text)
+    return CsvTask(name="mine", title="Mine", path="labels.csv", **keys).open(folder)
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    for n in range(6):
+        save(tmp_path / "img" / f"{n}.png", n)
+    return tmp_path
+
+
+ROWS = [("img/0.png", "cat"), ("img/1.png", "dog"), ("img/2.png", "cat")]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("header", ["path,label", "Label,FILENAME", "image,class,note", "file_name,Species"])
+def test_usual_columns_and_delimiters_are_found(delimiter, header, photos):
+    columns = header.split(",")
+    swap = columns[0] == "Label"
+    lines = [header.replace(",", delimiter)]
+    lines += [delimiter.join((label, path) if swap else (path, label)) for path, label in ROWS]
+    images = table(photos, "\r\n".join(lines))
+    assert images.train.class_names == ["cat", "dog"] and images.train.labels.tolist() == [0, 1, 0]
+    assert images.train.names == [path for path, _ in ROWS] and not images.unused
+    assert (images.train.sizes == [(photos / path).stat().st_size for path, _ in ROWS]).all()
+    assert np.array_equal(images.train.image(2), np.asarray(picture(2))) and images.test is images.val is None
+
+
+def test_named_columns_quotes_a_mark_of_utf8_and_backslashes(photos):
+    text = '\ufeffwhere,what\r\n"img\\0.png","cat, ""black"""\r\nimg/1.png,  dog \r\n\r\n'
+    images = table(photos, text, image_column="where", label_column="what")
+    assert images.train.class_names == ['cat, "black"', "dog"] and len(images.train) == 2
+
+
+def test_splits_of_the_table_are_used(photos):
+    lines = "path,label,split\n" + "\n".join(
+        f"img/{n}.png,{'cat' if n % 2 else 'dog'},{split}"
+        for n, split in enumerate(["train", "Training", "valid", "VAL", "test", "holdout"])
+    )
+    images = table(photos, lines)
+    assert (len(images.train), len(images.val), len(images.test)) == (2, 2, 1)
+    assert images.unused == ["not used: 1 image of an unknown split, such as img/5.png (line 7): 'holdout'"]
+    with pytest.raises(ValueError, match="class 'Cat' is not .*differs from 'cat' only in case"):
+        table(photos, lines + "\nimg/5.png,Cat,test")
+
+
+def test_paths_may_start_elsewhere_or_at_the_root(photos):
+    (photos / "tables").mkdir()
+    (photos / "tables" / "t.csv").write_text(f"path,label\n0.png,cat\n{photos}/img/1.png,dog\n")
+    for images in ("img", str(photos / "img")):
+        found = CsvTask(name="mine", title="Mine", path="tables/t.csv", images=images).open(photos)
+        assert len(found.train) == 2 and not found.unused
+
+
+def test_lines_that_cannot_be_used_are_counted_by_kind(photos):
+    os.mkfifo(photos / "img" / "fifo.png")
+    (photos / "img" / "a.cr2").write_bytes(b"?")
+    text = "path,label\nimg/0.png,cat\nimg/1.png,dog\nimg/9.png,cat\nimg/8.png,cat\nimg/2.png,\nimg/3.png\n,dog\n"
+    text += "img/0.png,dog\nimg/fifo.png,cat\nimg/a.cr2,cat\nimg,cat\n"
+    images = table(photos, text)
+    assert len(images.train) == 2
+    told = "\n".join(images.unused)
+    for words in (
+        "3 images of which each is not there, such as img/9.png (line 4)",
+        "2 images without a label, such as img/2.png (line 6)",
+        "1 line about an image of an earlier line, such as img/0.png (line 9)",
+        "1 image that is a FIFO",
+        "1 image that is a folder",
+        "1 .cr2 file",
+    ):
+        assert words in told, words
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "image_column: none of the usual names"),
+        (
+            "foo,label\nimg/0.png,cat\n",
+            "image_column: none of the usual names .* which has foo, label; give image_column",
+        ),
+        ("path,foo\nimg/0.png,cat\n", "label_column"),
+        ("path,label\nnowhere.png,cat\n", r"no training images .*key images.*1 image that is not there"),
+        ("path,label\n", "no training images"),
+        ("path,label\nimg/0.png,caf\xe9\n".encode("latin-1"), "not UTF-8"),
+        ("path,label\n".encode("utf-16"), "not UTF-8"),
+        ('path,label\n"' + "x" * 200_000 + '",cat\n', "field larger"),
+    ],
+)
+def test_impossible_tables_are_refused_by_name(text, words, photos):
+    with pytest.raises(ValueError, match=words) as error:
+        table(photos, text)
+    assert "labels.csv" in str(error.value)
+
+
+def test_a_wrong_column_and_no_table(photos):
+    with pytest.raises(ConfigError, match="label_column = 'lable': one of path, label .*did you mean 'label'"):
+        table(photos, "path,label\nimg/0.png,cat\n", label_column="lable")
+    with pytest.raises(FileNotFoundError, match="nothing.csv: no such table"):
+        CsvTask(name="mine", title="Mine", path="nothing.csv").open(photos)
+
+
+def test_a_task_of_a_table(tmp_path):
+    data = load_task(load_spec(csv_task(tmp_path)), root=tmp_path)
+    assert len(data.train) + len(data.val) + len(data.test) == 24 and data.class_names == ["ant", "bee"]
+    assert "table" in data.origin and len(data.test) >= 1
+
+
+def test_a_directory_that_datasets_saved(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    data = load_task(load_spec(huggingface_task(tmp_path)), root=tmp_path)
+    assert len(data.train) + len(data.val) + len(data.test) == 24 and data.class_names == ["ant", "bee"]
+    assert np.array_equal(data.train.source.image(5), np.asarray(picture(5)))
+    assert (data.train.source.sizes == [len(data.train.source.encoded(i)) for i in range(24)]).all()
+    whole = datasets.load_from_disk(str(tmp_path / "saved"))
+    splits = {"train": whole, "validation": whole.select(range(4)), "test": whole.select(range(6)), "odd": whole}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "dict"))
+    (tmp_path / "dict.yaml").write_text("title: Dict\nsource: huggingface\npath: dict\n")
+    data = load_task(load_spec(tmp_path / "dict.yaml"), root=tmp_path)
+    assert [len(split) for split in (data.train, data.val, data.test)] == [24, 4, 6]
+    assert any("1 split of another name, such as odd" in note for note in data.notes)
+
+
+@pytest.mark.parametrize("labels", [["x", "y"], [7, 10]])
+def test_labels_may_be_text_or_numbers_and_missing(labels, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = {"image": [picture(n) for n in range(10)], "label": [labels[n % 2] for n in range(9)] + [None]}
+    dataset = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    dataset.save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "hub.yaml").write_text("title: Hub\nsource: huggingface\npath: saved\n")
+    data = load_task(load_spec(tmp_path / "hub.yaml"), root=tmp_path)
+    assert data.class_names == sorted(map(str, labels))
+    assert any("1 row without an image or a label" in note for note in data.notes)
+
+
+def test_a_directory_that_datasets_did_not_save(tmp_path):
+    (tmp_path / "hub.yaml").write_text("title: Hub\nsource: huggingface\npath: saved\n")
+    with pytest.raises(FileNotFoundError, match="save_to_disk"):
+        load_task(load_spec(tmp_path / "hub.yaml"), root=tmp_path)
+    pytest.importorskip("datasets")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "state.json").write_text("{")
+    with pytest.raises(ValueError, match="saved: not a readable dataset"):
+        load_task(load_spec(tmp_path / "hub.yaml"), root=tmp_path)
