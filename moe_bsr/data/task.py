@@ -24,11 +24,13 @@ class Split:
     Attributes:
         index: int64 (N,) into the source; -1 for an image that a run was trained on and that is gone.
         labels: int64 (N,), aligned with `index`.
+        gone: names of the images that are gone, by position.
     """
 
     source: ImageSource
     index: np.ndarray
     labels: np.ndarray
+    gone: dict[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -40,7 +42,7 @@ class Split:
             UnreadableImage: it is gone.
         """
         if (index := int(self.index[position])) < 0:
-            raise UnreadableImage(f"image {position} of this split is gone since the run began")
+            raise UnreadableImage(f"{self.gone.get(position, f'image {position}')}: gone since the run began")
         return index
 
 

@@ -42,7 +42,7 @@ class ImageTransforms:
         cache_mb: how much the decoded images in memory may take, in 10**6 bytes.
         unreadable: "stop": an image that cannot be read raises UnreadableImage. "skip": for training the next one of
             the split takes its place, from evaluation it is left out; it is named once, in a warning.
-        skipped: by (task, split): the images skipped so far, name -> why.
+        skipped: the images skipped so far, by task and split: name -> why.
     Raises:
         ValueError: names the field.
     """
@@ -60,7 +60,7 @@ class ImageTransforms:
     seed: int = 0
     cache_mb: float = 1000
     unreadable: str = "stop"
-    skipped: dict[tuple[str, str], dict[str, str]] = field(default_factory=dict, init=False)
+    skipped: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         if self.interpolation not in ("bicubic", "bilinear"):
@@ -114,6 +114,8 @@ class ImageTransforms:
         if self.unreadable == "stop":
             return positions
         taken, split = np.array(positions), data.train
+        for position in split.gone:
+            self._image(data, "train", position)  # named once
         lost = [GONE, *self._unreadable.get((data.name, "train"), ())]
         for _ in range(len(split)):
             if not (unreadable := np.isin(split.index[taken], lost)).any():
@@ -139,6 +141,12 @@ class ImageTransforms:
             if labels:
                 yield _as_images(pixels[: len(labels)]), torch.from_numpy(np.array(labels))
 
+    def readable(self, data: TaskData, split_name: str) -> np.ndarray:
+        """The positions of a split whose images `eval_batches` gave, or would, as far as is known."""
+        split: Split = getattr(data, split_name)
+        lost = [GONE, *self._unreadable.get((data.name, split_name), ())]
+        return np.flatnonzero(~np.isin(split.index, lost))
+
     def _image(self, data: TaskData, split_name: str, position: int) -> np.ndarray | None:
         """The decoded image at a position of a split; None where it is skipped."""
         split: Split = getattr(data, split_name)
@@ -155,8 +163,8 @@ class ImageTransforms:
                 ) from error
             if index != GONE:
                 unreadable.add(index)
-            name = f"position {position}" if index == GONE else str(index) if names is None else names[index]
-            if name not in (skipped := self.skipped.setdefault((data.name, split_name), {})):
+            name = split.gone[position] if index == GONE else str(index) if names is None else names[index]
+            if name not in (skipped := self.skipped.setdefault(data.name, {}).setdefault(split_name, {})):
                 skipped[name] = str(error)
                 warnings.warn(f"task {data.name}, {split_name}: {error}; it is skipped", stacklevel=3)
             return None

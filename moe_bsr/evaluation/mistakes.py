@@ -55,7 +55,8 @@ def find_mistakes(
     chosen = wrong[np.argsort(-found.loss[wrong], kind="stable")][:worst]
     if not len(chosen):
         return Mistakes(names, counts, [])
-    split = Split(data.val.source, data.val.index[chosen], data.val.labels[chosen])
+    places = transforms.readable(data, "val")[chosen]
+    split = Split(data.val.source, data.val.index[places], data.val.labels[places])
     images, _ = next(transforms.eval_batches(dataclasses.replace(data, val=split), "val", len(chosen)))
     return Mistakes(
         names,

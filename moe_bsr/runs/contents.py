@@ -40,6 +40,7 @@ STATE_KEYS: dict[str, Callable[[Any], bool]] = {
     "best_scores": _or_null(is_table),
     "untold_scores": _or_null(is_table),
     "moments": is_step,
+    "skipped": lambda value: is_table(value) and all(is_table(splits) for splits in value.values()),
     "callbacks": is_table,
 }
 

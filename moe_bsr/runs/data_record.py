@@ -168,7 +168,8 @@ def _followed(split: Split, then: dict[str, Any]) -> tuple[Split, Changes]:
         gone=[then["names"][i] for i in np.flatnonzero(~there)],
         altered=[then["names"][i] for i in np.flatnonzero(there & ~same)],
     )
-    return Split(source, index, labels), changes
+    gone = {int(i): then["names"][i] for i in np.flatnonzero(~there)}
+    return Split(source, index, labels, gone), changes
 
 
 def _splits(data: TaskData) -> dict[str, Split]:

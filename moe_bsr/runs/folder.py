@@ -123,8 +123,8 @@ def open_tasks(config: Config, run: Path, resume: bool = False) -> tuple[dict[st
     Returns:
         The datasets, and what a person should know about them, a line each.
     Raises:
-        ConfigError: training or validation images of the run are no longer there as they were, or a task file now
-            says other things.
+        ConfigError: training or validation images of the run are no longer there as they were (with data.unreadable:
+            skip they may be gone), or a task file now says other things.
     """
     specs = {name: load_spec(file) for name, file in config.task_files().items()}
     before = recorded_tasks(run) if resume else {}
@@ -135,14 +135,15 @@ def open_tasks(config: Config, run: Path, resume: bool = False) -> tuple[dict[st
     for name, about in before.items():
         tasks[name], changes = data_record.follow(run, tasks[name], about)
         for split, change in changes.items():
-            if change.lost and split != "test":
+            skippable = config.data.unreadable == "skip" and not change.altered and not change.other
+            if change.lost and split != "test" and not skippable:
                 raise ConfigError(
                     f"cannot resume {run}: the {split} images of task {name} changed ({tasks[name].origin}): {change}; "
                     "put them back, or begin in another folder"
                 )
         notes += [
             f"{name}: the {split} images changed since the run began: {change}"
-            + ("" if split == "test" else "; the new ones are not used")
+            + ("; the new ones are not used" if change.added and split != "test" else "")
             for split, change in changes.items()
             if change
         ]

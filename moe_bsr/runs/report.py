@@ -28,6 +28,7 @@ def make(
     best: tuple[float | None, int] | None,
     lost: dict[str, Any] | None = None,
     step: int = 0,
+    skipped: dict[str, dict[str, dict[str, str]]] | None = None,
     **measured: Any,
 ) -> dict[str, Any]:
     """Report of one run.
@@ -39,9 +40,12 @@ def make(
         best: mean validation top-1 and step of the weights selected, which the scores are of.
         lost: step, mean_top1, scores and reason of a better evaluation whose checkpoint could not be read.
         step: updates done.
+        skipped: images that could not be read, by task and split: name -> why.
     """
     scored = {"scored_step": best and best[1]} if scores else {}
     tasks = {name: {**(scores[name] if scores else {}), **scored, **counts} for name, counts in progress.items()}
+    for name, splits in (skipped or {}).items():
+        tasks[name]["skipped"] = splits
     return {
         "status": status,
         "signal": signal,
@@ -144,6 +148,7 @@ def markdown(report: dict[str, Any]) -> str:
         *_confusions(report),
         "",
         *_steps(report),
+        *_skipped(report),
         "",
         f"Training took {report['train_seconds']:.0f} s; {_gflops(report)} GFLOPs an image forward. {_peaks(report)}",
         "",
@@ -160,6 +165,18 @@ def _steps(report: dict[str, Any]) -> list[str]:
     lost = report.get("lost_best") or {}
     places = {f"{task}: ": each for task, each in lost.items()} if "steps" in report else {"": lost}
     return lines + [_lost(each, place) for place, each in places.items() if each]
+
+
+def _skipped(report: dict[str, Any]) -> list[str]:
+    """Images that could not be read: how many, and which in report.json."""
+    counts = [
+        f"{task} {len(images)} of {split}"
+        for task, about in report["tasks"].items()
+        for split, images in about.get("skipped", {}).items()
+    ]
+    return (
+        [f"Images skipped, for they could not be read: {', '.join(counts)} (report.json names them)."] if counts else []
+    )
 
 
 def _lost(lost: dict[str, Any], place: str = "") -> str:

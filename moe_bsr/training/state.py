@@ -47,6 +47,7 @@ class TrainState:
         pending_evaluation: whether the evaluation due at this step is not yet done.
         untold_scores: of the evaluation at this step, of which the callbacks have not been told.
         lost: the best evaluation, if its weights could not be read again.
+        skipped: images that could not be read, by task and split: name -> why.
         saved_step: of the newest checkpoint; -1 before the first.
     """
 
@@ -58,10 +59,11 @@ class TrainState:
         callbacks: Iterable[Callback] = (),
         selection: str = "best",
         saved_weights: str = "trainable",
+        skipped: dict[str, dict[str, dict[str, str]]] | None = None,
     ) -> None:
         """
         Args:
-            selection: `train.checkpoint_selection`. saved_weights: `train.save`.
+            selection: `train.checkpoint_selection`. saved_weights: `train.save`. skipped: filled by somebody else.
         Raises:
             ValueError: two callbacks of one name.
         """
@@ -73,6 +75,7 @@ class TrainState:
         self.pending_evaluation = False
         self.untold_scores: dict[str, dict[str, Any]] | None = None
         self.lost: Lost | None = None
+        self.skipped = {} if skipped is None else skipped
         self.saved_step = -1
 
     def add_evaluation(self, scores: dict[str, dict[str, Any]]) -> None:
@@ -96,6 +99,7 @@ class TrainState:
             "best_scores": self.best and self.best.scores,
             "untold_scores": self.untold_scores,
             "moments": len(state["optimizer"]),
+            "skipped": self.skipped,
             "callbacks": self.callbacks.state(),
         }
         return state
@@ -111,6 +115,9 @@ class TrainState:
         progress = state["progress"]
         self.step, self.seconds = progress["step"], progress["seconds"]
         self.pending_evaluation, self.untold_scores = progress["pending_evaluation"], progress["untold_scores"]
+        for task, splits in progress["skipped"].items():
+            for split, images in splits.items():
+                self.skipped.setdefault(task, {}).setdefault(split, {}).update(images)
         if self.average is not None:
             self.average.updates = self.step
         if progress["best_step"] is not None:

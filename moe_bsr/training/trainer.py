@@ -79,7 +79,15 @@ class Trainer:
         average = None if settings.ema_decay is None else MovingAverage(model, settings.ema_decay)
         self.update = multitask_update(model, settings, runtime, optimizer, average)
         self.weights = task_weights(list(self.tasks), settings)
-        self.state = TrainState(model, optimizer, average, callbacks, settings.checkpoint_selection, settings.save)
+        self.state = TrainState(
+            model,
+            optimizer,
+            average,
+            callbacks,
+            settings.checkpoint_selection,
+            settings.save,
+            self.transforms.skipped,
+        )
         self.callbacks = self.state.callbacks
         self.stop = StopSignals()
 
@@ -309,6 +317,7 @@ class Trainer:
             best=state.best and (state.best.mean_top1, state.best.step),
             lost=state.lost and {**dataclasses.asdict(state.lost.best), "reason": state.lost.reason},
             step=state.step,
+            skipped=state.skipped,
             weights="live" if state.average is None else "average",
             train_seconds=state.seconds,
             measured_peak_mb=self.runtime.peak_mb(),

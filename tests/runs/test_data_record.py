@@ -17,7 +17,7 @@ import moe_bsr
 from moe_bsr.api import evaluate, train
 from moe_bsr.cli.main import main
 from moe_bsr.config import Config, ConfigError
-from moe_bsr.data import load_spec, load_task
+from moe_bsr.data import UnreadableImage, load_spec, load_task
 from moe_bsr.runs import checkpoint, data_record
 from moe_bsr.runs.folder import open_tasks
 
@@ -120,6 +120,31 @@ def test_added_images_change_neither_what_is_trained_on_nor_what_validates(confi
     assert resumed["tasks"]["bugs"]["loss"] == whole["tasks"]["bugs"]["loss"]
     held = [checkpoint.read(folder / "checkpoint/4")[0]["weights"] for folder in (stopped, stopped.parent / "whole")]
     assert all((held[0][key] == held[1][key]).all() for key in held[1])
+
+
+@pytest.mark.parametrize("how", ["broken", "removed after the message"])
+def test_a_run_that_met_a_broken_image_goes_on_without_it(config, place, how):
+    """As the message says; the others keep their positions, so that the rest of the run is what it would have been."""
+    name = first_of("train")
+    good = name.read_bytes()
+    name.write_bytes(b"broken")
+    config = moe_bsr.config.replace(config, train__steps=8)
+    with pytest.raises(UnreadableImage, match="put a readable copy in its place, or go on with data.unreadable=skip"):
+        train(config, place / "run")
+    if how != "broken":
+        name.unlink()
+    skip = moe_bsr.config.replace(config, data__unreadable="skip")
+    with pytest.warns(UserWarning, match="it is skipped"):
+        report = train(skip, place / "run", resume=True)
+    assert report["status"] == "finished" and report["step"] == 8
+    assert len(report["tasks"]["bugs"]["skipped"]["train"]) == 1
+    assert "Images skipped, for they could not be read: bugs 1 of train" in (place / "run/report.md").read_text()
+    name.write_bytes(b"broken")
+    with pytest.warns(UserWarning, match="it is skipped"):
+        train(skip, place / "whole")
+    weights = [checkpoint.read(place / run / "checkpoint/8")[0]["weights"] for run in ("run", "whole")]
+    assert all((weights[0][key] == weights[1][key]).all() for key in weights[1])
+    name.write_bytes(good)
 
 
 @pytest.mark.parametrize("change", ["gone", "added", "contents"])
