@@ -54,7 +54,10 @@ PRIVATE_NAMES_ELSEWHERE = {
     ("runtime/cpu_features.py", "torch.ops"): "what this CPU can do has no public name",
     ("runtime/cpu_features.py", "_is_mkldnn_bf16_supported"): "what this CPU can do has no public name",
     ("runtime/device.py", "_fast_norm"): "timm's public switch of its norms is for the whole process",
-    ("selftest/sandbox.py", "_exit"): "public in spite of its name: a fork must not clean up what its parent still uses",
+    (
+        "selftest/sandbox.py",
+        "_exit",
+    ): "public in spite of its name: a fork must not clean up what its parent still uses",
     ("training/optim.py", "_foreach_lerp_"): "one call for all averaged parameters; there is no public one",
 }
 FLAGS_ELSEWHERE = {
