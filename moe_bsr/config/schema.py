@@ -115,7 +115,7 @@ class MoEConfig:
         )
         require(self.mlp_ratio >= 1, "moe.mlp_ratio", self.mlp_ratio, "at least 1 (hidden width = mlp_ratio x width)")
         for key in ("gate_noise", "init_noise", "balance_loss_weight"):
-            require(getattr(self, key) >= 0, f"moe.{key}", getattr(self, key), "at least 0")
+            require(0 <= getattr(self, key) <= 1000, f"moe.{key}", getattr(self, key), "at least 0, at most 1,000")
         require(
             self.top_k > 1 or not (self.renormalize_gates and self.train_router and self.num_experts > 1),
             "moe.top_k",

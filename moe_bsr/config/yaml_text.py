@@ -67,9 +67,6 @@ def parse(text: str, where: str) -> Any:
         line = text.count("\n", 0, error.position) + 1
         code = error.character if isinstance(error.character, int) else ord(error.character)
         raise ConfigError(f"{where}, line {line}: the character U+{code:04X} is not allowed in YAML") from None
-    except RecursionError:
-        line = loader.line + 1 if loader else 1
-        raise ConfigError(f"{where}, line {line}: nested more than {DEEPEST} levels deep") from None
     finally:
         if loader is not None:
             loader.dispose()
@@ -106,6 +103,20 @@ class _Strict(yaml.SafeLoader):
         first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    # Nesting is bounded while text is read: further on it would take a long time, or all of Python's stack.
+
+    def fetch_flow_collection_start(self, token: type) -> None:
+        self._check_depth(self.flow_level)
+        super().fetch_flow_collection_start(token)
+
+    def add_indent(self, column: int) -> bool:
+        self._check_depth(len(self.indents))
+        return super().add_indent(column)
+
+    def _check_depth(self, depth: int) -> None:
+        if depth > DEEPEST:
+            raise yaml.MarkedYAMLError(problem=f"nested more than {DEEPEST} levels deep", problem_mark=self.get_mark())
 
     def get_event(self) -> yaml.Event:
         event = super().get_event()

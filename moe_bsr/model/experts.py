@@ -35,15 +35,16 @@ class Experts(nn.Module):
         )
         slices = hidden // (config.mlp_ratio * width)
         draws = generator(*seed)
-        units = [torch.arange(e % slices, hidden, slices) for e in range(config.num_experts)]
-        stacked = {
+        units = [torch.arange(start, hidden, slices) for start in range(slices)]
+        parts = {
             "fc1_weight": [mlp.fc1.weight[u] for u in units],
             "fc1_bias": None if mlp.fc1.bias is None else [mlp.fc1.bias[u] for u in units],
             "fc2_weight": [slices * mlp.fc2.weight[:, u] for u in units],
-            "fc2_bias": None if mlp.fc2.bias is None else [mlp.fc2.bias] * config.num_experts,
+            "fc2_bias": None if mlp.fc2.bias is None else [mlp.fc2.bias] * slices,
         }
-        for name, copies in stacked.items():
-            value = None if copies is None else torch.stack([c.detach() for c in copies])
+        for name, part in parts.items():
+            copies = None if part is None else [part[e % slices].detach() for e in range(config.num_experts)]
+            value = None if copies is None else torch.stack(copies)
             if value is not None and config.init_noise:
                 noise = torch.randn(value.shape, generator=draws).to(value.device)
                 value = value + config.init_noise * value.std() * noise

@@ -157,9 +157,7 @@ def find_device(name: str) -> torch.device:
     """
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        if device.type == "meta":
-            raise RuntimeError("it holds no numbers")
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # the device "meta" holds no values
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ConfigError(
             f"runtime.device = {name!r}: {str(error).splitlines()[0]}; use auto, cpu or a device torch sees here"

@@ -25,7 +25,7 @@ class GeneratedTask(TaskSpec):
     def __post_init__(self) -> None:
         super().__post_init__()
         for key in ("train", "test"):
-            require(getattr(self, key) >= 2, key, getattr(self, key), "at least 2 images")
+            require(2 <= getattr(self, key) <= 10**6, key, getattr(self, key), "at least 2 images, at most 1,000,000")
         require(self.seed >= 0, "seed", self.seed, "at least 0")
 
     def open(self, root: Path, download: bool = False) -> TaskImages:

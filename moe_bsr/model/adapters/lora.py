@@ -24,9 +24,8 @@ class LoRAOptions:
 
     def __post_init__(self) -> None:
         require(1 <= self.rank <= 4096, "adapter.rank", self.rank, "at least 1, at most 4,096")
-        require(
-            self.alpha > 0, "adapter.alpha", self.alpha, "above 0: at 0 the adapter has no effect and learns nothing"
-        )
+        allowed = "above 0, at most 10,000; at 0 the adapter has no effect and learns nothing"
+        require(0 < self.alpha <= 10_000, "adapter.alpha", self.alpha, allowed)
         unknown = sorted(set(self.layers) - set(LAYERS))
         require(bool(self.layers) and not unknown, "adapter.layers", self.layers, f"some of {', '.join(LAYERS)}")
         object.__setattr__(self, "layers", tuple(self.layers))  # hashable: plans are compared
