@@ -10,6 +10,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from moe_bsr.runtime.files import open_file
 from moe_bsr.visualize import theme
 
 BUDGET = 20_000_000  # bytes of events for every hour of training begun: beyond it no picture is written
@@ -71,7 +72,7 @@ class Writer:
         lengths = state.get("bytes", {})
         for file in self._files():
             if file.name in lengths:
-                with file.open("ab") as stream:
+                with open_file(file, "ab") as stream:
                     stream.truncate(min(file.stat().st_size, lengths[file.name]))
             else:
                 file.unlink()
