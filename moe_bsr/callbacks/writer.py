@@ -21,6 +21,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
+from moe_bsr.runtime.files import open_file
+
 FILE = "events.out.tfevents.0"
 BUDGET = 20_000_000  # bytes of events for every hour of training begun: beyond it no picture is written
 SECONDS = 10  # between writes at most, for those who look on
@@ -93,7 +95,8 @@ class Writer:
         for file in self._files():
             name = file.relative_to(self.folder).as_posix()
             if name in lengths:
-                os.truncate(file, min(file.stat().st_size, lengths[name]))
+                with open_file(file, "ab") as stream:
+                    stream.truncate(min(file.stat().st_size, lengths[name]))
             else:
                 file.unlink()
         self._waiting.clear()

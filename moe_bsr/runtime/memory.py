@@ -14,6 +14,8 @@ REMEDY = (
     "(storage: recompute or int8)"
 )
 
+CGROUP = Path("/sys/fs/cgroup")
+
 # Allocators and oneDNN have no exception of their own for it.
 WORDS = re.compile(
     r"can't allocate memory|cannot allocate memory|not enough memory|out of memory|bad_?alloc|alloc_failed|"
@@ -62,10 +64,11 @@ def _of_cgroup() -> tuple[int, str] | None:
         ("memory.max", "memory.current", "inactive_file"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
     ):
-        root = Path("/sys/fs/cgroup")
         with contextlib.suppress(OSError, ValueError):  # "max": no limit
-            free = int((root / limit).read_text()) - int((root / used).read_text())
-            statistics = dict(line.split() for line in (root / used).with_name("memory.stat").read_text().splitlines())
+            free = int((CGROUP / limit).read_text()) - int((CGROUP / used).read_text())
+            statistics = dict(
+                line.split() for line in (CGROUP / used).with_name("memory.stat").read_text().splitlines()
+            )
             return max(0, free + int(statistics.get(cached, 0))), "this container"
     return None
 

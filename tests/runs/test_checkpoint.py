@@ -1,14 +1,18 @@
 """Checkpoints: what is saved comes back, what is damaged is refused by name, what counts is kept."""
 
+import errno
 import json
+import resource
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
+from moe_bsr.config import ConfigError
 from moe_bsr.runs import checkpoint
-from moe_bsr.runs.checkpoint import CheckpointError, damage, latest, read, recover, save, steps
+from moe_bsr.runs.checkpoint import CheckpointError, check_room, damage, latest, read, recover, save, save_state, steps
 from moe_bsr.runtime import files as disk
 
 
@@ -147,6 +151,109 @@ def test_a_crash_at_any_moment_of_a_save_leaves_a_sound_checkpoint(tmp_path, mon
         assert read(latest(run))[1]["step"] == 3 and not list(run.rglob("*.tmp"))
         crashed_at += 1
     assert crashed_at == 6  # two tensor files, the state, the manifest, both folders
+
+
+def test_a_crash_at_any_moment_of_a_new_state_leaves_a_sound_checkpoint_of_the_step(tmp_path, monkeypatch):
+    sync, crashed_at = disk.sync, 0
+    while True:
+        run, count = tmp_path / str(crashed_at), 0
+        save(run, 2, tensors(2), {"step": 2, "best_step": None, "turn": 1})
+
+        def crashing(path, last=crashed_at):
+            nonlocal count
+            if count == last:
+                raise Crash
+            count += 1
+            sync(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(disk, "sync", crashing)
+            try:
+                save_state(run, 2, {"step": 2, "best_step": 2, "turn": 2})
+            except Crash:
+                pass
+            else:
+                break
+        recover(run)
+        loaded, state = read(latest(run, warn=pytest.fail))
+        assert state["turn"] in (1, 2) and torch.equal(loaded["weights"]["a.weight"], tensors(2)["weights"]["a.weight"])
+        crashed_at += 1
+    assert read(latest(run))[1]["turn"] == 2 and crashed_at == 6 and not list(run.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "copies"])
+def test_a_new_state_leaves_the_tensors_as_they_are(tmp_path, monkeypatch, links):
+    folder = save(tmp_path, 2, tensors(2), {"step": 2, "best_step": None})
+    before = (folder / "weights.safetensors").stat()
+    if not links:
+        monkeypatch.setattr(checkpoint.os, "link", lambda *a, **k: (_ for _ in ()).throw(PermissionError(1, "no")))
+    assert save_state(tmp_path, 2, {"step": 2, "best_step": 2}) == folder
+    assert damage(folder) is None and read(folder)[1]["best_step"] == 2
+    after = (folder / "weights.safetensors").stat()
+    assert (after.st_ino == before.st_ino) == links and after.st_mode == before.st_mode
+
+
+# --- no room ---
+
+
+@pytest.mark.parametrize(
+    "failing",
+    [
+        lambda patch: patch.setattr(checkpoint, "save_file", full_as_safetensors_says_it),
+        lambda patch: patch.setattr(disk, "sync", full),
+        lambda patch: patch.setattr(Path, "mkdir", full),
+    ],
+    ids=["tensors", "sync", "folder"],
+)
+def test_a_full_disk_is_an_error_of_the_system_and_leaves_the_checkpoint_before(tmp_path, monkeypatch, failing):
+    save_steps(tmp_path, None)
+    before = content(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(OSError) as failure:
+        failing(patch)
+        save(tmp_path, 2, {"weights": {"a": torch.ones(2**18)}}, {"best_step": None})
+    line = str(failure.value)
+    assert str(tmp_path / "checkpoint") in line and "needs 1.0 MB" in line
+    assert "No space left on device; make room" in line and "\n" not in line
+    assert content(tmp_path) == before and latest(tmp_path, warn=pytest.fail).name == "1"
+
+
+def full(*arguments, **keywords):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def full_as_safetensors_says_it(tensors, file):
+    file.write_bytes(b"half of it")
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def content(run: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_safetensors_own_error_has_the_form_that_is_read(tmp_path):
+    """Of the real library, at a limit that is met on any disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large; raise the limit of a file's size"):
+            save(tmp_path, 1, {"weights": {"a": torch.ones(2**18)}}, {"best_step": None})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "checkpoint").iterdir())
+
+
+@pytest.mark.parametrize("free", [0, 2 * 2**20])
+def test_a_run_whose_checkpoints_have_no_room_is_refused_with_both_numbers(tmp_path, monkeypatch, free):
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda run: shutil._ntuple_diskusage(0, 0, free))
+    with pytest.raises(ConfigError, match=f"3 of 1.0 MB each need 3.0 MB, {free / 2**20:.1f} MB are free; make room"):
+        check_room(tmp_path, {"weights": 2**19, "optimizer": 2**19}, 3)
+
+
+def test_a_limit_of_a_files_size_is_seen_beforehand(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.resource, "getrlimit", lambda which: (2**20, 2**20))
+    check_room(tmp_path, {"weights": 2**20, "optimizer": 2**19}, 3)
+    with pytest.raises(ConfigError, match="optimizer.safetensors needs 2.0 MB, and a file may have 1.0 MB"):
+        check_room(tmp_path, {"weights": 2**20, "optimizer": 2**21}, 3)
 
 
 # --- damage ---

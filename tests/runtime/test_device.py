@@ -14,7 +14,7 @@ from torch import nn
 import moe_bsr
 from moe_bsr.config import ConfigError, RuntimeConfig
 from moe_bsr.runtime import allocator
-from moe_bsr.runtime.device import Runtime, exact_convolutions, prepare, tune_process
+from moe_bsr.runtime.device import Runtime, exact_convolutions, most_threads, prepare, tune_process
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA_BF16 = Runtime(torch.device("cuda"), "bf16", 1, "asked for")
@@ -151,3 +151,16 @@ def test_a_system_without_glibc_is_left_alone(monkeypatch):
 def test_a_device_that_is_not_there_is_refused():
     with pytest.raises(ConfigError, match="runtime.device = 'cuda:99'"):
         prepare(RuntimeConfig(device="cuda:99"))
+
+
+@pytest.mark.parametrize("device", ["meta", "mkldnn", "hpu", "nothing", ""])
+def test_a_device_that_computes_nothing_is_refused(device):
+    with pytest.raises(ConfigError, match=f"runtime.device = '{device}'"):
+        prepare(RuntimeConfig(device=device))
+
+
+@pytest.mark.parametrize("threads", [most_threads() + 1, 10_000, 10**13])
+def test_more_threads_than_make_sense_are_refused(threads):
+    with pytest.raises(ConfigError, match=f"runtime.threads = {threads}: null or 1 to {most_threads()}"):
+        prepare(RuntimeConfig(device="cpu", threads=threads))
+    assert prepare(RuntimeConfig(device="cpu", threads=most_threads())).threads == most_threads() >= 64

@@ -1,9 +1,12 @@
-"""Text files: the old text or the new one, whatever happens."""
+"""Text files: the old text or the new one, whatever happens; and no way through a link."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
+from moe_bsr.runtime import files
 from moe_bsr.runtime.files import write_whole
 
 
@@ -20,3 +23,53 @@ def test_a_text_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="crash"):
         write_whole(file, "third, half wri")
     assert file.read_text() == "second"
+
+
+def test_a_link_under_the_temporary_name_is_replaced_and_not_followed(tmp_path):
+    other = tmp_path / "other"
+    other.write_text("other")
+    (tmp_path / "report.json.tmp").symlink_to(other)
+    write_whole(tmp_path / "report.json", "text")
+    assert other.read_text() == "other" and not (tmp_path / "report.json").is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "No space left on device; make room there"),
+        (errno.EFBIG, "File too large; raise the limit of a file's size"),
+        (errno.EROFS, "Read-only file system; make it writable"),
+    ],
+)
+def test_what_cannot_be_written_is_named_with_what_to_do_and_leaves_nothing(tmp_path, monkeypatch, number, words):
+    file = tmp_path / "report.json"
+    write_whole(file, "first")
+
+    def full(path) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(files, "sync", full)
+    with pytest.raises(OSError, match=words) as failure:
+        write_whole(file, "second")
+    assert str(failure.value).startswith(f"{file} cannot be written") and file.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_write_that_takes_a_part_is_gone_on_with():
+    class Slow:
+        written = b""
+
+        def write(self, content) -> int:
+            self.written += bytes(content[:3])
+            return len(content[:3])
+
+    files.write_all(slow := Slow(), b"ten letters")
+    assert slow.written == b"ten letters"
+
+
+def test_removing_a_link_leaves_what_it_points_to(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    files.remove(tmp_path / "link")
+    files.remove(tmp_path / "link")
+    assert (tmp_path / "there").is_dir() and not os.path.lexists(tmp_path / "link")

@@ -76,7 +76,10 @@ def test_a_crash_costs_only_the_updates_since_the_checkpoint(config, whole, tmp_
     assert_same(tmp_path, whole)
 
 
-@pytest.mark.parametrize("number, step", [(signal.SIGTERM, 1), (signal.SIGINT, 5), (signal.SIGTERM, 8)])
+@pytest.mark.parametrize(
+    "number, step",
+    [(signal.SIGTERM, 1), (signal.SIGINT, 5), (signal.SIGTERM, 8), (signal.SIGHUP, 4), (signal.SIGXCPU, 5)],
+)
 def test_a_signal_saves_and_leaves(config, whole, tmp_path, monkeypatch, number, step):
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
@@ -87,10 +90,20 @@ def test_a_signal_saves_and_leaves(config, whole, tmp_path, monkeypatch, number,
     assert report["mean_top1"] is None and report["tasks"]["shapes"]["updates"] >= 0
     assert checkpoint.steps(tmp_path)[-1] == step
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["step"] == step and "split" not in last  # the evaluation due at 8 is left to the resume
+    assert last["step"] == step and "split" not in last  # the evaluation due at 4 and 8 is left to the resume
     assert "interrupted" in (tmp_path / "report.md").read_text()
     assert train(config, tmp_path, resume=True)["train_seconds"] >= report["train_seconds"] > 0
     assert_same(tmp_path, whole)
+
+
+def test_a_hangup_that_was_to_be_ignored_is(config, whole, tmp_path, monkeypatch):
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        act_at(monkeypatch, 3, send(signal.SIGHUP))
+        assert train(config, tmp_path)["status"] == "finished"
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def signal_at_evaluation(monkeypatch, number: int) -> None:

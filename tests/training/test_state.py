@@ -8,6 +8,7 @@ from tiny_runs import make_config, make_trainer, script_scores, state_of
 
 from moe_bsr.api import train
 from moe_bsr.runs import checkpoint
+from moe_bsr.training import trainer as trainer_module
 from moe_bsr.training.callback import Callback, by_name
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -81,6 +82,13 @@ def test_scores_of_weights_that_were_lost_are_not_reported(tmp_path, monkeypatch
         report = trainer.fit()
     assert (report["selected_step"], report["selected_mean_val_top1"]) == (8, None)
     assert report["mean_top1"] == 17.0 and len(seen) == 5
+    lost = report["lost_best"]
+    assert (lost["step"], lost["mean_top1"], lost["scores"]["shapes"]["top1"]) == (2, 30.0, 30.0)
+    assert "checkpoint/2/weights.safetensors" in lost["reason"]
+    assert all(task["scored_step"] == 8 for task in report["tasks"].values())
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert "best evaluation was that of step 2, mean validation top-1 30.00 % (shapes 30.0, fractals 30.0)" in text
+    assert "those after step 8" in text and "checkpoint/2/weights.safetensors" in text
     assert torch.equal(seen[-1][1], seen[-2][1])
 
 
@@ -89,5 +97,40 @@ def test_a_sound_best_checkpoint_is_reported_without_another_evaluation(tmp_path
     config = make_config(tmp_path, train__eval_every=2, train__evaluate_test=False)
     report = train(config, tmp_path / "run", callbacks=[])
     assert (report["selected_step"], report["mean_top1"], len(seen)) == (2, 30.0, 4)
+    assert report["lost_best"] is None and report["step"] == 8
+    assert {task["scored_step"] for task in report["tasks"].values()} == {2}
+    assert (
+        "those after step 2 (mean validation top-1 30.00 %); images seen, epochs and updates are counted up to step 8"
+        in (tmp_path / "run" / "report.md").read_text()
+    )
     best = checkpoint.read(tmp_path / "run" / "checkpoint" / "2")[0]["weights"]
     assert torch.equal(best["heads.shapes.weight"], seen[0][1])
+
+
+def test_a_resumed_run_knows_the_scores_of_its_best_step(tmp_path, monkeypatch):
+    """They are in the checkpoint: nothing is evaluated twice, and nothing is lost with the best checkpoint."""
+    seen = script_scores(monkeypatch, [30.0, 10.0, 20.0, 15.0])
+    config = make_config(tmp_path, train__eval_every=2, train__evaluate_test=False)
+    first = train(config, tmp_path / "run", callbacks=[])
+    (tmp_path / "run" / "report.json").unlink()
+    again = train(config, tmp_path / "run", resume=True, callbacks=[])
+    assert len(seen) == 4 and again["tasks"] == first["tasks"] and again["selected_step"] == 2
+
+
+def test_a_test_stands_beside_the_step_of_the_weights_tested(tmp_path, monkeypatch):
+    script_scores(monkeypatch, [30.0, 10.0, 20.0, 15.0])
+    train(make_config(tmp_path, train__eval_every=2), tmp_path / "run", callbacks=[])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {line["step"] for line in lines if line.get("split") == "test"} == {2}
+
+
+def test_each_model_of_a_series_has_its_own_step(tmp_path, monkeypatch):
+    scores = iter([30.0, 10.0, 20.0, 40.0])
+    evaluate = trainer_module.evaluate
+    monkeypatch.setattr(trainer_module, "evaluate", lambda *a: evaluate(*a) | {"top1": next(scores)})
+    config = make_config(tmp_path, mode="single_task", train__steps=2, train__eval_every=1, train__evaluate_test=False)
+    report = train(config, tmp_path / "run", callbacks=[])
+    assert report["selected_steps"] == {"shapes": 1, "fractals": 2} and report["steps"] == {"shapes": 2, "fractals": 2}
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert "shapes: scores are of the weights selected, those after step 1; counts are up to step 2." in text
+    assert "fractals: scores are of the weights selected, those after step 2; counts are up to step 2." in text

@@ -1,0 +1,118 @@
+"""One trainer at a time in a run folder; what a dead one leaves bars nobody."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_runs import Crash, act_at, make_config
+
+import moe_bsr
+from moe_bsr.config import Config, ConfigError, replace
+from moe_bsr.runs.lock import locked
+
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+
+@pytest.fixture
+def config(tmp_path) -> Config:
+    return make_config(tmp_path, train__steps=4, train__checkpoint_every=1, train__evaluate_test=False)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_second_trainer_is_refused_and_the_first_notices_nothing(config, tmp_path, monkeypatch, step, resume):
+    folder, said = tmp_path / "run", []
+    moe_bsr.train(config, tmp_path / "whole", callbacks=[])
+
+    def second() -> None:
+        before = content(folder)
+        with pytest.raises(ConfigError) as refusal:
+            moe_bsr.train(config, folder, resume=resume or step == 3, callbacks=[])
+        assert content(folder) == before
+        said.append(str(refusal.value))
+
+    with monkeypatch.context() as patch:
+        act_at(patch, step, second)
+        moe_bsr.train(config, folder, callbacks=[])
+    (line,) = said
+    assert f"{folder} is being trained in by process {os.getpid()} on " in line and " since 20" in line
+    for name in ("metrics.jsonl", "checkpoint/4/weights.safetensors"):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (folder / "lock").exists()
+
+
+def test_another_process_is_named(tmp_path):
+    code = (
+        "import sys, pathlib\nfrom moe_bsr.runs.lock import locked\n"
+        "with locked(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    with subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / "run"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+    ) as first:
+        assert first.stdout.readline() == b"held\n"
+        with pytest.raises(ConfigError, match=f"by process {first.pid} on .* since "), locked(tmp_path / "run"):
+            pass
+        first.kill()
+        first.wait()
+    assert json.loads((tmp_path / "run" / "lock").read_text())["pid"] == first.pid  # it is left, and bars nobody
+    with locked(tmp_path / "run"):
+        assert json.loads((tmp_path / "run" / "lock").read_text())["pid"] == os.getpid()
+    assert not (tmp_path / "run" / "lock").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": "x"}', '{"pid": 1}', "\x00" * 10_000])
+def test_a_lock_file_that_says_nothing_still_locks(tmp_path, text):
+    with locked(tmp_path / "run"):
+        (tmp_path / "run" / "lock").write_text(text)
+        with pytest.raises(ConfigError, match="is being trained in; wait for its end"), locked(tmp_path / "run"):
+            pass
+
+
+@pytest.mark.parametrize("ends", [Crash, KeyboardInterrupt, SystemExit])
+def test_however_training_ends_the_lock_goes(config, tmp_path, monkeypatch, ends):
+    def end() -> None:
+        raise ends
+
+    with monkeypatch.context() as patch, pytest.raises(ends):
+        act_at(patch, 2, end)
+        moe_bsr.train(config, tmp_path / "run", callbacks=[])
+    assert moe_bsr.train(config, tmp_path / "run", resume=True, callbacks=[])["status"] == "finished"
+
+
+def test_a_refused_run_leaves_no_folder_behind(config, tmp_path):
+    missing = replace(config, tasks=[str(tmp_path / "missing.yaml")])
+    (tmp_path / "missing.yaml").write_text("title: Missing\nsource: folder\npath: nowhere\n")
+    with pytest.raises((ConfigError, OSError, ValueError)):
+        moe_bsr.train(missing, tmp_path / "runs" / "mine", callbacks=[])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_series_is_locked_with_all_its_parts(config, tmp_path, monkeypatch):
+    series = replace(config, mode="single_task", train__steps=1)
+    refused = []
+
+    def others() -> None:
+        for place, changed in (("run", series), ("run/shapes", config), ("run/fractals", config)):
+            with pytest.raises(ConfigError, match="is being trained in"):
+                moe_bsr.train(changed, tmp_path / place, callbacks=[])
+            refused.append(place)
+
+    with monkeypatch.context() as patch:
+        act_at(patch, 1, lambda: refused or others())
+        moe_bsr.train(series, tmp_path / "run", callbacks=[])
+    assert refused == ["run", "run/shapes", "run/fractals"] and not list((tmp_path / "run").rglob("lock"))
+
+
+def test_a_part_in_training_bars_the_series(config, tmp_path):
+    with locked(tmp_path / "run" / "fractals"):
+        with pytest.raises(ConfigError, match="fractals is being trained in"):
+            moe_bsr.train(replace(config, mode="single_task"), tmp_path / "run", callbacks=[])
+    assert not (tmp_path / "run").exists()
