@@ -177,12 +177,12 @@ def test_hparams_line_runs_up_without_a_run_of_their_own(tmp_path):
     assert content.plugin_name == PLUGIN_NAME
     values = parse_session_start_info_plugin_data(content.content).hparams
     assert values["drop keeps"].string_value == "0.5, 0.75" and values["expert blocks"].string_value == "3, 5"
-    assert values["storage"].string_value == "recompute 3, 4; int8 5" and values["adapter"].string_value == "none"
+    assert values["storage"].string_value == "recompute 3, 4; int8 5" and values["with adapter"].string_value == "none"
     assert values["experts"].string_value == "top 2 of 4" and values["steps"].number_value == 8
     assert values["backbone"].string_value == "test_vit (random)" and values["precision"].string_value == "fp32"
-    assert values["augmentation"].string_value == "crops and mirroring"
+    assert values["images augmented"].string_value == "cropped and mirrored"
     scalars = {
-        tag.removeprefix("what the run came to/"): [(s.step, s.value) for s in events.Scalars(tag)]
+        tag.removeprefix("with what result/"): [(s.step, s.value) for s in events.Scalars(tag)]
         for tag in events.Tags()["scalars"]
     }
     assert scalars["mean val top-1 %"] == [(4, 25.0)] and scalars["fractals val top-1 %"] == [(4, 30.0)]
