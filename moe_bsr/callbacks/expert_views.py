@@ -19,7 +19,7 @@ from moe_bsr.training.callback import Callback, EvalEvent, StartEvent, StepEvent
 from moe_bsr.visualize import routing_log, theme
 from moe_bsr.visualize.tokens import make_views, strip
 
-IMAGES = 16  # probe images per task, of which
+IMAGES = 8  # probe images per task, of which
 DRAWN = 2  # are drawn, of
 TASKS = 8  # tasks at most
 DRAWINGS = 3  # over a run, the last at its end: drawing takes seconds
