@@ -19,12 +19,12 @@ from moe_bsr.training.callback import Callback, EvalEvent, StartEvent, StepEvent
 from moe_bsr.visualize import routing_log, theme
 from moe_bsr.visualize.tokens import make_views, strip
 
-IMAGES = 16  # probe images per task, of which
+IMAGES = 8  # probe images per task, of which
 DRAWN = 2  # are drawn, of
 TASKS = 8  # tasks at most
 DRAWINGS = 3  # over a run, the last at its end: drawing takes seconds
 COLORS = 256  # of a picture: a third of the bytes
-EXPERTS, PATCHES = "what experts do", "what becomes of patches"  # sections of TensorBoard's page, after val/
+EXPERTS, PATCHES = "which experts work", "where patches go"  # sections of TensorBoard's page, after val/
 
 ByBlock = dict[int, RoutingStatistics]
 
@@ -47,7 +47,7 @@ class ExpertViews(Callback):
         self.drops = any(plan.keep_rate < 1 for plan in start.model.plan)
         self.probes = {task: probe.pick_probe_images(data, IMAGES) for task, data in start.data.items()}
         if not self.blocks and start.step == 0:
-            self.writer.text("experts", routing_log.no_experts(self.drops), 0)
+            self.writer.text(EXPERTS, routing_log.no_experts(self.drops), 0)
 
     def on_step(self, step: StepEvent) -> None:
         began = time.perf_counter()
@@ -132,7 +132,7 @@ class ExpertViews(Callback):
         if self.balance[1]:
             self.writer.scalar(f"{EXPERTS}/balance_loss", self.balance[0] / self.balance[1], step)
         if self.window:
-            self.writer.text("experts", routing_log.table(self.window, self._updates(step)), step)
+            self.writer.text(EXPERTS, routing_log.table(self.window, self._updates(step)), step)
 
     def _draw(self, probed: dict[str, probe.ProbeResult], step: int) -> None:
         if self.window:

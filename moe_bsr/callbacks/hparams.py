@@ -14,7 +14,7 @@ from moe_bsr.callbacks.writer import Writer
 from moe_bsr.config import Config
 from moe_bsr.runtime.names import printable
 
-SECTION = "what the run came to"  # of the scalars; after all others
+SECTION = "with what result"  # of the scalars; after all others
 
 
 def write(writer: Writer, config: Config, report: Mapping[str, Any], top1: Mapping[str, float]) -> None:
@@ -40,8 +40,8 @@ def choices(config: Config, report: Mapping[str, Any]) -> dict[str, str | float]
     plan, moe, data = config.plan, config.moe, config.data
     keeps = plan.keep_rate if isinstance(plan.keep_rate, list) else [plan.keep_rate] * bool(plan.drop_blocks)
     found = {
-        "adapter": _listed_parts(config.adapter),
-        "augmentation": "crops and mirroring" if data.augment else "none",
+        "with adapter": _listed_parts(config.adapter),
+        "images augmented": "cropped and mirrored" if data.augment else "no",
         "backbone": f"{config.backbone.name} ({config.backbone.weights})",
         "blocks trained": plan.train_blocks if plan.train_blocks == "all" else _listed(plan.train_blocks),
         "drop in blocks": _listed(plan.drop_blocks),

@@ -11,9 +11,10 @@ from moe_bsr.training.callback import Callback, StartEvent
 from moe_bsr.visualize import mistakes as figures
 from moe_bsr.visualize import theme
 
-IMAGES = 2000  # validation images of a task at most: another evaluation of all of them would take its time
+IMAGES = 500  # validation images of a task at most: another evaluation of all of them would take its time
 TASKS = 8  # drawn at most: those of the lowest accuracy
-CONFUSIONS, ERRORS = "confusions", "errors"  # sections of TensorBoard's page; the first two of its Images tab
+# Sections of TensorBoard's page, after the curves; the first two of its Images tab, and the ones it opens.
+ERRORS, CONFUSIONS = "what is most wrong", "what is taken for what"
 
 
 class MistakeViews(Callback):

@@ -5,8 +5,9 @@ Sections come in the order of their names, so these are chosen for it:
     accuracy/<task>, loss/<task>   a chart for each task, training against validation
     train/..., val/...             a chart for each number, a curve for each task; val/top1 has the mean, by which the
                                    checkpoint is chosen, and a dot for the one that was
-    what experts do/...            a chart for each number, a curve for each block (`expert_views`)
-    what the run came to/...       what the HParams tab shows
+    what .../<task>, where ...     pictures (`mistakes`, `expert_views`)
+    which experts work/...         a chart for each number, a curve for each block (`expert_views`)
+    with what result/...           what the HParams tab shows
 
 The test split is in the report alone: what stands in a chart is what one chooses by.
 """

@@ -62,15 +62,14 @@ def cells(
     )
     for row, column in np.ndindex(rows, columns):
         if numbers is not None and numbers[row][column] and not np.isnan(values[row, column]).any():
-            theme.text(
+            theme.number(
                 axes,
                 x + (column + 0.5) * width,
                 y + (row + 0.5) * height,
                 numbers[row][column],
                 min(size, 0.47 * width),
-                ha="center",
-                color=theme.text_color_on(colors[row, column]),
-                weight="bold" if bold is not None and bold[row, column] else "normal",
+                theme.text_color_on(colors[row, column]),
+                bold is not None and bool(bold[row, column]),
             )
 
 

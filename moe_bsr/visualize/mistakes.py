@@ -33,8 +33,8 @@ def confusion(task: str, found: Mistakes, note: str) -> Figure:
     top = TITLE + 46 + cells.slanted_height(names, cell)
     bottom = top + cell * len(counts)
     figure, axes = theme.canvas(WIDTH, round(bottom + 46))
-    cells.title(axes, f"{task}: what is taken for what", note)
-    theme.text(axes, MARGIN, TITLE + 12, f"rows: true class; columns: answer; numbers of images{which}")
+    cells.title(axes, f"{task}: what is taken for what", note + which)
+    theme.text(axes, MARGIN, TITLE + 12, "row: true class; column: answer; numbers of images")
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     right = np.eye(*counts.shape, dtype=bool)
     size = min(theme.SMALL, 0.5 * cell)
@@ -57,7 +57,7 @@ def _most_confused(found: Mistakes) -> tuple[list[str], np.ndarray, str]:
     chosen = np.sort(np.argsort(-wrong, kind="stable")[:CLASSES])
     inner = counts[np.ix_(chosen, chosen)]
     others = counts[chosen].sum(1) - inner.sum(1)
-    words = f"; {CLASSES} of {len(names)} classes, the most mistaken"
+    words = f"; the {CLASSES} most mistaken of {len(names)} classes"
     return [*(names[i] for i in chosen), OTHERS], np.column_stack([inner, others]), words
 
 
@@ -69,7 +69,7 @@ def worst(task: str, found: Mistakes, note: str) -> Figure | None:
     shown = found.worst[:WORST]
     height = TITLE + -(-len(shown) // COLUMNS) * (side + CAPTION)
     figure, axes = theme.canvas(WIDTH, round(height))
-    cells.title(axes, f"{task}: the most wrong answers", note)
+    cells.title(axes, f"{task}: the most wrong answers", f"{note}; bold: true class, red: answer")
     for place, mistake in enumerate(shown):
         row, column = divmod(place, COLUMNS)
         x, y = MARGIN + column * (side + IMAGE_GAP), TITLE + row * (side + CAPTION)

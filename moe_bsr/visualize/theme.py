@@ -8,13 +8,15 @@ matplotlib is loaded by the first call that draws, and its pyplot never.
 from __future__ import annotations
 
 import io
+from functools import cache
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from moe_bsr.runtime import names
-from moe_bsr.visualize.fonts import drawable
+from moe_bsr.visualize.fonts import BASE, drawable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,6 +47,9 @@ _EXPERTS = """
 """.split()
 MAX_EXPERTS = len(_EXPERTS)  # with a color of their own
 
+# By figure: what is written on it by Pillow, as `number` takes it.
+_numbers: WeakKeyDictionary[Figure, list[tuple[float, float, str, float, str, bool]]] = WeakKeyDictionary()
+
 
 def figure(width: int, height: int) -> Figure:
     """An empty white figure of so many pixels; a font size or line width of 1 is one of them."""
@@ -72,6 +77,16 @@ def text(axes: Axes, x: float, y: float, content: object, size: float = SMALL, *
     axes.text(x, y, words, family=families, parse_math=False, usetex=False, **style)
 
 
+def number(axes: Axes, x: float, y: float, digits: str, size: float, color: str, bold: bool = False) -> None:
+    """A number in the middle of its cell. Hundreds of them are drawn in a tenth of the time that `text` takes."""
+    _numbers.setdefault(axes.figure, []).append((x, y, digits, size, color, bold))
+
+
+def numbers(drawn: Figure) -> list[str]:
+    """All that `number` was given for a figure."""
+    return [digits for _, _, digits, *_ in _numbers.get(drawn, ())]
+
+
 def shorten(name: str, width: int) -> str:
     """A name in at most so many letters' widths; a wide letter counts twice."""
     return names.shorten(names.printable(name), width)
@@ -80,7 +95,19 @@ def shorten(name: str, width: int) -> str:
 def pixels(drawn: Figure) -> np.ndarray:
     """(H, W, 3) uint8 pixels."""
     drawn.canvas.draw()
-    return np.asarray(drawn.canvas.buffer_rgba())[..., :3].copy()
+    image = Image.fromarray(np.asarray(drawn.canvas.buffer_rgba())[..., :3])
+    pen = ImageDraw.Draw(image)
+    for x, y, digits, size, color, bold in _numbers.get(drawn, ()):
+        pen.text((x, y), digits, fill=color, font=_number_font(round(size), bold), anchor="mm")
+    return np.array(image)
+
+
+@cache
+def _number_font(size: int, bold: bool) -> ImageFont.FreeTypeFont:
+    from matplotlib import font_manager
+
+    weight = "bold" if bold else "normal"
+    return ImageFont.truetype(font_manager.findfont(font_manager.FontProperties(family=BASE, weight=weight)), size)
 
 
 def png(drawn: Figure, colors: int | None = None) -> bytes:
@@ -91,8 +118,9 @@ def png(drawn: Figure, colors: int | None = None) -> bytes:
     """
     stream, picture = io.BytesIO(), Image.fromarray(pixels(drawn))
     if colors is not None:
-        picture = picture.quantize(colors, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    picture.save(stream, "png", optimize=True)
+        # A tenth of the time of the median cut.
+        picture = picture.quantize(colors, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    picture.save(stream, "png")
     return stream.getvalue()
 
 

@@ -210,17 +210,11 @@ def _write_expert_numbers(axes: Axes, chosen: np.ndarray, x: float, y: float, si
     """Write each patch's expert on it, if the patches' sides are long enough."""
     if side < MIN_NUMBERED:
         return
+    colors = theme.expert_colors(experts)
     for (row, column), expert in np.ndenumerate(chosen):
         if expert >= 0:
-            theme.text(
-                axes,
-                x + (column + 0.5) * side,
-                y + (row + 0.5) * side,
-                expert,
-                theme.TINY,
-                ha="center",
-                color=theme.text_color_on(theme.expert_colors(experts)[expert]),
-            )
+            place = x + (column + 0.5) * side, y + (row + 0.5) * side
+            theme.number(axes, *place, str(expert), theme.TINY, theme.text_color_on(colors[expert]))
 
 
 def _legend_grid(experts: int) -> tuple[int, int, float]:
@@ -243,9 +237,8 @@ def _legend(axes: Axes, columns: int, rows: int, side: float, experts: int) -> N
     for expert, color in enumerate(theme.expert_colors(experts)):
         x, y = GAP + expert % columns * side, HEADER + LEGEND_TITLE * 0.75 + expert // columns * side
         axes.fill([x, x + side - 2, x + side - 2, x], [y, y, y + side - 2, y + side - 2], color=color, linewidth=0)
-        theme.text(
-            axes, x + side / 2 - 1, y + side / 2 - 1, expert, theme.TINY, ha="center", color=theme.text_color_on(color)
-        )
+        place = x + side / 2 - 1, y + side / 2 - 1
+        theme.number(axes, *place, str(expert), theme.TINY, theme.text_color_on(color))
 
 
 def _upsample(patches: np.ndarray, size: int) -> np.ndarray:

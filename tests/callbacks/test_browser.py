@@ -57,7 +57,7 @@ def address(run, tmp_path_factory):
         )
     try:
         url = wait(lambda: re.search(r"http://localhost:\d+", log.read_text()), tool, log)[0]
-        wait(lambda: "views/overview" in get(url, "images/tags").get("tensorboard", {}), tool, log)
+        wait(lambda: "which experts work/all blocks" in get(url, "images/tags").get("tensorboard", {}), tool, log)
         yield url
     finally:
         os.killpg(tool.pid, signal.SIGTERM)
@@ -102,25 +102,34 @@ def look(browser, url: str, enough, seconds: float = 20) -> tuple[list, list[str
         time.sleep(0.2)
 
 
-def test_the_pictures_are_in_the_images_tab(address, browser):
+def test_the_images_tab_opens_on_mistakes(address, browser):
     tags = set(get(address, "images/tags")["tensorboard"])
-    assert {f"views/tokens_{task}" for task in TASKS} | {"views/overview", "views/ablation_block3"} <= tags
-    pictures, words = look(browser, f"{address}/#images&tagFilter=views", lambda pictures, words: len(pictures) >= 3)
-    assert len(pictures) >= 3
+    sections = ("what is most wrong", "what is taken for what", "where patches go")
+    assert {f"{section}/{task}" for section in sections for task in TASKS} <= tags
+    assert not [tag for tag in tags if tag.startswith("views/")]  # they are on the page
+    pictures, words = look(browser, f"{address}/#images", lambda pictures, words: len(pictures) >= 4)
+    assert len(pictures) >= 4
     assert all("individualImage" in source and width >= 300 for source, width in pictures)
-    assert any(word.startswith("views/") for word in words)
+    assert any(word.startswith("what is most wrong/") for word in words)
 
 
-def test_the_custom_page_shows_experts_and_tasks(address, browser):
-    _, words = look(browser, f"{address}/#custom_scalars", lambda _, words: {"Experts", "Tasks"} <= set(words))
-    assert {"Experts", "Tasks"} <= set(words)
+def test_the_first_charts_set_training_against_validation_and_name_both(address, browser):
+    sections = ["accuracy", "loss", "train", "val", "which experts work"]
+    wanted = {*sections, "tensorboard/in training", "tensorboard/on validation"}
+    _, words = look(browser, f"{address}/#timeseries", lambda _, words: wanted <= set(words))
+    assert wanted <= set(words)
+    assert list(dict.fromkeys(word for word in words if word in sections)) == sections
+
+
+def test_a_chart_has_a_run_for_each_task_and_their_mean(address):
+    runs = get(address, "scalars/tags")
+    with_top1 = {run for run, tags in runs.items() if "val/top1" in tags}
+    assert with_top1 == {f"tensorboard/{name}" for name in (*TASKS, "mean of tasks", "selected step")}
 
 
 def test_the_run_has_its_row_of_choices_and_results(address, browser):
-    _, words = look(browser, f"{address}/#hparams", lambda _, words: "top 2 of 4" in words)
-    assert {"top 2 of 4", "drop keeps", "expert blocks", "1, 3", "3, 5"} <= set(words)
-    runs = json.load(urllib.request.urlopen(f"{address}/data/runs"))
-    assert runs == ["tensorboard"]
+    _, words = look(browser, f"{address}/#hparams", lambda _, words: "test_vit (random)" in words)
+    assert {"backbone", "drop keeps", "expert blocks", "1, 3", "3, 5", "mean val top-1 %"} <= set(words)
 
 
 def test_the_page_opens_without_a_server(address, run, browser):

@@ -122,7 +122,7 @@ def test_a_run_has_its_pictures_and_tables(finished):
     for tag, drawn in found.items():
         assert [step for step, _ in drawn] == [4, 8], tag
         assert all(Image.open(io.BytesIO(png)).size[0] == 760 for _, png in drawn)
-    tables = texts(finished, "experts")
+    tables = texts(finished, EXPERTS)
     assert "updates 1 to 4" in tables[0] and "updates 5 to 8" in tables[1]
     assert all(f"\n| {block} |" in tables[1] for block in MOE)
     report = json.loads((finished / "report.json").read_text())
@@ -151,7 +151,7 @@ def test_a_resumed_run_tells_the_same(config, finished, tmp_path, monkeypatch):
         train(config, tmp_path / "run")
     report = train(config, tmp_path / "run", resume=True)
     assert curves(tmp_path / "run") == curves(finished)
-    assert texts(tmp_path / "run", "experts") == texts(finished, "experts")
+    assert texts(tmp_path / "run", EXPERTS) == texts(finished, EXPERTS)
     assert pictures(tmp_path / "run") == pictures(finished)
     assert report["expert_use"] == json.loads((finished / "report.json").read_text())["expert_use"]
     assert report["views"]["recording_seconds"] > 0
@@ -234,7 +234,7 @@ def test_a_known_routing_reads_as_what_it_is(config, tmp_path, routing, expected
         for name, value in expected.items():
             ((step, found),) = curves(tmp_path)[f"block {block}", name]
             assert step == 2 and found == pytest.approx(value, abs=1e-6), name
-    assert words in texts(tmp_path, "experts")[0]
+    assert words in texts(tmp_path, EXPERTS)[0]
 
 
 def test_pictures_end_at_the_budget_and_that_is_said_once(config, tmp_path, monkeypatch):
@@ -249,8 +249,8 @@ def test_pictures_end_at_the_budget_and_that_is_said_once(config, tmp_path, monk
 @pytest.mark.parametrize("drop", [[1], []])
 def test_a_dense_run_says_why_it_has_no_expert_views(config, tmp_path, drop):
     report = train(replace(config, plan__moe_blocks=[], plan__drop_blocks=drop, train__steps=2), tmp_path)
-    assert "plan.moe_blocks is empty" in texts(tmp_path, "experts")[0]
-    assert ("plan.drop_blocks is empty" in texts(tmp_path, "experts")[0]) == (not drop)
+    assert "plan.moe_blocks is empty" in texts(tmp_path, EXPERTS)[0]
+    assert ("plan.drop_blocks is empty" in texts(tmp_path, EXPERTS)[0]) == (not drop)
     assert {tag for tag in pictures(tmp_path) if tag.startswith((EXPERTS, PATCHES))} == (
         {f"{PATCHES}/{task}" for task in TASKS} if drop else set()
     )

@@ -79,7 +79,7 @@ def test_training_stands_against_validation_in_one_chart(finished, name, of_trai
 def test_sections_about_tasks_come_before_those_about_experts_and_none_is_of_the_test(finished):
     runs = read(finished)
     sections = sorted({tag.split("/")[0] for tags in runs.Runs().values() for tag in tags["scalars"]})
-    assert sections == ["accuracy", "loss", "train", "val", "what experts do", "what the run came to"]
+    assert sections == ["accuracy", "loss", "train", "val", "which experts work", "with what result"]
 
 
 def test_a_run_of_one_task_has_no_mean(config, tmp_path):
@@ -106,7 +106,7 @@ def test_runs_are_ranked_by_validation_in_the_hparams_tab(finished):
         assert point.step == report["selected_step"]
     at_best = chart(finished, "val/top1")
     for task in TASKS:
-        (point,) = runs.Scalars(".", f"what the run came to/{task} val top-1 %")
+        (point,) = runs.Scalars(".", f"with what result/{task} val top-1 %")
         assert point.value == pytest.approx(at_best[task][report["selected_step"]])
 
 

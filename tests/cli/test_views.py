@@ -2,6 +2,7 @@
 
 import base64
 import re
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.metadata import PLUGIN_NAME, parse_session_start_info_plugin_data
+from tiny_data import folder_task
 from tiny_runs import TASKS, make_config
 
 import moe_bsr
@@ -16,6 +18,7 @@ from moe_bsr.callbacks import hparams
 from moe_bsr.callbacks.writer import Writer
 from moe_bsr.cli.main import main
 from moe_bsr.evaluation.evaluate import evaluate
+from moe_bsr.runs import report
 from moe_bsr.visualize import expert_report as gallery
 from moe_bsr.visualize.html import Picture, Section, Table, page
 
@@ -177,13 +180,32 @@ def test_hparams_line_runs_up_without_a_run_of_their_own(tmp_path):
     assert content.plugin_name == PLUGIN_NAME
     values = parse_session_start_info_plugin_data(content.content).hparams
     assert values["drop keeps"].string_value == "0.5, 0.75" and values["expert blocks"].string_value == "3, 5"
-    assert values["storage"].string_value == "recompute 3, 4; int8 5" and values["adapter"].string_value == "none"
+    assert values["storage"].string_value == "recompute 3, 4; int8 5" and values["with adapter"].string_value == "none"
     assert values["experts"].string_value == "top 2 of 4" and values["steps"].number_value == 8
     assert values["backbone"].string_value == "test_vit (random)" and values["precision"].string_value == "fp32"
-    assert values["augmentation"].string_value == "crops and mirroring"
+    assert values["images augmented"].string_value == "cropped and mirrored"
     scalars = {
-        tag.removeprefix("what the run came to/"): [(s.step, s.value) for s in events.Scalars(tag)]
+        tag.removeprefix("with what result/"): [(s.step, s.value) for s in events.Scalars(tag)]
         for tag in events.Tags()["scalars"]
     }
     assert scalars["mean val top-1 %"] == [(4, 25.0)] and scalars["fractals val top-1 %"] == [(4, 30.0)]
     assert scalars["peak MB"] == [(4, 300.0)] and len(scalars) == 6
+
+
+def test_a_run_with_any_class_names_is_trained_drawn_and_told(tmp_path, capsys):
+    """Formulas that are none, other scripts, a long one: as folders are named; the rest is tried on the pictures."""
+    classes = ["$$", "$$$$", r"$\frac{$", "a$b$c", "été", "日本 語", "x" * 200]
+    folder_task(tmp_path, classes, each=3)
+    config = make_config(tmp_path, data__root=str(tmp_path), train__steps=2, plan__moe_blocks=[])
+    config = moe_bsr.config.replace(config, tasks=[str(tmp_path / "pictures.yaml")], data__val_fraction=0.34)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert moe_bsr.train(config, tmp_path / "run")["status"] == "finished"
+        draw(tmp_path / "run")
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr().out
+    confusions = report.read(tmp_path / "run")["tasks"]["pictures"]["confusions"]
+    assert {c["true"] for c in confusions} <= set(classes) and any(name in printed for name in classes)
+    drawn = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload().Tags()["images"]
+    assert {"what is taken for what/pictures", "where patches go/pictures"} <= set(drawn)

@@ -14,6 +14,7 @@ from moe_bsr.evaluation.ablation import Ablation, ablate
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.visualize import experts as expert_figures
+from moe_bsr.visualize import theme
 
 MACHINE = Runtime(torch.device("cpu"), "fp32", 1, "asked for")
 PIPELINE = ImageTransforms(size=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), cache_mb=1)
@@ -133,7 +134,6 @@ def test_the_figure_has_a_cell_for_every_expert_and_numbers_while_they_fit(tasks
     lost = np.arange(tasks * experts).reshape(tasks, experts) % 7
     names, images = [f"task{i}" for i in range(tasks)], np.full(tasks, 100)
     result = Ablation(names, images, images // 2, lost, 0 * lost)
-    axes = expert_figures.ablation(result, 3, "validation").axes[0]
-    assert axes.images[0].get_array().shape == (tasks, experts, 3)
-    numbers = [t.get_text() for t in axes.texts if t.get_text().count(".") == 1 and len(t.get_text()) == 3]
-    assert numbers == ([f"{value:.1f}" for value in lost.flat] if experts <= 16 else [])
+    figure = expert_figures.ablation(result, 3, "validation")
+    assert figure.axes[0].images[0].get_array().shape == (tasks, experts, 3)
+    assert theme.numbers(figure) == ([f"{value:.1f}" for value in lost.flat] if experts <= 16 else [])

@@ -1,9 +1,11 @@
 """The report: a result that speaks for itself, for programs and for people."""
 
+import re
 import sys
 
 import pytest
 import torch
+from tiny_names import AWKWARD
 from tiny_runs import make_config
 
 import moe_bsr
@@ -11,6 +13,7 @@ from moe_bsr import config as configuration
 from moe_bsr.config import ConfigError
 from moe_bsr.runs import report
 from moe_bsr.runtime.device import Runtime, prepare
+from moe_bsr.runtime.names import printable
 from moe_bsr.runtime.provenance import environment
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -93,3 +96,38 @@ def test_a_damaged_report_is_refused_with_what_to_do(tmp_path, content):
 def test_the_machine_is_named_by_its_gpu_where_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
     assert environment(Runtime(torch.device("cuda"), "fp32", 2, ""))["processor"] == "some GPU"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"best": (63.64, 80), "step": 120}, "those of step 80 of 120, for the highest mean validation top-1: 63.64 %"),
+        ({"best": None, "step": 3}, "no weights are selected"),
+        ({"best": (None, 120), "step": 120}, "those of step 120, the last; those selected were lost"),
+    ],
+)
+def test_the_text_names_the_selected_step_and_why(tmp_path, changes, words):
+    assert words in report.markdown(make(tmp_path, **changes))
+
+
+def test_so_it_does_where_the_last_step_is_asked_for(tmp_path):
+    config = make_config(tmp_path, train__checkpoint_selection="last")
+    text = report.markdown(make(tmp_path, config=config, best=(50.0, 8), step=8))
+    assert "those of step 8 of 8, the last, as train.checkpoint_selection asks" in text and "50.00 %" in text
+
+
+def test_one_model_per_task_has_a_step_for_each(tmp_path):
+    config = make_config(tmp_path, mode="single_task", train__steps=2, train__evaluate_test=False)
+    text = report.markdown(moe_bsr.train(config, tmp_path / "run"))
+    assert "each of its own step: shapes 2, fractals 2" in text
+
+
+@pytest.mark.parametrize("name", AWKWARD.values(), ids=AWKWARD)
+def test_the_largest_confusions_are_told_with_names_as_they_are(tmp_path, name):
+    known = make(tmp_path, best=(1.0, 8), step=8)
+    known["tasks"]["shapes"]["confusions"] = [{"true": name, "predicted": "b", "count": 3, "share": 0.5}]
+    (line,) = [line for line in report.markdown(known).splitlines() if line.startswith("* shapes: ")]
+    fence, shown = re.match(r"\* shapes: (`+)(.*?)\1 taken for `b` 3x \(50 %\)$", line).groups()
+    assert shown.strip() == printable(name).strip() and fence not in shown
+    report.write(tmp_path, known)
+    assert line in (tmp_path / "report.md").read_text(encoding="utf-8")

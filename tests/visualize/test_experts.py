@@ -26,7 +26,7 @@ def make(tasks: int, experts: int, k: int, unseen: int | None = None) -> Routing
 
 
 def words(figure) -> list[str]:
-    return [text.get_text() for text in figure.axes[0].texts]
+    return [text.get_text() for text in figure.axes[0].texts] + theme.numbers(figure)
 
 
 SIZES = [(1, 2, 1), (2, 2, 2), (5, 16, 4), (10, 16, 4), (11, 16, 4), (3, 17, 4), (20, 64, 4), (1, 1, 1), (4, 8, 2)]
@@ -128,7 +128,7 @@ def test_a_png_has_the_pixels_of_the_figure_and_fewer_colors_make_it_smaller():
     exact, small = theme.png(figure), theme.png(figure, 256)
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(exact)).convert("RGB")), pixels)
     close = np.asarray(Image.open(io.BytesIO(small)).convert("RGB")).astype(int)
-    assert np.abs(close - pixels).mean() < 1 and len(small) < len(exact) / 2
+    assert np.abs(close - pixels).mean() < 2 and len(small) < len(exact) / 2
 
 
 def test_importing_the_package_loads_no_matplotlib():
