@@ -79,11 +79,10 @@ def _look(split: Split, split_name: str, position: int) -> _Image:
         pixels = split.source.image(split.place(position))
     except UnreadableImage as error:
         return _Image(split_name, name, label, str(error))
-    digest = hashlib.blake2b(
-        np.ascontiguousarray(pixels).data, digest_size=16, salt=str(pixels.shape[1]).encode()
-    ).digest()
-    constant = bool((pixels == pixels[0, 0]).all())
-    return _Image(split_name, name, label, "", pixels.shape[1], pixels.shape[0], constant, digest)
+    height, width = pixels.shape[:2]
+    digest = hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=16, salt=str(width).encode()).digest()
+    constant = bool((pixels.min((0, 1)) == pixels.max((0, 1))).all())
+    return _Image(split_name, name, label, "", width, height, constant, digest)
 
 
 def _sizes(images: list[_Image]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def rgb_pixels(image: Image.Image, bits: int | None = None) -> np.ndarray:
     elif image.mode in ("I", "F"):
         raise ValueError("its pixels are signed, 32-bit or floating-point numbers: convert it to 8 or 16 bits")
     elif ";16" in raw and image.format != "JPEG2000":  # Pillow keeps the high byte of each number
-        top = max(int(np.asarray(image.getchannel(band)).max()) for band in range(3))
+        top = max(int(np.max(image.getchannel(band).getextrema())) for band in range(3))
         if bits is not None and bits < 16 or bits is None and top < DARK >> 8:
             raise ValueError(
                 f"of 16-bit color only the upper 8 bits are read, and the largest here is {top}: convert it to 8 bits"

@@ -120,6 +120,8 @@ class ImageTransforms:
         for _ in range(len(split)):
             if not (unreadable := np.isin(split.index[taken], lost)).any():
                 return taken
+            for position in taken[split.index[taken] == GONE]:
+                self._image(data, "train", int(position))  # names it
             taken[unreadable] = (taken[unreadable] + 1) % len(split)
         return positions
 
@@ -150,7 +152,7 @@ class ImageTransforms:
     def _image(self, data: TaskData, split_name: str, position: int) -> np.ndarray | None:
         """The decoded image at a position of a split; None where it is skipped."""
         split: Split = getattr(data, split_name)
-        index, names = int(split.index[position]), split.source.names
+        index = int(split.index[position])
         unreadable = self._unreadable.setdefault((data.name, split_name), set())
         if index in unreadable:
             return None
@@ -163,6 +165,7 @@ class ImageTransforms:
                 ) from error
             if index != GONE:
                 unreadable.add(index)
+            names = split.source.names
             name = split.gone[position] if index == GONE else str(index) if names is None else names[index]
             if name not in (skipped := self.skipped.setdefault(data.name, {}).setdefault(split_name, {})):
                 skipped[name] = str(error)

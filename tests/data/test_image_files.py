@@ -330,6 +330,14 @@ def test_large_images_are_decoded_one_at_a_time(monkeypatch):
     assert inside
 
 
+def test_heic_is_read_where_the_package_for_it_is():
+    pillow_heif = pytest.importorskip("pillow_heif")
+    smooth = Image.fromarray(NOISE).resize((64, 48))
+    stream = io.BytesIO()
+    pillow_heif.from_pillow(smooth).save(stream, quality=95)
+    assert ".heic" in EXTENSIONS and np.abs(decode(stream.getvalue(), "x") - np.asarray(smooth, float)).mean() < 6
+
+
 def test_a_jpegs_end_may_be_missing_and_rubbish_may_follow(tmp_path: Path):
     content = encoded(Image.fromarray(NOISE).resize((90, 70)), "JPEG")
     whole = decode(content, "x")
