@@ -42,7 +42,7 @@ class ImageTransforms:
         cache_mb: how much the decoded images in memory may take, in 10**6 bytes.
         unreadable: "stop": an image that cannot be read raises UnreadableImage. "skip": for training the next one of
             the split takes its place, from evaluation it is left out; it is named once, in a warning.
-        skipped: the images skipped so far, by task and split: name -> why.
+        skipped: the images that could not be read so far, by task and split: name -> why.
     Raises:
         ValueError: names the field.
     """
@@ -81,6 +81,7 @@ class ImageTransforms:
             "[low, high], 0 < low <= high <= 1",
         )
         self._cache = DecodedCache(self.cache_mb)
+        self._told: set[tuple[str, str, str]] = set()
         self._unreadable: dict[tuple[str, str], set[int]] = {}  # as `skipped`, by their places in the source
 
     def train_batch(
@@ -156,21 +157,26 @@ class ImageTransforms:
         unreadable = self._unreadable.setdefault((data.name, split_name), set())
         if index in unreadable:
             return None
+        names, skipped = split.source.names, self.skipped.get(data.name, {}).get(split_name, {})
+        name = str(index) if names is None else names[index]
+        if index == GONE:
+            name = split.gone.get(position, f"image {position}")
         try:
-            return self._cache.image(split.source, split.place(position))
+            image = self._cache.image(split.source, split.place(position))
         except UnreadableImage as error:
+            self.skipped.setdefault(data.name, {}).setdefault(split_name, {})[name] = str(error)
             if self.unreadable == "stop":
                 raise UnreadableImage(
                     f"{error}; put a readable copy in its place, or go on with data.unreadable=skip and resume=True"
                 ) from error
             if index != GONE:
                 unreadable.add(index)
-            names = split.source.names
-            name = split.gone[position] if index == GONE else str(index) if names is None else names[index]
-            if name not in (skipped := self.skipped.setdefault(data.name, {}).setdefault(split_name, {})):
-                skipped[name] = str(error)
+            if (place := (data.name, split_name, name)) not in self._told:
+                self._told.add(place)
                 warnings.warn(f"task {data.name}, {split_name}: {error}; it is skipped", stacklevel=3)
             return None
+        skipped.pop(name, None)  # a readable copy has been put in its place
+        return image
 
     def _readable(self, data: TaskData, position: int) -> tuple[int, np.ndarray]:
         """The first position from this one on whose training image can be read, and the image."""

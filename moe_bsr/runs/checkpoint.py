@@ -167,11 +167,24 @@ def _unfinished(folder: Path) -> list[Path]:
 
 def best_step(folder: Path) -> int | None:
     """The best step known when this checkpoint was written."""
+    best = _peek(folder, "best_step")
+    return best if type(best) is int else None
+
+
+def unreadable_images(run: Path, task: str) -> set[str]:
+    """The names of the images of a task that the run could not read so far, as its newest checkpoint has them."""
+    newest = steps(run)[-1:]
+    met = _peek(run / "checkpoint" / str(newest[0]), "skipped") if newest else None
+    splits = met.get(task) if isinstance(met, dict) else None
+    return {name for names in splits.values() for name in names} if isinstance(splits, dict) else set()
+
+
+def _peek(folder: Path, key: str) -> Any:
+    """A value of a checkpoint's state, not verified; None if there is none."""
     try:
-        best = json.loads(files.read_text(folder / STATE))["best_step"]
+        return json.loads(files.read_text(folder / STATE))[key]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return best if type(best) is int else None
 
 
 def steps(run: Path) -> list[int]:

@@ -20,6 +20,7 @@ from moe_bsr.config import ConfigError
 from moe_bsr.data import Split, TaskData, TaskSpec
 from moe_bsr.data.spec import ImageSource, spec_from
 from moe_bsr.data.splits import image_key
+from moe_bsr.runs import checkpoint
 from moe_bsr.runtime import files
 from moe_bsr.runtime.files import write_whole
 
@@ -34,16 +35,18 @@ class Changes:
 
     Attributes:
         gone, altered, added: no longer there; there with other contents or another label; there now, and not then.
+        replaced: those that the run could not read, and that are there with other contents now.
         other: what differs where images have no names, or the run's list of them is lost.
     """
 
     gone: list[str] = field(default_factory=list)
     altered: list[str] = field(default_factory=list)
     added: list[str] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)
     other: str = ""
 
     def __bool__(self) -> bool:
-        return bool(self.gone or self.altered or self.added or self.other)
+        return bool(self.gone or self.altered or self.added or self.replaced or self.other)
 
     @property
     def lost(self) -> bool:
@@ -53,7 +56,12 @@ class Changes:
     def __str__(self) -> str:
         parts = [
             f"{len(names)} {what} ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
-            for names, what in ((self.gone, "gone"), (self.altered, "with other contents"), (self.added, "new"))
+            for names, what in (
+                (self.gone, "gone"),
+                (self.altered, "with other contents"),
+                (self.replaced, "that could not be read and was replaced"),
+                (self.added, "new"),
+            )
             if names
         ]
         return ", ".join([*parts, *([self.other] if self.other else [])])
@@ -143,9 +151,12 @@ def follow(run: Path, data: TaskData, about: dict[str, Any]) -> tuple[TaskData, 
             )
         return data, changes
     known = {image for split in images.values() for image in split["names"]}
+    met = checkpoint.unreadable_images(run, data.name)
     splits: dict[str, Split] = {}
     for name, split in _splits(data).items():
         splits[name], changes[name] = _followed(split, images[name])
+        changes[name].replaced = [image for image in changes[name].altered if image in met]
+        changes[name].altered = [image for image in changes[name].altered if image not in met]
         changes[name].added = sorted(set(current[name]["names"]) - known)
         if name == "test" and split.source is not data.train.source:
             splits[name] = split

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from moe_bsr.data import UnreadableImage, load_spec
+from moe_bsr.data import UnreadableImage
 from moe_bsr.data.formats import EXTENSIONS, advice
 from moe_bsr.data.image_files import decode
 
@@ -100,12 +100,8 @@ def _is_picture(path: Path) -> bool:
 
 
 def _bits(run: TrainedRun, tasks: list[str]) -> int | None:
-    """What the tasks' files say of images of 16 bits, where they agree."""
-    files = run.config.task_files()
-    try:
-        said = {load_spec(files[task]).bits for task in tasks if task in files}
-    except (ValueError, OSError):  # the files are elsewhere
-        return None
+    """What the tasks say of images of 16 bits, where they agree."""
+    said = {run.recorded.get(task, {}).get("spec", {}).get("bits") for task in tasks}
     return said.pop() if len(said) == 1 else None
 
 

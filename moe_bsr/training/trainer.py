@@ -115,6 +115,9 @@ class Trainer:
             run.write_config(self.folder, self.config, self.model, self.transforms, self.runtime, self.tasks, resume)
             try:
                 return self._fit()
+            except UnreadableImage:  # nothing of this update or evaluation has been done yet
+                self.state.save(self.folder)
+                raise
             except (OSError, MemoryError, RuntimeError) as error:
                 if (line := self._explained(error)) is None:
                     raise
@@ -186,12 +189,7 @@ class Trainer:
         self._tell_scores()
         batches = self.inputs.batches(self.sampler.batches(state.step))
         while state.step < settings.steps and not self.stop.number:
-            try:
-                self._update(batches)
-            except UnreadableImage:  # nothing of this update has been done yet
-                if state.saved_step != state.step:
-                    state.save(self.folder)
-                raise
+            self._update(batches)
             state.seconds += time.monotonic() - clock
             due = state.step == settings.steps or (settings.eval_every and state.step % settings.eval_every == 0)
             if self.callbacks.failed is not None:

@@ -16,7 +16,8 @@ def sides(names, fraction=0.2, seed=0, purpose="validation"):
     labels = np.array([classes.index(name.split("/")[0]) for name in names])
     kept, out = held_out(labels, names, fraction, seed, purpose)
     assert sorted([*kept, *out]) == list(range(len(names))) and (np.diff(out) > 0).all()
-    return {name: i in set(out) for i, name in enumerate(names)}
+    held = set(out.tolist())
+    return {name: i in held for i, name in enumerate(names)}
 
 
 NAMES = [f"{kind}/{n}.jpg" for kind in ("ant", "bee", "cat") for n in range(200)]

@@ -122,6 +122,17 @@ def test_added_images_change_neither_what_is_trained_on_nor_what_validates(confi
     assert all((held[0][key] == held[1][key]).all() for key in held[1])
 
 
+def test_a_readable_copy_put_in_a_broken_image_s_place_is_taken(config, place):
+    for split in ("train", "val"):
+        name = first_of(split)
+        name.write_bytes(b"broken")
+        with pytest.raises(UnreadableImage, match="put a readable copy in its place"):
+            train(config, place / split)
+        recolor(name)
+        report = train(config, place / split, resume=True)
+        assert report["status"] == "finished" and not report["tasks"]["bugs"].get("skipped", {}).get(split)
+
+
 @pytest.mark.parametrize("how", ["broken", "removed after the message"])
 def test_a_run_that_met_a_broken_image_goes_on_without_it(config, place, how):
     """As the message says; the others keep their positions, so that the rest of the run is what it would have been."""
