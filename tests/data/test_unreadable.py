@@ -87,7 +87,7 @@ def test_an_image_that_is_gone_is_skipped_too(data):
     transforms = ImageTransforms(**FIELDS, unreadable="skip")
     with pytest.warns(UserWarning, match="gone since the run began; it is skipped"):
         (batch,) = batches(data, transforms, [[2, 0]])
-    assert batch.positions.tolist() == [3, 0] and list(transforms.skipped["pictures"]["train"]) == ["position 2"]
+    assert batch.positions.tolist() == [3, 0] and list(transforms.skipped["pictures"]["train"]) == ["image 2"]
 
 
 def test_evaluation_leaves_out_what_cannot_be_read(data):
