@@ -73,7 +73,7 @@ def _train(
     config: Config, run_dir: Path, resume: bool, callbacks: list[Callback] | None, runtime: Runtime
 ) -> dict[str, Any]:
     """`train`, in a folder that is locked and checked."""
-    if resume and (done := report.read(run_dir)) is not None and done["status"] == "finished":
+    if resume and (done := report.read(run_dir)) is not None and done.get("status") == "finished":
         return done
     if config.mode == "single_task":
         return _train_each_task(config, run_dir, resume, callbacks, runtime)

@@ -86,7 +86,7 @@ def test_without_a_prediction_the_text_says_so(tmp_path):
     assert "nan" not in text and "No peak was predicted" in text and "56 MB" in text
 
 
-@pytest.mark.parametrize("content", ["", '{"status": "fini', "[]", "{}"])
+@pytest.mark.parametrize("content", ["", '{"status": "fini', "[]", "{}", '{"tasks": []}'])
 def test_a_damaged_report_is_refused_with_what_to_do(tmp_path, content):
     (tmp_path / "report.json").write_text(content)
     with pytest.raises(ConfigError, match=r"report\.json: cut or damaged: .*resume=True"):
