@@ -6,11 +6,13 @@ none is held open: hundreds of tasks need neither threads nor file handles. A re
 the interrupted one had written them, so a TensorBoard that is looking on goes on.
 """
 
+import contextlib
 import io
 import math
 import os
 import stat
 import time
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
 from moe_bsr.runtime.files import open_file
+from moe_bsr.runtime.names import printable
 
 FILE = "events.out.tfevents.0"
 BUDGET = 20_000_000  # bytes of events for every hour of training begun: beyond it no picture is written
@@ -103,26 +106,22 @@ class Writer:
         self._start(state.get("seconds", 0.0), state.get("full", False))
 
     def flush(self) -> None:
-        """Append what waits to the files.
-
-        Raises:
-            OSError: a link, a folder or a device where an event file belongs; a full disk.
-        """
+        """Append what waits to the files. Where that fails, one warning is given and no more is written."""
         for run, events in self._waiting.items():
-            file = self.folder / run / FILE
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with _open(file) as stream:
-                record = RecordWriter(stream)
-                if not file.stat().st_size:
-                    record.write(_event(file_version="brain.Event:2"))
-                for event in events:
-                    record.write(event)
+            if not self._failed:
+                try:
+                    _append(self.folder / run / FILE, events)
+                except OSError as error:
+                    self._failed = True
+                    warnings.warn(
+                        f"no more TensorBoard events are written, training goes on: {printable(error)}", stacklevel=2
+                    )
         self._waiting.clear()
         self._written = time.monotonic()
 
     def _start(self, seconds: float, full: bool) -> None:
         self._seconds, self._full, self._started = seconds, full, time.monotonic()
-        self._written = time.monotonic()
+        self._written, self._failed = time.monotonic(), False
 
     def _trained(self) -> float:
         return self._seconds + time.monotonic() - self._started
@@ -143,8 +142,22 @@ def _is_plain(file: Path) -> bool:
     return stat.S_ISREG(file.lstat().st_mode)
 
 
-def _open(file: Path) -> io.BufferedWriter:
-    """An event file to append to, and nothing else in its place: a resumed run must not write elsewhere."""
+def _append(file: Path, events: list[bytes]) -> None:
+    """Write records to the end of an event file, all or none.
+
+    Raises:
+        OSError: a link, a folder or a device where the file belongs (a resumed run must not write elsewhere); no room.
+    """
     if file.parent.is_symlink() or file.parent.parent.is_symlink() or os.path.lexists(file) and not _is_plain(file):
         raise OSError(f"{file}: a link or no file where events are written; remove it")
-    return file.open("ab")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    before = file.stat().st_size if file.exists() else 0
+    try:
+        with file.open("ab") as stream:
+            record = RecordWriter(stream)
+            for event in events if before else [_event(file_version="brain.Event:2"), *events]:
+                record.write(event)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.truncate(file, before)
+        raise

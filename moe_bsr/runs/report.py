@@ -72,7 +72,7 @@ def aggregate(config: Config, parts: dict[str, dict[str, Any]]) -> dict[str, Any
         parts: reports so far, by task.
     """
     done, names = list(parts.values()), config.task_names()
-    tasks = {name: part["tasks"][name] | {"selected_step": part["selected_step"]} for name, part in parts.items()}
+    tasks = {name: part["tasks"][name] for name, part in parts.items()}
     finished = list(parts) == names and all(part["status"] == "finished" for part in done)
     return {
         "status": "finished" if finished else "interrupted",
@@ -190,10 +190,8 @@ def _lost(lost: dict[str, Any], place: str = "") -> str:
 def selection(report: dict[str, Any]) -> str:
     """Which weights were selected and why, in a sentence."""
     if "parts" in report:
-        steps = [
-            f"{task} {about['selected_step']}" for task, about in report["tasks"].items() if "selected_step" in about
-        ]
-        return f"One model for each task, each of its own step: {', '.join(steps) or 'none selected yet'}."
+        steps = ", ".join(f"{task} {step}" for task, step in report.get("selected_steps", {}).items())
+        return f"One model for each task, each with the weights of its own step: {steps}."
     step, mean = report.get("selected_step"), report.get("selected_mean_val_top1")
     if step is None:
         return "Nothing was evaluated yet, so no weights are selected."

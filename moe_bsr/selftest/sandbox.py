@@ -137,7 +137,7 @@ def _wait(pid: int, deadline: float) -> tuple[int | None, int]:
 
 
 def _is_warning(line: str) -> bool:
-    return "Warning: " in line or line.startswith(("  ", "warning:"))
+    return "Warning: " in line or ": warning: " in line or line.startswith(("  ", "warning:"))
 
 
 def _address_space() -> int:

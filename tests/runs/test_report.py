@@ -119,7 +119,7 @@ def test_so_it_does_where_the_last_step_is_asked_for(tmp_path):
 def test_one_model_per_task_has_a_step_for_each(tmp_path):
     config = make_config(tmp_path, mode="single_task", train__steps=2, train__evaluate_test=False)
     text = report.markdown(moe_bsr.train(config, tmp_path / "run"))
-    assert "each of its own step: shapes 2, fractals 2" in text
+    assert "each with the weights of its own step: shapes 2, fractals 2" in text
 
 
 @pytest.mark.parametrize("name", AWKWARD.values(), ids=AWKWARD)
