@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LONGEST = 700  # characters of a refusal
+SILENT = "refused without a word"
 
 Main = Callable[[list[str]], int]  # the command line: takes its arguments, returns the exit status
 
@@ -55,7 +56,7 @@ class Outcome:
         """Why a refusal is no clear one, or None: one line, not too long, with one of `words` if any are given."""
         lines = [line for line in self.stderr.strip().splitlines() if not _is_warning(line)]
         if not lines:
-            return "refused without a word"
+            return SILENT
         last = lines[-1]
         if len(lines) > 1 and not lines[0].startswith("usage:"):
             return f"{len(lines)} lines: {' / '.join(lines)[:LONGEST]}"

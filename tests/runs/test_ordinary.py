@@ -120,7 +120,7 @@ def test_what_is_no_file_where_one_belongs_is_refused_by_name(config, folder, na
     assert untouched(folder)
 
 
-@pytest.mark.parametrize("strange", STRANGE.keys() - {"folder"})
+@pytest.mark.parametrize("strange", sorted(STRANGE.keys() - {"folder"}))
 @pytest.mark.parametrize(
     "name", ["config.yaml.tmp", "report.json.tmp", "report.md.tmp", "checkpoint/2.tmp", "checkpoint/notes.tmp"]
 )
@@ -162,7 +162,7 @@ def test_in_a_checkpoint_it_spoils_that_checkpoint_alone(folder, name, strange):
         checkpoint.read(newest)
 
 
-@pytest.mark.parametrize("strange", STRANGE.keys() - {"folder"})
+@pytest.mark.parametrize("strange", sorted(STRANGE.keys() - {"folder"}))
 def test_a_checkpoint_that_is_no_folder_is_named_and_never_followed(config, folder, strange):
     newest = folder / "checkpoint" / "2"
     shutil.rmtree(newest)
@@ -259,7 +259,7 @@ def test_a_run_folder_may_be_a_link_itself(config, tmp_path):
     assert moe_bsr.load(tmp_path / "run").step and (tmp_path / "disk" / "report.json").is_file()
 
 
-@pytest.mark.parametrize("strange", STRANGE.keys() - {"folder"})
+@pytest.mark.parametrize("strange", sorted(STRANGE.keys() - {"folder"}))
 def test_what_is_no_folder_is_no_run(config, tmp_path, strange):
     put(tmp_path / "run", strange)
     with pytest.raises(ConfigError, match="is no folder"):

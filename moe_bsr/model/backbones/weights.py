@@ -4,6 +4,7 @@ Of a wrapper's parts one is taken, and a wrapper's prefix is taken off; a note s
 """
 
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,7 +98,8 @@ def _safetensors(file: Path) -> dict[str, Tensor]:
 def _torch_file(file: Path) -> Any:
     try:
         # A stream: of a path, the ending would decide.
-        with torch.serialization.safe_globals([ARGUMENTS]), file.open("rb") as stream:
+        with torch.serialization.safe_globals([ARGUMENTS]), file.open("rb") as stream, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch makes of a file that is none of its own is told below
             return torch.load(stream, map_location="cpu", weights_only=True)
     except Exception as error:  # every format has its own kinds of errors
         types = _types_refused(file, str(error))
