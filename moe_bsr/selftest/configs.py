@@ -65,6 +65,7 @@ train:
   ema_decay: 0.9
   task_weights: {shapes: 2.0}
   evaluate_test: false
+  pictures: false
 runtime: {device: cpu, precision: fp32, threads: 1}
 """
 TASK = """title: {title}

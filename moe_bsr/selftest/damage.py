@@ -28,7 +28,7 @@ def campaign(
     folder: Path, count: int, seed: int, main: Main, progress: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
     """Try `count` damages; returns plain values: tried, by kind {tried, refused, right}, and each failure in words."""
-    config, file = tiny.write_config(folder)
+    _, file = tiny.write_config(folder, train__pictures=False)
     whole, sound = folder / "whole", folder / "sound"
     for run, last in ((whole, tiny.STEPS), (sound, 6)):
         _must(sandbox.run(_train_until(main, file, run, last), seconds=300))

@@ -177,7 +177,9 @@ def _override_case(override: str) -> Callable[[Path], list[str]]:
 
 
 def _train(place: Path, *more: str) -> list[str]:
-    _, file = tiny.write_config(place, train__steps=2, train__checkpoint_every=2, train__eval_every=2)
+    _, file = tiny.write_config(
+        place, train__pictures=False, train__steps=2, train__checkpoint_every=2, train__eval_every=2
+    )
     return ["train", file.name, "--run", "run", *more]
 
 
@@ -294,6 +296,7 @@ def _folder_config(place: Path) -> str:
         place,
         tasks=["photos.yaml"],
         data__root=".",
+        train__pictures=False,
         train__steps=2,
         train__checkpoint_every=2,
         train__eval_every=2,
