@@ -1,0 +1,283 @@
+"""What is done to a run folder: cut, replaced, linked, renamed, forged."""
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+CANARY = b"nobody may write here\n"
+
+
+def _checkpoint(run: Path, chance: random.Random) -> Path:
+    """The newest checkpoint mostly, or one before it."""
+    there = steps(run)
+    return run / "checkpoint" / str(there[-1] if chance.random() < 0.7 else chance.choice(there))
+
+
+def _file(run: Path, chance: random.Random) -> Path:
+    files = sorted(path for path in _checkpoint(run, chance).iterdir() if path.is_file())
+    return chance.choice([*files, *files, run / "config.yaml", run / "metrics.jsonl"])
+
+
+def _change_bytes(run: Path, canary: Path, chance: random.Random) -> str:
+    file = _file(run, chance)
+    data = bytearray(file.read_bytes())
+    how = chance.choice(["truncated", "a bit flipped", "emptied", "grown", "zeroed", "half of it random"])
+    at = chance.randrange(max(1, len(data)))
+    if how == "truncated":
+        data = data[:at]
+    elif how == "a bit flipped" and data:
+        data[at] ^= 1 << chance.randrange(8)
+    elif how == "emptied":
+        data = bytearray()
+    elif how == "grown":
+        data += chance.randbytes(chance.choice([1, 4096]))
+    elif how == "zeroed":
+        data = bytearray(len(data))
+    else:
+        data[at:] = chance.randbytes(len(data) - at)
+    file.write_bytes(data)
+    return f"{file.relative_to(run)} {how}"
+
+
+def _replace_file(run: Path, canary: Path, chance: random.Random) -> str:
+    file = _file(run, chance)
+    how = chance.choice(
+        ["gone", "a folder", "a FIFO", "a link out", "a broken link", "a device", "no permission", "itself"]
+    )
+    if how == "no permission":
+        file.chmod(0)
+        return f"{file.relative_to(run)} has no permission"
+    file.unlink()
+    if how == "a folder":
+        file.mkdir()
+    elif how == "a FIFO":
+        os.mkfifo(file)
+    elif how == "a link out":
+        file.symlink_to(canary)
+    elif how == "a broken link":
+        file.symlink_to(run / "nowhere")
+    elif how == "a device":
+        file.symlink_to("/dev/zero")
+    elif how == "itself":
+        file.symlink_to(file.name)
+    return f"{file.relative_to(run)} is {how}"
+
+
+def _link_out(run: Path, canary: Path, chance: random.Random) -> str:
+    """What a run writes, as a link to a file of somebody else's."""
+    name = chance.choice(
+        ["config.yaml.tmp", "report.json", "report.json.tmp", "report.md", "report.md.tmp", "test_evaluations.log",
+         "metrics.jsonl", "checkpoint", "checkpoint/9.tmp", "checkpoint/9", "tensorboard", "lock", "images"]
+    )  # fmt: skip
+    path = run / name
+    outside = canary.parent / "outside"
+    remove(path)
+    remove(outside)
+    if name in ("checkpoint", "checkpoint/9.tmp", "checkpoint/9", "tensorboard", "images"):
+        outside.mkdir()
+        (outside / "9.tmp").mkdir()
+        (outside / "9.tmp" / "kept").hardlink_to(canary)
+        path.symlink_to(outside)
+    else:
+        path.symlink_to(canary)
+    return f"{name} is a link out"
+
+
+def _strange_names(run: Path, canary: Path, chance: random.Random) -> str:
+    name = chance.choice(
+        ["notes.tmp", "7.tmp", "seven", "007", "-1", "9" * 30, "6.before.tmp", "٣", ".tmp", "5 ", "1e3", "6.tmp.tmp"]
+    )
+    path = run / "checkpoint" / name
+    how = chance.choice(["a file", "an empty folder", "a copy", "a link"])
+    if path.exists():
+        return f"{name} was there"
+    if how == "a file":
+        path.write_text("x")
+    elif how == "an empty folder":
+        path.mkdir()
+    elif how == "a copy":
+        shutil.copytree(run / "checkpoint" / str(steps(run)[-1]), path)
+    else:
+        path.symlink_to(canary)
+    return f"checkpoint/{name!r} is {how}"
+
+
+def _unlisted(run: Path, canary: Path, chance: random.Random) -> str:
+    """A file that the manifest does not list, or no longer lists."""
+    folder = _checkpoint(run, chance)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    listed = sorted(manifest["sha256"])
+    if chance.random() < 0.5:
+        name = chance.choice(listed)
+        del manifest["sha256"][name]
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        tensors = folder / name
+        if tensors.suffix == ".safetensors" and chance.random() < 0.7:
+            save_file({key: value + 1 for key, value in load_file(tensors).items()}, tensors)
+        return f"{name} is no longer listed"
+    name = chance.choice(["average.safetensors", "other.safetensors", "x.safetensors", "weights2.safetensors"])
+    if name in listed:
+        return f"{name} is listed"
+    save_file({key: value + 7 for key, value in load_file(folder / "weights.safetensors").items()}, folder / name)
+    return f"{name} is not listed"
+
+
+def _forged(run: Path, canary: Path, chance: random.Random) -> str:
+    """Something else in a file, and a manifest whose hashes fit."""
+    folder = _checkpoint(run, chance)
+    kind = chance.choice(["state", "tensors", "manifest"])
+    what = {"state": _forge_state, "tensors": _forge_tensors, "manifest": _forge_manifest}[kind](folder, chance)
+    return f"{folder.name}: {what}"
+
+
+def _forge_state(folder: Path, chance: random.Random) -> str:
+    file = folder / "state.json"
+    state = json.loads(file.read_text())
+    value = chance.choice([None, [], {}, "x", -1, 1.5, True, "../../elsewhere", 10**30, [[]]])
+    if chance.random() < 0.2:
+        state, key = value, "all of it"
+    else:
+        key = chance.choice(sorted(set(state) - {"seconds"}))
+        if chance.random() < 0.3:
+            del state[key]
+            value = "gone"
+        elif state[key] == value:
+            value = state[key] = "x"
+        else:
+            state[key] = value
+    file.write_text(json.dumps(state))
+    _fit_hashes(folder)
+    return f"state.json, {key} is {value!r}"
+
+
+def _forge_tensors(folder: Path, chance: random.Random) -> str:
+    file = folder / chance.choice(["weights.safetensors", "optimizer.safetensors", "average.safetensors"])
+    tensors = load_file(file)
+    name = chance.choice(sorted(tensors))
+    how = chance.choice(
+        ["gone", "renamed", "another shape", "flat", "integers", "NaN", "infinite", "one more", "empty", "none at all"]
+    )
+    value = tensors[name]
+    if how in ("gone", "renamed"):
+        del tensors[name]
+    if how == "renamed":
+        tensors["x." + name] = value
+    elif how == "another shape":
+        tensors[name] = torch.zeros(*value.shape, 2)
+    elif how == "flat":
+        tensors[name] = torch.zeros(value.numel() + 1)
+    elif how == "integers":
+        tensors[name] = torch.zeros(value.shape, dtype=torch.int8)
+    elif how in ("NaN", "infinite"):
+        tensors[name] = torch.full(value.shape, float(how.replace("infinite", "inf")))
+    elif how == "one more":
+        tensors["blocks.99.weight"] = torch.zeros(3)
+    elif how == "empty":
+        tensors[name] = torch.zeros(0)
+    elif how == "none at all":
+        tensors = {}
+    save_file(tensors, file)
+    _fit_hashes(folder)
+    return f"{file.name}, {name} {how}"
+
+
+def _forge_manifest(folder: Path, chance: random.Random) -> str:
+    file = folder / "manifest.json"
+    manifest = json.loads(file.read_text())
+    how = chance.choice(["step", "path", "absolute path", "device", "list", "no hashes", "number", "hash of nothing"])
+    if how == "step":
+        manifest["step"] = 1
+    elif how in ("path", "absolute path", "device"):
+        name = {"path": "../../../canary", "absolute path": str(folder.parents[2] / "canary"), "device": "/dev/zero"}[
+            how
+        ]
+        manifest["sha256"][name] = hashlib.sha256(CANARY).hexdigest()
+    elif how == "list":
+        manifest = [manifest]
+    elif how == "no hashes":
+        manifest["sha256"] = {}
+    elif how == "number":
+        manifest["sha256"] = 7
+    else:
+        manifest["sha256"]["state.json"] = None
+    file.write_text(json.dumps(manifest))
+    return f"manifest.json, {how}"
+
+
+def _forged_config(run: Path, canary: Path, chance: random.Random) -> str:
+    """A value of config.yaml is another one, gone, or of another kind."""
+    file = run / "config.yaml"
+    tree = yaml.safe_load(file.read_text())
+    places = list(_places(tree))
+    owner, key = chance.choice(places)
+    name, old = key, owner[key]
+    if chance.random() < 0.4:
+        del owner[key]
+        value: Any = "gone"
+    else:
+        value = chance.choice([None, [], {}, "x", "../../x", -1, 0, 10**20, 1e400, True, [[1]], {"a": 1}])
+        if value == old:
+            value = "y"
+        owner[key] = value
+    file.write_text(yaml.safe_dump(tree))
+    return f"config.yaml, {name} is {value!r}"
+
+
+def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
+    for key, value in list(tree.items()) if isinstance(tree, dict) else list(enumerate(tree)):
+        yield tree, key
+        if isinstance(value, dict | list):
+            yield from _places(value)
+
+
+def _several(run: Path, canary: Path, chance: random.Random) -> str:
+    done = []
+    for _ in range(2):
+        with contextlib.suppress(Exception):  # the first one may leave nothing that the second one could spoil
+            done.append(KINDS[chance.choice(list(KINDS)[:-1])](run, canary, chance))
+    return "; ".join(done)
+
+
+KINDS: dict[str, Callable[[Path, Path, random.Random], str]] = {
+    "bytes": _change_bytes,
+    "kind of file": _replace_file,
+    "link out": _link_out,
+    "strange names": _strange_names,
+    "unlisted": _unlisted,
+    "forged": _forged,
+    "configuration": _forged_config,
+    "several": _several,
+}
+
+
+def _fit_hashes(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["sha256"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in manifest["sha256"]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def steps(run: Path) -> list[int]:
+    """The checkpoints of a run, ascending."""
+    return sorted(int(path.name) for path in (run / "checkpoint").iterdir() if path.name.isdecimal())
+
+
+def remove(path: Path) -> None:
+    """Delete whatever is at a path, also what nobody may read."""
+    with contextlib.suppress(OSError):
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+        elif path.is_dir():
+            for inner in path.rglob("*"):
+                with contextlib.suppress(OSError):
+                    inner.chmod(0o700)
+            shutil.rmtree(path, ignore_errors=True)
