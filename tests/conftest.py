@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_bsr import ops
+from moe_bsr import api, ops
 from moe_bsr.callbacks import expert_views, mistakes
 
 torch.set_num_threads(1)
@@ -21,8 +21,9 @@ def kernels(request):
 
 @pytest.fixture(scope="module")
 def undrawn():
-    """Runs draw no pictures, for tests of anything else: they take longer than everything else in a small run."""
+    """Runs draw no pictures and predict no cost, for tests of anything else: both take longer than a small run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(expert_views, "drawing_due", lambda *arguments: False)
         patch.setattr(mistakes.MistakeViews, "on_end", lambda self, report: None)
+        patch.setattr(api, "_predict", lambda *arguments: None)
         yield

@@ -7,6 +7,7 @@ record: where it cannot be written the run ends. The lines that found no room go
 import json
 import os
 import warnings
+import zlib
 from pathlib import Path
 from typing import IO
 
@@ -24,6 +25,7 @@ class Jsonl(Callback):
         self.path = run_dir / "metrics.jsonl"
         self.stream: IO[bytes] | None = None
         self.unwritten = b""
+        self.checksum = 0  # of the file
 
     def restore(self, state: dict) -> None:
         """
@@ -36,13 +38,17 @@ class Jsonl(Callback):
         self.unwritten = unwritten.encode()
         self.stream = files.open_file(self.path, "ab")
         there = self.path.stat().st_size
-        if there < length:
+        is_cut = there < length
+        if is_cut:
             warnings.warn(
                 f"{self.path} has {there} bytes of the {length} it had at the checkpoint: lines before it are lost",
                 stacklevel=2,
             )
             length = files.read_bytes(self.path).rfind(b"\n") + 1  # a line cut in two would spoil the next one
         self.stream.truncate(length)
+        self.checksum = zlib.crc32(files.read_bytes(self.path))
+        if not is_cut and state.get("crc32", self.checksum) != self.checksum:
+            warnings.warn(f"{self.path} was changed: lines in it are not those written", stacklevel=2)
         self._write_out()
 
     def on_step(self, step: StepEvent) -> None:
@@ -61,7 +67,7 @@ class Jsonl(Callback):
 
     def state(self) -> dict:
         os.fsync(self.stream.fileno())
-        state = {"bytes": self.path.stat().st_size}
+        state = {"bytes": self.path.stat().st_size, "crc32": self.checksum}
         return state | {"unwritten": self.unwritten.decode()} if self.unwritten else state
 
     def close(self) -> None:
@@ -74,4 +80,6 @@ class Jsonl(Callback):
 
     def _write_out(self) -> None:
         while self.unwritten:  # one call may write a part, as when the disk is filling up
-            self.unwritten = self.unwritten[self.stream.write(self.unwritten) :]
+            count = self.stream.write(self.unwritten)
+            self.checksum = zlib.crc32(self.unwritten[:count], self.checksum)
+            self.unwritten = self.unwritten[count:]

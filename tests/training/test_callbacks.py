@@ -3,6 +3,7 @@
 import errno
 import json
 import warnings
+import zlib
 
 import pytest
 import torch
@@ -254,6 +255,25 @@ def test_a_shortened_record_is_noted_once_and_no_line_is_cut_in_two(config, tmp_
         jsonl.restore({"bytes": 600})
     jsonl._write([{"step": 40}])
     assert len(noted) == 1 and all(json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+
+
+def test_a_changed_record_is_noted_and_an_unchanged_one_is_not(config, tmp_path):
+    jsonl = Jsonl(tmp_path)
+    jsonl.restore({})
+    for step in range(5):
+        jsonl._write([{"step": step}])
+    state = jsonl.state()
+    jsonl._write([{"step": 5}])
+    jsonl.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = Jsonl(tmp_path)
+        again.restore(state)
+        again._write([{"step": 5}])
+        assert again.state()["crc32"] == zlib.crc32(jsonl.path.read_bytes())
+    jsonl.path.write_text(jsonl.path.read_text().replace("2", "7"))
+    with pytest.warns(UserWarning, match="metrics.jsonl was changed"):
+        Jsonl(tmp_path).restore(state)
 
 
 @pytest.mark.parametrize("state", [{"bytes": "x"}, {"bytes": -1}, {"bytes": True}, {"bytes": 1, "unwritten": 5}])
