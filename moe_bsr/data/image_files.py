@@ -24,6 +24,9 @@ LARGE = 2**24  # pixels from which on one image is decoded at a time, however ma
 BAND = 2**22  # pixels converted at once
 DARK = 2**14  # nobody knows what is white in a 16-bit image whose values stay below this
 
+# Formats whose writers often leave the fourth byte of each pixel at zero: there is no transparency if all are.
+_UNSET_ALPHA = {"TGA", "BMP", "DIB"}
+
 _large_images = threading.Lock()
 
 
@@ -74,6 +77,8 @@ def rgb_pixels(image: Image.Image, bits: int | None = None) -> np.ndarray:
                 f"of 16-bit color only the upper 8 bits are read, and the largest here is {top}: convert it to 8 bits"
                 + (", or say bits: 16 in the task file if it is just dark" if bits is None else "")
             )
+    elif image.format in _UNSET_ALPHA and image.mode in ("RGBA", "LA") and image.getchannel("A").getextrema() == (0, 0):
+        image = image.convert(image.mode[:-1])
     key = image.info.get("transparency")
     if isinstance(key, tuple) and ";16" in raw:
         image.info["transparency"] = tuple(value >> 8 for value in key)

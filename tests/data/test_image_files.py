@@ -75,6 +75,28 @@ def test_what_is_transparent_lies_on_white(kind):
     assert (pixels[0, 0] == 255).all() and (pixels[16, 16] == 0).all()
 
 
+def bmp_with_alpha(pixels: np.ndarray) -> bytes:
+    """A bitmap with a mask for alpha, which Pillow does not write; pixels: uint8 (H, W, 4), RGBA."""
+    data = np.ascontiguousarray(pixels[::-1, :, [2, 1, 0, 3]]).tobytes()
+    masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    sizes = struct.pack("<IiiHHIIiiII", 108, pixels.shape[1], pixels.shape[0], 1, 32, 3, len(data), 0, 0, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 122 + len(data), 0, 0, 122) + sizes + masks + b"BGRs" + bytes(48) + data
+
+
+@pytest.mark.parametrize("kind", ["BMP", "TGA", "gray TGA"])
+def test_alpha_that_was_never_written_hides_nothing(kind):
+    pixels = np.dstack([NOISE, np.zeros(NOISE.shape[:2], np.uint8)])
+    image = Image.fromarray(pixels).convert("LA" if kind == "gray TGA" else "RGBA")
+    for some in (False, True):  # a single pixel whose alpha is set tells that the others are transparent
+        image.putpixel((0, 0), (9, 255 * some) if kind == "gray TGA" else (9, 9, 9, 255 * some))
+        file = bmp_with_alpha(np.array(image)) if kind == "BMP" else encoded(image, "TGA")
+        seen = decode(file, "alpha")
+        opaque = np.array(image.convert("RGBA"))[..., :3]
+        on_white = np.full_like(opaque, 255)
+        on_white[0, 0] = 9
+        assert np.array_equal(seen, on_white if some else opaque)
+
+
 def test_modes_that_files_rarely_have():
     palette = Image.new("PA", (32, 32))
     palette.putpixel((16, 16), (0, 255))
