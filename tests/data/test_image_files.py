@@ -131,6 +131,30 @@ def test_opaque_images_are_what_pillow_makes_of_them(mode):
     assert np.array_equal(decode(encoded(opaque), "x"), NOISE)
 
 
+@pytest.mark.parametrize("name", [b"zTXt", b"iTXt", b"iCCP"])
+@pytest.mark.parametrize("before", [True, False])
+def test_long_texts_and_profiles_hide_no_image(name, before, tmp_path):
+    """Pillow refuses more than a megabyte of them; editors write whole histories there."""
+    content = (b"k\0\1\0\0\0" if name == b"iTXt" else b"k\0\0") + zlib.compress(bytes(2_000_000))
+    text = png(1, 1, 8, 2, [], (name, content))[33 : 33 + 12 + len(content)]
+    file = encoded(Image.fromarray(NOISE))
+    file = file[:33] + text + file[33:] if before else file[:-12] + text + file[-12:]
+    (tmp_path / "long.png").write_bytes(file)
+    assert np.array_equal(decode(file, "long"), NOISE)
+    assert np.array_equal(decode(tmp_path / "long.png", "long"), NOISE)
+    with pytest.raises(UnreadableImage, match="long: not a readable image"):
+        decode(file[:60] + file[-12:], "long")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "AVIF"])
+def test_a_damaged_header_is_called_that(kind):
+    if kind not in FORMATS:
+        pytest.skip(f"no {kind} here")
+    with pytest.raises(UnreadableImage, match="damaged, or it is cut off"):
+        file = encoded(Image.fromarray(NOISE), kind)
+        decode(file[:29] + b"?" + file[30:] if kind == "PNG" else file[:12], "cut")  # a PNG: the header's checksum
+
+
 def test_half_transparent_is_half_white():
     image = Image.new("RGBA", (3, 3), (0, 0, 0, 128))
     assert abs(int(decode(encoded(image), "x").mean()) - 127) <= 1
