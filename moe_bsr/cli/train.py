@@ -8,7 +8,7 @@
 CONFIG is the file of that path, or else the one of that name in the package (moe-bsr configs lists them).
 
 Exit status: 0 finished, 1 training failed, 2 refused before it began, 128 + signal if interrupted (saved; --resume
-goes on). SIGINT, SIGTERM, SIGHUP and SIGXCPU interrupt.
+goes on). SIGINT, SIGTERM, SIGHUP, SIGXCPU, SIGUSR1 and SIGUSR2 interrupt.
 """
 
 import argparse

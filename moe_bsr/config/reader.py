@@ -151,6 +151,9 @@ def convert_section(value: Any, cls: type, key: str, **given: Any) -> Any:
                 if dataclasses.is_dataclass(hint)
                 for inner in typing.get_type_hints(hint)
             } | {here: here for here in hints}
+            section, dot, inner = str(name).partition(".")
+            if dot and dataclasses.is_dataclass(hints.get(section)):  # as it is written on the command line
+                raise ConfigError(f"unknown key {prefix}{name}; in a file write {section}: {{{inner}: ...}}")
             near = nearest(name, paths, {key: repr(prefix + path) for key, path in paths.items()}.__getitem__)
             raise ConfigError(f"unknown key {prefix}{name}{near} (allowed: {', '.join(hints) or 'none'})")
     for field in dataclasses.fields(cls):

@@ -11,7 +11,10 @@ from moe_bsr.data.image_files import file_kind
 from moe_bsr.data.unused import Unused
 
 # Besides hidden ones: what file managers, archives and network disks leave behind.
-_LITTER = {"__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin", "#recycle", "lost+found", "icon\r"}
+_LITTER = {
+    "__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "#recycle",
+    "#snapshot", "lost+found", "icon\r", "__pycache__",
+}  # fmt: skip
 
 
 def entries(folder: str, unused: Unused) -> tuple[list[os.DirEntry], list[os.DirEntry]]:

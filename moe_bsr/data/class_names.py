@@ -7,6 +7,8 @@ and kept, in form NFC.
 import unicodedata
 from collections.abc import Sequence
 
+_KINDS = "case, spaces, final dots or unseen characters"
+
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "dev"),
@@ -26,13 +28,13 @@ def split_named(name: str) -> str | None:
 
 
 def look_alikes(names: Sequence[str]) -> list[str]:
-    """A line for each name that differs from an earlier one in case or spaces alone."""
+    """A line for each name that differs from an earlier one in case, spaces or unseen characters alone."""
     seen: dict[str, str] = {}
     lines = []
     for name in names:
         first = seen.setdefault(_folded(name), name)
         if first != name:
-            lines.append(f"classes {first!r} and {name!r} are two, but differ only in case or spaces: rename one")
+            lines.append(f"classes {first!r} and {name!r} are two, but differ only in {_KINDS}: rename one")
     return lines
 
 
@@ -41,10 +43,11 @@ def unknown_class(name: str, known: Sequence[str], where: str) -> ValueError:
     near = next((each for each in known if _folded(each) == _folded(name)), None)
     what = f"{where}: class {name!r} is not among the {len(known)} classes of the training images"
     if near is not None:
-        return ValueError(f"{what}, but differs from {near!r} only in case or spaces: rename it")
+        return ValueError(f"{what}, but differs from {near!r} only in {_KINDS}: rename it")
     return ValueError(f"{what}; add training images for it, or take it out of there")
 
 
 def _folded(name: str) -> str:
     """Equal for names that a person would take for one."""
-    return " ".join(unicodedata.normalize("NFKC", name).casefold().replace("_", " ").split())
+    seen = "".join(letter for letter in name if unicodedata.category(letter) != "Cf")
+    return " ".join(unicodedata.normalize("NFKC", seen).casefold().replace("_", " ").split()).rstrip(". ")

@@ -24,6 +24,9 @@ LARGE = 2**24  # pixels from which on one image is decoded at a time, however ma
 BAND = 2**22  # pixels converted at once
 DARK = 2**14  # nobody knows what is white in a 16-bit image whose values stay below this
 
+# Formats whose writers often leave the fourth byte of each pixel at zero: there is no transparency if all are.
+_UNSET_ALPHA = {"TGA", "BMP", "DIB"}
+
 _large_images = threading.Lock()
 
 
@@ -44,14 +47,35 @@ def decode(encoded: bytes | Path, name: str, bits: int | None = None) -> np.ndar
         what = "no such file" if kind == "not there" else f"not a readable image (it is {kind})"
         raise UnreadableImage(printable(f"{name}: {what}"))
     try:
-        with _opened(encoded) as image:
-            pixels = image.width * image.height
-            with _large_images if pixels > LARGE else contextlib.nullcontext():
-                return rgb_pixels(image, bits)
+        try:
+            return _decoded(encoded, bits)
+        except ValueError as error:
+            if "MAX_TEXT" not in str(error):
+                raise
+        return _decoded(_without_texts(encoded), bits)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plug-ins raise nearly anything on damaged files
         raise UnreadableImage(printable(f"{name}: not a readable image ({_reason(error, encoded)})")) from error
+
+
+def _decoded(encoded: bytes | Path, bits: int | None) -> np.ndarray:
+    with _opened(encoded) as image:
+        pixels = image.width * image.height
+        with _large_images if pixels > LARGE else contextlib.nullcontext():
+            return rgb_pixels(image, bits)
+
+
+def _without_texts(encoded: bytes | Path) -> bytes:
+    """A PNG without its texts and color profile: Pillow gives up an image for a large one of these."""
+    file = encoded if isinstance(encoded, bytes) else encoded.read_bytes()
+    kept, place = [file[:8]], 8
+    while place < len(file):
+        end = place + 12 + int.from_bytes(file[place : place + 4], "big")
+        if file[place + 4 : place + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            kept.append(file[place:end])
+        place = end
+    return b"".join(kept)
 
 
 def rgb_pixels(image: Image.Image, bits: int | None = None) -> np.ndarray:
@@ -74,6 +98,8 @@ def rgb_pixels(image: Image.Image, bits: int | None = None) -> np.ndarray:
                 f"of 16-bit color only the upper 8 bits are read, and the largest here is {top}: convert it to 8 bits"
                 + (", or say bits: 16 in the task file if it is just dark" if bits is None else "")
             )
+    elif image.format in _UNSET_ALPHA and image.mode in ("RGBA", "LA") and image.getchannel("A").getextrema() == (0, 0):
+        image = image.convert(image.mode[:-1])
     key = image.info.get("transparency")
     if isinstance(key, tuple) and ";16" in raw:
         image.info["transparency"] = tuple(value >> 8 for value in key)
@@ -186,7 +212,10 @@ def _reason(error: Exception, encoded: bytes | Path) -> str:
     with contextlib.suppress(OSError):
         if what := what_it_is(_start(encoded)):
             return what
-    return "no image format that is read here" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+    if not isinstance(error, Image.UnidentifiedImageError):
+        return str(error)
+    known = _start(encoded).startswith((b"\x89PNG", b"GIF8")) or _start(encoded)[4:12] == b"ftypavif"
+    return "its header is damaged, or it is cut off" if known else "no image format that is read here"
 
 
 def file_kind(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Stopping on SIGINT, SIGTERM, SIGHUP and SIGXCPU where nothing is lost.
+"""Stopping on SIGINT, SIGTERM, SIGHUP, SIGXCPU, SIGUSR1 and SIGUSR2 where nothing is lost.
 
 While training changes state a signal is only noted, and the loop ends after the update. Where no state
 changes (an evaluation) it ends the work at once.
@@ -10,8 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# Ctrl-C, a polite kill, a terminal that closes, processor time used up; the last two are not everywhere.
-STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGXCPU") if hasattr(signal, name)]
+# Ctrl-C, a polite kill, a terminal that closes, processor time used up, and a scheduler's warning that the time is
+# nearly up (Slurm's --signal=USR1@90). Not all of them are everywhere.
+STOPPING = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGXCPU", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)
+]
+_OTHERS = {getattr(signal, name, None) for name in ("SIGUSR1", "SIGUSR2")}
 
 
 class Interrupted(Exception):
@@ -21,7 +27,8 @@ class Interrupted(Exception):
 class StopSignals:
     """Catches `STOPPING` while it is entered as a context manager; the old handlers come back after it.
 
-    A SIGHUP that is ignored already stays so (`nohup`). In another thread than the main one it catches nothing:
+    A SIGHUP that is ignored already stays so (`nohup`), and so does a SIGUSR1 or SIGUSR2 that the program around
+    handles itself (submitit). In another thread than the main one it catches nothing:
     Python allows no handlers there.
 
     Attributes:
@@ -39,7 +46,8 @@ class StopSignals:
             self._previous = {
                 number: signal.signal(number, self._on_signal)
                 for number in STOPPING
-                if number != hangup or signal.getsignal(number) is not signal.SIG_IGN
+                if (number != hangup or signal.getsignal(number) is not signal.SIG_IGN)
+                and (number not in _OTHERS or signal.getsignal(number) is signal.SIG_DFL)
             }
         return self
 

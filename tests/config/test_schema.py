@@ -181,6 +181,7 @@ def test_a_key_written_twice_is_refused(tmp_path):
         ({"train": {"learning_rte": 1}}, ["unknown key train.learning_rte", "allowed: steps, batch_size"]),
         ({"moe": {"topk": 1}}, ["unknown key moe.topk", "did you mean 'moe.top_k'"]),
         ({"plan": {"trainabel": []}}, ["unknown key plan.trainabel", "did you mean 'plan.train_blocks'"]),
+        ({"train.steps": 4}, ["unknown key train.steps", "in a file write train: {steps: ...}"]),
         ({"qqqq": 1}, ["unknown key qqqq", "allowed: mode, tasks"]),
         ({"extends": "x"}, ["unknown key extends"]),
         ({3: 1}, ["unknown key 3"]),

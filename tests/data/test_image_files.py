@@ -75,6 +75,28 @@ def test_what_is_transparent_lies_on_white(kind):
     assert (pixels[0, 0] == 255).all() and (pixels[16, 16] == 0).all()
 
 
+def bmp_with_alpha(pixels: np.ndarray) -> bytes:
+    """A bitmap with a mask for alpha, which Pillow does not write; pixels: uint8 (H, W, 4), RGBA."""
+    data = np.ascontiguousarray(pixels[::-1, :, [2, 1, 0, 3]]).tobytes()
+    masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    sizes = struct.pack("<IiiHHIIiiII", 108, pixels.shape[1], pixels.shape[0], 1, 32, 3, len(data), 0, 0, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 122 + len(data), 0, 0, 122) + sizes + masks + b"BGRs" + bytes(48) + data
+
+
+@pytest.mark.parametrize("kind", ["BMP", "TGA", "gray TGA"])
+def test_alpha_that_was_never_written_hides_nothing(kind):
+    pixels = np.dstack([NOISE, np.zeros(NOISE.shape[:2], np.uint8)])
+    image = Image.fromarray(pixels).convert("LA" if kind == "gray TGA" else "RGBA")
+    for some in (False, True):  # a single pixel whose alpha is set tells that the others are transparent
+        image.putpixel((0, 0), (9, 255 * some) if kind == "gray TGA" else (9, 9, 9, 255 * some))
+        file = bmp_with_alpha(np.array(image)) if kind == "BMP" else encoded(image, "TGA")
+        seen = decode(file, "alpha")
+        opaque = np.array(image.convert("RGBA"))[..., :3]
+        on_white = np.full_like(opaque, 255)
+        on_white[0, 0] = 9
+        assert np.array_equal(seen, on_white if some else opaque)
+
+
 def test_modes_that_files_rarely_have():
     palette = Image.new("PA", (32, 32))
     palette.putpixel((16, 16), (0, 255))
@@ -107,6 +129,30 @@ def test_opaque_images_are_what_pillow_makes_of_them(mode):
     assert np.array_equal(decode(content, "x"), np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
     opaque = Image.fromarray(NOISE).convert("RGBA")
     assert np.array_equal(decode(encoded(opaque), "x"), NOISE)
+
+
+@pytest.mark.parametrize("name", [b"zTXt", b"iTXt", b"iCCP"])
+@pytest.mark.parametrize("before", [True, False])
+def test_long_texts_and_profiles_hide_no_image(name, before, tmp_path):
+    """Pillow refuses more than a megabyte of them; editors write whole histories there."""
+    content = (b"k\0\1\0\0\0" if name == b"iTXt" else b"k\0\0") + zlib.compress(bytes(2_000_000))
+    text = png(1, 1, 8, 2, [], (name, content))[33 : 33 + 12 + len(content)]
+    file = encoded(Image.fromarray(NOISE))
+    file = file[:33] + text + file[33:] if before else file[:-12] + text + file[-12:]
+    (tmp_path / "long.png").write_bytes(file)
+    assert np.array_equal(decode(file, "long"), NOISE)
+    assert np.array_equal(decode(tmp_path / "long.png", "long"), NOISE)
+    with pytest.raises(UnreadableImage, match="long: not a readable image"):
+        decode(file[:60] + file[-12:], "long")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "AVIF"])
+def test_a_damaged_header_is_called_that(kind):
+    if kind not in FORMATS:
+        pytest.skip(f"no {kind} here")
+    with pytest.raises(UnreadableImage, match="damaged, or it is cut off"):
+        file = encoded(Image.fromarray(NOISE), kind)
+        decode(file[:29] + b"?" + file[30:] if kind == "PNG" else file[:12], "cut")  # a PNG: the header's checksum
 
 
 def test_half_transparent_is_half_white():

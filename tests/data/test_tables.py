@@ -47,6 +47,41 @@ def test_named_columns_quotes_a_mark_of_utf8_and_backslashes(photos):
     assert images.train.class_names == ['cat, "black"', "dog"] and len(images.train) == 2
 
 
+@pytest.mark.parametrize(
+    "above, line",
+    [
+        ("", "img/{0}.png, {1}"),
+        ("", 'img/{0}.png, "{1}"'),
+        ("sep=,\r\n", '"img/{0}.png","{1}"'),
+        ('"sep=,"\n', "img/{0}.png,{1},"),
+        ("\n  \n", "img/{0}.png,{1}"),
+    ],
+)
+def test_spaces_beside_delimiters_and_lines_above_the_header_are_no_part_of_names(above, line, photos):
+    rows = [line.format(n, ("ant", "bee")[n % 2]) for n in range(4)]
+    images = table(photos, above + "\n".join(["path, label", *rows, "img/9.png,bee"]))
+    assert images.train.class_names == ["ant", "bee"] and len(images.train) == 4
+    number = 6 + above.count("\n")
+    assert images.unused == [f"not used: 1 image that is not there, such as img/9.png (line {number})"]
+
+
+def test_excels_first_line_names_the_delimiter(photos):
+    images = table(photos, "sep=;\npath;label, of whom\nimg/0.png;a\nimg/1.png;b\n", label_column="label, of whom")
+    assert images.train.class_names == ["a", "b"]
+
+
+def test_lines_that_contradict_earlier_ones_are_told_apart(photos):
+    lines = ["path,label,split", *(f"img/{n}.png,{'ab'[n % 2]},train" for n in range(4))]
+    lines += ["img/0.png,a,train", "img/1.png,a,train", "img/2.png,a,test", "img/../img/3.png,b,test"]
+    images = table(photos, "\n".join(lines))
+    assert len(images.train) == 4 and images.test is None
+    assert images.unused == [
+        "not used: 1 line about an image of an earlier line, such as img/0.png (line 6)",
+        "not used: 1 line about an image of an earlier line, with another class, such as img/1.png (line 7)",
+        "not used: 2 lines about images of earlier lines, with another split, such as img/2.png (line 8)",
+    ]
+
+
 def test_splits_of_the_table_are_used(photos):
     lines = "path,label,split\n" + "\n".join(
         f"img/{n}.png,{'cat' if n % 2 else 'dog'},{split}"
@@ -78,7 +113,7 @@ def test_lines_that_cannot_be_used_are_counted_by_kind(photos):
     for words in (
         "3 images of which each is not there, such as img/9.png (line 4)",
         "2 images without a label, such as img/2.png (line 6)",
-        "1 line about an image of an earlier line, such as img/0.png (line 9)",
+        "1 line about an image of an earlier line, with another class, such as img/0.png (line 9)",
         "1 image that is a FIFO",
         "1 image that is a folder",
         "1 .cr2 file",
@@ -100,6 +135,14 @@ def test_lines_that_cannot_be_used_are_counted_by_kind(photos):
         ("path,label\nimg/0.png,caf\xe9\n".encode("latin-1"), "not UTF-8"),
         ("path,label\n".encode("utf-16"), "not UTF-8"),
         ('path,label\n"' + "x" * 200_000 + '",cat\n', "field larger"),
+        ('path,label\nimg/0.png,"5 inch\nimg/1.png,cat\nimg/2.png,dog\n', "line 4: unexpected end of data .*quote"),
+        ('path,label\nimg/0.png,"cat\nimg/1.png,dog\nimg/2.png,"cat\n', "line 4: ',' expected"),
+        (
+            'path,label\nimg/0.png,"cat\nimg/1.png,dog"\nimg/2.png,cat\n',
+            "line 3: a line break .*never closed",
+        ),
+        ("path,label\nimg/0.png,cat\nimg/1.png,dog, wild\n", "line 3: 3 cells, and the header has 2; .*in quotes"),
+        ("path,label\nimg/0\0.png,cat\n", "line 2: .*zero byte"),
     ],
 )
 def test_impossible_tables_are_refused_by_name(text, words, photos):

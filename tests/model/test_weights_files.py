@@ -213,6 +213,23 @@ def test_quantized_tensors_are_refused(tmp_path, state, dtype):
     assert "quantized; export the float weights" in message and "blocks.0.mlp.fc1.weight" in message
 
 
+@pytest.mark.parametrize("make", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr, lambda t: t.to("meta")])
+def test_tensors_that_are_sparse_or_without_data_are_refused_by_name(tmp_path, state, make):
+    odd = {name: make(value) for name, value in state.items() if name.endswith("fc1.weight")}
+    torch.save(state | odd, tmp_path / "w.pth")
+    assert "dense" in (message := refusal(tmp_path / "w.pth")) and "blocks.0.mlp.fc1.weight" in message
+
+
+def test_files_of_nothing_are_called_that(tmp_path):
+    torch.save({}, tmp_path / "w.pth")
+    assert "nothing at all" in refusal(tmp_path / "w.pth")
+
+
+def test_an_average_of_torch_is_taken_without_its_counter(tmp_path, state):
+    torch.save({f"module.{name}": v for name, v in state.items()} | {"n_averaged": torch.tensor(5)}, tmp_path / "w.pth")
+    assert digest(loaded(tmp_path / "w.pth").state_dict()) == digest(state)
+
+
 # --- Google's .npz ---
 
 

@@ -78,7 +78,8 @@ def test_a_crash_costs_only_the_updates_since_the_checkpoint(config, whole, tmp_
 
 @pytest.mark.parametrize(
     "number, step",
-    [(signal.SIGTERM, 1), (signal.SIGINT, 5), (signal.SIGTERM, 8), (signal.SIGHUP, 4), (signal.SIGXCPU, 5)],
+    [(signal.SIGTERM, 1), (signal.SIGINT, 5), (signal.SIGTERM, 8), (signal.SIGHUP, 4), (signal.SIGXCPU, 5)]
+    + [(signal.SIGUSR1, 4), (signal.SIGUSR2, 5)],
 )
 def test_a_signal_saves_and_leaves(config, whole, tmp_path, monkeypatch, number, step):
     before = signal.getsignal(number)
@@ -104,6 +105,18 @@ def test_a_hangup_that_was_to_be_ignored_is(config, whole, tmp_path, monkeypatch
         assert train(config, tmp_path)["status"] == "finished"
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_that_the_program_around_handles_stays_its_own(config, tmp_path, monkeypatch, number):
+    """As under submitit, which asks Slurm to start the job again."""
+    seen = []
+    before = signal.signal(number, lambda *arguments: seen.append(number))
+    try:
+        act_at(monkeypatch, 3, send(number))
+        assert train(config, tmp_path)["status"] == "finished" and seen == [number]
+    finally:
+        signal.signal(number, before)
 
 
 def signal_at_evaluation(monkeypatch, number: int) -> None:

@@ -1,9 +1,12 @@
 """Images listed in a table: a CSV file with a line for each image."""
 
 import csv
+import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
@@ -48,7 +51,7 @@ class CsvTask(TaskSpec):
         if not table.is_file():
             raise FileNotFoundError(f"{table}: no such table; path names a CSV file")
         rows: dict[str, list[tuple[Path, str]]] = {split: [] for split in SPLIT_NAMES}
-        seen: set[Path] = set()
+        seen: dict[str, tuple[str, str]] = {}
         unused = Unused()
         for line, name, label, split_name in self._rows(table):
             where = f"{name or 'nothing'} (line {line})"
@@ -63,10 +66,13 @@ class CsvTask(TaskSpec):
                 unused.add(f"image that is {kind}", f"images of which each is {kind}", where)
             elif file.suffix and file.suffix.lower() not in EXTENSIONS:
                 count_no_image(str(file), unused)
-            elif file in seen:
-                unused.add("line about an image of an earlier line", "lines about images of earlier lines", where)
+            elif (earlier := seen.get(path := os.path.normpath(file))) is not None:
+                contrary = "" if earlier == (split, label) else ", with another "
+                contrary += contrary and ("split" if earlier[1] == label else "class")
+                one, many = "line about an image of an earlier line", "lines about images of earlier lines"
+                unused.add(one + contrary, many + contrary, where)
             else:
-                seen.add(file)
+                seen[path] = split, label
                 rows[split].append((file, label))
         names = sorted({label for _, label in rows["train"]})
         if not names:
@@ -96,9 +102,11 @@ class CsvTask(TaskSpec):
         """Line, path, label and split (None without such a column) of each image, without spaces around."""
         try:
             with table.open(encoding="utf-8-sig", newline="") as stream:
-                header = stream.readline()
-                delimiter = max(",;\t|", key=header.count)
-                columns = [column.strip() for column in next(csv.reader([header], delimiter=delimiter), [])]
+                header, above, delimiter = _header(stream)
+                columns = [
+                    column.strip()
+                    for column in next(csv.reader([header], delimiter=delimiter, skipinitialspace=True), [])
+                ]
                 image, label, split = (
                     _column(columns, given, usual, key, table)
                     for given, usual, key in (
@@ -108,15 +116,41 @@ class CsvTask(TaskSpec):
                     )
                 )
                 assert image is not None and label is not None
-                reader = csv.reader(stream, delimiter=delimiter)
-                for row in reader:
-                    if row:
+                # Strict: a quote that is never closed would swallow the lines that follow.
+                reader = csv.reader(stream, delimiter=delimiter, skipinitialspace=True, strict=True)
+                try:
+                    for row in reader:
                         cells = [cell.strip() for cell in row] + [""] * len(columns)
-                        given = None if split is None else cells[split]
-                        yield reader.line_num + 1, cells[image], composed(cells[label]), given
-        except (UnicodeDecodeError, csv.Error) as error:
-            what = "not UTF-8: save it as CSV UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
-            raise ValueError(f"{table}: {what}") from error
+                        read = [cells[image], composed(cells[label]), *([] if split is None else [cells[split]])]
+                        if any(cells[len(columns) :]):
+                            raise ValueError(
+                                f"{table}, line {reader.line_num + above}: {len(row)} cells, and the header has "
+                                f"{len(columns)}; what has a {delimiter!r} in it has to stand in quotes"
+                            )
+                        if any(letter in cell for cell in read for letter in "\0\n\r"):
+                            raise csv.Error("a line break or zero byte in a cell")
+                        if row:
+                            yield reader.line_num + above, read[0], read[1], None if split is None else read[2]
+                except csv.Error as error:
+                    line = reader.line_num + above
+                    quote = "a quote that is never closed, or not right beside a delimiter"
+                    raise ValueError(f"{table}, line {line}: {error} ({quote}?)") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{table}: not UTF-8: save it as CSV UTF-8") from error
+
+
+def _header(stream: TextIO) -> tuple[str, int, str]:
+    """The line of column names, how many lines there are down to it, and the delimiter.
+
+    Above it may be empty lines and Excel's `sep=;`.
+    """
+    number, delimiter = 0, ""
+    for number, line in enumerate(iter(stream.readline, ""), start=1):
+        if said := re.fullmatch(r'"?sep=(.)"?', line.rstrip("\r\n"), re.IGNORECASE):
+            delimiter = said[1]
+        elif line.strip():
+            return line, number, delimiter or max(",;\t|", key=line.count)
+    return "", number, ","
 
 
 def _column(columns: list[str], given: str | None, usual: Sequence[str], key: str, table: Path) -> int | None:

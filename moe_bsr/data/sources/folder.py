@@ -122,7 +122,12 @@ def _splits(folder: Path, unused: Unused) -> dict[str, Path]:
                 f"{folder}: no train folder with class folders in it; {EXPECTED.format(folder)} "
                 "(for images whose labels are in a table: source: csv)"
             )
-        if inner := [entry.name for entry in folders if os.path.isdir(os.path.join(entry.path, "train"))]:
+        inner = [entry.name for entry in folders if os.path.isdir(os.path.join(entry.path, "train"))]
+        if len(inner) == len(folders) > 1 and not any(
+            entries(os.path.join(folder, name, "train"), Unused())[1] for name in inner
+        ):
+            raise ValueError(f"{folder}: train folders lie within the classes; {EXPECTED.format(folder)}")
+        if inner:
             raise ValueError(f"{folder}: {inner[0]!r} in it has a train folder of its own: name that one in path")
         return {"train": folder}
     for entry in files:

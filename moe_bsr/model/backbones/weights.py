@@ -134,7 +134,7 @@ def _part(content: Any, path: str = "", depth: int = 3) -> tuple[dict[str, Tenso
         return state, []
     chosen = next((name for name in PARTS if name in inner), next(iter(inner)) if len(inner) == 1 else None)
     if chosen is None:
-        keys = ", ".join(str(key) for key in content)
+        keys = ", ".join(str(key) for key in content) or "nothing at all"
         raise NotWeights(f"no tensors by name, but {keys[:200]}; save the part that is the backbone on its own")
     state, notes = _part(inner[chosen], f"{path}{chosen}.", depth - 1)
     others = [name for name in inner if name != chosen]
@@ -167,11 +167,14 @@ def _without_prefix(state: dict[str, Tensor], notes: list[str]) -> tuple[dict[st
 
 
 def check_usable(state: dict[str, Tensor]) -> None:
-    """Refuse what cannot be a network's weights: rounded to integers, or not finite.
+    """Refuse what cannot be a network's weights: sparse, without data, rounded to integers, or not finite.
 
     Raises:
         NotWeights: names the first such tensors.
     """
+    hollow = [name for name, tensor in state.items() if tensor.is_meta or tensor.layout is not torch.strided]
+    if hollow:
+        raise NotWeights(f"sparse, or shapes without data: {_some(hollow)}; export dense weights")
     rounded = [f"{name} is {_dtype(t)}" for name, t in state.items() if not t.is_floating_point() or t.itemsize == 1]
     if rounded:
         raise NotWeights(f"{_some(rounded)}: quantized; export the float weights")
