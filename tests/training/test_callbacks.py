@@ -4,6 +4,7 @@ import errno
 import json
 import warnings
 import zlib
+
 import pytest
 import torch
 from tiny_runs import TASKS, make_config, make_trainer
