@@ -64,9 +64,7 @@ def setting_of(config: Config) -> DropSetting:
     return DropSetting(tuple(sorted(zip(plan.drop_blocks, rates, strict=True))), config.tokens)
 
 
-def features_of_settings(
-    model: MultitaskViT, images: Tensor, settings: list[DropSetting]
-) -> dict[DropSetting, Tensor]:
+def features_of_settings(model: MultitaskViT, images: Tensor, settings: list[DropSetting]) -> dict[DropSetting, Tensor]:
     """What the frozen backbone makes of (B, 3, S, S) normalized images under each setting: (B, D) float32.
 
     Args:

@@ -326,7 +326,9 @@ class Config:
             ("train.ema_decay", self.train.ema_decay, None),
             ("train.steps", self.train.steps, 1),
         ):
-            require(value == needed, key, value, f"{needed} with train.optimizer = lbfgs (moe-bsr probe sets all of it)")
+            require(
+                value == needed, key, value, f"{needed} with train.optimizer = lbfgs (moe-bsr probe sets all of it)"
+            )
 
     def task_names(self) -> list[str]:
         """Names of the tasks; a task given as a path to a YAML file is named by the file's stem."""

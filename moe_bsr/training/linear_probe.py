@@ -96,7 +96,9 @@ def standardization(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.where(scale > 1e-6 * (1 + mean.abs()), scale, torch.ones_like(scale))
 
 
-def objective(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, penalty: float, smoothing: float = 0.0) -> Tensor:
+def objective(
+    x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, penalty: float, smoothing: float = 0.0
+) -> Tensor:
     """What is minimized, a scalar."""
     loss = nn.functional.cross_entropy(nn.functional.linear(x, weight, bias), labels, label_smoothing=smoothing)
     return loss + penalty / 2 * weight.square().sum()
