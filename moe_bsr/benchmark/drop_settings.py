@@ -5,7 +5,7 @@ difference are computed for both at once.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -114,16 +114,45 @@ def _block_flops(model: MultitaskViT, setting: DropSetting) -> float:
     return total
 
 
-def equal_flops(model: MultitaskViT, target: float, settings_at, low: float = 0.02) -> DropSetting | None:
-    """The setting `settings_at(rate)` whose relative FLOPs are nearest below `target`; None where none is so cheap.
+def equal_flops(
+    model: MultitaskViT, target: float, at_rate: Callable[[float], DropSetting], low: float = 0.02
+) -> DropSetting | None:
+    """The dearest setting `at_rate(rate)` whose relative FLOPs are at most `target`; None where none is so cheap.
 
     Args:
-        settings_at: by a rate in (0, 1), ever dearer with it.
+        at_rate: by a rate in (0, 1), ever dearer with it. low: the least rate that makes sense.
     """
-    if relative_flops(model, settings_at(low)) > target:
+    if relative_flops(model, at_rate(low)) > target:
         return None
     high = 1.0
     for _ in range(20):
         middle = (low + high) / 2
-        low, high = (middle, high) if relative_flops(model, settings_at(middle)) <= target else (low, middle)
-    return settings_at(math.floor(1000 * low) / 1000)
+        low, high = (middle, high) if relative_flops(model, at_rate(middle)) <= target else (low, middle)
+    return at_rate(math.floor(1000 * low) / 1000)
+
+
+def candidates(model: MultitaskViT, own: DropSetting) -> list[DropSetting]:
+    """What to try beside a setting: nothing dropped, the setting itself and milder, its other ways to drop, and other
+    places at its FLOPs.
+    """
+    depth, blocks = len(model.plan), [at for at, _ in own.rates]
+    how, target = own.tokens, relative_flops(model, own)
+
+    def everywhere(places: Iterable[int], rate: float) -> DropSetting:
+        return DropSetting(tuple((place, rate) for place in places), how)
+
+    found = [DropSetting(), own]
+    if blocks:
+        found += [everywhere(blocks, (1 + own.rates[0][1]) / 2), DropSetting(own.rates[1:], how)]
+        ways = [{"fuse": fuse} for fuse in ("raw", "normalized", "none")]
+        ways.append({"fuse": "normalized", "protect_fused": True})
+        found += [DropSetting(own.rates, TokensConfig(rank_by=how.rank_by, **way)) for way in ways]
+        other = "logits" if how.rank_by == "probabilities" else "probabilities"
+        found.append(DropSetting(own.rates, replace(how, rank_by=other)))
+        places = [range(first, depth - 1, stride) for first in range(depth // 2) for stride in (1, 2, 3)]
+        places += [range(first, first + count) for first in range(2, depth // 2) for count in (1, 3, 4)]
+        equal = (
+            equal_flops(model, target, lambda rate, at=at: everywhere(at, rate)) for at in places if list(at) != blocks
+        )
+        found += [setting for setting in equal if setting is not None]
+    return list({str(setting): setting for setting in found}.values())

@@ -26,6 +26,7 @@ COMMANDS = {
     "views": "draw what a run does with experts and patches, and open TensorBoard on it",
     "compare": "set finished runs side by side",
     "cost": "memory and FLOPs of a configuration before anyone trains it",
+    "drops": "what dropping tokens costs in accuracy before training, and where to drop instead",
     "init": "look at image folders and write the task files and the configuration to train on them",
     "tasks": "list the tasks there are",
     "configs": "list the configurations that come with the package",
@@ -42,7 +43,7 @@ COMMANDS = {
 }
 
 # Those that train or evaluate in this process: they need the C library's allocator set up first.
-COMPUTING = {"train", "probe", "evaluate", "views", "pretrain", "sweep-storages"}
+COMPUTING = {"train", "probe", "drops", "evaluate", "views", "pretrain", "sweep-storages"}
 
 # Packages that only some commands need, and the extra that installs them.
 EXTRAS = {"matplotlib": "views", "scipy": "views", "onnx": "export", "onnxruntime": "export", "onnxscript": "export"}
