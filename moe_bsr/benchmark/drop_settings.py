@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_bsr.config import Config, TokensConfig
 from moe_bsr.model import block
@@ -100,18 +100,20 @@ def relative_flops(model: MultitaskViT, setting: DropSetting) -> float:
 
 
 def _block_flops(model: MultitaskViT, setting: DropSetting) -> float:
-    vit, width = model.vit, model.vit.embed_dim
+    vit, how = model.vit, setting.tokens
     plan = [replace(row, keep_rate=setting.at(index)) for index, row in enumerate(model.plan)]
     first = vit.patch_embed.num_patches + vit.num_prefix_tokens
-    how = setting.tokens
+    counts = token_counts(plan, first, vit.num_prefix_tokens, how.fuses, how.protect_fused)
     total = 0.0
-    for layer, (entering, leaving) in zip(
-        vit.blocks, token_counts(plan, first, vit.num_prefix_tokens, how.fuses, how.protect_fused), strict=True
-    ):
-        attention = entering * 4 * width * width + 2 * entering * entering * width
-        hidden = layer.mlp.fc1.out_features
-        total += 2 * (attention + leaving * 2 * width * hidden)
+    for layer, (entering, leaving) in zip(vit.blocks, counts, strict=True):
+        pairs = 2 * entering * entering * vit.embed_dim  # queries with keys, and weights with values
+        total += 2 * (entering * _matrices(layer.attn) + pairs + leaving * _matrices(layer.mlp))
     return total
+
+
+def _matrices(layer: nn.Module) -> int:
+    """Multiply-adds of its matrices for one token."""
+    return sum(parameter.numel() for parameter in layer.parameters() if parameter.ndim == 2)
 
 
 def equal_flops(
