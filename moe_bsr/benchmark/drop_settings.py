@@ -151,10 +151,9 @@ def candidates(model: MultitaskViT, own: DropSetting) -> list[DropSetting]:
         found += [DropSetting(own.rates, TokensConfig(rank_by=how.rank_by, **way)) for way in ways]
         other = "logits" if how.rank_by == "probabilities" else "probabilities"
         found.append(DropSetting(own.rates, replace(how, rank_by=other)))
-        places = [range(first, depth - 1, stride) for first in range(depth // 2) for stride in (1, 2, 3)]
-        places += [range(first, first + count) for first in range(2, depth // 2) for count in (1, 3, 4)]
-        equal = (
-            equal_flops(model, target, lambda rate, at=at: everywhere(at, rate)) for at in places if list(at) != blocks
-        )
+        strides = (1, 2, 3, 4, depth)  # the last: once
+        places = [range(first, depth - 1, stride) for first in range(depth // 3) for stride in strides]
+        places = [each for each in places if list(each) != blocks]
+        equal = (equal_flops(model, target, lambda rate, at=at: everywhere(at, rate)) for at in places)
         found += [setting for setting in equal if setting is not None]
     return list({str(setting): setting for setting in found}.values())
