@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from moe_bsr.config import Config
+from moe_bsr.config import Config, SamplerConfig
 from moe_bsr.data import TaskData
 from moe_bsr.data.loader import Batch
 from moe_bsr.evaluation.features import split_features
@@ -31,6 +31,7 @@ def probe_config(config: Config) -> Config:
         storage="exact",
         adapter=None,
         plan=replace(config.plan, train_blocks=[], moe_blocks=[]),
+        sampler=SamplerConfig(),
         data=replace(config.data, augment=False, crop_scale=None, hflip=None, feature_cache_mb=None),
         train=replace(
             config.train,

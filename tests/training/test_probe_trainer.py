@@ -1,6 +1,7 @@
 """A probe is a run like any other."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,12 +9,13 @@ import torch
 from tiny_runs import SIZES, Crash, act_at, crash, make_config, make_trainer
 
 import moe_bsr
-from moe_bsr.config import ConfigError, replace
+from moe_bsr.config import ConfigError, load, replace
 from moe_bsr.runs import checkpoint
 from moe_bsr.training import probe_trainer
 from moe_bsr.training.linear_probe import PENALTIES
 from moe_bsr.training.probe_trainer import ProbeTrainer, probe_config
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 
@@ -127,7 +129,12 @@ def test_what_a_probe_cannot_have_is_refused(config, key, value):
         replace(config, **{key: value})
 
 
-def test_any_configuration_becomes_a_probe(tmp_path):
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_configuration_here_becomes_a_probe(file):
+    assert probe_config(load(file)).train.optimizer == "lbfgs"
+
+
+def test_whatever_was_set_becomes_a_probe(tmp_path):
     config = make_config(
         tmp_path, adapter="lora", train__ema_decay=0.9, train__warmup_steps=5, data__hflip=True, mode="single_task"
     )
