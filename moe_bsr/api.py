@@ -34,6 +34,7 @@ from moe_bsr.training.callback import Callback
 from moe_bsr.training.doubts import doubts
 from moe_bsr.training.feature_cache import CachedInputs, FeatureCache
 from moe_bsr.training.inputs import Inputs
+from moe_bsr.training.probe_trainer import ProbeTrainer
 from moe_bsr.training.trainer import Trainer
 
 
@@ -141,7 +142,8 @@ def make_trainer(
         "predicted_peak_mb": predicted and predicted.peak / 2**20,
         "gflops_per_image": predicted and predicted.forward_flops / _micro_batch(config) / 1e9,
     }
-    return Trainer(config, model, inputs, runtime, run_dir, callbacks, about, costs)
+    trainer = ProbeTrainer if config.train.optimizer == "lbfgs" else Trainer
+    return trainer(config, model, inputs, runtime, run_dir, callbacks, about, costs)
 
 
 def _check_parameters(model: MultitaskViT, device: torch.device) -> None:
@@ -198,11 +200,16 @@ def _about(
         *summary.summary(model, config),
         f"train/val/test images: {sizes}",
         *(f"warning: {doubt}" for doubt in doubts(config, {name: len(data.train) for name, data in tasks.items()})),
-        f"{config.train.steps} updates of {config.train.batch_size} images ({config.sampler.kind}); "
-        f"{runtime.precision} ({runtime.precision_reason}), {runtime.threads} threads on {runtime.device}; "
-        f"run folder {run_dir}",
+        f"{_length(config)}; {runtime.precision} ({runtime.precision_reason}), {runtime.threads} threads on "
+        f"{runtime.device}; run folder {run_dir}",
         predicted.summary(_micro_batch(config)) if predicted else "no predicted cost for a part of this model",
     ]
+
+
+def _length(config: Config) -> str:
+    if config.train.optimizer == "lbfgs":
+        return f"the heads alone, by L-BFGS on features computed once ({config.train.penalty} penalty)"
+    return f"{config.train.steps} updates of {config.train.batch_size} images ({config.sampler.kind})"
 
 
 def evaluate(

@@ -20,11 +20,13 @@ from moe_bsr.runtime.names import printable
 
 COMMANDS = {
     "train": "train several tasks as a configuration says, and write a run folder",
+    "probe": "train the heads alone, to their optimum, in one pass over the images: the first thing to try",
     "evaluate": "accuracy of a run, task by task",
     "predict": "name what is on images, for all tasks of a run at once",
     "views": "draw what a run does with experts and patches, and open TensorBoard on it",
     "compare": "set finished runs side by side",
     "cost": "memory and FLOPs of a configuration before anyone trains it",
+    "drops": "what dropping tokens costs in accuracy before training, and where to drop instead",
     "init": "look at image folders and write the task files and the configuration to train on them",
     "tasks": "list the tasks there are",
     "configs": "list the configurations that come with the package",
@@ -41,7 +43,7 @@ COMMANDS = {
 }
 
 # Those that train or evaluate in this process: they need the C library's allocator set up first.
-COMPUTING = {"train", "evaluate", "views", "pretrain", "sweep-storages"}
+COMPUTING = {"train", "probe", "drops", "evaluate", "views", "pretrain", "sweep-storages"}
 
 # Packages that only some commands need, and the extra that installs them.
 EXTRAS = {"matplotlib": "views", "scipy": "views", "onnx": "export", "onnxruntime": "export", "onnxscript": "export"}
@@ -54,7 +56,7 @@ def start(command: str | None = None) -> NoReturn:
     """The whole life of a process: run what its arguments say, or that command with them, and exit."""
     arguments = sys.argv[1:] if command is None else [command, *sys.argv[1:]]
     name = arguments[0] if arguments else ""
-    streams.set_up(program(name).strip(), quiet_output=name == "train")
+    streams.set_up(program(name).strip(), quiet_output=name in ("train", "probe"))
     status = main(arguments, own_process=True)
     if (failed := streams.finish()) is not None:  # a reader that has seen enough (head) is no failure
         if failed:

@@ -40,14 +40,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from moe_bsr.config import load, packaged
+
+    return train(arguments, load(packaged.find_config(arguments.config), arguments.overrides))
+
+
+def train(arguments: argparse.Namespace, config: "Config", command: str = "train", ending: str = "") -> int:
+    """Train as a configuration says, and tell about it.
+
+    Args:
+        arguments: of `add_arguments`. command: as it is called.
+        ending: of the name of the run folder, where none was given.
+    """
     import moe_bsr
-    from moe_bsr.config import ConfigError, load, packaged
+    from moe_bsr.config import ConfigError
     from moe_bsr.data import UnreadableImage
     from moe_bsr.runs.report import markdown
     from moe_bsr.training.trainer import TrainingFailed
 
-    folder = arguments.run or Path("runs") / Path(arguments.config).stem
-    config = load(packaged.find_config(arguments.config), arguments.overrides)
+    folder = arguments.run or Path("runs") / f"{Path(arguments.config).stem}{ending}"
     if arguments.decode and not arguments.dry_run:
         raise ConfigError("--decode goes with --dry-run: it reads every image and trains nothing")
     if arguments.dry_run:
@@ -56,18 +67,18 @@ def run(arguments: argparse.Namespace) -> int:
         report = moe_bsr.train(config, folder, arguments.resume)
     except (TrainingFailed, FloatingPointError, UnreadableImage) as error:
         # A diverged model, a full disk, too little memory or a damaged image ends a training that had begun.
-        say(f"{program('train')}: {printable(in_flags(told(error)))}", error=True)
+        say(f"{program(command)}: {printable(in_flags(told(error)))}", error=True)
         return FAILED
     except KeyboardInterrupt:
         print(
-            f"{program('train')}: interrupted outside of training; a run that had begun goes on with --resume",
+            f"{program(command)}: interrupted outside of training; a run that had begun goes on with --resume",
             file=sys.stderr,
         )
         return INTERRUPTED
     say(markdown(report))
     if report["status"] == "interrupted":
         again = shlex.join([arguments.config, *arguments.overrides, "--run", str(folder), "--resume"])
-        say(f"interrupted; saved in {folder}. Go on with: {program('train')} {again}")
+        say(f"interrupted; saved in {folder}. Go on with: {program(command)} {again}")
         return 128 + report["signal"]
     return 0
 

@@ -191,7 +191,8 @@ class TrainConfig:
     steps: int = 1000
     batch_size: int = 32
     grad_accumulation_steps: int = 1
-    optimizer: Literal["sgd", "adamw"] = "adamw"
+    optimizer: Literal["sgd", "adamw", "lbfgs"] = "adamw"
+    penalty: Literal["best", "mild"] | float = "best"
     lr: float = 1e-3
     min_lr: float = 0.0
     momentum: float = 0.9
@@ -222,6 +223,12 @@ class TrainConfig:
         )
         require(self.lr > 0, "train.lr", self.lr, "above 0")
         require(0 <= self.min_lr <= self.lr, "train.min_lr", self.min_lr, f"0 to train.lr = {self.lr}")
+        require(
+            isinstance(self.penalty, str) or 1e-8 <= self.penalty <= 1e4,
+            "train.penalty",
+            self.penalty,
+            "best, mild, or a number from 1e-8 to 1e4",
+        )
         require(0 <= self.momentum < 1, "train.momentum", self.momentum, "[0, 1)")
         require(0 < self.layer_decay <= 1, "train.layer_decay", self.layer_decay, "in (0, 1]")
         require(self.head_lr_scale > 0, "train.head_lr_scale", self.head_lr_scale, "above 0; relative to train.lr")
@@ -305,8 +312,23 @@ class Config:
                 "several tasks are written [a, b]",
             )
         require(len(set(names)) == len(names), "tasks", self.tasks, "each task once")
+        if self.train.optimizer == "lbfgs":
+            self._require_probe()
         unknown = sorted(set(self.train.task_weights) - set(names))
         require(not unknown, "train.task_weights", self.train.task_weights, f"{unknown} not among the tasks {names}")
+
+    def _require_probe(self) -> None:
+        """Refuse what has no place in a run that solves the heads at once, on features computed once."""
+        for key, value, needed in (
+            ("plan.train_blocks", self.plan.train_blocks, []),
+            ("adapter", self.adapter, None),
+            ("data.augment", self.data.augment, False),
+            ("train.ema_decay", self.train.ema_decay, None),
+            ("train.steps", self.train.steps, 1),
+        ):
+            require(
+                value == needed, key, value, f"{needed} with train.optimizer = lbfgs (moe-bsr probe sets all of it)"
+            )
 
     def task_names(self) -> list[str]:
         """Names of the tasks; a task given as a path to a YAML file is named by the file's stem."""

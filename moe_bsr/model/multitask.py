@@ -108,10 +108,15 @@ class MultitaskViT(nn.Module):
         """
         return self._forward_path([self.forward_features(images, task)], task, noise_key)
 
-    def forward_features(self, images: Tensor, task: str = "") -> tuple[Tokens, dict[int, Record]]:
+    def forward_features(
+        self, images: Tensor, task: str = "", upto: int | None = None
+    ) -> tuple[Tokens, dict[int, Record]]:
         """Everything before the gradient path, without a graph: the same for every task.
 
         One call serves all tasks: `for task in tasks: model.forward_from(tokens, task)`.
+
+        Args:
+            upto: only the blocks before this one, in place of those before the gradient path.
         """
         if not images.is_floating_point():
             raise TypeError(f"images are {images.dtype}: normalize them first, as a run's transforms.normalize does")
@@ -121,7 +126,7 @@ class MultitaskViT(nn.Module):
             tokens = Tokens(x.to(compute_dtype(x)), origin.expand(x.shape[0], -1))
             del x
             records: dict[int, Record] = {}
-            for index in range(self.path_start):
+            for index in range(self.path_start if upto is None else upto):
                 tokens = self.run_block(index, tokens, task, None, records)
         return tokens, records
 
@@ -178,10 +183,14 @@ class MultitaskViT(nn.Module):
 
     def logits(self, tokens: Tokens, task: str) -> Tensor:
         """The head of `task` on the last block's tokens: (B, classes) float32."""
-        features = self.family.pool(self.vit, tokens.x)
+        features = self.features(tokens)
         # In float32: bf16 logits of a hundred classes tie, and ties decide about accuracy.
         with torch.autocast(features.device.type, enabled=False):
-            return self.heads[task](features.float())
+            return self.heads[task](features)
+
+    def features(self, tokens: Tokens) -> Tensor:
+        """What the heads read, from the last block's tokens: (B, D) float32."""
+        return self.family.pool(self.vit, tokens.x).float()
 
     def features_key(self) -> tuple:
         """Models with equal keys have the same frozen blocks: the features of one serve the others."""

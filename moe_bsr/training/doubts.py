@@ -20,6 +20,8 @@ def doubts(config: Config, sizes: dict[str, int]) -> list[str]:
     Args:
         sizes: number of training images by task.
     """
+    if config.train.optimizer == "lbfgs":
+        return list(_learning_signal(config))
     return [*_optimization(config), *_learning_signal(config), *_data(config, sizes)]
 
 

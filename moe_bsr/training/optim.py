@@ -47,7 +47,10 @@ def _undecayed(model: MultitaskViT) -> set[int]:
 
 
 def make_optimizer(model: MultitaskViT, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer of a run; for "lbfgs" one without state, for that run's only update is the solver's."""
     groups = parameter_groups(model, config)
+    if config.optimizer == "lbfgs":
+        return torch.optim.SGD(groups, lr=config.lr)
     if config.optimizer == "sgd":
         # Not fused: that one fails where some parameters have momentum and others are new (another task).
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)

@@ -221,7 +221,7 @@ class Trainer:
             self._refuse(str(error), ", ".join(tasks))
         self.update.clear()
         state.step += 1
-        progress = self.sampler.progress(state.step)
+        progress = self._progress()
         speed = len(tasks) * settings.batch_size / (time.monotonic() - began)
         for task, result in zip(tasks, results, strict=True):
             metrics = {
@@ -233,6 +233,10 @@ class Trainer:
             }
             event = StepEvent(state.step, task, metrics, progress, result.outputs, speed)
             self.callbacks.tell("on_step", event)
+
+    def _progress(self) -> dict[str, dict[str, float]]:
+        """Updates, images and epochs of each task so far."""
+        return self.sampler.progress(self.state.step)
 
     def _backward(self, batch: Batch, place: int, tasks: int) -> BatchResult:
         """The gradient of the batch that is number `place` of so many tasks' in this update."""
@@ -311,7 +315,7 @@ class Trainer:
             signal=self.stop.number,
             scores=scores,
             split=split,
-            progress=self.sampler.progress(state.step),
+            progress=self._progress(),
             best=state.best and (state.best.mean_top1, state.best.step),
             lost=state.lost and {**dataclasses.asdict(state.lost.best), "reason": state.lost.reason},
             step=state.step,

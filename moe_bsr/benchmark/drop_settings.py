@@ -1,0 +1,159 @@
+"""Settings of token dropping, and the features that each makes of the same images: shared blocks run once.
+
+Two settings that have done the same up to some block hold the same tokens there, so the blocks before their first
+difference are computed for both at once.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor, nn
+
+from moe_bsr.config import Config, TokensConfig
+from moe_bsr.model import block
+from moe_bsr.model.multitask import MultitaskViT
+from moe_bsr.model.plan import token_counts
+from moe_bsr.model.replay import Replay
+from moe_bsr.model.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class DropSetting:
+    """Where, how much and how tokens are dropped.
+
+    Attributes:
+        rates: keep rate by block, ascending; () drops nothing.
+    """
+
+    rates: tuple[tuple[int, float], ...] = ()
+    tokens: TokensConfig = field(default_factory=TokensConfig, hash=False)
+
+    def __str__(self) -> str:
+        if not self.rates:
+            return "none"
+        shares = list(dict.fromkeys(f"{rate:g}" for _, rate in self.rates))
+        if len(shares) > 1:
+            shares = [f"{rate:g}" for _, rate in self.rates]
+        usual, changed = TokensConfig(), []
+        for key in ("fuse", "protect_fused", "rank_by"):
+            if (value := getattr(self.tokens, key)) != getattr(usual, key):
+                changed.append(f"{key}={value}".replace("=True", "=true"))
+        return " ".join([f"keep {','.join(shares)} at {','.join(str(at) for at, _ in self.rates)}", *changed])
+
+    def at(self, index: int) -> float:
+        """The keep rate at a block."""
+        return dict(self.rates).get(index, 1.0)
+
+    def overrides(self) -> list[str]:
+        """As key=value of a configuration."""
+        blocks, rates = [at for at, _ in self.rates], [rate for _, rate in self.rates]
+        keep = rates if len(set(rates)) > 1 else rates[0] if rates else 0.5
+        found = [f"plan.drop_blocks={blocks}", f"plan.keep_rate={keep}"]
+        usual = TokensConfig()
+        for key in ("fuse", "protect_fused", "rank_by"):
+            if (value := getattr(self.tokens, key)) != getattr(usual, key):
+                found.append(f"tokens.{key}={str(value).lower()}")
+        return [each.replace(" ", "") for each in found]
+
+
+def setting_of(config: Config) -> DropSetting:
+    """The dropping of a configuration."""
+    plan = config.plan
+    rates = plan.keep_rate if isinstance(plan.keep_rate, list) else [plan.keep_rate] * len(plan.drop_blocks)
+    return DropSetting(tuple(sorted(zip(plan.drop_blocks, rates, strict=True))), config.tokens)
+
+
+def features_of_settings(model: MultitaskViT, images: Tensor, settings: list[DropSetting]) -> dict[DropSetting, Tensor]:
+    """What the frozen backbone makes of (B, 3, S, S) normalized images under each setting: (B, D) float32.
+
+    Args:
+        model: dense, with every block frozen and nothing dropped; in evaluation mode.
+    """
+    tokens, _ = model.forward_features(images, upto=0)
+    return dict(_walk(model, tokens, 0, settings))
+
+
+def _walk(
+    model: MultitaskViT, tokens: Tokens, index: int, settings: list[DropSetting]
+) -> Iterator[tuple[DropSetting, Tensor]]:
+    """From the tokens that enter block `index`, which all these settings share."""
+    if index == len(model.plan):
+        features = model.features(tokens)
+        yield from ((setting, features) for setting in settings)
+        return
+    groups: dict[tuple, list[DropSetting]] = {}
+    for setting in settings:
+        begun = any(at <= index for at, _ in setting.rates)  # before that it is of no matter how it drops
+        groups.setdefault((setting.at(index), repr(setting.tokens) if begun else ""), []).append(setting)
+    for members in groups.values():
+        rate, how = members[0].at(index), members[0].tokens
+        context = model.contexts[index]
+        context = replace(context, plan=replace(context.plan, keep_rate=rate), tokens=how)
+        after, _ = block.forward(model.vit.blocks[index], tokens, context, "", Replay())
+        yield from _walk(model, after, index + 1, members)
+
+
+def relative_flops(model: MultitaskViT, setting: DropSetting) -> float:
+    """FLOPs of the blocks under this setting over those with all tokens; norms and softmax are left out."""
+    return _block_flops(model, setting) / _block_flops(model, DropSetting())
+
+
+def _block_flops(model: MultitaskViT, setting: DropSetting) -> float:
+    vit, how = model.vit, setting.tokens
+    plan = [replace(row, keep_rate=setting.at(index)) for index, row in enumerate(model.plan)]
+    first = vit.patch_embed.num_patches + vit.num_prefix_tokens
+    counts = token_counts(plan, first, vit.num_prefix_tokens, how.fuses, how.protect_fused)
+    total = 0.0
+    for layer, (entering, leaving) in zip(vit.blocks, counts, strict=True):
+        pairs = 2 * entering * entering * vit.embed_dim  # queries with keys, and weights with values
+        total += 2 * (entering * _matrices(layer.attn) + pairs + leaving * _matrices(layer.mlp))
+    return total
+
+
+def _matrices(layer: nn.Module) -> int:
+    """Multiply-adds of its matrices for one token."""
+    return sum(parameter.numel() for parameter in layer.parameters() if parameter.ndim == 2)
+
+
+def equal_flops(
+    model: MultitaskViT, target: float, at_rate: Callable[[float], DropSetting], low: float = 0.02
+) -> DropSetting | None:
+    """The dearest setting `at_rate(rate)` whose relative FLOPs are at most `target`; None where none is so cheap.
+
+    Args:
+        at_rate: by a rate in (0, 1), ever dearer with it. low: the least rate that makes sense.
+    """
+    if relative_flops(model, at_rate(low)) > target:
+        return None
+    high = 1.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if relative_flops(model, at_rate(middle)) <= target else (low, middle)
+    return at_rate(math.floor(1000 * low) / 1000)
+
+
+def candidates(model: MultitaskViT, own: DropSetting) -> list[DropSetting]:
+    """What to try beside a setting: nothing dropped, the setting itself and milder, its other ways to drop, and other
+    places at its FLOPs.
+    """
+    depth, blocks = len(model.plan), [at for at, _ in own.rates]
+    how, target = own.tokens, relative_flops(model, own)
+
+    def everywhere(places: Iterable[int], rate: float) -> DropSetting:
+        return DropSetting(tuple((place, rate) for place in places), how)
+
+    found = [DropSetting(), own]
+    if blocks:
+        found += [everywhere(blocks, (1 + own.rates[0][1]) / 2), DropSetting(own.rates[1:], how)]
+        ways = [{"fuse": fuse} for fuse in ("raw", "normalized", "none")]
+        ways.append({"fuse": "normalized", "protect_fused": True})
+        found += [DropSetting(own.rates, TokensConfig(rank_by=how.rank_by, **way)) for way in ways]
+        other = "logits" if how.rank_by == "probabilities" else "probabilities"
+        found.append(DropSetting(own.rates, replace(how, rank_by=other)))
+        strides = (1, 2, 3, 4, depth)  # the last: once
+        places = [range(first, depth - 1, stride) for first in range(depth // 3) for stride in strides]
+        places = [each for each in places if list(each) != blocks]
+        equal = (equal_flops(model, target, lambda rate, at=at: everywhere(at, rate)) for at in places)
+        found += [setting for setting in equal if setting is not None]
+    return list({str(setting): setting for setting in found}.values())

@@ -1,0 +1,103 @@
+"""What dropping tokens costs before training: the accuracy of a linear probe against FLOPs, setting by setting.
+
+    moe-bsr drops configs/deit_tiny_moe_bsr.yaml tasks=[cifar100] data.root=data
+    moe-bsr drops configs/deit_tiny_moe_bsr.yaml --images 4000 --at 6,9:0.5 4,6,8:0.7,0.5,0.5 --json > drops.json
+
+CONFIG's own dropping is compared with none, with milder ones, with the other ways to rank and fuse, and with other
+places at the same FLOPs. --at tries these BLOCKS:KEEP_RATES alone, beside none and CONFIG's own. Scores are on
+validation images, the same for all settings; no test image is opened. Blocks that settings share run once.
+"""
+
+import argparse
+import json
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from moe_bsr.cli import run_arguments
+from moe_bsr.cli.terminal import say
+
+if TYPE_CHECKING:
+    from moe_bsr.benchmark.drop_settings import DropSetting
+    from moe_bsr.benchmark.drops import Row
+
+Places = tuple[tuple[int, float], ...]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    run_arguments.add_overrides(parser)
+    help = "training images of each task, and half as many for validation, at most (2000)"
+    parser.add_argument("--images", type=run_arguments.at_least(2), default=2000, metavar="N", help=help)
+    help = "only these, such as 6,9:0.5 or 3,6:0.7,0.5"
+    parser.add_argument("--at", type=places, nargs="+", action="extend", metavar="BLOCKS:RATES", help=help)
+    parser.add_argument("--json", action="store_true", help="JSON instead of the table")
+
+
+def places(text: str) -> Places:
+    """An argument type: blocks and their keep rates."""
+    try:
+        blocks, rates = ([*part.split(",")] for part in text.split(":"))
+        rates = rates * len(blocks) if len(rates) == 1 else rates
+        found = tuple(sorted(zip(map(int, blocks), map(float, rates), strict=True)))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: blocks and keep rates, such as 3,6:0.7,0.5") from None
+    if len({at for at, _ in found}) < len(found) or not all(0 < rate <= 1 for _, rate in found):
+        raise argparse.ArgumentTypeError(f"{text!r}: each block once, rates above 0 and at most 1")
+    return found
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from moe_bsr.benchmark import drops
+    from moe_bsr.benchmark.drop_settings import DropSetting, candidates, setting_of
+    from moe_bsr.config import load, packaged, require
+    from moe_bsr.model.multitask import build_on_meta
+    from moe_bsr.runtime.device import prepare
+    from moe_bsr.runtime.provenance import command, commit, environment
+
+    config = load(packaged.find_config(arguments.config), arguments.overrides)
+    own, config = setting_of(config), drops.frozen(config)
+    model = build_on_meta(config, dict.fromkeys(config.task_names(), 2))
+    asked = [DropSetting(each, own.tokens) for each in arguments.at or []]
+    for setting in (own, *asked):
+        outside = [at for at, _ in setting.rates if not 0 <= at < len(model.plan) - 1]
+        require(not outside, "blocks", outside, f"0 to {len(model.plan) - 2}: nothing follows a drop at the last block")
+    settings = list(dict.fromkeys([DropSetting(), own, *asked])) if asked else candidates(model, own)
+    runtime = prepare(config.runtime)
+    with runtime.in_effect():
+        rows = drops.study(config, runtime, settings, arguments.images, announce)
+    best, front = drops.cheapest_loss(rows, own), drops.on_the_front(rows)
+    if arguments.json:
+        told = {"command": command(), "commit": commit(), "environment": environment(runtime)}
+        told |= {"images": arguments.images, "own": str(own), "best": str(best.setting)}
+        print(json.dumps(told | {"settings": [row.as_dict() for row in rows]}, indent=1))
+        return 0
+    say(table(rows, front))
+    say(conclusion(rows, best, own))
+    return 0
+
+
+def announce(task: str, train: int, val: int) -> None:
+    say(f"{task}: {train} training and {val} validation images", error=True)
+
+
+def table(rows: "list[Row]", front: "list[Row]") -> str:
+    """The settings, the most accurate first; a star for those that none beats in accuracy and FLOPs."""
+    from moe_bsr.runtime.text_tables import as_text
+
+    tasks = list(rows[0].top1)
+    cells = [["top-1 % of a probe on validation", "FLOPs", *tasks, "mean", "lost", "+-", ""]]
+    for row in sorted(rows, key=lambda row: row.lost):
+        scores = [f"{row.top1[task]:.1f}" for task in tasks]
+        numbers = [f"{fmean(row.top1.values()):.2f}", f"{row.lost:.1f}", f"{row.error:.1f}"]
+        cells.append([str(row.setting), f"{row.flops:.1%}", *scores, *numbers, "*" if row in front else ""])
+    return as_text(cells)
+
+
+def conclusion(rows: "list[Row]", best: "Row", own: "DropSetting") -> str:
+    """Which setting loses least at the FLOPs of the configuration's own, and how to set it."""
+    mine = next(row for row in rows if row.setting == own)
+    if best.setting == own:
+        return f"At {mine.flops:.1%} of the FLOPs nothing tried loses less than the configuration's {own}."
+    return (
+        f"At the FLOPs of {own} ({mine.flops:.1%}; it loses {mine.lost:.1f} points) the least is lost by "
+        f"{best.setting}: {best.lost:.1f}. {' '.join(best.setting.overrides())}"
+    )

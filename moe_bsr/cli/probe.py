@@ -1,0 +1,27 @@
+"""The linear probe of a configuration: the heads alone, to their optimum, in one pass over the images.
+
+    moe-bsr probe configs/deit_tiny_moe_bsr.yaml plan.drop_blocks=[] data.root=data
+    moe-bsr probe configs/deit_tiny_moe_bsr.yaml train.penalty=mild --run runs/start
+
+It takes CONFIG's backbone, tasks and token dropping (plan.drop_blocks=[] keeps all tokens, which is more accurate and
+slower). No block trains, none has experts, no image is augmented. The penalty on the weights is chosen on validation.
+The run folder is one like any other: for evaluate, predict, compare and views.
+
+Exit status: as of moe-bsr train. A probe that was killed before it was saved begins again with --resume.
+"""
+
+import argparse
+
+from moe_bsr.cli import train
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    train.add_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from moe_bsr.config import load, packaged
+    from moe_bsr.training.probe_trainer import probe_config
+
+    config = probe_config(load(packaged.find_config(arguments.config), arguments.overrides))
+    return train.train(arguments, config, "probe", ending="_probe")

@@ -1,0 +1,116 @@
+"""The study of dropping: each setting's features and FLOPs are those of the model that is configured so."""
+
+import pytest
+import torch
+import yaml
+from tiny_runs import make_config
+
+from moe_bsr import config as configuration
+from moe_bsr.benchmark import drops
+from moe_bsr.benchmark.drop_settings import (
+    DropSetting,
+    candidates,
+    equal_flops,
+    features_of_settings,
+    relative_flops,
+    setting_of,
+)
+from moe_bsr.config import TokensConfig
+from moe_bsr.cost.predict import predict
+from moe_bsr.model import block
+from moe_bsr.model.multitask import build, build_on_meta
+from moe_bsr.runtime.device import prepare
+from moe_bsr.training.probe_trainer import probe_config
+
+SETTINGS = [
+    DropSetting(),
+    DropSetting(((1, 0.5), (3, 0.5))),
+    DropSetting(((1, 0.5), (3, 0.25))),
+    DropSetting(((3, 0.5),)),
+    DropSetting(((1, 0.5), (3, 0.5)), TokensConfig(fuse="normalized")),
+    DropSetting(((1, 0.5), (3, 0.5)), TokensConfig(fuse="normalized", protect_fused=True)),
+    DropSetting(((1, 0.5), (3, 0.5)), TokensConfig(fuse="none")),
+    DropSetting(((1, 0.5), (3, 0.5)), TokensConfig(rank_by="logits")),
+]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return make_config(tmp_path_factory.mktemp("tasks"))
+
+
+def configured(config, setting):
+    """The configuration that sets a setting's own overrides."""
+    text = dict(each.split("=", 1) for each in setting.overrides())
+    values = {key.replace(".", "__"): yaml.safe_load(value) for key, value in text.items()}
+    return configuration.replace(probe_config(config), **values)
+
+
+def test_the_features_are_those_of_a_model_configured_so(config):
+    images = torch.randn(3, 3, 32, 32)
+    model = build(drops.frozen(config), {"shapes": 10}).eval()
+    with torch.inference_mode():
+        found = features_of_settings(model, images, SETTINGS)
+        for setting in SETTINGS:
+            alone = build(configured(config, setting), {"shapes": 10}).eval()
+            assert torch.equal(found[setting], alone.features(alone.forward_features(images)[0])), str(setting)
+    assert not torch.equal(found[SETTINGS[1]], found[SETTINGS[4]])  # or the ways to drop would be told apart by nothing
+
+
+def test_shared_blocks_run_once(config, monkeypatch):
+    model, forward, ran = build(drops.frozen(config), {"shapes": 10}).eval(), block.forward, []
+    index = {id(layer): place for place, layer in enumerate(model.vit.blocks)}
+    monkeypatch.setattr(block, "forward", lambda layer, *rest: ran.append(index[id(layer)]) or forward(layer, *rest))
+    with torch.inference_mode():
+        features_of_settings(model, torch.randn(1, 3, 32, 32), SETTINGS[:4])
+    assert [ran.count(place) for place in range(6)] == [1, 2, 2, 4, 4, 4]
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_the_flops_are_those_that_are_traced(config, setting):
+    def traced(each):
+        model = build_on_meta(configured(config, each), {"shapes": 10})
+        return predict(model, configured(config, each), batch=1, precision="fp32").forward_flops
+
+    model = build_on_meta(drops.frozen(config), {"shapes": 10})
+    edges = 2 * (
+        16 * 3 * 64 * model.vit.embed_dim + 10 * model.vit.embed_dim
+    )  # patches and head, which no drop changes
+    whole = traced(DropSetting()) - edges
+    assert relative_flops(model, setting) == pytest.approx((traced(setting) - edges) / whole, rel=0.01)
+
+
+def test_the_rate_found_has_the_flops_asked_for(config):
+    model = build_on_meta(drops.frozen(config), {"shapes": 10})
+    found = equal_flops(model, 0.8, lambda rate: DropSetting(((2, rate),)))
+    assert 0.8 - 0.05 < relative_flops(model, found) <= 0.8  # a token of sixteen is a step of 0.03
+    assert equal_flops(model, 0.3, lambda rate: DropSetting(((4, rate),))) is None
+
+
+def test_candidates_cost_what_the_setting_itself_does_or_are_named_milder(config):
+    model, own = build_on_meta(drops.frozen(config), {"shapes": 10}), setting_of(config)
+    found = candidates(model, own)
+    assert found[:2] == [DropSetting(), own] and len(set(map(str, found))) == len(found)
+    dearer = [each for each in found if relative_flops(model, each) > relative_flops(model, own) + 1e-9]
+    assert len(dearer) <= 4
+    for each in found:  # each can be configured as its overrides say
+        assert setting_of(configured(config, each)) == each
+
+
+def test_the_study_finds_what_a_probe_of_each_finds(config, monkeypatch):
+    frozen, settings = drops.frozen(config), SETTINGS[:2]
+    told = []
+    rows = drops.study(frozen, prepare(frozen.runtime), settings, 40, lambda *given: told.append(given))
+    assert told == [("shapes", 23, 7), ("fractals", 40, 9)]
+    assert [row.setting for row in rows] == settings and rows[0].flops == 1 and rows[0].lost == rows[0].error == 0
+    assert rows[1].lost == pytest.approx(sum(rows[0].top1[t] - rows[1].top1[t] for t in rows[0].top1) / 2)
+
+
+def row(name, flops, lost):
+    return drops.Row(DropSetting(((name, 0.5),)), flops, {"a": 50 - lost}, lost, 1.0)
+
+
+def test_the_best_is_the_one_that_loses_least_at_no_more_flops():
+    rows = [row(0, 1.0, 0.0), row(1, 0.5, 9.0), row(2, 0.503, 4.0), row(3, 0.6, 2.0), row(4, 0.4, 5.0)]
+    assert drops.cheapest_loss(rows, rows[1].setting) == rows[2]
+    assert drops.on_the_front(rows) == [rows[0], rows[2], rows[3], rows[4]]

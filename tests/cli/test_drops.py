@@ -1,0 +1,40 @@
+"""moe-bsr drops: the table, the JSON and what is refused."""
+
+import json
+
+import pytest
+from tiny_runs import make_config
+
+from moe_bsr import config as configuration
+from moe_bsr.cli.main import main
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(configuration.dump(make_config(tmp_path)))
+    return str(path)
+
+
+def test_the_table_and_the_json_tell_the_same(file, capsys):
+    command = ["drops", file, "--images", "30", "--at", "1,3:0.75", "2:0.5"]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert main([*command, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    names = ["none", "keep 0.5 at 1,3", "keep 0.75 at 1,3", "keep 0.5 at 2"]
+    assert [each["setting"] for each in told["settings"]] == names and told["own"] == names[1]
+    for each in told["settings"]:
+        assert f"{each['relative_flops']:.1%}" in text and each["setting"] in text
+        assert each["val_top1"].keys() == {"shapes", "fractals"}
+    assert told["best"] in text.splitlines()[-1]
+
+
+@pytest.mark.parametrize("at", ["5:0.5", "1:2", "1,1:0.5", "1,2:0.5,0.5,0.5", "x", "1:0"])
+def test_places_that_cannot_be_are_refused(file, at, capsys):
+    try:
+        status = main(["drops", file, "--at", at])
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 2
+    assert len(capsys.readouterr().err.strip().splitlines()[-1]) < 300

@@ -1,0 +1,143 @@
+"""A probe is a run like any other."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_runs import SIZES, Crash, act_at, crash, make_config, make_trainer
+
+import moe_bsr
+from moe_bsr.config import ConfigError, load, replace
+from moe_bsr.runs import checkpoint
+from moe_bsr.training import probe_trainer
+from moe_bsr.training.linear_probe import PENALTIES
+from moe_bsr.training.probe_trainer import ProbeTrainer, probe_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return probe_config(make_config(tmp_path_factory.mktemp("tasks")))
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory, undrawn):
+    """The folder of a probe, and its report."""
+    folder = tmp_path_factory.mktemp("run") / "probe"
+    return folder, train(config, folder)
+
+
+def train(config, folder, resume=False):
+    return moe_bsr.train(config, folder, resume, callbacks=[])
+
+
+def test_the_report_has_what_every_report_has(finished, tmp_path):
+    probe = finished[1]
+    usual = train(make_config(tmp_path, train__steps=1), tmp_path / "usual")
+    assert probe.keys() - {"penalties"} == usual.keys()
+    assert probe["tasks"]["shapes"].keys() == usual["tasks"]["shapes"].keys()
+    assert {task: about["images"] for task, about in probe["tasks"].items()} == SIZES
+    assert (probe["status"], probe["split"], probe["test_evaluations"]) == ("finished", "test", 1)
+    for told in probe["penalties"].values():
+        assert told["chosen"] in PENALTIES and told["path"][0]["penalty"] == max(PENALTIES)
+    chosen = [next(p for p in t["path"] if p["penalty"] == t["chosen"]) for t in probe["penalties"].values()]
+    assert sum(point["val_top1"] for point in chosen) / 2 == pytest.approx(probe["selected_mean_val_top1"])
+
+
+def test_the_run_is_evaluated_and_predicts_as_any_other(finished, tmp_path):
+    folder, report = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)  # an evaluation of the test split is counted in it
+    assert moe_bsr.evaluate(copy, "test")["mean_top1"] == pytest.approx(report["mean_top1"])
+    found = moe_bsr.load(copy).predict(np.zeros((40, 40, 3), np.uint8))
+    assert set(found["images"][0]["tasks"]) == set(SIZES)
+
+
+def test_the_heads_alone_are_saved(finished):
+    saved = checkpoint.read(finished[0] / "checkpoint" / "1")[0]["weights"]
+    heads = {f"heads.{task}.{part}" for task in SIZES for part in ("weight", "bias")}
+    assert {name for name in saved if name.startswith(("heads.", "vit."))} == heads
+
+
+def test_the_heads_are_those_of_the_features_with_the_plans_dropping(config, tmp_path):
+    dropped, whole = (
+        make_trainer(config, tmp_path / "a"),
+        make_trainer(replace(config, plan__drop_blocks=[]), tmp_path / "b"),
+    )
+    assert isinstance(dropped, ProbeTrainer) and dropped.model.path_start == 6
+    one, other = (each._solve(each.tasks["shapes"]) for each in (dropped, whole))
+    assert not torch.equal(one.weight, other.weight)
+
+
+def test_killed_before_it_was_saved_it_begins_again_and_ends_alike(config, finished, tmp_path, monkeypatch):
+    folder, whole = finished
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe_trainer, "fit", lambda *given: crash())
+        with pytest.raises(Crash):
+            train(config, tmp_path / "run")
+    assert checkpoint.steps(tmp_path / "run") == []
+    with monkeypatch.context() as patch:  # and after it was solved, before the evaluation
+        act_at(patch, 1, crash)
+        with pytest.raises(Crash):
+            train(config, tmp_path / "run", resume=True)
+    again = train(config, tmp_path / "run", resume=True)
+    assert again["tasks"]["shapes"]["top1"] == whole["tasks"]["shapes"]["top1"]
+    assert again["penalties"] == whole["penalties"]
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
+
+
+def test_resumed_after_the_solution_it_is_not_solved_again(config, tmp_path, monkeypatch):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moe_bsr.training.trainer.evaluate", lambda *given: crash())
+        with pytest.raises(Crash):
+            train(config, tmp_path / "run")
+    monkeypatch.setattr(probe_trainer, "fit", lambda *given: crash())
+    report = train(config, tmp_path / "run", resume=True)
+    assert report["status"] == "finished" and report["penalties"].keys() == SIZES.keys()
+
+
+def test_one_model_per_task_is_the_same_probe(config, finished, tmp_path):
+    together = finished[1]
+    each = train(replace(config, mode="single_task"), tmp_path / "each")
+    for task in SIZES:
+        assert each["tasks"][task]["top1"] == together["tasks"][task]["top1"]
+
+
+def test_the_penalty_asked_for_is_the_one_taken(config, finished, tmp_path):
+    mild, fixed = (train(replace(config, train__penalty=p), tmp_path / str(p))["penalties"] for p in ("mild", 0.5))
+    assert all(mild[task]["chosen"] >= finished[1]["penalties"][task]["chosen"] for task in SIZES)
+    assert {told["chosen"] for told in fixed.values()} == {0.5}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("plan__train_blocks", [1]),
+        ("adapter", "lora"),
+        ("data__augment", True),
+        ("train__ema_decay", 0.9),
+        ("train__steps", 7),
+        ("train__penalty", -1.0),
+    ],
+)
+def test_what_a_probe_cannot_have_is_refused(config, key, value):
+    with pytest.raises(ConfigError, match=key.replace("__", ".")):
+        replace(config, **{key: value})
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_configuration_here_becomes_a_probe(file):
+    assert probe_config(load(file)).train.optimizer == "lbfgs"
+
+
+def test_whatever_was_set_becomes_a_probe(tmp_path):
+    config = make_config(
+        tmp_path, adapter="lora", train__ema_decay=0.9, train__warmup_steps=5, data__hflip=True, mode="single_task"
+    )
+    probe = probe_config(config)
+    assert probe.plan.drop_blocks == config.plan.drop_blocks and probe.tasks == config.tasks
+    assert probe_config(probe) == probe
