@@ -30,6 +30,7 @@ from moe_bsr.runs.lock import locked
 from moe_bsr.runtime import memory
 from moe_bsr.runtime.device import Runtime, find_device, prepare
 from moe_bsr.runtime.files import write_whole
+from moe_bsr.training import length
 from moe_bsr.training.callback import Callback
 from moe_bsr.training.doubts import doubts
 from moe_bsr.training.feature_cache import CachedInputs, FeatureCache
@@ -73,7 +74,7 @@ def _train(
     config: Config, run_dir: Path, resume: bool, callbacks: list[Callback] | None, runtime: Runtime
 ) -> dict[str, Any]:
     """`train`, in a folder that is locked and checked."""
-    if resume and (done := report.read(run_dir)) is not None and done["status"] == "finished":
+    if resume and (done := report.read(run_dir)) is not None and report.is_complete(done, config):
         return done
     if config.mode == "single_task":
         return _train_each_task(config, run_dir, resume, callbacks, runtime)
@@ -194,11 +195,12 @@ def _about(
 ) -> list[str]:
     """What a person is told when the run starts."""
     sizes = ", ".join(f"{n} {len(d.train)}/{len(d.val)}/{len(d.test)}" for n, d in tasks.items())
+    counts = {name: len(data.train) for name, data in tasks.items()}
     return [
         *summary.summary(model, config),
         f"train/val/test images: {sizes}",
-        *(f"warning: {doubt}" for doubt in doubts(config, {name: len(data.train) for name, data in tasks.items()})),
-        f"{config.train.steps} updates of {config.train.batch_size} images ({config.sampler.kind}); "
+        *(f"warning: {doubt}" for doubt in doubts(config, counts)),
+        f"{length.told(config, counts)} of {config.train.batch_size} images ({config.sampler.kind}); "
         f"{runtime.precision} ({runtime.precision_reason}), {runtime.threads} threads on {runtime.device}; "
         f"run folder {run_dir}",
         predicted.summary(_micro_batch(config)) if predicted else "no predicted cost for a part of this model",

@@ -20,6 +20,7 @@ import yaml
 from moe_bsr import __version__
 from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError
+from moe_bsr.config.train import LENGTHS
 from moe_bsr.data import ImageTransforms, TaskData, TaskSpec, load_spec, load_task
 from moe_bsr.model.backbones import family_of
 from moe_bsr.model.multitask import MultitaskViT
@@ -43,6 +44,8 @@ RESUMABLE_KEYS = (
     "train.pictures",
     "backbone.weights",
 )
+
+LENGTH_KEYS = tuple(f"train.{key}" for key in LENGTHS)
 
 # Sections that say how to train, and not what the model is or what it is fed.
 TRAINING_SECTIONS = ("train", "sampler", "runtime")
@@ -231,10 +234,11 @@ def _check_resolved(resolved: Any, config: Config) -> None:
 
 
 def config_diff(old: Config, new: Config) -> list[str]:
-    """Dotted keys in which two configurations differ, those free to change on resume left out."""
+    """Dotted keys in which two configurations differ, those free to change on resume left out: a length may grow."""
 
     def walk(a: Any, b: Any, key: str) -> list[str]:
-        if key in RESUMABLE_KEYS or a == b:
+        grows = key in LENGTH_KEYS and None not in (a, b) and b > a
+        if key in RESUMABLE_KEYS or a == b or grows:
             return []
         if isinstance(a, dict) and isinstance(b, dict):
             return [d for k in a.keys() | b.keys() for d in walk(a.get(k), b.get(k), f"{key}.{k}".lstrip("."))]
@@ -256,8 +260,8 @@ def check_folder(config: Config, folder: Path, resume: bool) -> None:
         return
     if changed := config_diff(read_config(folder, exact=True)[0], config):
         raise ConfigError(
-            f"cannot resume {folder}: the configuration changed: {'; '.join(changed[:4])}; a resumed "
-            "run keeps its settings, so name another folder for these"
+            f"cannot resume {folder}: the configuration changed: {'; '.join(changed[:4])}; a resumed run keeps its "
+            "settings (its length may grow, in the same unit), so name another folder for these"
         )
 
 
