@@ -23,8 +23,8 @@ from moe_bsr.data.sampler import SAMPLERS
 from moe_bsr.evaluation import evaluate as evaluation
 from moe_bsr.model import summary
 from moe_bsr.model.multitask import MultitaskViT, build, build_on_meta
+from moe_bsr.runs import checkpoint, report, warm_start
 from moe_bsr.runs import folder as run
-from moe_bsr.runs import report
 from moe_bsr.runs.load import TrainedRun, load
 from moe_bsr.runs.lock import locked
 from moe_bsr.runtime import memory
@@ -81,10 +81,21 @@ def _train(
     tasks, notes = run.open_tasks(config, run_dir, resume)
     chosen = default_callbacks(run_dir) if callbacks is None else [Jsonl(run_dir), *callbacks]
     with runtime.in_effect():
-        model = runtime.place(build(config, {name: len(data.class_names) for name, data in tasks.items()}))
-        trainer = make_trainer(config, model, tasks, runtime, run_dir, chosen)
+        model, told = build_model(config, tasks, run_dir, resume)
+        notes += told
+        trainer = make_trainer(config, runtime.place(model), tasks, runtime, run_dir, chosen)
         trainer.about += notes
         return trainer.fit(resume)
+
+
+def build_model(
+    config: Config, tasks: dict[str, TaskData], run_dir: Path, resume: bool
+) -> tuple[MultitaskViT, list[str]]:
+    """The model of a run as it starts, and what was taken from another run. One that goes on needs no other run."""
+    classes = {name: list(data.class_names) for name, data in tasks.items()}
+    if config.train.init_from is None or (resume and checkpoint.steps(run_dir)):
+        return build(config, {name: len(names) for name, names in classes.items()}), []
+    return warm_start.build_from(config.train.init_from, config, classes)
 
 
 def check(config: Config) -> None:

@@ -1,6 +1,7 @@
 """From a YAML file and `a.b=value` overrides to a checked configuration, and back to YAML."""
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
         ConfigError: unreadable file, unknown key, wrong type or impossible value.
     """
     path = Path(path)
-    tree = read_tree(path / "config.yaml" if path.is_dir() else path)
+    tree = read_tree(path / "config.yaml" if os.path.isdir(path) else path)
     values = {}
     for text in overrides:
         key, equals, value = text.partition("=")

@@ -93,9 +93,10 @@ def write_config(
     """Write `config.yaml`: what was asked for, and everything it led to.
 
     Args:
-        resumed: whether the run goes on from a checkpoint: what was recorded of its tasks when it began stays.
+        resumed: whether the run goes on from a checkpoint: what was recorded when it began stays.
     """
-    about = recorded_tasks(run) if resumed else {}
+    before = _recorded(run) if resumed else {}
+    about, init_from = before.get("tasks", {}), before.get("init_from", model.init_from)
     if not about:
         for name, data in tasks.items():
             about[name] = data_record.describe(data)
@@ -110,6 +111,7 @@ def write_config(
             "crop_pct": transforms.crop_pct,
             "crop_mode": transforms.crop_mode,
         },
+        **({"init_from": init_from} if init_from else {}),
         "data_root": str(Path(config.data.root).expanduser().resolve()),
         "tasks": about,
         "version": __version__,
@@ -155,9 +157,13 @@ def open_tasks(config: Config, run: Path, resume: bool = False) -> tuple[dict[st
 
 def recorded_tasks(run: Path) -> dict[str, dict[str, Any]]:
     """What a run that has a checkpoint recorded of its tasks when it began; nothing of one that has none."""
+    return _recorded(run).get("tasks", {})
+
+
+def _recorded(run: Path) -> dict[str, Any]:
     if not checkpoint.steps(run) or not (run / "config.yaml").is_file():
         return {}
-    return read_config(run)[1].get("tasks", {})
+    return read_config(run)[1]
 
 
 def read_config(run: Path, *, exact: bool = False) -> tuple[Config, dict[str, Any]]:
@@ -278,12 +284,22 @@ def restore_weights(model: MultitaskViT, weights: dict[str, torch.Tensor], backb
             f"{backbone_sha256[:12]}...; the weights now given have {model.backbone_sha256[:12]}...; name the file "
             "the run was trained from: backbone.weights=FILE to resume, weights=FILE to load"
         )
-    expected = model.state_dict().keys()
+    check_names(model, weights, folder)
+    if model.backbone_sha256 == backbone_sha256:  # frozen parameters that a warm start changed are saved ever after
+        state = model.state_dict()
+        model.replaced |= {
+            k for k in reference & weights.keys() if not torch.equal(state[k].to(weights[k]), weights[k])
+        }
+    model.load_state_dict(weights, strict=False)
+
+
+def check_names(model: MultitaskViT, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Raise CheckpointError if these are not the names of what training changed in such a model."""
+    expected, reference = model.state_dict().keys(), model.unchanged_backbone_names()
     problems = [f"missing {k}" for k in expected - weights.keys() - reference]
     problems += [f"unexpected {k}" for k in weights.keys() - expected]
     if problems:
         raise checkpoint.CheckpointError(f"{folder} does not fit the model: {'; '.join(sorted(problems)[:6])}")
-    model.load_state_dict(weights, strict=False)
 
 
 def count_test_evaluation(run: Path, tasks: Iterable[str] = ()) -> int:

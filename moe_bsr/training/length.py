@@ -1,23 +1,16 @@
 """How long a run is, in updates: `train.steps` says it, `train.epochs` and `train.minutes` come to it.
 
-Epochs are of all training images of all tasks together. Minutes are those of the updates themselves; evaluations and
-the start come on top. A few updates at a learning rate of 0 show this machine's pace, once for images that are new and
-once for the same ones again, which are cached then. So a run of minutes is, bit for bit, the run of as many steps.
+Epochs are of all training images of all tasks together. What minutes come to is measured (`pace`).
 """
 
 import math
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moe_bsr.config import Config
-from moe_bsr.config.train import MOST_STEPS
 from moe_bsr.data.sampler import MultitaskSampler
 
-MEASURED = 20  # updates at most that the pace is measured on, and again on the same ones
-SHARE = 0.02  # of the minutes that either may take
-UNKNOWN = 1000  # updates that a run of minutes is taken for until then
+UNKNOWN = 1000  # updates that a run of minutes is taken for until they are measured
 
 
 @dataclass(slots=True)
@@ -79,31 +72,3 @@ def told(config: Config, sizes: dict[str, int]) -> str:
     if train.minutes is not None:
         return f"updates for {train.minutes:g} minutes, as many as this machine takes"
     return f"{steps} updates" if train.epochs is None else f"{steps} updates ({train.epochs:g} epochs)"
-
-
-def updates_within(
-    seconds: float, take: Callable[[], Callable[[], None]], new: int, is_cached: bool
-) -> tuple[int, float]:
-    """How many updates take so many seconds.
-
-    Args:
-        take: begins at the first update anew: returns what takes one update after the other.
-        new: updates until every image was seen. is_cached: whether images cost less from then on.
-    Returns:
-        The number, and the seconds that measuring took, which it allows for.
-    """
-    began = time.monotonic()
-    paces: list[float] = []
-    count = MEASURED
-    for _ in range(1 + is_cached):
-        update, times, limit = take(), [], time.monotonic() + SHARE * seconds
-        while len(times) < 2 or (len(times) < count and time.monotonic() < limit):
-            start = time.monotonic()
-            update()
-            times.append(time.monotonic() - start)
-        count = len(times)
-        paces.append(sum(times[1:]) / (count - 1))  # kernels are chosen in the first
-    spent = time.monotonic() - began
-    left, first, later = max(0.0, seconds - spent), paces[0], min(paces)
-    steps = left / first if left < new * first else new + (left - new * first) / later
-    return min(MOST_STEPS, max(1, int(steps))), spent

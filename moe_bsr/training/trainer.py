@@ -27,6 +27,7 @@ from moe_bsr.training.callback import Callback, EvalEvent, StartEvent, StepEvent
 from moe_bsr.training.failures import NonFiniteLoss, TrainingFailed, explained, last_good
 from moe_bsr.training.inputs import Inputs
 from moe_bsr.training.optim import MovingAverage, learning_rate, make_optimizer
+from moe_bsr.training.pace import updates_within
 from moe_bsr.training.state import TrainState
 from moe_bsr.training.update import BatchResult, accumulate, multitask_update, task_weights
 
@@ -139,7 +140,7 @@ class Trainer:
             elif state.step:
                 steps = state.step + max(0, int((60 * minutes - state.seconds) * state.step / state.seconds))
             else:
-                steps = self._measured(60 * minutes)
+                steps = updates_within(60 * minutes, self)
             notes.append(f"train.minutes = {minutes:g}: {steps} updates at this machine's pace")
         if state.step > steps:
             place = self.folder / "checkpoint" / str(state.step)
@@ -149,29 +150,6 @@ class Trainer:
         state.plan(steps, minutes)
         self._plan(steps)
         return notes
-
-    def _measured(self, seconds: float) -> int:
-        """How many updates take so long here. Of those taken to find out nothing but their time is left."""
-        buffers = {name: value.clone() for name, value in self.model.named_buffers()}
-        new = math.ceil(sum(self.sizes.values()) / length.images_per_update(self.config, self.sizes))
-        steps, spent = length.updates_within(seconds, self._idle_updates, new, self.inputs.keeps_all())
-        self.state.seconds += spent
-        self.state.optimizer.state.clear()
-        for name, value in self.model.named_buffers():
-            value.copy_(buffers[name])
-        if self.state.average is not None:
-            self.state.average.updates = 0
-        return steps
-
-    def _idle_updates(self) -> Iterator[None]:
-        """The first updates, with a learning rate of 0."""
-        batches = self.inputs.batches(self.sampler.batches())
-        try:
-            for step in range(self.planned.train.steps):
-                self._take(batches, step, 0.0)
-                yield
-        finally:
-            batches.close()
 
     def _check_room(self) -> None:
         """Refuse a run whose checkpoints, three at times, have no room where they are to be kept."""
@@ -232,7 +210,7 @@ class Trainer:
         """One optimizer update, and its events."""
         began, settings, state = time.monotonic(), self.planned.train, self.state
         rate, tasks = learning_rate(settings, state.step), self.sampler.tasks(state.step)
-        results, norm = self._take(batches, state.step, rate)
+        results, norm = self.take(batches, state.step, rate)
         state.step += 1
         progress = self.sampler.progress(state.step)
         speed = len(tasks) * settings.batch_size / (time.monotonic() - began)
@@ -247,7 +225,7 @@ class Trainer:
             event = StepEvent(state.step, task, metrics, progress, result.outputs, speed)
             self.callbacks.tell("on_step", event)
 
-    def _take(self, batches: Iterator[Batch], step: int, rate: float) -> tuple[list[BatchResult], float | None]:
+    def take(self, batches: Iterator[Batch], step: int, rate: float) -> tuple[list[BatchResult], float | None]:
         """Update `step`: a batch of one task, or of each when sampling jointly; returns the gradient's norm too."""
         self.model.train()
         for group in self.state.optimizer.param_groups:
