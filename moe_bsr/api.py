@@ -23,13 +23,14 @@ from moe_bsr.data.sampler import SAMPLERS
 from moe_bsr.evaluation import evaluate as evaluation
 from moe_bsr.model import summary
 from moe_bsr.model.multitask import MultitaskViT, build, build_on_meta
+from moe_bsr.runs import checkpoint, report, warm_start
 from moe_bsr.runs import folder as run
-from moe_bsr.runs import report
 from moe_bsr.runs.load import TrainedRun, load
 from moe_bsr.runs.lock import locked
 from moe_bsr.runtime import memory
 from moe_bsr.runtime.device import Runtime, find_device, prepare
 from moe_bsr.runtime.files import write_whole
+from moe_bsr.training import length
 from moe_bsr.training.callback import Callback
 from moe_bsr.training.doubts import doubts
 from moe_bsr.training.feature_cache import CachedInputs, FeatureCache
@@ -74,17 +75,28 @@ def _train(
     config: Config, run_dir: Path, resume: bool, callbacks: list[Callback] | None, runtime: Runtime
 ) -> dict[str, Any]:
     """`train`, in a folder that is locked and checked."""
-    if resume and (done := report.read(run_dir)) is not None and done.get("status") == "finished":
+    if resume and (done := report.read(run_dir)) is not None and report.is_complete(done, config):
         return done
     if config.mode == "single_task":
         return _train_each_task(config, run_dir, resume, callbacks, runtime)
     tasks, notes = run.open_tasks(config, run_dir, resume)
     chosen = default_callbacks(run_dir) if callbacks is None else [Jsonl(run_dir), *callbacks]
     with runtime.in_effect():
-        model = runtime.place(build(config, {name: len(data.class_names) for name, data in tasks.items()}))
-        trainer = make_trainer(config, model, tasks, runtime, run_dir, chosen)
+        model, told = build_model(config, tasks, run_dir, resume)
+        notes += told
+        trainer = make_trainer(config, runtime.place(model), tasks, runtime, run_dir, chosen)
         trainer.about += notes
         return trainer.fit(resume)
+
+
+def build_model(
+    config: Config, tasks: dict[str, TaskData], run_dir: Path, resume: bool
+) -> tuple[MultitaskViT, list[str]]:
+    """The model of a run as it starts, and what was taken from another run. One that goes on needs no other run."""
+    classes = {name: list(data.class_names) for name, data in tasks.items()}
+    if config.train.init_from is None or (resume and checkpoint.steps(run_dir)):
+        return build(config, {name: len(names) for name, names in classes.items()}), []
+    return warm_start.build_from(config.train.init_from, config, classes)
 
 
 def check(config: Config) -> None:
@@ -196,20 +208,21 @@ def _about(
 ) -> list[str]:
     """What a person is told when the run starts."""
     sizes = ", ".join(f"{n} {len(d.train)}/{len(d.val)}/{len(d.test)}" for n, d in tasks.items())
+    counts = {name: len(data.train) for name, data in tasks.items()}
     return [
         *summary.summary(model, config),
         f"train/val/test images: {sizes}",
-        *(f"warning: {doubt}" for doubt in doubts(config, {name: len(data.train) for name, data in tasks.items()})),
-        f"{_length(config)}; {runtime.precision} ({runtime.precision_reason}), {runtime.threads} threads on "
+        *(f"warning: {doubt}" for doubt in doubts(config, counts)),
+        f"{_length(config, counts)}; {runtime.precision} ({runtime.precision_reason}), {runtime.threads} threads on "
         f"{runtime.device}; run folder {run_dir}",
         predicted.summary(_micro_batch(config)) if predicted else "no predicted cost for a part of this model",
     ]
 
 
-def _length(config: Config) -> str:
+def _length(config: Config, sizes: dict[str, int]) -> str:
     if config.train.optimizer == "lbfgs":
         return f"the heads alone, by L-BFGS on features computed once ({config.train.penalty} penalty)"
-    return f"{config.train.steps} updates of {config.train.batch_size} images ({config.sampler.kind})"
+    return f"{length.told(config, sizes)} of {config.train.batch_size} images ({config.sampler.kind})"
 
 
 def evaluate(

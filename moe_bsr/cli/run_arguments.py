@@ -28,9 +28,12 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=at_least(1), default=64, metavar="N", help="images at once (64)")
 
 
+CONFIG = "a YAML file, or a run folder; configs/NAME.yaml is also found in the package"
+
+
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """CONFIG and the key=value after it."""
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file; configs/NAME.yaml is also found in the package")
+    parser.add_argument("config", metavar="CONFIG", help=CONFIG)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.steps=200")
 
 

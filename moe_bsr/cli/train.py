@@ -2,10 +2,12 @@
 
     moe-bsr train configs/quickstart.yaml
     moe-bsr train configs/deit_tiny_moe_bsr.yaml data.root=data train.steps=2000 --run runs/mine
-    moe-bsr train configs/deit_tiny_moe_bsr.yaml --run runs/mine --resume
+    moe-bsr train runs/mine --resume
+    moe-bsr train runs/mine --resume train.steps=3000
     moe-bsr train configs/quickstart.yaml --dry-run --decode
 
-CONFIG is the file of that path, or else the one of that name in the package (moe-bsr configs lists them).
+CONFIG is the file of that path, or else the one of that name in the package (moe-bsr configs lists them); or a run
+folder, for the configuration of that run. --run is then by default that folder.
 
 Exit status: 0 finished, 1 training failed, 2 refused before it began, 128 + signal if interrupted (saved; --resume
 goes on). SIGINT, SIGTERM, SIGHUP, SIGXCPU, SIGUSR1 and SIGUSR2 interrupt.
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     run_arguments.add_overrides(parser)
     parser.add_argument(
-        "--run", "--run-dir", metavar="DIR", type=Path, help="the run folder (default runs/<name of CONFIG>)"
+        "--run", "--run-dir", metavar="DIR", type=Path, help="the run folder (CONFIG, or runs/<its name>)"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, exit")
@@ -58,7 +60,9 @@ def train(arguments: argparse.Namespace, config: "Config", command: str = "train
     from moe_bsr.runs.report import markdown
     from moe_bsr.training.trainer import TrainingFailed
 
-    folder = arguments.run or Path("runs") / f"{Path(arguments.config).stem}{ending}"
+    named = Path(arguments.config)
+    is_run = (named / "config.yaml").is_file()
+    folder = arguments.run or (named if is_run and not ending else Path("runs") / f"{named.stem}{ending}")
     if arguments.decode and not arguments.dry_run:
         raise ConfigError("--decode goes with --dry-run: it reads every image and trains nothing")
     if arguments.dry_run:
@@ -77,17 +81,16 @@ def train(arguments: argparse.Namespace, config: "Config", command: str = "train
         return INTERRUPTED
     say(markdown(report))
     if report["status"] == "interrupted":
-        again = shlex.join([arguments.config, *arguments.overrides, "--run", str(folder), "--resume"])
-        say(f"interrupted; saved in {folder}. Go on with: {program(command)} {again}")
+        again = shlex.join([str(folder), "--resume"])
+        say(f"interrupted; saved in {folder}. Go on with: {program('train')} {again}")
         return 128 + report["signal"]
     return 0
 
 
 def dry_run(config: "Config", folder: Path, resume: bool, decode: bool) -> int:
     """Open every dataset (with `decode` every image) and the backbone, print the plan; write nothing."""
-    from moe_bsr.api import check
+    from moe_bsr.api import build_model, check
     from moe_bsr.model import summary
-    from moe_bsr.model.multitask import build
     from moe_bsr.runs.folder import check_folder, open_tasks
     from moe_bsr.runtime.device import prepare
     from moe_bsr.training.doubts import doubts
@@ -105,7 +108,9 @@ def dry_run(config: "Config", folder: Path, resume: bool, decode: bool) -> int:
             f"test {len(data.test)} ({data.origin})"
         )
     print(*notes, sep="\n", end="\n" if notes else "")
-    model = runtime.place(build(config, {name: len(data.class_names) for name, data in tasks.items()}))
+    model, told = build_model(config, tasks, folder, resume)
+    model = runtime.place(model)
+    say("\n".join(told))
     print("\n".join([*summary.summary(model, config), *summary.table(model, config)]))
     for doubt in doubts(config, {name: len(data.train) for name, data in tasks.items()}):
         print(f"warning: {doubt}")

@@ -31,6 +31,13 @@ def require(condition: bool, key: str, value: Any, allowed: str) -> None:
         raise ConfigError(f"{key} = {show(value)}: {allowed}")
 
 
+def require_within(name: str, section: Any, **limits: tuple[int, int]) -> None:
+    """Refuse numbers of a section outside (least, most); null passes."""
+    for key, (least, most) in limits.items():
+        value = getattr(section, key)
+        require(value is None or least <= value <= most, f"{name}.{key}", value, f"at least {least}, at most {most:,}")
+
+
 def nearest(word: Any, known: Iterable[str], show: Callable[[str], str] = repr) -> str:
     """The end of an error about `word`: which of `known` was probably meant; empty if none is near."""
     near = difflib.get_close_matches(str(word)[:100], known, 1)

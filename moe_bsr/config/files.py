@@ -1,6 +1,7 @@
 """From a YAML file and `a.b=value` overrides to a checked configuration, and back to YAML."""
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import yaml
 
 from moe_bsr.config.errors import ConfigError, show
-from moe_bsr.config.reader import convert, read_tree, set_dotted
+from moe_bsr.config.reader import convert, make_way, read_tree, set_dotted
 from moe_bsr.config.schema import Config
 from moe_bsr.config.yaml_text import parse_value
 
@@ -16,17 +17,21 @@ from moe_bsr.config.yaml_text import parse_value
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read a YAML configuration with everything it extends, then apply `a.b=value` overrides.
 
+    Args:
+        path: a YAML file; or a run folder, for the configuration of that run.
     Raises:
         ConfigError: unreadable file, unknown key, wrong type or impossible value.
     """
-    tree = read_tree(Path(path))
+    path = Path(path)
+    tree = read_tree(path / "config.yaml" if os.path.isdir(path) else path)
+    values = {}
     for text in overrides:
         key, equals, value = text.partition("=")
         key = key.strip()
         if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
             raise ConfigError(f"override {show(text)}: write key=value, for example train.steps=200")
-        set_dotted(tree, key, parse_value(value, key))
-    return from_dict(tree)
+        values[key] = parse_value(value, key)
+    return from_dict(_changed(tree, values))
 
 
 def from_dict(tree: dict[str, Any]) -> Config:
@@ -45,7 +50,15 @@ def dump(config: Config) -> str:
 
 def replace(config: Config, **changes: Any) -> Config:
     """A copy with changed values; keys as in `train__steps=10` reach into sections. Checked again."""
-    tree = to_dict(config)
-    for key, value in changes.items():
-        set_dotted(tree, key.replace("__", "."), value)
-    return from_dict(tree)
+    return from_dict(_changed(to_dict(config), {key.replace("__", "."): value for key, value in changes.items()}))
+
+
+def _changed(tree: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """The tree with the values of these dotted keys."""
+    above: dict[str, Any] = {}
+    for key, value in values.items():
+        set_dotted(above, key, value)
+    make_way(tree, above)
+    for key, value in values.items():
+        set_dotted(tree, key, value)
+    return tree

@@ -33,6 +33,6 @@ def find(kind: Kind, name: str | Path) -> Path | None:
 
 
 def find_config(path: str | Path) -> Path:
-    """The configuration file of that path if it exists here, else the packaged one, else the path as it is."""
+    """The configuration file or run folder of that path if it is here, else the packaged one, else the path itself."""
     path = Path(path)
-    return path if path.is_file() else find("configs", path) or path
+    return path if path.is_file() or (path / "config.yaml").is_file() else find("configs", path) or path

@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe_bsr.config.errors import ConfigError, nearest, require, show
+from moe_bsr.config.train import LENGTHS
 from moe_bsr.config.yaml_text import NUMBER, read_yaml
 
 LONGEST_TEXT = 500  # characters of a name or a path
 # Sizes a number may have: beyond them float32 rounds to 0 or overflows, and quotients fail in places of their own.
 SMALLEST, LARGEST = 1e-30, 1e30
+
+# In a run's own file everything from here on is what its configuration led to, and no part of it.
+RESOLVED = "\nresolved:"
 
 
 class WrongType(ConfigError):
@@ -38,14 +42,16 @@ def read_tree(path: Path, seen: tuple[Path, ...] = (), asked: str = "") -> dict[
     if not is_file:
         beside = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ConfigError(f"{asked}no configuration file {path}{nearest(path.name, beside, str)}")
-    tree = read_yaml(path, str(path)) or {}
+    tree = read_yaml(path, str(path), RESOLVED) or {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(tree).__name__}")
     parent = tree.pop("extends", None)
     if parent is None:
         return tree
     require(isinstance(parent, str), "extends", parent, "the name of one YAML file beside this one")
-    return _merge(read_tree(path.parent / parent, (*seen, place), f"extends = {show(parent)}: "), tree)
+    below = read_tree(path.parent / parent, (*seen, place), f"extends = {show(parent)}: ")
+    make_way(below, tree)
+    return _merge(below, tree)
 
 
 def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
@@ -54,6 +60,14 @@ def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
         merged[key] = _merge(base[key], value) if both else value
     return merged
+
+
+def make_way(below: dict[str, Any], above: dict[str, Any]) -> None:
+    """Take the length of a run out of the tree `below` if `above` gives one: epochs there take the place of steps."""
+    said, says = below.get("train"), above.get("train")
+    if isinstance(said, dict) and isinstance(says, dict):
+        if any(not isinstance(says.get(key), (dict, type(None))) for key in LENGTHS):
+            below["train"] = {key: value for key, value in said.items() if key not in LENGTHS}
 
 
 def set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:

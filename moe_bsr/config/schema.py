@@ -11,16 +11,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from moe_bsr.config.errors import require
-
-
-def _within(name: str, section: Any, **limits: tuple[int, int]) -> None:
-    """Refuse numbers of a section outside (least, most); null passes."""
-    for key, (least, most) in limits.items():
-        value = getattr(section, key)
-        require(value is None or least <= value <= most, f"{name}.{key}", value, f"at least {least}, at most {most:,}")
+from moe_bsr.config.errors import require, require_within
+from moe_bsr.config.train import TrainConfig
 
 
 @dataclass(kw_only=True, slots=True)
@@ -30,7 +24,7 @@ class BackboneConfig:
     image_size: int | None = None
 
     def __post_init__(self) -> None:
-        _within("backbone", self, image_size=(1, 4096))
+        require_within("backbone", self, image_size=(1, 4096))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -109,7 +103,7 @@ class MoEConfig:
     backend: Literal["auto", "loop", "grouped"] = "auto"
 
     def __post_init__(self) -> None:
-        _within("moe", self, num_experts=(1, 1024))
+        require_within("moe", self, num_experts=(1, 1024))
         require(
             1 <= self.top_k <= self.num_experts, "moe.top_k", self.top_k, f"1 to moe.num_experts = {self.num_experts}"
         )
@@ -160,7 +154,7 @@ class DataConfig:
             self.augment,
             "true with data.crop_scale or data.hflip, which say how to augment; else leave these null",
         )
-        _within("data", self, image_cache_mb=(0, 2**24), feature_cache_mb=(1, 2**24), prefetch=(0, 100))
+        require_within("data", self, image_cache_mb=(0, 2**24), feature_cache_mb=(1, 2**24), prefetch=(0, 100))
         require(
             self.feature_cache_mb is None or not self.augment,
             "data.feature_cache_mb",
@@ -183,96 +177,6 @@ class SamplerConfig:
         )
 
 
-MOST_STEPS = 10**7
-
-
-@dataclass(kw_only=True, slots=True)
-class TrainConfig:
-    steps: int = 1000
-    batch_size: int = 32
-    grad_accumulation_steps: int = 1
-    optimizer: Literal["sgd", "adamw", "lbfgs"] = "adamw"
-    penalty: Literal["best", "mild"] | float = "best"
-    lr: float = 1e-3
-    min_lr: float = 0.0
-    momentum: float = 0.9
-    weight_decay: float = 0.05
-    layer_decay: float = 1.0
-    head_lr_scale: float = 1.0
-    warmup_fraction: float = 0.05
-    warmup_steps: int | None = None
-    grad_clip_norm: float | None = 1.0
-    label_smoothing: float = 0.0
-    ema_decay: float | None = None
-    task_weights: dict[str, float] = field(default_factory=dict)
-    eval_every: int | None = None
-    checkpoint_every: int | None = None
-    checkpoint_selection: Literal["best", "last"] = "best"
-    evaluate_test: bool = True
-    save: Literal["trainable", "all"] = "trainable"
-    pictures: bool = True
-
-    def __post_init__(self) -> None:
-        _within("train", self, **dict.fromkeys(("steps", "eval_every", "checkpoint_every"), (1, MOST_STEPS)))
-        _within("train", self, **dict.fromkeys(("batch_size", "grad_accumulation_steps"), (1, 2**16)))
-        require(
-            self.batch_size % self.grad_accumulation_steps == 0,
-            "train.grad_accumulation_steps",
-            self.grad_accumulation_steps,
-            f"must divide train.batch_size = {self.batch_size}: micro-batches split one batch",
-        )
-        require(self.lr > 0, "train.lr", self.lr, "above 0")
-        require(0 <= self.min_lr <= self.lr, "train.min_lr", self.min_lr, f"0 to train.lr = {self.lr}")
-        require(
-            isinstance(self.penalty, str) or 1e-8 <= self.penalty <= 1e4,
-            "train.penalty",
-            self.penalty,
-            "best, mild, or a number from 1e-8 to 1e4",
-        )
-        require(0 <= self.momentum < 1, "train.momentum", self.momentum, "[0, 1)")
-        require(0 < self.layer_decay <= 1, "train.layer_decay", self.layer_decay, "in (0, 1]")
-        require(self.head_lr_scale > 0, "train.head_lr_scale", self.head_lr_scale, "above 0; relative to train.lr")
-        require(
-            0 <= self.warmup_fraction < 1,
-            "train.warmup_fraction",
-            self.warmup_fraction,
-            "a share of train.steps in [0, 1); for a number of updates set train.warmup_steps",
-        )
-        require(
-            self.warmup_steps is None or 0 <= self.warmup_steps <= self.steps,
-            "train.warmup_steps",
-            self.warmup_steps,
-            f"null (train.warmup_fraction decides) or 0 to train.steps = {self.steps}",
-        )
-        highest = self.lr * max(1.0, self.head_lr_scale)
-        require(
-            0 <= self.weight_decay < 1 / highest,
-            "train.weight_decay",
-            self.weight_decay,
-            f"at least 0 and below {1 / highest:.4g}, where one update takes away the whole weight: it is multiplied "
-            f"by train.lr = {self.lr:g} and train.head_lr_scale = {self.head_lr_scale:g}",
-        )
-        require(
-            self.grad_clip_norm is None or self.grad_clip_norm > 0,
-            "train.grad_clip_norm",
-            self.grad_clip_norm,
-            "null or above 0",
-        )
-        require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "[0, 1)")
-        require(
-            self.ema_decay is None or 0 < self.ema_decay < 1,
-            "train.ema_decay",
-            self.ema_decay,
-            "null or a decay in (0, 1)",
-        )
-        require(
-            all(weight > 0 for weight in self.task_weights.values()),
-            "train.task_weights",
-            self.task_weights,
-            "weights above 0",
-        )
-
-
 @dataclass(kw_only=True, slots=True)
 class RuntimeConfig:
     device: str = "auto"
@@ -280,7 +184,7 @@ class RuntimeConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        _within("runtime", self, threads=(1, 1024))
+        require_within("runtime", self, threads=(1, 1024))
 
 
 @dataclass(kw_only=True, slots=True)

@@ -26,18 +26,21 @@ _TAG = "tag:yaml.org,2002:"
 _REPLACED = {_TAG + kind for kind in ("int", "float", "timestamp")}
 
 
-def read_yaml(path: Path, what: str) -> Any:
+def read_yaml(path: Path, what: str, until: str = "") -> Any:
     """The values of a YAML file.
 
     Args:
         what: names the file in errors, such as "task file birds.yaml".
+        until: a text from which on the file is not read, if it holds it.
     Raises:
         ConfigError: no YAML, or not in UTF-8. OSError: the file cannot be read.
     """
-    size = path.stat().st_size
-    if size > MOST_BYTES:
+    with path.open("rb") as stream:
+        data = stream.read(MOST_BYTES + 1)
+    data = data.partition(until.encode())[0] if until else data
+    if len(data) > MOST_BYTES:
+        size = path.stat().st_size
         raise ConfigError(f"{what} has {size:,} bytes: no configuration is larger than {MOST_BYTES:,}")
-    data = path.read_bytes()
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

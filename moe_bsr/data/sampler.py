@@ -5,7 +5,7 @@ One batch is one task. Visit v of a task takes positions v*B to (v+1)*B of its c
 permutations: always a full batch, nothing skipped, short datasets cycle.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -39,15 +39,29 @@ class MultitaskSampler:
     Args:
         sizes: number of training images by task, in the order of round-robin.
         steps: optimizer updates of the run.
+        earlier: (step, steps): up to the update `step` the run was to have `steps`. It keeps the order of that time,
+            for an order that fills quotas depends on where it ends.
     Raises:
         ConfigError: `sampler.kind` is not one of `SAMPLERS`.
     """
 
-    def __init__(self, sizes: dict[str, int], batch_size: int, steps: int, config: SamplerConfig, seed: int) -> None:
+    def __init__(
+        self,
+        sizes: dict[str, int],
+        batch_size: int,
+        steps: int,
+        config: SamplerConfig,
+        seed: int,
+        earlier: Sequence[tuple[int, int]] = (),
+    ) -> None:
         schedule = SAMPLERS[SAMPLERS.choose(config.kind).kind]
         self.sizes, self.batch_size, self.steps, self.seed = dict(sizes), batch_size, steps, seed
         self.names = list(sizes)
-        visits = schedule(Request(list(sizes.values()), batch_size, steps, seed, config))
+        parts, start = [], 0
+        for end, planned in (*earlier, (steps, steps)):
+            parts.append(schedule(Request(list(sizes.values()), batch_size, planned, seed, config))[start:end])
+            start = end
+        visits = np.concatenate(parts)
         self._visits = visits
         before = visits.cumsum(0, dtype=np.int32)  # ten million updates fit, and so does their memory
         self._before = np.concatenate([np.zeros((1, len(sizes)), np.int32), before])

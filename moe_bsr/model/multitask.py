@@ -4,7 +4,9 @@ No module keeps the state of a step: everything a caller may want to know of a f
 `Output` it returns.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -54,18 +56,27 @@ class MultitaskViT(nn.Module):
     Attributes:
         plan: what each block is.
         path_start: the first block whose backward pass must run; the depth if none's.
+        replaced: names of frozen backbone parameters that have other values than the backbone's file.
+        init_from: the run, step and sha256 of the weights it started from, if from a run's.
     """
 
-    def __init__(self, vit: VisionTransformer, config: Config, classes: dict[str, int]) -> None:
+    def __init__(
+        self, vit: VisionTransformer, config: Config, classes: dict[str, int], backbone_sha256: str | None = None
+    ) -> None:
         """Apply the plan of `config` to `vit` (which is changed in place) and add the heads.
 
         Args:
             classes: number of classes by task name.
+            backbone_sha256: of the backbone as its file has it, if `vit` is no longer so.
         """
         super().__init__()
         self.vit = vit
         self.family = family_of(config.backbone)
-        self.backbone_sha256 = digest(vit.state_dict()) if _has_values(vit) else ""
+        if backbone_sha256 is None:
+            backbone_sha256 = digest(vit.state_dict()) if _has_values(vit) else ""
+        self.backbone_sha256 = backbone_sha256
+        self.replaced: set[str] = set()
+        self.init_from: dict[str, Any] | None = None
         self.tokens_config = config.tokens
         self.plan = make_plan(config, len(vit.blocks))
         self.tasks = list(classes)
@@ -194,7 +205,7 @@ class MultitaskViT(nn.Module):
 
     def features_key(self) -> tuple:
         """Models with equal keys have the same frozen blocks: the features of one serve the others."""
-        if self.embedding_trains:
+        if self.embedding_trains or self.replaced:
             return (id(self),)
         return self.backbone_sha256, self.path_start, tuple(self.plan[: self.path_start])
 
@@ -235,7 +246,8 @@ class MultitaskViT(nn.Module):
     def unchanged_backbone_names(self) -> set[str]:
         """Names in the state dict that are the backbone's own, unchanged: not worth saving again."""
         new = {id(p) for layer in self.vit.blocks if isinstance(layer.mlp, MoE) for p in layer.mlp.parameters()}
-        return {f"vit.{name}" for name, p in self.vit.named_parameters() if not p.requires_grad and id(p) not in new}
+        own = {f"vit.{name}" for name, p in self.vit.named_parameters() if not p.requires_grad and id(p) not in new}
+        return own - self.replaced
 
 
 def _has_values(vit: VisionTransformer) -> bool:
@@ -247,15 +259,23 @@ def build_on_meta(config: Config, classes: dict[str, int]) -> MultitaskViT:
     return MultitaskViT(family_of(config.backbone).create_on_meta(config.backbone), config, classes)
 
 
-def build(config: Config, classes: dict[str, int]) -> MultitaskViT:
+def build(
+    config: Config, classes: dict[str, int], change: Callable[[VisionTransformer, str], None] | None = None
+) -> MultitaskViT:
     """A model as the configuration says, on the CPU in float32; checked before weights are read.
 
+    Args:
+        change: called with the backbone as it was read and its sha256: gives it other weights before the plan applies.
     Raises:
         ConfigError: impossible plan, unknown backbone, weights that do not fit it, or too little memory.
     """
     size = sum(parameter.numel() for parameter in build_on_meta(config, classes).parameters())
     try:
-        return MultitaskViT(family_of(config.backbone).load(config.backbone, config.seed), config, classes)
+        vit = family_of(config.backbone).load(config.backbone, config.seed)
+        sha256 = digest(vit.state_dict())
+        if change is not None:
+            change(vit, sha256)
+        return MultitaskViT(vit, config, classes, sha256)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
             raise

@@ -4,6 +4,7 @@ Its hashes tell that nothing was changed by accident. They cannot tell that it w
 whoever changes a file on purpose changes its hash too.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_bsr.config.train import MOST_STEPS
 from moe_bsr.runs.checkpoint import STATE, CheckpointError
 
 
@@ -31,6 +33,21 @@ def _or_null(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or check(value)
 
 
+def _is_length(value: Any) -> bool:
+    """Of `training.length`: planned steps, for how many minutes, and what was planned before."""
+    if not isinstance(value, dict) or value.keys() != {"steps", "minutes", "earlier"}:
+        return False
+    minutes, earlier = value["minutes"], value["earlier"]
+    if not isinstance(earlier, list) or not all(isinstance(each, list) and len(each) == 2 for each in earlier):
+        return False
+    plans = [*earlier, [value["steps"], value["steps"]]]
+    return (
+        (minutes is None or is_number(minutes))
+        and all(is_step(step) and is_step(steps) and step <= steps <= MOST_STEPS for step, steps in plans)
+        and all(one[0] <= next[0] for one, next in itertools.pairwise(plans))
+    )
+
+
 STATE_KEYS: dict[str, Callable[[Any], bool]] = {
     "step": is_step,
     "pending_evaluation": lambda value: type(value) is bool,
@@ -39,6 +56,8 @@ STATE_KEYS: dict[str, Callable[[Any], bool]] = {
     "best_mean_top1": _or_null(is_number),
     "best_scores": _or_null(is_table),
     "untold_scores": _or_null(is_table),
+    "stale": is_step,
+    "length": _is_length,
     "moments": is_step,
     "skipped": lambda value: is_table(value) and all(is_table(splits) for splits in value.values()),
     "callbacks": is_table,

@@ -20,6 +20,7 @@ import yaml
 from moe_bsr import __version__
 from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError
+from moe_bsr.config.train import LENGTHS
 from moe_bsr.data import ImageTransforms, TaskData, TaskSpec, load_spec, load_task
 from moe_bsr.model.backbones import family_of
 from moe_bsr.model.multitask import MultitaskViT
@@ -43,6 +44,8 @@ RESUMABLE_KEYS = (
     "train.pictures",
     "backbone.weights",
 )
+
+LENGTH_KEYS = tuple(f"train.{key}" for key in LENGTHS)
 
 # Sections that say how to train, and not what the model is or what it is fed.
 TRAINING_SECTIONS = ("train", "sampler", "runtime")
@@ -90,9 +93,10 @@ def write_config(
     """Write `config.yaml`: what was asked for, and everything it led to.
 
     Args:
-        resumed: whether the run goes on from a checkpoint: what was recorded of its tasks when it began stays.
+        resumed: whether the run goes on from a checkpoint: what was recorded when it began stays.
     """
-    about = recorded_tasks(run) if resumed else {}
+    before = _recorded(run) if resumed else {}
+    about, init_from = before.get("tasks", {}), before.get("init_from", model.init_from)
     if not about:
         for name, data in tasks.items():
             about[name] = data_record.describe(data)
@@ -107,6 +111,7 @@ def write_config(
             "crop_pct": transforms.crop_pct,
             "crop_mode": transforms.crop_mode,
         },
+        **({"init_from": init_from} if init_from else {}),
         "data_root": str(Path(config.data.root).expanduser().resolve()),
         "tasks": about,
         "version": __version__,
@@ -152,9 +157,13 @@ def open_tasks(config: Config, run: Path, resume: bool = False) -> tuple[dict[st
 
 def recorded_tasks(run: Path) -> dict[str, dict[str, Any]]:
     """What a run that has a checkpoint recorded of its tasks when it began; nothing of one that has none."""
+    return _recorded(run).get("tasks", {})
+
+
+def _recorded(run: Path) -> dict[str, Any]:
     if not checkpoint.steps(run) or not (run / "config.yaml").is_file():
         return {}
-    return read_config(run)[1].get("tasks", {})
+    return read_config(run)[1]
 
 
 def read_config(run: Path, *, exact: bool = False) -> tuple[Config, dict[str, Any]]:
@@ -231,10 +240,11 @@ def _check_resolved(resolved: Any, config: Config) -> None:
 
 
 def config_diff(old: Config, new: Config) -> list[str]:
-    """Dotted keys in which two configurations differ, those free to change on resume left out."""
+    """Dotted keys in which two configurations differ, those free to change on resume left out: a length may grow."""
 
     def walk(a: Any, b: Any, key: str) -> list[str]:
-        if key in RESUMABLE_KEYS or a == b:
+        grows = key in LENGTH_KEYS and None not in (a, b) and b > a
+        if key in RESUMABLE_KEYS or a == b or grows:
             return []
         if isinstance(a, dict) and isinstance(b, dict):
             return [d for k in a.keys() | b.keys() for d in walk(a.get(k), b.get(k), f"{key}.{k}".lstrip("."))]
@@ -256,8 +266,8 @@ def check_folder(config: Config, folder: Path, resume: bool) -> None:
         return
     if changed := config_diff(read_config(folder, exact=True)[0], config):
         raise ConfigError(
-            f"cannot resume {folder}: the configuration changed: {'; '.join(changed[:4])}; a resumed "
-            "run keeps its settings, so name another folder for these"
+            f"cannot resume {folder}: the configuration changed: {'; '.join(changed[:4])}; a resumed run keeps its "
+            "settings (its length may grow, in the same unit), so name another folder for these"
         )
 
 
@@ -274,12 +284,22 @@ def restore_weights(model: MultitaskViT, weights: dict[str, torch.Tensor], backb
             f"{backbone_sha256[:12]}...; the weights now given have {model.backbone_sha256[:12]}...; name the file "
             "the run was trained from: backbone.weights=FILE to resume, weights=FILE to load"
         )
-    expected = model.state_dict().keys()
+    check_names(model, weights, folder)
+    if model.backbone_sha256 == backbone_sha256:  # frozen parameters that a warm start changed are saved ever after
+        state = model.state_dict()
+        model.replaced |= {
+            k for k in reference & weights.keys() if not torch.equal(state[k].to(weights[k]), weights[k])
+        }
+    model.load_state_dict(weights, strict=False)
+
+
+def check_names(model: MultitaskViT, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Raise CheckpointError if these are not the names of what training changed in such a model."""
+    expected, reference = model.state_dict().keys(), model.unchanged_backbone_names()
     problems = [f"missing {k}" for k in expected - weights.keys() - reference]
     problems += [f"unexpected {k}" for k in weights.keys() - expected]
     if problems:
         raise checkpoint.CheckpointError(f"{folder} does not fit the model: {'; '.join(sorted(problems)[:6])}")
-    model.load_state_dict(weights, strict=False)
 
 
 def count_test_evaluation(run: Path, tasks: Iterable[str] = ()) -> int:

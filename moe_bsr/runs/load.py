@@ -140,7 +140,7 @@ def load(
     runtime = _prepare_for(run, config, device)
     names = {task: about["classes"] for task, about in resolved["tasks"].items()}
     classes = {task: len(known) for task, known in names.items()}
-    folder, tensors, state = _read_named(run, checkpoint_name)
+    folder, tensors, state = read_named(run, checkpoint_name)
     contents.check_state(folder, state, config.task_names())
     if build_on_meta(config, classes).state_dict().keys() <= tensors["weights"].keys():
         config.backbone.weights = "random"  # everything was saved: no need for the backbone's file
@@ -213,7 +213,7 @@ def _prepare_for(run: Path, config: Config, device: str | None) -> Runtime:
         raise ConfigError(f"{run}: {error}. The run was trained there; device='cpu' computes without it") from error
 
 
-def _read_named(run: Path, name: str | int) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]]:
+def read_named(run: Path, name: str | int) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]]:
     """A checkpoint's folder, tensors and state; of "best", the newest sound checkpoint knows which it is."""
     why = ""
     if name in ("best", "last"):

@@ -10,6 +10,7 @@ from typing import Any
 
 from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError
+from moe_bsr.config.train import LENGTHS
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.runtime.files import NotOrdinary, read_text, write_whole
 from moe_bsr.runtime.names import printable
@@ -124,6 +125,12 @@ def read(folder: Path) -> dict[str, Any] | None:
     return report
 
 
+def is_complete(report: dict[str, Any], config: Config) -> bool:
+    """Whether a run is finished, and not to be made longer by `config`."""
+    then, now = report.get("config", {}).get("train", {}), configuration.to_dict(config)["train"]
+    return report["status"] == "finished" and all(then.get(key) == now[key] for key in LENGTHS)
+
+
 def markdown(report: dict[str, Any]) -> str:
     counted = f"{report['test_evaluations']} evaluation(s) of the test split so far."
     lines = [
@@ -201,7 +208,9 @@ def selection(report: dict[str, Any]) -> str:
         why = f"the last, as train.checkpoint_selection asks; their mean validation top-1 is {mean:.2f} %"
     else:
         why = f"for the highest mean validation top-1: {mean:.2f} %"
-    return f"Weights selected: those of step {step} of {report['step']}, {why}."
+    early = report["status"] == "finished" and report["step"] < report.get("planned_steps", 0)
+    ended = f" The run ended early, as train.patience asks: {report['planned_steps']} updates were planned." * early
+    return f"Weights selected: those of step {step} of {report['step']}, {why}.{ended}"
 
 
 def _confusions(report: dict[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from moe_bsr.config import Config
 from moe_bsr.data.sampler import MultitaskSampler
+from moe_bsr.training.length import in_updates, updates_of
 from moe_bsr.training.optim import learning_rate
 
 LEAST_SHARE = 0.02  # of the updates, below which a task is called starved
@@ -22,6 +23,10 @@ def doubts(config: Config, sizes: dict[str, int]) -> list[str]:
     """
     if config.train.optimizer == "lbfgs":
         return list(_learning_signal(config))
+    steps = updates_of(config, sizes)
+    if steps is None:  # measured later
+        return [*_learning_signal(config)]
+    config = in_updates(config, steps)
     return [*_optimization(config), *_learning_signal(config), *_data(config, sizes)]
 
 

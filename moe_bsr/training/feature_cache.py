@@ -123,5 +123,8 @@ class CachedInputs(Inputs):
     def cached_bytes(self) -> int:
         return super().cached_bytes() + self.cache.bytes
 
+    def keeps_all(self) -> bool:
+        return True
+
     def summary(self) -> list[str]:
         return [str(self.cache)]

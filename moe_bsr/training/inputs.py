@@ -31,13 +31,21 @@ class Inputs:
         )
 
     def cached_bytes(self) -> int:
-        """What decoded images will take in memory at most, judged by the first image of each task."""
+        """What decoded images will take in memory at most."""
+        return min(self._decoded_bytes(), int(self.transforms.cache_mb * 1e6))
+
+    def keeps_all(self) -> bool:
+        """Whether no training image is decoded a second time."""
+        return self._decoded_bytes() <= self.transforms.cache_mb * 1e6
+
+    def _decoded_bytes(self) -> int:
+        """Of all training and validation images, judged by the first image of each task."""
         total = 0
         for data in self.tasks.values():
             with contextlib.suppress(UnreadableImage):  # named when its batch is asked for
                 first = data.train.source.image(int(data.train.index[0]))
                 total += (len(data.train) + len(data.val)) * first.nbytes
-        return min(total, int(self.transforms.cache_mb * 1e6))
+        return total
 
     def summary(self) -> list[str]:
         """Lines for a person who starts the run."""

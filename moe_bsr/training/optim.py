@@ -57,13 +57,23 @@ def make_optimizer(model: MultitaskViT, config: TrainConfig) -> torch.optim.Opti
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
+DECAY_SHARE = 0.2  # of the updates, over which constant_then_decay decays
+
+
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Learning rate of update `step` (from 0): linear warm-up, then cosine towards min_lr."""
+    """Learning rate of update `step` (from 0): linear warm-up, then the schedule, towards min_lr.
+
+    A function of the step and the length alone: a run whose steps are raised goes on at the rate that the longer
+    schedule has at that step.
+    """
     warmup = config.warmup_steps
     if warmup is None:
         warmup = round(config.warmup_fraction * config.steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup
+    if config.schedule == "constant_then_decay":
+        decay = max(1, min(round(DECAY_SHARE * config.steps), config.steps - warmup))
+        return config.lr - (config.lr - config.min_lr) * max(0.0, (step + decay - config.steps) / decay)
     progress = (step - warmup) / max(1, config.steps - warmup)
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 

@@ -14,6 +14,7 @@ from moe_bsr.runs import checkpoint, contents
 from moe_bsr.runs import folder as run
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.training.callback import Callback, Callbacks
+from moe_bsr.training.length import Length
 from moe_bsr.training.optim import MovingAverage
 
 
@@ -44,6 +45,7 @@ class TrainState:
 
     Attributes:
         step: updates done. seconds: spent in them. best: None before the first evaluation.
+        length: how many updates it is to have. stale: evaluations in a row that raised no best.
         pending_evaluation: whether the evaluation due at this step is not yet done.
         untold_scores: of the evaluation at this step, of which the callbacks have not been told.
         lost: the best evaluation, if its weights could not be read again.
@@ -71,6 +73,8 @@ class TrainState:
         self.callbacks = Callbacks(callbacks)
         self.selection, self.saved_weights = selection, saved_weights
         self.step, self.seconds = 0, 0.0
+        self.length = Length()
+        self.stale = 0
         self.best: Best | None = None
         self.pending_evaluation = False
         self.untold_scores: dict[str, dict[str, Any]] | None = None
@@ -82,8 +86,21 @@ class TrainState:
         """Take the scores of all tasks on the validation split for the best so far, if they are; a tie is not."""
         mean = sum(s["top1"] for s in scores.values()) / len(scores)
         if self.selection == "last" or self.best is None or mean > self.best.mean_top1:
-            self.best = Best(self.step, mean, scores)
+            self.best, self.stale = Best(self.step, mean, scores), 0
+        else:
+            self.stale += 1
         self.pending_evaluation, self.untold_scores = False, scores
+
+    def plan(self, steps: int, minutes: float | None = None) -> None:
+        """Let the run have so many updates. Where it was to have others, it takes up patience anew.
+
+        Args:
+            minutes: that these updates were measured to take.
+        """
+        earlier = self.length.earlier
+        if self.length.steps not in (0, steps):
+            earlier, self.stale = [*earlier, (self.step, self.length.steps)], 0
+        self.length = Length(steps, minutes, earlier)
 
     # --- as values ---
 
@@ -94,6 +111,8 @@ class TrainState:
             "step": self.step,
             "pending_evaluation": self.pending_evaluation,
             "seconds": self.seconds,
+            "length": self.length.values(),
+            "stale": self.stale,
             "best_step": self.best and self.best.step,
             "best_mean_top1": self.best and self.best.mean_top1,
             "best_scores": self.best and self.best.scores,
@@ -114,6 +133,7 @@ class TrainState:
             self.optimizer.state[parameters[name]][key] = value.to(parameters[name].device)
         progress = state["progress"]
         self.step, self.seconds = progress["step"], progress["seconds"]
+        self.length, self.stale = Length.of(progress["length"]), progress["stale"]
         self.pending_evaluation, self.untold_scores = progress["pending_evaluation"], progress["untold_scores"]
         for task, splits in progress["skipped"].items():
             for split, images in splits.items():

@@ -20,22 +20,16 @@ from moe_bsr.evaluation.evaluate import evaluate
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.runs import checkpoint, report
 from moe_bsr.runs import folder as run
-from moe_bsr.runtime import files, memory
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.runtime.interrupt import Interrupted, StopSignals
+from moe_bsr.training import length
 from moe_bsr.training.callback import Callback, EvalEvent, StartEvent, StepEvent
+from moe_bsr.training.failures import NonFiniteLoss, TrainingFailed, explained, last_good
 from moe_bsr.training.inputs import Inputs
 from moe_bsr.training.optim import MovingAverage, learning_rate, make_optimizer
+from moe_bsr.training.pace import updates_within
 from moe_bsr.training.state import TrainState
 from moe_bsr.training.update import BatchResult, accumulate, multitask_update, task_weights
-
-
-class TrainingFailed(RuntimeError):
-    """A run that had begun cannot go on. One line says what happened, which checkpoint is good and what to do."""
-
-
-class NonFiniteLoss(TrainingFailed):
-    """Training diverged; the message names the step, the task and the last good checkpoint."""
 
 
 class Trainer:
@@ -43,6 +37,7 @@ class Trainer:
 
     Attributes:
         state: what changes while training, and is saved.
+        config: as it was asked for. planned: the same with its length in updates.
     """
 
     def __init__(
@@ -68,13 +63,7 @@ class Trainer:
         self.tasks, self.transforms = inputs.tasks, inputs.transforms
         self.about, self.costs = list(about), costs or {}
         settings = config.train
-        self.sampler = MultitaskSampler(
-            {name: len(data.train) for name, data in self.tasks.items()},
-            settings.batch_size,
-            settings.steps,
-            config.sampler,
-            config.seed,
-        )
+        self.sizes = {name: len(data.train) for name, data in self.tasks.items()}
         optimizer = make_optimizer(model, settings)
         average = None if settings.ema_decay is None else MovingAverage(model, settings.ema_decay)
         self.update = multitask_update(model, settings, runtime, optimizer, average)
@@ -90,6 +79,15 @@ class Trainer:
         )
         self.callbacks = self.state.callbacks
         self.stop = StopSignals()
+        self._plan(length.updates_of(config, self.sizes) or max(length.UNKNOWN, settings.warmup_steps or 0))
+
+    def _plan(self, steps: int) -> None:
+        """Take the run to have so many updates."""
+        config, earlier = self.config, self.state.length.earlier
+        self.planned = length.in_updates(config, steps)
+        self.sampler = MultitaskSampler(
+            self.sizes, config.train.batch_size, steps, config.sampler, config.seed, earlier
+        )
 
     def fit(self, resume: bool = False) -> dict[str, Any]:
         """Train to the last step (or a signal), test once, write and return the report.
@@ -105,13 +103,9 @@ class Trainer:
         try:
             if resume:
                 self.about += self.state.resume(self.folder, self.tasks, self.runtime)
-                if self.state.step > self.config.train.steps:
-                    raise checkpoint.CheckpointError(
-                        f"{self.folder / 'checkpoint' / str(self.state.step)} is of a step after the run's last, "
-                        f"train.steps = {self.config.train.steps}"
-                    )
             else:
                 self.state.begin()
+            self.about += self._decide_length()
             run.write_config(self.folder, self.config, self.model, self.transforms, self.runtime, self.tasks, resume)
             try:
                 return self._fit()
@@ -119,7 +113,7 @@ class Trainer:
                 self.state.save(self.folder)
                 raise
             except (OSError, MemoryError, RuntimeError) as error:
-                if (line := self._explained(error)) is None:
+                if (line := explained(self.folder, self.state.step, error)) is None:
                     raise
                 raise TrainingFailed(line) from error
         finally:
@@ -136,41 +130,43 @@ class Trainer:
                 result = self._report()
         return self._end(result)
 
+    def _decide_length(self) -> list[str]:
+        """Settle how many updates the run has; returns what a person should know about it."""
+        state, minutes, before = self.state, self.config.train.minutes, self.state.length.steps
+        steps, notes = length.updates_of(self.config, self.sizes), []
+        if minutes is not None:
+            if state.length.minutes == minutes:
+                steps = before
+            elif state.step:
+                steps = state.step + max(0, int((60 * minutes - state.seconds) * state.step / state.seconds))
+            else:
+                steps = updates_within(60 * minutes, self)
+            notes.append(f"train.minutes = {minutes:g}: {steps} updates at this machine's pace")
+        if state.step > steps:
+            place = self.folder / "checkpoint" / str(state.step)
+            raise checkpoint.CheckpointError(f"{place} is of a step after the run's last, train.steps = {steps}")
+        if before not in (0, steps):
+            notes.append(f"the run was to have {before} updates, now it has {steps}")
+        state.plan(steps, minutes)
+        self._plan(steps)
+        return notes
+
     def _check_room(self) -> None:
         """Refuse a run whose checkpoints, three at times, have no room where they are to be kept."""
         there = checkpoint.steps(self.folder)
-        left = self.config.train.steps - (there[-1] if there else 0)
+        left = self.planned.train.steps - (there[-1] if there else 0)
         if left > 0:
             saves = math.ceil(left / self._checkpoint_every())
             at_once = max(1, checkpoint.KEPT + 1 - len(there))
             checkpoint.check_room(self.folder, self.state.sizes(), min(saves, at_once))
 
     def _checkpoint_every(self) -> int:
-        return self.config.train.checkpoint_every or max(1, self.config.train.steps // 10)
-
-    def _explained(self, error: Exception) -> str | None:
-        """What ended training and how to go on, in a line; None for what is no trouble of the machine's."""
-        ended = f"{self.folder}: training ended at step {self.state.step}"
-        if memory.is_short(error):
-            return (
-                f"{ended}: out of memory ({memory.described(error)}); {self._good()}; with more memory free go on with "
-                f"resume=True, or in another folder {memory.REMEDY}"
-            )
-        if isinstance(error, OSError):
-            said = str(error) if error.errno is None else f"{error.filename or 'a file'}: {files.reason(error)}"
-            return f"{ended}: {said}; {self._good()}; then go on with resume=True"
-        return None
-
-    def _good(self) -> str:
-        saved = checkpoint.steps(self.folder)
-        return (
-            f"last good checkpoint: {self.folder / 'checkpoint' / str(saved[-1]) if saved else 'none was written yet'}"
-        )
+        return self.config.train.checkpoint_every or max(1, self.planned.train.steps // 10)
 
     def _start(self) -> None:
         start = StartEvent(
             self.folder,
-            self.config,
+            self.planned,
             list(self.tasks),
             self.state.step,
             self.about,
@@ -182,13 +178,13 @@ class Trainer:
         self.callbacks.tell("on_start", start)
 
     def _loop(self) -> None:
-        settings, state, clock = self.config.train, self.state, time.monotonic()
+        settings, state, clock = self.planned.train, self.state, time.monotonic()
         checkpoint_every = self._checkpoint_every()
         if state.pending_evaluation or (state.step == settings.steps and state.best is None):
             self._evaluate_and_save()
         self._tell_scores()
         batches = self.inputs.batches(self.sampler.batches(state.step))
-        while state.step < settings.steps and not self.stop.number:
+        while not self._is_over() and not self.stop.number:
             self._update(batches)
             state.seconds += time.monotonic() - clock
             due = state.step == settings.steps or (settings.eval_every and state.step % settings.eval_every == 0)
@@ -205,21 +201,16 @@ class Trainer:
         if state.saved_step != state.step:
             state.save(self.folder)
 
+    def _is_over(self) -> bool:
+        """Whether the last update is done, or evaluations have not risen for as long as train.patience allows."""
+        patience = self.config.train.patience
+        return self.state.step >= self.planned.train.steps or (patience is not None and self.state.stale >= patience)
+
     def _update(self, batches: Iterator[Batch]) -> None:
-        """One optimizer update: one batch of one task, or of each task when sampling jointly."""
-        began, settings, state = time.monotonic(), self.config.train, self.state
-        self.model.train()
-        rate = learning_rate(settings, state.step)
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate * group["lr_scale"]
-        tasks = self.sampler.tasks(state.step)
-        drawn = [next(batches) for _ in tasks]  # before anything is done: an image may be unreadable
-        results = [self._backward(batch, place, len(tasks)) for place, batch in enumerate(drawn)]
-        try:
-            norm = self.update.step()
-        except FloatingPointError as error:
-            self._refuse(str(error), ", ".join(tasks))
-        self.update.clear()
+        """One optimizer update, and its events."""
+        began, settings, state = time.monotonic(), self.planned.train, self.state
+        rate, tasks = learning_rate(settings, state.step), self.sampler.tasks(state.step)
+        results, norm = self.take(batches, state.step, rate)
         state.step += 1
         progress = self._progress()
         speed = len(tasks) * settings.batch_size / (time.monotonic() - began)
@@ -237,6 +228,21 @@ class Trainer:
     def _progress(self) -> dict[str, dict[str, float]]:
         """Updates, images and epochs of each task so far."""
         return self.sampler.progress(self.state.step)
+
+    def take(self, batches: Iterator[Batch], step: int, rate: float) -> tuple[list[BatchResult], float | None]:
+        """Update `step`: a batch of one task, or of each when sampling jointly; returns the gradient's norm too."""
+        self.model.train()
+        for group in self.state.optimizer.param_groups:
+            group["lr"] = rate * group["lr_scale"]
+        tasks = self.sampler.tasks(step)
+        drawn = [next(batches) for _ in tasks]  # before anything is done: an image may be unreadable
+        results = [self._backward(batch, place, len(tasks)) for place, batch in enumerate(drawn)]
+        try:
+            norm = self.update.step()
+        except FloatingPointError as error:
+            self._refuse(str(error), ", ".join(tasks))
+        self.update.clear()
+        return results, norm
 
     def _backward(self, batch: Batch, place: int, tasks: int) -> BatchResult:
         """The gradient of the batch that is number `place` of so many tasks' in this update."""
@@ -256,7 +262,7 @@ class Trainer:
 
     def _refuse(self, what: str, task: str) -> NoReturn:
         raise NonFiniteLoss(
-            f"{what} at step {self.state.step + 1}, task {task}; {self._good()}; "
+            f"{what} at step {self.state.step + 1}, task {task}; {last_good(self.folder)}; "
             "in a new run folder lower train.lr, set train.grad_clip_norm, or use runtime.precision=fp32"
         )
 
@@ -319,6 +325,7 @@ class Trainer:
             best=state.best and (state.best.mean_top1, state.best.step),
             lost=state.lost and {**dataclasses.asdict(state.lost.best), "reason": state.lost.reason},
             step=state.step,
+            planned_steps=self.planned.train.steps,
             skipped=state.skipped,
             weights="live" if state.average is None else "average",
             train_seconds=state.seconds,

@@ -178,7 +178,7 @@ def test_a_key_written_twice_is_refused(tmp_path):
     [
         ({"sede": 1}, ["unknown key sede", "did you mean 'seed'"]),
         ({"steps": 4}, ["unknown key steps", "did you mean 'train.steps'"]),
-        ({"train": {"learning_rte": 1}}, ["unknown key train.learning_rte", "allowed: steps, batch_size"]),
+        ({"train": {"learning_rte": 1}}, ["unknown key train.learning_rte", "allowed: steps, epochs"]),
         ({"moe": {"topk": 1}}, ["unknown key moe.topk", "did you mean 'moe.top_k'"]),
         ({"plan": {"trainabel": []}}, ["unknown key plan.trainabel", "did you mean 'plan.train_blocks'"]),
         ({"train.steps": 4}, ["unknown key train.steps", "in a file write train: {steps: ...}"]),

@@ -1,0 +1,117 @@
+"""The section `train` of a configuration: how a model is trained, and for how long."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from moe_bsr.config.errors import require, require_within
+
+LENGTHS = ("steps", "epochs", "minutes")  # the units of a run's length; it is said in one of them
+MOST_STEPS = 10**7
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    steps: int | None = None
+    epochs: float | None = None
+    minutes: float | None = None
+    patience: int | None = None
+    init_from: str | None = None
+    batch_size: int = 32
+    grad_accumulation_steps: int = 1
+    optimizer: Literal["sgd", "adamw", "lbfgs"] = "adamw"
+    penalty: Literal["best", "mild"] | float = "best"
+    lr: float = 1e-3
+    schedule: Literal["cosine", "constant_then_decay"] = "cosine"
+    min_lr: float = 0.0
+    momentum: float = 0.9
+    weight_decay: float = 0.05
+    layer_decay: float = 1.0
+    head_lr_scale: float = 1.0
+    warmup_fraction: float = 0.05
+    warmup_steps: int | None = None
+    grad_clip_norm: float | None = 1.0
+    label_smoothing: float = 0.0
+    ema_decay: float | None = None
+    task_weights: dict[str, float] = field(default_factory=dict)
+    eval_every: int | None = None
+    checkpoint_every: int | None = None
+    checkpoint_selection: Literal["best", "last"] = "best"
+    evaluate_test: bool = True
+    save: Literal["trainable", "all"] = "trainable"
+    pictures: bool = True
+
+    def __post_init__(self) -> None:
+        given = [key for key in LENGTHS if getattr(self, key) is not None]
+        if not given:
+            self.steps = 1000
+        for key in given[1:]:
+            only = f"null beside train.{given[0]}: the length of a run is given once, in steps, epochs or minutes"
+            require(False, f"train.{key}", getattr(self, key), only)
+        for key in ("epochs", "minutes"):
+            value = getattr(self, key)
+            require(value is None or 0 < value <= 10**6, f"train.{key}", value, "above 0, at most 1,000,000")
+        counts = ("steps", "patience", "eval_every", "checkpoint_every")
+        require_within("train", self, **dict.fromkeys(counts, (1, MOST_STEPS)))
+        require(
+            self.patience is None or (self.eval_every is not None and self.checkpoint_selection == "best"),
+            "train.patience",
+            self.patience,
+            "needs train.eval_every, the updates between evaluations, and train.checkpoint_selection = best",
+        )
+        require_within("train", self, **dict.fromkeys(("batch_size", "grad_accumulation_steps"), (1, 2**16)))
+        require(
+            self.batch_size % self.grad_accumulation_steps == 0,
+            "train.grad_accumulation_steps",
+            self.grad_accumulation_steps,
+            f"must divide train.batch_size = {self.batch_size}: micro-batches split one batch",
+        )
+        require(self.lr > 0, "train.lr", self.lr, "above 0")
+        require(0 <= self.min_lr <= self.lr, "train.min_lr", self.min_lr, f"0 to train.lr = {self.lr}")
+        require(
+            isinstance(self.penalty, str) or 1e-8 <= self.penalty <= 1e4,
+            "train.penalty",
+            self.penalty,
+            "best, mild, or a number from 1e-8 to 1e4",
+        )
+        require(0 <= self.momentum < 1, "train.momentum", self.momentum, "[0, 1)")
+        require(0 < self.layer_decay <= 1, "train.layer_decay", self.layer_decay, "in (0, 1]")
+        require(self.head_lr_scale > 0, "train.head_lr_scale", self.head_lr_scale, "above 0; relative to train.lr")
+        require(
+            0 <= self.warmup_fraction < 1,
+            "train.warmup_fraction",
+            self.warmup_fraction,
+            "a share of train.steps in [0, 1); for a number of updates set train.warmup_steps",
+        )
+        require(
+            self.warmup_steps is None or 0 <= self.warmup_steps <= (self.steps or MOST_STEPS),
+            "train.warmup_steps",
+            self.warmup_steps,
+            f"null (train.warmup_fraction decides) or 0 to train.steps = {self.steps or MOST_STEPS}",
+        )
+        highest = self.lr * max(1.0, self.head_lr_scale)
+        require(
+            0 <= self.weight_decay < 1 / highest,
+            "train.weight_decay",
+            self.weight_decay,
+            f"at least 0 and below {1 / highest:.4g}, where one update takes away the whole weight: it is multiplied "
+            f"by train.lr = {self.lr:g} and train.head_lr_scale = {self.head_lr_scale:g}",
+        )
+        require(
+            self.grad_clip_norm is None or self.grad_clip_norm > 0,
+            "train.grad_clip_norm",
+            self.grad_clip_norm,
+            "null or above 0",
+        )
+        require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "[0, 1)")
+        require(
+            self.ema_decay is None or 0 < self.ema_decay < 1,
+            "train.ema_decay",
+            self.ema_decay,
+            "null or a decay in (0, 1)",
+        )
+        require(
+            all(weight > 0 for weight in self.task_weights.values()),
+            "train.task_weights",
+            self.task_weights,
+            "weights above 0",
+        )

@@ -1,0 +1,230 @@
+"""A model that starts from the weights of a run (`train.init_from`): all that fits is taken, by name.
+
+Dense weights go into the backbone before the plan is applied: experts then start as copies of an FFN as it was trained.
+Experts, routers and adapters are taken where the block has such parts of the same shapes; of heads, the rows of the
+classes that both have. Everything else starts as in any run.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from moe_bsr.config import Config, ConfigError
+from moe_bsr.model.backbones.vit import digest
+from moe_bsr.model.multitask import MultitaskViT, build, build_on_meta
+from moe_bsr.model.plan import BlockPlan
+from moe_bsr.runs import checkpoint, contents, ordinary
+from moe_bsr.runs.folder import check_names, read_config
+from moe_bsr.runs.load import read_named
+
+SHOWN = 5  # names of a kind in a message
+
+
+@dataclass(slots=True)
+class Source:
+    """What a run has to give.
+
+    Attributes:
+        plan: of its blocks. classes: by task, in the order of its head's rows. weights: by name, those evaluated.
+    """
+
+    run: Path
+    step: int
+    backbone_sha256: str
+    plan: list[BlockPlan]
+    classes: dict[str, list[str]]
+    weights: dict[str, Tensor]
+
+
+def build_from(run: str, config: Config, classes: dict[str, list[str]]) -> tuple[MultitaskViT, list[str]]:
+    """The model of a configuration, with the weights of the best checkpoint of a run as far as they fit.
+
+    Args:
+        classes: names by task.
+    Returns:
+        The model, on the CPU in float32, and what was taken, is new and was left, a line each.
+    Raises:
+        ConfigError: no run, or one of another backbone. CheckpointError: its checkpoint is missing or damaged.
+    """
+    counts = {task: len(names) for task, names in classes.items()}
+    try:
+        source = _read(Path(run).expanduser(), list(classes))
+    except ConfigError as error:
+        raise ConfigError(f"train.init_from = {run!r}: {error}") from error
+    target = build_on_meta(config, counts)
+    adapters = {i for i, plan in enumerate(target.plan) if _adapter_fits(i, target, source)}
+    replaced: set[str] = set()
+
+    def put_dense(vit: VisionTransformer, sha256: str) -> None:
+        if sha256 != source.backbone_sha256:
+            raise ConfigError(
+                f"train.init_from = {run!r}: trained from a backbone with sha256 {source.backbone_sha256[:12]}..., and "
+                f"{config.backbone.name} ({config.backbone.weights}) has {sha256[:12]}...; only runs of one backbone, "
+                "of one image size, fit each other"
+            )
+        dense = _dense(source, vit.state_dict(), adapters)
+        replaced.update(f"vit.{name}" for name in dense)
+        vit.load_state_dict(dense, strict=False)
+
+    model = build(config, counts, put_dense)
+    model.replaced = {name for name in model.unchanged_backbone_names() if name.replace(".base.", ".") in replaced}
+    parts = _put_parts(model, source, adapters)
+    heads = {task: _put_head(model, source, task, classes[task]) for task in classes if task in source.classes}
+    model.init_from = {"run": run, "step": source.step, "sha256": digest(source.weights)}
+    return model, [
+        f"weights from {source.run}, step {source.step}",
+        *_told(model, source, classes, replaced, parts, heads),
+    ]
+
+
+def _read(run: Path, tasks: list[str]) -> Source:
+    ordinary.check(run)
+    config, resolved = read_config(run)
+    if config.mode == "single_task":
+        return _read_parts(run, [task for task in config.task_names() if task in tasks], tasks)
+    folder, tensors, state = read_named(run, "best")
+    contents.check_state(folder, state, config.task_names())
+    classes = {task: about["classes"] for task, about in resolved["tasks"].items()}
+    model = build_on_meta(config, {task: len(names) for task, names in classes.items()})
+    weights = tensors["weights"]
+    check_names(model, weights, folder)
+    contents.check_tensors(folder / "weights.safetensors", weights, contents.model_tensors(model))
+    contents.check_average(folder, tensors.get("average"), model, config.train.ema_decay is not None)
+    weights = weights | tensors.get("average", {})
+    return Source(run, state["step"], resolved["backbone_sha256"], model.plan, classes, weights)
+
+
+def _read_parts(run: Path, known: list[str], wanted: list[str]) -> Source:
+    """Of a run with a model for each task: for one task its model, for several the heads alone."""
+    parts = [_read(run / task, [task]) for task in known if checkpoint.steps(run / task)]
+    if not parts:
+        raise ConfigError(f"{run} has no trained model of {', '.join(wanted)}")
+    first = parts[0]
+    if len(wanted) == 1:
+        return first
+    heads = {name: value for part in parts for name, value in part.weights.items() if name.startswith("heads.")}
+    classes = {task: names for part in parts for task, names in part.classes.items()}
+    return Source(run, max(part.step for part in parts), first.backbone_sha256, first.plan, classes, heads)
+
+
+def _adapter_fits(index: int, target: MultitaskViT, source: Source) -> bool:
+    """Whether both have the same adapter in a block; otherwise the source's is merged into the layers it is beside."""
+    mine = target.plan[index].adapter
+    return mine is not None and mine == source.plan[index].adapter
+
+
+def _dense(source: Source, vit: dict[str, Tensor], adapters: set[int]) -> dict[str, Tensor]:
+    """What differs of a plain backbone's weights, adapters merged into them where they cannot be taken as they are."""
+    dense = {}
+    for name, value in source.weights.items():
+        plain = name.removeprefix("vit.").replace(".base.", ".")
+        if name.startswith("vit.") and plain in vit and not torch.equal(vit[plain].to(value.dtype), value):
+            dense[plain] = value.float()
+    for name, a in source.weights.items():
+        if name.endswith(".lora_a") and _block(name) not in adapters:
+            layer = name.removeprefix("vit.").removesuffix(".lora_a")
+            options = source.plan[_block(name)].adapter.options  # type: ignore[union-attr]
+            update = options.alpha / options.rank * source.weights[name.removesuffix("a") + "b"] @ a
+            dense[f"{layer}.weight"] = dense.get(f"{layer}.weight", vit[f"{layer}.weight"]) + update
+    return dense
+
+
+def _block(name: str) -> int:
+    return int(name.split(".")[2])  # vit.blocks.3.attn ...
+
+
+@torch.no_grad()
+def _put_parts(model: MultitaskViT, source: Source, adapters: set[int]) -> dict[str, list[int]]:
+    """Take experts, routers and adapters; returns the blocks in which each kind was."""
+    state, taken = model.state_dict(), {"experts": [], "routers": [], "adapters": []}
+    for index, plan in enumerate(model.plan):
+        place = f"vit.blocks.{index}."
+        theirs = {name: value for name, value in source.weights.items() if name.startswith(place)}
+        experts = {name for name in state if name.startswith(f"{place}mlp.experts.")}
+        if plan.moe and all(name in theirs and theirs[name].shape == state[name].shape for name in experts):
+            taken["experts"].append(index)
+            for name in experts:
+                state[name].copy_(theirs[name])
+            routers = {name for name in state if name.startswith(f"{place}mlp.router.")}
+            if sum(_put_router(name, state[name], theirs, model.tasks, source) for name in routers):
+                taken["routers"].append(index)
+        if index in adapters:
+            taken["adapters"].append(index)
+            for name in theirs.keys() & state.keys():
+                if name.endswith((".lora_a", ".lora_b")):
+                    state[name].copy_(theirs[name])
+    return taken
+
+
+def _put_router(name: str, mine: Tensor, theirs: dict[str, Tensor], tasks: list[str], source: Source) -> bool:
+    """Take a parameter of a router, if there is one of that name; what is told the task as a number, task by task."""
+    if name not in theirs:
+        return False
+    value, before = theirs[name], list(source.classes)
+    if name.endswith(".router.embed.0.weight"):  # (width, tasks)
+        for task in tasks:
+            if task in before:
+                mine[:, tasks.index(task)] = value[:, before.index(task)]
+        return True
+    if value.shape == mine.shape:
+        mine.copy_(value)
+    return value.shape == mine.shape
+
+
+@torch.no_grad()
+def _put_head(model: MultitaskViT, source: Source, task: str, classes: list[str]) -> int:
+    """Take the rows of the classes that both have; returns how many."""
+    rows = {name: row for row, name in reversed(list(enumerate(source.classes[task])))}
+    pairs = [(row, rows[name]) for row, name in enumerate(classes) if name in rows]
+    if pairs:
+        mine, theirs = map(list, zip(*pairs, strict=True))
+        for name in ("weight", "bias"):
+            getattr(model.heads[task], name)[mine] = source.weights[f"heads.{task}.{name}"][theirs]
+    return len(pairs)
+
+
+# --- in words ---
+
+
+def _told(
+    model: MultitaskViT,
+    source: Source,
+    classes: dict[str, list[str]],
+    replaced: set[str],
+    parts: dict[str, list[int]],
+    heads: dict[str, int],
+) -> list[str]:
+    blocks = sorted({_block(name) for name in replaced if name.startswith("vit.blocks.")})
+    others = sorted({name.split(".")[1] for name in replaced if not name.startswith("vit.blocks.")})
+    taken = [*([f"blocks {_listed(blocks)}"] if blocks else []), *others]
+    taken += [f"{kind} of blocks {_listed(places)}" for kind, places in parts.items() if places]
+    taken += [f"head of {task} ({count} of {len(classes[task])} classes)" for task, count in heads.items()]
+    moe = [index for index, plan in enumerate(model.plan) if plan.moe]
+    new = [f"head of {task}" for task in classes if task not in heads]
+    for task in heads:
+        if names := [name for name in classes[task] if name not in source.classes[task]]:
+            new.append(f"classes of {task} ({_listed(names)})")
+    if copied := [index for index in moe if index not in parts["experts"]]:
+        new.append(f"experts of blocks {_listed(copied)}, copies of the FFN")
+    if fresh := [index for index in moe if index not in parts["routers"]]:
+        new.append(f"routers of blocks {_listed(fresh)}")
+    left = [f"head of {task}" for task in source.classes if task not in classes]
+    for task in heads:
+        if names := [name for name in source.classes[task] if name not in classes[task]]:
+            left.append(f"classes of {task} ({_listed(names)})")
+    theirs = {_block(name) for name in source.weights if ".mlp.experts." in name}
+    if unused := sorted(theirs - set(parts["experts"])):
+        left.append(f"experts of blocks {_listed(unused)}")
+    kinds = {"taken": taken or ["nothing"], "new": new, "left": left}
+    return [f"{kind}: {', '.join(each)}" for kind, each in kinds.items() if each]
+
+
+def _listed(values: Iterable) -> str:
+    names = list(map(str, values))
+    return ", ".join(names[:SHOWN] if len(names) > 2 * SHOWN else names) + (
+        f" and {len(names) - SHOWN} more" if len(names) > 2 * SHOWN else ""
+    )

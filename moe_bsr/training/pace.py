@@ -1,0 +1,67 @@
+"""What `train.minutes` come to: how many updates this machine takes in a time.
+
+A few updates at a learning rate of 0 tell, once with images that are new and once with the same ones again, which are
+cached then. Nothing of them is left but their time, which counts. So a run of minutes is, bit for bit, the run of as
+many steps. Minutes are those of the updates; evaluations and the start of a run come on top.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from moe_bsr.config.train import MOST_STEPS
+from moe_bsr.training.length import images_per_update
+
+if TYPE_CHECKING:
+    from moe_bsr.training.trainer import Trainer
+
+MEASURED = 20  # updates at most that are measured, and then again
+SHARE = 0.02  # of the time, that either may take
+
+
+def updates_within(seconds: float, trainer: "Trainer") -> int:
+    """How many updates of a run that has not begun take so long; what measuring takes is in the run's seconds."""
+    state, model = trainer.state, trainer.model
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    began = time.monotonic()
+    first = _seconds_each(trainer, MEASURED, SHARE * seconds)
+    again = _seconds_each(trainer, len(first), SHARE * seconds) if trainer.inputs.keeps_all() else first
+    state.seconds += time.monotonic() - began
+    state.optimizer.state.clear()
+    for name, value in model.named_buffers():
+        value.copy_(buffers[name])
+    if state.average is not None:
+        state.average.updates = 0
+    new = math.ceil(sum(trainer.sizes.values()) / images_per_update(trainer.config, trainer.sizes))
+    return _within(max(0.0, seconds - state.seconds), new, _mean(first), min(_mean(first), _mean(again)))
+
+
+def _within(seconds: float, new: int, first: float, later: float) -> int:
+    """Updates in so many seconds, of which the first `new` take `first` seconds each and the others `later`."""
+    steps = seconds / first if seconds < new * first else new + (seconds - new * first) / later
+    return min(MOST_STEPS, max(1, int(steps)))
+
+
+def _mean(times: list[float]) -> float:
+    return sum(times[1:]) / len(times[1:])  # kernels are chosen in the first
+
+
+def _seconds_each(trainer: "Trainer", count: int, limit: float) -> list[float]:
+    """Seconds of each of the first updates: two at least, and `count` at most, for as long as `limit` lasts."""
+    updates, times = _idle_updates(trainer), [time.monotonic()]
+    while len(times) < 3 or (len(times) <= count and times[-1] - times[0] < limit):
+        next(updates)
+        times.append(time.monotonic())
+    updates.close()
+    return [after - before for before, after in zip(times, times[1:], strict=False)]
+
+
+def _idle_updates(trainer: "Trainer") -> Iterator[None]:
+    batches = trainer.inputs.batches(trainer.sampler.batches())
+    try:
+        for step in range(trainer.planned.train.steps):
+            trainer.take(batches, step, 0.0)
+            yield
+    finally:
+        batches.close()

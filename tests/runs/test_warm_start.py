@@ -1,0 +1,176 @@
+"""A run that starts from another's weights: what fits is taken to the bit, experts are copies of the trained FFN."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import make_config, replace_task
+
+import moe_bsr
+from moe_bsr.config import ConfigError, replace
+from moe_bsr.model.multitask import build
+from moe_bsr.runs import folder as run
+from moe_bsr.runs.warm_start import build_from
+
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+CLASSES = {"shapes": [f"c{i}" for i in range(10)], "fractals": [f"c{i}" for i in range(12)]}
+HEADS = {"plan__train_blocks": [], "plan__drop_blocks": [], "plan__moe_blocks": []}
+DENSE = {"plan__moe_blocks": []}
+LORA = DENSE | {"adapter": {"kind": "lora", "layers": ["attn.qkv", "mlp.fc1"], "blocks": [1, 3]}}
+LORA["adapter"] = [LORA["adapter"]]
+SHORT = {"train__steps": 2, "train__evaluate_test": False, "train__lr": 0.03}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Makes (once) the run of a plan, trained for two updates; returns its configuration and folder."""
+    made: dict[str, tuple] = {}
+    folder = tmp_path_factory.mktemp("sources")
+
+    def make(name: str, **changes):
+        if name not in made:
+            config = make_config(folder, **SHORT, **changes)
+            moe_bsr.train(config, folder / name, callbacks=[])
+            made[name] = config, folder / name
+        return made[name]
+
+    return make
+
+
+def names_of(source: Path) -> dict[str, list[str]]:
+    return {task: about["classes"] for task, about in run.read_config(source)[1]["tasks"].items()}
+
+
+def logits(model, task="shapes") -> torch.Tensor:
+    images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model.eval()(images, task).logits
+
+
+def started(config, source: Path, classes=None):
+    return build_from(str(source), config, classes or names_of(source))
+
+
+# --- the same function ---
+
+
+@pytest.mark.parametrize(
+    "before, after, tolerance",
+    [
+        (HEADS, DENSE | {"plan__drop_blocks": []}, 1e-6),
+        (DENSE, DENSE, 0),
+        (DENSE, {}, 1e-5),
+        (DENSE, {"moe__router": "task_conditioned"}, 1e-5),
+        ({}, {}, 0),
+        ({"moe__router": "task_conditioned"}, {"moe__router": "task_conditioned"}, 0),
+        ({"train__ema_decay": 0.5}, {}, 0),
+        (DENSE, DENSE | {"plan__train_blocks": [5]}, 1e-6),
+        (LORA, LORA, 0),
+        (LORA, DENSE, 1e-5),
+        (LORA, {}, 1e-5),
+        (DENSE, LORA, 1e-6),
+        (DENSE | {"train__save": "all"}, DENSE, 0),
+    ],
+    ids=["heads to bsr", "dense", "dense to moe", "to other routers", "moe", "conditioned", "average", "other blocks"]
+    + ["lora", "lora to dense", "lora to moe", "dense to lora", "all saved"],
+)
+def test_a_plan_that_can_computes_what_the_run_did(trained, before, after, tolerance):
+    config, source = trained(str(before), **before)
+    model, _ = started(make_config(source.parent, **SHORT, **after), source)
+    loaded = moe_bsr.load(source).models["shapes"]
+    for task in CLASSES:
+        torch.testing.assert_close(logits(model, task), logits(loaded, task), rtol=tolerance, atol=tolerance)
+    fresh = build(config, {task: len(names) for task, names in names_of(source).items()})
+    assert not torch.allclose(logits(fresh), logits(loaded), atol=1e-3), "the source moved"
+
+
+def test_experts_start_as_copies_of_the_ffn_as_it_was_trained(trained):
+    _, source = trained("dense", **DENSE)
+    model, told = started(make_config(source.parent), source)
+    ffn = moe_bsr.load(source).models["shapes"].vit.blocks[3].mlp
+    for expert in model.vit.blocks[3].mlp.experts.fc1_weight:
+        assert torch.equal(expert, ffn.fc1.weight)
+    assert any("experts of blocks 3, 5, copies of the FFN, routers of blocks 3, 5" in line for line in told)
+
+
+def test_experts_that_do_not_fit_are_left_and_said(trained):
+    _, source = trained("moe")
+    model, told = started(make_config(source.parent, moe__num_experts=8), source)
+    assert "left: experts of blocks 3, 5" in told and any("new: experts of blocks 3, 5" in line for line in told)
+    model, told = started(make_config(source.parent, **DENSE), source)
+    assert "left: experts of blocks 3, 5" in told
+
+
+# --- classes and tasks by name ---
+
+
+@pytest.mark.parametrize("router", ["per_task", "task_conditioned"])
+def test_tasks_and_classes_are_matched_by_name_and_the_rest_is_said(trained, router):
+    _, source = trained(router, moe__router=router)
+    theirs, names = moe_bsr.load(source).models["shapes"], names_of(source)["shapes"]
+    classes = {"novel": ["x", "y"], "shapes": ["brand new", *reversed(names[1:])]}
+    config = make_config(source.parent, moe__router=router)
+    config = replace(config, tasks=[str(source.parent / "novel.yaml"), config.tasks[0]])
+    model, told = started(config, source, classes)
+    for row, name in enumerate(classes["shapes"][1:], 1):
+        assert torch.equal(model.heads["shapes"].weight[row], theirs.heads["shapes"].weight[names.index(name)])
+    kept = [classes["shapes"].index(name) for name in names[1:]]
+    torch.testing.assert_close(logits(model)[:, kept], logits(theirs)[:, 1:], rtol=1e-5, atol=1e-5)
+    said = "\n".join(told)
+    assert "head of shapes (9 of 10 classes)" in said and "classes of shapes (brand new)" in said
+    assert "new: head of novel" in said and f"left: head of fractals, classes of shapes ({names[0]})" in said
+
+
+def test_models_for_single_tasks_give_their_heads_or_one_of_them_all(trained):
+    _, source = trained("series", mode="single_task", **DENSE)
+    config = make_config(source.parent, **DENSE)
+    classes = names_of(source / "shapes") | names_of(source / "fractals")
+    model, told = started(config, source, classes)
+    loaded = moe_bsr.load(source).models
+    for task in classes:
+        assert torch.equal(model.heads[task].weight, loaded[task].heads[task].weight)
+    assert not any("blocks 1" in line for line in told)
+    alone, _ = started(replace_task(config, config.tasks[0]), source, {"shapes": classes["shapes"]})
+    assert torch.equal(logits(alone), logits(loaded["shapes"]))
+
+
+# --- a run of it ---
+
+
+def test_a_run_records_its_source_and_goes_on_without_it(trained, tmp_path):
+    """Its frozen blocks have weights that the backbone's file has not: they are in its own checkpoints."""
+    _, first = trained("dense", **DENSE)
+    source = shutil.copytree(first, tmp_path / "source")
+    config = make_config(tmp_path, train__steps=3, train__checkpoint_every=1, train__init_from=str(source), **HEADS)
+    whole = moe_bsr.train(config, tmp_path / "whole", callbacks=[])
+    record = run.read_config(tmp_path / "whole")[1]["init_from"]
+    assert record["run"] == str(source) and record["step"] == 2 and len(record["sha256"]) == 64
+    weights = moe_bsr.load(tmp_path / "whole").models["shapes"].state_dict()
+    assert torch.equal(
+        weights["vit.blocks.1.attn.qkv.weight"], moe_bsr.load(source).models["shapes"].vit.blocks[1].attn.qkv.weight
+    )
+    shutil.rmtree(source)
+    stopped = shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    (stopped / "report.json").unlink()
+    shutil.rmtree(stopped / "checkpoint" / "3")
+    again = moe_bsr.train(config, stopped, resume=True, callbacks=[])
+    assert again["mean_top1"] == whole["mean_top1"]
+    resumed = moe_bsr.load(stopped).models["shapes"].state_dict()
+    assert all(torch.equal(value, resumed[name]) for name, value in weights.items())
+    assert (stopped / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    assert run.read_config(stopped)[1]["init_from"] == record
+
+
+@pytest.mark.parametrize("case", ["missing", "no run", "another backbone"])
+def test_what_cannot_be_started_from_is_refused_by_the_key(trained, tmp_path, case):
+    _, source = trained("dense", **DENSE)
+    config = make_config(
+        tmp_path, train__init_from=str({"missing": tmp_path / "gone", "no run": tmp_path}.get(case, source))
+    )
+    if case == "another backbone":
+        config = replace(config, seed=5)  # of other random weights
+    with pytest.raises(ConfigError, match=r"train\.init_from = .*(is not a run folder|of one backbone)"):
+        moe_bsr.train(config, tmp_path / "run", callbacks=[])
+    assert not (tmp_path / "run" / "checkpoint").exists()
