@@ -245,8 +245,10 @@ class FileSource:
         self.labels = np.asarray(labels, dtype=np.int64)
         self.class_names = class_names
         self.bits = bits
+        # The same however the root is written: a table may hold whole paths, and the root be "data".
+        ways = (f"{root}{os.sep}", f"{os.path.abspath(root)}{os.sep}")
         self.names: list[str] | None = [
-            str(file).removeprefix(f"{root}{os.sep}").replace(os.sep, "/") for file in files
+            str(file).removeprefix(ways[0]).removeprefix(ways[1]).replace(os.sep, "/") for file in files
         ]
 
     @functools.cached_property

@@ -102,6 +102,16 @@ def test_paths_may_start_elsewhere_or_at_the_root(photos):
         assert len(found.train) == 2 and not found.unused
 
 
+def test_names_do_not_depend_on_how_the_root_and_the_paths_are_written(photos, monkeypatch):
+    """For they decide on splits, and are what a run knows its images by."""
+    monkeypatch.chdir(photos.parent)
+    for before in ("", "./", f"{photos}/"):
+        (photos / "t.csv").write_text("path,label\n" + "".join(f"{before}{path},{label}\n" for path, label in ROWS))
+        for root in (photos, Path(photos.name)):
+            images = CsvTask(name="mine", title="Mine", path="t.csv").open(root)
+            assert images.train.names == [path for path, _ in ROWS]
+
+
 def test_lines_that_cannot_be_used_are_counted_by_kind(photos):
     os.mkfifo(photos / "img" / "fifo.png")
     (photos / "img" / "a.cr2").write_bytes(b"?")

@@ -130,6 +130,10 @@ def _splits(folder: Path, unused: Unused) -> dict[str, Path]:
         if inner:
             raise ValueError(f"{folder}: {inner[0]!r} in it has a train folder of its own: name that one in path")
         return {"train": folder}
+    for split, name in splits.items():
+        inner = entries(str(folder / name), Unused())[1]
+        if [split_named(entry.name) for entry in inner] == [split] and entries(inner[0].path, Unused())[1]:
+            raise ValueError(f"{folder / name}: the class folders are in {inner[0].name!r} within it: move them up")
     for entry in files:
         count_loose(entry, unused)
     for entry in folders:
