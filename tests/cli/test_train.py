@@ -119,7 +119,7 @@ def test_of_an_unfinished_series_the_tasks_that_are_trained_are_used(tmp_path, c
 
 
 def test_divergence_exits_with_1(written, tmp_path, capsys):
-    extreme = ["train.lr=1e30", "train.grad_clip_norm=null"]
+    extreme = ["train.lr=1e30", "train.weight_decay=0", "train.grad_clip_norm=null"]
     assert main(["train", written, *extreme, "--run", str(tmp_path / "run")]) == 1
     assert "last good checkpoint" in capsys.readouterr().err
 

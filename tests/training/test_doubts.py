@@ -84,4 +84,4 @@ def test_doubts_are_told_in_a_dry_run_and_at_the_start(tmp_path, capsys):
     assert main(["train", str(tmp_path / "c.yaml"), "--run", str(tmp_path / "run"), "--dry-run"]) == 0
     train(config, tmp_path / "run", callbacks=[told := Told()])
     for lines in (capsys.readouterr().out.splitlines(), told.lines):
-        assert any(line.startswith("warning: train.batch_size = 64, but shapes has 20 training") for line in lines)
+        assert any(line.startswith("warning: train.batch_size = 64, but shapes has 23 training") for line in lines)
