@@ -140,7 +140,8 @@ def _block(name: str) -> int:
 @torch.no_grad()
 def _put_parts(model: MultitaskViT, source: Source, adapters: set[int]) -> dict[str, list[int]]:
     """Take experts, routers and adapters; returns the blocks in which each kind was."""
-    state, taken = model.state_dict(), {"experts": [], "routers": [], "adapters": []}
+    state = model.state_dict()
+    taken: dict[str, list[int]] = {"experts": [], "routers": [], "adapters": []}
     for index, plan in enumerate(model.plan):
         place = f"vit.blocks.{index}."
         theirs = {name: value for name, value in source.weights.items() if name.startswith(place)}
