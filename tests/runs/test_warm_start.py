@@ -139,17 +139,20 @@ def test_models_for_single_tasks_give_their_heads_or_one_of_them_all(trained):
 # --- a run of it ---
 
 
-def test_a_run_records_its_source_and_goes_on_without_it(trained, tmp_path):
+@pytest.mark.parametrize("adapter, base", [(None, ""), ("lora", ".base")])
+def test_a_run_records_its_source_and_goes_on_without_it(trained, tmp_path, adapter, base):
     """Its frozen blocks have weights that the backbone's file has not: they are in its own checkpoints."""
     _, first = trained("dense", **DENSE)
     source = shutil.copytree(first, tmp_path / "source")
     config = make_config(tmp_path, train__steps=3, train__checkpoint_every=1, train__init_from=str(source), **HEADS)
+    config = replace(config, adapter=adapter)
     whole = moe_bsr.train(config, tmp_path / "whole", callbacks=[])
     record = run.read_config(tmp_path / "whole")[1]["init_from"]
     assert record["run"] == str(source) and record["step"] == 2 and len(record["sha256"]) == 64
     weights = moe_bsr.load(tmp_path / "whole").models["shapes"].state_dict()
     assert torch.equal(
-        weights["vit.blocks.1.attn.qkv.weight"], moe_bsr.load(source).models["shapes"].vit.blocks[1].attn.qkv.weight
+        weights[f"vit.blocks.1.attn.qkv{base}.weight"],
+        moe_bsr.load(source).models["shapes"].vit.blocks[1].attn.qkv.weight,
     )
     shutil.rmtree(source)
     stopped = shutil.copytree(tmp_path / "whole", tmp_path / "stopped")

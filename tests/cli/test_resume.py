@@ -1,0 +1,58 @@
+"""A run folder as the configuration of a command: to go on, to make longer, to begin again elsewhere."""
+
+import os
+import signal
+
+import pytest
+import yaml
+from tiny_runs import act_at, make_config
+
+from moe_bsr import config as configuration
+from moe_bsr.cli.main import main
+from moe_bsr.config import load
+from moe_bsr.runs import report
+from moe_bsr.selftest import kills
+
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+
+def test_a_run_goes_on_by_its_folder_alone_and_is_made_longer(tmp_path, monkeypatch, capsys):
+    file, run = tmp_path / "tiny.yaml", tmp_path / "my run"
+    file.write_text(configuration.dump(make_config(tmp_path)))
+    changes = ["train.lr=0.02", "train.steps=3", "train.evaluate_test=false"]
+    with monkeypatch.context() as patch:
+        act_at(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert main(["train", str(file), *changes, "--run", str(run)]) == 128 + signal.SIGTERM
+    assert f"Go on with: moe-bsr train '{run}' --resume" in capsys.readouterr().out
+    assert main(["train", str(run)]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main(["train", str(run), "--resume"]) == 0
+    assert main(["train", str(file), *changes, "--run", str(tmp_path / "whole")]) == 0
+    assert not kills.differing(run, kills.outcome(tmp_path / "whole"))
+    assert main(["train", str(run), "--resume", "train.steps=4"]) == 0
+    assert report.read(run)["step"] == 4
+
+
+@pytest.mark.parametrize("named", ["", "config.yaml"])
+def test_a_runs_configuration_is_one(tiny_run, tmp_path, capsys, named):
+    again = tmp_path / "again"
+    assert main(["train", str(tiny_run / named), "--run", str(again)]) == 0
+    assert not kills.differing(again, kills.outcome(tiny_run))
+    assert main(["cost", str(tiny_run / named)]) == 0
+
+
+def test_what_a_configuration_led_to_is_not_read(tmp_path):
+    """Class names by the hundred thousand make a file larger than any configuration."""
+    tree = {"seed": 5, "train": {"steps": 3}}
+    text = yaml.safe_dump(tree, sort_keys=False) + yaml.safe_dump({"resolved": {"classes": ["x" * 20] * 100_000}})
+    (tmp_path / "config.yaml").write_text(text)
+    config = load(tmp_path, ["seed=6"])
+    assert (config.seed, config.train.steps) == (6, 3)
+
+
+def test_a_dry_run_says_what_is_taken_from_another_run(tiny_run, tmp_path, capsys):
+    call = [str(tiny_run), f"train.init_from={tiny_run}", "plan.moe_blocks=[]", "--run", str(tmp_path / "next")]
+    assert main(["train", *call, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "taken: blocks 1, 3, 5, norm, head of shapes (10 of 10 classes)" in printed
+    assert "left: experts of blocks 3, 5" in printed and not (tmp_path / "next").exists()

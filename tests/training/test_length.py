@@ -1,0 +1,210 @@
+"""How long a run is: its units, a length that grows, early stopping; each resumes to the same bits."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from tiny_runs import SIZES, act_at, make_config, make_trainer, script_scores
+
+from moe_bsr.api import train
+from moe_bsr.config import Config, ConfigError, SamplerConfig, TrainConfig, from_dict, load, replace
+from moe_bsr.data.sampler import MultitaskSampler
+from moe_bsr.runs import report
+from moe_bsr.selftest import kills
+from moe_bsr.training import pace
+from moe_bsr.training.length import Length, told, updates_of
+from moe_bsr.training.optim import learning_rate
+
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+QUIET = {"train__evaluate_test": False, "train__warmup_steps": 1}
+
+
+def stop_at(monkeypatch, step: int, config: Config, folder: Path, resume: bool = False) -> None:
+    with monkeypatch.context() as patch:
+        act_at(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(config, folder, resume, callbacks=[])["status"] == "interrupted"
+
+
+def rows(folder: Path) -> list[dict]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if "lr" in line]
+
+
+# --- units ---
+
+
+@pytest.mark.parametrize(
+    "changes, updates",
+    [
+        ({"train__steps": 7}, 7),
+        ({"train__epochs": 2}, 19),  # of 74 images, by eights
+        ({"train__epochs": 0.001}, 1),
+        ({"train__epochs": 2, "sampler__kind": "joint"}, 10),
+        ({"train__epochs": 2, "mode": "single_task"}, 13),  # the longer of the two runs
+        ({"train__minutes": 2}, None),
+    ],
+)
+def test_epochs_are_of_all_images_together(tmp_path, changes, updates):
+    config = make_config(tmp_path, **changes)
+    assert updates_of(config, SIZES) == updates
+    assert str(updates or "2 minutes") in told(config, SIZES)
+
+
+def test_one_unit_takes_the_place_of_another(tmp_path):
+    (tmp_path / "a.yaml").write_text("train: {steps: 5, lr: 0.5}")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\ntrain: {epochs: 3}")
+    lengths = [(c.train.steps, c.train.epochs, c.train.minutes, c.train.lr) for c in (
+        load(tmp_path / "b.yaml"), load(tmp_path / "b.yaml", ["train.minutes=2"]), load(tmp_path / "a.yaml"),
+        replace(load(tmp_path / "b.yaml"), train__steps=8), load(tmp_path / "a.yaml", ["train.epochs=null"]),
+    )]  # fmt: skip
+    assert lengths == [(None, 3, None, 0.5), (None, None, 2, 0.5), (5, None, None, 0.5), (8, None, None, 0.5)] + [
+        (5, None, None, 0.5)
+    ]
+    assert TrainConfig().steps == 1000
+    for both in ({"steps": 5, "minutes": 1}, {"epochs": 1, "minutes": 1}):
+        with pytest.raises(ConfigError, match=r"train\.minutes = 1.0: null beside train\.(steps|epochs)"):
+            from_dict({"train": both})
+
+
+@pytest.mark.parametrize(
+    "train, words",
+    [
+        ({"epochs": 0}, "train.epochs = 0.0: above 0"),
+        ({"minutes": -1}, "train.minutes = -1.0: above 0"),
+        ({"patience": 2}, "train.patience = 2: needs train.eval_every"),
+        ({"patience": 2, "eval_every": 3, "checkpoint_selection": "last"}, "train.patience = 2: needs"),
+        ({"patience": 0, "eval_every": 3}, "train.patience = 0: at least 1"),
+    ],
+)
+def test_lengths_that_cannot_be_are_refused_by_their_key(train, words):
+    with pytest.raises(ConfigError) as refusal:
+        from_dict({"train": train})
+    assert words in str(refusal.value)
+
+
+# --- the schedule ---
+
+
+def test_the_constant_rate_decays_over_the_last_fifth():
+    config = TrainConfig(steps=20, lr=1.0, min_lr=0.2, warmup_steps=2, schedule="constant_then_decay")
+    rates = [learning_rate(config, step) for step in range(20)]
+    assert rates == pytest.approx([0.5, 1.0] + [1.0] * 15 + [0.8, 0.6, 0.4])
+    short = TrainConfig(steps=1, lr=1.0, warmup_steps=0, schedule="constant_then_decay")
+    assert learning_rate(short, 0) == 1.0
+
+
+@pytest.mark.parametrize("kind", ["round_robin", "proportional", "temperature", "joint", "exhaust"])
+def test_a_sampler_keeps_the_order_of_the_time_before_and_skips_nothing(kind):
+    sizes, config = {"a": 30, "b": 90, "c": 300}, SamplerConfig(kind=kind)
+    short, middle = (MultitaskSampler(sizes, 4, steps, config, 0) for steps in (130, 250))
+    grown = MultitaskSampler(sizes, 4, 400, config, 0, earlier=[(130, 130), (150, 250)])
+    assert [grown.tasks(step) for step in range(130)] == [short.tasks(step) for step in range(130)]
+    assert [grown.tasks(step) for step in range(130, 150)] == [middle.tasks(step) for step in range(130, 150)]
+    visits = dict.fromkeys(sizes, 0)
+    for task, positions, _ in grown.batches():
+        assert positions.tolist() == grown.batch(task, visits[task])[0].tolist()
+        visits[task] += 1
+    assert {task: done["updates"] for task, done in grown.progress(400).items()} == visits
+
+
+# --- a length that grows ---
+
+
+def test_a_run_made_longer_before_its_decay_is_the_longer_run(tmp_path, monkeypatch):
+    config = make_config(tmp_path, **QUIET, train__schedule="constant_then_decay", train__ema_decay=0.5)
+    longer = replace(config, train__steps=12)
+    train(longer, tmp_path / "whole", callbacks=[])
+    stop_at(monkeypatch, 4, config, tmp_path / "grown")
+    train(longer, tmp_path / "grown", resume=True, callbacks=[])
+    assert not kills.differing(tmp_path / "grown", kills.outcome(tmp_path / "whole"))
+
+
+def test_a_finished_run_goes_on_at_the_rate_of_the_longer_schedule(tmp_path, monkeypatch):
+    config = make_config(tmp_path, **QUIET, train__steps=3, sampler__kind="temperature")
+    longer = replace(config, train__steps=7)
+    for folder in ("once", "twice"):
+        train(config, tmp_path / folder, callbacks=[])
+    grown = train(longer, tmp_path / "once", resume=True, callbacks=[])
+    assert grown["status"] == "finished" and grown["step"] == 7 and train(longer, tmp_path / "once", True) == grown
+    rates = [row["lr"] for row in rows(tmp_path / "once")]
+    assert rates[:3] == pytest.approx([learning_rate(config.train, step) for step in range(3)])
+    assert rates[3:] == pytest.approx([learning_rate(longer.train, step) for step in range(3, 7)])
+    counts = [row["task"] for row in rows(tmp_path / "once")]
+    assert {task: about["updates"] for task, about in grown["tasks"].items()} == {t: counts.count(t) for t in SIZES}
+    stop_at(monkeypatch, 5, longer, tmp_path / "twice", resume=True)
+    train(longer, tmp_path / "twice", resume=True, callbacks=[])
+    assert not kills.differing(tmp_path / "twice", kills.outcome(tmp_path / "once"))
+
+
+def test_each_run_of_a_series_is_made_longer(tmp_path):
+    config = make_config(tmp_path, **QUIET, mode="single_task", train__steps=1)
+    train(config, tmp_path / "run", callbacks=[])
+    grown = train(replace(config, train__steps=2), tmp_path / "run", resume=True, callbacks=[])
+    assert grown["steps"] == dict.fromkeys(SIZES, 2) and grown["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"train__steps": 1}, "train.steps was 2, now 1"),
+        ({"train__steps": 4, "train__lr": 0.5}, "changed: train.lr was 0.01, now 0.5;"),
+        ({"train__epochs": 9}, "train.epochs was None, now 9.0; train.steps was 2, now None"),
+        ({"train__schedule": "constant_then_decay"}, "train.schedule"),
+        ({"train__patience": 2, "train__eval_every": 1}, "train.patience"),
+    ],
+)
+def test_no_other_key_may_change_and_no_length_shrink(tmp_path, changes, words):
+    config = make_config(tmp_path, **QUIET, train__steps=2)
+    train(config, tmp_path / "run", callbacks=[])
+    with pytest.raises(ConfigError, match="its length may grow") as refusal:
+        train(replace(config, **changes), tmp_path / "run", resume=True, callbacks=[])
+    assert words in str(refusal.value)
+
+
+# --- minutes ---
+
+
+def test_a_run_of_minutes_is_the_run_of_the_steps_they_come_to(tmp_path, monkeypatch):
+    config = make_config(
+        tmp_path, **QUIET, train__ema_decay=0.5, moe__balance_loss="across_tasks", moe__gate_noise=1.0, train__steps=4
+    )
+    train(config, tmp_path / "steps", callbacks=[])
+    minutes = replace(config, train__minutes=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(pace, "MEASURED", 3)
+        patch.setattr(pace, "_within", lambda *arguments: 4)
+        stop_at(monkeypatch, 2, minutes, tmp_path / "minutes")
+        patch.setattr(pace, "updates_within", None)  # what was decided stays
+        done = train(minutes, tmp_path / "minutes", resume=True, callbacks=[])
+    assert done["planned_steps"] == 4 and done["config"]["train"]["minutes"] == 3
+    assert not kills.differing(tmp_path / "minutes", kills.outcome(tmp_path / "steps"))
+
+
+def test_more_minutes_are_more_updates_at_the_pace_so_far(tmp_path):
+    trainer = make_trainer(make_config(tmp_path, train__minutes=1), tmp_path / "run")
+    trainer.state.step, trainer.state.seconds, trainer.state.length = 10, 5.0, Length(60, 0.5)
+    assert any("120 updates" in note for note in trainer._decide_length())
+    assert trainer.state.length == Length(120, 1.0, [(10, 60)]) and trainer.planned.train.steps == 120
+
+
+@pytest.mark.parametrize("seconds, updates", [(1, 5), (2, 10), (4, 30), (0, 1), (1e12, 10**7)])
+def test_images_that_are_cached_cost_less_from_the_second_epoch_on(seconds, updates):
+    assert pace._within(seconds, new=10, first=0.2, later=0.1) == updates
+
+
+# --- patience ---
+
+
+def test_evaluations_that_do_not_rise_end_a_run_also_across_a_resume(tmp_path, monkeypatch):
+    config = make_config(tmp_path, **QUIET, train__eval_every=1, train__patience=2)
+    script_scores(monkeypatch, [10.0, 20.0, 15.0, 20.0, 25.0, 1.0, 1.0])
+    stop_at(monkeypatch, 4, config, tmp_path / "run")  # in update 4, before its evaluation is counted or after
+    done = train(config, tmp_path / "run", resume=True, callbacks=[])
+    assert (done["status"], done["step"], done["selected_step"], done["planned_steps"]) == ("finished", 4, 2, 8)
+    assert "ended early, as train.patience asks: 8 updates" in report.markdown(done)
+    assert train(config, tmp_path / "run", resume=True, callbacks=[]) == done
+    longer = train(replace(config, train__steps=9), tmp_path / "run", resume=True, callbacks=[])
+    assert (longer["step"], longer["selected_step"]) == (7, 5)
