@@ -52,7 +52,7 @@ class Row:
 def frozen(config: Config) -> Config:
     """A configuration's backbone as all settings share it: nothing trains, nothing is dropped."""
     probe = probe_config(config)
-    return replace(probe, plan=replace(probe.plan, drop_blocks=[], keep_rate=1.0))
+    return replace(probe, plan=replace(probe.plan, drop_blocks=[], keep_rate=1.0, head_blocks=[]))
 
 
 def study(

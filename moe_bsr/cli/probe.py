@@ -1,6 +1,7 @@
 """The linear probe of a configuration: the heads alone, to their optimum, in one pass over the images.
 
     moe-bsr probe configs/deit_tiny_moe_bsr.yaml plan.drop_blocks=[] data.root=data
+    moe-bsr probe configs/deit_tiny_last.yaml data.root=data --blocks 6 7 8 9 10
     moe-bsr probe configs/deit_tiny_moe_bsr.yaml train.penalty=mild --run runs/start
 
 It takes CONFIG's backbone, tasks and token dropping (plan.drop_blocks=[] keeps all tokens, which is more accurate and
@@ -17,11 +18,13 @@ from moe_bsr.cli import train
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_arguments(parser)
+    help = "the heads read these blocks' class tokens too (plan.head_blocks): more accurate, no start for training"
+    parser.add_argument("--blocks", type=int, nargs="+", metavar="N", help=help)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from moe_bsr.config import load, packaged
     from moe_bsr.training.probe_trainer import probe_config
 
-    config = probe_config(load(packaged.find_config(arguments.config), arguments.overrides))
+    config = probe_config(load(packaged.find_config(arguments.config), arguments.overrides), arguments.blocks)
     return train.train(arguments, config, "probe", ending="_probe")

@@ -33,9 +33,10 @@ class PlanConfig:
     drop_blocks: list[int] = field(default_factory=lambda: [3, 6, 9])
     keep_rate: float | list[float] = 0.5
     moe_blocks: list[int] = field(default_factory=lambda: [3, 7, 11])
+    head_blocks: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for key in ("train_blocks", "drop_blocks", "moe_blocks"):
+        for key in ("train_blocks", "drop_blocks", "moe_blocks", "head_blocks"):
             blocks = getattr(self, key)
             if blocks != "all":
                 require(len(set(blocks)) == len(blocks), f"plan.{key}", blocks, "each block once")
@@ -218,6 +219,8 @@ class Config:
         require(len(set(names)) == len(names), "tasks", self.tasks, "each task once")
         if self.train.optimizer == "lbfgs":
             self._require_probe()
+        else:
+            require(not self.plan.head_blocks, "plan.head_blocks", self.plan.head_blocks, "[] but for moe-bsr probe")
         unknown = sorted(set(self.train.task_weights) - set(names))
         require(not unknown, "train.task_weights", self.train.task_weights, f"{unknown} not among the tasks {names}")
 

@@ -258,6 +258,8 @@ def _head_update(
 ) -> tuple[OptimizerUpdate, Batch]:
     """The trainer's update of a model that begins behind the last block, and its inputs."""
     tokens = _bring_tokens(border, stream)
+    if width := setting.model.extra_features:
+        tokens.read = empty((setting.batch, width), stream.dtype, setting.runtime.device)
     experts = setting.config.moe.num_experts
     records = {
         index: Record(routing=Routing(None, None, None, *(border.bring((experts,), torch.float32, f) for f in flags)))

@@ -100,7 +100,16 @@ class MultitaskViT(nn.Module):
                 adapter = ADAPTERS[plan.adapter.kind]
                 adapter.attach(vit.blocks[index], plan.adapter.options, (config.seed, "adapter", index))
         self.balance = Balance(config.moe, self.tasks, sorted(config.plan.moe_blocks))
-        self.heads = nn.ModuleDict({task: nn.Linear(vit.num_features, n) for task, n in classes.items()})
+        self.head_blocks = sorted(config.plan.head_blocks)
+        require(
+            vit.has_class_token or not self.head_blocks,
+            "plan.head_blocks",
+            self.head_blocks,
+            f"[]: {config.backbone.name} has no class token that heads could read",
+        )
+        self.extra_features = len(self.head_blocks) * vit.embed_dim
+        width = vit.num_features + self.extra_features
+        self.heads = nn.ModuleDict({task: nn.Linear(width, n) for task, n in classes.items()})
         for task, head in self.heads.items():
             noise = torch.randn(head.weight.shape, generator=generator(config.seed, "head", task))
             head.weight.data.copy_(HEAD_STD * noise)
@@ -137,8 +146,13 @@ class MultitaskViT(nn.Module):
             tokens = Tokens(x.to(compute_dtype(x)), origin.expand(x.shape[0], -1))
             del x
             records: dict[int, Record] = {}
+            read = []
             for index in range(self.path_start if upto is None else upto):
                 tokens = self.run_block(index, tokens, task, None, records)
+                if index in self.head_blocks:
+                    read.append(tokens.x[:, 0])
+            if read:
+                tokens.read = torch.cat(read, 1)
         return tokens, records
 
     def forward_from(
@@ -200,14 +214,15 @@ class MultitaskViT(nn.Module):
             return self.heads[task](features)
 
     def features(self, tokens: Tokens) -> Tensor:
-        """What the heads read, from the last block's tokens: (B, D) float32."""
-        return self.family.pool(self.vit, tokens.x).float()
+        """What the heads read, from the last block's tokens: (B, D) float32, behind them those of `head_blocks`."""
+        features = self.family.pool(self.vit, tokens.x).float()
+        return features if tokens.read is None else torch.cat([features, tokens.read.float()], 1)
 
     def features_key(self) -> tuple:
         """Models with equal keys have the same frozen blocks: the features of one serve the others."""
         if self.embedding_trains or self.replaced:
             return (id(self),)
-        return self.backbone_sha256, self.path_start, tuple(self.plan[: self.path_start])
+        return self.backbone_sha256, self.path_start, tuple(self.plan[: self.path_start]), tuple(self.head_blocks)
 
     def cast_frozen_(self, dtype: torch.dtype) -> None:
         """Keep the frozen matrices in the compute dtype alone: the values autocast would compute with."""

@@ -45,7 +45,7 @@ def make_plan(config: Config, depth: int) -> list[BlockPlan]:
         ConfigError: an index outside 0..depth-1, a drop at the last block, or an unknown storage or adapter.
     """
     plan = config.plan
-    for key in ("train_blocks", "drop_blocks", "moe_blocks"):
+    for key in ("train_blocks", "drop_blocks", "moe_blocks", "head_blocks"):
         blocks = getattr(plan, key)
         if blocks != "all":
             _require_blocks(f"plan.{key}", blocks, blocks, depth)

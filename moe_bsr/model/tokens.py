@@ -28,11 +28,13 @@ class Tokens:
         x: (B, N, D) features, prefix tokens first.
         origin: (B, N - P) int64 index of the original patch of each token after the prefix; -1 = fused.
         fused: whether the last token is a fused one.
+        read: (B, ...) class tokens of blocks before, for heads that read them; None from every block.
     """
 
     x: Tensor
     origin: Tensor
     fused: bool = False
+    read: Tensor | None = None
 
     def add(self, branch: Tensor) -> "Tokens":
         """The stream with a branch's output (B, N, D) added."""

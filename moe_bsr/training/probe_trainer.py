@@ -23,14 +23,19 @@ from moe_bsr.training.linear_probe import Probe, fit
 from moe_bsr.training.trainer import Trainer
 
 
-def probe_config(config: Config) -> Config:
-    """The linear probe of a configuration: its backbone, tasks and dropping; no block trains, none has experts."""
+def probe_config(config: Config, head_blocks: Iterable[int] | None = None) -> Config:
+    """The linear probe of a configuration: its backbone, tasks and dropping; no block trains, none has experts.
+
+    Args:
+        head_blocks: in place of the configuration's `plan.head_blocks`.
+    """
+    blocks = config.plan.head_blocks if head_blocks is None else list(head_blocks)
     return replace(
         config,
         mode="multitask",  # heads know nothing of each other, so one model is as good
         storage="exact",
         adapter=None,
-        plan=replace(config.plan, train_blocks=[], moe_blocks=[]),
+        plan=replace(config.plan, train_blocks=[], moe_blocks=[], head_blocks=blocks),
         sampler=SamplerConfig(),
         data=replace(config.data, augment=False, crop_scale=None, hflip=None, feature_cache_mb=None),
         train=replace(

@@ -20,14 +20,15 @@ def file(tmp_path):
 
 def test_it_writes_a_run_that_compare_reads_and_resume_finds_finished(file, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["probe", str(file)]) == 0
+    assert main(["probe", str(file), "--blocks", "2", "4"]) == 0
     assert "Weights selected: those of step 1 of 1" in capsys.readouterr().out
     folder = tmp_path / "runs" / "mine_probe"
     report = json.loads((folder / "report.json").read_text())
     assert report["config"]["plan"]["drop_blocks"] == [1, 3] and report["config"]["plan"]["train_blocks"] == []
+    assert report["config"]["plan"]["head_blocks"] == [2, 4]
     assert main(["compare", str(folder)]) == 0
     assert "mine_probe" in capsys.readouterr().out
-    assert main(["probe", str(file), "--resume"]) == 0
+    assert main(["probe", str(file), "--blocks", "2", "4", "--resume"]) == 0
     assert json.loads((folder / "report.json").read_text()) == report
 
 

@@ -73,6 +73,23 @@ def test_the_heads_are_those_of_the_features_with_the_plans_dropping(config, tmp
     assert not torch.equal(one.weight, other.weight)
 
 
+def test_heads_read_the_class_tokens_of_more_blocks(config, tmp_path):
+    config = replace(config, plan__head_blocks=[4, 2])
+    report = train(config, tmp_path / "run")
+    assert report["predicted_peak_mb"] > 0  # its cost can be traced
+    assert moe_bsr.evaluate(tmp_path / "run", "test")["mean_top1"] == pytest.approx(report["mean_top1"])
+    run = moe_bsr.load(tmp_path / "run")
+    model, images = run.models["shapes"], torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        tokens, class_tokens = model.forward_features(images, upto=0)[0], []
+        for index in range(6):
+            tokens = model.run_block(index, tokens, "")
+            class_tokens.append(tokens.x[:, 0])
+        read = torch.cat([model.vit.norm(tokens.x)[:, 0], class_tokens[2], class_tokens[4]], 1)
+        assert torch.allclose(model(images, "shapes").logits, model.heads["shapes"](read), atol=1e-4)
+    assert run.predict(np.zeros((40, 40, 3), np.uint8))["images"][0]["tasks"].keys() == SIZES.keys()
+
+
 def test_killed_before_it_was_saved_it_begins_again_and_ends_alike(config, finished, tmp_path, monkeypatch):
     folder, whole = finished
     with pytest.MonkeyPatch.context() as patch:
@@ -122,11 +139,19 @@ def test_the_penalty_asked_for_is_the_one_taken(config, finished, tmp_path):
         ("train__ema_decay", 0.9),
         ("train__steps", 7),
         ("train__penalty", -1.0),
+        ("plan__head_blocks", [2, 2]),
     ],
 )
 def test_what_a_probe_cannot_have_is_refused(config, key, value):
     with pytest.raises(ConfigError, match=key.replace("__", ".")):
         replace(config, **{key: value})
+
+
+def test_only_a_probe_reads_more_blocks(config, tmp_path):
+    with pytest.raises(ConfigError, match="plan.head_blocks"):
+        replace(make_config(tmp_path), plan__head_blocks=[2])
+    with pytest.raises(ConfigError, match=r"plan.head_blocks.*\[6\]"):
+        make_trainer(replace(config, plan__head_blocks=[6]), tmp_path / "run")
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
