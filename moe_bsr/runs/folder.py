@@ -112,7 +112,7 @@ def write_config(
             "crop_mode": transforms.crop_mode,
         },
         **({"init_from": init_from} if init_from else {}),
-        "data_root": str(Path(config.data.root).expanduser().resolve()),
+        "data_root": str(Path(_data_root(config, before)).expanduser().resolve()),
         "tasks": about,
         "version": __version__,
         "commit": commit(),
@@ -131,11 +131,12 @@ def open_tasks(config: Config, run: Path, resume: bool = False) -> tuple[dict[st
         ConfigError: training or validation images of the run are no longer there as they were (with data.unreadable:
             skip they may be gone), or a task file now says other things.
     """
-    specs = {name: load_spec(file) for name, file in config.task_files().items()}
-    before = recorded_tasks(run) if resume else {}
+    recorded = _recorded(run) if resume else {}
+    before, root = recorded.get("tasks", {}), _data_root(config, recorded)
+    specs = {name: _spec(name, file, before) for name, file in config.task_files().items()}
     for name, about in before.items():
         data_record.check_spec(run, specs[name], about)
-    tasks = {name: open_task(config, spec) for name, spec in specs.items()}
+    tasks = {name: open_task(config, spec, root) for name, spec in specs.items()}
     notes = [f"{name}: {note}" for name, data in tasks.items() for note in data.notes]
     for name, about in before.items():
         tasks[name], changes = data_record.follow(run, tasks[name], about)
@@ -155,15 +156,32 @@ def open_tasks(config: Config, run: Path, resume: bool = False) -> tuple[dict[st
     return tasks, notes
 
 
+def _spec(name: str, file: str, before: dict[str, dict[str, Any]]) -> TaskSpec:
+    """A task's specification; where its file is not found, as from another directory, the one that the run recorded."""
+    try:
+        return load_spec(file)
+    except FileNotFoundError:
+        if (spec := data_record.recorded_spec(name, before.get(name, {}))) is None:
+            raise
+        return spec
+
+
+def _data_root(config: Config, recorded: dict[str, Any]) -> str:
+    """Where the data lie: data.root; if that is still what the run recorded, where it was then, if it is there."""
+    same = recorded.get("data.root") == config.data.root and os.path.isdir(recorded.get("data_root", ""))
+    return recorded["data_root"] if same else config.data.root
+
+
 def recorded_tasks(run: Path) -> dict[str, dict[str, Any]]:
     """What a run that has a checkpoint recorded of its tasks when it began; nothing of one that has none."""
     return _recorded(run).get("tasks", {})
 
 
 def _recorded(run: Path) -> dict[str, Any]:
-    if not checkpoint.steps(run) or not (run / "config.yaml").is_file():
-        return {}
-    return read_config(run)[1]
+    if checkpoint.steps(run) and (run / "config.yaml").is_file():
+        config, resolved = read_config(run)
+        return resolved | {"data.root": config.data.root}
+    return {}
 
 
 def read_config(run: Path, *, exact: bool = False) -> tuple[Config, dict[str, Any]]:

@@ -208,8 +208,9 @@ def selection(report: dict[str, Any]) -> str:
         why = f"the last, as train.checkpoint_selection asks; their mean validation top-1 is {mean:.2f} %"
     else:
         why = f"for the highest mean validation top-1: {mean:.2f} %"
-    early = report["status"] == "finished" and report["step"] < report.get("planned_steps", 0)
-    ended = f" The run ended early, as train.patience asks: {report['planned_steps']} updates were planned." * early
+    planned = report.get("planned_steps", 0)
+    early = report["status"] == "finished" and report["step"] < planned
+    ended = f" The run ended early, as train.patience asks: {planned} updates were planned." if early else ""
     return f"Weights selected: those of step {step} of {report['step']}, {why}.{ended}"
 
 

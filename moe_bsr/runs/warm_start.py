@@ -56,7 +56,8 @@ def build_from(run: str, config: Config, classes: dict[str, list[str]]) -> tuple
     except ConfigError as error:
         raise ConfigError(f"train.init_from = {run!r}: {error}") from error
     target = build_on_meta(config, counts)
-    adapters = {i for i, plan in enumerate(target.plan) if _adapter_fits(i, target, source)}
+    both = enumerate(zip(target.plan, source.plan, strict=False))  # other depths are refused with the backbone, below
+    adapters = {i for i, (mine, theirs) in both if mine.adapter is not None and mine.adapter == theirs.adapter}
     replaced: set[str] = set()
 
     def put_dense(vit: VisionTransformer, sha256: str) -> None:
@@ -111,14 +112,8 @@ def _read_parts(run: Path, known: list[str], wanted: list[str]) -> Source:
     return Source(run, max(part.step for part in parts), first.backbone_sha256, first.plan, classes, heads)
 
 
-def _adapter_fits(index: int, target: MultitaskViT, source: Source) -> bool:
-    """Whether both have the same adapter in a block; otherwise the source's is merged into the layers it is beside."""
-    mine = target.plan[index].adapter
-    return mine is not None and mine == source.plan[index].adapter
-
-
 def _dense(source: Source, vit: dict[str, Tensor], adapters: set[int]) -> dict[str, Tensor]:
-    """What differs of a plain backbone's weights, adapters merged into them where they cannot be taken as they are."""
+    """What differs of a plain backbone's weights. Adapters are merged into them, but in the blocks `adapters`."""
     dense = {}
     for name, value in source.weights.items():
         plain = name.removeprefix("vit.").replace(".base.", ".")

@@ -5,9 +5,11 @@ import signal
 
 import pytest
 import yaml
+from tiny_data import folder_task
 from tiny_runs import act_at, make_config
 
 from moe_bsr import config as configuration
+from moe_bsr.api import train
 from moe_bsr.cli.main import main
 from moe_bsr.config import load
 from moe_bsr.runs import report
@@ -31,6 +33,18 @@ def test_a_run_goes_on_by_its_folder_alone_and_is_made_longer(tmp_path, monkeypa
     assert not kills.differing(run, kills.outcome(tmp_path / "whole"))
     assert main(["train", str(run), "--resume", "train.steps=4"]) == 0
     assert report.read(run)["step"] == 4
+
+
+def test_a_run_goes_on_from_another_directory(tmp_path, monkeypatch):
+    """Its task files and its data are named as seen from where it began."""
+    folder_task(tmp_path, each=4)
+    config = configuration.replace(make_config(tmp_path), tasks=["pictures.yaml"], data__root=".", train__steps=1)
+    monkeypatch.chdir(tmp_path)
+    train(config, "run", callbacks=[])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["train", str(tmp_path / "run"), "--resume", "train.steps=2"]) == 0
+    assert report.read(tmp_path / "run")["step"] == 2
 
 
 @pytest.mark.parametrize("named", ["", "config.yaml"])

@@ -166,7 +166,7 @@ def test_a_run_records_its_source_and_goes_on_without_it(trained, tmp_path, adap
     assert run.read_config(stopped)[1]["init_from"] == record
 
 
-@pytest.mark.parametrize("case", ["missing", "no run", "another backbone"])
+@pytest.mark.parametrize("case", ["missing", "no run", "another backbone", "another depth"])
 def test_what_cannot_be_started_from_is_refused_by_the_key(trained, tmp_path, case):
     _, source = trained("dense", **DENSE)
     config = make_config(
@@ -174,6 +174,8 @@ def test_what_cannot_be_started_from_is_refused_by_the_key(trained, tmp_path, ca
     )
     if case == "another backbone":
         config = replace(config, seed=5)  # of other random weights
+    if case == "another depth":
+        config = replace(config, backbone={"name": "vit_pico_patch8_64"}, adapter="lora", **DENSE)
     with pytest.raises(ConfigError, match=r"train\.init_from = .*(is not a run folder|of one backbone)"):
         moe_bsr.train(config, tmp_path / "run", callbacks=[])
     assert not (tmp_path / "run" / "checkpoint").exists()
