@@ -108,10 +108,18 @@ def _storages(result: dict[str, Any]) -> str:
     return f"{result['config']}, {result['steps']} updates, {runs}: top-1 {exact:.1f} % exact, {others}"
 
 
+def _drops(result: dict[str, Any]) -> str:
+    rows = {row["setting"]: row for row in result["settings"]}
+    own, best = rows[result["own"]], rows[result["best"]]
+    found = f"{own['setting']} loses {own['lost']:.1f} points, {best['setting']} {best['lost']:.1f}"
+    return f"{len(rows)} settings, {result['images']} images of {', '.join(own['val_top1'])}: {found}"
+
+
 # title, the keys that tell a file of this kind, its figures
 KINDS: list[tuple[str, set[str], Callable[[dict[str, Any]], str]]] = [
     ("Trained runs", {"tasks", "mean_top1", "status"}, _run),
     ("Storages compared", {"top1", "seeds", "config"}, _storages),
+    ("Dropping before training", {"settings", "own", "best"}, _drops),
     ("Benchmarks", {"arguments", "groups", "targets"}, _benchmark),
     ("How cost grows", {"arguments", "scaling"}, _scaling),
     ("Predicted against measured cost", {"summary", "records", "within_tolerance"}, _sweep),
