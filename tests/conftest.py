@@ -21,9 +21,16 @@ def kernels(request):
 
 @pytest.fixture(scope="module")
 def undrawn():
-    """Runs draw no pictures and predict no cost, for tests of anything else: both take longer than a small run."""
+    """Runs draw no pictures, for tests of anything else: they take longer than everything else in a small run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(expert_views, "drawing_due", lambda *arguments: False)
         patch.setattr(mistakes.MistakeViews, "on_end", lambda self, report: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def bare(undrawn):
+    """Nor do they predict their cost, which takes as long as a small run."""
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(api, "_predict", lambda *arguments: None)
         yield

@@ -8,7 +8,7 @@ from tiny_runs import make_config
 from moe_bsr import config as configuration
 from moe_bsr.cli.main import main
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("bare")
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from moe_bsr.config import load
 from moe_bsr.runs import report
 from moe_bsr.selftest import kills
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("bare")
 
 
 def test_a_run_goes_on_by_its_folder_alone_and_is_made_longer(tmp_path, monkeypatch, capsys):

@@ -17,7 +17,7 @@ from moe_bsr.cli.main import in_flags, main, told
 from moe_bsr.runs import folder as run
 from moe_bsr.runs import report
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("bare")
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = f"""

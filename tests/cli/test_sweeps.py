@@ -11,7 +11,7 @@ from moe_bsr.cli.main import main
 from moe_bsr.config import load, packaged
 
 
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.usefixtures("bare")
 def test_storages_are_compared_in_pairs_of_runs_that_are_kept(tmp_path, capsys):
     make_config(tmp_path)  # writes the task files
     tiny = "backbone.name=test_vit backbone.image_size=32 plan.train_blocks=[1,3,5] plan.drop_blocks=[1,3]"

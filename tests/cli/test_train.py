@@ -16,7 +16,7 @@ from moe_bsr.cli.main import main
 from moe_bsr.runs import folder as run
 from moe_bsr.runs import report
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("bare")
 
 
 @pytest.fixture

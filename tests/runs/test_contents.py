@@ -15,7 +15,7 @@ from moe_bsr.config import Config
 from moe_bsr.runs import checkpoint
 from moe_bsr.runs.checkpoint import CheckpointError
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("bare")
 
 
 @pytest.fixture(scope="module")

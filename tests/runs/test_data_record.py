@@ -21,7 +21,7 @@ from moe_bsr.data import UnreadableImage, load_spec, load_task
 from moe_bsr.runs import checkpoint, data_record
 from moe_bsr.runs.folder import open_tasks
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("bare")
 CLASSES = ("ant", "bee", "cat")
 
 

@@ -17,7 +17,7 @@ from moe_bsr.runs import checkpoint
 from moe_bsr.runs.checkpoint import CheckpointError
 from moe_bsr.runs.load import chosen_tasks
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("bare")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import moe_bsr
 from moe_bsr.config import Config, ConfigError, replace
 from moe_bsr.runs.lock import locked
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("bare")
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from moe_bsr.runs import checkpoint, report
 from moe_bsr.runs import folder as run
 from moe_bsr.runs.checkpoint import CheckpointError
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("bare")
 
 CANARY = "not of this run\n"
 EVENTS = "tensorboard/events.out.tfevents.1.host.1.0"

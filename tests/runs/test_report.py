@@ -16,7 +16,7 @@ from moe_bsr.runtime.device import Runtime, prepare
 from moe_bsr.runtime.names import printable
 from moe_bsr.runtime.provenance import environment
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("bare")
 
 MEASURED = {
     "weights": "live",

@@ -13,7 +13,7 @@ from moe_bsr.model.multitask import build
 from moe_bsr.runs import folder as run
 from moe_bsr.runs.warm_start import build_from
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("bare")
 
 CLASSES = {"shapes": [f"c{i}" for i in range(10)], "fractals": [f"c{i}" for i in range(12)]}
 HEADS = {"plan__train_blocks": [], "plan__drop_blocks": [], "plan__moe_blocks": []}

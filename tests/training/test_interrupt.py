@@ -24,7 +24,7 @@ from moe_bsr.training import trainer as trainer_module
 from moe_bsr.training.optim import MovingAverage
 from moe_bsr.training.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("bare")
 
 
 @pytest.fixture(scope="module")

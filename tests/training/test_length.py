@@ -17,7 +17,7 @@ from moe_bsr.training import pace
 from moe_bsr.training.length import Length, told, updates_of
 from moe_bsr.training.optim import learning_rate
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("bare")
 
 QUIET = {"train__evaluate_test": False, "train__warmup_steps": 1}
 

@@ -11,7 +11,7 @@ from moe_bsr.runs import checkpoint
 from moe_bsr.training import trainer as trainer_module
 from moe_bsr.training.callback import Callback, by_name
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("bare")
 
 
 class Counter(Callback):

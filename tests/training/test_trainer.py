@@ -12,7 +12,7 @@ from moe_bsr.callbacks.jsonl import Jsonl
 from moe_bsr.runs import checkpoint
 from moe_bsr.training.trainer import NonFiniteLoss
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("bare")
 
 PLAIN_SGD = {
     "train__optimizer": "sgd",
