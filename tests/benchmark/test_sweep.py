@@ -15,7 +15,14 @@ CLASSES = {"shapes": 10, "fractals": 12}
 @pytest.mark.parametrize(("batch", "noise", "storage"), [(1, 0.0, "exact"), (16, 1.0, "recompute")])
 def test_every_row_of_experts_and_the_noise_they_decided_by_is_counted(tmp_path, batch, noise, storage):
     """One image's rows do not divide by the experts; noise is kept for the second pass."""
-    config = make_config(tmp_path, storage=storage, moe__num_experts=16, moe__top_k=1, moe__renormalize_gates=False, moe__gate_noise=noise)
+    config = make_config(
+        tmp_path,
+        storage=storage,
+        moe__num_experts=16,
+        moe__top_k=1,
+        moe__renormalize_gates=False,
+        moe__gate_noise=noise,
+    )
     assert abs(sweep.compare(*sweep.run(config, CLASSES, batch=batch))["kept"]["difference"]) <= 0.02
 
 
