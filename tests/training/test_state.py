@@ -88,7 +88,7 @@ def test_scores_of_weights_that_were_lost_are_not_reported(tmp_path, monkeypatch
     assert all(task["scored_step"] == 8 for task in report["tasks"].values())
     text = (tmp_path / "run" / "report.md").read_text()
     assert "best evaluation was that of step 2, mean validation top-1 30.00 % (shapes 30.0, fractals 30.0)" in text
-    assert "those after step 8" in text and "checkpoint/2/weights.safetensors" in text
+    assert "Weights: those of step 8, the last" in text and "checkpoint/2/weights.safetensors" in text
     assert torch.equal(seen[-1][1], seen[-2][1])
 
 
@@ -99,10 +99,9 @@ def test_a_sound_best_checkpoint_is_reported_without_another_evaluation(tmp_path
     assert (report["selected_step"], report["mean_top1"], len(seen)) == (2, 30.0, 4)
     assert report["lost_best"] is None and report["step"] == 8
     assert {task["scored_step"] for task in report["tasks"].values()} == {2}
-    assert (
-        "those after step 2 (mean validation top-1 30.00 %); images seen, epochs and updates are counted up to step 8"
-        in (tmp_path / "run" / "report.md").read_text()
-    )
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert "Weights selected: those of step 2 of 8, for the highest mean validation top-1: 30.00 %." in text
+    assert "Images seen, epochs and updates are counted up to step 8." in text
     best = checkpoint.read(tmp_path / "run" / "checkpoint" / "2")[0]["weights"]
     assert torch.equal(best["heads.shapes.weight"], seen[0][1])
 
@@ -132,5 +131,5 @@ def test_each_model_of_a_series_has_its_own_step(tmp_path, monkeypatch):
     report = train(config, tmp_path / "run", callbacks=[])
     assert report["selected_steps"] == {"shapes": 1, "fractals": 2} and report["steps"] == {"shapes": 2, "fractals": 2}
     text = (tmp_path / "run" / "report.md").read_text()
-    assert "shapes: scores are of the weights selected, those after step 1; counts are up to step 2." in text
-    assert "fractals: scores are of the weights selected, those after step 2; counts are up to step 2." in text
+    assert "its own step: shapes 1, fractals 2." in text
+    assert "Images seen, epochs and updates are counted up to step 2 (shapes), 2 (fractals)." in text
