@@ -136,8 +136,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         f"Status: {report['status']}. {selection(report)}",
         "",
-        f"Accuracies are those of the weights selected, on the {report['split']} split; {counted} Images, epochs and "
-        f"updates are those of the whole training.",
+        f"Accuracies are those of the weights selected, on the {report['split']} split; {counted}",
         "",
         "| task | top-1 % | 95 % interval | top-5 % | mean per class % | calibration error % | chance % | "
         "images seen | epochs | updates |",
