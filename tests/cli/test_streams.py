@@ -23,9 +23,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import kill_campaign
+from moe_bsr.callbacks import expert_views, mistakes
 from moe_bsr.cli import main
-kill_campaign.without_drawing()
+expert_views.drawing_due = lambda *arguments: False
+mistakes.MistakeViews.on_end = lambda self, report: None
 main._set_up_process = lambda: None
 main.start()
 """

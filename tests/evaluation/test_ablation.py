@@ -21,6 +21,8 @@ PIPELINE = ImageTransforms(size=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), c
 
 
 class Noise:
+    names = sizes = None
+
     """Sixteen pixels square of seeded noise per index."""
 
     def image(self, index: int) -> np.ndarray:

@@ -161,6 +161,6 @@ def test_a_device_that_computes_nothing_is_refused(device):
 
 @pytest.mark.parametrize("threads", [most_threads() + 1, 10_000, 10**13])
 def test_more_threads_than_make_sense_are_refused(threads):
-    with pytest.raises(ConfigError, match=f"runtime.threads = {threads}: null or 1 to {most_threads()}"):
+    with pytest.raises(ConfigError, match=f"runtime.threads = {threads}: "):
         prepare(RuntimeConfig(device="cpu", threads=threads))
     assert prepare(RuntimeConfig(device="cpu", threads=most_threads())).threads == most_threads() >= 64
