@@ -15,7 +15,7 @@ from moe_bsr.selftest.hostile_parts import Case
 from moe_bsr.selftest.sandbox import Main
 
 CANARY = b"nobody may write here\n"
-MEMORY_MB = 1500  # beyond what the libraries take
+MEMORY_MB = 2500  # with the libraries
 
 
 def campaign(

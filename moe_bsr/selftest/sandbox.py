@@ -28,7 +28,7 @@ class Outcome:
 
     Attributes:
         status: its exit status; negative, the signal that ended it; None, it was stopped after `seconds`.
-        peak_mb: resident memory at its peak, beyond what the forking process had, in MiB.
+        peak_mb: resident memory at its peak, with what it shares with the forking process, in MiB.
     """
 
     status: int | None
@@ -80,7 +80,6 @@ def run(
         seconds: after these the process and its children are killed.
         memory_mb: address space beyond what this process has, in MiB.
     """
-    before = _resident_mb()
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         began = time.monotonic()
         pid = os.fork()
@@ -91,7 +90,7 @@ def run(
         for stream in (out, err):
             stream.seek(0)
         texts = [stream.read().decode(errors="replace") for stream in (out, err)]
-    return Outcome(status, *texts, took, max(0.0, usage / 1024 - before))
+    return Outcome(status, *texts, took, usage / 1024)
 
 
 def _child(command: Callable[[], int | None], folder: Path | None, out: int, err: int, memory_mb: float) -> None:
@@ -144,8 +143,3 @@ def _is_warning(line: str) -> bool:
 def _address_space() -> int:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[0]) * resource.getpagesize()
-
-
-def _resident_mb() -> float:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
