@@ -21,9 +21,9 @@ PIPELINE = ImageTransforms(size=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), c
 
 
 class Noise:
-    names = sizes = None
-
     """Sixteen pixels square of seeded noise per index."""
+
+    names = sizes = None
 
     def image(self, index: int) -> np.ndarray:
         return np.random.default_rng(index).integers(0, 256, (16, 16, 3), dtype=np.uint8)
