@@ -8,14 +8,14 @@ names; `moe_bsr.config.load` reads a configuration.
 import importlib
 from typing import TYPE_CHECKING
 
+from moe_bsr.runtime.version import __version__
+
 if TYPE_CHECKING:
     from moe_bsr.api import evaluate as evaluate
     from moe_bsr.api import train as train
     from moe_bsr.config import Config as Config
     from moe_bsr.runs.load import TrainedRun as TrainedRun
     from moe_bsr.runs.load import load as load
-
-__version__ = "0.1.0"
 
 # Loaded at first use: torch takes seconds to import, and `moe-bsr --help` should not wait for it.
 _HOME = {

@@ -155,7 +155,7 @@ def make_trainer(
         "gflops_per_image": predicted and predicted.forward_flops / _micro_batch(config) / 1e9,
     }
     trainer = ProbeTrainer if config.train.optimizer == "lbfgs" else Trainer
-    return trainer(config, model, inputs, runtime, run_dir, callbacks, about, costs)
+    return trainer(config, model, inputs, runtime, run_dir, callbacks=callbacks, about=about, costs=costs)
 
 
 def _check_parameters(model: MultitaskViT, device: torch.device) -> None:

@@ -138,6 +138,18 @@ def test_imports_go_downwards_only():
     report({arrow for arrow in arrows() if wrong_arrow(*arrow)}, {}, "imports upwards")
 
 
+def test_no_room_but_the_command_line_comes_in_by_the_front_door():
+    """What `moe_bsr` itself offers stands above every room."""
+    found = [
+        (name(file), module, names)
+        for file in FILES
+        if room(file) not in ("", "cli")
+        for module, names in imports(file)
+        if module == "moe_bsr" and not set(names or ["moe_bsr"]) <= FLOOR.keys()
+    ]
+    assert not found
+
+
 def test_tests_mirror_the_rooms():
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and list(path.glob("test_*.py"))}
     assert folders <= FLOOR.keys() | {"gpu"}  # what needs a GPU lies together

@@ -67,20 +67,24 @@ class Changes:
         return ", ".join([*parts, *([self.other] if self.other else [])])
 
 
-def describe(data: TaskData) -> dict[str, Any]:
-    """What `config.yaml` says of a task's data: plain values."""
+def write(run: Path, data: TaskData) -> dict[str, Any]:
+    """List the images of each split, where they have names; returns what `config.yaml` says of the task."""
+    listed = {name: _listed(split) for name, split in _splits(data).items()}
+    if all(split["names"] is not None for split in listed.values()):
+        file = _file(run, data.name)
+        files.require(file.parent, "a folder")
+        file.parent.mkdir(exist_ok=True)
+        write_whole(file, gzip.compress(json.dumps(listed).encode(), mtime=0))
     return {
         "origin": data.origin,
         "spec": {"source": data.spec.source} | _keys(data.spec),
         "classes": list(data.class_names),
-        "splits": {
-            name: {"images": len(split), "sha256": _sha256(_listed(split))} for name, split in _splits(data).items()
-        },
+        "splits": {name: {"images": len(split["labels"]), "sha256": _sha256(split)} for name, split in listed.items()},
     }
 
 
 def problem(about: dict[str, Any]) -> str | None:
-    """What is wrong with the form of what `describe` said, read from a file, or None."""
+    """What is wrong with the form of what `write` returned, read from a file, or None."""
     if "splits" not in about:
         return None  # an older version's
     splits = about["splits"]
@@ -91,18 +95,8 @@ def problem(about: dict[str, Any]) -> str | None:
     return None if isinstance(about.get("spec"), dict) else "spec holds no keys and values"
 
 
-def write_images(run: Path, data: TaskData) -> None:
-    """List the images of each split, for sources whose images have names."""
-    listed = {name: _listed(split) for name, split in _splits(data).items()}
-    if all(split["names"] is not None for split in listed.values()):
-        file = _file(run, data.name)
-        files.require(file.parent, "a folder")
-        file.parent.mkdir(exist_ok=True)
-        write_whole(file, gzip.compress(json.dumps(listed).encode(), mtime=0))
-
-
 def recorded_spec(task: str, about: dict[str, Any]) -> TaskSpec | None:
-    """The task as the run began with it, of what `describe` said; None for a run of an older version."""
+    """The task as the run began with it, of what `write` returned; None for a run of an older version."""
     return spec_from(task, about["spec"]) if "spec" in about else None
 
 
@@ -221,7 +215,7 @@ def _file(run: Path, task: str) -> Path:
 
 
 def _read_images(run: Path, task: str, about: dict[str, Any]) -> dict[str, Any] | None:
-    """The list that `write_images` wrote; None where there is none, or it is not the one that was recorded."""
+    """The list that `write` wrote; None where there is none, or it is not the one that was recorded."""
     try:
         listed = json.loads(gzip.decompress(files.read_bytes(_file(run, task))))
         sound = all(_sha256(listed[name]) == about["splits"][name]["sha256"] for name in SPLITS)

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import yaml
 
-from moe_bsr import __version__
 from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError
 from moe_bsr.config.train import LENGTHS
@@ -29,6 +28,7 @@ from moe_bsr.runtime import files
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.runtime.files import write_whole
 from moe_bsr.runtime.provenance import commit, environment
+from moe_bsr.runtime.version import __version__
 
 # What may differ between a run and its resumption without changing what is computed.
 RESUMABLE_KEYS = (
@@ -99,8 +99,7 @@ def write_config(
     about, init_from = before.get("tasks", {}), before.get("init_from", model.init_from)
     if not about:
         for name, data in tasks.items():
-            about[name] = data_record.describe(data)
-            data_record.write_images(run, data)
+            about[name] = data_record.write(run, data)
     resolved = {
         "backbone_sha256": model.backbone_sha256,
         "images": {

@@ -32,7 +32,7 @@ class TrainedRun:
         models: by task; in a multitask run the same model for all, in a single-task run one each.
         step: of the checkpoint; in a single-task run the largest of its models'.
         weights: "average" (EMA) or "live".
-        recorded: by task, what `data_record.describe` said when the run began.
+        recorded: by task, what `data_record.write` returned when the run began.
         data_root: where the datasets are.
         changes: by task and split, how the images differ from what the run began with; filled by `data`.
     """

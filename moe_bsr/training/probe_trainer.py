@@ -6,7 +6,6 @@ The rest is the trainer's: the run folder, evaluation, the one test, the report.
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +14,7 @@ from moe_bsr.config import Config, SamplerConfig
 from moe_bsr.data import TaskData
 from moe_bsr.data.loader import Batch
 from moe_bsr.evaluation.features import split_features
-from moe_bsr.model.multitask import MultitaskViT
-from moe_bsr.runtime.device import Runtime
 from moe_bsr.training.callback import Callback, StepEvent
-from moe_bsr.training.inputs import Inputs
 from moe_bsr.training.linear_probe import Probe, fit
 from moe_bsr.training.trainer import Trainer
 
@@ -57,19 +53,9 @@ def probe_config(config: Config, head_blocks: Iterable[int] | None = None) -> Co
 class ProbeTrainer(Trainer):
     """A trainer whose one update solves all heads."""
 
-    def __init__(
-        self,
-        config: Config,
-        model: MultitaskViT,
-        inputs: Inputs,
-        runtime: Runtime,
-        folder: Path,
-        callbacks: Iterable[Callback] = (),
-        about: Iterable[str] = (),
-        costs: dict[str, float | None] | None = None,
-    ) -> None:
+    def __init__(self, *arguments: Any, callbacks: Iterable[Callback] = (), **keywords: Any) -> None:
         self.penalties = Penalties()
-        super().__init__(config, model, inputs, runtime, folder, [*callbacks, self.penalties], about, costs)
+        super().__init__(*arguments, callbacks=[*callbacks, self.penalties], **keywords)
 
     def _update(self, batches: Iterator[Batch]) -> None:
         settings, began = self.config.train, time.monotonic()
