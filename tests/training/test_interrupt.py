@@ -82,11 +82,16 @@ def test_a_crash_costs_only_the_updates_since_the_checkpoint(config, whole, tmp_
     + [(signal.SIGUSR1, 4), (signal.SIGUSR2, 5)],
 )
 def test_a_signal_saves_and_leaves(config, whole, tmp_path, monkeypatch, number, step):
-    before = signal.getsignal(number)
-    with monkeypatch.context() as patch:
-        act_at(patch, step, send(number))
-        report = train(config, tmp_path)
-    assert signal.getsignal(number) is before
+    inherited = signal.getsignal(number)
+    before = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL  # nohup ignores SIGHUP
+    signal.signal(number, before)
+    try:
+        with monkeypatch.context() as patch:
+            act_at(patch, step, send(number))
+            report = train(config, tmp_path)
+        assert signal.getsignal(number) is before
+    finally:
+        signal.signal(number, inherited)
     assert (report["status"], report["signal"], report["step"]) == ("interrupted", number, step)
     assert report["mean_top1"] is None and report["tasks"]["shapes"]["updates"] >= 0
     assert checkpoint.steps(tmp_path)[-1] == step
