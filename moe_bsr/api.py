@@ -142,9 +142,7 @@ def make_trainer(
     inputs = Inputs(tasks, run.make_transforms(config, model), runtime, config.data.prefetch)
     if config.data.feature_cache_mb:
         with runtime.autocast():
-            cache = FeatureCache(
-                model, {name: len(data.train) for name, data in tasks.items()}, config.data.feature_cache_mb
-            )
+            cache = FeatureCache(model, {name: len(data.train) for name, data in tasks.items()}, config.data)
         inputs = CachedInputs(inputs, cache)
     predicted = _predict(config, model, runtime)
     if predicted is not None:

@@ -117,7 +117,7 @@ def dry_run(config: "Config", folder: Path, resume: bool, decode: bool) -> int:
     if config.data.feature_cache_mb:
         with runtime.autocast():
             sizes = {name: len(data.train) for name, data in tasks.items()}
-            print(FeatureCache(model, sizes, config.data.feature_cache_mb))
+            print(FeatureCache(model, sizes, config.data))
     check_folder(config, folder, resume)
     broken = decoded(tasks.values()) if decode else 0
     say(f"run folder {folder}; {runtime.precision} on {runtime.device} ({runtime.precision_reason})")

@@ -137,7 +137,10 @@ class DataConfig:
     hflip: bool | None = None
     unreadable: Literal["stop", "skip"] = "stop"
     image_cache_mb: int = 2048
+    views: int | None = None
     feature_cache_mb: int | None = None
+    feature_cache: Literal["exact", "bf16", "int8"] = "exact"
+    feature_cache_dir: str | None = None
     prefetch: int = 0
 
     def __post_init__(self) -> None:
@@ -155,13 +158,23 @@ class DataConfig:
             self.augment,
             "true with data.crop_scale or data.hflip, which say how to augment; else leave these null",
         )
-        require_within("data", self, image_cache_mb=(0, 2**24), feature_cache_mb=(1, 2**24), prefetch=(0, 100))
+        mb = {"image_cache_mb": (0, 2**24), "feature_cache_mb": (1, 2**24)}
+        require_within("data", self, **mb, prefetch=(0, 100), views=(1, 10_000))
         require(
-            self.feature_cache_mb is None or not self.augment,
+            self.feature_cache_mb is None or not self.augment or self.views is not None,
             "data.feature_cache_mb",
             self.feature_cache_mb,
-            "null while data.augment is true: a crop that differs each time has no output to keep",
+            "null while data.augment is true and data.views null: a crop that differs each time has no output to keep",
         )
+        require(self.views is None or self.augment, "data.views", self.views, "null with data.augment = false")
+        for key, off in (("feature_cache", "exact"), ("feature_cache_dir", None)):
+            value = getattr(self, key)
+            require(
+                value == off or self.feature_cache_mb is not None,
+                f"data.{key}",
+                value,
+                f"{off or 'null'} while data.feature_cache_mb is null",
+            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -219,8 +232,6 @@ class Config:
         require(len(set(names)) == len(names), "tasks", self.tasks, "each task once")
         if self.train.optimizer == "lbfgs":
             self._require_probe()
-        else:
-            require(not self.plan.head_blocks, "plan.head_blocks", self.plan.head_blocks, "[] but for moe-bsr probe")
         unknown = sorted(set(self.train.task_weights) - set(names))
         require(not unknown, "train.task_weights", self.train.task_weights, f"{unknown} not among the tasks {names}")
 

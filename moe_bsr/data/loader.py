@@ -26,6 +26,7 @@ class Batch:
         positions: int64 (B,), which images these are, as positions in the task's training split: not those of the
             plan where an image that cannot be read was skipped (`ImageTransforms.taken`).
         images: uint8 (B, 3, S, S); None when the features of all these images are cached.
+        views: int64 (B,), which of an image's augmented views each is (`ImageTransforms.views_of`).
         labels: int64 (B,).
         features: what the frozen blocks make of the images, for a model that starts after them; None from the loader.
     """
@@ -34,6 +35,7 @@ class Batch:
     positions: np.ndarray
     images: torch.Tensor | None
     labels: torch.Tensor
+    views: np.ndarray | None = None
     features: Any = None
 
     def __len__(self) -> int:
@@ -45,8 +47,8 @@ class Loader:
 
     `plan` yields (task, positions (B,), epochs (B,)); with `prefetch=n` it is read up to n batches
     ahead of what has been taken. The batches are the same for every `prefetch`. An exception made
-    ahead is raised when its batch is asked for. `known(task, positions)` says that the features of all
-    these images are cached: they are not decoded, and the batch's `images` is None.
+    ahead is raised when its batch is asked for. `known(task, positions, views)` says that the features of all
+    these are cached: the images are not decoded, and the batch's `images` is None.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class Loader:
         transforms: ImageTransforms,
         plan: Iterable[tuple[str, np.ndarray, np.ndarray]],
         prefetch: int = 0,
-        known: Callable[[str, np.ndarray], bool] | None = None,
+        known: Callable[[str, np.ndarray, np.ndarray], bool] | None = None,
     ):
         if prefetch < 0:
             raise ValueError(f"prefetch: {prefetch} is below 0 (0 is in process)")
@@ -71,13 +73,13 @@ class Loader:
     def _batches(self) -> Iterator[Batch]:
         for task, positions, epochs in self.plan:
             data = self.tasks[task]
-            positions = self.transforms.taken(data, positions)
-            if self.known is not None and self.known(task, positions):
+            positions, views = self.transforms.taken(data, positions), self.transforms.views_of(epochs)
+            if self.known is not None and self.known(task, positions, views):
                 images, labels = None, torch.from_numpy(data.train.labels[positions])
             else:
                 images, labels = self.transforms.train_batch(data, positions, epochs)
                 positions = self.transforms.taken(data, positions)
-            yield Batch(task, positions, images, labels)
+            yield Batch(task, positions, images, labels, views)
 
     def _ahead(self) -> Iterator[Batch]:
         ready: SimpleQueue = SimpleQueue()  # batches, then an exception or None

@@ -37,6 +37,7 @@ class ImageTransforms:
             short side; "squash": both sides, aspect not kept; "border": its long side, the rest is filled with `mean`.
         resize: "timm": by `crop_mode`; "squash": straight to the square.
         augment: False shows training images as evaluation sees them.
+        views: of each training image so many augmented views, which come back in turn; None: a new one in each epoch.
         crop_scale, flip: override the tasks' own.
         seed: of the augmentation.
         cache_mb: how much the decoded images in memory may take, in 10**6 bytes.
@@ -55,6 +56,7 @@ class ImageTransforms:
     crop_mode: str = "center"
     resize: str = "timm"
     augment: bool = True
+    views: int | None = None
     crop_scale: Sequence[float] | None = None
     flip: bool | None = None
     seed: int = 0
@@ -97,15 +99,21 @@ class ImageTransforms:
         flip = data.spec.flip if self.flip is None else self.flip
         stream_key = key(self.seed, data.name, "augment")
         pixels = self._empty(len(positions))
-        for row, position, epoch in zip(pixels, positions, epochs, strict=True):
+        for row, position, view in zip(pixels, positions, self.views_of(epochs), strict=True):
             position, image = self._readable(data, int(position))
             if self.augment:
                 image_stream = image_key(data.train.source, data.train.place(position))
-                uniforms = stream(stream_key, int(epoch), image_stream).random(2 * ATTEMPTS + 3)
+                uniforms = stream(stream_key, int(view), image_stream).random(2 * ATTEMPTS + 3)
                 row[:] = self.train_transform(image, scale, flip, uniforms)
             else:
                 row[:] = self.eval_transform(image)
         return _as_images(pixels), torch.from_numpy(data.train.labels[self.taken(data, positions)])
+
+    def views_of(self, epochs: np.ndarray) -> np.ndarray:
+        """Which view of an image each epoch (B,) shows: int64 (B,). A view is what that epoch would show."""
+        if not self.augment:
+            return np.zeros_like(epochs)
+        return epochs if self.views is None else epochs % self.views
 
     def taken(self, data: TaskData, positions: np.ndarray) -> np.ndarray:
         """The positions (B,) of `data.train` whose images stand at those asked for: others where some were skipped.

@@ -119,6 +119,12 @@ class MultitaskViT(nn.Module):
         ]
         self.embedding_trains = embedding_trains(vit)
         self.path_start = gradient_path_start(vit)
+        require(
+            all(index < self.path_start for index in self.head_blocks),
+            "plan.head_blocks",
+            self.head_blocks,
+            f"blocks before the first that trains or has an adapter, {self.path_start}: heads read frozen ones",
+        )
 
     def forward(self, images: Tensor, task: str, noise_key: tuple[int, ...] | None = None) -> Output:
         """(B, 3, S, S) normalized images of one task -> its logits and what happened on the way.
@@ -171,9 +177,11 @@ class MultitaskViT(nn.Module):
         # The tokens come in a list that is emptied here: as an argument of their own, the caller's frame would
         # hold them to the end of the pass.
         tokens, records = start.pop()
+        read = tokens.read
         for index in range(self.path_start, len(self.plan)):
             key = None if noise_key is None else (*noise_key, index)
             tokens = self.run_block(index, tokens, task, key, records)
+        tokens.read = read
         output = Output(self.logits(tokens, task), tokens.x.new_zeros(()), records)
         output.auxiliary_loss = self.balance(output.routing, task)
         return output

@@ -1,18 +1,22 @@
 """Outputs of the frozen blocks before the gradient path, kept for all training images and computed once.
 
-Without augmentation an image comes back the same in every epoch, and so does what the frozen blocks make
-of it: from an image's second epoch on, neither is it decoded nor do these blocks run.
+Without augmentation an image comes back the same in every epoch, and with `data.views` it comes back in so many
+augmented views; so does what the frozen blocks make of it. Once a view has been seen, neither is the image decoded nor
+do these blocks run.
 """
 
 import dataclasses
+import os
+import tempfile
 from collections.abc import Iterable, Iterator
-from math import ceil
+from math import ceil, prod
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moe_bsr.config import require
+from moe_bsr.config import ConfigError, DataConfig, require
 from moe_bsr.data import Loader
 from moe_bsr.data.loader import Batch
 from moe_bsr.model.block import Record
@@ -21,86 +25,130 @@ from moe_bsr.model.tokens import Dropped, Tokens
 from moe_bsr.training.inputs import Inputs
 
 Features = tuple[Tokens, dict[int, Record]]
+TINY = 1e-30  # a channel of zeros has this scale
 
 
 class FeatureCache:
-    """What `MultitaskViT.forward_features` returns for each training image of each task.
+    """What `MultitaskViT.forward_features` returns for each view of each training image of each task.
 
     Attributes:
-        bytes: of everything kept, when every image has been seen.
+        bytes: of everything kept, when every view has been seen.
+        views: of each image.
     """
 
-    def __init__(self, model: MultitaskViT, sizes: dict[str, int], megabytes: int) -> None:
+    def __init__(self, model: MultitaskViT, sizes: dict[str, int], settings: DataConfig) -> None:
         """
         Args:
             model: on its device, under the autocast it will run in. sizes: training images of each task.
-            megabytes: of 10**6 bytes, that may be used.
+            settings: feature_cache_mb (10**6 bytes that may be used), feature_cache, feature_cache_dir and views.
         Raises:
-            ConfigError: they are not enough for all images, or nothing before the gradient path stays the same.
+            ConfigError: there is no room for all views, or nothing before the gradient path stays the same.
         """
+        megabytes = settings.feature_cache_mb
         require(
             not model.embedding_trains,
             "data.feature_cache_mb",
             megabytes,
             "null (off): the embedding trains under this plan, so nothing stays the same",
         )
-        self.model = model
+        self.model, self.views = model, (settings.views or 1) if settings.augment else 1
         # After the last block the head reads the class token alone.
         self.class_token_only = model.path_start == len(model.plan) and model.vit.global_pool == "token"
-        side, device = model.vit.patch_embed.img_size[0], model.vit.pos_embed.device
+        self.kind = "exact" if self.class_token_only else settings.feature_cache
+        side, self.device = model.vit.patch_embed.img_size[0], model.vit.pos_embed.device
         with torch.no_grad():
-            tokens, records = model.forward_features(torch.zeros(1, 3, side, side, device=device))
-        self.fused, self.drops = tokens.fused, sorted(records)
-        parts = list(self._parts(tokens, records))
-        self.bytes = sum(sizes.values()) * sum(p[0].numel() * p.element_size() for p in parts)
+            tokens, records = model.forward_features(torch.zeros(1, 3, side, side, device=self.device))
+        self.dtype, self.fused, self.drops = tokens.x.dtype, tokens.fused, sorted(records)
+        parts = self._parts(tokens, records)
+        images = sum(sizes.values())
+        self.bytes = images * self.views * sum(p[0].numel() * p.element_size() for p in parts)
+        of_views = f" in {self.views} views" if self.views > 1 else ""
         require(
             self.bytes <= megabytes * 1e6,
             "data.feature_cache_mb",
             megabytes,
-            f"at least {ceil(self.bytes / 1e6)}, for {sum(sizes.values())} images of "
-            f"{parts[0].shape[1]} tokens, or null to run the frozen blocks every time",
+            f"at least {ceil(self.bytes / 1e6)}, for {images} images{of_views} of {tokens.x.shape[1]} tokens "
+            f"({self.kind}); or data.feature_cache=int8, fewer data.views, or null to run the frozen blocks every time",
         )
-        self.kept = {task: [p.new_empty(count, *p.shape[1:]) for p in parts] for task, count in sizes.items()}
-        self.seen = {task: torch.zeros(count, dtype=torch.bool) for task, count in sizes.items()}
+        folder = settings.feature_cache_dir
+        if folder is not None and not Path(folder).is_dir():
+            raise ConfigError(f"data.feature_cache_dir = {folder!r}: no folder; make it, or null for memory")
+        self.where = "" if folder is None else f" in {folder}"
+        self.kept = {task: [_rows(count * self.views, part, folder) for part in parts] for task, count in sizes.items()}
+        self.seen = {task: torch.zeros(self.views, count, dtype=torch.bool) for task, count in sizes.items()}
 
     def __str__(self) -> str:
-        images, blocks = sum(map(len, self.seen.values())), self.model.path_start
+        images, blocks = sum(seen.shape[1] for seen in self.seen.values()), self.model.path_start
         source = f"blocks 0 to {blocks - 1} make" if blocks else "the embedding makes"
+        what = f"{self.views} views of {images}" if self.views > 1 else str(images)
+        when = "once seen" if self.views > 1 else "from an image's second epoch on"
         return (
-            f"{self.bytes / 1e6:.0f} MB for what {source} of {images} training images, from an image's second "
-            "epoch on not computed again"
+            f"{self.bytes / 1e6:.0f} MB{self.where} for what {source} of {what} training images ({self.kind}), {when} "
+            "not computed again"
         )
 
-    def contains(self, task: str, positions: np.ndarray) -> bool:
-        """Whether the features of all these images of the task's training split are here."""
-        return bool(self.seen[task][torch.from_numpy(positions)].all())
+    def contains(self, task: str, positions: np.ndarray, views: np.ndarray) -> bool:
+        """Whether the features of all these views of images of the task's training split are here."""
+        return bool(self.seen[task][torch.from_numpy(views), torch.from_numpy(positions)].all())
 
-    def get(self, task: str, positions: np.ndarray) -> Features:
-        """The features of images that the cache contains, as `forward_features` returned them."""
-        places = torch.from_numpy(positions)
-        x, origin, *rest = (kept[places.to(kept.device)] for kept in self.kept[task])
-        drops = zip(rest[0::3], rest[1::3], rest[2::3], strict=True)
-        records = {i: Record(dropped=Dropped(*drop)) for i, drop in zip(self.drops, drops, strict=True)}
-        return Tokens(x, origin, self.fused), records
+    def get(self, task: str, positions: np.ndarray, views: np.ndarray) -> Features:
+        """The features of views that the cache contains, as `forward_features` returned them, up to the kind."""
+        rows = self._places(task, positions, views)
+        parts = iter([kept[rows.to(kept.device)].to(self.device) for kept in self.kept[task]])
+        x = next(parts).to(self.dtype)
+        if self.kind == "int8":
+            x = (x * next(parts)).to(self.dtype)
+        read = next(parts) if self.model.head_blocks else None
+        tokens = Tokens(x, next(parts), self.fused, read)
+        return tokens, {i: Record(dropped=Dropped(next(parts), next(parts), next(parts))) for i in self.drops}
 
-    def add(self, task: str, positions: np.ndarray, features: Features) -> None:
-        """Keep the features of these images."""
-        places = torch.from_numpy(positions)
+    def add(self, task: str, positions: np.ndarray, views: np.ndarray, features: Features) -> None:
+        """Keep the features of these views."""
+        rows = self._places(task, positions, views)
         for kept, part in zip(self.kept[task], self._parts(*features), strict=True):
-            kept[places.to(kept.device)] = part
-        self.seen[task][places] = True
+            kept[rows.to(kept.device)] = part.to(kept.device)
+        self.seen[task].view(-1)[rows] = True
 
-    def _parts(self, tokens: Tokens, records: dict[int, Record]) -> Iterator[Tensor]:
-        """All of the features that has a row for each image."""
-        yield tokens.x[:, :1] if self.class_token_only else tokens.x
-        yield tokens.origin
+    def _places(self, task: str, positions: np.ndarray, views: np.ndarray) -> Tensor:
+        return torch.from_numpy(views * self.seen[task].shape[1] + positions)
+
+    def _parts(self, tokens: Tokens, records: dict[int, Record]) -> list[Tensor]:
+        """All of the features that has a row for each image, as it is kept.
+
+        int8 has one scale for each channel of an image: a few channels of the residual stream are far larger than the
+        others, and would drown them under a scale for each token.
+        """
+        x = tokens.x[:, :1] if self.class_token_only else tokens.x
+        if self.kind == "int8":
+            scale = (x.float().abs().amax(1, keepdim=True) / 127).clamp_(min=TINY)
+            parts = [(x / scale).round_().to(torch.int8), scale]
+        else:
+            parts = [x.bfloat16() if self.kind == "bf16" else x]
+        if tokens.read is not None:
+            parts.append(tokens.read)
+        parts.append(tokens.origin)
         for index in self.drops:
             dropped = records[index].dropped
-            yield from (dropped.origin_in, dropped.origin, dropped.scores)
+            parts += [dropped.origin_in, dropped.origin, dropped.scores]
+        return parts
+
+
+def _rows(count: int, like: Tensor, folder: str | None) -> Tensor:
+    """Room for so many rows like the first of `like`: on its device, or in a file without a name that is mapped.
+
+    Raises:
+        OSError: the folder has no room for it.
+    """
+    shape = (count, *like.shape[1:])
+    if folder is None:
+        return like.new_empty(shape)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="moe-bsr-features-") as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, prod(shape) * like.element_size()))
+        return torch.from_file(file.name, shared=True, size=prod(shape), dtype=like.dtype).view(shape)
 
 
 class CachedInputs(Inputs):
-    """Feeds features in place of images: from the cache, or into it when an image is new."""
+    """Feeds features in place of images: from the cache, or into it when a view is new."""
 
     def __init__(self, inputs: Inputs, cache: FeatureCache) -> None:
         super().__init__(inputs.tasks, inputs.transforms, inputs.runtime, inputs.prefetch)
@@ -110,21 +158,22 @@ class CachedInputs(Inputs):
         return iter(Loader(self.tasks, self.transforms, plan, self.prefetch, self.cache.contains))
 
     def prepare(self, batch: Batch) -> Batch:
-        task, positions = batch.task, batch.positions
-        if self.cache.contains(task, positions):
-            features, labels = self.cache.get(task, positions), batch.labels.to(self.runtime.device)
-        else:
-            prepared = super().prepare(batch)
+        task, cache, place = batch.task, self.cache, (batch.task, batch.positions, batch.views)
+        labels = batch.labels.to(self.runtime.device)
+        if not cache.contains(*place):
+            images = super().prepare(batch).images
             with self.runtime.autocast():
-                features, labels = self.cache.model.forward_features(prepared.images, task), prepared.labels
-            self.cache.add(task, positions, features)
-        return dataclasses.replace(batch, images=None, labels=labels, features=features)
+                cache.add(*place, cache.model.forward_features(images, task))
+        return dataclasses.replace(batch, images=None, labels=labels, features=cache.get(*place))
 
     def cached_bytes(self) -> int:
-        return super().cached_bytes() + self.cache.bytes
+        return super().cached_bytes() + (0 if self.cache.where else self.cache.bytes)
 
     def keeps_all(self) -> bool:
         return True
+
+    def new_epochs(self) -> int:
+        return self.cache.views
 
     def summary(self) -> list[str]:
         return [str(self.cache)]

@@ -38,6 +38,10 @@ class Inputs:
         """Whether no training image is decoded a second time."""
         return self._decoded_bytes() <= self.transforms.cache_mb * 1e6
 
+    def new_epochs(self) -> int:
+        """For how many epochs images come that were not seen in that form before, where all is kept."""
+        return 1
+
     def _decoded_bytes(self) -> int:
         """Of all training and validation images, judged by the first image of each task."""
         total = 0

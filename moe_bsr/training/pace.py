@@ -33,7 +33,8 @@ def updates_within(seconds: float, trainer: "Trainer") -> int:
         value.copy_(buffers[name])
     if state.average is not None:
         state.average.updates = 0
-    new = math.ceil(sum(trainer.sizes.values()) / images_per_update(trainer.config, trainer.sizes))
+    images = trainer.inputs.new_epochs() * sum(trainer.sizes.values())
+    new = math.ceil(images / images_per_update(trainer.config, trainer.sizes))
     return _within(max(0.0, seconds - state.seconds), new, _mean(first), min(_mean(first), _mean(again)))
 
 

@@ -33,7 +33,7 @@ def probe_config(config: Config, head_blocks: Iterable[int] | None = None) -> Co
         adapter=None,
         plan=replace(config.plan, train_blocks=[], moe_blocks=[], head_blocks=blocks),
         sampler=SamplerConfig(),
-        data=replace(config.data, augment=False, crop_scale=None, hflip=None, feature_cache_mb=None),
+        data=replace(config.data, augment=False, views=None, crop_scale=None, hflip=None, feature_cache_mb=None),
         train=replace(
             config.train,
             optimizer="lbfgs",

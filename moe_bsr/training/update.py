@@ -206,6 +206,7 @@ def split(batch: Batch, parts: int) -> Iterator[Batch]:
         yield dataclasses.replace(
             batch,
             positions=batch.positions[part],
+            views=None if batch.views is None else batch.views[part],
             images=None if batch.images is None else batch.images[part],
             labels=batch.labels[part],
         )

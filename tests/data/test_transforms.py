@@ -255,7 +255,7 @@ def test_batches_are_the_same_for_any_prefetch(prefetch):
 def test_images_nobody_will_look_at_are_not_made(prefetch):
     whole = list(Loader(TASKS, make_transforms(), plan()))
     for ours, theirs in zip(
-        Loader(TASKS, make_transforms(), plan(), prefetch, lambda task, _: task == "dots"), whole, strict=True
+        Loader(TASKS, make_transforms(), plan(), prefetch, lambda task, *_: task == "dots"), whole, strict=True
     ):
         assert ours.images is None if ours.task == "dots" else torch.equal(ours.images, theirs.images)
         assert torch.equal(ours.labels, theirs.labels)

@@ -5,6 +5,7 @@ import torch
 from tiny_runs import SIZES, make_config, make_trainer, state_of
 
 from moe_bsr.config import ConfigError
+from moe_bsr.data.loader import Batch
 
 PLANS = {
     "BSR": {},
@@ -23,22 +24,17 @@ FRAMES = {
 
 def fit(folder, monkeypatch, plan: dict, megabytes: int | None, **changes):
     """A trainer after its run, and how many images went through the frozen blocks."""
-    config = make_config(
-        folder,
-        data__augment=False,
-        data__feature_cache_mb=megabytes,
-        train__evaluate_test=False,
-        **{f"plan__{key}": value for key, value in plan.items()},
-        **changes,
-    )
+    settings = {"data__augment": False, "data__feature_cache_mb": megabytes, "train__evaluate_test": False}
+    plan = {f"plan__{key}": value for key, value in plan.items()}
+    config = make_config(folder, **settings | plan | changes)
     trainer = make_trainer(config, folder / f"run{megabytes}")
     trainer.runtime.place(trainer.model)
     seen, forward_features = [], trainer.model.forward_features
 
-    def counted(images, task=""):
+    def counted(images, *arguments, **keywords):
         if trainer.model.training:
             seen.append(len(images))
-        return forward_features(images, task)
+        return forward_features(images, *arguments, **keywords)
 
     monkeypatch.setattr(trainer.model, "forward_features", counted)
     trainer.fit()
@@ -56,7 +52,61 @@ def test_same_weights_to_the_bit(tmp_path, monkeypatch, plan, frame):
     assert updates == (16 if frame == "joint" else 8)
     # Batches of eight walk through 23 and 51 images: only an image's first epoch runs the blocks.
     assert run_once < run_for_all
-    assert all(kept.inputs.cache.seen["shapes"])
+    assert kept.inputs.cache.seen["shapes"].all()
+
+
+AUGMENTED = {"data__augment": True, "data__views": 2, "train__steps": 16}
+
+
+@pytest.mark.parametrize("where", ["memory", "file"])
+def test_views_are_kept_as_they_would_be_computed_anew(tmp_path, monkeypatch, where):
+    place = {} if where == "memory" else {"data__feature_cache_dir": str(tmp_path)}
+    plan = PLANS["a drop before the first trained block"]
+    plain, run_for_all = fit(tmp_path, monkeypatch, plan, None, **AUGMENTED)
+    kept, run_once = fit(tmp_path, monkeypatch, plan, 100, **AUGMENTED, **place)
+    expected, got = state_of(plain.model), state_of(kept.model)
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+    assert run_once < run_for_all
+    cache, (position, of_first) = kept.inputs.cache, (torch.tensor([0]).numpy(), torch.tensor([0]).numpy())
+    assert cache.seen["shapes"].all() and "2 views of 74 training images" in str(cache)
+    first, second = (cache.get("shapes", position, of_first + view)[0].x for view in (0, 1))
+    assert not torch.equal(first, second)
+    assert cache.bytes == sum(p.nbytes for parts in cache.kept.values() for p in parts)
+    assert not list(tmp_path.glob("moe-bsr-features-*"))
+
+
+def test_int8_is_a_hundredth_off_and_the_same_when_seen_first_and_again(tmp_path, monkeypatch):
+    plan, settings = PLANS["a drop before the first trained block"], {"data__feature_cache": "int8"}
+    trainer, _ = fit(tmp_path, monkeypatch, plan, 100, **settings)
+    (tmp_path / "exact").mkdir()
+    exact, _ = fit(tmp_path / "exact", monkeypatch, plan, 100)
+    position = torch.arange(8).numpy()
+    (got, drops), (expected, _) = (each.inputs.cache.get("shapes", position, 0 * position) for each in (trainer, exact))
+    assert 0 < (got.x - expected.x).norm() / expected.x.norm() < 0.01
+    assert torch.equal(got.origin, expected.origin) and drops.keys() == {1}
+    assert trainer.inputs.cache.kept["shapes"][0].dtype == torch.int8
+    images, labels = trainer.transforms.train_batch(trainer.tasks["shapes"], position, 0 * position)
+    batch = Batch("shapes", position, images, labels, 0 * position)
+    again = trainer.inputs.prepare(batch).features[0].x
+    trainer.inputs.cache.seen["shapes"].zero_()
+    assert torch.equal(trainer.inputs.prepare(batch).features[0].x, again)
+
+
+def test_heads_may_read_frozen_blocks_beside_what_trains(tmp_path, monkeypatch):
+    plan = {"train_blocks": [5], "drop_blocks": [1], "moe_blocks": [5], "head_blocks": [2, 4]}
+    plain, _ = fit(tmp_path, monkeypatch, plan, None, storage="recompute")
+    kept, _ = fit(tmp_path, monkeypatch, plan, 100, storage="recompute")
+    assert all(torch.equal(state_of(kept.model)[name], value) for name, value in state_of(plain.model).items())
+    model, images = plain.model.eval(), torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        tokens, class_tokens = model.forward_features(images, upto=0)[0], {}
+        for index in range(6):
+            tokens = model.run_block(index, tokens, "shapes")
+            class_tokens[index] = tokens.x[:, 0]
+        read = torch.cat([model.vit.norm(tokens.x)[:, 0], class_tokens[2], class_tokens[4]], 1)
+        assert torch.allclose(model(images, "shapes").logits, model.heads["shapes"](read), atol=1e-5)
+    with pytest.raises(ConfigError, match=r"plan.head_blocks.*\[4\].*before the first that trains.* 3"):
+        fit(tmp_path, monkeypatch, plan | {"train_blocks": [3, 5], "head_blocks": [4]}, None)
 
 
 def test_what_was_kept_is_what_the_frozen_blocks_make(tmp_path, monkeypatch):
@@ -64,8 +114,8 @@ def test_what_was_kept_is_what_the_frozen_blocks_make(tmp_path, monkeypatch):
     data = trainer.tasks["shapes"]
     positions = torch.arange(0, SIZES["shapes"], 3).numpy()
     images, _ = trainer.transforms.train_batch(data, positions, 0 * positions)
-    assert trainer.inputs.cache.contains("shapes", positions)
-    tokens, records = trainer.inputs.cache.get("shapes", positions)
+    assert trainer.inputs.cache.contains("shapes", positions, 0 * positions)
+    tokens, records = trainer.inputs.cache.get("shapes", positions, 0 * positions)
     with torch.no_grad():
         expected, drops = trainer.model.forward_features(trainer.transforms.normalize(images))
     assert torch.allclose(tokens.x, expected.x, atol=1e-5)
@@ -85,6 +135,9 @@ def test_the_last_layer_keeps_one_token(tmp_path, monkeypatch):
     ("changes", "says"),
     [
         ({"data__augment": True}, r"data.feature_cache_mb.*null while data.augment is true"),
+        ({"data__views": 2}, r"data.views.*null with data.augment = false"),
+        ({"data__feature_cache_mb": None, "data__feature_cache": "int8"}, r"data.feature_cache = 'int8'.*exact while"),
+        ({"data__feature_cache_dir": "nowhere"}, r"data.feature_cache_dir = 'nowhere': no folder"),
         ({"plan__train_blocks": "all"}, r"data.feature_cache_mb.*null \(off\): the embedding trains"),
         (
             {

@@ -147,9 +147,9 @@ def test_what_a_probe_cannot_have_is_refused(config, key, value):
         replace(config, **{key: value})
 
 
-def test_only_a_probe_reads_more_blocks(config, tmp_path):
+def test_heads_read_no_block_that_trains_or_is_not_there(config, tmp_path):
     with pytest.raises(ConfigError, match="plan.head_blocks"):
-        replace(make_config(tmp_path), plan__head_blocks=[2])
+        make_trainer(replace(make_config(tmp_path), plan__head_blocks=[2]), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"plan.head_blocks.*\[6\]"):
         make_trainer(replace(config, plan__head_blocks=[6]), tmp_path / "run")
 
