@@ -19,6 +19,7 @@ from moe_bsr.cli.terminal import say
 from moe_bsr.runtime.names import printable
 
 COMMANDS = {
+    "fit": "the best model for some minutes and megabytes: tries, from a linear probe upwards, and says why",
     "train": "train several tasks as a configuration says, and write a run folder",
     "probe": "train the heads alone, to their optimum, in one pass over the images: the first thing to try",
     "evaluate": "accuracy of a run, task by task",
@@ -43,7 +44,7 @@ COMMANDS = {
 }
 
 # Those that train or evaluate in this process: they need the C library's allocator set up first.
-COMPUTING = {"train", "probe", "drops", "evaluate", "views", "pretrain", "sweep-storages"}
+COMPUTING = {"fit", "train", "probe", "drops", "evaluate", "views", "pretrain", "sweep-storages"}
 
 # Packages that only some commands need, and the extra that installs them.
 EXTRAS = {"matplotlib": "views", "scipy": "views", "onnx": "export", "onnxruntime": "export", "onnxscript": "export"}

@@ -130,6 +130,7 @@ class DataConfig:
     root: str = "data"
     download: bool = False
     val_fraction: float = 0.1
+    val_images: int | None = None
     split_seed: int = 0
     resize: Literal["timm", "squash"] = "timm"
     augment: bool = True
@@ -159,7 +160,7 @@ class DataConfig:
             "true with data.crop_scale or data.hflip, which say how to augment; else leave these null",
         )
         mb = {"image_cache_mb": (0, 2**24), "feature_cache_mb": (1, 2**24)}
-        require_within("data", self, **mb, prefetch=(0, 100), views=(1, 10_000))
+        require_within("data", self, **mb, prefetch=(0, 100), views=(1, 10_000), val_images=(1, 10**9))
         require(
             self.feature_cache_mb is None or not self.augment or self.views is not None,
             "data.feature_cache_mb",
@@ -242,7 +243,8 @@ class Config:
             ("adapter", self.adapter, None),
             ("data.augment", self.data.augment, False),
             ("train.ema_decay", self.train.ema_decay, None),
-            ("train.steps", self.train.steps, 1),
+            ("train.steps", self.train.steps, 1 if self.train.minutes is None else None),
+            ("train.epochs", self.train.epochs, None),
         ):
             require(
                 value == needed, key, value, f"{needed} with train.optimizer = lbfgs (moe-bsr probe sets all of it)"

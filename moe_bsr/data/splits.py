@@ -43,6 +43,12 @@ def held_out(
     return np.flatnonzero(~out), np.flatnonzero(out)
 
 
+def fewest_hashes(names: Sequence[str], count: int, seed: int, purpose: str) -> np.ndarray:
+    """Positions, sorted int64, of the `count` images whose hash of (seed, purpose, name) is lowest, or of all."""
+    hashes = np.array([_hash(f"{seed}/{purpose}/{name}") for name in names], dtype=np.uint64)
+    return np.sort(np.argsort(hashes, kind="stable")[:count])
+
+
 def image_key(source: ImageSource, index: int) -> int:
     """A 64-bit number for image `index`: of its name, or where images have none, that index."""
     return index if source.names is None else _hash(source.names[index])

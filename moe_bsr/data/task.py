@@ -12,7 +12,7 @@ import numpy as np
 from moe_bsr.data.image_files import UnreadableImage
 from moe_bsr.data.packed import open_pack
 from moe_bsr.data.spec import ImageSource, TaskImages, TaskSpec
-from moe_bsr.data.splits import held_out
+from moe_bsr.data.splits import fewest_hashes, held_out
 
 TEST_FRACTION = 0.2  # where neither the source nor the task file has a test split
 
@@ -72,6 +72,7 @@ def load_task(
     root: Path,
     download: bool = False,
     val_fraction: float = 0.1,
+    val_images: int | None = None,
     split_seed: int = 0,
 ) -> TaskData:
     """Open a task, and set aside validation and test images where its source has no such split.
@@ -79,6 +80,8 @@ def load_task(
     Args:
         root: the data root.
         val_fraction: share of the training images for validation, see `splits.held_out`.
+        val_images: at most so many of these are used, chosen by the same hash; the others train, where they were
+            set aside from the training images.
         split_seed: of the choice of these images.
     Raises:
         FileNotFoundError: says what is expected where.
@@ -96,11 +99,17 @@ def load_task(
         else:
             test = Split(images.test, np.arange(len(images.test)), images.test.labels)
         if images.val is None:
-            rest, chosen = _hold_out(train, rest, val_fraction, split_seed, "validation")
+            before, (rest, chosen) = rest, _hold_out(train, rest, val_fraction, split_seed, "validation")
+            if val_images is not None and val_images < len(chosen):
+                chosen = _some(train, chosen, val_images, split_seed)
+                rest = np.setdiff1d(before, chosen)
             val = Split(train, chosen, train.labels[chosen])
         else:
-            val = Split(images.val, np.arange(len(images.val)), images.val.labels)
-            notes.append(f"validation is the data's own: {len(val)} images")
+            own = np.arange(len(images.val))
+            chosen = own if val_images is None else _some(images.val, own, val_images, split_seed)
+            val = Split(images.val, chosen, images.val.labels[chosen])
+            used = "" if len(val) == len(own) else f", {len(val)} of them used (data.val_images)"
+            notes.append(f"validation is the data's own: {len(own)} images{used}")
     except ValueError as error:
         raise ValueError(f"task {spec.name}: {error} ({images.origin})") from None
     uncovered = len(train.class_names) - len(np.unique(val.labels))
@@ -149,6 +158,14 @@ def _hold_out(
     source: ImageSource, among: np.ndarray, fraction: float, seed: int, purpose: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """`held_out` among some of a source's images; positions in the source."""
-    names = [source.names[i] for i in among] if source.names is not None else [str(i) for i in among]
-    kept, out = held_out(source.labels[among], names, fraction, seed, purpose)
+    kept, out = held_out(source.labels[among], _names(source, among), fraction, seed, purpose)
     return among[kept], among[out]
+
+
+def _some(source: ImageSource, among: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """`count` of some validation images of a source."""
+    return among[fewest_hashes(_names(source, among), count, seed, "validation")]
+
+
+def _names(source: ImageSource, among: np.ndarray) -> list[str]:
+    return [str(i) for i in among] if source.names is None else [source.names[i] for i in among]

@@ -1,5 +1,7 @@
 """What a network makes of all images of a split, in one pass: features for whoever fits something to them."""
 
+import math
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -28,12 +30,14 @@ def split_features(
     transforms: ImageTransforms,
     runtime: Runtime,
     batch_size: int = 64,
+    until: float = math.inf,
 ) -> Features:
     """The images as evaluation sees them, batch by batch.
 
     Args:
         make: (B, 3, S, S) normalized images on the runtime's device -> (B, ...) float32; runs without a graph, in the
             runtime's precision.
+        until: no further batch is made at this time of `time.monotonic`; one always is.
     Raises:
         ValueError: no image, or none that can be read. FloatingPointError: a feature is NaN or infinite.
     """
@@ -42,6 +46,8 @@ def split_features(
         for images, of_images in transforms.eval_batches(data, split, batch_size):
             made.append(make(transforms.normalize(images, device=runtime.device)).cpu())
             labels.append(of_images)
+            if time.monotonic() >= until:
+                break
     if not made:
         raise ValueError(f"task {data.name}: its {split} split has no image that can be read")
     features = Features(torch.cat(made), torch.cat(labels))

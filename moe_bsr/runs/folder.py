@@ -57,14 +57,9 @@ RESOLVED = ("backbone_sha256", "tasks", "precision", "python")
 
 def open_task(config: Config, task: str | TaskSpec, root: str | None = None) -> TaskData:
     """The dataset of a task, or of its file, as the run divides it; `root` takes the place of data.root."""
-    data = config.data
-    return load_task(
-        load_spec(task) if isinstance(task, str) else task,
-        root=Path(root or data.root).expanduser(),
-        download=data.download,
-        val_fraction=data.val_fraction,
-        split_seed=data.split_seed,
-    )
+    chosen = {key: getattr(config.data, key) for key in ("download", "val_fraction", "val_images", "split_seed")}
+    spec = load_spec(task) if isinstance(task, str) else task
+    return load_task(spec, root=Path(root or config.data.root).expanduser(), **chosen)
 
 
 def make_transforms(config: Config, model: MultitaskViT) -> ImageTransforms:

@@ -52,6 +52,8 @@ def updates_of(config: Config, sizes: dict[str, int]) -> int | None:
         ConfigError: more than a run may have.
     """
     train = config.train
+    if train.optimizer == "lbfgs":  # however many images its minutes allow
+        return 1
     if config.mode == "single_task" and len(sizes) > 1:  # each has a run of its own
         counts = [updates_of(config, {task: size}) for task, size in sizes.items()]
         return None if None in counts else max(counts)

@@ -1,19 +1,24 @@
 """Training by `train.optimizer: lbfgs`: a linear probe of each task, which is the one update of its run.
 
 The rest is the trainer's: the run folder, evaluation, the one test, the report. So a probe is a run like any other.
+With `train.minutes` it takes as many training images as their features take so long, equally many of each class.
 """
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from moe_bsr.config import Config, SamplerConfig
 from moe_bsr.data import TaskData
 from moe_bsr.data.loader import Batch
-from moe_bsr.evaluation.features import split_features
+from moe_bsr.data.task import Split
+from moe_bsr.evaluation.features import Features, split_features
+from moe_bsr.runtime.rng import key, stream
 from moe_bsr.training.callback import Callback, StepEvent
 from moe_bsr.training.linear_probe import Probe, fit
 from moe_bsr.training.trainer import Trainer
@@ -37,9 +42,8 @@ def probe_config(config: Config, head_blocks: Iterable[int] | None = None) -> Co
         train=replace(
             config.train,
             optimizer="lbfgs",
-            steps=1,
+            steps=1 if config.train.minutes is None else None,
             epochs=None,
-            minutes=None,
             patience=None,
             init_from=None,
             warmup_steps=None,
@@ -54,21 +58,25 @@ class ProbeTrainer(Trainer):
     """A trainer whose one update solves all heads."""
 
     def __init__(self, *arguments: Any, callbacks: Iterable[Callback] = (), **keywords: Any) -> None:
-        self.penalties = Penalties()
+        self.penalties, self.used = Penalties(), {}
         super().__init__(*arguments, callbacks=[*callbacks, self.penalties], **keywords)
 
     def _update(self, batches: Iterator[Batch]) -> None:
         settings, began = self.config.train, time.monotonic()
         self.model.eval()
         with self.stop.at_once():  # no head changes before all are known
-            probes = {task: self._solve(data) for task, data in self.tasks.items()}
+            probes = self._solve_all()
         with torch.no_grad():
             for task, probe in probes.items():
                 self.model.heads[task].weight.copy_(probe.weight)
                 self.model.heads[task].bias.copy_(probe.bias)
         self.state.step += 1
         self.penalties.told = {
-            task: {"chosen": probe.chosen.penalty, "path": [asdict(each) for each in probe.path]}
+            task: {
+                "chosen": probe.chosen.penalty,
+                "images": self.used[task],
+                "path": [asdict(each) for each in probe.path],
+            }
             for task, probe in probes.items()
         }
         progress = self._progress()
@@ -83,24 +91,61 @@ class ProbeTrainer(Trainer):
             }
             self.callbacks.tell("on_step", StepEvent(self.state.step, task, metrics, progress, [], speed))
 
-    def _solve(self, data: TaskData) -> Probe:
+    def _decide_length(self) -> list[str]:
+        """One update, however long."""
+        self.state.plan(1, self.config.train.minutes)
+        self._plan(1)
+        return []
+
+    def _solve_all(self) -> dict[str, Probe]:
+        """Every task's probe. Of the minutes each task has its share, and what smaller ones leave over."""
+        minutes, began = self.config.train.minutes, time.monotonic()
+        order = sorted(self.tasks, key=lambda task: len(self.tasks[task].train))
+        probes = {}
+        for place, task in enumerate(order):
+            until = math.inf if minutes is None else began + 60 * minutes * (place + 1) / len(order)
+            probes[task] = self._solve(self.tasks[task], until)
+        return {task: probes[task] for task in self.tasks}
+
+    def _solve(self, data: TaskData, until: float = math.inf) -> Probe:
         def make(images: torch.Tensor) -> torch.Tensor:
             return self.model.features(self.model.forward_features(images, data.name)[0])
 
         settings = self.config.train
-        train, val = (
-            split_features(make, data, split, self.transforms, self.runtime, settings.batch_size)
-            for split in ("train", "val")
-        )
+        if until < math.inf:
+            data = replace(data, train=_class_by_class(data.train, key(self.config.seed, data.name, "probe")))
+
+        def features(split: str, until: float = math.inf) -> Features:
+            return split_features(make, data, split, self.transforms, self.runtime, settings.batch_size, until)
+
+        val = features("val")
+        train = features("train", until)
+        self.used[data.name] = len(train.labels)
         return fit(train, val, len(data.class_names), settings.penalty, settings.label_smoothing)
 
     def _progress(self) -> dict[str, dict[str, float]]:
-        """Each image was seen once."""
-        done = self.state.step
+        """Each image that was used was seen once."""
+        done, sizes = self.state.step, {task: len(data.train) for task, data in self.tasks.items()}
+        for task, told in self.penalties.told.items():
+            sizes[task] = told["images"]
         return {
-            task: {"updates": done, "images": done * len(data.train), "epochs": float(done)}
+            task: {"updates": done, "images": done * sizes[task], "epochs": done * sizes[task] / len(data.train)}
             for task, data in self.tasks.items()
         }
+
+
+def _class_by_class(split: Split, seed: int) -> Split:
+    """The images of a split in such an order that its first n are drawn at random, equally many of each class."""
+    order = stream(seed).permutation(len(split))
+    labels = split.labels[order]
+    by_class = np.argsort(labels, kind="stable")
+    starts = np.searchsorted(labels[by_class], labels[by_class])
+    turn = np.empty(len(split), dtype=np.int64)
+    turn[by_class] = np.arange(len(split)) - starts  # an image is the so many'th of its class
+    order = order[np.argsort(turn, kind="stable")]
+    places = {int(position): place for place, position in enumerate(order)}
+    gone = {places[position]: name for position, name in split.gone.items()}
+    return replace(split, index=split.index[order], labels=split.labels[order], gone=gone)
 
 
 class Penalties(Callback):

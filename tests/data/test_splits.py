@@ -81,6 +81,29 @@ def test_a_file_added_to_a_folder_moves_no_other_one(tmp_path):
     assert {data.val.source.names[i] for i in data.val.index} != after["val"]
 
 
+def test_validation_can_be_fewer_images_and_the_others_train(tmp_path):
+    spec = load_spec(folder_task(tmp_path, each=60))
+    whole = load_task(spec, root=tmp_path, val_fraction=0.3)
+    few, fewer = (load_task(spec, root=tmp_path, val_fraction=0.3, val_images=count) for count in (20, 5))
+    assert (len(few.val), len(fewer.val)) == (20, 5) < (len(whole.val),)
+    assert set(fewer.val.index) < set(few.val.index) < set(whole.val.index)
+    for data in (whole, few, fewer):
+        assert len(data.train) + len(data.val) == 180
+        assert np.array_equal(data.train.labels, data.train.source.labels[data.train.index])
+        assert np.array_equal(data.test.index, whole.test.index)
+
+
+def test_of_the_datas_own_validation_images_some_can_be_used(tmp_path):
+    folder = folder_task(tmp_path)
+    for kind in ("ant", "bee", "cat"):
+        for n in range(6):
+            save(tmp_path / "pictures" / "val" / kind / f"{n}.png", n)
+    data = load_task(load_spec(folder), root=tmp_path, val_images=7)
+    whole = load_task(load_spec(folder), root=tmp_path)
+    assert (len(data.val), len(whole.val), len(data.train)) == (7, 18, len(whole.train))
+    assert any("18 images, 7 of them used (data.val_images)" in note for note in data.notes)
+
+
 def test_classes_without_validation_images_are_told(tmp_path):
     file = folder_task(tmp_path)
     save(tmp_path / "pictures/train/eel/0.png", 5)

@@ -1,0 +1,119 @@
+"""The best model of some tasks for a time and a memory, on this machine.
+
+    moe-bsr fit photos.yaml --minutes 10
+    moe-bsr fit birds flowers --minutes 5 --memory 900MB
+    moe-bsr fit configs/deit_tiny_moe_bsr.yaml --minutes 20 data.root=data --run runs/best
+
+Give it a configuration, or the names or files of tasks (then configs/fit.yaml is the configuration). It measures how
+fast the backbone is here, and climbs as far as the time allows:
+
+    probe         the heads alone on frozen features of several blocks, solved to their optimum
+    late          the last two blocks train behind that probe
+    bsr, moe_bsr  the configuration's own blocks and token dropping, without and with experts
+
+Where there is time for it, each is tried for a while, the best one at other learning rates too, and it gets the time
+that is left. Each run begins from the weights of the one before and is stored in the form that fits into --memory (of
+the whole process). The run of the highest validation accuracy is named, with the reason, and tested once. The minutes
+count everything from opening the images on, but that test.
+
+Each rung is a run folder in --run, for predict, evaluate, views and train --resume. fit.json has the whole table.
+
+Exit status: 0 done, 1 training failed, 2 refused before it began, 128 + signal if interrupted.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_bsr.cli.main import program
+from moe_bsr.cli.terminal import say
+
+if TYPE_CHECKING:
+    from moe_bsr.config import Config
+
+BASE = "configs/fit.yaml"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    help = "a configuration, or tasks; and key=value, such as backbone.weights=FILE"
+    parser.add_argument("what", nargs="+", metavar="CONFIG|TASK|key=value", help=help)
+    parser.add_argument("--minutes", type=_minutes, required=True, metavar="N", help="for everything but the test")
+    help = "of the whole process, such as 900MB or 2GB (nine tenths of what is free)"
+    parser.add_argument("--memory", metavar="SIZE", help=help)
+    parser.add_argument("--run", "--run-dir", type=Path, metavar="DIR", help="new folder for the runs (runs/NAME_fit)")
+    parser.add_argument("--no-test", action="store_true", help="do not score the test split")
+    parser.add_argument("--json", action="store_true", help="JSON instead of the table")
+
+
+def _minutes(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 10**5:
+        raise argparse.ArgumentTypeError(f"{text}: above 0")
+    return value
+
+
+_minutes.__name__ = "number"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from moe_bsr import api
+    from moe_bsr.cost.planner import parse_bytes
+    from moe_bsr.fit import Budget, Ladder
+
+    config, name = configuration(arguments.what)
+    folder = arguments.run or Path("runs") / f"{name}_fit"
+    budget = Budget(arguments.minutes, arguments.memory and parse_bytes(arguments.memory))
+    ladder = Ladder(
+        config, folder, budget, lambda line: say(line, error=arguments.json), [] if arguments.json else None
+    )
+    result = ladder.climb()
+    if result["signal"]:
+        say(f"interrupted; the runs are in {folder}", error=True)
+        return 128 + result["signal"]
+    if not arguments.no_test:
+        say("testing the best run once", error=True)
+        result["test"] = api.evaluate(Path(result["run"]), "test")
+    if arguments.json:
+        print(json.dumps(result, indent=1))
+        return 0
+    say(table(result))
+    say(f"\n{result['reason']}.")
+    if "test" in result:
+        tasks = ", ".join(f"{task} {about['top1']:.1f}" for task, about in result["test"]["tasks"].items())
+        say(f"Test: {result['test']['mean_top1']:.1f} % in the mean ({tasks}).")
+    say(f"Use it: {program('predict')} {result['run']} IMAGE")
+    return 0
+
+
+def configuration(what: list[str]) -> "tuple[Config, str]":
+    """The configuration that is meant, and a name for its runs."""
+    from moe_bsr.config import ConfigError, load, packaged
+    from moe_bsr.data import load_spec
+
+    overrides = [item for item in what if "=" in item]
+    named = [item for item in what if "=" not in item]
+    if not named:
+        raise ConfigError("name a configuration, or at least one task (moe-bsr tasks lists them)")
+    try:
+        tasks = [load_spec(item).name for item in named]
+    except (FileNotFoundError, ValueError):
+        if len(named) > 1:
+            raise
+        return load(packaged.find_config(named[0]), overrides), Path(named[0]).stem
+    listed = f"tasks=[{', '.join(json.dumps(item) for item in named)}]"
+    return load(packaged.find_config(BASE), [listed, *overrides]), "_".join(tasks[:3])
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rungs, in the order they were climbed; a star for the best."""
+    from moe_bsr.runtime.text_tables import as_text
+
+    tasks = list(result["rungs"][0]["tasks"]) if result["rungs"] else []
+    cells = [["validation top-1 %", *tasks, "mean", "+-", "updates", "s in all", "training", "planned", "MB", ""]]
+    for rung in result["rungs"]:
+        numbers = [*rung["tasks"].values(), rung["val_top1"], rung["interval"]]
+        limits = [f"{rung[key]:.0f}" for key in ("updates", "seconds", "training", "planned", "peak_mb")]
+        star = "*" if rung["name"] == result["best"] else ""
+        cells.append([rung["name"], *(f"{number:.1f}" for number in numbers), *limits, star])
+    return as_text(cells)

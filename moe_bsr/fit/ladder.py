@@ -1,0 +1,276 @@
+"""Climbs: a probe, then trials of what else could train in the time that is left, then the best of them for the rest.
+
+Every rung is a run in a folder of its own and begins from the weights of the one before. All have the same splits, so
+that their validation accuracies compare. A budget counts everything from opening the images on but the one test.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe_bsr import api
+from moe_bsr import config as configuration
+from moe_bsr.config import Config, ConfigError
+from moe_bsr.evaluation.metrics import NORMAL_975
+from moe_bsr.fit import room, rungs
+from moe_bsr.fit.measure import measure
+from moe_bsr.runtime.device import prepare
+from moe_bsr.runtime.files import write_whole
+from moe_bsr.runtime.provenance import command, commit, environment
+from moe_bsr.training.callback import Callback
+
+FOR_VALIDATION = 0.03  # of the time, that one evaluation of all tasks may take
+LEAST_VALIDATION = 20  # images of a task
+FOR_PROBE = 0.45  # of the time at most
+FOR_START = 0.1  # of what is left then
+FOR_TRIAL = 0.08  # the same, for each of them
+RATES = (1 / 3, 3.0)  # of the learning rate of the best trial, which are tried as well
+LEAST_TRIAL = 20.0  # seconds; what is shorter decides nothing
+FOR_VIEWS = 0.35  # of the time of a run, that computing views of all images for the first time may take
+MOST_VIEWS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Attributes:
+    minutes: for everything but the test. memory: bytes of the whole process; None: what the machine has free.
+    """
+
+    minutes: float
+    memory: int | None = None
+
+
+@dataclass(slots=True)
+class Rung:
+    """What a rung came to.
+
+    Attributes:
+        val_top1: mean over the tasks, percent. interval: half of its 95 % interval.
+        seconds: of everything. planned: seconds of training that it was given, None where it had no limit.
+        peak_mb: of the process, measured. predicted_mb: what was predicted for it.
+    """
+
+    name: str
+    run: str
+    val_top1: float
+    interval: float
+    tasks: dict[str, float]
+    seconds: float
+    training: float
+    planned: float | None
+    updates: int
+    peak_mb: float
+    predicted_mb: float
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+class Ladder:
+    """The runs of one `fit`.
+
+    Attributes:
+        rungs: those that are finished, in their order.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        budget: Budget,
+        say: Callable[[str], None] = lambda line: None,
+        callbacks: list[Callback] | None = None,
+    ) -> None:
+        """
+        Args:
+            config: its tasks, backbone and plan; its length is not used. folder: for the runs, empty or new.
+            say: told what is decided, a line each. callbacks: of every run, as of `api.train`.
+        Raises:
+            ConfigError: the folder holds something, or the configuration has a model for each task.
+        """
+        if config.mode != "multitask":
+            raise ConfigError(f"mode = {config.mode!r}: fit looks for one model of all tasks; multitask")
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(f"{folder} is there already; name another folder for the runs")
+        settings = {"evaluate_test": False, "pictures": False, "eval_every": None, "patience": None, "init_from": None}
+        train = dataclasses.replace(config.train, **settings, steps=1000, epochs=None, minutes=None)
+        self.config = dataclasses.replace(config, train=train)
+        self.folder, self.budget, self.say, self.callbacks = folder, budget, say, callbacks
+        self.began, self.rungs = time.monotonic(), []
+        self.runtime = prepare(config.runtime)
+        self.overhead = 0.0  # seconds of a run beside its updates
+        self.interrupted = 0
+
+    # --- the climb ---
+
+    def climb(self) -> dict[str, Any]:
+        """Run the rungs; returns what `fit.json` holds.
+
+        Raises:
+            ConfigError: nothing fits into the memory. Otherwise as `api.train`.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.runtime.in_effect():
+            self.speed, self.memory = measure(self.config, self.runtime, self.budget.memory)
+        self._limit_validation()
+        speed, config = self.speed, self.config
+        shape = (speed.depth, speed.has_class_token)
+        probe = rungs.probe(config, *shape)
+        rest = self.left() * (1 - FOR_PROBE)
+        alone = rest < 3 * LEAST_TRIAL
+        if self._go("probe", probe, self.left() * (0.85 if alone else FOR_PROBE)) and not alone:
+            self._train_the_best(rungs.late(config, *shape))
+        return self._conclude()
+
+    def left(self) -> float:
+        """Seconds of the budget that are left."""
+        return 60 * self.budget.minutes - (time.monotonic() - self.began)
+
+    def _train_the_best(self, late: Config) -> None:
+        """Try each plan for a while, then the best one's learning rate, then give that the time that is left."""
+        rest = self.left()
+        trial = FOR_TRIAL * rest
+        arms = {"late": (late, "probe")}
+        own = rungs.own_rungs(self.config)
+        if trial < LEAST_TRIAL or not own:
+            self._go("late", self._with_cache(late), self.left(), start="probe")
+            return
+        if not self._go("start", rungs.start(self.config), FOR_START * rest):
+            return
+        arms |= {name: (config, "start") for name, config in own.items()}
+        for name, (config, start) in arms.items():
+            if not self._go(f"trial_{name}", config, trial, start):
+                return
+        chosen = max(arms, key=lambda name: self._of(f"trial_{name}").val_top1)
+        config, rate = arms[chosen][0], self.config.train.lr
+        best = f"trial_{chosen}"
+        for factor in RATES:
+            name = f"trial_{chosen}_{rate * factor:.0e}"
+            if not self._go(name, _at(config, rate * factor), trial, arms[chosen][1]):
+                return
+            if self._of(name).val_top1 > self._of(best).val_top1:
+                best, config = name, _at(config, rate * factor)
+        self.say(f"{chosen} did best in the trials ({best}); it goes on from there for the time that is left")
+        self._go(chosen, self._with_cache(config) if chosen == "late" else config, self.left(), start=best)
+
+    def _go(self, name: str, config: Config, seconds: float, start: str | None = None) -> bool:
+        """Run a rung within so many seconds, all in all; whether the climb goes on."""
+        began, solved = time.monotonic(), config.train.optimizer == "lbfgs"
+        minutes = max(0.5, min(seconds, self.left()) - 1.1 * self.overhead) / 60
+        origin = None if start is None else str(self.folder / start)
+        train = dataclasses.replace(config.train, steps=None, minutes=minutes, init_from=origin)
+        fitted = room.fitted(
+            dataclasses.replace(config, train=train), self.speed.classes, self.memory, self.runtime.precision
+        )
+        config, told = fitted.config, f"storage {fitted.config.storage}"
+        if not solved:
+            told += f", micro-batches of {config.train.batch_size // config.train.grad_accumulation_steps}"
+        of_whole = f"{minutes:.1f} minutes" if minutes >= 1 else f"{60 * minutes:.0f} seconds"
+        self.say(f"{name}: {of_whole}, {told}, {fitted.bytes / 2**20:.0f} MB predicted for the process")
+        report = api.train(config, self.folder / name, callbacks=self.callbacks)
+        took = time.monotonic() - began
+        if report["status"] != "finished":
+            self.interrupted = report["signal"]
+            return False
+        training = report["train_seconds"]
+        self.overhead = max(self.overhead, took - training)
+        tasks = {task: about["top1"] for task, about in report["tasks"].items()}
+        counts = [about["n"] for about in report["tasks"].values()]
+        mean = report["selected_mean_val_top1"]
+        self.rungs.append(
+            Rung(
+                name,
+                str(self.folder / name),
+                mean,
+                _interval(list(tasks.values()), counts),
+                tasks,
+                took,
+                training,
+                60 * minutes,
+                report["step"],
+                report["measured_peak_mb"],
+                fitted.bytes / 2**20,
+                {"lr": config.train.lr, "storage": config.storage, "init_from": origin},
+            )
+        )
+        self.say(f"{name}: {mean:.2f} % on validation, {took:.0f} s in all, {self.left():.0f} s left")
+        return True
+
+    def _of(self, name: str) -> Rung:
+        return next(rung for rung in self.rungs if rung.name == name)
+
+    # --- what is known before ---
+
+    def _limit_validation(self) -> None:
+        """As many validation images as one evaluation may take of the time."""
+        speed, asked = self.speed, self.config.data.val_images
+        seconds = FOR_VALIDATION * 60 * self.budget.minutes
+        count = max(LEAST_VALIDATION, int(seconds / speed.forward / len(speed.classes)))
+        count = count if asked is None else min(asked, count)
+        self.config = configuration.replace(self.config, data__val_images=count)
+        images = sum(speed.images.values())
+        self.say(
+            f"{1000 * speed.forward:.1f} ms for the backbone on an image, {images} training images: "
+            f"{images * speed.forward:.0f} s to see each once; validation on {count} images of a task at most"
+        )
+
+    def _with_cache(self, config: Config) -> Config:
+        """A run that trains late blocks, with features kept where the images come back often enough."""
+        speed, seconds = self.speed, self.left()
+        images = sum(speed.images.values())
+        views = min(MOST_VIEWS, int(FOR_VIEWS * seconds / (images * speed.forward)))
+        if views < 1:
+            return config
+        left = room.fitted(config, speed.classes, self.memory, self.runtime.precision).left
+        itemsize = 2 if self.runtime.precision == "bf16" else 4
+        return room.with_feature_cache(config, left, images, speed.tokens, speed.width, views, itemsize)
+
+    # --- what came of it ---
+
+    def _conclude(self) -> dict[str, Any]:
+        best = max(self.rungs, key=lambda rung: rung.val_top1, default=None)
+        result = {
+            "command": command(),
+            "commit": commit(),
+            "environment": environment(self.runtime),
+            "minutes": self.budget.minutes,
+            "memory_bytes": self.memory.limit,
+            "memory_reason": self.memory.reason,
+            "seconds": time.monotonic() - self.began,
+            "forward_seconds": self.speed.forward,
+            "validation_images": self.config.data.val_images,
+            "training_images": self.speed.images,
+            "best": best and best.name,
+            "run": best and best.run,
+            "reason": best and self._reason(best),
+            "signal": self.interrupted,
+            "rungs": [dataclasses.asdict(rung) for rung in self.rungs],
+        }
+        write_whole(self.folder / "fit.json", json.dumps(result, indent=1))
+        return result
+
+    def _reason(self, best: Rung) -> str:
+        """Why this one, in a sentence."""
+        others = sorted((r for r in self.rungs if r is not best and r.name != "start"), key=lambda r: -r.val_top1)
+        if not others:
+            return f"{best.name} is all there was time for"
+        second = others[0]
+        ahead = best.val_top1 - second.val_top1
+        sure = "outside" if ahead > math.hypot(best.interval, second.interval) else "within"
+        return (
+            f"{best.name} has the highest validation top-1, {best.val_top1:.1f} %: {ahead:.1f} points more than "
+            f"{second.name}, {sure} the 95 % interval of {len(best.tasks)} tasks' validation images"
+        )
+
+
+def _at(config: Config, rate: float) -> Config:
+    return configuration.replace(config, train__lr=rate, train__min_lr=min(config.train.min_lr, rate))
+
+
+def _interval(top1: list[float], counts: list[int]) -> float:
+    """Half the 95 % interval of a mean of accuracies in percent, of so many images each."""
+    variance = sum(p / 100 * (1 - p / 100) / n for p, n in zip(top1, counts, strict=True)) / len(top1) ** 2
+    return 100 * NORMAL_975 * math.sqrt(variance)

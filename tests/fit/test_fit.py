@@ -1,0 +1,162 @@
+"""The ladder: rungs that begin where the last one ended, forms that fit into memory, and what is said of it."""
+
+import json
+
+import pytest
+import torch
+from tiny_runs import SIZES, make_config
+
+import moe_bsr
+from moe_bsr.cli import fit as command
+from moe_bsr.config import ConfigError, replace
+from moe_bsr.fit import Budget, Ladder, ladder, room, rungs
+from moe_bsr.fit.room import Memory, fitted, with_feature_cache
+from moe_bsr.model.multitask import build, build_on_meta
+from moe_bsr.runs import warm_start
+from moe_bsr.runs.load import load
+from moe_bsr.training.feature_cache import FeatureCache
+
+CLASSES = {"shapes": 10, "fractals": 12}
+HUGE = Memory(2**40, 100 * 2**20, 0, "asked for")
+
+
+@pytest.fixture(scope="module")
+def climbed(tmp_path_factory):
+    """A ladder climbed in seconds: the configuration, its folder, and what came of it."""
+    folder = tmp_path_factory.mktemp("fit")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ladder, "LEAST_TRIAL", 0.1)
+        config, told = make_config(folder), []
+        found = Ladder(config, folder / "fit", Budget(0.25), told.append, callbacks=[]).climb()
+    return config, folder / "fit", found, told
+
+
+def test_every_rung_is_a_run_and_the_best_is_named(climbed):
+    _, folder, found, told = climbed
+    names = [rung["name"] for rung in found["rungs"]]
+    assert names[:5] == ["probe", "start", "trial_late", "trial_bsr", "trial_moe_bsr"] and len(names) == 8
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == set(names)
+    best = max(found["rungs"], key=lambda rung: rung["val_top1"])
+    assert found["best"] == best["name"] and found["run"] == str(folder / best["name"])
+    assert found["reason"].startswith(f"{best['name']} has the highest validation top-1")
+    assert json.loads((folder / "fit.json").read_text()) == found
+    assert moe_bsr.evaluate(folder / best["name"])["mean_top1"] == pytest.approx(best["val_top1"])
+    assert len(told) > 2 * len(names)
+
+
+def test_the_last_rung_is_the_best_trial_going_on(climbed):
+    _, folder, found, _ = climbed
+    *before, last = found["rungs"]
+    trials = [rung for rung in before if rung["name"].startswith("trial_")]
+    plans = [rung for rung in trials if rung["name"].removeprefix("trial_") in ("late", "bsr", "moe_bsr")]
+    assert last["name"] == max(plans, key=lambda rung: rung["val_top1"])["name"].removeprefix("trial_")
+    of_plan = [rung for rung in trials if rung["name"].startswith(f"trial_{last['name']}")]
+    assert len(of_plan) == 3
+    best = max(of_plan, key=lambda rung: rung["val_top1"])
+    assert last["settings"]["init_from"] == best["run"] and last["settings"]["lr"] == best["settings"]["lr"]
+
+
+def test_no_rung_was_tested_and_all_have_the_same_validation_images(climbed):
+    _, folder, found, _ = climbed
+    for rung in found["rungs"]:
+        report = json.loads((folder / rung["name"] / "report.json").read_text())
+        assert report["test_evaluations"] == 0 and report["split"] == "val"
+    names = {load(folder / rung["name"]).data("shapes", "val").val.index.tobytes() for rung in found["rungs"][:3]}
+    assert len(names) == 1
+
+
+def test_late_blocks_begin_exactly_where_the_probe_ended(climbed):
+    config, folder, *_ = climbed
+    trained = load(folder / "probe")
+    late = rungs.late(config, 6, True)
+    classes = {task: list(trained.data(task, "val").class_names) for task in SIZES}
+    model, _ = warm_start.build_from(str(folder / "probe"), late, classes)
+    assert late.plan.head_blocks == [3] and model.path_start == 4
+    images = torch.randn(5, 3, 32, 32)
+    with torch.no_grad():
+        for task in SIZES:
+            expected = trained.models[task].eval()(images, task).logits
+            assert torch.allclose(model.eval()(images, task).logits, expected, atol=1e-5)
+
+
+def test_a_short_budget_is_the_probe_alone_on_images_of_every_class(tmp_path):
+    config = make_config(tmp_path)
+    found = Ladder(config, tmp_path / "fit", Budget(0.02), callbacks=[]).climb()
+    assert [rung["name"] for rung in found["rungs"]] == ["probe"]
+    assert found["reason"] == "probe is all there was time for"
+
+
+def test_the_leanest_form_is_taken_only_where_it_must_be(tmp_path, monkeypatch):
+    monkeypatch.setattr(room, "MICRO_BATCHES", (1, 4))
+    config = make_config(tmp_path, train__batch_size=64, data__image_cache_mb=0)
+    config = rungs.bsr(config)
+    whole = fitted(config, CLASSES, HUGE, "fp32")
+    assert (whole.config.storage, whole.config.train.grad_accumulation_steps) == ("exact", 1)
+    limits, forms = [whole.bytes - 1], [("exact", 1)]
+    while True:
+        try:
+            form = fitted(config, CLASSES, Memory(limits[-1], HUGE.base, 0, "asked for"), "fp32")
+        except ConfigError as error:
+            assert "this needs" in str(error) and "of them for libraries" in str(error)
+            break
+        assert form.bytes <= limits[-1] < limits[0] + 1
+        forms.append((form.config.storage, form.config.train.grad_accumulation_steps))
+        limits.append(form.bytes - 1)
+    assert len(forms) > 2 and forms == sorted(forms, key=lambda form: (room.STORAGES.index(form[0]), form[1]))
+
+
+def test_images_are_cached_in_half_of_what_is_left(tmp_path):
+    config = rungs.bsr(make_config(tmp_path, data__image_cache_mb=100))
+    needed = fitted(replace(config, data__image_cache_mb=0), CLASSES, HUGE, "fp32").bytes
+    form = fitted(config, CLASSES, Memory(needed + 60 * 10**6, HUGE.base, 0, "asked for"), "fp32")
+    assert (form.config.data.image_cache_mb, form.config.storage) == (30, "exact")
+    assert form.bytes == needed + 30 * 10**6
+
+
+@pytest.mark.parametrize("views", [1, 3])
+@pytest.mark.parametrize("room_for", ["exact", "int8", "nothing"])
+def test_features_are_cached_in_the_form_that_has_room(tmp_path, views, room_for):
+    config = rungs.late(make_config(tmp_path), 6, True)
+    model = build_on_meta(config, CLASSES)
+    tokens, width, images = 1 + model.vit.patch_embed.num_patches, model.vit.embed_dim, sum(SIZES.values())
+    each = {"exact": 4 * tokens * width, "int8": tokens * width + 4 * width, "nothing": 0}[room_for]
+    space = int(1.03 * images * (each + 8 * tokens + 4 * width)) * (views if each else 1)
+    found = with_feature_cache(config, space, images, tokens, width, views, 4)
+    if room_for == "nothing":
+        assert found == config
+        return
+    assert found.data.feature_cache == room_for and (found.data.views or 1) == views
+    assert found.data.augment == (views > 1)
+    cache = FeatureCache(build(config, CLASSES), SIZES, found.data)  # refused if the megabytes do not suffice
+    assert cache.bytes <= space
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"), [({"mode": "single_task"}, "mode = 'single_task'.*multitask"), ({}, "is there already")]
+)
+def test_refused(tmp_path, changes, says):
+    (tmp_path / "fit").mkdir()
+    (tmp_path / "fit" / "mine.txt").write_text("")
+    with pytest.raises(ConfigError, match=says):
+        Ladder(make_config(tmp_path, **changes), tmp_path / "fit", Budget(1))
+
+
+def test_too_little_memory_names_what_is_needed(tmp_path):
+    with pytest.raises(ConfigError, match=r"memory: 50 MB \(asked for\), and this needs \d+ MB at least"):
+        Ladder(make_config(tmp_path), tmp_path / "fit", Budget(0.1, 50 * 2**20)).climb()
+
+
+def test_tasks_or_a_configuration_are_told_apart():
+    config, name = command.configuration(["shapes", "petals", "train.lr=0.5", "train.weight_decay=0"])
+    assert (config.task_names(), config.train.lr, name) == (["shapes", "petals"], 0.5, "shapes_petals")
+    config, name = command.configuration(["configs/quickstart.yaml", "seed=3"])
+    assert (len(config.tasks), config.seed, name) == (5, 3, "quickstart")
+    with pytest.raises(ConfigError, match="name a configuration"):
+        command.configuration(["seed=3"])
+
+
+def test_the_table_shows_every_rung_and_marks_the_best(climbed):
+    _, _, found, _ = climbed
+    lines = command.table(found).splitlines()
+    assert len(lines) == 1 + len(found["rungs"])
+    assert [line.split()[0] for line in lines if line.rstrip().endswith("*")] == [found["best"]]
