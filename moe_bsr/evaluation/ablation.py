@@ -21,11 +21,11 @@ from moe_bsr.runtime.device import Runtime
 
 @dataclass(slots=True)
 class Ablation:
-    """What masking each of the E experts of one block does to each of T tasks; counts of images.
+    """What each of E changes (masking one of the experts of a block) does to each of T tasks; counts of images.
 
     Attributes:
-        images, right: (T,) int64 images of the task, and those right with all experts.
-        lost, gained: (T, E) int64 images right before and wrong after masking, and the reverse.
+        images, right: (T,) int64 images of the task, and those right without a change.
+        lost, gained: (T, E) int64 images right before and wrong after a change, and the reverse.
     """
 
     tasks: list[str]

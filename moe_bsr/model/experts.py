@@ -16,6 +16,9 @@ class Experts(nn.Module):
     At `mlp_ratio` equal to the FFN's own every expert starts as its copy. At a smaller one expert e takes the
     hidden units j with j mod S = e mod S (S = FFN hidden width / expert hidden width), fc2 scaled by S, its bias
     as it is.
+
+    Attributes:
+        slices: S.
     """
 
     def __init__(self, mlp: Mlp, config: MoEConfig, seed: tuple) -> None:
@@ -33,7 +36,7 @@ class Experts(nn.Module):
             config.mlp_ratio,
             f"mlp_ratio x width = {config.mlp_ratio * width} must divide the FFN's hidden width {hidden}; {there_are}",
         )
-        slices = hidden // (config.mlp_ratio * width)
+        self.slices = slices = hidden // (config.mlp_ratio * width)
         draws = generator(*seed)
         units = [torch.arange(start, hidden, slices) for start in range(slices)]
         parts = {

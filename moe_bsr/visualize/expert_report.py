@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moe_bsr.evaluation import ablation, probe
+from moe_bsr.evaluation import ablation, interventions, probe
 from moe_bsr.evaluation.mistakes import find_mistakes
 from moe_bsr.evaluation.routing import RoutingStatistics
 from moe_bsr.model.multitask import MultitaskViT
@@ -15,6 +15,7 @@ from moe_bsr.runs.load import TrainedRun
 from moe_bsr.runtime.files import write_whole
 from moe_bsr.visualize import conclusions, mistakes, theme
 from moe_bsr.visualize import experts as expert_figures
+from moe_bsr.visualize import interventions as intervention_views
 from moe_bsr.visualize.html import Picture, Section, Table, page
 from moe_bsr.visualize.tokens import make_views, strip
 
@@ -44,17 +45,20 @@ def sections(
         images: strips per task. ablated: images per task for masking experts; 0 leaves it out.
         say: told what is being done.
     """
-    reason, seen, results = no_experts(trained), observe(trained, batch_size, say), {}
+    reason, seen, results, taken = no_experts(trained), observe(trained, batch_size, say), {}, None
     if ablated and not reason:
         say(f"masking each expert in turn, on at most {ablated} images per task")
         data = {task: probe.pick_probe_images(trained.data(task), ablated) for task in trained.models}
         model = next(iter(trained.models.values()))
         results = ablation.ablate(model, data, trained.transforms, trained.runtime, batch_size)
+        say("merging the experts, swapping the routers, shuffling the choices")
+        taken = interventions.intervene(model, data, trained.transforms, trained.runtime, batch_size)
     say("what is taken for what, and the most wrong answers")
-    found = [_conclusions(seen, results, reason), _accuracy_section(seen.scores)]
+    found = [_conclusions(seen, results, taken, reason), _accuracy_section(seen.scores)]
     found.append(_mistakes_section(trained, batch_size))
     if not reason:
         found.append(_usage_section(seen.statistics, trained.step))
+        found += [intervention_views.section(taken)] if taken else []
         found += [_ablation_section(results, trained.step, _only_class_token(model))] if results else []
         found += [_distances_section(seen.statistics, trained.step)] if len(trained.models) > 1 else []
     say(f"strips of {images} images per task")
@@ -116,8 +120,11 @@ def _picture(name: str, figure, alt: str) -> Picture:
     return Picture(name, theme.png(figure), alt)
 
 
-def _conclusions(seen: Observed, results: dict[int, ablation.Ablation], reason: str) -> Section:
+def _conclusions(
+    seen: Observed, results: dict[int, ablation.Ablation], taken: ablation.Ablation | None, reason: str
+) -> Section:
     claims = [] if reason else [conclusions.of_load(seen.statistics), conclusions.of_tasks(seen.statistics)]
+    claims += [intervention_views.claim(taken)] if taken else []
     claims += [conclusions.of_ablation(results)] if results else []
     claims.append(conclusions.of_drops(seen.kept))
     said = [claim for claim in claims if claim is not None]

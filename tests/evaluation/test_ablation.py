@@ -1,44 +1,16 @@
 """Expert ablation against a full forward pass with the logit masked by hand."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
-from tiny_models import CLASSES, make_model, make_vit, normal, scale_routers
+from tiny_decided import MACHINE, PIPELINE, decided, make_data
+from tiny_models import CLASSES, make_vit, normal
 
 from moe_bsr.config import Config, MoEConfig, PlanConfig
-from moe_bsr.data import ImageTransforms
-from moe_bsr.data.task import Split
 from moe_bsr.evaluation.ablation import Ablation, ablate
 from moe_bsr.model.multitask import MultitaskViT
-from moe_bsr.runtime.device import Runtime
 from moe_bsr.visualize import experts as expert_figures
 from moe_bsr.visualize import theme
-
-MACHINE = Runtime(torch.device("cpu"), "fp32", 1, "asked for")
-PIPELINE = ImageTransforms(size=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), cache_mb=1)
-
-
-class Noise:
-    """Sixteen pixels square of seeded noise per index."""
-
-    names = sizes = None
-
-    def image(self, index: int) -> np.ndarray:
-        return np.random.default_rng(index).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-
-
-def make_data(task: str, count: int):
-    labels = np.random.default_rng(count).integers(0, CLASSES[task], count)
-    return SimpleNamespace(name=task, val=Split(Noise(), np.arange(count), labels))
-
-
-def decided(kind: str = "class-token", **options):
-    """A model whose experts differ and whose routers decide, so that masking changes answers."""
-    model = make_model(kind, **{"init_noise": 2.0} | options)
-    scale_routers(model, 60.0)
-    return model.eval()
 
 
 def by_hand(model, data, index: int, expert: int) -> np.ndarray:
