@@ -18,7 +18,7 @@ from moe_bsr.cli import train
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_arguments(parser)
-    help = "the heads read these blocks' class tokens too (plan.head_blocks): more accurate, no start for training"
+    help = "the heads read these blocks' class tokens too (plan.head_blocks): more accurate"
     parser.add_argument("--blocks", type=int, nargs="+", metavar="N", help=help)
 
 

@@ -23,6 +23,7 @@ from moe_bsr.runtime.device import prepare
 from moe_bsr.runtime.files import write_whole
 from moe_bsr.runtime.provenance import command, commit, environment
 from moe_bsr.training.callback import Callback
+from moe_bsr.training.failures import NonFiniteLoss
 
 FOR_VALIDATION = 0.03  # of the time, that one evaluation of all tasks may take
 LEAST_VALIDATION = 20  # images of a task
@@ -162,15 +163,18 @@ class Ladder:
         minutes = max(0.5, min(seconds, self.left()) - 1.1 * self.overhead) / 60
         origin = None if start is None else str(self.folder / start)
         train = dataclasses.replace(config.train, steps=None, minutes=minutes, init_from=origin)
-        fitted = room.fitted(
-            dataclasses.replace(config, train=train), self.speed.classes, self.memory, self.runtime.precision
-        )
+        fitted = self._fitted(dataclasses.replace(config, train=train))
         config, told = fitted.config, f"storage {fitted.config.storage}"
         if not solved:
             told += f", micro-batches of {config.train.batch_size // config.train.grad_accumulation_steps}"
         of_whole = f"{minutes:.1f} minutes" if minutes >= 1 else f"{60 * minutes:.0f} seconds"
         self.say(f"{name}: {of_whole}, {told}, {fitted.bytes / 2**20:.0f} MB predicted for the process")
-        report = api.train(config, self.folder / name, callbacks=self.callbacks)
+        try:
+            report = api.train(config, self.folder / name, callbacks=self.callbacks)
+        except NonFiniteLoss as error:  # at this learning rate; a rung that is out
+            self.say(f"{name}: {error}")
+            self.rungs.append(self._diverged(name, time.monotonic() - began, minutes, config))
+            return True
         took = time.monotonic() - began
         if report["status"] != "finished":
             self.interrupted = report["signal"]
@@ -199,6 +203,15 @@ class Ladder:
         self.say(f"{name}: {mean:.2f} % on validation, {took:.0f} s in all, {self.left():.0f} s left")
         return True
 
+    def _fitted(self, config: Config) -> room.Fitted:
+        return room.fitted(config, self.speed.classes, self.memory, self.runtime.precision, self.speed.decoded)
+
+    def _diverged(self, name: str, took: float, minutes: float, config: Config) -> Rung:
+        nothing = dict.fromkeys(self.speed.classes, 0.0)
+        settings = {"lr": config.train.lr, "storage": config.storage, "init_from": config.train.init_from}
+        place = str(self.folder / name)
+        return Rung(name, place, 0.0, 0.0, nothing, took, took, 60 * minutes, 0, self.runtime.peak_mb(), 0.0, settings)
+
     def _of(self, name: str) -> Rung:
         return next(rung for rung in self.rungs if rung.name == name)
 
@@ -224,7 +237,7 @@ class Ladder:
         views = min(MOST_VIEWS, int(FOR_VIEWS * seconds / (images * speed.forward)))
         if views < 1:
             return config
-        left = room.fitted(config, speed.classes, self.memory, self.runtime.precision).left
+        left = self._fitted(config).left
         itemsize = 2 if self.runtime.precision == "bf16" else 4
         return room.with_feature_cache(config, left, images, speed.tokens, speed.width, views, itemsize)
 

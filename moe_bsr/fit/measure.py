@@ -24,12 +24,13 @@ EVALUATED = 64  # images at once in an evaluation
 class Speed:
     """Attributes:
     forward: seconds for the frozen backbone on one image, read and decoded.
-    images: for training, by task.
+    images: for training, by task. decoded: bytes of all images for training and validation.
     """
 
     forward: float
     images: dict[str, int]
     classes: dict[str, int]
+    decoded: int
     tokens: int
     width: int
     depth: int
@@ -47,12 +48,14 @@ def measure(config: Config, runtime: Runtime, limit: int | None) -> tuple[Speed,
     model = runtime.place(build(rungs.start(config), classes)).eval()
     transforms = run.make_transforms(config, model)
     each = max(1, IMAGES // len(tasks))
-    forward, resident = 0.0, memory.resident()
+    forward, decoded, resident = 0.0, 0, memory.resident()
     runtime.reset_peak()
     for data in tasks.values():
         some = dataclasses.replace(data.train, index=data.train.index[:each], labels=data.train.labels[:each])
         some = dataclasses.replace(data, train=some)
         times = [_seconds(model, some, transforms, runtime, each) for _ in range(2)]
+        first = data.train.source.image(data.train.place(0))
+        decoded += (len(data.train) + len(data.val)) * first.nbytes
         forward += min(times) / len(some.train) / len(tasks)
     parameters = sum(parameter.nbytes for parameter in model.parameters())
     resident = parameters if runtime.device.type == "cuda" else resident
@@ -67,6 +70,7 @@ def measure(config: Config, runtime: Runtime, limit: int | None) -> tuple[Speed,
         forward,
         {name: len(data.train) for name, data in tasks.items()},
         classes,
+        decoded,
         vit.num_prefix_tokens + vit.patch_embed.num_patches,
         vit.embed_dim,
         len(model.plan),

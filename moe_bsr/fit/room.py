@@ -43,8 +43,11 @@ class Fitted:
     left: int
 
 
-def fitted(config: Config, classes: dict[str, int], memory: Memory, precision: str) -> Fitted:
+def fitted(config: Config, classes: dict[str, int], memory: Memory, precision: str, decoded: int) -> Fitted:
     """The fastest form of a run that fits: saved exactly, else in micro-batches, else packed, else computed again.
+
+    Args:
+        classes: by task. decoded: bytes of all decoded images, which half of what is left may hold.
 
     Raises:
         ConfigError: none does.
@@ -55,8 +58,9 @@ def fitted(config: Config, classes: dict[str, int], memory: Memory, precision: s
         micro_batch = candidate.train.batch_size // candidate.train.grad_accumulation_steps
         cost = predict(model, candidate, batch=micro_batch, precision=precision, all_tasks=True)
         needed = memory.base + max(cost.peak, cost.parameters + memory.evaluation)
-        images = min(config.data.image_cache_mb, (memory.limit - needed) // 2 // 10**6)
-        if images >= min(LEAST_IMAGE_CACHE, config.data.image_cache_mb):
+        wanted = min(config.data.image_cache_mb, ceil(decoded / 1e6))
+        images = min(wanted, (memory.limit - needed) // 2 // 10**6)
+        if images >= min(LEAST_IMAGE_CACHE, wanted):
             left = memory.limit - needed - images * 10**6
             return Fitted(configuration.replace(candidate, data__image_cache_mb=images), needed + images * 10**6, left)
         least = min(needed, least or needed)

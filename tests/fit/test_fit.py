@@ -14,9 +14,11 @@ from moe_bsr.fit.room import Memory, fitted, with_feature_cache
 from moe_bsr.model.multitask import build, build_on_meta
 from moe_bsr.runs import warm_start
 from moe_bsr.runs.load import load
+from moe_bsr.training.failures import NonFiniteLoss
 from moe_bsr.training.feature_cache import FeatureCache
 
 CLASSES = {"shapes": 10, "fractals": 12}
+MANY = 10**12  # bytes of decoded images
 HUGE = Memory(2**40, 100 * 2**20, 0, "asked for")
 
 
@@ -25,9 +27,9 @@ def climbed(tmp_path_factory):
     """A ladder climbed in seconds: the configuration, its folder, and what came of it."""
     folder = tmp_path_factory.mktemp("fit")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ladder, "LEAST_TRIAL", 0.1)
+        patch.setattr(ladder, "LEAST_TRIAL", -1e6)  # however little time is left
         config, told = make_config(folder), []
-        found = Ladder(config, folder / "fit", Budget(0.25), told.append, callbacks=[]).climb()
+        found = Ladder(config, folder / "fit", Budget(0.05), told.append, callbacks=[]).climb()
     return config, folder / "fit", found, told
 
 
@@ -90,12 +92,12 @@ def test_the_leanest_form_is_taken_only_where_it_must_be(tmp_path, monkeypatch):
     monkeypatch.setattr(room, "MICRO_BATCHES", (1, 4))
     config = make_config(tmp_path, train__batch_size=64, data__image_cache_mb=0)
     config = rungs.bsr(config)
-    whole = fitted(config, CLASSES, HUGE, "fp32")
+    whole = fitted(config, CLASSES, HUGE, "fp32", MANY)
     assert (whole.config.storage, whole.config.train.grad_accumulation_steps) == ("exact", 1)
     limits, forms = [whole.bytes - 1], [("exact", 1)]
     while True:
         try:
-            form = fitted(config, CLASSES, Memory(limits[-1], HUGE.base, 0, "asked for"), "fp32")
+            form = fitted(config, CLASSES, Memory(limits[-1], HUGE.base, 0, "asked for"), "fp32", MANY)
         except ConfigError as error:
             assert "this needs" in str(error) and "of them for libraries" in str(error)
             break
@@ -107,10 +109,29 @@ def test_the_leanest_form_is_taken_only_where_it_must_be(tmp_path, monkeypatch):
 
 def test_images_are_cached_in_half_of_what_is_left(tmp_path):
     config = rungs.bsr(make_config(tmp_path, data__image_cache_mb=100))
-    needed = fitted(replace(config, data__image_cache_mb=0), CLASSES, HUGE, "fp32").bytes
-    form = fitted(config, CLASSES, Memory(needed + 60 * 10**6, HUGE.base, 0, "asked for"), "fp32")
+    needed = fitted(replace(config, data__image_cache_mb=0), CLASSES, HUGE, "fp32", MANY).bytes
+    form = fitted(config, CLASSES, Memory(needed + 60 * 10**6, HUGE.base, 0, "asked for"), "fp32", MANY)
     assert (form.config.data.image_cache_mb, form.config.storage) == (30, "exact")
     assert form.bytes == needed + 30 * 10**6
+    few = fitted(config, CLASSES, Memory(needed + 60 * 10**6, HUGE.base, 0, "asked for"), "fp32", 2 * 10**6)
+    assert (few.config.data.image_cache_mb, few.left) == (2, 58 * 10**6)
+
+
+def test_a_trial_that_diverges_is_out_and_the_climb_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(ladder, "LEAST_TRIAL", -1e6)
+    monkeypatch.setattr(ladder, "RATES", ())
+    train = ladder.api.train
+
+    def diverging(config, folder, **keywords):
+        if folder.name == "trial_bsr":
+            raise NonFiniteLoss("loss nan at step 1")
+        return train(config, folder, **keywords)
+
+    monkeypatch.setattr(ladder.api, "train", diverging)
+    config, told = make_config(tmp_path, plan__moe_blocks=[]), []
+    found = Ladder(config, tmp_path / "fit", Budget(0.01), told.append, callbacks=[]).climb()
+    assert [rung["name"] for rung in found["rungs"]] == ["probe", "start", "trial_late", "trial_bsr", "late"]
+    assert "trial_bsr: loss nan at step 1" in told and found["best"] != "trial_bsr"
 
 
 @pytest.mark.parametrize("views", [1, 3])
