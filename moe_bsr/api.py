@@ -107,6 +107,7 @@ def check(config: Config) -> None:
     """
     SAMPLERS.choose(config.sampler.kind)
     model = build_on_meta(config, dict.fromkeys(config.task_names(), 2))
+    run.make_transforms(config, model)
     _check_parameters(model, find_device(config.runtime.device))
 
 

@@ -125,6 +125,9 @@ def is_crop_range(scale: Sequence[float]) -> bool:
     return len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1
 
 
+AUGMENT_KEYS = ("auto_augment", "color_jitter", "erasing")  # beyond crop and mirror
+
+
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
     root: str = "data"
@@ -135,6 +138,9 @@ class DataConfig:
     augment: bool = True
     crop_scale: list[float] | None = None
     hflip: bool | None = None
+    auto_augment: str | None = None
+    color_jitter: float | None = None
+    erasing: float = 0.0
     unreadable: Literal["stop", "skip"] = "stop"
     image_cache_mb: int = 2048
     feature_cache_mb: int | None = None
@@ -149,11 +155,16 @@ class DataConfig:
             scale,
             "null (the task's own) or [low, high] within (0, 1]",
         )
+        jitter = self.color_jitter
+        require(jitter is None or 0 <= jitter <= 1, "data.color_jitter", jitter, "null or 0 to 1; usual is 0.4")
+        require(0 <= self.erasing <= 1, "data.erasing", self.erasing, "a probability, 0 to 1; usual is 0.25")
+        said = [key for key in AUGMENT_KEYS if getattr(self, key) not in (None, 0.0)]
         require(
-            self.augment or (scale is None and self.hflip is None),
+            self.augment or (scale is None and self.hflip is None and not said),
             "data.augment",
             self.augment,
-            "true with data.crop_scale or data.hflip, which say how to augment; else leave these null",
+            f"true with {' and '.join(f'data.{key}' for key in said or ('crop_scale', 'hflip'))}, which say how to "
+            "augment; else leave these out",
         )
         require_within("data", self, image_cache_mb=(0, 2**24), feature_cache_mb=(1, 2**24), prefetch=(0, 100))
         require(

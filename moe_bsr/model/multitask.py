@@ -165,6 +165,12 @@ class MultitaskViT(nn.Module):
         """The gradient path and the head of `task`, from the tokens `forward_features` returned."""
         return self._forward_path([(tokens, dict(records or {}))], task, noise_key)
 
+    def features_from(self, tokens: Tokens, task: str) -> Tensor:
+        """What the head of `task` reads, from the tokens `forward_features` returned: (B, D) float32."""
+        for index in range(self.path_start, len(self.plan)):
+            tokens = self.run_block(index, tokens, task)
+        return self.features(tokens)
+
     def _forward_path(
         self, start: list[tuple[Tokens, dict[int, Record]]], task: str, noise_key: tuple[int, ...] | None
     ) -> Output:
@@ -208,7 +214,10 @@ class MultitaskViT(nn.Module):
 
     def logits(self, tokens: Tokens, task: str) -> Tensor:
         """The head of `task` on the last block's tokens: (B, classes) float32."""
-        features = self.features(tokens)
+        return self.classify(self.features(tokens), task)
+
+    def classify(self, features: Tensor, task: str) -> Tensor:
+        """The head of `task` on what heads read: (B, classes) float32."""
         # In float32: bf16 logits of a hundred classes tie, and ties decide about accuracy.
         with torch.autocast(features.device.type, enabled=False):
             return self.heads[task](features)

@@ -19,6 +19,7 @@ import yaml
 
 from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError
+from moe_bsr.config.schema import AUGMENT_KEYS
 from moe_bsr.config.train import LENGTHS
 from moe_bsr.data import ImageTransforms, TaskData, TaskSpec, load_spec, load_task
 from moe_bsr.model.backbones import family_of
@@ -71,13 +72,10 @@ def make_transforms(config: Config, model: MultitaskViT) -> ImageTransforms:
     settings = family_of(config.backbone).image_settings(config.backbone, model.vit)
     return ImageTransforms(
         **asdict(settings),
-        resize=config.data.resize,
-        augment=config.data.augment,
+        **{key: getattr(config.data, key) for key in ("resize", "augment", "crop_scale", "unreadable", *AUGMENT_KEYS)},
         flip=config.data.hflip,
-        crop_scale=config.data.crop_scale,
         seed=config.seed,
         cache_mb=config.data.image_cache_mb,
-        unreadable=config.data.unreadable,
     )
 
 

@@ -33,7 +33,16 @@ def probe_config(config: Config, head_blocks: Iterable[int] | None = None) -> Co
         adapter=None,
         plan=replace(config.plan, train_blocks=[], moe_blocks=[], head_blocks=blocks),
         sampler=SamplerConfig(),
-        data=replace(config.data, augment=False, crop_scale=None, hflip=None, feature_cache_mb=None),
+        data=replace(
+            config.data,
+            augment=False,
+            crop_scale=None,
+            hflip=None,
+            auto_augment=None,
+            color_jitter=None,
+            erasing=0.0,
+            feature_cache_mb=None,
+        ),
         train=replace(
             config.train,
             optimizer="lbfgs",
