@@ -179,6 +179,7 @@ class DataConfig:
 class SamplerConfig:
     kind: str = "round_robin"
     temperature: float = 2.0
+    classes: Literal["natural", "balanced"] = "natural"
 
     def __post_init__(self) -> None:
         require(
@@ -232,6 +233,7 @@ class Config:
             self._require_probe()
         else:
             require(not self.plan.head_blocks, "plan.head_blocks", self.plan.head_blocks, "[] but for moe-bsr probe")
+            self._require_weighing()
         unknown = sorted(set(self.train.task_weights) - set(names))
         require(not unknown, "train.task_weights", self.train.task_weights, f"{unknown} not among the tasks {names}")
 
@@ -242,11 +244,36 @@ class Config:
             ("adapter", self.adapter, None),
             ("data.augment", self.data.augment, False),
             ("train.ema_decay", self.train.ema_decay, None),
+            ("train.mixup", self.train.mixup, 0.0),
+            ("train.cutmix", self.train.cutmix, 0.0),
+            ("train.class_weights", self.train.class_weights, "none"),
+            ("train.task_weighting", self.train.task_weighting, "fixed"),
+            ("sampler.classes", self.sampler.classes, "natural"),
             ("train.steps", self.train.steps, 1),
         ):
             require(
                 value == needed, key, value, f"{needed} with train.optimizer = lbfgs (moe-bsr probe sets all of it)"
             )
+
+    def _require_weighing(self) -> None:
+        """Refuse mixtures of what is cached, and weighing of tasks where there is nothing to weigh."""
+        for key in ("mixup", "cutmix"):
+            value = getattr(self.train, key)
+            only = "0 with data.feature_cache_mb: what the frozen blocks make of a mixed image is new each time"
+            require(not value or self.data.feature_cache_mb is None, f"train.{key}", value, only)
+        weighting = self.train.task_weighting
+        require(
+            weighting == "fixed" or self.mode == "multitask",
+            "train.task_weighting",
+            weighting,
+            "fixed with mode: single_task, where no tasks share a model",
+        )
+        require(
+            weighting != "pcgrad" or self.sampler.kind == "joint",
+            "train.task_weighting",
+            weighting,
+            f"needs sampler.kind = joint, all tasks in one update (it is {self.sampler.kind})",
+        )
 
     def task_names(self) -> list[str]:
         """Names of the tasks; a task given as a path to a YAML file is named by the file's stem."""

@@ -27,6 +27,7 @@ class Batch:
             plan where an image that cannot be read was skipped (`ImageTransforms.taken`).
         images: uint8 (B, 3, S, S); None when the features of all these images are cached.
         labels: int64 (B,).
+        targets: float32 (B, classes), the shares of mixed labels, in place of `labels`; None from the loader.
         features: what the frozen blocks make of the images, for a model that starts after them; None from the loader.
     """
 
@@ -35,6 +36,7 @@ class Batch:
     images: torch.Tensor | None
     labels: torch.Tensor
     features: Any = None
+    targets: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -54,6 +54,10 @@ def probe_config(config: Config, head_blocks: Iterable[int] | None = None) -> Co
             warmup_steps=None,
             eval_every=None,
             ema_decay=None,
+            mixup=0.0,
+            cutmix=0.0,
+            class_weights="none",
+            task_weighting="fixed",
             grad_accumulation_steps=1,
         ),
     )
