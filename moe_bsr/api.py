@@ -1,4 +1,4 @@
-"""The library's front: train a configuration, evaluate a run. (`moe_bsr.load` is in `runs`.)
+"""The library's front: train a configuration, evaluate a run, let it learn what to reject. (`moe_bsr.load` is in `runs`.)
 
 Everything is put together here: data, model, predicted cost, callbacks and trainer.
 """
@@ -23,7 +23,7 @@ from moe_bsr.data.sampler import SAMPLERS
 from moe_bsr.evaluation import evaluate as evaluation
 from moe_bsr.model import summary
 from moe_bsr.model.multitask import MultitaskViT, build, build_on_meta
-from moe_bsr.runs import checkpoint, report, warm_start
+from moe_bsr.runs import checkpoint, rejection, report, warm_start
 from moe_bsr.runs import folder as run
 from moe_bsr.runs.load import TrainedRun, load
 from moe_bsr.runs.lock import locked
@@ -266,6 +266,34 @@ def evaluate(
         on_task(task, len(getattr(data[task], split)))
         scores[task] = evaluation.evaluate(model, data[task], split, trained.transforms, trained.runtime, batch_size)
     return result | {"mean_top1": statistics.fmean(s["top1"] for s in scores.values()), "tasks": scores}
+
+
+def reject(
+    run_dir: str | Path | TrainedRun,
+    *,
+    batch_size: int = 64,
+    on_task: Callable[[str, int], None] = lambda task, images: None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Let a run learn what belongs to none of its tasks: `TrainedRun.predict` says it from then on.
+
+    One pass over training images (5,000 of a task at most) and validation images. The score is the one of
+    `evaluation.rejection.SCORES` that tells the tasks' validation images apart best; 95 % of a task's own are accepted.
+
+    Args:
+        run_dir: a run folder, or what `load` returned. on_task: called with the name and the number of images before a
+            task's images are looked at.
+        options: of `load`, for a folder: checkpoint_name, data_root, device, weights.
+    Returns:
+        run, step, score (its name), accepted (the share), mean_auroc {score: number}, tasks {name: train_images,
+        val_images and, in a run of several tasks, auroc, rejected, named, foreign (`runs.rejection`)}. The same is
+        `rejection` in the run's report.
+    Raises:
+        ConfigError: not a run folder, or images that are no longer the run's. CheckpointError: a missing or damaged
+        checkpoint. FloatingPointError: features that are not finite.
+    """
+    trained = run_dir if isinstance(run_dir, TrainedRun) else load(run_dir, **options)
+    return rejection.learn(trained, batch_size, on_task)
 
 
 def _chosen(trained: TrainedRun, tasks: list[str]) -> dict[str, MultitaskViT]:

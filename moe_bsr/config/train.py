@@ -109,7 +109,9 @@ class TrainConfig:
         require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "[0, 1)")
         for key in ("mixup", "cutmix"):
             value = getattr(self, key)
-            require(0 <= value <= 1000, f"train.{key}", value, "0 (off) or the alpha of its Beta distribution; usual 0.2")
+            require(
+                0 <= value <= 1000, f"train.{key}", value, "0 (off) or the alpha of its Beta distribution; usual 0.2"
+            )
             require(
                 not value or self.batch_size // self.grad_accumulation_steps % 2 == 0,
                 f"train.{key}",

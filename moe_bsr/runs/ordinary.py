@@ -10,6 +10,7 @@ from moe_bsr.config import ConfigError
 from moe_bsr.runtime import files
 
 FILES = ("config.yaml", "metrics.jsonl", "report.json", "report.md", "test_evaluations.log", "lock")
+FILES += ("rejection.safetensors",)
 FOLDERS = ("checkpoint", "images", "tensorboard", "views")
 
 
