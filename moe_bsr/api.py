@@ -1,4 +1,4 @@
-"""The library's front: train a configuration, evaluate a run, let it learn what to reject. (`moe_bsr.load` is in `runs`.)
+"""The library's front: train a configuration, evaluate a run, let it learn to reject. (`moe_bsr.load` is in `runs`.)
 
 Everything is put together here: data, model, predicted cost, callbacks and trainer.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from moe_bsr import config as configuration
-from moe_bsr.callbacks import default_callbacks
+from moe_bsr.callbacks import default_callbacks, loggers, require_loggers
 from moe_bsr.callbacks.jsonl import Jsonl
 from moe_bsr.config import Config, ConfigError
 from moe_bsr.cost.predict import Cost, predict
@@ -50,7 +50,8 @@ def train(
 
     Args:
         resume: go on from the newest sound checkpoint of the folder, or start if there is none.
-        callbacks: in place of the console, TensorBoard and the expert views; metrics.jsonl is always written.
+        callbacks: in place of the console, TensorBoard and the expert views; metrics.jsonl is always written, and what
+            train.log_to names. `moe_bsr.callbacks` has Csv, WandB and MLflow.
             With `mode: single_task` they see one run after the other.
     Raises:
         ConfigError: an impossible configuration, a folder that holds another run or that a process trains in.
@@ -81,6 +82,7 @@ def _train(
         return _train_each_task(config, run_dir, resume, callbacks, runtime)
     tasks, notes = run.open_tasks(config, run_dir, resume)
     chosen = default_callbacks(run_dir) if callbacks is None else [Jsonl(run_dir), *callbacks]
+    chosen += loggers(config.train.log_to, run_dir)
     with runtime.in_effect():
         model, told = build_model(config, tasks, run_dir, resume)
         notes += told
@@ -103,9 +105,11 @@ def check(config: Config) -> None:
     """Refuse what cannot be before data are opened or weights are read.
 
     Raises:
-        ConfigError: an impossible plan, or an unknown kind of storage, adapter, router, sampler or backbone.
+        ConfigError: an impossible plan, an unknown kind of storage, adapter, router, sampler or backbone, or a package
+            that train.log_to needs and that is not installed.
     """
     SAMPLERS.choose(config.sampler.kind)
+    require_loggers(config.train.log_to)
     model = build_on_meta(config, dict.fromkeys(config.task_names(), 2))
     run.make_transforms(config, model)
     _check_parameters(model, find_device(config.runtime.device))

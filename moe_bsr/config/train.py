@@ -43,6 +43,7 @@ class TrainConfig:
     evaluate_test: bool = True
     save: Literal["trainable", "all"] = "trainable"
     pictures: bool = True
+    log_to: list[Literal["csv", "wandb", "mlflow"]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         given = [key for key in LENGTHS if getattr(self, key) is not None]
@@ -110,7 +111,7 @@ class TrainConfig:
         for key in ("mixup", "cutmix"):
             value = getattr(self, key)
             require(
-                0 <= value <= 1000, f"train.{key}", value, "0 (off) or the alpha of its Beta distribution; usual 0.2"
+                0 <= value <= 1000, f"train.{key}", value, "0 (off), or alpha of Beta(alpha, alpha); usual 0.2 or 1"
             )
             require(
                 not value or self.batch_size // self.grad_accumulation_steps % 2 == 0,

@@ -42,8 +42,7 @@ RESUMABLE_KEYS = (
     "data.unreadable",
     "train.checkpoint_every",
     "train.evaluate_test",
-    "train.pictures",
-    "backbone.weights",
+    *("train.pictures", "train.log_to", "backbone.weights"),
 )
 
 LENGTH_KEYS = tuple(f"train.{key}" for key in LENGTHS)

@@ -143,7 +143,7 @@ def _as_input(
 def _forward(
     run: TrainedRun, groups: list[list[str]], images: Tensor, detectors: dict[str, Detector] | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Probabilities (B, classes) float32 by task, on the CPU, of uint8 images (B, 3, S, S); and detectors' margins (B,).
+    """Probabilities (B, classes) float32 by task, on the CPU, of uint8 images (B, 3, S, S), and margins (B,).
 
     Args:
         groups: tasks whose models have the same frozen blocks; these run once for a group.

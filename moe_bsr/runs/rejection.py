@@ -12,7 +12,6 @@ import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -183,9 +182,9 @@ def _measured(
 ) -> dict[str, dict[str, float]]:
     """By task, of its detector and the validation images of all tasks; shares are in [0, 1].
 
-    auroc: own images against another task's, mean over the others. rejected: of another task's images, the same. named: own images that this task accepts,
-    and by more than any other does. foreign: own images that every other task rejects, so that nothing but this task
-    would name them.
+    auroc: own images against another task's, mean over the others. rejected: of another task's images, the same.
+    named: own images that this task accepts, and by more than any other does. foreign: own images that every other
+    task rejects, as it would be if the run did not know this task.
     """
     detectors, tasks = _detectors(score, known, seen), list(known)
     margins = {of: {by: detectors[by].margins(*seen[of][by]) for by in tasks} for of in tasks}

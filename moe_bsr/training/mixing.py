@@ -28,7 +28,9 @@ class Mixing:
         }
 
     def __call__(self, batch: Batch, noise_key: tuple[int, ...]) -> Batch:
-        """A prepared micro-batch of even size with mixed images (changed in place) and `targets`; `labels` are the larger shares'.
+        """A prepared micro-batch of even size with mixed images (changed in place) and `targets`.
+
+        Its `labels` are those with the larger shares.
 
         Args:
             noise_key: integers that seed the mixture.

@@ -222,6 +222,7 @@ class Trainer:
                 "accuracy": result.accuracy,
                 "lr": rate,
                 "gradient_norm": norm,
+                **self.updates.learned(task),
             }
             event = StepEvent(state.step, task, metrics, progress, result.outputs, speed)
             self.callbacks.tell("on_step", event)

@@ -218,7 +218,7 @@ def test_resumed_is_uninterrupted_to_the_bit(tmp_path, monkeypatch):
     [
         (
             {"train__mixup": 0.2, "data__augment": False, "data__feature_cache_mb": 10},
-            "train.mixup = 0.2: 0 with data.f",
+            "train.mixup = 0.2: 0 with d",
         ),
         ({"data__erasing": 0.2, "data__augment": False}, "data.augment = False: true with data.erasing"),
         ({"data__color_jitter": 2.0}, "data.color_jitter = 2.0: null or 0 to 1"),
