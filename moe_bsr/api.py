@@ -6,6 +6,7 @@ Everything is put together here: data, model, predicted cost, callbacks and trai
 import contextlib
 import dataclasses
 import statistics
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,8 @@ import torch
 from moe_bsr import config as configuration
 from moe_bsr.callbacks import default_callbacks, loggers, require_loggers
 from moe_bsr.callbacks.jsonl import Jsonl
-from moe_bsr.config import Config, ConfigError
+from moe_bsr.config import Config, ConfigError, require
+from moe_bsr.config.train import MOST_STEPS
 from moe_bsr.cost.predict import Cost, predict
 from moe_bsr.data import TaskData
 from moe_bsr.data.sampler import SAMPLERS
@@ -30,7 +32,7 @@ from moe_bsr.runs.lock import locked
 from moe_bsr.runtime import memory
 from moe_bsr.runtime.device import Runtime, find_device, prepare
 from moe_bsr.runtime.files import write_whole
-from moe_bsr.training import length
+from moe_bsr.training import length, lr_finder
 from moe_bsr.training.callback import Callback
 from moe_bsr.training.doubts import doubts
 from moe_bsr.training.feature_cache import CachedInputs, FeatureCache
@@ -144,13 +146,7 @@ def make_trainer(
     Args:
         model: on its device already (`runtime.place`).
     """
-    inputs = Inputs(tasks, run.make_transforms(config, model), runtime, config.data.prefetch)
-    if config.data.feature_cache_mb:
-        with runtime.autocast():
-            cache = FeatureCache(
-                model, {name: len(data.train) for name, data in tasks.items()}, config.data.feature_cache_mb
-            )
-        inputs = CachedInputs(inputs, cache)
+    inputs = make_inputs(config, model, tasks, runtime)
     predicted = _predict(config, model, runtime)
     if predicted is not None:
         _warn_of_memory(config, inputs, predicted)
@@ -161,6 +157,18 @@ def make_trainer(
     }
     trainer = ProbeTrainer if config.train.optimizer == "lbfgs" else Trainer
     return trainer(config, model, inputs, runtime, run_dir, callbacks=callbacks, about=about, costs=costs)
+
+
+def make_inputs(config: Config, model: MultitaskViT, tasks: dict[str, TaskData], runtime: Runtime) -> Inputs:
+    """What a trainer of this model is fed."""
+    inputs = Inputs(tasks, run.make_transforms(config, model), runtime, config.data.prefetch)
+    if config.data.feature_cache_mb:
+        with runtime.autocast():
+            cache = FeatureCache(
+                model, {name: len(data.train) for name, data in tasks.items()}, config.data.feature_cache_mb
+            )
+        inputs = CachedInputs(inputs, cache)
+    return inputs
 
 
 def _check_parameters(model: MultitaskViT, device: torch.device) -> None:
@@ -228,6 +236,41 @@ def _length(config: Config, sizes: dict[str, int]) -> str:
     if config.train.optimizer == "lbfgs":
         return f"the heads alone, by L-BFGS on features computed once ({config.train.penalty} penalty)"
     return f"{length.told(config, sizes)} of {config.train.batch_size} images ({config.sampler.kind})"
+
+
+def find_lr(config: Config, steps: int | None = None, low: float = 1e-6, high: float = 1.0) -> dict[str, Any]:
+    """Look for a learning rate: the loss while the rate rises from `low` to `high` (`training.lr_finder`).
+
+    Args:
+        steps: updates; by default 100, or 30 for each task where that is more.
+    Returns:
+        suggestion (a train.lr, where the loss falls fastest; None where it never falls), lowest (where it is lowest),
+        diverged (whether the search ended before `high`) and curve, [{lr, loss, smoothed}, ...]. No file is written.
+    Raises:
+        ConfigError: an impossible configuration, one of several models, or one that is solved and not stepped.
+    """
+    require(config.mode == "multitask", "mode", config.mode, "multitask, with one of the tasks: a rate is of one model")
+    solver = config.train.optimizer
+    require(solver != "lbfgs", "train.optimizer", solver, "adamw or sgd: a solver has no learning rate")
+    steps = steps or max(100, 30 * len(config.tasks))
+    require(10 <= steps <= MOST_STEPS, "steps", steps, "at least 10")
+    require(0 < low < high <= 1e4, "low, high", (low, high), "0 < low < high, at most 10,000")
+    updates = {"steps": steps, "epochs": None, "minutes": None, "patience": None, "warmup_steps": None}
+    planned = dataclasses.replace(config, train=dataclasses.replace(config.train, **updates, log_to=[]))
+    runtime = prepare(config.runtime)
+    check(planned)
+    with tempfile.TemporaryDirectory() as nowhere, runtime.in_effect():
+        tasks, _ = run.open_tasks(planned, Path(nowhere))
+        model = runtime.place(build_model(planned, tasks, Path(nowhere), False)[0])
+        trainer = Trainer(planned, model, make_inputs(planned, model, tasks, runtime), runtime, Path(nowhere))
+        points = lr_finder.curve(trainer, lr_finder.ramp(low, high, steps))
+    require(len(points) > 1, "low", low, "a smaller rate: the loss is not finite after the first update")
+    return {
+        "suggestion": lr_finder.steepest(points),
+        "lowest": min(points, key=lambda point: point.smoothed).lr,
+        "diverged": len(points) < steps,
+        "curve": [dataclasses.asdict(point) for point in points],
+    }
 
 
 def evaluate(

@@ -21,6 +21,7 @@ from moe_bsr.runtime.names import printable
 COMMANDS = {
     "train": "train several tasks as a configuration says, and write a run folder",
     "probe": "train the heads alone, to their optimum, in one pass over the images: the first thing to try",
+    "lr": "look for a learning rate: the loss while it rises, and where it falls fastest",
     "evaluate": "accuracy of a run, task by task",
     "predict": "name what is on images, for all tasks of a run at once",
     "reject": "learn to tell what belongs to none of a run's tasks; predict says it from then on",
@@ -44,7 +45,7 @@ COMMANDS = {
 }
 
 # Those that train or evaluate in this process: they need the C library's allocator set up first.
-COMPUTING = {"train", "probe", "drops", "evaluate", "reject", "views", "pretrain", "sweep-storages"}
+COMPUTING = {"train", "probe", "lr", "drops", "evaluate", "reject", "views", "pretrain", "sweep-storages"}
 
 # Packages that only some commands need, and the extra that installs them.
 EXTRAS = {"matplotlib": "views", "scipy": "views", "onnx": "export", "onnxruntime": "export", "onnxscript": "export"}
