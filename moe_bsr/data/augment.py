@@ -69,7 +69,7 @@ class Augment:
         try:
             _, self._change, _ = transforms_imagenet_train(
                 size,
-                color_jitter=color_jitter or None,
+                color_jitter=color_jitter or None,  # type: ignore[arg-type]  # None: left out
                 force_color_jitter=True,
                 auto_augment=auto_augment,
                 interpolation=interpolation,
