@@ -12,6 +12,8 @@ from moe_bsr.runtime.version import __version__
 
 if TYPE_CHECKING:
     from moe_bsr.api import evaluate as evaluate
+    from moe_bsr.api import find_lr as find_lr
+    from moe_bsr.api import reject as reject
     from moe_bsr.api import train as train
     from moe_bsr.config import Config as Config
     from moe_bsr.runs.load import TrainedRun as TrainedRun
@@ -22,11 +24,13 @@ _HOME = {
     "Config": "moe_bsr.config",
     "TrainedRun": "moe_bsr.runs.load",
     "evaluate": "moe_bsr.api",
+    "find_lr": "moe_bsr.api",
     "load": "moe_bsr.runs.load",
+    "reject": "moe_bsr.api",
     "train": "moe_bsr.api",
 }
 
-__all__ = ["Config", "TrainedRun", "__version__", "config", "evaluate", "load", "train"]
+__all__ = ["Config", "TrainedRun", "__version__", "config", "evaluate", "find_lr", "load", "reject", "train"]
 
 
 def __getattr__(name: str):

@@ -1,4 +1,4 @@
-"""The library's front: train a configuration, evaluate a run. (`moe_bsr.load` is in `runs`.)
+"""The library's front: train a configuration, evaluate a run, let it learn to reject. (`moe_bsr.load` is in `runs`.)
 
 Everything is put together here: data, model, predicted cost, callbacks and trainer.
 """
@@ -6,6 +6,7 @@ Everything is put together here: data, model, predicted cost, callbacks and trai
 import contextlib
 import dataclasses
 import statistics
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,23 +15,24 @@ from typing import Any
 import torch
 
 from moe_bsr import config as configuration
-from moe_bsr.callbacks import default_callbacks
+from moe_bsr.callbacks import default_callbacks, loggers, require_loggers
 from moe_bsr.callbacks.jsonl import Jsonl
-from moe_bsr.config import Config, ConfigError
+from moe_bsr.config import Config, ConfigError, require
+from moe_bsr.config.train import MOST_STEPS
 from moe_bsr.cost.predict import Cost, predict
 from moe_bsr.data import TaskData
 from moe_bsr.data.sampler import SAMPLERS
 from moe_bsr.evaluation import evaluate as evaluation
 from moe_bsr.model import summary
 from moe_bsr.model.multitask import MultitaskViT, build, build_on_meta
-from moe_bsr.runs import checkpoint, report, warm_start
+from moe_bsr.runs import checkpoint, rejection, report, warm_start
 from moe_bsr.runs import folder as run
 from moe_bsr.runs.load import TrainedRun, load
 from moe_bsr.runs.lock import locked
 from moe_bsr.runtime import memory
 from moe_bsr.runtime.device import Runtime, find_device, prepare
 from moe_bsr.runtime.files import write_whole
-from moe_bsr.training import length
+from moe_bsr.training import length, lr_finder
 from moe_bsr.training.callback import Callback
 from moe_bsr.training.doubts import doubts
 from moe_bsr.training.feature_cache import CachedInputs, FeatureCache
@@ -50,7 +52,8 @@ def train(
 
     Args:
         resume: go on from the newest sound checkpoint of the folder, or start if there is none.
-        callbacks: in place of the console, TensorBoard and the expert views; metrics.jsonl is always written.
+        callbacks: in place of the console, TensorBoard and the expert views; metrics.jsonl is always written, and what
+            train.log_to names. `moe_bsr.callbacks` has Csv, WandB and MLflow.
             With `mode: single_task` they see one run after the other.
     Raises:
         ConfigError: an impossible configuration, a folder that holds another run or that a process trains in.
@@ -81,6 +84,7 @@ def _train(
         return _train_each_task(config, run_dir, resume, callbacks, runtime)
     tasks, notes = run.open_tasks(config, run_dir, resume)
     chosen = default_callbacks(run_dir) if callbacks is None else [Jsonl(run_dir), *callbacks]
+    chosen += loggers(config.train.log_to, run_dir)
     with runtime.in_effect():
         model, told = build_model(config, tasks, run_dir, resume)
         notes += told
@@ -103,10 +107,13 @@ def check(config: Config) -> None:
     """Refuse what cannot be before data are opened or weights are read.
 
     Raises:
-        ConfigError: an impossible plan, or an unknown kind of storage, adapter, router, sampler or backbone.
+        ConfigError: an impossible plan, an unknown kind of storage, adapter, router, sampler or backbone, or a package
+            that train.log_to needs and that is not installed.
     """
     SAMPLERS.choose(config.sampler.kind)
+    require_loggers(config.train.log_to)
     model = build_on_meta(config, dict.fromkeys(config.task_names(), 2))
+    run.make_transforms(config, model)
     _check_parameters(model, find_device(config.runtime.device))
 
 
@@ -139,11 +146,7 @@ def make_trainer(
     Args:
         model: on its device already (`runtime.place`).
     """
-    inputs = Inputs(tasks, run.make_transforms(config, model), runtime, config.data.prefetch)
-    if config.data.feature_cache_mb:
-        with runtime.autocast():
-            cache = FeatureCache(model, {name: len(data.train) for name, data in tasks.items()}, config.data)
-        inputs = CachedInputs(inputs, cache)
+    inputs = make_inputs(config, model, tasks, runtime)
     predicted = _predict(config, model, runtime)
     if predicted is not None:
         _warn_of_memory(config, inputs, predicted)
@@ -154,6 +157,16 @@ def make_trainer(
     }
     trainer = ProbeTrainer if config.train.optimizer == "lbfgs" else Trainer
     return trainer(config, model, inputs, runtime, run_dir, callbacks=callbacks, about=about, costs=costs)
+
+
+def make_inputs(config: Config, model: MultitaskViT, tasks: dict[str, TaskData], runtime: Runtime) -> Inputs:
+    """What a trainer of this model is fed."""
+    inputs = Inputs(tasks, run.make_transforms(config, model), runtime, config.data.prefetch)
+    if config.data.feature_cache_mb:
+        with runtime.autocast():
+            cache = FeatureCache(model, {name: len(data.train) for name, data in tasks.items()}, config.data)
+        inputs = CachedInputs(inputs, cache)
+    return inputs
 
 
 def _check_parameters(model: MultitaskViT, device: torch.device) -> None:
@@ -223,6 +236,41 @@ def _length(config: Config, sizes: dict[str, int]) -> str:
     return f"{length.told(config, sizes)} of {config.train.batch_size} images ({config.sampler.kind})"
 
 
+def find_lr(config: Config, steps: int | None = None, low: float = 1e-6, high: float = 1.0) -> dict[str, Any]:
+    """Look for a learning rate: the loss while the rate rises from `low` to `high` (`training.lr_finder`).
+
+    Args:
+        steps: updates; by default 100, or 30 for each task where that is more.
+    Returns:
+        suggestion (a train.lr, where the loss falls fastest; None where it never falls), lowest (where it is lowest),
+        diverged (whether the search ended before `high`) and curve, [{lr, loss, smoothed}, ...]. No file is written.
+    Raises:
+        ConfigError: an impossible configuration, one of several models, or one that is solved and not stepped.
+    """
+    require(config.mode == "multitask", "mode", config.mode, "multitask, with one of the tasks: a rate is of one model")
+    solver = config.train.optimizer
+    require(solver != "lbfgs", "train.optimizer", solver, "adamw or sgd: a solver has no learning rate")
+    steps = steps or max(100, 30 * len(config.tasks))
+    require(10 <= steps <= MOST_STEPS, "steps", steps, "at least 10")
+    require(0 < low < high <= 1e4, "low, high", (low, high), "0 < low < high, at most 10,000")
+    updates = {"steps": steps, "epochs": None, "minutes": None, "patience": None, "warmup_steps": None}
+    planned = dataclasses.replace(config, train=dataclasses.replace(config.train, **updates, log_to=[]))
+    runtime = prepare(config.runtime)
+    check(planned)
+    with tempfile.TemporaryDirectory() as nowhere, runtime.in_effect():
+        tasks, _ = run.open_tasks(planned, Path(nowhere))
+        model = runtime.place(build_model(planned, tasks, Path(nowhere), False)[0])
+        trainer = Trainer(planned, model, make_inputs(planned, model, tasks, runtime), runtime, Path(nowhere))
+        points = lr_finder.curve(trainer, lr_finder.ramp(low, high, steps))
+    require(len(points) > 1, "low", low, "a smaller rate: the loss is not finite after the first update")
+    return {
+        "suggestion": lr_finder.steepest(points),
+        "lowest": min(points, key=lambda point: point.smoothed).lr,
+        "diverged": len(points) < steps,
+        "curve": [dataclasses.asdict(point) for point in points],
+    }
+
+
 def evaluate(
     run_dir: str | Path | TrainedRun,
     split: str = "val",
@@ -263,6 +311,34 @@ def evaluate(
         on_task(task, len(getattr(data[task], split)))
         scores[task] = evaluation.evaluate(model, data[task], split, trained.transforms, trained.runtime, batch_size)
     return result | {"mean_top1": statistics.fmean(s["top1"] for s in scores.values()), "tasks": scores}
+
+
+def reject(
+    run_dir: str | Path | TrainedRun,
+    *,
+    batch_size: int = 64,
+    on_task: Callable[[str, int], None] = lambda task, images: None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Let a run learn what belongs to none of its tasks: `TrainedRun.predict` says it from then on.
+
+    One pass over training images (5,000 of a task at most) and validation images. The score is the one of
+    `evaluation.rejection.SCORES` that tells the tasks' validation images apart best; 95 % of a task's own are accepted.
+
+    Args:
+        run_dir: a run folder, or what `load` returned. on_task: called with the name and the number of images before a
+            task's images are looked at.
+        options: of `load`, for a folder: checkpoint_name, data_root, device, weights.
+    Returns:
+        run, step, score (its name), accepted (the share), mean_auroc {score: number}, tasks {name: train_images,
+        val_images and, in a run of several tasks, auroc, rejected, named, foreign (`runs.rejection`)}. The same is
+        `rejection` in the run's report.
+    Raises:
+        ConfigError: not a run folder, or images that are no longer the run's. CheckpointError: a missing or damaged
+        checkpoint. FloatingPointError: features that are not finite.
+    """
+    trained = run_dir if isinstance(run_dir, TrainedRun) else load(run_dir, **options)
+    return rejection.learn(trained, batch_size, on_task)
 
 
 def _chosen(trained: TrainedRun, tasks: list[str]) -> dict[str, MultitaskViT]:

@@ -22,8 +22,10 @@ COMMANDS = {
     "fit": "the best model for some minutes and megabytes: tries, from a linear probe upwards, and says why",
     "train": "train several tasks as a configuration says, and write a run folder",
     "probe": "train the heads alone, to their optimum, in one pass over the images: the first thing to try",
+    "lr": "look for a learning rate: the loss while it rises, and where it falls fastest",
     "evaluate": "accuracy of a run, task by task",
     "predict": "name what is on images, for all tasks of a run at once",
+    "reject": "learn to tell what belongs to none of a run's tasks; predict says it from then on",
     "views": "draw what a run does with experts and patches, and open TensorBoard on it",
     "compare": "set finished runs side by side",
     "cost": "memory and FLOPs of a configuration before anyone trains it",
@@ -44,7 +46,7 @@ COMMANDS = {
 }
 
 # Those that train or evaluate in this process: they need the C library's allocator set up first.
-COMPUTING = {"fit", "train", "probe", "drops", "evaluate", "views", "pretrain", "sweep-storages"}
+COMPUTING = {"fit", "train", "probe", "lr", "drops", "evaluate", "reject", "views", "pretrain", "sweep-storages"}
 
 # Packages that only some commands need, and the extra that installs them.
 EXTRAS = {"matplotlib": "views", "scipy": "views", "onnx": "export", "onnxruntime": "export", "onnxscript": "export"}

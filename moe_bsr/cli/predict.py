@@ -5,7 +5,8 @@
 
 IMAGE is an image file, or a folder: all images in it and below. The frozen blocks at the start of a model are
 the same for every task: they run once per image, and each task continues from there, also when the run has one
-model per task over the same frozen blocks. With --json stdout holds one JSON object and nothing else. An image
+model per task over the same frozen blocks. After moe-bsr reject RUN a star marks the task that an image belongs to,
+or it is said that it belongs to none. With --json stdout holds one JSON object and nothing else. An image
 that cannot be read is named on stderr and left out.
 
 Exit status: 0 all images were read, 1 some were not, 2 refused.
@@ -52,11 +53,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def print_report(report: dict[str, Any]) -> None:
     for image in report["images"]:
-        say(printable(image["image"]))
+        nothing = "belongs_to" in image and image["belongs_to"] is None
+        say(printable(image["image"]) + (": none of these tasks" if nothing else ""))
         width = max(map(len, image["tasks"]))
         for task, names in image["tasks"].items():
             found = ", ".join(f"{printable(n['name'])} {100 * n['probability']:.0f} %" for n in names)
-            say(f"  {task.ljust(width)}  {found}")
+            mark = "* " if image.get("belongs_to") == task else "  "
+            say(f"{mark}{task.ljust(width)}  {found}")
     say()
     for group in report["groups"]:
         shared, blocks, tasks = group["shared_blocks"], group["blocks"], group["tasks"]

@@ -98,8 +98,10 @@ def convert(value: Any, hint: Any, key: str) -> Any:
         raise WrongType(f"{key} = {show(value)}: one of {', '.join(names)}{nearest(value, names)}")
     elif origin is list and isinstance(value, (list, tuple)):
         return [convert(item, arguments[0], f"{key}[{i}]") for i, item in enumerate(value)]
-    elif hint == list[str] and isinstance(value, str):
-        return [convert(value, str, key)]
+    elif (
+        isinstance(value, str) and origin is list and (hint == list[str] or typing.get_origin(arguments[0]) is Literal)
+    ):
+        return [convert(value, arguments[0], key)]
     elif hint is dict and isinstance(value, dict):
         return value
     elif origin is dict and isinstance(value, dict):

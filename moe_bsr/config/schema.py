@@ -125,6 +125,9 @@ def is_crop_range(scale: Sequence[float]) -> bool:
     return len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1
 
 
+AUGMENT_KEYS = ("auto_augment", "color_jitter", "erasing")  # beyond crop and mirror
+
+
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
     root: str = "data"
@@ -136,6 +139,9 @@ class DataConfig:
     augment: bool = True
     crop_scale: list[float] | None = None
     hflip: bool | None = None
+    auto_augment: str | None = None
+    color_jitter: float | None = None
+    erasing: float = 0.0
     unreadable: Literal["stop", "skip"] = "stop"
     image_cache_mb: int = 2048
     views: int | None = None
@@ -153,11 +159,16 @@ class DataConfig:
             scale,
             "null (the task's own) or [low, high] within (0, 1]",
         )
+        jitter = self.color_jitter
+        require(jitter is None or 0 <= jitter <= 1, "data.color_jitter", jitter, "null or 0 to 1; usual is 0.4")
+        require(0 <= self.erasing <= 1, "data.erasing", self.erasing, "a probability, 0 to 1; usual is 0.25")
+        said = [key for key in AUGMENT_KEYS if getattr(self, key) not in (None, 0.0)]
         require(
-            self.augment or (scale is None and self.hflip is None),
+            self.augment or (scale is None and self.hflip is None and not said),
             "data.augment",
             self.augment,
-            "true with data.crop_scale or data.hflip, which say how to augment; else leave these null",
+            f"true with {' and '.join(f'data.{key}' for key in said or ('crop_scale', 'hflip'))}, which say how to "
+            "augment; else leave these out",
         )
         mb = {"image_cache_mb": (0, 2**24), "feature_cache_mb": (1, 2**24)}
         require_within("data", self, **mb, prefetch=(0, 100), views=(1, 10_000), val_images=(1, 10**9))
@@ -182,6 +193,7 @@ class DataConfig:
 class SamplerConfig:
     kind: str = "round_robin"
     temperature: float = 2.0
+    classes: Literal["natural", "balanced"] = "natural"
 
     def __post_init__(self) -> None:
         require(
@@ -233,6 +245,8 @@ class Config:
         require(len(set(names)) == len(names), "tasks", self.tasks, "each task once")
         if self.train.optimizer == "lbfgs":
             self._require_probe()
+        else:
+            self._require_weighing()
         unknown = sorted(set(self.train.task_weights) - set(names))
         require(not unknown, "train.task_weights", self.train.task_weights, f"{unknown} not among the tasks {names}")
 
@@ -245,10 +259,35 @@ class Config:
             ("train.ema_decay", self.train.ema_decay, None),
             ("train.steps", self.train.steps, 1 if self.train.minutes is None else None),
             ("train.epochs", self.train.epochs, None),
+            ("train.mixup", self.train.mixup, 0.0),
+            ("train.cutmix", self.train.cutmix, 0.0),
+            ("train.class_weights", self.train.class_weights, "none"),
+            ("train.task_weighting", self.train.task_weighting, "fixed"),
+            ("sampler.classes", self.sampler.classes, "natural"),
         ):
             require(
                 value == needed, key, value, f"{needed} with train.optimizer = lbfgs (moe-bsr probe sets all of it)"
             )
+
+    def _require_weighing(self) -> None:
+        """Refuse mixtures of what is cached, and weighing of tasks where there is nothing to weigh."""
+        for key in ("mixup", "cutmix"):
+            value = getattr(self.train, key)
+            only = "0 with data.feature_cache_mb: what the frozen blocks make of a mixed image is new each time"
+            require(not value or self.data.feature_cache_mb is None, f"train.{key}", value, only)
+        weighting = self.train.task_weighting
+        require(
+            weighting == "fixed" or self.mode == "multitask",
+            "train.task_weighting",
+            weighting,
+            "fixed with mode: single_task, where no tasks share a model",
+        )
+        require(
+            weighting != "pcgrad" or self.sampler.kind == "joint",
+            "train.task_weighting",
+            weighting,
+            f"needs sampler.kind = joint, all tasks in one update (it is {self.sampler.kind})",
+        )
 
     def task_names(self) -> list[str]:
         """Names of the tasks; a task given as a path to a YAML file is named by the file's stem."""

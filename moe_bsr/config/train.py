@@ -31,14 +31,19 @@ class TrainConfig:
     warmup_steps: int | None = None
     grad_clip_norm: float | None = 1.0
     label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    class_weights: Literal["none", "balanced"] = "none"
     ema_decay: float | None = None
     task_weights: dict[str, float] = field(default_factory=dict)
+    task_weighting: Literal["fixed", "uncertainty", "pcgrad"] = "fixed"
     eval_every: int | None = None
     checkpoint_every: int | None = None
     checkpoint_selection: Literal["best", "last"] = "best"
     evaluate_test: bool = True
     save: Literal["trainable", "all"] = "trainable"
     pictures: bool = True
+    log_to: list[Literal["csv", "wandb", "mlflow"]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         given = [key for key in LENGTHS if getattr(self, key) is not None]
@@ -103,6 +108,18 @@ class TrainConfig:
             "null or above 0",
         )
         require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "[0, 1)")
+        for key in ("mixup", "cutmix"):
+            value = getattr(self, key)
+            require(
+                0 <= value <= 1000, f"train.{key}", value, "0 (off), or alpha of Beta(alpha, alpha); usual 0.2 or 1"
+            )
+            require(
+                not value or self.batch_size // self.grad_accumulation_steps % 2 == 0,
+                f"train.{key}",
+                value,
+                "needs micro-batches of an even number of images, which are mixed in pairs: train.batch_size = "
+                f"{self.batch_size} / train.grad_accumulation_steps = {self.grad_accumulation_steps}",
+            )
         require(
             self.ema_decay is None or 0 < self.ema_decay < 1,
             "train.ema_decay",
@@ -114,4 +131,10 @@ class TrainConfig:
             "train.task_weights",
             self.task_weights,
             "weights above 0",
+        )
+        require(
+            self.task_weighting != "uncertainty" or not self.task_weights,
+            "train.task_weights",
+            self.task_weights,
+            "{} with train.task_weighting = uncertainty, which learns them",
         )

@@ -3,7 +3,7 @@
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -268,7 +268,7 @@ def _head_update(
     labels = empty((setting.batch,), torch.int64, setting.runtime.device)
     update = multitask_update(
         _BehindBlocks(setting.model, [(tokens, records)]),
-        setting.config.train,
+        replace(setting.config.train, task_weighting="fixed"),  # learned weights are a few bytes
         setting.runtime,
         torch.optim.SGD(parameters, lr=1.0),
     )

@@ -28,6 +28,7 @@ class Batch:
         images: uint8 (B, 3, S, S); None when the features of all these images are cached.
         views: int64 (B,), which of an image's augmented views each is (`ImageTransforms.views_of`).
         labels: int64 (B,).
+        targets: float32 (B, classes), the shares of mixed labels, in place of `labels`; None from the loader.
         features: what the frozen blocks make of the images, for a model that starts after them; None from the loader.
     """
 
@@ -37,6 +38,7 @@ class Batch:
     labels: torch.Tensor
     views: np.ndarray | None = None
     features: Any = None
+    targets: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -41,6 +41,7 @@ class MultitaskSampler:
         steps: optimizer updates of the run.
         earlier: (step, steps): up to the update `step` the run was to have `steps`. It keeps the order of that time,
             for an order that fills quotas depends on where it ends.
+        labels: int64 (images,) by task; what `sampler.classes: balanced` needs to know.
     Raises:
         ConfigError: `sampler.kind` is not one of `SAMPLERS`.
     """
@@ -53,10 +54,17 @@ class MultitaskSampler:
         config: SamplerConfig,
         seed: int,
         earlier: Sequence[tuple[int, int]] = (),
+        labels: dict[str, np.ndarray] | None = None,
     ) -> None:
         schedule = SAMPLERS[SAMPLERS.choose(config.kind).kind]
         self.sizes, self.batch_size, self.steps, self.seed = dict(sizes), batch_size, steps, seed
         self.names = list(sizes)
+        self._balances = config.classes == "balanced"
+        self._by_class = {
+            task: [np.flatnonzero(of == label) for label in np.unique(of)]
+            for task, of in (labels or {}).items()
+            if self._balances
+        }
         parts, start = [], 0
         for end, planned in (*earlier, (steps, steps)):
             parts.append(schedule(Request(list(sizes.values()), batch_size, planned, seed, config))[start:end])
@@ -71,10 +79,17 @@ class MultitaskSampler:
         return [name for name, visited in zip(self.names, self._visits[step], strict=True) if visited]
 
     def batch(self, task: str, visit: int) -> tuple[np.ndarray, np.ndarray]:
-        """Positions in the task's training split and their epochs, each (B,) int64."""
+        """Positions in the task's training split and their epochs, each (B,) int64.
+
+        With balanced classes, an image's epoch is how often it was drawn before: small classes are ahead of large ones.
+        """
         size = self.sizes[task]
         flat = np.arange(visit * self.batch_size, (visit + 1) * self.batch_size)
         epochs = flat // size
+        if self._balances:
+            drawn = [self._balanced(task, epoch)[:, flat[epochs == epoch] % size] for epoch in np.unique(epochs)]
+            positions, times = np.concatenate(drawn, 1)
+            return positions, times
         positions = np.concatenate(
             [self._permutation(task, epoch)[flat[epochs == epoch] % size] for epoch in np.unique(epochs)]
         )
@@ -97,6 +112,29 @@ class MultitaskSampler:
     @lru_cache(maxsize=64)  # noqa: B019  (one sampler lives as long as the run)
     def _permutation(self, task: str, epoch: int) -> np.ndarray:
         return stream(key(self.seed, task, "order"), int(epoch)).permutation(self.sizes[task])
+
+    @lru_cache(maxsize=64)  # noqa: B019
+    def _balanced(self, task: str, epoch: int) -> np.ndarray:
+        """As many draws as the task has images, every class alike often: (2, images), positions and times before.
+
+        What a class cannot share out evenly goes in turn from class to class, over all epochs. A class goes through its
+        images in a new order each time.
+        """
+        classes, size = self._by_class[task], self.sizes[task]
+        order, count = key(self.seed, task, "balanced order"), len(classes)
+        # Draws of class c before epoch e: those of the first e * size turns, which go around the classes.
+        before, after = ((turns * size - np.arange(count) + count - 1) // count for turns in (epoch, epoch + 1))
+        drawn = []
+        for label, places in enumerate(classes):
+            draws = np.arange(before[label], after[label])
+            times = draws // len(places)
+            passes = [places[self._pass(task, label, n)][draws[times == n] % len(places)] for n in np.unique(times)]
+            drawn.append(np.stack([np.concatenate(passes), times]))
+        return np.concatenate(drawn, 1)[:, stream(order, int(epoch)).permutation(size)]
+
+    def _pass(self, task: str, label: int, number: int) -> np.ndarray:
+        name = key(self.seed, task, "balanced class", label)
+        return stream(name, int(number)).permutation(len(self._by_class[task][label]))
 
 
 @SAMPLERS.register("joint")

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from moe_bsr.config import is_crop_range, require
+from moe_bsr.data.augment import Augment
 from moe_bsr.data.cache import DecodedCache
 from moe_bsr.data.image_files import UnreadableImage, rgb_pixels
 from moe_bsr.data.resize import resized, resized_part
@@ -39,6 +40,7 @@ class ImageTransforms:
         augment: False shows training images as evaluation sees them.
         views: of each training image so many augmented views, which come back in turn; None: a new one in each epoch.
         crop_scale, flip: override the tasks' own.
+        auto_augment, color_jitter, erasing: see `Augment`; what they do comes after crop and mirror.
         seed: of the augmentation.
         cache_mb: how much the decoded images in memory may take, in 10**6 bytes.
         unreadable: "stop": an image that cannot be read raises UnreadableImage. "skip": for training the next one of
@@ -59,6 +61,9 @@ class ImageTransforms:
     views: int | None = None
     crop_scale: Sequence[float] | None = None
     flip: bool | None = None
+    auto_augment: str | None = None
+    color_jitter: float | None = None
+    erasing: float = 0.0
     seed: int = 0
     cache_mb: float = 1000
     unreadable: str = "stop"
@@ -82,6 +87,10 @@ class ImageTransforms:
             self.crop_scale,
             "[low, high], 0 < low <= high <= 1",
         )
+        self._augment = None
+        if self.augment and (self.auto_augment or self.color_jitter or self.erasing):
+            about = (self.size, self.mean, self.std, self.interpolation)
+            self._augment = Augment(*about, self.auto_augment, self.color_jitter, self.erasing)
         self._cache = DecodedCache(self.cache_mb)
         self._told: set[tuple[str, str, str]] = set()
         self._unreadable: dict[tuple[str, str], set[int]] = {}  # as `skipped`, by their places in the source
@@ -105,6 +114,9 @@ class ImageTransforms:
                 image_stream = image_key(data.train.source, data.train.place(position))
                 uniforms = stream(stream_key, int(view), image_stream).random(2 * ATTEMPTS + 3)
                 row[:] = self.train_transform(image, scale, flip, uniforms)
+                if self._augment is not None:
+                    policy_key = key(self.seed, data.name, "policy")
+                    row[:] = self._augment(row, stream(policy_key, int(view), image_stream))
             else:
                 row[:] = self.eval_transform(image)
         return _as_images(pixels), torch.from_numpy(data.train.labels[self.taken(data, positions)])

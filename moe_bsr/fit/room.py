@@ -6,6 +6,7 @@ from math import ceil
 
 from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError
+from moe_bsr.config.schema import AUGMENT_KEYS
 from moe_bsr.cost.predict import predict
 from moe_bsr.model.multitask import build_on_meta
 
@@ -84,6 +85,8 @@ def with_feature_cache(
 ) -> Config:
     """The run with what its frozen blocks make of `views` views of each image kept, if there is room for one.
 
+    A run that mixes images has nothing to keep. One with augmentation of its own is not left with a single view.
+
     Args:
         room: bytes. images: for training, of all tasks. tokens, width: of the stream where the first block trains.
         itemsize: bytes of one of its values.
@@ -92,7 +95,8 @@ def with_feature_cache(
     sizes = {"exact": tokens * width * itemsize + each, "int8": tokens * width + 4 * width + each}
     counts = {kind: min(views, int(room / (1.02 * images * size))) for kind, size in sizes.items()}
     kind = max(counts, key=counts.__getitem__)  # among equals exact
-    if (count := counts[kind]) < 1:
+    count, own = counts[kind], any(getattr(config.data, key) for key in AUGMENT_KEYS)
+    if count < (2 if own else 1) or config.train.mixup or config.train.cutmix:
         return config
     seen = {"data__views": count}
     if count == 1:

@@ -57,6 +57,7 @@ class MultitaskViT(nn.Module):
         plan: what each block is.
         path_start: the first block whose backward pass must run; the depth if none's.
         replaced: names of frozen backbone parameters that have other values than the backbone's file.
+        log_variances: of the tasks' losses, where training learns how to weigh them; a scalar for each task.
         init_from: the run, step and sha256 of the weights it started from, if from a run's.
     """
 
@@ -114,6 +115,8 @@ class MultitaskViT(nn.Module):
             noise = torch.randn(head.weight.shape, generator=generator(config.seed, "head", task))
             head.weight.data.copy_(HEAD_STD * noise)
             nn.init.zeros_(head.bias)
+        learned = self.tasks if config.train.task_weighting == "uncertainty" else []
+        self.log_variances = nn.ParameterDict({task: nn.Parameter(torch.zeros(())) for task in learned})
         self.contexts = [
             BlockContext(plan, config.tokens, vit.num_prefix_tokens, vit.has_class_token) for plan in self.plan
         ]
@@ -171,6 +174,12 @@ class MultitaskViT(nn.Module):
         """The gradient path and the head of `task`, from the tokens `forward_features` returned."""
         return self._forward_path([(tokens, dict(records or {}))], task, noise_key)
 
+    def features_from(self, tokens: Tokens, task: str) -> Tensor:
+        """What the head of `task` reads, from the tokens `forward_features` returned: (B, D) float32."""
+        for index in range(self.path_start, len(self.plan)):
+            tokens = self.run_block(index, tokens, task)
+        return self.features(tokens)
+
     def _forward_path(
         self, start: list[tuple[Tokens, dict[int, Record]]], task: str, noise_key: tuple[int, ...] | None
     ) -> Output:
@@ -216,7 +225,10 @@ class MultitaskViT(nn.Module):
 
     def logits(self, tokens: Tokens, task: str) -> Tensor:
         """The head of `task` on the last block's tokens: (B, classes) float32."""
-        features = self.features(tokens)
+        return self.classify(self.features(tokens), task)
+
+    def classify(self, features: Tensor, task: str) -> Tensor:
+        """The head of `task` on what heads read: (B, classes) float32."""
         # In float32: bf16 logits of a hundred classes tie, and ties decide about accuracy.
         with torch.autocast(features.device.type, enabled=False):
             return self.heads[task](features)
@@ -247,20 +259,21 @@ class MultitaskViT(nn.Module):
     def layer_of(self, parameter: nn.Parameter) -> int:
         """The layer of a parameter for layer-wise learning rates: 0 the embeddings, depth + 1 the top.
 
-        Experts and adapters belong to their block; routers, the final norm and the heads to the top.
+        Experts and adapters belong to their block; routers, the final norm, heads and log variances to the top.
         """
         for index, layer in enumerate(self.vit.blocks):
             if any(parameter is p for p in layer.parameters()):
                 router = layer.mlp.router.parameters() if isinstance(layer.mlp, MoE) else ()
                 return len(self.plan) + 1 if any(parameter is p for p in router) else index + 1
         vit = self.vit
-        top = [vit.norm, vit.fc_norm, vit.attn_pool, self.heads]
+        top = [vit.norm, vit.fc_norm, vit.attn_pool, self.heads, self.log_variances]
         of_top = any(parameter is p for module in top if module is not None for p in module.parameters())
         return len(self.plan) + 1 if of_top else 0
 
     def parameters_of(self, task: str) -> list[nn.Parameter]:
-        """Parameters that take part in a step of `task`: all but the other tasks' heads and routers."""
+        """Parameters that take part in a step of `task`: all but the other tasks' heads, routers and log variances."""
         others = {id(p) for name, head in self.heads.items() if name != task for p in head.parameters()}
+        others |= {id(p) for name, p in self.log_variances.items() if name != task}
         for layer in self.vit.blocks:
             if isinstance(layer.mlp, MoE):
                 others |= {id(p) for p in layer.mlp.router.parameters_of_others(task)}

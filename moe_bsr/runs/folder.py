@@ -19,6 +19,7 @@ import yaml
 
 from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError
+from moe_bsr.config.schema import AUGMENT_KEYS
 from moe_bsr.config.train import LENGTHS
 from moe_bsr.data import ImageTransforms, TaskData, TaskSpec, load_spec, load_task
 from moe_bsr.model.backbones import family_of
@@ -29,6 +30,9 @@ from moe_bsr.runtime.device import Runtime
 from moe_bsr.runtime.files import write_whole
 from moe_bsr.runtime.provenance import commit, environment
 from moe_bsr.runtime.version import __version__
+
+# Settings of the data that are the transforms' own, under the same name.
+TRANSFORM_KEYS = ("resize", "augment", "views", "crop_scale", "unreadable", *AUGMENT_KEYS)
 
 # What may differ between a run and its resumption without changing what is computed.
 RESUMABLE_KEYS = (
@@ -42,8 +46,7 @@ RESUMABLE_KEYS = (
     "data.unreadable",
     "train.checkpoint_every",
     "train.evaluate_test",
-    "train.pictures",
-    "backbone.weights",
+    *("train.pictures", "train.log_to", "backbone.weights"),
 )
 
 LENGTH_KEYS = tuple(f"train.{key}" for key in LENGTHS)
@@ -67,14 +70,10 @@ def make_transforms(config: Config, model: MultitaskViT) -> ImageTransforms:
     settings = family_of(config.backbone).image_settings(config.backbone, model.vit)
     return ImageTransforms(
         **asdict(settings),
-        resize=config.data.resize,
-        augment=config.data.augment,
-        views=config.data.views,
+        **{key: getattr(config.data, key) for key in TRANSFORM_KEYS},
         flip=config.data.hflip,
-        crop_scale=config.data.crop_scale,
         seed=config.seed,
         cache_mb=config.data.image_cache_mb,
-        unreadable=config.data.unreadable,
     )
 
 

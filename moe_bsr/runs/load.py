@@ -7,6 +7,7 @@
 Loading changes nothing in the program that loads: not its threads, not its memory allocator.
 """
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from moe_bsr.config import Config, ConfigError
 from moe_bsr.config.reader import nearest
 from moe_bsr.data import ImageTransforms, TaskData
 from moe_bsr.model.multitask import MultitaskViT, build, build_on_meta
-from moe_bsr.runs import checkpoint, contents, data_record, ordinary
+from moe_bsr.runs import checkpoint, contents, data_record, ordinary, rejection
 from moe_bsr.runs.folder import make_transforms, open_task, read_config, restore_weights
 from moe_bsr.runs.predict import Images, predict_images
 from moe_bsr.runtime.device import Runtime, most_threads, prepare
@@ -49,6 +50,7 @@ class TrainedRun:
     data_root: str | None = None
     changes: dict[str, dict[str, data_record.Changes]] = field(default_factory=dict)
     _data: dict[str, TaskData] = field(default_factory=dict)
+    _detectors: dict[str, rejection.Detector] | None = None
 
     def data(self, task: str, split: str = "val") -> TaskData:
         """The task's dataset, opened at the first call, with the splits and the specification that the run began with.
@@ -73,7 +75,11 @@ class TrainedRun:
         return self._data[task]
 
     def predict(
-        self, images: Images | Iterable[Images], tasks: list[str] | None = None, top: int = 3
+        self,
+        images: Images | Iterable[Images],
+        tasks: list[str] | None = None,
+        top: int = 3,
+        reject: bool | None = None,
     ) -> dict[str, Any]:
         """Names for images, for all tasks (or only `tasks`) in one pass of the blocks that they share.
 
@@ -84,15 +90,34 @@ class TrainedRun:
             images: a file, a folder (with all below it), a PIL image, a uint8 array (H, W, 3) in RGB, or an
                 iterable of these.
             top: names per task, the most probable first.
+            reject: say which of the tasks an image belongs to, if to any; by default if that was learned
+                (`moe_bsr.reject`).
         Returns:
             Plain data, ready for JSON: `images` has {image, tasks: {task: [{name, probability}, ...]}} for each
             image that could be read, `skipped` {image, reason} for the others. `image` is the file, or the
             position of an image that came without one. `groups` tells which tasks shared how many blocks.
+            With `reject` an image also has `belongs_to`, a task or None, and `margins` {task: number}, from 0 on
+            where the task accepts it; in standard deviations of the task's own images.
         Raises:
+            ConfigError: `reject` is True, and nothing was learned, or with other weights.
             ValueError: an unknown task, a folder without images, an array of another form.
             FloatingPointError: the model's outputs are not finite.
         """
-        return predict_images(self, images, chosen_tasks(tasks, list(self.models)), top)
+        detectors = self._known_detectors(reject)
+        return predict_images(self, images, chosen_tasks(tasks, list(self.models)), top, detectors)
+
+    def _known_detectors(self, reject: bool | None) -> dict[str, rejection.Detector] | None:
+        if reject is False:
+            return None
+        try:
+            self._detectors = self._detectors or rejection.load(self)
+        except ConfigError as error:
+            if reject:
+                raise
+            warnings.warn(f"{error}; until then nothing is rejected", stacklevel=3)
+        if reject and self._detectors is None:
+            raise ConfigError(f"{self.run}: what belongs to no task was never learned: call moe_bsr.reject once")
+        return self._detectors
 
 
 def load(

@@ -9,7 +9,10 @@ from pathlib import Path
 from moe_bsr.config import ConfigError
 from moe_bsr.runtime import files
 
-FILES = ("config.yaml", "metrics.jsonl", "report.json", "report.md", "test_evaluations.log", "lock")
+FILES = (
+    *("config.yaml", "metrics.jsonl", "metrics.csv", "report.json", "report.md", "test_evaluations.log", "lock"),
+    "rejection.safetensors",
+)
 FOLDERS = ("checkpoint", "images", "tensorboard", "views")
 
 

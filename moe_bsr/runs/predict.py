@@ -23,13 +23,20 @@ from moe_bsr.data.image_files import decode
 
 if TYPE_CHECKING:
     from moe_bsr.runs.load import TrainedRun
+    from moe_bsr.runs.rejection import Detector
 
 BATCH = 32  # images in one forward pass
 
 Images = str | PathLike | Image.Image | np.ndarray
 
 
-def predict_images(run: TrainedRun, images: Images | Iterable[Images], tasks: list[str], top: int) -> dict[str, Any]:
+def predict_images(
+    run: TrainedRun,
+    images: Images | Iterable[Images],
+    tasks: list[str],
+    top: int,
+    detectors: dict[str, Detector] | None = None,
+) -> dict[str, Any]:
     """What `TrainedRun.predict` returns. Images are read a batch at a time, so a folder may be of any size."""
     if top < 1:
         raise ValueError(f"top = {top}: at least 1")
@@ -50,10 +57,11 @@ def predict_images(run: TrainedRun, images: Images | Iterable[Images], tasks: li
     inputs = readable()
     while batch := list(islice(inputs, BATCH)):
         names, pixels = zip(*batch, strict=True)
-        probabilities = _forward(run, list(groups.values()), torch.stack(pixels))
+        probabilities, margins = _forward(run, list(groups.values()), torch.stack(pixels), detectors)
         for row, name in enumerate(names):
             answers = {task: _best(probabilities[task][row], run.class_names[task], top) for task in tasks}
-            found.append({"image": name, "tasks": answers})
+            of_image = {task: margins[task][row].item() for task in tasks if margins}
+            found.append({"image": name, **_belongs_to(of_image), "tasks": answers})
     return {
         "run": str(run.run),
         "step": run.step,
@@ -132,25 +140,38 @@ def _as_input(
 
 
 @torch.inference_mode()
-def _forward(run: TrainedRun, groups: list[list[str]], images: Tensor) -> dict[str, Tensor]:
-    """Probabilities (B, classes) float32 by task, on the CPU, of uint8 images (B, 3, S, S).
+def _forward(
+    run: TrainedRun, groups: list[list[str]], images: Tensor, detectors: dict[str, Detector] | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Probabilities (B, classes) float32 by task, on the CPU, of uint8 images (B, 3, S, S), and margins (B,).
 
     Args:
         groups: tasks whose models have the same frozen blocks; these run once for a group.
     """
-    probabilities = {}
+    probabilities, margins = {}, {}
     with run.runtime.autocast():
         inputs = run.transforms.normalize(images, device=run.runtime.device)
         for tasks in groups:
             tokens, _ = run.models[tasks[0]].forward_features(inputs)
             for task in tasks:
-                logits = run.models[task].forward_from(tokens, task).logits
+                features = run.models[task].features_from(tokens, task)
+                logits = run.models[task].classify(features, task)
                 if not logits.isfinite().all():
                     raise FloatingPointError(
                         f"task {task}: logits that are not finite; the weights are broken, use an earlier checkpoint"
                     )
                 probabilities[task] = logits.float().softmax(1).cpu()
-    return probabilities
+                if detectors is not None:
+                    margins[task] = detectors[task].margins(features, logits)
+    return probabilities, margins
+
+
+def _belongs_to(margins: dict[str, float]) -> dict[str, Any]:
+    """The task that accepts an image by most, if one does; nothing where nothing is known."""
+    if not margins:
+        return {}
+    best = max(margins, key=lambda task: margins[task])
+    return {"belongs_to": best if margins[best] >= 0 else None, "margins": margins}
 
 
 def _best(probabilities: Tensor, names: list[str], top: int) -> list[dict[str, Any]]:

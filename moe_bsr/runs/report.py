@@ -152,6 +152,7 @@ def markdown(report: dict[str, Any]) -> str:
         lines.append(f"| mean | {report['mean_top1']:.2f} | | | | | | | | |")
     lines += [
         *_confusions(report),
+        *_rejection(report.get("rejection")),
         "",
         *_steps(report),
         *_skipped(report),
@@ -224,6 +225,29 @@ def _confusions(report: dict[str, Any]) -> list[str]:
         lines += [f"* {task}: {'; '.join(pairs)}"] if pairs else []
     title = f"Largest confusions on the {report['split']} split, with the share of the class that was mistaken:"
     return ["", title, "", *lines] if lines else []
+
+
+def _rejection(found: dict[str, Any] | None) -> list[str]:
+    """How well what belongs to no task is told, if that was learned."""
+    if not found:
+        return []
+    title = (
+        f"An image belongs to a task from a `{found['score']}` on that {found['accepted']:.0%} of the task's own reach"
+    )
+    if not found["mean_auroc"]:
+        return ["", f"{title}. With one task nothing could be measured."]
+    return [
+        "",
+        f"{title}. Of validation images, in %:",
+        "",
+        "| task | AUROC against other tasks | other tasks' rejected | own named | own rejected by all others |",
+        "| --- | --- | --- | --- | --- |",
+        *(
+            f"| {task} | {100 * t['auroc']:.1f} | {100 * t['rejected']:.1f} | {100 * t['named']:.1f} | "
+            f"{100 * t['foreign']:.1f} |"
+            for task, t in found["tasks"].items()
+        ),
+    ]
 
 
 def _code(name: str) -> str:

@@ -13,11 +13,11 @@ def parameter_groups(model: MultitaskViT, config: TrainConfig) -> list[dict]:
     """Trained parameters by learning-rate scale and weight decay; frozen ones are in no group.
 
     Layer-wise decay as in BEiT and MAE: embeddings 0, block i is i + 1, and experts belong to their block;
-    routers, final norm and heads learn at full rate. No decay for biases, norms, positions and tokens.
+    routers, final norm, heads and log variances learn at full rate. No decay for biases, norms, positions and tokens.
     """
     groups: dict[tuple[float, float], dict] = {}
     top = len(model.plan) + 1
-    heads = {id(p) for p in model.heads.parameters()}
+    heads = {id(p) for part in (model.heads, model.log_variances) for p in part.parameters()}
     undecayed = _undecayed(model)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from moe_bsr.config import Config
 from moe_bsr.data import UnreadableImage
@@ -29,7 +29,8 @@ from moe_bsr.training.inputs import Inputs
 from moe_bsr.training.optim import MovingAverage, learning_rate, make_optimizer
 from moe_bsr.training.pace import updates_within
 from moe_bsr.training.state import TrainState
-from moe_bsr.training.update import BatchResult, accumulate, multitask_update, task_weights
+from moe_bsr.training.task_updates import NotFinite, TaskUpdates
+from moe_bsr.training.update import BatchResult
 
 
 class Trainer:
@@ -66,8 +67,7 @@ class Trainer:
         self.sizes = {name: len(data.train) for name, data in self.tasks.items()}
         optimizer = make_optimizer(model, settings)
         average = None if settings.ema_decay is None else MovingAverage(model, settings.ema_decay)
-        self.update = multitask_update(model, settings, runtime, optimizer, average)
-        self.weights = task_weights(list(self.tasks), settings)
+        self.updates = TaskUpdates(config, model, inputs, optimizer, average)
         self.state = TrainState(
             model,
             optimizer,
@@ -85,8 +85,9 @@ class Trainer:
         """Take the run to have so many updates."""
         config, earlier = self.config, self.state.length.earlier
         self.planned = length.in_updates(config, steps)
+        labels = {name: data.train.labels for name, data in self.tasks.items()}
         self.sampler = MultitaskSampler(
-            self.sizes, config.train.batch_size, steps, config.sampler, config.seed, earlier
+            self.sizes, config.train.batch_size, steps, config.sampler, config.seed, earlier, labels
         )
 
     def fit(self, resume: bool = False) -> dict[str, Any]:
@@ -221,6 +222,7 @@ class Trainer:
                 "accuracy": result.accuracy,
                 "lr": rate,
                 "gradient_norm": norm,
+                **self.updates.learned(task),
             }
             event = StepEvent(state.step, task, metrics, progress, result.outputs, speed)
             self.callbacks.tell("on_step", event)
@@ -234,37 +236,14 @@ class Trainer:
         self.model.train()
         for group in self.state.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
-        tasks = self.sampler.tasks(step)
-        drawn = [next(batches) for _ in tasks]  # before anything is done: an image may be unreadable
-        results = [self._backward(batch, place, len(tasks)) for place, batch in enumerate(drawn)]
+        drawn = [next(batches) for _ in self.sampler.tasks(step)]  # before anything is done: one may be unreadable
         try:
-            norm = self.update.step()
-        except FloatingPointError as error:
-            self._refuse(str(error), ", ".join(tasks))
-        self.update.clear()
-        return results, norm
-
-    def _backward(self, batch: Batch, place: int, tasks: int) -> BatchResult:
-        """The gradient of the batch that is number `place` of so many tasks' in this update."""
-        micro_batches = self.config.train.grad_accumulation_steps
-        result = accumulate(
-            self.update,
-            batch,
-            micro_batches,
-            share=self.weights[batch.task] / tasks,
-            noise_key=(self.config.seed, self.state.step),
-            first=place * micro_batches,
-            prepare=self.inputs.prepare,
-        )
-        if not math.isfinite(result.loss + result.auxiliary_loss):
-            self._refuse(f"loss {result.loss} (auxiliary {result.auxiliary_loss})", batch.task)
-        return result
-
-    def _refuse(self, what: str, task: str) -> NoReturn:
-        raise NonFiniteLoss(
-            f"{what} at step {self.state.step + 1}, task {task}; {last_good(self.folder)}; "
-            "in a new run folder lower train.lr, set train.grad_clip_norm, or use runtime.precision=fp32"
-        )
+            return self.updates.take(drawn, self.state.step)
+        except NotFinite as error:
+            raise NonFiniteLoss(
+                f"{error}; {last_good(self.folder)}; in a new run folder lower train.lr, set train.grad_clip_norm, or "
+                "use runtime.precision=fp32"
+            ) from None
 
     def _evaluate(self, split: str) -> dict[str, dict[str, Any]]:
         """Scores of every task; the averaged weights are scored if there are any."""

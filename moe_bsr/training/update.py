@@ -121,13 +121,31 @@ def multitask_update(
     runtime: Runtime,
     optimizer: torch.optim.Optimizer,
     average: MovingAverage | None = None,
+    class_weights: dict[str, Tensor] | None = None,
 ) -> OptimizerUpdate:
-    """The update of our model; the inputs of its forward phase are a prepared `Batch` and a noise key."""
-    return OptimizerUpdate(model, runtime, optimizer, average=average, **_multitask_parts(model, config))
+    """The update of our model; the inputs of its forward phase are a prepared `Batch` and a noise key.
+
+    Args:
+        class_weights: (classes of the task,) by task, on the device; none where all count 1.
+    """
+    parts = _multitask_parts(model, config, class_weights)
+    return OptimizerUpdate(model, runtime, optimizer, average=average, **parts)
 
 
-def _multitask_parts(model: MultitaskViT, config: TrainConfig) -> dict[str, Any]:
+def _multitask_parts(
+    model: MultitaskViT, config: TrainConfig, class_weights: dict[str, Tensor] | None = None
+) -> dict[str, Any]:
     criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+
+    def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
+        targets = batch.labels if batch.targets is None else batch.targets
+        if class_weights is None:
+            return criterion(logits, targets)
+        # Over the number of images: torch's mean divides by their weights, and would depend on the micro-batches.
+        total = nn.functional.cross_entropy(
+            logits, targets, class_weights[batch.task], reduction="sum", label_smoothing=config.label_smoothing
+        )
+        return total / len(batch)
 
     def output(batch: Batch, noise_key: tuple[int, ...]) -> Output:
         if batch.features is None:
@@ -135,8 +153,14 @@ def _multitask_parts(model: MultitaskViT, config: TrainConfig) -> dict[str, Any]
         tokens, records = batch.features
         return model.forward_from(tokens, batch.task, noise_key, records)
 
-    def loss(output: Output, batch: Batch, noise_key: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        return criterion(output.logits.float(), batch.labels), output.auxiliary_loss
+    def loss(output: Output, batch: Batch, noise_key: tuple[int, ...]) -> tuple[Tensor, ...]:
+        entropy = cross_entropy(output.logits.float(), batch)
+        if config.task_weighting != "uncertainty":
+            return entropy, output.auxiliary_loss
+        # Kendall et al. 2018, of classification: L / variance + log of the standard deviation. The first two terms
+        # are what is told of a batch, so the weighing comes as one of its own.
+        log_variance = model.log_variances[batch.task]
+        return entropy, output.auxiliary_loss, entropy * torch.expm1(-log_variance) + log_variance / 2
 
     return {
         "output": output,
@@ -175,6 +199,7 @@ def accumulate(
     noise_key: tuple[int, ...],
     first: int = 0,
     prepare: Callable[[Batch], Batch],
+    mix: Callable[[Batch, tuple[int, ...]], Batch] | None = None,
 ) -> BatchResult:
     """Forward and backward of a batch in micro-batches of equal size; of an update from `multitask_update`.
 
@@ -182,13 +207,16 @@ def accumulate(
         share: of the batch in the loss of the update.
         noise_key: of the update; the number of the micro-batch is added to it, which is `first` for the first.
         prepare: makes a micro-batch as the loader has it into what the model takes, on its device.
+        mix: mixes the images and labels of a prepared micro-batch.
     """
     outputs = []
     sums = np.zeros(3)  # loss, auxiliary loss, images right
     for number, part in enumerate(split(batch, micro_batches), first):
         part = prepare(part)
+        if mix is not None:
+            part = mix(part, (*noise_key, number))
         update.forward(part, (*noise_key, number), share=share / micro_batches)
-        (loss, auxiliary), output = update.terms, update.output
+        (loss, auxiliary, *_), output = update.terms, update.output
         update.backward()
         outputs.append(output)
         right = (output.logits.detach().argmax(1) == part.labels).sum()

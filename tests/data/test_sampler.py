@@ -206,3 +206,39 @@ def test_progress_is_what_batches_gave(kind):
             }
         if step < 130:
             counted.update(next(batches)[0] for _ in sampler.tasks(step))
+
+
+# --- classes ---
+
+
+LABELS = {"big": np.repeat([0, 1, 2], [300, 30, 1]), "small": np.array([0, 0, 0, 0, 1, 1, 2])}
+
+
+def balanced(steps=400, batch_size=5, seed=3) -> MultitaskSampler:
+    sizes = {task: len(labels) for task, labels in LABELS.items()}
+    return MultitaskSampler(sizes, batch_size, steps, SamplerConfig(classes="balanced"), seed, labels=LABELS)
+
+
+def test_balanced_classes_come_alike_often_and_no_image_twice_before_all_of_its_class():
+    sampler = balanced()
+    for task, labels in LABELS.items():
+        drawn = [sampler.batch(task, visit) for visit in range(200)]
+        positions, times = (np.concatenate(part) for part in zip(*drawn, strict=True))
+        size = len(labels)
+        for epoch in range(1000 // size):
+            counts = np.bincount(labels[positions[epoch * size : (epoch + 1) * size]], minlength=3)
+            assert counts.max() - counts.min() <= 1
+        whole = np.bincount(labels[positions[: 1000 // size * size]], minlength=3)
+        assert whole.max() - whole.min() <= 1  # what is left over goes around
+        assert len(set(zip(positions.tolist(), times.tolist(), strict=True))) == 1000
+        for label in range(3):
+            mine = times[: 1000 // size * size][labels[positions[: 1000 // size * size]] == label]
+            assert (np.bincount(mine)[:-1] == (labels == label).sum()).all()
+
+
+def test_balanced_batches_are_a_function_of_seed_and_visit_and_other_seeds_differ():
+    sampler, other = balanced(), balanced(seed=4)
+    late = sampler.batch("big", 150)
+    for ours, theirs in zip(late, balanced().batch("big", 150), strict=True):
+        assert np.array_equal(ours, theirs)
+    assert not np.array_equal(late[0], other.batch("big", 150)[0])

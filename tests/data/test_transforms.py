@@ -149,17 +149,21 @@ def test_flip_mirrors_half_and_changes_nothing_else():
     assert 15 < flipped < 45
 
 
-def test_an_image_is_augmented_by_its_name_alone():
-    data, transforms, epochs = task(), make_transforms(seed=3), np.zeros(12, dtype=int)
+POLICY = {"auto_augment": "rand-m9-mstd0.5", "color_jitter": 0.4, "erasing": 0.5}
+
+
+@pytest.mark.parametrize("policy", [{}, POLICY])
+def test_an_image_is_augmented_by_its_name_alone(policy):
+    data, transforms, epochs = task(), make_transforms(seed=3, **policy), np.zeros(12, dtype=int)
     whole, labels = transforms.train_batch(data, np.arange(12), epochs)
     order = np.random.default_rng(0).permutation(12)
     for part in (order[:5], order[5:]):
-        images, some = make_transforms(seed=3).train_batch(data, part, epochs[: len(part)])
+        images, some = make_transforms(seed=3, **policy).train_batch(data, part, epochs[: len(part)])
         assert torch.equal(images, whole[part]) and torch.equal(some, labels[part])
     mixed, _ = transforms.train_batch(data, np.array([4, 4, 4]), np.array([0, 1, 0]))
     assert torch.equal(mixed[0], whole[4]) and torch.equal(mixed[2], whole[4])
     assert not torch.equal(mixed[1], whole[4])
-    other_seed, _ = make_transforms(seed=4).train_batch(data, np.arange(12), epochs)
+    other_seed, _ = make_transforms(seed=4, **policy).train_batch(data, np.arange(12), epochs)
     other_task, _ = transforms.train_batch(task("lines"), np.arange(12), epochs)
     assert not torch.equal(other_seed, whole) and not torch.equal(other_task, whole)
 

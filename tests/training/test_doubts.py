@@ -26,6 +26,7 @@ CASES = [
     ({"train": {"layer_decay": 0.01}}, ["train.layer_decay = 0.01", "1e-08"]),
     ({"train": {"ema_decay": 0.9998}}, ["train.ema_decay = 0.9998", "44,990 updates", "after 1000 it is 0.9911"]),
     ({"train": {"label_smoothing": 0.99}}, ["train.label_smoothing = 0.99"]),
+    ({"train": {"class_weights": "balanced"}, "sampler": {"classes": "balanced"}}, ["both balanced"]),
     ({"backbone": {"weights": "random"}}, ["backbone.weights = random"]),
     ({"plan": {"keep_rate": 0.001}}, ["plan.keep_rate = 0.001", "0.10%"]),
     ({"moe": {"gate_noise": 1000.0}}, ["moe.gate_noise = 1000", "62.5"]),

@@ -1,0 +1,241 @@
+"""What of a run tells an image that belongs to none of its tasks: learned once, kept in `rejection.safetensors`.
+
+For each task the file holds what one of `evaluation.rejection.SCORES` needs to know of the training images, and the
+score that 95 % of the task's own validation images reach. Which score is taken is measured, on the other tasks'
+validation images. The file is of the weights it was made with: others make it stale.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from moe_bsr.config import ConfigError
+from moe_bsr.data import TaskData
+from moe_bsr.evaluation import rejection
+from moe_bsr.evaluation.features import split_features
+from moe_bsr.evaluation.rejection import SCORES
+from moe_bsr.model.backbones.vit import digest
+from moe_bsr.model.multitask import MultitaskViT
+from moe_bsr.runs import report
+from moe_bsr.runs.contents import is_number
+from moe_bsr.runtime import files
+from moe_bsr.runtime.rng import key, stream
+
+if TYPE_CHECKING:
+    from moe_bsr.runs.load import TrainedRun
+
+FILE = "rejection.safetensors"
+MOST_IMAGES = 5000  # of a task's training images that are looked at, of every class alike many
+DEFAULT = "relative_mahalanobis"  # for a run of one task, in which nothing can be measured
+AGAIN = "learn it again with moe_bsr.reject"
+
+
+@dataclass(slots=True)
+class Detector:
+    """Tells whether images are ones for a task.
+
+    Attributes:
+        tensors: what the score needs. threshold: the least score that is accepted.
+        spread: standard deviation of the own validation images' scores, the unit of `margins`.
+    """
+
+    score: str
+    tensors: dict[str, Tensor]
+    threshold: float
+    spread: float
+
+    def margins(self, features: Tensor, logits: Tensor) -> Tensor:
+        """(N,) on the CPU: accepted from 0 on; comparable between tasks.
+
+        Args:
+            features: (N, D), what the task's head reads. logits: (N, classes), what it makes of them.
+        """
+        scores = SCORES[self.score].of(self.tensors, features.float().cpu(), logits.float().cpu())
+        return (scores - self.threshold) / self.spread
+
+
+def learn(
+    trained: TrainedRun, batch_size: int = 64, on_task: Callable[[str, int], None] = lambda task, images: None
+) -> dict[str, Any]:
+    """Choose and fit the score, write the run's file and its report, and return what was measured.
+
+    Args:
+        on_task: called with the name of a task and the number of its images before they are looked at.
+    Raises:
+        ConfigError: training or validation images that are not those of the run. ValueError: a run with some tasks.
+    """
+    tasks = list(trained.models)
+    if tasks != trained.config.task_names():
+        raise ValueError(f"{trained.run}: all tasks of a run are needed at once: {trained.config.task_names()}")
+    known: dict[str, dict[str, Tensor]] = {}
+    seen: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}  # by task of the images, then by the task that looks
+    used = {}
+    for task in tasks:
+        trained.data(task, "train")
+        data = _at_most(trained.data(task, "val"), MOST_IMAGES)
+        on_task(task, len(data.train) + len(data.val))
+        (own, labels) = _looked_at(trained, data, "train", [task], batch_size)
+        known[task] = rejection.statistics(own[task][0], labels)
+        seen[task], _ = _looked_at(trained, data, "val", tasks, batch_size)
+        used[task] = len(labels), len(seen[task][task][0])
+    compared = {name: _measured(name, known, seen) for name in SCORES} if len(tasks) > 1 else {}
+    mean_auroc = {
+        name: statistics.fmean(each["auroc"] for each in by_task.values()) for name, by_task in compared.items()
+    }
+    chosen = max(mean_auroc, key=lambda name: mean_auroc[name]) if compared else DEFAULT
+    detectors = _detectors(chosen, known, seen)
+    found = {
+        "score": chosen,
+        "accepted": rejection.ACCEPTED,
+        "mean_auroc": mean_auroc,
+        "tasks": {
+            task: {"train_images": used[task][0], "val_images": used[task][1], **compared.get(chosen, {}).get(task, {})}
+            for task in tasks
+        },
+    }
+    _write(trained, detectors, found)
+    return {"run": str(trained.run), "step": trained.step, **found}
+
+
+def load(trained: TrainedRun) -> dict[str, Detector] | None:
+    """The detectors of a run's tasks that are loaded; None if none were learned.
+
+    Raises:
+        ConfigError: the file is damaged, or of other weights.
+    """
+    file = trained.run / FILE
+    if files.kind(file) is None:
+        return None
+    try:
+        files.require(file, "a file")
+        with safe_open(file, "pt") as content:
+            about = json.loads(content.metadata()["about"])
+            tensors = {name: content.get_tensor(name) for name in content.keys()}
+        found = {task: _checked(about[task], task, tensors, model) for task, model in trained.models.items()}
+    except files.NotOrdinary as error:
+        raise ConfigError(str(error)) from None
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{file}: cut or damaged: {error}; {AGAIN}") from error
+    if stale := [task for task, model in trained.models.items() if about[task]["weights"] != _identity(model)]:
+        raise ConfigError(f"{file} is of other weights of {stale[0]} than these of step {trained.step}; {AGAIN}")
+    return found
+
+
+def _looked_at(
+    trained: TrainedRun, data: TaskData, split: str, tasks: list[str], batch_size: int
+) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
+    """Features and logits of a split's images under each of these tasks, and the labels."""
+    groups: dict[tuple, list[str]] = {}
+    for task in tasks:
+        groups.setdefault(trained.models[task].features_key(), []).append(task)
+    ordered = [task for members in groups.values() for task in members]
+
+    def make(images: Tensor) -> Tensor:
+        parts = []
+        for members in groups.values():
+            tokens, _ = trained.models[members[0]].forward_features(images)
+            for task in members:
+                features = trained.models[task].features_from(tokens, task)
+                parts += [features, trained.models[task].classify(features, task)]
+        return torch.cat(parts, 1)
+
+    found = split_features(make, data, split, trained.transforms, trained.runtime, batch_size)
+    heads = [trained.models[task].heads[task] for task in ordered]
+    columns = found.x.split([width for head in heads for width in (head.in_features, head.out_features)], 1)
+    return {task: (columns[2 * i], columns[2 * i + 1]) for i, task in enumerate(ordered)}, found.labels
+
+
+def _at_most(data: TaskData, count: int) -> TaskData:
+    """The task with at most about so many training images, of every class alike many; always the same ones."""
+    each, labels = -(-count // len(data.class_names)), data.train.labels
+    order = stream(key(data.name, "rejection")).permutation(len(labels))
+    chosen = np.sort(np.concatenate([order[labels[order] == label][:each] for label in np.unique(labels)]))
+    split = dataclasses.replace(data.train, index=data.train.index[chosen], labels=labels[chosen])
+    return dataclasses.replace(data, train=split)
+
+
+def _detectors(
+    score: str, known: dict[str, dict[str, Tensor]], seen: dict[str, dict[str, tuple[Tensor, Tensor]]]
+) -> dict[str, Detector]:
+    detectors = {}
+    for task, tensors in known.items():
+        needed = {name: tensors[name] for name in SCORES[score].needs}
+        own = SCORES[score].of(needed, *seen[task][task])
+        spread = float(own.double().std(correction=0))
+        detectors[task] = Detector(score, needed, rejection.threshold(own), spread if spread > 0 else 1.0)
+    return detectors
+
+
+def _measured(
+    score: str, known: dict[str, dict[str, Tensor]], seen: dict[str, dict[str, tuple[Tensor, Tensor]]]
+) -> dict[str, dict[str, float]]:
+    """By task, of its detector and the validation images of all tasks; shares are in [0, 1].
+
+    auroc: own images against another task's, mean over the others. rejected: of another task's images, the same.
+    named: own images that this task accepts, and by more than any other does. foreign: own images that every other
+    task rejects, as it would be if the run did not know this task.
+    """
+    detectors, tasks = _detectors(score, known, seen), list(known)
+    margins = {of: {by: detectors[by].margins(*seen[of][by]) for by in tasks} for of in tasks}
+    found = {}
+    for task in tasks:
+        others = [margins[other][task] for other in tasks if other != task]
+        own = margins[task][task]
+        rivals = torch.stack([margins[task][other] for other in tasks if other != task]).amax(0)
+        found[task] = {
+            "auroc": statistics.fmean(rejection.auroc(own, each) for each in others),
+            "rejected": statistics.fmean(float((each < 0).double().mean()) for each in others),
+            "named": float(((own >= 0) & (own > rivals)).double().mean()),
+            "foreign": float((rivals < 0).double().mean()),
+        }
+    return found
+
+
+def _write(trained: TrainedRun, detectors: dict[str, Detector], found: dict[str, Any]) -> None:
+    about = {
+        task: {
+            "score": each.score,
+            "threshold": each.threshold,
+            "spread": each.spread,
+            "weights": _identity(trained.models[task]),
+        }
+        for task, each in detectors.items()
+    }
+    tensors = {f"{task}/{name}": t for task, each in detectors.items() for name, t in each.tensors.items()}
+    tensors = tensors or {"none": torch.zeros(0)}
+    content = to_bytes({name: t.contiguous() for name, t in tensors.items()}, {"about": json.dumps(about)})
+    files.write_whole(trained.run / FILE, content)
+    if (known := report.read(trained.run)) is not None:
+        report.write(trained.run, known | {"rejection": found})
+
+
+def _checked(about: dict[str, Any], task: str, tensors: dict[str, Tensor], model: MultitaskViT) -> Detector:
+    """The detector that the file describes; raises ValueError or KeyError where it cannot be this model's."""
+    score, width = about["score"], model.heads[task].in_features
+    mine = {name: tensors[f"{task}/{name}"] for name in SCORES[score].needs}
+    shapes = {"mean": (width,), "within": (width, width), "total": (width, width)}
+    for name, tensor in mine.items():
+        rows = len(tensor) if name == "class_means" and tensor.ndim == 2 else 0
+        if tensor.dtype != torch.float32 or tuple(tensor.shape) != shapes.get(name, (max(rows, 1), width)):
+            raise ValueError(f"{task}/{name} is {tensor.dtype} {tuple(tensor.shape)}")
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{task}/{name} has numbers that are not finite")
+    if not is_number(about["threshold"]) or not is_number(about["spread"]) or about["spread"] <= 0:
+        raise ValueError(f"threshold or spread of {task}")
+    return Detector(score, mine, about["threshold"], about["spread"])
+
+
+def _identity(model: MultitaskViT) -> str:
+    """Of the weights that training changed."""
+    return digest({name: p for name, p in model.named_parameters() if p.requires_grad})

@@ -1,0 +1,85 @@
+"""An optimizer update over a batch of one task or of several: each one's gradient, and how they become one."""
+
+import math
+
+from moe_bsr.config import Config
+from moe_bsr.data.loader import Batch
+from moe_bsr.model.multitask import MultitaskViT
+from moe_bsr.training.class_weights import balanced
+from moe_bsr.training.inputs import Inputs
+from moe_bsr.training.mixing import Mixing
+from moe_bsr.training.optim import MovingAverage
+from moe_bsr.training.pcgrad import PCGrad
+from moe_bsr.training.update import BatchResult, accumulate, multitask_update, task_weights
+
+
+class NotFinite(FloatingPointError):
+    """A loss or a gradient is infinite or NaN; the message says which, and of which task."""
+
+
+class TaskUpdates:
+    """The updates of one model, as the configuration weighs tasks, classes and images."""
+
+    def __init__(
+        self, config: Config, model: MultitaskViT, inputs: Inputs, optimizer, average: MovingAverage | None
+    ) -> None:
+        """
+        Args:
+            inputs: of all tasks of the model.
+        """
+        self.config, self.inputs = config, inputs
+        settings, tasks = config.train, inputs.tasks
+        classes = {task: len(data.class_names) for task, data in tasks.items()}
+        of_classes = None
+        if settings.class_weights == "balanced":
+            device = inputs.runtime.device
+            of_classes = {task: balanced(data.train.labels, classes[task]).to(device) for task, data in tasks.items()}
+        self.update = multitask_update(model, settings, inputs.runtime, optimizer, average, of_classes)
+        self.weights = task_weights(list(tasks), settings)
+        self.mixing = Mixing(settings, classes) if settings.mixup or settings.cutmix else None
+        self.pcgrad = PCGrad() if settings.task_weighting == "pcgrad" else None
+
+    def take(self, batches: list[Batch], step: int) -> tuple[list[BatchResult], float | None]:
+        """One update; returns what each batch came to and the gradient's norm, if that is clipped or measured.
+
+        Args:
+            batches: of different tasks. step: updates done before, which seeds gate noise, mixtures and order.
+        Raises:
+            NotFinite: nothing has been updated then.
+        """
+        results = []
+        for place, batch in enumerate(batches):
+            results.append(self._backward(batch, place, len(batches), step))
+            if self.pcgrad is not None:
+                self.pcgrad.keep(self.update.trained)
+        if self.pcgrad is not None:
+            self.update.trained = self.pcgrad.combine((self.config.seed, step))
+        try:
+            norm = self.update.step()
+        except FloatingPointError as error:
+            raise NotFinite(f"{error} at step {step + 1}, task {', '.join(b.task for b in batches)}") from None
+        self.update.clear()
+        return results, norm
+
+    def learned(self, task: str) -> dict[str, float]:
+        """The weight of a task's loss, where it is learned."""
+        log_variances = self.update.model.log_variances
+        return {"task_weight": math.exp(-float(log_variances[task]))} if task in log_variances else {}
+
+    def _backward(self, batch: Batch, place: int, tasks: int, step: int) -> BatchResult:
+        """The gradient of the batch that is number `place` of so many tasks' in this update."""
+        micro_batches = self.config.train.grad_accumulation_steps
+        result = accumulate(
+            self.update,
+            batch,
+            micro_batches,
+            share=self.weights[batch.task] / tasks,
+            noise_key=(self.config.seed, step),
+            first=place * micro_batches,
+            prepare=self.inputs.prepare,
+            mix=self.mixing,
+        )
+        if not math.isfinite(result.loss + result.auxiliary_loss):
+            loss = f"loss {result.loss} (auxiliary {result.auxiliary_loss})"
+            raise NotFinite(f"{loss} at step {step + 1}, task {batch.task}")
+        return result
