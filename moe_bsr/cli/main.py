@@ -23,6 +23,7 @@ COMMANDS = {
     "probe": "train the heads alone, to their optimum, in one pass over the images: the first thing to try",
     "evaluate": "accuracy of a run, task by task",
     "predict": "name what is on images, for all tasks of a run at once",
+    "export": "write a run for a device: ONNX graphs, weights, labels, a model card, a program without torch",
     "views": "draw what a run does with experts and patches, and open TensorBoard on it",
     "compare": "set finished runs side by side",
     "cost": "memory and FLOPs of a configuration before anyone trains it",
@@ -43,10 +44,10 @@ COMMANDS = {
 }
 
 # Those that train or evaluate in this process: they need the C library's allocator set up first.
-COMPUTING = {"train", "probe", "drops", "evaluate", "views", "pretrain", "sweep-storages"}
+COMPUTING = {"train", "probe", "drops", "evaluate", "export", "views", "pretrain", "sweep-storages"}
 
 # Packages that only some commands need, and the extra that installs them.
-EXTRAS = {"matplotlib": "views", "scipy": "views", "onnx": "export", "onnxruntime": "export", "onnxscript": "export"}
+EXTRAS = {"matplotlib": "views", "scipy": "views", "onnx": "export", "onnxruntime": "export"}
 EXTRAS |= {"datasets": "huggingface"}
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130

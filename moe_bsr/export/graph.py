@@ -39,19 +39,16 @@ class Weights:
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     owners: dict[str, str] = field(default_factory=dict)
 
-    def add(self, name: str, array: np.ndarray, owner: str = "") -> str:
-        """Remember a tensor; returns its full name.
+    def add(self, name: str, array: np.ndarray, owner: str) -> None:
+        """Remember a tensor.
 
         Raises:
             ValueError: another tensor of the name is there: tasks do not share what they were said to share.
         """
-        full = f"{owner}/{name}" if owner else name
-        known = self.arrays.get(full)
-        if known is not None and not np.array_equal(known, array):
-            raise ValueError(f"tensor {full}: two tasks have different values for it, so it cannot be shared")
-        self.arrays.setdefault(full, array)
-        self.owners[full] = owner
-        return full
+        known = self.arrays.setdefault(name, array)
+        if known is not array and not np.array_equal(known, array):
+            raise ValueError(f"tensor {name}: two tasks have different values for it, so it cannot be shared")
+        self.owners[name] = owner
 
     def write(self, folder: Path) -> dict[str, tuple[str, int, int]]:
         """Write the data files; returns (file, offset, length in bytes) by tensor.
@@ -67,6 +64,31 @@ class Weights:
                     places[name] = data_file(owner), stream.tell(), len(content)
                     stream.write(content)
         return places
+
+
+@dataclass
+class Model:
+    """A graph as ONNX without its weights, and which these are."""
+
+    proto: Any
+    used: list[str]
+    weights: Weights
+
+    def inside(self) -> Any:
+        """With the weights in it: ONNX in one piece."""
+        return self._with([numpy_helper.from_array(self.weights.arrays[name], name) for name in self.used])
+
+    def over(self, places: Mapping[str, tuple[str, int, int]], metadata: Mapping[str, str]) -> Any:
+        """With the weights where `Weights.write` put them."""
+        model = self._with([_external(name, self.weights.arrays[name], places[name]) for name in self.used])
+        helper.set_model_props(model, dict(metadata))
+        return model
+
+    def _with(self, tensors: list[Any]) -> Any:
+        model = onnx.ModelProto()
+        model.CopyFrom(self.proto)
+        model.graph.initializer.extend(tensors)
+        return model
 
 
 class Graph:
@@ -93,8 +115,10 @@ class Graph:
 
     def weight(self, name: str, tensor: Tensor, owner: str = "") -> str:
         """A tensor of the model, kept as float32 in the file of its owner."""
-        full = self.weights.add(name, tensor.detach().cpu().float().contiguous().numpy(), owner)
-        self.used[full] = None
+        full = f"{owner}/{name}" if owner else name
+        if full not in self.used:
+            self.weights.add(full, tensor.detach().cpu().float().contiguous().numpy(), owner)
+            self.used[full] = None
         return full
 
     def constant(self, value: Any, dtype: type = np.int64) -> str:
@@ -116,25 +140,15 @@ class Graph:
             self.nodes.append(helper.make_node(kind, list(inputs), self._known[key], name=name, **attributes))
         return self._known[key][0] if outputs == 1 else self._known[key]
 
-    def model(self, metadata: Mapping[str, str], places: Mapping[str, tuple[str, int, int]] | None = None) -> Any:
-        """The graph as ONNX.
-
-        Args:
-            places: where its weights lie, as `Weights.write` returned them; None puts them into the graph.
-        """
-        tensors = [numpy_helper.from_array(array, name) for name, array in self._constants.values()]
-        for name in self.used:
-            array = self.weights.arrays[name]
-            inside = places is None
-            tensors.append(numpy_helper.from_array(array, name) if inside else external(name, array, places[name]))
-        graph = helper.make_graph(self.nodes, "moe_bsr", self.inputs, self.outputs, tensors)
+    def finish(self) -> Model:
+        constants = [numpy_helper.from_array(array, name) for name, array in self._constants.values()]
+        graph = helper.make_graph(self.nodes, "moe_bsr", self.inputs, self.outputs, constants)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
         model.producer_name = "moe_bsr"
-        helper.set_model_props(model, dict(metadata))
-        return model
+        return Model(model, list(self.used), self.weights)
 
 
-def external(name: str, array: np.ndarray, place: tuple[str, int, int]) -> Any:
+def _external(name: str, array: np.ndarray, place: tuple[str, int, int]) -> Any:
     """A tensor that lies in a file beside the graph."""
     file, offset, length = place
     tensor = TensorProto(
@@ -146,8 +160,3 @@ def external(name: str, array: np.ndarray, place: tuple[str, int, int]) -> Any:
     for key, value in (("location", file), ("offset", offset), ("length", length)):
         tensor.external_data.add(key=key, value=str(value))
     return tensor
-
-
-def save(model: Any, path: Path) -> None:
-    """Write a graph; its weights lie elsewhere already."""
-    onnx.save(model, path)

@@ -7,7 +7,6 @@ for itself, everything but the experts' own two products is done once a layer.
     T tokens, D width, E experts, K chosen of a token, R = T K rows grouped by expert
 """
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -42,7 +41,9 @@ def affine(router: nn.Module, width: int, task: str) -> tuple[Tensor, Tensor]:
     weight = (router(torch.eye(width), task) - bias).t()
     probe = torch.linspace(-2, 2, 3 * width).view(3, width)
     if not torch.allclose(router(probe, task), probe @ weight.t() + bias, rtol=1e-3, atol=1e-4):
-        raise ConfigError(f"moe.router: a {type(router).__name__} is not linear in the token, and has no ONNX form here")
+        raise ConfigError(
+            f"moe.router: a {type(router).__name__} is not linear in the token, and has no ONNX form here"
+        )
     return weight, bias
 
 
@@ -73,7 +74,7 @@ def _experts(g: Graph, experts: Experts, flat: str, chosen: str, names: Names, i
     rows = g.op("Gather", flat, token_of_row, axis=0)
     lengths = g.op("ReduceSum", marks, g.constant([0]), keepdims=0)
     pieces = g.op("Split", rows, lengths, axis=0, outputs=count) if count > 1 else [rows]
-    y = [_expert(g, experts, place, piece, names / str(i)) for place, (i, piece) in enumerate(zip(ids, pieces))]
+    y = [_expert(g, experts, place, piece, names / str(ids[place])) for place, piece in enumerate(pieces)]
     # The row of an assignment: how many assignments come before it, counted in the order of `positions`.
     counted = g.op("CumSum", g.op("Reshape", by_expert, g.constant([-1])), g.constant(0), exclusive=1)
     row_of = g.op("Transpose", g.op("Reshape", counted, g.op("Shape", by_expert)), perm=[1, 0])

@@ -59,7 +59,7 @@ class Stream:
 def write(g: Graph, part: Part, images: str) -> str:
     """(B, 3, S, S) normalized images -> logits (B, classes) of the part's task."""
     model, vit = part.model, part.model.vit
-    stream = _embed(g, vit, images, Names(owner=part.owner(-1)))
+    stream = _embed(g, vit, images, Names(owner=part.owner(0)))
     read = []
     for index in range(len(model.plan)):
         stream = _block(g, part, index, stream)
