@@ -21,7 +21,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 
@@ -131,16 +130,18 @@ def _fill(
     models, config, place = _graphs(run, parts), _config(run, parts), stage / "float32"
     _store(place, models, config)
     found, expected = _prove(run, parts, place, images, on_step)
-    drawn = _drawn(run, place)
+    together = Bundle(place, threads=run.runtime.threads)
+    drawn = together.normalize(on_device.check_images(run.transforms.size))
     check = {task: parity.reference(part.model, torch.from_numpy(drawn), task) for task, part in parts.items()}
-    for task, logits in Bundle(place, threads=run.runtime.threads).logits(drawn).items():
-        parity.prove(check[task], logits, f"{config['all_tasks']}, {task}")
+    answers = together.logits(drawn)
+    for task in parts:
+        parity.prove(check[task], answers[task], f"{config['all_tasks'] or 'the graph'}, {task}")
     if quantize:
         on_step("rounding weights to int8")
         place, config["precision"] = stage / "int8", "int8"
         _store(place, int8.quantized(models), config)
         _compare_rounded(run, place, expected, found, images)
-    answers = Bundle(place, threads=run.runtime.threads).logits(drawn)
+        answers = Bundle(place, threads=run.runtime.threads).logits(drawn)
     equal = min(on_device.compare(check[task], answers[task])["equal"] for task in parts)
     told = {
         "images": "validation images of the run",
@@ -193,11 +194,6 @@ def _compare_rounded(
         compared = on_device.compare(answers.logits, logits)
         found[task] |= parity.accuracy(logits, answers.labels, run.class_names[task])
         found[task] |= {"float32": before, "int8": {key: compared[key] for key in ("equal", "images", "difference")}}
-
-
-def _drawn(run: TrainedRun, place: Path) -> np.ndarray:
-    """The images of `predict.py` checks itself with, as the graphs' inputs."""
-    return Bundle(place, threads=run.runtime.threads).normalize(on_device.check_images(run.transforms.size))
 
 
 def _graphs(run: TrainedRun, parts: dict[str, Part]) -> dict[str, Model]:

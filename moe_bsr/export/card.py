@@ -41,7 +41,7 @@ def text(run: TrainedRun, config: dict[str, Any], result: dict[str, Any], place:
             "```",
             "",
             "Every graph takes `images`, normalized float32 (B, 3, S, S), any B, and gives logits (B, classes) under "
-            "the task's name. `config.json` has size, mean and std, `<task>.txt` the class names. Keep the `.data` files "
+            "the task's name. `config.json` has size, mean and std, `<task>.txt` the class names. Keep `.data` files "
             "beside the graphs: `weights.data` is shared, `<task>.data` belongs to a task. A device that needs one "
             "task needs that task's files and `weights.data`. OpenVINO reads the graphs as they are.",
             "",

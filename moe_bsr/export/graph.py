@@ -114,11 +114,14 @@ class Graph:
         self.outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
 
     def weight(self, name: str, tensor: Tensor, owner: str = "") -> str:
-        """A tensor of the model, kept as float32 in the file of its owner."""
+        """A tensor of the model, kept as float32 in the file of its owner.
+
+        Raises:
+            ValueError: it has other values than the one of this name before: see `Weights.add`.
+        """
         full = f"{owner}/{name}" if owner else name
-        if full not in self.used:
-            self.weights.add(full, tensor.detach().cpu().float().contiguous().numpy(), owner)
-            self.used[full] = None
+        self.weights.add(full, tensor.detach().cpu().float().contiguous().numpy(), owner)
+        self.used[full] = None
         return full
 
     def constant(self, value: Any, dtype: type = np.int64) -> str:

@@ -230,6 +230,11 @@ def measure(bundle: Bundle, repeats: int = 30) -> dict:
     return {"ms": float(np.median(wall[2:])), "cpu_ms": float(np.median(cpu[2:])), "memory_mb": memory_mb()}
 
 
+def harmless(text: object) -> str:
+    """A name that people gave, without anything that commands a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 def files_of(images: list[str]) -> list[Path]:
     """The files named, and those below the folders named."""
     files = []
@@ -288,14 +293,15 @@ def tell_names(bundle: Bundle, given: argparse.Namespace) -> int:
             with Image.open(file) as image:
                 names = bundle.predict(image, given.top)
         except Exception as error:  # Pillow's plug-ins raise nearly anything on damaged files
-            print(f"predict.py: {file}: not a readable image ({error})", file=sys.stderr)
+            print(f"predict.py: {harmless(file)}: not a readable image ({harmless(error)})", file=sys.stderr)
             unread += 1
             continue
         answers.append({"image": str(file), "tasks": names})
         if not given.json:
-            print(file)
+            print(harmless(file))
             for task, best in names.items():
-                print(f"  {task}  " + ", ".join(f"{n['name']} {100 * n['probability']:.0f} %" for n in best))
+                told = ", ".join(f"{harmless(n['name'])} {100 * n['probability']:.0f} %" for n in best)
+                print(f"  {harmless(task)}  {told}")
     if given.json:
         print(json.dumps(answers, indent=1))
     return 1 if unread else 0
