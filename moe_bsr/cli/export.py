@@ -43,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--device {arguments.device}: a run is exported on the CPU; leave it out")
     from moe_bsr.export.bundle import export
     from moe_bsr.runs.load import load
+    from moe_bsr.runtime.provenance import command, commit, environment
 
     trained = load(arguments.run, arguments.checkpoint, arguments.data_root, "cpu", arguments.weights, arguments.task)
     result = export(
@@ -54,7 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
         on_step=lambda text: say(text, error=True),
     )
     if arguments.json:
-        print(json.dumps(result, indent=1, allow_nan=False))
+        told = {"command": command(), "commit": commit(), "environment": environment(trained.runtime)}
+        print(json.dumps(told | result, indent=1, allow_nan=False))
     else:
         tell(result)
     return 0
