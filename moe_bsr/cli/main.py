@@ -26,6 +26,7 @@ COMMANDS = {
     "evaluate": "accuracy of a run, task by task",
     "predict": "name what is on images, for all tasks of a run at once",
     "reject": "learn to tell what belongs to none of a run's tasks; predict says it from then on",
+    "export": "write a run for a device: ONNX graphs, weights, labels, a model card, a program without torch",
     "views": "draw what a run does with experts and patches, and open TensorBoard on it",
     "compare": "set finished runs side by side",
     "cost": "memory and FLOPs of a configuration before anyone trains it",
@@ -46,10 +47,11 @@ COMMANDS = {
 }
 
 # Those that train or evaluate in this process: they need the C library's allocator set up first.
-COMPUTING = {"fit", "train", "probe", "lr", "drops", "evaluate", "reject", "views", "pretrain", "sweep-storages"}
+COMPUTING = {"fit", "train", "probe", "lr", "drops", "evaluate", "reject", "export", "views", "pretrain"}
+COMPUTING |= {"sweep-storages"}
 
 # Packages that only some commands need, and the extra that installs them.
-EXTRAS = {"matplotlib": "views", "scipy": "views", "onnx": "export", "onnxruntime": "export", "onnxscript": "export"}
+EXTRAS = {"matplotlib": "views", "scipy": "views", "onnx": "export", "onnxruntime": "export"}
 EXTRAS |= {"datasets": "huggingface"}
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130

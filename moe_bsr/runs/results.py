@@ -115,11 +115,21 @@ def _drops(result: dict[str, Any]) -> str:
     return f"{len(rows)} settings, {result['images']} images of {', '.join(own['val_top1'])}: {found}"
 
 
+def _export(result: dict[str, Any]) -> str:
+    tasks = result["tasks"].values()
+    parity = max(task["parity"]["difference"] / task["parity"]["tolerance"] for task in tasks)
+    return (
+        f"{len(tasks)} tasks, {result['bytes'] / 1e6:.1f} MB, {result['precision']}: mean validation top-1 "
+        f"{fmean(task['top1'] for task in tasks):.1f} %; float32 logits within {parity:.2f} of the tolerance"
+    )
+
+
 # title, the keys that tell a file of this kind, its figures
 KINDS: list[tuple[str, set[str], Callable[[dict[str, Any]], str]]] = [
     ("Trained runs", {"tasks", "mean_top1", "status"}, _run),
     ("Storages compared", {"top1", "seeds", "config"}, _storages),
     ("Dropping before training", {"settings", "own", "best"}, _drops),
+    ("Exports", {"bundle", "bytes", "precision"}, _export),
     ("Benchmarks", {"arguments", "groups", "targets"}, _benchmark),
     ("How cost grows", {"arguments", "scaling"}, _scaling),
     ("Predicted against measured cost", {"summary", "records", "within_tolerance"}, _sweep),

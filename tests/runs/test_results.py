@@ -53,8 +53,12 @@ def test_each_kind_is_told_by_its_keys(tmp_path):
     put(tmp_path, "c.json", {"summary": kept, "records": [1, 2], "within_tolerance": False, "command": ["x", "y"]})
     top1 = {"exact": {"t": [50.0, 52.0]}, "int8": {"t": [51.0, 52.0]}}
     put(tmp_path, "d.json", {"config": "c.yaml", "steps": 5, "seeds": [0, 1], "top1": top1})
+    export = {"bundle": "out", "bytes": 15_600_000, "precision": "float32"}
+    parity = {"difference": 2e-5, "tolerance": 1e-4}
+    put(tmp_path, "e.json", export | {"tasks": {"a": {"top1": 50.0, "parity": parity}}})
     text = readme(tmp_path)
     for words in (
+        "1 tasks, 15.6 MB, float32: mean validation top-1 50.0 %; float32 logits within 0.20 of the tolerance",
         "vit, batch 8: 2 cases, 1 of 1 targets reached; faster: 2.50 | some CPU",
         "batch (3 points)",
         "2 cases, not within tolerance; predicted against measured, at worst: kept 1.5 % | - | - | `x`<br>`y`",

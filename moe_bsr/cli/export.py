@@ -1,0 +1,106 @@
+"""Export a trained run for a device: ONNX graphs, shared weights, labels, a model card, and a program without torch.
+
+    moe-bsr export runs/quickstart
+    moe-bsr export runs/quickstart --task petals shapes --int8 --out petals-int8
+    moe-bsr export runs/quickstart --task petals --experts 8
+
+The folder is written only if its graphs compute what the run computes in float32, on validation images of the run.
+There, `python predict.py photo.jpg` needs numpy, Pillow and onnxruntime alone, and `--check` tells whether
+the device computes the same. --int8 and --experts cost accuracy: the table says how much.
+
+Exit status: 0 written, 2 refused.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from moe_bsr.cli import run_arguments
+from moe_bsr.cli.terminal import say
+
+OTHER_FORMATS = {"executorch": "executorch", "litert": "litert-torch"}  # and the package that lowers models to it
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    run_arguments.add_run(parser)
+    run_arguments.add_tasks(parser)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the folder to write (RUN/export)")
+    parser.add_argument("--int8", action="store_true", help="weights in int8: a third of the size, nearly as accurate")
+    help = "keep the N experts of each layer that a task uses most (all)"
+    parser.add_argument("--experts", type=run_arguments.at_least(1), metavar="N", help=help)
+    help = "validation images of each task to prove it on, at most (512)"
+    parser.add_argument("--images", type=run_arguments.at_least(1), default=512, metavar="N", help=help)
+    parser.add_argument("--data-root", metavar="DIR", help="where data lie (the run's data.root)")
+    parser.add_argument("--format", choices=("onnx", *OTHER_FORMATS), default="onnx", help="(onnx)")
+    parser.add_argument("--json", action="store_true", help="JSON instead of the table")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.format != "onnx":
+        raise ValueError(refusal(arguments.format))
+    if arguments.device not in (None, "cpu"):
+        raise ValueError(f"--device {arguments.device}: a run is exported on the CPU; leave it out")
+    from moe_bsr.export.bundle import export
+    from moe_bsr.runs.load import load
+    from moe_bsr.runtime.provenance import command, commit, environment
+
+    trained = load(arguments.run, arguments.checkpoint, arguments.data_root, "cpu", arguments.weights, arguments.task)
+    result = export(
+        trained,
+        arguments.out,
+        quantize=arguments.int8,
+        experts=arguments.experts,
+        images=arguments.images,
+        on_step=lambda text: say(text, error=True),
+    )
+    if arguments.json:
+        told = {"command": command(), "commit": commit(), "environment": environment(trained.runtime)}
+        print(json.dumps(told | result, indent=1, allow_nan=False))
+    else:
+        tell(result)
+    return 0
+
+
+def refusal(name: str) -> str:
+    """Why a format is not written, and what to do."""
+    return (
+        f"--format {name}: this version writes ONNX alone. To lower a model yourself: pip install "
+        f"{OTHER_FORMATS[name]}, and torch.export it under moe_bsr.ops.reference(), see docs/export.md"
+    )
+
+
+def tell(result: dict[str, Any]) -> None:
+    from moe_bsr.runtime.text_tables import as_text
+
+    say(as_text(rows(result)))
+    say()
+    size, whole = result["bytes"] / 1e6, result["whole_bytes"] / 1e6
+    less = f" ({whole:.1f} MB with all experts)" if result["whole_bytes"] > result["bytes"] else ""
+    say(f"{result['bundle']}: {size:.1f} MB{less}, {result['precision']}, step {result['step']} of {result['run']}")
+    say(f"try it: python {result['bundle']}/predict.py --check")
+
+
+def rows(result: dict[str, Any]) -> list[list[str]]:
+    """A line a task: accuracy beside that before weights were rounded or experts left out, and how equal it is."""
+    first = next(iter(result["tasks"].values()))
+    header = ["task", "images", "val top-1 %", "95 % interval"]
+    header += ["with all experts %"] if "whole" in first else []
+    header += ["float32 %"] if "int8" in first else []
+    table = [[*header, "equal predictions", "float32 difference", "allowed"]]
+    for task, told in result["tasks"].items():
+        compared = told.get("int8") or told.get("whole") or told["parity"]
+        table.append(
+            [
+                task,
+                str(told["n"]),
+                f"{told['top1']:.1f}",
+                f"{told['top1_low']:.1f} - {told['top1_high']:.1f}",
+                *([f"{told['whole']['top1']:.1f}"] if "whole" in told else []),
+                *([f"{told['float32']['top1']:.1f}"] if "int8" in told else []),
+                f"{compared['equal']} of {told['n']}",
+                f"{told['parity']['difference']:.1e}",
+                f"{told['parity']['tolerance']:.1e}",
+            ]
+        )
+    return table

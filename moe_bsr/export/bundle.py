@@ -1,0 +1,317 @@
+"""A trained run as a folder for a device, proven on validation images before it gets its name.
+
+    BUNDLE/
+      <task>.onnx       images -> logits of one task, complete
+      all_tasks.onnx    images -> logits of every task, in one call: what tasks share is computed once
+      weights.data      the tensors that tasks share, once; <task>.data: a task's own (its router and head)
+      <task>.txt        one class name a line
+      config.json, preprocessor_config.json, parity.json, README.md, predict.py
+
+Each graph stands alone, and none has weights in it. A trunk that ends in tokens, and a graph a task from there, would
+save the same work. But no part of it could be used alone, and each of several sessions would hold the shared blocks
+behind the trunk again, where one session of one graph holds them once.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from moe_bsr.config import ConfigError, require
+from moe_bsr.export import card, fewer_experts, int8, on_device, parity
+from moe_bsr.export.graph import SHARED_FILE, Graph, Model, Weights, data_file
+from moe_bsr.export.network import Part, write
+from moe_bsr.export.on_device import Bundle, sha256
+from moe_bsr.model.experts import Experts
+from moe_bsr.runs.load import TrainedRun
+from moe_bsr.runtime import files
+from moe_bsr.runtime.names import printable
+from moe_bsr.runtime.version import __version__
+
+ALL_TASKS = "all_tasks.onnx"
+FORMAT = 1  # of config.json
+USAGE_IMAGES = 256  # training images of a task, on which the use of experts is counted
+
+
+def export(
+    run: TrainedRun,
+    out: str | Path | None = None,
+    *,
+    quantize: bool = False,
+    experts: int | None = None,
+    images: int = 512,
+    on_step: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Write a run's tasks as a bundle.
+
+        run = moe_bsr.load("runs/mine", device="cpu")
+        export(run, "mine-on-device")
+
+    Args:
+        run: on the CPU; its models are in float32 afterwards.
+        out: the folder to write, which must not exist; `export` in the run's folder by default.
+        quantize: weights in int8.
+        experts: keep so many of each layer, those that a task uses most.
+        images: validation images of each task to prove it on, at most.
+        on_step: told what is being done.
+    Returns:
+        bundle, run, step, precision, bytes, whole_bytes (with all experts), files {name: bytes}, tasks {name: n, top1,
+        top1_low, top1_high, parity {difference, tolerance, equal, decided_otherwise, images}; with `quantize` float32
+        {top1, ...} and int8 {equal, ...}; with `experts` whole {top1, equal, ...}}.
+    Raises:
+        ConfigError: a folder that exists, a layer without an ONNX form, too few experts.
+        NotEqual: a graph that does not compute what the run does. Nothing is left behind by any of them.
+    """
+    out = Path(out) if out is not None else run.run / "export"
+    if os.path.lexists(out):
+        raise ConfigError(f"{out} exists; remove it, or name another folder")
+    _check_names(list(run.models))
+    run = dataclasses.replace(run, runtime=dataclasses.replace(run.runtime, precision="fp32"))
+    for model in {id(model): model for model in run.models.values()}.values():
+        model.float()  # a bf16 run keeps frozen matrices in 16 bits
+    with run.runtime.in_effect(), torch.inference_mode():
+        parts = _parts(run, experts, on_step)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        try:
+            place, result = _fill(run, parts, stage, quantize, images, on_step)
+            for file in place.iterdir():
+                files.sync(file)
+            place.rename(out)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+    return result | {"bundle": str(out)}
+
+
+def _check_names(tasks: list[str]) -> None:
+    """No task may be called as a file that every bundle has."""
+    taken = {Path(ALL_TASKS).stem, Path(SHARED_FILE).stem}
+    for task in tasks:
+        require(
+            task not in taken, "tasks", task, "another name: the bundle has a file of this one; rename its task file"
+        )
+
+
+def _parts(run: TrainedRun, experts: int | None, on_step: Callable[[str], None]) -> dict[str, Part]:
+    """What of which model each task is made of."""
+    models = list(run.models.values())
+    shared = None
+    if run.config.mode == "single_task":
+        alike = len({model.features_key() for model in models}) == 1
+        shared = models[0].path_start if alike and len(models) > 1 else 0
+    parts = {}
+    for task, model in run.models.items():
+        part = Part(model, task, shared)
+        if experts is not None:
+            on_step(f"{task}: counting the use of experts")
+            batches = (inputs for inputs, _ in parity.batches(run, task, "train", USAGE_IMAGES))
+            kept = fewer_experts.most_used(model, task, batches, experts)
+            part = Part(fewer_experts.reduced(model, task, kept), task, shared, kept)
+        parts[task] = part
+    return parts
+
+
+def _fill(
+    run: TrainedRun,
+    parts: dict[str, Part],
+    stage: Path,
+    quantize: bool,
+    images: int,
+    on_step: Callable[[str], None],
+) -> tuple[Path, dict[str, Any]]:
+    """Write and prove the bundle in a folder of `stage`; returns that folder, and what `export` does."""
+    models, config, place = _graphs(run, parts), _config(run, parts), stage / "float32"
+    _store(place, models, config)
+    found, expected = _prove(run, parts, place, images, on_step)
+    together = Bundle(place, threads=run.runtime.threads)
+    drawn = together.normalize(on_device.check_images(run.transforms.size))
+    check = {task: parity.reference(part.model, torch.from_numpy(drawn), task) for task, part in parts.items()}
+    answers = together.logits(drawn)
+    for task in parts:
+        parity.prove(check[task], answers[task], f"{config['all_tasks'] or 'the graph'}, {task}")
+    if quantize:
+        on_step("rounding weights to int8")
+        place, config["precision"] = stage / "int8", "int8"
+        _store(place, int8.quantized(models), config)
+        _compare_rounded(run, place, expected, found, images)
+        answers = Bundle(place, threads=run.runtime.threads).logits(drawn)
+    equal = min(on_device.compare(check[task], answers[task])["equal"] for task in parts)
+    told = {
+        "images": "validation images of the run",
+        "reference": "the run in float32",
+        "tasks": found,
+        "check": {
+            "images": "drawn by predict.py",
+            "logits": {task: logits.tolist() for task, logits in check.items()},
+            "least_equal": max(equal - 1, 0),  # in int8, where another processor may round otherwise
+        },
+    }
+    files.write_new(place / "parity.json", json.dumps(told, indent=1, allow_nan=False))
+    result = {"run": str(run.run), "step": run.step, "precision": config["precision"], "tasks": found}
+    for task, numbers in found.items():
+        config["tasks"][task]["val_top1"] = round(numbers["top1"], 2)
+    files.write_new(place / "README.md", card.text(run, config, result, place))
+    _write_config(place, config)
+    result["files"] = {file.name: file.stat().st_size for file in sorted(place.iterdir())}
+    result["bytes"] = sum(result["files"].values())
+    result["whole_bytes"] = result["bytes"] + _left_out(run, parts, config["precision"])
+    return place, result
+
+
+def _prove(
+    run: TrainedRun, parts: dict[str, Part], place: Path, images: int, on_step: Callable[[str], None]
+) -> tuple[dict[str, Any], dict[str, parity.Answers]]:
+    """Compare each task's graph with its model on validation images; returns the numbers and the model's answers."""
+    found, expected = {}, {}
+    for task, part in parts.items():
+        on_step(f"{task}: comparing with the run")
+        names = run.class_names[task]
+        answers = expected[task] = parity.of_model(run, part.model, task, images)
+        logits = parity.of_bundle(run, Bundle(place, [task], run.runtime.threads), task, images)
+        proof = parity.prove(answers.logits, logits, f"{task}.onnx")
+        found[task] = parity.accuracy(logits, answers.labels, names) | {"parity": proof}
+        if part.experts:
+            whole = parity.of_model(run, run.models[task], task, images).logits
+            equal = on_device.compare(whole, logits)["equal"]
+            found[task]["whole"] = parity.accuracy(whole, answers.labels, names) | {"equal": equal}
+    return found, expected
+
+
+def _compare_rounded(
+    run: TrainedRun, place: Path, expected: dict[str, parity.Answers], found: dict[str, Any], images: int
+) -> None:
+    """Put int8's accuracy in the place of float32's in `found`, that and equal predictions beside it."""
+    for task, answers in expected.items():
+        logits = parity.of_bundle(run, Bundle(place, [task], run.runtime.threads), task, images)
+        before = {key: found[task][key] for key in ("n", "top1", "top1_low", "top1_high")}
+        compared = on_device.compare(answers.logits, logits)
+        found[task] |= parity.accuracy(logits, answers.labels, run.class_names[task])
+        found[task] |= {"float32": before, "int8": {key: compared[key] for key in ("equal", "images", "difference")}}
+
+
+def _graphs(run: TrainedRun, parts: dict[str, Part]) -> dict[str, Model]:
+    """A graph of each task, and of several tasks one of all."""
+    weights, size = Weights(), run.transforms.size
+    groups = {f"{task}.onnx": [task] for task in parts}
+    if len(parts) > 1:
+        groups[ALL_TASKS] = list(parts)
+    models = {}
+    for file, tasks in groups.items():
+        graph = Graph(weights)
+        images = graph.input("images", ["batch", 3, size, size])
+        for task in tasks:
+            graph.output(write(graph, parts[task], images), task, ["batch", len(run.class_names[task])])
+        models[file] = graph.finish()
+    return models
+
+
+def _store(place: Path, models: dict[str, Model], config: dict[str, Any]) -> None:
+    """Write graphs, weights, labels, predict.py and a first config.json: what computes."""
+    place.mkdir()
+    weights = next(iter(models.values())).weights
+    places = weights.write(place)
+    hashes = {data_file(owner): sha256(place / data_file(owner)) for owner in set(weights.owners.values())}
+    for file, model in models.items():
+        used = sorted({places[name][0] for name in model.used})
+        outputs = [output.name for output in model.proto.graph.output]
+        metadata = {
+            "tasks": json.dumps({task: config["tasks"][task]["label_names"] for task in outputs}),
+            "images": json.dumps(config["pretrained_cfg"]),
+            "data_sha256": json.dumps({name: hashes[name] for name in used}),
+            "run_step": str(config["run_step"]),
+            "precision": config["precision"],
+        }
+        onnx.save(model.over(places, metadata), place / file)
+        config["data_files"][file] = used
+    for about in config["tasks"].values():
+        names = "\n".join(map(printable, about["label_names"]))
+        files.write_new(place / about["labels"], names + "\n")
+    files.write_new(place / "preprocessor_config.json", json.dumps(_preprocessor(config["pretrained_cfg"]), indent=1))
+    files.write_new(place / "predict.py", Path(on_device.__file__).read_bytes())
+    _write_config(place, config)
+
+
+def _write_config(place: Path, config: dict[str, Any]) -> None:
+    present = sorted(file for file in place.iterdir() if file.name != "config.json")
+    config["sha256"] = {file.name: sha256(file) for file in present}
+    files.write_whole(place / "config.json", json.dumps(config, indent=1, allow_nan=False))
+
+
+def _config(run: TrainedRun, parts: dict[str, Part]) -> dict[str, Any]:
+    """What the bundle is, in timm's words where it has them."""
+    vit, images = next(iter(parts.values())).model.vit, run.transforms
+    plan, tokens, moe = (dataclasses.asdict(getattr(run.config, section)) for section in ("plan", "tokens", "moe"))
+    return {
+        "library_name": "moe_bsr",
+        "library_version": __version__,
+        "bundle_format": FORMAT,
+        "precision": "float32",
+        "run_step": run.step,
+        "architecture": run.config.backbone.name,
+        "num_features": vit.num_features,
+        "global_pool": vit.global_pool,
+        "pretrained_cfg": {
+            "input_size": [3, images.size, images.size],
+            "interpolation": images.interpolation,
+            "crop_pct": images.crop_pct,
+            "crop_mode": images.crop_mode,
+            "resize": images.resize,
+            "mean": list(images.mean),
+            "std": list(images.std),
+        },
+        "plan": plan | {"tokens": tokens, "moe": moe},
+        "tasks": {
+            task: {
+                "num_classes": len(run.class_names[task]),
+                "label_names": run.class_names[task],
+                "graph": f"{task}.onnx",
+                "labels": f"{task}.txt",
+                **({"experts": part.experts} if part.experts else {}),
+            }
+            for task, part in parts.items()
+        },
+        "all_tasks": ALL_TASKS if len(parts) > 1 else None,
+        "data_files": {},
+    }
+
+
+def _preprocessor(images: dict[str, Any]) -> dict[str, Any]:
+    """How images become inputs, in transformers' words; it has none for `crop_mode: border`."""
+    size = images["input_size"][-1]
+    side = int(size / images["crop_pct"])
+    crops = images["resize"] != "squash" and images["crop_mode"] != "squash"
+    straight = {"height": side, "width": side} if images["resize"] != "squash" else {"height": size, "width": size}
+    return {
+        "image_processor_type": "CLIPImageProcessor" if crops else "ViTImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": side} if crops else straight,
+        "resample": {"bilinear": 2, "bicubic": 3}[images["interpolation"]],
+        "do_center_crop": images["resize"] != "squash",
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": images["mean"],
+        "image_std": images["std"],
+    }
+
+
+def _left_out(run: TrainedRun, parts: dict[str, Part], precision: str) -> int:
+    """Bytes of the experts that no task of the bundle has any more; in int8 without their scales."""
+    kept: dict[Experts, set[int]] = {}
+    for task, part in parts.items():
+        for index, ids in part.experts.items():
+            kept.setdefault(run.models[task].vit.blocks[index].mlp.experts, set()).update(ids)
+    each = 1 if precision == "int8" else 4
+    return sum(
+        each * sum(parameter[0].numel() * (len(parameter) - len(ids)) for parameter in experts.parameters())
+        for experts, ids in kept.items()
+    )

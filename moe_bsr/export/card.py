@@ -1,0 +1,150 @@
+"""The model card of a bundle: what it is, how good and how expensive, where it came from, how to run it."""
+
+from pathlib import Path
+from typing import Any
+
+from moe_bsr.export.on_device import Bundle, measure
+from moe_bsr.runs import report as reports
+from moe_bsr.runs.folder import read_config
+from moe_bsr.runs.load import TrainedRun
+from moe_bsr.runtime import cpu_features
+from moe_bsr.runtime.names import printable
+from moe_bsr.runtime.text_tables import as_markdown
+
+
+def text(run: TrainedRun, config: dict[str, Any], result: dict[str, Any], place: Path) -> str:
+    """README.md of the bundle at `place`, whose other files are there already."""
+    license, weights = _backbone(run)
+    name = printable(run.run.resolve().name)
+    return "\n".join(
+        [
+            "---",
+            "library_name: moe_bsr",
+            f"license: {license}",
+            "pipeline_tag: image-classification",
+            "tags: [image-classification, onnx, vision-transformer, multitask]",
+            "---",
+            "",
+            f"# {name}",
+            "",
+            f"A Vision Transformer ({config['architecture']}) for {len(config['tasks'])} image-classification task(s), "
+            f"trained and exported by moe_bsr {config['library_version']}: step {config['run_step']}, "
+            f"weights in {config['precision']}.",
+            "",
+            "## Run it",
+            "",
+            "```",
+            "pip install onnxruntime numpy pillow",
+            "python predict.py photo.jpg      # all tasks",
+            "python predict.py --check        # does this machine compute what was proven at export?",
+            "python predict.py --time         # milliseconds and memory on this machine",
+            "```",
+            "",
+            "Every graph takes `images`, normalized float32 (B, 3, S, S), any B, and gives logits (B, classes) under "
+            "the task's name. `config.json` has size, mean and std, `<task>.txt` the class names. Keep `.data` files "
+            "beside the graphs: `weights.data` is shared, `<task>.data` belongs to a task. A device that needs one "
+            "task needs that task's files and `weights.data`. OpenVINO reads the graphs as they are.",
+            "",
+            "## Accuracy",
+            "",
+            *_accuracy(run, result),
+            "",
+            "## Equal to the run",
+            "",
+            *_parity(result),
+            "",
+            "## Cost",
+            "",
+            *_cost(run, place),
+            "",
+            "## Where it comes from",
+            "",
+            f"* Backbone: {config['architecture']}, {weights}",
+            *(f"* {task}: {_data(run, task)}" for task in config["tasks"]),
+            "",
+            "Whether the licenses of images and weights allow your use is for you to see.",
+            "",
+        ]
+    )
+
+
+def _backbone(run: TrainedRun) -> tuple[str, str]:
+    """A license identifier, and where the pretrained weights came from, in words."""
+    weights = read_config(run.run)[0].backbone.weights  # as the run had it; loading may have changed the copy
+    if weights == "bundled":
+        return "mit", "the weights that come with moe_bsr (trained on drawn images; MIT)"
+    if weights == "random":
+        return "unknown", "from random weights"
+    known = getattr(next(iter(run.models.values())).vit, "pretrained_cfg", None) or {}
+    if weights == "hub":
+        license = known.get("license") or "unknown"
+        return license, f"timm's pretrained weights ({known.get('hf_hub_id') or 'hub'}; license: {license})"
+    return "unknown", f"weights of a file, {printable(Path(weights).name)}; their license is not known here"
+
+
+def _data(run: TrainedRun, task: str) -> str:
+    spec = run.recorded[task].get("spec", {})
+    home = f", {spec['homepage']}" if spec.get("homepage") else ""
+    return printable(f"{spec.get('title', task)}{home}; license of the images: {spec.get('license') or 'not stated'}")
+
+
+def _accuracy(run: TrainedRun, result: dict[str, Any]) -> list[str]:
+    rows = [["task", "classes", "top-1 %, validation", "95 % interval", "images"]]
+    for task, told in result["tasks"].items():
+        interval = f"{told['top1_low']:.1f} - {told['top1_high']:.1f}"
+        rows.append([task, str(len(run.class_names[task])), f"{told['top1']:.1f}", interval, str(told["n"])])
+    lines = [
+        "Of these graphs, on validation images of the run. The run's checkpoint was chosen by validation accuracy, so "
+        "expect a little less on new images.",
+        "",
+        as_markdown(rows),
+    ]
+    report = reports.read(run.run)
+    scored = {} if report is None or report["split"] != "test" else report["tasks"]
+    of_this = {t: s for t, s in scored.items() if t in result["tasks"] and _is_of(run, s)}
+    if of_this:
+        tests = [f"{t} {s['top1']:.1f} ({s['top1_low']:.1f} - {s['top1_high']:.1f})" for t, s in of_this.items()]
+        lines += ["", f"The run itself, on its test split, before the export: {', '.join(tests)}."]
+    return lines
+
+
+def _is_of(run: TrainedRun, scores: dict[str, Any]) -> bool:
+    """Whether a report's scores are of the weights that were loaded; of several models the step cannot tell."""
+    return "top1" in scores and (run.config.mode == "single_task" or scores.get("scored_step") == run.step)
+
+
+def _parity(result: dict[str, Any]) -> list[str]:
+    worst = max(told["parity"]["difference"] / told["parity"]["tolerance"] for told in result["tasks"].values())
+    images = sum(told["parity"]["images"] for told in result["tasks"].values())
+    lines = [
+        f"On {images} validation images the float32 graphs' logits differ from the run's own by at most {worst:.2f} of "
+        "the tolerance, 1e-4 times the largest logit. `parity.json` has the numbers."
+    ]
+    for task, told in result["tasks"].items():
+        if "whole" in told:
+            whole, n = told["whole"], told["n"]
+            lines.append(
+                f"* {task}: experts were left out. With all of them {whole['top1']:.1f} %; {whole['equal']} of {n} "
+                "predictions are equal."
+            )
+        if "int8" in told:
+            lines.append(
+                f"* {task}: {told['int8']['equal']} of {told['int8']['images']} predictions of int8 are those of "
+                f"float32, whose top-1 is {told['float32']['top1']:.1f} %."
+            )
+    return lines
+
+
+def _cost(run: TrainedRun, place: Path) -> list[str]:
+    size = sum(file.stat().st_size for file in place.iterdir()) / 2**20
+    bundle = Bundle(place, threads=1)
+    told = measure(bundle, repeats=10)
+    each = [f"* {size:.1f} MB on disk."]
+    each.append(
+        f"* {told['cpu_ms']:.1f} ms of CPU an image for {len(bundle.tasks)} task(s) in one call, batch 1, one thread "
+        f"of {cpu_features.name()}. Measured at export, whatever else ran there."
+    )
+    report = reports.read(run.run)
+    if report is not None and report.get("gflops_per_image"):
+        each.append(f"* {report['gflops_per_image']:.2f} GFLOPs an image for one task.")
+    return each

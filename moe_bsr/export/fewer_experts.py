@@ -1,0 +1,67 @@
+"""A task's model with its most used experts alone: smaller, and less accurate.
+
+Used is what had the largest sum of gates over training images of the task. The router chooses among those left, as if
+there had never been others; nothing is trained again.
+"""
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe_bsr.config import require
+from moe_bsr.export.mixture import affine
+from moe_bsr.model.moe import MoE
+from moe_bsr.model.multitask import MultitaskViT
+
+
+class RouterOfSome(nn.Module):
+    """The rows of a router of one task that belong to some experts."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+
+    def forward(self, x: Tensor, task: str) -> Tensor:
+        return F.linear(x.float(), self.weight, self.bias)
+
+
+def moe_blocks(model: MultitaskViT) -> dict[int, MoE]:
+    return {index: block.mlp for index, block in enumerate(model.vit.blocks) if isinstance(block.mlp, MoE)}
+
+
+@torch.inference_mode()
+def most_used(model: MultitaskViT, task: str, images: Iterable[Tensor], count: int) -> dict[int, list[int]]:
+    """By block, the `count` experts with the largest sum of gates, ascending.
+
+    Args:
+        images: normalized batches (B, 3, S, S).
+    Raises:
+        ConfigError: fewer than each token chooses, more than there are, or a model without experts.
+    """
+    layers = moe_blocks(model)
+    require(bool(layers), "experts", count, "leave it out: this run has no experts")
+    least = max(moe.top_k for moe in layers.values())
+    most = min(len(moe.experts.fc1_weight) for moe in layers.values())
+    require(least <= count <= most, "experts", count, f"{least} (each token chooses so many) to {most} (there are)")
+    sums: dict[int, Tensor] = {}
+    for batch in images:
+        for index, routing in model(batch, task).routing.items():
+            sums[index] = sums.get(index, 0) + routing.importance
+    return {
+        index: sorted(total.argsort(descending=True, stable=True)[:count].tolist()) for index, total in sums.items()
+    }
+
+
+@torch.no_grad()
+def reduced(model: MultitaskViT, task: str, kept: dict[int, list[int]]) -> MultitaskViT:
+    """The model for one task with these experts; everything else is the model's own and not copied."""
+    smaller = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    for index, moe in moe_blocks(smaller).items():
+        weight, bias = affine(moe.router, model.vit.embed_dim, task)
+        moe.router = RouterOfSome(weight[kept[index]], bias[kept[index]])
+        for name, parameter in list(moe.experts.named_parameters(recurse=False)):
+            moe.experts.register_parameter(name, nn.Parameter(parameter[kept[index]]))
+    return smaller

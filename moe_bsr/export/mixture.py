@@ -1,0 +1,93 @@
+"""A mixture of experts as ONNX operators, without dropping a token and without computing an expert nobody chose.
+
+Assignments are sorted by expert (the nonzeros of the transposed choice), their tokens split into one piece an
+expert, of any length, and the outputs gathered back. Compared with a loop that finds and adds each expert's tokens
+for itself, everything but the experts' own two products is done once a layer.
+
+    T tokens, D width, E experts, K chosen of a token, R = T K rows grouped by expert
+"""
+
+import torch
+from torch import Tensor, nn
+
+from moe_bsr.config import ConfigError
+from moe_bsr.export.graph import Graph
+from moe_bsr.export.layers import Names, activation, product
+from moe_bsr.model.experts import Experts
+from moe_bsr.model.moe import MoE
+
+
+def mixture(g: Graph, moe: MoE, x: str, width: int, task: str, names: Names, experts: list[int]) -> str:
+    """(B, N, D) -> (B, N, D) with the router of a task.
+
+    Args:
+        experts: which of the run's experts these are: what their tensors are called by.
+    """
+    flat = g.op("Reshape", x, g.constant([-1, width]))
+    chosen, gates = _route(g, moe, flat, width, task, names)
+    y = _experts(g, moe.experts, flat, chosen, names / "experts", experts)
+    y = g.op("MatMul", g.op("Unsqueeze", gates, g.constant([1])), y)  # (T, 1, K) (T, K, D)
+    return g.op("Reshape", y, g.op("Shape", x))
+
+
+@torch.no_grad()
+def affine(router: nn.Module, width: int, task: str) -> tuple[Tensor, Tensor]:
+    """Weight (E, D) and bias (E,) of a router for one task, from its answers to nothing and to each single feature.
+
+    Raises:
+        ConfigError: the router is not linear in the token.
+    """
+    bias = router(torch.zeros(1, width), task)[0]
+    weight = (router(torch.eye(width), task) - bias).t()
+    probe = torch.linspace(-2, 2, 3 * width).view(3, width)
+    if not torch.allclose(router(probe, task), probe @ weight.t() + bias, rtol=1e-3, atol=1e-4):
+        raise ConfigError(
+            f"moe.router: a {type(router).__name__} is not linear in the token, and has no ONNX form here"
+        )
+    return weight, bias
+
+
+def _route(g: Graph, moe: MoE, flat: str, width: int, task: str, names: Names) -> tuple[str, str]:
+    """(T, D) tokens -> chosen experts (T, K) int64 and their gates (T, K)."""
+    weight, bias = affine(moe.router, width, task)
+    own = Names(names.prefix + "router.", task)
+    # Named, for int8 leaves routers as they are: a rounded one sends tokens elsewhere.
+    logits = g.op("MatMul", flat, own.weight(g, "weight", weight.t()), name=f"{task}/{names.prefix}router")
+    if bias.any():
+        logits = g.op("Add", logits, own.weight(g, "bias", bias))
+    best, chosen = g.op("TopK", logits, g.constant([moe.top_k]), axis=-1, outputs=2)
+    if moe.renormalize:  # softmax over all, divided by the sum of the chosen: softmax over the chosen
+        return chosen, g.op("Softmax", best, axis=-1)
+    return chosen, g.op("GatherElements", g.op("Softmax", logits, axis=-1), chosen, axis=1)
+
+
+def _experts(g: Graph, experts: Experts, flat: str, chosen: str, names: Names, ids: list[int]) -> str:
+    """What each token's chosen experts make of it: (T, D) and (T, K) -> (T, K, D)."""
+    if type(experts) is not Experts:
+        raise ConfigError(f"moe: experts of the kind {type(experts).__name__} have no ONNX form here")
+    count = len(ids)
+    marks = g.op("OneHot", chosen, g.constant(count), g.constant([0, 1]), axis=-1)
+    marks = g.op("ReduceSum", marks, g.constant([1]), keepdims=0)  # (T, E), 1 where chosen
+    by_expert = g.op("Transpose", marks, perm=[1, 0])
+    positions = g.op("NonZero", by_expert)  # (2, R), expert by expert
+    token_of_row = g.op("Gather", positions, g.constant(1), axis=0)
+    rows = g.op("Gather", flat, token_of_row, axis=0)
+    lengths = g.op("ReduceSum", marks, g.constant([0]), keepdims=0)
+    pieces = g.op("Split", rows, lengths, axis=0, outputs=count) if count > 1 else [rows]
+    y = [_expert(g, experts, place, piece, names / str(ids[place])) for place, piece in enumerate(pieces)]
+    # The row of an assignment: how many assignments come before it, counted in the order of `positions`.
+    counted = g.op("CumSum", g.op("Reshape", by_expert, g.constant([-1])), g.constant(0), exclusive=1)
+    row_of = g.op("Transpose", g.op("Reshape", counted, g.op("Shape", by_expert)), perm=[1, 0])
+    row_of = g.op("GatherElements", row_of, chosen, axis=1)
+    return g.op("Gather", g.op("Concat", *y, axis=0) if count > 1 else y[0], row_of, axis=0)
+
+
+def _expert(g: Graph, experts: Experts, place: int, x: str, names: Names) -> str:
+    """One expert on its rows, any number of them: (r, D) -> (r, D)."""
+
+    def of(parameter: Tensor | None) -> Tensor | None:
+        return None if parameter is None else parameter[place]
+
+    x = product(g, x, experts.fc1_weight[place], of(experts.fc1_bias), names / "fc1")
+    x = activation(g, experts.act, x, names / "act")
+    return product(g, x, experts.fc2_weight[place], of(experts.fc2_bias), names / "fc2")

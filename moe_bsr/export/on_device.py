@@ -1,0 +1,311 @@
+"""Name what is on images, for all tasks at once, with nothing but numpy, Pillow and onnxruntime.
+
+    python predict.py photo.jpg folder/          all tasks, one line each
+    python predict.py photo.jpg --task NAME      one task, or several
+    python predict.py --check                    does this machine compute what was proven at export?
+    python predict.py --time                     milliseconds an image and memory, on this machine
+
+It stands alone in the folder of a bundle, beside config.json, the graphs and their weights. Exit status: 0 all is
+well, 1 an image could not be read or the check failed, 2 refused. As a module it has `Bundle`:
+
+    names = Bundle(".").predict(Image.open("photo.jpg"))
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+SMALL_IMAGE_SIDE = 64  # square images up to this size are not cropped
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
+CHECK_IMAGES = 8
+
+
+class Refused(Exception):
+    """The message says all there is to say."""
+
+
+class Bundle:
+    """A folder that `moe-bsr export` wrote.
+
+    Args:
+        tasks: only these; all of the bundle by default. Of one task only its own graph is loaded.
+        threads: that compute; 0 leaves it to onnxruntime.
+    Raises:
+        Refused: a missing, damaged or foreign file, or an unknown task.
+    """
+
+    def __init__(self, folder: str | Path, tasks: list[str] | None = None, threads: int = 0) -> None:
+        self.folder = Path(folder)
+        self.config = self._json("config.json")
+        known = list(self.config["tasks"])
+        for task in tasks or []:
+            if task not in known:
+                raise Refused(f"no task {task!r}: this bundle has {', '.join(known)}")
+        self.tasks = list(dict.fromkeys(tasks or known))
+        self.labels = {task: self.config["tasks"][task]["label_names"] for task in self.tasks}
+        one = len(self.tasks) == 1
+        graph = self.config["tasks"][self.tasks[0]]["graph"] if one else self.config["all_tasks"]
+        self._require(graph)
+        for file in self.config["data_files"][graph]:
+            self._require(file)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        try:
+            self.session = onnxruntime.InferenceSession(
+                str(self.folder / graph), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            raise Refused(f"{self.folder / graph}: onnxruntime cannot load it: {error}") from None
+        data = json.loads(self.session.get_modelmeta().custom_metadata_map["data_sha256"])
+        if wrong := [file for file in data if data[file] != self.config["sha256"][file]]:
+            raise Refused(f"{self.folder / graph}: made for another {wrong[0]}; export the run again")
+        self._options = onnxruntime.RunOptions()
+        self._options.only_execute_path_to_fetches = True  # of tasks not asked for, nothing is computed
+
+    def logits(self, inputs: np.ndarray) -> dict[str, np.ndarray]:
+        """Normalized float32 images (B, 3, S, S) -> (B, classes) by task. The blocks that tasks share run once."""
+        return dict(zip(self.tasks, self.session.run(self.tasks, {"images": inputs}, self._options), strict=True))
+
+    def predict(self, image: Image.Image, top: int = 3) -> dict[str, list[dict]]:
+        """The most probable names of an image: {task: [{name, probability}, ...]}."""
+        answers = {}
+        for task, row in self.logits(self.normalize(self.pixels(image)[None])).items():
+            scores = row[0].astype(np.float64)
+            probabilities = np.exp(scores - scores.max())
+            probabilities /= probabilities.sum()
+            best = np.argsort(-probabilities, kind="stable")[:top]
+            answers[task] = [{"name": self.labels[task][i], "probability": float(probabilities[i])} for i in best]
+        return answers
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """Any image -> uint8 (3, S, S): upright, on white, resized and cropped as for training's evaluation."""
+        image = upright_rgb(image)
+        about = self.config["pretrained_cfg"]
+        size = about["input_size"][-1]
+        how = Image.Resampling.BICUBIC if about["interpolation"] == "bicubic" else Image.Resampling.BILINEAR
+        width, height = image.size
+        if about["resize"] == "squash" or height == width <= SMALL_IMAGE_SIDE:
+            return planes(image.resize((size, size), how))
+        side = math.floor(size / about["crop_pct"])
+        if about["crop_mode"] == "squash":
+            width = height = side
+        elif about["crop_mode"] == "border":
+            scale = max(width, height) / side
+            width, height = max(round(width / scale), 1), max(round(height / scale), 1)
+        elif height <= width:
+            width, height = int(side * width / height), side
+        else:
+            width, height = side, int(side * height / width)
+        image = image.resize((width, height), how)
+        if about["crop_mode"] == "border":
+            mean = tuple(round(255 * value) for value in about["mean"])
+            square = Image.new("RGB", (max(width, size), max(height, size)), mean)
+            square.paste(image, ((square.width - width) // 2, (square.height - height) // 2))
+            image = square
+        left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+        return planes(image.crop((left, top, left + size, top + size)))
+
+    def normalize(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 (B, 3, S, S) -> the graph's inputs."""
+        about = self.config["pretrained_cfg"]
+        mean, std = (np.array(about[key], np.float32).reshape(3, 1, 1) * np.float32(255) for key in ("mean", "std"))
+        return (pixels.astype(np.float32) - mean) / std
+
+    def check(self) -> dict:
+        """Compare this machine's answers to drawn images with those of the run that was exported.
+
+        Returns:
+            ok, and by task: difference, tolerance, equal (of the images' first names), images.
+        """
+        about, size = self._json("parity.json"), self.config["pretrained_cfg"]["input_size"][-1]
+        found = self.logits(self.normalize(check_images(size)))
+        report = {"ok": True, "tasks": {}}
+        for task in self.tasks:
+            told = compare(np.array(about["check"]["logits"][task], np.float32), found[task])
+            if self.config["precision"] == "float32":
+                told["ok"] = told["difference"] <= told["tolerance"] and not told["decided_otherwise"]
+            else:  # rounding differs between processors, and a rounded router may send a token elsewhere
+                told["ok"] = told["equal"] >= about["check"]["least_equal"]
+            report["tasks"][task] = told
+            report["ok"] = report["ok"] and told["ok"]
+        return report
+
+    def _json(self, name: str) -> dict:
+        try:
+            return json.loads((self.folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise Refused(f"{self.folder / name}: cannot be read ({error}); is this the folder of a bundle?") from None
+
+    def _require(self, name: str) -> None:
+        """The file must be the one that was exported."""
+        path = self.folder / name
+        if not path.is_file():
+            raise Refused(f"{path}: missing; copy the whole bundle")
+        if sha256(path) != self.config["sha256"][name]:
+            raise Refused(f"{path}: damaged, or of another export (its sha256 is not the one in config.json)")
+
+
+def compare(expected: np.ndarray, found: np.ndarray) -> dict:
+    """How two arrays of logits (B, C) differ.
+
+    Returns:
+        difference: the largest. tolerance: 1e-4 times the largest logit, or 1e-4 if that is below 1. equal: how many
+        images have the same first class. decided_otherwise: those that have not, though the first class of `expected`
+        leads by more than the tolerance. images: B.
+    """
+    tolerance = 1e-4 * max(1.0, float(np.abs(expected).max()))
+    first, other = expected.argmax(1), found.argmax(1)
+    ordered = np.sort(expected, 1)
+    clear = ordered[:, -1] - ordered[:, -2] > tolerance
+    return {
+        "difference": float(np.abs(expected - found).max()),
+        "tolerance": tolerance,
+        "equal": int((first == other).sum()),
+        "decided_otherwise": int((clear & (first != other)).sum()),
+        "images": len(expected),
+    }
+
+
+def check_images(size: int) -> np.ndarray:
+    """Drawn images, the same on every machine: uint8 (8, 3, S, S). A bundle holds no photo of anybody."""
+    y, x = np.mgrid[:size, :size].astype(np.int64) * 224 // size
+    images = []
+    for k in range(CHECK_IMAGES):
+        bands = [(3 + k) * x + (11 - k) * y, (7 * k + 1) * y - 2 * x, x * y // (40 + 9 * k)]
+        images.append([np.abs((band * (1 + k % 3) + 60 * c) % 511 - 255) for c, band in enumerate(bands)])
+    return np.array(images).astype(np.uint8)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """As a viewer would show it: turned as its EXIF says, transparent parts on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        raise Refused("its pixels have more than 8 bits: convert it to 8")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def planes(image: Image.Image) -> np.ndarray:
+    return np.asarray(image, np.uint8).transpose(2, 0, 1)
+
+
+def sha256(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as stream:
+        while part := stream.read(2**20):
+            found.update(part)
+    return found.hexdigest()
+
+
+def memory_mb() -> float | None:
+    """Resident memory of this process in MB (2^20 bytes), where the system tells it."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS:")), None)
+
+
+def measure(bundle: Bundle, repeats: int = 30) -> dict:
+    """Median milliseconds of one image, wall clock and of all threads together, and memory afterwards."""
+    inputs = bundle.normalize(check_images(bundle.config["pretrained_cfg"]["input_size"][-1])[:1])
+    wall, cpu = [], []
+    for _ in range(repeats + 2):
+        start = time.perf_counter(), time.process_time()
+        bundle.logits(inputs)
+        wall.append(1000 * (time.perf_counter() - start[0]))
+        cpu.append(1000 * (time.process_time() - start[1]))
+    return {"ms": float(np.median(wall[2:])), "cpu_ms": float(np.median(cpu[2:])), "memory_mb": memory_mb()}
+
+
+def harmless(text: object) -> str:
+    """A name that people gave, without anything that commands a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def files_of(images: list[str]) -> list[Path]:
+    """The files named, and those below the folders named."""
+    files = []
+    for name in map(Path, images):
+        below = sorted(each for each in name.rglob("*") if each.suffix.lower() in PICTURES) if name.is_dir() else [name]
+        if not below:
+            raise Refused(f"{name}: no images below it")
+        files += below
+    return files
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", metavar="IMAGE", nargs="*", help="image file, or a folder of them")
+    parser.add_argument("--task", nargs="+", action="extend", metavar="NAME", help="only these (all)")
+    parser.add_argument("--top", type=int, default=3, metavar="N", help="names per task (3)")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="that compute (as onnxruntime chooses)")
+    parser.add_argument("--json", action="store_true", help="JSON on stdout instead of text")
+    parser.add_argument("--check", action="store_true", help="compare this machine with the exported run")
+    parser.add_argument("--time", action="store_true", help="milliseconds an image and memory")
+    given = parser.parse_intermixed_args(arguments)
+    try:
+        if not (given.images or given.check or given.time):
+            raise Refused("name an image or a folder; --check and --time need none")
+        bundle = Bundle(Path(__file__).resolve().parent, given.task, given.threads)
+        if given.check:
+            return tell_check(bundle.check(), given.json)
+        if given.time:
+            told = measure(bundle)
+            text = f"{told['ms']:.1f} ms an image ({told['cpu_ms']:.1f} of CPU), {', '.join(bundle.tasks)}"
+            memory = "" if told["memory_mb"] is None else f"; the process takes {told['memory_mb']:.0f} MB"
+            print(json.dumps(told) if given.json else text + memory)
+            return 0
+        return tell_names(bundle, given)
+    except Refused as error:
+        print(f"predict.py: {error}", file=sys.stderr)
+        return 2
+
+
+def tell_check(report: dict, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(report, indent=1))
+    else:
+        for task, told in report["tasks"].items():
+            print(
+                f"{task}: {'ok' if told['ok'] else 'NOT what was exported'}: logits differ by {told['difference']:.1e} "
+                f"(float32 allows {told['tolerance']:.1e}), {told['equal']} of {told['images']} first names equal"
+            )
+    return 0 if report["ok"] else 1
+
+
+def tell_names(bundle: Bundle, given: argparse.Namespace) -> int:
+    answers, unread = [], 0
+    for file in files_of(given.images):
+        try:
+            with Image.open(file) as image:
+                names = bundle.predict(image, given.top)
+        except Exception as error:  # Pillow's plug-ins raise nearly anything on damaged files
+            print(f"predict.py: {harmless(file)}: not a readable image ({harmless(error)})", file=sys.stderr)
+            unread += 1
+            continue
+        answers.append({"image": str(file), "tasks": names})
+        if not given.json:
+            print(harmless(file))
+            for task, best in names.items():
+                told = ", ".join(f"{harmless(n['name'])} {100 * n['probability']:.0f} %" for n in best)
+                print(f"  {harmless(task)}  {told}")
+    if given.json:
+        print(json.dumps(answers, indent=1))
+    return 1 if unread else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""moe-bsr export as a person and a script meet it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_runs import TASKS, make_config
+
+import moe_bsr
+from moe_bsr.cli.export import tell
+from moe_bsr.cli.main import main
+
+pytest.importorskip("onnx", reason="the extra export")
+pytest.importorskip("onnxruntime", reason="the extra export")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, bare) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    moe_bsr.train(make_config(folder, train__steps=4), folder / "run", callbacks=[])
+    return folder / "run"
+
+
+def test_json_is_all_that_is_on_stdout_and_the_table_tells_the_same(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = ["--out", str(out), "--int8", "--experts", "2", "--images", "5", "--json"]
+    assert main(["export", str(run), *options]) == 0
+    told = capsys.readouterr()
+    report = json.loads(told.out)
+    assert report["bundle"] == str(out) and "fractals: comparing with the run" in told.err
+    assert all(report["tasks"][task]["n"] == 5 for task in TASKS)
+    tell(report)
+    text = capsys.readouterr().out
+    assert all(f"\n{task} " in "\n" + text for task in TASKS) and f"{out}/predict.py --check" in text
+    assert "with all experts %" in text and "float32 %" in text and "int8, step 4" in text
+
+
+def test_tasks_are_chosen_by_name(run, capsys):
+    assert main(["export", str(run), "--task", "shape"]) == 2
+    assert "did you mean shapes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "package"), [("executorch", "executorch"), ("litert", "litert-torch")])
+def test_other_formats_are_refused_by_name_with_what_to_install(run, capsys, name, package):
+    assert main(["export", str(run), "--format", name]) == 2
+    told = capsys.readouterr().err
+    assert f"--format {name}: this version writes ONNX alone" in told and f"pip install {package}" in told
+
+
+def test_another_device_is_refused(run, capsys):
+    assert main(["export", str(run), "--device", "cuda"]) == 2
+    assert "--device cuda: a run is exported on the CPU" in capsys.readouterr().err

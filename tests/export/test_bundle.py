@@ -1,0 +1,294 @@
+"""A bundle holds what a device needs, computes what the run does, and refuses what is damaged or foreign."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_data import picture
+from tiny_names import AWKWARD
+from tiny_runs import TASKS, make_config
+
+import moe_bsr
+from moe_bsr.config import ConfigError
+
+onnx = pytest.importorskip("onnx", reason="the extra export")
+pytest.importorskip("onnxruntime", reason="the extra export")
+
+from moe_bsr.export import bundle as bundles  # noqa: E402
+from moe_bsr.export import parity  # noqa: E402
+from moe_bsr.export.bundle import export  # noqa: E402
+from moe_bsr.export.on_device import Bundle, Refused, check_images, sha256  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("bare")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run that computed in bf16, so that its frozen matrices are kept in 16 bits."""
+    folder = tmp_path_factory.mktemp("run")
+    config = make_config(folder, runtime__precision="bf16", train__steps=8, plan__train_blocks=[3, 5])
+    moe_bsr.train(config, folder / "run", callbacks=[])
+    return folder / "run"
+
+
+def loaded(run: Path, **options):
+    return moe_bsr.load(run, device="cpu", **options)
+
+
+@pytest.fixture(scope="module")
+def result(run) -> dict:
+    return export(loaded(run))
+
+
+@pytest.fixture(scope="module")
+def folder(result) -> Path:
+    return Path(result["bundle"])
+
+
+@pytest.fixture
+def copied(folder, tmp_path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copied"))
+
+
+def answers_of_run(trained, task: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images of the validation split as inputs, and the model's logits in float32."""
+    inputs = torch.cat([inputs for inputs, _ in parity.batches(trained, task, "val", 100)])
+    model = trained.models[task].float()
+    with torch.no_grad():
+        return inputs.numpy(), model(inputs, task).logits.numpy()
+
+
+def test_graphs_answer_as_the_run_does_in_float32_alone_and_together(run, folder, result):
+    trained = loaded(run)
+    together = Bundle(folder)
+    for task in TASKS:
+        inputs, expected = answers_of_run(trained, task)
+        for found in (Bundle(folder, [task]).logits(inputs)[task], together.logits(inputs)[task]):
+            assert np.abs(found - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
+        told = result["tasks"][task]
+        assert told["n"] == told["parity"]["images"] == len(expected) == told["parity"]["equal"]
+        labels = trained.data(task).val.labels
+        assert told["top1"] == pytest.approx(100 * (expected.argmax(1) == labels).mean())
+        assert told["top1_low"] <= told["top1"] <= told["top1_high"]
+
+
+def test_a_bundle_holds_these_files_and_says_what_they_are(run, folder, result):
+    assert folder == run / "export" and not list(run.glob(".export*"))
+    of_tasks = {f"{task}.{end}" for task in TASKS for end in ("onnx", "data", "txt")}
+    others = {"all_tasks.onnx", "weights.data", "config.json", "preprocessor_config.json", "parity.json"}
+    assert {file.name for file in folder.iterdir()} == of_tasks | others | {"README.md", "predict.py"}
+    assert result["files"] == {file.name: file.stat().st_size for file in folder.iterdir()}
+    assert result["bytes"] == result["whole_bytes"] == sum(result["files"].values())
+    config = json.loads((folder / "config.json").read_text())
+    assert config["sha256"] == {file.name: sha256(file) for file in folder.iterdir() if file.name != "config.json"}
+    assert config["architecture"] == "test_vit" and config["pretrained_cfg"]["input_size"] == [3, 32, 32]
+    names = loaded(run).class_names
+    for task, (classes, _) in TASKS.items():
+        about = config["tasks"][task]
+        assert about["num_classes"] == classes and about["label_names"] == names[task]
+        assert (folder / about["labels"]).read_text().splitlines() == names[task]
+        model = onnx.load(folder / about["graph"], load_external_data=False)
+        metadata = {entry.key: entry.value for entry in model.metadata_props}
+        hashes = {name: config["sha256"][name] for name in (f"{task}.data", "weights.data")}
+        assert json.loads(metadata["data_sha256"]) == hashes and json.loads(metadata["tasks"]) == {task: names[task]}
+        assert max(len(tensor.raw_data) for tensor in model.graph.initializer) < 100  # shapes: no weights within
+
+
+def test_what_tasks_share_does_not_depend_on_the_tasks(run, folder, tmp_path):
+    """The device that has one task already needs two small files more, and no new weights.data."""
+    alone = Path(export(loaded(run, tasks=["fractals"]), tmp_path / "alone")["bundle"])
+    for name in ("weights.data", "fractals.data", "fractals.onnx", "fractals.txt"):
+        assert (alone / name).read_bytes() == (folder / name).read_bytes(), name
+    assert not (alone / "all_tasks.onnx").exists()
+    assert Bundle(alone).check()["ok"]
+
+
+def test_the_card_states_accuracy_cost_licenses_and_how_to_run(folder, result):
+    text = (folder / "README.md").read_text()
+    for task in TASKS:
+        assert f"| {task} | {TASKS[task][0]} | {result['tasks'][task]['top1']:.1f} |" in text
+        assert f"* {task}: {task}; license of the images: none" in text
+    for words in (
+        "95 % interval",
+        "on its test split",
+        "MB on disk",
+        "ms of CPU an image",
+        "python predict.py --check",
+    ):
+        assert words in text, words
+
+
+@pytest.mark.parametrize("name", ["weights.data", "shapes.data", "shapes.onnx"])
+def test_a_damaged_or_missing_file_is_refused_by_name(copied, name):
+    content = bytearray((copied / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copied / name).write_bytes(content)
+    with pytest.raises(Refused, match=f"{name}: damaged, or of another export"):
+        Bundle(copied, ["shapes"])
+    (copied / name).unlink()
+    with pytest.raises(Refused, match=f"{name}: missing"):
+        Bundle(copied, ["shapes"])
+
+
+def test_a_graph_over_the_weights_of_another_run_is_refused(copied):
+    """Even where config.json was made to fit."""
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "weights.data").write_bytes((copied / "weights.data").read_bytes()[::-1])
+    config["sha256"]["weights.data"] = sha256(copied / "weights.data")
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Refused, match="shapes.onnx: made for another weights.data"):
+        Bundle(copied, ["shapes"])
+
+
+def test_the_check_fails_where_a_device_computes_something_else(copied, monkeypatch):
+    bundle = Bundle(copied)
+    assert bundle.check()["ok"]
+    whole = bundle.logits
+    monkeypatch.setattr(bundle, "logits", lambda inputs: {t: y + 0.01 * y[:, :1] for t, y in whole(inputs).items()})
+    report = bundle.check()
+    assert not report["ok"] and all(told["equal"] == 8 for told in report["tasks"].values())
+
+
+def test_predict_runs_alone_and_names_what_the_run_names(run, copied, tmp_path):
+    """In a fresh interpreter in which torch, timm and this package cannot be imported."""
+    picture(3, (50, 40)).save(tmp_path / "a.png")
+    Image.fromarray(np.random.default_rng(5).integers(0, 256, (32, 32, 4), np.uint8)).save(tmp_path / "b.png")
+    (tmp_path / "c.jpg").write_bytes(b"no image")
+    block = "import sys; sys.modules.update(dict.fromkeys(['torch', 'timm', 'torchvision', 'moe_bsr', 'onnx']));"
+    program = str(copied / "predict.py")
+    start = f"{block} import runpy; sys.argv[0] = 'predict.py'; runpy.run_path({program!r}, run_name='__main__')"
+    call = [sys.executable, "-I", "-c", start, str(tmp_path), "--json", "--top", "12"]
+    done = subprocess.run(call, capture_output=True, text=True, check=False, cwd="/")
+    assert done.returncode == 1 and "c.jpg: not a readable image" in done.stderr, done.stderr
+    found = [each for each in json.loads(done.stdout) if "copied" not in each["image"]]
+    trained = loaded(run)
+    for model in trained.models.values():
+        model.float()
+    trained.runtime = type(trained.runtime)(trained.runtime.device, "fp32", 1, "")
+    expected = trained.predict([tmp_path / "a.png", tmp_path / "b.png"], top=12)["images"]
+    assert [each["image"] for each in found] == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+    for mine, theirs in zip(found, expected, strict=True):
+        for task in TASKS:
+            of_run = {answer["name"]: answer["probability"] for answer in theirs["tasks"][task]}
+            of_bundle = {answer["name"]: answer["probability"] for answer in mine["tasks"][task]}
+            assert of_bundle == pytest.approx(of_run, abs=0.01)  # Pillow resizes: pixels differ by 1 or 2 of 255
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"crop_mode": "border"}, {"crop_mode": "squash"}, {"resize": "squash"}], ids=str
+)
+@pytest.mark.parametrize("size", [(90, 70), (70, 90), (80, 80), (40, 40), (20, 33)], ids=str)
+def test_pixels_are_those_of_an_evaluation(folder, options, size):
+    from moe_bsr.data import ImageTransforms
+
+    bundle = Bundle(folder, ["shapes"])
+    about = bundle.config["pretrained_cfg"]
+    about.update({"crop_pct": 0.875, "resize": "timm"} | options)
+    fields = {key: about[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode", "resize")}
+    image = picture(1, size)
+    expected = ImageTransforms(size=32, **fields).eval_image(image).numpy()
+    apart = np.abs(bundle.pixels(image).astype(int) - expected)  # Pillow's and torch's kernels round otherwise
+    assert apart.mean() < 0.5 and np.quantile(apart, 0.95) <= 2
+    assert np.array_equal(bundle.normalize(expected[None])[0], _normalized(fields, expected))
+
+
+def _normalized(fields: dict, pixels: np.ndarray) -> np.ndarray:
+    from moe_bsr.data import ImageTransforms
+
+    return ImageTransforms(size=32, **fields).normalize(torch.from_numpy(pixels)[None])[0].numpy()
+
+
+def test_int8_is_smaller_and_says_what_it_costs(run, folder, result, tmp_path):
+    told = export(loaded(run), tmp_path / "int8", quantize=True)
+    assert told["precision"] == "int8" and told["files"]["weights.data"] < 0.5 * result["files"]["weights.data"]
+    for task in TASKS:
+        numbers = told["tasks"][task]
+        assert numbers["float32"] == {key: result["tasks"][task][key] for key in numbers["float32"]}
+        assert 0.9 * numbers["n"] - 1 <= numbers["int8"]["equal"] <= numbers["n"]
+        # Routers and heads are not rounded: each task's own file is as it was.
+        assert (tmp_path / "int8" / f"{task}.data").read_bytes() == (folder / f"{task}.data").read_bytes()
+    model = onnx.load(tmp_path / "int8" / "shapes.onnx", load_external_data=False)
+    assert max(len(tensor.raw_data) for tensor in model.graph.initializer) < 100
+    assert Bundle(tmp_path / "int8").check()["ok"]
+
+
+def test_fewer_experts_are_the_most_used_ones_and_computed_exactly(run, result, tmp_path):
+    trained = loaded(run)
+    told = export(trained, tmp_path / "two", experts=2)
+    assert told["bytes"] <= told["whole_bytes"] == pytest.approx(result["bytes"], rel=0.05)
+    config = json.loads((tmp_path / "two" / "config.json").read_text())
+    for task in TASKS:
+        inputs = torch.cat([inputs for inputs, _ in parity.batches(trained, task, "train", 256)])
+        with torch.no_grad():
+            routing = trained.models[task](inputs, task).routing
+        for block, kept in config["tasks"][task]["experts"].items():
+            assert kept == sorted(routing[int(block)].importance.argsort(descending=True)[:2].tolist())
+        numbers = told["tasks"][task]
+        assert numbers["parity"]["decided_otherwise"] == 0  # against the model with these experts alone
+        assert {key: numbers["whole"][key] for key in ("n", "top1")} == {
+            key: result["tasks"][task][key] for key in ("n", "top1")
+        }
+    one = export(loaded(run, tasks=["shapes"]), tmp_path / "one", experts=2)
+    assert one["bytes"] < 0.9 * one["whole_bytes"]
+
+
+@pytest.mark.parametrize(("count", "allowed"), [(1, "2 .each token"), (5, ".* to 4 ")])
+def test_too_few_experts_and_too_many_are_refused(run, tmp_path, count, allowed):
+    with pytest.raises(ConfigError, match=f"experts = {count}: {allowed}"):
+        export(loaded(run), tmp_path / "out", experts=count)
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_of_single_tasks_share_their_frozen_blocks(tmp_path):
+    config = make_config(tmp_path, mode="single_task", train__steps=2, plan__train_blocks=[3, 5])
+    moe_bsr.train(config, tmp_path / "run", callbacks=[])
+    trained = loaded(tmp_path / "run")
+    told = export(trained)
+    bundle = Bundle(told["bundle"])
+    assert told["files"]["shapes.data"] > told["files"]["weights.data"] > 10_000
+    kinds = [
+        node.op_type for node in onnx.load(Path(told["bundle"]) / "all_tasks.onnx", load_external_data=False).graph.node
+    ]
+    assert kinds.count("Conv") == 1
+    for task in TASKS:
+        inputs, expected = answers_of_run(trained, task)
+        assert np.abs(bundle.logits(inputs)[task] - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
+
+
+def test_a_graph_that_computes_something_else_is_not_written(run, tmp_path, monkeypatch):
+    write = bundles.write
+
+    def wrong(graph, part, images):
+        return graph.op("Mul", write(graph, part, images), graph.constant(1.001, np.float32))
+
+    monkeypatch.setattr(bundles, "write", wrong)
+    with pytest.raises(parity.NotEqual, match=r"shapes.onnx: its logits differ from the run's by up to .*nothing was"):
+        export(loaded(run), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_exists_is_left_alone(run, folder):
+    with pytest.raises(ConfigError, match="export exists; remove it, or name another folder"):
+        export(loaded(run))
+
+
+def test_awkward_class_names_stay_one_a_line(run, tmp_path, capsys):
+    trained = loaded(run, tasks=["shapes"])
+    names = list(AWKWARD.values())[8:18]
+    trained.class_names["shapes"] = names
+    told = export(trained, tmp_path / "out")
+    assert len((tmp_path / "out" / "shapes.txt").read_text().split("\n")) == 11
+    bundle = Bundle(told["bundle"])
+    assert {answer["name"] for answer in bundle.predict(picture(1), top=10)["shapes"]} == set(names)
+
+
+def test_drawn_images_are_the_same_everywhere():
+    images = check_images(32)
+    assert images.shape == (8, 3, 32, 32) and images.dtype == np.uint8 and images.std() > 40
+    assert np.array_equal(check_images(32), images) and len({image.tobytes() for image in images}) == 8
