@@ -110,7 +110,10 @@ def _must(outcome: sandbox.Outcome) -> None:
 
 def _bits(run: Path) -> dict[str, bytes]:
     last = run / "checkpoint" / str(tiny.STEPS)
-    return {file.name: file.read_bytes() for file in [*last.glob("*.safetensors"), run / "metrics.jsonl"]}
+    files = [*last.glob("*.safetensors"), run / "metrics.jsonl"]
+    if odd := [file.name for file in files if file.is_symlink() or not file.is_file()]:
+        raise ValueError(f"{odd[0]} is no file")  # a link to /dev/zero would be read without end
+    return {file.name: file.read_bytes() for file in files}
 
 
 def _scores(main: Main, run: Path, step: int) -> dict[str, Any]:

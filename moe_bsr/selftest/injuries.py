@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -243,9 +244,16 @@ def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
 def _several(run: Path, canary: Path, chance: random.Random) -> str:
     done = []
     for _ in range(2):
+        if not _is_plain(run):  # the second one would read a device without end, or write through a link
+            break
         with contextlib.suppress(Exception):  # the first one may leave nothing that the second one could spoil
             done.append(KINDS[chance.choice(list(KINDS)[:-1])](run, canary, chance))
     return "; ".join(done)
+
+
+def _is_plain(run: Path) -> bool:
+    """Whether there is nothing but files and folders."""
+    return all(stat.S_ISREG(mode) or stat.S_ISDIR(mode) for mode in (path.lstat().st_mode for path in run.rglob("*")))
 
 
 KINDS: dict[str, Callable[[Path, Path, random.Random], str]] = {

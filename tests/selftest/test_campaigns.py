@@ -1,11 +1,13 @@
 """The campaigns of `moe-bsr selftest`, a few cases of each; the long ones are run by hand."""
 
 import json
+import os
+import random
 
 import pytest
 
 from moe_bsr.cli.main import main
-from moe_bsr.selftest import damage, hostile, kills
+from moe_bsr.selftest import damage, hostile, injuries, kills
 
 
 def test_killed_at_random_and_in_every_stage_of_a_checkpoint_write(tmp_path):
@@ -30,6 +32,19 @@ def test_damaged_runs(tmp_path):
     result = damage.campaign(tmp_path, 8, 1, main)
     assert result["tried"] == 8 == sum(kind["tried"] for kind in result["kinds"].values())
     assert result["failures"] == []
+
+
+@pytest.mark.parametrize("what", ["device", "FIFO", "nothing"])
+def test_two_injuries_never_read_what_has_no_end(tmp_path, what):
+    run, chance = tmp_path / "run", random.Random(0)
+    (run / "checkpoint" / "3").mkdir(parents=True)
+    for name in ("config.yaml", "metrics.jsonl", "checkpoint/3/weights.safetensors"):
+        (run / name).write_text("x: 1")
+    if what == "FIFO":
+        os.mkfifo(run / "lock")
+    elif what == "device":
+        (run / "lock").symlink_to("/dev/zero")
+    assert bool(injuries.KINDS["several"](run, tmp_path / "canary", chance)) == (what == "nothing")
 
 
 def test_hostile_files(tmp_path):
