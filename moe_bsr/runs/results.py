@@ -124,12 +124,28 @@ def _export(result: dict[str, Any]) -> str:
     )
 
 
+def _fit(result: dict[str, Any]) -> str:
+    rungs = ", ".join(f"{rung['name']} {rung['val_top1']:.1f}" for rung in result["rungs"])
+    tested = f"; test {result['test']['mean_top1']:.1f} %" if "test" in result else ""
+    return (
+        f"{result['minutes']:g} minutes, {result['memory_bytes'] / 2**20:,.0f} MB: {result['best']}{tested} (validation "
+        f"top-1 %: {rungs})"
+    )
+
+
+def _selftest(result: dict[str, Any]) -> str:
+    parts = {name: about for name, about in result.items() if isinstance(about, dict) and "tried" in about}
+    return ", ".join(f"{name}: {about['tried']:,} tried, {about['failed']} failed" for name, about in parts.items())
+
+
 # title, the keys that tell a file of this kind, its figures
 KINDS: list[tuple[str, set[str], Callable[[dict[str, Any]], str]]] = [
     ("Trained runs", {"tasks", "mean_top1", "status"}, _run),
     ("Storages compared", {"top1", "seeds", "config"}, _storages),
+    ("The best model for some minutes", {"rungs", "best", "minutes"}, _fit),
     ("Dropping before training", {"settings", "own", "best"}, _drops),
     ("Exports", {"bundle", "bytes", "precision"}, _export),
+    ("Attacks on the product", {"failed", "torch", "commit"}, _selftest),
     ("Benchmarks", {"arguments", "groups", "targets"}, _benchmark),
     ("How cost grows", {"arguments", "scaling"}, _scaling),
     ("Predicted against measured cost", {"summary", "records", "within_tolerance"}, _sweep),

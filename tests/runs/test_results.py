@@ -56,16 +56,23 @@ def test_each_kind_is_told_by_its_keys(tmp_path):
     export = {"bundle": "out", "bytes": 15_600_000, "precision": "float32"}
     parity = {"difference": 2e-5, "tolerance": 1e-4}
     put(tmp_path, "e.json", export | {"tasks": {"a": {"top1": 50.0, "parity": parity}}})
+    rungs = [{"name": "probe", "val_top1": 70.0}, {"name": "late", "val_top1": 72.25}]
+    ladder = {"rungs": rungs, "best": "late", "minutes": 2.0, "memory_bytes": 2**30, "test": {"mean_top1": 71.0}}
+    put(tmp_path, "f.json", ladder)
+    attack = {"failed": 1, "torch": "9.9", "commit": "0123", "damage": {"tried": 1500, "failed": 1}}
+    put(tmp_path, "g.json", attack)
     text = readme(tmp_path)
     for words in (
         "1 tasks, 15.6 MB, float32: mean validation top-1 50.0 %; float32 logits within 0.20 of the tolerance",
         "vit, batch 8: 2 cases, 1 of 1 targets reached; faster: 2.50 | some CPU",
         "batch (3 points)",
         "2 cases, not within tolerance; predicted against measured, at worst: kept 1.5 % | - | - | `x`<br>`y`",
+        "2 minutes, 1,024 MB: late; test 71.0 % (validation top-1 %: probe 70.0, late 72.2)",
+        "damage: 1,500 tried, 1 failed",
         "c.yaml, 5 updates, 1 tasks, 2 seeds: top-1 51.0 % exact, int8 +0.50 points",
     ):
         assert words in text
-    assert text.count("## ") == 4
+    assert text.count("## ") == 7
 
 
 @pytest.mark.parametrize(
