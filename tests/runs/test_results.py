@@ -65,7 +65,7 @@ def test_each_kind_is_told_by_its_keys(tmp_path):
         "c.yaml, 5 updates, 1 tasks, 2 seeds: top-1 51.0 % exact, int8 +0.50 points",
     ):
         assert words in text
-    assert text.count("## ") == 4
+    assert text.count("## ") == 5
 
 
 @pytest.mark.parametrize(
