@@ -128,8 +128,8 @@ def _fit(result: dict[str, Any]) -> str:
     rungs = ", ".join(f"{rung['name']} {rung['val_top1']:.1f}" for rung in result["rungs"])
     tested = f"; test {result['test']['mean_top1']:.1f} %" if "test" in result else ""
     return (
-        f"{result['minutes']:g} minutes, {result['memory_bytes'] / 2**20:,.0f} MB: {result['best']}{tested} (validation "
-        f"top-1 %: {rungs})"
+        f"{result['minutes']:g} minutes, {result['memory_bytes'] / 2**20:,.0f} MB: {result['best']}{tested} "
+        f"(validation top-1 %: {rungs})"
     )
 
 
