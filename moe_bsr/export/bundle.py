@@ -105,7 +105,7 @@ def _parts(run: TrainedRun, experts: int | None, on_step: Callable[[str], None])
     shared = None
     if run.config.mode == "single_task":
         alike = len({model.features_key() for model in models}) == 1
-        shared = models[0].path_start if alike and len(models) > 1 else 0
+        shared = models[0].path_start if alike else 0
     parts = {}
     for task, model in run.models.items():
         part = Part(model, task, shared)
@@ -170,12 +170,15 @@ def _prove(
 ) -> tuple[dict[str, Any], dict[str, parity.Answers]]:
     """Compare each task's graph with its model on validation images; returns the numbers and the model's answers."""
     found, expected = {}, {}
+    together = Bundle(place, threads=run.runtime.threads) if len(parts) > 1 else None
     for task, part in parts.items():
         on_step(f"{task}: comparing with the run")
         names = run.class_names[task]
         answers = expected[task] = parity.of_model(run, part.model, task, images)
         logits = parity.of_bundle(run, Bundle(place, [task], run.runtime.threads), task, images)
         proof = parity.prove(answers.logits, logits, f"{task}.onnx")
+        if together is not None:
+            parity.prove(answers.logits, parity.of_bundle(run, together, task, images), f"{ALL_TASKS}, {task}")
         found[task] = parity.accuracy(logits, answers.labels, names) | {"parity": proof}
         if part.experts:
             whole = parity.of_model(run, run.models[task], task, images).logits

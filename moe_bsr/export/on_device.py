@@ -72,9 +72,14 @@ class Bundle:
         self._options = onnxruntime.RunOptions()
         self._options.only_execute_path_to_fetches = True  # of tasks not asked for, nothing is computed
 
-    def logits(self, inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """Normalized float32 images (B, 3, S, S) -> (B, classes) by task. The blocks that tasks share run once."""
-        return dict(zip(self.tasks, self.session.run(self.tasks, {"images": inputs}, self._options), strict=True))
+    def logits(self, inputs: np.ndarray, tasks: list[str] | None = None) -> dict[str, np.ndarray]:
+        """Normalized float32 images (B, 3, S, S) -> (B, classes) by task. The blocks that tasks share run once.
+
+        Args:
+            tasks: only these of the bundle's.
+        """
+        tasks = tasks or self.tasks
+        return dict(zip(tasks, self.session.run(tasks, {"images": inputs}, self._options)))  # noqa: B905, old Pythons
 
     def predict(self, image: Image.Image, top: int = 3) -> dict[str, list[dict]]:
         """The most probable names of an image: {task: [{name, probability}, ...]}."""

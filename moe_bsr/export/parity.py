@@ -65,8 +65,9 @@ def of_model(run: TrainedRun, model: MultitaskViT, task: str, most: int) -> Answ
 
 
 def of_bundle(run: TrainedRun, bundle: Bundle, task: str, most: int) -> np.ndarray:
-    """A bundle's logits for the same images."""
-    return np.concatenate([bundle.logits(inputs.numpy())[task] for inputs, _ in batches(run, task, "val", most)])
+    """A bundle's logits for the same images; nothing is computed for other tasks."""
+    found = (bundle.logits(inputs.numpy(), [task])[task] for inputs, _ in batches(run, task, "val", most))
+    return np.concatenate(list(found))
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray, class_names: list[str]) -> dict[str, Any]:
