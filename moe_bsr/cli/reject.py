@@ -5,10 +5,10 @@
 
 Every task answers every image. So that predict can say which task an image belongs to, and whether to any, this looks
 once at training images (5,000 of a task at most) and at the validation images, and tries five scores: the largest
-probability, the energy of the logits, and the cosine, the Mahalanobis distance and the relative Mahalanobis distance to
-the means of the classes. The one that tells the tasks' validation images apart best is kept, with the threshold that
-95 % of a task's own validation images reach. It is small, lies in RUN/rejection.safetensors and is of the weights it
-was made with: after more training, or for another --checkpoint, run it again.
+probability, the energy of the logits, the cosine with the means of the classes, and the Mahalanobis distance to these,
+with features as they are and at length 1. The one that tells the tasks' validation images apart best is kept, with the
+threshold that 95 % of a task's own validation images reach. It is small, lies in RUN/rejection.safetensors and is of
+the weights it was made with: after more training, or for another --checkpoint, run it again.
 
 AUROC: how often an own image scores higher than another task's (50 % is chance). "others rejected": of other tasks'
 images. "own named": own images that predict gives to this task. "as none": own images that all other tasks reject, what

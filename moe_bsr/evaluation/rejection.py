@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 ACCEPTED = 0.95  # share of a task's own validation images that are accepted
 SHRINKAGE = 0.05  # of a covariance towards a multiple of the identity
@@ -27,8 +28,8 @@ def energy(tensors: dict[str, Tensor], features: Tensor, logits: Tensor) -> Tens
 
 def cosine(tensors: dict[str, Tensor], features: Tensor, logits: Tensor) -> Tensor:
     """Largest cosine with a class mean, both seen from the mean of all training images."""
-    directions = torch.nn.functional.normalize(features - tensors["mean"], dim=1)
-    return (directions @ torch.nn.functional.normalize(tensors["class_means"] - tensors["mean"], dim=1).T).amax(1)
+    directions = normalize(features - tensors["mean"], dim=1)
+    return (directions @ normalize(tensors["class_means"] - tensors["mean"], dim=1).T).amax(1)
 
 
 def mahalanobis(tensors: dict[str, Tensor], features: Tensor, logits: Tensor) -> Tensor:
@@ -36,10 +37,10 @@ def mahalanobis(tensors: dict[str, Tensor], features: Tensor, logits: Tensor) ->
     return -_nearest(features @ tensors["within"], tensors["class_means"] @ tensors["within"])
 
 
-def relative_mahalanobis(tensors: dict[str, Tensor], features: Tensor, logits: Tensor) -> Tensor:
-    """The same, plus the squared distance to the mean of all, in the covariance of all (Ren et al. 2021)."""
-    away = ((features - tensors["mean"]) @ tensors["total"]).square().sum(1)
-    return mahalanobis(tensors, features, logits) + away
+def unit_mahalanobis(tensors: dict[str, Tensor], features: Tensor, logits: Tensor) -> Tensor:
+    """The same of features of length 1 (Mueller & Hein 2025)."""
+    unit = normalize(features, dim=1)
+    return -_nearest(unit @ tensors["unit_within"], tensors["unit_class_means"] @ tensors["unit_within"])
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ SCORES = {
     "energy": Score(energy),
     "cosine": Score(cosine, ("mean", "class_means")),
     "mahalanobis": Score(mahalanobis, ("class_means", "within")),
-    "relative_mahalanobis": Score(relative_mahalanobis, ("mean", "class_means", "within", "total")),
+    "unit_mahalanobis": Score(unit_mahalanobis, ("unit_class_means", "unit_within")),
 }
 
 
@@ -65,18 +66,15 @@ def statistics(features: Tensor, labels: Tensor) -> dict[str, Tensor]:
     Args:
         features: (N, D). labels: (N,) int64. Classes without an image have no mean.
     Returns:
-        mean (D,); class_means (classes with images, D); within, total (D, D): they map differences to ones whose
-        squared length is the squared Mahalanobis distance.
+        mean (D,); class_means (classes with images, D); within (D, D), which maps differences to ones whose squared
+        length is the squared Mahalanobis distance; and the last two of the features at length 1: unit_...
     """
     x = features.double()
     present, place = labels.unique(return_inverse=True)
-    means = torch.stack([x[place == k].mean(0) for k in range(len(present))])
-    found = {
-        "mean": x.mean(0),
-        "class_means": means,
-        "within": _whitening(x - means[place]),
-        "total": _whitening(x - x.mean(0)),
-    }
+    found = {"mean": x.mean(0)}
+    for kind, rows in (("", x), ("unit_", normalize(x, dim=1))):
+        means = torch.stack([rows[place == k].mean(0) for k in range(len(present))])
+        found |= {f"{kind}class_means": means, f"{kind}within": _whitening(rows - means[place])}
     return {name: tensor.float() for name, tensor in found.items()}
 
 

@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 
 FILE = "rejection.safetensors"
 MOST_IMAGES = 5000  # of a task's training images that are looked at, of every class alike many
-DEFAULT = "relative_mahalanobis"  # for a run of one task, in which nothing can be measured
+DEFAULT = (
+    "unit_mahalanobis"  # best of five real tasks (docs/log.md); for a run of one task, in which nothing can be measured
+)
 AGAIN = "learn it again with moe_bsr.reject"
 
 
@@ -224,8 +226,9 @@ def _checked(about: dict[str, Any], task: str, tensors: dict[str, Tensor], model
     """The detector that the file describes; raises ValueError or KeyError where it cannot be this model's."""
     score, width = about["score"], model.heads[task].in_features
     mine = {name: tensors[f"{task}/{name}"] for name in SCORES[score].needs}
-    shapes = {"mean": (width,), "within": (width, width), "total": (width, width)}
+    shapes = {"mean": (width,), "within": (width, width)}
     for name, tensor in mine.items():
+        name = name.removeprefix("unit_")
         rows = len(tensor) if name == "class_means" and tensor.ndim == 2 else 0
         if tensor.dtype != torch.float32 or tuple(tensor.shape) != shapes.get(name, (max(rows, 1), width)):
             raise ValueError(f"{task}/{name} is {tensor.dtype} {tuple(tensor.shape)}")

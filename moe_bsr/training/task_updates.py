@@ -64,7 +64,7 @@ class TaskUpdates:
     def learned(self, task: str) -> dict[str, float]:
         """The weight of a task's loss, where it is learned."""
         log_variances = self.update.model.log_variances
-        return {"task_weight": math.exp(-float(log_variances[task]))} if task in log_variances else {}
+        return {"task_weight": math.exp(-log_variances[task].item())} if task in log_variances else {}
 
     def _backward(self, batch: Batch, place: int, tasks: int, step: int) -> BatchResult:
         """The gradient of the batch that is number `place` of so many tasks' in this update."""

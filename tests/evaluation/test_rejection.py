@@ -21,11 +21,13 @@ def covariance(rows: torch.Tensor) -> torch.Tensor:
 
 def by_hand(score: str) -> list[float]:
     x, means = FEATURES.double(), torch.stack([FEATURES[LABELS == k].double().mean(0) for k in range(4)])
-    inner, outer = covariance(x - means[LABELS]).inverse(), covariance(x - x.mean(0)).inverse()
+    inner, units = covariance(x - means[LABELS]).inverse(), torch.stack([row / row.norm() for row in x])
+    unit_means = torch.stack([units[LABELS == k].mean(0) for k in range(4)])
+    unit_inner = covariance(units - unit_means[LABELS]).inverse()
     found = []
     for row, logits in zip(NEW.double(), LOGITS.double(), strict=True):
         distance = min(float((row - mean) @ inner @ (row - mean)) for mean in means)
-        away = row - x.mean(0)
+        away, unit = row - x.mean(0), row / row.norm()
         found.append({
             "softmax": max(math.exp(v) for v in logits) / sum(math.exp(v) for v in logits),
             "energy": math.log(sum(math.exp(v) for v in logits)),
@@ -33,7 +35,7 @@ def by_hand(score: str) -> list[float]:
                 float(away @ (mean - x.mean(0))) / float(away.norm() * (mean - x.mean(0)).norm()) for mean in means
             ),
             "mahalanobis": -distance,
-            "relative_mahalanobis": -distance + float(away @ outer @ away),
+            "unit_mahalanobis": -min(float((unit - mean) @ unit_inner @ (unit - mean)) for mean in unit_means),
         }[score])  # fmt: skip
     return found
 
