@@ -9,7 +9,17 @@ from pathlib import Path
 from moe_bsr.config import ConfigError
 from moe_bsr.runtime import files
 
-FILES = ("config.yaml", "metrics.jsonl", "report.json", "report.md", "test_evaluations.log", "lock")
+FILES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "report.json",
+    "report.md",
+    "source_report.json",
+    "test_evaluations.log",
+    "lock",
+    "config.json",
+    "model.safetensors",
+)
 FOLDERS = ("checkpoint", "images", "tensorboard", "views")
 
 

@@ -87,7 +87,7 @@ def _learning_signal(config: Config) -> Iterator[str]:
             yield f"moe.balance_loss_weight = {moe.balance_loss_weight:g} outweighs the loss of the tasks"
     if (crop := config.data.crop_scale) is not None and crop[1] < 0.05:
         yield f"data.crop_scale = {crop}: training sees at most {crop[1]:.1%} of an image"
-    weights = {task: train.task_weights.get(task, 1.0) for task in config.task_names()}
+    weights = {task: train.task_weights.get(task, 1.0) for task in config.trained_tasks()}
     mean = sum(weights.values()) / len(weights)
     for task, weight in weights.items():
         if weight < 0.01 * mean:

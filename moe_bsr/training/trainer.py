@@ -18,7 +18,7 @@ from moe_bsr.data.loader import Batch
 from moe_bsr.data.sampler import MultitaskSampler
 from moe_bsr.evaluation.evaluate import evaluate
 from moe_bsr.model.multitask import MultitaskViT
-from moe_bsr.runs import checkpoint, report
+from moe_bsr.runs import checkpoint, kept_tasks, report
 from moe_bsr.runs import folder as run
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.runtime.interrupt import Interrupted, StopSignals
@@ -69,13 +69,7 @@ class Trainer:
         self.update = multitask_update(model, settings, runtime, optimizer, average)
         self.weights = task_weights(list(self.tasks), settings)
         self.state = TrainState(
-            model,
-            optimizer,
-            average,
-            callbacks,
-            settings.checkpoint_selection,
-            settings.save,
-            self.transforms.skipped,
+            model, optimizer, average, callbacks, settings.checkpoint_selection, settings.save, self.transforms.skipped
         )
         self.callbacks = self.state.callbacks
         self.stop = StopSignals()
@@ -323,6 +317,8 @@ class Trainer:
             split=split,
             progress=self._progress(),
             best=state.best and (state.best.mean_top1, state.best.step),
+            val_scores=state.best and state.best.scores,
+            kept=kept_tasks.entries(self.config, self.folder, split),
             lost=state.lost and {**dataclasses.asdict(state.lost.best), "reason": state.lost.reason},
             step=state.step,
             planned_steps=self.planned.train.steps,
