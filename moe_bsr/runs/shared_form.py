@@ -7,7 +7,6 @@
 `share.py` writes it. Here it is recognized and read; a folder of it can be named wherever a run can that is only read.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moe_bsr.config import ConfigError
-from moe_bsr.runs.checkpoint import CheckpointError
+from moe_bsr.runs.checkpoint import CheckpointError, sha256_of
 from moe_bsr.runtime import files
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -62,9 +61,7 @@ def read_weights(run: Path) -> tuple[Path, dict[str, Tensor], int]:
     """
     file, tree = run / WEIGHTS, read(run)
     try:
-        with files.open_file(file, "rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]  # it is a FileIO
-        if found != tree.get("sha256"):
+        if sha256_of(file) != tree.get("sha256"):
             raise CheckpointError(f"{file} does not match its hash in {CONFIG}: fetch both again")
         return file, load_file(file), tree["step"]
     except (OSError, SafetensorError) as error:
