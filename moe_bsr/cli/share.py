@@ -45,7 +45,9 @@ def run(arguments: argparse.Namespace) -> int:
     if (arguments.private and not arguments.push) or (arguments.task and not arguments.timm):
         raise ConfigError("--private goes with --push, and --task with --timm")
     if arguments.timm is not None and (arguments.push or arguments.out or arguments.with_backbone):
-        raise ConfigError("--timm writes a timm model, which holds everything: leave --out, --push, --with-backbone out")
+        raise ConfigError(
+            "--timm writes a timm model, which holds everything: leave --out, --push, --with-backbone out"
+        )
     if arguments.timm is not None:
         told = write_timm(arguments.run, arguments.timm, arguments.task, arguments.weights)
         result: dict[str, Any] = {"run": str(arguments.run), "out": str(arguments.timm), **told}

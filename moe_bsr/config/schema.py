@@ -231,7 +231,9 @@ class Config:
         known = bool(only) and len(set(only)) == len(only) and set(only) <= set(names)
         require(known, "train.only", only, f"one or more of the tasks {names}, each once")
         source = self.train.init_from
-        require(source is not None, "train.init_from", source, "with train.only the run that all the rest is taken from")
+        require(
+            source is not None, "train.init_from", source, "with train.only the run that all the rest is taken from"
+        )
         require(self.mode == "multitask", "mode", self.mode, "multitask with train.only: the tasks share one model")
 
     def _require_probe(self) -> None:

@@ -42,7 +42,7 @@ def records(config: Config, run: Path, resume: bool = False) -> dict[str, dict[s
     if missing := [name for name in kept if name not in resolved["tasks"]]:
         raise ConfigError(
             f"train.only = {config.train.only}: {', '.join(missing)} would be kept as it is in "
-            f"{config.train.init_from}, which has {', '.join(resolved['tasks'])}; train it too, or leave it out of tasks"
+            f"{config.train.init_from}, which has {', '.join(resolved['tasks'])}; train it too, or leave it out"
         )
     root = {"data_root": resolved["data_root"]} if "data_root" in resolved else {}
     return {name: root | resolved["tasks"][name] for name in kept}

@@ -51,7 +51,16 @@ def model_card(
     ]
     for name, about in tasks.items():
         lines.append(f"| {name} | {' | '.join(_row(about, (report or {}).get('tasks', {}).get(name, {})))} |")
-    lines += ["", *(line for note in notes or [] for line in (note, "")), "## Use", "", use.strip(), "", "## Classes", ""]
+    lines += [
+        "",
+        *(line for note in notes or [] for line in (note, "")),
+        "## Use",
+        "",
+        use.strip(),
+        "",
+        "## Classes",
+        "",
+    ]
     lines += [f"* {name}: {', '.join(map(_plain, about['classes']))}" for name, about in tasks.items()]
     lines += ["", "## Made of", "", *_made_of(config, resolved, report), "", "## Files", ""]
     lines += [f"* `{name}`: {size / 1000:,.1f} kB" for name, size in files.items()]

@@ -147,8 +147,8 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         f"Accuracies are those of the weights selected, on the {report['split']} split; {counted}",
         "",
-        "| task | top-1 % | 95 % interval | validation top-1 % | top-5 % | mean per class % | calibration error % | chance % | "
-        "images seen | epochs | updates |",
+        "| task | top-1 % | 95 % interval | validation top-1 % | top-5 % | mean per class % | calibration error % | "
+        "chance % | images seen | epochs | updates |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, t in report["tasks"].items():

@@ -44,10 +44,10 @@ import moe_bsr
 
 run = moe_bsr.load("{name}")
 run.predict("photo.jpg")
+moe_bsr.evaluate("{name}", "test", data_root="DATA")  # on images that lie in the same folders
 ```
 
-`moe-bsr evaluate {name} --split test --data-root DATA` tells its accuracy on images of yours that lie in the same
-class folders. `moe-bsr add-task {name} TASK` teaches it one task more.
+`moe-bsr add-task {name} TASK` teaches it one task more.
 """
 
 
@@ -133,12 +133,15 @@ def _backbone_note(config: Config, included: bool) -> str:
     """Where a user's backbone comes from."""
     if included:
         return "All weights are here, those of the backbone too."
-    here, weights = "The weights here are those that training changed; the others are the backbone's,", config.backbone.weights
+    here, weights = (
+        "The weights here are those that training changed; the others are the backbone's,",
+        config.backbone.weights,
+    )
     if weights == "hub":
         return f"{here} which timm downloads when it is loaded."
     if weights in OWN:
         return f"{here} which moe_bsr has."
-    return f"{here} of the file {weights}, which is needed too: `--weights FILE`, or in Python `weights=FILE`."
+    return f'{here} of the file {weights}, which is needed too: `moe_bsr.load(..., weights="FILE")`.'
 
 
 def public(config: Config, resolved: dict[str, Any]) -> tuple[Config, dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 import timm
 import torch
 from timm.models import save_for_hf
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from moe_bsr.config import Config, ConfigError
 from moe_bsr.model.backbones.vit import in_timm
@@ -49,11 +49,13 @@ def write_timm(run: Path, out: Path, task: str | None = None, weights: str | Non
     finished = read_finished(run)
     config, names = finished.config, finished.config.task_names()
     if task is None and len(names) > 1:
-        raise ConfigError(f"{run} has the tasks {', '.join(names)}, and a timm network has one head: name one, task=NAME")
+        raise ConfigError(
+            f"{run} has the tasks {', '.join(names)}, and a timm network has one head: name one, task=NAME"
+        )
     task = task or names[0]
     if task not in names:
         raise ConfigError(f"no task {task!r} in {run}: it has {', '.join(names)}")
-    if (why := _beyond_timm(config)) is not None:
+    if (why := beyond_timm(config)) is not None:
         raise ConfigError(f"{run} cannot be a timm network: {why}; share it as it is, without timm")
     if weights is not None:
         config.backbone.weights = weights
@@ -81,7 +83,7 @@ def write_timm(run: Path, out: Path, task: str | None = None, weights: str | Non
     return {"task": task, "architecture": in_timm(config.backbone)[0], "files": sizes, "difference": difference}
 
 
-def _beyond_timm(config: Config) -> str | None:
+def beyond_timm(config: Config) -> str | None:
     """What the run does that no network of timm's does, or None."""
     plan = config.plan
     rates = plan.keep_rate if isinstance(plan.keep_rate, list) else [plan.keep_rate]
@@ -94,7 +96,7 @@ def _beyond_timm(config: Config) -> str | None:
     return f"its heads read blocks {plan.head_blocks} (plan.head_blocks)" if plan.head_blocks else None
 
 
-def _plain(model: MultitaskViT, config: Config, task: str) -> VisionTransformer:
+def _plain(model: MultitaskViT, config: Config, task: str) -> nn.Module:
     """timm's own network with the weights of the model, in evaluation mode."""
     name, arguments = in_timm(config.backbone)
     plain = timm.create_model(name, **arguments, num_classes=model.heads[task].out_features)

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import shutil
 import stat
 import struct
@@ -14,15 +15,17 @@ import pytest
 import timm
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_runs import make_config
 
 import moe_bsr
-from moe_bsr.config import ConfigError, replace
+from moe_bsr.config import BackboneConfig, ConfigError
+from moe_bsr.model.backbones.vit import in_timm, load
 from moe_bsr.runs import archive, shared_form
 from moe_bsr.runs.checkpoint import CheckpointError
+from moe_bsr.runs.config_file import read_config
 from moe_bsr.runs.share import push, share
-from moe_bsr.runs.timm_folder import write_timm
+from moe_bsr.runs.timm_folder import beyond_timm, write_timm
 from moe_bsr.runs.warm_start import build_from
 
 pytestmark = pytest.mark.usefixtures("bare")
@@ -36,8 +39,6 @@ def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("private_place")
     file = folder / "secret_backbone.safetensors"
     vit = timm.create_model("test_vit", num_classes=0, img_size=32)
-    from safetensors.torch import save_file
-
     save_file(vit.state_dict(), file)
     config = make_config(folder, train__steps=2, train__ema_decay=0.5, backbone__weights=str(file))
     moe_bsr.train(config, folder / "run", callbacks=[])
@@ -65,16 +66,31 @@ def backbone_file(run: Path) -> Path:
     return run.parent / "secret_backbone.safetensors"
 
 
+@pytest.fixture(scope="module")
+def place(trained, tmp_path_factory) -> Path:
+    """Where the run lies as a folder and as a zip file: given, given.zip."""
+    folder = tmp_path_factory.mktemp("given")
+    for name in ("given", "given.zip"):
+        share(trained, folder / name)
+    return folder
+
+
 @pytest.mark.parametrize("name", ["given", "given.zip"])
-def test_it_computes_what_the_run_does(trained, tmp_path, name):
-    sizes = share(trained, tmp_path / name)
-    assert same(logits(trained), logits(tmp_path / name, weights=str(backbone_file(trained))))
+def test_it_computes_what_the_run_does(trained, place, name):
+    loaded = [moe_bsr.load(run, weights=str(backbone_file(trained))) for run in (trained, place / name)]
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        for task in loaded[0].models:
+            assert torch.equal(*(run.models[task](images, task).logits for run in loaded))
+    image = torch.zeros(20, 30, 3, dtype=torch.uint8).numpy()
+    found = [run.predict(image) for run in loaded]
+    assert found[0]["images"] == found[1]["images"] and found[1]["run"] == str(place / name)
+
+
+def test_frozen_weights_are_not_in_it(trained, place):
     backbone = sum(tensor.nbytes for tensor in load_file(backbone_file(trained)).values())
     every = sum(p.numel() * 4 for p in moe_bsr.load(trained).models["shapes"].parameters())
-    assert sizes["model.safetensors"] < every - backbone / 4, "frozen weights are not in it"
-    image = torch.zeros(20, 30, 3, dtype=torch.uint8).numpy()
-    found = [moe_bsr.load(run, weights=str(backbone_file(trained))).predict(image) for run in (trained, tmp_path / name)]
-    assert found[0]["images"] == found[1]["images"]
+    assert (place / "given/model.safetensors").stat().st_size < every - backbone / 4
 
 
 def test_with_the_backbone_nothing_else_is_needed(trained, tmp_path):
@@ -85,70 +101,62 @@ def test_with_the_backbone_nothing_else_is_needed(trained, tmp_path):
     assert same(expected, logits(tmp_path / "given.zip"))
 
 
-def test_without_it_the_user_is_told_what_is_missing(trained, tmp_path):
-    share(trained, tmp_path / "given.zip")
+def test_without_it_the_user_is_told_what_is_missing(trained, place, tmp_path):
     with pytest.raises(ConfigError, match=r"given.zip: .*secret_backbone.safetensors.*weights=FILE says where"):
-        moe_bsr.load(tmp_path / "given.zip")
+        moe_bsr.load(place / "given.zip")
     other = tmp_path / "other.safetensors"
-    from safetensors.torch import save_file
-
     save_file({n: v + 1 for n, v in load_file(backbone_file(trained)).items()}, other)
-    with pytest.raises(CheckpointError, match="given.zip holds only what training changed, over a backbone with sha256"):
-        moe_bsr.load(tmp_path / "given.zip", weights=str(other))
+    with pytest.raises(
+        CheckpointError, match="given.zip holds only what training changed, over a backbone with sha256"
+    ):
+        moe_bsr.load(place / "given.zip", weights=str(other))
 
 
-def test_nothing_of_this_machine_is_in_it(trained, tmp_path):
-    share(trained, tmp_path / "given")
-    for file in (tmp_path / "given").iterdir():
+def test_nothing_of_this_machine_is_in_it(trained, place):
+    for file in (place / "given").iterdir():
         assert stat.S_IMODE(file.stat().st_mode) == 0o644, file
         content = file.read_bytes()
-        for private in ("private_place", str(tmp_path.parent), "optimizer", "--run", "pytest"):
+        for private in ("private_place", str(place.parent), "pytest", "python "):
             assert private.encode() not in content, (file, private)
-    assert {file.name for file in (tmp_path / "given").iterdir()} == set(shared_form.FILES)
-    tree = json.loads((tmp_path / "given/config.json").read_text())
+    assert {file.name for file in (place / "given").iterdir()} == set(shared_form.FILES)
+    tree = json.loads((place / "given/config.json").read_text())
     assert tree["architecture"] == "test_vit" and tree["run"]["data"]["root"] == "data"
 
 
-def test_the_card_is_one_that_hubs_read(trained, tmp_path):
-    share(trained, tmp_path / "given")
-    text = (tmp_path / "given/README.md").read_text()
+def test_the_card_is_one_that_hubs_read(trained, place):
+    text = (place / "given/README.md").read_text()
     head = yaml.safe_load(text.split("---")[1])
     assert head["library_name"] == "moe_bsr" and "license" not in head, "nobody knows the license of a file"
     score = json.loads((trained / "report.json").read_text())["tasks"]["fractals"]
-    assert f"| fractals | 12 | {score['top1']:.1f} |" in text and "`--weights FILE`" in text
-    assert json.loads((tmp_path / "given/config.json").read_text())["run"]["resolved"]["backbone_sha256"] in text
+    assert f"| fractals | 12 | {score['top1']:.1f} |" in text and "weights=" in text
+    assert json.loads((place / "given/config.json").read_text())["run"]["resolved"]["backbone_sha256"] in text
 
 
-def test_it_is_read_wherever_a_run_is(trained, tmp_path):
-    share(trained, tmp_path / "given")
-    share(trained, tmp_path / "given.zip")
+def test_it_is_read_wherever_a_run_is(trained, place):
     weights = {"weights": str(backbone_file(trained))}
-    expected = moe_bsr.evaluate(trained, "test", batch_size=8)["mean_top1"]
-    found = moe_bsr.evaluate(tmp_path / "given", "test", batch_size=8, **weights)
-    assert found["mean_top1"] == expected and found["test_evaluations"] == 1
+    found = moe_bsr.evaluate(place / "given", "test", **weights)
+    assert found["mean_top1"] == json.loads((trained / "report.json").read_text())["mean_top1"]
+    assert found["test_evaluations"] == 1
     with pytest.raises(ConfigError, match="counted in a folder; unpack it first: python -m zipfile -e"):
-        moe_bsr.evaluate(tmp_path / "given.zip", "test", **weights)
-    assert moe_bsr.evaluate(tmp_path / "given.zip", **weights)["mean_top1"] >= 0
+        moe_bsr.evaluate(place / "given.zip", "test", **weights)
     with pytest.raises(CheckpointError, match="no checkpoint 7 in .*given.zip: it was shared with that of step 2"):
-        moe_bsr.load(tmp_path / "given.zip", 7, **weights)
+        moe_bsr.load(place / "given.zip", 7, **weights)
     with pytest.raises(ConfigError, match="training does not go on in it"):
-        moe_bsr.config.load(tmp_path / "given")
-    classes = moe_bsr.load(trained).class_names
-    config = make_config(tmp_path, backbone__weights=str(backbone_file(trained)))
-    for name in ("given", "given.zip"):
-        model, told = build_from(str(tmp_path / name), config, classes)
-        assert told[0] == f"weights from {tmp_path / name}, step 2"
-        with torch.inference_mode():
-            images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-            assert torch.equal(model.eval()(images, "shapes").logits, logits(trained)["shapes"])
+        moe_bsr.config.load(place / "given")
+    classes = {task: about["classes"] for task, about in read_config(trained)[1]["tasks"].items()}
+    config = make_config(trained.parent, backbone__weights=str(backbone_file(trained)))
+    model, told = build_from(str(place / "given.zip"), config, classes)
+    assert told[0] == f"weights from {place / 'given.zip'}, step 2"
+    with torch.inference_mode():
+        images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(model.eval()(images, "shapes").logits, logits(trained)["shapes"])
 
 
-def test_nothing_is_replaced(trained, tmp_path):
+def test_nothing_is_replaced(trained, place):
     for name in ("given", "given.zip"):
-        share(trained, tmp_path / name)
         with pytest.raises(ConfigError, match=f"{name} is there already"):
-            share(trained, tmp_path / name)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["given", "given.zip"], "nothing half-written is left"
+            share(trained, place / name)
+    assert sorted(path.name for path in place.iterdir()) == ["given", "given.zip"], "nothing half-written is left"
 
 
 # --- from strangers ---
@@ -310,7 +318,10 @@ def test_it_is_pushed_as_it_is(plain, tmp_path, monkeypatch):
         server.shutdown()
         server.server_close()
     made = json.loads(next(body for path, body, _ in server.asked if path == "/api/repos/create"))
-    assert made["name"] == "photos" and made["private"] is True
+    assert made["name"] == "photos" and "private" in (
+        made.get("visibility"),
+        *[k for k, v in made.items() if v is True],
+    )
     commit, token = next((body, token) for path, body, token in server.asked if "/commit/" in path)
     pushed = {
         line["value"]["path"]: base64.b64decode(line["value"]["content"])
@@ -324,8 +335,8 @@ def test_it_is_pushed_as_it_is(plain, tmp_path, monkeypatch):
 # --- timm ---
 
 
-@pytest.mark.parametrize("task", ["shapes", "fractals"])
-def test_timm_computes_the_same_to_the_bit(plain, tmp_path, task):
+def test_timm_computes_the_same_to_the_bit(plain, tmp_path):
+    task = "fractals"
     told = write_timm(plain, tmp_path / "folder", task)
     model = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -340,9 +351,6 @@ def test_timm_computes_the_same_to_the_bit(plain, tmp_path, task):
 
 
 def test_the_bundled_backbone_is_one_that_timm_creates(tmp_path):
-    from moe_bsr.config import BackboneConfig
-    from moe_bsr.model.backbones.vit import in_timm, load
-
     config = BackboneConfig(image_size=32)
     name, arguments = in_timm(config)
     ours, theirs = load(config), timm.create_model(name, num_classes=0, **arguments)
@@ -357,8 +365,9 @@ def test_what_timm_does_not_compute_is_refused(trained, plain, tmp_path):
         write_timm(trained, tmp_path / "x", "shapes")
     with pytest.raises(ConfigError, match="has the tasks shapes, fractals, and a timm network has one head"):
         write_timm(plain, tmp_path / "x")
-    config = make_config(tmp_path, train__steps=1, plan__moe_blocks=[])
-    moe_bsr.train(replace(config, tasks=config.tasks[:1]), tmp_path / "drops", callbacks=[])
-    with pytest.raises(ConfigError, match=r"tokens are dropped in blocks \[1, 3\]"):
-        write_timm(tmp_path / "drops", tmp_path / "x")
+    for changes, why in (
+        ({"plan__drop_blocks": [1]}, r"tokens are dropped in blocks \[1\]"),
+        ({"adapter": "lora"}, "it has adapters"),
+    ):
+        assert re.search(why, beyond_timm(make_config(tmp_path, **PLAIN | changes)))
     assert not (tmp_path / "x").exists()

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from tiny_runs import TASK, Crash, act_at, crash, make_config
 
 import moe_bsr
-from moe_bsr.config import Config, ConfigError, replace
-from moe_bsr.runs import checkpoint
+from moe_bsr.config import Config, ConfigError, dump, replace
+from moe_bsr.runs import checkpoint, folder
 from moe_bsr.runs.config_file import read_config
 from moe_bsr.runs.finished import read_finished, write_run
 from moe_bsr.runs.listing import tasks_of
@@ -22,17 +22,14 @@ pytestmark = pytest.mark.usefixtures("bare")
 SHORT = {"train__steps": 2, "train__checkpoint_every": 2}
 DENSE = {"plan__moe_blocks": []}
 KINDS = {
-    "moe": {"moe__balance_loss": "across_tasks"},
+    "moe": {"moe__balance_loss": "across_tasks", "runtime__precision": "bf16", "train__ema_decay": 0.5},
     "conditioned": {"moe__router": "task_conditioned"},
-    "bf16": {"runtime__precision": "bf16", "train__ema_decay": 0.5},
-    "dense": DENSE,
     "lora": DENSE | {"adapter": [{"kind": "lora", "blocks": [1, 3]}]},
-    "full": DENSE | {"plan__train_blocks": "all", "plan__drop_blocks": []},
 }
 
 
-def new_task(folder: Path) -> str:
-    file = folder / "petals.yaml"
+def new_task(place: Path) -> str:
+    file = place / "petals.yaml"
     file.write_text(TASK.format("petals", 24, 60))
     return str(file)
 
@@ -47,13 +44,13 @@ def shortened(config: Config, **changes) -> Config:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Makes (once) a run of two tasks and the same with a third; returns both folders."""
-    folder, made = tmp_path_factory.mktemp("runs"), {}
+    place, made = tmp_path_factory.mktemp("runs"), {}
 
     def make(kind: str) -> tuple[Path, Path]:
         if kind not in made:
-            before, after = folder / kind, folder / f"{kind}_petals"
-            moe_bsr.train(make_config(folder, **SHORT, **KINDS[kind]), before, callbacks=[])
-            moe_bsr.train(shortened(added_task_config(before, new_task(folder))), after, callbacks=[])
+            before, after = place / kind, place / f"{kind}_petals"
+            moe_bsr.train(make_config(place, **SHORT, **KINDS[kind]), before, callbacks=[])
+            moe_bsr.train(shortened(added_task_config(before, new_task(place))), after, callbacks=[])
             made[kind] = before, after
         return made[kind]
 
@@ -80,7 +77,7 @@ def test_the_other_tasks_answer_as_before_to_the_bit(runs, kind):
         assert torch.equal(before[task], after[task])
 
 
-@pytest.mark.parametrize("kind", ["moe", "bf16", "lora"])
+@pytest.mark.parametrize("kind", ["moe", "lora"])
 def test_nothing_but_the_new_tasks_own_is_another_weight(runs, kind):
     before, after = map(weights_of, runs(kind))
     new = {name for name in after if ".petals" in name}
@@ -108,7 +105,7 @@ def test_a_router_that_is_told_the_task_takes_the_new_one_for_the_mean_of_the_ot
 
 def test_a_head_alone_is_the_probe_of_the_features_that_the_run_makes(runs):
     """Against the gradient: at the optimum of a convex problem there is none."""
-    _, after = runs("dense")
+    _, after = runs("lora")
     loaded = moe_bsr.load(after)
     data, model = loaded.data("petals", "train"), loaded.models["petals"]
     images = torch.cat([images for images, _ in loaded.transforms.eval_batches(data, "train", 64)])
@@ -120,7 +117,7 @@ def test_a_head_alone_is_the_probe_of_the_features_that_the_run_makes(runs):
     bias = (head.bias + head.weight @ mean).detach().double().requires_grad_()
     loss = torch.nn.functional.cross_entropy(((x - mean) / std).double() @ weight.T + bias, labels)
     (loss + 1e-2 / 2 * weight.square().sum()).backward()
-    assert weight.grad.abs().max() < 1e-4 and bias.grad.abs().max() < 1e-4
+    assert weight.grad.abs().max() < 1e-3 and bias.grad.abs().max() < 1e-3
 
 
 def test_it_is_a_run_like_any_other(runs):
@@ -148,37 +145,20 @@ def test_it_is_a_run_like_any_other(runs):
     assert listed["shapes"] == tasks_of(before)[0] and len(listed["petals"]["data_sha256"]) == 64
 
 
-def test_only_images_of_the_new_task_are_opened(runs, tmp_path, monkeypatch):
-    before, _ = runs("moe")
-    opened, load_task = [], moe_bsr.runs.folder.load_task
-    monkeypatch.setattr("moe_bsr.runs.folder.load_task", lambda spec, **o: opened.append(spec.name) or load_task(spec, **o))
-    moe_bsr.train(shortened(added_task_config(before, new_task(tmp_path))), tmp_path / "run", callbacks=[])
-    assert opened == ["petals"]
-
-
-@pytest.mark.parametrize("kind", ["moe", "lora"])
-def test_killed_it_goes_on_without_the_run_it_came_from(runs, tmp_path, monkeypatch, kind):
-    before, whole = runs(kind)
+def test_killed_it_goes_on_without_the_run_it_came_from_and_opens_no_image_of_other_tasks(runs, tmp_path, monkeypatch):
+    before, whole = runs("moe")
     source = shutil.copytree(before, tmp_path / "source")
+    opened, load_task = [], folder.load_task
+    monkeypatch.setattr(folder, "load_task", lambda spec, **rest: opened.append(spec.name) or load_task(spec, **rest))
     config = shortened(added_task_config(source, new_task(tmp_path)), train__checkpoint_every=1)
     with monkeypatch.context() as patch, pytest.raises(Crash):
-        act_at(patch, 1 if kind == "lora" else 2, crash)
+        act_at(patch, 2, crash)
         moe_bsr.train(config, tmp_path / "run", callbacks=[])
-    if kind == "lora":  # the only update was not saved, so it begins again
-        moe_bsr.train(config, tmp_path / "run", resume=True, callbacks=[])
-    else:
-        shutil.rmtree(source)
-        moe_bsr.train(config, tmp_path / "run", resume=True, callbacks=[])
+    shutil.rmtree(source)
+    moe_bsr.train(config, tmp_path / "run", resume=True, callbacks=[])
     first, second = weights_of(whole), weights_of(tmp_path / "run")
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_kept_features_change_no_bit(runs, tmp_path):
-    before, whole = runs("moe")
-    config = shortened(added_task_config(before, new_task(tmp_path)), data__feature_cache_mb=None)
-    moe_bsr.train(config, tmp_path / "run", callbacks=[])
-    first, second = weights_of(whole), weights_of(tmp_path / "run")
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert opened == ["petals", "petals"]
 
 
 # --- one fewer ---
@@ -207,14 +187,6 @@ def test_without_another_task_the_added_one_answers_as_before(runs, tmp_path):
         moe_bsr.train(config, tmp_path / "run", resume=True, callbacks=[])
 
 
-def test_one_can_be_added_to_what_is_left(runs, tmp_path):
-    before, _ = runs("moe")
-    write_run(read_finished(before, ["shapes"]), before, tmp_path / "left")
-    config = shortened(added_task_config(tmp_path / "left", new_task(tmp_path)))
-    moe_bsr.train(config, tmp_path / "run", callbacks=[])
-    assert torch.equal(logits(tmp_path / "run")["fractals"], logits(before)["fractals"])
-
-
 # --- refused ---
 
 
@@ -223,7 +195,8 @@ def test_what_cannot_be_added_or_removed_is_refused(runs, tmp_path):
     with pytest.raises(ConfigError, match="has a task petals already"):
         added_task_config(after, new_task(tmp_path))
     series = tmp_path / "series"
-    moe_bsr.train(make_config(tmp_path, mode="single_task", train__steps=1, **DENSE), series, callbacks=[])
+    series.mkdir()
+    (series / "config.yaml").write_text(dump(make_config(tmp_path, mode="single_task")))
     with pytest.raises(ConfigError, match="model of its own for each task"):
         added_task_config(series, new_task(tmp_path))
     with pytest.raises(ConfigError, match="name one of them, such as .*shapes"):
