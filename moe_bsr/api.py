@@ -25,7 +25,7 @@ from moe_bsr.data.sampler import SAMPLERS
 from moe_bsr.evaluation import evaluate as evaluation
 from moe_bsr.model import summary
 from moe_bsr.model.multitask import MultitaskViT, build, build_on_meta
-from moe_bsr.runs import checkpoint, rejection, report, warm_start
+from moe_bsr.runs import checkpoint, kept_tasks, rejection, report, warm_start
 from moe_bsr.runs import folder as run
 from moe_bsr.runs.load import TrainedRun, load
 from moe_bsr.runs.lock import locked
@@ -97,7 +97,9 @@ def build_model(
     config: Config, tasks: dict[str, TaskData], run_dir: Path, resume: bool
 ) -> tuple[MultitaskViT, list[str]]:
     """The model of a run as it starts, and what was taken from another run. One that goes on needs no other run."""
-    classes = {name: list(data.class_names) for name, data in tasks.items()}
+    kept = {name: about["classes"] for name, about in kept_tasks.records(config, run_dir, resume).items()}
+    opened = {name: list(data.class_names) for name, data in tasks.items()}
+    classes = {name: (kept | opened)[name] for name in config.task_names()}
     if config.train.init_from is None or (resume and checkpoint.steps(run_dir)):
         return build(config, {name: len(names) for name, names in classes.items()}), []
     return warm_start.build_from(config.train.init_from, config, classes)

@@ -25,17 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from moe_bsr.runs import report
+    from moe_bsr.runs import comparison
     from moe_bsr.runtime.text_tables import as_markdown, as_text
 
     reports = read_reports(arguments.runs)
     if arguments.json:
         print(json.dumps(reports, indent=1))
         return 0
-    rows = report.comparison(reports, intervals=arguments.markdown)
+    rows = comparison.comparison(reports, intervals=arguments.markdown)
     say(as_markdown(rows) if arguments.markdown else as_text(rows))
     if arguments.experts:
-        say(report.expert_use(list(reports.values())[-1]))
+        say(comparison.expert_use(list(reports.values())[-1]))
     return 0
 
 

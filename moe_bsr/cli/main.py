@@ -31,8 +31,11 @@ COMMANDS = {
     "compare": "set finished runs side by side",
     "cost": "memory and FLOPs of a configuration before anyone trains it",
     "drops": "what dropping tokens costs in accuracy before training, and where to drop instead",
+    "add-task": "teach a finished run one task more: one head and one router per layer, all else frozen",
+    "remove-task": "take tasks out of a finished run",
+    "share": "a run as a zip file, a folder, a hub's repository or a timm model, for somebody else",
     "init": "look at image folders and write the task files and the configuration to train on them",
-    "tasks": "list the tasks there are",
+    "tasks": "list the tasks there are, or those of a run",
     "configs": "list the configurations that come with the package",
     "copy": "copy a packaged configuration or task file here, to change it",
     "check": "open all images of tasks and list at once what cannot be read",
@@ -48,7 +51,7 @@ COMMANDS = {
 
 # Those that train or evaluate in this process: they need the C library's allocator set up first.
 COMPUTING = {"fit", "train", "probe", "lr", "drops", "evaluate", "reject", "export", "views", "pretrain"}
-COMPUTING |= {"sweep-storages"}
+COMPUTING |= {"add-task", "sweep-storages"}
 
 # Packages that only some commands need, and the extra that installs them.
 EXTRAS = {"matplotlib": "views", "scipy": "views", "onnx": "export", "onnxruntime": "export"}
@@ -61,7 +64,7 @@ def start(command: str | None = None) -> NoReturn:
     """The whole life of a process: run what its arguments say, or that command with them, and exit."""
     arguments = sys.argv[1:] if command is None else [command, *sys.argv[1:]]
     name = arguments[0] if arguments else ""
-    streams.set_up(program(name).strip(), quiet_output=name in ("train", "probe"))
+    streams.set_up(program(name).strip(), quiet_output=name in ("train", "probe", "add-task"))
     status = main(arguments, own_process=True)
     if (failed := streams.finish()) is not None:  # a reader that has seen enough (head) is no failure
         if failed:

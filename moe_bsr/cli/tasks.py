@@ -1,10 +1,14 @@
-"""List the tasks there are: files of ./tasks, and those that come with the package.
+"""List the tasks there are: files of ./tasks, and those that come with the package; or those of a run.
 
     moe-bsr tasks
+    moe-bsr tasks runs/photos
     moe-bsr tasks --json
 
 A task is used by its name, tasks=[pets, food101], or by the path of its file. Where both folders have one of
 the same name, the one of ./tasks is used. `moe-bsr copy pets` copies a packaged one, to change it.
+
+Of a run: when each task was added, the images it was trained on (a hash of their names, sizes and labels), and its
+accuracy. RUN may be a zip file that was shared.
 
 Exit status: 0, or 1 if a task file cannot be used (it is named on stderr).
 """
@@ -18,10 +22,32 @@ from moe_bsr.cli.terminal import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="list the tasks of this run")
     parser.add_argument("--json", action="store_true", help="a list of objects")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    return list_tasks(arguments) if arguments.run is None else list_tasks_of(arguments.run, arguments.json)
+
+
+def list_tasks_of(run: Path, as_json: bool) -> int:
+    from moe_bsr.runs.listing import tasks_of
+
+    found = tasks_of(run)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return 0
+    rows = [["task", "classes", "train/val/test", "added", "data", "val %", "test %"]]
+    for task in found:
+        scores = ["-" if task[key] is None else f"{task[key]:.1f}" for key in ("val_top1", "test_top1")]
+        images = "/".join(map(str, task["images"].values())) or "-"
+        added = (task["added"] or "-")[:10]
+        rows.append([task["name"], str(task["classes"]), images, added, (task["data_sha256"] or "-")[:12], *scores])
+    say(left_aligned(rows))
+    return 0
+
+
+def list_tasks(arguments: argparse.Namespace) -> int:
     from moe_bsr.config import packaged
     from moe_bsr.data import load_spec
 

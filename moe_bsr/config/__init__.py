@@ -1,7 +1,7 @@
 """What a run is: typed configuration (`schema`), read strictly from YAML (`yaml_text`, `reader`, `files`)."""
 
 from moe_bsr.config.errors import ConfigError, require
-from moe_bsr.config.files import dump, from_dict, load, replace, to_dict
+from moe_bsr.config.files import dump, from_dict, load, override, replace, to_dict
 from moe_bsr.config.schema import (
     BackboneConfig,
     Config,
@@ -30,6 +30,7 @@ __all__ = [
     "from_dict",
     "is_crop_range",
     "load",
+    "override",
     "replace",
     "require",
     "to_dict",

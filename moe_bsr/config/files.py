@@ -23,7 +23,20 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
         ConfigError: unreadable file, unknown key, wrong type or impossible value.
     """
     path = Path(path)
-    tree = read_tree(path / "config.yaml" if os.path.isdir(path) else path)
+    if os.path.isfile(path / "config.json") and not os.path.lexists(path / "config.yaml"):
+        raise ConfigError(
+            f"{path} is a run that was shared: training does not go on in it; start another from it by "
+            f"train.init_from={path}, or give it one task more"
+        )
+    return _overridden(read_tree(path / "config.yaml" if os.path.isdir(path) else path), overrides)
+
+
+def override(config: Config, overrides: list[str]) -> Config:
+    """A copy with `a.b=value` overrides, as `load` takes them. Checked again."""
+    return _overridden(to_dict(config), overrides)
+
+
+def _overridden(tree: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> Config:
     values = {}
     for text in overrides:
         key, equals, value = text.partition("=")

@@ -247,14 +247,27 @@ class Config:
             self._require_probe()
         else:
             self._require_weighing()
+        if self.train.only is not None:
+            self._require_start(names, self.train.only)
         unknown = sorted(set(self.train.task_weights) - set(names))
         require(not unknown, "train.task_weights", self.train.task_weights, f"{unknown} not among the tasks {names}")
 
+    def _require_start(self, names: list[str], only: list[str]) -> None:
+        """Refuse to freeze what nobody has trained."""
+        known = bool(only) and len(set(only)) == len(only) and set(only) <= set(names)
+        require(known, "train.only", only, f"one or more of the tasks {names}, each once")
+        source = self.train.init_from
+        require(
+            source is not None, "train.init_from", source, "with train.only the run that all the rest is taken from"
+        )
+        require(self.mode == "multitask", "mode", self.mode, "multitask with train.only: the tasks share one model")
+
     def _require_probe(self) -> None:
         """Refuse what has no place in a run that solves the heads at once, on features computed once."""
+        frozen = self.train.only is not None
         for key, value, needed in (
-            ("plan.train_blocks", self.plan.train_blocks, []),
-            ("adapter", self.adapter, None),
+            ("plan.train_blocks", [] if frozen else self.plan.train_blocks, []),
+            ("adapter", None if frozen else self.adapter, None),
             ("data.augment", self.data.augment, False),
             ("train.ema_decay", self.train.ema_decay, None),
             ("train.steps", self.train.steps, 1 if self.train.minutes is None else None),
@@ -292,6 +305,11 @@ class Config:
     def task_names(self) -> list[str]:
         """Names of the tasks; a task given as a path to a YAML file is named by the file's stem."""
         return [Path(task).stem if task.endswith((".yaml", ".yml")) else task for task in self.tasks]
+
+    def trained_tasks(self) -> list[str]:
+        """Names of the tasks that train: all but with `train.only`."""
+        only = self.train.only
+        return [name for name in self.task_names() if only is None or name in only]
 
     def task_files(self) -> dict[str, str]:
         """The entries of `tasks`, as `data.load_spec` takes them, by name."""

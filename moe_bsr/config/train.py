@@ -16,6 +16,7 @@ class TrainConfig:
     minutes: float | None = None
     patience: int | None = None
     init_from: str | None = None
+    only: list[str] | None = None
     batch_size: int = 32
     grad_accumulation_steps: int = 1
     optimizer: Literal["sgd", "adamw", "lbfgs"] = "adamw"

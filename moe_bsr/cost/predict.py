@@ -104,8 +104,8 @@ def predict(
 
 def _predict(step: "_Step", config: Config, task: str | None, all_tasks: bool) -> Cost:
     model = step.model
-    task = task or max(model.tasks, key=lambda name: model.heads[name].out_features)
-    tasks = model.tasks if all_tasks and config.sampler.kind == "joint" else [task]
+    task = task or max(model.trained_tasks, key=lambda name: model.heads[name].out_features)
+    tasks = model.trained_tasks if all_tasks and config.sampler.kind == "joint" else [task]
     micro_batches = [name for name in tasks for _ in range(config.train.grad_accumulation_steps if all_tasks else 1)]
     timeline, first = Timeline(), None
     done: list[list[Placed]] = []

@@ -5,7 +5,7 @@ from typing import Any
 
 from moe_bsr.export.on_device import Bundle, measure
 from moe_bsr.runs import report as reports
-from moe_bsr.runs.folder import read_config
+from moe_bsr.runs.config_file import read_config
 from moe_bsr.runs.load import TrainedRun
 from moe_bsr.runtime import cpu_features
 from moe_bsr.runtime.names import printable

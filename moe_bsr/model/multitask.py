@@ -55,7 +55,8 @@ class MultitaskViT(nn.Module):
 
     Attributes:
         plan: what each block is.
-        path_start: the first block whose backward pass must run; the depth if none's.
+        path_start: the first block whose backward pass must run, or that asks for the task; the depth if none does.
+        trained_tasks: all, or those of `train.only`.
         replaced: names of frozen backbone parameters that have other values than the backbone's file.
         log_variances: of the tasks' losses, where training learns how to weigh them; a scalar for each task.
         init_from: the run, step and sha256 of the weights it started from, if from a run's.
@@ -120,8 +121,13 @@ class MultitaskViT(nn.Module):
         self.contexts = [
             BlockContext(plan, config.tokens, vit.num_prefix_tokens, vit.has_class_token) for plan in self.plan
         ]
+        self._own = self._unchanged_by_plan()
+        self.trained_tasks = self.tasks if config.train.only is None else config.train.only
+        if config.train.only is not None:
+            self._train_only(config.train.only)
         self.embedding_trains = embedding_trains(vit)
-        self.path_start = gradient_path_start(vit)
+        # What comes before it is the same for every task, so it is no later than the first experts.
+        self.path_start = min([gradient_path_start(vit), *config.plan.moe_blocks])
         require(
             all(index < self.path_start for index in self.head_blocks),
             "plan.head_blocks",
@@ -240,15 +246,20 @@ class MultitaskViT(nn.Module):
 
     def features_key(self) -> tuple:
         """Models with equal keys have the same frozen blocks: the features of one serve the others."""
-        if self.embedding_trains or self.replaced:
+        before = self.plan[: self.path_start]
+        if self.embedding_trains or self.replaced or any(block.trainable or block.adapter for block in before):
             return (id(self),)
-        return self.backbone_sha256, self.path_start, tuple(self.plan[: self.path_start]), tuple(self.head_blocks)
+        return self.backbone_sha256, self.path_start, tuple(before), tuple(self.head_blocks)
 
     def cast_frozen_(self, dtype: torch.dtype) -> None:
-        """Keep the frozen matrices in the compute dtype alone: the values autocast would compute with."""
+        """Keep the frozen matrices in the compute dtype alone: the values autocast would compute with.
+
+        Those that an earlier run trained stay in float32, as that run saved them.
+        """
+        kept = {id(p) for name, p in self.named_parameters() if name in self._own}
         layers = [self.vit.patch_embed.proj]
         layers += [layer for block in self.vit.blocks for layer in block.modules() if type(layer) is Linear]
-        for parameter in (p for layer in layers for p in layer.parameters(recurse=False) if not p.requires_grad):
+        for parameter in (p for layer in layers for p in layer.parameters(recurse=False) if id(p) in kept):
             parameter.data = parameter.data.to(dtype)
 
     def commit(self, output: Output, task: str) -> None:
@@ -279,11 +290,25 @@ class MultitaskViT(nn.Module):
                 others |= {id(p) for p in layer.mlp.router.parameters_of_others(task)}
         return [p for p in self.parameters() if id(p) not in others]
 
+    def own_parameters(self, task: str) -> list[nn.Parameter]:
+        """Parameters that no other task's step has: its head, and its routers if each task has its own."""
+        shared = {id(p) for p in self.parameters_of("")}
+        return [p for p in self.parameters_of(task) if id(p) not in shared]
+
+    def _train_only(self, tasks: list[str]) -> None:
+        """Freeze everything but what is these tasks' own."""
+        trained = [p for task in tasks for p in self.own_parameters(task) if p.requires_grad]
+        self.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
     def unchanged_backbone_names(self) -> set[str]:
         """Names in the state dict that are the backbone's own, unchanged: not worth saving again."""
+        return self._own - self.replaced
+
+    def _unchanged_by_plan(self) -> set[str]:
         new = {id(p) for layer in self.vit.blocks if isinstance(layer.mlp, MoE) for p in layer.mlp.parameters()}
-        own = {f"vit.{name}" for name, p in self.vit.named_parameters() if not p.requires_grad and id(p) not in new}
-        return own - self.replaced
+        return {f"vit.{name}" for name, p in self.vit.named_parameters() if not p.requires_grad and id(p) not in new}
 
 
 def _has_values(vit: VisionTransformer) -> bool:

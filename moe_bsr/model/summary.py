@@ -24,7 +24,7 @@ def table(model: MultitaskViT, config: Config) -> list[str]:
         rows.append(
             (
                 f"{index:>5}",
-                "yes" if plan.trainable else "-",
+                "yes" if plan.trainable and trained else "-",
                 "yes" if on_path else "-",
                 f"{n} -> {m}" if m < n else str(n),
                 experts if plan.moe else "dense",
@@ -44,9 +44,22 @@ def summary(model: MultitaskViT, config: Config) -> list[str]:
         f"{config.backbone.name} ({config.backbone.weights}), {model.vit.patch_embed.img_size[0]} px, "
         f"{len(model.plan)} blocks; {total / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained"
     ]
+    if config.train.only is not None:
+        parts = [f"{task} ({_own(model, task)})" for task in config.train.only]
+        lines.append(f"all is frozen but what is their own of {', '.join(parts)}")
     if notes := getattr(model.vit, "weights_notes", []):
         lines.append(f"of the weights file, {'; '.join(notes)}")
     if any(error > 1e-4 for error in model.upcycling_errors.values()):
         errors = ", ".join(f"block {i}: {e:.3f}" for i, e in model.upcycling_errors.items())
         lines.append(f"experts start off the pretrained FFN by (relative): {errors}")
     return lines
+
+
+def own_bytes(model: MultitaskViT, task: str) -> dict[str, int]:
+    """Bytes that the model has for this task alone: of its head, and of its routers if each task has its own."""
+    head = sum(p.nbytes for p in model.heads[task].parameters())
+    return {"head": head, "routers": sum(p.nbytes for p in model.own_parameters(task)) - head}
+
+
+def _own(model: MultitaskViT, task: str) -> str:
+    return ", ".join(f"{part} {size / 1000:.1f} kB" for part, size in own_bytes(model, task).items() if size)

@@ -52,7 +52,7 @@ def save(run: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dic
             _save_tensors({k: v.detach().cpu().contiguous() for k, v in group.items()}, file)
             file.chmod(mode)  # safetensors makes files that only their owner reads
             files.sync(file)
-            hashes[file.name] = _sha256(file)
+            hashes[file.name] = sha256_of(file)
         return hashes
 
     size = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
@@ -93,7 +93,7 @@ def _replace(
         temporary.mkdir()
         files.write_new(temporary / STATE, json.dumps(state, indent=1))
         hashes = write(temporary, (temporary / STATE).stat().st_mode & 0o777)
-        hashes = dict(sorted((hashes | {STATE: _sha256(temporary / STATE)}).items()))
+        hashes = dict(sorted((hashes | {STATE: sha256_of(temporary / STATE)}).items()))
         files.write_new(temporary / MANIFEST, json.dumps({"step": step, "sha256": hashes}, indent=1))
         files.sync(temporary)
         if files.kind(final):  # a resumed run comes by here again; until the next rename `recover` finds this one
@@ -217,7 +217,7 @@ def damage(folder: Path) -> str | None:
         files.require(folder, "a folder")
         hashes = _hashes(folder)
         for name in dict.fromkeys(("weights.safetensors", STATE, *hashes)):
-            if _sha256(folder / name) != hashes.get(name):
+            if sha256_of(folder / name) != hashes.get(name):
                 return f"{folder / name} does not match its hash in {MANIFEST}"
         for file in sorted(folder.iterdir()):
             if file.suffix == ".safetensors" and file.name not in hashes:
@@ -301,6 +301,7 @@ def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
         raise OSError(number, os.strerror(number), str(file)) from error
 
 
-def _sha256(file: Path) -> str:
+def sha256_of(file: Path) -> str:
+    """Of an ordinary file, in hexadecimal digits."""
     with files.open_file(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]  # it is a FileIO

@@ -71,7 +71,7 @@ def write(run: Path, data: TaskData) -> dict[str, Any]:
     """List the images of each split, where they have names; returns what `config.yaml` says of the task."""
     listed = {name: _listed(split) for name, split in _splits(data).items()}
     if all(split["names"] is not None for split in listed.values()):
-        file = _file(run, data.name)
+        file = list_of(run, data.name)
         files.require(file.parent, "a folder")
         file.parent.mkdir(exist_ok=True)
         write_whole(file, gzip.compress(json.dumps(listed).encode(), mtime=0))
@@ -210,14 +210,15 @@ def _keys(spec: TaskSpec) -> dict[str, Any]:
     return {key: value for key, value in dataclasses.asdict(spec).items() if key != "name"}
 
 
-def _file(run: Path, task: str) -> Path:
+def list_of(run: Path, task: str) -> Path:
+    """The file that lists a task's images."""
     return run / "images" / f"{task}.json.gz"
 
 
 def _read_images(run: Path, task: str, about: dict[str, Any]) -> dict[str, Any] | None:
     """The list that `write` wrote; None where there is none, or it is not the one that was recorded."""
     try:
-        listed = json.loads(gzip.decompress(files.read_bytes(_file(run, task))))
+        listed = json.loads(gzip.decompress(files.read_bytes(list_of(run, task))))
         sound = all(_sha256(listed[name]) == about["splits"][name]["sha256"] for name in SPLITS)
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None

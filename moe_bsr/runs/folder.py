@@ -1,14 +1,12 @@
 """The run folder: what a run writes down about itself, and what it checks before it goes on.
 
 `config.yaml` holds the configuration and, under `resolved`, everything it led to: precision, threads,
-image settings, the tasks and their images, the hash of the backbone's weights, versions. `load.py` makes a model of
-it again, `data_record.py` finds its images again.
+image settings, the tasks and their images, the hash of the backbone's weights, versions. `config_file.py` reads it,
+`load.py` makes a model of it again, `data_record.py` finds its images again.
 """
 
-import dataclasses
 import datetime
 import os
-import warnings
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +22,8 @@ from moe_bsr.config.train import LENGTHS
 from moe_bsr.data import ImageTransforms, TaskData, TaskSpec, load_spec, load_task
 from moe_bsr.model.backbones import family_of
 from moe_bsr.model.multitask import MultitaskViT
-from moe_bsr.runs import checkpoint, data_record, ordinary, report
+from moe_bsr.runs import checkpoint, data_record, kept_tasks, ordinary, report
+from moe_bsr.runs.config_file import read_config
 from moe_bsr.runtime import files
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.runtime.files import write_whole
@@ -50,12 +49,6 @@ RESUMABLE_KEYS = (
 )
 
 LENGTH_KEYS = tuple(f"train.{key}" for key in LENGTHS)
-
-# Sections that say how to train, and not what the model is or what it is fed.
-TRAINING_SECTIONS = ("train", "sampler", "runtime")
-
-# What a trained model is rebuilt from, and the last key written: without it the file was cut.
-RESOLVED = ("backbone_sha256", "tasks", "precision", "python")
 
 
 def open_task(config: Config, task: str | TaskSpec, root: str | None = None) -> TaskData:
@@ -94,8 +87,10 @@ def write_config(
     before = _recorded(run) if resumed else {}
     about, init_from = before.get("tasks", {}), before.get("init_from", model.init_from)
     if not about:
-        for name, data in tasks.items():
-            about[name] = data_record.write(run, data)
+        kept = kept_tasks.take_over(config, run)
+        now = {"added": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+        new = {name: data_record.write(run, data) | now for name, data in tasks.items()}
+        about = {name: (kept | new)[name] for name in config.task_names()}
     resolved = {
         "backbone_sha256": model.backbone_sha256,
         "images": {
@@ -118,7 +113,7 @@ def write_config(
 
 
 def open_tasks(config: Config, run: Path, resume: bool = False) -> tuple[dict[str, TaskData], list[str]]:
-    """The datasets of a configuration, by task; to resume a run, with the splits that it began with.
+    """The datasets of the tasks that train, by task; to resume a run, with the splits that it began with.
 
     Returns:
         The datasets, and what a person should know about them, a line each.
@@ -127,8 +122,9 @@ def open_tasks(config: Config, run: Path, resume: bool = False) -> tuple[dict[st
             skip they may be gone), or a task file now says other things.
     """
     recorded = _recorded(run) if resume else {}
-    before, root = recorded.get("tasks", {}), _data_root(config, recorded)
-    specs = {name: _spec(name, file, before) for name, file in config.task_files().items()}
+    root, files_of, trained = _data_root(config, recorded), config.task_files(), config.trained_tasks()
+    before = {name: about for name, about in recorded.get("tasks", {}).items() if name in trained}
+    specs = {name: _spec(name, files_of[name], before) for name in trained}
     for name, about in before.items():
         data_record.check_spec(run, specs[name], about)
     tasks = {name: open_task(config, spec, root) for name, spec in specs.items()}
@@ -177,79 +173,6 @@ def _recorded(run: Path) -> dict[str, Any]:
         config, resolved = read_config(run)
         return resolved | {"data.root": config.data.root}
     return {}
-
-
-def read_config(run: Path, *, exact: bool = False) -> tuple[Config, dict[str, Any]]:
-    """The configuration of a run and what it resolved to.
-
-    Keys that another version wrote are left out with a warning where they say how to train, not what the model is.
-
-    Args:
-        exact: refuse them all: for whoever goes on training.
-    Raises:
-        ConfigError: there is no config.yaml, it is cut or damaged, or another version's.
-    """
-    file = run / "config.yaml"
-    if not file.is_file():
-        raise ConfigError(f"{run} is not a run folder: it has no config.yaml")
-    try:
-        tree = yaml.safe_load(file.read_text())
-        if not isinstance(tree, dict):
-            raise ConfigError("no keys and values")
-        resolved = tree.pop("resolved", None) or {}
-        _drop_unknown(file, tree, resolved, exact)
-        config = configuration.from_dict(tree)
-        if config.mode != "single_task":
-            _check_resolved(resolved, config)
-    except OtherVersion:
-        raise
-    except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"{file}: cut or damaged: {' '.join(str(error).split())}; put a copy in its place, or "
-            "train again into another folder"
-        ) from error
-    return config, resolved
-
-
-class OtherVersion(ConfigError):
-    """A run of another version of moe_bsr, which this one cannot use."""
-
-
-def _drop_unknown(file: Path, tree: dict[str, Any], resolved: dict[str, Any], exact: bool) -> None:
-    """Take out of a run's configuration what this version does not know, or refuse it."""
-    known = configuration.to_dict(Config())
-    sections = {each.name for each in dataclasses.fields(Config) if dataclasses.is_dataclass(each.type)}
-    unknown = [(key, None) for key in tree if key not in known] + [
-        (section, key)
-        for section in sections & tree.keys()
-        for key in (tree[section] if isinstance(tree[section], dict) else ())
-        if key not in known[section]
-    ]
-    for section, key in unknown:
-        version = resolved.get("version", "older")
-        what = (
-            f"{file}: written by another version of moe_bsr ({version}, this is {__version__}): it has the key "
-            f"{section if key is None else f'{section}.{key}'}, which this one does not know"
-        )
-        if exact or section not in TRAINING_SECTIONS:
-            raise OtherVersion(f"{what}; use that version, or train again into another folder")
-        warnings.warn(f"{what} and leaves out", stacklevel=4)
-        del tree[section][key]
-
-
-def _check_resolved(resolved: Any, config: Config) -> None:
-    """Raise ConfigError where a trained model could not be rebuilt from it."""
-    if lacking := [key for key in RESOLVED if key not in resolved]:
-        raise ConfigError(f"no key resolved.{lacking[0]}")
-    tasks = resolved["tasks"]
-    if not isinstance(tasks, dict) or set(tasks) != set(config.task_names()):
-        raise ConfigError(f"resolved.tasks does not describe the tasks {', '.join(config.task_names())}")
-    for name, about in tasks.items():
-        classes = about.get("classes") if isinstance(about, dict) else None
-        if not isinstance(classes, list) or len(classes) < 2 or not all(isinstance(each, str) for each in classes):
-            raise ConfigError(f"resolved.tasks.{name}.classes is no list of names")
-        if wrong := data_record.problem(about):
-            raise ConfigError(f"resolved.tasks.{name}.{wrong}")
 
 
 def config_diff(old: Config, new: Config) -> list[str]:
@@ -324,6 +247,9 @@ def count_test_evaluation(run: Path, tasks: Iterable[str] = ()) -> int:
         tasks: what is evaluated, by default all. In an STL run each of these is counted in its own run, and the
             whole run counts as often as the one evaluated most.
     """
+    if files.kind(run) == "a file":
+        unpack = f"python -m zipfile -e {run} {run.stem}"
+        raise ConfigError(f"{run}: evaluations of the test split are counted in a folder; unpack it first: {unpack}")
     known = report.read(run) or {}
     config, _ = read_config(run)
     if config.mode == "single_task":

@@ -19,8 +19,9 @@ from moe_bsr.config import Config, ConfigError
 from moe_bsr.config.reader import nearest
 from moe_bsr.data import ImageTransforms, TaskData
 from moe_bsr.model.multitask import MultitaskViT, build, build_on_meta
-from moe_bsr.runs import checkpoint, contents, data_record, ordinary, rejection
-from moe_bsr.runs.folder import make_transforms, open_task, read_config, restore_weights
+from moe_bsr.runs import archive, checkpoint, contents, data_record, ordinary, rejection, shared_form
+from moe_bsr.runs.config_file import read_config
+from moe_bsr.runs.folder import make_transforms, open_task, restore_weights
 from moe_bsr.runs.predict import Images, predict_images
 from moe_bsr.runtime.device import Runtime, most_threads, prepare
 
@@ -63,7 +64,8 @@ class TrainedRun:
         if task not in self._data:
             about = self.recorded[task]
             spec = data_record.recorded_spec(task, about) or self.config.task_files()[task]
-            data = open_task(self.config, spec, self.data_root)
+            own = about.get("data_root", "")  # of a task that was trained in another run
+            data = open_task(self.config, spec, own if Path(own).is_dir() and own else self.data_root)
             folder = self.run / task if self.config.mode == "single_task" else self.run
             self._data[task], self.changes[task] = data_record.follow(folder, data, about)
         changed = self.changes[task][split]
@@ -131,6 +133,7 @@ def load(
     """The model of a run with its transforms and class names, in evaluation mode.
 
     Args:
+        run: its folder, or what `moe-bsr share` made of it: a folder or a zip file.
         checkpoint_name: "best" (by mean validation top-1), "last", or a step.
         data_root: where the datasets are now, if not where they were.
         device: where to compute, if not where the run did. The precision stays the run's.
@@ -140,7 +143,21 @@ def load(
         ConfigError: not a run folder. CheckpointError: missing or damaged checkpoint.
         ValueError: a task that the run does not have.
     """
-    run = Path(run)
+    with archive.opened(Path(run)) as folder:
+        loaded = _load(folder, checkpoint_name, data_root, device, weights, tasks)
+    loaded.run = Path(run)
+    return loaded
+
+
+def _load(
+    run: Path,
+    checkpoint_name: str | int,
+    data_root: str | None,
+    device: str | None,
+    weights: str | None,
+    tasks: list[str] | None,
+) -> TrainedRun:
+    """`load`, of a folder."""
     ordinary.check(run)
     config, resolved = read_config(run)
     chosen = chosen_tasks(tasks, config.task_names())
@@ -165,9 +182,8 @@ def load(
     runtime = _prepare_for(run, config, device)
     names = {task: about["classes"] for task, about in resolved["tasks"].items()}
     classes = {task: len(known) for task, known in names.items()}
-    folder, tensors, state = read_named(run, checkpoint_name)
-    contents.check_state(folder, state, config.task_names())
-    if build_on_meta(config, classes).state_dict().keys() <= tensors["weights"].keys():
+    saved = read_named(run, checkpoint_name, config)
+    if build_on_meta(config, classes).state_dict().keys() <= saved.weights.keys():
         config.backbone.weights = "random"  # everything was saved: no need for the backbone's file
     elif weights is not None:
         config.backbone.weights = weights
@@ -177,12 +193,10 @@ def load(
         raise ConfigError(
             f"{run}: {error}. The run needs the weights it was trained from: weights=FILE says where they are now"
         ) from error
-    contents.check_tensors(folder / "weights.safetensors", tensors["weights"], contents.model_tensors(model))
-    restore_weights(model, tensors["weights"], resolved["backbone_sha256"], folder)
-    average = tensors.get("average")
-    contents.check_average(folder, average, model, config.train.ema_decay is not None)
-    if average:
-        model.load_state_dict(average, strict=False)
+    saved.check(model, config.train.ema_decay is not None)
+    restore_weights(model, saved.weights, resolved["backbone_sha256"], saved.file.parent)
+    if saved.average:
+        model.load_state_dict(saved.average, strict=False)
     return TrainedRun(
         run,
         config,
@@ -190,9 +204,12 @@ def load(
         make_transforms(config, model),
         runtime,
         {task: names[task] for task in chosen},
-        state["step"],
-        "average" if average else "live",
-        resolved["tasks"],
+        saved.step,
+        "average" if saved.average else "live",
+        {
+            task: {key: value for key, value in about.items() if data_root is None or key != "data_root"}
+            for task, about in resolved["tasks"].items()
+        },
         data_root or _data_root(config, resolved),
     )
 
@@ -238,8 +255,46 @@ def _prepare_for(run: Path, config: Config, device: str | None) -> Runtime:
         raise ConfigError(f"{run}: {error}. The run was trained there; device='cpu' computes without it") from error
 
 
-def read_named(run: Path, name: str | int) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """A checkpoint's folder, tensors and state; of "best", the newest sound checkpoint knows which it is."""
+@dataclass(slots=True)
+class Saved:
+    """What a checkpoint, or a shared run, holds for those who use the model.
+
+    Attributes:
+        file: of the weights. weights: by name. average: the moving average, if there is one.
+    """
+
+    file: Path
+    weights: dict[str, Tensor]
+    average: dict[str, Tensor] | None
+    step: int
+
+    def check(self, model: MultitaskViT, averaged: bool) -> None:
+        """Raise CheckpointError if it does not fit the model.
+
+        Args:
+            averaged: whether the configuration asks for a moving average.
+        """
+        contents.check_tensors(self.file, self.weights, contents.model_tensors(model))
+        contents.check_average(self.file.parent, self.average, model, averaged)
+
+
+def read_named(run: Path, name: str | int, config: Config) -> Saved:
+    """A checkpoint of a run folder; of "best", the newest sound checkpoint knows which it is.
+
+    Raises:
+        CheckpointError: missing or damaged, or of other tasks than the configuration's.
+    """
+    if shared_form.is_shared(run):
+        file, weights, step = shared_form.read_weights(run)
+        if str(name) not in ("best", "last", str(step)):
+            raise checkpoint.CheckpointError(f"no checkpoint {name} in {run}: it was shared with that of step {step}")
+        return Saved(file, weights, None, step)
+    folder, tensors, state = _read_checkpoint(run, name)
+    contents.check_state(folder, state, config.trained_tasks())
+    return Saved(folder / "weights.safetensors", tensors["weights"], tensors.get("average"), state["step"])
+
+
+def _read_checkpoint(run: Path, name: str | int) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]]:
     why = ""
     if name in ("best", "last"):
         newest = checkpoint.latest(run)

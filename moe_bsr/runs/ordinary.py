@@ -11,7 +11,7 @@ from moe_bsr.runtime import files
 
 FILES = (
     *("config.yaml", "metrics.jsonl", "metrics.csv", "report.json", "report.md", "test_evaluations.log", "lock"),
-    "rejection.safetensors",
+    *("source_report.json", "config.json", "model.safetensors", "rejection.safetensors"),
 )
 FOLDERS = ("checkpoint", "images", "tensorboard", "views")
 

@@ -27,9 +27,11 @@ def make(
     split: str,
     progress: dict[str, dict[str, float]],
     best: tuple[float | None, int] | None,
+    val_scores: dict[str, dict[str, Any]] | None = None,
     lost: dict[str, Any] | None = None,
     step: int = 0,
     skipped: dict[str, dict[str, dict[str, str]]] | None = None,
+    kept: dict[str, dict[str, Any]] | None = None,
     **measured: Any,
 ) -> dict[str, Any]:
     """Report of one run.
@@ -39,14 +41,21 @@ def make(
         scores: by task, from `evaluate`; None if the run did not get that far.
         progress: updates, images and epochs by task, at `step`.
         best: mean validation top-1 and step of the weights selected, which the scores are of.
+        val_scores: theirs on the validation split.
         lost: step, mean_top1, scores and reason of a better evaluation whose checkpoint could not be read.
         step: updates done.
         skipped: images that could not be read, by task and split: name -> why.
+        kept: of tasks that did not train: their entries in an earlier report (`kept_tasks.entries`).
     """
     scored = {"scored_step": best and best[1]} if scores else {}
-    tasks = {name: {**(scores[name] if scores else {}), **scored, **counts} for name, counts in progress.items()}
+    val = {name: {"val_top1": each["top1"]} for name, each in (val_scores or {}).items()}
+    tasks = {
+        name: {**(scores[name] if scores else {}), **val.get(name, {}), **scored, **counts}
+        for name, counts in progress.items()
+    }
     for name, splits in (skipped or {}).items():
         tasks[name]["skipped"] = splits
+    tasks = {name: tasks[name] if name in tasks else (kept or {})[name] for name in config.task_names()}
     return {
         "status": status,
         "signal": signal,
@@ -138,23 +147,25 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         f"Accuracies are those of the weights selected, on the {report['split']} split; {counted}",
         "",
-        "| task | top-1 % | 95 % interval | top-5 % | mean per class % | calibration error % | chance % | "
-        "images seen | epochs | updates |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| task | top-1 % | 95 % interval | validation top-1 % | top-5 % | mean per class % | calibration error % | "
+        "chance % | images seen | epochs | updates |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, t in report["tasks"].items():
         score = [
             f"{t[key]:.1f}" if key in t else "-" for key in ("top1", "top5", "mean_class_accuracy", "ece", "chance")
         ]
         score.insert(1, f"{t['top1_low']:.1f} - {t['top1_high']:.1f}" if "top1" in t else "-")
+        score.insert(2, f"{t['val_top1']:.1f}" if "val_top1" in t else "-")
         lines.append(f"| {name} | {' | '.join(score)} | {t['images']} | {t['epochs']:.2f} | {t['updates']} |")
     if report["mean_top1"] is not None:
-        lines.append(f"| mean | {report['mean_top1']:.2f} | | | | | | | | |")
+        lines.append(f"| mean | {report['mean_top1']:.2f} | | | | | | | | | |")
     lines += [
         *_confusions(report),
         *_rejection(report.get("rejection")),
         "",
         *_steps(report),
+        *_kept(report),
         *_skipped(report),
         "",
         f"Training took {report['train_seconds']:.0f} s; {_gflops(report)} GFLOPs an image forward. {_peaks(report)}",
@@ -172,6 +183,14 @@ def _steps(report: dict[str, Any]) -> list[str]:
     lost = report.get("lost_best") or {}
     places = {f"{task}: ": each for task, each in lost.items()} if "steps" in report else {"": lost}
     return lines + [_lost(each, place) for place, each in places.items() if each]
+
+
+def _kept(report: dict[str, Any]) -> list[str]:
+    """Whose numbers those of tasks are that did not train."""
+    train = report["config"]["train"]
+    if not (only := train.get("only")):
+        return []
+    return [f"Trained here: {', '.join(only)}. All else is as in {train['init_from']}, and so are its numbers."]
 
 
 def _skipped(report: dict[str, Any]) -> list[str]:
@@ -283,54 +302,3 @@ def _gflops(report: dict[str, Any]) -> str:
 def _mean(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
-
-
-def comparison(reports: dict[str, dict[str, Any]], intervals: bool) -> list[list[str]]:
-    """Rows of a table of runs: a header, chance, then one row per run."""
-    names = list(dict.fromkeys(task for report in reports.values() for task in report["tasks"]))
-    rows = [["top-1 %", *names, "mean", "images/task", "train s", "peak MB", "GFLOPs"]]
-    first = next(iter(reports.values()))["tasks"]
-    rows.append(
-        [
-            "chance",
-            *(f"{first[n]['chance']:.1f}" if "chance" in first.get(n, {}) else "-" for n in names),
-            "",
-            "",
-            "",
-            "",
-            "",
-        ]
-    )
-    for run, report in reports.items():
-        cells = []
-        for name in names:
-            task = report["tasks"].get(name, {})
-            interval = f" [{task['top1_low']:.1f}, {task['top1_high']:.1f}]" if intervals and "top1" in task else ""
-            cells.append(f"{task['top1']:.1f}{interval}" if "top1" in task else "-")
-        images = sorted({task["images"] for task in report["tasks"].values()})
-        mean = report["mean_top1"]
-        rows.append(
-            [
-                run,
-                *cells,
-                "-" if mean is None else f"{mean:.2f}",
-                str(images[0]) if len(images) == 1 else f"{images[0]}-{images[-1]}",
-                f"{report['train_seconds']:.0f}",
-                f"{report['measured_peak_mb']:.0f}",
-                _gflops(report),
-            ]
-        )
-    return rows
-
-
-def expert_use(report: dict[str, Any]) -> str:
-    """Share of each expert among a task's choices in training, in percent, by block."""
-    lines = []
-    for block, tasks in report.get("expert_use", {}).items():
-        lines.append(f"\nblock {block}: share of each expert in % of the task's choices (training)")
-        width = max(map(len, tasks))
-        lines += [
-            f"  {task:<{width}} " + " ".join(f"{100 * share:4.0f}" for share in shares)
-            for task, shares in tasks.items()
-        ]
-    return "\n".join(lines)

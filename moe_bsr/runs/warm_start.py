@@ -17,8 +17,9 @@ from moe_bsr.config import Config, ConfigError
 from moe_bsr.model.backbones.vit import digest
 from moe_bsr.model.multitask import MultitaskViT, build, build_on_meta
 from moe_bsr.model.plan import BlockPlan
-from moe_bsr.runs import checkpoint, contents, ordinary
-from moe_bsr.runs.folder import check_names, read_config
+from moe_bsr.runs import archive, checkpoint, ordinary
+from moe_bsr.runs.config_file import read_config
+from moe_bsr.runs.folder import check_names
 from moe_bsr.runs.load import read_named
 
 SHOWN = 5  # names of a kind in a message
@@ -52,7 +53,8 @@ def build_from(run: str, config: Config, classes: dict[str, list[str]]) -> tuple
     """
     counts = {task: len(names) for task, names in classes.items()}
     try:
-        source = _read(Path(run).expanduser(), list(classes))
+        with archive.opened(Path(run).expanduser()) as folder:
+            source = _read(folder, list(classes))
     except ConfigError as error:
         raise ConfigError(f"train.init_from = {run!r}: {error}") from error
     target = build_on_meta(config, counts)
@@ -74,10 +76,12 @@ def build_from(run: str, config: Config, classes: dict[str, list[str]]) -> tuple
     model = build(config, counts, put_dense)
     model.replaced = {name for name in model.unchanged_backbone_names() if name.replace(".base.", ".") in replaced}
     parts = _put_parts(model, source, adapters)
+    if config.train.only is not None:
+        _put_tasks(model, source)
     heads = {task: _put_head(model, source, task, classes[task]) for task in classes if task in source.classes}
     model.init_from = {"run": run, "step": source.step, "sha256": digest(source.weights)}
     return model, [
-        f"weights from {source.run}, step {source.step}",
+        f"weights from {run}, step {source.step}",
         *_told(model, source, classes, replaced, parts, heads),
     ]
 
@@ -87,16 +91,13 @@ def _read(run: Path, tasks: list[str]) -> Source:
     config, resolved = read_config(run)
     if config.mode == "single_task":
         return _read_parts(run, [task for task in config.task_names() if task in tasks], tasks)
-    folder, tensors, state = read_named(run, "best")
-    contents.check_state(folder, state, config.task_names())
+    saved = read_named(run, "best", config)
     classes = {task: about["classes"] for task, about in resolved["tasks"].items()}
     model = build_on_meta(config, {task: len(names) for task, names in classes.items()})
-    weights = tensors["weights"]
-    check_names(model, weights, folder)
-    contents.check_tensors(folder / "weights.safetensors", weights, contents.model_tensors(model))
-    contents.check_average(folder, tensors.get("average"), model, config.train.ema_decay is not None)
-    weights = weights | tensors.get("average", {})
-    return Source(run, state["step"], resolved["backbone_sha256"], model.plan, classes, weights)
+    check_names(model, saved.weights, saved.file.parent)
+    saved.check(model, config.train.ema_decay is not None)
+    weights = saved.weights | (saved.average or {})
+    return Source(run, saved.step, resolved["backbone_sha256"], model.plan, classes, weights)
 
 
 def _read_parts(run: Path, known: list[str], wanted: list[str]) -> Source:
@@ -169,6 +170,26 @@ def _put_router(name: str, mine: Tensor, theirs: dict[str, Tensor], tasks: list[
     if value.shape == mine.shape:
         mine.copy_(value)
     return value.shape == mine.shape
+
+
+@torch.no_grad()
+def _put_tasks(model: MultitaskViT, source: Source) -> None:
+    """Where everything but a new task is frozen, its routing starts as the mean of the other tasks'.
+
+    The shares of experts that `balance` keeps of each task are taken too.
+    """
+    state, before = model.state_dict(), list(source.classes)
+    new = [task for task in model.tasks if task not in before]
+    for name, mine in state.items():
+        place, _, task = name.rpartition(".")
+        if place.endswith(".mlp.router.weight") and task in new:
+            mine.copy_(torch.stack([source.weights[f"{place}.{each}"] for each in before]).mean(0))
+        elif name.endswith(".router.embed.0.weight"):
+            mine[:, [model.tasks.index(task) for task in new]] = source.weights[name].mean(1, keepdim=True)
+        elif name in ("balance.importance", "balance.load"):
+            for row, task in enumerate(model.tasks):
+                if task in before:
+                    mine[row] = source.weights[name][before.index(task)]
 
 
 @torch.no_grad()

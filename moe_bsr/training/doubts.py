@@ -89,7 +89,7 @@ def _learning_signal(config: Config) -> Iterator[str]:
         yield f"data.crop_scale = {crop}: training sees at most {crop[1]:.1%} of an image"
     if train.class_weights == config.sampler.classes == "balanced":
         yield "train.class_weights and sampler.classes are both balanced: small classes count twice; take one of them"
-    weights = {task: train.task_weights.get(task, 1.0) for task in config.task_names()}
+    weights = {task: train.task_weights.get(task, 1.0) for task in config.trained_tasks()}
     mean = sum(weights.values()) / len(weights)
     for task, weight in weights.items():
         if weight < 0.01 * mean:

@@ -125,7 +125,8 @@ class ProbeTrainer(Trainer):
 
     def _solve(self, data: TaskData, until: float = math.inf) -> Probe:
         def make(images: torch.Tensor) -> torch.Tensor:
-            return self.model.features(self.model.forward_features(images, data.name)[0])
+            tokens, _ = self.model.forward_features(images, data.name, upto=len(self.model.plan))
+            return self.model.features(tokens)
 
         settings = self.config.train
         if until < math.inf:

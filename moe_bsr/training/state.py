@@ -238,7 +238,10 @@ class TrainState:
         """Refuse a checkpoint that no trainer of this run can have written."""
         contents.check_state(place, progress, tasks)
         if "optimizer" not in tensors:
-            raise checkpoint.CheckpointError(f"{place} does not fit the run: it has no optimizer.safetensors")
+            raise checkpoint.CheckpointError(
+                f"{place} does not fit the run: it has no optimizer.safetensors, so training does not go on from it; "
+                "start another run from its weights (train.init_from)"
+            )
         contents.check_tensors(place / "weights.safetensors", tensors["weights"], contents.model_tensors(self.model))
         contents.check_moments(place / "optimizer.safetensors", tensors["optimizer"], self.model, progress["moments"])
         contents.check_average(place, tensors.get("average"), self.model, self.average is not None)

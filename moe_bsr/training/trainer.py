@@ -18,7 +18,7 @@ from moe_bsr.data.loader import Batch
 from moe_bsr.data.sampler import MultitaskSampler
 from moe_bsr.evaluation.evaluate import evaluate
 from moe_bsr.model.multitask import MultitaskViT
-from moe_bsr.runs import checkpoint, report
+from moe_bsr.runs import checkpoint, kept_tasks, report
 from moe_bsr.runs import folder as run
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.runtime.interrupt import Interrupted, StopSignals
@@ -69,13 +69,7 @@ class Trainer:
         average = None if settings.ema_decay is None else MovingAverage(model, settings.ema_decay)
         self.updates = TaskUpdates(config, model, inputs, optimizer, average)
         self.state = TrainState(
-            model,
-            optimizer,
-            average,
-            callbacks,
-            settings.checkpoint_selection,
-            settings.save,
-            self.transforms.skipped,
+            model, optimizer, average, callbacks, settings.checkpoint_selection, settings.save, self.transforms.skipped
         )
         self.callbacks = self.state.callbacks
         self.stop = StopSignals()
@@ -302,6 +296,8 @@ class Trainer:
             split=split,
             progress=self._progress(),
             best=state.best and (state.best.mean_top1, state.best.step),
+            val_scores=state.best and state.best.scores,
+            kept=kept_tasks.entries(self.config, self.folder, split),
             lost=state.lost and {**dataclasses.asdict(state.lost.best), "reason": state.lost.reason},
             step=state.step,
             planned_steps=self.planned.train.steps,

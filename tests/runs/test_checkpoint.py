@@ -326,8 +326,8 @@ def test_without_a_sound_checkpoint_there_is_an_error(tmp_path):
 
 def test_every_file_is_hashed_once(tmp_path, monkeypatch):
     save_steps(tmp_path, None)
-    hashed, sha256 = [], checkpoint._sha256
-    monkeypatch.setattr(checkpoint, "_sha256", lambda file: hashed.append(file.name) or sha256(file))
+    hashed, sha256 = [], checkpoint.sha256_of
+    monkeypatch.setattr(checkpoint, "sha256_of", lambda file: hashed.append(file.name) or sha256(file))
     read(latest(tmp_path), verified=True)
     assert set(hashed) == {"weights.safetensors", "optimizer.safetensors", "state.json"}
     assert len(hashed) == len(set(hashed))

@@ -158,8 +158,8 @@ def test_tasks_are_chosen_by_name():
 
 
 def test_each_file_of_a_checkpoint_is_hashed_once(finished, monkeypatch):
-    hashed, sha256 = [], checkpoint._sha256
-    monkeypatch.setattr(checkpoint, "_sha256", lambda file: hashed.append(file) or sha256(file))
+    hashed, sha256 = [], checkpoint.sha256_of
+    monkeypatch.setattr(checkpoint, "sha256_of", lambda file: hashed.append(file) or sha256(file))
     moe_bsr.load(finished, "last")
     moe_bsr.load(finished, "last", tasks=["shapes"])
     assert all(hashed.count(file) == 2 for file in hashed) and len(hashed) > 4

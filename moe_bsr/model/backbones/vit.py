@@ -10,6 +10,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -158,6 +159,14 @@ def _network(name: str, size: int | None, pretrained: bool = False) -> nn.Module
         if not re.match("Unknown model|Invalid pretrained tag", str(error)):
             raise
         raise ConfigError(f"backbone.name = {show(name)}: {error}; {_known(name)}") from None
+
+
+def in_timm(config: BackboneConfig) -> tuple[str, dict[str, Any]]:
+    """The name and the arguments by which timm itself creates this network, without a classifier."""
+    size = {} if config.image_size is None else {"img_size": config.image_size}
+    if (file := _bundled_file(config.name)) is not None:  # timm has ViTs of every width and depth under one name
+        return "vit_tiny_patch16_224", json.loads(_metadata(file)["architecture"]) | size
+    return config.name.partition(".")[0], size
 
 
 def _check_name(name: str) -> None:

@@ -1,0 +1,94 @@
+"""A shared run in a zip file, which may come from anybody: only the files of the shared form are taken out of it.
+
+Nothing is unpacked by a name of the archive's, so no name can lead anywhere; links, other files and folders stay
+inside. What a file claims of its size is checked before it is unpacked and held to while it is.
+"""
+
+import contextlib
+import stat
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from moe_bsr.config import ConfigError
+from moe_bsr.runs.checkpoint import CheckpointError
+from moe_bsr.runs.shared_form import CONFIG, FILES, MOST_BYTES, WEIGHTS
+from moe_bsr.runtime import files
+
+EXPANSION = 20  # times its packed size that a file may take: weights hardly shrink
+CHUNK = 2**20
+
+
+@contextlib.contextmanager
+def opened(run: Path) -> Iterator[Path]:
+    """The folder of a run; of a zip file a temporary one, which is gone afterwards.
+
+    Raises:
+        ConfigError: no zip file of a shared run, or one that should not be unpacked.
+    """
+    if not run.is_file():
+        yield run
+        return
+    with tempfile.TemporaryDirectory(prefix="moe_bsr_") as name:
+        try:
+            with zipfile.ZipFile(run) as archive:
+                _unpack(archive, Path(name))
+        except ConfigError as error:
+            raise ConfigError(f"{run}: {error}") from None
+        except Exception as error:  # zipfile raises nearly anything on what is damaged or forged
+            reason = str(error) or type(error).__name__
+            raise ConfigError(f"{run} is no run folder, and no zip file of one ({reason})") from None
+        try:
+            yield Path(name)
+        except (ConfigError, CheckpointError) as error:  # who reads it knows the zip file alone
+            raise type(error)(str(error).replace(name, str(run))) from error
+
+
+def write(folder: Path, file: Path) -> None:
+    """Pack the files of a shared run, in a folder named as the zip file is; it appears whole or not at all."""
+    temporary = file.with_name(file.name + ".tmp")
+    files.remove(temporary)
+    try:
+        with zipfile.ZipFile(temporary, "x", zipfile.ZIP_STORED) as archive:
+            for name in FILES:
+                if (folder / name).is_file():
+                    kind = zipfile.ZIP_STORED if name == WEIGHTS else zipfile.ZIP_DEFLATED
+                    archive.write(folder / name, f"{file.stem}/{name}", kind)
+        files.sync(temporary)
+        temporary.rename(file)
+    finally:
+        files.remove(temporary)
+
+
+def _unpack(archive: zipfile.ZipFile, folder: Path) -> None:
+    members: dict[str, zipfile.ZipInfo] = {}
+    configs = [PurePosixPath(each.filename) for each in archive.infolist() if each.filename.endswith(CONFIG)]
+    places = sorted((path.parent for path in configs if path.name == CONFIG), key=lambda place: len(place.parts))
+    if not places:
+        raise ConfigError(f"no {CONFIG} in it: no run that moe-bsr share wrote")
+    for member in archive.infolist():
+        path = PurePosixPath(member.filename)
+        if path.parent == places[0] and path.name in FILES:
+            if path.name in members:
+                raise ConfigError(f"two files {path.name} in it")
+            members[path.name] = member
+    for name, member in members.items():
+        _check(name, member)
+        with archive.open(member) as packed, open(folder / name, "xb") as out:
+            left = member.file_size
+            while content := packed.read(min(CHUNK, left + 1)):
+                left -= len(content)
+                if left < 0:
+                    raise ConfigError(f"its {name} is larger than it says")
+                out.write(content)
+
+
+def _check(name: str, member: zipfile.ZipInfo) -> None:
+    kind = stat.S_IFMT(member.external_attr >> 16)
+    if kind not in (0, stat.S_IFREG):
+        raise ConfigError(f"its {name} is no ordinary file")
+    if member.flag_bits & 1:
+        raise ConfigError(f"its {name} is encrypted: unpack it first")
+    if member.file_size > (EXPANSION * member.compress_size if name == WEIGHTS else MOST_BYTES):
+        raise ConfigError(f"its {name} would take {member.file_size} bytes, unpacked from {member.compress_size}")

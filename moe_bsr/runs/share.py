@@ -1,0 +1,175 @@
+"""A run for somebody else: a folder or a zip file of what they need to use it, or a repository of a model hub.
+
+Left out: the optimizer's state, the metrics, the names of the images, and every path and command of this machine.
+"""
+
+import contextlib
+import json
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from moe_bsr import config as configuration
+from moe_bsr.config import Config, ConfigError
+from moe_bsr.model.multitask import build
+from moe_bsr.runs import archive, report, shared_form
+from moe_bsr.runs.checkpoint import sha256_of
+from moe_bsr.runs.finished import Finished, appearing, read_finished
+from moe_bsr.runs.folder import restore_weights
+from moe_bsr.runs.model_card import OWN, model_card
+from moe_bsr.runtime import files
+
+# Of a report: numbers about the model. Of what it was made by: what may change them.
+REPORTED = (
+    *("status", "signal", "split", "mean_top1", "selected_step", "selected_mean_val_top1", "step", "planned_steps"),
+    *("weights", "train_seconds", "measured_peak_mb", "predicted_peak_mb", "gflops_per_image", "test_evaluations"),
+    *("environment", "commit", "expert_use"),
+)
+RESOLVED = (
+    *("backbone_sha256", "images", "version", "commit", "precision", "threads", "device", "torch", "timm", "python"),
+)
+
+USE = """
+```
+pip install moe_bsr
+moe-bsr predict {name} photo.jpg
+```
+
+```python
+import moe_bsr
+
+run = moe_bsr.load("{name}")
+run.predict("photo.jpg")
+moe_bsr.evaluate("{name}", "test", data_root="DATA")  # on images that lie in the same folders
+```
+
+`moe-bsr add-task {name} TASK` teaches it one task more.
+"""
+
+
+def share(run: Path, out: Path, with_backbone: bool = False, weights: str | None = None) -> dict[str, int]:
+    """Write the shared form of a run.
+
+    Args:
+        out: a folder; or a zip file, if it ends so.
+        with_backbone: the backbone's own weights too, which the user would else get from where the run did.
+        weights: where these are now, if not where they were.
+    Returns:
+        Bytes of each file.
+    Raises:
+        ConfigError: no run, one with a model for each task, or `out` is there already.
+        CheckpointError: missing or damaged weights. OSError: it could not be written.
+    """
+    finished = read_finished(run)
+    with contextlib.ExitStack() as places:
+        if out.suffix == ".zip":
+            if files.kind(out) is not None:
+                raise ConfigError(f"{out} is there already; remove it, or name another place")
+            out.parent.mkdir(parents=True, exist_ok=True)
+            folder = Path(places.enter_context(tempfile.TemporaryDirectory(prefix="moe_bsr_")))
+        else:
+            folder = places.enter_context(appearing(out))
+        _fill(finished, folder, out.name, with_backbone, weights)
+        if out.suffix == ".zip":
+            archive.write(folder, out)
+        return {name: (folder / name).stat().st_size for name in shared_form.FILES if (folder / name).is_file()}
+
+
+def push(folder: Path, repository: str, private: bool = False) -> str:
+    """Put a shared folder onto the Hugging Face hub; returns its address there.
+
+    The hub is that of HF_ENDPOINT, and the user the one who is logged in (`hf auth login`) or of HF_TOKEN.
+
+    Raises:
+        ConfigError: the hub refused, or could not be reached.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        hub = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+        hub.create_repo(repository, private=private, exist_ok=True)
+        done = hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="moe-bsr share")
+    except Exception as error:  # hub clients raise many kinds; all mean the same to the user
+        raise ConfigError(f"{repository}: could not be pushed: {error}") from error
+    return str(done.repo_url)
+
+
+def _fill(finished: Finished, folder: Path, name: str, with_backbone: bool, weights: str | None) -> None:
+    tensors = finished.weights
+    if with_backbone:
+        config = finished.config
+        if weights is not None:
+            config = replace(config, backbone=replace(config.backbone, weights=weights))
+        model = build(config, finished.classes)
+        restore_weights(model, tensors, finished.resolved["backbone_sha256"], folder)
+        tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+    config, resolved = public(finished.config, finished.resolved)
+    save_file(tensors, folder / shared_form.WEIGHTS, metadata={"format": "pt"})
+    tree = {
+        "library_name": "moe_bsr",
+        "format": shared_form.FORMAT,
+        "architecture": config.backbone.name,
+        "step": finished.step,
+        "sha256": sha256_of(folder / shared_form.WEIGHTS),
+        "run": configuration.to_dict(config) | {"resolved": resolved},
+    }
+    files.write_new(folder / shared_form.CONFIG, json.dumps(tree, indent=1))
+    # safetensors makes files that only their owner reads
+    (folder / shared_form.WEIGHTS).chmod((folder / shared_form.CONFIG).stat().st_mode & 0o777)
+    told = None if finished.report is None else _public_report(finished.report, config)
+    if told is not None:
+        report.write(folder, told)
+    sizes = {each: (folder / each).stat().st_size for each in shared_form.FILES if (folder / each).is_file()}
+    title, use = f"{Path(name).stem}: {', '.join(config.tasks)}", USE.format(name=name)
+    notes = [_backbone_note(config, with_backbone)]
+    files.write_new(folder / "README.md", model_card(title, config, resolved, told, use, sizes, notes))
+
+
+def _backbone_note(config: Config, included: bool) -> str:
+    """Where a user's backbone comes from."""
+    if included:
+        return "All weights are here, those of the backbone too."
+    here, weights = (
+        "The weights here are those that training changed; the others are the backbone's,",
+        config.backbone.weights,
+    )
+    if weights == "hub":
+        return f"{here} which timm downloads when it is loaded."
+    if weights in OWN:
+        return f"{here} which moe_bsr has."
+    return f'{here} of the file {weights}, which is needed too: `moe_bsr.load(..., weights="FILE")`.'
+
+
+def public(config: Config, resolved: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
+    """A configuration and what it led to, without paths of this machine and names of images."""
+    backbone = replace(config.backbone, weights=Path(config.backbone.weights).name)
+    data = replace(config.data, root="data")
+    tasks = {task: _public_task(about) for task, about in resolved["tasks"].items()}
+    kept = {key: resolved[key] for key in RESOLVED if key in resolved}
+    return replace(config, tasks=config.task_names(), backbone=backbone, data=data), kept | {"tasks": tasks}
+
+
+def _public_task(about: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in about.items() if key in ("classes", "splits", "added")}
+    if "spec" not in about:
+        return kept
+    spec = {key: Path(value).name if _is_place(value) else value for key, value in about["spec"].items()}
+    return kept | {"origin": spec["source"], "spec": spec}
+
+
+def _is_place(value: Any) -> bool:
+    """Whether it leads to somewhere else than below the data root."""
+    return isinstance(value, str) and (value.startswith(("/", "~")) or ".." in Path(value).parts)
+
+
+def _public_report(told: dict[str, Any], config: Config) -> dict[str, Any]:
+    """A report without the command, and without the images that it names."""
+    tasks = {
+        task: {key: value for key, value in about.items() if key != "skipped"} for task, about in told["tasks"].items()
+    }
+    kept = {key: told[key] for key in REPORTED if key in told}
+    return kept | {"tasks": tasks, "config": configuration.to_dict(config), "lost_best": None, "command": None}

@@ -1,0 +1,73 @@
+"""moe-bsr add-task, remove-task, share and tasks RUN: what one types and sees."""
+
+import json
+
+import pytest
+from tiny_runs import TASK
+
+import moe_bsr
+from moe_bsr.cli.main import main
+
+pytestmark = pytest.mark.usefixtures("bare")
+
+
+@pytest.fixture
+def petals(tmp_path) -> str:
+    file = tmp_path / "petals.yaml"
+    file.write_text(TASK.format("petals", 24, 60))
+    return str(file)
+
+
+def test_a_task_is_added_listed_shared_and_removed(tiny_run, petals, tmp_path, capsys):
+    out, left, given = (str(tmp_path / name) for name in ("more", "left", "given.zip"))
+    options = ["train.steps=2", "train.epochs=null", "train.pictures=false"]
+    assert main(["add-task", str(tiny_run), petals, "--out", out, *options]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "all is frozen but what is their own of petals (head 6.2 kB, routers 2.0 kB)" in said and "| petals |" in said
+    )
+    assert main(["add-task", str(tiny_run), petals, "--out", out]) == 2
+    assert f"{out} holds a run already; go on with it by --resume" in capsys.readouterr().err
+    assert main(["tasks", out]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["task", "classes", "train/val/test", "added", "data", "val", "%", "test", "%"]
+    assert [row.split()[0] for row in rows] == ["shapes", "fractals", "petals"] and "51/9/24" in rows[2]
+    assert main(["share", out, "--out", given, "--with-backbone", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["out"] == given and told["files"]["model.safetensors"] > 10_000
+    assert main(["evaluate", given, "--json"]) == 0
+    capsys.readouterr()
+    assert main(["remove-task", given, "shapes", "fractals", "--out", left, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tasks"] == ["petals"]
+    assert list(moe_bsr.load(left).models) == ["petals"]
+
+
+def test_where_nothing_is_named_it_lies_beside_the_run(tiny_run, petals, tmp_path, capsys, monkeypatch):
+    (tmp_path / "here").symlink_to(tiny_run)
+    assert main(["add-task", str(tmp_path / "here"), petals, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert f"run folder {tmp_path / 'here_petals'}" in said and "petals: 24 classes, train 51, val 9, test 24" in said
+    assert main(["remove-task", str(tmp_path / "here"), "shapes"]) == 0
+    assert (tmp_path / "here_without_shapes/config.yaml").is_file()
+    assert main(["share", str(tmp_path / "here")]) == 0
+    assert (tmp_path / "here.zip").is_file() and "predict" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["share", "{run}", "--private"], "--private goes with --push"),
+        (["share", "{run}", "--timm", "x"], "has the tasks shapes, fractals"),
+        (["share", "{run}", "--timm", "x", "--task", "shapes"], r"blocks [3, 5] have experts"),
+        (["share", "{run}", "--timm", "x", "--out", "y"], "leave --out"),
+        (["add-task", "{run}", "shapes"], "has a task shapes already"),
+        (["add-task", "nowhere", "pets"], "nowhere is not a run folder"),
+        (["remove-task", "{run}", "pets"], "no task 'pets'"),
+        (["tasks", "nowhere"], "nowhere is not a run folder"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(tiny_run, tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    assert main([word.format(run=tiny_run) for word in words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error and not list(tmp_path.iterdir())
