@@ -15,6 +15,8 @@ from moe_bsr.selftest import sandbox, tiny
 from moe_bsr.selftest.injuries import CANARY, KINDS, remove, steps
 from moe_bsr.selftest.sandbox import Main
 
+MOST_BYTES = 2**26  # of a file of the tiny run
+
 
 def campaign(
     folder: Path, count: int, seed: int, main: Main, progress: Callable[[str], None] = lambda line: None
@@ -113,6 +115,8 @@ def _bits(run: Path) -> dict[str, bytes]:
     files = [*last.glob("*.safetensors"), run / "metrics.jsonl"]
     if odd := [file.name for file in files if file.is_symlink() or not file.is_file()]:
         raise ValueError(f"{odd[0]} is no file")  # a link to /dev/zero would be read without end
+    if grown := [file.name for file in files if file.stat().st_size > MOST_BYTES]:
+        raise ValueError(f"{grown[0]} has grown beyond {MOST_BYTES / 2**20:.0f} MiB")
     return {file.name: file.read_bytes() for file in files}
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LONGEST = 700  # characters of a refusal
+MOST_OUTPUT = 2**22  # bytes on stdout or stderr, beyond which a command is out of hand
 SILENT = "refused without a word"
 
 Main = Callable[[list[str]], int]  # the command line: takes its arguments, returns the exit status
@@ -29,6 +30,7 @@ class Outcome:
     Attributes:
         status: its exit status; negative, the signal that ended it; None, it was stopped after `seconds`.
         peak_mb: resident memory at its peak, with what it shares with the forking process, in MiB.
+        printed: bytes on stdout and stderr; `stdout` and `stderr` have MOST_OUTPUT of each at most.
     """
 
     status: int | None
@@ -36,6 +38,7 @@ class Outcome:
     stderr: str
     seconds: float
     peak_mb: float
+    printed: int = 0
 
     @property
     def trouble(self) -> str | None:
@@ -44,6 +47,8 @@ class Outcome:
             return f"hung for {self.seconds:.0f} s"
         if self.status < 0:
             return f"ended by {signal.Signals(-self.status).name}"
+        if self.printed > MOST_OUTPUT:
+            return f"printed {self.printed / 2**20:.0f} MiB"
         if "Traceback (most recent call last)" in self.stderr:
             return f"traceback: {self.stderr.strip().splitlines()[-1]}"
         return None
@@ -87,10 +92,11 @@ def run(
             _child(command, folder, out.fileno(), err.fileno(), memory_mb)
         status, usage = _wait(pid, began + seconds)
         took = time.monotonic() - began
+        printed = sum(stream.seek(0, os.SEEK_END) for stream in (out, err))
         for stream in (out, err):
             stream.seek(0)
-        texts = [stream.read().decode(errors="replace") for stream in (out, err)]
-    return Outcome(status, *texts, took, usage / 1024)
+        texts = [stream.read(MOST_OUTPUT).decode(errors="replace") for stream in (out, err)]
+    return Outcome(status, *texts, took, usage / 1024, printed)
 
 
 def _child(command: Callable[[], int | None], folder: Path | None, out: int, err: int, memory_mb: float) -> None:

@@ -52,3 +52,9 @@ def test_memory_at_the_peak_is_measured():
         held[::4096] = b"x" * len(held[::4096])
 
     assert sandbox.run(eat).peak_mb > sandbox.run(lambda: None).peak_mb + 50
+
+
+def test_output_without_end_is_told_and_not_read_to_its_end(monkeypatch):
+    monkeypatch.setattr(sandbox, "MOST_OUTPUT", 1000)
+    outcome = sandbox.run(lambda: print("x" * 2**20))
+    assert outcome.trouble == "printed 1 MiB" and len(outcome.stdout) == 1000
