@@ -1,13 +1,13 @@
-"""Teach a finished run one task more: its head and its routers train, everything else is frozen.
+"""Teach a finished run one task more: one head, and one router for each layer of experts; all else is frozen.
 
     moe-bsr add-task runs/photos birds                         # runs/photos_birds
     moe-bsr add-task runs/photos tasks/birds.yaml --out runs/more --data-root data
-    moe-bsr add-task runs/photos birds train.epochs=20 train.lr=5e-4
+    moe-bsr add-task runs/photos birds train.optimizer=adamw train.epochs=10
     moe-bsr add-task runs/photos birds --resume
 
-RUN stays as it is, and so do the answers of its tasks, to the bit. Only images of the new task are read. What comes
-before the first experts is computed once for each image; of a run whose tasks share everything but their heads, the
-new head is solved at once, as by moe-bsr probe. The new folder is a run like any other; its report has all tasks.
+RUN stays as it is, and so do the answers of its tasks, to the bit. Only images of the new task are read, each once.
+The new routers are the mean of the others; the head is solved at once, as by moe-bsr probe. With train.optimizer=adamw
+both learn by updates. The new folder is a run like any other; its report has all tasks.
 
 Exit status: as of moe-bsr train.
 """
@@ -21,7 +21,7 @@ from moe_bsr.cli import train
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="RUN", help="run folder, with one model for all its tasks")
     parser.add_argument("task", metavar="TASK", help="a task's name (moe-bsr tasks), or its YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.epochs=20")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.penalty=mild")
     parser.add_argument("--out", dest="run", type=Path, metavar="NEWRUN", help="the new run folder (RUN_TASK)")
     parser.add_argument("--data-root", metavar="DIR", help="where data lie (where RUN found its own)")
     parser.add_argument("--weights", metavar="FILE", help="where the backbone's weights are (RUN's backbone.weights)")

@@ -4,6 +4,7 @@ Left out: the optimizer's state, the metrics, the names of the images, and every
 """
 
 import contextlib
+import functools
 import json
 import os
 import tempfile
@@ -108,6 +109,11 @@ def _fill(finished: Finished, folder: Path, name: str, with_backbone: bool, weig
         restore_weights(model, tensors, finished.resolved["backbone_sha256"], folder)
         tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
     config, resolved = public(finished.config, finished.resolved)
+    card = functools.partial(model_card, config=config, notes=[_backbone_note(config, with_backbone)])
+    if with_backbone and config.backbone.weights not in (*OWN, "hub"):  # nobody needs that file any more
+        config = replace(config, backbone=replace(config.backbone, weights="random"))
+    if with_backbone:
+        config = replace(config, train=replace(config.train, save="all"))
     save_file(tensors, folder / shared_form.WEIGHTS, metadata={"format": "pt"})
     tree = {
         "library_name": "moe_bsr",
@@ -125,8 +131,8 @@ def _fill(finished: Finished, folder: Path, name: str, with_backbone: bool, weig
         report.write(folder, told)
     sizes = {each: (folder / each).stat().st_size for each in shared_form.FILES if (folder / each).is_file()}
     title, use = f"{Path(name).stem}: {', '.join(config.tasks)}", USE.format(name=name)
-    notes = [_backbone_note(config, with_backbone)]
-    files.write_new(folder / "README.md", model_card(title, config, resolved, told, use, sizes, notes))
+    text = card(title=title, resolved=resolved, report=told, use=use, files=sizes)
+    files.write_new(folder / "README.md", text)
 
 
 def _backbone_note(config: Config, included: bool) -> str:

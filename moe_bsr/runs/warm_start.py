@@ -61,9 +61,10 @@ def build_from(run: str, config: Config, classes: dict[str, list[str]]) -> tuple
     both = enumerate(zip(target.plan, source.plan, strict=False))  # other depths are refused with the backbone, below
     adapters = {i for i, (mine, theirs) in both if mine.adapter is not None and mine.adapter == theirs.adapter}
     replaced: set[str] = set()
+    complete = target.unchanged_backbone_names() <= source.weights.keys()  # then any start is as good
 
     def put_dense(vit: VisionTransformer, sha256: str) -> None:
-        if sha256 != source.backbone_sha256:
+        if sha256 != source.backbone_sha256 and not complete:
             raise ConfigError(
                 f"train.init_from = {run!r}: trained from a backbone with sha256 {source.backbone_sha256[:12]}..., and "
                 f"{config.backbone.name} ({config.backbone.weights}) has {sha256[:12]}...; only runs of one backbone, "
@@ -222,6 +223,8 @@ def _told(
     taken += [f"head of {task} ({count} of {len(classes[task])} classes)" for task, count in heads.items()]
     moe = [index for index, plan in enumerate(model.plan) if plan.moe]
     new = [f"head of {task}" for task in classes if task not in heads]
+    if model.trained_tasks is not model.tasks and moe and new:
+        new.append("their routers, each the mean of the other tasks'")
     for task in heads:
         if names := [name for name in classes[task] if name not in source.classes[task]]:
             new.append(f"classes of {task} ({_listed(names)})")

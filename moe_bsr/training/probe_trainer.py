@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_bsr.config import Config, SamplerConfig
+from moe_bsr.config import Config, DataConfig, SamplerConfig
+from moe_bsr.config.schema import AUGMENT_KEYS
 from moe_bsr.data import TaskData
 from moe_bsr.data.loader import Batch
 from moe_bsr.data.task import Split
@@ -22,6 +23,9 @@ from moe_bsr.runtime.rng import key, stream
 from moe_bsr.training.callback import Callback, StepEvent
 from moe_bsr.training.linear_probe import Probe, fit
 from moe_bsr.training.trainer import Trainer
+
+# What says how training images are seen, and what is kept of them.
+FORM_KEYS = ("views", "crop_scale", "hflip", "feature_cache_mb", "feature_cache", "feature_cache_dir", *AUGMENT_KEYS)
 
 
 def probe_config(config: Config, head_blocks: Iterable[int] | None = None) -> Config:
@@ -38,25 +42,14 @@ def probe_config(config: Config, head_blocks: Iterable[int] | None = None) -> Co
         adapter=None,
         plan=replace(config.plan, train_blocks=[], moe_blocks=[], head_blocks=blocks),
         sampler=SamplerConfig(),
-        data=replace(
-            config.data,
-            augment=False,
-            views=None,
-            crop_scale=None,
-            hflip=None,
-            auto_augment=None,
-            color_jitter=None,
-            erasing=0.0,
-            feature_cache_mb=None,
-            feature_cache="exact",
-            feature_cache_dir=None,
-        ),
+        data=unaugmented(config.data),
         train=replace(
             config.train,
             optimizer="lbfgs",
             steps=1 if config.train.minutes is None else None,
             epochs=None,
             patience=None,
+            only=None,
             init_from=None,
             warmup_steps=None,
             eval_every=None,
@@ -68,6 +61,12 @@ def probe_config(config: Config, head_blocks: Iterable[int] | None = None) -> Co
             grad_accumulation_steps=1,
         ),
     )
+
+
+def unaugmented(data: DataConfig) -> DataConfig:
+    """The same data, each image always seen as for evaluation, and nothing kept of it."""
+    changes = {key: field.default for key, field in DataConfig.__dataclass_fields__.items() if key in FORM_KEYS}
+    return replace(data, **changes | {"augment": False})
 
 
 class ProbeTrainer(Trainer):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import make_config
 
 import moe_bsr
-from moe_bsr.config import BackboneConfig, ConfigError
+from moe_bsr.config import BackboneConfig, ConfigError, replace
 from moe_bsr.model.backbones.vit import in_timm, load
 from moe_bsr.runs import archive, shared_form
 from moe_bsr.runs.checkpoint import CheckpointError
@@ -27,6 +27,7 @@ from moe_bsr.runs.config_file import read_config
 from moe_bsr.runs.share import push, share
 from moe_bsr.runs.timm_folder import beyond_timm, write_timm
 from moe_bsr.runs.warm_start import build_from
+from moe_bsr.training.added_task import added_task_config
 
 pytestmark = pytest.mark.usefixtures("bare")
 
@@ -99,6 +100,13 @@ def test_with_the_backbone_nothing_else_is_needed(trained, tmp_path):
     expected = logits(trained)
     shutil.rmtree(elsewhere)
     assert same(expected, logits(tmp_path / "given.zip"))
+    config = replace(added_task_config(tmp_path / "given.zip", "pets"), runtime__precision="fp32")
+    classes = moe_bsr.load(tmp_path / "given.zip").class_names | {"pets": ["cat", "dog"]}
+    model, _ = build_from(str(tmp_path / "given.zip"), config, classes)
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert all(torch.equal(model.eval()(images, task).logits, expected[task]) for task in expected)
+    assert config.train.save == "all" and config.backbone.weights == "random"
 
 
 def test_without_it_the_user_is_told_what_is_missing(trained, place, tmp_path):

@@ -34,11 +34,14 @@ def new_task(place: Path) -> str:
     return str(file)
 
 
+UPDATES = {"train__optimizer": "adamw", "train__steps": 3, "train__batch_size": 8, "train__lr": 1e-2}
+
+
 def shortened(config: Config, **changes) -> Config:
-    """As the command makes it, for a few updates."""
-    if config.train.optimizer == "lbfgs":
-        return replace(config, train__penalty=1e-2, **changes)
-    return replace(config, **{"train__steps": 3, "train__batch_size": 8, "train__lr": 1e-2} | changes)
+    """As the command makes it, at one penalty; of a run with routers for each task by updates, which they learn by."""
+    if config.plan.moe_blocks and config.moe.router == "per_task":
+        return replace(config, **UPDATES | {"data__feature_cache_mb": 64} | changes)
+    return replace(config, train__penalty=1e-2, **changes)
 
 
 @pytest.fixture(scope="module")
