@@ -1,6 +1,7 @@
 """Run a command line in a forked process with limits on time and memory, and judge how it ended.
 
-The process that forks has torch loaded already, so a trial costs its own work alone. POSIX only.
+The process that forks has torch loaded already, so a trial costs its own work alone. It must not have run a backward
+pass: torch trains in no fork of one that has. POSIX only.
 """
 
 import contextlib

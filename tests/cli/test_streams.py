@@ -128,12 +128,12 @@ def train_status(written: str, folder: Path, capsys, *overrides: str) -> tuple[i
 
 
 def test_no_memory_for_an_update_is_status_1_with_what_helps(written, tmp_path, monkeypatch, capsys):
-    from moe_bsr.training import trainer
+    from moe_bsr.training import task_updates
 
     def short(*arguments, **keywords):
         raise RuntimeError("could not create a primitive")
 
-    monkeypatch.setattr(trainer, "accumulate", short)
+    monkeypatch.setattr(task_updates, "accumulate", short)
     status, error = train_status(written, tmp_path / "run", capsys)
     assert status == 1 and "last good checkpoint: none was written yet" in error
     assert all(word in error for word in ("train.batch_size", "train.grad_accumulation_steps", "storage"))

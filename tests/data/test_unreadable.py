@@ -73,8 +73,8 @@ def test_cached_features_are_asked_for_by_the_image_taken(data):
     asked = []
     transforms = ImageTransforms(**FIELDS, unreadable="skip")
     with pytest.warns(UserWarning):
-        batches(data, transforms, [[3]], known=lambda task, positions: False)
-        (batch,) = batches(data, transforms, [[3]], known=lambda task, positions: asked.append(positions[0]) or True)
+        batches(data, transforms, [[3]], known=lambda *place: False)
+        (batch,) = batches(data, transforms, [[3]], known=lambda _, positions, __: asked.append(positions[0]) or True)
     assert asked == [4] and batch.positions.tolist() == [4] and batch.labels.tolist() == [data.train.labels[4]]
 
 

@@ -5,15 +5,16 @@ import os
 import random
 
 import pytest
+from fresh import in_fresh_process
 
 from moe_bsr.cli.main import main
 from moe_bsr.selftest import damage, hostile, injuries, kills
 
 
 def test_killed_at_random_and_in_every_stage_of_a_checkpoint_write(tmp_path):
-    # Operations 61 to 76 of the run are one checkpoint write, with the removal of an old one.
-    result = kills.campaign(tmp_path, 5, 0, main, stages=range(61, 77))
-    assert (result["tried"], result["kills"], result["stages"]) == (21, 5, 16)
+    # Operations 61 to 76 of the run are one checkpoint write, with the removal of an old one: every fourth of them.
+    result = in_fresh_process(tmp_path, "kills.campaign(folder, 2, 0, main, stages=range(61, 77, 4))")
+    assert (result["tried"], result["kills"], result["stages"]) == (6, 2, 4)
     assert result["failures"] == []
 
 
@@ -29,8 +30,8 @@ def test_a_killed_run_that_comes_out_otherwise_is_noticed(tmp_path):
 
 
 def test_damaged_runs(tmp_path):
-    result = damage.campaign(tmp_path, 8, 1, main)
-    assert result["tried"] == 8 == sum(kind["tried"] for kind in result["kinds"].values())
+    result = in_fresh_process(tmp_path, "damage.campaign(folder, 4, 1, main)")
+    assert result["tried"] == 4 == sum(kind["tried"] for kind in result["kinds"].values())
     assert result["failures"] == []
 
 
@@ -48,7 +49,7 @@ def test_two_injuries_never_read_what_has_no_end(tmp_path, what):
 
 
 def test_hostile_files(tmp_path):
-    result = hostile.campaign(tmp_path, 12, 1, main)
+    result = in_fresh_process(tmp_path, "hostile.campaign(folder, 12, 1, main)")
     assert result["tried"] == 12 and result["failures"] == []
 
 

@@ -1,9 +1,9 @@
 """The campaign of broken configurations: drawn from a seed, each really run, and judged as it ended."""
 
 import pytest
+from fresh import in_fresh_process
 
-from moe_bsr.cli.main import main
-from moe_bsr.selftest.configs import FILES, GOOD, Mutant, judge, mutants, try_mutant
+from moe_bsr.selftest.configs import FILES, GOOD, Mutant, judge, mutants
 from moe_bsr.selftest.sandbox import Outcome
 
 WHOLE = Mutant("nothing", {name: text.encode() for name, text in FILES.items()}, [])
@@ -18,14 +18,15 @@ def test_the_same_seed_gives_the_same_mutants_and_a_longer_campaign_begins_alike
 
 
 def test_what_mutants_are_made_of_is_a_right_run(tmp_path):
-    assert judge(WHOLE, try_mutant(WHOLE, tmp_path, main)) == "accepted"
+    whole = "configs.Mutant('nothing', {name: text.encode() for name, text in configs.FILES.items()}, [])"
+    assert (
+        in_fresh_process(tmp_path, f"configs.judge({whole}, configs.try_mutant({whole}, folder, main))") == "accepted"
+    )
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_mutants_are_refused_clearly_or_are_right_runs(tmp_path, seed):
-    for mutant in mutants(100 + seed, 8):
-        result = try_mutant(mutant, tmp_path, main)
-        assert judge(mutant, result) in GOOD, (mutant.description, result)
+def test_mutants_are_refused_clearly_or_are_right_runs(tmp_path):
+    result = in_fresh_process(tmp_path, "configs.campaign(folder, 24, 100, main)")
+    assert (result["tried"], result["failed"]) == (24, 0), result
 
 
 def ended(err: str = "", status: int | None = 2) -> Outcome:
