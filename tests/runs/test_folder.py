@@ -84,7 +84,7 @@ def test_the_report_for_people_has_a_row_for_each_task(finished):
         "tasks": {name: {k: task[k] for k in ("images", "epochs", "updates")} for name, task in report["tasks"].items()}
     }
     for table in (text, markdown(unscored)):
-        assert {line.count("|") for line in table.splitlines() if line.startswith("|")} == {11}
+        assert {line.count("|") for line in table.splitlines() if line.startswith("|")} == {12}
     assert "finished" in text and "1 evaluation(s) of the test split" in text
 
 
