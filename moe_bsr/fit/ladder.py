@@ -52,7 +52,7 @@ class Rung:
 
     Attributes:
         val_top1: mean over the tasks, percent. interval: half of its 95 % interval.
-        seconds: of everything. planned: seconds of training that it was given, None where it had no limit.
+        seconds: of everything. training: of training alone. planned: what that was given at most.
         peak_mb: of the process, measured. predicted_mb: what was predicted for it.
     """
 
@@ -63,7 +63,7 @@ class Rung:
     tasks: dict[str, float]
     seconds: float
     training: float
-    planned: float | None
+    planned: float
     updates: int
     peak_mb: float
     predicted_mb: float

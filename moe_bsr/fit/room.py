@@ -36,7 +36,7 @@ class Fitted:
     """A configuration that fits.
 
     Attributes:
-        bytes: predicted for the whole process at its peak. left: of the limit, before caches.
+        bytes: predicted for the whole process at its peak, caches included. left: of the limit.
     """
 
     config: Config
@@ -59,6 +59,8 @@ def fitted(config: Config, classes: dict[str, int], memory: Memory, precision: s
         micro_batch = candidate.train.batch_size // candidate.train.grad_accumulation_steps
         cost = predict(model, candidate, batch=micro_batch, precision=precision, all_tasks=True)
         needed = memory.base + max(cost.peak, cost.parameters + memory.evaluation)
+        if config.data.feature_cache_dir is None:
+            needed += (config.data.feature_cache_mb or 0) * 10**6
         wanted = min(config.data.image_cache_mb, ceil(decoded / 1e6))
         images = min(wanted, (memory.limit - needed) // 2 // 10**6)
         if images >= min(LEAST_IMAGE_CACHE, wanted):
@@ -85,12 +87,14 @@ def with_feature_cache(
 ) -> Config:
     """The run with what its frozen blocks make of `views` views of each image kept, if there is room for one.
 
-    A run that mixes images has nothing to keep. One with augmentation of its own is not left with a single view.
+    A run that mixes images has nothing to keep. One with augmentation of its own is not left with a single view, one
+    without augmentation has no other.
 
     Args:
         room: bytes. images: for training, of all tasks. tokens, width: of the stream where the first block trains.
         itemsize: bytes of one of its values.
     """
+    views = views if config.data.augment else 1
     each = tokens * 8 + len(config.plan.head_blocks) * width * itemsize  # origins, and class tokens for the heads
     sizes = {"exact": tokens * width * itemsize + each, "int8": tokens * width + 4 * width + each}
     counts = {kind: min(views, int(room / (1.02 * images * size))) for kind, size in sizes.items()}

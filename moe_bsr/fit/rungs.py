@@ -34,6 +34,9 @@ def late(config: Config, depth: int, has_class_token: bool) -> Config:
         plan__keep_rate=1.0,
         plan__moe_blocks=[],
         plan__head_blocks=heads,
+        data__feature_cache_mb=None,  # of another plan's blocks; what this one keeps is the ladder's choice
+        data__feature_cache="exact",
+        data__feature_cache_dir=None,
     )
 
 

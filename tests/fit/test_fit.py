@@ -152,6 +152,16 @@ def test_features_are_cached_in_the_form_that_has_room(tmp_path, views, room_for
     assert cache.bytes <= space
 
 
+def test_a_run_without_augmentation_keeps_its_one_view_and_counts_it(tmp_path):
+    config = make_config(tmp_path, data__augment=False, data__feature_cache_mb=1)
+    late = rungs.late(config, 6, True)
+    assert late.data.feature_cache_mb is None and rungs.bsr(config).data.feature_cache_mb == 1
+    kept = with_feature_cache(late, 10**9, 74, 17, 24, 8, 4)
+    assert (kept.data.views, kept.data.augment, kept.data.feature_cache) == (None, False, "exact")
+    plain, counted = (fitted(each, CLASSES, HUGE, "fp32", 0) for each in (late, kept))
+    assert counted.bytes - plain.bytes == kept.data.feature_cache_mb * 10**6 > 0
+
+
 @pytest.mark.parametrize(
     ("changes", "says"), [({"mode": "single_task"}, "mode = 'single_task'.*multitask"), ({}, "is there already")]
 )
