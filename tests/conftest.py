@@ -8,6 +8,13 @@ from moe_bsr.callbacks import expert_views, mistakes
 
 torch.set_num_threads(1)
 
+# Files of few, long tests. They start first: whichever came last would keep one process busy and the others idle.
+LONG = "campaigns resume wheel browser benchmark reproduce streams interrupt data_record sweep".split()
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+
 
 @pytest.fixture(params=["fast", "reference"])
 def kernels(request):

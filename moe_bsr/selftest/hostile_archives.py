@@ -15,7 +15,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from moe_bsr.selftest.hostile_parts import Case, Payload, encoded, folder_config, override_case, train_command
+from moe_bsr.selftest.hostile_parts import (
+    Case,
+    Content,
+    Payload,
+    encoded,
+    folder_config,
+    made,
+    override_case,
+    train_command,
+)
 
 
 def _safetensors(header: bytes | dict[str, Any], length: int | None = None, data: bytes = b"") -> bytes:
@@ -137,7 +146,8 @@ def packs(chance: random.Random) -> Iterator[Case]:
             yield f"packs: header {name} in {which}", _pack_case(_zip(content))
     yield "packs: no zip", _pack_case(chance.randbytes(500))
     yield "packs: pickle", _pack_case(pickle.dumps(Payload()))
-    yield "packs: bomb", _pack_case(_compressed({f"{key}.npy": _npy(value) for key, value in good.items()}, 2**30))
+    members = {f"{key}.npy": _npy(value) for key, value in good.items()}
+    yield "packs: bomb", _pack_case(lambda: _compressed(members, 2**30))
     buffer = io.BytesIO()
     np.savez(buffer, **good)
     for name, classes in (("Latin-1", b"caf\xe9\nb\n"), ("one", b"a\n"), ("control", b"a\x1b[2J\nb\n"), ("none", b"")):
@@ -157,7 +167,7 @@ def _compressed(members: dict[str, bytes], zeros: int) -> bytes:
     """A zip in which one member grows to `zeros` bytes."""
     buffer = io.BytesIO()
     header = _npy(np.zeros(0, np.int64)).replace(b"(0,)", f"({zeros // 8},)".encode())[:128]
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, content in members.items():
             if name == "labels.npy":
                 with archive.open(name, "w") as member:
@@ -169,11 +179,11 @@ def _compressed(members: dict[str, bytes], zeros: int) -> bytes:
     return buffer.getvalue()
 
 
-def _pack_case(content: bytes, classes: bytes = b"a\nb\n") -> Callable[[Path], list[str]]:
+def _pack_case(content: Content, classes: bytes = b"a\nb\n") -> Callable[[Path], list[str]]:
     def prepare(place: Path) -> list[str]:
         (place / "photos").mkdir()
         for split in ("train", "test"):
-            (place / f"photos/{split}.npz").write_bytes(content)
+            (place / f"photos/{split}.npz").write_bytes(made(content))
         (place / "photos/classes.txt").write_bytes(classes)
         (place / "photos.yaml").write_text("title: Photos\nsource: packed\npath: photos\n")
         return ["train", folder_config(place), "--run", "run"]

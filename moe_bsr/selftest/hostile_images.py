@@ -15,10 +15,12 @@ from PIL import Image
 
 from moe_bsr.selftest.hostile_parts import (
     Case,
+    Content,
     Payload,
     encoded,
     folder_config,
     folder_task,
+    made,
     override_case,
     train_command,
 )
@@ -43,10 +45,10 @@ def images(chance: random.Random) -> Iterator[Case]:
         "svg.png": b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>",
         "page.jpg": b"<!DOCTYPE html><html></html>",
         "huge header.png": _png_header(100_000, 100_000),
-        "bomb.png": encoded(Image.new("L", (13_000, 13_000)), "PNG"),
+        "bomb.png": lambda: encoded(Image.new("L", (13_000, 13_000)), "PNG"),
         "wide.png": encoded(Image.new("RGB", (60_000, 1), "red"), "PNG"),
         "tall.png": encoded(Image.new("RGB", (1, 60_000), "red"), "PNG"),
-        "frames.gif": encoded(
+        "frames.gif": lambda: encoded(
             noise, "GIF", save_all=True, append_images=[noise.rotate(3 * n) for n in range(100)]
         ),
         "one pixel.png": encoded(Image.new("RGB", (1, 1)), "PNG"),
@@ -72,14 +74,14 @@ def _png_with_text(png: bytes, text: bytes) -> bytes:
     return png[:33] + chunk + png[33:]
 
 
-def _image_case(name: str, content: bytes | str, command: str) -> Callable[[Path], list[str]]:
+def _image_case(name: str, content: Content | str, command: str) -> Callable[[Path], list[str]]:
     def prepare(place: Path) -> list[str]:
         folder_task(place)
         image = place / "photos/train/ant" / name
-        if isinstance(content, bytes):
-            image.write_bytes(content)
-        else:
+        if isinstance(content, str):
             _special(image, content)
+        else:
+            image.write_bytes(made(content))
         if command == "predict":
             return ["predict", "no-run", str(image.relative_to(place))]
         if command in ("check", "pack"):

@@ -12,6 +12,7 @@ from PIL import Image
 from moe_bsr.selftest import tiny
 
 Case = tuple[str, Callable[[Path], list[str]]]  # a name; writes files into a folder, returns a command line
+Content = bytes | Callable[[], bytes]  # of a file; what takes long to make is made when its case comes
 
 
 class Payload:
@@ -19,6 +20,10 @@ class Payload:
 
     def __reduce__(self) -> Any:
         return (os.system, ("touch executed",))
+
+
+def made(content: Content) -> bytes:
+    return content if isinstance(content, bytes) else content()
 
 
 def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
