@@ -49,6 +49,28 @@ def fewest_hashes(names: Sequence[str], count: int, seed: int, purpose: str) -> 
     return np.sort(np.argsort(hashes, kind="stable")[:count])
 
 
+def evenly(labels: np.ndarray, names: Sequence[str], count: int, seed: int, purpose: str) -> np.ndarray:
+    """Positions, sorted int64, of `count` images, of each class equally many as far as it has them, or of all.
+
+    Of each class those whose hash of (seed, purpose, name) is lowest.
+    """
+    hashes = np.array([_hash(f"{seed}/{purpose}/{name}") for name in names], dtype=np.uint64)
+    return np.sort(class_by_class(labels, hashes)[:count])
+
+
+def class_by_class(labels: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    """Positions in such an order that the first n are equally many of each class, for any n as far as there are any.
+
+    Args:
+        labels: int64 (N,). ranks: (N,), no two alike: of a class and among classes, the lowest come first.
+    """
+    by_class = np.lexsort((ranks, labels))
+    starts = np.searchsorted(labels[by_class], labels[by_class])
+    turn = np.empty(len(labels), dtype=np.int64)
+    turn[by_class] = np.arange(len(labels)) - starts  # an image is the so many'th of its class
+    return np.lexsort((ranks, turn))
+
+
 def image_key(source: ImageSource, index: int) -> int:
     """A 64-bit number for image `index`: of its name, or where images have none, that index."""
     return index if source.names is None else _hash(source.names[index])

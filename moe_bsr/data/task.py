@@ -12,7 +12,7 @@ import numpy as np
 from moe_bsr.data.image_files import UnreadableImage
 from moe_bsr.data.packed import open_pack
 from moe_bsr.data.spec import ImageSource, TaskImages, TaskSpec
-from moe_bsr.data.splits import fewest_hashes, held_out
+from moe_bsr.data.splits import evenly, fewest_hashes, held_out
 
 TEST_FRACTION = 0.2  # where neither the source nor the task file has a test split
 
@@ -73,6 +73,7 @@ def load_task(
     download: bool = False,
     val_fraction: float = 0.1,
     val_images: int | None = None,
+    train_images: int | None = None,
     split_seed: int = 0,
 ) -> TaskData:
     """Open a task, and set aside validation and test images where its source has no such split.
@@ -82,6 +83,7 @@ def load_task(
         val_fraction: share of the training images for validation, see `splits.held_out`.
         val_images: at most so many of these are used, chosen by the same hash; the others train, where they were
             set aside from the training images.
+        train_images: at most so many train, of each class equally many as far as it has them.
         split_seed: of the choice of these images.
     Raises:
         FileNotFoundError: says what is expected where.
@@ -112,6 +114,9 @@ def load_task(
             notes.append(f"validation is the data's own: {len(own)} images{used}")
     except ValueError as error:
         raise ValueError(f"task {spec.name}: {error} ({images.origin})") from None
+    if train_images is not None and train_images < len(rest):
+        notes.append(f"{train_images} of {len(rest)} training images are used (data.train_images)")
+        rest = rest[evenly(train.labels[rest], _names(train, rest), train_images, split_seed, "training")]
     uncovered = len(train.class_names) - len(np.unique(val.labels))
     if uncovered:
         notes.append(f"{uncovered} of {len(train.class_names)} classes have no validation image")

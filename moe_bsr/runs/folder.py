@@ -48,12 +48,13 @@ RESUMABLE_KEYS = (
     *("train.pictures", "train.log_to", "backbone.weights"),
 )
 
+DIVISION_KEYS = ("download", "val_fraction", "val_images", "train_images", "split_seed")
 LENGTH_KEYS = tuple(f"train.{key}" for key in LENGTHS)
 
 
 def open_task(config: Config, task: str | TaskSpec, root: str | None = None) -> TaskData:
     """The dataset of a task, or of its file, as the run divides it; `root` takes the place of data.root."""
-    chosen = {key: getattr(config.data, key) for key in ("download", "val_fraction", "val_images", "split_seed")}
+    chosen = {key: getattr(config.data, key) for key in DIVISION_KEYS}
     spec = load_spec(task) if isinstance(task, str) else task
     return load_task(spec, root=Path(root or config.data.root).expanduser(), **chosen)
 

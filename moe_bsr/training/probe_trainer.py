@@ -17,6 +17,7 @@ from moe_bsr.config import Config, DataConfig, SamplerConfig
 from moe_bsr.config.schema import AUGMENT_KEYS
 from moe_bsr.data import TaskData
 from moe_bsr.data.loader import Batch
+from moe_bsr.data.splits import class_by_class
 from moe_bsr.data.task import Split
 from moe_bsr.evaluation.features import Features, split_features
 from moe_bsr.runtime.rng import key, stream
@@ -152,13 +153,7 @@ class ProbeTrainer(Trainer):
 
 def _class_by_class(split: Split, seed: int) -> Split:
     """The images of a split in such an order that its first n are drawn at random, equally many of each class."""
-    order = stream(seed).permutation(len(split))
-    labels = split.labels[order]
-    by_class = np.argsort(labels, kind="stable")
-    starts = np.searchsorted(labels[by_class], labels[by_class])
-    turn = np.empty(len(split), dtype=np.int64)
-    turn[by_class] = np.arange(len(split)) - starts  # an image is the so many'th of its class
-    order = order[np.argsort(turn, kind="stable")]
+    order = class_by_class(split.labels, np.argsort(stream(seed).permutation(len(split))))
     places = {int(position): place for place, position in enumerate(order)}
     gone = {places[position]: name for position, name in split.gone.items()}
     return replace(split, index=split.index[order], labels=split.labels[order], gone=gone)

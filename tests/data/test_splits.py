@@ -93,6 +93,20 @@ def test_validation_can_be_fewer_images_and_the_others_train(tmp_path):
         assert np.array_equal(data.test.index, whole.test.index)
 
 
+def test_fewer_images_can_train_equally_many_of_each_class(tmp_path):
+    spec = load_spec(folder_task(tmp_path, each=20))
+    for n in range(30):
+        save(tmp_path / f"pictures/train/ant/more{n}.png", n)
+    whole, few, fewer = (load_task(spec, root=tmp_path, train_images=count) for count in (None, 14, 7))
+    assert set(fewer.train.index) < set(few.train.index) < set(whole.train.index)
+    assert sorted(np.bincount(few.train.labels)) == [4, 5, 5] and sorted(np.bincount(fewer.train.labels)) == [2, 2, 3]
+    assert np.array_equal(few.val.index, whole.val.index) and np.array_equal(few.test.index, whole.test.index)
+    assert any(f"14 of {len(whole.train)} training images are used (data.train_images)" in note for note in few.notes)
+    rare = min(np.bincount(whole.train.labels))
+    most = load_task(spec, root=tmp_path, train_images=3 * rare + 5)  # what two classes do not have, the third gives
+    assert max(np.bincount(most.train.labels)) > rare and len(most.train) == 3 * rare + 5
+
+
 def test_of_the_datas_own_validation_images_some_can_be_used(tmp_path):
     folder = folder_task(tmp_path)
     for kind in ("ant", "bee", "cat"):
