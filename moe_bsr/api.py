@@ -42,7 +42,11 @@ from moe_bsr.training.trainer import Trainer
 
 
 def train(
-    config: Config, run_dir: str | Path, resume: bool = False, callbacks: list[Callback] | None = None
+    config: Config,
+    run_dir: str | Path,
+    resume: bool = False,
+    callbacks: list[Callback] | None = None,
+    features: FeatureCache | None = None,
 ) -> dict[str, Any]:
     """Train as the configuration says, into a run folder, and return its report.
 
@@ -55,6 +59,7 @@ def train(
         callbacks: in place of the console, TensorBoard and the expert views; metrics.jsonl is always written, and what
             train.log_to names. `moe_bsr.callbacks` has Csv, WandB and MLflow.
             With `mode: single_task` they see one run after the other.
+        features: kept by a run of the same images and frozen blocks, in place of a data.feature_cache_mb of its own.
     Raises:
         ConfigError: an impossible configuration, a folder that holds another run or that a process trains in.
         CheckpointError: no checkpoint to resume from is sound. ValueError: two callbacks of one name.
@@ -71,11 +76,16 @@ def train(
         for place in (run_dir, *parts):
             held.enter_context(locked(place))
         run.check_folder(config, run_dir, resume)  # again: who held it before us may have finished
-        return _train(config, run_dir, resume, callbacks, runtime)
+        return _train(config, run_dir, resume, callbacks, runtime, features)
 
 
 def _train(
-    config: Config, run_dir: Path, resume: bool, callbacks: list[Callback] | None, runtime: Runtime
+    config: Config,
+    run_dir: Path,
+    resume: bool,
+    callbacks: list[Callback] | None,
+    runtime: Runtime,
+    features: FeatureCache | None = None,
 ) -> dict[str, Any]:
     """`train`, in a folder that is locked and checked."""
     if resume and (done := report.read(run_dir)) is not None and report.is_complete(done, config):
@@ -88,7 +98,7 @@ def _train(
     with runtime.in_effect():
         model, told = build_model(config, tasks, run_dir, resume)
         notes += told
-        trainer = make_trainer(config, runtime.place(model), tasks, runtime, run_dir, chosen)
+        trainer = make_trainer(config, runtime.place(model), tasks, runtime, run_dir, chosen, features)
         trainer.about += notes
         return trainer.fit(resume)
 
@@ -142,13 +152,14 @@ def make_trainer(
     runtime: Runtime,
     run_dir: Path,
     callbacks: list[Callback],
+    features: FeatureCache | None = None,
 ) -> Trainer:
     """The trainer of one run, with what it is fed and what is known of the run beforehand.
 
     Args:
         model: on its device already (`runtime.place`).
     """
-    inputs = make_inputs(config, model, tasks, runtime)
+    inputs = make_inputs(config, model, tasks, runtime, features)
     predicted = _predict(config, model, runtime)
     if predicted is not None:
         _warn_of_memory(config, inputs, predicted)
@@ -161,14 +172,21 @@ def make_trainer(
     return trainer(config, model, inputs, runtime, run_dir, callbacks=callbacks, about=about, costs=costs)
 
 
-def make_inputs(config: Config, model: MultitaskViT, tasks: dict[str, TaskData], runtime: Runtime) -> Inputs:
+def make_inputs(
+    config: Config,
+    model: MultitaskViT,
+    tasks: dict[str, TaskData],
+    runtime: Runtime,
+    features: FeatureCache | None = None,
+) -> Inputs:
     """What a trainer of this model is fed."""
     inputs = Inputs(tasks, run.make_transforms(config, model), runtime, config.data.prefetch)
-    if config.data.feature_cache_mb:
+    if features is not None:
+        features.take_over(model)
+    elif config.data.feature_cache_mb:
         with runtime.autocast():
-            cache = FeatureCache(model, {name: len(data.train) for name, data in tasks.items()}, config.data)
-        inputs = CachedInputs(inputs, cache)
-    return inputs
+            features = FeatureCache(model, {name: len(data.train) for name, data in tasks.items()}, config.data)
+    return inputs if features is None else CachedInputs(inputs, features)
 
 
 def _check_parameters(model: MultitaskViT, device: torch.device) -> None:

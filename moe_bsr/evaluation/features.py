@@ -22,6 +22,16 @@ class Features(NamedTuple):
     x: Tensor
     labels: Tensor
 
+    def checked(self, task: str) -> "Features":
+        """These.
+
+        Raises:
+            FloatingPointError: one is NaN or infinite.
+        """
+        if not self.x.isfinite().all():
+            raise FloatingPointError(f"task {task}: features that are not finite; check backbone.weights, or fp32")
+        return self
+
 
 def split_features(
     make: Callable[[Tensor], Tensor],
@@ -50,7 +60,4 @@ def split_features(
                 break
     if not made:
         raise ValueError(f"task {data.name}: its {split} split has no image that can be read")
-    features = Features(torch.cat(made), torch.cat(labels))
-    if not features.x.isfinite().all():
-        raise FloatingPointError(f"task {data.name}: features that are not finite; check backbone.weights, or fp32")
-    return features
+    return Features(torch.cat(made), torch.cat(labels)).checked(data.name)

@@ -19,21 +19,23 @@ from moe_bsr.config import Config, ConfigError
 from moe_bsr.evaluation.metrics import NORMAL_975
 from moe_bsr.fit import room, rungs
 from moe_bsr.fit.measure import measure
+from moe_bsr.model.multitask import build
+from moe_bsr.runs.folder import open_task
 from moe_bsr.runtime.device import prepare
 from moe_bsr.runtime.files import write_whole
 from moe_bsr.runtime.provenance import command, commit, environment
 from moe_bsr.training.callback import Callback
 from moe_bsr.training.failures import NonFiniteLoss
+from moe_bsr.training.feature_cache import FeatureCache
 
 FOR_VALIDATION = 0.03  # of the time, that one evaluation of all tasks may take
 LEAST_VALIDATION = 20  # images of a task
 FOR_PROBE = 0.45  # of the time at most
+FOR_FEATURES = 0.75  # of the probe's, to see images; the rest is to solve
 FOR_START = 0.1  # of what is left then
 FOR_TRIAL = 0.08  # the same, for each of them
 RATES = (1 / 3, 3.0)  # of the learning rate of the best trial, which are tried as well
 LEAST_TRIAL = 20.0  # seconds; what is shorter decides nothing
-FOR_VIEWS = 0.35  # of the time of a run, that computing views of all images for the first time may take
-MOST_VIEWS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,7 @@ class Ladder:
         self.folder, self.budget, self.say, self.callbacks = folder, budget, say, callbacks
         self.began, self.rungs = time.monotonic(), []
         self.runtime = prepare(config.runtime)
+        self.shared: FeatureCache | None = None  # of the probe and of late
         self.overhead = 0.0  # seconds of a run beside its updates
         self.interrupted = 0
 
@@ -119,11 +122,15 @@ class Ladder:
         self._limit_validation()
         speed, config = self.speed, self.config
         shape = (speed.depth, speed.has_class_token)
-        probe = rungs.probe(config, *shape)
-        rest = self.left() * (1 - FOR_PROBE)
-        alone = rest < 3 * LEAST_TRIAL
-        if self._go("probe", probe, self.left() * (0.85 if alone else FOR_PROBE)) and not alone:
-            self._train_the_best(rungs.late(config, *shape))
+        alone = self.left() * (1 - FOR_PROBE) < 3 * LEAST_TRIAL
+        seconds = self.left() * (0.85 if alone else FOR_PROBE)
+        few = self._with_fewer_images(config, FOR_FEATURES * seconds)
+        probe, late = rungs.probe(few, *shape), rungs.late(few, *shape)
+        if not alone:
+            late = self._share_features(late)
+            probe = rungs.with_features_of(probe, late)
+        if self._go("probe", probe, seconds, features=self.shared) and not alone:
+            self._train_the_best(late)
         return self._conclude()
 
     def left(self) -> float:
@@ -134,30 +141,39 @@ class Ladder:
         """Try each plan for a while, then the best one's learning rate, then give that the time that is left."""
         rest = self.left()
         trial = FOR_TRIAL * rest
-        arms = {"late": (late, "probe")}
+        arms = {"late": (late, "probe", self.shared)}
         own = rungs.own_rungs(self.config)
         if trial < LEAST_TRIAL or not own:
-            self._go("late", self._with_cache(late), self.left(), start="probe")
+            self._go("late", late, self.left(), "probe", self.shared)
             return
         if not self._go("start", rungs.start(self.config), FOR_START * rest):
             return
-        arms |= {name: (config, "start") for name, config in own.items()}
-        for name, (config, start) in arms.items():
-            if not self._go(f"trial_{name}", config, trial, start):
+        arms |= {name: (config, "start", None) for name, config in own.items()}
+        for name, (config, start, features) in arms.items():
+            if not self._go(f"trial_{name}", config, trial, start, features):
                 return
         chosen = max(arms, key=lambda name: self._of(f"trial_{name}").val_top1)
-        config, rate = arms[chosen][0], self.config.train.lr
-        best = f"trial_{chosen}"
+        config, start, features = arms[chosen]
+        rate, best = config.train.lr, f"trial_{chosen}"
         for factor in RATES:
             name = f"trial_{chosen}_{rate * factor:.0e}"
-            if not self._go(name, _at(config, rate * factor), trial, arms[chosen][1]):
+            if not self._go(name, _at(config, rate * factor), trial, start, features):
                 return
             if self._of(name).val_top1 > self._of(best).val_top1:
                 best, config = name, _at(config, rate * factor)
         self.say(f"{chosen} did best in the trials ({best}); it goes on from there for the time that is left")
-        self._go(chosen, self._with_cache(config) if chosen == "late" else config, self.left(), start=best)
+        if features is None:
+            self.shared = None  # its memory is free again
+        self._go(chosen, config, self.left(), best, features)
 
-    def _go(self, name: str, config: Config, seconds: float, start: str | None = None) -> bool:
+    def _go(
+        self,
+        name: str,
+        config: Config,
+        seconds: float,
+        start: str | None = None,
+        features: FeatureCache | None = None,
+    ) -> bool:
         """Run a rung within so many seconds, all in all; whether the climb goes on."""
         began, solved = time.monotonic(), config.train.optimizer == "lbfgs"
         minutes = max(0.5, min(seconds, self.left()) - 1.1 * self.overhead) / 60
@@ -170,7 +186,7 @@ class Ladder:
         of_whole = f"{minutes:.1f} minutes" if minutes >= 1 else f"{60 * minutes:.0f} seconds"
         self.say(f"{name}: {of_whole}, {told}, {fitted.bytes / 2**20:.0f} MB predicted for the process")
         try:
-            report = api.train(config, self.folder / name, callbacks=self.callbacks)
+            report = api.train(config, self.folder / name, callbacks=self.callbacks, features=features)
         except NonFiniteLoss as error:  # at this learning rate; a rung that is out
             self.say(f"{name}: {error}")
             self.rungs.append(self._diverged(name, time.monotonic() - began, minutes, config))
@@ -204,7 +220,10 @@ class Ladder:
         return True
 
     def _fitted(self, config: Config) -> room.Fitted:
-        return room.fitted(config, self.speed.classes, self.memory, self.runtime.precision, self.speed.decoded)
+        """In what form it fits, with the features that are kept for it or beside it."""
+        shared = 0 if self.shared is None or config.data.feature_cache_mb else self.shared.bytes
+        memory = dataclasses.replace(self.memory, base=self.memory.base + shared)
+        return room.fitted(config, self.speed.classes, memory, self.runtime.precision, self.speed.decoded)
 
     def _diverged(self, name: str, took: float, minutes: float, config: Config) -> Rung:
         nothing = dict.fromkeys(self.speed.classes, 0.0)
@@ -230,16 +249,33 @@ class Ladder:
             f"{images * speed.forward:.0f} s to see each once; validation on {count} images of a task at most"
         )
 
-    def _with_cache(self, config: Config) -> Config:
-        """A run that trains late blocks, with features kept where the images come back often enough."""
-        speed, seconds = self.speed, self.left()
-        images = sum(speed.images.values())
-        views = min(MOST_VIEWS, int(FOR_VIEWS * seconds / (images * speed.forward)))
-        if views < 1:
+    def _with_fewer_images(self, config: Config, seconds: float) -> Config:
+        """As many training images of each task as the backbone sees in so long, those of the validation beside them."""
+        speed, asked = self.speed, config.data.train_images
+        validation = config.data.val_images * len(speed.classes)
+        room_for = max(len(speed.classes), int(seconds / speed.forward) - validation)
+        count, sizes = 0, sorted(speed.images.values())
+        for place, size in enumerate(sizes):
+            count = max(count, (room_for - sum(sizes[:place])) // (len(sizes) - place))
+            if count <= size:
+                break
+        if count >= sizes[-1] or (asked is not None and asked <= count):
             return config
-        left = self._fitted(config).left
+        self.say(f"in {seconds:.0f} s it sees {count} images of each task: probe and late train on these")
+        return configuration.replace(config, data__train_images=max(1, count))
+
+    def _share_features(self, late: Config) -> Config:
+        """Have what the frozen blocks make of the images of `late` kept from the probe on, if there is room for it."""
+        tasks = {name: open_task(late, file) for name, file in late.task_files().items()}
+        sizes = {name: len(data.train) for name, data in tasks.items()}
         itemsize = 2 if self.runtime.precision == "bf16" else 4
-        return room.with_feature_cache(config, left, images, speed.tokens, speed.width, views, itemsize)
+        left, speed = self._fitted(late).left, self.speed
+        kept = room.with_feature_cache(late, left, sum(sizes.values()), speed.tokens, speed.width, itemsize)
+        if kept.data.feature_cache_mb:
+            with self.runtime.in_effect(), self.runtime.autocast():
+                model = self.runtime.place(build(kept, speed.classes))
+                self.shared = FeatureCache(model, sizes, kept.data)
+        return kept
 
     # --- what came of it ---
 

@@ -6,13 +6,14 @@ from math import ceil
 
 from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError
-from moe_bsr.config.schema import AUGMENT_KEYS
+from moe_bsr.config.schema import AUGMENT_KEYS, DataConfig
 from moe_bsr.cost.predict import predict
 from moe_bsr.model.multitask import build_on_meta
 
 STORAGES = ("exact", "int8", "recompute", "recompute_int8")  # from the fastest to the leanest
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 LEAST_IMAGE_CACHE = 16  # MB
+PLAIN = {key: DataConfig.__dataclass_fields__[key].default for key in (*AUGMENT_KEYS, "views")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,28 +83,21 @@ def _forms(config: Config) -> Iterator[Config]:
                 yield configuration.replace(config, storage=storage, train__grad_accumulation_steps=parts)
 
 
-def with_feature_cache(
-    config: Config, room: int, images: int, tokens: int, width: int, views: int, itemsize: int
-) -> Config:
-    """The run with what its frozen blocks make of `views` views of each image kept, if there is room for one.
+def with_feature_cache(config: Config, room: int, images: int, tokens: int, width: int, itemsize: int) -> Config:
+    """The run with what its frozen blocks make of each image kept, unaugmented, if there is room for that.
 
-    A run that mixes images has nothing to keep. One with augmentation of its own is not left with a single view, one
-    without augmentation has no other.
+    A run that mixes images has nothing to keep, and one with augmentation of its own would lose it.
 
     Args:
         room: bytes. images: for training, of all tasks. tokens, width: of the stream where the first block trains.
         itemsize: bytes of one of its values.
     """
-    views = views if config.data.augment else 1
     each = tokens * 8 + len(config.plan.head_blocks) * width * itemsize  # origins, and class tokens for the heads
     sizes = {"exact": tokens * width * itemsize + each, "int8": tokens * width + 4 * width + each}
-    counts = {kind: min(views, int(room / (1.02 * images * size))) for kind, size in sizes.items()}
-    kind = max(counts, key=counts.__getitem__)  # among equals exact
-    count, own = counts[kind], any(getattr(config.data, key) for key in AUGMENT_KEYS)
-    if count < (2 if own else 1) or config.train.mixup or config.train.cutmix:
+    fits = [kind for kind, size in sizes.items() if 1.02 * images * size <= room]
+    own = any(getattr(config.data, key) != default for key, default in PLAIN.items())
+    if not fits or own or config.train.mixup or config.train.cutmix:
         return config
-    seen = {"data__views": count}
-    if count == 1:
-        seen = {"data__augment": False, "data__crop_scale": None, "data__hflip": None}
-    megabytes = ceil(1.02 * images * count * sizes[kind] / 1e6)
-    return configuration.replace(config, data__feature_cache_mb=megabytes, data__feature_cache=kind, **seen)
+    seen = {"data__augment": False, "data__crop_scale": None, "data__hflip": None}
+    megabytes = ceil(1.02 * images * sizes[fits[0]] / 1e6)
+    return configuration.replace(config, data__feature_cache_mb=megabytes, data__feature_cache=fits[0], **seen)

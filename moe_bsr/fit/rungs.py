@@ -10,6 +10,8 @@ Heads that were solved begin at the blocks' own learning rate. Those of an untra
 `train.head_lr_scale` times as much.
 """
 
+from dataclasses import replace
+
 from moe_bsr import config as configuration
 from moe_bsr.config import Config
 from moe_bsr.training.probe_trainer import probe_config
@@ -21,6 +23,12 @@ def probe(config: Config, depth: int, has_class_token: bool) -> Config:
     """The linear probe that a model which trains its last blocks can begin from."""
     blocks = list(range(depth // 2, max(depth // 2, depth - LATE))) if has_class_token else []
     return probe_config(configuration.replace(config, plan__drop_blocks=[], plan__keep_rate=1.0), blocks)
+
+
+def with_features_of(probe: Config, late: Config) -> Config:
+    """The probe by way of the features that `late` keeps."""
+    data = {key: getattr(late.data, key) for key in ("feature_cache_mb", "feature_cache", "feature_cache_dir")}
+    return replace(probe, data=replace(probe.data, **data))
 
 
 def late(config: Config, depth: int, has_class_token: bool) -> Config:

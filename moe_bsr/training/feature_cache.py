@@ -29,9 +29,12 @@ TINY = 1e-30  # a channel of zeros has this scale
 
 
 class FeatureCache:
-    """What `MultitaskViT.forward_features` returns for each view of each training image of each task.
+    """What the frozen blocks before `start` make of each view of each training image of each task.
+
+    Runs of the same frozen blocks and images can have one, one after the other (`api.train`).
 
     Attributes:
+        start: the first block that is not run.
         bytes: of everything kept, when every view has been seen.
         views: of each image.
     """
@@ -52,12 +55,13 @@ class FeatureCache:
             "null (off): the embedding trains under this plan, so nothing stays the same",
         )
         self.model, self.views = model, (settings.views or 1) if settings.augment else 1
+        self.start = model.path_start
         # After the last block the head reads the class token alone.
-        self.class_token_only = model.path_start == len(model.plan) and model.vit.global_pool == "token"
+        self.class_token_only = self.start == len(model.plan) and model.vit.global_pool == "token"
         self.kind = "exact" if self.class_token_only else settings.feature_cache
         side, self.device = model.vit.patch_embed.img_size[0], model.vit.pos_embed.device
         with torch.no_grad():
-            tokens, records = model.forward_features(torch.zeros(1, 3, side, side, device=self.device))
+            tokens, records = self.compute(torch.zeros(1, 3, side, side, device=self.device), "")
         self.dtype, self.fused, self.drops = tokens.x.dtype, tokens.fused, sorted(records)
         parts = self._parts(tokens, records)
         images = sum(sizes.values())
@@ -77,8 +81,27 @@ class FeatureCache:
         self.kept = {task: [_rows(count * self.views, part, folder) for part in parts] for task, count in sizes.items()}
         self.seen = {task: torch.zeros(self.views, count, dtype=torch.bool) for task, count in sizes.items()}
 
+    def take_over(self, model: MultitaskViT) -> None:
+        """Serve another model, on the same device, whose blocks before `start` are the same and frozen too.
+
+        Raises:
+            ValueError: they are not.
+        """
+        mine, other = self._frozen(self.model), self._frozen(model)
+        if model.path_start < self.start or model.embedding_trains or mine != other:
+            raise ValueError(f"blocks 0 to {self.start - 1} of this model are not those whose features are kept")
+        self.model = model
+
+    def _frozen(self, model: MultitaskViT) -> tuple:
+        rates = [block.keep_rate for block in model.plan[: self.start]]
+        heads = [index for index in model.head_blocks if index < self.start]
+        return model.backbone_sha256, model.replaced, rates, heads, model.tokens_config
+
+    def compute(self, images: Tensor, task: str) -> Features:
+        return self.model.forward_features(images, task, upto=self.start)
+
     def __str__(self) -> str:
-        images, blocks = sum(seen.shape[1] for seen in self.seen.values()), self.model.path_start
+        images, blocks = sum(seen.shape[1] for seen in self.seen.values()), self.start
         source = f"blocks 0 to {blocks - 1} make" if blocks else "the embedding makes"
         what = f"{self.views} views of {images}" if self.views > 1 else str(images)
         when = "once seen" if self.views > 1 else "from an image's second epoch on"
@@ -163,7 +186,7 @@ class CachedInputs(Inputs):
         if not cache.contains(*place):
             images = super().prepare(batch).images
             with self.runtime.autocast():
-                cache.add(*place, cache.model.forward_features(images, task))
+                cache.add(*place, cache.compute(images, task))
         return dataclasses.replace(batch, images=None, labels=labels, features=cache.get(*place))
 
     def cached_bytes(self) -> int:

@@ -4,6 +4,7 @@ The rest is the trainer's: the run folder, evaluation, the one test, the report.
 With `train.minutes` it takes as many training images as their features take so long, equally many of each class.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,7 @@ from moe_bsr.data.task import Split
 from moe_bsr.evaluation.features import Features, split_features
 from moe_bsr.runtime.rng import key, stream
 from moe_bsr.training.callback import Callback, StepEvent
+from moe_bsr.training.feature_cache import CachedInputs
 from moe_bsr.training.linear_probe import Probe, fit
 from moe_bsr.training.trainer import Trainer
 
@@ -124,21 +126,39 @@ class ProbeTrainer(Trainer):
         return {task: probes[task] for task in self.tasks}
 
     def _solve(self, data: TaskData, until: float = math.inf) -> Probe:
-        def make(images: torch.Tensor) -> torch.Tensor:
-            tokens, _ = self.model.forward_features(images, data.name, upto=len(self.model.plan))
-            return self.model.features(tokens)
-
-        settings = self.config.train
+        settings, split = self.config.train, data.train
+        val = split_features(self._read, data, "val", self.transforms, self.runtime, settings.batch_size)
+        order = np.arange(len(split))
         if until < math.inf:
-            data = replace(data, train=_class_by_class(data.train, key(self.config.seed, data.name, "probe")))
-
-        def features(split: str, until: float = math.inf) -> Features:
-            return split_features(make, data, split, self.transforms, self.runtime, settings.batch_size, until)
-
-        val = features("val")
-        train = features("train", until)
+            ranks = np.argsort(stream(key(self.config.seed, data.name, "probe")).permutation(len(split)))
+            order = class_by_class(split.labels, ranks)
+        if isinstance(self.inputs, CachedInputs):
+            train = self._kept_features(self.inputs, data.name, order, until)
+        else:
+            data = replace(data, train=_reordered(split, order))
+            train = split_features(self._read, data, "train", self.transforms, self.runtime, settings.batch_size, until)
         self.used[data.name] = len(train.labels)
         return fit(train, val, len(data.class_names), settings.penalty, settings.label_smoothing)
+
+    def _read(self, images: torch.Tensor) -> torch.Tensor:
+        tokens, _ = self.model.forward_features(images, upto=len(self.model.plan))
+        return self.model.features(tokens)
+
+    def _kept_features(self, inputs: CachedInputs, task: str, order: np.ndarray, until: float) -> Features:
+        """The features of training images by way of the feature cache, which has them from then on."""
+        size, made, labels = self.config.train.batch_size, [], []
+        parts = [order[start : start + size] for start in range(0, len(order), size)]
+        plan = ((task, part, np.zeros_like(part)) for part in parts)
+        with contextlib.closing(inputs.batches(plan)) as batches, torch.inference_mode(), self.runtime.autocast():
+            for batch in map(inputs.prepare, batches):
+                tokens, _ = batch.features
+                for index in range(inputs.cache.start, len(self.model.plan)):
+                    tokens = replace(self.model.run_block(index, tokens, task), read=tokens.read)
+                made.append(self.model.features(tokens).cpu())
+                labels.append(batch.labels.cpu())
+                if time.monotonic() >= until:
+                    break
+        return Features(torch.cat(made), torch.cat(labels)).checked(task)
 
     def _progress(self) -> dict[str, dict[str, float]]:
         """Each image that was used was seen once."""
@@ -151,9 +171,7 @@ class ProbeTrainer(Trainer):
         }
 
 
-def _class_by_class(split: Split, seed: int) -> Split:
-    """The images of a split in such an order that its first n are drawn at random, equally many of each class."""
-    order = class_by_class(split.labels, np.argsort(stream(seed).permutation(len(split))))
+def _reordered(split: Split, order: np.ndarray) -> Split:
     places = {int(position): place for place, position in enumerate(order)}
     gone = {places[position]: name for position, name in split.gone.items()}
     return replace(split, index=split.index[order], labels=split.labels[order], gone=gone)

@@ -1,6 +1,7 @@
 """The ladder: rungs that begin where the last one ended, forms that fit into memory, and what is said of it."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -134,32 +135,52 @@ def test_a_trial_that_diverges_is_out_and_the_climb_goes_on(tmp_path, monkeypatc
     assert "trial_bsr: loss nan at step 1" in told and found["best"] != "trial_bsr"
 
 
-@pytest.mark.parametrize("views", [1, 3])
 @pytest.mark.parametrize("room_for", ["exact", "int8", "nothing"])
-def test_features_are_cached_in_the_form_that_has_room(tmp_path, views, room_for):
-    config = rungs.late(make_config(tmp_path), 6, True)
+def test_features_are_kept_in_the_form_that_has_room(tmp_path, room_for):
+    config = rungs.late(make_config(tmp_path, data__feature_cache_mb=1, data__augment=False), 6, True)
+    assert config.data.feature_cache_mb is None  # that was for the blocks of another plan
     model = build_on_meta(config, CLASSES)
     tokens, width, images = 1 + model.vit.patch_embed.num_patches, model.vit.embed_dim, sum(SIZES.values())
     each = {"exact": 4 * tokens * width, "int8": tokens * width + 4 * width, "nothing": 0}[room_for]
-    space = int(1.03 * images * (each + 8 * tokens + 4 * width)) * (views if each else 1)
-    found = with_feature_cache(config, space, images, tokens, width, views, 4)
+    space = int(1.03 * images * (each + 8 * tokens + 4 * width))
+    kept = with_feature_cache(config, space, images, tokens, width, 4)
     if room_for == "nothing":
-        assert found == config
+        assert kept == config
         return
-    assert found.data.feature_cache == room_for and (found.data.views or 1) == views
-    assert found.data.augment == (views > 1)
-    cache = FeatureCache(build(config, CLASSES), SIZES, found.data)  # refused if the megabytes do not suffice
+    assert (kept.data.feature_cache, kept.data.augment) == (room_for, False)
+    cache = FeatureCache(build(config, CLASSES), SIZES, kept.data)  # refused if the megabytes do not suffice
     assert cache.bytes <= space
-
-
-def test_a_run_without_augmentation_keeps_its_one_view_and_counts_it(tmp_path):
-    config = make_config(tmp_path, data__augment=False, data__feature_cache_mb=1)
-    late = rungs.late(config, 6, True)
-    assert late.data.feature_cache_mb is None and rungs.bsr(config).data.feature_cache_mb == 1
-    kept = with_feature_cache(late, 10**9, 74, 17, 24, 8, 4)
-    assert (kept.data.views, kept.data.augment, kept.data.feature_cache) == (None, False, "exact")
-    plain, counted = (fitted(each, CLASSES, HUGE, "fp32", 0) for each in (late, kept))
+    plain, counted = (fitted(each, CLASSES, HUGE, "fp32", 0) for each in (config, kept))
     assert counted.bytes - plain.bytes == kept.data.feature_cache_mb * 10**6 > 0
+
+
+@pytest.mark.parametrize("key", ["data__erasing", "data__views", "train__mixup"])
+def test_augmentation_of_ones_own_is_not_given_up_for_a_cache(tmp_path, key):
+    config = rungs.late(make_config(tmp_path, **{key: 1}), 6, True)
+    assert with_feature_cache(config, 10**12, 74, 17, 24, 4) == config
+
+
+def test_late_trains_on_what_was_kept_for_the_probe(climbed, tmp_path):
+    config, folder, *_ = climbed
+    rung = {name: load(folder / name).config for name in ("probe", "trial_late")}
+    assert rung["probe"].data.feature_cache_mb == rung["trial_late"].data.feature_cache_mb > 0
+    late = replace(rungs.late(config, 6, True), data__augment=False, data__feature_cache_mb=100)
+    cache = FeatureCache(build(late, CLASSES), SIZES, late.data)
+    alone = rungs.probe(config, 6, True)
+    moe_bsr.train(alone, tmp_path / "alone", callbacks=[])
+    moe_bsr.train(rungs.with_features_of(alone, late), tmp_path / "kept", callbacks=[], features=cache)
+    heads = [load(tmp_path / name).models["shapes"].heads["shapes"].weight for name in ("alone", "kept")]
+    assert torch.allclose(*heads, atol=1e-3) and all(seen.all() for seen in cache.seen.values())
+
+
+def test_as_many_images_train_as_are_seen_in_time(tmp_path):
+    climb = Ladder(make_config(tmp_path), tmp_path / "fit", Budget(1), callbacks=[])
+    climb.config = replace(climb.config, data__val_images=10)
+    climb.speed = SimpleNamespace(images={"a": 30, "b": 100, "c": 500}, classes=dict.fromkeys("abc", 2), forward=0.5)
+    for seconds, most in ((15 + 15, 10), (15 + 65, 50), (15 + 215, 300), (15 + 315, None)):  # 15 s for validation
+        assert climb._with_fewer_images(climb.config, seconds).data.train_images == most
+    few = replace(climb.config, data__train_images=7)
+    assert climb._with_fewer_images(few, 80) == few
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,18 @@ def test_what_was_kept_is_what_the_frozen_blocks_make(tmp_path, monkeypatch):
         assert torch.allclose(getattr(records[1].dropped, name), getattr(drops[1].dropped, name), atol=1e-6)
 
 
+def test_features_serve_another_run_of_the_same_frozen_blocks(tmp_path, monkeypatch):
+    first, _ = fit(tmp_path, monkeypatch, PLANS["last layer"] | {"train_blocks": [5]}, 100)
+    cache = first.inputs.cache
+    plan = {"plan__drop_blocks": [], "plan__moe_blocks": []}
+    other = make_trainer(make_config(tmp_path, plan__train_blocks=[], **plan), tmp_path)
+    cache.take_over(other.model)
+    assert cache.model is other.model and cache.start == 5
+    for changes in ({"plan__train_blocks": [4]}, {"plan__drop_blocks": [2]}, {"plan__train_blocks": [5], "seed": 1}):
+        with pytest.raises(ValueError, match="blocks 0 to 4 of this model are not those"):
+            cache.take_over(make_trainer(make_config(tmp_path, **plan | changes), tmp_path).model)
+
+
 def test_the_last_layer_keeps_one_token(tmp_path, monkeypatch):
     trainer, _ = fit(tmp_path, monkeypatch, PLANS["last layer"], 100)
     assert trainer.inputs.cache.kept["shapes"][0].shape[1] == 1
