@@ -40,6 +40,7 @@ COMMANDS = {
     "copy": "copy a packaged configuration or task file here, to change it",
     "check": "open all images of tasks and list at once what cannot be read",
     "pack": "pack a task's images into one file per split",
+    "budgets": "accuracy after so many minutes: of fit, and of what somebody would train in its place",
     "benchmark": "time and memory of a training step, beside timm and the public form of BSR",
     "reproduce": "rebuild the cost figures of the BSR paper's tables",
     "pretrain": "make the bundled backbone anew",
@@ -51,7 +52,7 @@ COMMANDS = {
 
 # Those that train or evaluate in this process: they need the C library's allocator set up first.
 COMPUTING = {"fit", "train", "probe", "lr", "drops", "evaluate", "reject", "export", "views", "pretrain"}
-COMPUTING |= {"add-task", "sweep-storages"}
+COMPUTING |= {"add-task", "budgets", "sweep-storages"}
 
 # Packages that only some commands need, and the extra that installs them.
 EXTRAS = {"matplotlib": "views", "scipy": "views", "onnx": "export", "onnxruntime": "export"}

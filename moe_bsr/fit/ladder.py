@@ -30,7 +30,7 @@ from moe_bsr.training.feature_cache import FeatureCache
 
 FOR_VALIDATION = 0.03  # of the time, that one evaluation of all tasks may take
 LEAST_VALIDATION = 20  # images of a task
-FOR_PROBE = 0.45  # of the time at most
+FOR_PROBE = 0.85  # of the time at most: an image not seen yet brings more than training blocks on those seen
 FOR_FEATURES = 0.75  # of the probe's, to see images; the rest is to solve
 FOR_START = 0.1  # of what is left then
 FOR_TRIAL = 0.08  # the same, for each of them
@@ -122,8 +122,10 @@ class Ladder:
         self._limit_validation()
         speed, config = self.speed, self.config
         shape = (speed.depth, speed.has_class_token)
-        alone = self.left() * (1 - FOR_PROBE) < 3 * LEAST_TRIAL
-        seconds = self.left() * (0.85 if alone else FOR_PROBE)
+        to_see_all = speed.forward * (sum(speed.images.values()) + config.data.val_images * len(speed.classes))
+        seconds = min(FOR_PROBE * self.left(), to_see_all / FOR_FEATURES)
+        alone = self.left() - seconds < 3 * LEAST_TRIAL
+        seconds = FOR_PROBE * self.left() if alone else seconds
         few = self._with_fewer_images(config, FOR_FEATURES * seconds)
         probe, late = rungs.probe(few, *shape), rungs.late(few, *shape)
         if not alone:

@@ -1,0 +1,100 @@
+"""What somebody would write without this package: timm's network, a head for each task, AdamW and a cosine.
+
+The whole network trains, or LoRA by peft beside it. Images, splits and crops are those of our runs. The rest is as
+plain as in a tutorial: no kernel, storage or cache of ours, one task after the other.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from moe_bsr.config import Config, ConfigError
+from moe_bsr.data import ImageTransforms, TaskData
+from moe_bsr.model.backbones import family_of
+from moe_bsr.runtime.device import Runtime
+from moe_bsr.runtime.rng import key, stream
+
+RATES = {"timm_full": 1e-4, "timm_lora": 1e-3}  # of AdamW; heads start from nothing and learn ten times as fast
+LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["qkv", "proj", "fc1", "fc2"]}  # all linear layers of the blocks
+WARMUP = 0.05  # of the time
+
+
+def train(
+    method: str,
+    config: Config,
+    tasks: dict[str, TaskData],
+    transforms: ImageTransforms,
+    runtime: Runtime,
+    seconds: float,
+) -> tuple[nn.Module, nn.ModuleDict, int]:
+    """Train for so many seconds, the learning rate falling along a cosine of that length.
+
+    Args:
+        method: of RATES. config: its backbone, batch size, weight decay, clipping and seed are used.
+    Returns:
+        The network, which gives (B, D) features, the heads by task, and the updates there was time for.
+    Raises:
+        ConfigError: timm_lora without peft.
+    """
+    began = time.monotonic()
+    network: nn.Module = family_of(config.backbone).load(config.backbone, config.seed)
+    network.reset_classifier(0)
+    heads = nn.ModuleDict({name: nn.Linear(network.num_features, len(d.class_names)) for name, d in tasks.items()})
+    if method == "timm_lora":
+        network = _with_lora(network)
+    network, heads, rate = network.to(runtime.device), heads.to(runtime.device), RATES[method]
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    groups = [{"params": trained, "scale": 1.0}, {"params": list(heads.parameters()), "scale": 10.0}]
+    optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=config.train.weight_decay)
+    names, batches, updates = list(tasks), {name: _batches(data, config) for name, data in tasks.items()}, 0
+    network.train()
+    while (progress := (time.monotonic() - began) / seconds) < 1:
+        factor = min(1.0, progress / WARMUP) * 0.5 * (1 + math.cos(math.pi * progress))
+        for group in optimizer.param_groups:
+            group["lr"] = rate * factor * group["scale"]
+        name = names[updates % len(names)]
+        images, labels = transforms.train_batch(tasks[name], *next(batches[name]))
+        with runtime.autocast():
+            logits = heads[name](network(transforms.normalize(images, device=runtime.device)))
+        cross_entropy(logits.float(), labels.to(runtime.device)).backward()
+        nn.utils.clip_grad_norm_([*trained, *heads.parameters()], config.train.grad_clip_norm or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        updates += 1
+    return network.eval(), heads, updates
+
+
+def top1(
+    network: nn.Module, heads: nn.ModuleDict, data: TaskData, split: str, transforms: ImageTransforms, runtime: Runtime
+) -> float:
+    """Percent of a split's images."""
+    right = count = 0
+    with torch.inference_mode(), runtime.autocast():
+        for images, labels in transforms.eval_batches(data, split, 64):
+            logits = heads[data.name](network(transforms.normalize(images, device=runtime.device)))
+            right += int((logits.argmax(1).cpu() == labels).sum())
+            count += len(labels)
+    return 100 * right / count
+
+
+def _with_lora(network: nn.Module) -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ConfigError("timm_lora needs peft: pip install peft") from error
+    return get_peft_model(network, LoraConfig(**LORA))
+
+
+def _batches(data: TaskData, config: Config) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Positions and epochs of one batch after the other, every image once an epoch."""
+    size, order = min(config.train.batch_size, len(data.train)), key(config.seed, data.name, "rival")
+    for epoch in itertools.count():
+        positions = stream(order, epoch).permutation(len(data.train))
+        for start in range(0, len(positions) - size + 1, size):
+            yield positions[start : start + size], np.full(size, epoch)
