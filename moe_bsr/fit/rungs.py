@@ -17,6 +17,7 @@ from moe_bsr.config import Config
 from moe_bsr.training.probe_trainer import probe_config
 
 LATE = 2  # blocks that train in the rung of that name
+LATE_RATE = 0.2  # of the configuration's learning rate: behind heads that are solved, a larger one undoes them
 
 
 def probe(config: Config, depth: int, has_class_token: bool) -> Config:
@@ -34,9 +35,11 @@ def with_features_of(probe: Config, late: Config) -> Config:
 def late(config: Config, depth: int, has_class_token: bool) -> Config:
     """The last blocks train; begins exactly as `probe` ends."""
     heads = probe(config, depth, has_class_token).plan.head_blocks
-    trained = list(range(max(1, depth - LATE), depth))
+    trained, rate = list(range(max(1, depth - LATE), depth)), LATE_RATE * config.train.lr
     return _from_heads(
         config,
+        train__lr=rate,
+        train__min_lr=min(config.train.min_lr, rate),
         plan__train_blocks=trained,
         plan__drop_blocks=[],
         plan__keep_rate=1.0,
