@@ -134,6 +134,12 @@ def read(folder: Path) -> dict[str, Any] | None:
     return report
 
 
+def complete(folder: Path, config: Config) -> dict[str, Any] | None:
+    """The report of a run that is finished, and not to be made longer by `config`; None of any other."""
+    done = read(folder)
+    return done if done is not None and is_complete(done, config) else None
+
+
 def is_complete(report: dict[str, Any], config: Config) -> bool:
     """Whether a run is finished, and not to be made longer by `config`."""
     then, now = report.get("config", {}).get("train", {}), configuration.to_dict(config)["train"]
