@@ -67,8 +67,8 @@ def train(
     with joined(find_device(config.runtime.device), config.train.exchange) as ranks, contextlib.ExitStack() as held:
         runtime = prepare(config.runtime, ranks)
         ranks.by_first(lambda: run.check_folder(config, run_dir, resume))
-        check(config)
         check_sharing(config, ranks)
+        check(config)
         if ranks.first:
             parts = [run_dir / name for name in config.task_names()] if config.mode == "single_task" else []
             for place in (run_dir, *parts):

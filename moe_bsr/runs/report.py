@@ -294,9 +294,11 @@ def _peaks(report: dict[str, Any]) -> str:
 
 
 def _provenance(report: dict[str, Any]) -> str:
-    about = report["environment"]
+    about, sent = report["environment"], report.get("exchanged_mb_per_update")
+    several = "" if sent is None else f"by {about['processes']} processes that exchange {sent:.1f} MB an update "
     return (
-        f"Computed on {about['processor']} ({about['device']}, {about['threads']} threads, {about['precision']}) "
+        f"Computed {several}on {about['processor']} ({about['device']}, {about['threads']} threads, "
+        f"{about['precision']}) "
         f"with torch {about['torch']}; code {report['commit'] or 'of unknown version'}."
     )
 

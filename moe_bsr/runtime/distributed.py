@@ -108,6 +108,10 @@ class Alone:
         """What exchanging took since this was last asked: exchanged_mb, 10**6 bytes of gradients of each process."""
         return {}
 
+    def report(self) -> dict[str, float]:
+        """The same for the report: exchanged_mb_per_update, the mean of the updates of this process."""
+        return {}
+
     def about(self) -> list[str]:
         """A line for a person who starts the run."""
         return []
@@ -139,7 +143,7 @@ class Ranks(Alone):
 
     def listen(self, stop: StopSignals) -> None:
         super().listen(stop)
-        self._signal = 0
+        self._signal, self._sent, self._updates = 0, 0.0, 0
 
     @property
     def signal(self) -> int:
@@ -218,8 +222,12 @@ class Ranks(Alone):
                     )
 
     def numbers(self) -> dict[str, float]:
-        sent, self._bytes = self._bytes, 0
-        return {"exchanged_mb": sent / 1e6}
+        sent, self._bytes = self._bytes / 1e6, 0
+        self._sent, self._updates = self._sent + sent, self._updates + 1
+        return {"exchanged_mb": sent}
+
+    def report(self) -> dict[str, float]:
+        return {"exchanged_mb_per_update": self._sent / self._updates} if self._updates else {}
 
     def about(self) -> list[str]:
         return [

@@ -330,6 +330,7 @@ class Trainer:
             test_evaluations=run.test_evaluations(self.folder),
             predicted_peak_mb=self.costs.get("predicted_peak_mb"),
             gflops_per_image=self.costs.get("gflops_per_image"),
+            **self.ranks.report(),
         )
 
     def _end(self, result: dict[str, Any]) -> dict[str, Any]:
