@@ -43,7 +43,9 @@ def run_groups(file: str, folder: Path, groups: dict[str, int]) -> dict[str, lis
     subprocess.run(
         [sys.executable, __file__, file, str(folder), json.dumps(plan)],
         check=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])},
+        # The GPUs are counted without CUDA, which a fork could not use any more.
+        env=os.environ
+        | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])},
     )
     return {
         name: [Ended(**json.loads((folder / f"{name}.{rank}.json").read_text())) for rank in range(world)]

@@ -10,12 +10,11 @@ CONFIG is the file of that path, or else the one of that name in the package (mo
 folder, for the configuration of that run. --run is then by default that folder.
 
 Exit status: 0 finished, 1 training failed, 2 refused before it began, 128 + signal if interrupted (saved; --resume
-goes on). SIGINT, SIGTERM, SIGHUP, SIGXCPU, SIGUSR1 and SIGUSR2 interrupt.
+goes on). Several processes: torchrun --nproc-per-node 2 -m moe_bsr train ... (docs/scale.md). SIGINT, SIGTERM, SIGHUP, SIGXCPU, SIGUSR1 and SIGUSR2 interrupt.
 """
 
 import argparse
 import shlex
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,9 +73,9 @@ def train(arguments: argparse.Namespace, config: "Config", command: str = "train
         say(f"{program(command)}: {printable(in_flags(told(error)))}", error=True)
         return FAILED
     except KeyboardInterrupt:
-        print(
+        say(
             f"{program(command)}: interrupted outside of training; a run that had begun goes on with --resume",
-            file=sys.stderr,
+            error=True,
         )
         return INTERRUPTED
     say(markdown(report))
