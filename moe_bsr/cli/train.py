@@ -5,12 +5,13 @@
     moe-bsr train runs/mine --resume
     moe-bsr train runs/mine --resume train.steps=3000
     moe-bsr train configs/quickstart.yaml --dry-run --decode
+    torchrun --nproc-per-node 2 -m moe_bsr train configs/quickstart.yaml train.grad_accumulation_steps=2
 
 CONFIG is the file of that path, or else the one of that name in the package (moe-bsr configs lists them); or a run
 folder, for the configuration of that run. --run is then by default that folder.
 
 Exit status: 0 finished, 1 training failed, 2 refused before it began, 128 + signal if interrupted (saved; --resume
-goes on). Several processes: torchrun --nproc-per-node 2 -m moe_bsr train ... (docs/scale.md). SIGINT, SIGTERM, SIGHUP, SIGXCPU, SIGUSR1 and SIGUSR2 interrupt.
+goes on). SIGINT, SIGTERM, SIGHUP, SIGXCPU, SIGUSR1 and SIGUSR2 interrupt.
 """
 
 import argparse
