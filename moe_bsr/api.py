@@ -23,7 +23,6 @@ from moe_bsr.cost.predict import Cost, predict
 from moe_bsr.data import TaskData
 from moe_bsr.data.sampler import SAMPLERS
 from moe_bsr.evaluation import evaluate as evaluation
-from moe_bsr.model import summary
 from moe_bsr.model.multitask import MultitaskViT, build, build_on_meta
 from moe_bsr.runs import checkpoint, kept_tasks, rejection, report, warm_start
 from moe_bsr.runs import folder as run
@@ -31,13 +30,15 @@ from moe_bsr.runs.load import TrainedRun, load
 from moe_bsr.runs.lock import locked
 from moe_bsr.runtime import memory
 from moe_bsr.runtime.device import Runtime, find_device, prepare
+from moe_bsr.runtime.distributed import joined
 from moe_bsr.runtime.files import write_whole
-from moe_bsr.training import length, lr_finder
+from moe_bsr.training import lr_finder
+from moe_bsr.training.about import about
 from moe_bsr.training.callback import Callback
-from moe_bsr.training.doubts import doubts
-from moe_bsr.training.feature_cache import CachedInputs, FeatureCache
+from moe_bsr.training.feature_cache import FeatureCache, make_inputs
 from moe_bsr.training.inputs import Inputs
 from moe_bsr.training.probe_trainer import ProbeTrainer
+from moe_bsr.training.sharing import check_sharing, require_alike
 from moe_bsr.training.trainer import Trainer
 
 
@@ -68,14 +69,16 @@ def train(
         FloatingPointError: an evaluation met logits that are. UnreadableImage: an image could not be decoded.
     """
     run_dir = Path(run_dir)
-    runtime = prepare(config.runtime)
-    run.check_folder(config, run_dir, resume)
-    check(config)
-    parts = [run_dir / name for name in config.task_names()] if config.mode == "single_task" else []
-    with contextlib.ExitStack() as held:
-        for place in (run_dir, *parts):
-            held.enter_context(locked(place))
-        run.check_folder(config, run_dir, resume)  # again: who held it before us may have finished
+    with joined(find_device(config.runtime.device), config.train.exchange) as ranks, contextlib.ExitStack() as held:
+        runtime = prepare(config.runtime, ranks)
+        ranks.by_first(lambda: run.check_folder(config, run_dir, resume))
+        check_sharing(config, ranks)
+        check(config)
+        if ranks.first:
+            parts = [run_dir / name for name in config.task_names()] if config.mode == "single_task" else []
+            for place in (run_dir, *parts):
+                held.enter_context(locked(place))
+        ranks.by_first(lambda: run.check_folder(config, run_dir, resume))  # who held it before us may have finished
         return _train(config, run_dir, resume, callbacks, runtime, features)
 
 
@@ -88,7 +91,8 @@ def _train(
     features: FeatureCache | None = None,
 ) -> dict[str, Any]:
     """`train`, in a folder that is locked and checked."""
-    if resume and (done := report.read(run_dir)) is not None and report.is_complete(done, config):
+    ranks = runtime.ranks
+    if resume and (done := ranks.by_first(lambda: report.complete(run_dir, config))) is not None:
         return done
     if config.mode == "single_task":
         return _train_each_task(config, run_dir, resume, callbacks, runtime)
@@ -97,7 +101,9 @@ def _train(
     chosen += loggers(config.train.log_to, run_dir)
     with runtime.in_effect():
         model, told = build_model(config, tasks, run_dir, resume)
+        require_alike(ranks, model, tasks)
         notes += told
+        chosen = chosen if ranks.first else []
         trainer = make_trainer(config, runtime.place(model), tasks, runtime, run_dir, chosen, features)
         trainer.about += notes
         return trainer.fit(resume)
@@ -133,13 +139,15 @@ def _train_each_task(
     config: Config, run_dir: Path, resume: bool, callbacks: list[Callback] | None, runtime: Runtime
 ) -> dict[str, Any]:
     """One complete run per task; finished ones are not repeated on resume."""
-    write_whole(run_dir / "config.yaml", configuration.dump(config))
+    ranks = runtime.ranks
+    ranks.by_first(lambda: write_whole(run_dir / "config.yaml", configuration.dump(config)))
     parts: dict[str, dict[str, Any]] = {}
     names = config.task_names()
     for name in names:
         parts[name] = _train(config.of_task(name), run_dir / name, resume, callbacks, runtime)
         whole = report.aggregate(config, parts)
-        report.write(run_dir, whole)
+        if ranks.first:
+            report.write(run_dir, whole)
         if parts[name]["status"] != "finished":
             break
     return whole
@@ -159,34 +167,19 @@ def make_trainer(
     Args:
         model: on its device already (`runtime.place`).
     """
-    inputs = make_inputs(config, model, tasks, runtime, features)
-    predicted = _predict(config, model, runtime)
+    transforms = run.make_transforms(config, model, runtime.ranks.local)
+    inputs = make_inputs(config, model, tasks, transforms, runtime, features)
+    predicted = _predict(config, model, runtime) if runtime.ranks.first else None
     if predicted is not None:
         _warn_of_memory(config, inputs, predicted)
-    about = _about(config, model, tasks, runtime, run_dir, predicted) + inputs.summary()
+    told = predicted.summary(_micro_batch(config)) if predicted else "no predicted cost for a part of this model"
+    lines = about(config, model, tasks, runtime, run_dir, told) + inputs.summary()
     costs = {
         "predicted_peak_mb": predicted and predicted.peak / 2**20,
         "gflops_per_image": predicted and predicted.forward_flops / _micro_batch(config) / 1e9,
     }
     trainer = ProbeTrainer if config.train.optimizer == "lbfgs" else Trainer
-    return trainer(config, model, inputs, runtime, run_dir, callbacks=callbacks, about=about, costs=costs)
-
-
-def make_inputs(
-    config: Config,
-    model: MultitaskViT,
-    tasks: dict[str, TaskData],
-    runtime: Runtime,
-    features: FeatureCache | None = None,
-) -> Inputs:
-    """What a trainer of this model is fed."""
-    inputs = Inputs(tasks, run.make_transforms(config, model), runtime, config.data.prefetch)
-    if features is not None:
-        features.take_over(model)
-    elif config.data.feature_cache_mb:
-        with runtime.autocast():
-            features = FeatureCache(model, {name: len(data.train) for name, data in tasks.items()}, config.data)
-    return inputs if features is None else CachedInputs(inputs, features)
+    return trainer(config, model, inputs, runtime, run_dir, callbacks=callbacks, about=lines, costs=costs)
 
 
 def _check_parameters(model: MultitaskViT, device: torch.device) -> None:
@@ -229,33 +222,6 @@ def _micro_batch(config: Config) -> int:
     return config.train.batch_size // config.train.grad_accumulation_steps
 
 
-def _about(
-    config: Config,
-    model: MultitaskViT,
-    tasks: dict[str, TaskData],
-    runtime: Runtime,
-    run_dir: Path,
-    predicted: Cost | None,
-) -> list[str]:
-    """What a person is told when the run starts."""
-    sizes = ", ".join(f"{n} {len(d.train)}/{len(d.val)}/{len(d.test)}" for n, d in tasks.items())
-    counts = {name: len(data.train) for name, data in tasks.items()}
-    return [
-        *summary.summary(model, config),
-        f"train/val/test images: {sizes}",
-        *(f"warning: {doubt}" for doubt in doubts(config, counts)),
-        f"{_length(config, counts)}; {runtime.precision} ({runtime.precision_reason}), {runtime.threads} threads on "
-        f"{runtime.device}; run folder {run_dir}",
-        predicted.summary(_micro_batch(config)) if predicted else "no predicted cost for a part of this model",
-    ]
-
-
-def _length(config: Config, sizes: dict[str, int]) -> str:
-    if config.train.optimizer == "lbfgs":
-        return f"the heads alone, by L-BFGS on features computed once ({config.train.penalty} penalty)"
-    return f"{length.told(config, sizes)} of {config.train.batch_size} images ({config.sampler.kind})"
-
-
 def find_lr(config: Config, steps: int | None = None, low: float = 1e-6, high: float = 1.0) -> dict[str, Any]:
     """Look for a learning rate: the loss while the rate rises from `low` to `high` (`training.lr_finder`).
 
@@ -280,7 +246,8 @@ def find_lr(config: Config, steps: int | None = None, low: float = 1e-6, high: f
     with tempfile.TemporaryDirectory() as nowhere, runtime.in_effect():
         tasks, _ = run.open_tasks(planned, Path(nowhere))
         model = runtime.place(build_model(planned, tasks, Path(nowhere), False)[0])
-        trainer = Trainer(planned, model, make_inputs(planned, model, tasks, runtime), runtime, Path(nowhere))
+        inputs = make_inputs(planned, model, tasks, run.make_transforms(planned, model), runtime)
+        trainer = Trainer(planned, model, inputs, runtime, Path(nowhere))
         points = lr_finder.curve(trainer, lr_finder.ramp(low, high, steps))
     require(len(points) > 1, "low", low, "a smaller rate: the loss is not finite after the first update")
     return {

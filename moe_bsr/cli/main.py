@@ -190,5 +190,6 @@ def _set_up_process() -> None:
 def _expected_errors() -> tuple[type[Exception], ...]:
     """Those whose message says all there is to say; anything else is a fault of ours and keeps its traceback."""
     from moe_bsr.runs.checkpoint import CheckpointError
+    from moe_bsr.runtime.interrupt import RankLost
 
-    return ValueError, OSError, CheckpointError, FloatingPointError
+    return ValueError, OSError, CheckpointError, FloatingPointError, RankLost

@@ -10,6 +10,8 @@ import threading
 import warnings
 from typing import Any
 
+from moe_bsr.runtime.heard import is_heard
+
 
 class Quiet:
     """A stream on which writing never fails: what cannot be written is lost."""
@@ -50,6 +52,8 @@ def set_up(prog: str, quiet_output: bool) -> None:
         sys.stdout = Quiet(sys.stdout)
 
     def show(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+        if not is_heard():
+            return
         print(f"{prog}: warning: {' '.join(str(message).split())}", file=file or sys.stderr)
 
     def of_thread(arguments: Any) -> None:

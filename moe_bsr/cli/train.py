@@ -5,6 +5,7 @@
     moe-bsr train runs/mine --resume
     moe-bsr train runs/mine --resume train.steps=3000
     moe-bsr train configs/quickstart.yaml --dry-run --decode
+    torchrun --nproc-per-node 2 -m moe_bsr train configs/quickstart.yaml train.grad_accumulation_steps=2
 
 CONFIG is the file of that path, or else the one of that name in the package (moe-bsr configs lists them); or a run
 folder, for the configuration of that run. --run is then by default that folder.
@@ -15,7 +16,6 @@ goes on). SIGINT, SIGTERM, SIGHUP, SIGXCPU, SIGUSR1 and SIGUSR2 interrupt.
 
 import argparse
 import shlex
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,9 +74,9 @@ def train(arguments: argparse.Namespace, config: "Config", command: str = "train
         say(f"{program(command)}: {printable(in_flags(told(error)))}", error=True)
         return FAILED
     except KeyboardInterrupt:
-        print(
+        say(
             f"{program(command)}: interrupted outside of training; a run that had begun goes on with --resume",
-            file=sys.stderr,
+            error=True,
         )
         return INTERRUPTED
     say(markdown(report))

@@ -19,6 +19,7 @@ class TrainConfig:
     only: list[str] | None = None
     batch_size: int = 32
     grad_accumulation_steps: int = 1
+    exchange: Literal["fp32", "bf16"] = "fp32"
     optimizer: Literal["sgd", "adamw", "lbfgs"] = "adamw"
     penalty: Literal["best", "mild"] | float = "best"
     lr: float = 1e-3

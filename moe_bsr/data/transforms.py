@@ -147,13 +147,18 @@ class ImageTransforms:
         return positions
 
     def eval_batches(
-        self, data: TaskData, split_name: str, batch_size: int
+        self, data: TaskData, split_name: str, batch_size: int, batches: range | None = None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """All images of split "train", "val" or "test" in order, as `train_batch` gives them."""
+        """All images of split "train", "val" or "test" in order, as `train_batch` gives them.
+
+        Args:
+            batches: only those of these numbers.
+        """
         if split_name not in ("train", "val", "test"):
             raise ValueError(f"split: {split_name!r} is not train, val or test")
         split: Split = getattr(data, split_name)
-        for start in range(0, len(split), batch_size):
+        for number in range(-(-len(split) // batch_size)) if batches is None else batches:
+            start = number * batch_size
             part = range(start, min(start + batch_size, len(split)))
             pixels = self._empty(len(part))
             labels: list[int] = []

@@ -67,6 +67,10 @@ class RoutingStatistics:
         for name, value in other._sums.items():
             self._sums[name] = self._sums[name].to(value.device) + value
 
+    def to_cpu(self) -> None:
+        """Keep the sums there, for whoever sends them to another process."""
+        self._sums = {name: value.cpu() for name, value in self._sums.items()}
+
     @property
     def seen(self) -> np.ndarray:
         """(T,) bool: tasks with any tokens."""

@@ -32,6 +32,23 @@ class TokenAndExpertUsage:
                     self._routing[block] = RoutingStatistics([self.task], routing.probabilities.shape[-1])
                 self._routing[block].add(self.task, routing)
 
+    def merge(self, other: "TokenAndExpertUsage") -> None:
+        """Add what another one counted of other images of the same task."""
+        for block, count in other._entering.items():
+            self._entering[block] = self._entering.get(block, 0) + count
+            self._kept[block] = self._kept.get(block, 0) + other._kept[block]
+        for block, routing in other._routing.items():
+            if block in self._routing:
+                self._routing[block].merge(routing)
+            else:
+                self._routing[block] = routing
+
+    def to_cpu(self) -> None:
+        """For whoever sends the counts to another process."""
+        self._kept = {block: count.cpu() for block, count in self._kept.items()}
+        for routing in self._routing.values():
+            routing.to_cpu()
+
     def summary(self) -> dict:
         """Block indices are strings, as in JSON.
 

@@ -53,11 +53,20 @@ class Balance(nn.Module):
     @torch.no_grad()
     def update(self, routing: dict[int, Routing], task: str) -> None:
         """Fold one micro-batch into the running shares of `across_tasks`; a task's first one sets them."""
-        if self.kind != "across_tasks":
-            return
+        if self.kind == "across_tasks":
+            self.fold(self.shares(routing), task)
+
+    @torch.no_grad()
+    def shares(self, routing: dict[int, Routing]) -> Tensor:
+        """(layers, 2, E): each expert's part of the importance and of the load in one micro-batch."""
+        amounts = [[routing[block].importance, routing[block].load] for block in self.blocks]
+        return torch.stack([torch.stack([amount / amount.sum() for amount in layer]) for layer in amounts])
+
+    @torch.no_grad()
+    def fold(self, shares: Tensor, task: str) -> None:
+        """Fold the shares of one micro-batch into the running ones."""
         row = self.tasks.index(task)
-        for layer, block in enumerate(self.blocks):
-            for name in ("importance", "load"):
-                share = getattr(routing[block], name) / getattr(routing[block], name).sum()
+        for layer in range(len(self.blocks)):
+            for share, name in zip(shares[layer], ("importance", "load"), strict=True):
                 running = getattr(self, name)[row, layer]
                 running.copy_(torch.where(running.sum() > 0, torch.lerp(share, running, self.MOMENTUM), share))

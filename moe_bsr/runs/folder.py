@@ -59,15 +59,19 @@ def open_task(config: Config, task: str | TaskSpec, root: str | None = None) -> 
     return load_task(spec, root=Path(root or config.data.root).expanduser(), **chosen)
 
 
-def make_transforms(config: Config, model: MultitaskViT) -> ImageTransforms:
-    """How images become inputs of this model: the backbone's own settings and the configuration's."""
+def make_transforms(config: Config, model: MultitaskViT, processes: int = 1) -> ImageTransforms:
+    """How images become inputs of this model: the backbone's own settings and the configuration's.
+
+    Args:
+        processes: that share this machine's memory.
+    """
     settings = family_of(config.backbone).image_settings(config.backbone, model.vit)
     return ImageTransforms(
         **asdict(settings),
         **{key: getattr(config.data, key) for key in TRANSFORM_KEYS},
         flip=config.data.hflip,
         seed=config.seed,
-        cache_mb=config.data.image_cache_mb,
+        cache_mb=config.data.image_cache_mb / processes,
     )
 
 

@@ -134,6 +134,12 @@ def read(folder: Path) -> dict[str, Any] | None:
     return report
 
 
+def complete(folder: Path, config: Config) -> dict[str, Any] | None:
+    """The report of a run that is finished, and not to be made longer by `config`; None of any other."""
+    done = read(folder)
+    return done if done is not None and is_complete(done, config) else None
+
+
 def is_complete(report: dict[str, Any], config: Config) -> bool:
     """Whether a run is finished, and not to be made longer by `config`."""
     then, now = report.get("config", {}).get("train", {}), configuration.to_dict(config)["train"]
@@ -288,9 +294,11 @@ def _peaks(report: dict[str, Any]) -> str:
 
 
 def _provenance(report: dict[str, Any]) -> str:
-    about = report["environment"]
+    about, sent = report["environment"], report.get("exchanged_mb_per_update")
+    several = "" if sent is None else f"by {about['processes']} processes that exchange {sent:.1f} MB an update "
     return (
-        f"Computed on {about['processor']} ({about['device']}, {about['threads']} threads, {about['precision']}) "
+        f"Computed {several}on {about['processor']} ({about['device']}, {about['threads']} threads, "
+        f"{about['precision']}) "
         f"with torch {about['torch']}; code {report['commit'] or 'of unknown version'}."
     )
 

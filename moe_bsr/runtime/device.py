@@ -9,7 +9,7 @@ import os
 import platform
 import resource
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +19,7 @@ from torch import nn
 from moe_bsr.config import ConfigError, RuntimeConfig, require
 from moe_bsr.runtime import allocator
 from moe_bsr.runtime import cpu_features as cpu
+from moe_bsr.runtime.distributed import Alone, started_together
 
 Placed = TypeVar("Placed", bound=nn.Module)
 
@@ -30,12 +31,14 @@ class Runtime:
     Attributes:
         precision: "fp32", or "bf16" for autocast with float32 master weights.
         precision_reason: one line on how precision was chosen.
+        ranks: this process among those that train together.
     """
 
     device: torch.device
     precision: str
     threads: int
     precision_reason: str
+    ranks: Alone = field(default_factory=Alone, compare=False, repr=False)
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
@@ -91,18 +94,21 @@ class Runtime:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def prepare(config: RuntimeConfig) -> Runtime:
+def prepare(config: RuntimeConfig, ranks: Alone | None = None) -> Runtime:
     """Choose device, precision and number of threads. Changes nothing in the process.
 
+    Args:
+        ranks: this process among several; by default it works alone.
     Raises:
-        ConfigError: a device that is not there, more threads than this machine can use, or a launch on several
-            processes.
+        ConfigError: a device that is not there, more threads than this machine can use, or a launch of several
+            processes for work of one.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
+    if ranks is None and started_together():
         raise ConfigError(
-            f"WORLD_SIZE = {world}: training on several processes is not supported; start one process, without torchrun"
+            f"WORLD_SIZE = {os.environ.get('WORLD_SIZE')}: this is work of one process, only training is shared by "
+            "several; start it without torchrun"
         )
+    ranks = ranks or Alone()
     device = find_device(config.device)
     require(
         config.threads is None or config.threads <= most_threads(),
@@ -116,7 +122,15 @@ def prepare(config: RuntimeConfig) -> Runtime:
         precision = "bf16" if fast else "fp32"
     else:
         why = "asked for"
-    return Runtime(device, precision, config.threads or torch.get_num_threads(), why)
+    return Runtime(device, precision, config.threads or _threads(ranks), why, ranks)
+
+
+def _threads(ranks: Alone) -> int:
+    """Torch's choice, or where torchrun has set that to 1 this process's part of the machine's cores."""
+    if ranks.local == 1 or torch.get_num_threads() > 1:
+        return torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // ranks.local)
 
 
 def most_threads() -> int:
@@ -150,12 +164,14 @@ def exact_convolutions() -> Iterator[None]:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a name as `runtime.device` has them.
+    """The device of a name as `runtime.device` has them; of several processes on one machine, each has its own GPU.
 
     Raises:
         ConfigError: it is not there.
     """
     try:
+        if name in ("auto", "cuda") and started_together():
+            name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.zeros(1, device=device).item()  # the device "meta" holds no values
     except (RuntimeError, AssertionError, ImportError) as error:

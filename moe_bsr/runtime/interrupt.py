@@ -24,12 +24,17 @@ class Interrupted(Exception):
     """A signal ended work inside `StopSignals.at_once`."""
 
 
+class RankLost(RuntimeError):
+    """Another process of this run has ended or does not answer; the message says which, and why if that is known."""
+
+
 class StopSignals:
     """Catches `STOPPING` while it is entered as a context manager; the old handlers come back after it.
 
     A SIGHUP that is ignored already stays so (`nohup`), and so does a SIGUSR1 or SIGUSR2 that the program around
     handles itself (submitit). In another thread than the main one it catches nothing:
-    Python allows no handlers there.
+    Python allows no handlers there. After `RankLost` it catches on: a launcher now ends all processes of the run, and
+    this one still has to save and to tell.
 
     Attributes:
         number: of the signal that arrived, 0 as long as none has.
@@ -51,7 +56,9 @@ class StopSignals:
             }
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is not None and issubclass(kind, RankLost):
+            return
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

@@ -26,13 +26,14 @@ def environment(runtime: Runtime) -> dict[str, Any]:
     """What may change the bits or the speed of a computation.
 
     processor: the GPU's name, or the CPU's. cpu_flags: instruction sets that decide which kernels run.
-    cpu_kernels: the set that torch's own kernels were chosen for.
+    cpu_kernels: the set that torch's own kernels were chosen for. processes: that train together.
     """
     on_gpu = runtime.device.type == "cuda"
     return {
         "precision": runtime.precision,
         "precision_reason": runtime.precision_reason,
         "threads": runtime.threads,
+        "processes": runtime.ranks.world,
         "device": str(runtime.device),
         "processor": torch.cuda.get_device_name(runtime.device) if on_gpu else cpu_features.name(),
         "cpu_flags": cpu_features.decisive_flags(),

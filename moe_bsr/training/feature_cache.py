@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_bsr.config import ConfigError, DataConfig, require
-from moe_bsr.data import Loader
+from moe_bsr.config import Config, ConfigError, DataConfig, require
+from moe_bsr.data import ImageTransforms, Loader, TaskData
 from moe_bsr.data.loader import Batch
 from moe_bsr.model.block import Record
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.model.tokens import Dropped, Tokens
+from moe_bsr.runtime.device import Runtime
 from moe_bsr.training.inputs import Inputs
 
 Features = tuple[Tokens, dict[int, Record]]
@@ -200,3 +201,21 @@ class CachedInputs(Inputs):
 
     def summary(self) -> list[str]:
         return [str(self.cache)]
+
+
+def make_inputs(
+    config: Config,
+    model: MultitaskViT,
+    tasks: dict[str, TaskData],
+    transforms: ImageTransforms,
+    runtime: Runtime,
+    features: FeatureCache | None = None,
+) -> Inputs:
+    """What a trainer of this model is fed: images, or with `data.feature_cache_mb` or `features` what is kept of them."""
+    inputs = Inputs(tasks, transforms, runtime, config.data.prefetch)
+    if features is not None:
+        features.take_over(model)
+    elif config.data.feature_cache_mb:
+        with runtime.autocast():
+            features = FeatureCache(model, {name: len(data.train) for name, data in tasks.items()}, config.data)
+    return inputs if features is None else CachedInputs(inputs, features)

@@ -37,7 +37,7 @@ def curve(trainer: Trainer, rates: list[float]) -> list[Point]:
         trainer: of at least as many updates.
     """
     relative, points = Smoothed(), []
-    batches = trainer.inputs.batches(trainer.sampler.batches())
+    batches = trainer.batches()
     try:
         for step, rate in enumerate(rates):
             results, _ = trainer.take(batches, step, rate)

@@ -11,13 +11,38 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from moe_bsr.config.train import MOST_STEPS
-from moe_bsr.training.length import images_per_update
+from moe_bsr.runs.checkpoint import CheckpointError
+from moe_bsr.training.length import images_per_update, updates_of
 
 if TYPE_CHECKING:
     from moe_bsr.training.trainer import Trainer
 
 MEASURED = 20  # updates at most that are measured, and then again
 SHARE = 0.02  # of the time, that either may take
+
+
+def updates_decided(trainer: "Trainer") -> tuple[int, list[str]]:
+    """How many updates a run has, and what a person should know about it.
+
+    Raises:
+        CheckpointError: it goes on from a later one.
+    """
+    state, minutes, before = trainer.state, trainer.config.train.minutes, trainer.state.length.steps
+    steps, notes = updates_of(trainer.config, trainer.sizes), []
+    if minutes is not None:
+        if state.length.minutes == minutes:
+            steps = before
+        elif state.step:
+            steps = state.step + max(0, int((60 * minutes - state.seconds) * state.step / state.seconds))
+        else:
+            steps = updates_within(60 * minutes, trainer)
+        notes.append(f"train.minutes = {minutes:g}: {steps} updates at this machine's pace")
+    if state.step > steps:
+        place = trainer.folder / "checkpoint" / str(state.step)
+        raise CheckpointError(f"{place} is of a step after the run's last, train.steps = {steps}")
+    if before not in (0, steps):
+        notes.append(f"the run was to have {before} updates, now it has {steps}")
+    return steps, notes
 
 
 def updates_within(seconds: float, trainer: "Trainer") -> int:
@@ -35,7 +60,8 @@ def updates_within(seconds: float, trainer: "Trainer") -> int:
         state.average.updates = 0
     images = trainer.inputs.new_epochs() * sum(trainer.sizes.values())
     new = math.ceil(images / images_per_update(trainer.config, trainer.sizes))
-    return _within(max(0.0, seconds - state.seconds), new, _mean(first), min(_mean(first), _mean(again)))
+    steps = _within(max(0.0, seconds - state.seconds), new, _mean(first), min(_mean(first), _mean(again)))
+    return trainer.ranks.share(steps)
 
 
 def _within(seconds: float, new: int, first: float, later: float) -> int:
@@ -51,7 +77,7 @@ def _mean(times: list[float]) -> float:
 def _seconds_each(trainer: "Trainer", count: int, limit: float) -> list[float]:
     """Seconds of each of the first updates: two at least, and `count` at most, for as long as `limit` lasts."""
     updates, times = _idle_updates(trainer), [time.monotonic()]
-    while len(times) < 3 or (len(times) <= count and times[-1] - times[0] < limit):
+    while trainer.ranks.share(len(times) < 3 or (len(times) <= count and times[-1] - times[0] < limit)):
         next(updates)
         times.append(time.monotonic())
     updates.close()
@@ -59,7 +85,7 @@ def _seconds_each(trainer: "Trainer", count: int, limit: float) -> list[float]:
 
 
 def _idle_updates(trainer: "Trainer") -> Iterator[None]:
-    batches = trainer.inputs.batches(trainer.sampler.batches())
+    batches = trainer.batches()
     try:
         for step in range(trainer.planned.train.steps):
             trainer.take(batches, step, 0.0)

@@ -13,6 +13,7 @@ from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.runs import checkpoint, contents
 from moe_bsr.runs import folder as run
 from moe_bsr.runtime.device import Runtime
+from moe_bsr.runtime.distributed import Alone
 from moe_bsr.training.callback import Callback, Callbacks
 from moe_bsr.training.length import Length
 from moe_bsr.training.optim import MovingAverage
@@ -144,6 +145,26 @@ class TrainState:
             self.best = Best(progress["best_step"], progress["best_mean_top1"], progress["best_scores"])
         self.callbacks.restore(progress["callbacks"])
 
+    def follow_first(self, ranks: Alone) -> None:
+        """Take over what the first process has, from its memory: the others need not see its disk.
+
+        Raises:
+            RankLost: see `distributed`.
+        """
+        if ranks.world == 1:
+            return
+        state = self.state_dict()
+        values = ranks.share({"progress": state.pop("progress"), "replaced": self.model.replaced})
+        progress, self.model.replaced = values["progress"], values["replaced"]
+        tensors = {f"{group}/{name}": value for group, values in state.items() for name, value in values.items()}
+        shared = ranks.share_tensors(tensors)
+        if not ranks.first:
+            groups: dict[str, dict[str, Tensor]] = {name: {} for name in state}
+            for name, value in shared.items():
+                group, _, name = name.partition("/")
+                groups[group][name] = value
+            self.load_state_dict({**groups, "progress": progress})
+
     def _tensors(self) -> dict[str, dict[str, Any]]:
         """By the file they are saved in."""
         weights = self.model.state_dict()
@@ -217,7 +238,7 @@ class TrainState:
         notes: list[str] = []
         place = checkpoint.latest(folder, warn=notes.append)
         tensors, progress = checkpoint.read(place, verified=True)
-        resolved = run.read_config(folder)[1]
+        resolved = {"processes": 1} | run.read_config(folder)[1]
         self._check(place, tensors, progress, list(tasks))
         run.restore_weights(self.model, tensors["weights"], resolved["backbone_sha256"], place)
         try:

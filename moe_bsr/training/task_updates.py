@@ -1,10 +1,17 @@
-"""An optimizer update over a batch of one task or of several: each one's gradient, and how they become one."""
+"""An optimizer update over a batch of one task or of several: each one's gradient, and how they become one.
+
+Several processes share each batch. What they exchange comes before the optimizer's step, so an update in which one of
+them is lost has changed nothing.
+"""
 
 import math
+
+import torch
 
 from moe_bsr.config import Config
 from moe_bsr.data.loader import Batch
 from moe_bsr.model.multitask import MultitaskViT
+from moe_bsr.runtime.interrupt import RankLost
 from moe_bsr.training.class_weights import balanced
 from moe_bsr.training.inputs import Inputs
 from moe_bsr.training.mixing import Mixing
@@ -34,7 +41,11 @@ class TaskUpdates:
         if settings.class_weights == "balanced":
             device = inputs.runtime.device
             of_classes = {task: balanced(data.train.labels, classes[task]).to(device) for task, data in tasks.items()}
-        self.update = multitask_update(model, settings, inputs.runtime, optimizer, average, of_classes)
+        self.ranks = inputs.runtime.ranks
+        self.update = multitask_update(model, settings, inputs.runtime, optimizer, average, of_classes, commits=False)
+        self.names = {
+            p: n for group in optimizer.param_groups for p, n in zip(group["params"], group["names"], strict=True)
+        }
         self.weights = task_weights(list(tasks), settings)
         self.mixing = Mixing(settings, classes) if settings.mixup or settings.cutmix else None
         self.pcgrad = PCGrad() if settings.task_weighting == "pcgrad" else None
@@ -43,17 +54,27 @@ class TaskUpdates:
         """One update; returns what each batch came to and the gradient's norm, if that is clipped or measured.
 
         Args:
-            batches: of different tasks. step: updates done before, which seeds gate noise, mixtures and order.
+            batches: this process's shares of batches of different tasks.
+            step: updates done before, which seeds gate noise, mixtures and order.
         Raises:
-            NotFinite: nothing has been updated then.
+            NotFinite, RankLost: nothing has been updated then.
         """
+        running = self.update.model.balance.state_dict()
+        before = {name: value.clone() for name, value in running.items()}
         results = []
-        for place, batch in enumerate(batches):
-            results.append(self._backward(batch, place, len(batches), step))
+        try:
+            for place, batch in enumerate(batches):
+                results.append(self._backward(batch, place, len(batches), step))
+                if self.pcgrad is not None:
+                    self.ranks.sum_gradients(self.update.trained, self.names)
+                    self.pcgrad.keep(self.update.trained)
             if self.pcgrad is not None:
-                self.pcgrad.keep(self.update.trained)
-        if self.pcgrad is not None:
-            self.update.trained = self.pcgrad.combine((self.config.seed, step))
+                self.update.trained = self.pcgrad.combine((self.config.seed, step))
+            else:
+                self.ranks.sum_gradients(self.update.trained, self.names)
+        except RankLost:
+            self.update.model.balance.load_state_dict(before)
+            raise
         try:
             norm = self.update.step()
         except FloatingPointError as error:
@@ -78,8 +99,18 @@ class TaskUpdates:
             first=place * micro_batches,
             prepare=self.inputs.prepare,
             mix=self.mixing,
+            ranks=self.ranks,
         )
         if not math.isfinite(result.loss + result.auxiliary_loss):
             loss = f"loss {result.loss} (auxiliary {result.auxiliary_loss})"
             raise NotFinite(f"{loss} at step {step + 1}, task {batch.task}")
+        self._commit(result, batch.task)
         return result
+
+    def _commit(self, result: BatchResult, task: str) -> None:
+        """Fold all micro-batches into the running shares, in their order. Their own row is in no loss of theirs."""
+        balance = self.update.model.balance
+        if balance.kind == "across_tasks" and balance.blocks:
+            mine = torch.stack([balance.shares(output.routing) for output in result.outputs])
+            for shares in self.ranks.gather_rows(mine):
+                balance.fold(shares, task)

@@ -16,18 +16,18 @@ from moe_bsr.config import Config
 from moe_bsr.data import UnreadableImage
 from moe_bsr.data.loader import Batch
 from moe_bsr.data.sampler import MultitaskSampler
-from moe_bsr.evaluation.evaluate import evaluate
+from moe_bsr.evaluation.evaluate import BATCH, evaluate
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.runs import checkpoint, kept_tasks, report
 from moe_bsr.runs import folder as run
 from moe_bsr.runtime.device import Runtime
-from moe_bsr.runtime.interrupt import Interrupted, StopSignals
+from moe_bsr.runtime.interrupt import Interrupted, RankLost, StopSignals
 from moe_bsr.training import length
 from moe_bsr.training.callback import Callback, EvalEvent, StartEvent, StepEvent
 from moe_bsr.training.failures import NonFiniteLoss, TrainingFailed, explained, last_good
 from moe_bsr.training.inputs import Inputs
 from moe_bsr.training.optim import MovingAverage, learning_rate, make_optimizer
-from moe_bsr.training.pace import updates_within
+from moe_bsr.training.pace import updates_decided
 from moe_bsr.training.state import TrainState
 from moe_bsr.training.task_updates import NotFinite, TaskUpdates
 from moe_bsr.training.update import BatchResult
@@ -72,7 +72,8 @@ class Trainer:
             model, optimizer, average, callbacks, settings.checkpoint_selection, settings.save, self.transforms.skipped
         )
         self.callbacks = self.state.callbacks
-        self.stop = StopSignals()
+        self.stop, self.ranks = StopSignals(), runtime.ranks
+        self.ranks.listen(self.stop)
         self._plan(length.updates_of(config, self.sizes) or max(length.UNKNOWN, settings.warmup_steps or 0))
 
     def _plan(self, steps: int) -> None:
@@ -94,19 +95,20 @@ class Trainer:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.runtime.reset_peak()
-        self._check_room()
+        self.ranks.by_first(self._check_room)
         try:
-            if resume:
-                self.about += self.state.resume(self.folder, self.tasks, self.runtime)
-            else:
-                self.state.begin()
+            self.about += self.ranks.by_first(lambda: self._begin(resume))
+            self.state.follow_first(self.ranks)
             self.about += self._decide_length()
-            run.write_config(self.folder, self.config, self.model, self.transforms, self.runtime, self.tasks, resume)
+            self.ranks.by_first(lambda: self._write_config(resume))
             try:
                 return self._fit()
             except UnreadableImage:  # nothing of this update or evaluation has been done yet
-                self.state.save(self.folder)
+                self._save()
                 raise
+            except RankLost as error:
+                line = f"{self.folder}: training ended at step {self.state.step}: {error}; {last_good(self.folder)}"
+                raise TrainingFailed(f"{line}; go on with resume=True") from error
             except (OSError, MemoryError, RuntimeError) as error:
                 if (line := explained(self.folder, self.state.step, error)) is None:
                     raise
@@ -114,35 +116,39 @@ class Trainer:
         finally:
             self.callbacks.close()
 
+    def _begin(self, resume: bool) -> list[str]:
+        """Go on or begin; returns what a person should know about it."""
+        if resume:
+            return self.state.resume(self.folder, self.tasks, self.runtime)
+        self.state.begin()
+        return []
+
+    def _write_config(self, resume: bool) -> None:
+        run.write_config(self.folder, self.config, self.model, self.transforms, self.runtime, self.tasks, resume)
+
+    def _save(self) -> None:
+        if self.ranks.first:
+            self.state.save(self.folder)
+
     def _fit(self) -> dict[str, Any]:
         self._start()
         with self.stop:
-            with contextlib.suppress(Interrupted):  # in an evaluation, before which everything was saved
-                self._loop()
             try:
-                result = self._report()
-            except Interrupted:  # while testing, when everything had been saved
-                result = self._report()
-        return self._end(result)
+                with contextlib.suppress(Interrupted):  # in an evaluation, before which everything was saved
+                    self._loop()
+                try:
+                    scores = self._final_scores()
+                except Interrupted:  # while testing, when everything had been saved
+                    scores = None
+            except RankLost:
+                self._save()
+                raise
+        return self.ranks.by_first(lambda: self._end(self._report(scores)))
 
     def _decide_length(self) -> list[str]:
         """Settle how many updates the run has; returns what a person should know about it."""
-        state, minutes, before = self.state, self.config.train.minutes, self.state.length.steps
-        steps, notes = length.updates_of(self.config, self.sizes), []
-        if minutes is not None:
-            if state.length.minutes == minutes:
-                steps = before
-            elif state.step:
-                steps = state.step + max(0, int((60 * minutes - state.seconds) * state.step / state.seconds))
-            else:
-                steps = updates_within(60 * minutes, self)
-            notes.append(f"train.minutes = {minutes:g}: {steps} updates at this machine's pace")
-        if state.step > steps:
-            place = self.folder / "checkpoint" / str(state.step)
-            raise checkpoint.CheckpointError(f"{place} is of a step after the run's last, train.steps = {steps}")
-        if before not in (0, steps):
-            notes.append(f"the run was to have {before} updates, now it has {steps}")
-        state.plan(steps, minutes)
+        steps, notes = updates_decided(self)
+        self.state.plan(steps, self.config.train.minutes)
         self._plan(steps)
         return notes
 
@@ -178,23 +184,33 @@ class Trainer:
         if state.pending_evaluation or (state.step == settings.steps and state.best is None):
             self._evaluate_and_save()
         self._tell_scores()
-        batches = self.inputs.batches(self.sampler.batches(state.step))
-        while not self._is_over() and not self.stop.number:
+        batches = self.batches(state.step)
+        while not self._is_over() and not self.ranks.signal:
             self._update(batches)
             state.seconds += time.monotonic() - clock
             due = state.step == settings.steps or (settings.eval_every and state.step % settings.eval_every == 0)
             if self.callbacks.failed is not None:
                 state.pending_evaluation = bool(due)
-                state.save(self.folder)
+                self._save()
                 raise self.callbacks.failed
             if due:
                 self._evaluate_and_save()
             elif state.step % checkpoint_every == 0:
-                state.save(self.folder)
+                self._save()
             clock = time.monotonic()
         batches.close()
         if state.saved_step != state.step:
-            state.save(self.folder)
+            self._save()
+
+    def batches(self, step: int = 0) -> Iterator[Batch]:
+        """This process's shares of all batches from an update on; close the iterator when done."""
+        settings = self.config.train
+        mine, size = self.ranks.mine(settings.grad_accumulation_steps), settings.batch_size
+        size //= settings.grad_accumulation_steps
+        part = slice(mine.start * size, mine.stop * size)
+        return self.inputs.batches(
+            (task, positions[part], epochs[part]) for task, positions, epochs in self.sampler.batches(step)
+        )
 
     def _is_over(self) -> bool:
         """Whether the last update is done, or evaluations have not risen for as long as train.patience allows."""
@@ -207,7 +223,7 @@ class Trainer:
         rate, tasks = learning_rate(settings, state.step), self.sampler.tasks(state.step)
         results, norm = self.take(batches, state.step, rate)
         state.step += 1
-        progress = self._progress()
+        progress, exchanged = self._progress(), self.ranks.numbers()
         speed = len(tasks) * settings.batch_size / (time.monotonic() - began)
         for task, result in zip(tasks, results, strict=True):
             metrics = {
@@ -217,6 +233,7 @@ class Trainer:
                 "lr": rate,
                 "gradient_norm": norm,
                 **self.updates.learned(task),
+                **exchanged,
             }
             event = StepEvent(state.step, task, metrics, progress, result.outputs, speed)
             self.callbacks.tell("on_step", event)
@@ -245,9 +262,9 @@ class Trainer:
         if average is not None:
             average.swap(self.model)
         try:
-            with self.stop.at_once():
+            with self.ranks.at_once():
                 scores = {
-                    name: evaluate(self.model, data, split, self.transforms, self.runtime)
+                    name: evaluate(self.model, data, split, self.transforms, self.runtime, BATCH, self.ranks)
                     for name, data in self.tasks.items()
                 }
         finally:
@@ -260,9 +277,9 @@ class Trainer:
         state = self.state
         if not state.pending_evaluation:  # otherwise it was saved so, and resumed
             state.pending_evaluation = True
-            state.save(self.folder)
+            self._save()
         state.add_evaluation(self._evaluate("val"))
-        state.save(self.folder)
+        self._save()
         self._tell_scores()
 
     def _tell_scores(self) -> None:
@@ -276,22 +293,27 @@ class Trainer:
         if self.callbacks.failed is not None:  # what was saved last does not hold them as told
             raise self.callbacks.failed
 
-    def _report(self) -> dict[str, Any]:
-        """The report; a run that reached its end is tested first, with the weights selected."""
-        state, split, scores = self.state, "test" if self.config.train.evaluate_test else "val", None
-        if not self.stop.number:
-            state.load_best(self.folder)
-            if split == "test":
-                run.count_test_evaluation(self.folder)
-                scores = self._evaluate(split)
-                self._emit(EvalEvent(state.best.step, split, scores))
-            else:
-                scores = state.best.scores or self._evaluate(split)
+    def _final_scores(self) -> dict[str, Any] | None:
+        """Scores for the report, with the weights selected; None of a run that did not reach its end."""
+        state = self.state
+        if self.ranks.signal:
+            return None
+        self.ranks.by_first(lambda: state.load_best(self.folder))
+        state.follow_first(self.ranks)
+        if not self.config.train.evaluate_test:
+            return state.best.scores or self._evaluate("val")
+        self.ranks.by_first(lambda: run.count_test_evaluation(self.folder))
+        scores = self._evaluate("test")
+        self._emit(EvalEvent(state.best.step, "test", scores))
+        return scores
+
+    def _report(self, scores: dict[str, Any] | None) -> dict[str, Any]:
+        state, split = self.state, "test" if self.config.train.evaluate_test else "val"
         return report.make(
             config=self.config,
             runtime=self.runtime,
-            status="interrupted" if self.stop.number else "finished",
-            signal=self.stop.number,
+            status="interrupted" if self.ranks.signal else "finished",
+            signal=self.ranks.signal,
             scores=scores,
             split=split,
             progress=self._progress(),
@@ -308,6 +330,7 @@ class Trainer:
             test_evaluations=run.test_evaluations(self.folder),
             predicted_peak_mb=self.costs.get("predicted_peak_mb"),
             gflops_per_image=self.costs.get("gflops_per_image"),
+            **self.ranks.report(),
         )
 
     def _end(self, result: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from moe_bsr.config import Config, TrainConfig
 from moe_bsr.data.loader import Batch
 from moe_bsr.model.multitask import MultitaskViT, Output
 from moe_bsr.runtime.device import Runtime
+from moe_bsr.runtime.distributed import Alone
 from moe_bsr.training.optim import MovingAverage, clip_gradients, make_optimizer
 
 
@@ -122,13 +123,15 @@ def multitask_update(
     optimizer: torch.optim.Optimizer,
     average: MovingAverage | None = None,
     class_weights: dict[str, Tensor] | None = None,
+    commits: bool = True,
 ) -> OptimizerUpdate:
     """The update of our model; the inputs of its forward phase are a prepared `Batch` and a noise key.
 
     Args:
         class_weights: (classes of the task,) by task, on the device; none where all count 1.
+        commits: whether running statistics take in each micro-batch; if not, that is left to the caller.
     """
-    parts = _multitask_parts(model, config, class_weights)
+    parts = _multitask_parts(model, config, class_weights) | ({} if commits else {"commit": None})
     return OptimizerUpdate(model, runtime, optimizer, average=average, **parts)
 
 
@@ -182,6 +185,7 @@ class BatchResult(NamedTuple):
 
     Attributes:
         accuracy: share of images whose largest logit was the label's, in [0, 1].
+        outputs: of the micro-batches of this process.
     """
 
     loss: float
@@ -200,18 +204,23 @@ def accumulate(
     first: int = 0,
     prepare: Callable[[Batch], Batch],
     mix: Callable[[Batch, tuple[int, ...]], Batch] | None = None,
+    ranks: Alone | None = None,
 ) -> BatchResult:
     """Forward and backward of a batch in micro-batches of equal size; of an update from `multitask_update`.
 
     Args:
+        batch: this process's share of it. micro_batches: of the whole.
         share: of the batch in the loss of the update.
         noise_key: of the update; the number of the micro-batch is added to it, which is `first` for the first.
         prepare: makes a micro-batch as the loader has it into what the model takes, on its device.
         mix: mixes the images and labels of a prepared micro-batch.
+        ranks: the processes that share the batch.
     """
-    outputs = []
+    ranks = ranks or Alone()
+    mine, outputs = ranks.mine(micro_batches), []
     sums = np.zeros(3)  # loss, auxiliary loss, images right
-    for number, part in enumerate(split(batch, micro_batches), first):
+    for number, part in zip(mine, split(batch, len(mine)), strict=True):
+        number += first
         part = prepare(part)
         if mix is not None:
             part = mix(part, (*noise_key, number))
@@ -222,8 +231,9 @@ def accumulate(
         right = (output.logits.detach().argmax(1) == part.labels).sum()
         # In one tensor: a GPU is waited for once.
         sums += torch.stack([loss.detach(), auxiliary.detach(), right.float()]).tolist()
-    loss, auxiliary, correct = sums.tolist()
-    return BatchResult(loss / micro_batches, auxiliary / micro_batches, correct / len(batch), outputs)
+    loss, auxiliary, correct = ranks.total(sums).tolist()
+    images = len(batch) * ranks.world
+    return BatchResult(loss / micro_batches, auxiliary / micro_batches, correct / images, outputs)
 
 
 def split(batch: Batch, parts: int) -> Iterator[Batch]:

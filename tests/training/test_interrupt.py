@@ -271,10 +271,12 @@ def test_an_unreadable_image_costs_no_update_that_was_done(config, tmp_path, mon
     assert_same(tmp_path / "cut", tmp_path / "whole")
 
 
-def test_several_processes_are_refused(config, tmp_path, monkeypatch):
+def test_processes_that_cannot_find_each_other_and_work_of_one_are_refused(config, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="WORLD_SIZE = 2.*not supported"):
+    with pytest.raises(ConfigError, match="WORLD_SIZE = 2.*do not find each other.*torchrun"):
         train(config, tmp_path / "run")
+    with pytest.raises(ConfigError, match="work of one process.*without torchrun"):
+        moe_bsr.find_lr(config)
     assert not (tmp_path / "run").exists()
 
 

@@ -1,0 +1,58 @@
+"""Sums of tensors over all processes, in pieces of some MB: many small messages would each wait for the network.
+
+`fp32` sends float32. `bf16` sends half as many bytes: each process gets one part of all others' values in bfloat16,
+adds them in float32 in the order of the ranks, and sends the sum in bfloat16. A sum in bfloat16 itself would be twice
+as far off. Either way all processes have the same bits afterwards.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+PIECE = 2**25  # bytes of float32 in a message, if no tensor alone is larger
+
+
+def sum_all(tensors: list[Tensor], exchange: str) -> int:
+    """Sum float32 tensors over all processes, in place; all have the same shapes in the same order.
+
+    Returns:
+        Bytes of what this process gave to be summed, as they travel.
+    """
+    sent = 0
+    for piece in _pieces(tensors):
+        flat = torch.cat([tensor.reshape(-1) for tensor in piece])
+        if exchange == "bf16":
+            _sum_in_bf16(flat)
+            sent += 2 * flat.numel()
+        else:
+            dist.all_reduce(flat)
+            sent += flat.nbytes
+        for tensor, part in zip(piece, flat.split([tensor.numel() for tensor in piece]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+    return sent
+
+
+def _pieces(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    piece: list[Tensor] = []
+    for tensor in tensors:
+        if piece and sum(each.nbytes for each in piece) + tensor.nbytes > PIECE:
+            yield piece
+            piece = []
+        piece.append(tensor)
+    if piece:
+        yield piece
+
+
+def _sum_in_bf16(flat: Tensor) -> None:
+    world = dist.get_world_size()
+    size = -(-flat.numel() // world)
+    values = flat.new_zeros(world * size, dtype=torch.bfloat16)
+    values[: flat.numel()] = flat
+    received = torch.empty_like(values)
+    # As bytes: gloo does not move bfloat16.
+    dist.all_to_all_single(received.view(torch.uint8), values.view(torch.uint8))
+    total = received.view(world, size).float().sum(0).bfloat16()
+    dist.all_gather(list(values.view(torch.uint8).chunk(world)), total.view(torch.uint8))
+    flat.copy_(values[: flat.numel()])

@@ -1,0 +1,38 @@
+"""What a person is told when a run starts."""
+
+from pathlib import Path
+
+from moe_bsr.config import Config
+from moe_bsr.data import TaskData
+from moe_bsr.model import summary
+from moe_bsr.model.multitask import MultitaskViT
+from moe_bsr.runtime.device import Runtime
+from moe_bsr.training import length
+from moe_bsr.training.doubts import doubts
+
+
+def about(
+    config: Config, model: MultitaskViT, tasks: dict[str, TaskData], runtime: Runtime, run_dir: Path, cost: str
+) -> list[str]:
+    """Lines about a run.
+
+    Args:
+        cost: its predicted cost in a line.
+    """
+    sizes = ", ".join(f"{n} {len(d.train)}/{len(d.val)}/{len(d.test)}" for n, d in tasks.items())
+    counts = {name: len(data.train) for name, data in tasks.items()}
+    return [
+        *summary.summary(model, config),
+        f"train/val/test images: {sizes}",
+        *(f"warning: {doubt}" for doubt in doubts(config, counts)),
+        f"{_length(config, counts)}; {runtime.precision} ({runtime.precision_reason}), {runtime.threads} threads on "
+        f"{runtime.device}; run folder {run_dir}",
+        *runtime.ranks.about(),
+        cost,
+    ]
+
+
+def _length(config: Config, sizes: dict[str, int]) -> str:
+    if config.train.optimizer == "lbfgs":
+        return f"the heads alone, by L-BFGS on features computed once ({config.train.penalty} penalty)"
+    return f"{length.told(config, sizes)} of {config.train.batch_size} images ({config.sampler.kind})"

@@ -1,0 +1,68 @@
+"""What must hold before several processes train one model together."""
+
+import hashlib
+
+import numpy as np
+
+from moe_bsr.config import Config, dump, require
+from moe_bsr.data import TaskData
+from moe_bsr.model.multitask import MultitaskViT
+from moe_bsr.runtime.distributed import Alone
+from moe_bsr.runtime.version import __version__
+
+
+def check_sharing(config: Config, ranks: Alone) -> None:
+    """Refuse what several processes cannot do together.
+
+    Raises:
+        ConfigError: the micro-batches cannot be shared out, a probe (solved, not stepped), a download, or a process has
+            another configuration.
+    """
+    if ranks.world == 1:
+        return
+    settings, world = config.train, ranks.world
+    ranks.require_same({"version of moe_bsr": __version__, "configuration": _digest(dump(config).encode())})
+    require(
+        settings.optimizer != "lbfgs",
+        "train.optimizer",
+        settings.optimizer,
+        "adamw or sgd with several processes: a probe is one pass over the images; start it without torchrun",
+    )
+    require(
+        not config.data.download,
+        "data.download",
+        config.data.download,
+        "false with several processes, which would all download: let one process do it beforehand (moe-bsr check)",
+    )
+    require(
+        settings.grad_accumulation_steps % world == 0,
+        "train.grad_accumulation_steps",
+        settings.grad_accumulation_steps,
+        f"a multiple of the {world} processes, which take equally many micro-batches each: "
+        f"train.grad_accumulation_steps={world} computes what one process computes with it",
+    )
+
+
+def require_alike(ranks: Alone, model: MultitaskViT, tasks: dict[str, TaskData]) -> None:
+    """
+    Raises:
+        ConfigError: a process has another backbone or other images than the first.
+    """
+    if ranks.world > 1:
+        values = {"backbone": model.backbone_sha256}
+        for name, data in tasks.items():
+            for split in ("train", "val", "test"):
+                values[f"{split} split of task {name}"] = _split(data, split)
+        ranks.require_same(values)
+
+
+def _split(data: TaskData, split: str) -> str:
+    part = getattr(data, split)
+    names = part.source.names
+    named = b"" if names is None else "\n".join(str(names[i]) for i in part.index if 0 <= i < len(names)).encode()
+    parts = (np.ascontiguousarray(part.index).tobytes(), np.ascontiguousarray(part.labels).tobytes(), named)
+    return f"{len(part)} images, {_digest(b'|'.join(parts))}"
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]

@@ -1,0 +1,123 @@
+"""Several processes that train together, as torchrun starts them.
+
+One fresh interpreter imports everything and forks them all: starting each anew would take longer than what they do.
+(torch trains in no fork of a process that has run a backward pass, so the tests' own process cannot be their parent.)
+The stores by which they find each other are in the tests' process, as torchrun's is in its own: a store survives its
+group, and no port has to be guessed.
+"""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+LIMIT = 500  # seconds for a group; it is there for one that hangs
+
+
+@dataclass(frozen=True)
+class Ended:
+    """status: as of `os.waitstatus_to_exitcode`. said: on stdout and stderr. result: None if there is none."""
+
+    status: int
+    said: str
+    result: Any
+
+
+def run_groups(file: str, folder: Path, groups: dict[str, int]) -> dict[str, list[Ended]]:
+    """Call functions of a test file in several processes, one group after the other.
+
+    Args:
+        groups: how many processes, by the name of a `function(folder, rank)`, whose result is JSON.
+    """
+    import torch.distributed as dist
+
+    stores = {name: dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for name in groups}
+    plan = [(name, world, stores[name].port) for name, world in groups.items()]
+    tests = Path(__file__).parent
+    subprocess.run(
+        [sys.executable, __file__, file, str(folder), json.dumps(plan)],
+        check=True,
+        # The GPUs are counted without CUDA, which a fork could not use any more.
+        env=os.environ
+        | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])},
+    )
+    return {
+        name: [Ended(**json.loads((folder / f"{name}.{rank}.json").read_text())) for rank in range(world)]
+        for name, world in groups.items()
+    }
+
+
+def _main(file: str, folder: Path, plan: list[tuple[str, int, int]]) -> None:
+    import torch
+
+    from moe_bsr import api
+    from moe_bsr.callbacks import expert_views, mistakes
+
+    torch.set_num_threads(1)
+    expert_views.drawing_due = lambda *arguments: False
+    mistakes.MistakeViews.on_end = lambda self, report: None
+    api._predict = lambda *arguments: None
+    api.check = lambda config: None  # the tests' process has made the same checks
+    spec = importlib.util.spec_from_file_location("functions", file)
+    functions = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(functions)
+    for name, world, port in plan:
+        children = [_start(functions, name, rank, world, port, folder) for rank in range(world)]
+        statuses = _wait(children)
+        for rank, child in enumerate(children):
+            result = folder / f"{name}.{rank}.result"
+            about = {
+                "status": statuses[child],
+                "said": (folder / f"{name}.{rank}.said").read_text(),
+                "result": json.loads(result.read_text()) if result.exists() else None,
+            }
+            (folder / f"{name}.{rank}.json").write_text(json.dumps(about))
+
+
+def _start(functions: Any, name: str, rank: int, world: int, port: int, folder: Path) -> int:
+    if child := os.fork():
+        return child
+    status = 1
+    try:
+        said = os.open(folder / f"{name}.{rank}.said", os.O_WRONLY | os.O_CREAT)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": 0}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
+        os.environ.update({key: str(value) for key, value in place.items()})
+        result = getattr(functions, name)(folder, rank)
+        (folder / f"{name}.{rank}.result").write_text(json.dumps(result))
+        status = 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _wait(children: list[int]) -> dict[int, int]:
+    """The exit status of each; those that take too long are killed."""
+    statuses: dict[int, int] = {}
+    until = time.monotonic() + LIMIT
+    while len(statuses) < len(children):
+        for child in set(children) - statuses.keys():
+            if time.monotonic() > until:
+                os.kill(child, signal.SIGKILL)
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                statuses[child] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    return statuses
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]))

@@ -1,0 +1,243 @@
+"""Several processes compute what one does, and what happens to one of them ends all, with nothing lost."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_groups
+from safetensors.torch import load_file
+from tiny_runs import make_config
+
+from moe_bsr.api import train
+from moe_bsr.config import Config, ConfigError
+from moe_bsr.data import UnreadableImage
+from moe_bsr.runs import checkpoint
+from moe_bsr.runtime import exchange
+from moe_bsr.runtime.distributed import joined
+from moe_bsr.runtime.interrupt import RankLost
+from moe_bsr.training import trainer as trainer_module
+from moe_bsr.training.callback import Callback
+from moe_bsr.training.probe_trainer import probe_config
+from moe_bsr.training.task_updates import TaskUpdates
+from moe_bsr.training.trainer import TrainingFailed
+
+pytestmark = pytest.mark.usefixtures("bare")
+BATCH = 4  # of evaluations, so that there are batches to share
+
+
+def config_of(folder: Path, **changes) -> Config:
+    """With everything that could make processes differ."""
+    settings = {
+        "train__steps": 4,
+        "train__grad_accumulation_steps": 2,
+        "train__grad_clip_norm": 0.5,
+        "train__ema_decay": 0.7,
+        "train__eval_every": 2,
+        "moe__gate_noise": 1.0,
+        "moe__balance_loss": "across_tasks",
+    }
+    return make_config(folder, **settings | changes)
+
+
+def joint_of(folder: Path) -> Config:
+    """All tasks in an update, four micro-batches, features kept; two updates, for differences grow."""
+    more = {"sampler__kind": "joint", "train__grad_accumulation_steps": 4, "train__steps": 2, "train__eval_every": None}
+    return config_of(folder, **more, data__augment=False, data__feature_cache_mb=100)
+
+
+def metrics(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "exchanged_mb"} for line in lines]
+
+
+def assert_close(run: Path, other: Path) -> None:
+    """Another order of addition: 1e-7 in a gradient, which AdamW makes larger where that is near zero."""
+    for ours, theirs in zip(metrics(run), metrics(other), strict=True):
+        assert (ours.pop("task"), ours.pop("split", "")) == (theirs.pop("task"), theirs.pop("split", ""))
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    ours, theirs = (load_file(each / "checkpoint/2/weights.safetensors") for each in (run, other))
+    for name, value in ours.items():
+        assert (value - theirs[name]).norm() <= 1e-3 * theirs[name].norm() + 1e-6, name
+
+
+# --- what each process does; runs in `ranks.py` ---
+
+
+def at_update(number: int, act: Callable[[], None]) -> None:
+    """Do something in this process before the backward pass of an update."""
+    backward = TaskUpdates._backward
+
+    def acting(self, batch, place, tasks, step):
+        if step + 1 == number:
+            act()
+        return backward(self, batch, place, tasks, step)
+
+    TaskUpdates._backward = acting
+
+
+def two(folder: Path, rank: int) -> dict:
+    """What is refused, what is exchanged, and a run that a signal to one of them stops after its first update."""
+    trainer_module.BATCH = BATCH
+    told = {}
+
+    def refused(call: Callable[[], object]) -> str:
+        with pytest.raises(ConfigError) as caught:
+            call()
+        return str(caught.value)
+
+    with joined(torch.device("cpu")) as ranks:  # a group that is there already, for the runs below
+        told["refused"] = [
+            refused(lambda: train(config_of(folder, train__grad_accumulation_steps=1), folder / "no")),
+            refused(lambda: train(probe_config(config_of(folder, train__grad_clip_norm=None)), folder / "no")),
+            refused(lambda: train(config_of(folder, seed=rank), folder / "no")),
+            refused(lambda: unequal(ranks, rank)),
+        ]
+        told["exchange"] = exchanged(ranks, rank)
+        if rank == 1:
+            at_update(1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        report = train(config_of(folder), folder / "two", callbacks=[])
+        told["stopped"] = [report[key] for key in ("status", "signal", "step", "exchanged_mb_per_update")]
+    return told
+
+
+def unequal(ranks, rank: int) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2 + rank))
+    ranks.sum_gradients([parameter], {parameter: "heads.a.weight"})
+
+
+def exchanged(ranks, rank: int) -> dict:
+    """Sums of both kinds: bytes, errors, and whether both processes have the same bits."""
+    parts = [torch.randn(1001, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    told, true = {}, sum(parts)
+    for kind in ("fp32", "bf16"):
+        tensors = [parts[rank][:1].clone(), parts[rank][1:].clone().view(10, 100)]
+        sent = exchange.sum_all(tensors, kind)
+        found = torch.cat([tensor.flatten() for tensor in tensors])
+        bits = ranks.gather(found.tolist())
+        told[kind] = [sent, float((found - true).norm() / true.norm()), bits[0] == bits[1]]
+    return told
+
+
+def killed(folder: Path, rank: int) -> dict:
+    """The same run goes on, until one of them, which sees no run folder, is killed in its third update."""
+    trainer_module.BATCH = BATCH
+    if rank == 1:
+        at_update(3, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(TrainingFailed) as caught:
+        train(config_of(folder), folder / ("elsewhere" if rank else "two"), resume=True, callbacks=[])
+    return {"said": str(caught.value), "steps": checkpoint.steps(folder / "two")}
+
+
+def four(folder: Path, rank: int) -> dict:
+    trainer_module.BATCH = BATCH
+    report = train(joint_of(folder), folder / "four", callbacks=[])
+    for task in report["tasks"].values():
+        del task["images_per_second"]
+    return report["tasks"]
+
+
+def failing(folder: Path, rank: int) -> str:
+    """One fails where the others wait for it."""
+    with pytest.raises((RankLost, UnreadableImage)) as caught, joined(torch.device("cpu")) as ranks:
+        if rank == 1:
+            raise UnreadableImage("bee.png: not a readable image")
+        ranks.total(np.zeros(1))
+    return str(caught.value)
+
+
+# --- the tests ---
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """With what one process computes."""
+    place = tmp_path_factory.mktemp("processes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "BATCH", BATCH)
+        train(config_of(place), place / "one", callbacks=[])
+        train(joint_of(place), place / "joint one", callbacks=[])
+    return place
+
+
+@pytest.fixture(scope="module")
+def ended(folder) -> dict[str, list]:
+    return run_groups(__file__, folder, {"two": 2, "killed": 2, "four": 4, "failing": 2})
+
+
+@pytest.fixture(scope="module")
+def told(ended) -> list[dict]:
+    assert [each.status for each in ended["two"]] == [0, 0], ended["two"]
+    return [each.result for each in ended["two"]]
+
+
+def test_a_signal_to_one_stops_all_with_everything_saved(folder, told):
+    assert told[0]["stopped"] == told[1]["stopped"]
+    status, number, step, sent = told[0]["stopped"]
+    assert (status, number, step) == ("interrupted", signal.SIGTERM, 1)
+    assert f"by 2 processes that exchange {sent:.1f} MB an update" in (folder / "two" / "report.md").read_text()
+
+
+def test_a_killed_process_costs_no_update_and_all_bits_are_those_of_one_process(folder, told, ended, monkeypatch):
+    """Stopped by a signal, resumed by two, one killed, resumed by one."""
+    survivor, gone = ended["killed"]
+    assert gone.status == -signal.SIGKILL
+    assert survivor.status == 0, survivor.said
+    said = survivor.result["said"]
+    assert "training ended at step 2: rank 1 (process" in said and "is gone" in said and "resume=True" in said
+    assert survivor.result["steps"] == [1, 2]
+    lines: list[str] = []
+    told_at_start = type("Told", (Callback,), {"on_start": lambda self, start: lines.extend(start.about)})
+    monkeypatch.setattr(trainer_module, "BATCH", BATCH)
+    train(config_of(folder), folder / "two", resume=True, callbacks=[told_at_start()])
+    assert any("not bit-exact" in line and "processes was 2, now 1" in line for line in lines)
+    assert metrics(folder / "two") == metrics(folder / "one")
+    for name in ("weights", "optimizer", "average"):
+        place = f"checkpoint/4/{name}.safetensors"
+        assert (folder / "two" / place).read_bytes() == (folder / "one" / place).read_bytes(), name
+
+
+def test_only_gradients_that_exist_are_exchanged(folder, told, ended):
+    sent = {}
+    for line in (folder / "two" / "metrics.jsonl").read_text().splitlines():
+        if "exchanged_mb" in (line := json.loads(line)):
+            sent[line["task"]] = line["exchanged_mb"]
+    moments = load_file(folder / "one" / "checkpoint" / "4" / "optimizer.safetensors")
+    trained = {name.rpartition("/")[0]: value for name, value in moments.items() if name.endswith("exp_avg")}
+    for task, others in {"shapes": ".fractals.", "fractals": ".shapes."}.items():
+        own = [value.nbytes for name, value in trained.items() if others not in f".{name}."]
+        assert sent[task] == sum(own) / 1e6 < sum(value.nbytes for value in trained.values()) / 1e6
+
+
+def test_four_processes_joint_sampling_and_a_feature_cache(folder, ended):
+    assert [each.status for each in ended["four"]] == [0] * 4, ended["four"]
+    first, *others = [each.result for each in ended["four"]]
+    assert all(other == first for other in others)
+    for task, scores in json.loads((folder / "joint one" / "report.json").read_text())["tasks"].items():
+        assert first[task]["n"] == scores["n"] and first[task]["chance"] == scores["chance"]  # each image once
+    assert_close(folder / "four", folder / "joint one")
+
+
+def test_what_several_processes_cannot_do_is_refused(folder, told):
+    for accumulation, probe, seeds, unequal in (each["refused"] for each in told):
+        assert "train.grad_accumulation_steps = 1" in accumulation and "train.grad_accumulation_steps=2" in accumulation
+        assert "train.optimizer = 'lbfgs'" in probe and "without torchrun" in probe
+        assert "rank 1 (process" in seeds and "another configuration than rank 0" in seeds
+        assert "another set of gradients" in unequal
+    assert not (folder / "no").exists()
+
+
+def test_both_exchanges(told):
+    for each in told:
+        (sent, error, alike), (halved, rounding, alike_too) = each["exchange"]["fp32"], each["exchange"]["bf16"]
+        assert alike and alike_too and error == 0
+        assert halved == sent / 2 and 1e-4 < rounding < 4e-3
+
+
+def test_what_ends_one_process_the_others_learn(ended):
+    first, other = (each.result for each in ended["failing"])
+    assert "bee.png" in other and first.startswith("rank 1 (process") and "bee.png: not a readable image" in first
