@@ -211,7 +211,7 @@ def make_inputs(
     runtime: Runtime,
     features: FeatureCache | None = None,
 ) -> Inputs:
-    """What a trainer of this model is fed: images, or with `data.feature_cache_mb` or `features` what is kept of them."""
+    """What a trainer of this model is fed: images, or what is kept of them."""
     inputs = Inputs(tasks, transforms, runtime, config.data.prefetch)
     if features is not None:
         features.take_over(model)
