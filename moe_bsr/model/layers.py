@@ -11,7 +11,8 @@ from timm.models.vision_transformer import LayerScale as TimmLayerScale
 from torch import Tensor, nn
 
 from moe_bsr.ops.attention import attention, join_heads, split_heads
-from moe_bsr.ops.linear import activated_linear, linear
+from moe_bsr.ops.linear import activated_linear, compute_dtype, linear
+from moe_bsr.ops.norm import layer_norm
 from moe_bsr.ops.tokens import received_attention
 
 Scores = tuple[Tensor, Tensor]  # probabilities and logits of the tokens, each (B, N) float32
@@ -22,6 +23,19 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+class LayerNorm(timm_layers.LayerNorm):
+    """Over the last dimension, in the type of x on a CPU and with timm's fast norms; float32 under a GPU's autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if torch.is_autocast_enabled(x.device.type) and (self._fast_norm or x.device.type != "cpu"):
+            if not self._fast_norm:
+                return super().forward(x)
+            dtype = compute_dtype(x)
+            x, weight, bias = (t if t is None else t.to(dtype) for t in (x, weight, bias))
+        return layer_norm(x, weight, bias, self.eps)
 
 
 class LayerScale(TimmLayerScale):
@@ -89,6 +103,7 @@ class Attention(timm_layers.Attention):
 
 ADOPTED = {
     nn.Linear: Linear,
+    timm_layers.LayerNorm: LayerNorm,
     timm_layers.Mlp: Mlp,
     timm_layers.Attention: Attention,
     TimmLayerScale: LayerScale,
