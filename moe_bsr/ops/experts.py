@@ -137,9 +137,9 @@ class _ExpertLoop(torch.autograd.Function):
     """Dispatch, experts and combine, one expert after the other. (T, D), (T, K) -> (T, D).
 
     Saved for backward: the tokens, and each row's hidden values before the activation unless these are to be
-    computed again. Of everything else only one expert's part is ever alive: its rows are gathered, its master weights cast, and what it puts out is added
-    to its tokens at once, in float32. The gate of a row has the gradient <grad W2, act(h)> + <grad, b2>, so that
-    the experts' outputs need not be kept for it.
+    computed again. Of everything else only one expert's part is ever alive: its rows are gathered, its master weights
+    cast, and what it puts out is added to its tokens at once, in float32. The gate of a row has the gradient
+    <grad W2, act(h)> + <grad, b2>, so that the experts' outputs need not be kept for it.
     """
 
     @staticmethod

@@ -26,9 +26,7 @@ def layer_norm_reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, 
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-def _normalize(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Result, mean and reciprocal standard deviation; without a GPU's autocast, which would widen it to float32."""
     with torch.autocast(x.device.type, enabled=False):
         return torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)

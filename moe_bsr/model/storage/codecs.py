@@ -51,3 +51,50 @@ class Int8Packed:
 def largest_magnitudes(x: Tensor) -> Tensor:
     """(..., N, D) -> (..., 1, D)."""
     return x.abs().amax(-2, keepdim=True)
+
+
+class Float16Packed:
+    """A float32 tensor in float16; a narrower one as it is."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.kept, self.dtype = x.to(torch.float16) if x.dtype == torch.float32 else x, x.dtype
+
+    def restore(self) -> Tensor:
+        return self.kept.to(self.dtype)
+
+
+class Pruned:
+    """The largest magnitudes of each image, in 16 bits, and for every value a bit that says whether it is there.
+
+    Of v values max(1, int(sparsity v)) - 1 become 0; which of equal ones do is left to the sort, so that the bytes do
+    not depend on values.
+
+    Args:
+        x: (B, ..., D), pruned image by image; (R, D) rows of no image, as a whole.
+        parts: the last dimension is cut into, to be pruned one by one.
+    """
+
+    def __init__(self, x: Tensor, sparsity: float, parts: int = 1) -> None:
+        self.dtype, self.shape, self.parts = x.dtype, x.shape, parts
+        groups = len(x) * parts if x.ndim > 2 else parts
+        values = x.unflatten(-1, (parts, -1)).movedim(-2, 1 if x.ndim > 2 else 0).reshape(groups, -1)
+        self.size = values.shape[1]
+        kept = self.size + 1 - max(1, int(sparsity * self.size))
+        places = values.abs().topk(kept, sorted=False).indices.sort(1).values
+        self.values = values.gather(1, places).to(torch.float16 if x.dtype == torch.float32 else x.dtype)
+        present = torch.zeros(groups, -(-self.size // 8) * 8, dtype=torch.uint8, device=x.device)
+        present.scatter_(1, places, torch.ones_like(places, dtype=torch.uint8))
+        self.present = (present.unflatten(1, (-1, 8)) << self._bits()).sum(2, dtype=torch.uint8)
+
+    def restore(self) -> Tensor:
+        present = (self.present.unsqueeze(2) >> self._bits()) & 1
+        present = present.flatten(1)[:, : self.size].bool()
+        values = torch.zeros(present.shape, dtype=self.dtype, device=present.device)
+        values.masked_scatter_(present, self.values.to(self.dtype))
+        cut = (*self.shape[:-1], self.shape[-1] // self.parts)
+        images = len(self.shape) > 2
+        grouped = (cut[0], self.parts, *cut[1:]) if images else (self.parts, *cut)
+        return values.view(grouped).movedim(1 if images else 0, -2).reshape(self.shape)
+
+    def _bits(self) -> Tensor:
+        return torch.arange(8, dtype=torch.uint8, device=self.values.device)

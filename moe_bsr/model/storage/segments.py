@@ -13,9 +13,11 @@ from moe_bsr.model.storage import STORAGES, Storage
 from moe_bsr.model.storage.by_kind import run_by_kind
 from moe_bsr.model.storage.exact import EXACT
 from moe_bsr.model.storage.packed import INT8
+from moe_bsr.ops.keep import QUERIES_KEYS_VALUES
 
 SEGMENTS = replace(EXACT, reruns_products=True)
-SEGMENTS_INT8 = replace(INT8, reruns_products=True)
+# Queries and keys from a rounded input do not fit the log-sums of the forward pass: with these the error doubles.
+SEGMENTS_INT8 = replace(INT8, reruns_products=True, coarse=frozenset({QUERIES_KEYS_VALUES}))
 
 STORAGES.register("segments")(Storage(partial(run_by_kind, SEGMENTS)))
 STORAGES.register("segments_int8")(Storage(partial(run_by_kind, SEGMENTS_INT8)))
