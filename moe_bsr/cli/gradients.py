@@ -36,18 +36,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    import yaml
-
     from moe_bsr.benchmark import gradients
     from moe_bsr.config import load, packaged, replace
     from moe_bsr.model.storage import STORAGES
     from moe_bsr.runtime.device import prepare
     from moe_bsr.runtime.provenance import command, commit, environment
 
-    config = load(packaged.find_config(arguments.config), arguments.overrides)
-    config = replace(config, train__batch_size=arguments.batch, train__grad_accumulation_steps=1, storage="exact")
+    file, overrides = packaged.find_config(arguments.config), arguments.overrides
     asked = arguments.storages or [*(name for name in STORAGES if not STORAGES[name].coarse), *PRUNED]
-    choices = [STORAGES.choose(yaml.safe_load(text)) for text in ("exact", *asked)]
+    choices = [STORAGES.choose(load(file, [*overrides, f"storage={text}"]).storage) for text in ("exact", *asked)]
+    config = replace(load(file, overrides), train__batch_size=arguments.batch, train__grad_accumulation_steps=1)
+    config = replace(config, storage="exact")
     runtime = prepare(config.runtime)
     with runtime.in_effect():
         batch, model = gradients.prepare(config, runtime)
