@@ -11,7 +11,7 @@ from timm.models.vision_transformer import LayerScale as TimmLayerScale
 from torch import Tensor, nn
 
 from moe_bsr.ops.attention import attention, join_heads, split_heads
-from moe_bsr.ops.linear import activated_linear, compute_dtype, linear
+from moe_bsr.ops.linear import activated_linear, linear
 from moe_bsr.ops.norm import layer_norm
 from moe_bsr.ops.tokens import received_attention
 
@@ -26,16 +26,12 @@ class Linear(nn.Linear):
 
 
 class LayerNorm(timm_layers.LayerNorm):
-    """Over the last dimension, in the type of x on a CPU and with timm's fast norms; float32 under a GPU's autocast."""
+    """Over the last dimension, in the type of x; under a GPU's autocast timm's own, which knows what type it leaves."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
-        if torch.is_autocast_enabled(x.device.type) and (self._fast_norm or x.device.type != "cpu"):
-            if not self._fast_norm:
-                return super().forward(x)
-            dtype = compute_dtype(x)
-            x, weight, bias = (t if t is None else t.to(dtype) for t in (x, weight, bias))
-        return layer_norm(x, weight, bias, self.eps)
+        if x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class LayerScale(TimmLayerScale):

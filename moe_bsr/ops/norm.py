@@ -26,14 +26,13 @@ def layer_norm_reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, 
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-def _normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Result, mean and reciprocal standard deviation; without a GPU's autocast, which would widen it to float32."""
-    with torch.autocast(x.device.type, enabled=False):
-        return torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+def _normalize(weight: Tensor | None, bias: Tensor | None, eps: float, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Result, mean and reciprocal standard deviation."""
+    return torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def _normalize_again(weight: Tensor | None, bias: Tensor | None, eps: float, x: Tensor) -> Tensor:
-    return _normalize(x, weight, bias, eps)[0]
+    return _normalize(weight, bias, eps, x)[0]
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -41,7 +40,7 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        y, mean, rstd = _normalize(x, weight, bias, eps)
+        y, mean, rstd = _normalize(weight, bias, eps, x)
         if any(ctx.needs_input_grad):  # otherwise nothing of it is kept
             ctx.save_for_backward(keep(NORM_INPUTS, x), weight, bias, mean, rstd)
             norm_derived(y, x, partial(_normalize_again, weight, bias, eps))
