@@ -1,12 +1,17 @@
 """Models of a few thousand parameters that several test files share."""
 
+from contextlib import contextmanager
+
+import pytest
 import torch
 from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer
 
 from moe_bsr.config import Config, MoEConfig, PlanConfig, TokensConfig
+from moe_bsr.config.registry import NoOptions
 from moe_bsr.model.moe import MoE
 from moe_bsr.model.multitask import MultitaskViT
+from moe_bsr.model.storage import STORAGES, Storage
 
 WIDTH = 8
 CLASSES = {"one": 3, "two": 5, "three": 2}
@@ -114,3 +119,12 @@ def saved_for_backward(run) -> list[torch.Tensor]:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         run()
     return saved
+
+
+@contextmanager
+def plain_autograd():
+    """Within, `exact` leaves all to autograd, whose saved tensors other hooks may then see."""
+    with pytest.MonkeyPatch.context() as patch:
+        plain = Storage(lambda forward, tokens, parameters, options: forward(tokens))
+        patch.setitem(STORAGES._entries, "exact", (plain, NoOptions))
+        yield

@@ -70,10 +70,10 @@ def suite(storages: list[str] | None = None, precisions: Sequence[str] = PRECISI
     All cases at once would not fit into memory.
 
     Args:
-        storages: of the BSR cases; all that exist by default.
+        storages: of the BSR cases; by default all whose gradients are faithful.
         shared: backbone, batch, device and so on, for every case.
     """
-    storages = list(STORAGES) if storages is None else storages
+    storages = [s for s in STORAGES if not STORAGES[s].coarse] if storages is None else storages
 
     def plans(subject: str, precision: str, stored: Sequence[str] = ("exact",)) -> list[Case]:
         return [Case(subject=subject, precision=precision, storage=storage, **shared) for storage in stored]

@@ -31,6 +31,7 @@ COMMANDS = {
     "compare": "set finished runs side by side",
     "cost": "memory and FLOPs of a configuration before anyone trains it",
     "drops": "what dropping tokens costs in accuracy before training, and where to drop instead",
+    "gradients": "what each storage keeps for the backward pass, and how near its gradients come",
     "add-task": "teach a finished run one task more: one head and one router per layer, all else frozen",
     "remove-task": "take tasks out of a finished run",
     "share": "a run as a zip file, a folder, a hub's repository or a timm model, for somebody else",
@@ -51,7 +52,7 @@ COMMANDS = {
 }
 
 # Those that train or evaluate in this process: they need the C library's allocator set up first.
-COMPUTING = {"fit", "train", "probe", "lr", "drops", "evaluate", "reject", "export", "views", "pretrain"}
+COMPUTING = {"fit", "train", "probe", "lr", "drops", "gradients", "evaluate", "reject", "export", "views", "pretrain"}
 COMPUTING |= {"add-task", "budgets", "sweep-storages"}
 
 # Packages that only some commands need, and the extra that installs them.

@@ -164,7 +164,8 @@ def _alternatives(
                 {"plan.train_blocks": fewer, "plan.moe_blocks": [i for i in plan.moe_blocks if i in fewer]},
             )
         )
-    options += [(f"store {name}", {"storage": name}) for name in STORAGES if name != config.storage]
+    faithful = [name for name in STORAGES if name != config.storage and not STORAGES[name].coarse]
+    options += [(f"store {name}", {"storage": name}) for name in faithful]
     if precision == "fp32":
         options.append(("compute in bf16", {"runtime.precision": "bf16"}))
     if plan.moe_blocks and config.moe.mlp_ratio > 1:

@@ -71,7 +71,7 @@ def norm(g: Graph, layer: nn.Module, x: str, names: Names) -> str:
     """A norm over the last axis."""
     if isinstance(layer, INACTIVE):
         return x
-    if type(layer) in (nn.LayerNorm, timm_layers.LayerNorm):
+    if type(layer) in (nn.LayerNorm, timm_layers.LayerNorm, own_layers.LayerNorm):
         scale = torch.ones(layer.normalized_shape) if layer.weight is None else layer.weight
         inputs = [names.weight(g, "weight", scale)]
         if layer.bias is not None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moe_bsr.ops.attention import attention, join_heads, split_heads
 from moe_bsr.ops.linear import activated_linear, linear
+from moe_bsr.ops.norm import layer_norm
 from moe_bsr.ops.tokens import received_attention
 
 Scores = tuple[Tensor, Tensor]  # probabilities and logits of the tokens, each (B, N) float32
@@ -22,6 +23,15 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+class LayerNorm(timm_layers.LayerNorm):
+    """Over the last dimension, in the type of x; under a GPU's autocast timm's own, which knows what type it leaves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class LayerScale(TimmLayerScale):
@@ -89,6 +99,7 @@ class Attention(timm_layers.Attention):
 
 ADOPTED = {
     nn.Linear: Linear,
+    timm_layers.LayerNorm: LayerNorm,
     timm_layers.Mlp: Mlp,
     timm_layers.Attention: Attention,
     TimmLayerScale: LayerScale,

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_bsr import ops
+from moe_bsr.ops.keep import ATTENTION_OUTPUTS, QUERIES_KEYS_VALUES, is_coarse, keep
 from moe_bsr.runtime import cpu_features as cpu
 
 MAP_BYTES = 2 * 2**20  # of the attention maps that the explicit backward computes again at a time
@@ -102,13 +103,16 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, qkv: Tensor, heads: int, scale: float, scores: bool):
         ctx.heads, ctx.scale = heads, scale
         ctx.set_materialize_grads(False)
-        ctx.explicit = is_explicit(qkv.device, qkv.dtype)
-        if ctx.explicit and not is_fused(qkv.dtype):
+        explicit = is_explicit(qkv.device, qkv.dtype)
+        # A map from much changed queries and keys does not fit the log-sums: its rows would not sum to one.
+        ctx.explicit = explicit or is_coarse(QUERIES_KEYS_VALUES)
+        if explicit and not is_fused(qkv.dtype):
             y, sums, ctx.seeds = _explicit_forward(qkv, heads, scale), None, ()
         else:
             y, sums, ctx.seeds = _fused_forward(*split_heads(qkv, heads), scale)
             y = join_heads(y)
-        ctx.save_for_backward(qkv, *(() if ctx.explicit else (y, sums.unsqueeze(3))))
+        keep(QUERIES_KEYS_VALUES, qkv)
+        ctx.save_for_backward(qkv, *(() if ctx.explicit else (keep(ATTENTION_OUTPUTS, y), sums.unsqueeze(3))))
         if not scores:
             return y, None, None
         probabilities, logits = (row.mean(1).squeeze(1) for row in class_row(qkv, heads, scale))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_bsr import ops
+from moe_bsr.ops.keep import ACTIVATION_INPUTS, LINEAR_INPUTS, keep, keep_alike, reruns_products
 from moe_bsr.ops.linear import activation_backward, compute_dtype, empty_output, product
 
 Weights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]  # (E, F, D), (E, F), (E, D, F), (E, D)
@@ -48,8 +49,9 @@ def mixture(
         x_RD = _Dispatch.apply(x_TD, row_of_assignment, token_of_row)
         return _Combine.apply(_grouped_experts(x_RD, rows_E, weights, act), gates_TK, row_of_assignment)
     rows = rows_per_expert(rows_E, chosen_TK.numel(), padding)
+    keeps_hidden = torch.is_grad_enabled() and not reruns_products()
     return _ExpertLoop.apply(
-        x_TD, gates_TK, row_of_assignment, token_of_row, rows, torch.is_grad_enabled(), needs_output, act, *weights
+        x_TD, gates_TK, row_of_assignment, token_of_row, rows, keeps_hidden, needs_output, act, *weights
     )
 
 
@@ -109,23 +111,6 @@ def rows_per_expert(rows_E: Tensor, assignments: int, padding: int) -> list[int]
     return rows_E.tolist() if assumed is None else assumed(assignments, len(rows_E), padding)
 
 
-_see_alike: ContextVar[Callable[[list[Tensor]], None] | None] = ContextVar("saved alike", default=None)
-
-
-@contextmanager
-def saved_alike(see: Callable[[list[Tensor]], None]) -> Iterator[None]:
-    """Within, `see` is told of (r, F) tensors about to be saved that are rows of one: all experts' hidden values.
-
-    For whoever rounds what is saved: a gate's gradient tells experts apart by these values alone, and where each
-    expert's were rounded in its own way, equal experts would differ.
-    """
-    token = _see_alike.set(see)
-    try:
-        yield
-    finally:
-        _see_alike.reset(token)
-
-
 def sort_by_expert(chosen_TK: Tensor, experts: int, padding: int) -> tuple[Tensor, Tensor, Tensor]:
     """Where each assignment goes in the experts' batch, whose rows are grouped by expert.
 
@@ -151,10 +136,10 @@ def sort_by_expert(chosen_TK: Tensor, experts: int, padding: int) -> tuple[Tenso
 class _ExpertLoop(torch.autograd.Function):
     """Dispatch, experts and combine, one expert after the other. (T, D), (T, K) -> (T, D).
 
-    Saved for backward: the tokens and each row's hidden values before the activation. Of everything else only
-    one expert's part is ever alive: its rows are gathered, its master weights cast, and what it puts out is added
-    to its tokens at once, in float32. The gate of a row has the gradient <grad W2, act(h)> + <grad, b2>, so that
-    the experts' outputs need not be kept for it.
+    Saved for backward: the tokens, and each row's hidden values before the activation unless these are to be
+    computed again. Of everything else only one expert's part is ever alive: its rows are gathered, its master weights
+    cast, and what it puts out is added to its tokens at once, in float32. The gate of a row has the gradient
+    <grad W2, act(h)> + <grad, b2>, so that the experts' outputs need not be kept for it.
     """
 
     @staticmethod
@@ -183,8 +168,8 @@ class _ExpertLoop(torch.autograd.Function):
             if keeps_hidden:
                 hidden.append(h_rF)
             del h_rF  # it would live beside the next expert's
-        if hidden and (see := _see_alike.get()) is not None:
-            see(hidden)
+        keep(LINEAR_INPUTS, x_TD)
+        keep_alike(ACTIVATION_INPUTS, hidden)
         # Gates as columns (T, K, 1): what is saved as columns, a storage keeps as it is.
         ctx.save_for_backward(x_TD, gates_TK.unsqueeze(2), row_of_assignment, token_of_row, *weights, *hidden)
         ctx.rows, ctx.act = rows, act
@@ -204,10 +189,11 @@ class _ExpertLoop(torch.autograd.Function):
                 for grad in grads:
                     if grad is not None:
                         grad[expert].zero_()
-        for (expert, part), h_rF in zip(_used_experts(ctx.rows), hidden, strict=True):
+        for place, (expert, part) in enumerate(_used_experts(ctx.rows)):
             grad_w1, grad_b1, grad_w2, grad_b2 = (None if g is None else g[expert] for g in grads)
-            w1, _, w2, b2 = (None if w is None else w[expert] for w in weights)
+            w1, b1, w2, b2 = (None if w is None else w[expert] for w in weights)
             token_r, gate_r1 = token_of_row[part], gate_R1[part]
+            h_rF = hidden[place] if hidden else product(x_TD.index_select(0, token_r), *_cast(dtype, w1, b1))
             # Second layer. The gradient of its ungated output comes first, for the gates; then gates are
             # multiplied where rows are narrow.
             act_rF, grad_out_rD = act(h_rF), grad_TD.index_select(0, token_r)

@@ -7,11 +7,14 @@ output and then add the product to it (DeiT-S, 32 x 197 tokens, fc1, two cores: 
 slow, float32 goes there too.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_bsr import ops
+from moe_bsr.ops.keep import ACTIVATION_INPUTS, LINEAR_INPUTS, keep, product_derived
 from moe_bsr.runtime import cpu_features as cpu
 
 
@@ -88,6 +91,10 @@ def empty_output(x: Tensor, width: int) -> Tensor:
     return x.new_zeros(()).expand(*x.shape[:-1], width)
 
 
+def _product_again(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    return product(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), repeats=True)
+
+
 def _rows(x: Tensor) -> Tensor:
     """(..., width) -> (rows, width), a view where x is contiguous."""
     return x.reshape(-1, x.shape[-1])
@@ -104,9 +111,10 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         needs_x, needs_weight, ctx.needs_bias = ctx.needs_input_grad
         cast = weight.to(x.dtype)
-        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
+        ctx.save_for_backward(keep(LINEAR_INPUTS, x) if needs_weight else None, weight if needs_x else None)
         ctx.cast = cast if needs_x else None
-        return product(x, cast, None if bias is None else bias.to(x.dtype), repeats=True)
+        y = product(x, cast, None if bias is None else bias.to(x.dtype), repeats=True)
+        return product_derived(y, x, partial(_product_again, weight, bias))
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -125,7 +133,7 @@ class _ActivatedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, act: nn.Module, weight: Tensor, bias: Tensor | None, needs_output: bool) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(keep(ACTIVATION_INPUTS, x), weight)
         ctx.act = act
         if not needs_output:
             return empty_output(x, len(weight))
@@ -146,7 +154,7 @@ class _Float32Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.save_for_backward(keep(LINEAR_INPUTS, x) if ctx.needs_input_grad[1] else None, weight)
         ctx.dtype = x.dtype
         return F.linear(x.float(), weight)
 

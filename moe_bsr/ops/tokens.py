@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_bsr import ops
+from moe_bsr.ops.keep import QUERIES_KEYS_VALUES, keep
 
 
 def select(scores: Tensor, kept: int) -> tuple[Tensor, Tensor]:
@@ -104,7 +105,7 @@ class _ReceivedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, scale: float, chunk: int) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(q, k)
+        ctx.save_for_backward(keep(QUERIES_KEYS_VALUES, q), keep(QUERIES_KEYS_VALUES, k))
         ctx.scale, ctx.chunk = scale, chunk
         keys = k.float().transpose(-2, -1)
         probabilities = logits = 0.0

@@ -25,14 +25,16 @@ class Storage:
     """Attributes:
     run: the forward under this storage.
     recomputes: whether the block runs a second time, in the backward pass.
+    coarse: whether its gradients are so far off that nobody is to have it who did not ask for it.
     """
 
     run: Callable[[Forward, Tokens, list[nn.Parameter], Any], tuple[Tokens, Any]]
     recomputes: bool = False
+    coarse: bool = False
 
 
 STORAGES: Registry[Storage] = Registry("storage")
 
-_KINDS = ("exact", "packed", "recompute")  # files whose import registers what they define
+_KINDS = ("exact", "packed", "segments", "recompute", "back_razor")  # files whose import registers what they define
 for _name in _KINDS:
     importlib.import_module(f"{__name__}.{_name}")

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from moe_bsr.model.storage import STORAGES, Storage
-from moe_bsr.model.storage.packed import Int8Packed
+from moe_bsr.model.storage.by_kind import run_by_kind
+from moe_bsr.model.storage.codecs import Int8Packed
+from moe_bsr.model.storage.exact import EXACT
 from moe_bsr.model.tokens import Tokens
 
 
@@ -49,7 +51,8 @@ class Recompute(torch.autograd.Function):
         x = (ctx.packed.restore() if kept is None else kept.detach()).requires_grad_(needs_x)
         ctx.packed = None
         with torch.enable_grad(), torch.autocast(**ctx.autocast):
-            outputs = _differentiable(*ctx.forward(Tokens(x, ctx.origin, ctx.fused), needs_output=False))
+            again = partial(ctx.forward, needs_output=False)
+            outputs = _differentiable(*run_by_kind(EXACT, again, Tokens(x, ctx.origin, ctx.fused), parameters))
         pairs = [(get_gradient_edge(o), g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
         del outputs  # only their place in the graph is needed
         wanted = [x, *parameters] if needs_x else parameters

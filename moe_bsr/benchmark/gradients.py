@@ -1,0 +1,144 @@
+"""What each storage keeps, and how near its gradients come to the exact ones: one batch of real images, no training.
+
+The heads are fitted to the batch first, on frozen features: of random ones the gradients would say little. All
+storages then see the same network, images and decisions, so that every difference is the storage's.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moe_bsr.benchmark.measure import kept_for_backward
+from moe_bsr.config import Config
+from moe_bsr.config.registry import Choice
+from moe_bsr.data.loader import Batch
+from moe_bsr.data.sampler import MultitaskSampler
+from moe_bsr.model.multitask import MultitaskViT, build
+from moe_bsr.runs import folder as run
+from moe_bsr.runtime.device import Runtime
+from moe_bsr.training.inputs import Inputs
+from moe_bsr.training.update import TrainingStep, training_step
+
+HEAD_STEPS, HEAD_RATE = 20, 0.01
+
+
+@dataclass(frozen=True)
+class Row:
+    """One storage against `exact`.
+
+    Attributes:
+        kept: bytes an image for the backward pass, measured; copies of weights included.
+        cosine, error, norm: of all gradients together; the length of the difference and their own are relative.
+        seconds: of one forward and backward pass.
+    """
+
+    storage: str
+    kept: float
+    cosine: float
+    error: float
+    norm: float
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def prepare(config: Config, runtime: Runtime) -> tuple[Batch, MultitaskViT]:
+    """The first batch of the first task, and the model that would be trained with it, both on the device."""
+    name, file = next(iter(config.task_files().items()))
+    data = run.open_task(config, file)
+    model = runtime.place(build(config, {name: len(data.class_names)}))
+    sampler = MultitaskSampler({name: len(data.train)}, config.train.batch_size, 1, config.sampler, config.seed)
+    inputs = Inputs({name: data}, run.make_transforms(config, model), runtime)
+    batches = inputs.batches(sampler.batches())
+    return inputs.prepare(next(batches)), model
+
+
+def compare(
+    config: Config, runtime: Runtime, model: MultitaskViT, batch: Batch, storages: Sequence[Choice], rounds: int
+) -> list[Row]:
+    """A row for each storage, the first of which the others are compared with.
+
+    Args:
+        model: on the device, of whatever storage. batch: of one task, prepared.
+        rounds: in each of which every storage takes its turn; their median time is told.
+    """
+    _fit_head(model, runtime, batch)
+    step = training_step(model, config, runtime, batch=len(batch.labels), task=batch.task)
+    step.inputs = (batch, (config.seed, 0, 0))
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+    def choose(storage: Choice) -> None:
+        """The model as it was, with this storage."""
+        model.contexts = [replace(c, plan=replace(c.plan, storage=storage)) for c in model.contexts]
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+
+    kept, found = [], []
+    for storage in storages:
+        choose(storage)
+        kept.append(sum(allocation.bytes for allocation in kept_for_backward(step)[0]) / len(batch.labels))
+        choose(storage)
+        found.append(_gradients(step))
+    times: list[list[float]] = [[] for _ in storages]
+    for turn in range(rounds):
+        order = range(len(storages))
+        for place in order if turn % 2 == 0 else reversed(order):
+            choose(storages[place])
+            times[place].append(_time(step))
+    exact, size = found[0], float(found[0].norm())
+    return [
+        Row(
+            str(storage),
+            kept_bytes,
+            float(F.cosine_similarity(gradient, exact, dim=0)),
+            float((gradient - exact).norm()) / size,
+            float(gradient.norm()) / size,
+            statistics.median(seconds),
+        )
+        for storage, kept_bytes, gradient, seconds in zip(storages, kept, found, times, strict=True)
+    ]
+
+
+def _fit_head(model: MultitaskViT, runtime: Runtime, batch: Batch) -> None:
+    """A few steps of Adam on the features of the batch."""
+    with torch.no_grad(), runtime.autocast():
+        tokens, _ = model.forward_features(batch.images, batch.task)
+        features = model.features_from(tokens, batch.task)
+    optimizer = torch.optim.Adam(model.heads[batch.task].parameters(), lr=HEAD_RATE)
+    for _ in range(HEAD_STEPS):
+        optimizer.zero_grad()
+        F.cross_entropy(model.classify(features, batch.task), batch.labels).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+def _gradients(step: TrainingStep) -> Tensor:
+    """Of all that trains, in one."""
+    step.forward()
+    step.backward()
+    found = torch.cat([p.grad.flatten().double() for p in step.trained])
+    _forget(step)
+    return found
+
+
+def _time(step: TrainingStep) -> float:
+    started = time.perf_counter()
+    step.forward()
+    step.backward()
+    if step.runtime.device.type == "cuda":
+        torch.cuda.synchronize(step.runtime.device)
+    taken = time.perf_counter() - started
+    _forget(step)
+    return taken
+
+
+def _forget(step: TrainingStep) -> None:
+    step.clear()
+    step.model.zero_grad(set_to_none=True)

@@ -1,0 +1,100 @@
+"""Codecs: how one activation is kept in fewer bytes. Made from a tensor; `restore()` gives an approximation of it.
+
+A codec with `alike` packs several tensors that are parts of one and must be rounded in the same way.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Packed(Protocol):
+    def restore(self) -> Tensor: ...
+
+
+class BFloat16Packed:
+    """A tensor in bfloat16."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.kept, self.dtype = x.to(torch.bfloat16), x.dtype
+
+    def restore(self) -> Tensor:
+        return self.kept.to(self.dtype)
+
+
+class Int8Packed:
+    """(..., N, D) in int8: symmetric, scaled to the largest magnitude of each channel over the N tokens.
+
+    By channel, because a few channels of a ViT's residual stream are tens of times larger than the rest.
+
+    Args:
+        largest: (..., 1, D) magnitudes to scale to, where x is a part of what shares one scale.
+    """
+
+    def __init__(self, x: Tensor, largest: Tensor | None = None) -> None:
+        self.dtype = x.dtype
+        largest = largest_magnitudes(x) if largest is None else largest
+        # 126, not 127: rounding the scale to bfloat16 can then push no value over the edge.
+        self.scale = (largest / 126).clamp_(min=1e-30).to(torch.bfloat16)
+        self.kept = (x / self.scale).round_().to(torch.int8)
+
+    @classmethod
+    def alike(cls, parts: list[Tensor]) -> list["Int8Packed"]:
+        largest = torch.stack([largest_magnitudes(part) for part in parts]).amax(0)
+        return [cls(part, largest) for part in parts]
+
+    def restore(self) -> Tensor:
+        return self.kept.to(self.dtype).mul_(self.scale)
+
+
+def largest_magnitudes(x: Tensor) -> Tensor:
+    """(..., N, D) -> (..., 1, D)."""
+    return x.abs().amax(-2, keepdim=True)
+
+
+class Float16Packed:
+    """A float32 tensor in float16; a narrower one as it is."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.kept, self.dtype = x.to(torch.float16) if x.dtype == torch.float32 else x, x.dtype
+
+    def restore(self) -> Tensor:
+        return self.kept.to(self.dtype)
+
+
+class Pruned:
+    """The largest magnitudes of each image, in 16 bits, and for every value a bit that says whether it is there.
+
+    Of v values max(1, int(sparsity v)) - 1 become 0; which of equal ones do is left to the sort, so that the bytes do
+    not depend on values.
+
+    Args:
+        x: (B, ..., D), pruned image by image; (R, D) rows of no image, as a whole.
+        parts: the last dimension is cut into, to be pruned one by one.
+    """
+
+    def __init__(self, x: Tensor, sparsity: float, parts: int = 1) -> None:
+        self.dtype, self.shape, self.parts = x.dtype, x.shape, parts
+        groups = len(x) * parts if x.ndim > 2 else parts
+        values = x.unflatten(-1, (parts, -1)).movedim(-2, 1 if x.ndim > 2 else 0).reshape(groups, -1)
+        self.size = values.shape[1]
+        kept = self.size + 1 - max(1, int(sparsity * self.size))
+        places = values.abs().topk(kept, sorted=False).indices.sort(1).values
+        self.values = values.gather(1, places).to(torch.float16 if x.dtype == torch.float32 else x.dtype)
+        present = torch.zeros(groups, -(-self.size // 8) * 8, dtype=torch.uint8, device=x.device)
+        present.scatter_(1, places, torch.ones_like(places, dtype=torch.uint8))
+        self.present = (present.unflatten(1, (-1, 8)) << self._bits()).sum(2, dtype=torch.uint8)
+
+    def restore(self) -> Tensor:
+        present = (self.present.unsqueeze(2) >> self._bits()) & 1
+        present = present.flatten(1)[:, : self.size].bool()
+        values = torch.zeros(present.shape, dtype=self.dtype, device=present.device)
+        values.masked_scatter_(present, self.values.to(self.dtype))
+        cut = (*self.shape[:-1], self.shape[-1] // self.parts)
+        images = len(self.shape) > 2
+        grouped = (cut[0], self.parts, *cut[1:]) if images else (self.parts, *cut)
+        return values.view(grouped).movedim(1 if images else 0, -2).reshape(self.shape)
+
+    def _bits(self) -> Tensor:
+        return torch.arange(8, dtype=torch.uint8, device=self.values.device)

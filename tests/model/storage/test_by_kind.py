@@ -1,0 +1,196 @@
+"""Named saves: what is kept by kind and what is computed again, against plain autograd and against closed forms."""
+
+import pytest
+import torch
+from tiny_models import CLASSES, gradients, make_model, make_vit, normal, plain_autograd, saved_for_backward
+from torch import nn
+from torch.nn import functional as F
+
+from moe_bsr import config as configuration
+from moe_bsr.benchmark.measure import kept_for_backward
+from moe_bsr.config import Config
+from moe_bsr.cost.predict import predict
+from moe_bsr.model.multitask import MultitaskViT
+from moe_bsr.model.storage.by_kind import Table, run_by_kind
+from moe_bsr.ops import keep
+from moe_bsr.ops.linear import activated_linear, linear
+from moe_bsr.ops.norm import layer_norm
+from moe_bsr.runtime.device import prepare
+from moe_bsr.training.update import training_step
+
+IMAGES, SIDE, WIDTH, HEADS, TOKENS = 5, 16, 16, 2, 17
+T = IMAGES * TOKENS * WIDTH  # values of one activation of a token's width
+STATISTICS = 4 * 4 * IMAGES * TOKENS  # bytes of the two norms' means and deviations
+SUMS = 4 * HEADS * IMAGES * TOKENS  # of the attention's log-sums
+SCALES = 2 * IMAGES * WIDTH  # of the scales of one activation in int8
+
+
+def outcome(model, bf16: bool = False) -> dict[str, torch.Tensor]:
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        output = model(normal(6, 3, SIDE, SIDE), "one")
+    (F.cross_entropy(output.logits, torch.arange(6) % 3) + output.auxiliary_loss).backward()
+    return gradients(model) | {"logits": output.logits.detach()}
+
+
+def hooked(model) -> MultitaskViT:
+    """A layer with a hook in the place of one that we know, and one that nobody knows."""
+    model.vit.blocks[1].attn.qkv.register_forward_hook(lambda layer, inputs, y: 1.5 * y)
+    model.vit.blocks[3].mlp.fc1 = nn.Sequential(model.vit.blocks[3].mlp.fc1, nn.Linear(4 * WIDTH, 4 * WIDTH))
+    with torch.no_grad():
+        for i, parameter in enumerate(model.vit.blocks[3].mlp.fc1[1].parameters()):
+            parameter.copy_(0.1 * normal(*parameter.shape, seed=i))
+    return model
+
+
+MODELS = {
+    "dense": {},
+    "experts": {"moe_blocks": (1, 3), "init_noise": 0.1},
+    "lora": {"adapter": {"kind": "lora", "rank": 2}, "train_blocks": ()},
+    "qk-norm": {"kind": "qk-norm"},
+    "layer-scale": {"kind": "layer-scale"},
+    "no class token": {"kind": "average-pool"},
+    "hooks": {"change": hooked},
+}
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_computed_again_is_the_same_to_the_bit(name, bf16):
+    options = dict(MODELS[name])
+    change = options.pop("change", lambda model: model)
+    with plain_autograd():
+        expected = outcome(change(make_model(**options)), bf16)
+    for storage in ("exact", "segments"):
+        found = outcome(change(make_model(storage=storage, **options)), bf16)
+        assert found.keys() == expected.keys()
+        assert [n for n, value in expected.items() if not torch.equal(found[n], value)] == [], storage
+
+
+def kept(storage, batch: int = IMAGES, **plan) -> tuple[dict[str, int], int, int]:
+    """Predicted bytes by section; all of them, predicted and measured."""
+    config = configuration.replace(
+        Config(),
+        storage=storage,
+        runtime__device="cpu",
+        runtime__precision="fp32",
+        runtime__threads=1,
+        plan__train_blocks=plan.get("train", "all"),
+        plan__drop_blocks=[],
+        plan__moe_blocks=[],
+    )
+    model = MultitaskViT(make_vit(), config, CLASSES)
+    cost = predict(model, config, batch=batch, precision="fp32", task="two")
+    step = training_step(model, config, prepare(config.runtime), batch=batch, task="two")
+    measured = sum(allocation.bytes for allocation in kept_for_backward(step)[0])
+    return {name: sum(makers.values()) for name, makers in cost.kept_by_block.items()}, cost.kept, measured
+
+
+def pruned(groups: int, values: int, sparsity: float) -> int:
+    """Bytes of groups of so many values: 16 bits for each that is left, a bit for every one."""
+    return groups * (2 * (values + 1 - max(1, int(sparsity * values))) + -(-values // 8))
+
+
+IMAGE = TOKENS * WIDTH  # values of an activation of one image
+SPARSE = 7 * pruned(IMAGES, IMAGE, 0.9) + pruned(IMAGES, IMAGE, 0.9)
+BY_FORMULA = {
+    "exact": 10 * 4 * T + STATISTICS + SUMS,
+    "segments": 3 * 4 * T + STATISTICS + SUMS,
+    "segments_int8": 3 * (T + SCALES) + STATISTICS,
+    "back_razor": SPARSE + 2 * 4 * T + STATISTICS,
+}
+
+
+@pytest.mark.parametrize("storage", BY_FORMULA)
+def test_a_trained_block_keeps_what_its_formula_says(storage):
+    """Of exact: inputs of two norms, queries, keys and values, the attention's result, four widths of hidden values."""
+    by_block, predicted, measured = kept(storage)
+    assert by_block["block 1"] == by_block["block 2"] == BY_FORMULA[storage]
+    assert predicted == pytest.approx(measured, abs=64)
+
+
+def test_a_frozen_block_on_the_path_keeps_as_much_as_one_that_trains():
+    by_block, predicted, measured = kept("exact", train=[0])
+    assert by_block["block 1"] == BY_FORMULA["exact"]
+    assert predicted == pytest.approx(measured, abs=64)
+
+
+def test_operations_name_all_that_they_keep():
+    """Whatever of a block is as wide as a token or wider is kept under one of the five names."""
+    named = []
+
+    class Seen:
+        reruns_products = False
+        derive = is_coarse = lambda *_: None
+
+        def keep(self, kind, x):
+            named.append((kind, x.data_ptr()))
+
+        def keep_alike(self, kind, parts):
+            named.extend((kind, part.data_ptr()) for part in parts)
+
+    model = make_model(train_blocks="all", drop_blocks=(), moe_blocks=(1,))
+    with plain_autograd(), keep.keeping(Seen()):
+        saved = saved_for_backward(lambda: model.run_block(1, model.run_block(0, *_tokens(model)), "one"))
+    weights = {p.data_ptr() for p in model.parameters()}
+    wide = {t.data_ptr() for t in saved if t.is_floating_point() and t.shape[-1] >= WIDTH}
+    assert wide - weights == {pointer for _, pointer in named}
+    assert {kind for kind, _ in named} == set(keep.KINDS)
+
+
+def _tokens(model):
+    with torch.no_grad():
+        model.path_start = 0
+        tokens, _ = model.forward_features(normal(IMAGES, 3, SIDE, SIDE), "one")
+    tokens.x.requires_grad_()
+    return tokens, "one"
+
+
+class Halved:
+    """A codec whose mistake is plain to see."""
+
+    def __init__(self, x):
+        self.kept = 0.5 * x
+
+    def restore(self):
+        return self.kept
+
+
+@pytest.mark.parametrize("kind", [keep.NORM_INPUTS, keep.LINEAR_INPUTS, keep.ACTIVATION_INPUTS])
+def test_a_codec_is_used_for_its_kind_alone(kind):
+    """norm -> linear -> activation and linear: gradients of all, with one kind halved for the backward pass."""
+    x, gamma = normal(3, 4, WIDTH).requires_grad_(), nn.Parameter(1 + normal(WIDTH, seed=1))
+    first, second = (nn.Parameter(normal(WIDTH, WIDTH, seed=seed)) for seed in (2, 3))
+
+    def forward(x):
+        y = linear(layer_norm(x, gamma, None, 1e-6), first, None)
+        return activated_linear(nn.GELU(), y, second, None).square().sum()
+
+    def found(table):
+        return torch.autograd.grad(run_by_kind(table, forward, x, []), (x, gamma, first, second))
+
+    exact = found(Table(reruns=False))
+    halved = found(Table({kind: Halved}, reruns=False))
+    changed = [not torch.equal(a, b) for a, b in zip(exact, halved, strict=True)]
+    assert (
+        changed
+        == {
+            keep.NORM_INPUTS: [True, True, False, False],
+            keep.LINEAR_INPUTS: [False, False, True, False],
+            keep.ACTIVATION_INPUTS: [True, True, True, True],
+        }[kind]
+    )
+    if kind == keep.LINEAR_INPUTS:
+        torch.testing.assert_close(halved[2], 0.5 * exact[2])
+
+
+def test_a_result_changed_in_place_is_kept_as_it_became():
+    x, weight = normal(3, 4, WIDTH).requires_grad_(), nn.Parameter(normal(WIDTH, WIDTH, seed=1))
+
+    def forward(x):
+        y = layer_norm(x, None, None, 1e-6)
+        with torch.no_grad():
+            y.mul_(2)
+        return linear(y, weight, None).square().sum()
+
+    expected = torch.autograd.grad(forward(x), weight)
+    assert torch.equal(torch.autograd.grad(run_by_kind(Table(), forward, x, []), weight)[0], expected[0])
