@@ -30,6 +30,7 @@ class BackboneConfig:
 @dataclass(kw_only=True, slots=True)
 class PlanConfig:
     train_blocks: Literal["all"] | list[int] = field(default_factory=lambda: [3, 7, 11])
+    train_weights: Literal["all", "proj", "bias", "norm"] = "all"
     drop_blocks: list[int] = field(default_factory=lambda: [3, 6, 9])
     keep_rate: float | list[float] = 0.5
     moe_blocks: list[int] = field(default_factory=lambda: [3, 7, 11])
@@ -52,6 +53,12 @@ class PlanConfig:
             "plan.keep_rate",
             self.keep_rate,
             f"one number, or one for each of plan.drop_blocks = {self.drop_blocks}",
+        )
+        require(
+            self.train_weights == "all" or not self.moe_blocks,
+            "plan.train_weights",
+            self.train_weights,
+            f"all with plan.moe_blocks = {self.moe_blocks}, whose experts would never learn; or set plan.moe_blocks=[]",
         )
         if self.train_blocks != "all":
             frozen = sorted(set(self.moe_blocks) - set(self.train_blocks))
