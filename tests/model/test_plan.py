@@ -197,7 +197,9 @@ def test_of_a_block_only_the_weights_chosen_train(which, indices):
         "proj": ["attn.proj.weight", "attn.proj.bias"],
         "bias": [f"{name}.bias" for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "norm1", "norm2")]
         + ["attn.q_norm.bias", "attn.k_norm.bias"],
-        "norm": [f"{name}.{p}" for name in ("norm1", "norm2", "attn.q_norm", "attn.k_norm") for p in ("weight", "bias")],
+        "norm": [
+            f"{name}.{p}" for name in ("norm1", "norm2", "attn.q_norm", "attn.k_norm") for p in ("weight", "bias")
+        ],
     }[which]
     blocks = range(DEPTH) if indices == "all" else indices
     final = {"norm.bias"} if which == "bias" else {"norm.weight", "norm.bias"}
