@@ -19,7 +19,6 @@ from moe_bsr.model.adapters import ADAPTERS
 from moe_bsr.model.storage import STORAGES
 from moe_bsr.model.tokens import count_kept
 
-
 NORMS = (nn.LayerNorm, nn.RMSNorm, timm_layers.RmsNorm, timm_layers.SimpleNorm)
 
 
