@@ -283,6 +283,7 @@ class Config:
             ("train.cutmix", self.train.cutmix, 0.0),
             ("train.class_weights", self.train.class_weights, "none"),
             ("train.task_weighting", self.train.task_weighting, "fixed"),
+            ("train.step_in_backward", self.train.step_in_backward, False),
             ("sampler.classes", self.sampler.classes, "natural"),
         ):
             require(
@@ -295,6 +296,12 @@ class Config:
             value = getattr(self.train, key)
             only = "0 with data.feature_cache_mb: what the frozen blocks make of a mixed image is new each time"
             require(not value or self.data.feature_cache_mb is None, f"train.{key}", value, only)
+        require(
+            not self.train.step_in_backward or self.sampler.kind != "joint",
+            "train.step_in_backward",
+            self.train.step_in_backward,
+            "false with sampler.kind = joint, which adds up the gradients of several tasks",
+        )
         weighting = self.train.task_weighting
         require(
             weighting == "fixed" or self.mode == "multitask",

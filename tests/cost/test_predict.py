@@ -63,6 +63,12 @@ def test_sections_of_every_kind_of_backbone_add_up(plan, kind):
     assert_equal(*both(make_config(plan), kind))
 
 
+IN_BACKWARD = [
+    {"train__step_in_backward": True, "train__grad_clip_norm": None, "train__optimizer": optimizer, "storage": storage}
+    for optimizer, storage in (("adamw", "exact"), ("sgd", "recompute"), ("adamw8", "int8"))
+]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -70,6 +76,8 @@ def test_sections_of_every_kind_of_backbone_add_up(plan, kind):
         {"adapter": [{"kind": "lora", "layers": ["attn.proj", "mlp.fc2"], "freeze_a": True, "blocks": [0, 2]}]},
         {"adapter": {"kind": "adaptformer", "width": 4}, "runtime__precision": "bf16"},
         {"train__optimizer": "sgd", "train__ema_decay": 0.9},
+        {"train__optimizer": "adamw8", "train__ema_decay": 0.9},
+        *IN_BACKWARD,
         {"moe__router": "task_conditioned"},
         {"moe__gate_noise": 1.0, "storage": "recompute"},
         {"moe__balance_loss": "none"},
