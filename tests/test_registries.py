@@ -77,7 +77,9 @@ def test_an_update_moves_what_was_declared_and_the_checkpoint_gives_it_back(regi
     after = state_of(trainer.model)
     assert after.keys() == before.keys()
     moved = {name for name in parameters if not torch.equal(before[name], after[name])}
-    assert moved == declared(trainer.model, trainer.sampler.tasks(0))
+    # Behind zeros nothing has a gradient yet, and biases do not decay.
+    still = {name for name in parameters if name.endswith("beside_ffn.down.bias")}
+    assert moved | still == declared(trainer.model, trainer.sampler.tasks(0))
     assert any(name.startswith("heads.") for name in moved) and len(moved) < len(parameters)
 
     loaded = moe_bsr.load(tmp_path / "run", "last")

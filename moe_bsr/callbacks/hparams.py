@@ -39,11 +39,12 @@ def choices(config: Config, report: Mapping[str, Any]) -> dict[str, str | float]
     """
     plan, moe, data = config.plan, config.moe, config.data
     keeps = plan.keep_rate if isinstance(plan.keep_rate, list) else [plan.keep_rate] * bool(plan.drop_blocks)
+    trained = plan.train_blocks if plan.train_blocks == "all" else _listed(plan.train_blocks)
     found = {
         "with adapter": _listed_parts(config.adapter),
         "images augmented": "cropped and mirrored" if data.augment else "no",
         "backbone": f"{config.backbone.name} ({config.backbone.weights})",
-        "blocks trained": plan.train_blocks if plan.train_blocks == "all" else _listed(plan.train_blocks),
+        "blocks trained": trained if plan.train_weights == "all" else f"{trained} ({plan.train_weights})",
         "drop in blocks": _listed(plan.drop_blocks),
         "drop keeps": _listed(keeps),
         "expert blocks": _listed(plan.moe_blocks),

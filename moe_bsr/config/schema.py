@@ -30,6 +30,7 @@ class BackboneConfig:
 @dataclass(kw_only=True, slots=True)
 class PlanConfig:
     train_blocks: Literal["all"] | list[int] = field(default_factory=lambda: [3, 7, 11])
+    train_weights: Literal["all", "proj", "bias", "norm"] = "all"
     drop_blocks: list[int] = field(default_factory=lambda: [3, 6, 9])
     keep_rate: float | list[float] = 0.5
     moe_blocks: list[int] = field(default_factory=lambda: [3, 7, 11])
@@ -52,6 +53,12 @@ class PlanConfig:
             "plan.keep_rate",
             self.keep_rate,
             f"one number, or one for each of plan.drop_blocks = {self.drop_blocks}",
+        )
+        require(
+            self.train_weights == "all" or not self.moe_blocks,
+            "plan.train_weights",
+            self.train_weights,
+            f"all with plan.moe_blocks = {self.moe_blocks}, whose experts would never learn; or set plan.moe_blocks=[]",
         )
         if self.train_blocks != "all":
             frozen = sorted(set(self.moe_blocks) - set(self.train_blocks))
@@ -278,6 +285,7 @@ class Config:
             ("train.cutmix", self.train.cutmix, 0.0),
             ("train.class_weights", self.train.class_weights, "none"),
             ("train.task_weighting", self.train.task_weighting, "fixed"),
+            ("train.step_in_backward", self.train.step_in_backward, False),
             ("sampler.classes", self.sampler.classes, "natural"),
         ):
             require(
@@ -290,6 +298,12 @@ class Config:
             value = getattr(self.train, key)
             only = "0 with data.feature_cache_mb: what the frozen blocks make of a mixed image is new each time"
             require(not value or self.data.feature_cache_mb is None, f"train.{key}", value, only)
+        require(
+            not self.train.step_in_backward or self.sampler.kind != "joint",
+            "train.step_in_backward",
+            self.train.step_in_backward,
+            "false with sampler.kind = joint, which adds up the gradients of several tasks",
+        )
         weighting = self.train.task_weighting
         require(
             weighting == "fixed" or self.mode == "multitask",

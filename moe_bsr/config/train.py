@@ -20,7 +20,8 @@ class TrainConfig:
     batch_size: int = 32
     grad_accumulation_steps: int = 1
     exchange: Literal["fp32", "bf16"] = "fp32"
-    optimizer: Literal["sgd", "adamw", "lbfgs"] = "adamw"
+    optimizer: Literal["sgd", "adamw", "adamw8", "lbfgs"] = "adamw"
+    step_in_backward: bool = False
     penalty: Literal["best", "mild"] | float = "best"
     lr: float = 1e-3
     schedule: Literal["cosine", "constant_then_decay"] = "cosine"
@@ -109,6 +110,14 @@ class TrainConfig:
             self.grad_clip_norm,
             "null or above 0",
         )
+        for key, alone in (("grad_clip_norm", None), ("grad_accumulation_steps", 1)):
+            value = getattr(self, key)
+            require(
+                not self.step_in_backward or value == alone,
+                f"train.{key}",
+                value,
+                f"{'null' if alone is None else alone} with train.step_in_backward = true: gradients do not wait",
+            )
         require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "[0, 1)")
         for key in ("mixup", "cutmix"):
             value = getattr(self, key)

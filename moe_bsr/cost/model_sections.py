@@ -21,7 +21,8 @@ from moe_bsr.model.multitask import MultitaskViT, Output
 from moe_bsr.model.tokens import Tokens
 from moe_bsr.ops.experts import assume_rows
 from moe_bsr.runtime.device import Runtime
-from moe_bsr.training.optim import MovingAverage, make_optimizer
+from moe_bsr.training.optim import optimizer_of, state_of
+from moe_bsr.training.step_in_backward import StepInBackward
 from moe_bsr.training.update import OptimizerUpdate, multitask_update
 
 NOISE_KEY = (0, 0, 0)
@@ -45,9 +46,7 @@ class Setting:
     rows: Callable[[int], Callable[[int, int, int], list[int]]]
 
     @contextlib.contextmanager
-    def tracing(
-        self, modules: dict[str, nn.Module], with_gradient: Collection[str] = ()
-    ) -> Iterator[tuple[Tracer, dict[str, nn.Parameter]]]:
+    def tracing(self, modules: dict[str, nn.Module], with_gradient: Collection[str] = ()) -> Iterator["Traced"]:
         """A region in which the modules are fake and memory is followed.
 
         Args:
@@ -56,8 +55,48 @@ class Setting:
         with fake_tensors(), fake_parameters(modules, self.runtime.device, self.dtype) as parameters:
             for name in with_gradient:
                 parameters[name].grad = empty(parameters[name].shape, parameters[name].dtype, self.runtime.device)
+            stepper = self._stepper(parameters.values())  # with state, which is no part of what follows
             with Tracer(self.runtime.device, self.scratch, parameters.values()) as tracer:
-                yield tracer, parameters
+                yield Traced(tracer, parameters, with_gradient, stepper)
+
+    def _stepper(self, parameters: Iterable[nn.Parameter]) -> StepInBackward | None:
+        """What takes the optimizer's steps within a section's backward pass, as in a run that has begun."""
+        trained, settings = [p for p in parameters if p.requires_grad], self.config.train
+        if not settings.step_in_backward or not trained:
+            return None
+        optimizer = optimizer_of([{"params": trained}], settings)
+        for p in trained:
+            state = state_of(optimizer, p)
+            optimizer.state[p] = {key: empty(t.shape, t.dtype, self.runtime.device) for key, t in state.items()}
+        return StepInBackward(optimizer)
+
+
+@dataclass(slots=True)
+class Traced:
+    """A section while it is traced.
+
+    Attributes:
+        parameters: by name. with_gradient: names of those that had a gradient before.
+        stepper: updates them in the backward pass, if that is how the run does it.
+    """
+
+    tracer: Tracer
+    parameters: dict[str, nn.Parameter]
+    with_gradient: Collection[str]
+    stepper: StepInBackward | None
+
+    def backward(self, result: Tensor) -> None:
+        with contextlib.nullcontext() if self.stepper is None else self.stepper.active():
+            torch.autograd.backward(result, torch.empty_like(result))
+
+    def gradients(self) -> tuple[list[Allocation], frozenset[str]]:
+        """Gradients that are new and there, and the names of all parameters that have or had one."""
+        if self.stepper is not None:
+            moved = set(map(id, self.stepper.stepped))
+            return [], frozenset(name for name, p in self.parameters.items() if id(p) in moved)
+        trained = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        new = [self.tracer.allocation(grad) for name, grad in trained.items() if name not in self.with_gradient]
+        return new, frozenset(trained)
 
 
 Modules = dict[str, nn.Module]
@@ -91,13 +130,14 @@ _BEHIND_BLOCKS = ("norm", "fc_norm", "head_drop", "head", "attn_pool")
 def trace_embedding(setting: Setting, modules: Modules, with_gradient: Collection[str]) -> Section:
     """From images to the first block's tokens, and back if the embedding trains."""
     model, side = setting.model, setting.model.vit.patch_embed.img_size[0]
-    with setting.tracing(modules, with_gradient) as (tracer, parameters):
+    with setting.tracing(modules, with_gradient) as traced:
+        tracer = traced.tracer
         border = Border(tracer)
         images = empty((setting.batch, 3, side, side), torch.float32, setting.runtime.device)
         tracer.phase = "forward"
         with _starting_at(model, 0), setting.runtime.autocast():
             end = [model.forward_features(images)[0], None]
-        return _finish_block(tracer, border, parameters, with_gradient, end, [])
+        return _finish_block(traced, border, end, [])
 
 
 def trace_block(
@@ -106,9 +146,10 @@ def trace_block(
     """One block's forward pass, and its backward if the gradient path goes through it."""
     model, on_path = setting.model, index >= setting.model.path_start
     with (
-        setting.tracing(modules, with_gradient) as (tracer, parameters),
+        setting.tracing(modules, with_gradient) as traced,
         assume_rows(setting.rows(index)),
     ):
+        tracer = traced.tracer
         border = Border(tracer)
         tokens = _bring_tokens(border, stream)
         inputs = [tracer.allocation(t) for t in (tokens.x, tokens.origin)]
@@ -119,7 +160,7 @@ def trace_block(
         end = [tokens, records.pop(index, None)]
         del tokens
         balances = model.balance.kind != "none"
-        return _finish_block(tracer, border, parameters, with_gradient, end, inputs, balances)
+        return _finish_block(traced, border, end, inputs, balances)
 
 
 def _bring_tokens(border: Border, stream: Stream) -> Tokens:
@@ -131,10 +172,8 @@ def _bring_tokens(border: Border, stream: Stream) -> Tokens:
 
 
 def _finish_block(
-    tracer: Tracer,
+    traced: Traced,
     border: Border,
-    parameters: dict[str, nn.Parameter],
-    with_gradient: Collection[str],
     end: list[Tokens | Record | None],
     inputs: list[Allocation],
     balances: bool = False,
@@ -145,7 +184,7 @@ def _finish_block(
         end: the tokens and the record; emptied, so that nobody else holds them.
         balances: whether the loss looks at what a block's routers did.
     """
-    record, tokens = end.pop(), end.pop()
+    tracer, record, tokens = traced.tracer, end.pop(), end.pop()
     routing = None if record is None else record.routing
     x, origin = tokens.x, tokens.origin
     stream = Stream(tuple(x.shape), x.dtype, x.requires_grad, (tuple(origin.shape), origin.stride()), tokens.fused)
@@ -164,10 +203,10 @@ def _finish_block(
     kept, gradients = list(tracer.alive) if result is not None else [], []
     if result is not None:
         tracer.phase = "backward"
-        torch.autograd.backward(result, torch.empty_like(result))
+        traced.backward(result)
         tracer.phase = "after"
         del result
-        gradients, about["trained"] = _gradients(tracer, parameters, with_gradient)
+        gradients, about["trained"] = traced.gradients()
         about["gradient_in"], about["routing_in"] = border.arrived[:1], border.arrived[1:]
     left = [tracer.allocation(t) for t in border.left if t is not None]
     return summarize(
@@ -184,17 +223,6 @@ def _finish_block(
     )
 
 
-def _gradients(
-    tracer: Tracer, parameters: dict[str, nn.Parameter], with_gradient: Collection[str]
-) -> tuple[list[Allocation], frozenset[str]]:
-    """Gradients that are new, and the names of all parameters that have one."""
-    trained = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-    return (
-        [tracer.allocation(grad) for name, grad in trained.items() if name not in with_gradient],
-        frozenset(trained),
-    )
-
-
 def trace_head(
     setting: Setting,
     modules: Modules,
@@ -208,9 +236,10 @@ def trace_head(
     Args:
         routing: of each block that routes: whether its importance and load require a gradient.
     """
-    with setting.tracing(modules) as (tracer, parameters):
+    with setting.tracing(modules) as traced:
+        tracer = traced.tracer
         border = Border(tracer)
-        update, inputs = _head_update(setting, border, parameters.values(), task, stream, routing)
+        update, inputs = _head_update(setting, border, traced, task, stream, routing)
         update.forward(inputs, NOISE_KEY)
         update.output = None
         kept = Counter()
@@ -219,15 +248,16 @@ def trace_head(
         # Slots are numbered in the order in which they were brought.
         kept_slots = tuple(i for i, a in enumerate(border.imported) if a in tracer.alive)
         update.clear()
-    with setting.tracing(modules, with_gradient) as (tracer, parameters):
+    with setting.tracing(modules, with_gradient) as traced:
+        tracer = traced.tracer
         border = Border(tracer)
-        update, batch = _head_update(setting, border, parameters.values(), task, stream, routing)
+        update, batch = _head_update(setting, border, traced, task, stream, routing)
         inputs = list(border.imported)
         tracer.phase = "forward"
         update.forward(batch, NOISE_KEY)
         tracer.phase = "backward"
         update.backward()
-        gradients, trained = _gradients(tracer, parameters, with_gradient)
+        gradients, trained = traced.gradients()
         tracer.phase = "clear"
         update.clear()
         x, *balance = border.left
@@ -251,7 +281,7 @@ def trace_head(
 def _head_update(
     setting: Setting,
     border: Border,
-    parameters: Iterable[nn.Parameter],
+    traced: Traced,
     task: str,
     stream: Stream,
     routing: list[tuple[bool, ...]],
@@ -270,8 +300,9 @@ def _head_update(
         _BehindBlocks(setting.model, [(tokens, records)]),
         replace(setting.config.train, task_weighting="fixed"),  # learned weights are a few bytes
         setting.runtime,
-        torch.optim.SGD(parameters, lr=1.0),
+        torch.optim.SGD(traced.parameters.values(), lr=1.0),
     )
+    update.stepper = traced.stepper
     return update, Batch(task, np.arange(setting.batch), None, labels)
 
 
@@ -303,47 +334,3 @@ def _starting_at(model: MultitaskViT, block: int) -> Iterator[None]:
         yield
     finally:
         model.path_start = before
-
-
-@dataclass(slots=True)
-class Update:
-    """Attributes:
-    state, average: bytes of the optimizer's state and of the parameters' moving average.
-    rise: most bytes alive in an update over those at its start.
-    """
-
-    state: int
-    average: int
-    rise: int
-
-
-def trace_update(setting: Setting, stepped: Collection[str], with_gradient: Collection[str]) -> Update:
-    """Clipping, the optimizer, the moving average.
-
-    Args:
-        stepped: names of parameters that had an update before. with_gradient: of those that have a gradient now.
-    """
-    model, settings = setting.model, setting.config.train
-    with setting.tracing(dict(model.named_modules())) as (tracer, parameters):
-        average = None if settings.ema_decay is None else MovingAverage(model, settings.ema_decay)
-        held = sum(a.size for a in tracer.alive)
-        optimizer = make_optimizer(model, settings)
-        update = multitask_update(model, settings, setting.runtime, optimizer, average)
-        state = 0
-        for phase, names in (("first", stepped), ("optimizer", with_gradient)):
-            tracer.phase = "outside"
-            for name in names:
-                parameters[name].grad = torch.empty_like(parameters[name])
-            update.trained = [p for p in parameters.values() if p.grad is not None]
-            tracer.phase = phase
-            if phase == "optimizer":
-                start = len(tracer.trace.changes)
-            update.step()
-            if phase == "first":
-                state = sum(a.size for a in tracer.alive) - held
-        changes = [c for c in tracer.trace.changes[start:] if c[2].phase == "optimizer"]
-    live = rise = 0
-    for _, made, allocation in changes:
-        live += allocation.bytes if made else -allocation.bytes
-        rise = max(rise, live)
-    return Update(state, held, rise)

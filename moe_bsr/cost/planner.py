@@ -166,6 +166,12 @@ def _alternatives(
         )
     faithful = [name for name in STORAGES if name != config.storage and not STORAGES[name].coarse]
     options += [(f"store {name}", {"storage": name}) for name in faithful]
+    if config.train.optimizer == "adamw":
+        options.append(("keep moments in 8 bits", {"train.optimizer": "adamw8"}))
+    if not config.train.step_in_backward:
+        options.append(
+            ("step in the backward pass, unclipped", {"train.step_in_backward": True, "train.grad_clip_norm": None})
+        )
     if precision == "fp32":
         options.append(("compute in bf16", {"runtime.precision": "bf16"}))
     if plan.moe_blocks and config.moe.mlp_ratio > 1:
@@ -187,4 +193,5 @@ def _alternatives(
 
 
 def _yaml(value: Any) -> str:
-    return str(value).replace(" ", "")
+    named = {True: "true", None: "null"}
+    return named[value] if value is None or value is True else str(value).replace(" ", "")

@@ -21,17 +21,16 @@ from moe_bsr.cost.expert_rows import largest_share, unequal_rows
 from moe_bsr.cost.fingerprint import fingerprint
 from moe_bsr.cost.model_sections import (
     Setting,
-    Update,
     modules_of_sections,
     of_task,
     trace_block,
     trace_embedding,
     trace_head,
-    trace_update,
 )
 from moe_bsr.cost.sections import Section, standing_in
 from moe_bsr.cost.timeline import Placed, Timeline
 from moe_bsr.cost.trace import WEIGHT_COPY
+from moe_bsr.cost.update_section import Update, trace_update
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.runtime import cpu_features as cpu
 from moe_bsr.runtime.device import Runtime, find_device
@@ -179,7 +178,8 @@ class _Step:
         )
         self.modules = modules_of_sections(model)
         kernels = ops.is_reference(), cpu.mkl_is_slow(), cpu.bf16_instructions(), cpu.onednn_has_bf16()
-        self.key = (batch, device, precision, threads, scratch, kernels, repr(config.tokens))
+        moves = config.train.step_in_backward and (config.train.optimizer, config.train.momentum)
+        self.key = (batch, device, precision, threads, scratch, kernels, repr(config.tokens), moves)
 
     def _share(self, index: int) -> float:
         moe = self.setting.config.moe

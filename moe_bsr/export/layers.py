@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from moe_bsr.config import ConfigError
 from moe_bsr.export.graph import Graph
 from moe_bsr.model import layers as own_layers
+from moe_bsr.model.adapters.adaptformer import AdaptFormer
 from moe_bsr.model.adapters.lora import LoRALinear
 
 INACTIVE = (nn.Identity, nn.Dropout, timm_layers.DropPath, timm_layers.PatchDropout)  # in evaluation
@@ -121,6 +122,14 @@ def feed_forward(g: Graph, mlp: nn.Module, x: str, names: Names) -> str:
     else:
         raise unknown(mlp, names)
     return linear(g, mlp.fc2, norm(g, mlp.norm, x, names / "norm"), names / "fc2")
+
+
+def beside_ffn(g: Graph, layer: nn.Module, x: str, names: Names) -> str:
+    """What an adapter adds to the FFN's output, (B, N, D) -> (B, N, D)."""
+    if type(layer) is not AdaptFormer:
+        raise unknown(layer, names)
+    x = g.op("Relu", linear(g, layer.down, x, names / "down"))
+    return g.op("Mul", linear(g, layer.up, x, names / "up"), g.constant(layer.scale, np.float32))
 
 
 def layer_scale(g: Graph, layer: nn.Module, x: str, names: Names) -> str:

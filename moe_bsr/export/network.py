@@ -18,6 +18,7 @@ from moe_bsr.export import layers
 from moe_bsr.export.graph import Graph
 from moe_bsr.export.layers import Names, tokens_from
 from moe_bsr.export.mixture import mixture
+from moe_bsr.model.adapters import BESIDE_FFN
 from moe_bsr.model.moe import MoE
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.model.tokens import count_kept
@@ -126,7 +127,10 @@ def _block(g: Graph, part: Part, index: int, stream: Stream) -> Stream:
         y = mixture(g, layer.mlp, x, model.vit.embed_dim, part.task, names / "mlp", experts)
     else:
         y = layers.feed_forward(g, layer.mlp, x, names / "mlp")
-    x = g.op("Add", stream.x, layers.layer_scale(g, layer.ls2, y, names / "ls2"))
+    y = layers.layer_scale(g, layer.ls2, y, names / "ls2")
+    if (beside := getattr(layer, BESIDE_FFN, None)) is not None:
+        y = g.op("Add", y, layers.beside_ffn(g, beside, stream.x, names / BESIDE_FFN))
+    x = g.op("Add", stream.x, y)
     return Stream(x, stream.count, stream.fused)
 
 

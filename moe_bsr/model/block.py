@@ -10,6 +10,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor
 
 from moe_bsr.config import TokensConfig
+from moe_bsr.model.adapters import BESIDE_FFN
 from moe_bsr.model.layers import Mlp, feed_forward, has_hooks
 from moe_bsr.model.moe import MoE, Routing
 from moe_bsr.model.plan import BlockPlan
@@ -68,7 +69,9 @@ def forward(
     if drops:
         tokens, record.dropped = drop(tokens, *scores, plan.keep_rate, context.prefix, context.tokens, replay)
     y, record.routing = _feed_forward(block, block.norm2(tokens.x), task, replay, noise_key, needs_output)
-    return tokens.add(block.drop_path2(block.ls2(y))), record
+    y = block.drop_path2(block.ls2(y))
+    beside = getattr(block, BESIDE_FFN, None)
+    return tokens.add(y if beside is None else y + beside(tokens.x)), record
 
 
 def _feed_forward(

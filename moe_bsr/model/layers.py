@@ -24,6 +24,10 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
+    def activated(self, act: nn.Module, x: Tensor, needs_output: bool = True) -> Tensor:
+        """The layer of act(x), for whose backward pass x alone is kept: (..., in) -> (..., out)."""
+        return activated_linear(act, x, self.weight, self.bias, needs_output)
+
 
 class LayerNorm(timm_layers.LayerNorm):
     """Over the last dimension, in the type of x; under a GPU's autocast timm's own, which knows what type it leaves."""
@@ -57,8 +61,8 @@ class Mlp(timm_layers.Mlp):
 def feed_forward(mlp: Mlp, x: Tensor, needs_output: bool = True) -> Tensor:
     """`Mlp.forward` as a function, which lets go of x once it is used: a module's call would hold it to the end."""
     x = mlp.fc1(x)
-    if torch.is_grad_enabled() and isinstance(mlp.norm, nn.Identity) and is_plain(mlp.fc2):
-        return activated_linear(mlp.act, x, mlp.fc2.weight, mlp.fc2.bias, needs_output)
+    if torch.is_grad_enabled() and isinstance(mlp.norm, nn.Identity) and takes_activation(mlp.fc2):
+        return mlp.fc2.activated(mlp.act, x, needs_output)
     x = mlp.act(x)
     return mlp.fc2(mlp.norm(x))
 
@@ -118,6 +122,6 @@ def has_hooks(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
-def is_plain(layer: nn.Module) -> bool:
-    """Whether calling the layer is our product and nothing else: nobody has wrapped it or hooked into it."""
-    return type(layer) is Linear and not has_hooks(layer)
+def takes_activation(layer: nn.Module) -> bool:
+    """Whether the layer can be handed the activation before it: its own class says how, and nobody hooked into it."""
+    return "activated" in vars(type(layer)) and not has_hooks(layer)

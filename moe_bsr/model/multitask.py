@@ -57,6 +57,7 @@ class MultitaskViT(nn.Module):
         plan: what each block is.
         path_start: the first block whose backward pass must run, or that asks for the task; the depth if none does.
         trained_tasks: all, or those of `train.only`.
+        adapter_parameters: by the block they were added to; some may be frozen.
         replaced: names of frozen backbone parameters that have other values than the backbone's file.
         log_variances: of the tasks' losses, where training learns how to weigh them; a scalar for each task.
         init_from: the run, step and sha256 of the weights it started from, if from a run's.
@@ -97,10 +98,12 @@ class MultitaskViT(nn.Module):
         if not config.moe.train_router:
             for index in config.plan.moe_blocks:
                 vit.blocks[index].mlp.router.requires_grad_(False)
+        self.adapter_parameters: dict[int, list[nn.Parameter]] = {}
         for index, plan in enumerate(self.plan):
             if plan.adapter is not None:
-                adapter = ADAPTERS[plan.adapter.kind]
-                adapter.attach(vit.blocks[index], plan.adapter.options, (config.seed, "adapter", index))
+                attach = ADAPTERS[plan.adapter.kind].attach
+                seed = (config.seed, "adapter", index)
+                self.adapter_parameters[index] = attach(vit.blocks[index], plan.adapter.options, seed)
         self.balance = Balance(config.moe, self.tasks, sorted(config.plan.moe_blocks))
         self.head_blocks = sorted(config.plan.head_blocks)
         require(
@@ -308,6 +311,7 @@ class MultitaskViT(nn.Module):
 
     def _unchanged_by_plan(self) -> set[str]:
         new = {id(p) for layer in self.vit.blocks if isinstance(layer.mlp, MoE) for p in layer.mlp.parameters()}
+        new |= {id(p) for added in self.adapter_parameters.values() for p in added}
         return {f"vit.{name}" for name, p in self.vit.named_parameters() if not p.requires_grad and id(p) not in new}
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from timm import layers as timm_layers
 from torch import nn
 
 from moe_bsr.config import Config, ConfigError, PlanConfig, require
@@ -18,6 +19,8 @@ from moe_bsr.model.adapters import ADAPTERS
 from moe_bsr.model.storage import STORAGES
 from moe_bsr.model.tokens import count_kept
 
+NORMS = (nn.LayerNorm, nn.RMSNorm, timm_layers.RmsNorm, timm_layers.SimpleNorm)
+
 
 @dataclass(frozen=True, slots=True)
 class BlockPlan:
@@ -25,6 +28,7 @@ class BlockPlan:
 
     Attributes:
         trainable: whether its own parameters train.
+        weights: which of them then do, see `freeze`.
         keep_rate: share of the tokens kept after its attention, in (0, 1]; 1 drops none.
         moe: whether its FFN is a mixture of experts.
         adapter: what is added to it, if anything.
@@ -36,6 +40,7 @@ class BlockPlan:
     moe: bool = False
     adapter: Choice | None = None
     storage: Choice = Choice("exact")
+    weights: str = "all"
 
 
 def make_plan(config: Config, depth: int) -> list[BlockPlan]:
@@ -62,7 +67,12 @@ def make_plan(config: Config, depth: int) -> list[BlockPlan]:
     adapters = choices_of_blocks(ADAPTERS, config.adapter, depth, default=None)
     return [
         BlockPlan(
-            everything or i in plan.train_blocks, keep.get(i, 1.0), i in plan.moe_blocks, adapters[i], storages[i]
+            everything or i in plan.train_blocks,
+            keep.get(i, 1.0),
+            i in plan.moe_blocks,
+            adapters[i],
+            storages[i],
+            plan.train_weights if everything or i in plan.train_blocks else "all",
         )
         for i in range(depth)
     ]
@@ -106,16 +116,38 @@ def freeze(vit: nn.Module, config: PlanConfig) -> None:
 
     "all" trains everything; a list of blocks trains every parameter of those blocks and the final norm;
     an empty list trains nothing here (the heads, which are not part of `vit`, always train).
+
+    `train_weights` other than "all" is of those blocks and the final norm, and leaves the embedding frozen:
+
+    * "proj": the projection after the attention, and the final norm (APLA, Sorkhei et al. 2025, arXiv 2503.11335).
+    * "bias": every bias, that of the final norm included (BitFit, Zaken et al. 2021, arXiv 2106.10199).
+    * "norm": every norm, scale and shift (LN tuning, Basu et al. 2023, arXiv 2304.14999).
     """
-    if config.train_blocks == "all":
+    which = config.train_weights
+    if config.train_blocks == "all" and which == "all":
         vit.requires_grad_(True)
         return
     vit.requires_grad_(False)
-    for index in config.train_blocks:
-        vit.blocks[index].requires_grad_(True)
-    if config.train_blocks:
-        vit.norm.requires_grad_(True)
-        vit.fc_norm.requires_grad_(True)
+    indices = range(len(vit.blocks)) if config.train_blocks == "all" else config.train_blocks
+    for index in indices:
+        for parameter in _chosen(vit.blocks[index], which):
+            parameter.requires_grad_(True)
+    if indices:
+        for norm in (vit.norm, vit.fc_norm):
+            for parameter in _chosen(norm, "bias" if which == "bias" else "all"):
+                parameter.requires_grad_(True)
+
+
+def _chosen(module: nn.Module, which: str) -> list[nn.Parameter]:
+    """The parameters of a block or norm that `train_weights` means; by what holds them, never by their whole name."""
+    if which == "all":
+        return list(module.parameters())
+    if which == "proj":
+        return list(module.attn.proj.parameters())
+    if which == "norm":
+        return [p for part in module.modules() if isinstance(part, NORMS) for p in part.parameters(recurse=False)]
+    owned = [part.named_parameters(recurse=False) for part in module.modules()]
+    return [parameter for each in owned for name, parameter in each if name == "bias"]
 
 
 def embedding_trains(vit: nn.Module) -> bool:

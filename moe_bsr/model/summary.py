@@ -24,7 +24,7 @@ def table(model: MultitaskViT, config: Config) -> list[str]:
         rows.append(
             (
                 f"{index:>5}",
-                "yes" if plan.trainable and trained else "-",
+                "-" if not (plan.trainable and trained) else "yes" if plan.weights == "all" else plan.weights,
                 "yes" if on_path else "-",
                 f"{n} -> {m}" if m < n else str(n),
                 experts if plan.moe else "dense",

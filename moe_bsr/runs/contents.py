@@ -140,22 +140,21 @@ def check_average(folder: Path, average: Mapping[str, Tensor] | None, model: nn.
         check_tensors(file, average, trained)
 
 
-def check_moments(file: Path, moments: Mapping[str, Tensor], model: nn.Module, count: int) -> None:
-    """The optimizer's state is whole: for each parameter that has any, all of its tensors, in its shape.
+def check_moments(file: Path, moments: Mapping[str, Tensor], like: Mapping[str, Tensor], count: int) -> None:
+    """The optimizer's state is whole: for each parameter that has any, all of its tensors, in their shapes.
 
     Args:
-        moments: by parameter and name: heads.pets.weight/exp_avg. count: how many there were.
+        moments: by parameter and name: heads.pets.weight/exp_avg. like: all that there can be. count: that were saved.
     Raises:
         CheckpointError: naming the file.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     keys: dict[str, set[str]] = {}
-    for name, value in moments.items():
+    for name in moments:
         parameter, _, key = name.rpartition("/")
-        if parameter not in parameters:
+        if name not in like:
             raise CheckpointError(f"{file} does not fit the model: unexpected {name}")
         keys.setdefault(parameter, set()).add(key)
-        check_tensors(file, {name: value}, {name: torch.empty(()) if key == "step" else parameters[parameter]})
+    check_tensors(file, moments, like)
     if len({frozenset(each) for each in keys.values()}) > 1 or len(moments) != count:
         raise CheckpointError(f"{file}: {len(moments)} tensors of the optimizer where {count} were saved")
 

@@ -104,6 +104,8 @@ def _made_of(config: Config, resolved: dict[str, Any], report: dict[str, Any] | 
     place = weights if weights in ("bundled", "hub", "random") else f"the file {Path(weights).name}"
     said = backbone_license(config) or "not known: ask where they came from"
     trained = "all blocks" if plan.train_blocks == "all" else f"blocks {_listed(plan.train_blocks)}"
+    if plan.train_weights != "all":
+        trained = f"of {trained} {plan.train_weights} alone (plan.train_weights)"
     lines = [
         f"* Backbone: {config.backbone.name}, weights {place}, sha256 `{resolved['backbone_sha256']}`. "
         f"License of its weights: {said}.",

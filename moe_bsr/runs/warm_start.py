@@ -138,6 +138,8 @@ def _block(name: str) -> int:
 def _put_parts(model: MultitaskViT, source: Source, adapters: set[int]) -> dict[str, list[int]]:
     """Take experts, routers and adapters; returns the blocks in which each kind was."""
     state = model.state_dict()
+    added = {id(p) for parameters in model.adapter_parameters.values() for p in parameters}
+    names = [name for name, p in model.named_parameters() if id(p) in added]
     taken: dict[str, list[int]] = {"experts": [], "routers": [], "adapters": []}
     for index, plan in enumerate(model.plan):
         place = f"vit.blocks.{index}."
@@ -152,8 +154,8 @@ def _put_parts(model: MultitaskViT, source: Source, adapters: set[int]) -> dict[
                 taken["routers"].append(index)
         if index in adapters:
             taken["adapters"].append(index)
-            for name in theirs.keys() & state.keys():
-                if name.endswith((".lora_a", ".lora_b")):
+            for name in names:
+                if _block(name) == index:
                     state[name].copy_(theirs[name])
     return taken
 
@@ -239,6 +241,9 @@ def _told(
     theirs = {_block(name) for name in source.weights if ".mlp.experts." in name}
     if unused := sorted(theirs - set(parts["experts"])):
         left.append(f"experts of blocks {_listed(unused)}")
+    added = {i for i, block in enumerate(source.plan) if block.adapter is not None and block.adapter.kind != "lora"}
+    if unused := sorted(added - set(parts["adapters"])):  # what no weight can stand for
+        left.append(f"adapters of blocks {_listed(unused)}")
     kinds = {"taken": taken or ["nothing"], "new": new, "left": left}
     return [f"{kind}: {', '.join(each)}" for kind, each in kinds.items() if each]
 

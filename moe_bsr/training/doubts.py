@@ -12,7 +12,7 @@ from moe_bsr.training.length import in_updates, updates_of
 from moe_bsr.training.optim import learning_rate
 
 LEAST_SHARE = 0.02  # of the updates, below which a task is called starved
-LARGEST_RATE = {"adamw": 0.1, "sgd": 10.0}
+LARGEST_RATE = {"adamw": 0.1, "adamw8": 0.1, "sgd": 10.0}
 
 
 def doubts(config: Config, sizes: dict[str, int]) -> list[str]:
@@ -39,7 +39,7 @@ def _optimization(config: Config) -> Iterator[str]:
             f"train.lr = {train.lr:g} (heads: x {train.head_lr_scale:g}) is very large for {train.optimizer}; usual "
             f"are at most {LARGEST_RATE[train.optimizer]:g}"
         )
-    if train.optimizer == "adamw" and (moved := mean_rate * train.steps) < 1e-4:
+    if train.optimizer in ("adamw", "adamw8") and (moved := mean_rate * train.steps) < 1e-4:
         yield (
             f"train.lr = {train.lr:g} moves a weight by at most {moved:.1g} in {train.steps} updates: hardly anything "
             "will be learned"

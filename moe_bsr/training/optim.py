@@ -3,10 +3,11 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moe_bsr.config import TrainConfig
 from moe_bsr.model.multitask import MultitaskViT
+from moe_bsr.training.adamw8 import AdamW8, layout
 
 
 def parameter_groups(model: MultitaskViT, config: TrainConfig) -> list[dict]:
@@ -48,13 +49,29 @@ def _undecayed(model: MultitaskViT) -> set[int]:
 
 def make_optimizer(model: MultitaskViT, config: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer of a run; for "lbfgs" one without state, for that run's only update is the solver's."""
-    groups = parameter_groups(model, config)
+    return optimizer_of(parameter_groups(model, config), config)
+
+
+def optimizer_of(groups: list[dict], config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer of a run for some of its parameters."""
     if config.optimizer == "lbfgs":
         return torch.optim.SGD(groups, lr=config.lr)
     if config.optimizer == "sgd":
         # Not fused: that one fails where some parameters have momentum and others are new (another task).
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    if config.optimizer == "adamw8":
+        return AdamW8(groups, lr=config.lr)
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+
+
+def state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """What the optimizer keeps of a parameter once it has moved: tensors without values of these shapes and types."""
+    if isinstance(optimizer, AdamW8):
+        return dict(layout(parameter))
+    whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+    if isinstance(optimizer, torch.optim.AdamW):
+        return {"step": torch.empty((), device="meta"), "exp_avg": whole, "exp_avg_sq": whole}
+    return {"momentum_buffer": whole} if optimizer.defaults["momentum"] else {}
 
 
 DECAY_SHARE = 0.2  # of the updates, over which constant_then_decay decays

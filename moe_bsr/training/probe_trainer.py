@@ -49,6 +49,7 @@ def probe_config(config: Config, head_blocks: Iterable[int] | None = None) -> Co
         train=replace(
             config.train,
             optimizer="lbfgs",
+            step_in_backward=False,
             steps=1 if config.train.minutes is None else None,
             epochs=None,
             patience=None,

@@ -16,7 +16,7 @@ from moe_bsr.runtime.device import Runtime
 from moe_bsr.runtime.distributed import Alone
 from moe_bsr.training.callback import Callback, Callbacks
 from moe_bsr.training.length import Length
-from moe_bsr.training.optim import MovingAverage
+from moe_bsr.training.optim import MovingAverage, state_of
 
 
 @dataclass(slots=True)
@@ -213,10 +213,10 @@ class TrainState:
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each file of a checkpoint, by name, once every parameter has its moments."""
-        trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
-        copies = 2 if isinstance(self.optimizer, torch.optim.AdamW) else bool(self.optimizer.defaults["momentum"])
         sizes = {name: sum(tensor.nbytes for tensor in group.values()) for name, group in self._tensors().items()}
-        return sizes | {"optimizer": copies * trained}
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        moments = [tensor for p in trained for tensor in state_of(self.optimizer, p).values()]
+        return sizes | {"optimizer": sum(tensor.nbytes for tensor in moments)}
 
     def begin(self) -> None:
         """Start at the first step: the callbacks forget what an earlier run left in the folder."""
@@ -264,7 +264,13 @@ class TrainState:
                 "start another run from its weights (train.init_from)"
             )
         contents.check_tensors(place / "weights.safetensors", tensors["weights"], contents.model_tensors(self.model))
-        contents.check_moments(place / "optimizer.safetensors", tensors["optimizer"], self.model, progress["moments"])
+        moments = {
+            f"{name}/{key}": value
+            for name, p in self.model.named_parameters()
+            if p.requires_grad
+            for key, value in state_of(self.optimizer, p).items()
+        }
+        contents.check_moments(place / "optimizer.safetensors", tensors["optimizer"], moments, progress["moments"])
         contents.check_average(place, tensors.get("average"), self.model, self.average is not None)
 
     def load_best(self, folder: Path) -> None:

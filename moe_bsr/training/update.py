@@ -10,6 +10,7 @@ It runs phase by phase, so that each phase can be looked at alone:
     update.clear()
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -27,6 +28,7 @@ from moe_bsr.model.multitask import MultitaskViT, Output
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.runtime.distributed import Alone
 from moe_bsr.training.optim import MovingAverage, clip_gradients, make_optimizer
+from moe_bsr.training.step_in_backward import StepInBackward
 
 
 class OptimizerUpdate:
@@ -36,6 +38,7 @@ class OptimizerUpdate:
         output: what the model returned in the last forward phase.
         terms: the terms of its loss, scalars. loss: their sum; both are None after the backward phase.
         trained: parameters with a gradient after the last backward phase; `step` clips these.
+        stepper: takes the optimizer's step in the backward phase, if that is asked for.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class OptimizerUpdate:
         commit: Callable[..., None] | None = None,
         clip_norm: float | None = None,
         average: MovingAverage | None = None,
+        in_backward: bool = False,
     ) -> None:
         """
         Args:
@@ -58,10 +62,12 @@ class OptimizerUpdate:
             commit: what else is done with the output and the inputs, once, after the backward pass.
             clip_norm: largest norm of all gradients together. inf only measures the norm, None not even that.
             average: of the weights, updated after each step.
+            in_backward: whether the backward phase takes the optimizer's step too; then nothing can be clipped.
         """
         self.model, self.runtime, self.optimizer = model.train(), runtime, optimizer
         self._output, self._loss, self._commit = output, loss, commit
         self._clip_norm, self._average = clip_norm, average
+        self.stepper = StepInBackward(optimizer) if in_backward and optimizer is not None else None
         self._inputs: tuple = ()
         self._share = 1.0
         self.output: Any = None
@@ -80,7 +86,8 @@ class OptimizerUpdate:
 
     def backward(self) -> None:
         """Add this micro-batch's gradient to those before it."""
-        (self._share * self.loss).backward()
+        with contextlib.nullcontext() if self.stepper is None else self.stepper.active():
+            (self._share * self.loss).backward()
         self.loss = self.terms = None
         if self._commit is not None:
             self._commit(self.output, *self._inputs)
@@ -94,15 +101,16 @@ class OptimizerUpdate:
         Returns:
             The gradient's norm before clipping; None if `clip_norm` is.
         Raises:
-            FloatingPointError: that norm is not finite; nothing has been changed then.
+            FloatingPointError: that norm is not finite; nothing has been changed then, unless in the backward phase.
         """
         norm = None
         if self._clip_norm is not None:
-            norm = clip_gradients(self.trained, self._clip_norm)
+            norm = clip_gradients(self.trained, self._clip_norm) if self.stepper is None else self.stepper.norm()
             if not math.isfinite(norm):
                 raise FloatingPointError(f"gradient norm {norm}")
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.stepper is None:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         if self._average is not None:
             self._average.update(self.model)
         return norm
@@ -169,6 +177,7 @@ def _multitask_parts(
         "output": output,
         "loss": loss,
         "commit": lambda output, batch, noise_key: model.commit(output, batch.task),
+        "in_backward": config.step_in_backward,
         "clip_norm": math.inf if config.grad_clip_norm is None else config.grad_clip_norm,
     }
 

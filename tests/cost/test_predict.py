@@ -63,11 +63,21 @@ def test_sections_of_every_kind_of_backbone_add_up(plan, kind):
     assert_equal(*both(make_config(plan), kind))
 
 
+IN_BACKWARD = [
+    {"train__step_in_backward": True, "train__grad_clip_norm": None, "train__optimizer": optimizer, "storage": storage}
+    for optimizer, storage in (("adamw", "exact"), ("sgd", "recompute"), ("adamw8", "int8"))
+]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"adapter": {"kind": "lora", "rank": 2}},
+        {"adapter": [{"kind": "lora", "layers": ["attn.proj", "mlp.fc2"], "freeze_a": True, "blocks": [0, 2]}]},
+        {"adapter": {"kind": "adaptformer", "width": 4}, "runtime__precision": "bf16"},
         {"train__optimizer": "sgd", "train__ema_decay": 0.9},
+        {"train__optimizer": "adamw8", "train__ema_decay": 0.9},
+        *IN_BACKWARD,
         {"moe__router": "task_conditioned"},
         {"moe__gate_noise": 1.0, "storage": "recompute"},
         {"moe__balance_loss": "none"},
@@ -78,6 +88,42 @@ def test_sections_of_every_kind_of_backbone_add_up(plan, kind):
 )
 def test_sections_add_up_whatever_is_configured(changes):
     assert_equal(*both(make_config("moe-bsr", **changes)))
+
+
+def kept(adapter, weights: str | None = None) -> int:
+    """Bytes kept by blocks 2 and 3, if the adapters or some of the weights of blocks 1 to 3 train; 2 drops tokens."""
+    only = {"train_blocks": [] if weights is None else [1, 2, 3], "drop_blocks": [2], "moe_blocks": []}
+    changes = {f"plan__{key}": value for key, value in only.items()} | {"plan__train_weights": weights or "all"}
+    config = configuration.replace(Config(), runtime__device="cpu", adapter=adapter, **changes)
+    cost = predict(MultitaskViT(make_vit(), config, CLASSES), config, batch=5, precision="fp32", task="two")
+    return sum(sum(makers.values()) for name, makers in cost.kept_by_block.items() if name in ("block 2", "block 3"))
+
+
+def test_adapters_and_chosen_weights_keep_little_beyond_the_path():
+    """Beside what is kept anyway an update costs tokens x rank values; a linear layer's own input is one width more."""
+    n, m, width, rank = 17 + 10, 10 + 10, 16, 3
+
+    def lora(*layers: str, freeze_a: bool = False) -> int:
+        options = {"kind": "lora", "rank": rank, "layers": list(layers), "freeze_a": freeze_a}
+        return kept([options | {"blocks": [1, 2, 3]}])
+
+    path = kept(None, "norm")
+    values = {
+        "bias": kept(None, "bias"),
+        "proj": kept(None, "proj"),
+        "projections": lora("attn.proj", "mlp.fc2"),
+        "queries": lora("attn.qkv"),
+        "queries, random": lora("attn.qkv", freeze_a=True),
+        "beside": kept([{"kind": "adaptformer", "width": rank, "blocks": [1, 2, 3]}]),
+    }
+    assert {name: (value - path) / 20 for name, value in values.items()} == {
+        "bias": 0,
+        "proj": 0,
+        "projections": rank * (n + m),
+        "queries": n * (width + rank),
+        "queries, random": n * rank,
+        "beside": m * rank,
+    }
 
 
 def test_a_prediction_leaves_the_model_as_it_was():

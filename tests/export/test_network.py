@@ -140,6 +140,13 @@ def test_adapters_are_merged_and_the_model_keeps_them():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_an_adapter_beside_the_ffn_is_part_of_the_graph():
+    model = make_model(adapter={"kind": "adaptformer", "width": 3}, **MOE)
+    for parameter in model.vit.blocks[1].beside_ffn.parameters():
+        parameter.data.copy_(normal(*parameter.shape))
+    assert_same(model)
+
+
 ODD_LAYERS = {
     "SwiGLU, RMS norms": {"mlp_layer": timm_layers.SwiGLU, "norm_layer": timm_layers.RmsNorm, "act_layer": nn.SiLU},
     "packed SwiGLU": {"mlp_layer": timm_layers.SwiGLUPacked, "act_layer": nn.SiLU},

@@ -6,6 +6,7 @@ from tiny_models import gradients, make_model, make_vit, normal
 from torch import nn
 
 from moe_bsr.config import ConfigError
+from moe_bsr.model.adapters.adaptformer import AdaptFormer
 from moe_bsr.model.adapters.lora import LoRALinear
 
 EVERYWHERE = {"kind": "lora", "rank": 2, "layers": ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]}
@@ -25,6 +26,92 @@ def test_at_the_start_the_network_is_the_pretrained_one(adapter, layers):
     plain, adapted = make_model(), make_model(adapter=adapter)
     assert torch.equal(adapted(images, "one").logits, plain(images, "one").logits)
     assert len(loras(adapted)) == layers
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    "changes", [{}, {"moe_blocks": (1, 3)}, {"storage": "recompute"}], ids=["dense", "moe", "again"]
+)
+def test_beside_the_ffn_nothing_changes_at_the_start(changes, grad):
+    images = normal(2, 3, 16, 16)
+    plain, adapted = make_model(**changes), make_model(adapter={"kind": "adaptformer", "width": 3}, **changes)
+    with torch.set_grad_enabled(grad):
+        assert torch.equal(adapted(images, "one").logits, plain(images, "one").logits)
+    assert sum(isinstance(layer, AdaptFormer) for layer in adapted.modules()) == 4
+
+
+@pytest.mark.parametrize("storage", ["exact", "recompute"])
+def test_beside_the_ffn_it_is_the_sum_written_out(storage):
+    """On the tokens that a drop left, before the norm."""
+    options = {"kind": "adaptformer", "width": 5, "scale": 0.7, "blocks": [1]}
+    model = make_model(train_blocks=(), drop_blocks=(1,), adapter=[options], storage=storage)
+    block = model.vit.blocks[1]
+    parameters = dict(block.beside_ffn.named_parameters())
+    assert {name for name, p in model.vit.named_parameters() if p.requires_grad} == {
+        f"blocks.1.beside_ffn.{name}" for name in parameters
+    }
+    for parameter in parameters.values():
+        parameter.data.copy_(normal(*parameter.shape))
+    seen = {}
+    block.norm2.register_forward_hook(lambda _, inputs, __: seen.setdefault("x", inputs[0].detach()))
+    block.mlp.register_forward_hook(lambda _, __, y: seen.setdefault("ffn", y.detach()))
+    tokens, _ = model.forward_features(normal(2, 3, 16, 16))
+    found = model.run_block(1, tokens, "one").x
+    down, up = (p.detach().requires_grad_() for p in (parameters["down.weight"], parameters["up.weight"]))
+    middle = torch.relu(seen["x"] @ down.t() + parameters["down.bias"].detach())
+    added = 0.7 * (middle @ up.t() + parameters["up.bias"].detach())
+    torch.testing.assert_close(found, seen["x"] + seen["ffn"] + added)
+    weights = normal(*found.shape, seed=1)
+    (found * weights).sum().backward()
+    for name, expected in zip(("down", "up"), torch.autograd.grad((added * weights).sum(), [down, up]), strict=True):
+        torch.testing.assert_close(parameters[f"{name}.weight"].grad, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("freeze_a", [False, True])
+def test_beside_the_activation_it_is_the_same_as_behind_it(freeze_a):
+    """`mlp.fc2` is handed the activation's input, so that the activation need not be kept."""
+    options = {**EVERYWHERE, "blocks": [1], "layers": ["mlp.fc2"], "freeze_a": freeze_a}
+    mlp = make_model(train_blocks=(), adapter=[options]).vit.blocks[1].mlp
+    mlp.fc2.lora_b.data.copy_(normal(*mlp.fc2.lora_b.shape))
+    x = normal(2, 5, 16).requires_grad_()
+    wanted = [x, *(p for p in mlp.fc2.parameters() if p.requires_grad)]
+    assert len(wanted) == 3 - freeze_a
+    behind = mlp.fc2(mlp.act(mlp.fc1(x)))
+    torch.testing.assert_close(mlp(x), behind)
+    found, expected = (torch.autograd.grad(y.square().sum(), wanted) for y in (mlp(x), behind))
+    for have, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_factor_that_stays_random_is_saved_with_the_run():
+    model = make_model(adapter={**EVERYWHERE, "freeze_a": True})
+    assert not any(layer.lora_a.requires_grad for layer in loras(model).values())
+    assert not any("lora" in name for name in model.unchanged_backbone_names())
+
+
+def test_lora_of_another_library_trains_on_our_layers():
+    """peft wraps the layers that it finds: the same numbers as our own, and gradients for its factors alone."""
+    peft = pytest.importorskip("peft")
+    options = {"kind": "lora", "rank": 2, "alpha": 4.0, "layers": ["attn.qkv", "mlp.fc1", "mlp.fc2"], "blocks": [1]}
+    ours, theirs = make_model(adapter=[options]), make_model()
+    names = [f"vit.blocks.1.{layer}" for layer in options["layers"]]
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, lora_alpha=4, target_modules=names), theirs)
+    layers = {name: (ours.get_submodule(name), theirs.get_submodule(name)) for name in names}
+    for own, other in layers.values():
+        own.lora_b.data.copy_(normal(*own.lora_b.shape))
+        other.lora_A["default"].weight.data.copy_(own.lora_a)
+        other.lora_B["default"].weight.data.copy_(own.lora_b)
+    images = normal(2, 3, 16, 16)
+    logits = [model(images, "one").logits for model in (ours, theirs)]
+    torch.testing.assert_close(*logits)
+    for each in logits:
+        each.square().sum().backward()
+    for own, other in layers.values():
+        torch.testing.assert_close(other.lora_A["default"].weight.grad, own.lora_a.grad, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(other.lora_B["default"].weight.grad, own.lora_b.grad, rtol=1e-4, atol=1e-4)
+    assert {name for name in gradients(theirs) if name.startswith("vit.")} == {
+        f"{name}.lora_{part}.default.weight" for name in names for part in "AB"
+    }
 
 
 def test_in_a_frozen_block_the_adapter_alone_trains():
@@ -61,8 +148,10 @@ def test_merged_it_is_one_layer_with_the_same_output():
 @pytest.mark.parametrize(
     "adapter, message",
     [
-        ("lorra", "adapter = 'lorra': one of lora; did you mean 'lora'?"),
+        ("lorra", "adapter = 'lorra': one of lora, adaptformer; did you mean 'lora'?"),
         ({"kind": "lora", "rank": 0}, "adapter.rank = 0: at least 1"),
+        ({"kind": "adaptformer", "width": 0}, "adapter.width = 0: at least 1"),
+        ({"kind": "adaptformer", "scale": 0.0}, "adapter.scale = 0.0: above 0"),
         ({"kind": "lora", "layers": ["attn.q"]}, "adapter.layers = ['attn.q']: some of attn.qkv"),
         ([{"kind": "lora", "layers": ["mlp.fc1"], "blocks": [3]}], "this block has no such linear layer"),
     ],

@@ -183,3 +183,36 @@ def test_token_counts_are_what_dropping_leaves(tokens, prefix, keep, options):
 def test_a_fused_token_may_make_a_stream_no_shorter():
     plan = make_plan(Config(plan=plan_config(train_blocks=[0], drop_blocks=[0], keep_rate=0.9)), 2)
     assert token_counts(plan, 1 + 10, 1, fuse=True, protect=False)[0] == (11, 1 + math.ceil(9) + 1)
+
+
+# --- which weights of a block train ---
+
+
+@pytest.mark.parametrize("which", ["proj", "bias", "norm"])
+@pytest.mark.parametrize("indices", [[1, 10], "all"])
+def test_of_a_block_only_the_weights_chosen_train(which, indices):
+    vit = make_vit(init_values=0.1, qk_norm=True, reg_tokens=2, pre_norm=True)
+    freeze(vit, plan_config(train_blocks=indices, train_weights=which))
+    wanted = {
+        "proj": ["attn.proj.weight", "attn.proj.bias"],
+        "bias": [f"{name}.bias" for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "norm1", "norm2")]
+        + ["attn.q_norm.bias", "attn.k_norm.bias"],
+        "norm": [
+            f"{name}.{p}" for name in ("norm1", "norm2", "attn.q_norm", "attn.k_norm") for p in ("weight", "bias")
+        ],
+    }[which]
+    blocks = range(DEPTH) if indices == "all" else indices
+    final = {"norm.bias"} if which == "bias" else {"norm.weight", "norm.bias"}
+    assert trained(vit) == {f"blocks.{i}.{name}" for i in blocks for name in wanted} | final
+    assert gradient_path_start(vit) == blocks[0] and not embedding_trains(vit)
+
+
+def test_weights_of_no_block_are_none():
+    vit = make_vit()
+    freeze(vit, plan_config(train_blocks=[], train_weights="norm"))
+    assert trained(vit) == set()
+
+
+def test_experts_beside_chosen_weights_are_refused():
+    with pytest.raises(ConfigError, match=r"plan\.train_weights = 'norm': all with plan\.moe_blocks = \[1\]"):
+        plan_config(train_blocks=[1], moe_blocks=[1], train_weights="norm")

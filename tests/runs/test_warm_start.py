@@ -20,6 +20,7 @@ HEADS = {"plan__train_blocks": [], "plan__drop_blocks": [], "plan__moe_blocks": 
 DENSE = {"plan__moe_blocks": []}
 LORA = DENSE | {"adapter": {"kind": "lora", "layers": ["attn.qkv", "mlp.fc1"], "blocks": [1, 3]}}
 LORA["adapter"] = [LORA["adapter"]]
+BESIDE = DENSE | {"adapter": {"kind": "adaptformer", "width": 4}}
 SHORT = {"train__steps": 2, "train__evaluate_test": False, "train__lr": 0.03}
 
 
@@ -68,13 +69,14 @@ def started(config, source: Path, classes=None):
         ({"train__ema_decay": 0.5}, {}, 0),
         (DENSE, DENSE | {"plan__train_blocks": [5]}, 1e-6),
         (LORA, LORA, 0),
+        (BESIDE, BESIDE, 0),
         (LORA, DENSE, 1e-5),
         (LORA, {}, 1e-5),
         (DENSE, LORA, 1e-6),
         (DENSE | {"train__save": "all"}, DENSE, 0),
     ],
     ids=["heads to bsr", "dense", "dense to moe", "to other routers", "moe", "conditioned", "average", "other blocks"]
-    + ["lora", "lora to dense", "lora to moe", "dense to lora", "all saved"],
+    + ["lora", "beside", "lora to dense", "lora to moe", "dense to lora", "all saved"],
 )
 def test_a_plan_that_can_computes_what_the_run_did(trained, before, after, tolerance):
     config, source = trained(str(before), **before)

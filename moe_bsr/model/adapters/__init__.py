@@ -1,9 +1,10 @@
 """Adapters: what is added to a block beside its pretrained parameters; one file each.
 
 An adapter is a function `attach(block, options, seed) -> parameters` that puts its layers into a timm block in
-place, so that at the start the block computes what it did, and returns the parameters that train with it. Its
-layers take the places of those they wrap: the block's forward calls whatever stands there. To add one, write a
-file here that registers it and name the file in `_KINDS`.
+place, so that at the start the block computes what it did, and returns their parameters. Its layers stand in one of
+two places. Either they take that of a layer they wrap: the block's forward calls whatever stands there. Or it is one
+module under the name `BESIDE_FFN`, whose output is added to that of the FFN and which is given the stream before the
+FFN's norm, (B, N, D) -> (B, N, D). To add one, write a file here that registers it and name the file in `_KINDS`.
 """
 
 import importlib
@@ -19,7 +20,7 @@ from moe_bsr.config.registry import Registry
 @dataclass(frozen=True, slots=True)
 class Adapter:
     """Attributes:
-    attach: (block, options, seed) -> the adapter's parameters, all of which train.
+    attach: (block, options, seed) -> the adapter's parameters.
     """
 
     attach: Callable[[nn.Module, Any, tuple], list[nn.Parameter]]
@@ -27,6 +28,8 @@ class Adapter:
 
 ADAPTERS: Registry[Adapter] = Registry("adapter")
 
-_KINDS = ("lora",)  # files whose import registers what they define
+BESIDE_FFN = "beside_ffn"
+
+_KINDS = ("lora", "adaptformer")  # files whose import registers what they define
 for _name in _KINDS:
     importlib.import_module(f"{__name__}.{_name}")

@@ -1,4 +1,9 @@
-"""LoRA: a low-rank update beside linear layers (Hu et al. 2021, arXiv 2106.09685)."""
+"""LoRA: a low-rank update beside linear layers (Hu et al. 2021, arXiv 2106.09685).
+
+With `freeze_a` the first factor stays random (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303): the layer's input need
+not be kept for it. Beside `attn.proj` (in float32) and `mlp.fc2` the input is kept anyway, by the attention and the
+activation, and the update costs tokens x rank values.
+"""
 
 from dataclasses import dataclass, field
 
@@ -7,8 +12,8 @@ from torch import Tensor, nn
 
 from moe_bsr.config import require
 from moe_bsr.model.adapters import ADAPTERS, Adapter
-from moe_bsr.model.layers import Linear
-from moe_bsr.ops.linear import linear
+from moe_bsr.model.layers import Linear, takes_activation
+from moe_bsr.ops.linear import activated_linear, linear
 from moe_bsr.runtime.rng import generator
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -16,11 +21,15 @@ LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 @dataclass(frozen=True)
 class LoRAOptions:
-    """rank: of the update. alpha: its scale times the rank. layers: which of a block's linear layers get one."""
+    """rank: of the update. alpha: its scale times the rank. layers: which of a block's linear layers get one.
+
+    freeze_a: whether the random factor stays as it is.
+    """
 
     rank: int = 8
     alpha: float = 16.0
     layers: list[str] = field(default_factory=lambda: ["attn.qkv"])
+    freeze_a: bool = False
 
     def __post_init__(self) -> None:
         require(1 <= self.rank <= 4096, "adapter.rank", self.rank, "at least 1, at most 4,096")
@@ -39,11 +48,18 @@ class LoRALinear(nn.Module):
         self.base, self.scale = base, options.alpha / options.rank
         device, (outputs, inputs) = base.weight.device, base.weight.shape
         draws = torch.randn(options.rank, inputs, generator=generator(*seed)) * inputs**-0.5
-        self.lora_a = nn.Parameter(draws.to(device))
+        self.lora_a = nn.Parameter(draws.to(device), requires_grad=not options.freeze_a)
         self.lora_b = nn.Parameter(torch.zeros(outputs, options.rank, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + self.scale * linear(linear(x, self.lora_a, None), self.lora_b, None)
+
+    def activated(self, act: nn.Module, x: Tensor, needs_output: bool = True) -> Tensor:
+        """The same of act(x), for whose backward pass x and the update's r values a token are kept."""
+        if not takes_activation(self.base):
+            return self(act(x))
+        update = linear(activated_linear(act, x, self.lora_a, None), self.lora_b, None)
+        return self.base.activated(act, x, needs_output) + self.scale * update
 
     @torch.no_grad()
     def merged(self) -> Linear:

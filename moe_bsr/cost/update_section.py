@@ -1,0 +1,61 @@
+"""The optimizer's part of a training step, traced: what its state takes, and what an update needs for a moment."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+import torch
+
+from moe_bsr.cost.model_sections import Setting
+from moe_bsr.cost.operators import empty
+from moe_bsr.training.optim import MovingAverage, make_optimizer
+from moe_bsr.training.step_in_backward import StepInBackward
+from moe_bsr.training.update import multitask_update
+
+
+@dataclass(slots=True)
+class Update:
+    """Attributes:
+    state, average: bytes of the optimizer's state and of the parameters' moving average.
+    rise: most bytes alive in an update over those at its start.
+    """
+
+    state: int
+    average: int
+    rise: int
+
+
+def trace_update(setting: Setting, stepped: Collection[str], with_gradient: Collection[str]) -> Update:
+    """Clipping, the optimizer, the moving average.
+
+    Args:
+        stepped: names of parameters that had an update before. with_gradient: of those that have a gradient now.
+    """
+    model, settings = setting.model, setting.config.train
+    with setting.tracing(dict(model.named_modules())) as traced:
+        tracer, parameters = traced.tracer, traced.parameters
+        average = None if settings.ema_decay is None else MovingAverage(model, settings.ema_decay)
+        held = sum(a.size for a in tracer.alive)
+        optimizer = make_optimizer(model, settings)
+        update = multitask_update(model, replace(settings, step_in_backward=False), setting.runtime, optimizer, average)
+        state = 0
+        for phase, names in (("first", stepped), ("optimizer", with_gradient)):
+            tracer.phase = "outside"
+            if phase == "optimizer" and settings.step_in_backward:  # gradients are gone by then, but for their norms
+                update.stepper = StepInBackward(optimizer)
+                update.stepper.norms = [empty((), torch.float32, setting.runtime.device) for _ in names]
+                names = ()
+            for name in names:
+                parameters[name].grad = torch.empty_like(parameters[name])
+            update.trained = [p for p in parameters.values() if p.grad is not None]
+            tracer.phase = phase
+            if phase == "optimizer":
+                start = len(tracer.trace.changes)
+            update.step()
+            if phase == "first":
+                state = sum(a.size for a in tracer.alive) - held
+        changes = [c for c in tracer.trace.changes[start:] if c[2].phase == "optimizer"]
+    live = rise = 0
+    for _, made, allocation in changes:
+        live += allocation.bytes if made else -allocation.bytes
+        rise = max(rise, live)
+    return Update(state, held, rise)

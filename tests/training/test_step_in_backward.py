@@ -1,0 +1,110 @@
+"""Updates within the backward pass: the same weights to the bit, no gradients in memory, and what is refused."""
+
+import pytest
+import torch
+from tiny_models import CLASSES, make_vit
+from tiny_runs import Crash, act_at, crash, make_config, make_trainer, state_of
+
+from moe_bsr import config as configuration
+from moe_bsr.benchmark.measure import measure
+from moe_bsr.callbacks.jsonl import Jsonl
+from moe_bsr.config import Config, ConfigError
+from moe_bsr.cost.predict import predict
+from moe_bsr.model.multitask import MultitaskViT
+from moe_bsr.runtime.device import prepare
+from moe_bsr.training.callback import Callback
+from moe_bsr.training.update import training_step
+
+pytestmark = pytest.mark.usefixtures("bare")
+
+UNCLIPPED = {
+    "train__grad_clip_norm": None,
+    "train__evaluate_test": False,
+    "train__steps": 3,
+    "train__checkpoint_every": 2,
+}
+CHANGES = {
+    "adamw": {"train__ema_decay": 0.9, "train__layer_decay": 0.8, "moe__gate_noise": 0.5},
+    "adamw8": {"train__optimizer": "adamw8", "storage": "recompute"},
+    "sgd": {"train__optimizer": "sgd", "plan__train_blocks": [2], "plan__moe_blocks": [], "adapter": "lora"},
+}
+
+
+class Norms(Callback):
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_step(self, step) -> None:
+        self.values.append(step.metrics["gradient_norm"])
+
+
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+def test_weights_are_those_of_ordinary_updates_to_the_bit(changes, tmp_path):
+    states, norms = [], []
+    for within in (False, True):
+        config = make_config(tmp_path, **UNCLIPPED | changes, train__step_in_backward=within)
+        trainer = make_trainer(config, tmp_path / str(within), [seen := Norms()])
+        trainer.fit()
+        states.append(state_of(trainer.model) | trainer.state.state_dict()["optimizer"])
+        norms.append(seen.values)
+        assert all(p.grad is None for p in trainer.model.parameters())
+        assert not any(p._post_accumulate_grad_hooks for p in trainer.model.parameters())
+    assert states[0].keys() == states[1].keys()
+    assert [name for name, value in states[0].items() if not torch.equal(value, states[1][name])] == []
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+
+
+def test_resumed_it_is_the_run_that_was_not_interrupted(tmp_path, monkeypatch):
+    config = make_config(tmp_path, **UNCLIPPED, train__step_in_backward=True, train__optimizer="adamw8")
+    whole = make_trainer(config, tmp_path / "whole")
+    whole.fit()
+    with monkeypatch.context() as patch:
+        act_at(patch, 3, crash)
+        with pytest.raises(Crash):
+            make_trainer(config, tmp_path / "run", [Jsonl(tmp_path / "run")]).fit()
+    resumed = make_trainer(config, tmp_path / "run")
+    resumed.fit(resume=True)
+    assert any("resumed from" in line for line in resumed.about)
+    ours, theirs = whole.state.state_dict(), resumed.state.state_dict()
+    for group in ("weights", "optimizer"):
+        assert ours[group].keys() == theirs[group].keys()
+        assert [name for name, value in ours[group].items() if not torch.equal(value, theirs[group][name])] == []
+
+
+def test_gradients_and_moments_leave_the_memory_that_was_predicted():
+    """Experts in every block: nearly all of the memory is weights, gradients and moments."""
+    plan = {"plan__train_blocks": "all", "plan__drop_blocks": [], "plan__moe_blocks": [0, 1, 2, 3]}
+    config = configuration.replace(
+        Config(), **plan, runtime__device="cpu", runtime__precision="fp32", runtime__threads=1
+    )
+    lean = {"train__step_in_backward": True, "train__grad_clip_norm": None, "train__optimizer": "adamw8"}
+    peaks = []
+    for changes in ({}, lean):
+        changed = configuration.replace(config, **changes)
+        model = MultitaskViT(make_vit(), changed, CLASSES)
+        predicted = predict(model, changed, batch=2, precision="fp32", task="two")
+        measured = measure(training_step(model, changed, prepare(changed.runtime), batch=2, task="two"))
+        assert (predicted.gradients, predicted.optimizer) == (measured.gradients, measured.optimizer)
+        assert max(predicted.transients.values()) == pytest.approx(max(measured.transients.values()), rel=0.1)
+        peaks.append((predicted.peak - predicted.parameters) / predicted.parameters)
+    assert peaks[0] > 3 and peaks[1] < 1.7
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, r"train\.grad_clip_norm = 1\.0: null with train\.step_in_backward = true"),
+        (
+            {"train__grad_clip_norm": None, "train__grad_accumulation_steps": 2},
+            r"train\.grad_accumulation_steps = 2: 1 with train\.step_in_backward",
+        ),
+        (
+            {"train__grad_clip_norm": None, "sampler__kind": "joint"},
+            r"train\.step_in_backward = True: false with sampler\.kind = joint",
+        ),
+    ],
+    ids=["clipping", "micro-batches", "tasks"],
+)
+def test_what_looks_at_all_gradients_first_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        configuration.replace(Config(), train__step_in_backward=True, **changes)
