@@ -118,7 +118,7 @@ def _dense(source: Source, vit: dict[str, Tensor], adapters: set[int]) -> dict[s
     """What differs of a plain backbone's weights. Adapters are merged into them, but in the blocks `adapters`."""
     dense = {}
     for name, value in source.weights.items():
-        plain = name.removeprefix("vit.").replace(".base.", ".")
+        plain = name.removeprefix("vit.").replace(".base.", ".").replace(".mlp.shared.", ".mlp.")
         if name.startswith("vit.") and plain in vit and not torch.equal(vit[plain].to(value.dtype), value):
             dense[plain] = value.float()
     for name, a in source.weights.items():

@@ -22,7 +22,7 @@ from moe_bsr.runs import checkpoint, kept_tasks, report
 from moe_bsr.runs import folder as run
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.runtime.interrupt import Interrupted, StopSignals
-from moe_bsr.training import length
+from moe_bsr.training import length, prototypes
 from moe_bsr.training.callback import Callback, EvalEvent, StartEvent, StepEvent
 from moe_bsr.training.failures import NonFiniteLoss, TrainingFailed, explained, last_good
 from moe_bsr.training.inputs import Inputs
@@ -100,6 +100,7 @@ class Trainer:
                 self.about += self.state.resume(self.folder, self.tasks, self.runtime)
             else:
                 self.state.begin()
+            self.about += prototypes.place(self.model, self.inputs, self.config.seed, self.state.average)
             self.about += self._decide_length()
             run.write_config(self.folder, self.config, self.model, self.transforms, self.runtime, self.tasks, resume)
             try:
@@ -229,7 +230,7 @@ class Trainer:
         """Update `step`: a batch of one task, or of each when sampling jointly; returns the gradient's norm too."""
         self.model.train()
         for group in self.state.optimizer.param_groups:
-            group["lr"] = rate * group["lr_scale"]
+            group["lr"] = rate * group["lr_scale"] * (step >= group["hold"])
         drawn = [next(batches) for _ in self.sampler.tasks(step)]  # before anything is done: one may be unreadable
         try:
             return self.updates.take(drawn, self.state.step)
