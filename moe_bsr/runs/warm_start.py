@@ -229,7 +229,9 @@ def _told(
         if names := [name for name in classes[task] if name not in source.classes[task]]:
             new.append(f"classes of {task} ({_listed(names)})")
     if copied := [index for index in moe if index not in parts["experts"]]:
-        new.append(f"experts of blocks {_listed(copied)}, copies of the FFN")
+        low_rank = any(model.vit.blocks[index].mlp.shared is not None for index in copied)
+        how = "low-rank experts of blocks {}, from zero" if low_rank else "experts of blocks {}, copies of the FFN"
+        new.append(how.format(_listed(copied)))
     if fresh := [index for index in moe if index not in parts["routers"]]:
         new.append(f"routers of blocks {_listed(fresh)}")
     left = [f"head of {task}" for task in source.classes if task not in classes]
