@@ -43,4 +43,4 @@ class LowRankExperts(nn.Module):
     def of_gates(self, x: Tensor, gates: Tensor, needs_output: bool = True) -> Tensor:
         """The same with the gates of all experts, (T, E)."""
         hidden = linear(x, self.fc1_weight.flatten(0, 1), self.fc1_bias.flatten())
-        return gated_linear(self.act, hidden, gates, self.fc2_weight.transpose(0, 1).flatten(1), needs_output)
+        return gated_linear(self.act, hidden, gates, self.fc2_weight, needs_output)

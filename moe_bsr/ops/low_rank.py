@@ -15,15 +15,20 @@ from moe_bsr.ops.linear import activation_backward, empty_output, input_gradient
 
 
 def gated_linear(act: nn.Module, h: Tensor, gates: Tensor, weight: Tensor, needs_output: bool = True) -> Tensor:
-    """The sum over e of gates[:, e] x act(h[:, e]) weight[:, e]^T: (T, D).
+    """The sum over e of gates[:, e] x act(h[:, e]) weight[e]^T: (T, D).
 
     Args:
-        h: (T, E r) in the compute dtype, expert by expert. gates: (T, E) float32. weight: (D, E r).
+        h: (T, E r) in the compute dtype, expert by expert. gates: (T, E) float32. weight: (E, D, r).
         needs_output: whether the values are wanted, or only what the backward pass needs.
     """
     if ops.is_reference():
-        return linear_reference(_gated(act(h), gates), weight, None)
+        return linear_reference(_gated(act(h), gates), _in_one(weight), None)
     return _GatedLinear.apply(act, h, gates, weight, needs_output)
+
+
+def _in_one(weight: Tensor) -> Tensor:
+    """(E, D, r) -> (D, E r)."""
+    return weight.transpose(0, 1).flatten(1)
 
 
 def _by_expert(x: Tensor, gates: Tensor) -> Tensor:
@@ -44,15 +49,17 @@ class _GatedLinear(torch.autograd.Function):
         ctx.save_for_backward(h, gates.unsqueeze(-1), weight)
         ctx.act = act
         if not needs_output:
-            return empty_output(h, len(weight))
-        return product(_gated(act(h), gates), weight.to(h.dtype), repeats=True)
+            return empty_output(h, weight.shape[1])
+        return product(_gated(act(h), gates), _in_one(weight.to(h.dtype)), repeats=True)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         h, column, weight = ctx.saved_tensors
         gates, activated = column.squeeze(-1), ctx.act(h)
-        grad_weight = grad.t() @ _gated(activated, gates) if ctx.needs_input_grad[3] else None
-        by_expert = _by_expert(input_gradient(grad, weight.to(h.dtype)), gates)
+        grad_weight = None
+        if ctx.needs_input_grad[3]:
+            grad_weight = (grad.t() @ _gated(activated, gates)).unflatten(1, (len(weight), -1)).transpose(0, 1)
+        by_expert = _by_expert(input_gradient(grad, _in_one(weight.to(h.dtype))), gates)
         grad_gates = None
         if ctx.needs_input_grad[2]:
             grad_gates = (by_expert * _by_expert(activated, gates)).sum(-1, dtype=gates.dtype)

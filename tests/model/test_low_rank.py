@@ -133,7 +133,7 @@ def test_every_storage_gives_the_gradients_of_the_exact_one(kind, gate):
 
 
 def test_gates_have_the_gradient_of_finite_differences():
-    h, gates, weight = (normal(*shape).double().requires_grad_() for shape in ((3, 6), (3, 2), (4, 6)))
+    h, gates, weight = (normal(*shape).double().requires_grad_() for shape in ((3, 6), (3, 2), (2, 4, 3)))
     assert torch.autograd.gradcheck(lambda *x: gated_linear(torch.nn.GELU(), *x), (h, gates, weight))
 
 
