@@ -77,6 +77,13 @@ class MoEConfig:
         return self.gate in FIXED_GATES
 
     @property
+    def words(self) -> str:
+        """What is chosen of what: "top-4 of 16"."""
+        chosen = "" if self.has_fixed_gates else f"top-{self.top_k} of "
+        kinds = {"full": "", "covering_slices": " slices", "low_rank": f" of rank {self.rank} beside the FFN"}
+        return f"{chosen}{self.num_experts}{kinds[self.experts]}{'' if self.gate == 'token' else f' by {self.gate}'}"
+
+    @property
     def gate_learns(self) -> bool:
         """Whether this kind of gate is one that training changes."""
         return self.gate not in (*FIXED_GATES, "random")

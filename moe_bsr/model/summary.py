@@ -1,6 +1,6 @@
 """A model in words and numbers before anyone trains it, block by block. What it costs is cost/'s business."""
 
-from moe_bsr.config import Config, MoEConfig
+from moe_bsr.config import Config
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.model.plan import token_counts
 
@@ -14,7 +14,8 @@ def counts(model: MultitaskViT) -> list[tuple[int, int]]:
 
 def table(model: MultitaskViT, config: Config) -> list[str]:
     """The plan, a line a block: what it is, whether its backward pass runs, and its parameters."""
-    experts = _experts(config.moe)
+    full = f" experts x{config.moe.mlp_ratio}" if config.moe.experts == "full" else ""
+    experts = f"{config.moe.words}{full}"
     rows = [("block", "trains", "gradient", "tokens", "FFN", "adapter", "storage", "parameters (trained)")]
     for index, (plan, (n, m)) in enumerate(zip(model.plan, counts(model), strict=True)):
         parameters = list(model.vit.blocks[index].parameters())
@@ -35,19 +36,6 @@ def table(model: MultitaskViT, config: Config) -> list[str]:
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _experts(moe: MoEConfig) -> str:
-    """What stands in a block's FFN."""
-    if moe.experts == "full" and moe.gate == "token":
-        return f"top-{moe.top_k} of {moe.num_experts} experts x{moe.mlp_ratio}"
-    chosen = "" if moe.has_fixed_gates else f"top-{moe.top_k} of "
-    kinds = {
-        "full": f"{moe.num_experts} experts x{moe.mlp_ratio}",
-        "covering_slices": f"{moe.num_experts} slices",
-        "low_rank": f"{moe.num_experts} experts of rank {moe.rank}",
-    }
-    return f"{'FFN + ' * (moe.experts == 'low_rank')}{chosen}{kinds[moe.experts]} by {moe.gate}"
 
 
 def summary(model: MultitaskViT, config: Config) -> list[str]:

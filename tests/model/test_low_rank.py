@@ -219,8 +219,8 @@ def test_the_plan_says_what_stands_in_a_block():
     from moe_bsr.model.summary import table
 
     for moe, words in (
-        (MoEConfig(experts="low_rank"), "FFN + top-4 of 16 experts of rank 16 by token"),
-        (MoEConfig(experts="low_rank", gate="task"), "FFN + 16 experts of rank 16 by task"),
-        (MoEConfig(experts="covering_slices"), "top-4 of 16 slices by token"),
+        (MoEConfig(experts="low_rank"), "top-4 of 16 of rank 16 beside the FFN"),
+        (MoEConfig(experts="low_rank", gate="task"), "16 of rank 16 beside the FFN by task"),
+        (MoEConfig(experts="covering_slices"), "top-4 of 16 slices"),
     ):
         assert words in table(make_model(moe_blocks=(1,)), Config(moe=moe))[2]
