@@ -229,7 +229,7 @@ def _told(
         if names := [name for name in classes[task] if name not in source.classes[task]]:
             new.append(f"classes of {task} ({_listed(names)})")
     if copied := [index for index in moe if index not in parts["experts"]]:
-        low_rank = any(model.vit.blocks[index].mlp.shared is not None for index in copied)
+        low_rank = any(getattr(model.vit.blocks[i].mlp, "shared", None) is not None for i in copied)
         how = "low-rank experts of blocks {}, from zero" if low_rank else "experts of blocks {}, copies of the FFN"
         new.append(how.format(_listed(copied)))
     if fresh := [index for index in moe if index not in parts["routers"]]:

@@ -33,7 +33,8 @@ TURNS = 8
 
 def _surface(name: str, rng) -> np.ndarray:
     """A pattern over the whole canvas, float32 (64, 64) in 0..1."""
-    value = TEXTURES[name](Pose(rng, size=(0.14, 0.22), shift=0.6, stretch=1.2).field())
+    draw: Callable[[np.ndarray], np.ndarray] = TEXTURES[name]  # type: ignore[assignment]  # of the point alone
+    value = draw(Pose(rng, size=(0.14, 0.22), shift=0.6, stretch=1.2).field())
     return np.asarray(value if rng.random() < 0.5 else 1 - value, np.float32)
 
 
