@@ -48,7 +48,7 @@ def choices(config: Config, report: Mapping[str, Any]) -> dict[str, str | float]
         "drop in blocks": _listed(plan.drop_blocks),
         "drop keeps": _listed(keeps),
         "expert blocks": _listed(plan.moe_blocks),
-        "experts": f"top {moe.top_k} of {moe.num_experts}" if plan.moe_blocks else "none",
+        "experts": moe.words.replace("top-", "top ") if plan.moe_blocks else "none",
         "images per batch": float(config.train.batch_size),
         "learning rate": config.train.lr,
         "load balance": moe.balance_loss if plan.moe_blocks else "none",

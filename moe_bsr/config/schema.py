@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from moe_bsr.config.errors import require, require_within
+from moe_bsr.config.moe import MoEConfig
 from moe_bsr.config.train import TrainConfig
 
 
@@ -94,37 +95,6 @@ class TokensConfig:
     def attached(self) -> bool:
         """Whether scores have a gradient: through the weights of the fused token."""
         return self.fuses and not self.detach_fusion_weights
-
-
-@dataclass(kw_only=True, slots=True)
-class MoEConfig:
-    num_experts: int = 16
-    top_k: int = 4
-    mlp_ratio: int = 4
-    router: str = "per_task"
-    train_router: bool = True
-    renormalize_gates: bool = True
-    gate_noise: float = 0.0
-    init_noise: float = 0.0
-    balance_loss: Literal["per_task", "across_tasks", "none"] = "per_task"
-    balance_loss_weight: float = 0.01
-    backend: Literal["auto", "loop", "grouped"] = "auto"
-
-    def __post_init__(self) -> None:
-        require_within("moe", self, num_experts=(1, 1024))
-        require(
-            1 <= self.top_k <= self.num_experts, "moe.top_k", self.top_k, f"1 to moe.num_experts = {self.num_experts}"
-        )
-        require(self.mlp_ratio >= 1, "moe.mlp_ratio", self.mlp_ratio, "at least 1 (hidden width = mlp_ratio x width)")
-        for key in ("gate_noise", "init_noise", "balance_loss_weight"):
-            require(0 <= getattr(self, key) <= 1000, f"moe.{key}", getattr(self, key), "at least 0, at most 1,000")
-        require(
-            self.top_k > 1 or not (self.renormalize_gates and self.train_router and self.num_experts > 1),
-            "moe.top_k",
-            self.top_k,
-            "at least 2 with moe.renormalize_gates = true: one gate, renormalized, is always 1, so that the routers "
-            "would learn nothing from the task; or set moe.renormalize_gates=false",
-        )
 
 
 def is_crop_range(scale: Sequence[float]) -> bool:

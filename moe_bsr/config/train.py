@@ -30,6 +30,10 @@ class TrainConfig:
     weight_decay: float = 0.05
     layer_decay: float = 1.0
     head_lr_scale: float = 1.0
+    expert_lr_scale: float | None = None
+    expert_decay: Literal["zero", "mean", "none"] | None = None
+    router_lr_scale: float = 1.0
+    router_hold: int = 0
     warmup_fraction: float = 0.05
     warmup_steps: int | None = None
     grad_clip_norm: float | None = 1.0
@@ -83,7 +87,10 @@ class TrainConfig:
         )
         require(0 <= self.momentum < 1, "train.momentum", self.momentum, "[0, 1)")
         require(0 < self.layer_decay <= 1, "train.layer_decay", self.layer_decay, "in (0, 1]")
-        require(self.head_lr_scale > 0, "train.head_lr_scale", self.head_lr_scale, "above 0; relative to train.lr")
+        for key in ("head_lr_scale", "expert_lr_scale", "router_lr_scale"):
+            value = getattr(self, key)
+            require(value is None or value > 0, f"train.{key}", value, "above 0; relative to train.lr")
+        require_within("train", self, router_hold=(0, MOST_STEPS))
         require(
             0 <= self.warmup_fraction < 1,
             "train.warmup_fraction",
@@ -96,13 +103,16 @@ class TrainConfig:
             self.warmup_steps,
             f"null (train.warmup_fraction decides) or 0 to train.steps = {self.steps or MOST_STEPS}",
         )
-        highest = self.lr * max(1.0, self.head_lr_scale)
+        largest = max(
+            ("head_lr_scale", "expert_lr_scale", "router_lr_scale"), key=lambda key: getattr(self, key) or 0.0
+        )
+        highest = self.lr * max(1.0, getattr(self, largest))
         require(
             0 <= self.weight_decay < 1 / highest,
             "train.weight_decay",
             self.weight_decay,
             f"at least 0 and below {1 / highest:.4g}, where one update takes away the whole weight: it is multiplied "
-            f"by train.lr = {self.lr:g} and train.head_lr_scale = {self.head_lr_scale:g}",
+            f"by train.lr = {self.lr:g} and train.{largest} = {getattr(self, largest):g}",
         )
         require(
             self.grad_clip_norm is None or self.grad_clip_norm > 0,

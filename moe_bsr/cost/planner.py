@@ -174,7 +174,9 @@ def _alternatives(
         )
     if precision == "fp32":
         options.append(("compute in bf16", {"runtime.precision": "bf16"}))
-    if plan.moe_blocks and config.moe.mlp_ratio > 1:
+    if plan.moe_blocks and config.moe.experts == "low_rank" and config.moe.rank > 1:
+        options.append(("experts of half the rank", {"moe.rank": config.moe.rank // 2}))
+    if plan.moe_blocks and config.moe.experts == "full" and config.moe.mlp_ratio > 1:
         options.append(("narrower experts", {"moe.mlp_ratio": config.moe.mlp_ratio // 2}))
     for what, keys in options:
         try:

@@ -4,8 +4,9 @@ Splits that the source has are used as they are. The others are set aside from t
 is selected by test images: see `splits.py`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -64,6 +65,16 @@ class TaskData:
     origin: str
     spec: TaskSpec
     notes: list[str] = field(default_factory=list)
+
+    def thinned(self, name: str, most: int) -> "TaskData":
+        """The same with at most so many images in one of its splits, spread evenly over it."""
+        split: Split = getattr(self, name)
+        if len(split) <= most:
+            return self
+        chosen = np.linspace(0, len(split) - 1, most).round().astype(int)
+        gone = {new: split.gone[old] for new, old in enumerate(chosen.tolist()) if old in split.gone}
+        changed: dict[str, Any] = {name: Split(split.source, split.index[chosen], split.labels[chosen], gone)}
+        return replace(self, **changed)
 
 
 def load_task(

@@ -3,7 +3,8 @@
 Three changes of a finished model, in all its MoE blocks at once, each for the price of an evaluation:
 
     merged    the experts of a block are replaced by their mean: one FFN, whatever the routers say. Experts that are
-              slices of an FFN are averaged slice by slice
+              slices of an FFN are averaged slice by slice. Of low-rank experts the gates are replaced, by their mean
+              over the batch: one adapter for the task
     swapped   a task is routed as another task would be: the next one, in their order
     shuffled  each token gets the experts and gates of another token of the batch, by lot
 
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 
 from moe_bsr.data import ImageTransforms, TaskData
 from moe_bsr.evaluation.ablation import Ablation
+from moe_bsr.model.low_rank import LowRankExperts
 from moe_bsr.model.moe import MoE, Routing
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.runtime.device import Runtime
@@ -86,6 +88,8 @@ def changed(model: MultitaskViT, kind: str) -> Iterator[None]:
 
 def _merged(layer: MoE) -> Callable[..., Tensor]:
     experts = layer.experts
+    if isinstance(experts, LowRankExperts):
+        return _alike(experts)
 
     def mean(name: str, part: int) -> Tensor | None:
         value = getattr(experts, name)
@@ -97,6 +101,14 @@ def _merged(layer: MoE) -> Callable[..., Tensor]:
             hidden = experts.act(F.linear(x, mean("fc1_weight", part), mean("fc1_bias", part)))
             total = total + F.linear(hidden, mean("fc2_weight", part), mean("fc2_bias", part))
         return gates.sum(1, keepdim=True) * total / experts.slices
+
+    return forward
+
+
+def _alike(experts: LowRankExperts) -> Callable[..., Tensor]:
+    def forward(x: Tensor, gates: Tensor, chosen: Tensor, needs_output: bool = True) -> Tensor:
+        mean = gates.new_zeros(len(experts.fc1_weight)).index_add(0, chosen.flatten(), gates.flatten()) / len(x)
+        return experts.of_gates(x, mean.expand(len(x), -1), needs_output)
 
     return forward
 

@@ -54,7 +54,8 @@ class RoutingStatistics:
         if sums["counts"].device != device:
             self._sums = sums = {name: value.to(device) for name, value in sums.items()}
         # Marks of who is chosen, summed exactly in float32 up to 2^24 tokens.
-        marks = torch.zeros_like(probabilities).scatter_(1, routing.experts.flatten(0, -2), 1.0)
+        used = (routing.gates.detach().flatten(0, -2) > 0).to(probabilities.dtype)
+        marks = torch.zeros_like(probabilities).scatter_(1, routing.experts.flatten(0, -2), used)
         sums["tokens"][row] += len(marks)
         sums["counts"][row] += marks.sum(0, dtype=torch.float32).long()
         sums["gates"][row] += routing.importance.detach()

@@ -43,6 +43,8 @@ def most_used(model: MultitaskViT, task: str, images: Iterable[Tensor], count: i
     """
     layers = moe_blocks(model)
     require(bool(layers), "experts", count, "leave it out: this run has no experts")
+    covers = any(moe.covers for moe in layers.values())
+    require(not covers, "experts", count, "leave it out: with moe.experts = covering_slices every slice is needed")
     least = max(moe.top_k for moe in layers.values())
     most = min(len(moe.experts.fc1_weight) for moe in layers.values())
     require(least <= count <= most, "experts", count, f"{least} (each token chooses so many) to {most} (there are)")

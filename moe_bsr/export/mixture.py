@@ -7,6 +7,7 @@ for itself, everything but the experts' own two products is done once a layer.
     T tokens, D width, E experts, K chosen of a token, R = T K rows grouped by expert
 """
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +25,9 @@ def mixture(g: Graph, moe: MoE, x: str, width: int, task: str, names: Names, exp
         experts: which of the run's experts these are: what their tensors are called by.
     """
     flat = g.op("Reshape", x, g.constant([-1, width]))
-    chosen, gates = _route(g, moe, flat, width, task, names)
+    chosen, gates = route(g, moe, flat if moe.gate != "image" else _pooled(g, x, width), width, task, names)
+    if moe.gate == "image":
+        chosen, gates = (_for_each_token(g, t, x, moe.top_k) for t in (chosen, gates))
     y = _experts(g, moe.experts, flat, chosen, names / "experts", experts)
     y = g.op("MatMul", g.op("Unsqueeze", gates, g.constant([1])), y)  # (T, 1, K) (T, K, D)
     return g.op("Reshape", y, g.op("Shape", x))
@@ -38,7 +41,7 @@ def affine(router: nn.Module, width: int, task: str) -> tuple[Tensor, Tensor]:
         ConfigError: the router is not linear in the token.
     """
     bias = router(torch.zeros(1, width), task)[0]
-    weight = (router(torch.eye(width), task) - bias).t()
+    weight = (router(torch.eye(width), task) - bias).t().nan_to_num()  # gates of 0 have a bias of minus infinity
     probe = torch.linspace(-2, 2, 3 * width).view(3, width)
     if not torch.allclose(router(probe, task), probe @ weight.t() + bias, rtol=1e-3, atol=1e-4):
         raise ConfigError(
@@ -47,7 +50,19 @@ def affine(router: nn.Module, width: int, task: str) -> tuple[Tensor, Tensor]:
     return weight, bias
 
 
-def _route(g: Graph, moe: MoE, flat: str, width: int, task: str, names: Names) -> tuple[str, str]:
+def _pooled(g: Graph, x: str, width: int) -> str:
+    """The mean of each image's tokens: (B, N, D) -> (B, D)."""
+    return g.op("Reshape", g.op("ReduceMean", x, g.constant([1]), keepdims=0), g.constant([-1, width]))
+
+
+def _for_each_token(g: Graph, of_images: str, x: str, count: int) -> str:
+    """What was decided for each image, for its tokens: (B, K) and (B, N, D) -> (B N, K)."""
+    shape = g.op("Concat", g.op("Shape", x, start=0, end=2), g.constant([count]), axis=0)
+    each = g.op("Expand", g.op("Unsqueeze", of_images, g.constant([1])), shape)
+    return g.op("Reshape", each, g.constant([-1, count]))
+
+
+def route(g: Graph, moe: MoE, flat: str, width: int, task: str, names: Names) -> tuple[str, str]:
     """(T, D) tokens -> chosen experts (T, K) int64 and their gates (T, K)."""
     weight, bias = affine(moe.router, width, task)
     own = Names(names.prefix + "router.", task)
@@ -55,10 +70,22 @@ def _route(g: Graph, moe: MoE, flat: str, width: int, task: str, names: Names) -
     logits = g.op("MatMul", flat, own.weight(g, "weight", weight.t()), name=f"{task}/{names.prefix}router")
     if bias.any():
         logits = g.op("Add", logits, own.weight(g, "bias", bias))
+    if moe.covers:
+        return _one_of_each_slice(g, logits, moe.top_k)
     best, chosen = g.op("TopK", logits, g.constant([moe.top_k]), axis=-1, outputs=2)
     if moe.renormalize:  # softmax over all, divided by the sum of the chosen: softmax over the chosen
         return chosen, g.op("Softmax", best, axis=-1)
     return chosen, g.op("GatherElements", g.op("Softmax", logits, axis=-1), chosen, axis=1)
+
+
+def _one_of_each_slice(g: Graph, logits: str, slices: int) -> tuple[str, str]:
+    """The best of the copies of each slice, all with the gate 1; expert e has slice e mod `slices`."""
+    copies = g.op("Reshape", logits, g.constant([0, -1, slices]))
+    best = g.op("ArgMax", copies, axis=1, keepdims=0)
+    chosen = g.op("Add", g.op("Mul", best, g.constant(slices)), g.constant(list(range(slices))))
+    return chosen, g.op(
+        "Add", g.op("Mul", g.op("Cast", chosen, to=1), g.constant(0, np.float32)), g.constant(1, np.float32)
+    )
 
 
 def _experts(g: Graph, experts: Experts, flat: str, chosen: str, names: Names, ids: list[int]) -> str:

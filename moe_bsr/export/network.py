@@ -17,6 +17,7 @@ from moe_bsr.config import ConfigError
 from moe_bsr.export import layers
 from moe_bsr.export.graph import Graph
 from moe_bsr.export.layers import Names, tokens_from
+from moe_bsr.export.low_rank import low_rank
 from moe_bsr.export.mixture import mixture
 from moe_bsr.model.adapters import BESIDE_FFN
 from moe_bsr.model.moe import MoE
@@ -114,6 +115,8 @@ def _block(g: Graph, part: Part, index: int, stream: Stream) -> Stream:
     plan, names = model.plan[index], Names(f"blocks.{index}.", part.owner(index))
     drops = plan.keep_rate < 1
     only_first = index == len(model.plan) - 1 and _reads_first_alone(model.vit) and not drops
+    if isinstance(layer.mlp, MoE) and layer.mlp.gate == "image":  # it looks at all tokens
+        only_first = False
     x = layers.norm(g, layer.norm1, stream.x, names / "norm1")
     y, maps = _attention(g, layer.attn, x, model.vit.embed_dim, names / "attn", only_first)
     x = tokens_from(g, stream.x, 0, 1) if only_first else stream.x
@@ -123,8 +126,7 @@ def _block(g: Graph, part: Part, index: int, stream: Stream) -> Stream:
         stream = _drop(g, model, stream, maps, plan.keep_rate)
     x = layers.norm(g, layer.norm2, stream.x, names / "norm2")
     if isinstance(layer.mlp, MoE):
-        experts = part.experts.get(index, list(range(len(layer.mlp.experts.fc1_weight))))
-        y = mixture(g, layer.mlp, x, model.vit.embed_dim, part.task, names / "mlp", experts)
+        y = _mixture(g, part, index, x, names / "mlp")
     else:
         y = layers.feed_forward(g, layer.mlp, x, names / "mlp")
     y = layers.layer_scale(g, layer.ls2, y, names / "ls2")
@@ -132,6 +134,14 @@ def _block(g: Graph, part: Part, index: int, stream: Stream) -> Stream:
         y = g.op("Add", y, layers.beside_ffn(g, beside, stream.x, names / BESIDE_FFN))
     x = g.op("Add", stream.x, y)
     return Stream(x, stream.count, stream.fused)
+
+
+def _mixture(g: Graph, part: Part, index: int, x: str, names: Names) -> str:
+    moe, width = part.model.vit.blocks[index].mlp, part.model.vit.embed_dim
+    if moe.shared is not None:
+        return low_rank(g, moe, x, width, part.task, names, index in part.experts)
+    experts = part.experts.get(index, list(range(len(moe.experts.fc1_weight))))
+    return mixture(g, moe, x, width, part.task, names, experts)
 
 
 def _reads_first_alone(vit: nn.Module) -> bool:

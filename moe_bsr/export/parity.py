@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_bsr.data import Split, TaskData
 from moe_bsr.evaluation.metrics import Predictions, score_batch, summarize
 from moe_bsr.export.on_device import Bundle, compare
 from moe_bsr.model.multitask import MultitaskViT
@@ -35,17 +34,8 @@ def reference(model: MultitaskViT, inputs: Tensor, task: str) -> np.ndarray:
 def batches(run: TrainedRun, task: str, split: str, most: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalized images (B, 3, S, S) and labels (B,) of a split: all, or `most` spread evenly over it."""
     data = run.data(task, split)
-    for images, labels in run.transforms.eval_batches(_spread(data, split, most), split, BATCH):
+    for images, labels in run.transforms.eval_batches(data.thinned(split, most), split, BATCH):
         yield run.transforms.normalize(images), labels
-
-
-def _spread(data: TaskData, name: str, most: int) -> TaskData:
-    split: Split = getattr(data, name)
-    if len(split) <= most:
-        return data
-    chosen = np.linspace(0, len(split) - 1, most).round().astype(int)
-    gone = {new: split.gone[old] for new, old in enumerate(chosen.tolist()) if old in split.gone}
-    return dataclasses.replace(data, **{name: Split(split.source, split.index[chosen], split.labels[chosen], gone)})
 
 
 @dataclasses.dataclass(slots=True)

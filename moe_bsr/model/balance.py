@@ -27,7 +27,8 @@ class Balance(nn.Module):
 
     def __init__(self, config: MoEConfig, tasks: list[str], blocks: list[int]) -> None:
         super().__init__()
-        self.kind, self.weight = config.balance_loss, config.balance_loss_weight
+        self.kind = config.balance_loss if config.gate_learns else "none"
+        self.weight = config.balance_loss_weight
         self.tasks, self.blocks = list(tasks), list(blocks)
         for name in ("importance", "load"):
             self.register_buffer(name, torch.zeros(len(tasks), len(blocks), config.num_experts))

@@ -15,35 +15,27 @@ class Experts(nn.Module):
 
     At `mlp_ratio` equal to the FFN's own every expert starts as its copy. At a smaller one expert e takes the
     hidden units j with j mod S = e mod S (S = FFN hidden width / expert hidden width), fc2 scaled by S, its bias
-    as it is.
+    as it is. Covering slices are the same with S = top_k and any hidden width that S divides, fc2 as it is and its
+    bias divided by S: one expert of each slice, added up, is the FFN.
 
     Attributes:
         slices: S.
     """
 
+    LR_SCALE, DECAYS = 1.0, True  # relative to the block's rate; whether weight decay acts on them
+
     def __init__(self, mlp: Mlp, config: MoEConfig, seed: tuple) -> None:
         super().__init__()
         hidden, width = mlp.fc1.weight.shape
-        fitting = [ratio for ratio in range(1, hidden // width + 1) if hidden % (ratio * width) == 0]
-        there_are = (
-            f"here {' or '.join(map(str, fitting))}"
-            if fitting
-            else "no ratio does here, so leave plan.moe_blocks empty"
-        )
-        require(
-            config.mlp_ratio in fitting,
-            "moe.mlp_ratio",
-            config.mlp_ratio,
-            f"mlp_ratio x width = {config.mlp_ratio * width} must divide the FFN's hidden width {hidden}; {there_are}",
-        )
-        self.slices = slices = hidden // (config.mlp_ratio * width)
+        self.slices = slices = _slices(config, hidden, width)
+        scale, share = (1, slices) if config.experts == "covering_slices" else (slices, 1)
         draws = generator(*seed)
         units = [torch.arange(start, hidden, slices) for start in range(slices)]
         parts = {
             "fc1_weight": [mlp.fc1.weight[u] for u in units],
             "fc1_bias": None if mlp.fc1.bias is None else [mlp.fc1.bias[u] for u in units],
-            "fc2_weight": [slices * mlp.fc2.weight[:, u] for u in units],
-            "fc2_bias": None if mlp.fc2.bias is None else [mlp.fc2.bias] * slices,
+            "fc2_weight": [scale * mlp.fc2.weight[:, u] for u in units],
+            "fc2_bias": None if mlp.fc2.bias is None else [mlp.fc2.bias / share] * slices,
         }
         for name, part in parts.items():
             copies = None if part is None else [part[e % slices].detach() for e in range(config.num_experts)]
@@ -65,3 +57,26 @@ class Experts(nn.Module):
                 fits, "moe.backend", "grouped", f"experts of {shape} in {dtype} are no multiples of 16 bytes; use loop"
             )
         return mixture(x, gates, chosen, weights, self.act, self.backend, needs_output)
+
+
+def _slices(config: MoEConfig, hidden: int, width: int) -> int:
+    """How many slices an FFN is cut into; 1 for whole copies.
+
+    Raises:
+        ConfigError: the FFN's hidden width is no multiple.
+    """
+    if config.experts == "covering_slices":
+        divides = hidden % config.top_k == 0
+        require(divides, "moe.top_k", config.top_k, f"must divide the FFN's hidden width {hidden}: a slice is a share")
+        return config.top_k
+    fitting = [ratio for ratio in range(1, hidden // width + 1) if hidden % (ratio * width) == 0]
+    there_are = (
+        f"here {' or '.join(map(str, fitting))}" if fitting else "no ratio does here, so leave plan.moe_blocks empty"
+    )
+    require(
+        config.mlp_ratio in fitting,
+        "moe.mlp_ratio",
+        config.mlp_ratio,
+        f"mlp_ratio x width = {config.mlp_ratio * width} must divide the FFN's hidden width {hidden}; {there_are}",
+    )
+    return hidden // (config.mlp_ratio * width)

@@ -1,7 +1,8 @@
 """The mixture-of-experts FFN: router | experts, upcycled from a dense FFN.
 
-A task-routed MoE in place of a block's FFN (M3ViT style; BSR section 5.2). Every token of the block,
-class token included, is routed on its own to its top-k experts; nothing is dropped. Shapes:
+A task-routed MoE in place of a block's FFN (M3ViT style; BSR section 5.2), or with low-rank experts beside it. Every
+token of the block, class token included, is routed on its own to its top-k experts, unless `moe.gate` says otherwise;
+nothing is dropped. Shapes:
 
     T tokens of the micro-batch (images x tokens), D width, E experts, K = top_k
 """
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 
 from moe_bsr.config import MoEConfig, require
 from moe_bsr.model.experts import Experts
-from moe_bsr.model.layers import Mlp
+from moe_bsr.model.layers import Mlp, feed_forward
+from moe_bsr.model.low_rank import LowRankExperts
 from moe_bsr.model.replay import Replay
-from moe_bsr.model.routers import ROUTERS
+from moe_bsr.model.routers import ROUTERS, FixedGates
 from moe_bsr.runtime.rng import generator
 
 
@@ -26,7 +28,7 @@ class Routing:
 
     Attributes:
         experts: (B, N, K) int64 chosen experts, best first.
-        gates: (B, N, K) float32 combine weights, in the graph.
+        gates: (B, N, K) float32 combine weights, in the graph; 0 for experts that a fixed gate leaves out.
         probabilities: (B, N, E) float32 softmax over all experts, detached.
         importance: (E,) sum of the kept gates, in the graph (V-MoE, Riquelme et al. 2021, eq. 7).
         load: (E,) number of tokens; in the graph and smooth if there is gate noise, a count otherwise.
@@ -37,6 +39,11 @@ class Routing:
     probabilities: Tensor
     importance: Tensor
     load: Tensor
+
+    def repeated(self, times: int) -> "Routing":
+        """That of `times` tokens in the place of each."""
+        by_token = (t.repeat_interleave(times, 0) for t in (self.experts, self.gates, self.probabilities))
+        return Routing(*by_token, times * self.importance, times * self.load)
 
     def of_images(self, batch: int, tokens: int) -> "Routing":
         """The same with (T, ...) records as (B, N, ...)."""
@@ -61,11 +68,19 @@ class MoE(nn.Module):
             "experts are copies of a plain two-layer Mlp FFN; this backbone has "
             "another kind, so leave plan.moe_blocks empty",
         )
-        self.top_k, self.renormalize = config.top_k, config.renormalize_gates
+        self.gate, self.covers = config.gate, config.experts == "covering_slices"
+        self.top_k = config.num_experts if config.has_fixed_gates else config.top_k
+        self.renormalize = config.renormalize_gates and not config.has_fixed_gates
         self.noise_std = config.gate_noise / config.num_experts
-        router = ROUTERS[ROUTERS.choose(config.router).kind]
-        self.router = router(mlp.fc1.in_features, config.num_experts, tasks, (*seed, "router"))
-        self.experts = Experts(mlp, config, (*seed, "experts"))
+        if config.has_fixed_gates:
+            self.router: nn.Module = FixedGates(config.num_experts, tasks, config.gate == "task")
+        else:
+            router = ROUTERS[ROUTERS.choose(config.router).kind]
+            self.router = router(mlp.fc1.in_features, config.num_experts, tasks, (*seed, "router"))
+            _scale(self.router, 0.0 if config.gate == "prototype" else config.router_scale)
+        low_rank = config.experts == "low_rank"
+        self.shared = mlp if low_rank else None
+        self.experts = (LowRankExperts if low_rank else Experts)(mlp, config, (*seed, "experts"))
 
     def forward(
         self, x: Tensor, task: str, replay: Replay, noise_key: tuple[int, ...] | None = None, needs_output: bool = True
@@ -77,12 +92,27 @@ class MoE(nn.Module):
             needs_output: whether the values are wanted, or only what the backward pass needs.
         """
         flat = x.reshape(-1, x.shape[-1])
-        routing = self.route(flat, task, replay, noise_key)
-        y = self.experts(flat, routing.gates, routing.experts, needs_output)
-        return y.view_as(x), routing.of_images(*x.shape[:2])
+        routing = self.route(flat, task, replay, noise_key, len(x))
+        y = self.experts(flat, routing.gates, routing.experts, needs_output).view_as(x)
+        if self.shared is not None:
+            y = y + feed_forward(self.shared, x, needs_output)
+        return y, routing.of_images(*x.shape[:2])
 
-    def route(self, x: Tensor, task: str, replay: Replay, noise_key: tuple[int, ...] | None) -> Routing:
-        """Choose top-k experts for each of (T, D) tokens; the record's shapes are (T, ...)."""
+    def route(
+        self, x: Tensor, task: str, replay: Replay, noise_key: tuple[int, ...] | None, images: int = 1
+    ) -> Routing:
+        """Choose top-k experts for each of (T, D) tokens; the record's shapes are (T, ...).
+
+        Args:
+            images: whose tokens these are, as many of each.
+        """
+        if self.gate != "image":
+            return self._route(x, task, replay, noise_key)
+        by_image = x.view(images, -1, x.shape[-1])
+        routing = self._route(by_image.mean(1, dtype=torch.float32), task, replay, noise_key)
+        return routing.repeated(by_image.shape[1])
+
+    def _route(self, x: Tensor, task: str, replay: Replay, noise_key: tuple[int, ...] | None) -> Routing:
         clean = logits = self.router(x, task)
         noisy = self.training and self.noise_std > 0
         if noisy:
@@ -92,7 +122,11 @@ class MoE(nn.Module):
                 "gate noise", lambda: torch.randn(clean.shape, generator=generator(*noise_key)).to(clean.device)
             )
             logits = clean + self.noise_std * noise
+        if self.covers:
+            return self._one_of_each_slice(logits, replay)
         probabilities = logits.softmax(-1)
+        if isinstance(self.router, FixedGates):
+            probabilities = probabilities.nan_to_num()  # of a task whose only expert is masked: none is left
         chosen = replay.record("experts", lambda: logits.topk(self.top_k).indices)
         gates = probabilities.gather(1, chosen)
         if self.renormalize:
@@ -101,6 +135,26 @@ class MoE(nn.Module):
         importance = nothing.scatter(1, chosen, gates).sum(0)
         load = smooth_load(clean, logits, chosen, self.noise_std) if noisy else nothing.scatter_(1, chosen, 1.0).sum(0)
         return Routing(chosen, gates, probabilities.detach(), importance, load)
+
+    def _one_of_each_slice(self, logits: Tensor, replay: Replay) -> Routing:
+        """The best of the copies of each slice, with the gate 1 whose gradient is that of its log probability."""
+        copies = logits.unflatten(1, (-1, self.top_k))  # expert e has slice e mod k
+        of_slice = copies.softmax(1)
+        best = replay.record("experts", lambda: copies.argmax(1))
+        places = torch.arange(self.top_k, device=logits.device)
+        found = of_slice.gather(1, best.unsqueeze(1)).squeeze(1)
+        chosen, gates = best * self.top_k + places, found / found.detach()
+        nothing = gates.new_zeros(logits.shape)
+        importance, load = (nothing.scatter(1, chosen, g).sum(0) for g in (gates, torch.ones_like(gates)))
+        return Routing(chosen, gates, of_slice.detach().flatten(1) / self.top_k, importance, load)
+
+
+@torch.no_grad()
+def _scale(router: nn.Module, factor: float) -> None:
+    """Multiply a fresh router's weights: how decided it starts."""
+    weights = router.weight.values() if isinstance(router.weight, nn.ParameterDict) else [router.weight]
+    for weight in weights if factor != 1 else ():
+        weight.mul_(factor)
 
 
 def smooth_load(clean: Tensor, noisy: Tensor, chosen: Tensor, std: float) -> Tensor:

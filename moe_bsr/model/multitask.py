@@ -95,7 +95,7 @@ class MultitaskViT(nn.Module):
                 self.upcycling_errors[index] = upcycling_error(moe, mlp, vit.blocks[index].norm2, self.tasks[0])
             vit.blocks[index].mlp = moe
         freeze(vit, config.plan)
-        if not config.moe.train_router:
+        if not config.moe.learns_routers:
             for index in config.plan.moe_blocks:
                 vit.blocks[index].mlp.router.requires_grad_(False)
         self.adapter_parameters: dict[int, list[nn.Parameter]] = {}

@@ -17,6 +17,33 @@ TASK_EMBEDDING = 64  # width of the task-conditioned router's embedding of a tas
 ROUTERS: Registry[type[nn.Module]] = Registry("moe.router")
 
 
+class FixedGates(nn.Module):
+    """What `moe.gate` is told beforehand: logits whose softmax are a task's gates, whatever the token.
+
+    Gates are kept, not logits, so that the mean of several tasks' is what a new task can begin with.
+
+    Args:
+        by_task: give each task as many experts of its own as there are for all, and the rest to all of them; or the
+            same gate to every expert.
+    """
+
+    def __init__(self, experts: int, tasks: list[str], by_task: bool) -> None:
+        super().__init__()
+        own = experts // len(tasks) if by_task else 0
+        weight = {}
+        for row, task in enumerate(tasks):
+            used = torch.zeros(experts)
+            used[row * own : (row + 1) * own] = used[own * len(tasks) :] = 1.0
+            weight[task] = nn.Parameter(used / used.sum())
+        self.weight = nn.ParameterDict(weight)
+
+    def forward(self, x: Tensor, task: str) -> Tensor:
+        return self.weight[task].float().log().expand(len(x), -1)
+
+    def parameters_of_others(self, task: str) -> list[nn.Parameter]:
+        return [weight for name, weight in self.weight.items() if name != task]
+
+
 @ROUTERS.register("per_task")
 class PerTaskRouter(nn.Module):
     """One bias-free linear router per task ("multi-gate" in M3ViT); float32 whatever the autocast."""

@@ -14,7 +14,8 @@ def counts(model: MultitaskViT) -> list[tuple[int, int]]:
 
 def table(model: MultitaskViT, config: Config) -> list[str]:
     """The plan, a line a block: what it is, whether its backward pass runs, and its parameters."""
-    experts = f"top-{config.moe.top_k} of {config.moe.num_experts} experts x{config.moe.mlp_ratio}"
+    full = f" experts x{config.moe.mlp_ratio}" if config.moe.experts == "full" else ""
+    experts = f"{config.moe.words}{full}"
     rows = [("block", "trains", "gradient", "tokens", "FFN", "adapter", "storage", "parameters (trained)")]
     for index, (plan, (n, m)) in enumerate(zip(model.plan, counts(model), strict=True)):
         parameters = list(model.vit.blocks[index].parameters())

@@ -175,7 +175,11 @@ def _moe(moe: MoE, tokens: int) -> tuple[Leaf, ...]:
     trained = moe.experts.fc1_weight.requires_grad
     rows = moe.top_k * tokens
     router = any(p.requires_grad for p in moe.router.parameters())
+    shared: tuple[Leaf, ...] = ()
+    if moe.shared is not None:  # all of them on every token, side by side, and the FFN
+        shared, rows, hidden = _leaves(moe.shared, tokens, "mlp.shared"), tokens, experts * hidden
     return (
+        *shared,
         Leaf("mlp.router", "linear", tokens, width, experts, router),
         Leaf(f"{EXPERTS}.fc1", "linear", rows, width, hidden, trained),
         Leaf(f"{EXPERTS}.act", "activation", rows, hidden, hidden, False),

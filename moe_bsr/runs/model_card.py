@@ -112,7 +112,7 @@ def _made_of(config: Config, resolved: dict[str, Any], report: dict[str, Any] | 
         f"* Trained: {trained if plan.train_blocks else 'the heads alone'}.",
     ]
     if plan.moe_blocks:
-        lines.append(f"* Experts: top-{moe.top_k} of {moe.num_experts} in blocks {_listed(plan.moe_blocks)}.")
+        lines.append(f"* Experts: {moe.words} in blocks {_listed(plan.moe_blocks)}.")
     if plan.drop_blocks:
         lines.append(f"* Tokens dropped after the attention of blocks {_listed(plan.drop_blocks)}.")
     if report is not None and report.get("gflops_per_image"):

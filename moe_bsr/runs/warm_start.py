@@ -118,7 +118,7 @@ def _dense(source: Source, vit: dict[str, Tensor], adapters: set[int]) -> dict[s
     """What differs of a plain backbone's weights. Adapters are merged into them, but in the blocks `adapters`."""
     dense = {}
     for name, value in source.weights.items():
-        plain = name.removeprefix("vit.").replace(".base.", ".")
+        plain = name.removeprefix("vit.").replace(".base.", ".").replace(".mlp.shared.", ".mlp.")
         if name.startswith("vit.") and plain in vit and not torch.equal(vit[plain].to(value.dtype), value):
             dense[plain] = value.float()
     for name, a in source.weights.items():
@@ -231,7 +231,9 @@ def _told(
         if names := [name for name in classes[task] if name not in source.classes[task]]:
             new.append(f"classes of {task} ({_listed(names)})")
     if copied := [index for index in moe if index not in parts["experts"]]:
-        new.append(f"experts of blocks {_listed(copied)}, copies of the FFN")
+        low_rank = any(getattr(model.vit.blocks[i].mlp, "shared", None) is not None for i in copied)
+        how = "low-rank experts of blocks {}, from zero" if low_rank else "experts of blocks {}, copies of the FFN"
+        new.append(how.format(_listed(copied)))
     if fresh := [index for index in moe if index not in parts["routers"]]:
         new.append(f"routers of blocks {_listed(fresh)}")
     left = [f"head of {task}" for task in source.classes if task not in classes]

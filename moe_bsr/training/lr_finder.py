@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from statistics import fmean
 
+from moe_bsr.training import prototypes
 from moe_bsr.training.failures import NonFiniteLoss
 from moe_bsr.training.trainer import Trainer
 
@@ -36,6 +37,7 @@ def curve(trainer: Trainer, rates: list[float]) -> list[Point]:
     Args:
         trainer: of at least as many updates.
     """
+    prototypes.place(trainer.model, trainer.inputs, trainer.config.seed)
     relative, points = Smoothed(), []
     batches = trainer.batches()
     try:

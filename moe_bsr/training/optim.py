@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_bsr.config import TrainConfig
+from moe_bsr.model.moe import MoE
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.training.adamw8 import AdamW8, layout
 
@@ -15,25 +16,61 @@ def parameter_groups(model: MultitaskViT, config: TrainConfig) -> list[dict]:
 
     Layer-wise decay as in BEiT and MAE: embeddings 0, block i is i + 1, and experts belong to their block;
     routers, final norm, heads and log variances learn at full rate. No decay for biases, norms, positions and tokens.
+    A group's "hold" is the number of updates in which it does not move.
     """
-    groups: dict[tuple[float, float], dict] = {}
+    groups: dict[tuple, dict] = {}
     top = len(model.plan) + 1
-    heads = {id(p) for part in (model.heads, model.log_variances) for p in part.parameters()}
-    undecayed = _undecayed(model)
+    scales = _scales(model, config)
+    routers = {id(p) for moe in _mixtures(model) for p in moe.router.parameters()}
+    undecayed = _undecayed(model) | _undecayed_experts(model, config)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         scale = config.layer_decay ** (top - model.layer_of(parameter))
-        if id(parameter) in heads:
-            scale *= config.head_lr_scale
+        scale *= scales.get(id(parameter), 1.0)
         decay = 0.0 if id(parameter) in undecayed else config.weight_decay
-        group = groups.setdefault(
-            (scale, decay),
-            {"params": [], "names": [], "lr": config.lr * scale, "lr_scale": scale, "weight_decay": decay},
-        )
+        hold = config.router_hold if id(parameter) in routers else 0
+        settings = {"lr": config.lr * scale, "lr_scale": scale, "weight_decay": decay, "hold": hold}
+        group = groups.setdefault(tuple(settings.values()), {"params": [], "names": [], **settings})
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
+
+
+def _mixtures(model: MultitaskViT) -> list[MoE]:
+    return [layer.mlp for layer in model.vit.blocks if isinstance(layer.mlp, MoE)]
+
+
+def _scales(model: MultitaskViT, config: TrainConfig) -> dict[int, float]:
+    """What heads, experts and routers learn by, relative to their layer's rate, by a parameter's id."""
+    scaled = [(part, config.head_lr_scale) for part in (model.heads, model.log_variances)]
+    for moe in _mixtures(model):
+        own = moe.experts.LR_SCALE if config.expert_lr_scale is None else config.expert_lr_scale
+        scaled += [(moe.experts, own), (moe.router, config.router_lr_scale)]
+    return {id(p): scale for part, scale in scaled for p in part.parameters()}
+
+
+def _undecayed_experts(model: MultitaskViT, config: TrainConfig) -> set[int]:
+    """Ids of the experts' parameters that do not decay towards zero."""
+    all_experts = [moe.experts for moe in _mixtures(model)]
+    to_zero = [e for e in all_experts if config.expert_decay == "zero" or config.expert_decay is None and e.DECAYS]
+    return {id(p) for experts in all_experts if experts not in to_zero for p in experts.parameters()}
+
+
+def _decay_towards_mean(model: MultitaskViT, config: TrainConfig, optimizer: torch.optim.Optimizer) -> None:
+    """Before each step, move experts towards the mean of those that started as copies of the same units."""
+    slices = {id(p): moe.experts.slices for moe in _mixtures(model) for p in moe.experts.parameters()}
+    undecayed = _undecayed(model)
+
+    @torch.no_grad()
+    def decay(*_: object) -> None:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and id(p) in slices and id(p) not in undecayed:
+                    copies = p.unflatten(0, (-1, slices[id(p)]))
+                    copies.lerp_(copies.mean(0, keepdim=True).expand_as(copies), group["lr"] * config.weight_decay)
+
+    optimizer.register_step_pre_hook(decay)
 
 
 def _undecayed(model: MultitaskViT) -> set[int]:
@@ -49,7 +86,10 @@ def _undecayed(model: MultitaskViT) -> set[int]:
 
 def make_optimizer(model: MultitaskViT, config: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer of a run; for "lbfgs" one without state, for that run's only update is the solver's."""
-    return optimizer_of(parameter_groups(model, config), config)
+    optimizer = optimizer_of(parameter_groups(model, config), config)
+    if config.expert_decay == "mean" and config.weight_decay:
+        _decay_towards_mean(model, config, optimizer)
+    return optimizer
 
 
 def optimizer_of(groups: list[dict], config: TrainConfig) -> torch.optim.Optimizer:

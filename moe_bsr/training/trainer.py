@@ -22,7 +22,7 @@ from moe_bsr.runs import checkpoint, kept_tasks, report
 from moe_bsr.runs import folder as run
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.runtime.interrupt import Interrupted, RankLost, StopSignals
-from moe_bsr.training import length
+from moe_bsr.training import length, prototypes
 from moe_bsr.training.callback import Callback, EvalEvent, StartEvent, StepEvent
 from moe_bsr.training.failures import NonFiniteLoss, TrainingFailed, explained, last_good
 from moe_bsr.training.inputs import Inputs
@@ -99,6 +99,7 @@ class Trainer:
         try:
             self.about += self.ranks.by_first(lambda: self._begin(resume))
             self.state.follow_first(self.ranks)
+            self.about += prototypes.place(self.model, self.inputs, self.config.seed, self.state.average)
             self.about += self._decide_length()
             self.ranks.by_first(lambda: self._write_config(resume))
             try:
@@ -246,7 +247,7 @@ class Trainer:
         """Update `step`: a batch of one task, or of each when sampling jointly; returns the gradient's norm too."""
         self.model.train()
         for group in self.state.optimizer.param_groups:
-            group["lr"] = rate * group["lr_scale"]
+            group["lr"] = rate * group["lr_scale"] * (step >= group["hold"])
         drawn = [next(batches) for _ in self.sampler.tasks(step)]  # before anything is done: one may be unreadable
         try:
             return self.updates.take(drawn, self.state.step)

@@ -1,0 +1,103 @@
+"""Routers that start at prototypes: with `moe.gate: prototype` an expert is for the tokens near one center.
+
+Before the first update, training images of all tasks run through the model once. What enters each block's routers is
+clustered by direction (spherical k-means: the tokens come from a LayerNorm, so that all have about one length), and
+every task's router becomes the centers, scaled so that a token's logits have a standard deviation of 2. Choices then
+mean something, and are decided, before any gradient. Tokens are told apart by what they are, not by their task.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moe_bsr.model.moe import MoE
+from moe_bsr.model.multitask import MultitaskViT
+from moe_bsr.runtime.rng import generator
+from moe_bsr.training.inputs import Inputs
+from moe_bsr.training.optim import MovingAverage
+
+IMAGES = 2_000  # of all tasks together
+TOKENS = 20_000  # of them, at most, for each block
+ROUNDS = 15
+BATCH = 50
+SPREAD = 2.0  # standard deviation of a token's logits
+
+
+def place(model: MultitaskViT, inputs: Inputs, seed: int, average: MovingAverage | None = None) -> list[str]:
+    """Put prototypes into those routers that have none: they are zero.
+
+    Args:
+        inputs: of the tasks whose images are looked at. average: of the parameters, which starts there too.
+    Returns:
+        A line about it, if there was anything to do.
+    """
+    waiting = {
+        index: block.mlp
+        for index, block in enumerate(model.vit.blocks)
+        if isinstance(block.mlp, MoE)
+        and block.mlp.gate == "prototype"
+        and not any(weight.any() for weight in block.mlp.router.parameters())
+    }
+    if not waiting:
+        return []
+    tokens = _tokens(model, inputs, waiting, seed)
+    names = {id(p): name for name, p in model.named_parameters()}
+    for index, moe in waiting.items():
+        found = prototypes(tokens[index], len(moe.experts.fc1_weight), (seed, "prototypes", index))
+        for weight in moe.router.parameters():
+            weight.data.copy_(found)
+            if average is not None and (name := names[id(weight)]) in average.average:
+                average.average[name].copy_(found)
+    blocks = ", ".join(map(str, waiting))
+    return [f"routers of blocks {blocks} start at prototypes of the training images' tokens"]
+
+
+def prototypes(tokens: Tensor, count: int, seed: tuple) -> Tensor:
+    """The router weights (count, D) that spherical k-means of (T, D) tokens gives.
+
+    Args:
+        seed: of the tokens that the centers start from. Empty clusters start again at a token.
+    """
+    directions, draws = F.normalize(tokens.float(), dim=1), generator(*seed)
+    start = torch.randint(len(directions), (ROUNDS + 1, count), generator=draws).to(tokens.device)
+    centers = directions[start[0]]
+    for round_ in range(1, ROUNDS + 1):
+        nearest = (directions @ centers.t()).argmax(1)
+        sums = torch.zeros_like(centers).index_add_(0, nearest, directions)
+        empty = torch.bincount(nearest, minlength=count) == 0
+        centers = F.normalize(torch.where(empty[:, None], directions[start[round_]], sums), dim=1)
+    logits = tokens.float() @ centers.t()
+    return centers * (SPREAD / logits.std(1).mean().clamp_min(1e-12))
+
+
+@torch.no_grad()
+def _tokens(model: MultitaskViT, inputs: Inputs, layers: dict[int, MoE], seed: int) -> dict[int, Tensor]:
+    """By block, (T, D) tokens as they enter it, drawn from all images alike."""
+    found: dict[int, list[Tensor]] = {index: [] for index in layers}
+    each = max(BATCH, TOKENS * BATCH // IMAGES)  # tokens of a batch
+    training = model.training
+
+    def keep(index: int, x: Tensor) -> None:
+        flat = x.flatten(0, 1)
+        chosen = torch.randperm(len(flat), generator=generator(seed, "prototype tokens", index, len(found[index])))
+        found[index].append(flat[chosen[:each].to(flat.device)].float())
+
+    with contextlib.ExitStack() as hooks, inputs.runtime.autocast():
+        for index, moe in layers.items():
+            handle = moe.register_forward_pre_hook(lambda _, given, index=index: keep(index, given[0]))
+            hooks.callback(handle.remove)
+        for task, images in _images(inputs):
+            model.eval()(images, task)
+    model.train(training)
+    return {index: torch.cat(parts) for index, parts in found.items()}
+
+
+def _images(inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
+    """Batches of training images, as many of each task, as evaluation sees them, normalized."""
+    for task, data in inputs.tasks.items():
+        some = data.thinned("train", max(1, IMAGES // len(inputs.tasks)))
+        for images, _ in inputs.transforms.eval_batches(some, "train", BATCH):
+            yield task, inputs.transforms.normalize(images, device=inputs.runtime.device)

@@ -1,0 +1,203 @@
+"""Training with low-rank experts: rates, prototypes, and runs that start from runs, resume, gain a task, leave."""
+
+import functools
+
+import pytest
+import torch
+from tiny_models import make_model, normal
+from tiny_runs import TASK, make_config, make_trainer, state_of
+
+import moe_bsr
+from moe_bsr.benchmark.measure import measure
+from moe_bsr.config import TrainConfig, replace
+from moe_bsr.cost import predict as cost
+from moe_bsr.evaluation.interventions import changed
+from moe_bsr.model.multitask import build
+from moe_bsr.model.replay import Replay
+from moe_bsr.runs import warm_start
+from moe_bsr.runtime.device import prepare
+from moe_bsr.training import prototypes
+from moe_bsr.training.added_task import added_task_config
+from moe_bsr.training.optim import make_optimizer, parameter_groups
+from moe_bsr.training.update import training_step
+
+pytestmark = pytest.mark.usefixtures("bare")
+
+QUICK = {"train__evaluate_test": False}
+LOW_RANK = {"moe__experts": "low_rank", "moe__rank": 4}
+DENSE = {"plan__moe_blocks": []}
+
+
+# --- rates and decay ---
+
+
+def by_name(model, **settings) -> dict[str, dict]:
+    groups = parameter_groups(model, TrainConfig(**settings))
+    return {name: group for group in groups for name in group["names"]}
+
+
+def test_low_rank_experts_learn_ten_times_as_fast_without_decay_and_full_ones_as_their_block():
+    place = "vit.blocks.3.mlp."
+    groups = by_name(make_model(moe_blocks=(1, 3), experts="low_rank"), layer_decay=0.5)
+    assert (groups[place + "experts.fc2_weight"]["lr_scale"], groups[place + "shared.fc2.weight"]["lr_scale"]) == (
+        5,
+        0.5,
+    )
+    assert (
+        groups[place + "experts.fc1_weight"]["weight_decay"] == 0 < groups[place + "shared.fc1.weight"]["weight_decay"]
+    )
+    full = by_name(make_model(moe_blocks=(1, 3)), layer_decay=0.5)
+    assert full[place + "experts.fc1_weight"]["lr_scale"] == 0.5
+    assert full[place + "experts.fc1_weight"]["weight_decay"] == 0.05
+
+
+def test_experts_and_routers_have_rates_of_their_own_and_routers_may_be_held():
+    settings = {"expert_lr_scale": 4.0, "router_lr_scale": 7.0, "router_hold": 20, "expert_decay": "none"}
+    groups = by_name(make_model(moe_blocks=(1, 3)), **settings)
+    experts, router = (groups[f"vit.blocks.3.mlp.{name}"] for name in ("experts.fc1_weight", "router.weight.one"))
+    assert (experts["lr_scale"], experts["weight_decay"], experts["hold"]) == (4.0, 0.0, 0)
+    assert (router["lr_scale"], router["hold"]) == (7.0, 20)
+    assert groups["heads.one.weight"]["lr_scale"] == 1.0
+
+
+def test_held_routers_move_at_the_update_they_are_held_to(tmp_path):
+    trainer = make_trainer(make_config(tmp_path, train__router_hold=2, moe__init_noise=0.1), tmp_path / "run")
+    batches = trainer.inputs.batches(trainer.sampler.batches())
+    seen = [state_of(trainer.model)]
+    for step in range(3):
+        trainer.take(batches, step, 1e-2)
+        trainer.state.step = step + 1
+        seen.append(state_of(trainer.model))
+    name = "vit.blocks.3.mlp.router.weight.shapes"
+    assert [torch.equal(a[name], b[name]) for a, b in zip(seen, seen[1:], strict=False)] == [True, True, False]
+    batches.close()
+
+
+@pytest.mark.parametrize("options", [{}, {"experts": "covering_slices", "num_experts": 4}], ids=["full", "slices"])
+def test_decay_towards_the_mean_is_towards_that_of_the_copies(options):
+    model = make_model(moe_blocks=(1, 3), init_noise=0.5, **options)
+    experts = model.vit.blocks[3].mlp.experts
+    before = experts.fc1_weight.detach().clone()
+    optimizer = make_optimizer(model, TrainConfig(lr=0.1, weight_decay=0.5, expert_decay="mean", optimizer="sgd"))
+    experts.fc1_weight.grad = torch.zeros_like(before)
+    optimizer.step()
+    for e, weight in enumerate(experts.fc1_weight):
+        mean = before[e % experts.slices :: experts.slices].mean(0)
+        assert torch.allclose(weight, before[e] - 0.05 * (before[e] - mean), atol=1e-6)
+    assert not torch.equal(experts.fc1_weight[0], before[0])
+
+
+# --- prototypes ---
+
+
+def test_prototypes_are_the_directions_of_clusters_and_decided():
+    directions = torch.linalg.qr(normal(12, 12))[0][:3]
+    which = torch.arange(300) % 3
+    tokens = 3.0 * directions[which] + 0.1 * normal(300, 12)
+    found = prototypes.prototypes(tokens, 3, ("seed", 0))
+    similar = torch.nn.functional.normalize(found, dim=1) @ directions.t()
+    assert sorted(similar.argmax(1).tolist()) == [0, 1, 2] and (similar.max(1).values > 0.99).all()
+    assert (tokens @ found.t()).std(1).mean() == pytest.approx(2.0)
+    assert prototypes.prototypes(tokens[:2], 8, ("seed", 0)).isfinite().all()
+
+
+# --- runs ---
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A dense run, one of low-rank experts at prototypes that starts from it, and that with one task more."""
+    place = tmp_path_factory.mktemp("experts")
+    short = {"train__steps": 4, "train__checkpoint_every": 4, "moe__balance_loss": "across_tasks"} | QUICK
+    moe_bsr.train(make_config(place, **DENSE, **short), place / "dense", callbacks=[])
+    config = make_config(
+        place, moe__gate="prototype", train__ema_decay=0.9, **LOW_RANK, **short, train__init_from=str(place / "dense")
+    )
+    moe_bsr.train(config, place / "low_rank", callbacks=[])
+    (place / "petals.yaml").write_text(TASK.format("petals", 24, 60))
+    added = replace(added_task_config(place / "low_rank", str(place / "petals.yaml")), train__penalty=1e-2, **QUICK)
+    moe_bsr.train(added, place / "added", callbacks=[])
+    return place
+
+
+@functools.cache
+def loaded(run):
+    return moe_bsr.load(run)
+
+
+def model_of(run):
+    return loaded(run).models["shapes"]
+
+
+@functools.cache
+def logits(run) -> torch.Tensor:
+    with torch.inference_mode():
+        return model_of(run)(normal(5, 3, 32, 32), "shapes").logits
+
+
+def test_low_rank_experts_start_from_a_dense_run_exactly(runs):
+    config = make_config(runs, moe__gate="image", **LOW_RANK)
+    model, told = warm_start.build_from(str(runs / "dense"), config, loaded(runs / "dense").class_names)
+    with torch.inference_mode():
+        assert torch.equal(model.eval()(normal(5, 3, 32, 32), "shapes").logits, logits(runs / "dense"))
+    assert "low-rank experts of blocks 3, 5, from zero" in "\n".join(told)
+
+
+def test_a_dense_run_starts_from_the_ffn_beside_the_experts(runs):
+    model, told = warm_start.build_from(
+        str(runs / "low_rank"), make_config(runs, **DENSE), loaded(runs / "dense").class_names
+    )
+    trained = model_of(runs / "low_rank").vit.blocks[3].mlp.shared
+    assert torch.equal(model.vit.blocks[3].mlp.fc1.weight, trained.fc1.weight)
+    assert told[-1] == "left: experts of blocks 3, 5"
+
+
+def test_a_run_begins_at_prototypes_and_never_finds_them_again(runs):
+    model = model_of(runs / "low_rank")
+    weights = model.vit.blocks[3].mlp.router.weight
+    # Both tasks' routers began at the same centers; drawn ones have nothing in common.
+    assert torch.cosine_similarity(*(weight.flatten() for weight in weights.values()), dim=0) > 0.9
+    assert not torch.equal(*weights.values())
+    assert prototypes.place(model, None, 0) == []
+
+
+def test_training_moves_experts_ffn_and_routers(runs):
+    layer = model_of(runs / "low_rank").vit.blocks[3].mlp
+    assert layer.experts.fc2_weight.abs().max() > 0
+    assert not torch.equal(logits(runs / "low_rank"), logits(runs / "dense"))
+
+
+def test_one_task_more_leaves_the_others_as_they_are_and_adds_head_and_routers(runs):
+    assert torch.equal(logits(runs / "added"), logits(runs / "low_rank"))
+    model = model_of(runs / "added")
+    own = {name for name, p in model.named_parameters() if any(p is q for q in model.own_parameters("petals"))}
+    assert {name.rsplit(".", 1)[0] for name in own if "heads" not in name} == {
+        f"vit.blocks.{index}.mlp.router.weight" for index in (3, 5)
+    }
+
+
+def test_merged_gates_are_one_adapter_for_the_task(runs):
+    model = model_of(runs / "low_rank")
+    layer = model.vit.blocks[5].mlp
+    x = normal(2, 6, layer.shared.fc1.in_features)
+    with torch.inference_mode(), changed(model, "merged"):
+        y, routing = layer(x, "shapes", Replay())
+        whole = torch.zeros(2, 6, 4).scatter(2, routing.experts, routing.gates).mean((0, 1))
+        assert torch.allclose(
+            y - layer.shared(x), layer.experts.of_gates(x.flatten(0, 1), whole.expand(12, 4)).view_as(y)
+        )
+
+
+# --- cost ---
+
+
+@pytest.mark.parametrize("gate", ["token", "task"])
+def test_the_cost_predicted_is_the_cost_measured(gate, tmp_path):
+    config = make_config(tmp_path, moe__gate=gate, storage="bf16", **LOW_RANK)
+    classes = dict.fromkeys(config.task_names(), 10)
+    model, task = build(config, classes), config.task_names()[0]
+    predicted = cost.predict(model, config, batch=8, precision="fp32", task=task)
+    measured = measure(training_step(model, config, prepare(config.runtime), batch=8, task=task))
+    assert predicted.parameters == measured.parameters + measured.buffers
+    assert (predicted.gradients, predicted.optimizer) == (measured.gradients, measured.optimizer)
+    assert predicted.kept == pytest.approx(measured.kept, rel=0.02)
