@@ -20,7 +20,7 @@ RUNTIMES = {  # by how a graph's file ends: the package that runs it, and how
         "are.",
     ),
     ".pte": (
-        "executorch",
+        "executorch torch",
         "Every program has one method, `forward`: normalized float32 (1, 3, S, S) -> logits (1, classes). It holds all "
         "its weights and asks for ExecuTorch's XNNPACK backend and portable kernels. `predict.py` uses ExecuTorch's "
         "Python package, which needs torch; apps load the program with ExecuTorch's own libraries.",
@@ -40,7 +40,7 @@ def text(run: TrainedRun, config: dict[str, Any], result: dict[str, Any], place:
             "library_name: moe_bsr",
             f"license: {license}",
             "pipeline_tag: image-classification",
-            f"tags: [image-classification, {package.removesuffix('runtime')}, vision-transformer, multitask]",
+            f"tags: [image-classification, {package.split()[0].removesuffix('runtime')}, vision-transformer, multitask]",
             "---",
             "",
             f"# {name}",

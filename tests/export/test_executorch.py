@@ -63,7 +63,7 @@ def test_the_bundle_is_of_the_same_kind(folder):
     config = json.loads((folder / "config.json").read_text())
     assert config["sha256"] == {file.name: sha256(file) for file in folder.iterdir() if file.name != "config.json"}
     text = (folder / "README.md").read_text()
-    assert "pip install executorch numpy pillow" in text and "(1, 3, S, S)" in text and "OpenVINO" not in text
+    assert "pip install executorch torch numpy pillow" in text and "(1, 3, S, S)" in text and "OpenVINO" not in text
 
 
 def test_the_check_runs_with_executorch_alone(folder):
