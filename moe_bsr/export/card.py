@@ -11,8 +11,9 @@ from moe_bsr.runtime import cpu_features
 from moe_bsr.runtime.names import printable
 from moe_bsr.runtime.text_tables import as_markdown
 
-RUNTIMES = {  # by how a graph's file ends: the package that runs it, and how
+RUNTIMES = {  # by how a graph's file ends: its tag, the packages that run it, and how
     ".onnx": (
+        "onnx",
         "onnxruntime",
         "Every graph takes `images`, normalized float32 (B, 3, S, S), any B, and gives logits (B, classes) under the "
         "task's name. Keep `.data` files beside the graphs: `weights.data` is shared, `<task>.data` belongs to a task. "
@@ -20,6 +21,7 @@ RUNTIMES = {  # by how a graph's file ends: the package that runs it, and how
         "are.",
     ),
     ".pte": (
+        "executorch",
         "executorch torch",
         "Every program has one method, `forward`: normalized float32 (1, 3, S, S) -> logits (1, classes). It holds all "
         "its weights and asks for ExecuTorch's XNNPACK backend and portable kernels. `predict.py` uses ExecuTorch's "
@@ -31,8 +33,7 @@ RUNTIMES = {  # by how a graph's file ends: the package that runs it, and how
 def text(run: TrainedRun, config: dict[str, Any], result: dict[str, Any], place: Path) -> str:
     """README.md of the bundle at `place`, whose other files are there already."""
     license, weights = _backbone(run)
-    graphs = next(iter(config["tasks"].values()))["graph"]
-    package, how = RUNTIMES[Path(graphs).suffix]
+    runtime, package, how = RUNTIMES[Path(next(iter(config["tasks"].values()))["graph"]).suffix]
     name = printable(run.run.resolve().name)
     return "\n".join(
         [
@@ -40,7 +41,7 @@ def text(run: TrainedRun, config: dict[str, Any], result: dict[str, Any], place:
             "library_name: moe_bsr",
             f"license: {license}",
             "pipeline_tag: image-classification",
-            f"tags: [image-classification, {package.split()[0].removesuffix('runtime')}, vision-transformer, multitask]",
+            f"tags: [image-classification, {runtime}, vision-transformer, multitask]",
             "---",
             "",
             f"# {name}",
