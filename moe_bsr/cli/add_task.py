@@ -20,7 +20,9 @@ from moe_bsr.cli import train
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="RUN", help="run folder, with one model for all its tasks")
-    parser.add_argument("task", metavar="TASK", help="a task's name (moe-bsr tasks), or its YAML file")
+    parser.add_argument(
+        "task", metavar="TASK", help="a task's name (moe-bsr tasks), its YAML file, or a configuration of it"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.penalty=mild")
     parser.add_argument("--out", dest="run", type=Path, metavar="NEWRUN", help="the new run folder (RUN_TASK)")
     parser.add_argument("--data-root", metavar="DIR", help="where data lie (where RUN found its own)")

@@ -3,6 +3,7 @@
     moe-bsr export runs/quickstart
     moe-bsr export runs/quickstart --task petals shapes --int8 --out petals-int8
     moe-bsr export runs/quickstart --task petals --experts 8
+    moe-bsr export runs/quickstart --format executorch
 
 The folder is written only if its graphs compute what the run computes in float32, on validation images of the run.
 There, `python predict.py photo.jpg` needs numpy, Pillow and onnxruntime alone, and `--check` tells whether
@@ -13,13 +14,14 @@ Exit status: 0 written, 2 refused.
 
 import argparse
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from moe_bsr.cli import run_arguments
 from moe_bsr.cli.terminal import say
 
-OTHER_FORMATS = {"executorch": "executorch", "litert": "litert-torch"}  # and the package that lowers models to it
+FORMATS = ("onnx", "executorch", "litert")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,13 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help = "validation images of each task to prove it on, at most (512)"
     parser.add_argument("--images", type=run_arguments.at_least(1), default=512, metavar="N", help=help)
     parser.add_argument("--data-root", metavar="DIR", help="where data lie (the run's data.root)")
-    parser.add_argument("--format", choices=("onnx", *OTHER_FORMATS), default="onnx", help="(onnx)")
+    parser.add_argument("--format", choices=FORMATS, default="onnx", help="(onnx)")
     parser.add_argument("--json", action="store_true", help="JSON instead of the table")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.format != "onnx":
-        raise ValueError(refusal(arguments.format))
+    if refused := refusal(arguments.format):
+        raise ValueError(f"--format {arguments.format}: {refused}")
     if arguments.device not in (None, "cpu"):
         raise ValueError(f"--device {arguments.device}: a run is exported on the CPU; leave it out")
     from moe_bsr.export.bundle import export
@@ -49,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     result = export(
         trained,
         arguments.out,
+        format=arguments.format,
         quantize=arguments.int8,
         experts=arguments.experts,
         images=arguments.images,
@@ -62,12 +65,16 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def refusal(name: str) -> str:
-    """Why a format is not written, and what to do."""
-    return (
-        f"--format {name}: this version writes ONNX alone. To lower a model yourself: pip install "
-        f"{OTHER_FORMATS[name]}, and torch.export it under moe_bsr.ops.reference(), see docs/export.md"
-    )
+def refusal(name: str) -> str | None:
+    """Why a format cannot be written here, and what to do."""
+    if name == "litert":
+        return (
+            "this version does not write it. To lower a model yourself: pip install litert-torch in an environment of "
+            "its own, and torch.export the model under moe_bsr.ops.reference(), see docs/export.md"
+        )
+    if name == "executorch" and find_spec("executorch") is None:
+        return "it is lowered by a package that is not installed: pip install executorch"
+    return None
 
 
 def tell(result: dict[str, Any]) -> None:

@@ -7,6 +7,8 @@
       <task>.txt        one class name a line
       config.json, preprocessor_config.json, parity.json, README.md, predict.py
 
+As ExecuTorch programs, <task>.pte has the graph and all its weights; there is no all_tasks and no .data.
+
 Each graph stands alone, and none has weights in it. A trunk that ends in tokens, and a graph a task from there, would
 save the same work. But no part of it could be used alone, and each of several sessions would hold the shared blocks
 behind the trunk again, where one session of one graph holds them once.
@@ -36,6 +38,7 @@ from moe_bsr.runtime.names import printable
 from moe_bsr.runtime.version import __version__
 
 ALL_TASKS = "all_tasks.onnx"
+SUFFIXES = {"onnx": ".onnx", "executorch": ".pte"}  # what is written, and how its graphs' names end
 FORMAT = 1  # of config.json
 USAGE_IMAGES = 256  # training images of a task, on which the use of experts is counted
 
@@ -44,6 +47,7 @@ def export(
     run: TrainedRun,
     out: str | Path | None = None,
     *,
+    format: str = "onnx",
     quantize: bool = False,
     experts: int | None = None,
     images: int = 512,
@@ -57,7 +61,8 @@ def export(
     Args:
         run: on the CPU; its models are in float32 afterwards.
         out: the folder to write, which must not exist; `export` in the run's folder by default.
-        quantize: weights in int8.
+        format: onnx, or executorch, which needs the package of that name.
+        quantize: weights in int8, of ONNX alone.
         experts: keep so many of each layer, those that a task uses most.
         images: validation images of each task to prove it on, at most.
         on_step: told what is being done.
@@ -66,12 +71,14 @@ def export(
         top1_low, top1_high, parity {difference, tolerance, equal, decided_otherwise, images}; with `quantize` float32
         {top1, ...} and int8 {equal, ...}; with `experts` whole {top1, equal, ...}}.
     Raises:
-        ConfigError: a folder that exists, a layer without an ONNX form, too few experts.
+        ConfigError: a folder that exists, a layer without an ONNX form, too few experts, int8 of another format.
         NotEqual: a graph that does not compute what the run does. Nothing is left behind by any of them.
     """
     out = Path(out) if out is not None else run.run / "export"
     if os.path.lexists(out):
         raise ConfigError(f"{out} exists; remove it, or name another folder")
+    require(format in SUFFIXES, "format", format, " or ".join(SUFFIXES))
+    require(format == "onnx" or not quantize, "int8", quantize, "leave it out: only the format onnx is written in int8")
     _check_names(list(run.models))
     run = dataclasses.replace(run, runtime=dataclasses.replace(run.runtime, precision="fp32"))
     for model in {id(model): model for model in run.models.values()}.values():
@@ -81,7 +88,7 @@ def export(
         out.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         try:
-            place, result = _fill(run, parts, stage, quantize, images, on_step)
+            place, result = _fill(run, parts, stage, SUFFIXES[format], quantize, images, on_step)
             for file in place.iterdir():
                 files.sync(file)
             place.rename(out)
@@ -122,20 +129,29 @@ def _fill(
     run: TrainedRun,
     parts: dict[str, Part],
     stage: Path,
+    suffix: str,
     quantize: bool,
     images: int,
     on_step: Callable[[str], None],
 ) -> tuple[Path, dict[str, Any]]:
     """Write and prove the bundle in a folder of `stage`; returns that folder, and what `export` does."""
-    models, config, place = _graphs(run, parts), _config(run, parts), stage / "float32"
-    _store(place, models, config)
-    found, expected = _prove(run, parts, place, images, on_step)
+    config, place = _config(run, parts, suffix), stage / "float32"
+    if suffix == ".pte":
+        from moe_bsr.export import executorch
+
+        place.mkdir()
+        executorch.write(place, parts, run.transforms.size, on_step)
+        _store_words(place, config)
+    else:
+        models = _graphs(run, parts)
+        _store(place, models, config)
+    found, expected = _prove(run, parts, place, config, images, on_step)
     together = Bundle(place, threads=run.runtime.threads)
     drawn = together.normalize(on_device.check_images(run.transforms.size))
     check = {task: parity.reference(part.model, torch.from_numpy(drawn), task) for task, part in parts.items()}
     answers = together.logits(drawn)
     for task in parts:
-        parity.prove(check[task], answers[task], f"{config['all_tasks'] or 'the graph'}, {task}")
+        parity.prove(check[task], answers[task], f"{config['all_tasks'] or config['tasks'][task]['graph']}, {task}")
     if quantize:
         on_step("rounding weights to int8")
         place, config["precision"] = stage / "int8", "int8"
@@ -166,17 +182,22 @@ def _fill(
 
 
 def _prove(
-    run: TrainedRun, parts: dict[str, Part], place: Path, images: int, on_step: Callable[[str], None]
+    run: TrainedRun,
+    parts: dict[str, Part],
+    place: Path,
+    config: dict[str, Any],
+    images: int,
+    on_step: Callable[[str], None],
 ) -> tuple[dict[str, Any], dict[str, parity.Answers]]:
     """Compare each task's graph with its model on validation images; returns the numbers and the model's answers."""
     found, expected = {}, {}
-    together = Bundle(place, threads=run.runtime.threads) if len(parts) > 1 else None
+    together = Bundle(place, threads=run.runtime.threads) if config["all_tasks"] else None
     for task, part in parts.items():
         on_step(f"{task}: comparing with the run")
         names = run.class_names[task]
         answers = expected[task] = parity.of_model(run, part.model, task, images)
         logits = parity.of_bundle(run, Bundle(place, [task], run.runtime.threads), task, images)
-        proof = parity.prove(answers.logits, logits, f"{task}.onnx")
+        proof = parity.prove(answers.logits, logits, config["tasks"][task]["graph"])
         if together is not None:
             parity.prove(answers.logits, parity.of_bundle(run, together, task, images), f"{ALL_TASKS}, {task}")
         found[task] = parity.accuracy(logits, answers.labels, names) | {"parity": proof}
@@ -216,7 +237,7 @@ def _graphs(run: TrainedRun, parts: dict[str, Part]) -> dict[str, Model]:
 
 
 def _store(place: Path, models: dict[str, Model], config: dict[str, Any]) -> None:
-    """Write graphs, weights, labels, predict.py and a first config.json: what computes."""
+    """Write graphs, weights, and what goes with them."""
     place.mkdir()
     weights = next(iter(models.values())).weights
     places = weights.write(place)
@@ -233,6 +254,11 @@ def _store(place: Path, models: dict[str, Model], config: dict[str, Any]) -> Non
         }
         onnx.save(model.over(places, metadata), place / file)
         config["data_files"][file] = used
+    _store_words(place, config)
+
+
+def _store_words(place: Path, config: dict[str, Any]) -> None:
+    """Write labels, predict.py and a first config.json."""
     for about in config["tasks"].values():
         names = "\n".join(map(printable, about["label_names"]))
         files.write_new(place / about["labels"], names + "\n")
@@ -247,7 +273,7 @@ def _write_config(place: Path, config: dict[str, Any]) -> None:
     files.write_whole(place / "config.json", json.dumps(config, indent=1, allow_nan=False))
 
 
-def _config(run: TrainedRun, parts: dict[str, Part]) -> dict[str, Any]:
+def _config(run: TrainedRun, parts: dict[str, Part], suffix: str) -> dict[str, Any]:
     """What the bundle is, in timm's words where it has them."""
     vit, images = next(iter(parts.values())).model.vit, run.transforms
     plan, tokens, moe = (dataclasses.asdict(getattr(run.config, section)) for section in ("plan", "tokens", "moe"))
@@ -274,13 +300,13 @@ def _config(run: TrainedRun, parts: dict[str, Part]) -> dict[str, Any]:
             task: {
                 "num_classes": len(run.class_names[task]),
                 "label_names": run.class_names[task],
-                "graph": f"{task}.onnx",
+                "graph": task + suffix,
                 "labels": f"{task}.txt",
                 **({"experts": part.experts} if part.experts else {}),
             }
             for task, part in parts.items()
         },
-        "all_tasks": ALL_TASKS if len(parts) > 1 else None,
+        "all_tasks": ALL_TASKS if len(parts) > 1 and suffix == ".onnx" else None,
         "data_files": {},
     }
 

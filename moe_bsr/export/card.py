@@ -11,10 +11,29 @@ from moe_bsr.runtime import cpu_features
 from moe_bsr.runtime.names import printable
 from moe_bsr.runtime.text_tables import as_markdown
 
+RUNTIMES = {  # by how a graph's file ends: its tag, the packages that run it, and how
+    ".onnx": (
+        "onnx",
+        "onnxruntime",
+        "Every graph takes `images`, normalized float32 (B, 3, S, S), any B, and gives logits (B, classes) under the "
+        "task's name. Keep `.data` files beside the graphs: `weights.data` is shared, `<task>.data` belongs to a task. "
+        "A device that needs one task needs that task's files and `weights.data`. OpenVINO reads the graphs as they "
+        "are.",
+    ),
+    ".pte": (
+        "executorch",
+        "executorch torch",
+        "Every program has one method, `forward`: normalized float32 (1, 3, S, S) -> logits (1, classes). It holds all "
+        "its weights and asks for ExecuTorch's XNNPACK backend and portable kernels. `predict.py` uses ExecuTorch's "
+        "Python package, which needs torch; apps load the program with ExecuTorch's own libraries.",
+    ),
+}
+
 
 def text(run: TrainedRun, config: dict[str, Any], result: dict[str, Any], place: Path) -> str:
     """README.md of the bundle at `place`, whose other files are there already."""
     license, weights = _backbone(run)
+    runtime, package, how = RUNTIMES[Path(next(iter(config["tasks"].values()))["graph"]).suffix]
     name = printable(run.run.resolve().name)
     return "\n".join(
         [
@@ -22,7 +41,7 @@ def text(run: TrainedRun, config: dict[str, Any], result: dict[str, Any], place:
             "library_name: moe_bsr",
             f"license: {license}",
             "pipeline_tag: image-classification",
-            "tags: [image-classification, onnx, vision-transformer, multitask]",
+            f"tags: [image-classification, {runtime}, vision-transformer, multitask]",
             "---",
             "",
             f"# {name}",
@@ -34,16 +53,13 @@ def text(run: TrainedRun, config: dict[str, Any], result: dict[str, Any], place:
             "## Run it",
             "",
             "```",
-            "pip install onnxruntime numpy pillow",
+            f"pip install {package} numpy pillow",
             "python predict.py photo.jpg      # all tasks",
             "python predict.py --check        # does this machine compute what was proven at export?",
             "python predict.py --time         # milliseconds and memory on this machine",
             "```",
             "",
-            "Every graph takes `images`, normalized float32 (B, 3, S, S), any B, and gives logits (B, classes) under "
-            "the task's name. `config.json` has size, mean and std, `<task>.txt` the class names. Keep `.data` files "
-            "beside the graphs: `weights.data` is shared, `<task>.data` belongs to a task. A device that needs one "
-            "task needs that task's files and `weights.data`. OpenVINO reads the graphs as they are.",
+            how + " `config.json` has size, mean and std, `<task>.txt` the class names.",
             "",
             "## Accuracy",
             "",
@@ -141,8 +157,8 @@ def _cost(run: TrainedRun, place: Path) -> list[str]:
     told = measure(bundle, repeats=10)
     each = [f"* {size:.1f} MB on disk."]
     each.append(
-        f"* {told['cpu_ms']:.1f} ms of CPU an image for {len(bundle.tasks)} task(s) in one call, batch 1, one thread "
-        f"of {cpu_features.name()}. Measured at export, whatever else ran there."
+        f"* {told['cpu_ms']:.1f} ms of CPU an image for {len(bundle.tasks)} task(s), batch 1, on "
+        f"{cpu_features.name()}. Measured at export, whatever else ran there."
     )
     report = reports.read(run.run)
     if report is not None and report.get("gflops_per_image"):

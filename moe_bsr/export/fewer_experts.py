@@ -57,6 +57,7 @@ def most_used(model: MultitaskViT, task: str, images: Iterable[Tensor], count: i
     }
 
 
+@torch.inference_mode(False)  # torch.export does not take tensors that were made for inference alone
 @torch.no_grad()
 def reduced(model: MultitaskViT, task: str, kept: dict[int, list[int]]) -> MultitaskViT:
     """The model for one task with these experts; everything else is the model's own and not copied."""

@@ -1,4 +1,4 @@
-"""Name what is on images, for all tasks at once, with nothing but numpy, Pillow and onnxruntime.
+"""Name what is on images, for all tasks at once, with nothing but numpy, Pillow and onnxruntime (or ExecuTorch).
 
     python predict.py photo.jpg folder/          all tasks, one line each
     python predict.py photo.jpg --task NAME      one task, or several
@@ -22,7 +22,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 from PIL import Image, ImageOps
 
 SMALL_IMAGE_SIDE = 64  # square images up to this size are not cropped
@@ -39,7 +38,7 @@ class Bundle:
 
     Args:
         tasks: only these; all of the bundle by default. Of one task only its own graph is loaded.
-        threads: that compute; 0 leaves it to onnxruntime.
+        threads: that compute; 0 leaves it to onnxruntime. ExecuTorch always chooses itself.
     Raises:
         Refused: a missing, damaged or foreign file, or an unknown task.
     """
@@ -53,24 +52,15 @@ class Bundle:
                 raise Refused(f"no task {task!r}: this bundle has {', '.join(known)}")
         self.tasks = list(dict.fromkeys(tasks or known))
         self.labels = {task: self.config["tasks"][task]["label_names"] for task in self.tasks}
-        one = len(self.tasks) == 1
-        graph = self.config["tasks"][self.tasks[0]]["graph"] if one else self.config["all_tasks"]
-        self._require(graph)
-        for file in self.config["data_files"][graph]:
-            self._require(file)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        try:
-            self.session = onnxruntime.InferenceSession(
-                str(self.folder / graph), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:
-            raise Refused(f"{self.folder / graph}: onnxruntime cannot load it: {error}") from None
-        data = json.loads(self.session.get_modelmeta().custom_metadata_map["data_sha256"])
-        if wrong := [file for file in data if data[file] != self.config["sha256"][file]]:
-            raise Refused(f"{self.folder / graph}: made for another {wrong[0]}; export the run again")
-        self._options = onnxruntime.RunOptions()
-        self._options.only_execute_path_to_fetches = True  # of tasks not asked for, nothing is computed
+        one = self.config["all_tasks"] if len(self.tasks) > 1 else None
+        graphs = {task: one or self.config["tasks"][task]["graph"] for task in self.tasks}
+        for graph in dict.fromkeys(graphs.values()):
+            for file in (graph, *self.config["data_files"].get(graph, ())):
+                self._require(file)
+        paths = {task: self.folder / graph for task, graph in graphs.items()}
+        first = paths[self.tasks[0]]
+        programs = first.suffix == ".pte"
+        self._computes = Programs(paths) if programs else Graph(first, threads, self.config["sha256"])
 
     def logits(self, inputs: np.ndarray, tasks: list[str] | None = None) -> dict[str, np.ndarray]:
         """Normalized float32 images (B, 3, S, S) -> (B, classes) by task. The blocks that tasks share run once.
@@ -78,8 +68,7 @@ class Bundle:
         Args:
             tasks: only these of the bundle's.
         """
-        tasks = tasks or self.tasks
-        return dict(zip(tasks, self.session.run(tasks, {"images": inputs}, self._options)))  # noqa: B905, old Pythons
+        return self._computes.logits(inputs, tasks or self.tasks)
 
     def predict(self, image: Image.Image, top: int = 3) -> dict[str, list[dict]]:
         """The most probable names of an image: {task: [{name, probability}, ...]}."""
@@ -158,6 +147,50 @@ class Bundle:
             raise Refused(f"{path}: missing; copy the whole bundle")
         if sha256(path) != self.config["sha256"][name]:
             raise Refused(f"{path}: damaged, or of another export (its sha256 is not the one in config.json)")
+
+
+class Graph:
+    """One ONNX graph in onnxruntime, of one task or of all."""
+
+    def __init__(self, path: Path, threads: int, sha256: dict[str, str]) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise Refused(f"{path}: onnxruntime cannot load it: {error}") from None
+        data = json.loads(self.session.get_modelmeta().custom_metadata_map["data_sha256"])
+        if wrong := [file for file in data if data[file] != sha256[file]]:
+            raise Refused(f"{path}: made for another {wrong[0]}; export the run again")
+        self._options = onnxruntime.RunOptions()
+        self._options.only_execute_path_to_fetches = True  # of tasks not asked for, nothing is computed
+
+    def logits(self, inputs: np.ndarray, tasks: list[str]) -> dict[str, np.ndarray]:
+        return dict(zip(tasks, self.session.run(tasks, {"images": inputs}, self._options)))  # noqa: B905, old Pythons
+
+
+class Programs:
+    """ExecuTorch programs, one a task, each of one image at a time."""
+
+    def __init__(self, paths: dict[str, Path]) -> None:
+        import torch
+        from executorch.runtime import Runtime
+
+        self._tensor, self._programs = torch.tensor, {}
+        for task, path in paths.items():
+            try:
+                self._programs[task] = Runtime.get().load_program(path)
+                self._programs[task].load_method("forward")
+            except Exception as error:
+                raise Refused(f"{path}: ExecuTorch cannot load it: {error}") from None
+
+    def logits(self, inputs: np.ndarray, tasks: list[str]) -> dict[str, np.ndarray]:
+        images = [(self._tensor(inputs[i : i + 1]),) for i in range(len(inputs))]
+        methods = {task: self._programs[task].load_method("forward") for task in tasks}
+        # Copied: the next image's answer goes into the same memory.
+        return {task: np.concatenate([m.execute(x)[0].numpy().copy() for x in images]) for task, m in methods.items()}
 
 
 def compare(expected: np.ndarray, found: np.ndarray) -> dict:
@@ -256,7 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("images", metavar="IMAGE", nargs="*", help="image file, or a folder of them")
     parser.add_argument("--task", nargs="+", action="extend", metavar="NAME", help="only these (all)")
     parser.add_argument("--top", type=int, default=3, metavar="N", help="names per task (3)")
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="that compute (as onnxruntime chooses)")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="that compute (the runtime's choice)")
     parser.add_argument("--json", action="store_true", help="JSON on stdout instead of text")
     parser.add_argument("--check", action="store_true", help="compare this machine with the exported run")
     parser.add_argument("--time", action="store_true", help="milliseconds an image and memory")
@@ -274,7 +307,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(json.dumps(told) if given.json else text + memory)
             return 0
         return tell_names(bundle, given)
-    except Refused as error:
+    except (Refused, ModuleNotFoundError) as error:
         print(f"predict.py: {error}", file=sys.stderr)
         return 2
 

@@ -8,8 +8,9 @@ once as that of a linear probe. Training router and head by updates came to the 
 from dataclasses import replace
 from pathlib import Path
 
-from moe_bsr.config import Config, ConfigError, SamplerConfig
+from moe_bsr.config import Config, ConfigError, SamplerConfig, load
 from moe_bsr.config.train import TrainConfig
+from moe_bsr.config.yaml_text import read_yaml
 from moe_bsr.runs import archive
 from moe_bsr.runs.config_file import read_config
 from moe_bsr.training.probe_trainer import unaugmented
@@ -20,10 +21,12 @@ def added_task_config(run: Path, task: str) -> Config:
 
     Args:
         run: finished, with one model for all its tasks; a folder, or a zip file of a shared one.
-        task: name of the new one, or its YAML file.
+        task: name of the new one, its YAML file, or a configuration whose one task it is.
     Raises:
-        ConfigError: no such run, one that has this task already, or one with a model for each task.
+        ConfigError: no such run, one that has this task already, or one with a model for each task; a configuration
+            of several tasks.
     """
+    task = _of_configuration(task)
     with archive.opened(run) as folder:
         config, resolved = read_config(folder)
     name = replace(config, tasks=[task], train=TrainConfig()).task_names()[0]
@@ -49,3 +52,15 @@ def added_task_config(run: Path, task: str) -> Config:
             evaluate_test=config.train.evaluate_test,
         ),
     )
+
+
+def _of_configuration(task: str) -> str:
+    """Of a configuration file, such as lies beside the task files, its one task; anything else as it is."""
+    file = Path(task)
+    tree = read_yaml(file, task) if file.suffix in (".yaml", ".yml") and file.is_file() else None
+    if not isinstance(tree, dict) or "source" in tree or not {"tasks", "extends"} & tree.keys():
+        return task
+    tasks = load(file).tasks
+    if len(tasks) > 1:
+        raise ConfigError(f"{task} is a configuration of several tasks: name one of {', '.join(tasks)}")
+    return tasks[0]

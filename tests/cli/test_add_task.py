@@ -55,6 +55,18 @@ def test_where_nothing_is_named_it_lies_beside_the_run(tiny_run, petals, tmp_pat
     assert (tmp_path / "here.zip").is_file() and "predict" in capsys.readouterr().out
 
 
+def test_a_configuration_stands_for_its_one_task(tiny_run, petals, tmp_path, capsys):
+    """What `moe-bsr init` says to train is what people name here too."""
+    config = tmp_path / "garden.yaml"
+    config.write_text(f"tasks: [{petals}]\n")
+    out = str(tmp_path / "out")
+    assert main(["add-task", str(tiny_run), str(config), "--dry-run", "--out", out]) == 0
+    assert "petals: 24 classes, train 51" in capsys.readouterr().out
+    config.write_text(f"tasks: [{petals}, shapes]\n")
+    assert main(["add-task", str(tiny_run), str(config), "--dry-run", "--out", out]) == 2
+    assert f"garden.yaml is a configuration of several tasks: name one of {petals}, shapes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "words, message",
     [

@@ -279,6 +279,15 @@ def test_a_graph_that_computes_something_else_is_not_written(run, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"format": "executorch", "quantize": True}, "int8 = True: leave it out"), ({"format": "tflite"}, "format = ")],
+)
+def test_formats_that_do_not_exist_are_refused(run, tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        export(loaded(run), tmp_path / "out", **options)
+
+
 def test_a_folder_that_exists_is_left_alone(run, folder):
     with pytest.raises(ConfigError, match="export exists; remove it, or name another folder"):
         export(loaded(run))

@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from tiny_models import saved_for_backward
+from tiny_models import normal, saved_for_backward
 
 from moe_bsr.config import TokensConfig
 from moe_bsr.model.replay import Replay
 from moe_bsr.model.tokens import FUSED, Tokens, count_kept, drop
 from moe_bsr.ops.attention import attention, join_heads
-from moe_bsr.ops.tokens import received_attention, select, take
+from moe_bsr.ops.tokens import received_attention, select, select_reference, take
 
 BATCH, HEADS, HEAD_WIDTH = 3, 2, 4
 WIDTH = HEADS * HEAD_WIDTH
@@ -117,6 +117,14 @@ def test_drop_equals_plain_loops_in_value_and_gradient(config, prefix, has_class
         else:
             assert exact.grad.abs().sum() > 0
             torch.testing.assert_close(fast.grad, exact.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kept", [1, 13, 39])
+def test_the_reference_selects_the_same_without_sorting(kept):
+    """Of scores half of which are ties."""
+    scores = (normal(5, 40) * 4).round()
+    for fast, reference in zip(select(scores, kept), select_reference(scores, kept), strict=True):
+        assert torch.equal(fast, reference)
 
 
 def test_ties_go_to_the_lower_index_and_order_is_kept():
