@@ -6,7 +6,8 @@ for the largest one, and a device has one image. Every expert is computed for ev
 not depend on what a router says.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from executorch.exir import to_edge_transform_and_lower
 from torch import Tensor, nn
 
 from moe_bsr import ops
+from moe_bsr.config import ConfigError
 from moe_bsr.export.network import Part
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.runtime import files
@@ -44,8 +46,30 @@ def lowered(part: Part, size: int) -> bytes:
 
     Args:
         size: S.
+    Raises:
+        ConfigError: a backbone that ExecuTorch cannot run.
     """
+    if part.model.vit.dynamic_img_size:
+        raise ConfigError(
+            "--format executorch: this backbone.name resizes its positions for every image (dynamic_img_size in timm), "
+            "for which ExecuTorch has no operator; export it as onnx"
+        )
     images = torch.zeros(1, 3, size, size)
-    with ops.reference(), torch.inference_mode(False), torch.no_grad():
+    with ops.reference(), torch.inference_mode(False), torch.no_grad(), _readable_flags():
         exported = torch.export.export(Classifier(part.model, part.task), (images,))
         return to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()]).to_executorch().buffer
+
+
+@contextlib.contextmanager
+def _readable_flags() -> Iterator[None]:
+    """Inside, cuDNN's precision is torch's default: `torch.export` asks for it by a getter that knows no other.
+
+    Nothing is computed by cuDNN here.
+    """
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = before

@@ -28,9 +28,9 @@ pytestmark = pytest.mark.usefixtures("bare")
 def run(tmp_path_factory) -> Path:
     """With two drops, of which the second has the fused token of the first, and experts."""
     folder = tmp_path_factory.mktemp("run")
-    config = make_config(
-        folder, runtime__precision="bf16", train__steps=8, plan__train_blocks=[3, 5], plan__moe_blocks=[5]
-    )
+    backbone = {"backbone__name": "vit_pico_patch8_64", "backbone__image_size": None}
+    blocks = {"plan__train_blocks": [3, 5], "plan__moe_blocks": [5], "moe__mlp_ratio": 1}
+    config = make_config(folder, runtime__precision="bf16", train__steps=8, **backbone, **blocks)
     moe_bsr.train(config, folder / "run", callbacks=[])
     return folder / "run"
 
