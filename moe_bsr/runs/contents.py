@@ -99,11 +99,13 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def check_tensors(file: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
+def check_tensors(
+    file: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor], exact_types: bool = False
+) -> None:
     """Each tensor has the shape and type of the one of its name in `like`, and finite numbers.
 
-    Frozen parameters may have another floating-point type, for they are kept in the one they are computed in. Names
-    that are not in `like` are not looked at.
+    Unless `exact_types`, frozen parameters may have another floating-point type, for they are kept in the one they are
+    computed in. Names that are not in `like` are not looked at.
 
     Raises:
         CheckpointError: naming the file and the tensor.
@@ -111,7 +113,7 @@ def check_tensors(file: Path, tensors: Mapping[str, Tensor], like: Mapping[str, 
     for name, value in tensors.items():
         if (expected := like.get(name)) is None:
             continue
-        trained = isinstance(expected, nn.Parameter) and expected.requires_grad
+        trained = exact_types or (isinstance(expected, nn.Parameter) and expected.requires_grad)
         narrowed = not trained and value.dtype in (torch.float32, torch.bfloat16) and expected.is_floating_point()
         if value.shape != expected.shape or (value.dtype != expected.dtype and not narrowed):
             raise CheckpointError(
@@ -154,7 +156,7 @@ def check_moments(file: Path, moments: Mapping[str, Tensor], like: Mapping[str, 
         if name not in like:
             raise CheckpointError(f"{file} does not fit the model: unexpected {name}")
         keys.setdefault(parameter, set()).add(key)
-    check_tensors(file, moments, like)
+    check_tensors(file, moments, like, exact_types=True)
     if len({frozenset(each) for each in keys.values()}) > 1 or len(moments) != count:
         raise CheckpointError(f"{file}: {len(moments)} tensors of the optimizer where {count} were saved")
 

@@ -128,7 +128,12 @@ class ProbeTrainer(Trainer):
 
     def _solve(self, data: TaskData, until: float = math.inf) -> Probe:
         settings, split = self.config.train, data.train
-        val = split_features(self._read, data, "val", self.transforms, self.runtime, settings.batch_size)
+
+        def read(images: torch.Tensor) -> torch.Tensor:
+            tokens, _ = self.model.forward_features(images, data.name, upto=len(self.model.plan))
+            return self.model.features(tokens)
+
+        val = split_features(read, data, "val", self.transforms, self.runtime, settings.batch_size)
         order = np.arange(len(split))
         if until < math.inf:
             ranks = np.argsort(stream(key(self.config.seed, data.name, "probe")).permutation(len(split)))
@@ -137,13 +142,9 @@ class ProbeTrainer(Trainer):
             train = self._kept_features(self.inputs, data.name, order, until)
         else:
             data = replace(data, train=_reordered(split, order))
-            train = split_features(self._read, data, "train", self.transforms, self.runtime, settings.batch_size, until)
+            train = split_features(read, data, "train", self.transforms, self.runtime, settings.batch_size, until)
         self.used[data.name] = len(train.labels)
         return fit(train, val, len(data.class_names), settings.penalty, settings.label_smoothing)
-
-    def _read(self, images: torch.Tensor) -> torch.Tensor:
-        tokens, _ = self.model.forward_features(images, upto=len(self.model.plan))
-        return self.model.features(tokens)
 
     def _kept_features(self, inputs: CachedInputs, task: str, order: np.ndarray, until: float) -> Features:
         """The features of training images by way of the feature cache, which has them from then on."""

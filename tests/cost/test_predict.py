@@ -100,8 +100,8 @@ def kept(adapter, weights: str | None = None) -> int:
 
 
 def test_adapters_and_chosen_weights_keep_little_beyond_the_path():
-    """Beside what is kept anyway an update costs tokens x rank values; a linear layer's own input is one width more."""
-    n, m, width, rank = 17 + 10, 10 + 10, 16, 3
+    """Beside what is kept anyway an update costs tokens x rank values."""
+    n, m, rank = 17 + 10, 10 + 10, 3
 
     def lora(*layers: str, freeze_a: bool = False) -> int:
         options = {"kind": "lora", "rank": rank, "layers": list(layers), "freeze_a": freeze_a}
@@ -120,7 +120,7 @@ def test_adapters_and_chosen_weights_keep_little_beyond_the_path():
         "bias": 0,
         "proj": 0,
         "projections": rank * (n + m),
-        "queries": n * (width + rank),
+        "queries": n * rank,
         "queries, random": n * rank,
         "beside": m * rank,
     }
