@@ -133,6 +133,13 @@ def _fit(result: dict[str, Any]) -> str:
     )
 
 
+def _budgets(result: dict[str, Any]) -> str:
+    means: dict[float, list[str]] = {}
+    for run in result["results"]:
+        means.setdefault(run["minutes"], []).append(f"{run['method']} {run['mean_top1']:.1f}")
+    return "; ".join(f"{minutes:g} minutes, test top-1 %: {', '.join(runs)}" for minutes, runs in means.items())
+
+
 def _selftest(result: dict[str, Any]) -> str:
     parts = {name: about for name, about in result.items() if isinstance(about, dict) and "tried" in about}
     return ", ".join(f"{name}: {about['tried']:,} tried, {about['failed']} failed" for name, about in parts.items())
@@ -143,6 +150,7 @@ KINDS: list[tuple[str, set[str], Callable[[dict[str, Any]], str]]] = [
     ("Trained runs", {"tasks", "mean_top1", "status"}, _run),
     ("Storages compared", {"top1", "seeds", "config"}, _storages),
     ("The best model for some minutes", {"rungs", "best", "minutes"}, _fit),
+    ("Accuracy after so many minutes", {"results", "seed", "environment"}, _budgets),
     ("Dropping before training", {"settings", "own", "best"}, _drops),
     ("Exports", {"bundle", "bytes", "precision"}, _export),
     ("Attacks on the product", {"failed", "torch", "commit"}, _selftest),
