@@ -16,6 +16,7 @@ from moe_bsr.config.registry import Registry
 from moe_bsr.runtime.rng import key, stream
 
 WINDOW = 100  # updates over which proportional and temperature sampling fill their quotas
+COUNTED = 1000  # updates after which visits are counted anew: so much is kept of them, whatever the number of tasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class Request:
     config: SamplerConfig
 
 
-# A sampler is a function Request -> (steps, tasks): 1 where a task is visited in an update, else 0.
+# A sampler is a function Request -> (steps, K): the places of the K tasks that each update visits, in rising order.
 SAMPLERS: Registry[Callable[[Request], np.ndarray]] = Registry("sampler.kind")
 
 
@@ -69,14 +70,14 @@ class MultitaskSampler:
         for end, planned in (*earlier, (steps, steps)):
             parts.append(schedule(Request(list(sizes.values()), batch_size, planned, seed, config))[start:end])
             start = end
-        visits = np.concatenate(parts)
-        self._visits = visits
-        before = visits.cumsum(0, dtype=np.int32)  # ten million updates fit, and so does their memory
-        self._before = np.concatenate([np.zeros((1, len(sizes)), np.int32), before])
+        self._order = np.concatenate(parts).astype(np.int32, copy=False)
+        blocks = [self._order[at : at + COUNTED].ravel() for at in range(0, steps, COUNTED)]
+        counts = [np.bincount(block, minlength=len(sizes)) for block in blocks]
+        self._counts = np.cumsum([np.zeros(len(sizes), np.int64), *counts], 0)  # before each COUNTED updates
 
     def tasks(self, step: int) -> list[str]:
         """The tasks of update `step` (from 0): one, or all of them when sampling jointly."""
-        return [name for name, visited in zip(self.names, self._visits[step], strict=True) if visited]
+        return [self.names[place] for place in self._order[step]]
 
     def batch(self, task: str, visit: int) -> tuple[np.ndarray, np.ndarray]:
         """Positions in the task's training split and their epochs, each (B,) int64.
@@ -97,17 +98,25 @@ class MultitaskSampler:
 
     def batches(self, start: int = 0) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         """(task, positions, epochs) of every batch from update `start` on, in order."""
+        visits = self._visits(start)
         for step in range(start, self.steps):
-            for task in self.tasks(step):
-                yield task, *self.batch(task, int(self._before[step, self.names.index(task)]))
+            for place in self._order[step]:
+                yield self.names[place], *self.batch(self.names[place], int(visits[place]))
+                visits[place] += 1
 
     def progress(self, step: int) -> dict[str, dict[str, float]]:
         """Updates, images and epochs of each task in the first `step` updates."""
         counts = {}
-        for name, updates in zip(self.names, self._before[step].tolist(), strict=True):
+        for name, updates in zip(self.names, self._visits(step).tolist(), strict=True):
             images = updates * self.batch_size
             counts[name] = {"updates": updates, "images": images, "epochs": images / self.sizes[name]}
         return counts
+
+    def _visits(self, step: int) -> np.ndarray:
+        """Visits of each task in the first `step` updates: int64 (tasks,)."""
+        block = step // COUNTED
+        rest = self._order[block * COUNTED : step].ravel()
+        return self._counts[block] + np.bincount(rest, minlength=len(self.names))
 
     @lru_cache(maxsize=64)  # noqa: B019  (one sampler lives as long as the run)
     def _permutation(self, task: str, epoch: int) -> np.ndarray:
@@ -140,13 +149,13 @@ class MultitaskSampler:
 @SAMPLERS.register("joint")
 def joint(request: Request) -> np.ndarray:
     """Every task in every update."""
-    return np.ones((request.steps, len(request.sizes)), np.uint8)
+    return np.broadcast_to(np.arange(len(request.sizes)), (request.steps, len(request.sizes)))
 
 
 @SAMPLERS.register("round_robin")
 def round_robin(request: Request) -> np.ndarray:
     """One task after the other."""
-    return _visits(np.arange(request.steps) % len(request.sizes), request)
+    return _one(np.arange(request.steps) % len(request.sizes))
 
 
 @SAMPLERS.register("proportional")
@@ -166,19 +175,19 @@ def exhaust(request: Request) -> np.ndarray:
     """Round-robin in which exhausted loaders are skipped until the longest ends (the paper's order)."""
     batches = [-(-size // request.batch_size) for size in request.sizes]
     epoch = [task for turn in range(max(batches)) for task, n in enumerate(batches) if turn < n]
-    return _visits(np.resize(np.array(epoch), request.steps), request)
+    return _one(np.resize(np.array(epoch), request.steps))
 
 
-def _visits(order: np.ndarray, request: Request) -> np.ndarray:
-    """From the index of each update's task, (steps,), to visits (steps, tasks)."""
-    return np.eye(len(request.sizes), dtype=np.uint8)[order]
+def _one(order: np.ndarray) -> np.ndarray:
+    """Updates of one task each, (steps,) places, as (steps, 1) in the type that is kept."""
+    return order.astype(np.int32)[:, None]
 
 
 def _by_temperature(request: Request, temperature: float) -> np.ndarray:
     # In logarithms: sizes^(1/T) overflows at small T.
     scaled = np.log(request.sizes) / temperature
     rates = np.exp(scaled - scaled.max())
-    return _visits(_by_quota(rates / rates.sum(), request.steps, request.seed), request)
+    return _one(_by_quota(rates / rates.sum(), request.steps, request.seed))
 
 
 def _by_quota(rates: np.ndarray, steps: int, seed: int) -> np.ndarray:

@@ -242,3 +242,14 @@ def test_balanced_batches_are_a_function_of_seed_and_visit_and_other_seeds_diffe
     for ours, theirs in zip(late, balanced().batch("big", 150), strict=True):
         assert np.array_equal(ours, theirs)
     assert not np.array_equal(late[0], other.batch("big", 150)[0])
+
+
+@pytest.mark.parametrize("kind", ["round_robin", "temperature"])
+def test_memory_grows_with_updates_and_hardly_with_tasks(kind):
+    def kept(tasks: int) -> int:
+        sizes = {f"t{n}": 50 + n for n in range(tasks)}
+        sampler = MultitaskSampler(sizes, 8, 20_000, SamplerConfig(kind=kind), 0)
+        assert sampler.progress(20_000)["t1"]["updates"] == sum(sampler.tasks(s) == ["t1"] for s in range(20_000))
+        return sum(value.nbytes for value in vars(sampler).values() if isinstance(value, np.ndarray))
+
+    assert kept(200) < 1.5 * kept(2)
