@@ -20,7 +20,7 @@ from moe_bsr.model.backbones import family_of
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.runtime.rng import key, stream
 
-RATES = {"timm_full": 1e-4, "timm_lora": 1e-3}  # of AdamW; heads start from nothing and learn ten times as fast
+RATES = {"timm_full": 1.0, "timm_lora": 2.0}  # times train.lr; heads learn train.head_lr_scale times as fast
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["qkv", "proj", "fc1", "fc2"]}  # all linear layers of the blocks
 WARMUP = 0.05  # of the time
 
@@ -48,9 +48,12 @@ def train(
     heads = nn.ModuleDict({name: nn.Linear(network.num_features, len(d.class_names)) for name, d in tasks.items()})
     if method == "timm_lora":
         network = _with_lora(network)
-    network, heads, rate = network.to(runtime.device), heads.to(runtime.device), RATES[method]
+    network, heads, rate = network.to(runtime.device), heads.to(runtime.device), RATES[method] * config.train.lr
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    groups = [{"params": trained, "scale": 1.0}, {"params": list(heads.parameters()), "scale": 10.0}]
+    groups = [
+        {"params": trained, "scale": 1.0},
+        {"params": list(heads.parameters()), "scale": config.train.head_lr_scale},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=config.train.weight_decay)
     names, batches, updates = list(tasks), {name: _batches(data, config) for name, data in tasks.items()}, 0
     network.train()
