@@ -4,8 +4,8 @@
     moe-bsr budgets configs/deit_tiny_moe_bsr.yaml data.root=data --minutes 2 --methods fit timm_full --json
 
 Each run is a process of its own, one after the other, scheduled for its budget. A budget counts everything from opening
-the images on but the test, which is scored once. Nothing is tuned: all train at the configuration's learning rates, LoRA
-at twice them. timm_lora needs peft. Let the machine do nothing else meanwhile.
+the images on but the test, which is scored once. Nothing is tuned: all train at the configuration's rates, LoRA at
+twice them. timm_lora needs peft. Let the machine do nothing else meanwhile.
 
 Methods: fit, probe (the last block's class token), bsr and moe_bsr (the configuration's plan), full (every block, no
 dropping), timm_full and timm_lora (plain code without kernels of ours).
