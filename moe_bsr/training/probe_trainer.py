@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -128,7 +129,8 @@ class ProbeTrainer(Trainer):
 
     def _solve(self, data: TaskData, until: float = math.inf) -> Probe:
         settings, split = self.config.train, data.train
-        val = split_features(self._read, data, "val", self.transforms, self.runtime, settings.batch_size)
+        read = partial(self._read, data.name)
+        val = split_features(read, data, "val", self.transforms, self.runtime, settings.batch_size)
         order = np.arange(len(split))
         if until < math.inf:
             ranks = np.argsort(stream(key(self.config.seed, data.name, "probe")).permutation(len(split)))
@@ -137,12 +139,12 @@ class ProbeTrainer(Trainer):
             train = self._kept_features(self.inputs, data.name, order, until)
         else:
             data = replace(data, train=_reordered(split, order))
-            train = split_features(self._read, data, "train", self.transforms, self.runtime, settings.batch_size, until)
+            train = split_features(read, data, "train", self.transforms, self.runtime, settings.batch_size, until)
         self.used[data.name] = len(train.labels)
         return fit(train, val, len(data.class_names), settings.penalty, settings.label_smoothing)
 
-    def _read(self, images: torch.Tensor) -> torch.Tensor:
-        tokens, _ = self.model.forward_features(images, upto=len(self.model.plan))
+    def _read(self, task: str, images: torch.Tensor) -> torch.Tensor:
+        tokens, _ = self.model.forward_features(images, task, upto=len(self.model.plan))
         return self.model.features(tokens)
 
     def _kept_features(self, inputs: CachedInputs, task: str, order: np.ndarray, until: float) -> Features:
