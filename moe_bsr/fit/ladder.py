@@ -192,7 +192,9 @@ class Ladder:
         of_whole = f"{minutes:.1f} minutes" if minutes >= 1 else f"{60 * minutes:.0f} seconds"
         self.say(f"{name}: {of_whole}, {told}, {fitted.bytes / 2**20:.0f} MB predicted for the process")
         try:
-            report = api.train(config, self.folder / name, callbacks=self.callbacks, features=self.shared if shares else None)
+            report = api.train(
+                config, self.folder / name, callbacks=self.callbacks, features=self.shared if shares else None
+            )
         except NonFiniteLoss as error:  # at this learning rate; a rung that is out
             self.say(f"{name}: {error}")
             self.rungs.append(self._diverged(name, time.monotonic() - began, minutes, config))

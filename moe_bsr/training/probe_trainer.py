@@ -153,12 +153,10 @@ class ProbeTrainer(Trainer):
         parts = [order[start : start + size] for start in range(0, len(order), size)]
         plan = ((task, part, np.zeros_like(part)) for part in parts)
         with contextlib.closing(inputs.batches(plan)) as batches, torch.inference_mode(), self.runtime.autocast():
-            for batch in map(inputs.prepare, batches):
-                tokens, _ = batch.features
-                for index in range(inputs.cache.start, len(self.model.plan)):
-                    tokens = replace(self.model.run_block(index, tokens, task), read=tokens.read)
-                made.append(self.model.features(tokens).cpu())
-                labels.append(batch.labels.cpu())
+            for part, batch in zip(parts, map(inputs.prepare, batches), strict=False):
+                own = torch.from_numpy(batch.positions == part)  # another stands for one that was skipped
+                made.append(self.model.features_from(batch.features[0], task).cpu()[own])
+                labels.append(batch.labels.cpu()[own])
                 if time.monotonic() >= until:
                     break
         return Features(torch.cat(made), torch.cat(labels)).checked(task)
