@@ -135,7 +135,8 @@ def _require_same(config: Config, plan: list[BlockPlan], source: Source) -> None
         if here != there and (config.plan.moe_blocks or not key.startswith("moe.")):
             raise ConfigError(
                 f"train.only = {config.train.only}: {key} = {here!s:.80} here and {there!s:.80} in "
-                f"{config.train.init_from}, whose other tasks are to stay as they are: take the run's, or leave train.only out"
+                f"{config.train.init_from}, whose other tasks are to stay as they are: take the run's, or leave "
+                "train.only out"
             )
 
 

@@ -98,8 +98,8 @@ class Trainer:
         self.ranks.by_first(self._check_room)
         try:
             self.about += self.ranks.by_first(lambda: self._begin(resume))
+            self.about += self.ranks.by_first(self._place_prototypes)
             self.state.follow_first(self.ranks)
-            self.about += prototypes.place(self.model, self.inputs, self.config.seed, self.state.average)
             self.about += self._decide_length()
             self.ranks.by_first(lambda: self._write_config(resume))
             try:
@@ -123,6 +123,9 @@ class Trainer:
             return self.state.resume(self.folder, self.tasks, self.runtime)
         self.state.begin()
         return []
+
+    def _place_prototypes(self) -> list[str]:
+        return prototypes.place(self.model, self.inputs, self.config.seed, self.state.average)
 
     def _write_config(self, resume: bool) -> None:
         run.write_config(self.folder, self.config, self.model, self.transforms, self.runtime, self.tasks, resume)
@@ -268,6 +271,8 @@ class Trainer:
                     name: evaluate(self.model, data, split, self.transforms, self.runtime, BATCH, self.ranks)
                     for name, data in self.tasks.items()
                 }
+                for skipped in self.ranks.gather(self.transforms.skipped):
+                    self.state.add_skipped(skipped)
         finally:
             if average is not None:
                 average.swap(self.model)
