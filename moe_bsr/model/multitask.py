@@ -247,17 +247,12 @@ class MultitaskViT(nn.Module):
         return features if tokens.read is None else torch.cat([features, tokens.read.float()], 1)
 
     def features_key(self, upto: int | None = None) -> tuple:
-        """Models with equal keys have the same frozen blocks: the features of one serve the others.
-
-        Args:
-            upto: as in `forward_features`.
-        """
+        """Models with equal keys have the same frozen blocks before `upto`: `forward_features` of one serves all."""
         upto = self.path_start if upto is None else upto
-        before, beyond = self.plan[:upto], upto > self.path_start
-        if beyond or self.embedding_trains or self.replaced or any(b.trainable or b.adapter for b in before):
+        before, own = self.plan[:upto], upto > self.path_start or self.embedding_trains or self.replaced
+        if own or any(block.trainable or block.adapter for block in before):
             return (id(self),)
-        rates = tuple(block.keep_rate for block in before)
-        return self.backbone_sha256, upto, rates, tuple(self.head_blocks), repr(self.tokens_config)
+        return self.backbone_sha256, upto, repr(([b.keep_rate for b in before], self.head_blocks, self.tokens_config))
 
     def cast_frozen_(self, dtype: torch.dtype) -> None:
         """Keep the frozen matrices in the compute dtype alone: the values autocast would compute with.

@@ -98,7 +98,6 @@ class Trainer:
         self.ranks.by_first(self._check_room)
         try:
             self.about += self.ranks.by_first(lambda: self._begin(resume))
-            self.about += self.ranks.by_first(self._place_prototypes)
             self.state.follow_first(self.ranks)
             self.about += self._decide_length()
             self.ranks.by_first(lambda: self._write_config(resume))
@@ -119,13 +118,12 @@ class Trainer:
 
     def _begin(self, resume: bool) -> list[str]:
         """Go on or begin; returns what a person should know about it."""
+        notes = []
         if resume:
-            return self.state.resume(self.folder, self.tasks, self.runtime)
-        self.state.begin()
-        return []
-
-    def _place_prototypes(self) -> list[str]:
-        return prototypes.place(self.model, self.inputs, self.config.seed, self.state.average)
+            notes = self.state.resume(self.folder, self.tasks, self.runtime)
+        else:
+            self.state.begin()
+        return notes + prototypes.place(self.model, self.inputs, self.config.seed, self.state.average)
 
     def _write_config(self, resume: bool) -> None:
         run.write_config(self.folder, self.config, self.model, self.transforms, self.runtime, self.tasks, resume)
