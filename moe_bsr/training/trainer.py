@@ -118,11 +118,9 @@ class Trainer:
 
     def _begin(self, resume: bool) -> list[str]:
         """Go on or begin; returns what a person should know about it."""
-        notes = []
-        if resume:
-            notes = self.state.resume(self.folder, self.tasks, self.runtime)
-        else:
+        if not resume:
             self.state.begin()
+        notes = self.state.resume(self.folder, self.tasks, self.runtime) if resume else []
         return notes + prototypes.place(self.model, self.inputs, self.config.seed, self.state.average)
 
     def _write_config(self, resume: bool) -> None:
