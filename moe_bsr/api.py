@@ -235,7 +235,7 @@ def find_lr(config: Config, steps: int | None = None, low: float = 1e-6, high: f
     """
     require(config.mode == "multitask", "mode", config.mode, "multitask, with one of the tasks: a rate is of one model")
     solver = config.train.optimizer
-    require(solver != "lbfgs", "train.optimizer", solver, "adamw or sgd: a solver has no learning rate")
+    require(solver != "lbfgs", "train.optimizer", solver, "adamw, adamw8 or sgd: a solver has no learning rate")
     steps = steps or max(100, 30 * len(config.tasks))
     require(10 <= steps <= MOST_STEPS, "steps", steps, "at least 10")
     require(0 < low < high <= 1e4, "low, high", (low, high), "0 < low < high, at most 10,000")

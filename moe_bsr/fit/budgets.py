@@ -81,11 +81,12 @@ def _own(method: str, config: Config) -> Config:
     if method == "probe":
         whole = configuration.replace(config, plan__drop_blocks=[], plan__keep_rate=1.0)
         probe = probe_config(whole, [])
-        seconds = (1 - FOR_SOLVING) * config.train.minutes
-        return dataclasses.replace(probe, train=dataclasses.replace(probe.train, minutes=seconds))
+        minutes = (1 - FOR_SOLVING) * config.train.minutes
+        return dataclasses.replace(probe, train=dataclasses.replace(probe.train, minutes=minutes))
     if method == "full":
         nothing = {"plan__drop_blocks": [], "plan__keep_rate": 1.0, "plan__moe_blocks": [], "plan__head_blocks": []}
-        return configuration.replace(config, plan__train_blocks="all", **nothing)
+        every = {"plan__train_blocks": "all", "plan__train_weights": "all", "adapter": None}
+        return configuration.replace(config, **every, **nothing)
     return config if method == "moe_bsr" else configuration.replace(config, plan__moe_blocks=[])
 
 

@@ -131,7 +131,7 @@ class Ladder:
         if not alone:
             late = self._share_features(late)
             probe = rungs.with_features_of(probe, late)
-        if self._go("probe", probe, seconds, features=self.shared) and not alone:
+        if self._go("probe", probe, seconds, shares=True) and not alone:
             self._train_the_best(late)
         return self._conclude()
 
@@ -143,30 +143,30 @@ class Ladder:
         """Try each plan for a while, then the best one's learning rate, then give that the time that is left."""
         rest = self.left()
         trial = FOR_TRIAL * rest
-        arms = {"late": (late, "probe", self.shared)}
+        arms = {"late": (late, "probe", True)}
         own = rungs.own_rungs(self.config)
         if trial < LEAST_TRIAL or not own:
-            self._go("late", late, self.left(), "probe", self.shared)
+            self._go("late", late, self.left(), "probe", shares=True)
             return
         if not self._go("start", rungs.start(self.config), FOR_START * rest):
             return
-        arms |= {name: (config, "start", None) for name, config in own.items()}
-        for name, (config, start, features) in arms.items():
-            if not self._go(f"trial_{name}", config, trial, start, features):
+        arms |= {name: (config, "start", False) for name, config in own.items()}
+        for name, (config, start, shares) in arms.items():
+            if not self._go(f"trial_{name}", config, trial, start, shares):
                 return
         chosen = max(arms, key=lambda name: self._of(f"trial_{name}").val_top1)
-        config, start, features = arms[chosen]
+        config, start, shares = arms[chosen]
         rate, best = config.train.lr, f"trial_{chosen}"
         for factor in RATES:
             name = f"trial_{chosen}_{rate * factor:.0e}"
-            if not self._go(name, _at(config, rate * factor), trial, start, features):
+            if not self._go(name, _at(config, rate * factor), trial, start, shares):
                 return
             if self._of(name).val_top1 > self._of(best).val_top1:
                 best, config = name, _at(config, rate * factor)
         self.say(f"{chosen} did best in the trials ({best}); it goes on from there for the time that is left")
-        if features is None:
+        if not shares:
             self.shared = None  # its memory is free again
-        self._go(chosen, config, self.left(), best, features)
+        self._go(chosen, config, self.left(), best, shares)
 
     def _go(
         self,
@@ -174,21 +174,27 @@ class Ladder:
         config: Config,
         seconds: float,
         start: str | None = None,
-        features: FeatureCache | None = None,
+        shares: bool = False,
     ) -> bool:
-        """Run a rung within so many seconds, all in all; whether the climb goes on."""
+        """Run a rung within so many seconds, all in all; whether the climb goes on.
+
+        Args:
+            start: the rung whose weights it begins from. shares: whether it reads the features that are kept.
+        """
         began, solved = time.monotonic(), config.train.optimizer == "lbfgs"
         minutes = max(0.5, min(seconds, self.left()) - 1.1 * self.overhead) / 60
         origin = None if start is None else str(self.folder / start)
         train = dataclasses.replace(config.train, steps=None, minutes=minutes, init_from=origin)
-        fitted = self._fitted(dataclasses.replace(config, train=train))
+        fitted = self._fitted(dataclasses.replace(config, train=train), shares)
         config, told = fitted.config, f"storage {fitted.config.storage}"
         if not solved:
             told += f", micro-batches of {config.train.batch_size // config.train.grad_accumulation_steps}"
         of_whole = f"{minutes:.1f} minutes" if minutes >= 1 else f"{60 * minutes:.0f} seconds"
         self.say(f"{name}: {of_whole}, {told}, {fitted.bytes / 2**20:.0f} MB predicted for the process")
         try:
-            report = api.train(config, self.folder / name, callbacks=self.callbacks, features=features)
+            report = api.train(
+                config, self.folder / name, callbacks=self.callbacks, features=self.shared if shares else None
+            )
         except NonFiniteLoss as error:  # at this learning rate; a rung that is out
             self.say(f"{name}: {error}")
             self.rungs.append(self._diverged(name, time.monotonic() - began, minutes, config))
@@ -221,11 +227,19 @@ class Ladder:
         self.say(f"{name}: {mean:.2f} % on validation, {took:.0f} s in all, {self.left():.0f} s left")
         return True
 
-    def _fitted(self, config: Config) -> room.Fitted:
-        """In what form it fits, with the features that are kept for it or beside it."""
-        shared = 0 if self.shared is None or config.data.feature_cache_mb else self.shared.bytes
-        memory = dataclasses.replace(self.memory, base=self.memory.base + shared)
-        return room.fitted(config, self.speed.classes, memory, self.runtime.precision, self.speed.decoded)
+    def _fitted(self, config: Config, shares: bool) -> room.Fitted:
+        """In what form it fits: beside the features that are kept for others, or in their place."""
+
+        def within(memory: room.Memory) -> room.Fitted:
+            return room.fitted(config, self.speed.classes, memory, self.runtime.precision, self.speed.decoded)
+
+        if self.shared is not None and not shares:
+            try:
+                return within(dataclasses.replace(self.memory, base=self.memory.base + self.shared.bytes))
+            except ConfigError:
+                self.say("the features kept for late are given up for memory; it computes them again")
+                self.shared = None
+        return within(self.memory)
 
     def _diverged(self, name: str, took: float, minutes: float, config: Config) -> Rung:
         nothing = dict.fromkeys(self.speed.classes, 0.0)
@@ -271,7 +285,7 @@ class Ladder:
         tasks = {name: open_task(late, file) for name, file in late.task_files().items()}
         sizes = {name: len(data.train) for name, data in tasks.items()}
         itemsize = 2 if self.runtime.precision == "bf16" else 4
-        left, speed = self._fitted(late).left, self.speed
+        left, speed = self._fitted(late, shares=True).left, self.speed
         kept = room.with_feature_cache(late, left, sum(sizes.values()), speed.tokens, speed.width, itemsize)
         if kept.data.feature_cache_mb:
             with self.runtime.in_effect(), self.runtime.autocast():

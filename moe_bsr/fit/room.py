@@ -1,5 +1,6 @@
 """What of the memory a run may use: how its backward pass is stored, in how many micro-batches, with which caches."""
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
@@ -79,7 +80,7 @@ def _forms(config: Config) -> Iterator[Config]:
     frozen = config.train.optimizer == "lbfgs"
     for storage in own or (STORAGES[:1] if frozen else STORAGES):
         for parts in MICRO_BATCHES[:1] if frozen else MICRO_BATCHES:
-            if config.train.batch_size % parts == 0:
+            with contextlib.suppress(ConfigError):  # a batch that is not to be split so, or not at all
                 yield configuration.replace(config, storage=storage, train__grad_accumulation_steps=parts)
 
 

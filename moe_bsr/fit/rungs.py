@@ -38,9 +38,11 @@ def late(config: Config, depth: int, has_class_token: bool) -> Config:
     trained, rate = list(range(max(1, depth - LATE), depth)), LATE_RATE * config.train.lr
     return _from_heads(
         config,
+        adapter=None,
         train__lr=rate,
         train__min_lr=min(config.train.min_lr, rate),
         plan__train_blocks=trained,
+        plan__train_weights="all",
         plan__drop_blocks=[],
         plan__keep_rate=1.0,
         plan__moe_blocks=[],
@@ -66,7 +68,7 @@ def moe_bsr(config: Config) -> Config:
 
 def own_rungs(config: Config) -> dict[str, Config]:
     """Rungs of the configuration's own plan: none where only heads train, one where it has no experts."""
-    if config.plan.train_blocks == []:
+    if config.plan.train_blocks == [] and config.adapter is None:
         return {}
     return {"bsr": bsr(config)} | ({"moe_bsr": moe_bsr(config)} if config.plan.moe_blocks else {})
 

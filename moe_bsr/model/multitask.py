@@ -195,11 +195,9 @@ class MultitaskViT(nn.Module):
         # The tokens come in a list that is emptied here: as an argument of their own, the caller's frame would
         # hold them to the end of the pass.
         tokens, records = start.pop()
-        read = tokens.read
         for index in range(self.path_start, len(self.plan)):
             key = None if noise_key is None else (*noise_key, index)
             tokens = self.run_block(index, tokens, task, key, records)
-        tokens.read = read
         output = Output(self.logits(tokens, task), tokens.x.new_zeros(()), records)
         output.auxiliary_loss = self.balance(output.routing, task)
         return output
@@ -218,7 +216,7 @@ class MultitaskViT(nn.Module):
             noise_key: as in `forward`, with the block's index behind it.
             records: gets what the block did, if it drops or routes.
         """
-        layer, context, replay = self.vit.blocks[index], self.contexts[index], Replay()
+        layer, context, replay, read = self.vit.blocks[index], self.contexts[index], Replay(), tokens.read
 
         def run(tokens: Tokens, needs_output: bool = True) -> tuple[Tokens, Record]:
             return block.forward(layer, tokens, context, task, replay, noise_key, needs_output)
@@ -228,6 +226,7 @@ class MultitaskViT(nn.Module):
             tokens, record = STORAGES[storage.kind].run(run, tokens, list(layer.parameters()), storage.options)
         else:
             tokens, record = run(tokens)
+        tokens.read = read
         if records is not None and (record.dropped is not None or record.routing is not None):
             records[index] = record
         return tokens
@@ -247,12 +246,13 @@ class MultitaskViT(nn.Module):
         features = self.family.pool(self.vit, tokens.x).float()
         return features if tokens.read is None else torch.cat([features, tokens.read.float()], 1)
 
-    def features_key(self) -> tuple:
-        """Models with equal keys have the same frozen blocks: the features of one serve the others."""
-        before = self.plan[: self.path_start]
-        if self.embedding_trains or self.replaced or any(block.trainable or block.adapter for block in before):
+    def features_key(self, upto: int | None = None) -> tuple:
+        """Models with equal keys have the same frozen blocks before `upto`: `forward_features` of one serves all."""
+        upto = self.path_start if upto is None else upto
+        before, own = self.plan[:upto], upto > self.path_start or self.embedding_trains or self.replaced
+        if own or any(block.trainable or block.adapter for block in before):
             return (id(self),)
-        return self.backbone_sha256, self.path_start, tuple(before), tuple(self.head_blocks)
+        return self.backbone_sha256, upto, repr(([b.keep_rate for b in before], self.head_blocks, self.tokens_config))
 
     def cast_frozen_(self, dtype: torch.dtype) -> None:
         """Keep the frozen matrices in the compute dtype alone: the values autocast would compute with.

@@ -28,7 +28,7 @@ class Tokens:
         x: (B, N, D) features, prefix tokens first.
         origin: (B, N - P) int64 index of the original patch of each token after the prefix; -1 = fused.
         fused: whether the last token is a fused one.
-        read: (B, ...) class tokens of blocks before, for heads that read them; None from every block.
+        read: (B, ...) class tokens of blocks before, for heads that read them; `run_block` hands them on.
     """
 
     x: Tensor

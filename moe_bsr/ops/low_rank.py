@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_bsr import ops
+from moe_bsr.ops.keep import ACTIVATION_INPUTS, keep
 from moe_bsr.ops.linear import activation_backward, empty_output, input_gradient, linear_reference, product
 
 
@@ -46,7 +47,7 @@ class _GatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, act: nn.Module, h: Tensor, gates: Tensor, weight: Tensor, needs_output: bool) -> Tensor:
         # As a column gates are a statistic of the token, which no storage rounds.
-        ctx.save_for_backward(h, gates.unsqueeze(-1), weight)
+        ctx.save_for_backward(keep(ACTIVATION_INPUTS, h), gates.unsqueeze(-1), weight)
         ctx.act = act
         if not needs_output:
             return empty_output(h, weight.shape[1])

@@ -17,12 +17,18 @@ from moe_bsr.config import Config, ConfigError
 from moe_bsr.model.backbones.vit import digest
 from moe_bsr.model.multitask import MultitaskViT, build, build_on_meta
 from moe_bsr.model.plan import BlockPlan
+from moe_bsr.model.routers import FixedGates
 from moe_bsr.runs import archive, checkpoint, ordinary
 from moe_bsr.runs.config_file import read_config
 from moe_bsr.runs.folder import check_names
 from moe_bsr.runs.load import read_named
 
 SHOWN = 5  # names of a kind in a message
+COMPUTES = {  # settings that say what the same weights compute
+    "plan": ("drop_blocks", "keep_rate", "moe_blocks", "head_blocks"),
+    "tokens": ("fuse", "protect_fused", "rank_by"),
+    "moe": ("experts", "num_experts", "top_k", "mlp_ratio", "rank", "gate", "router", "renormalize_gates"),
+}
 
 
 @dataclass(slots=True)
@@ -30,12 +36,14 @@ class Source:
     """What a run has to give.
 
     Attributes:
-        plan: of its blocks. classes: by task, in the order of its head's rows. weights: by name, those evaluated.
+        config: its own. plan: of its blocks. classes: by task, in the order of its head's rows.
+        weights: by name, those evaluated.
     """
 
     run: Path
     step: int
     backbone_sha256: str
+    config: Config
     plan: list[BlockPlan]
     classes: dict[str, list[str]]
     weights: dict[str, Tensor]
@@ -58,6 +66,8 @@ def build_from(run: str, config: Config, classes: dict[str, list[str]]) -> tuple
     except ConfigError as error:
         raise ConfigError(f"train.init_from = {run!r}: {error}") from error
     target = build_on_meta(config, counts)
+    if config.train.only is not None:
+        _require_same(config, target.plan, source)
     both = enumerate(zip(target.plan, source.plan, strict=False))  # other depths are refused with the backbone, below
     adapters = {i for i, (mine, theirs) in both if mine.adapter is not None and mine.adapter == theirs.adapter}
     replaced: set[str] = set()
@@ -98,7 +108,7 @@ def _read(run: Path, tasks: list[str]) -> Source:
     check_names(model, saved.weights, saved.file.parent)
     saved.check(model, config.train.ema_decay is not None)
     weights = saved.weights | (saved.average or {})
-    return Source(run, saved.step, resolved["backbone_sha256"], model.plan, classes, weights)
+    return Source(run, saved.step, resolved["backbone_sha256"], config, model.plan, classes, weights)
 
 
 def _read_parts(run: Path, known: list[str], wanted: list[str]) -> Source:
@@ -111,7 +121,23 @@ def _read_parts(run: Path, known: list[str], wanted: list[str]) -> Source:
         return first
     heads = {name: value for part in parts for name, value in part.weights.items() if name.startswith("heads.")}
     classes = {task: names for part in parts for task, names in part.classes.items()}
-    return Source(run, max(part.step for part in parts), first.backbone_sha256, first.plan, classes, heads)
+    step = max(part.step for part in parts)
+    return Source(run, step, first.backbone_sha256, first.config, first.plan, classes, heads)
+
+
+def _require_same(config: Config, plan: list[BlockPlan], source: Source) -> None:
+    """Refuse to keep tasks as they are in a model that computes something else."""
+    pairs = {"adapter": ([block.adapter for block in plan], [block.adapter for block in source.plan])}
+    for section, keys in COMPUTES.items():
+        mine, theirs = getattr(config, section), getattr(source.config, section)
+        pairs |= {f"{section}.{key}": (getattr(mine, key), getattr(theirs, key)) for key in keys}
+    for key, (here, there) in pairs.items():
+        if here != there and (config.plan.moe_blocks or not key.startswith("moe.")):
+            raise ConfigError(
+                f"train.only = {config.train.only}: {key} = {here!s:.80} here and {there!s:.80} in "
+                f"{config.train.init_from}, whose other tasks are to stay as they are: take the run's, or leave "
+                "train.only out"
+            )
 
 
 def _dense(source: Source, vit: dict[str, Tensor], adapters: set[int]) -> dict[str, Tensor]:
@@ -144,19 +170,21 @@ def _put_parts(model: MultitaskViT, source: Source, adapters: set[int]) -> dict[
     for index, plan in enumerate(model.plan):
         place = f"vit.blocks.{index}."
         theirs = {name: value for name, value in source.weights.items() if name.startswith(place)}
+        if index in adapters:
+            taken["adapters"].append(index)
+            for name in names:
+                if _block(name) == index:
+                    state[name].copy_(theirs[name])
         experts = {name for name in state if name.startswith(f"{place}mlp.experts.")}
         if plan.moe and all(name in theirs and theirs[name].shape == state[name].shape for name in experts):
             taken["experts"].append(index)
             for name in experts:
                 state[name].copy_(theirs[name])
             routers = {name for name in state if name.startswith(f"{place}mlp.router.")}
+            if isinstance(model.vit.blocks[index].mlp.router, FixedGates) and model.trained_tasks is model.tasks:
+                continue  # as this configuration tells them
             if sum(_put_router(name, state[name], theirs, model.tasks, source) for name in routers):
                 taken["routers"].append(index)
-        if index in adapters:
-            taken["adapters"].append(index)
-            for name in names:
-                if _block(name) == index:
-                    state[name].copy_(theirs[name])
     return taken
 
 

@@ -82,21 +82,19 @@ class FeatureCache:
         self.kept = {task: [_rows(count * self.views, part, folder) for part in parts] for task, count in sizes.items()}
         self.seen = {task: torch.zeros(self.views, count, dtype=torch.bool) for task, count in sizes.items()}
 
-    def take_over(self, model: MultitaskViT) -> None:
+    def take_over(self, model: MultitaskViT, sizes: dict[str, int]) -> None:
         """Serve another model, on the same device, whose blocks before `start` are the same and frozen too.
 
+        Args:
+            sizes: training images of each task.
         Raises:
-            ValueError: they are not.
+            ValueError: they are not, or these are not as many images.
         """
-        mine, other = self._frozen(self.model), self._frozen(model)
-        if model.path_start < self.start or model.embedding_trains or mine != other:
+        if self.model.features_key(self.start) != model.features_key(self.start):
             raise ValueError(f"blocks 0 to {self.start - 1} of this model are not those whose features are kept")
+        if sizes != (kept := {task: seen.shape[1] for task, seen in self.seen.items()}):
+            raise ValueError(f"features are kept of {kept} training images, and these are {sizes}")
         self.model = model
-
-    def _frozen(self, model: MultitaskViT) -> tuple:
-        rates = [block.keep_rate for block in model.plan[: self.start]]
-        heads = [index for index in model.head_blocks if index < self.start]
-        return model.backbone_sha256, model.replaced, rates, heads, model.tokens_config
 
     def compute(self, images: Tensor, task: str) -> Features:
         return self.model.forward_features(images, task, upto=self.start)
@@ -188,7 +186,11 @@ class CachedInputs(Inputs):
             images = super().prepare(batch).images
             with self.runtime.autocast():
                 cache.add(*place, cache.compute(images, task))
-        return dataclasses.replace(batch, images=None, labels=labels, features=cache.get(*place))
+        tokens, records = cache.get(*place)
+        with torch.no_grad(), self.runtime.autocast():
+            for index in range(cache.start, cache.model.path_start):  # of a model that has more frozen blocks
+                tokens = cache.model.run_block(index, tokens, task, None, records)
+        return dataclasses.replace(batch, images=None, labels=labels, features=(tokens, records))
 
     def cached_bytes(self) -> int:
         return super().cached_bytes() + (0 if self.cache.where else self.cache.bytes)
@@ -213,9 +215,10 @@ def make_inputs(
 ) -> Inputs:
     """What a trainer of this model is fed: images, or what is kept of them."""
     inputs = Inputs(tasks, transforms, runtime, config.data.prefetch)
+    sizes = {name: len(data.train) for name, data in tasks.items()}
     if features is not None:
-        features.take_over(model)
+        features.take_over(model, sizes)
     elif config.data.feature_cache_mb:
         with runtime.autocast():
-            features = FeatureCache(model, {name: len(data.train) for name, data in tasks.items()}, config.data)
+            features = FeatureCache(model, sizes, config.data)
     return inputs if features is None else CachedInputs(inputs, features)

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -128,11 +129,7 @@ class ProbeTrainer(Trainer):
 
     def _solve(self, data: TaskData, until: float = math.inf) -> Probe:
         settings, split = self.config.train, data.train
-
-        def read(images: torch.Tensor) -> torch.Tensor:
-            tokens, _ = self.model.forward_features(images, data.name, upto=len(self.model.plan))
-            return self.model.features(tokens)
-
+        read = partial(self._read, data.name)
         val = split_features(read, data, "val", self.transforms, self.runtime, settings.batch_size)
         order = np.arange(len(split))
         if until < math.inf:
@@ -146,18 +143,20 @@ class ProbeTrainer(Trainer):
         self.used[data.name] = len(train.labels)
         return fit(train, val, len(data.class_names), settings.penalty, settings.label_smoothing)
 
+    def _read(self, task: str, images: torch.Tensor) -> torch.Tensor:
+        tokens, _ = self.model.forward_features(images, task, upto=len(self.model.plan))
+        return self.model.features(tokens)
+
     def _kept_features(self, inputs: CachedInputs, task: str, order: np.ndarray, until: float) -> Features:
         """The features of training images by way of the feature cache, which has them from then on."""
         size, made, labels = self.config.train.batch_size, [], []
         parts = [order[start : start + size] for start in range(0, len(order), size)]
         plan = ((task, part, np.zeros_like(part)) for part in parts)
         with contextlib.closing(inputs.batches(plan)) as batches, torch.inference_mode(), self.runtime.autocast():
-            for batch in map(inputs.prepare, batches):
-                tokens, _ = batch.features
-                for index in range(inputs.cache.start, len(self.model.plan)):
-                    tokens = replace(self.model.run_block(index, tokens, task), read=tokens.read)
-                made.append(self.model.features(tokens).cpu())
-                labels.append(batch.labels.cpu())
+            for part, batch in zip(parts, map(inputs.prepare, batches), strict=False):
+                own = torch.from_numpy(batch.positions == part)  # another stands for one that was skipped
+                made.append(self.model.features_from(batch.features[0], task).cpu()[own])
+                labels.append(batch.labels.cpu()[own])
                 if time.monotonic() >= until:
                     break
         return Features(torch.cat(made), torch.cat(labels)).checked(task)

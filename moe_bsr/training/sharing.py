@@ -15,8 +15,8 @@ def check_sharing(config: Config, ranks: Alone) -> None:
     """Refuse what several processes cannot do together.
 
     Raises:
-        ConfigError: the micro-batches cannot be shared out, a probe (solved, not stepped), a download, or a process has
-            another configuration.
+        ConfigError: the micro-batches cannot be shared out, a probe (solved, not stepped), steps within the backward
+            pass, a download, or a process has another configuration.
     """
     if ranks.world == 1:
         return
@@ -26,7 +26,13 @@ def check_sharing(config: Config, ranks: Alone) -> None:
         settings.optimizer != "lbfgs",
         "train.optimizer",
         settings.optimizer,
-        "adamw or sgd with several processes: a probe is one pass over the images; start it without torchrun",
+        "adamw, adamw8 or sgd with several processes: a probe is one pass over the images; start it without torchrun",
+    )
+    require(
+        not settings.step_in_backward,
+        "train.step_in_backward",
+        settings.step_in_backward,
+        "false with several processes, whose gradients are summed before a parameter moves",
     )
     require(
         not config.data.download,

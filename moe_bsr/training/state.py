@@ -92,6 +92,12 @@ class TrainState:
             self.stale += 1
         self.pending_evaluation, self.untold_scores = False, scores
 
+    def add_skipped(self, skipped: dict[str, dict[str, dict[str, str]]]) -> None:
+        """Know of more images that could not be read: those of an earlier process, or of another one."""
+        for task, splits in skipped.items():
+            for split, images in splits.items():
+                self.skipped.setdefault(task, {}).setdefault(split, {}).update(images)
+
     def plan(self, steps: int, minutes: float | None = None) -> None:
         """Let the run have so many updates. Where it was to have others, it takes up patience anew.
 
@@ -136,9 +142,7 @@ class TrainState:
         self.step, self.seconds = progress["step"], progress["seconds"]
         self.length, self.stale = Length.of(progress["length"]), progress["stale"]
         self.pending_evaluation, self.untold_scores = progress["pending_evaluation"], progress["untold_scores"]
-        for task, splits in progress["skipped"].items():
-            for split, images in splits.items():
-                self.skipped.setdefault(task, {}).setdefault(split, {}).update(images)
+        self.add_skipped(progress["skipped"])
         if self.average is not None:
             self.average.updates = self.step
         if progress["best_step"] is not None:

@@ -99,7 +99,6 @@ class Trainer:
         try:
             self.about += self.ranks.by_first(lambda: self._begin(resume))
             self.state.follow_first(self.ranks)
-            self.about += prototypes.place(self.model, self.inputs, self.config.seed, self.state.average)
             self.about += self._decide_length()
             self.ranks.by_first(lambda: self._write_config(resume))
             try:
@@ -119,10 +118,10 @@ class Trainer:
 
     def _begin(self, resume: bool) -> list[str]:
         """Go on or begin; returns what a person should know about it."""
-        if resume:
-            return self.state.resume(self.folder, self.tasks, self.runtime)
-        self.state.begin()
-        return []
+        if not resume:
+            self.state.begin()
+        notes = self.state.resume(self.folder, self.tasks, self.runtime) if resume else []
+        return notes + prototypes.place(self.model, self.inputs, self.config.seed, self.state.average)
 
     def _write_config(self, resume: bool) -> None:
         run.write_config(self.folder, self.config, self.model, self.transforms, self.runtime, self.tasks, resume)
@@ -268,6 +267,8 @@ class Trainer:
                     name: evaluate(self.model, data, split, self.transforms, self.runtime, BATCH, self.ranks)
                     for name, data in self.tasks.items()
                 }
+                for skipped in self.ranks.gather(self.transforms.skipped):
+                    self.state.add_skipped(skipped)
         finally:
             if average is not None:
                 average.swap(self.model)

@@ -8,6 +8,7 @@ from tiny_runs import SIZES, make_config
 
 from moe_bsr.config import ConfigError
 from moe_bsr.fit import budgets, rivals
+from moe_bsr.model.multitask import build_on_meta
 
 pytestmark = pytest.mark.usefixtures("bare")
 
@@ -48,3 +49,9 @@ def test_a_batch_has_every_image_once_an_epoch(tmp_path):
 def test_an_unknown_method_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="methods: magic is none of fit, probe"):
         budgets.race(make_config(tmp_path), tmp_path, [1.0], ["fit", "magic"], print)
+
+
+def test_full_is_every_weight_of_every_block_whatever_else_the_plan_trains(tmp_path):
+    config = make_config(tmp_path, adapter="lora", plan__moe_blocks=[], plan__train_weights="proj")
+    model = build_on_meta(budgets._own("full", config), dict.fromkeys(SIZES, 2))
+    assert all(parameter.requires_grad for parameter in model.parameters()) and not model.adapter_parameters

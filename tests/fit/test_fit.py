@@ -1,6 +1,7 @@
 """The ladder: rungs that begin where the last one ended, forms that fit into memory, and what is said of it."""
 
 import json
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -171,6 +172,55 @@ def test_late_trains_on_what_was_kept_for_the_probe(climbed, tmp_path):
     moe_bsr.train(rungs.with_features_of(alone, late), tmp_path / "kept", callbacks=[], features=cache)
     heads = [load(tmp_path / name).models["shapes"].heads["shapes"].weight for name in ("alone", "kept")]
     assert torch.allclose(*heads, atol=1e-3) and all(seen.all() for seen in cache.seen.values())
+
+
+def test_what_else_trains_has_the_memory_of_kept_features_where_it_needs_it(tmp_path, monkeypatch):
+    config, told = make_config(tmp_path), []
+    climb = Ladder(config, tmp_path / "fit", Budget(1), told.append, callbacks=[])
+    climb.speed, climb.shared = SimpleNamespace(classes=CLASSES, decoded=0), SimpleNamespace(bytes=50 * 2**20)
+    own, late = rungs.bsr(config), rungs.late(config, 6, True)
+    needed = fitted(own, CLASSES, HUGE, "fp32", 0).bytes
+    for room_for, kept in ((60 * 2**20, True), (40 * 2**20, False)):
+        monkeypatch.setattr(room, "STORAGES", ("exact",))
+        monkeypatch.setattr(room, "MICRO_BATCHES", (1,))
+        climb.memory = Memory(needed + room_for, HUGE.base, 0, "asked for")
+        assert climb._fitted(late, shares=True).bytes <= climb.memory.limit
+        assert climb._fitted(own, shares=False).bytes == needed + (50 * 2**20 if kept else 0)
+        assert (climb.shared is not None) == kept == (not told)
+
+
+def test_kept_features_are_gone_when_another_plan_goes_on(tmp_path, monkeypatch):
+    climb, seen = Ladder(make_config(tmp_path), tmp_path / "fit", Budget(10), callbacks=[]), []
+
+    class Kept:
+        pass
+
+    def go(name, config, seconds, start=None, shares=False):
+        top1 = 90.0 if name == "trial_bsr" else 10.0
+        climb.rungs.append(SimpleNamespace(name=name, val_top1=top1))
+        seen.append((name, shares, kept() is not None))
+        return True
+
+    climb.shared = Kept()
+    kept = weakref.ref(climb.shared)
+    monkeypatch.setattr(climb, "_go", go)
+    climb._train_the_best(rungs.late(climb.config, 6, True))
+    assert seen[0][0] == "start" and ("trial_late", True, True) in seen and seen[-1] == ("bsr", False, False)
+
+
+def test_a_plan_of_adapters_is_tried_beside_late_blocks_without_them(tmp_path):
+    config = make_config(tmp_path, plan__train_blocks=[], plan__moe_blocks=[], adapter="lora")
+    late = rungs.late(config, 6, True)
+    assert late.adapter is None and build_on_meta(late, CLASSES).path_start == 4
+    assert rungs.own_rungs(config)["bsr"].adapter == "lora" and not rungs.own_rungs(replace(config, adapter=None))
+    projections = replace(config, adapter=None, plan__train_blocks="all", plan__train_weights="proj")
+    assert rungs.late(projections, 6, True).plan.train_weights == "all"
+
+
+def test_a_batch_that_is_not_to_be_split_is_taken_whole(tmp_path):
+    settings = {"train__step_in_backward": True, "train__grad_clip_norm": None}
+    config = rungs.bsr(make_config(tmp_path, **settings))
+    assert {form.train.grad_accumulation_steps for form in room._forms(config)} == {1}
 
 
 def test_as_many_images_train_as_are_seen_in_time(tmp_path):

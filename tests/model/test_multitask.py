@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from moe_bsr import ops
 from moe_bsr.config import Config, ConfigError, MoEConfig, PlanConfig, TokensConfig
+from moe_bsr.evaluation.ablation import _first_pass
 from moe_bsr.model.moe import MoE
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.model.tokens import FUSED
@@ -311,3 +312,16 @@ def test_any_number_of_experts_and_tasks(experts, top_k, tasks):
 def test_a_task_cannot_bear_a_name_of_torchs_modules():
     with pytest.raises(ConfigError, match="tasks = .'half', 'train'.: words of torch's own modules"):
         make_model(classes={"half": 2, "fine": 3, "train": 2})
+
+
+def test_heads_that_read_frozen_blocks_read_them_on_every_way_to_the_logits():
+    """At once, task by task from the frozen blocks' tokens, and from where an expert is taken away."""
+    plan = PlanConfig(train_blocks=[2, 3], drop_blocks=[], moe_blocks=[3], head_blocks=[0, 1])
+    model = MultitaskViT(make_vit(), Config(plan=plan, moe=MoEConfig(num_experts=4, top_k=2)), CLASSES).eval()
+    images = normal(3, 3, 16, 16)
+    with torch.no_grad():
+        expected = model(images, "two").logits
+        tokens, _ = model.forward_features(images)
+        assert torch.equal(model.classify(model.features_from(tokens, "two"), "two"), expected)
+        assert torch.equal(model.forward_from(tokens, "two").logits, expected)
+        assert torch.equal(_first_pass(model, images, "two")[1], expected)

@@ -168,6 +168,15 @@ def test_a_run_records_its_source_and_goes_on_without_it(trained, tmp_path, adap
     assert run.read_config(stopped)[1]["init_from"] == record
 
 
+def test_gates_that_are_told_are_those_of_the_configuration(trained):
+    low_rank = {"moe__experts": "low_rank", "moe__rank": 2}
+    config, source = trained("constant", **low_rank, moe__gate="constant")
+    model, told = started(replace(config, moe__gate="task"), source)
+    for task, gates in {"shapes": [0.5, 0.5, 0, 0], "fractals": [0, 0, 0.5, 0.5]}.items():
+        assert model.vit.blocks[3].mlp.router.weight[task].tolist() == gates
+    assert "experts of blocks 3, 5" in told[1] and "routers" not in told[1]
+
+
 @pytest.mark.parametrize("case", ["missing", "no run", "another backbone", "another depth"])
 def test_what_cannot_be_started_from_is_refused_by_the_key(trained, tmp_path, case):
     _, source = trained("dense", **DENSE)

@@ -72,6 +72,24 @@ def weights_of(run: Path) -> dict[str, torch.Tensor]:
     return tensors["weights"] | tensors.get("average", {})
 
 
+def test_the_head_is_solved_behind_experts_that_are_told_the_task(runs, tmp_path):
+    """As the command makes it; the others are trained by updates here."""
+    before = runs("moe")[0]
+    config = replace(added_task_config(before, new_task(tmp_path)), train__penalty=1e-2)
+    report = moe_bsr.train(config, tmp_path / "after", callbacks=[])
+    assert config.train.optimizer == "lbfgs" and report["tasks"]["petals"]["n"] > 0
+    expected, answers = logits(before), logits(tmp_path / "after")
+    assert all(torch.equal(answers[task], expected[task]) for task in expected)
+
+
+@pytest.mark.parametrize("change", [{"moe__gate": "image"}, {"plan__keep_rate": 0.7}, {"adapter": "adaptformer"}])
+def test_a_model_that_would_compute_something_else_keeps_no_tasks(runs, tmp_path, change):
+    before = runs("moe")[0]
+    config = replace(added_task_config(before, new_task(tmp_path)), **change)
+    with pytest.raises(ConfigError, match=r"train.only = \['petals'\]: .*take the run's"):
+        moe_bsr.train(config, tmp_path / "after", callbacks=[])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_other_tasks_answer_as_before_to_the_bit(runs, kind):
     before, after = map(logits, runs(kind))

@@ -4,7 +4,8 @@ import pytest
 import torch
 from tiny_runs import SIZES, make_config, make_trainer, state_of
 
-from moe_bsr.config import ConfigError
+import moe_bsr
+from moe_bsr.config import ConfigError, replace
 from moe_bsr.data.loader import Batch
 
 PLANS = {
@@ -130,11 +131,24 @@ def test_features_serve_another_run_of_the_same_frozen_blocks(tmp_path, monkeypa
     cache = first.inputs.cache
     plan = {"plan__drop_blocks": [], "plan__moe_blocks": []}
     other = make_trainer(make_config(tmp_path, plan__train_blocks=[], **plan), tmp_path)
-    cache.take_over(other.model)
+    cache.take_over(other.model, SIZES)
     assert cache.model is other.model and cache.start == 5
     for changes in ({"plan__train_blocks": [4]}, {"plan__drop_blocks": [2]}, {"plan__train_blocks": [5], "seed": 1}):
         with pytest.raises(ValueError, match="blocks 0 to 4 of this model are not those"):
-            cache.take_over(make_trainer(make_config(tmp_path, **plan | changes), tmp_path).model)
+            cache.take_over(make_trainer(make_config(tmp_path, **plan | changes), tmp_path).model, SIZES)
+    with pytest.raises(ValueError, match="features are kept of .*'shapes': 23"):
+        cache.take_over(other.model, SIZES | {"shapes": 22})
+
+
+def test_kept_features_serve_a_model_with_more_frozen_blocks(tmp_path):
+    late = make_config(tmp_path, plan__train_blocks=[4, 5], plan__drop_blocks=[], plan__moe_blocks=[])
+    late = replace(late, data__augment=False, data__feature_cache_mb=100, plan__head_blocks=[2])
+    cache = make_trainer(late, tmp_path / "late").inputs.cache
+    heads = replace(late, plan__train_blocks=[], train__evaluate_test=False)
+    moe_bsr.train(replace(heads, data__feature_cache_mb=None), tmp_path / "plain", callbacks=[])
+    moe_bsr.train(heads, tmp_path / "kept", callbacks=[], features=cache)
+    plain, kept = (moe_bsr.load(tmp_path / name).models["shapes"].heads["shapes"] for name in ("plain", "kept"))
+    assert cache.start == 4 and torch.allclose(plain.weight, kept.weight, atol=1e-5)
 
 
 def test_the_last_layer_keeps_one_token(tmp_path, monkeypatch):

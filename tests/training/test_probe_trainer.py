@@ -10,6 +10,8 @@ from tiny_runs import SIZES, Crash, act_at, crash, make_config, make_trainer
 
 import moe_bsr
 from moe_bsr.config import ConfigError, load, replace
+from moe_bsr.data import UnreadableImage
+from moe_bsr.data.cache import DecodedCache
 from moe_bsr.runs import checkpoint
 from moe_bsr.training import probe_trainer
 from moe_bsr.training.linear_probe import PENALTIES
@@ -166,3 +168,26 @@ def test_whatever_was_set_becomes_a_probe(tmp_path):
     probe = probe_config(config)
     assert probe.plan.drop_blocks == config.plan.drop_blocks and probe.tasks == config.tasks
     assert probe_config(probe) == probe
+
+
+def test_images_that_are_skipped_are_no_others_twice(config, tmp_path, monkeypatch):
+    """By way of kept features too, where another image stands for one that cannot be read."""
+    monkeypatch.setattr(DecodedCache, "image", unreadable_third(DecodedCache.image))
+    solved = []
+    for megabytes in (None, 100):
+        settings = {"data__unreadable": "skip", "data__feature_cache_mb": megabytes}
+        trainer = make_trainer(replace(config, **settings), tmp_path / str(megabytes))
+        data = trainer.tasks["shapes"]
+        with pytest.warns(UserWarning, match="it is skipped"):
+            solved.append(trainer._solve(data).weight)
+        assert trainer.used["shapes"] == len(trainer.transforms.readable(data, "train")) < SIZES["shapes"]
+    assert torch.allclose(*solved, atol=1e-3)
+
+
+def unreadable_third(read):
+    def image(cache, source, index):
+        if index % 3 == 0:
+            raise UnreadableImage(f"{index}: not a readable image")
+        return read(cache, source, index)
+
+    return image

@@ -11,7 +11,7 @@ import pytest
 import torch
 from ranks import run_groups
 from safetensors.torch import load_file
-from tiny_runs import make_config
+from tiny_runs import make_config, make_trainer
 
 from moe_bsr.api import train
 from moe_bsr.config import Config, ConfigError
@@ -20,8 +20,10 @@ from moe_bsr.runs import checkpoint
 from moe_bsr.runtime import exchange
 from moe_bsr.runtime.distributed import joined
 from moe_bsr.runtime.interrupt import RankLost
+from moe_bsr.training import prototypes
 from moe_bsr.training import trainer as trainer_module
 from moe_bsr.training.callback import Callback
+from moe_bsr.training.pace import updates_within
 from moe_bsr.training.probe_trainer import probe_config
 from moe_bsr.training.task_updates import TaskUpdates
 from moe_bsr.training.trainer import TrainingFailed
@@ -44,9 +46,15 @@ def config_of(folder: Path, **changes) -> Config:
     return make_config(folder, **settings | changes)
 
 
+def in_backward(folder: Path) -> Config:
+    alone = {"train__grad_accumulation_steps": 1, "train__grad_clip_norm": None}
+    return config_of(folder, train__step_in_backward=True, **alone)
+
+
 def joint_of(folder: Path) -> Config:
     """All tasks in an update, four micro-batches, features kept; two updates, for differences grow."""
     more = {"sampler__kind": "joint", "train__grad_accumulation_steps": 4, "train__steps": 2, "train__eval_every": None}
+    more |= {"moe__gate": "prototype"}
     return config_of(folder, **more, data__augment=False, data__feature_cache_mb=100)
 
 
@@ -94,6 +102,7 @@ def two(folder: Path, rank: int) -> dict:
         told["refused"] = [
             refused(lambda: train(config_of(folder, train__grad_accumulation_steps=1), folder / "no")),
             refused(lambda: train(probe_config(config_of(folder, train__grad_clip_norm=None)), folder / "no")),
+            refused(lambda: train(in_backward(folder), folder / "no")),
             refused(lambda: train(config_of(folder, seed=rank), folder / "no")),
             refused(lambda: unequal(ranks, rank)),
         ]
@@ -135,6 +144,8 @@ def killed(folder: Path, rank: int) -> dict:
 
 def four(folder: Path, rank: int) -> dict:
     trainer_module.BATCH = BATCH
+    if rank:
+        prototypes.place = None  # the first one's are everybody's: clusters may differ by a bit elsewhere
     report = train(joint_of(folder), folder / "four", callbacks=[])
     for task in report["tasks"].values():
         del task["images_per_second"]
@@ -223,9 +234,10 @@ def test_four_processes_joint_sampling_and_a_feature_cache(folder, ended):
 
 
 def test_what_several_processes_cannot_do_is_refused(folder, told):
-    for accumulation, probe, seeds, unequal in (each["refused"] for each in told):
+    for accumulation, probe, backward, seeds, unequal in (each["refused"] for each in told):
         assert "train.grad_accumulation_steps = 1" in accumulation and "train.grad_accumulation_steps=2" in accumulation
         assert "train.optimizer = 'lbfgs'" in probe and "without torchrun" in probe
+        assert "train.step_in_backward = True: false with several processes" in backward
         assert "rank 1 (process" in seeds and "another configuration than rank 0" in seeds
         assert "another set of gradients" in unequal
     assert not (folder / "no").exists()
@@ -241,3 +253,23 @@ def test_both_exchanges(told):
 def test_what_ends_one_process_the_others_learn(ended):
     first, other = (each.result for each in ended["failing"])
     assert "bee.png" in other and first.startswith("rank 1 (process") and "bee.png: not a readable image" in first
+
+
+def test_the_report_names_what_any_process_could_not_read(tmp_path, monkeypatch):
+    trainer = make_trainer(make_config(tmp_path), tmp_path / "run")
+    trainer.transforms.skipped["shapes"] = {"val": {"a.png": "empty"}}
+    elsewhere = {"shapes": {"val": {"b.png": "cut off"}}, "fractals": {"train": {"c.png": "empty"}}}
+    monkeypatch.setattr(
+        trainer.ranks, "gather", lambda value: [value, elsewhere] if isinstance(value, dict) else [value]
+    )
+    trainer._evaluate("val")
+    assert trainer.state.skipped == elsewhere | {"shapes": {"val": {"a.png": "empty", "b.png": "cut off"}}}
+
+
+def test_what_is_exchanged_while_a_pace_is_measured_is_told_of_no_update(tmp_path, monkeypatch):
+    trainer = make_trainer(make_config(tmp_path, train__steps=None, train__minutes=0.01), tmp_path / "run")
+    taken, asked, take = [], [], trainer.take
+    monkeypatch.setattr(trainer, "take", lambda *arguments: taken.append(1) or take(*arguments))
+    monkeypatch.setattr(trainer.ranks, "numbers", lambda: asked.append(1) or {})
+    updates_within(0.1, trainer)
+    assert len(asked) == len(taken) > 0

@@ -117,3 +117,15 @@ def test_gradients_of_a_network_are_those_of_the_rule(sparsity):
 def test_what_is_no_share_is_refused():
     with pytest.raises(ConfigError, match="storage.sparsity = 1.0: at least 0, below 1"):
         make_model(storage={"kind": "back_razor", "sparsity": 1.0})
+
+
+def test_low_rank_experts_keep_what_their_activation_reads_in_16_bits():
+    plan = {"train_blocks": (3,), "moe_blocks": (3,), "drop_blocks": (), "experts": "low_rank", "rank": 4}
+    found = []
+    for storage in ("exact", {"kind": "back_razor", "sparsity": 0.0}):
+        model = make_model(storage=storage, **plan)
+        F.cross_entropy(model(normal(6, 3, 16, 16), "one").logits, torch.arange(6) % 3).backward()
+        found.append(gradients(model)["vit.blocks.3.mlp.experts.fc2_weight"])
+    exact, rounded = found
+    assert not torch.equal(exact, rounded)
+    torch.testing.assert_close(rounded, exact, rtol=1e-2, atol=1e-3 * float(exact.abs().max()))
