@@ -51,7 +51,7 @@ def lowered(part: Part, size: int) -> bytes:
     """
     if part.model.vit.dynamic_img_size:
         raise ConfigError(
-            "--format executorch: this backbone.name resizes its positions for every image (dynamic_img_size in timm), "
+            "format = executorch: this backbone.name resizes its positions for every image (dynamic_img_size in timm), "
             "for which ExecuTorch has no operator; export it as onnx"
         )
     images = torch.zeros(1, 3, size, size)

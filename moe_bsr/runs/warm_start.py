@@ -181,7 +181,8 @@ def _put_parts(model: MultitaskViT, source: Source, adapters: set[int]) -> dict[
             for name in experts:
                 state[name].copy_(theirs[name])
             routers = {name for name in state if name.startswith(f"{place}mlp.router.")}
-            if isinstance(model.vit.blocks[index].mlp.router, FixedGates) and model.trained_tasks is model.tasks:
+            fixed = isinstance(model.get_submodule(f"{place}mlp.router"), FixedGates)
+            if fixed and model.trained_tasks is model.tasks:
                 continue  # as this configuration tells them
             if sum(_put_router(name, state[name], theirs, model.tasks, source) for name in routers):
                 taken["routers"].append(index)
