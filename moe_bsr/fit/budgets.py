@@ -32,6 +32,7 @@ METHODS = {
 }
 FOR_TRAINING = 0.9  # of a budget; opening, building and validation have the rest
 FOR_SOLVING = 0.25  # of a probe's
+VALIDATION = 50  # images of a task: more would take longer than a short budget
 
 
 def race(
@@ -59,10 +60,10 @@ def race(
 def run(method: str, config: Config, folder: Path, minutes: float) -> dict[str, Any]:
     """One method within one budget."""
     began = time.monotonic()
-    settings = {"train__steps": None, "train__epochs": None, "train__eval_every": None, "train__pictures": False}
-    config = configuration.replace(
-        config, **settings, train__evaluate_test=False, train__minutes=FOR_TRAINING * minutes
-    )
+    few = min(config.data.val_images or VALIDATION, VALIDATION)
+    settings = {"train__steps": None, "train__epochs": None, "train__minutes": FOR_TRAINING * minutes}
+    quiet = {"train__eval_every": None, "train__pictures": False, "train__evaluate_test": False}
+    config = configuration.replace(config, **settings, **quiet, data__val_images=few)
     if method in rivals.RATES:
         return _rival(method, config, minutes, began)
     if method == "fit":
