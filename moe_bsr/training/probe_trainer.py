@@ -130,7 +130,6 @@ class ProbeTrainer(Trainer):
     def _solve(self, data: TaskData, until: float = math.inf) -> Probe:
         settings, split = self.config.train, data.train
         read = partial(self._read, data.name)
-        val = split_features(read, data, "val", self.transforms, self.runtime, settings.batch_size)
         order = np.arange(len(split))
         if until < math.inf:
             ranks = np.argsort(stream(key(self.config.seed, data.name, "probe")).permutation(len(split)))
@@ -140,6 +139,8 @@ class ProbeTrainer(Trainer):
         else:
             data = replace(data, train=_reordered(split, order))
             train = split_features(read, data, "train", self.transforms, self.runtime, settings.batch_size, until)
+        # After the training images: where time is short, these would take it all.
+        val = split_features(read, data, "val", self.transforms, self.runtime, settings.batch_size)
         self.used[data.name] = len(train.labels)
         return fit(train, val, len(data.class_names), settings.penalty, settings.label_smoothing)
 
