@@ -78,7 +78,7 @@ class ProbeTrainer(Trainer):
     """A trainer whose one update solves all heads."""
 
     def __init__(self, *arguments: Any, callbacks: Iterable[Callback] = (), **keywords: Any) -> None:
-        self.penalties, self.used = Penalties(), {}
+        self.penalties, self.used, self.validating = Penalties(), {}, 0.0  # seconds for validation images
         super().__init__(*arguments, callbacks=[*callbacks, self.penalties], **keywords)
 
     def _update(self, batches: Iterator[Batch]) -> None:
@@ -118,12 +118,15 @@ class ProbeTrainer(Trainer):
         return []
 
     def _solve_all(self) -> dict[str, Probe]:
-        """Every task's probe. Of the minutes each task has its share, and what smaller ones leave over."""
+        """Every task's probe. Of the minutes each task has its share, and what smaller ones leave over.
+
+        Validation images come on top: in a short time they would leave none for those that train.
+        """
         minutes, began = self.config.train.minutes, time.monotonic()
         order = sorted(self.tasks, key=lambda task: len(self.tasks[task].train))
         probes = {}
         for place, task in enumerate(order):
-            until = math.inf if minutes is None else began + 60 * minutes * (place + 1) / len(order)
+            until = math.inf if minutes is None else began + self.validating + 60 * minutes * (place + 1) / len(order)
             probes[task] = self._solve(self.tasks[task], until)
         return {task: probes[task] for task in self.tasks}
 
@@ -139,8 +142,9 @@ class ProbeTrainer(Trainer):
         else:
             data = replace(data, train=_reordered(split, order))
             train = split_features(read, data, "train", self.transforms, self.runtime, settings.batch_size, until)
-        # After the training images: where time is short, these would take it all.
+        began = time.monotonic()
         val = split_features(read, data, "val", self.transforms, self.runtime, settings.batch_size)
+        self.validating += time.monotonic() - began
         self.used[data.name] = len(train.labels)
         return fit(train, val, len(data.class_names), settings.penalty, settings.label_smoothing)
 

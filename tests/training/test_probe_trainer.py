@@ -191,3 +191,16 @@ def unreadable_third(read):
         return read(cache, source, index)
 
     return image
+
+
+def test_validation_images_take_nothing_of_the_minutes(config, tmp_path, monkeypatch):
+    clock, features = [0.0], probe_trainer.split_features
+
+    def slow(make, data, split, *rest):
+        clock[0] += 1000.0 * (split == "val")
+        return features(make, data, split, *rest)
+
+    monkeypatch.setattr(probe_trainer, "split_features", slow)
+    monkeypatch.setattr(probe_trainer.time, "monotonic", lambda: clock[0])
+    report = train(replace(config, train__minutes=0.5, train__steps=None), tmp_path / "run")
+    assert {task: about["images"] for task, about in report["penalties"].items()} == SIZES
