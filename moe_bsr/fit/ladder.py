@@ -122,16 +122,11 @@ class Ladder:
         self._limit_validation()
         speed, config = self.speed, self.config
         shape = (speed.depth, speed.has_class_token)
-        to_see_all = speed.forward * (sum(speed.images.values()) + config.data.val_images * len(speed.classes))
-        seconds = min(FOR_PROBE * self.left(), to_see_all / FOR_FEATURES)
-        alone = self.left() - seconds < 3 * LEAST_TRIAL
-        seconds = FOR_PROBE * self.left() if alone else seconds
+        seconds = FOR_PROBE * self.left()
         few = self._with_fewer_images(config, FOR_FEATURES * seconds)
-        probe, late = rungs.probe(few, *shape), rungs.late(few, *shape)
-        if not alone:
-            late = self._share_features(late)
-            probe = rungs.with_features_of(probe, late)
-        if self._go("probe", probe, seconds, shares=True) and not alone:
+        late = self._share_features(rungs.late(few, *shape))
+        probe = rungs.with_features_of(rungs.probe(few, *shape), late)
+        if self._go("probe", probe, seconds, shares=True) and self.left() >= 3 * LEAST_TRIAL:
             self._train_the_best(late)
         return self._conclude()
 
