@@ -149,8 +149,8 @@ class DataConfig:
             "augment; else leave these out",
         )
         mb = {"image_cache_mb": (0, 2**24), "feature_cache_mb": (1, 2**24)}
-        require_within("data", self, **mb, prefetch=(0, 100), views=(1, 10_000))
-        require_within("data", self, val_images=(1, 10**9), train_images=(1, 10**9))
+        counts = {"prefetch": (0, 100), "views": (1, 10_000), "val_images": (1, 10**9), "train_images": (1, 10**9)}
+        require_within("data", self, **mb, **counts)
         require(
             self.feature_cache_mb is None or not self.augment or self.views is not None,
             "data.feature_cache_mb",
