@@ -8,22 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from measured_cost import assert_predicted_is_measured
 from tiny_data import TASK_FILES
 from tiny_runs import make_config, make_trainer, state_of
 
 import moe_bsr
-from moe_bsr.benchmark.measure import measure
 from moe_bsr.config import Config
-from moe_bsr.cost import predict as cost
 from moe_bsr.data import SOURCES
 from moe_bsr.data.sampler import SAMPLERS
 from moe_bsr.model.adapters import ADAPTERS
 from moe_bsr.model.backbones import BACKBONES
-from moe_bsr.model.multitask import MultitaskViT, build
+from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.model.routers import ROUTERS
 from moe_bsr.model.storage import STORAGES
-from moe_bsr.runtime.device import prepare
-from moe_bsr.training.update import training_step
 
 # A small network of each family of backbones: name and input side in pixels.
 SMALLEST = {"vit": ("test_vit", 32)}
@@ -91,15 +88,8 @@ def test_an_update_moves_what_was_declared_and_the_checkpoint_gives_it_back(regi
 
 @pytest.mark.parametrize(("registry", "kind"), IN_THE_MODEL)
 def test_the_cost_predicted_is_the_cost_measured(registry, kind, tmp_path):
-    """Peaks are held by the tests of `cost/`, on models large enough that kernels' scratch does not decide."""
     config = configuration(registry, kind, tmp_path)
-    classes = dict.fromkeys(config.task_names(), 10)
-    model, task = build(config, classes), config.task_names()[0]
-    predicted = cost.predict(model, config, batch=8, precision="fp32", task=task)
-    measured = measure(training_step(model, config, prepare(config.runtime), batch=8, task=task))
-    assert predicted.parameters == measured.parameters + measured.buffers
-    assert (predicted.gradients, predicted.optimizer) == (measured.gradients, measured.optimizer)
-    assert predicted.kept == pytest.approx(measured.kept, rel=0.02)
+    assert_predicted_is_measured(config)
 
 
 class AnotherTasksRouter(ROUTERS["per_task"]):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -110,3 +111,14 @@ def act_at(monkeypatch, step: int, action) -> None:
 
 def crash() -> None:
     raise Crash
+
+
+def crashed_and_resumed(monkeypatch, config: Config, folder: Path, resumed: Config | None = None) -> Trainer:
+    """The trainer of a run that crashed in its third update and went on, as `resumed` says if that is given."""
+    with monkeypatch.context() as patch:
+        act_at(patch, 3, crash)
+        with pytest.raises(Crash):
+            make_trainer(config, folder, [Jsonl(folder)]).fit()
+    trainer = make_trainer(resumed or config, folder)
+    trainer.fit(resume=True)
+    return trainer

@@ -4,22 +4,18 @@ import functools
 
 import pytest
 import torch
+from measured_cost import assert_predicted_is_measured
 from tiny_models import make_model, normal
 from tiny_runs import TASK, make_config, make_trainer, state_of
 
 import moe_bsr
-from moe_bsr.benchmark.measure import measure
 from moe_bsr.config import TrainConfig, replace
-from moe_bsr.cost import predict as cost
 from moe_bsr.evaluation.interventions import changed
-from moe_bsr.model.multitask import build
 from moe_bsr.model.replay import Replay
 from moe_bsr.runs import warm_start
-from moe_bsr.runtime.device import prepare
 from moe_bsr.training import prototypes
 from moe_bsr.training.added_task import added_task_config
 from moe_bsr.training.optim import make_optimizer, parameter_groups
-from moe_bsr.training.update import training_step
 
 pytestmark = pytest.mark.usefixtures("bare")
 
@@ -194,10 +190,4 @@ def test_merged_gates_are_one_adapter_for_the_task(runs):
 @pytest.mark.parametrize("gate", ["token", "task"])
 def test_the_cost_predicted_is_the_cost_measured(gate, tmp_path):
     config = make_config(tmp_path, moe__gate=gate, storage="bf16", **LOW_RANK)
-    classes = dict.fromkeys(config.task_names(), 10)
-    model, task = build(config, classes), config.task_names()[0]
-    predicted = cost.predict(model, config, batch=8, precision="fp32", task=task)
-    measured = measure(training_step(model, config, prepare(config.runtime), batch=8, task=task))
-    assert predicted.parameters == measured.parameters + measured.buffers
-    assert (predicted.gradients, predicted.optimizer) == (measured.gradients, measured.optimizer)
-    assert predicted.kept == pytest.approx(measured.kept, rel=0.02)
+    assert_predicted_is_measured(config)

@@ -3,11 +3,10 @@
 import pytest
 import torch
 from tiny_models import CLASSES, make_vit
-from tiny_runs import Crash, act_at, crash, make_config, make_trainer, state_of
+from tiny_runs import crashed_and_resumed, make_config, make_trainer, state_of
 
 from moe_bsr import config as configuration
 from moe_bsr.benchmark.measure import measure
-from moe_bsr.callbacks.jsonl import Jsonl
 from moe_bsr.config import Config, ConfigError
 from moe_bsr.cost.predict import predict
 from moe_bsr.model.multitask import MultitaskViT
@@ -58,12 +57,7 @@ def test_resumed_it_is_the_run_that_was_not_interrupted(tmp_path, monkeypatch):
     config = make_config(tmp_path, **UNCLIPPED, train__step_in_backward=True, train__optimizer="adamw8")
     whole = make_trainer(config, tmp_path / "whole")
     whole.fit()
-    with monkeypatch.context() as patch:
-        act_at(patch, 3, crash)
-        with pytest.raises(Crash):
-            make_trainer(config, tmp_path / "run", [Jsonl(tmp_path / "run")]).fit()
-    resumed = make_trainer(config, tmp_path / "run")
-    resumed.fit(resume=True)
+    resumed = crashed_and_resumed(monkeypatch, config, tmp_path / "run")
     assert any("resumed from" in line for line in resumed.about)
     ours, theirs = whole.state.state_dict(), resumed.state.state_dict()
     for group in ("weights", "optimizer"):

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import make_model, normal
-from tiny_runs import Crash, act_at, crash, make_config, make_trainer, watch
+from tiny_runs import crashed_and_resumed, make_config, make_trainer, watch
 
-from moe_bsr.callbacks.jsonl import Jsonl
 from moe_bsr.config import ConfigError, TrainConfig, replace
 from moe_bsr.data.loader import Batch
 from moe_bsr.runtime.device import Runtime
@@ -202,12 +201,8 @@ def test_resumed_is_uninterrupted_to_the_bit(tmp_path, monkeypatch):
     config = make_config(tmp_path, **EVERYTHING)
     whole = make_trainer(config, tmp_path / "whole")
     whole.fit()
-    with monkeypatch.context() as patch:
-        act_at(patch, 3, crash)
-        with pytest.raises(Crash):
-            make_trainer(config, tmp_path / "run", [Jsonl(tmp_path / "run")]).fit()
-    again = make_trainer(replace(config, data__prefetch=2), tmp_path / "run")
-    again.fit(resume=True)
+    ahead = replace(config, data__prefetch=2)
+    again = crashed_and_resumed(monkeypatch, config, tmp_path / "run", ahead)
     for name, value in whole.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], value), name
 
