@@ -45,15 +45,14 @@ COMMANDS = {
     "benchmark": "time and memory of a training step, beside timm and the public form of BSR",
     "reproduce": "rebuild the cost figures of the BSR paper's tables",
     "pretrain": "make the bundled backbone anew",
-    "sweep-variants": "train every variant at equal images, each at its best learning rate",
-    "sweep-storages": "train with one storage and another, in pairs, and show the difference in accuracy",
+    "sweep": "arms at equally many images with several seeds: what differs, in pairs, with intervals",
     "selftest": "attack the product: kills, damaged runs, broken configurations, hostile files",
     "results": "write results/README.md from the reports in results/",
 }
 
 # Those that train or evaluate in this process: they need the C library's allocator set up first.
 COMPUTING = {"fit", "train", "probe", "lr", "drops", "gradients", "evaluate", "reject", "export", "views", "pretrain"}
-COMPUTING |= {"add-task", "budgets", "sweep-storages"}
+COMPUTING |= {"add-task", "budgets", "sweep"}
 
 # Packages that only some commands need, and the extra that installs them.
 EXTRAS = {"matplotlib": "views", "scipy": "views", "onnx": "export", "onnxruntime": "export"}

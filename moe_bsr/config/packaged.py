@@ -1,4 +1,4 @@
-"""The task and configuration files that come with the package, found from any directory.
+"""The task, configuration and sweep files that come with the package, found from any directory.
 
 In a clone (and after `pip install -e`) they lie in `tasks/` and `configs/` beside the package; a wheel
 carries them inside it (setup.py puts them there).
@@ -7,7 +7,7 @@ carries them inside it (setup.py puts them there).
 from pathlib import Path
 from typing import Literal
 
-Kind = Literal["tasks", "configs"]
+Kind = Literal["tasks", "configs", "configs/sweeps"]
 
 PACKAGE = Path(__file__).resolve().parents[1]
 

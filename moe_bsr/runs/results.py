@@ -108,6 +108,19 @@ def _storages(result: dict[str, Any]) -> str:
     return f"{result['config']}, {result['steps']} updates, {runs}: top-1 {exact:.1f} % exact, {others}"
 
 
+def _arms(result: dict[str, Any]) -> str:
+    runs, baseline = result["runs"], result["baseline"]
+    means = {arm: fmean(seed["mean_top1"] for seed in seeds.values()) for arm, seeds in runs.items()}
+    others = []
+    for arm, about in result["differences"].items():
+        low, high = about["mean"]["low"], about["mean"]["high"]
+        interval = "" if low is None else f" ({low:+.1f} to {high:+.1f})"
+        others.append(f"{arm} {about['mean']['mean']:+.1f}{interval}")
+    seeds, sweep = len(runs[baseline]), result["sweep"]
+    head = f"{sweep['updates']} updates of a task, {seeds} seeds, mean top-1 % ({sweep['split']})"
+    return f"{head}: {baseline} {means[baseline]:.1f}; points over it: {', '.join(others)}"
+
+
 def _drops(result: dict[str, Any]) -> str:
     rows = {row["setting"]: row for row in result["settings"]}
     own, best = rows[result["own"]], rows[result["best"]]
@@ -148,6 +161,7 @@ def _selftest(result: dict[str, Any]) -> str:
 # title, the keys that tell a file of this kind, its figures
 KINDS: list[tuple[str, set[str], Callable[[dict[str, Any]], str]]] = [
     ("Trained runs", {"tasks", "mean_top1", "status"}, _run),
+    ("Arms compared", {"sweep", "runs", "differences"}, _arms),
     ("Storages compared", {"top1", "seeds", "config"}, _storages),
     ("The best model for some minutes", {"rungs", "best", "minutes"}, _fit),
     ("Accuracy after so many minutes", {"results", "seed", "environment"}, _budgets),

@@ -13,7 +13,7 @@ from moe_bsr.cli.main import COMMANDS, in_flags, main, program
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "timm", "numpy", "yaml", "PIL", "moe_bsr.config"}
 OWN_PARSER = {"cost"}  # not yet in the form of the others
-FRONTS = {"expert_views": "views", "variants": "sweep-variants", "storages": "sweep-storages"}
+FRONTS = {"expert_views": "views"}
 
 
 def python(*arguments: str | Path, **options) -> subprocess.CompletedProcess:

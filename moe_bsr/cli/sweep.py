@@ -1,0 +1,54 @@
+"""Compare arms at equally many images, with several seeds: differences in pairs, with their intervals.
+
+    moe-bsr sweep experts_scene                      a sweep that comes with the package
+    moe-bsr sweep mine.yaml data.root=data --run runs/mine --seeds 0 1 2 3
+
+A sweep file has arms; each is a configuration with changes. All arms train for equally many updates of each task, with
+the same seeds. key=value holds for all of them. Finished runs are kept, so that the same command goes on, and more
+seeds or arms can be added. RUN/sweep.json has everything.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from moe_bsr.cli import run_arguments
+from moe_bsr.cli.terminal import say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sweep", metavar="FILE", help="a sweep file; configs/sweeps/NAME.yaml is found in the package")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all arms, such as data.root=DIR")
+    parser.add_argument("--run", "--run-dir", type=Path, metavar="DIR", help="for the runs (runs/NAME_sweep)")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="in place of the file's")
+    parser.add_argument("--arms", nargs="+", metavar="NAME", help="only these, the baseline among them")
+    updates = "of each task, in place of the file's"
+    parser.add_argument("--updates", type=run_arguments.at_least(1), metavar="N", help=updates)
+    parser.add_argument("--json", action="store_true", help="JSON instead of the table")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from moe_bsr.cli.main import program
+    from moe_bsr.config import ConfigError
+    from moe_bsr.runtime.text_tables import as_text
+    from moe_bsr.study import plan, sweep
+
+    asked = plan.read(arguments.sweep)
+    if unknown := [arm for arm in arguments.arms or [] if arm not in asked.arms]:
+        raise ConfigError(f"--arms {' '.join(unknown)}: one of {', '.join(asked.arms)}")
+    changes = {
+        "arms": {name: asked.arms[name] for name in arguments.arms or asked.arms},
+        "seeds": arguments.seeds or asked.seeds,
+        "updates": arguments.updates or asked.updates,
+    }
+    asked = dataclasses.replace(asked, **changes)
+    folder = arguments.run or Path("runs") / f"{Path(arguments.sweep).stem}_sweep"
+    try:
+        result = sweep.run(asked, folder, arguments.overrides, lambda line: say(line, error=True))
+    except sweep.Interrupted as stop:
+        print(f"{program('sweep')}: interrupted; the same command goes on", file=sys.stderr)
+        return 128 + int(stop.args[0])
+    say(json.dumps(result, indent=1) if arguments.json else as_text(sweep.rows(result)))
+    return 0

@@ -1,0 +1,1 @@
+"""Studies: arms trained at equally many images with several seeds, and what differs between them."""

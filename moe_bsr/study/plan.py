@@ -1,0 +1,114 @@
+"""A sweep file: which arms there are, what each changes, and what they have in common.
+
+config: conflict_scene.yaml        # a configuration, packaged or a path
+set: [data.views=1]                # for every arm
+updates: 150                       # of each task, in every arm
+seeds: [0, 1, 2]
+baseline: shared
+arms:
+  shared: {set: [plan.moe_blocks=[]]}
+  apart: {set: [plan.moe_blocks=[], mode=single_task]}
+  gated: {set: [moe.gate=task], title: low-rank experts, divided among the tasks}
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moe_bsr import config as configuration
+from moe_bsr.config import Config, ConfigError, packaged, require
+from moe_bsr.config.reader import convert, read_tree
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One thing that is compared.
+
+    Attributes:
+        set: `key=value`, as on the command line. config: in place of the sweep's. title: for the table.
+    """
+
+    set: list[str] = field(default_factory=list)
+    config: str | None = None
+    title: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """Values of one key, each tried by every arm in a short run, before the seeds: the best on validation is taken.
+
+    Attributes:
+        updates: of each task. seed: of these runs, none of the sweep's own.
+    """
+
+    key: str
+    values: list[float]
+    updates: int
+    seed: int = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What a sweep file says.
+
+    Attributes:
+        updates: of each task; the same number of images for all arms. baseline: what the others are set against.
+        split: that is scored: `val`, or `test` once for each run.
+    """
+
+    arms: dict[str, Arm]
+    updates: int
+    config: str | None = None
+    set: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    baseline: str | None = None
+    split: str = "val"
+    tune: Tuning | None = None
+
+    def __post_init__(self) -> None:
+        require(len(self.arms) > 0, "arms", self.arms, "one arm at least")
+        require(self.updates >= 1, "updates", self.updates, "at least 1")
+        require(len(set(self.seeds)) == len(self.seeds) > 0, "seeds", self.seeds, "different numbers, one at least")
+        require(self.split in ("val", "test"), "split", self.split, "val or test")
+        named = self.baseline is None or self.baseline in self.arms
+        require(named, "baseline", self.baseline, f"one of {', '.join(self.arms)}")
+        if self.tune is not None:
+            apart = self.tune.seed not in self.seeds
+            require(apart, "tune.seed", self.tune.seed, "none of the seeds, so that no run is chosen by itself")
+
+    def against(self) -> str:
+        """The arm that the others are compared with."""
+        return self.baseline or next(iter(self.arms))
+
+
+def read(path: str | Path) -> Sweep:
+    """The sweep of a file, or of one that comes with the package.
+
+    Raises:
+        ConfigError: no such file, an unknown key or an impossible value.
+    """
+    path = Path(path)
+    return convert(read_tree(path if path.is_file() else packaged.find("configs/sweeps", path) or path), Sweep, "")
+
+
+def config_of(sweep: Sweep, arm: str, seed: int, overrides: list[str], updates: int | None = None) -> Config:
+    """The configuration of one run.
+
+    Args:
+        overrides: of the command line, over what the file says. updates: of each task, in place of the sweep's.
+    Raises:
+        ConfigError: neither the sweep nor the arm names a configuration, or it is impossible.
+    """
+    about = sweep.arms[arm]
+    file = about.config or sweep.config
+    if file is None:
+        raise ConfigError(f"arms.{arm}: no configuration; give the sweep or the arm one as config: FILE")
+    fixed = [
+        "train.eval_every=null",
+        "train.pictures=false",
+        f"train.evaluate_test={str(sweep.split == 'test').lower()}",
+    ]
+    config = configuration.load(
+        packaged.find_config(file), [*fixed, *sweep.set, *overrides, *about.set, f"seed={seed}"]
+    )
+    times = 1 if config.mode == "single_task" else len(config.task_names())
+    return configuration.replace(config, train__steps=times * (updates or sweep.updates))

@@ -1,0 +1,145 @@
+"""Trains the arms of a sweep, seed by seed, and sets each against the baseline in pairs of equal seeds.
+
+A pair has the same images in the same order and the same first heads, so that what differs is the arm. The interval is
+Student's, over the seeds: what another seed would move. With one seed there is none.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from moe_bsr import api
+from moe_bsr.runtime.device import prepare
+from moe_bsr.runtime.files import write_whole
+from moe_bsr.runtime.provenance import command, commit, environment
+from moe_bsr.study.plan import Sweep, config_of
+
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond them the last one, which is too wide.
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
+
+class Interrupted(Exception):
+    """By a signal, which is its argument; what is finished is kept."""
+
+
+def run(
+    sweep: Sweep, folder: Path, overrides: list[str], say: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
+    """Train what is not trained yet, each run in FOLDER/ARM/SEED; returns what FOLDER/sweep.json then holds.
+
+    Args:
+        overrides: `key=value` for every run, over the sweep's own. say: told of each run as it ends.
+    Raises:
+        ConfigError: an impossible run, all of which are checked before the first begins. Interrupted: by a signal.
+    """
+    order = [(arm, seed) for seed in sweep.seeds for arm in sweep.arms]
+    for arm, seed in order:
+        api.check(config_of(sweep, arm, seed, overrides))
+    chosen = {arm: _tuned(sweep, arm, folder, overrides, say) for arm in sweep.arms} if sweep.tune else {}
+    runs: dict[str, dict[str, Any]] = {arm: {} for arm in sweep.arms}
+    for arm, seed in order:
+        best = [chosen[arm]["set"]] if arm in chosen else []
+        config = config_of(sweep, arm, seed, [*overrides, *best])
+        report = _train(config, folder / arm / str(seed))
+        runs[arm][str(seed)] = {
+            "top1": {task: about["top1"] for task, about in report["tasks"].items()},
+            "mean_top1": fmean(about["top1"] for about in report["tasks"].values()),
+            "train_seconds": report["train_seconds"],
+            "predicted_peak_mb": report["predicted_peak_mb"],
+            "gflops_per_image": report["gflops_per_image"],
+        }
+        say(f"{arm}, seed {seed}: {runs[arm][str(seed)]['mean_top1']:.2f} % in the mean")
+        result = _result(sweep, overrides, chosen, {name: about for name, about in runs.items() if about})
+        result |= {"command": command(), "commit": commit(), "environment": environment(prepare(config.runtime))}
+        write_whole(folder / "sweep.json", json.dumps(result, indent=1))
+    return result
+
+
+def differences(runs: dict[str, dict[str, Any]], baseline: str) -> dict[str, dict[str, Any]]:
+    """{arm: {task or "mean": {"mean", "low", "high", "each"}}} in points over the baseline, by pairs of equal seeds.
+
+    `low` and `high` are of the 95 % interval, None with one seed.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for arm, seeds in runs.items():
+        pairs = [(seeds[seed], runs[baseline][seed]) for seed in seeds if seed in runs.get(baseline, {})]
+        if arm == baseline or not pairs:
+            continue
+        found[arm] = {
+            task: _paired([mine["top1"][task] - other["top1"][task] for mine, other in pairs])
+            for task in pairs[0][0]["top1"]
+        }
+        found[arm]["mean"] = _paired([mine["mean_top1"] - other["mean_top1"] for mine, other in pairs])
+    return found
+
+
+def rows(result: dict[str, Any]) -> list[list[str]]:
+    """A table: a row for each arm, its mean over the seeds, and the difference in the mean with its interval."""
+    runs, baseline = result["runs"], result["baseline"]
+    tasks = list(next(iter(runs[baseline].values()))["top1"])
+    table = [["top-1 %", *tasks, "mean", f"points over {baseline}", "train s", "peak MB", "GFLOPs"]]
+    for arm, seeds in runs.items():
+        told = list(seeds.values())
+        means = [fmean(seed["top1"][task] for seed in told) for task in tasks]
+        cells = [f"{value:.1f}" for value in (*means, fmean(seed["mean_top1"] for seed in told))]
+        seconds = fmean(seed["train_seconds"] for seed in told)
+        peak, flops = _number(told[0]["predicted_peak_mb"], 0), _number(told[0]["gflops_per_image"], 2)
+        gain = in_words(result["differences"][arm]["mean"]) if arm in result["differences"] else ""
+        table.append([arm, *cells, gain, f"{seconds:.0f}", peak, flops])
+    return table
+
+
+def in_words(difference: dict[str, Any]) -> str:
+    """`+6.1 [4.0, 8.2]`; with one seed `+6.1`."""
+    interval = "" if difference["low"] is None else f" [{difference['low']:+.1f}, {difference['high']:+.1f}]"
+    return f"{difference['mean']:+.1f}{interval}"
+
+
+def _number(value: float | None, digits: int) -> str:
+    """A prediction, or a dash where none was made."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _result(sweep: Sweep, overrides: list[str], chosen: dict[str, Any], runs: dict[str, Any]) -> dict[str, Any]:
+    baseline = sweep.against()
+    return {
+        "sweep": asdict(sweep),
+        "overrides": overrides,
+        "baseline": baseline,
+        "tuned": chosen,
+        "runs": runs,
+        "differences": differences(runs, baseline),
+    }
+
+
+def _tuned(sweep: Sweep, arm: str, folder: Path, overrides: list[str], say: Callable[[str], None]) -> dict[str, Any]:
+    """What each value came to on validation, and the best one as `key=value`."""
+    tuning, scores = sweep.tune, {}
+    assert tuning is not None
+    for value in tuning.values:
+        extra = [*overrides, f"{tuning.key}={value}", "train.evaluate_test=false"]
+        config = config_of(sweep, arm, tuning.seed, extra, tuning.updates)
+        report = _train(config, folder / "tune" / f"{arm}_{value:g}")
+        scores[f"{value:g}"] = fmean(about["top1"] for about in report["tasks"].values())
+    best = max(scores, key=lambda value: scores[value])
+    say(f"{arm}: {tuning.key}={best} of {', '.join(f'{value} ({score:.1f} %)' for value, score in scores.items())}")
+    return {"set": f"{tuning.key}={best}", "validation": scores}
+
+
+def _train(config: Any, folder: Path) -> dict[str, Any]:
+    report = api.train(config, folder, resume=True, callbacks=[])
+    if report["status"] == "interrupted":
+        raise Interrupted(report["signal"])
+    return report
+
+
+def _paired(gains: list[float]) -> dict[str, Any]:
+    mean, count = fmean(gains), len(gains)
+    if count == 1:
+        return {"mean": mean, "low": None, "high": None, "each": gains}
+    half = T_975[min(count - 1, len(T_975)) - 1] * stdev(gains) / math.sqrt(count)
+    return {"mean": mean, "low": mean - half, "high": mean + half, "each": gains}

@@ -1,0 +1,127 @@
+"""Sweeps: which runs they make, what is kept, and the arithmetic of pairs."""
+
+import json
+import math
+import statistics
+
+import pytest
+import yaml
+from tiny_runs import TASKS, make_config
+
+from moe_bsr import config as configuration
+from moe_bsr.cli.main import main
+from moe_bsr.config import ConfigError, packaged
+from moe_bsr.study import plan, sweep
+
+ARMS = {"shared": {"set": ["plan.moe_blocks=[]"]}, "apart": {"set": ["plan.moe_blocks=[]", "mode=single_task"]}}
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A sweep file of two arms on two tiny tasks."""
+    (tmp_path / "tiny.yaml").write_text(configuration.dump(make_config(tmp_path)))
+
+    def write(**changes):
+        path = tmp_path / "pair.yaml"
+        tree = {"config": str(tmp_path / "tiny.yaml"), "updates": 2, "seeds": [0], "arms": ARMS}
+        path.write_text(yaml.safe_dump(tree | changes, sort_keys=False))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("name", packaged.names("configs/sweeps"))
+def test_a_packaged_sweep_reads_and_each_arm_is_a_possible_run(name):
+    asked = plan.read(name)
+    for arm in asked.arms:
+        config = plan.config_of(asked, arm, 7, ["data.root=D"])
+        assert config.seed == 7 and config.data.root == "D"
+        each = config.train.steps // (1 if config.mode == "single_task" else len(config.task_names()))
+        assert each == asked.updates
+
+
+@pytest.mark.usefixtures("bare")
+def test_arms_are_trained_seed_by_seed_and_finished_runs_are_kept(file, tmp_path, capsys):
+    out = tmp_path / "out"
+    call = ["sweep", str(file()), "--run", str(out), "train.lr=1e-3"]
+    assert main(call) == 0
+    row = capsys.readouterr().out.splitlines()
+    assert row[0].split()[0] == "top-1" and any(line.lstrip().startswith("apart") for line in row)
+    written = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    assert main([*call, "--seeds", "0", "1", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result.keys() == json.loads((out / "sweep.json").read_text()).keys()
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert all(list(seeds) == ["0", "1"] for seeds in result["runs"].values())
+    report = json.loads((out / "apart" / "1" / "report.json").read_text())
+    assert report["split"] == "val" and report["config"]["train"]["lr"] == 1e-3
+    assert report["steps"] == dict.fromkeys(TASKS, 2)
+    assert result["runs"]["apart"]["1"]["top1"] == {task: about["top1"] for task, about in report["tasks"].items()}
+
+
+@pytest.mark.usefixtures("bare")
+def test_the_value_that_validates_best_is_taken_and_the_test_is_left_to_the_seeds(file, tmp_path, monkeypatch):
+    seen = []
+
+    def train(config, folder, **options):
+        seen.append((folder.relative_to(tmp_path).as_posix(), config))
+        score = 50 - abs(math.log10(config.train.lr / 1e-3)) + config.seed
+        tasks = {task: {"top1": score} for task in TASKS}
+        numbers = dict.fromkeys(("train_seconds", "predicted_peak_mb", "gflops_per_image"), 1.0)
+        return {"status": "finished", "tasks": tasks, **numbers}
+
+    monkeypatch.setattr(sweep.api, "train", train)
+    tune = {"key": "train.lr", "values": [1e-4, 1e-3], "updates": 1}
+    result = sweep.run(plan.read(file(tune=tune, split="test", seeds=[3])), tmp_path, [])
+    assert [name for name, _ in seen] == [
+        *(f"tune/{arm}_{rate}" for arm in ARMS for rate in ("0.0001", "0.001")),
+        "shared/3",
+        "apart/3",
+    ]
+    assert [config.train.evaluate_test for _, config in seen] == [False] * 4 + [True] * 2
+    assert {config.seed for _, config in seen[:4]} == {100} and seen[4][1].train.lr == 1e-3
+    assert [config.train.steps for _, config in seen] == [2, 2, 1, 1, 4, 2]
+    assert result["tuned"]["apart"]["set"] == "train.lr=0.001"
+
+
+def test_differences_are_students_over_pairs_of_equal_seeds():
+    def told(*values):
+        return {str(seed): {"top1": {"a": value}, "mean_top1": value} for seed, value in enumerate(values)}
+
+    found = sweep.differences({"base": told(10, 20, 30), "arm": told(11, 24, 32), "alone": told(9)}, "base")
+    gains = [1, 4, 2]
+    half = 4.303 * statistics.stdev(gains) / math.sqrt(3)
+    mean = statistics.fmean(gains)
+    assert found["arm"]["a"] == found["arm"]["mean"]
+    assert found["arm"]["mean"]["each"] == gains
+    assert (found["arm"]["mean"]["low"], found["arm"]["mean"]["high"]) == pytest.approx((mean - half, mean + half))
+    assert found["alone"]["mean"] == {"mean": -1, "low": None, "high": None, "each": [-1]}
+    assert sweep.in_words(found["alone"]["mean"]) == "-1.0" and "base" not in found
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seeds": [1, 1]}, "seeds"),
+        ({"baseline": "none"}, "one of shared, apart"),
+        ({"updates": 0}, "updates"),
+        ({"arms": {}}, "arms"),
+        ({"arm": {}}, "arm"),
+        ({"tune": {"key": "train.lr", "values": [1.0], "updates": 1, "seed": 0}}, "tune.seed"),
+        ({"config": None}, "no configuration"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_line(file, change, said):
+    with pytest.raises(ConfigError, match=said):
+        plan.config_of(plan.read(file(**change)), "shared", 0, [])
+
+
+def test_an_arm_that_is_none_is_named(file, capsys):
+    assert main(["sweep", str(file()), "--arms", "shard"]) == 2
+    assert "shard" in capsys.readouterr().err
+
+
+def test_a_signal_ends_the_sweep_with_its_status(file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep.api, "train", lambda *a, **k: {"status": "interrupted", "signal": 15})
+    assert main(["sweep", str(file()), "--run", str(tmp_path / "out")]) == 128 + 15
+    assert "the same command goes on" in capsys.readouterr().err

@@ -1,6 +1,0 @@
-"""`moe-bsr sweep-storages` for a clone of the repository; the code is in moe_bsr/cli/sweep_storages.py."""
-
-from moe_bsr.cli.main import start
-
-if __name__ == "__main__":
-    start("sweep-storages")
