@@ -1,6 +1,7 @@
 """Compare arms at equally many images, with several seeds: differences in pairs, with their intervals.
 
     moe-bsr sweep experts_scene                      a sweep that comes with the package
+    moe-bsr sweep conflict --config photos.yaml      do my tasks get in each other's way, and do experts help?
     moe-bsr sweep mine.yaml data.root=data --run runs/mine --seeds 0 1 2 3
 
 A sweep file has arms; each is a configuration with changes. All arms train for equally many updates of each task, with
@@ -21,6 +22,7 @@ from moe_bsr.cli.terminal import say
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sweep", metavar="FILE", help="a sweep file; configs/sweeps/NAME.yaml is found in the package")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all arms, such as data.root=DIR")
+    parser.add_argument("--config", metavar="FILE", help="the configuration of all arms that name none of their own")
     parser.add_argument("--run", "--run-dir", type=Path, metavar="DIR", help="for the runs (runs/NAME_sweep)")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="in place of the file's")
     parser.add_argument("--arms", nargs="+", metavar="NAME", help="only these, the baseline among them")
@@ -42,6 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         "arms": {name: asked.arms[name] for name in arguments.arms or asked.arms},
         "seeds": arguments.seeds or asked.seeds,
         "updates": arguments.updates or asked.updates,
+        "config": arguments.config or asked.config,
     }
     asked = dataclasses.replace(asked, **changes)
     folder = arguments.run or Path("runs") / f"{Path(arguments.sweep).stem}_sweep"

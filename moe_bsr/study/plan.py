@@ -101,7 +101,7 @@ def config_of(sweep: Sweep, arm: str, seed: int, overrides: list[str], updates: 
     about = sweep.arms[arm]
     file = about.config or sweep.config
     if file is None:
-        raise ConfigError(f"arms.{arm}: no configuration; give the sweep or the arm one as config: FILE")
+        raise ConfigError(f"arms.{arm}: no configuration; name one, or one for all arms, as config: FILE")
     fixed = [
         "train.eval_every=null",
         "train.pictures=false",

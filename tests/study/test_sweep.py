@@ -1,5 +1,6 @@
 """Sweeps: which runs they make, what is kept, and the arithmetic of pairs."""
 
+import dataclasses
 import json
 import math
 import statistics
@@ -33,6 +34,7 @@ def file(tmp_path):
 @pytest.mark.parametrize("name", packaged.names("configs/sweeps"))
 def test_a_packaged_sweep_reads_and_each_arm_is_a_possible_run(name):
     asked = plan.read(name)
+    asked = dataclasses.replace(asked, config=asked.config or "conflict_scene")
     for arm in asked.arms:
         config = plan.config_of(asked, arm, 7, ["data.root=D"])
         assert config.seed == 7 and config.data.root == "D"
