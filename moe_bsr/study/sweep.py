@@ -45,9 +45,10 @@ def run(
         best = [chosen[arm]["set"]] if arm in chosen else []
         config = config_of(sweep, arm, seed, [*overrides, *best])
         report = _train(config, folder / arm / str(seed))
+        top1 = _top1(report, folder / arm / str(seed), sweep.split)
         runs[arm][str(seed)] = {
-            "top1": {task: about["top1"] for task, about in report["tasks"].items()},
-            "mean_top1": fmean(about["top1"] for about in report["tasks"].values()),
+            "top1": top1,
+            "mean_top1": fmean(top1.values()),
             "train_seconds": report["train_seconds"],
             "predicted_peak_mb": report["predicted_peak_mb"],
             "gflops_per_image": report["gflops_per_image"],
@@ -135,6 +136,12 @@ def _train(config: Any, folder: Path) -> dict[str, Any]:
     if report["status"] == "interrupted":
         raise Interrupted(report["signal"])
     return report
+
+
+def _top1(report: dict[str, Any], folder: Path, split: str) -> dict[str, float]:
+    """By task; an evaluation where a finished run was scored on the other split."""
+    tasks = report["tasks"] if report["split"] == split else api.evaluate(folder, split)["tasks"]
+    return {task: about["top1"] for task, about in tasks.items()}
 
 
 def _paired(gains: list[float]) -> dict[str, Any]:

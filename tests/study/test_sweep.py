@@ -9,6 +9,7 @@ import pytest
 import yaml
 from tiny_runs import TASKS, make_config
 
+from moe_bsr import api
 from moe_bsr import config as configuration
 from moe_bsr.cli.main import main
 from moe_bsr.config import ConfigError, packaged
@@ -59,6 +60,9 @@ def test_arms_are_trained_seed_by_seed_and_finished_runs_are_kept(file, tmp_path
     assert report["split"] == "val" and report["config"]["train"]["lr"] == 1e-3
     assert report["steps"] == dict.fromkeys(TASKS, 2)
     assert result["runs"]["apart"]["1"]["top1"] == {task: about["top1"] for task, about in report["tasks"].items()}
+    assert main(["sweep", str(file(split="test")), "--run", str(out), "train.lr=1e-3", "--json"]) == 0
+    tested = json.loads(capsys.readouterr().out)["runs"]["apart"]["0"]["top1"]
+    assert tested == {task: about["top1"] for task, about in api.evaluate(out / "apart" / "0", "test")["tasks"].items()}
 
 
 @pytest.mark.usefixtures("bare")
@@ -70,7 +74,8 @@ def test_the_value_that_validates_best_is_taken_and_the_test_is_left_to_the_seed
         score = 50 - abs(math.log10(config.train.lr / 1e-3)) + config.seed
         tasks = {task: {"top1": score} for task in TASKS}
         numbers = dict.fromkeys(("train_seconds", "predicted_peak_mb", "gflops_per_image"), 1.0)
-        return {"status": "finished", "tasks": tasks, **numbers}
+        split = "test" if config.train.evaluate_test else "val"
+        return {"status": "finished", "split": split, "tasks": tasks, **numbers}
 
     monkeypatch.setattr(sweep.api, "train", train)
     tune = {"key": "train.lr", "values": [1e-4, 1e-3], "updates": 1}
