@@ -14,6 +14,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from moe_bsr.cli import run_arguments
 from moe_bsr.cli.terminal import say
@@ -28,30 +29,63 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arms", nargs="+", metavar="NAME", help="only these, the baseline among them")
     updates = "of each task, in place of the file's"
     parser.add_argument("--updates", type=run_arguments.at_least(1), metavar="N", help=updates)
-    parser.add_argument("--json", action="store_true", help="JSON instead of the table")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="JSON instead of the table")
+    form.add_argument("--markdown", action="store_true", help="a Markdown table")
+    parser.add_argument("--show", action="store_true", help="train nothing: FILE is a sweep.json")
 
 
 def run(arguments: argparse.Namespace) -> int:
     from moe_bsr.cli.main import program
+    from moe_bsr.runtime.text_tables import as_markdown, as_text
+    from moe_bsr.study import sweep
+
+    if arguments.show:
+        result = _read(Path(arguments.sweep))
+    else:
+        try:
+            result = _run(arguments)
+        except sweep.Interrupted as stop:
+            print(f"{program('sweep')}: interrupted; the same command goes on", file=sys.stderr)
+            return 128 + int(stop.args[0])
+    if arguments.json:
+        say(json.dumps(result, indent=1))
+    else:
+        rows = sweep.rows(result)
+        say(as_markdown(rows) if arguments.markdown else as_text(rows))
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     from moe_bsr.config import ConfigError
-    from moe_bsr.runtime.text_tables import as_text
     from moe_bsr.study import plan, sweep
 
     asked = plan.read(arguments.sweep)
     if unknown := [arm for arm in arguments.arms or [] if arm not in asked.arms]:
         raise ConfigError(f"--arms {' '.join(unknown)}: one of {', '.join(asked.arms)}")
-    changes = {
-        "arms": {name: asked.arms[name] for name in arguments.arms or asked.arms},
-        "seeds": arguments.seeds or asked.seeds,
-        "updates": arguments.updates or asked.updates,
-        "config": arguments.config or asked.config,
-    }
-    asked = dataclasses.replace(asked, **changes)
+    asked = dataclasses.replace(
+        asked,
+        arms={name: asked.arms[name] for name in arguments.arms or asked.arms},
+        seeds=arguments.seeds or asked.seeds,
+        updates=arguments.updates or asked.updates,
+        config=arguments.config or asked.config,
+    )
     folder = arguments.run or Path("runs") / f"{Path(arguments.sweep).stem}_sweep"
+    return sweep.run(asked, folder, arguments.overrides, lambda line: say(line, error=True))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """What a sweep.json holds.
+
+    Raises:
+        ConfigError: it cannot be read, or is none.
+    """
+    from moe_bsr.config import ConfigError
+
     try:
-        result = sweep.run(asked, folder, arguments.overrides, lambda line: say(line, error=True))
-    except sweep.Interrupted as stop:
-        print(f"{program('sweep')}: interrupted; the same command goes on", file=sys.stderr)
-        return 128 + int(stop.args[0])
-    say(json.dumps(result, indent=1) if arguments.json else as_text(sweep.rows(result)))
-    return 0
+        result = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: {error}; --show takes the sweep.json of a finished sweep") from error
+    if not isinstance(result, dict) or not {"runs", "baseline", "differences"} <= result.keys():
+        raise ConfigError(f"{file} is no sweep.json: it has no runs, baseline and differences")
+    return result

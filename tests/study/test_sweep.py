@@ -123,6 +123,22 @@ def test_what_cannot_be_is_refused_in_a_line(file, change, said):
         plan.config_of(plan.read(file(**change)), "shared", 0, [])
 
 
+def test_a_kept_result_is_shown_as_markdown(tmp_path, capsys):
+    seeds = {
+        str(seed): {"top1": {"a": 10.0 + seed}, "mean_top1": 10.0 + seed, "train_seconds": 5.0}
+        | {"predicted_peak_mb": 100.0, "gflops_per_image": 0.5}
+        for seed in range(2)
+    }
+    runs = {"base": seeds, "arm": {seed: told | {"mean_top1": 12.0} for seed, told in seeds.items()}}
+    result = {"runs": runs, "baseline": "base", "differences": sweep.differences(runs, "base")}
+    (tmp_path / "kept.json").write_text(json.dumps(result))
+    assert main(["sweep", str(tmp_path / "kept.json"), "--show", "--markdown"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "| arm | 10.5 | 12.0 | +1.5 [-4.9, +7.9] | 5 | 100 | 0.50 |"
+    assert main(["sweep", str(tmp_path / "none.json"), "--show"]) == 2
+    assert "none.json" in capsys.readouterr().err
+
+
 def test_an_arm_that_is_none_is_named(file, capsys):
     assert main(["sweep", str(file()), "--arms", "shard"]) == 2
     assert "shard" in capsys.readouterr().err
