@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_bsr.config import Config
-from moe_bsr.data import UnreadableImage
+from moe_bsr.data import LostData, UnreadableImage
 from moe_bsr.data.loader import Batch
 from moe_bsr.data.sampler import MultitaskSampler
 from moe_bsr.evaluation.evaluate import BATCH, evaluate
@@ -110,6 +110,8 @@ class Trainer:
                 line = f"{self.folder}: training ended at step {self.state.step}: {error}; {last_good(self.folder)}"
                 raise TrainingFailed(f"{line}; go on with resume=True") from error
             except (OSError, MemoryError, RuntimeError) as error:
+                if isinstance(error, LostData):  # as above
+                    self._save()
                 if (line := explained(self.folder, self.state.step, error)) is None:
                     raise
                 raise TrainingFailed(line) from error
