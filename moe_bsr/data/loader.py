@@ -87,7 +87,7 @@ class Loader:
                 self.transforms.expect(self.tasks[task].train, positions)
             waiting.append((task, positions, epochs))
             images += len(positions)
-            while images - len(waiting[0][1]) >= AHEAD:
+            while waiting and images - len(waiting[0][1]) >= AHEAD:
                 images -= len(waiting[0][1])
                 yield waiting.popleft()
         yield from waiting

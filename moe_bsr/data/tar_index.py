@@ -80,7 +80,7 @@ def read_tar(file: StoredFile, image_column: str | None, label_column: str | Non
     wanted = USUAL_LABELS if label_column is None else (label_column.partition(".")[0],)
     for member, tar in _members(file, unused):
         name = member.name.removeprefix("./")
-        if member.isdir() or is_litter(name):
+        if member.isdir() or any(map(is_litter, name.split("/"))):
             continue
         parts = _PARTS.fullmatch(name)
         if not member.isreg() or member.sparse is not None:

@@ -72,10 +72,13 @@ class TarTask(TaskSpec):
             opened = open_shards(addresses, root, cache, _ending(self.image_column), _ending(self.label_column))
             told.append(f"{split} {len(opened)} ({_short(patterns)})")
             where = opened[0][0].address
-            columns = {index.column: shard.address for shard, index in reversed(opened) if index.names}
+            columns: dict[str, str] = {}
+            for shard, index in opened:
+                if index.names:
+                    columns.setdefault(index.column, shard.address)
             if len(columns) > 1:
                 said = " and ".join(f"{column} ({address})" for column, address in [*columns.items()][:2])
-                raise ValueError(f"{where}: labels are not in one place: {said}: say label_column")
+                raise ValueError(f"{split}: the shards have their labels in different places: {said}: say label_column")
             fixed = sources["train"].class_names if sources else None
             sources[split] = TarSource(opened, names, fixed, f"{split} shards ({where})", unused, self.bits)
         return TaskImages(
