@@ -226,7 +226,7 @@ def _pool(process: int, proxy: str | None) -> Any:
     """Connections of this process, kept open; a fork must not share its parent's."""
     import urllib3
 
-    size = {"maxsize": CONNECTIONS, "timeout": urllib3.Timeout(TIMEOUT)}
+    size: dict[str, Any] = {"maxsize": CONNECTIONS, "timeout": urllib3.Timeout(TIMEOUT)}
     return urllib3.PoolManager(**size) if proxy is None else urllib3.ProxyManager(proxy, **size)
 
 

@@ -162,10 +162,10 @@ def _members(file: StoredFile, unused: Unused) -> Iterator[tuple[tarfile.TarInfo
         raise ValueError(f"{file.address}: a compressed tar file, of which no image can be read alone: unpack it")
     reader.seek(0)
     try:
-        with tarfile.open(fileobj=reader, mode="r:") as tar:  # type: ignore[call-overload]
+        with tarfile.open(fileobj=reader, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 yield member, tar
-                tar.members = []  # it would keep them all
+                tar.members = []  # type: ignore[attr-defined]  # it would keep them all
             end = tar.offset
     except (tarfile.TarError, EOFError) as error:
         cut = "end of data" in str(error)

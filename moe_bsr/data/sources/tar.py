@@ -69,7 +69,7 @@ class TarTask(TaskSpec):
             if (patterns := getattr(self, split)) is None:
                 continue
             addresses = _addresses(patterns, root)
-            opened = open_shards(addresses, root, cache, _ending(self.image_column), _ending(self.label_column))
+            opened = open_shards(addresses, root, cache, _ending(self.image_column), self.label_column)
             told.append(f"{split} {len(opened)} ({_short(patterns)})")
             where = opened[0][0].address
             columns: dict[str, str] = {}
@@ -221,7 +221,7 @@ def expanded(pattern: str) -> list[str]:
 
 
 def _ending(column: str | None) -> str | None:
-    return None if column is None else column.removeprefix(".")
+    return None if column is None else column.removeprefix(".").lower()
 
 
 def _short(patterns: Patterns) -> str:
