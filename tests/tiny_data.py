@@ -1,6 +1,7 @@
 """A handful of small pictures in the layout of every source."""
 
 import hashlib
+import io
 import json
 import pickle
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 import torchvision
 from PIL import Image
 from scipy.io import savemat
+from tiny_shards import write_shard
 
 from moe_bsr.data.packed import PackWriter, encode, write_classes
 from moe_bsr.data.sources.folder import FolderSource
@@ -19,6 +21,13 @@ from moe_bsr.data.sources.folder import FolderSource
 def picture(seed: int, size=(12, 10)) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def encoded(seed: int) -> bytes:
+    """A picture as a PNG."""
+    file = io.BytesIO()
+    picture(seed).save(file, "PNG")
+    return file.getvalue()
 
 
 def save(path: Path, seed: int, **options) -> None:
@@ -139,6 +148,17 @@ def torchvision_task(root: Path) -> Path:
     return file
 
 
+def tar_task(root: Path) -> Path:
+    members = [
+        member for n in range(24) for member in ((f"{n:04}.png", encoded(n)), (f"{n:04}.cls", str(n % 2).encode()))
+    ]
+    for shard in range(2):
+        write_shard(root / f"bugs-{shard}.tar", members[24 * shard : 24 * (shard + 1)])
+    file = root / "bugs.yaml"
+    file.write_text("title: Bugs\nsource: tar\ntrain: bugs-{0..1}.tar\n")
+    return file
+
+
 def generated_task(root: Path) -> Path:
     file = root / "petals.yaml"
     file.write_text("title: Petals\nsource: generated\nfamily: petals\nclasses: 24\ntrain: 60\ntest: 24\n")
@@ -153,4 +173,5 @@ TASK_FILES: dict[str, Callable[[Path], Path]] = {
     "generated": generated_task,
     "csv": csv_task,
     "huggingface": huggingface_task,
+    "tar": tar_task,
 }

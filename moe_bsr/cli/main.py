@@ -56,7 +56,7 @@ COMPUTING |= {"add-task", "budgets", "sweep"}
 
 # Packages that only some commands need, and the extra that installs them.
 EXTRAS = {"matplotlib": "views", "scipy": "views", "onnx": "export", "onnxruntime": "export"}
-EXTRAS |= {"datasets": "huggingface"}
+EXTRAS |= {"datasets": "huggingface", "urllib3": "urls"}
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 

@@ -1,6 +1,7 @@
 """Tasks and their images: sources, the packed form, splits, transforms and the loader."""
 
 from moe_bsr.data import sources  # fills SOURCES
+from moe_bsr.data.addresses import LostData
 from moe_bsr.data.image_files import UnreadableImage, decode
 from moe_bsr.data.loader import Batch, Loader
 from moe_bsr.data.spec import SOURCES, ImageSource, TaskImages, TaskSpec, load_spec
@@ -13,6 +14,7 @@ __all__ = [
     "ImageSource",
     "ImageTransforms",
     "Loader",
+    "LostData",
     "Split",
     "TaskData",
     "TaskImages",

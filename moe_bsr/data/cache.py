@@ -43,6 +43,9 @@ class DecodedCache:
                     self.bytes_used += image.nbytes
         return image
 
+    def has(self, source: ImageSource, index: int) -> bool:
+        return (id(source), index) in self._images
+
     def _keep(self, image: np.ndarray) -> np.ndarray:
         """A copy of `image` in the slab, or in a new one when that is full."""
         if len(self._slab) < image.nbytes:

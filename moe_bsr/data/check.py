@@ -51,6 +51,7 @@ def check_task(data: TaskData, on_image: Callable[[], Any] = lambda: None) -> di
             split: Split = getattr(data, name)
             for start in range(0, len(split), AT_ONCE):
                 part = range(start, min(start + AT_ONCE, len(split)))
+                split.expect(split.index[part].tolist())
                 for image in pool.map(lambda position, name=name, split=split: _look(split, name, position), part):
                     found.append(image)
                     on_image()

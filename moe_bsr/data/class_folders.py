@@ -23,7 +23,7 @@ def entries(folder: str, unused: Unused) -> tuple[list[os.DirEntry], list[os.Dir
     try:
         with os.scandir(folder) as found:
             for entry in found:
-                if entry.name[0] == "." or entry.name.lower() in _LITTER:
+                if is_litter(entry.name):
                     continue
                 if entry.is_file():
                     files.append(entry)
@@ -60,6 +60,11 @@ def images_below(folder: str, unused: Unused) -> list[str]:
                 count_no_image(entry.path, unused)
         waiting += [(entry.path, above | {own}) for entry in folders]
     return sorted(found, key=lambda path: path.split(os.sep))
+
+
+def is_litter(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or left behind by a program."""
+    return name[:1] == "." or name.lower() in _LITTER
 
 
 def is_image(name: str) -> bool:

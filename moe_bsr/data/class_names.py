@@ -15,6 +15,9 @@ SPLIT_NAMES = {
     "test": ("test", "testing"),
 }
 
+# What people call a column, or a field, of labels, the likeliest first.
+LABEL_COLUMNS = ("label", "class", "category", "target", "class_name", "label_name", "species", "breed", "y")
+
 
 def composed(name: str) -> str:
     """The name in form NFC."""

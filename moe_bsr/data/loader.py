@@ -6,6 +6,7 @@ second team of spinning compute threads slows the first one down many times.
 """
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -16,6 +17,8 @@ import torch
 
 from moe_bsr.data.task import TaskData
 from moe_bsr.data.transforms import ImageTransforms
+
+AHEAD = 256  # images that a source is told of before they are asked for, or a batch
 
 
 @dataclass(slots=True)
@@ -72,8 +75,25 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         return self._ahead() if self.prefetch else self._batches()
 
-    def _batches(self) -> Iterator[Batch]:
+    def _told(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """The plan, of which sources that read from afar are told `AHEAD` images in advance."""
+        if not any(hasattr(data.train.source, "expect") for data in self.tasks.values()):
+            yield from self.plan
+            return
+        waiting: deque[tuple[str, np.ndarray, np.ndarray]] = deque()
+        images = 0
         for task, positions, epochs in self.plan:
+            if self.known is None or not self.known(task, positions, self.transforms.views_of(epochs)):
+                self.transforms.expect(self.tasks[task].train, positions)
+            waiting.append((task, positions, epochs))
+            images += len(positions)
+            while waiting and images - len(waiting[0][1]) >= AHEAD:
+                images -= len(waiting[0][1])
+                yield waiting.popleft()
+        yield from waiting
+
+    def _batches(self) -> Iterator[Batch]:
+        for task, positions, epochs in self._told():
             data = self.tasks[task]
             positions, views = self.transforms.taken(data, positions), self.transforms.views_of(epochs)
             if self.known is not None and self.known(task, positions, views):

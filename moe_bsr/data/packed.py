@@ -46,7 +46,7 @@ class PackedSource:
 
     def __init__(self, path: Path, bits: int | None = None):
         self.path, self.bits = path, bits
-        self.class_names = _read_lines(path.parent / "classes.txt", "class name")
+        self.class_names = read_lines(path.parent / "classes.txt", "class name")
         members = _read_members(path)
         self.jpeg, self.offsets, self.labels = (members[name] for name in MEMBERS)
         self.names = _split_names(members["names"]) if "names" in members else None
@@ -88,7 +88,7 @@ class PackedSource:
 def open_pack(folder: Path, bits: int | None = None) -> TaskImages:
     """The splits of a pack, `bits` as in `PackedSource`."""
     if (folder / "splits.txt").is_file():
-        names = _read_lines(folder / "splits.txt", "split")
+        names = read_lines(folder / "splits.txt", "split")
         if "train" not in names or set(names) - set(SPLITS):
             raise ValueError(f"{folder / 'splits.txt'}: {names}; expected train, and val and test if there are")
     else:
@@ -199,7 +199,8 @@ def encode(source: ImageSource, i: int, short_side: int, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def _read_lines(path: Path, what: str) -> list[str]:
+def read_lines(path: Path, what: str) -> list[str]:
+    """Distinct names, one a line of UTF-8. `what`: a name is called."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; a pack has a {what} a line there")
     text = path.read_bytes()

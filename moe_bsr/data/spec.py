@@ -16,7 +16,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -33,7 +33,8 @@ class ImageSource(Protocol):
     Attributes:
         labels: int64 (N,), indices into `class_names`.
 
-    A source that reads files also has `encoded(i)`: the bytes of the file, or None where there is none.
+    A source that reads files also has `encoded(i)`: the bytes of the file, or None where there is none. One that reads
+    from afar has `expect(places)`, and is told by it which images it will soon be asked for.
     """
 
     labels: np.ndarray
@@ -87,6 +88,8 @@ class TaskSpec:
         bits: of the numbers in images of 16 bits, where cameras that measure 10, 12 or 14 wrote them; 16 says that
             dark images are just dark; null refuses images that might be either.
     """
+
+    may_change: ClassVar[tuple[str, ...]] = ("title", "license", "homepage", "path")  # while a run rests
 
     name: str
     title: str

@@ -4,6 +4,7 @@ Splits that the source has are used as they are. The others are set aside from t
 is selected by test images: see `splits.py`.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,11 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def expect(self, places: Iterable[int]) -> None:
+        """Let a source that reads from afar begin to fetch these of its images."""
+        if hasattr(self.source, "expect"):
+            self.source.expect([place for place in places if place >= 0])
 
     def place(self, position: int) -> int:
         """Where the source has the image at a position of this split.

@@ -157,9 +157,12 @@ class ImageTransforms:
         if split_name not in ("train", "val", "test"):
             raise ValueError(f"split: {split_name!r} is not train, val or test")
         split: Split = getattr(data, split_name)
-        for number in range(-(-len(split) // batch_size)) if batches is None else batches:
-            start = number * batch_size
-            part = range(start, min(start + batch_size, len(split)))
+        parts = [
+            range(number * batch_size, min((number + 1) * batch_size, len(split)))
+            for number in (range(-(-len(split) // batch_size)) if batches is None else batches)
+        ]
+        for part, following in zip(parts, [*parts[1:], range(0)], strict=True):
+            self.expect(split, [*part, *following])
             pixels = self._empty(len(part))
             labels: list[int] = []
             for position in part:
@@ -168,6 +171,11 @@ class ImageTransforms:
                     labels.append(split.labels[position])
             if labels:
                 yield _as_images(pixels[: len(labels)]), torch.from_numpy(np.array(labels))
+
+    def expect(self, split: Split, positions: Sequence[int] | np.ndarray) -> None:
+        """Say that the images at these positions of a split are going to be read."""
+        places = split.index[np.asarray(positions, dtype=np.int64)].tolist()
+        split.expect([i for i in places if not self._cache.has(split.source, i)])
 
     def readable(self, data: TaskData, split_name: str) -> np.ndarray:
         """The positions of a split whose images `eval_batches` gave, or would, as far as is known."""

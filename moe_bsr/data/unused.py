@@ -25,6 +25,10 @@ class Unused:
         for (many, what_to_do), (count, one, example) in other._kinds.items():
             self.add(one, many, example, what_to_do, count)
 
+    def counts(self) -> list[tuple[str, str, str, str, int]]:
+        """What was counted, as `add` takes it."""
+        return [(one, many, example, hint, count) for (many, hint), (count, one, example) in self._kinds.items()]
+
     def lines(self) -> list[str]:
         return [f"not used: {line}" for line in self.found()]
 

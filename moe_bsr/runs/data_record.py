@@ -106,7 +106,7 @@ def check_spec(run: Path, spec: TaskSpec, about: dict[str, Any]) -> None:
     Where the images lie does not matter: they are compared themselves.
     """
     then, now = about.get("spec", {}), _keys(spec)
-    for key in sorted(now.keys() - {"title", "license", "homepage", "path"}):
+    for key in sorted(now.keys() - set(spec.may_change)):
         if key in then and then[key] != now[key]:
             raise ConfigError(
                 f"cannot resume {run}: in the file of task {spec.name} {key} was {then[key]}, now {now[key]}; "
@@ -185,10 +185,13 @@ def _listed(split: Split) -> dict[str, Any]:
     """The images of a split: names (or None), bytes (or None), checksums (where read) and labels, in its order."""
     source, index = split.source, split.index
     every = -(-len(index) // READ)
+    read = [i for i in index.tolist() if image_key(source, i) % every == 0]
+    split.expect(read)
+    checksums = {i: _checksum(source, i) for i in read}
     return {
         "names": None if source.names is None else [source.names[i] for i in index],
         "sizes": None if source.sizes is None else source.sizes[index].tolist(),
-        "checksums": [_checksum(source, int(i)) if image_key(source, int(i)) % every == 0 else None for i in index],
+        "checksums": [checksums.get(i) for i in index.tolist()],
         "labels": split.labels.tolist(),
     }
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_bsr.config import Config
-from moe_bsr.data import UnreadableImage
+from moe_bsr.data import LostData, UnreadableImage
 from moe_bsr.data.loader import Batch
 from moe_bsr.data.sampler import MultitaskSampler
 from moe_bsr.evaluation.evaluate import BATCH, evaluate
@@ -103,13 +103,12 @@ class Trainer:
             self.ranks.by_first(lambda: self._write_config(resume))
             try:
                 return self._fit()
-            except UnreadableImage:  # nothing of this update or evaluation has been done yet
-                self._save()
-                raise
             except RankLost as error:
                 line = f"{self.folder}: training ended at step {self.state.step}: {error}; {last_good(self.folder)}"
                 raise TrainingFailed(f"{line}; go on with resume=True") from error
-            except (OSError, MemoryError, RuntimeError) as error:
+            except (UnreadableImage, OSError, MemoryError, RuntimeError) as error:
+                if isinstance(error, UnreadableImage | LostData):  # nothing of this update or evaluation has been done
+                    self._save()
                 if (line := explained(self.folder, self.state.step, error)) is None:
                     raise
                 raise TrainingFailed(line) from error

@@ -13,7 +13,7 @@ import numpy as np
 from moe_bsr.config import ConfigError
 from moe_bsr.config.reader import nearest
 from moe_bsr.data.class_folders import count_no_image
-from moe_bsr.data.class_names import SPLIT_NAMES, composed, look_alikes, split_named, unknown_class
+from moe_bsr.data.class_names import LABEL_COLUMNS, SPLIT_NAMES, composed, look_alikes, split_named, unknown_class
 from moe_bsr.data.formats import EXTENSIONS
 from moe_bsr.data.image_files import FileSource, file_kind
 from moe_bsr.data.spec import SOURCES, TaskImages, TaskSpec
@@ -21,7 +21,7 @@ from moe_bsr.data.unused import Unused
 
 # What people call the columns, the likeliest first.
 IMAGE = ("image", "path", "file", "filename", "file_name", "filepath", "file_path", "image_path", "img", "img_path")
-LABEL = ("label", "class", "category", "target", "class_name", "label_name", "species", "breed", "y")
+LABEL = LABEL_COLUMNS
 SPLIT = ("split", "set", "subset", "partition")
 
 

@@ -1,0 +1,225 @@
+"""Tar shards opened: each indexed once, and of those by address a bounded part kept on this disk.
+
+The folder of the cache holds for each shard its index, `NAME-HASH-HASH.json.gz` (hashes of address and columns, and of
+size and tag). For one by address it holds `.bytes`, a sparse copy with the images that were fetched, and `.seen`, their
+checksums. The first ones stay, as in `DecodedCache`: training visits all images in a new order each epoch. A server
+that gives no parts of a file is asked for the whole, which is kept as `.tar`. Several processes may share the folder.
+"""
+
+import contextlib
+import fcntl
+import gzip
+import hashlib
+import os
+import threading
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from moe_bsr.data.addresses import LocalFile, StoredFile, open_address
+from moe_bsr.data.fetching import all_of
+from moe_bsr.data.tar_index import TarIndex, read_tar
+from moe_bsr.runtime import files
+
+
+class ShardCache:
+    """A folder for indexes and fetched images.
+
+    Args:
+        most: bytes that what was fetched may take there, of all tasks together.
+    """
+
+    def __init__(self, folder: Path, most: int) -> None:
+        self.folder, self.most = folder, most
+        self._used: int | None = None  # when last counted, and what this process has added
+        self._added = 0
+        self._lock = threading.Lock()
+
+    def room(self, size: int) -> bool:
+        """Whether so many bytes more may be kept; they count as kept."""
+        with self._lock:
+            if self._used is None or self._added > self.most // 64:  # other processes keep some too
+                self._used, self._added = self._count(), 0
+            fits = self._used + self._added + size <= self.most
+            self._added += size * fits
+            return fits
+
+    def give_up(self, error: OSError) -> None:
+        """Keep nothing more in this process: the disk takes no more."""
+        with self._lock:
+            if self.most:
+                warnings.warn(f"{self.folder}: no more images are kept: {files.reason(error)}", stacklevel=2)
+            self.most = 0
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """One process at a time; the others wait."""
+        with files.open_file(self.folder / "lock", "ab") as lock:
+            with contextlib.suppress(OSError):  # a file system without locks: work may be done twice
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _count(self) -> int:
+        with os.scandir(self.folder) as found:
+            return sum(e.stat().st_blocks * 512 for e in found if e.name.endswith((".bytes", ".tar")))
+
+
+class Shard:
+    """One shard, as it was when it was opened.
+
+    Args:
+        file: where it lies. stem: of its files in the cache.
+    Attributes:
+        sizes: bytes of each image, int64 (images,).
+    """
+
+    def __init__(self, file: StoredFile, stem: Path, index: TarIndex, cache: ShardCache) -> None:
+        self.address, self._file, self._stem, self._cache = file.address, file, stem, cache
+        self.sizes = np.array(index.sizes, dtype=np.int64)
+        self._offsets = np.array(index.offsets, dtype=np.int64)
+        self._keeps = not isinstance(file, LocalFile)
+        self._seen: np.ndarray | None = None
+        self._lock = threading.Lock()
+
+    def read(self, place: int) -> bytes:
+        """The file of an image.
+
+        Raises:
+            LostData: it cannot be reached, or the shard is another one now.
+        """
+        start, size = int(self._offsets[place]), int(self.sizes[place])
+        if not size:
+            return b""
+        if not self._keeps:
+            return self._file.read(start, size)
+        if (kept := self._kept(place, start, size)) is not None:
+            return kept
+        content = self._file.read(start, size)
+        if self._cache.room(size):
+            try:
+                self._keep(place, start, content)
+            except OSError as error:
+                self._cache.give_up(error)
+        return content
+
+    def has(self, place: int) -> bool:
+        """Whether an image need not be fetched."""
+        return not self._keeps or bool(self._checksums()[place])
+
+    def _kept(self, place: int, start: int, size: int) -> bytes | None:
+        checksum = int(self._checksums()[place])
+        if not checksum:
+            return None
+        with contextlib.suppress(OSError), files.open_file(_beside(self._stem, ".bytes"), "rb") as kept:
+            content = os.pread(kept.fileno(), size, start)
+            return content if zlib.crc32(content) == checksum else None  # another process may be writing it
+        return None
+
+    def _keep(self, place: int, start: int, content: bytes) -> None:
+        with files.open_file(_beside(self._stem, ".bytes"), "r+b") as kept:
+            if os.pwrite(kept.fileno(), content, start) == len(content):
+                self._checksums()[place] = zlib.crc32(content)  # after the bytes: a crash leaves no half image
+
+    def _checksums(self) -> np.ndarray:
+        """Of the images that are kept, uint32 (images,); 0 for the others. Shared with other processes."""
+        with self._lock:
+            if self._seen is None:
+                self._seen = self._map_checksums()
+            return self._seen
+
+    def _map_checksums(self) -> np.ndarray:
+        place, length = _beside(self._stem, ".seen"), 4 * len(self.sizes)
+        try:
+            for file, size in ((_beside(self._stem, ".bytes"), 0), (place, length)):
+                with files.open_file(file, "ab") as stream:
+                    if os.fstat(stream.fileno()).st_size < size:
+                        stream.truncate(size)
+            return np.memmap(place, np.uint32, "r+", shape=self.sizes.shape)
+        except OSError as error:
+            self._cache.give_up(error)
+            return np.zeros(len(self.sizes), np.uint32)
+
+
+def open_shards(
+    addresses: Sequence[str], root: Path, cache: ShardCache, image_column: str | None, label_column: str | None
+) -> list[tuple[Shard, TarIndex]]:
+    """Shards by address, in that order, with their indexes: read now where the cache has none, or of another file.
+
+    Args:
+        root: of paths that are not absolute. image_column, label_column: as in `read_tar`.
+    Raises:
+        FileNotFoundError: there is no such shard. ValueError: one is damaged, or a whole one has no room.
+        LostData: one cannot be reached. OSError: the cache cannot be written.
+    """
+    found = all_of(lambda address: open_address(address, root), addresses, "shard")
+    columns = f"{image_column}\n{label_column}"
+    try:
+        cache.folder.mkdir(parents=True, exist_ok=True)
+        with cache.alone():
+            _require_room(found, columns, cache)
+            return all_of(lambda file: _open(file, columns, cache, image_column, label_column), found, "shard")
+    except PermissionError as error:
+        said = files.reason(error)
+        raise OSError(f"{cache.folder}: {said}, or name another folder by cache in the task file") from error
+
+
+def _open(
+    file: StoredFile, columns: str, cache: ShardCache, image_column: str | None, label_column: str | None
+) -> tuple[Shard, TarIndex]:
+    stem = _stem(file, columns, cache)
+    place, about = _beside(stem, ".json.gz"), {"address": file.address, "size": file.identity.size}
+    index = None
+    with contextlib.suppress(OSError, EOFError, zlib.error):
+        index = TarIndex.read(gzip.decompress(files.read_bytes(place)), about)
+    if index is None:
+        for old in cache.folder.glob(f"{stem.name.rpartition('-')[0]}-*"):  # of what lay there before
+            files.remove(old)
+    if not file.ranges:
+        file = _fetched(file, _beside(stem, ".tar"))
+    if index is None:
+        index = read_tar(file, image_column, label_column)
+        files.write_whole(place, gzip.compress(index.written(about).encode(), 1, mtime=0))
+    return Shard(file, stem, index, cache), index
+
+
+def _stem(file: StoredFile, columns: str, cache: ShardCache) -> Path:
+    name = "".join(
+        c if c.isalnum() and c.isascii() or c in "._" else "_" for c in file.address.rpartition("/")[2][-60:]
+    )
+    which = hashlib.sha256(f"{file.address}\n{columns}".encode("utf-8", "surrogateescape")).hexdigest()[:12]
+    state = hashlib.sha256(repr(file.identity).encode()).hexdigest()[:12]
+    return cache.folder / f"{name}-{which}-{state}"
+
+
+def _beside(stem: Path, ending: str) -> Path:
+    return stem.with_name(stem.name + ending)
+
+
+def _require_room(found: list[StoredFile], columns: str, cache: ShardCache) -> None:
+    """Refuse servers that give no parts of a file, where not all their shards have room."""
+    whole = [file for file in found if not file.ranges]
+    missing = [file for file in whole if not _beside(_stem(file, columns, cache), ".tar").is_file()]
+    needed = sum(file.identity.size for file in missing)
+    if needed and not cache.room(needed):
+        raise ValueError(
+            f"{missing[0].address}: its server gives no byte ranges, so whole shards are kept, and {len(missing)} of "
+            f"{needed / 1e9:.1f} GB have no room: raise cache_gb = {cache.most / 1e9:g}, or take another server"
+        )
+
+
+def _fetched(file: StoredFile, place: Path) -> LocalFile:
+    """A shard on this disk, fetched whole if it is not there; it goes by its own name still."""
+    if files.kind(place) is None:
+        partial = _beside(place, ".tmp")
+        files.remove(partial)
+        try:
+            file.save(partial)
+            partial.rename(place)
+        finally:
+            files.remove(partial)
+    local = LocalFile(place)
+    local.address = file.address
+    return local
