@@ -18,8 +18,8 @@ def forward_flops(model: MultitaskViT, task: str) -> int:
     """Of one image's forward pass to the logits of a task."""
     vit = model.vit
     blocks = sum(
-        macs(b, p, n, m, vit.has_class_token)
-        for b, p, (n, m) in zip(vit.blocks, model.plan, counts(model), strict=True)
+        macs(b, p, n, m, vit.has_class_token, q)
+        for b, p, (n, m), q in zip(vit.blocks, model.plan, counts(model), queries(model), strict=True)
     )
     return 2 * (_embedding(model) + model.heads[task].weight.numel() + blocks + pooling_macs(model))
 
@@ -33,11 +33,12 @@ def step_flops(model: MultitaskViT, task: str) -> int:
     path = model.path_start < len(vit.blocks)
     total = _embedding(model) * (1 + model.embedding_trains) + head * (2 + path)
     for index, (block, plan, (n, m)) in enumerate(zip(vit.blocks, model.plan, counts(model), strict=True)):
-        forward = macs(block, plan, n, m, vit.has_class_token)
+        q = queries(model)[index]
+        forward = macs(block, plan, n, m, vit.has_class_token, q)
         total += forward
         if index < model.path_start:
             continue
-        total += sum(backward_macs(block, plan, n, m, vit.has_class_token, model.tokens_config.attached))
+        total += sum(backward_macs(block, plan, n, m, vit.has_class_token, model.tokens_config.attached, q))
         if STORAGES[plan.storage.kind].recomputes:
             total += forward - skipped_macs(block, m)
     return 2 * total
@@ -47,15 +48,30 @@ def counts(model: MultitaskViT) -> list[tuple[int, int]]:
     """(tokens in attention, tokens in FFN) of each block."""
     vit, tokens = model.vit, model.tokens_config
     entering = vit.patch_embed.num_patches + vit.num_prefix_tokens
-    return token_counts(model.plan, entering, vit.num_prefix_tokens, tokens.fuses, tokens.protect_fused)
+    found = token_counts(model.plan, entering, vit.num_prefix_tokens, tokens.fuses, tokens.protect_fused)
+    alone = [context.class_token_alone for context in model.contexts]
+    return [(n, 1 if one else m) for (n, m), one in zip(found, alone, strict=True)]
 
 
-def macs(block: Block, plan: BlockPlan, attention_tokens: int, ffn_tokens: int, has_class_token: bool) -> int:
+def queries(model: MultitaskViT) -> list[int | None]:
+    """Of each block's attention; None: of every token."""
+    return [1 if context.class_token_alone else None for context in model.contexts]
+
+
+def macs(
+    block: Block,
+    plan: BlockPlan,
+    attention_tokens: int,
+    ffn_tokens: int,
+    has_class_token: bool,
+    queries: int | None = None,
+) -> int:
     """Multiply-adds of one image's forward pass: 4 D^2 n + 2 D n^2 for the attention, the scores, the FFN."""
     n, layer = attention_tokens, block.attn
-    total = n * (layer.qkv.weight.numel() + layer.proj.weight.numel()) + 2 * n * n * _inner(block)
+    q = n if queries is None else queries
+    total = (2 * n + q) * layer.qkv.weight.numel() // 3 + q * layer.proj.weight.numel() + 2 * q * n * _inner(block)
     if layer.gate is not None:
-        total += n * layer.gate.weight.numel()
+        total += q * layer.gate.weight.numel()
     total += _scores(block, plan, n, has_class_token)
     if isinstance(block.mlp, MoE):
         one_expert = block.mlp.experts.fc1_weight[0].numel() + block.mlp.experts.fc2_weight[0].numel()
@@ -64,20 +80,27 @@ def macs(block: Block, plan: BlockPlan, attention_tokens: int, ffn_tokens: int, 
 
 
 def backward_macs(
-    block: Block, plan: BlockPlan, attention_tokens: int, ffn_tokens: int, has_class_token: bool, attached: bool
+    block: Block,
+    plan: BlockPlan,
+    attention_tokens: int,
+    ffn_tokens: int,
+    has_class_token: bool,
+    attached: bool,
+    queries: int | None = None,
 ) -> tuple[int, int]:
     """Multiply-adds of one image's backward pass: (for the inputs, for the weights that train).
 
-    The two products of attention have two operands each, and the map is computed once more.
+    The two products of attention have two operands each, and the map is computed once more. Of a single query the
+    gradients of keys and values are outer products, made element by element.
 
     Args:
         attached: whether the scores have a gradient (their product has two operands as well).
     """
     n = attention_tokens
-    maps, scores = n * n * _inner(block), _scores(block, plan, n, has_class_token)
-    of_matrices = macs(block, plan, n, ffn_tokens, has_class_token) - 2 * maps - scores
+    maps, scores = (n if queries is None else queries) * n * _inner(block), _scores(block, plan, n, has_class_token)
+    of_matrices = macs(block, plan, n, ffn_tokens, has_class_token, queries) - 2 * maps - scores
     again = 0 if has_class_token else scores  # a whole map, computed once more as well
-    inputs = of_matrices + 5 * maps + (2 * scores + again if attached else 0)
+    inputs = of_matrices + (5 if queries is None else 3) * maps + (2 * scores + again if attached else 0)
     if not plan.trainable:
         return inputs, 0
     frozen = isinstance(block.mlp, MoE) and not any(p.requires_grad for p in block.mlp.router.parameters())

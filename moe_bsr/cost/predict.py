@@ -208,6 +208,7 @@ class _Step:
                 model.balance.kind,
                 model.vit.num_prefix_tokens,
                 model.vit.has_class_token,
+                model.contexts[index].class_token_alone,
             )
             section = self._section(
                 "block",

@@ -4,9 +4,9 @@ It calls the submodules of a timm `Block`, whose layers `layers.adopt` has given
 forwards that would hide the class token's attention or the routing. Nothing else overrides a timm forward.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
 from moe_bsr.config import TokensConfig
@@ -24,12 +24,25 @@ class BlockContext:
 
     Attributes:
         prefix: number of prefix tokens (class and register tokens), never dropped.
+        class_token_alone: whether nothing reads the other tokens the block leaves, so that it leaves none.
     """
 
     plan: BlockPlan
     tokens: TokensConfig
     prefix: int
     has_class_token: bool
+    class_token_alone: bool = False
+
+
+def contexts(vit: VisionTransformer, plan: list[BlockPlan], tokens: TokensConfig) -> list[BlockContext]:
+    """Of each block. Where heads read the class token alone, the last block leaves out what the others would get.
+
+    Its experts keep all tokens: the balance loss and the statistics of their routers are over all.
+    """
+    made = [BlockContext(each, tokens, vit.num_prefix_tokens, vit.has_class_token) for each in plan]
+    if vit.has_class_token and vit.global_pool == "token" and not plan[-1].moe:
+        made[-1] = replace(made[-1], class_token_alone=True)
+    return made
 
 
 @dataclass(slots=True)
@@ -49,7 +62,7 @@ def forward(
     noise_key: tuple[int, ...] | None = None,
     needs_output: bool = True,
 ) -> tuple[Tokens, Record]:
-    """One block on (B, N, D) tokens, leaving (B, N', D) with N' <= N.
+    """One block on (B, N, D) tokens, leaving (B, N', D) with N' <= N, of the class token alone N' = 1.
 
     Args:
         replay: kept tokens, experts and gate noise: decided here at first, replayed ever after.
@@ -63,7 +76,10 @@ def forward(
         scores=drops,
         has_class_token=context.has_class_token,
         attached=context.tokens.attached,
+        first_alone=context.class_token_alone,
     )
+    if context.class_token_alone:
+        tokens = tokens.first()
     tokens = tokens.add(block.drop_path1(block.ls1(y)))
     del y  # or it would live through the FFN, the widest part
     if drops:

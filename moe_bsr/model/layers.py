@@ -11,6 +11,7 @@ from timm.models.vision_transformer import LayerScale as TimmLayerScale
 from torch import Tensor, nn
 
 from moe_bsr.ops.attention import attention, join_heads, split_heads
+from moe_bsr.ops.first_attention import first_attention
 from moe_bsr.ops.linear import activated_linear, linear
 from moe_bsr.ops.norm import layer_norm
 from moe_bsr.ops.tokens import received_attention
@@ -23,6 +24,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+    def part(self, x: Tensor, outputs: slice) -> Tensor:
+        """Some of the outputs alone: (..., in) -> (..., number of them)."""
+        return linear(x, self.weight[outputs], None if self.bias is None else self.bias[outputs])
 
     def activated(self, act: nn.Module, x: Tensor, needs_output: bool = True) -> Tensor:
         """The layer of act(x), for whose backward pass x alone is kept: (..., in) -> (..., out)."""
@@ -71,7 +76,13 @@ class Attention(timm_layers.Attention):
     """Multi-head attention that can tell how much attention each token gets."""
 
     def forward(
-        self, x: Tensor, *, scores: bool = False, has_class_token: bool = True, attached: bool = True
+        self,
+        x: Tensor,
+        *,
+        scores: bool = False,
+        has_class_token: bool = True,
+        attached: bool = True,
+        first_alone: bool = False,
     ) -> tuple[Tensor, Scores | None]:
         """(B, N, D) -> (B, N, D), and if asked for the scores of the tokens; no N x N map is kept.
 
@@ -79,7 +90,10 @@ class Attention(timm_layers.Attention):
             scores: of the class token's attention, mean over heads, or without a class token the mean attention
                 that each token receives.
             attached: whether the probabilities carry a gradient.
+            first_alone: whether only the first token is wanted, (B, 1, D), and no scores.
         """
+        if first_alone:
+            return self._of_first(x), None
         qkv = self._project(x)
         y, *given = attention(qkv, self.num_heads, self.scale, scores and has_class_token, attached)
         if scores and not has_class_token:
@@ -87,10 +101,28 @@ class Attention(timm_layers.Attention):
             with torch.set_grad_enabled(attached and torch.is_grad_enabled()):
                 given = received_attention(q, k, self.scale)
         del qkv
+        return self._end(y, x), tuple(given) if scores else None
+
+    def _end(self, y: Tensor, x: Tensor) -> Tensor:
+        """What comes after the attention product y of the tokens x, both (B, n, D)."""
         y = self.norm(y)
         if self.gate is not None:
             y = y * self.gate(x).sigmoid()
-        return self.proj(y), tuple(given) if scores else None
+        return self.proj(y)
+
+    def _of_first(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, 1, D): keys and values of all tokens, everything else of the first."""
+        first, inner = x[:, :1], self.num_heads * self.head_dim
+        if type(self.qkv) is Linear and not has_hooks(self.qkv):
+            q, kv = self.qkv.part(first, slice(inner)), self.qkv.part(x, slice(inner, None))
+        else:  # an adapter's wrapper, say, which knows best how to compute it
+            qkv = self.qkv(x)
+            q, kv = qkv[:, :1, :inner].contiguous(), qkv[..., inner:].contiguous()
+        if not (isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)):
+            q = self.q_norm(q.unflatten(2, (self.num_heads, -1))).flatten(2)
+            k = self.k_norm(kv[..., :inner].unflatten(2, (self.num_heads, -1))).flatten(2)
+            kv = torch.cat([k, kv[..., inner:]], 2)
+        return self._end(first_attention(q, kv, self.num_heads, self.scale), first)
 
     def _project(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, 3 D) queries, keys and values, as the attention product takes them."""

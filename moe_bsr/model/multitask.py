@@ -18,7 +18,7 @@ from moe_bsr.model.adapters import ADAPTERS
 from moe_bsr.model.backbones import family_of
 from moe_bsr.model.backbones.vit import digest
 from moe_bsr.model.balance import Balance
-from moe_bsr.model.block import BlockContext, Record
+from moe_bsr.model.block import Record
 from moe_bsr.model.layers import Linear, adopt
 from moe_bsr.model.moe import MoE, Routing, upcycling_error
 from moe_bsr.model.plan import embedding_trains, freeze, gradient_path_start, make_plan
@@ -121,9 +121,7 @@ class MultitaskViT(nn.Module):
             nn.init.zeros_(head.bias)
         learned = self.tasks if config.train.task_weighting == "uncertainty" else []
         self.log_variances = nn.ParameterDict({task: nn.Parameter(torch.zeros(())) for task in learned})
-        self.contexts = [
-            BlockContext(plan, config.tokens, vit.num_prefix_tokens, vit.has_class_token) for plan in self.plan
-        ]
+        self.contexts = block.contexts(vit, self.plan, config.tokens)
         self._own = self._unchanged_by_plan()
         self.trained_tasks = self.tasks if config.train.only is None else config.train.only
         if config.train.only is not None:

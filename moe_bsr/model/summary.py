@@ -22,6 +22,7 @@ def table(model: MultitaskViT, config: Config) -> list[str]:
         total = sum(p.numel() for p in parameters)
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         on_path = index >= model.path_start
+        m = 1 if model.contexts[index].class_token_alone else m
         rows.append(
             (
                 f"{index:>5}",

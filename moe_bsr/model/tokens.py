@@ -26,7 +26,8 @@ class Tokens:
 
     Attributes:
         x: (B, N, D) features, prefix tokens first.
-        origin: (B, N - P) int64 index of the original patch of each token after the prefix; -1 = fused.
+        origin: (B, N - P) int64 index of the original patch of each token after the prefix; -1 = fused. Behind a block
+            that leaves the class token alone, of those that entered it.
         fused: whether the last token is a fused one.
         read: (B, ...) class tokens of blocks before, for heads that read them; `run_block` hands them on.
     """
@@ -35,6 +36,10 @@ class Tokens:
     origin: Tensor
     fused: bool = False
     read: Tensor | None = None
+
+    def first(self) -> "Tokens":
+        """The first token alone, (B, 1, D), with the trace of all."""
+        return Tokens(self.x[:, :1], self.origin, self.fused)
 
     def add(self, branch: Tensor) -> "Tokens":
         """The stream with a branch's output (B, N, D) added."""

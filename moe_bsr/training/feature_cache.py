@@ -57,7 +57,7 @@ class FeatureCache:
         )
         self.model, self.views = model, (settings.views or 1) if settings.augment else 1
         self.start = model.path_start
-        # After the last block the head reads the class token alone.
+        # After the last block the head reads the class token alone, and that is all the block leaves.
         self.class_token_only = self.start == len(model.plan) and model.vit.global_pool == "token"
         self.kind = "exact" if self.class_token_only else settings.feature_cache
         side, self.device = model.vit.patch_embed.img_size[0], model.vit.pos_embed.device
@@ -140,7 +140,7 @@ class FeatureCache:
         int8 has one scale for each channel of an image: a few channels of the residual stream are far larger than the
         others, and would drown them under a scale for each token.
         """
-        x = tokens.x[:, :1] if self.class_token_only else tokens.x
+        x = tokens.x
         if self.kind == "int8":
             scale = (x.float().abs().amax(1, keepdim=True) / 127).clamp_(min=TINY)
             parts = [(x / scale).round_().to(torch.int8), scale]

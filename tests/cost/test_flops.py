@@ -2,6 +2,8 @@
 and the trace against the shapes of all matrix products in a training step as the profiler saw them.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from closed_form import forward_flops, step_flops
@@ -54,7 +56,9 @@ def fvcore_count(module, images) -> tuple[float, dict[str, float]]:
 @pytest.fixture
 def undropped():
     """A dense model that drops nothing: timm's own network, which both counters can walk through."""
-    return make_model(drop_blocks=(), classes={"one": 3}).eval()
+    model = make_model(drop_blocks=(), classes={"one": 3}).eval()
+    model.contexts[-1] = replace(model.contexts[-1], class_token_alone=False)
+    return model
 
 
 def test_fvcore_agrees_where_attention_is_written_out(undropped):

@@ -91,12 +91,12 @@ def test_sections_add_up_whatever_is_configured(changes):
 
 
 def kept(adapter, weights: str | None = None) -> int:
-    """Bytes kept by blocks 2 and 3, if the adapters or some of the weights of blocks 1 to 3 train; 2 drops tokens."""
-    only = {"train_blocks": [] if weights is None else [1, 2, 3], "drop_blocks": [2], "moe_blocks": []}
+    """Bytes kept by blocks 1 and 2, if the adapters or some of their weights train; 1 drops tokens."""
+    only = {"train_blocks": [] if weights is None else [0, 1, 2, 3], "drop_blocks": [1], "moe_blocks": []}
     changes = {f"plan__{key}": value for key, value in only.items()} | {"plan__train_weights": weights or "all"}
     config = configuration.replace(Config(), runtime__device="cpu", adapter=adapter, **changes)
     cost = predict(MultitaskViT(make_vit(), config, CLASSES), config, batch=5, precision="fp32", task="two")
-    return sum(sum(makers.values()) for name, makers in cost.kept_by_block.items() if name in ("block 2", "block 3"))
+    return sum(sum(makers.values()) for name, makers in cost.kept_by_block.items() if name in ("block 1", "block 2"))
 
 
 def test_adapters_and_chosen_weights_keep_little_beyond_the_path():
@@ -105,7 +105,7 @@ def test_adapters_and_chosen_weights_keep_little_beyond_the_path():
 
     def lora(*layers: str, freeze_a: bool = False) -> int:
         options = {"kind": "lora", "rank": rank, "layers": list(layers), "freeze_a": freeze_a}
-        return kept([options | {"blocks": [1, 2, 3]}])
+        return kept([options | {"blocks": [0, 1, 2, 3]}])
 
     path = kept(None, "norm")
     values = {
@@ -114,7 +114,7 @@ def test_adapters_and_chosen_weights_keep_little_beyond_the_path():
         "projections": lora("attn.proj", "mlp.fc2"),
         "queries": lora("attn.qkv"),
         "queries, random": lora("attn.qkv", freeze_a=True),
-        "beside": kept([{"kind": "adaptformer", "width": rank, "blocks": [1, 2, 3]}]),
+        "beside": kept([{"kind": "adaptformer", "width": rank, "blocks": [0, 1, 2, 3]}]),
     }
     assert {name: (value - path) / 20 for name, value in values.items()} == {
         "bias": 0,
@@ -166,10 +166,11 @@ def test_it_does_not_matter_what_was_predicted_before():
 
 
 def test_alike_blocks_are_traced_once():
+    """All but the last, which computes the class token alone."""
     config = make_config("full")
     prediction._sections.clear()
     predict(MultitaskViT(make_vit(), config, CLASSES), config, batch=2, precision="fp32")
-    assert sorted(key[0] for key in prediction._sections) == ["block", "embedding", "head", "update"]
+    assert sorted(key[0] for key in prediction._sections) == ["block", "block", "embedding", "head", "update"]
 
 
 def test_every_task_and_micro_batch_of_an_update_counts():

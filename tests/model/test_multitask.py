@@ -37,7 +37,8 @@ def test_without_dropping_and_experts_it_is_timms_own_network(kind, training):
     model = make_model(vit=ours, keep_rate=1.0).train(training)
     model.heads["two"].load_state_dict(theirs.head.state_dict())
     output = model(images, "two")
-    assert torch.equal(output.logits, theirs(images))
+    # The last block computes the class token alone, in products of another shape.
+    torch.testing.assert_close(output.logits, theirs(images), rtol=1e-5, atol=1e-5)
     assert output.records == {} and output.auxiliary_loss == 0
 
 

@@ -343,15 +343,16 @@ def test_it_is_pushed_as_it_is(plain, tmp_path, monkeypatch):
 # --- timm ---
 
 
-def test_timm_computes_the_same_to_the_bit(plain, tmp_path):
+def test_timm_computes_the_same(plain, tmp_path):
     task = "fractals"
     told = write_timm(plain, tmp_path / "folder", task)
     model = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        assert torch.equal(model(images), logits(plain)[task])
+        # Ours computes the class token alone in the last block: sums of another shape.
+        torch.testing.assert_close(model(images), logits(plain)[task], rtol=1e-5, atol=1e-5)
     loaded, cfg = moe_bsr.load(plain), timm.data.resolve_model_data_config(model)
-    assert told["difference"] == 0 and tuple(cfg["mean"]) == tuple(loaded.transforms.mean)
+    assert told["difference"] < 1e-5 and tuple(cfg["mean"]) == tuple(loaded.transforms.mean)
     assert cfg["input_size"] == (3, 32, 32) and cfg["crop_pct"] == loaded.transforms.crop_pct
     assert json.loads((tmp_path / "folder/config.json").read_text())["label_names"] == loaded.class_names[task]
     assert stat.S_IMODE((tmp_path / "folder/model.safetensors").stat().st_mode) == 0o644

@@ -135,7 +135,9 @@ def test_low_rank_experts_start_from_a_dense_run_exactly(runs):
     config = make_config(runs, moe__gate="image", **LOW_RANK)
     model, told = warm_start.build_from(str(runs / "dense"), config, loaded(runs / "dense").class_names)
     with torch.inference_mode():
-        assert torch.equal(model.eval()(normal(5, 3, 32, 32), "shapes").logits, logits(runs / "dense"))
+        # The dense last block computes the class token alone: sums of another shape.
+        started = model.eval()(normal(5, 3, 32, 32), "shapes").logits
+        torch.testing.assert_close(started, logits(runs / "dense"), rtol=1e-5, atol=1e-5)
     assert "low-rank experts of blocks 3, 5, from zero" in "\n".join(told)
 
 

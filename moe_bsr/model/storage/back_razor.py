@@ -17,7 +17,14 @@ from moe_bsr.config import require
 from moe_bsr.model.storage import STORAGES, Storage
 from moe_bsr.model.storage.by_kind import Table, run_by_kind
 from moe_bsr.model.storage.codecs import Float16Packed, Int8Packed, Pruned
-from moe_bsr.ops.keep import ACTIVATION_INPUTS, ATTENTION_OUTPUTS, LINEAR_INPUTS, NORM_INPUTS, QUERIES_KEYS_VALUES
+from moe_bsr.ops.keep import (
+    ACTIVATION_INPUTS,
+    ATTENTION_OUTPUTS,
+    KEYS_VALUES,
+    LINEAR_INPUTS,
+    NORM_INPUTS,
+    QUERIES_KEYS_VALUES,
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ def _table(options: BackRazorOptions) -> Table:
     codecs = dict.fromkeys((NORM_INPUTS, LINEAR_INPUTS, ATTENTION_OUTPUTS), pruned)
     codecs |= {
         QUERIES_KEYS_VALUES: partial(_pruned_heads, sparsity=options.sparsity),
+        KEYS_VALUES: partial(pruned, parts=2),
         ACTIVATION_INPUTS: Float16Packed if options.activations == "fp16" else Int8Packed,
     }
     return Table(codecs, reruns=False, coarse=frozenset({QUERIES_KEYS_VALUES}))

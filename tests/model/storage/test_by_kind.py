@@ -115,7 +115,7 @@ def test_a_frozen_block_on_the_path_keeps_as_much_as_one_that_trains():
 
 
 def test_operations_name_all_that_they_keep():
-    """Whatever of a block is as wide as a token or wider is kept under one of the five names."""
+    """Whatever of a block is as wide as a token or wider is kept under one of the names."""
     named = []
 
     class Seen:
@@ -131,8 +131,11 @@ def test_operations_name_all_that_they_keep():
     model = make_model(train_blocks="all", drop_blocks=(), moe_blocks=(1,))
     with plain_autograd(), keep.keeping(Seen()):
         saved = saved_for_backward(lambda: model.run_block(1, model.run_block(0, *_tokens(model)), "one"))
-    weights = {p.data_ptr() for p in model.parameters()}
-    wide = {t.data_ptr() for t in saved if t.is_floating_point() and t.shape[-1] >= WIDTH}
+        last = make_model(train_blocks="all", drop_blocks=(), moe_blocks=())
+        saved += saved_for_backward(lambda: last.run_block(len(last.plan) - 1, *_tokens(last)))
+    weights = {p.data_ptr() for each in (model, last) for p in each.parameters()}
+    activations = [t for t in saved if t.is_floating_point() and not isinstance(t._base, torch.nn.Parameter)]
+    wide = {t.data_ptr() for t in activations if t.shape[-1] >= WIDTH}
     assert wide - weights == {pointer for _, pointer in named}
     assert {kind for kind, _ in named} == set(keep.KINDS)
 

@@ -1,0 +1,61 @@
+"""Attention with the first token's query alone: what the last block computes where only the class token is read.
+
+Its map is one row of each head, so it is made of plain products on every device, and made again for the backward pass.
+
+    B images, N tokens, H heads, d width of a head
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moe_bsr import ops
+from moe_bsr.ops.attention import join_heads
+from moe_bsr.ops.keep import KEYS_VALUES, LINEAR_INPUTS, keep
+
+
+def first_attention(q: Tensor, kv: Tensor, heads: int, scale: float) -> Tensor:
+    """softmax(scale q k^T) v of (B, 1, H d) queries and (B, N, 2 H d) keys and values, heads joined: (B, 1, H d)."""
+    if ops.is_reference():
+        k, v = _keys_and_values(kv, heads)
+        return join_heads(F.scaled_dot_product_attention(_by_head(q, heads), k, v, scale=scale))
+    return _FirstAttention.apply(q, kv, heads, scale)
+
+
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """(B, n, H d) -> (B, H, n, d), a view."""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def _keys_and_values(kv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """(B, N, 2 H d) -> keys and values, views of it, each (B, H, N, d)."""
+    return kv.unflatten(2, (2, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _row(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """The attention of the one query: (B, H, 1, N)."""
+    return ((q * scale) @ k.transpose(2, 3)).softmax(3)
+
+
+class _FirstAttention(torch.autograd.Function):
+    """Saved for backward: the query, and keys and values."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, kv: Tensor, heads: int, scale: float) -> Tensor:
+        ctx.heads, ctx.scale = heads, scale
+        ctx.save_for_backward(keep(LINEAR_INPUTS, q), keep(KEYS_VALUES, kv))
+        k, v = _keys_and_values(kv, heads)
+        return join_heads(_row(_by_head(q, heads), k, scale) @ v)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        q, kv = ctx.saved_tensors
+        q, grad = _by_head(q, ctx.heads), _by_head(grad, ctx.heads)
+        k, v = _keys_and_values(kv, ctx.heads)
+        row = _row(q, k, ctx.scale)
+        grad_kv = torch.empty_like(kv)
+        grad_k, grad_v = _keys_and_values(grad_kv, ctx.heads)
+        grad_v.copy_(row.transpose(2, 3) * grad)
+        grad_logits = torch.ops.aten._softmax_backward_data(grad @ v.transpose(2, 3), row, -1, row.dtype) * ctx.scale
+        grad_k.copy_(grad_logits.transpose(2, 3) * q)
+        return join_heads(grad_logits @ k), grad_kv, None, None
