@@ -1,15 +1,18 @@
 """One compute thread: the tests' tensors are tiny, and spinning threads would slow everything down."""
 
+import os
+
 import pytest
 import torch
 
 from moe_bsr import api, ops
 from moe_bsr.callbacks import expert_views, mistakes
+from moe_bsr.data.generated import Generated
 
 torch.set_num_threads(1)
 
 # Files of few, long tests. They start first: whichever came last would keep one process busy and the others idle.
-LONG = "campaigns resume wheel browser benchmark reproduce streams interrupt data_record sweep".split()
+LONG = "campaigns fit interrupt browser benchmark sweep configs predict cost registries warm_start data_record".split()
 
 
 def pytest_collection_modifyitems(items):
@@ -36,8 +39,26 @@ def undrawn():
 
 
 @pytest.fixture(scope="module")
-def bare(undrawn):
-    """Nor do they predict their cost, which takes as long as a small run."""
+def light():
+    """Runs do not predict their cost, nor wait for the disk, and each image of a generated task is drawn once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(api, "_predict", lambda *arguments: None)
+        patch.setattr(os, "fsync", lambda file: None)
+        patch.setattr(Generated, "image", _drawn_once)
         yield
+
+
+@pytest.fixture(scope="module")
+def bare(undrawn, light):
+    """For tests of anything but what these two leave out."""
+
+
+_draw, _drawn = Generated.image, {}
+
+
+def _drawn_once(source: Generated, index: int):
+    """An image is a function of its stream (family or suite, split, seed) and its position."""
+    key = source._stream, index, len(source)
+    if key not in _drawn:
+        _drawn[key] = _draw(source, index)
+    return _drawn[key].copy()

@@ -1,22 +1,22 @@
 """Several processes that train together, as torchrun starts them.
 
-One fresh interpreter imports everything and forks them all: starting each anew would take longer than what they do.
-(torch trains in no fork of a process that has run a backward pass, so the tests' own process cannot be their parent.)
-The stores by which they find each other are in the tests' process, as torchrun's is in its own: a store survives its
-group, and no port has to be guessed.
+A fresh process (`fresh.py`) forks them all. The stores by which they find each other are in the tests' process, as
+torchrun's is in its own: a store survives its group, and no port has to be guessed.
 """
 
 import importlib.util
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fresh
+
+CODE = "import json, pathlib, sys, ranks; ranks.start(sys.argv[1], pathlib.Path(sys.argv[2]), json.loads(sys.argv[3]))"
 LIMIT = 500  # seconds for a group; it is there for one that hangs
 
 
@@ -39,21 +39,16 @@ def run_groups(file: str, folder: Path, groups: dict[str, int]) -> dict[str, lis
 
     stores = {name: dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for name in groups}
     plan = [(name, world, stores[name].port) for name, world in groups.items()]
-    tests = Path(__file__).parent
-    subprocess.run(
-        [sys.executable, __file__, file, str(folder), json.dumps(plan)],
-        check=True,
-        # The GPUs are counted without CUDA, which a fork could not use any more.
-        env=os.environ
-        | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])},
-    )
+    # The GPUs are counted without CUDA, which a fork could not use any more.
+    done = fresh.run(CODE, file, folder, json.dumps(plan), PYTORCH_NVML_BASED_CUDA_CHECK="1")
+    assert done.returncode == 0, done.stderr
     return {
         name: [Ended(**json.loads((folder / f"{name}.{rank}.json").read_text())) for rank in range(world)]
         for name, world in groups.items()
     }
 
 
-def _main(file: str, folder: Path, plan: list[tuple[str, int, int]]) -> None:
+def start(file: str, folder: Path, plan: list[tuple[str, int, int]]) -> None:
     import torch
 
     from moe_bsr import api
@@ -117,7 +112,3 @@ def _wait(children: list[int]) -> dict[int, int]:
                 statuses[child] = os.waitstatus_to_exitcode(status)
         time.sleep(0.01)
     return statuses
-
-
-if __name__ == "__main__":
-    _main(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]))

@@ -22,6 +22,8 @@ from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.model.routers import ROUTERS
 from moe_bsr.model.storage import STORAGES
 
+pytestmark = pytest.mark.usefixtures("light")
+
 # A small network of each family of backbones: name and input side in pixels.
 SMALLEST = {"vit": ("test_vit", 32)}
 

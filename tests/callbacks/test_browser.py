@@ -38,7 +38,7 @@ return [all.filter(e => e.tagName === 'IMG' && e.naturalWidth > 0).map(e => [e.s
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(light, tmp_path_factory):
     folder = tmp_path_factory.mktemp("browser")
     moe_bsr.train(make_config(folder, train__steps=4, train__eval_every=2), folder / "run")
     return folder / "run"

@@ -25,6 +25,8 @@ from moe_bsr.model.block import Record
 from moe_bsr.model.multitask import Output
 from moe_bsr.training.callback import EvalEvent, StartEvent, StepEvent
 
+pytestmark = pytest.mark.usefixtures("light")
+
 MOE = {3, 5}
 
 

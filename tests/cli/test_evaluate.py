@@ -1,12 +1,11 @@
 """moe-bsr evaluate as a person and a script meet it."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
+from fresh import COMMAND
+from fresh import run as run_fresh
 from tiny_names import AWKWARD
 from tiny_runs import TASKS
 
@@ -54,9 +53,7 @@ def test_class_names_are_printed_as_they_are_and_command_no_terminal(name):
 
 def test_a_terminal_without_a_letter_loses_no_evaluation(tiny_run, tmp_path):
     run = shutil.copytree(tiny_run, tmp_path / "été 日本")
-    code = "from moe_bsr.cli.main import start; start()"
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    call = [sys.executable, "-c", code, "evaluate", str(run), "--split", "test", "--task", "shapes"]
-    done = subprocess.run(call, capture_output=True, text=True, check=False, env=environment)
+    command = "evaluate", run, "--split", "test", "--task", "shapes"
+    done = run_fresh(COMMAND, *command, PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     assert r"\xe9t\xe9 \u65e5\u672c, step" in done.stdout and "shapes" in done.stdout

@@ -2,11 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from fresh import COMMAND, in_shell
 from tiny_runs import make_config
 
 from moe_bsr import config as configuration
@@ -19,25 +19,6 @@ from moe_bsr.runs import report
 
 pytestmark = pytest.mark.usefixtures("bare")
 
-ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = f"""
-import sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-from moe_bsr.callbacks import expert_views, mistakes
-from moe_bsr.cli import main
-expert_views.drawing_due = lambda *arguments: False
-mistakes.MistakeViews.on_end = lambda self, report: None
-main._set_up_process = lambda: None
-main.start()
-"""
-
-
-def shell(redirected: str, *arguments: str | Path) -> subprocess.CompletedProcess:
-    """A command in a process of its own, its streams redirected as a shell writes it."""
-    command = [sys.executable, "-c", PROGRAM, *arguments]
-    line = f'exec 3>&1; ( "$@" ; echo $? >&3 ) {redirected}'
-    return subprocess.run(["bash", "-c", line, "bash", *command], capture_output=True, text=True, check=False)
-
 
 @pytest.fixture
 def written(tmp_path) -> str:
@@ -47,7 +28,7 @@ def written(tmp_path) -> str:
 
 @pytest.mark.parametrize("redirected", ["| head -1 >&2", ">/dev/full 2>/dev/full", "<&- >&- 2>&-"])
 def test_training_does_not_need_its_streams(written, tmp_path, redirected):
-    done = shell(redirected, "train", written, "--run", tmp_path / "run")
+    done = in_shell(redirected, COMMAND, "train", written, "train.pictures=false", "--run", tmp_path / "run")
     assert done.stdout.split() == ["0"] and "Traceback" not in done.stderr and "Exception" not in done.stderr
     assert report.read(tmp_path / "run")["status"] == "finished"
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -56,7 +37,7 @@ def test_training_does_not_need_its_streams(written, tmp_path, redirected):
 
 @pytest.mark.parametrize(("redirected", "fails"), [("| head -0 >&2", False), (">/dev/full", True)])
 def test_a_result_that_cannot_be_written_is_a_failure_unless_nobody_wants_it(redirected, fails):
-    done = shell(redirected, "configs")
+    done = in_shell(redirected, COMMAND, "configs")
     assert (done.stdout.split() != ["0"]) == ("No space left on device" in done.stderr) == fails
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
 
@@ -84,7 +65,7 @@ def test_warnings_and_refusals_leave_stdout_to_the_json(tmp_path, capsys):
 def test_warnings_are_one_line_with_the_commands_name(tmp_path):
     train(make_config(tmp_path, train__steps=2, train__checkpoint_every=1), tmp_path / "run", callbacks=[])
     (tmp_path / "run" / "checkpoint" / "2" / "weights.safetensors").write_bytes(b"")
-    done = shell("", "evaluate", tmp_path / "run", "--checkpoint", "last", "--json")
+    done = in_shell("", COMMAND, "evaluate", tmp_path / "run", "--checkpoint", "last", "--json")
     assert json.loads(done.stdout.removesuffix("0\n"))["step"] == 1
     (line,) = [line for line in done.stderr.splitlines() if "does not match" in line]
     assert ": warning: checkpoint refused: " in line

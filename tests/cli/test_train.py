@@ -3,10 +3,9 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
+from fresh import run as run_fresh
 from PIL import Image
 from tiny_runs import act_at, make_config
 
@@ -83,18 +82,18 @@ def test_runs_in_folders_of_equal_names_go_by_their_paths(tmp_path, monkeypatch,
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["a/run", "b/run", "c"]
 
 
-@pytest.mark.parametrize("content", ["", '{"status": "fini', "[]", "{}"])
-def test_a_damaged_report_is_refused_by_name(written, tmp_path, capsys, content):
+def test_a_damaged_report_is_refused_by_name(written, tmp_path, capsys):
     folder = tmp_path / "run"
     assert main(["train", written, "train.steps=2", "--run", str(folder)]) == 0
-    (folder / "report.json").write_text(content)
-    capsys.readouterr()
-    assert main(["compare", str(folder)]) == 2
-    assert main(["train", written, "train.steps=2", "--run", str(folder), "--resume"]) == 2
-    assert main(["evaluate", str(folder), "--split", "test"]) == 2
-    refusals = capsys.readouterr().err.splitlines()
-    assert len(refusals) == 3 and all(f"{folder / 'report.json'}: cut or damaged" in line for line in refusals)
-    assert run.test_evaluations(folder) == 1
+    for content in ("", '{"status": "fini', "[]", "{}"):
+        (folder / "report.json").write_text(content)
+        capsys.readouterr()
+        assert main(["compare", str(folder)]) == 2, content
+        assert main(["train", written, "train.steps=2", "--run", str(folder), "--resume"]) == 2, content
+        assert main(["evaluate", str(folder), "--split", "test"]) == 2, content
+        refusals = capsys.readouterr().err.splitlines()
+        assert len(refusals) == 3 and all(f"{folder / 'report.json'}: cut or damaged" in line for line in refusals)
+        assert run.test_evaluations(folder) == 1
     (folder / "report.json").unlink()
     assert main(["train", written, "train.steps=2", "--run", str(folder), "--resume"]) == 0
     assert report.read(folder)["test_evaluations"] == 2
@@ -126,10 +125,14 @@ def test_divergence_exits_with_1(written, tmp_path, capsys):
 
 def test_training_needs_none_of_the_extras(written, tmp_path):
     code = f"""if True:
-        import sys, timm, torch._dynamo
+        import sys
+        ours = [vars(module) for name, module in sys.modules.items() if name.startswith("moe_bsr")]
+        held = {{str(getattr(each, "__module__", None) or getattr(each, "__name__", "")) for module in ours
+                for each in module.values()}}
+        assert "moe_bsr.api" in sys.modules and not [name for name in held if name.startswith(("matplotlib", "scipy"))]
         sys.modules |= dict.fromkeys(["matplotlib", "scipy"])
         from moe_bsr.cli.main import main
         sys.exit(main(["train", {written!r}, "train.steps=2", "--run", {str(tmp_path / "run")!r}]))
     """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = run_fresh(code)
     assert done.returncode == 0, done.stderr

@@ -22,12 +22,17 @@ from moe_bsr.runs import report
 from moe_bsr.visualize import expert_report as gallery
 from moe_bsr.visualize.html import Picture, Section, Table, page
 
+pytestmark = pytest.mark.usefixtures("light")
+
 KINDS = {
     "experts": {},
     "dense": {"plan__moe_blocks": []},
     "stl": {"mode": "single_task"},
     "no drops": {"plan__drop_blocks": []},
 }
+
+
+SHORT = {"train__steps": 2, "train__evaluate_test": False, "train__pictures": False}
 
 
 def draw(run: Path, *arguments: str) -> None:
@@ -39,7 +44,7 @@ def drawn(request, tmp_path_factory):
     """A tiny run of each kind, trained and drawn."""
     folder = tmp_path_factory.mktemp("drawn")
     run = folder / "run"
-    moe_bsr.train(make_config(folder, train__steps=2, train__evaluate_test=False, **KINDS[request.param]), run)
+    moe_bsr.train(make_config(folder, **SHORT, **KINDS[request.param]), run)
     draw(run)
     return request.param, run
 
@@ -102,6 +107,7 @@ def test_the_page_says_first_what_it_comes_to(drawn):
     assert {"dense": "no mixture of experts", "stl": "one model per task"}.get(kind, "") in words
 
 
+@pytest.mark.parametrize("drawn", ["experts", "stl"], indirect=True)
 def test_drawing_again_replaces_and_leaves_training_events_alone(drawn):
     _, run = drawn
     before = {path: path.read_bytes() for path in run.rglob("*tfevents*")}
@@ -135,7 +141,7 @@ def test_statistics_and_accuracy_are_those_of_the_whole_validation_split(drawn):
 def test_what_cannot_be_drawn_is_refused_in_one_line(tmp_path, capsys, arguments, words):
     run = tmp_path / "run"
     if arguments[0].startswith("--"):
-        moe_bsr.train(make_config(tmp_path, train__steps=1, train__evaluate_test=False), run)
+        moe_bsr.train(make_config(tmp_path, **SHORT), run)
         arguments = [str(run), *arguments]
     assert main(["views", *arguments, "--no-serve"]) == 2
     assert words in capsys.readouterr().err.splitlines()[-1]

@@ -50,15 +50,24 @@ def assert_equal(cost, whole) -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "storage"), [*(("fp32", storage) for storage in STORAGES), ("bf16", "exact"), ("bf16", "int8")]
+    ("plan", "precision", "storage"),
+    [
+        *(("full", "fp32", storage) for storage in STORAGES),
+        *(("moe-bsr", "fp32", storage) for storage in STORAGES),
+        *(("bsr", "fp32", storage) for storage in ("exact", "int8", "segments")),
+        *((plan, "bf16", "exact") for plan in PLANS),
+        *((plan, "bf16", "int8") for plan in ("bsr", "moe-bsr")),
+        ("last", "fp32", "exact"),  # stores nothing, in any way
+    ],
 )
-@pytest.mark.parametrize("plan", list(PLANS))
 def test_sections_add_up_to_the_step(plan, precision, storage):
     assert_equal(*both(make_config(plan, storage=storage), precision=precision))
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
-@pytest.mark.parametrize("plan", ["full", "bsr"])
+@pytest.mark.parametrize(
+    ("plan", "kind"),
+    [("bsr", kind) for kind in KINDS] + [("full", kind) for kind in ("registers", "attention-pool", "pre-norm")],
+)
 def test_sections_of_every_kind_of_backbone_add_up(plan, kind):
     assert_equal(*both(make_config(plan), kind))
 
@@ -143,10 +152,12 @@ def test_a_prediction_leaves_the_model_as_it_was():
 
 def test_it_does_not_matter_what_was_predicted_before():
     """Alike sections are traced once; what makes them differ is all in their keys."""
+    exact, lean = ("exact", "adamw"), ("recompute", "sgd")
     configs = [
         make_config(plan, storage=storage, train__optimizer=optimizer)
-        for plan in PLANS
-        for storage, optimizer in (("exact", "adamw"), ("recompute", "sgd"))
+        for plan, (storage, optimizer) in zip(
+            ("full", "last", "bsr", "moe-bsr", "moe-bsr"), (exact, lean, lean, exact, lean), strict=True
+        )
     ]
     models = [MultitaskViT(make_vit(), config, CLASSES) for config in configs]
 

@@ -19,6 +19,8 @@ from moe_bsr.runs.load import load
 from moe_bsr.training.failures import NonFiniteLoss
 from moe_bsr.training.feature_cache import FeatureCache
 
+pytestmark = pytest.mark.usefixtures("light")
+
 CLASSES = {"shapes": 10, "fractals": 12}
 MANY = 10**12  # bytes of decoded images
 HUGE = Memory(2**40, 100 * 2**20, 0, "asked for")

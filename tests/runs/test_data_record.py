@@ -25,32 +25,50 @@ pytestmark = pytest.mark.usefixtures("bare")
 CLASSES = ("ant", "bee", "cat")
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch) -> Path:
-    """A working directory with data/bugs: 36 training and 6 test images, and tasks/bugs.yaml."""
+def config_of(place: Path) -> Config:
+    return replace_task(make_config(place, train__steps=4, train__checkpoint_every=2, train__eval_every=2), "bugs")
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory) -> Path:
+    """A place to be copied, with a run that has a checkpoint at its second of four updates."""
+    place = tmp_path_factory.mktemp("template")
     for k, kind in enumerate(CLASSES):
         for n in range(14):
             split = "train" if n < 12 else "test"
-            save(tmp_path / "data/bugs" / split / kind / f"{n:02d}.png", 100 * k + n)
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks/bugs.yaml").write_text("title: Bugs\nsource: folder\npath: bugs\n")
+            save(place / "data/bugs" / split / kind / f"{n:02d}.png", 100 * k + n)
+    (place / "tasks").mkdir()
+    (place / "tasks/bugs.yaml").write_text("title: Bugs\nsource: folder\npath: bugs\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        train(config_of(place), place / "run")
+    (place / "run/report.json").unlink()
+    shutil.rmtree(place / "run/checkpoint/4")
+    return place
+
+
+@pytest.fixture
+def place(template, tmp_path, monkeypatch) -> Path:
+    """A working directory with data/bugs: 36 training and 6 test images, and tasks/bugs.yaml."""
+    for name in ("data", "tasks"):
+        shutil.copytree(template / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def config(place) -> Config:
-    return replace_task(make_config(place, train__steps=4, train__checkpoint_every=2, train__eval_every=2), "bugs")
+    return config_of(place)
 
 
 @pytest.fixture
-def stopped(config, place) -> Path:
-    """A run that has a checkpoint at its second of four updates."""
-    train(moe_bsr.config.replace(config, train__steps=4), place / "run")
-    report = place / "run/report.json"
-    report.unlink()
-    for step in (4,):
-        shutil.rmtree(place / f"run/checkpoint/{step}")
+def stopped(template, place) -> Path:
+    """A run in its own place, stopped after its second of four updates."""
+    shutil.copytree(template / "run", place / "run")
+    file = place / "run/config.yaml"
+    before = file.read_text()
+    assert before.count(str(template)) == 1  # where the data lie
+    file.write_text(before.replace(str(template), str(place)))
     return place / "run"
 
 

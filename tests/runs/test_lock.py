@@ -16,25 +16,35 @@ from moe_bsr.runs.lock import locked
 pytestmark = pytest.mark.usefixtures("bare")
 
 
+def config_of(folder: Path) -> Config:
+    return make_config(folder, train__steps=4, train__checkpoint_every=1, train__evaluate_test=False)
+
+
 @pytest.fixture
 def config(tmp_path) -> Config:
-    return make_config(tmp_path, train__steps=4, train__checkpoint_every=1, train__evaluate_test=False)
+    return config_of(tmp_path)
 
 
 def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("resume", [False, True])
-@pytest.mark.parametrize("step", [1, 3])
-def test_a_second_trainer_is_refused_and_the_first_notices_nothing(config, tmp_path, monkeypatch, step, resume):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The run of one trainer alone."""
+    folder = tmp_path_factory.mktemp("whole")
+    moe_bsr.train(config_of(folder), folder / "run", callbacks=[])
+    return folder / "run"
+
+
+@pytest.mark.parametrize(("step", "resume"), [(1, False), (1, True), (3, True)])
+def test_a_second_trainer_is_refused_and_the_first_notices_nothing(config, whole, tmp_path, monkeypatch, step, resume):
     folder, said = tmp_path / "run", []
-    moe_bsr.train(config, tmp_path / "whole", callbacks=[])
 
     def second() -> None:
         before = content(folder)
         with pytest.raises(ConfigError) as refusal:
-            moe_bsr.train(config, folder, resume=resume or step == 3, callbacks=[])
+            moe_bsr.train(config, folder, resume=resume, callbacks=[])
         assert content(folder) == before
         said.append(str(refusal.value))
 
@@ -44,7 +54,7 @@ def test_a_second_trainer_is_refused_and_the_first_notices_nothing(config, tmp_p
     (line,) = said
     assert f"{folder} is being trained in by process {os.getpid()} on " in line and " since 20" in line
     for name in ("metrics.jsonl", "checkpoint/4/weights.safetensors"):
-        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
     assert not (folder / "lock").exists()
 
 

@@ -17,6 +17,8 @@ from moe_bsr.training import trainer as trainer_module
 from moe_bsr.training.callback import Callback, Callbacks
 from moe_bsr.training.trainer import TrainingFailed
 
+pytestmark = pytest.mark.usefixtures("bare")
+
 HOOKS = ("restore", "on_start", "on_step", "on_evaluate", "state", "on_end", "close")
 
 
@@ -41,10 +43,8 @@ ERRORS = [
 class Failing(Callback):
     """Raises in one hook each time it is called, and notes every call."""
 
-    name = "failing"
-
-    def __init__(self, hook: str, error: BaseException) -> None:
-        self.calls: list[str] = []
+    def __init__(self, name: str, hook: str, error: BaseException) -> None:
+        self.name, self.calls = name, []
         for each in HOOKS:
             setattr(self, each, self._hook(each, error if each == hook else None))
 
@@ -93,32 +93,37 @@ def record(folder) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in names}
 
 
-@pytest.mark.parametrize(
-    ("hook", "error"),
-    [(hook, ERRORS[0]) for hook in HOOKS] + [("on_evaluate", error) for error in ERRORS[1:]],
-    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
-)
-def test_a_failing_callback_is_named_once_and_changes_nothing(config, alone, tmp_path, hook, error):
-    failing, witness = Failing(hook, error), Witness()
+def test_failing_callbacks_are_named_once_each_and_change_nothing(config, alone, tmp_path):
+    """One for each hook and one for each kind of error, all in one run."""
+    cases = [(hook, ERRORS[0]) for hook in HOOKS] + [("on_evaluate", error) for error in ERRORS[1:]]
+    failing, witness = [Failing(f"failing {n}", *case) for n, case in enumerate(cases)], Witness()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        report = train(config, tmp_path / "run", callbacks=[failing, witness])
-    (said,) = [str(each.message) for each in caught if "callback" in str(each.message)]
-    assert "'failing'" in said and hook in said and type(error).__name__ in said and "\n" not in said
+        report = train(config, tmp_path / "run", callbacks=[*failing, witness])
+    lines = [str(each.message) for each in caught if "callback" in str(each.message)]
+    assert len(lines) == len(cases)
+    for callback, (hook, error) in zip(failing, cases, strict=True):
+        (said,) = [line for line in lines if f"'{callback.name}'" in line]
+        assert hook in said and type(error).__name__ in said and "\n" not in said
+        assert callback.calls.count(hook) == 1, hook
+        after = callback.calls[callback.calls.index(hook) + 1 :]
+        assert after == (["close"] if hook != "close" else []), hook
     assert record(tmp_path / "run") == record(alone[0])
     assert witness.told == alone[1].told and report["witness"] == len(witness.told) and report["status"] == "finished"
-    assert failing.calls.count(hook) == 1
-    after = failing.calls[failing.calls.index(hook) + 1 :]
-    assert after == (["close"] if hook != "close" else [])
 
 
-@pytest.mark.parametrize("value", [{"a": {1, 2}}, {"a": torch.ones(1)}, 5], ids=["set", "tensor", "no table"])
-@pytest.mark.parametrize("hook", ["state", "on_end"])
-def test_what_is_no_json_costs_neither_checkpoint_nor_report(config, alone, tmp_path, hook, value):
-    callback = Callback()
-    setattr(callback, hook, lambda *arguments: value)
-    with pytest.warns(UserWarning, match=f"callback 'Callback' failed in {hook}"):
-        report = train(config, tmp_path / "run", callbacks=[callback])
+def test_what_is_no_json_costs_neither_checkpoint_nor_report(config, alone, tmp_path):
+    """A set, a tensor, no table; of the state and of the report: all in one run."""
+    cases = [(hook, value) for hook in ("state", "on_end") for value in ({"a": {1, 2}}, {"a": torch.ones(1)}, 5)]
+    callbacks = [Callback() for _ in cases]
+    for number, (callback, (hook, value)) in enumerate(zip(callbacks, cases, strict=True)):
+        callback.name = f"case {number}"
+        setattr(callback, hook, lambda *arguments, value=value: value)
+    with pytest.warns(UserWarning, match="failed in") as said:
+        report = train(config, tmp_path / "run", callbacks=callbacks)
+    lines = [str(each.message) for each in said]
+    for number, (hook, _) in enumerate(cases):
+        assert sum(f"callback 'case {number}' failed in {hook}" in line for line in lines) == 1, number
     assert report["status"] == "finished" and record(tmp_path / "run") == record(alone[0])
 
 
@@ -228,13 +233,12 @@ class Full(Jsonl):
         self.stream = Stream()
 
 
-@pytest.mark.parametrize("room", [1, 500])
-@pytest.mark.parametrize("kind", ["round_robin", "joint"])
-def test_without_room_for_metrics_a_run_ends_saved_and_goes_on_to_the_same_bytes(
-    config, tmp_path, monkeypatch, kind, room
-):
-    config = replace(config, sampler__kind=kind)
-    make_trainer(config, tmp_path / "whole", [Jsonl(tmp_path / "whole")]).fit()
+@pytest.mark.parametrize(("kind", "room"), [("round_robin", 1), ("round_robin", 500), ("joint", 500)])
+def test_without_room_for_metrics_a_run_ends_saved_and_goes_on_to_the_same_bytes(config, alone, tmp_path, kind, room):
+    whole = alone[0]
+    if kind == "joint":
+        config, whole = replace(config, sampler__kind=kind), tmp_path / "whole"
+        make_trainer(config, whole, [Jsonl(whole)]).fit()
     full = Full(tmp_path / "cut")
     full.room = room
     with pytest.raises(TrainingFailed) as failure:
@@ -243,7 +247,7 @@ def test_without_room_for_metrics_a_run_ends_saved_and_goes_on_to_the_same_bytes
     assert "metrics.jsonl: No space left on device" in line and "make room" in line and "resume=True" in line
     assert saved and str(tmp_path / "cut" / "checkpoint" / str(saved[-1])) in line and "\n" not in line
     make_trainer(config, tmp_path / "cut", [Jsonl(tmp_path / "cut")]).fit(resume=True)
-    assert record(tmp_path / "cut") == record(tmp_path / "whole")
+    assert record(tmp_path / "cut") == record(whole)
 
 
 @pytest.mark.parametrize("left", [0, 100, 250])

@@ -1,13 +1,12 @@
 """Expert figures: legible for any number of tasks and experts, and colored as they say."""
 
 import io
-import subprocess
-import sys
 
 import color_vision
 import numpy as np
 import pytest
 from color_vision import lightness
+from fresh import run as run_fresh
 from PIL import Image
 from tiny_models import normal
 from tiny_routing import by_logits, spread
@@ -136,4 +135,4 @@ def test_importing_the_package_loads_no_matplotlib():
         "import sys, moe_bsr, moe_bsr.api, moe_bsr.visualize.experts; "
         "sys.exit(any(name.split('.')[0] == 'matplotlib' for name in sys.modules))"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert run_fresh(code).returncode == 0

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from timm.layers import Attention, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from moe_bsr.config import BackboneConfig, ConfigError, require
 from moe_bsr.config.errors import show
@@ -35,8 +36,17 @@ def create_on_meta(config: BackboneConfig) -> VisionTransformer:
     Raises:
         ConfigError: unknown name, or a model whose block forward is not a plain ViT's.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         return _create(config)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Meta tensors are not filled with first values: they have none, and torch clamps them in slow Python code."""
+
+    FILLS = frozenset({Tensor.normal_, Tensor.uniform_, Tensor.erfinv_, Tensor.mul_, Tensor.add_, Tensor.clamp_})
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return args[0] if function in self.FILLS and args[0].is_meta else function(*args, **(kwargs or {}))
 
 
 def load(config: BackboneConfig, seed: int = 0) -> VisionTransformer:
@@ -109,7 +119,7 @@ def _create(config: BackboneConfig, pretrained: bool = False) -> VisionTransform
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
         if pretrained or config.image_size is None:
             raise
-        with torch.device("meta"):
+        with torch.device("meta"), _Unfilled():
             plain = _network(config.name, None)  # if it exists without the size, the size is at fault
         plain = f"; {config.name} is no timm VisionTransformer" if type(plain) is not VisionTransformer else ""
         key, value = ("backbone.name", config.name) if plain else ("backbone.image_size", config.image_size)
