@@ -3,7 +3,9 @@
 Of a shared run (`shared_form.py`) it is `config.json`.
 """
 
+import copy
 import dataclasses
+import functools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ def read_config(run: Path, *, exact: bool = False) -> tuple[Config, dict[str, An
     if not file.is_file():
         raise ConfigError(f"{run} is not a run folder: it has no config.yaml")
     try:
-        tree = shared_form.read(run)["run"] if file.name == shared_form.CONFIG else yaml.safe_load(file.read_text())
+        tree = shared_form.read(run)["run"] if file.name == shared_form.CONFIG else _parsed(file.read_text())
         if not isinstance(tree, dict):
             raise ConfigError("no keys and values")
         resolved = tree.pop("resolved", None) or {}
@@ -52,6 +54,16 @@ def read_config(run: Path, *, exact: bool = False) -> tuple[Config, dict[str, An
             "train again into another folder"
         ) from error
     return config, resolved
+
+
+def _parsed(text: str) -> Any:
+    return copy.deepcopy(_parsed_once(text))
+
+
+@functools.lru_cache(maxsize=1)
+def _parsed_once(text: str) -> Any:
+    """Going on with a run reads its file half a dozen times; of 200 tasks each would take a second."""
+    return yaml.safe_load(text)
 
 
 class OtherVersion(ConfigError):

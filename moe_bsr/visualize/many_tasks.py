@@ -56,15 +56,16 @@ def heatmap(statistics: RoutingStatistics, block: int, split: str, step: int | N
     )
     right = left + column * count
     axes.plot([left, right, right, left, left], [second, second, bottom, bottom, second], color=theme.FAINT, zorder=3)
-    below = -np.inf
-    for label, start, stop in groups(shares[order]):
+    theme.text(axes, left - 12, second - 14, "tasks: expert", ha="right", size=cells.NUMBER, color=theme.MUTED)
+    labeled: list[float] = []
+    for label, start, stop in sorted(groups(shares[order]), key=lambda group: group[1] - group[2]):  # large ones first
         top, middle = second + line * start, second + line * (start + stop) / 2
         if start:
             axes.plot([left - 8, right], [top, top], color=theme.MUTED, linewidth=0.8, zorder=3)
-        if middle - below >= LABEL_ROOM:
-            words = f"{stop - start}: no data" if label < 0 else f"{stop - start}: expert {label}"
-            theme.text(axes, left - 12, middle, words, ha="right", size=theme.SMALL, color=theme.MUTED)
-            below = middle
+        if all(abs(middle - other) >= LABEL_ROOM for other in [*labeled, second - 8]):
+            words = f"{stop - start}: {'no data' if label < 0 else label}"
+            theme.text(axes, left - 12, middle, words, ha="right")
+            labeled.append(middle)
     cells.color_bar(axes, bottom + BAR_GAP, 1 / count, end / count, left)
     return figure
 
