@@ -9,12 +9,14 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 from tiny_data import save
+from tiny_runs import Crash, act_at, crash
 
 import moe_bsr
 from moe_bsr.callbacks.many_tasks import RUNS, worst_list
 from moe_bsr.callbacks.tensorboard import ALL, SELECTED, TRAINING, VALIDATION
 from moe_bsr.config import Config, ConfigError, from_dict, replace
 from moe_bsr.data import load_spec
+from moe_bsr.evaluation import probe
 from moe_bsr.evaluation.routing import RoutingStatistics
 from moe_bsr.evaluation.tables import table
 from moe_bsr.runs.comparison import comparison, most_changed
@@ -26,6 +28,7 @@ from moe_bsr.visualize import accuracy, many_tasks
 pytestmark = pytest.mark.usefixtures("bare")
 
 TASKS, STEPS = 200, 6
+probed: list[str] = []
 NAMES = [f"t{number:03d}" for number in range(TASKS)]
 
 
@@ -48,7 +51,13 @@ def config(photos) -> Config:
             "plan": {"train_blocks": [3, 5], "drop_blocks": [3], "moe_blocks": [5]},
             "moe": {"num_experts": 4, "top_k": 2, "mlp_ratio": 1},
             "data": {"val_fraction": 0.4},
-            "train": {"steps": STEPS, "batch_size": 2, "evaluate_test": False, "eval_every": None, "checkpoint_every": 9},
+            "train": {
+                "steps": STEPS,
+                "batch_size": 2,
+                "evaluate_test": False,
+                "eval_every": None,
+                "checkpoint_every": 4,
+            },
             "runtime": {"device": "cpu", "precision": "fp32", "threads": 1},
         }
     )
@@ -56,13 +65,17 @@ def config(photos) -> Config:
 
 @pytest.fixture(scope="module")
 def run(config, tmp_path_factory, bare):
-    """Trained to the fourth of six updates, then to the end."""
-    folder = tmp_path_factory.mktemp("many") / "run"
+    """Crashed in the fifth of six updates, and gone on with."""
+    folder, run_probe = tmp_path_factory.mktemp("many") / "run", probe.run_probe
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moe_bsr.training.trainer.Trainer._is_over", lambda trainer: trainer.state.step >= 4)
-        moe_bsr.train(config, folder)
-    (folder / "report.json").unlink()
-    moe_bsr.train(config, folder, resume=True)
+        act_at(patch, 5, crash)
+        with pytest.raises(Crash):
+            moe_bsr.train(config, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            probe, "run_probe", lambda model, data, *rest: probed.append(data.name) or run_probe(model, data, *rest)
+        )
+        moe_bsr.train(config, folder, resume=True)
     return folder
 
 
@@ -146,7 +159,7 @@ def test_each_task_has_one_chart_that_the_page_filters_by_name(events):
 
 
 def test_what_fell_most_is_listed():
-    before = {name: 50.0 for name in NAMES}
+    before = dict.fromkeys(NAMES, 50.0)
     told = worst_list(before | {"t001": 40.0, "t002": 45.0, "t003": 60.0}, before)
     fell = told.partition("What fell most")[2]
     assert re.findall(r"\| (t\d+) \| ([\d.]+) \| (\S+) ", fell) == [("t001", "40.0", "-10.0"), ("t002", "45.0", "-5.0")]
@@ -160,10 +173,9 @@ def test_the_worst_are_listed_at_each_evaluation_and_results_of_tasks_fill_no_co
     assert not [tag for tag in events.Runs()["."]["scalars"] if re.search(r"result/t\d", tag)]
 
 
-def test_probes_are_run_on_a_few_tasks(run):
-    (newest,) = (run / "checkpoint").glob(str(STEPS))
-    state = json.loads(next(newest.glob("*state*.json")).read_text())
-    assert list(state["callbacks"]["expert_views"]["before"]) == NAMES[:8]
+def test_probes_are_run_on_a_few_tasks(run, report):
+    assert probed == NAMES[:8]
+    assert report["expert_use"]["5"].keys() == set(NAMES[:STEPS])  # of all that trained it is counted
 
 
 def test_one_task_more(photos, run, tmp_path, report):
