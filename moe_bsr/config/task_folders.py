@@ -24,7 +24,7 @@ def expanded(tasks: Any) -> Any:
     entries = [tasks] if isinstance(tasks, str) else tasks
     if not isinstance(entries, list) or not any(map(_is_pattern, entries)):
         return tasks
-    found = []
+    found: list[Any] = []
     for entry in entries:
         found += _matches(entry) if _is_pattern(entry) else [entry]
     return found

@@ -47,7 +47,8 @@ def condensed(lines: list[str], tasks: Collection[str]) -> list[str]:
     """Lines about tasks; of many tasks, one for those that differ in the task's name and numbers alone."""
     if not are_many(tasks):
         return lines
-    names, alike = set(tasks), {}
+    names = set(tasks)
+    alike: dict[str, list[str]] = {}
     for line in lines:
         form = re.sub(r"[\w.-]+", lambda word: "" if word[0] in names or word[0][0].isdigit() else word[0], line)
         alike.setdefault(form, []).append(line)
