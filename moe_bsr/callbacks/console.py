@@ -11,6 +11,7 @@ from statistics import fmean
 from tqdm import tqdm
 
 from moe_bsr.runtime.names import pad, printable, shorten
+from moe_bsr.runtime.top_list import worst_and_best
 from moe_bsr.training.callback import Callback, EvalEvent, StartEvent, StepEvent
 
 ROWS = 20  # of training, over a run
@@ -88,12 +89,12 @@ class Console(Callback):
         words += [pad(cell, CELL, right=True) for cell in cells]
         words += [rest] if rest else []
         if of_tasks:
-            order = sorted(of_tasks, key=lambda task: of_tasks[task])
-            worst, best = order[:EXTREMES], order[: -EXTREMES - 1 : -1]
+            worst, best = worst_and_best(of_tasks, EXTREMES, EXTREMES)
             words.append(
                 "; ".join(
                     f"{name} {', '.join(f'{task} {of_tasks[task]:.0f}%' for task in tasks)}"
                     for name, tasks in (("worst", worst), ("best", best))
+                    if tasks
                 )
             )
         self._say("  ".join(words).rstrip())

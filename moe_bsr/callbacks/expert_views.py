@@ -15,6 +15,7 @@ import numpy as np
 from moe_bsr.callbacks.writer import Writer
 from moe_bsr.evaluation import probe
 from moe_bsr.evaluation.routing import RoutingStatistics
+from moe_bsr.runtime.top_list import are_many
 from moe_bsr.training.callback import Callback, EvalEvent, StartEvent, StepEvent
 from moe_bsr.visualize import routing_log, theme
 from moe_bsr.visualize.tokens import make_views, strip
@@ -62,7 +63,8 @@ class ExpertViews(Callback):
             return
         began, step, start = time.perf_counter(), evaluation.step, self.start
         draws = start.config.train.pictures and drawing_due(self.since, step, start.config.train.steps)
-        seen = self.probes if self.blocks else dict(list(self.probes.items())[: TASKS * draws])
+        first = dict(list(self.probes.items())[:TASKS])
+        seen = (first if are_many(self.tasks) else self.probes) if self.blocks else first if draws else {}
         probed = {
             task: probe.run_probe(start.model, data, start.transforms, start.runtime) for task, data in seen.items()
         }

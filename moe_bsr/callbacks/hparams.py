@@ -13,6 +13,7 @@ from torch.utils.tensorboard.summary import hparams
 from moe_bsr.callbacks.writer import Writer
 from moe_bsr.config import Config
 from moe_bsr.runtime.names import printable
+from moe_bsr.runtime.top_list import are_many
 
 SECTION = "with what result"  # of the scalars; after all others
 
@@ -58,7 +59,7 @@ def choices(config: Config, report: Mapping[str, Any]) -> dict[str, str | float]
         "seed": float(config.seed),
         "steps": float(config.train.steps),
         "storage": _listed_parts(config.storage),
-        "tasks": ", ".join(config.task_names()),
+        "tasks": _tasks(config.task_names()),
     }
     return {name: printable(value) if isinstance(value, str) else value for name, value in found.items()}
 
@@ -96,6 +97,10 @@ def _described(part: str | dict[str, Any]) -> str:
     options = [f"{key}={value}" for key, value in part.items() if key not in ("kind", "blocks")]
     blocks = [_listed(part["blocks"])] if "blocks" in part else []
     return " ".join([part["kind"], *options, *blocks])
+
+
+def _tasks(names: list[str]) -> str:
+    return f"{len(names)}: {names[0]} to {names[-1]}" if are_many(names) else ", ".join(names)
 
 
 def _listed(values: list) -> str:

@@ -9,6 +9,9 @@ Sections come in the order of their names, so these are chosen for it:
     which experts work/...         a chart for each number, a curve for each block (`expert_views`)
     with what result/...           what the HParams tab shows
 
+Of many tasks (`runtime.top_list`) train/... is their mean, val/... their spread, and the text `tasks` has the worst:
+`many_tasks.py`. Charts of single tasks are accuracy/<task> alone, which the page filters by name.
+
 The test split is in the report alone: what stands in a chart is what one chooses by.
 """
 
@@ -17,17 +20,18 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
-from moe_bsr.callbacks import hparams
+from moe_bsr.callbacks import hparams, many_tasks
 from moe_bsr.callbacks.writer import Writer
 from moe_bsr.runs.report import markdown, selection
 from moe_bsr.runtime.names import printable
+from moe_bsr.runtime.top_list import MEAN, are_many
 from moe_bsr.training.callback import Callback, EvalEvent, StartEvent, StepEvent
 
 SCORES = ("top1", "top5", "mean_class_accuracy", "ece", "loss")
 MAX_POINTS = 2000  # training points per task and number; TensorBoard itself shows 1000
 
 # Sub-runs beside the tasks'; no task can have such a name.
-MEAN, SELECTED, TRAINING, VALIDATION = "mean of tasks", "selected step", "in training", "on validation"
+SELECTED, TRAINING, VALIDATION = "selected step", "in training", "on validation"
 ALL = "(mean of tasks)"  # comes before every task's name
 
 
@@ -43,20 +47,25 @@ class TensorBoard(Callback):
         self.window: dict[str, list[float]] = state.get("window", {})
         # The evaluation that would be selected now: its step, and top-1 in percent by task.
         self.best: dict[str, Any] = state.get("best", {})
+        self.many = many_tasks.Curves(self.writer, state.get("many", {}))
 
     def on_start(self, start: StartEvent) -> None:
-        self.config = start.config
+        self.config, self.are_many = start.config, are_many(start.tasks)
         self.every = math.ceil(start.config.train.steps / MAX_POINTS)
         if start.step == 0:
             blocks = [f"block {block}" for block in start.model.balance.blocks]
             mean = [MEAN] if len(start.tasks) > 1 else []
-            self.writer.begin([*start.tasks, *mean, SELECTED, TRAINING, VALIDATION, *blocks, ""])
+            curves = many_tasks.RUNS if are_many(start.tasks) else [*start.tasks, *mean]
+            self.writer.begin([*curves, SELECTED, TRAINING, VALIDATION, *blocks, ""])
             self.writer.text("run", "\n\n".join(map(printable, start.about)), 0)
 
     def on_step(self, step: StepEvent) -> None:
         sums = self.window.get(step.task, [0.0, 0.0, 0])
         loss, accuracy = step.metrics["loss"], 100 * step.metrics["accuracy"]
         self.window[step.task] = [sums[0] + loss, sums[1] + accuracy, sums[2] + 1]
+        if self.are_many:
+            self.many.on_step(step, self.config.train.steps)
+            return
         if step.progress[step.task]["updates"] % self.every:
             return
         for name, value in step.metrics.items():
@@ -68,11 +77,13 @@ class TensorBoard(Callback):
             return
         scores, step = evaluation.scores, evaluation.step
         means = {name: fmean(of_task[name] for of_task in scores.values()) for name in SCORES}
-        for name in SCORES:
+        for name in SCORES if not self.are_many else ():
             for task, of_task in scores.items():
                 self.writer.scalar(f"val/{name}", of_task[name], step, task)
             if len(scores) > 1:
                 self.writer.scalar(f"val/{name}", means[name], step, MEAN)
+        if self.are_many:
+            self.many.on_evaluate(evaluation, SCORES)
         training = {task: (loss / n, accuracy / n) for task, (loss, accuracy, n) in self.window.items()}
         validation = {task: (of_task["loss"], of_task["top1"]) for task, of_task in scores.items()}
         for run, values in ((TRAINING, training), (VALIDATION, validation)):
@@ -80,23 +91,25 @@ class TensorBoard(Callback):
                 values = {ALL: tuple(fmean(column) for column in zip(*values.values(), strict=True))} | values
             for name, (loss, accuracy) in values.items():
                 self.writer.scalar(f"accuracy/{name}", accuracy, step, run)
-                self.writer.scalar(f"loss/{name}", loss, step, run)
+                if name == ALL or not self.are_many:
+                    self.writer.scalar(f"loss/{name}", loss, step, run)
         self.window = {}
         if self.config.train.checkpoint_selection == "last" or means["top1"] > self.best.get("mean", -1):
             top1 = {task: of_task["top1"] for task, of_task in scores.items()}
             self.best = {"step": step, "mean": means["top1"], "top1": top1}
 
     def state(self) -> dict[str, Any]:
-        return self.writer.state() | {"window": self.window, "best": self.best}
+        of_many = {"many": self.many.state()} if self.many.state() else {}
+        return self.writer.state() | {"window": self.window, "best": self.best} | of_many
 
     def on_end(self, report: Mapping[str, Any]) -> None:
         step = report["step"]
-        self.writer.text("report", markdown(report), step)
+        self.writer.text("report", markdown(report, whole=False), step)
         self.writer.text("selected step", selection(report), step)
         if report["status"] == "finished" and report["selected_mean_val_top1"] is not None:
             chosen, top1 = report["selected_step"], report["selected_mean_val_top1"]
             self.writer.scalar("val/top1", top1, chosen, SELECTED)
-            of_tasks = self.best["top1"] if self.best.get("step") == chosen else {}
+            of_tasks = self.best["top1"] if self.best.get("step") == chosen and not self.are_many else {}
             hparams.write(self.writer, self.config, report, of_tasks)
 
     def close(self) -> None:

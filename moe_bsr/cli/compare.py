@@ -5,6 +5,8 @@
 
 Per task top-1 in percent with its 95 % interval (of the finite test set, not of the training), then the
 mean over tasks, the images seen per task, training seconds, peak memory and forward GFLOPs an image.
+Of more than 12 tasks: their mean and spread, and those of which the last run does worse and better than the first one;
+--json has all.
 A run goes by the name of its folder; runs whose folders have equal names go by their paths.
 """
 
@@ -33,7 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(reports, indent=1))
         return 0
     rows = comparison.comparison(reports, intervals=arguments.markdown)
-    say(as_markdown(rows) if arguments.markdown else as_text(rows))
+    tables = [rows for rows in (rows, comparison.most_changed(reports)) if rows]
+    say("\n\n".join(map(as_markdown if arguments.markdown else as_text, tables)))
     if arguments.experts:
         say(comparison.expert_use(list(reports.values())[-1]))
     return 0

@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import moe_bsr
     from moe_bsr.evaluation.tables import table
+    from moe_bsr.runtime.top_list import are_many
 
     trained = moe_bsr.load(
         arguments.run, arguments.checkpoint, arguments.data_root, arguments.device, arguments.weights, arguments.task
@@ -43,6 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
         say(f"{task}: these images changed since the run began: {changed}")
     say()
     say(table(report["tasks"]))
+    if are_many(report["tasks"]):
+        say(f"\nall {len(report['tasks'])} tasks: --json; some of them: --task NAME ...")
     return 0
 
 

@@ -17,7 +17,6 @@ Exit status: 0 written, 2 refused (nothing is written).
 
 import argparse
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from moe_bsr.config import ConfigError, load
+    from moe_bsr.config.task_folders import folder_name
 
     folder, out = arguments.folder.resolve(), arguments.out
     if not folder.is_dir():
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         say(f"not used: {line}")
     if not datasets:
         raise ConfigError(f"{folder}: no dataset in it; moe-bsr init --help shows the folders that are understood")
-    name = task_name(folder)
+    name = folder_name(folder)
     config = out / f"{name}.yaml"
     command = f"{program('train')} {config}"
     paths = [out / "tasks" / f"{data.name}.yaml" for data in datasets]
@@ -152,11 +152,11 @@ def dataset_in(place: Path, test_fraction: float) -> "TaskData":
     """
     from dataclasses import replace
 
+    from moe_bsr.config.task_folders import folder_name, title_of
     from moe_bsr.data import SOURCES, load_task
 
-    name = task_name(place)
-    title = name.replace("_", " ").strip().capitalize()
-    spec = SOURCES["folder"](name=name, title=title, path=str(place))
+    name = folder_name(place)
+    spec = SOURCES["folder"](name=name, title=title_of(name), path=str(place))
     if spec.open(Path()).test is None:
         spec = replace(spec, test_fraction=test_fraction)
     return load_task(spec, root=Path())
@@ -174,11 +174,6 @@ def has_images(folder: Path) -> bool:
     from moe_bsr.data.unused import Unused
 
     return any(is_image(entry.name) for entry in entries(str(folder), Unused())[0])
-
-
-def task_name(folder: Path) -> str:
-    """A folder's name as a task may be called."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", folder.name).strip("_") or "images"
 
 
 def task_file(data: "TaskData") -> str:

@@ -79,7 +79,7 @@ def train(arguments: argparse.Namespace, config: "Config", command: str = "train
             error=True,
         )
         return INTERRUPTED
-    say(markdown(report))
+    say(markdown(report, whole=False))
     if report["status"] == "interrupted":
         again = shlex.join([str(folder), "--resume"])
         say(f"interrupted; saved in {folder}. Go on with: {program('train')} {again}")

@@ -5,8 +5,9 @@
 
 RUN is a folder that `moe-bsr train` wrote. The checkpoint is run on the validation split; the pictures go
 into RUN/views/ (PNG files, and index.html that says what they come to, shows and explains all of them and needs
-no server). Then TensorBoard starts on what training wrote, until Ctrl-C; with --no-serve it does not. Drawing
-again replaces what was drawn before.
+no server). Of more than 12 tasks the worst and the best are drawn; --task names
+others. Then TensorBoard starts on what training wrote, until Ctrl-C; with --no-serve it does not. Drawing again
+replaces what was drawn before.
 """
 
 import argparse
@@ -23,6 +24,7 @@ SAMPLES = "images=100,text=100"  # steps kept of each picture; TensorBoard's own
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     run_arguments.add_run(parser)
+    run_arguments.add_tasks(parser)
     run_arguments.add_data(parser)
     at_least = run_arguments.at_least
     parser.add_argument("--no-serve", action="store_true", help="only write; start no TensorBoard")
@@ -42,7 +44,9 @@ def run(arguments: argparse.Namespace) -> int:
     from moe_bsr.runs.load import load
     from moe_bsr.visualize import expert_report
 
-    loaded = load(arguments.run, arguments.checkpoint, arguments.data_root, arguments.device, arguments.weights)
+    loaded = load(
+        arguments.run, arguments.checkpoint, arguments.data_root, arguments.device, arguments.weights, arguments.task
+    )
     with loaded.runtime.in_effect():
         sections = expert_report.sections(
             loaded,

@@ -11,6 +11,7 @@ import yaml
 from moe_bsr.config.errors import ConfigError, show
 from moe_bsr.config.reader import convert, make_way, read_tree, set_dotted
 from moe_bsr.config.schema import Config
+from moe_bsr.config.task_folders import expanded
 from moe_bsr.config.yaml_text import parse_value
 
 
@@ -49,6 +50,8 @@ def _overridden(tree: dict[str, Any], overrides: list[str] | tuple[str, ...]) ->
 
 def from_dict(tree: dict[str, Any]) -> Config:
     """Build a checked Config from nested dictionaries (as in a resolved `config.yaml`)."""
+    if "tasks" in tree:
+        tree = tree | {"tasks": expanded(tree["tasks"])}
     return convert(tree, Config, "")
 
 

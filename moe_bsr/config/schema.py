@@ -10,11 +10,11 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from moe_bsr.config.errors import require, require_within
 from moe_bsr.config.moe import MoEConfig
+from moe_bsr.config.task_folders import name_of
 from moe_bsr.config.train import TrainConfig
 
 
@@ -289,8 +289,8 @@ class Config:
         )
 
     def task_names(self) -> list[str]:
-        """Names of the tasks; a task given as a path to a YAML file is named by the file's stem."""
-        return [Path(task).stem if task.endswith((".yaml", ".yml")) else task for task in self.tasks]
+        """Names of the tasks; one given as a YAML file or a folder of images is named by that."""
+        return [name_of(task) for task in self.tasks]
 
     def trained_tasks(self) -> list[str]:
         """Names of the tasks that train: all but with `train.only`."""

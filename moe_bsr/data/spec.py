@@ -24,6 +24,7 @@ from moe_bsr.config import ConfigError, is_crop_range, require
 from moe_bsr.config.errors import nearest
 from moe_bsr.config.reader import convert_section
 from moe_bsr.config.registry import Registry
+from moe_bsr.config.task_folders import folder_name, is_folder, title_of
 from moe_bsr.config.yaml_text import read_yaml
 
 
@@ -133,12 +134,14 @@ SOURCES: Registry[type[TaskSpec]] = Registry("source")
 
 
 def load_spec(name_or_path: str | Path) -> TaskSpec:
-    """The task of that name, or of that .yaml file.
+    """The task of that name, of that .yaml file, or of the images in that folder, which is written with a slash.
 
     A name is looked up in `tasks/` of the current directory, then among the tasks that come with the package.
     Raises FileNotFoundError listing what exists, ConfigError for keys and values that cannot be.
     """
     path = Path(name_or_path)
+    if is_folder(str(name_or_path)):
+        return _of_folder(path.expanduser().resolve())
     if path.suffix not in (".yaml", ".yml"):
         path = _find(str(name_or_path))
     elif not path.is_file():
@@ -168,6 +171,14 @@ def spec_from(name: str, entries: dict) -> TaskSpec:
             hint = f": it belongs to source {' or '.join(elsewhere)}" if elsewhere else nearest(key, allowed)
             raise ConfigError(f"unknown key {key} for source {source}{hint} (allowed: {', '.join(allowed)})")
     return convert_section({key: value for key, value in entries.items() if key != "source"}, cls, "", name=name)
+
+
+def _of_folder(folder: Path) -> TaskSpec:
+    """What `moe-bsr init` would write of it."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"task folder {folder} does not exist")
+    name = folder_name(folder)
+    return spec_from(name, {"title": title_of(name), "source": "folder", "path": str(folder)})
 
 
 def _keys(cls: type[TaskSpec]) -> list[str]:

@@ -7,10 +7,11 @@ are in percent; shares lie between 0 and 1.
 Several processes share the batches, each of which is what it would be in one: the numbers have the same bits.
 """
 
+import contextlib
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,19 @@ def evaluate(
     return summarize(predictions, data.class_names) | usage.summary() | {"images_per_second": speed}
 
 
+@contextlib.contextmanager
+def scoring(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards as it was. Who evaluates many tasks switches it once for all."""
+    if not model.training:
+        yield
+        return
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
+
+
 def predict(
     model: nn.Module,
     data: TaskData,
@@ -109,23 +123,18 @@ def _predict(
         raise ValueError(f"task {data.name}: its {split} split has no images to evaluate")
     batches = ranks.mine(-(-size // batch_size))
     predictions = Predictions.empty(batch_size * len(batches))
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode(), runtime.autocast():
-            for images, labels in transforms.eval_batches(data, split, batch_size, batches):
-                if ranks.leaving:
-                    break
-                start = time.perf_counter()
-                output = model(transforms.normalize(images, device=runtime.device), data.name)
-                logits = output.logits.float().cpu()
-                seconds = time.perf_counter() - start
-                _check(logits, data)
-                predictions.fill(done, score_batch(logits, labels))
-                done += len(labels)
-                watch(output, len(images), seconds)
-    finally:
-        model.train(was_training)
+    with scoring(model), torch.inference_mode(), runtime.autocast():
+        for images, labels in transforms.eval_batches(data, split, batch_size, batches):
+            if ranks.leaving:
+                break
+            start = time.perf_counter()
+            output = model(transforms.normalize(images, device=runtime.device), data.name)
+            logits = output.logits.float().cpu()
+            seconds = time.perf_counter() - start
+            _check(logits, data)
+            predictions.fill(done, score_batch(logits, labels))
+            done += len(labels)
+            watch(output, len(images), seconds)
     return Predictions(*(part[:done] for part in predictions))
 
 

@@ -4,6 +4,7 @@ import statistics
 
 from moe_bsr.runtime.names import printable
 from moe_bsr.runtime.text_tables import as_text
+from moe_bsr.runtime.top_list import are_many, shown, spread, worst_and_best
 
 COLUMNS = (
     "task",
@@ -21,15 +22,27 @@ COLUMNS = (
 
 
 def table(results: dict[str, dict]) -> str:
-    """Results of `evaluate` by task, as aligned text: a row each, their mean, the confusions."""
-    rows = [COLUMNS, *(_row(task, result) for task, result in results.items())]
+    """Results of `evaluate` by task, as aligned text: a row each, their mean, the confusions.
+
+    Of many tasks only the lowest and the highest top-1 have a row, and the lowest their confusions.
+    """
+    top1 = {task: result["top1"] for task, result in results.items()}
+    listed = shown(top1)
+    rows = [COLUMNS, *(_row(task, results[task]) for task in listed)]
+    if are_many(results):
+        rows.append((f"({len(results) - len(listed)} between)", *[""] * (len(COLUMNS) - 1)))
+        more = list(spread(top1.values()).items())[1:]
+        rows += [(name, f"{value:.1f}", *[""] * (len(COLUMNS) - 2)) for name, value in more]
+        confused = worst_and_best(top1)[0]
+    else:
+        confused = listed
     if len(results) > 1:
         rows.append(_mean_row(list(results.values())))
     lines = [as_text(rows), "", "Largest confusions (share of the class that was mistaken):"]
-    for task, result in results.items():
+    for task in confused:
         pairs = [
             f"{printable(c['true'])} -> {printable(c['predicted'])} {c['count']}x ({100 * c['share']:.0f} %)"
-            for c in result["confusions"]
+            for c in results[task]["confusions"]
         ]
         lines.append(f"  {task}: {', '.join(pairs) or 'none'}")
     return "\n".join(lines)

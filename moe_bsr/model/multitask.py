@@ -268,19 +268,17 @@ class MultitaskViT(nn.Module):
         if output.routing:
             self.balance.update(output.routing, task)
 
-    def layer_of(self, parameter: nn.Parameter) -> int:
-        """The layer of a parameter for layer-wise learning rates: 0 the embeddings, depth + 1 the top.
+    def layers(self) -> dict[int, int]:
+        """The layer of each parameter for layer-wise learning rates, by its id: 0 the embeddings, depth + 1 the top.
 
         Experts and adapters belong to their block; routers, the final norm, heads and log variances to the top.
         """
-        for index, layer in enumerate(self.vit.blocks):
-            if any(parameter is p for p in layer.parameters()):
-                router = layer.mlp.router.parameters() if isinstance(layer.mlp, MoE) else ()
-                return len(self.plan) + 1 if any(parameter is p for p in router) else index + 1
-        vit = self.vit
+        vit, found = self.vit, {id(p): 0 for p in self.parameters()}
         top = [vit.norm, vit.fc_norm, vit.attn_pool, self.heads, self.log_variances]
-        of_top = any(parameter is p for module in top if module is not None for p in module.parameters())
-        return len(self.plan) + 1 if of_top else 0
+        for index, layer in enumerate(vit.blocks):
+            found |= {id(p): index + 1 for p in layer.parameters()}
+            top += [layer.mlp.router] if isinstance(layer.mlp, MoE) else []
+        return found | {id(p): len(self.plan) + 1 for module in top if module is not None for p in module.parameters()}
 
     def parameters_of(self, task: str) -> list[nn.Parameter]:
         """Parameters that take part in a step of `task`: all but the other tasks' heads, routers and log variances."""

@@ -2,10 +2,17 @@
 
 from typing import Any
 
+from moe_bsr.runtime.top_list import WORST, are_many, spread, worst_and_best
+
 
 def comparison(reports: dict[str, dict[str, Any]], intervals: bool) -> list[list[str]]:
-    """Rows of a table of runs: a header, chance, then one row per run."""
+    """Rows of a table of runs: a header, chance, then one row per run.
+
+    Of many tasks, in place of a column each, their spread.
+    """
     names = list(dict.fromkeys(task for report in reports.values() for task in report["tasks"]))
+    if are_many(names):
+        return _spreads(reports)
     rows = [["top-1 %", *names, "mean", "images/task", "train s", "peak MB", "GFLOPs"]]
     first = next(iter(reports.values()))["tasks"]
     rows.append(
@@ -39,6 +46,32 @@ def comparison(reports: dict[str, dict[str, Any]], intervals: bool) -> list[list
             ]
         )
     return rows
+
+
+def _spreads(reports: dict[str, dict[str, Any]]) -> list[list[str]]:
+    rows = []
+    for run, report in reports.items():
+        known = [task["top1"] for task in report["tasks"].values() if "top1" in task]
+        numbers = {name: f"{value:.2f}" for name, value in spread(known or [float("nan")]).items()}
+        rows.append([run, str(len(report["tasks"])), *numbers.values(), f"{report['train_seconds']:.0f}"])
+    return [["top-1 %", "tasks", *numbers, "train s"], *rows]
+
+
+def most_changed(reports: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """Of many tasks, rows of those that the last run does worse than the first one, and of those it does better.
+
+    Empty for few tasks, one run, or runs without a task in common.
+    """
+    runs = list(reports.values())
+    top1 = [{name: task["top1"] for name, task in run["tasks"].items() if "top1" in task} for run in runs]
+    change = {name: top1[-1][name] - value for name, value in top1[0].items() if name in top1[-1]}
+    if len(runs) < 2 or not are_many(change):
+        return []
+    worse, better = worst_and_best(change, best=WORST)
+    rows = [["most changed, top-1 %", *reports, "last - first"]]
+    for name in [*(n for n in worse if change[n] < 0), *(n for n in better[::-1] if change[n] > 0)]:
+        rows.append([name, *(f"{of[name]:.1f}" if name in of else "-" for of in top1), f"{change[name]:+.1f}"])
+    return rows if len(rows) > 1 else []
 
 
 def expert_use(report: dict[str, Any]) -> str:

@@ -28,6 +28,7 @@ from moe_bsr.runtime import files
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.runtime.files import write_whole
 from moe_bsr.runtime.provenance import commit, environment
+from moe_bsr.runtime.top_list import condensed
 from moe_bsr.runtime.version import __version__
 
 # Settings of the data that are the transforms' own, under the same name.
@@ -133,7 +134,7 @@ def open_tasks(config: Config, run: Path, resume: bool = False) -> tuple[dict[st
     for name, about in before.items():
         data_record.check_spec(run, specs[name], about)
     tasks = {name: open_task(config, spec, root) for name, spec in specs.items()}
-    notes = [f"{name}: {note}" for name, data in tasks.items() for note in data.notes]
+    notes = condensed([f"{name}: {note}" for name, data in tasks.items() for note in data.notes], tasks)
     for name, about in before.items():
         tasks[name], changes = data_record.follow(run, tasks[name], about)
         for split, change in changes.items():

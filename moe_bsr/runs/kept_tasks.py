@@ -26,7 +26,7 @@ def records(config: Config, run: Path, resume: bool = False) -> dict[str, dict[s
     Raises:
         ConfigError: no such run, or it has not all of these tasks.
     """
-    kept = [name for name in config.task_names() if name not in config.trained_tasks()]
+    kept = _kept(config)
     if not kept:
         return {}
     if resume and checkpoint.steps(run):
@@ -81,11 +81,15 @@ def entries(config: Config, run: Path, split: str) -> dict[str, dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError):
         told, same = {}, False
     kept = {}
-    for name in config.task_names():
-        if name not in config.trained_tasks():
-            entry = told.get(name, {})
-            kept[name] = COUNTS | {key: value for key, value in entry.items() if same or key not in SCORES}
+    for name in _kept(config):
+        entry = told.get(name, {})
+        kept[name] = COUNTS | {key: value for key, value in entry.items() if same or key not in SCORES}
     return kept
+
+
+def _kept(config: Config) -> list[str]:
+    trained = set(config.trained_tasks())
+    return [name for name in config.task_names() if name not in trained]
 
 
 def _source(config: Config) -> Path:

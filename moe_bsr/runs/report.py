@@ -15,6 +15,7 @@ from moe_bsr.runtime.device import Runtime
 from moe_bsr.runtime.files import NotOrdinary, read_text, write_whole
 from moe_bsr.runtime.names import printable
 from moe_bsr.runtime.provenance import command, commit, environment
+from moe_bsr.runtime.top_list import are_many, shown, spread
 
 
 def make(
@@ -146,7 +147,16 @@ def is_complete(report: dict[str, Any], config: Config) -> bool:
     return report["status"] == "finished" and all(then.get(key) == now[key] for key in LENGTHS)
 
 
-def markdown(report: dict[str, Any]) -> str:
+def markdown(report: dict[str, Any], whole: bool = True) -> str:
+    """The report for people.
+
+    Args:
+        whole: all tasks, however many; otherwise of many those of the lowest and the highest accuracy.
+    """
+    tasks = report["tasks"]
+    if not whole and are_many(tasks):
+        chosen = shown({name: about.get("top1", 0.0) for name, about in tasks.items()})
+        report = report | {"tasks": {name: tasks[name] for name in chosen}}
     counted = f"{report['test_evaluations']} evaluation(s) of the test split so far."
     lines = [
         f"Status: {report['status']}. {selection(report)}",
@@ -164,6 +174,11 @@ def markdown(report: dict[str, Any]) -> str:
         score.insert(1, f"{t['top1_low']:.1f} - {t['top1_high']:.1f}" if "top1" in t else "-")
         score.insert(2, f"{t['val_top1']:.1f}" if "val_top1" in t else "-")
         lines.append(f"| {name} | {' | '.join(score)} | {t['images']} | {t['epochs']:.2f} | {t['updates']} |")
+    if len(report["tasks"]) < len(tasks):
+        lines.append(f"| ({len(tasks) - len(report['tasks'])} more tasks in report.md) | | | | | | | | | | |")
+        known = [about["top1"] for about in tasks.values() if "top1" in about]
+        of_all = list(spread(known).items())[1:] if known else []
+        lines += [f"| {name} | {value:.2f} | | | | | | | | | |" for name, value in of_all]
     if report["mean_top1"] is not None:
         lines.append(f"| mean | {report['mean_top1']:.2f} | | | | | | | | | |")
     lines += [

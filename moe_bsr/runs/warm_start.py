@@ -22,6 +22,7 @@ from moe_bsr.runs import archive, checkpoint, ordinary
 from moe_bsr.runs.config_file import read_config
 from moe_bsr.runs.folder import check_names
 from moe_bsr.runs.load import read_named
+from moe_bsr.runtime.top_list import are_many
 
 SHOWN = 5  # names of a kind in a message
 COMPUTES = {  # settings that say what the same weights compute
@@ -251,7 +252,11 @@ def _told(
     others = sorted({name.split(".")[1] for name in replaced if not name.startswith("vit.blocks.")})
     taken = [*([f"blocks {_listed(blocks)}"] if blocks else []), *others]
     taken += [f"{kind} of blocks {_listed(places)}" for kind, places in parts.items() if places]
-    taken += [f"head of {task} ({count} of {len(classes[task])} classes)" for task, count in heads.items()]
+    if are_many(heads):
+        known = sum(len(classes[task]) for task in heads)
+        taken.append(f"heads of {len(heads)} tasks ({sum(heads.values())} of {known} classes)")
+    else:
+        taken += [f"head of {task} ({count} of {len(classes[task])} classes)" for task, count in heads.items()]
     moe = [index for index, plan in enumerate(model.plan) if plan.moe]
     new = [f"head of {task}" for task in classes if task not in heads]
     if model.trained_tasks is not model.tasks and moe and new:

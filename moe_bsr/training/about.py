@@ -7,6 +7,7 @@ from moe_bsr.data import TaskData
 from moe_bsr.model import summary
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.runtime.device import Runtime
+from moe_bsr.runtime.top_list import are_many
 from moe_bsr.training import length
 from moe_bsr.training.doubts import doubts
 
@@ -19,17 +20,28 @@ def about(
     Args:
         cost: its predicted cost in a line.
     """
-    sizes = ", ".join(f"{n} {len(d.train)}/{len(d.val)}/{len(d.test)}" for n, d in tasks.items())
     counts = {name: len(data.train) for name, data in tasks.items()}
     return [
         *summary.summary(model, config),
-        f"train/val/test images: {sizes}",
+        f"train/val/test images: {_sizes(tasks)}",
         *(f"warning: {doubt}" for doubt in doubts(config, counts)),
         f"{_length(config, counts)}; {runtime.precision} ({runtime.precision_reason}), {runtime.threads} threads on "
         f"{runtime.device}; run folder {run_dir}",
         *runtime.ranks.about(),
         cost,
     ]
+
+
+def _sizes(tasks: dict[str, TaskData]) -> str:
+    each = {n: f"{len(d.train)}/{len(d.val)}/{len(d.test)}" for n, d in tasks.items()}
+    if not are_many(tasks):
+        return ", ".join(f"{name} {size}" for name, size in each.items())
+    totals = (sum(len(getattr(data, split)) for data in tasks.values()) for split in ("train", "val", "test"))
+    order = sorted(tasks, key=lambda name: len(tasks[name].train))
+    return (
+        f"{'/'.join(map(str, totals))} in {len(tasks)} tasks, from {order[0]} {each[order[0]]} to {order[-1]} "
+        f"{each[order[-1]]}"
+    )
 
 
 def _length(config: Config, sizes: dict[str, int]) -> str:

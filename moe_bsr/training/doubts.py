@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from moe_bsr.config import Config
 from moe_bsr.data.sampler import MultitaskSampler
+from moe_bsr.runtime.top_list import condensed
 from moe_bsr.training.length import in_updates, updates_of
 from moe_bsr.training.optim import learning_rate
 
@@ -27,7 +28,8 @@ def doubts(config: Config, sizes: dict[str, int]) -> list[str]:
     if steps is None:  # measured later
         return [*_learning_signal(config)]
     config = in_updates(config, steps)
-    return [*_optimization(config), *_learning_signal(config), *_data(config, sizes)]
+    found = [*_optimization(config), *_learning_signal(config), *_data(config, sizes)]
+    return condensed(found, sizes)
 
 
 def _optimization(config: Config) -> Iterator[str]:

@@ -20,13 +20,13 @@ def parameter_groups(model: MultitaskViT, config: TrainConfig) -> list[dict]:
     """
     groups: dict[tuple, dict] = {}
     top = len(model.plan) + 1
-    scales = _scales(model, config)
+    scales, layers = _scales(model, config), model.layers()
     routers = {id(p) for moe in _mixtures(model) for p in moe.router.parameters()}
     undecayed = _undecayed(model) | _undecayed_experts(model, config)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        scale = config.layer_decay ** (top - model.layer_of(parameter))
+        scale = config.layer_decay ** (top - layers[id(parameter)])
         scale *= scales.get(id(parameter), 1.0)
         decay = 0.0 if id(parameter) in undecayed else config.weight_decay
         hold = config.router_hold if id(parameter) in routers else 0

@@ -16,7 +16,7 @@ from moe_bsr.config import Config
 from moe_bsr.data import LostData, UnreadableImage
 from moe_bsr.data.loader import Batch
 from moe_bsr.data.sampler import MultitaskSampler
-from moe_bsr.evaluation.evaluate import BATCH, evaluate
+from moe_bsr.evaluation.evaluate import BATCH, evaluate, scoring
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.runs import checkpoint, kept_tasks, report
 from moe_bsr.runs import folder as run
@@ -261,7 +261,7 @@ class Trainer:
         if average is not None:
             average.swap(self.model)
         try:
-            with self.ranks.at_once():
+            with scoring(self.model), self.ranks.at_once():
                 scores = {
                     name: evaluate(self.model, data, split, self.transforms, self.runtime, BATCH, self.ranks)
                     for name, data in self.tasks.items()

@@ -1,7 +1,7 @@
 """All views of a trained run, drawn from its checkpoint on the validation split, explained and written."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,8 @@ from moe_bsr.evaluation.routing import RoutingStatistics
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.runs.load import TrainedRun
 from moe_bsr.runtime.files import write_whole
-from moe_bsr.visualize import conclusions, mistakes, theme
+from moe_bsr.runtime.top_list import are_many, shown
+from moe_bsr.visualize import accuracy, conclusions, many_tasks, mistakes, theme
 from moe_bsr.visualize import experts as expert_figures
 from moe_bsr.visualize import interventions as intervention_views
 from moe_bsr.visualize.html import Picture, Section, Table, page
@@ -44,8 +45,12 @@ def sections(
     Args:
         images: strips per task. ablated: images per task for masking experts; 0 leaves it out.
         say: told what is being done.
+
+    Of many tasks, all count in the shares and the accuracy; masking, mistakes and strips are of the worst and the best.
     """
     reason, seen, results, taken = no_experts(trained), observe(trained, batch_size, say), {}, None
+    drawn = shown({task: right / count for task, (right, count) in seen.scores.items()})
+    everything, trained = trained, replace(trained, models={task: trained.models[task] for task in drawn})
     if ablated and not reason:
         say(f"masking each expert in turn, on at most {ablated} images per task")
         data = {task: probe.pick_probe_images(trained.data(task), ablated) for task in trained.models}
@@ -54,13 +59,14 @@ def sections(
         say("merging the experts, swapping the routers, shuffling the choices")
         taken = interventions.intervene(model, data, trained.transforms, trained.runtime, batch_size)
     say("what is taken for what, and the most wrong answers")
-    found = [_conclusions(seen, results, taken, reason), _accuracy_section(seen.scores)]
+    found = [_conclusions(seen, results, taken, reason), accuracy.section(seen.scores)]
     found.append(_mistakes_section(trained, batch_size))
     if not reason:
         found.append(_usage_section(seen.statistics, trained.step))
         found += [intervention_views.section(taken)] if taken else []
         found += [_ablation_section(results, trained.step, _only_class_token(model))] if results else []
-        found += [_distances_section(seen.statistics, trained.step)] if len(trained.models) > 1 else []
+        several = len(everything.models) > 1 and not are_many(everything.models)
+        found += [_distances_section(seen.statistics, trained.step)] if several else []
     say(f"strips of {images} images per task")
     found.append(_token_section(trained, images))
     return found if reason else [*found, _numbers_section(seen.statistics)]
@@ -83,11 +89,14 @@ def no_experts(trained: TrainedRun) -> str:
 
 def observe(trained: TrainedRun, batch_size: int, say: Callable[[str], None]) -> Observed:
     """Once through the whole validation split of each task."""
-    seen = Observed()
+    seen, many = Observed(), are_many(trained.models)
+    if many:
+        say(f"{len(trained.models)} tasks: {sum(len(trained.data(t).val) for t in trained.models)} validation images")
     for task, model in trained.models.items():
         data, right = trained.data(task), 0
         kept = seen.kept[task] = conclusions.KeptPatches(model.vit.patch_embed.grid_size)
-        say(f"{task}: {len(data.val)} validation images")
+        if not many:
+            say(f"{task}: {len(data.val)} validation images")
         with torch.inference_mode(), trained.runtime.autocast():
             for images, labels in trained.transforms.eval_batches(data, "val", batch_size):
                 output = model(trained.transforms.normalize(images, device=trained.runtime.device), task)
@@ -158,19 +167,6 @@ def _mistakes_section(trained: TrainedRun, batch_size: int) -> Section:
     )
 
 
-def _accuracy_section(scores: dict[str, tuple[int, int]]) -> Section:
-    rows = [["task", "top-1 %", "images"]]
-    rows += [[task, f"{100 * right / count:.1f}", str(count)] for task, (right, count) in scores.items()]
-    return Section(
-        "Accuracy",
-        [
-            "Of the weights that all pictures below were drawn from, on the same images. These chose the "
-            "checkpoint too, so the numbers flatter; quote the run's report.",
-        ],
-        tables=[Table(rows)],
-    )
-
-
 def _numbers_section(statistics: dict[int, RoutingStatistics]) -> Section:
     by_block = {block: s.numbers() for block, s in statistics.items()}
     names = list(next(iter(by_block.values())))
@@ -207,7 +203,7 @@ def _usage_section(statistics: dict[int, RoutingStatistics], step: int) -> Secti
         pictures.append(
             _picture(
                 f"use_block{block}",
-                expert_figures.heatmap(s, block, "validation", step),
+                many_tasks.heatmap(s, block, "validation", step),
                 f"Block {block}: share of each expert in each task's choices.",
             )
         )

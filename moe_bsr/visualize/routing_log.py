@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe_bsr.evaluation.routing import RoutingStatistics
-from moe_bsr.visualize import experts
+from moe_bsr.runtime.top_list import are_many
+from moe_bsr.visualize import experts, many_tasks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,11 +30,14 @@ def figures(by_block: dict[int, RoutingStatistics], updates: str) -> Iterator[tu
     """(name, figure) of what was counted in training; `updates` says in which."""
     yield "all blocks", experts.overview(by_block, updates)
     for block, statistics in sorted(by_block.items()):
-        yield f"block {block}", experts.heatmap(statistics, block, updates)
+        yield f"block {block}", many_tasks.heatmap(statistics, block, updates)
 
 
 def table(by_block: dict[int, RoutingStatistics], when: str) -> str:
-    """Markdown: every block's numbers and what they say; the shares too, where the figures have no room for them."""
+    """Markdown: every block's numbers and what they say; the shares too, where the figures have no room for them.
+
+    Of many tasks the shares are left to the report (`expert_use`).
+    """
     names = list(next(iter(by_block.values())).numbers())
     head = " | ".join(name.replace("_", " ") for name in names)
     lines = [f"Experts, {when}", "", f"| block | {head} | in words |", "|---:" * (len(names) + 1) + "|:---|"]
@@ -41,7 +45,8 @@ def table(by_block: dict[int, RoutingStatistics], when: str) -> str:
         values = ("-" if np.isnan(v) else f"{v:.3g}" for v in statistics.numbers().values())
         lines.append(f"| {block} | {' | '.join(values)} | {statistics.reading()} |")
     for block, statistics in sorted(by_block.items()):
-        if not experts.has_room_for_numbers(len(statistics.tasks), statistics.experts):
+        tasks = statistics.tasks
+        if not are_many(tasks) and not experts.has_room_for_numbers(len(tasks), statistics.experts):
             lines += _shares(block, statistics)
     return "\n".join(lines)
 
