@@ -21,7 +21,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import moe_bsr
 from moe_bsr import api
 from moe_bsr.config import Config
 from moe_bsr.runtime import allocator
@@ -200,7 +199,7 @@ def _launch(file: Path, run: Path, said: Path, fresh: bool = False, restarts: in
         for stream in (1, 2):
             os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
         sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))
-        package = Path(moe_bsr.__file__).parent
+        package = Path(api.__file__).parent
         os.environ["PYTHONPATH"] = os.pathsep.join([str(package.parent), os.environ.get("PYTHONPATH", "")])
         os.environ["OMP_NUM_THREADS"] = "1"
         os.environ["GLIBC_TUNABLES"] = allocator.SETTING  # or a fork would begin this very program again
