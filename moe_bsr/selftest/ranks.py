@@ -1,7 +1,7 @@
 """Kill one of two processes that train together under torchrun, and see how the run ends and how it goes on.
 
 Which of them, and when, is drawn: while they start, in an update, in an evaluation, or while a checkpoint is written.
-In half of the trials torchrun may begin again (`--max-restarts`). In the others the run has to end within `LIMIT`
+In half of the trials torchrun may begin again (max-restarts). In the others the run has to end within `LIMIT`
 seconds, the process that is left says who is gone, and two processes or one resume it. Two processes on CPUs have the
 bits of one: whatever happened, weights, moments and metrics come out as those of the run that nobody disturbed.
 
@@ -189,7 +189,7 @@ def _is_over(pid: int) -> bool:
 
 
 def _launch(file: Path, run: Path, said: Path, fresh: bool = False, restarts: int = 0) -> int:
-    """`torchrun ... train FILE --run-dir RUN --resume` in a process of its own; returns its id."""
+    """torchrun with the command that trains and resumes, in a process of its own; returns its id."""
     pid = os.fork()
     if pid:
         return pid
@@ -211,7 +211,7 @@ def _launch(file: Path, run: Path, said: Path, fresh: bool = False, restarts: in
         torchrun([*options, *how, "train", str(file), "--run-dir", str(run), "--resume"])
         status = 0
     except BaseException as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
