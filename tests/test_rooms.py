@@ -55,6 +55,7 @@ PRIVATE_NAMES_ELSEWHERE = {
     ("runtime/cpu_features.py", "torch.ops"): "what this CPU can do has no public name",
     ("runtime/cpu_features.py", "_is_mkldnn_bf16_supported"): "what this CPU can do has no public name",
     ("runtime/device.py", "_fast_norm"): "timm's public switch of its norms is for the whole process",
+    ("selftest/ranks.py", "_exit"): "public: a fork must not clean up what its parent still uses",
     ("selftest/kills.py", "_exit"): "public: a fork must not clean up what its parent still uses",
     (
         "selftest/sandbox.py",

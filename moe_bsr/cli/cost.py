@@ -4,6 +4,7 @@
     moe-bsr cost configs/deit_tiny_moe_bsr.yaml storage=recompute --measure
     moe-bsr cost configs/vit_base_stl_bsr.yaml --budget 600MB     # does it fit, what would help
     moe-bsr cost configs/vit_base_stl_bsr.yaml --mode paper               # as the paper counts
+    moe-bsr cost configs/vit_base_moe_bsr.yaml --processes 512 --machines 64 train.batch_size=65536
     moe-bsr cost configs/deit_tiny_moe_bsr.yaml --sweep --image-size 96 --batches 2 4
 
 Modes: exact (what a training step of this code holds), paper and backrazor (the published rules). MB is 2^20
@@ -21,8 +22,10 @@ import torch
 
 from moe_bsr import config as configuration
 from moe_bsr.benchmark import sweep
+from moe_bsr.cli.run_arguments import at_least
 from moe_bsr.config import Config, ConfigError, require
 from moe_bsr.cost import planner as budget
+from moe_bsr.cost import scaling
 from moe_bsr.cost.predict import Cost, device_of, predict
 from moe_bsr.data import load_spec
 from moe_bsr.model.multitask import MultitaskViT, build_on_meta
@@ -44,6 +47,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--classes", type=int, help="of every task whose file does not say")
     parser.add_argument("--measure", action="store_true", help="run a step and show the difference")
     parser.add_argument("--budget", metavar="SIZE", help="such as 600MB: does it fit, and what would help")
+    several = parser.add_argument_group("several processes: bytes exchanged, efficiency, what would send less")
+    several.add_argument("--processes", type=at_least(1), metavar="W", help="in all; they share train.batch_size")
+    several.add_argument("--machines", type=at_least(1), default=1, metavar="N", help="that these are on (1)")
+    several.add_argument("--tflops", type=float, default=200.0, help="10^12 operations a second of one (200)")
+    several.add_argument("--step-seconds", type=float, metavar="S", help="measured, of one's share of an update")
     parser.add_argument("--sweep", action="store_true", help="predicted against measured over everything")
     parser.add_argument("--backbones", nargs="+", help="of the sweep (default: the configuration's)")
     parser.add_argument("--image-size", type=int, help="of the sweep, in pixels")
@@ -65,6 +73,15 @@ def main(arguments: list[str] | None = None) -> int:
         require(min(arguments.batches) >= 1, "--batches", arguments.batches, "at least 1 image each")
         require(arguments.classes is None or arguments.classes >= 1, "--classes", arguments.classes, "at least 1")
         config = configuration.load(arguments.config, arguments.overrides)
+        if arguments.processes is not None:
+            require(
+                arguments.processes % arguments.machines == 0,
+                "--processes",
+                arguments.processes,
+                f"a multiple of the {arguments.machines} machines",
+            )
+            for flag, value in (("--tflops", arguments.tflops), ("--step-seconds", arguments.step_seconds)):
+                require(value is None or 0 < value < float("inf"), flag, value, "a number above 0")
         result, lines, status = answer(config, classes_of(config, arguments.classes), arguments)
     except (ConfigError, FileNotFoundError, ValueError) as error:
         print(f"cost.py: {error}", file=sys.stderr)
@@ -137,6 +154,19 @@ def answer(
         result["budget"] = told.as_dict()
         lines += ["", *budget_lines(told, batch)]
         status = 0 if told.fits else 1
+    if arguments.processes is not None:
+        told_ways = scaling.ways(
+            config,
+            classes,
+            processes=arguments.processes,
+            machines=arguments.machines,
+            precision=runtime.precision,
+            tflops=arguments.tflops,
+            seconds=arguments.step_seconds,
+        )
+        result["several_processes"] = [way.as_dict() for way in told_ways]
+        images = config.train.batch_size / arguments.processes
+        lines += ["", *scaling.table(told_ways, arguments.processes, arguments.machines, images)]
     return result, lines, status
 
 

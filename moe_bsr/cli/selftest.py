@@ -2,9 +2,12 @@
 
     moe-bsr selftest                                                     a minute or two
     moe-bsr selftest --kills 200 --damage 500 --configs 2000 --hostile --json > results/selftest.json      hours
+    moe-bsr selftest --ranks 20 --json > results/selftest/ranks.json                                       minutes
 
 --kills N      SIGKILL a training at N random moments and before every disk operation of a save; each resume has to end
                with the bits of the run that was never killed
+--ranks N      SIGKILL one of two processes that torchrun started, in N runs; each has to end with a word, and
+               resumed or started again with the bits of the run that nobody disturbed (Linux)
 --damage N     damage or forge a run folder in N ways; each is refused in clear words, or right
 --configs N    change configurations, task files and overrides in N ways; each is refused in a line that names the key
                or the file, or trains
@@ -28,7 +31,8 @@ from moe_bsr.cli.run_arguments import at_least
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    for name, what in (("kills", "kills"), ("damage", "damages"), ("configs", "configurations")):
+    counted = {"kills": "kills", "ranks": "kills of one process among two", "damage": "damages"}
+    for name, what in (counted | {"configs": "configurations"}).items():
         help = f"so many {what} (a few, if no part is named)"
         parser.add_argument(f"--{name}", type=at_least(0), metavar="N", help=help)
     parser.add_argument("--hostile", action="store_true", help="all hostile files (a few, if no part is named)")
@@ -41,15 +45,16 @@ def run(arguments: argparse.Namespace) -> int:
 
     from moe_bsr.cli.main import main
     from moe_bsr.runtime.provenance import commit
-    from moe_bsr.selftest import configs, damage, hostile, kills
+    from moe_bsr.selftest import configs, damage, hostile, kills, ranks
 
     torch.set_num_threads(1)
-    asked = {name: getattr(arguments, name) for name in ("kills", "damage", "configs")}
+    asked = {name: getattr(arguments, name) for name in ("kills", "ranks", "damage", "configs")}
     asked["hostile"] = 10_000 if arguments.hostile else None
     if all(count is None for count in asked.values()):
-        asked = {"kills": 3, "damage": 15, "configs": 40, "hostile": 15}
+        asked = {"kills": 3, "ranks": 2, "damage": 15, "configs": 40, "hostile": 15}
     parts: dict[str, Any] = {}
-    for name, part in (("kills", kills), ("damage", damage), ("configs", configs), ("hostile", hostile)):
+    campaigns = {"kills": kills, "ranks": ranks, "damage": damage, "configs": configs, "hostile": hostile}
+    for name, part in campaigns.items():
         if not asked[name]:
             continue
         began = time.monotonic()

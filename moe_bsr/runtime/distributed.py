@@ -8,10 +8,10 @@ Whoever fails says so and leaves. The others learn it in their next exchange, wh
 """
 
 import contextlib
-import datetime
 import hashlib
 import os
 import platform
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,9 +25,10 @@ from moe_bsr.config import ConfigError
 from moe_bsr.runtime import heard
 from moe_bsr.runtime.exchange import sum_all
 from moe_bsr.runtime.interrupt import STOPPING, Interrupted, RankLost, StopSignals
+from moe_bsr.runtime.rendezvous import TIMEOUT, join
 
 Value = TypeVar("Value")
-TIMEOUT = datetime.timedelta(minutes=10)  # after which a process that answers nothing counts as lost
+PATIENCE = 1.0  # seconds in which a process of this machine that was lost is seen to be gone
 ENDED = "ended"  # key of the store: who ended the run, and why
 
 
@@ -130,7 +131,7 @@ class Ranks(Alone):
         self.exchange = exchange
         self._store, self._owns_group = None, not dist.is_initialized()
         if self._owns_group:
-            self._store = _join(device)
+            self._store = join(device)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.local = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
         self.first = self.rank == 0
@@ -263,12 +264,25 @@ class Ranks(Alone):
             with contextlib.suppress(RuntimeError):  # it is in a process that is gone
                 if self._store.check([ENDED]):
                     return self._store.get(ENDED).decode()
-        node = self._members[self.rank][0] if self._members else None
-        gone = [r for r, (other, _, pid) in enumerate(self._members) if other == node and not _is_alive(pid)]
+        gone = self._gone_here()
+        if self._here()[:1] == [self.rank]:  # the first may be gone, here or elsewhere
+            heard.speak()
         if gone:
             return f"{' and '.join(map(self._named, gone))} is gone"
         said = " ".join(str(error).split())
         return f"a process is gone, or did not answer for {TIMEOUT.seconds // 60} minutes ({said:.120})"
+
+    def _gone_here(self) -> list[int]:
+        """Ranks of this machine that have ended; waits a little, for a process' connections end before it does."""
+        until = time.monotonic() + PATIENCE
+        while not (gone := self._here(alive=False)) and time.monotonic() < until:
+            time.sleep(0.02)
+        return gone
+
+    def _here(self, alive: bool = True) -> list[int]:
+        """Ranks of this machine that run, or do not."""
+        node = self._members[self.rank][0] if self._members else None
+        return [r for r, (other, _, pid) in enumerate(self._members) if other == node and _is_alive(pid) == alive]
 
     def _named(self, rank: int) -> str:
         if not self._members:
@@ -298,24 +312,6 @@ def joined(device: torch.device, exchange: str = "fp32") -> Iterator[Alone]:
         ranks.leave(error)
         raise
     ranks.close()
-
-
-def _join(device: torch.device) -> dist.Store:
-    backend = "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"  # numbers and words need no GPU
-    try:
-        store, rank, world = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
-        store = dist.PrefixStore("moe_bsr", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
-    except (RuntimeError, ValueError) as error:
-        said = " ".join(str(error).split())
-        raise ConfigError(
-            f"WORLD_SIZE = {os.environ.get('WORLD_SIZE')}, but the processes do not find each other ({said:.160}); "
-            "start them with torchrun; between machines set GLOO_SOCKET_IFNAME to the network interface"
-        ) from error
-    return store
 
 
 def _is_alive(pid: int) -> bool:

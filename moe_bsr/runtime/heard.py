@@ -1,4 +1,7 @@
-"""Which of the processes of a run a person hears: the first alone. The others are silent once they have joined it."""
+"""Which of the processes of a run a person hears: the first alone. The others are silent once they have joined it.
+
+Where that one may be gone, another has to speak.
+"""
 
 _silent = False
 
@@ -12,3 +15,9 @@ def be_silent() -> None:
 def is_heard() -> bool:
     """Whether what this process has to say is said."""
     return not _silent
+
+
+def speak() -> None:
+    """From here on this process tells what it has to, whichever it is."""
+    global _silent
+    _silent = False

@@ -82,6 +82,11 @@ def campaign(
     }
 
 
+def finished(config: Config, run: Path) -> bool:
+    """Train (resuming) in a process of its own; whether that ended well."""
+    return _ended(_start(config, run))
+
+
 def outcome(run: Path) -> dict[str, bytes]:
     """Everything that has to agree: the last checkpoint's tensors and the metrics, as bytes."""
     last = run / "checkpoint" / str(tiny.STEPS)

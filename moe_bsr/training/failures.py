@@ -32,6 +32,16 @@ def explained(folder: Path, step: int, error: Exception) -> str | None:
     return None
 
 
+def lost(folder: Path, step: int, error: Exception, first: bool) -> str:
+    """Which other process was lost and how to go on, in a line.
+
+    Args:
+        first: whether this process writes the checkpoints; the disk of another may not have them.
+    """
+    good = last_good(folder) if first or checkpoint.steps(folder) else "checkpoints are where rank 0 ran"
+    return f"{folder}: training ended at step {step}: {error}; {good}; go on with resume=True"
+
+
 def last_good(folder: Path) -> str:
     """Which checkpoint of a run is good."""
     saved = checkpoint.steps(folder)

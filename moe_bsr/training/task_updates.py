@@ -59,8 +59,10 @@ class TaskUpdates:
         Raises:
             NotFinite, RankLost: nothing has been updated then.
         """
-        running = self.update.model.balance.state_dict()
-        before = {name: value.clone() for name, value in running.items()}
+        before = {}
+        if self.ranks.world > 1:  # only another process can be lost
+            running = self.update.model.balance.state_dict()
+            before = {name: value.clone() for name, value in running.items()}
         results = []
         try:
             for place, batch in enumerate(batches):

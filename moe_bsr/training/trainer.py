@@ -24,7 +24,7 @@ from moe_bsr.runtime.device import Runtime
 from moe_bsr.runtime.interrupt import Interrupted, RankLost, StopSignals
 from moe_bsr.training import length, prototypes
 from moe_bsr.training.callback import Callback, EvalEvent, StartEvent, StepEvent
-from moe_bsr.training.failures import NonFiniteLoss, TrainingFailed, explained, last_good
+from moe_bsr.training.failures import NonFiniteLoss, TrainingFailed, explained, last_good, lost
 from moe_bsr.training.inputs import Inputs
 from moe_bsr.training.optim import MovingAverage, learning_rate, make_optimizer
 from moe_bsr.training.pace import updates_decided
@@ -104,8 +104,7 @@ class Trainer:
             try:
                 return self._fit()
             except RankLost as error:
-                line = f"{self.folder}: training ended at step {self.state.step}: {error}; {last_good(self.folder)}"
-                raise TrainingFailed(f"{line}; go on with resume=True") from error
+                raise TrainingFailed(lost(self.folder, self.state.step, error, self.ranks.first)) from error
             except (UnreadableImage, OSError, MemoryError, RuntimeError) as error:
                 if isinstance(error, UnreadableImage | LostData):  # nothing of this update or evaluation has been done
                     self._save()

@@ -224,3 +224,17 @@ def test_a_sweep_says_where_it_comes_from(ask):
     result = json.loads(out)
     assert status in (0, 1) and len(result["records"]) == 6
     assert result["config"]["backbone"]["name"] == "test_vit" and result["environment"]["threads"] == 1
+
+
+def test_several_processes_and_what_would_send_less(ask):
+    status, told, _ = ask("--processes", "4", "--machines", "2", "--step-seconds", "0.1", "--json")
+    own, *others = json.loads(told)["several_processes"]
+    assert status == 0 and own["overrides"] == "" and own["compute"] == 0.1
+    # 4 processes on 2 machines: half of twice the bytes within one, half of twice between the two.
+    waited = own["exchanged"] * (1 / 300e9 + 1 / (0.85 * 1e9 / 8))
+    assert own["efficiency"]["1 Gb/s"] == pytest.approx(0.1 / (0.1 + waited))
+    halved = next(way for way in others if way["overrides"] == "train.exchange=bf16")
+    assert halved["exchanged"] == own["exchanged"] / 2 and halved["compute"] == own["compute"]
+    assert "as configured" in ask("--processes", "2")[1]
+    for wrong in (["--processes", "3", "--machines", "2"], ["--processes", "2", "--tflops", "0"]):
+        assert ask(*wrong)[0] == 2

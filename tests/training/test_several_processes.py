@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +17,14 @@ from tiny_runs import make_config, make_trainer
 
 from moe_bsr.api import train
 from moe_bsr.config import Config, ConfigError
+from moe_bsr.cost import scaling
 from moe_bsr.data import UnreadableImage
+from moe_bsr.model.multitask import build_on_meta
 from moe_bsr.runs import checkpoint
 from moe_bsr.runtime import exchange
 from moe_bsr.runtime.distributed import joined
 from moe_bsr.runtime.interrupt import RankLost
+from moe_bsr.runtime.rendezvous import own_round
 from moe_bsr.training import prototypes
 from moe_bsr.training import trainer as trainer_module
 from moe_bsr.training.callback import Callback
@@ -222,6 +227,8 @@ def test_only_gradients_that_exist_are_exchanged(folder, told, ended):
     for task, others in {"shapes": ".fractals.", "fractals": ".shapes."}.items():
         own = [value.nbytes for name, value in trained.items() if others not in f".{name}."]
         assert sent[task] == sum(own) / 1e6 < sum(value.nbytes for value in trained.values()) / 1e6
+    model = build_on_meta(config_of(folder), {"shapes": 10, "fractals": 12})
+    assert scaling.exchanged(model, config_of(folder))[0] / 1e6 == pytest.approx(sum(sent.values()) / 2, abs=1e-6)
 
 
 def test_four_processes_joint_sampling_and_a_feature_cache(folder, ended):
@@ -273,3 +280,17 @@ def test_what_is_exchanged_while_a_pace_is_measured_is_told_of_no_update(tmp_pat
     monkeypatch.setattr(trainer.ranks, "numbers", lambda: asked.append(1) or {})
     updates_within(0.1, trainer)
     assert len(asked) == len(taken) > 0
+
+
+def test_a_round_reads_nothing_of_the_dead(monkeypatch):
+    """A launcher's store outlives the processes: names and confirmations of an older round are in it."""
+    store = torch.distributed.HashStore()
+    for key, value in {"round": "old", "old/1": "dead", "old/all": "dead", "old/address": "nowhere"}.items():
+        store.set(key, value)
+    with ThreadPoolExecutor(2) as threads:
+        late = threads.submit(own_round, store, 1, 2)  # reads the old round's name first
+        while not store.check(["old/1"]) or store.get("old/1") == b"dead":
+            time.sleep(0.01)
+        first, other = own_round(store, 0, 2), late.result(timeout=20)
+    first.set("address", "here")
+    assert other.get("address") == b"here" and not other.check(["nowhere"])

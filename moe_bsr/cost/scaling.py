@@ -1,0 +1,136 @@
+"""What several processes would gain: bytes of an update, and the share of the time that is not spent exchanging them.
+
+A model, not a measurement. An update is its computation and then the exchange, one after the other, as it is done
+(`runtime/exchange.py`). A ring moves 2 (n - 1) / n of the bytes over the slowest link of n: first within each machine,
+then between machines, each with one such link.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+from moe_bsr import config as configuration
+from moe_bsr.config import Config, ConfigError
+from moe_bsr.cost.predict import predict
+from moe_bsr.model.moe import MoE
+from moe_bsr.model.multitask import MultitaskViT, build_on_meta
+
+WITHIN = {"NVLink": 300e9, "PCIe 4": 12e9}  # bytes a second between the GPUs of a machine, as data sheets allow
+OF_NOMINAL = 0.85  # what is left of a network's rate
+BETWEEN = {f"{rate} Gb/s": OF_NOMINAL * rate * 1e9 / 8 for rate in (1, 10, 25, 100, 400, 3200)}
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One configuration among several processes.
+
+    Attributes:
+        overrides: of the configuration that was asked about, as on the command line.
+        exchanged: bytes that a process gives into the sum of an update. experts: of these, the experts'.
+        compute: seconds of a process for its share of an update.
+        efficiency: compute over compute and exchange, by link.
+    """
+
+    overrides: str
+    exchanged: int
+    experts: int
+    compute: float
+    efficiency: dict[str, float]
+
+    def as_dict(self) -> dict[str, object]:
+        return dataclasses.asdict(self)
+
+
+def ways(
+    config: Config,
+    classes: dict[str, int],
+    *,
+    processes: int,
+    machines: int,
+    precision: str,
+    tflops: float,
+    seconds: float | None = None,
+) -> list[Way]:
+    """The configuration and what would send less, the most bytes first.
+
+    Args:
+        tflops: 10**12 operations a second of a process. seconds: measured, of one process' share of an update of the
+            configuration; it counts in place of `tflops`, and other configurations' by their operations.
+    """
+    share = config.train.batch_size / processes
+    found: list[Way] = []
+    for overrides in _cures(config):
+        try:
+            changed = configuration.replace(config, **{k.replace(".", "__"): v for k, v in overrides.items()})
+            model = build_on_meta(changed, classes)
+        except ConfigError:
+            continue  # an expert ratio that this backbone does not divide
+        operations = predict(model, changed, batch=1, precision=precision, scratch=False).step_flops * share
+        compute = operations / (tflops * 1e12)
+        if seconds is not None:
+            compute = seconds * (compute / found[0].compute if found else 1)
+        sent, experts = exchanged(model, changed)
+        links = {
+            link: compute / (compute + exchange_seconds(sent, rate, processes, machines))
+            for link, rate in (WITHIN if machines == 1 else BETWEEN).items()
+        }
+        found.append(Way(" ".join(f"{k}={v}" for k, v in overrides.items()), sent, experts, compute, links))
+    return found[:1] + sorted(found[1:], key=lambda way: -way.exchanged)
+
+
+def exchanged(model: MultitaskViT, config: Config) -> tuple[int, int]:
+    """Bytes of the gradients of an update as they travel, the mean over tasks, and the experts' among them."""
+    width = 2 if config.train.exchange == "bf16" else 4
+    parts = [module for layer in model.vit.blocks if isinstance(module := layer.mlp, MoE)]
+    of_experts = {id(p) for part in parts for p in part.parameters()} - {
+        id(p) for part in parts for p in part.router.parameters()
+    }
+    if config.sampler.kind == "joint":
+        sets = [list(model.parameters())]
+    else:
+        sets = [model.parameters_of(task) for task in model.tasks]
+    trained = [[p for p in each if p.requires_grad] for each in sets]
+    total = sum(p.numel() for each in trained for p in each) // len(sets)
+    experts = sum(p.numel() for p in trained[0] if id(p) in of_experts)
+    return width * total, width * experts
+
+
+def exchange_seconds(size: int, rate: float, processes: int, machines: int = 1) -> float:
+    """Of `size` bytes; `rate` is in bytes a second within the machine, or between machines if there are several."""
+    local = processes // machines
+    within = rate if machines == 1 else WITHIN["NVLink"]
+    return 2 * size * ((local - 1) / local / within + (machines - 1) / machines / rate)
+
+
+def _cures(config: Config) -> list[dict[str, object]]:
+    """Nothing, then what makes the exchange smaller, alone and together."""
+    cures: list[dict[str, object]] = [{}]
+    bf16: dict[str, object] = {} if config.train.exchange == "bf16" else {"train.exchange": "bf16"}
+    if bf16:
+        cures.append(bf16)
+    if config.plan.moe_blocks and config.moe.experts != "low_rank":
+        if config.moe.mlp_ratio > 1:
+            cures += [{"moe.mlp_ratio": 1}, {"moe.mlp_ratio": 1} | bf16]
+        cures += [{"moe.experts": "low_rank"}, {"moe.experts": "low_rank"} | bf16]
+    return [cure for place, cure in enumerate(cures) if cure not in cures[:place]]
+
+
+def table(found: list[Way], processes: int, machines: int, images: float) -> list[str]:
+    """For a person, in lines."""
+    own, links = found[0], list(found[0].efficiency)
+    where = "one machine" if machines == 1 else f"{machines} machines"
+    lines = [
+        f"{processes} processes on {where}, {images:g} images each in an update, computed in {own.compute * 1e3:.1f} ms"
+        " (a model: computing, then exchanging)",
+        f"{'exchanged in an update':<46}  {'10^6 B':>8}  {'experts':>8}  efficiency at "
+        + ("links" if machines == 1 else "a machine's network")
+        + " of",
+        " " * 66 + "".join(f"{link:>11}" for link in links),
+    ]
+    for way in found:
+        shown = "".join(f"{way.efficiency[link]:>10.0%} " for link in links)
+        name = way.overrides or "as configured"
+        lines.append(f"  {name:<44}  {way.exchanged / 1e6:>8.1f}  {way.experts / 1e6:>8.1f}{shown}".rstrip())
+    share = own.experts / own.exchanged if own.exchanged else 0
+    if share > 0.5:
+        lines.append(f"{share:.0%} of it are the experts', which saturate a network first")
+    return lines
