@@ -3,7 +3,14 @@
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["moe_bsr", "moe_bsr.*"]), "moe_bsr.tasks", "moe_bsr.configs"],
-    package_dir={"moe_bsr.tasks": "tasks", "moe_bsr.configs": "configs"},
+    packages=[
+        *find_packages(include=["moe_bsr", "moe_bsr.*"]),
+        *("moe_bsr.tasks", "moe_bsr.configs", "moe_bsr.configs.methods"),
+    ],
+    package_dir={
+        "moe_bsr.tasks": "tasks",
+        "moe_bsr.configs": "configs",
+        "moe_bsr.configs.methods": "configs/methods",
+    },
     package_data={"": ["*.yaml"], "moe_bsr": ["py.typed", "weights/*.safetensors"]},
 )

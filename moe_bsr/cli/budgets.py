@@ -7,8 +7,9 @@ Each run is a process of its own, one after the other, scheduled for its budget.
 the images on but the test, which is scored once. Nothing is tuned: all train at the configuration's rates, LoRA at
 twice them. timm_lora needs peft. Let the machine do nothing else meanwhile.
 
-Methods: fit, probe (the last block's class token), bsr and moe_bsr (the configuration's plan), full (every block, no
-dropping), timm_full and timm_lora (plain code without kernels of ours).
+Methods: fit, probe (the last block's class token), timm_full and timm_lora (plain code without kernels of ours), and
+those of configs/methods/all.yaml, such as bsr and moe_bsr (the configuration's plan) or full (every block, nothing
+dropped).
 """
 
 import argparse
