@@ -9,9 +9,9 @@ import time
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from moe_bsr.benchmark import gradients, sweep
-from moe_bsr.benchmark.cases import Case, make
 from moe_bsr.benchmark.matmuls import step_products
 from moe_bsr.benchmark.measure import Measured, measure
 from moe_bsr.config import Config, replace
@@ -21,7 +21,7 @@ from moe_bsr.cost.predict import Cost
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.model.storage import STORAGES
 from moe_bsr.runtime.device import prepare
-from moe_bsr.training.update import TrainingStep, training_step
+from moe_bsr.training.update import TrainingStep, random_batch, training_step
 
 Sizes = dict[str, dict[str, float | None]]
 
@@ -64,28 +64,32 @@ def _sizes(predicted: Cost | None, seen: Measured, batch: int) -> Sizes:
 
 
 def _plain_cost(base: Config, classes: int) -> dict[str, Any]:
-    step = _plain_step(base)
-    seen, batch = measure(step), base.train.batch_size
-    head = step.model.get_classifier()
-    every = sum(p.numel() for p in step.model.parameters()) - sum(p.numel() for p in head.parameters())
-    own = classes * (head.in_features + 1)
+    step, batch = _plain_step(base, classes), base.train.batch_size
+    seen, every = measure(step), sum(p.numel() for p in step.model.parameters())
+    head = sum(p.numel() for p in step.model.get_classifier().parameters())
     return {
-        "parameters": every + own,
-        "trained_parameters": every + own,
+        "parameters": every,
+        "trained_parameters": every,
         "gradient_bytes": seen.gradients,
         "optimizer_bytes": seen.optimizer,
-        "task_bytes": 4 * own if base.mode == "multitask" else 4 * (every + own),
+        "task_bytes": 4 * (head if base.mode == "multitask" else every),
         "step_flops": sum(product.flops * times for product, times in step_products(step).items()) / batch,
         **_sizes(None, seen, batch),
     }
 
 
-def _plain_step(base: Config) -> TrainingStep:
-    precision = prepare(base.runtime).precision
-    about = {"backbone": base.backbone.name, "image_size": base.backbone.image_size, "threads": base.runtime.threads}
-    device = str(prepare(base.runtime).device)
-    return make(
-        Case(subject="timm", precision=precision, tuned=False, batch=base.train.batch_size, device=device, **about)
+def _plain_step(base: Config, classes: int) -> TrainingStep:
+    """timm's own network in the loop a user writes first: AdamW as torch offers it."""
+    runtime, model = prepare(base.runtime), sweep.random_backbone(base)
+    model.reset_classifier(classes)
+    model = model.to(runtime.device)
+    images, labels = random_batch(base.train.batch_size, model.patch_embed.img_size[0], classes, runtime.device)
+    return TrainingStep(
+        model,
+        runtime,
+        torch.optim.AdamW(model.parameters(), lr=1e-4),
+        output=lambda: model(images),
+        loss=lambda logits: functional.cross_entropy(logits.float(), labels),
     )
 
 
@@ -109,7 +113,7 @@ def times(method: Method, reference: Method, base: Config, classes: int, rounds:
 
 def _timed_step(method: Method, base: Config, classes: int) -> tuple[TrainingStep, int]:
     if method.code == "timm":
-        return _plain_step(base), 1
+        return _plain_step(base, classes), 1
     config, task = _of_one_task(method.of(base))
     parts = config.train.grad_accumulation_steps
     runtime = prepare(config.runtime)

@@ -18,6 +18,7 @@ from moe_bsr.runtime.device import prepare
 
 FACTORS = (1 / 3, 1.0, 3.0)  # times the method's own rate
 NORMAL_975 = 1.96
+PLAIN = "timm_full"  # as the race calls plain code
 
 
 def at_equal_updates(name: str, method: Method, base: Config, folder: Path, updates: int) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def at_equal_updates(name: str, method: Method, base: Config, folder: Path, upda
     for factor in FACTORS:
         changed = replace(base, **quiet, **length, train__lr=factor * base.train.lr)
         place = folder / f"{name}_{updates}_{factor:.2f}"
-        found[factor] = _plain(name, changed, updates) if method.code == "timm" else _ours(method.of(changed), place)
+        found[factor] = _plain(changed, updates) if method.code == "timm" else _ours(method.of(changed), place)
     best = max(found, key=lambda factor: _mean(found[factor]))
     sizes = {task: len(open_task(base, file).val) for task, file in base.task_files().items()}
     return {
@@ -58,6 +59,7 @@ def at_equal_seconds(
         What `budgets.race` does, and half_width of its 95 % interval, of the test images alone.
     """
     changed = replace(base, train__lr=factor * base.train.lr)
+    name = PLAIN if method.code == "timm" else name
     (told,) = budgets.race(changed, folder, [minutes], [name], lambda line: None, {name: method})
     sizes = {task: len(open_task(base, file).test) for task, file in base.task_files().items()}
     return told | {"half_width": half_width(told["tasks"], sizes)}
@@ -74,12 +76,12 @@ def _ours(config: Config, folder: Path) -> dict[str, float]:
     return {task: about["val_top1"] for task, about in report["tasks"].items()}
 
 
-def _plain(name: str, config: Config, updates: int) -> dict[str, float]:
+def _plain(config: Config, updates: int) -> dict[str, float]:
     runtime = prepare(config.runtime)
     with runtime.in_effect():
         tasks = {task: open_task(config, file) for task, file in config.task_files().items()}
         transforms = make_transforms(config, build(config, {task: len(d.class_names) for task, d in tasks.items()}))
-        network, heads, _ = rivals.train(name, config, tasks, transforms, runtime, math.inf, updates)
+        network, heads, _ = rivals.train(PLAIN, config, tasks, transforms, runtime, math.inf, updates)
         return {task: rivals.top1(network, heads, data, "val", transforms, runtime) for task, data in tasks.items()}
 
 

@@ -13,6 +13,7 @@ from moe_bsr.benchmark.method_picture import front
 from moe_bsr.cli.main import main
 from moe_bsr.config import ConfigError, methods
 from moe_bsr.config.methods import Method
+from moe_bsr.fit import budgets
 from moe_bsr.fit.equal import half_width
 
 pytestmark = pytest.mark.usefixtures("bare")
@@ -35,8 +36,7 @@ FEW = {
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("methods")
-    name = {"backbone__name": "vit_pico_patch8_64", "backbone__image_size": 32}
-    (folder / "base.yaml").write_text(configuration.dump(make_config(folder, **name, train__lr=1e-3, moe__mlp_ratio=4)))
+    (folder / "base.yaml").write_text(configuration.dump(make_config(folder, data__train_images=16)))
     (folder / "few.yaml").write_text(yaml.safe_dump(FEW, sort_keys=False))
     return folder
 
@@ -62,9 +62,10 @@ def test_each_row_has_what_it_costs_predicted_and_measured(result):
         assert about["peak_bytes"]["predicted"] == pytest.approx(about["peak_bytes"]["measured"], rel=0.1)
     bsr, lean, plain = (rows[name]["cost"] for name in ("bsr", "lean", "plain"))
     assert lean["kept_bytes"]["measured"] < bsr["kept_bytes"]["measured"] < plain["kept_bytes"]["measured"]
-    assert lean["optimizer_bytes"] < bsr["optimizer_bytes"] / 3 and lean["step_flops"] == bsr["step_flops"]
+    assert lean["optimizer_bytes"] < bsr["optimizer_bytes"] / 3
+    assert lean["step_flops"] == pytest.approx(bsr["step_flops"], rel=1e-3)
     assert plain["trained_parameters"] == plain["parameters"] > bsr["trained_parameters"] > 0
-    assert bsr["task_bytes"] == plain["task_bytes"] == 4 * 10 * 129
+    assert bsr["task_bytes"] == plain["task_bytes"] == 4 * 10 * 65
     assert rows["bsr"]["gradient"] == {"cosine": 1.0, "error": 0.0, "norm": 1.0} and rows["plain"]["gradient"] is None
     assert 0 < rows["lean"]["gradient"]["error"] < 0.1 and all(row["time"]["ratio"] > 0 for row in rows.values())
     assert result["methods"]["lean"]["meta_info"]["cost"]["torch"]
@@ -72,6 +73,8 @@ def test_each_row_has_what_it_costs_predicted_and_measured(result):
 
 def test_a_finished_row_is_not_computed_again_and_a_new_stage_is(place, command, result, monkeypatch, capsys):
     asked = []
+    race = budgets.run  # in this process: to start another takes longer than all the rest
+    monkeypatch.setattr(budgets, "race", lambda base, folder, m, names, _, known: [race(*names, base, folder, *m, known)])
     monkeypatch.setattr(cost, "cost", lambda *_: asked.append("cost"))
     assert main([*command, str(place / "all.json")]) == 0 and not asked
     train = ["--train", "--updates", "2", "--minutes", "0.02", "--run", str(place / "runs"), "--methods", "bsr", "plain"]
@@ -81,15 +84,15 @@ def test_a_finished_row_is_not_computed_again_and_a_new_stage_is(place, command,
     for name in ("bsr", "plain"):
         updates, race = told[name]["train_info"]["equal_updates"], told[name]["train_info"]["equal_seconds"]
         assert updates["val_top1"] == max(updates["rates"].values()) and len(updates["rates"]) == 3
-        assert race["method"] == name and race["updates"] >= 1 and 0 < race["half_width"] < 50
+        assert race["updates"] >= 1 and 0 < race["half_width"] < 50
     assert "equal_updates" not in told["lean"]["train_info"] and "val top-1" in capsys.readouterr().out
 
 
 def test_a_file_of_another_base_is_not_added_to(place, command, result, capsys):
     assert main([*command, str(place / "all.json"), "train.batch_size=4"]) == 2
     assert "its base has another train" in capsys.readouterr().err
-    assert main([*command, str(place / "new.json"), "plan.train_blocks=[3]", "plan.drop_blocks=[40]"]) == 2
-    assert "method bsr: plan.drop_blocks" in capsys.readouterr().err and not (place / "new.json").exists()
+    assert main([*command, str(place / "new.json"), "plan.drop_blocks=[40]"]) == 2
+    assert "method plain: plan.drop_blocks" in capsys.readouterr().err and not (place / "new.json").exists()
 
 
 def test_page_and_picture_come_from_the_file_alone(place, result, capsys):
@@ -99,7 +102,7 @@ def test_page_and_picture_come_from_the_file_alone(place, result, capsys):
     page = capsys.readouterr().out
     assert page == as_markdown({"all.json": json.loads((place / "all.json").read_text())}) + "\n"
     peak = result["methods"]["lean"]["train_info"]["cost"]["peak_bytes"]["measured"]
-    assert f"| lean | " in page and f"| {peak / 2**20:.0f} |" in page and "| 50 | 7 | theirs |" in page
+    assert "| lean | " in page and f"| {peak / 2**20:.0f} |" in page and "| 50 | 7 | theirs |" in page
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
