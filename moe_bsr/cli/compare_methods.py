@@ -84,7 +84,7 @@ def measure(arguments: argparse.Namespace) -> None:
     for name, method in chosen.items():
         check(name, method, base)
     task, classes = next(iter(classes_of(base, None).items()))
-    result = begin(arguments.out, to_dict(base), arguments.reference, task, classes)
+    result = begin(arguments.out, portable(to_dict(base)), arguments.reference, task, classes)
     for name in (name for name in every if name in chosen):
         method = chosen[name]
         stages = {
@@ -116,6 +116,13 @@ def check(name: str, method: "Method", base: "Config") -> None:
         raise ConfigError(f"method {name}: {error}") from None
 
 
+def portable(base: dict[str, Any]) -> dict[str, Any]:
+    """A configuration's values without the folders of this machine."""
+    base["data"]["root"] = Path(base["data"]["root"]).name
+    base["backbone"]["weights"] = Path(base["backbone"]["weights"]).name
+    return base
+
+
 def begin(file: Path, base: dict[str, Any], reference: str, task: str, classes: int) -> dict[str, Any]:
     """What the file holds already, or a result without rows."""
     from moe_bsr.config import ConfigError
@@ -128,7 +135,7 @@ def begin(file: Path, base: dict[str, Any], reference: str, task: str, classes: 
         if old.get(key) != new[key]:
             raise ConfigError(f"{file}: its {key} is {old.get(key)!r}, not {new[key]!r}: give another --out")
     for section, value in base.items():
-        if old["base"].get(section) != value and section != "data":
+        if old["base"].get(section) != value:
             raise ConfigError(f"{file}: its base has another {section}: give the same base, or another --out")
     return old
 
