@@ -110,7 +110,7 @@ def _made(name: str, result: dict[str, Any]) -> str:
     weights = "random weights" if result["base"]["backbone"]["weights"] == "random" else "pretrained weights"
     return (
         f"`results/{name}`: one task of {result['classes']} classes, {weights}, {about['precision']}, "
-        f"{about['processor']}, {about['threads']} threads, torch {about['torch']}. "
+        f"{about['processor']}, threads: {about['threads']}, torch {about['torch']}. "
         f"Times are over `{result['reference']}`."
     )
 

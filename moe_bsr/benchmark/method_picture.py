@@ -19,7 +19,7 @@ def draw(results: list[dict[str, Any]], file: Path) -> None:
 
     figure = Figure(figsize=(16, 5.2 * len(results)), layout="constrained")
     for axes, result in zip(figure.subplots(len(results), 3, squeeze=False), results, strict=True):
-        methods = {name: row["train_info"] for name, row in result["methods"].items() if "time" in row["train_info"]}
+        methods = {name: row["train_info"] for name, row in result["methods"].items()}
         name = f"{result['base']['backbone']['name'].partition('.')[0]}, {result['base']['train']['batch_size']} images"
         for axis, panel in zip(axes, _panels(methods), strict=True):
             _panel(axis, name, *panel)
@@ -36,15 +36,17 @@ def _panels(methods: dict[str, dict[str, Any]]) -> list[tuple[str, str, list[Poi
     """(what is below, what is at the side, points, whether high is good) of each panel."""
     peak = {name: info["cost"]["peak_bytes"]["measured"] / MIB for name, info in methods.items()}
     flops = {name: info["cost"]["step_flops"] / 1e9 for name, info in methods.items()}
-    time = {name: info["time"]["ratio"] for name, info in methods.items()}
+    time = {name: info["time"]["ratio"] for name, info in methods.items() if "time" in info}
     below = {"peak of an update, MB": peak, "GFLOPs an image": flops, "time of an update, relative": time}
     if scored := _trained(methods):
-        return [(what, "top-1 %", [(n, x[n], y) for n, y in scored.items()], True) for what, x in below.items()]
+        return [
+            (what, "top-1 %", [(n, x[n], y) for n, y in scored.items() if n in x], True) for what, x in below.items()
+        ]
     kept = {name: info["cost"]["kept_bytes"]["measured"] / MIB for name, info in methods.items()}
     error = {n: max(i["gradient"]["error"], EXACT) for n, i in methods.items() if i.get("gradient")}
     (memory, _), (work, _), (seconds, _) = below.items()
     return [
-        (memory, seconds, [(name, peak[name], time[name]) for name in methods], False),
+        (memory, seconds, [(name, peak[name], time[name]) for name in time], False),
         (memory, work, [(name, peak[name], flops[name]) for name in methods], False),
         (
             "kept for backward, MiB an image",
@@ -70,12 +72,15 @@ def front(points: list[Point], high_is_good: bool) -> list[Point]:
 
 
 def _panel(axis: Any, title: str, below: str, side: str, points: list[Point], high_is_good: bool) -> None:
+    axis.set(title=title, xlabel=below, ylabel=side)
+    if not points:  # not measured yet
+        return
     for name, x, y in points:
         axis.plot(x, y, "o", color=_color(name), markersize=5)
         axis.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=6)
     edge = front(points, high_is_good)
     axis.step([p[1] for p in edge], [p[2] for p in edge], where="post", color="#595959", linewidth=0.8, linestyle="--")
-    axis.set(title=title, xlabel=below, ylabel=side, xscale="log", yscale="linear" if high_is_good else "log")
+    axis.set(xscale="log", yscale="linear" if high_is_good else "log")
     axis.grid(color="#e5e5e5")
 
 

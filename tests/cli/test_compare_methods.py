@@ -1,6 +1,7 @@
 """moe-bsr compare-methods: rows, resumption, accuracy, tables and the page."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,12 +12,13 @@ from moe_bsr.benchmark import methods as cost
 from moe_bsr.benchmark.method_page import as_markdown
 from moe_bsr.benchmark.method_picture import front
 from moe_bsr.cli.main import main
-from moe_bsr.config import ConfigError, methods
+from moe_bsr.config import ConfigError, methods, packaged
 from moe_bsr.config.methods import Method
 from moe_bsr.fit import budgets
 from moe_bsr.fit.equal import half_width
 
 pytestmark = pytest.mark.usefixtures("bare")
+RESULTS = Path(__file__).resolve().parents[2] / "results"
 FEW = {
     "plain": {"title": "timm", "code": "timm"},
     "bsr": {"title": "the plan", "changes": {"plan": {"moe_blocks": []}}},
@@ -74,10 +76,23 @@ def test_each_row_has_what_it_costs_predicted_and_measured(result):
 def test_a_finished_row_is_not_computed_again_and_a_new_stage_is(place, command, result, monkeypatch, capsys):
     asked = []
     race = budgets.run  # in this process: to start another takes longer than all the rest
-    monkeypatch.setattr(budgets, "race", lambda base, folder, m, names, _, known: [race(*names, base, folder, *m, known)])
+    monkeypatch.setattr(
+        budgets, "race", lambda base, folder, m, names, _, known: [race(*names, base, folder, *m, known)]
+    )
     monkeypatch.setattr(cost, "cost", lambda *_: asked.append("cost"))
     assert main([*command, str(place / "all.json")]) == 0 and not asked
-    train = ["--train", "--updates", "2", "--minutes", "0.02", "--run", str(place / "runs"), "--methods", "bsr", "plain"]
+    train = [
+        "--train",
+        "--updates",
+        "2",
+        "--minutes",
+        "0.02",
+        "--run",
+        str(place / "runs"),
+        "--methods",
+        "bsr",
+        "plain",
+    ]
     capsys.readouterr()
     assert main([*command, str(place / "all.json"), *train]) == 0 and not asked
     told = json.loads((place / "all.json").read_text())["methods"]
@@ -104,6 +119,13 @@ def test_page_and_picture_come_from_the_file_alone(place, result, capsys):
     peak = result["methods"]["lean"]["train_info"]["cost"]["peak_bytes"]["measured"]
     assert "| lean | " in page and f"| {peak / 2**20:.0f} |" in page and "| 50 | 7 | theirs |" in page
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(not RESULTS.is_dir(), reason="installed without its results")
+def test_the_page_is_up_to_date():
+    files = sorted(RESULTS.glob("methods_*.json"))
+    page = as_markdown({file.name: json.loads(file.read_text()) for file in files}) + "\n"
+    assert (RESULTS.parent / "docs" / "methods.md").read_text() == page, "write it anew, as its head says"
 
 
 def test_a_front_is_what_nothing_else_beats():
@@ -142,7 +164,7 @@ def test_a_methods_file_is_read_strictly(tmp_path, text, message):
 
 
 def test_every_method_of_the_package_is_a_configuration_of_ours():
-    base = configuration.load("configs/deit_small_moe_bsr.yaml", ["backbone.weights=random"])
+    base = configuration.load(packaged.find("configs", "deit_small_moe_bsr"))
     every = methods.read()
     assert list(every)[0] == "timm_full" and {"bsr", "moe_bsr", "full", "lora_all", "apla", "heads"} < set(every)
     assert all(method.of(base).tasks == base.tasks for method in every.values())
