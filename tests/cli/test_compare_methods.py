@@ -87,7 +87,7 @@ def test_a_finished_row_is_not_computed_again_and_a_new_stage_is(place, command,
         "--updates",
         "1",
         "--minutes",
-        "0.005",
+        "0.02",
         "--run",
         str(place / "runs"),
         "--methods",
@@ -100,7 +100,7 @@ def test_a_finished_row_is_not_computed_again_and_a_new_stage_is(place, command,
     for name in ("bsr", "plain"):
         updates, race = told[name]["train_info"]["equal_updates"], told[name]["train_info"]["equal_seconds"]
         assert updates["val_top1"] == max(updates["rates"].values()) and len(updates["rates"]) == 2
-        assert race["updates"] >= 1 and 0 < race["half_width"] < 50
+        assert race["updates"] >= 1 and 0 <= race["half_width"] < 50
     assert "equal_updates" not in told["lean"]["train_info"] and "val top-1" in capsys.readouterr().out
 
 
