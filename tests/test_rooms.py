@@ -69,6 +69,10 @@ FLAGS_ELSEWHERE = {
     ("export/on_device.py", "--task"): "a flag of its own",
     ("export/on_device.py", "--check"): "a flag of its own",
     ("export/on_device.py", "--time"): "a flag of its own",
+    ("benchmark/method_page.py", "--from-json"): "the page says by which command it was made",
+    ("benchmark/method_page.py", "--markdown"): "the page says by which command it was made",
+    ("benchmark/method_page.py", "--out"): "the page says by which command it was made",
+    ("benchmark/method_page.py", "--train"): "the page says by which command it was made",
     ("paper/page.py", "--markdown"): "the page says by which command it was made",
     ("paper/page.py", "--mode"): "the page says by which command a figure can be had",
 }

@@ -4,6 +4,7 @@ The heads are fitted to the batch first, on frozen features: of random ones the 
 storages then see the same network, images and decisions, so that every difference is the storage's.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -67,7 +68,7 @@ def compare(
 
     Args:
         model: on the device, of whatever storage. batch: of one task, prepared.
-        rounds: in each of which every storage takes its turn; their median time is told.
+        rounds: in each of which every storage takes its turn; their median time is told, of none NaN.
     """
     _fit_head(model, runtime, batch)
     step = training_step(model, config, runtime, batch=len(batch.labels), task=batch.task)
@@ -100,7 +101,7 @@ def compare(
             float(F.cosine_similarity(gradient, exact, dim=0)),
             float((gradient - exact).norm()) / size,
             float(gradient.norm()) / size,
-            statistics.median(seconds),
+            statistics.median(seconds) if seconds else math.nan,
         )
         for storage, kept_bytes, gradient, seconds in zip(storages, kept, found, times, strict=True)
     ]

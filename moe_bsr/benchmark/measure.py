@@ -25,6 +25,7 @@ from moe_bsr.training.update import TrainingStep
 
 PHASE, SECTION = "meter phase ", "meter section "
 ENGINE = "autograd::engine::evaluate_function: "
+PASSES = ("forward", "backward")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -241,8 +242,11 @@ class Measured:
     process_peak: int
 
 
-def measure(step: TrainingStep) -> Measured:
-    """Measure a training step. Two are run before: optimizer state and run-time copies then exist."""
+def measure(step: TrainingStep, micro_batches: int = 1) -> Measured:
+    """Measure a training step of so many micro-batches. Two are run before: optimizer state and run-time copies exist.
+
+    `kept` and its parts are of one micro-batch; gradients of earlier ones are in the peaks, and not in `transients`.
+    """
     model, device = step.model, step.runtime.device
     for _ in range(2):
         step.run()
@@ -262,6 +266,7 @@ def measure(step: TrainingStep) -> Measured:
                 "forward": step.forward,
                 "backward": step.backward,
                 "note": note_gradients,
+                **{f"{n} {phase}": getattr(step, phase) for n in range(1, micro_batches) for phase in PASSES},
                 "optimizer": step.step,
                 "end": step.clear,
             },
@@ -272,7 +277,7 @@ def measure(step: TrainingStep) -> Measured:
         by_block[allocation.section] += allocation.bytes
         by_maker[allocation.section][allocation.maker] += allocation.bytes
     apart = [a for a in whole.alive["backward"] if a.pointer in gradients]
-    phases = ("forward", "backward", "optimizer")
+    again = {phase: [f"{n} {phase}" for n in range(1, micro_batches)] for phase in PASSES} | {"optimizer": []}
     return Measured(
         parameters=held(model.parameters()),
         buffers=held(model.buffers()),
@@ -282,8 +287,8 @@ def measure(step: TrainingStep) -> Measured:
         kept_by_block=dict(by_block),
         kept_by_maker={block: dict(makers) for block, makers in by_maker.items()},
         records=records,
-        peaks={phase: whole.peak(phase) for phase in phases},
-        transients={phase: whole.peak(phase, apart) for phase in phases},
+        peaks={phase: max(map(whole.peak, (phase, *more))) for phase, more in again.items()},
+        transients={phase: max(whole.peak(p, apart) for p in (phase, *more)) for phase, more in again.items()},
         at_peak=whole.at_peak()[:12],
         process_peak=process_peak,
     )

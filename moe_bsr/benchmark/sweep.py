@@ -38,7 +38,12 @@ def plans(depth: int) -> dict[str, dict[str, Any]]:
 
 
 def run(
-    config: Config, classes: dict[str, int], *, batch: int, vit: VisionTransformer | None = None
+    config: Config,
+    classes: dict[str, int],
+    *,
+    batch: int,
+    vit: VisionTransformer | None = None,
+    micro_batches: int = 1,
 ) -> tuple[Cost, Measured]:
     """The prediction for a step of the task with most classes, and its measurement, on random weights.
 
@@ -46,7 +51,9 @@ def run(
     and the largest of each layer is taken from the step that is measured.
 
     Args:
+        batch: images of a micro-batch.
         vit: the backbone if it was made before; a copy is used.
+        micro_batches: of an update, where that is measured as a whole: as many as the configuration has, of one task.
     """
     if vit is None:
         vit = random_backbone(config)
@@ -62,8 +69,9 @@ def run(
             shares[index] = float(load.max() / load.mean())
 
     with model.register_forward_hook(note_shares), runtime.in_effect():
-        seen = measure(step)  # its last forward pass is that of the step it traces
-    return predict(model, config, batch=batch, precision=runtime.precision, task=task, shares=shares), seen
+        seen = measure(step, micro_batches)  # its last forward pass is that of the step it traces
+    about = {"batch": batch, "precision": runtime.precision, "task": task, "shares": shares}
+    return predict(model, config, **about, all_tasks=micro_batches > 1), seen
 
 
 def random_backbone(config: Config) -> VisionTransformer:

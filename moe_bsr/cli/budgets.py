@@ -7,8 +7,9 @@ Each run is a process of its own, one after the other, scheduled for its budget.
 the images on but the test, which is scored once. Nothing is tuned: all train at the configuration's rates, LoRA at
 twice them. timm_lora needs peft. Let the machine do nothing else meanwhile.
 
-Methods: fit, probe (the last block's class token), bsr and moe_bsr (the configuration's plan), full (every block, no
-dropping), timm_full and timm_lora (plain code without kernels of ours).
+Methods: fit, probe (the last block's class token), timm_full and timm_lora (plain code without kernels of ours), and
+those of configs/methods/all.yaml, such as bsr and moe_bsr (the configuration's plan) or full (every block, nothing
+dropped).
 """
 
 import argparse
@@ -32,10 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from moe_bsr.config import load, packaged
-    from moe_bsr.fit import budgets
     from moe_bsr.runtime.device import prepare
     from moe_bsr.runtime.provenance import command, commit, environment
     from moe_bsr.runtime.text_tables import as_text
+    from moe_bsr.study import budgets
 
     config = load(packaged.find_config(arguments.config), arguments.overrides)
     folder = arguments.run or Path("runs") / f"{Path(arguments.config).stem}_budgets"

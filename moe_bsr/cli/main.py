@@ -29,6 +29,7 @@ COMMANDS = {
     "export": "write a run for a device: ONNX graphs, weights, labels, a model card, a program without torch",
     "views": "draw what a run does with experts and patches, and open TensorBoard on it",
     "compare": "set finished runs side by side",
+    "compare-methods": "all methods on one backbone: memory, FLOPs, time, gradients, accuracy; a table and a picture",
     "cost": "memory and FLOPs of a configuration before anyone trains it",
     "drops": "what dropping tokens costs in accuracy before training, and where to drop instead",
     "gradients": "what each storage keeps for the backward pass, and how near its gradients come",
@@ -52,7 +53,7 @@ COMMANDS = {
 
 # Those that train or evaluate in this process: they need the C library's allocator set up first.
 COMPUTING = {"fit", "train", "probe", "lr", "drops", "gradients", "evaluate", "reject", "export", "views", "pretrain"}
-COMPUTING |= {"add-task", "budgets", "sweep"}
+COMPUTING |= {"add-task", "budgets", "compare-methods", "sweep"}
 
 # Packages that only some commands need, and the extra that installs them.
 EXTRAS = {"matplotlib": "views", "scipy": "views", "onnx": "export", "onnxruntime": "export"}

@@ -153,6 +153,15 @@ def _budgets(result: dict[str, Any]) -> str:
     return "; ".join(f"{minutes:g} minutes, test top-1 %: {', '.join(runs)}" for minutes, runs in means.items())
 
 
+def _methods(result: dict[str, Any]) -> str:
+    base, methods = result["base"], result["methods"]
+    costs = {name: row["train_info"]["cost"] for name, row in methods.items()}
+    peaks = {name: about["peak_bytes"]["measured"] for name, about in costs.items()}
+    least, most = min(peaks, key=peaks.__getitem__), max(peaks, key=peaks.__getitem__)
+    span = ", ".join(f"{name} {peaks[name] / 2**20:,.0f} MB" for name in (least, most))
+    return f"{base['backbone']['name']}, {base['train']['batch_size']} images: {len(methods)} methods; peaks of {span}"
+
+
 def _selftest(result: dict[str, Any]) -> str:
     parts = {name: about for name, about in result.items() if isinstance(about, dict) and "tried" in about}
     return ", ".join(f"{name}: {about['tried']:,} tried, {about['failed']} failed" for name, about in parts.items())
@@ -165,6 +174,7 @@ KINDS: list[tuple[str, set[str], Callable[[dict[str, Any]], str]]] = [
     ("Storages compared", {"top1", "seeds", "config"}, _storages),
     ("The best model for some minutes", {"rungs", "best", "minutes"}, _fit),
     ("Accuracy after so many minutes", {"results", "seed", "environment"}, _budgets),
+    ("Methods side by side", {"base", "reference", "methods"}, _methods),
     ("Dropping before training", {"settings", "own", "best"}, _drops),
     ("Exports", {"bundle", "bytes", "precision"}, _export),
     ("Attacks on the product", {"failed", "torch", "commit"}, _selftest),

@@ -3,10 +3,11 @@
 A codec with `alike` packs several tensors that are parts of one and must be rounded in the same way.
 """
 
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 class Packed(Protocol):
@@ -32,20 +33,39 @@ class Int8Packed:
         largest: (..., 1, D) magnitudes to scale to, where x is a part of what shares one scale.
     """
 
+    # One less than there is room for: rounding the scale to bfloat16 can then push no value over the edge.
+    LEVELS = 126
+
     def __init__(self, x: Tensor, largest: Tensor | None = None) -> None:
         self.dtype = x.dtype
         largest = largest_magnitudes(x) if largest is None else largest
-        # 126, not 127: rounding the scale to bfloat16 can then push no value over the edge.
-        self.scale = (largest / 126).clamp_(min=1e-30).to(torch.bfloat16)
+        self.scale = (largest / self.LEVELS).clamp_(min=1e-30).to(torch.bfloat16)
         self.kept = (x / self.scale).round_().to(torch.int8)
 
     @classmethod
-    def alike(cls, parts: list[Tensor]) -> list["Int8Packed"]:
+    def alike(cls, parts: list[Tensor]) -> list[Self]:
         largest = torch.stack([largest_magnitudes(part) for part in parts]).amax(0)
         return [cls(part, largest) for part in parts]
 
     def restore(self) -> Tensor:
         return self.kept.to(self.dtype).mul_(self.scale)
+
+
+class Int4Packed(Int8Packed):
+    """The same in four bits, two channels in a byte: (..., N, D) in (..., N, (D + 1) // 2) bytes."""
+
+    LEVELS = 7
+
+    def __init__(self, x: Tensor, largest: Tensor | None = None) -> None:
+        super().__init__(x, largest)
+        self.width = x.shape[-1]
+        codes = functional.pad((self.kept + 8).to(torch.uint8), (0, self.width % 2))  # from 1 to 15
+        low, high = codes.chunk(2, -1)
+        self.kept = low | (high << 4)
+
+    def restore(self) -> Tensor:
+        both = torch.cat([self.kept & 15, self.kept >> 4], -1)[..., : self.width]
+        return both.to(self.dtype).sub_(8).mul_(self.scale)
 
 
 def largest_magnitudes(x: Tensor) -> Tensor:

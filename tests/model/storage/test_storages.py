@@ -10,7 +10,7 @@ from moe_bsr.model.plan import choices_of_blocks
 from moe_bsr.model.routers import ROUTERS
 from moe_bsr.model.storage import STORAGES
 from moe_bsr.model.storage.by_kind import Table, packable, run_by_kind
-from moe_bsr.model.storage.codecs import BFloat16Packed, Int8Packed
+from moe_bsr.model.storage.codecs import BFloat16Packed, Int4Packed, Int8Packed
 
 
 def step(storage, experts=(1, 3)):
@@ -46,8 +46,8 @@ def test_a_second_backward_gives_the_same_gradients_or_says_why_not(storage):
     loss.backward(retain_graph=True)
     first = gradients(model)
     model.zero_grad()
-    if storage == "recompute_int8":
-        with pytest.raises(RuntimeError, match="a second time.*recompute_int8"):
+    if storage in ("recompute_int8", "recompute_int4"):
+        with pytest.raises(RuntimeError, match=f"a second time.*{storage}"):
             loss.backward()
         return
     loss.backward()
@@ -115,13 +115,15 @@ def test_int8_keeps_a_quarter_of_float32():
     assert 0 < after < 0.27 * before
 
 
+@pytest.mark.parametrize(("codec", "levels", "width", "kept"), [(Int8Packed, 126, 16, 16), (Int4Packed, 7, 17, 9)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_quantization_is_within_half_a_step_of_each_channel(dtype):
-    x = (normal(3, 40, 16) * torch.logspace(-3, 3, 16)).to(dtype)
-    packed = Int8Packed(x)
+def test_quantization_is_within_half_a_step_of_each_channel(dtype, codec, levels, width, kept):
+    x = (normal(3, 40, width) * torch.logspace(-3, 3, width)).to(dtype)
+    packed = codec(x)
     back = packed.restore()
-    assert packed.kept.dtype == torch.int8 and back.shape == x.shape and back.dtype == dtype
-    step = x.float().abs().amax(1, keepdim=True) / 126
+    assert packed.kept.itemsize == 1 and packed.kept.shape == (3, 40, kept)
+    assert back.shape == x.shape and back.dtype == dtype
+    step = x.float().abs().amax(1, keepdim=True) / levels
     bound = 0.5 * step + 2**-7 * x.float().abs()  # and the rounding of the scale
     assert ((back.float() - x.float()).abs() <= bound).all()
 
@@ -146,7 +148,8 @@ def test_equal_experts_stay_equal_to_the_router_however_activations_are_kept(sto
 
 
 def test_zeros_stay_zeros():
-    assert torch.equal(Int8Packed(torch.zeros(2, 64)).restore(), torch.zeros(2, 64))
+    for codec in (Int8Packed, Int4Packed):
+        assert torch.equal(codec(torch.zeros(2, 64)).restore(), torch.zeros(2, 64))
 
 
 def test_a_tensor_kept_twice_is_packed_once_and_parameters_not_at_all():

@@ -7,13 +7,13 @@ import torch
 from tiny_runs import SIZES, make_config
 
 from moe_bsr.config import ConfigError
-from moe_bsr.fit import budgets, rivals
 from moe_bsr.model.multitask import build_on_meta
+from moe_bsr.study import budgets, rivals
 
 pytestmark = pytest.mark.usefixtures("bare")
 
 
-@pytest.mark.parametrize("method", [name for name in budgets.METHODS if name != "fit"])
+@pytest.mark.parametrize("method", ["probe", "bsr", "moe_bsr", "full", "timm_full", "timm_lora"])
 def test_a_method_fills_its_budget_and_is_tested(tmp_path, method):
     if method == "timm_lora":
         pytest.importorskip("peft", reason="LoRA is peft's")

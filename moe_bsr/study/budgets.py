@@ -14,19 +14,20 @@ from typing import Any
 from moe_bsr import api
 from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError
-from moe_bsr.fit import rivals, rungs
+from moe_bsr.config.methods import Method
+from moe_bsr.config.methods import read as read_methods
+from moe_bsr.fit import rungs
 from moe_bsr.fit.ladder import Budget, Ladder
 from moe_bsr.model.multitask import build
 from moe_bsr.runs.folder import make_transforms, open_task
 from moe_bsr.runtime.device import prepare
+from moe_bsr.study import rivals
 from moe_bsr.training.probe_trainer import probe_config
 
-METHODS = {
+# Beside those of a methods file, which are configurations.
+OTHERS = {
     "fit": "moe-bsr fit",
     "probe": "the heads alone, solved, on the class token of the last block",
-    "bsr": "the configuration's plan without experts",
-    "moe_bsr": "the configuration's plan",
-    "full": "every block trains, nothing is dropped, no experts",
     "timm_full": "timm's network and a head for each task, every weight trains: plain code, no kernels of ours",
     "timm_lora": "the same with LoRA of rank 8 on all linear layers, by peft",
 }
@@ -36,28 +37,37 @@ VALIDATION = 50  # images of a task: more would take longer than a short budget
 
 
 def race(
-    config: Config, folder: Path, minutes: list[float], methods: list[str], say: Callable[[str], None]
+    config: Config,
+    folder: Path,
+    minutes: list[float],
+    methods: list[str],
+    say: Callable[[str], None],
+    known: dict[str, Method] | None = None,
 ) -> list[dict[str, Any]]:
     """A result for each method and budget, in turns: method, minutes, seconds, mean_top1, tasks, updates, peak_mb.
 
     Args:
         folder: for the runs, empty or new; a run is named METHOD_MINUTES.
+        known: the methods that are configurations, by default the package's.
     Raises:
         ConfigError: a method that is none. RuntimeError: a run failed.
     """
-    if unknown := [method for method in methods if method not in METHODS]:
-        raise ConfigError(f"methods: {', '.join(unknown)} is none of {', '.join(METHODS)}")
+    known = read_methods() if known is None else known
+    if unknown := [method for method in methods if method not in OTHERS | known]:
+        raise ConfigError(f"methods: {', '.join(unknown)} is none of {', '.join(OTHERS | known)}")
     results = []
     for budget in minutes:
         for method in methods:
             say(f"{method}, {budget:g} minutes")
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                results.append(pool.apply(run, (method, config, folder / f"{method}_{budget:g}", budget)))
+                results.append(pool.apply(run, (method, config, folder / f"{method}_{budget:g}", budget, known)))
             say(f"{method}, {budget:g} minutes: {results[-1]['mean_top1']:.2f} % of the test images")
     return results
 
 
-def run(method: str, config: Config, folder: Path, minutes: float) -> dict[str, Any]:
+def run(
+    method: str, config: Config, folder: Path, minutes: float, known: dict[str, Method] | None = None
+) -> dict[str, Any]:
     """One method within one budget."""
     began = time.monotonic()
     few = min(config.data.val_images or VALIDATION, VALIDATION)
@@ -70,25 +80,21 @@ def run(method: str, config: Config, folder: Path, minutes: float) -> dict[str, 
         found = Ladder(config, folder, Budget(minutes), callbacks=[]).climb()
         best, about = Path(found["run"]), {"rung": found["best"], "peak_mb": max(r["peak_mb"] for r in found["rungs"])}
     else:
-        report = api.train(_own(method, config), folder, callbacks=[])
+        report = api.train(_own(method, config, known), folder, callbacks=[])
         best, about = folder, {"updates": report["step"], "peak_mb": report["measured_peak_mb"]}
     seconds = time.monotonic() - began
     test = api.evaluate(best, "test")
     return _result(method, minutes, seconds, {task: told["top1"] for task, told in test["tasks"].items()}, **about)
 
 
-def _own(method: str, config: Config) -> Config:
+def _own(method: str, config: Config, known: dict[str, Method] | None = None) -> Config:
     """The configuration of one of our own runs."""
-    if method == "probe":
-        whole = configuration.replace(config, plan__drop_blocks=[], plan__keep_rate=1.0)
-        probe = probe_config(whole, [])
-        minutes = (1 - FOR_SOLVING) * config.train.minutes
-        return dataclasses.replace(probe, train=dataclasses.replace(probe.train, minutes=minutes))
-    if method == "full":
-        nothing = {"plan__drop_blocks": [], "plan__keep_rate": 1.0, "plan__moe_blocks": [], "plan__head_blocks": []}
-        every = {"plan__train_blocks": "all", "plan__train_weights": "all", "adapter": None}
-        return configuration.replace(config, **every, **nothing)
-    return config if method == "moe_bsr" else configuration.replace(config, plan__moe_blocks=[])
+    if method != "probe":
+        return (read_methods(names=[method]) if known is None else known)[method].of(config)
+    whole = configuration.replace(config, plan__drop_blocks=[], plan__keep_rate=1.0)
+    probe = probe_config(whole, [])
+    minutes = (1 - FOR_SOLVING) * config.train.minutes
+    return dataclasses.replace(probe, train=dataclasses.replace(probe.train, minutes=minutes))
 
 
 def _rival(method: str, config: Config, minutes: float, began: float) -> dict[str, Any]:

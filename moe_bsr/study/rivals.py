@@ -32,11 +32,13 @@ def train(
     transforms: ImageTransforms,
     runtime: Runtime,
     seconds: float,
+    most: int | None = None,
 ) -> tuple[nn.Module, nn.ModuleDict, int]:
     """Train for so many seconds, the learning rate falling along a cosine of that length.
 
     Args:
         method: of RATES. config: its backbone, batch size, weight decay, clipping and seed are used.
+        most: the length in updates, in place of the seconds.
     Returns:
         The network, which gives (B, D) features, the heads by task, and the updates there was time for.
     Raises:
@@ -57,7 +59,7 @@ def train(
     optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=config.train.weight_decay)
     names, batches, updates = list(tasks), {name: _batches(data, config) for name, data in tasks.items()}, 0
     network.train()
-    while (progress := (time.monotonic() - began) / seconds) < 1:
+    while (progress := (time.monotonic() - began) / seconds if most is None else updates / most) < 1:
         factor = min(1.0, progress / WARMUP) * 0.5 * (1 + math.cos(math.pi * progress))
         for group in optimizer.param_groups:
             group["lr"] = rate * factor * group["scale"]

@@ -1,0 +1,98 @@
+"""One picture of compare-methods' results: memory, FLOPs and time of every method, and the front of each panel.
+
+Without accuracies the panels set peak against time, peak against FLOPs, and kept bytes against the gradients' error;
+with them, accuracy against each of the three. Published points are hollow: their memory is by rules of their own.
+"""
+
+from pathlib import Path
+from typing import Any
+
+MIB = 2**20
+FAMILIES = {"timm": "#595959", "full": "#d55e00", "bsr": "#0072b2", "moe": "#009e73", "other": "#cc79a7"}
+BACKBONES = {"DeiT-S": "deit_small", "ViT-B": "vit_base"}
+EXACT = 1e-4  # where an error of 0 is drawn on a logarithmic axis
+
+
+def draw(results: list[dict[str, Any]], file: Path) -> None:
+    """A row of three panels for each result."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(16, 5.2 * len(results)), layout="constrained")
+    for axes, result in zip(figure.subplots(len(results), 3, squeeze=False), results, strict=True):
+        methods = {name: row["train_info"] for name, row in result["methods"].items()}
+        name = f"{result['base']['backbone']['name'].partition('.')[0]}, {result['base']['train']['batch_size']} images"
+        for axis, panel in zip(axes, _panels(methods), strict=True):
+            _panel(axis, name, *panel)
+        if _trained(methods):
+            _published(axes[0], result)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=80, metadata={"Software": None})
+
+
+Point = tuple[str, float, float]
+
+
+def _panels(methods: dict[str, dict[str, Any]]) -> list[tuple[str, str, list[Point], bool]]:
+    """(what is below, what is at the side, points, whether high is good) of each panel."""
+    peak = {name: info["cost"]["peak_bytes"]["measured"] / MIB for name, info in methods.items()}
+    flops = {name: info["cost"]["step_flops"] / 1e9 for name, info in methods.items()}
+    time = {name: info["time"]["ratio"] for name, info in methods.items() if "time" in info}
+    below = {"peak of an update, MB": peak, "GFLOPs an image": flops, "time of an update, relative": time}
+    if scored := _trained(methods):
+        return [
+            (what, "top-1 %", [(n, x[n], y) for n, y in scored.items() if n in x], True) for what, x in below.items()
+        ]
+    kept = {name: info["cost"]["kept_bytes"]["measured"] / MIB for name, info in methods.items()}
+    error = {n: max(i["gradient"]["error"], EXACT) for n, i in methods.items() if i.get("gradient")}
+    (memory, _), (work, _), (seconds, _) = below.items()
+    return [
+        (memory, seconds, [(name, peak[name], time[name]) for name in time], False),
+        (memory, work, [(name, peak[name], flops[name]) for name in methods], False),
+        (
+            "kept for backward, MiB an image",
+            f"relative error of the gradients ({EXACT:g}: none)",
+            [(name, kept[name], error[name]) for name in error],
+            False,
+        ),
+    ]
+
+
+def _trained(methods: dict[str, dict[str, Any]]) -> dict[str, float]:
+    return {name: info["equal_updates"]["val_top1"] for name, info in methods.items() if "equal_updates" in info}
+
+
+def front(points: list[Point], high_is_good: bool) -> list[Point]:
+    """Those that no other is better than in one and as good as in the other, from the left."""
+    best, found = None, []
+    for point in sorted(points, key=lambda p: (p[1], -p[2] if high_is_good else p[2])):
+        if best is None or (point[2] > best if high_is_good else point[2] < best):
+            found.append(point)
+            best = point[2]
+    return found
+
+
+def _panel(axis: Any, title: str, below: str, side: str, points: list[Point], high_is_good: bool) -> None:
+    axis.set(title=title, xlabel=below, ylabel=side)
+    if not points:  # not measured yet
+        return
+    for name, x, y in points:
+        axis.plot(x, y, "o", color=_color(name), markersize=5)
+        axis.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=6)
+    edge = front(points, high_is_good)
+    axis.step([p[1] for p in edge], [p[2] for p in edge], where="post", color="#595959", linewidth=0.8, linestyle="--")
+    axis.set(xscale="log", yscale="linear" if high_is_good else "log")
+    axis.grid(color="#e5e5e5")
+
+
+def _published(axis: Any, result: dict[str, Any]) -> None:
+    """Hollow, on the panel of memory; of the same backbone and task."""
+    for name, row in result["methods"].items():
+        for each in row["run_info"]["method"]["published"]:
+            if result["base"]["backbone"]["name"].startswith(BACKBONES.get(each["backbone"], each["backbone"])):
+                axis.plot(each["memory_mb"], each["top1"], "o", color=_color(name), markerfacecolor="none")
+                words = f"{name}, {each['task']}: {each['rule']}"
+                axis.annotate(words, (each["memory_mb"], each["top1"]), fontsize=5, color="#595959")
+
+
+def _color(name: str) -> str:
+    return FAMILIES.get(name.partition("_")[0], FAMILIES["other"])

@@ -1,0 +1,157 @@
+"""What a method costs in a model of one task: predicted, measured, and timed in turns with a reference.
+
+Weights and images are random but for the gradients, which are of real ones.
+"""
+
+import gc
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from moe_bsr.benchmark import gradients, sweep
+from moe_bsr.benchmark.matmuls import step_products
+from moe_bsr.benchmark.measure import Measured, measure
+from moe_bsr.config import Config, replace
+from moe_bsr.config.methods import Method
+from moe_bsr.config.registry import Choice
+from moe_bsr.cost.predict import Cost
+from moe_bsr.model.multitask import MultitaskViT
+from moe_bsr.model.storage import STORAGES
+from moe_bsr.runtime.device import prepare
+from moe_bsr.training.update import TrainingStep, random_batch, training_step
+
+Sizes = dict[str, dict[str, float | None]]
+
+
+def cost(method: Method, base: Config, classes: int) -> dict[str, Any]:
+    """Bytes, parameters and FLOPs, of one task with so many classes.
+
+    Returns:
+        parameters, trained_parameters, gradient_bytes, optimizer_bytes; task_bytes: what a task more adds to the model,
+        or of plain code, which has no experts, its head; step_flops: of an image; kept_bytes: for the backward pass,
+        of an image, copies of weights included; peak_bytes: of a whole update, weights and all that it holds but the
+        images. The last two are {"predicted", "measured"}: bytes, or None of what nobody can predict.
+    """
+    if method.code == "timm":
+        return _plain_cost(base, classes)
+    config, task = _of_one_task(method.of(base))
+    parts = config.train.grad_accumulation_steps
+    batch = config.train.batch_size // parts
+    predicted, seen = sweep.run(config, {task: classes}, batch=batch, micro_batches=parts)
+    model = MultitaskViT(sweep.random_backbone(config), config, {task: classes})
+    own = model.own_parameters(task) if base.mode == "multitask" else [p for p in model.parameters() if p.requires_grad]
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "gradient_bytes": predicted.gradients,
+        "optimizer_bytes": seen.optimizer,
+        "task_bytes": sum(p.numel() * p.element_size() for p in own),
+        "step_flops": predicted.step_flops / batch,
+        **_sizes(predicted, seen, batch),
+    }
+
+
+def _sizes(predicted: Cost | None, seen: Measured, batch: int) -> Sizes:
+    """Without the average of the weights, which a measured step has not."""
+    peak = seen.parameters + seen.buffers + seen.optimizer + max(seen.peaks.values())
+    return {
+        "kept_bytes": {"predicted": predicted and predicted.kept / batch, "measured": seen.kept / batch},
+        "peak_bytes": {"predicted": predicted and predicted.peak - predicted.average, "measured": peak},
+    }
+
+
+def _plain_cost(base: Config, classes: int) -> dict[str, Any]:
+    step, batch = _plain_step(base, classes), base.train.batch_size
+    seen, every = measure(step), sum(p.numel() for p in step.model.parameters())
+    head = sum(p.numel() for p in step.model.get_classifier().parameters())
+    return {
+        "parameters": every,
+        "trained_parameters": every,
+        "gradient_bytes": seen.gradients,
+        "optimizer_bytes": seen.optimizer,
+        "task_bytes": 4 * (head if base.mode == "multitask" else every),
+        "step_flops": sum(product.flops * times for product, times in step_products(step).items()) / batch,
+        **_sizes(None, seen, batch),
+    }
+
+
+def _plain_step(base: Config, classes: int) -> TrainingStep:
+    """timm's own network in the loop a user writes first: AdamW as torch offers it."""
+    runtime, model = prepare(base.runtime), sweep.random_backbone(base)
+    model.reset_classifier(classes)
+    model = model.to(runtime.device)
+    images, labels = random_batch(base.train.batch_size, model.patch_embed.img_size[0], classes, runtime.device)
+    return TrainingStep(
+        model,
+        runtime,
+        torch.optim.AdamW(model.parameters(), lr=1e-4),
+        output=lambda: model(images),
+        loss=lambda logits: functional.cross_entropy(logits.float(), labels),
+    )
+
+
+def times(method: Method, reference: Method, base: Config, classes: int, rounds: int) -> dict[str, float]:
+    """Seconds of a whole update of the method and of the reference, medians of rounds in which both take their turn."""
+    steps = [_timed_step(each, base, classes) for each in (method, reference)]
+    runtime = prepare(base.runtime)
+    seconds: list[list[float]] = [[], []]
+    with runtime.in_effect():
+        for turn in range(rounds + 1):  # the first one warms up
+            for place in (0, 1) if turn % 2 else (1, 0):
+                began = time.perf_counter()
+                _update(*steps[place])
+                if runtime.device.type == "cuda":
+                    torch.cuda.synchronize(runtime.device)
+                if turn:
+                    seconds[place].append(time.perf_counter() - began)
+    own, other = map(statistics.median, seconds)
+    return {"seconds": own, "reference_seconds": other, "ratio": own / other}
+
+
+def _timed_step(method: Method, base: Config, classes: int) -> tuple[TrainingStep, int]:
+    if method.code == "timm":
+        return _plain_step(base, classes), 1
+    config, task = _of_one_task(method.of(base))
+    parts = config.train.grad_accumulation_steps
+    runtime = prepare(config.runtime)
+    model = runtime.place(MultitaskViT(sweep.random_backbone(config), config, {task: classes}))
+    return training_step(model, config, runtime, batch=config.train.batch_size // parts), parts
+
+
+def _update(step: TrainingStep, micro_batches: int) -> None:
+    for _ in range(micro_batches):
+        step.forward()
+        step.backward()
+    step.step()
+    step.clear()
+
+
+def fidelity(method: Method, base: Config) -> dict[str, float] | None:
+    """How near the method's gradients of a batch of real images come to those of its plan with storage exact.
+
+    Returns:
+        cosine, error, norm as `gradients.Row` has them; None of plain code, and of storages that differ by block.
+    """
+    config, _ = _of_one_task(method.of(base))
+    if method.code == "timm" or isinstance(config.storage, list):
+        return None
+    storage = STORAGES.choose(config.storage)
+    if storage.kind == "exact":
+        return {"cosine": 1.0, "error": 0.0, "norm": 1.0}
+    changes = {"train__grad_accumulation_steps": 1, "train__step_in_backward": False, "storage": "exact"}
+    config = replace(config, **changes)
+    runtime = prepare(config.runtime)
+    with runtime.in_effect():
+        batch, model = gradients.prepare(config, runtime)
+        row = gradients.compare(config, runtime, model, batch, [Choice("exact"), storage], 0)[1]
+    return {"cosine": row.cosine, "error": row.error, "norm": row.norm}
+
+
+def _of_one_task(config: Config) -> tuple[Config, str]:
+    """Its first one."""
+    task = config.task_names()[0]
+    gc.collect()  # of the method before
+    return config.of_task(task), task

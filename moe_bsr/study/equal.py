@@ -1,0 +1,89 @@
+"""Accuracy of a method under equal conditions: the same updates, then the same seconds.
+
+Every method has as many learning rates to choose from, on validation images alone; the test is scored once, in the
+race.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from moe_bsr import api
+from moe_bsr.config import Config, replace
+from moe_bsr.config.methods import Method
+from moe_bsr.model.multitask import build
+from moe_bsr.runs.folder import make_transforms, open_task
+from moe_bsr.runtime.device import prepare
+from moe_bsr.study import budgets, rivals
+
+FACTORS = (1 / 3, 1.0, 3.0)  # times the method's own rate
+NORMAL_975 = 1.96
+PLAIN = "timm_full"  # as the race calls plain code
+
+
+def at_equal_updates(name: str, method: Method, base: Config, folder: Path, updates: int) -> dict[str, Any]:
+    """Validation accuracy after so many updates, at the best of three learning rates.
+
+    Args:
+        folder: for the runs; one that is finished is not trained again.
+    Returns:
+        updates; rates: mean validation top-1 in percent by learning rate; factor: of the best rate, over the method's
+        own; val_top1, and val_half_width of its 95 % interval, of the validation images alone.
+    """
+    quiet = {"train__eval_every": None, "train__evaluate_test": False, "train__pictures": False}
+    length = {"train__epochs": None, "train__minutes": None, "train__steps": updates}
+    found = {}
+    for factor in FACTORS:
+        changed = replace(base, **quiet, **length, train__lr=factor * base.train.lr)
+        place = folder / f"{name}_{updates}_{factor:.2f}"
+        found[factor] = _plain(changed, updates) if method.code == "timm" else _ours(method.of(changed), place)
+    best = max(found, key=lambda factor: _mean(found[factor]))
+    sizes = {task: len(open_task(base, file).val) for task, file in base.task_files().items()}
+    return {
+        "updates": updates,
+        "rates": {f"{factor * method.lr_scale * base.train.lr:.3g}": _mean(top1) for factor, top1 in found.items()},
+        "factor": best,
+        "val_top1": _mean(found[best]),
+        "val_half_width": half_width(found[best], sizes),
+    }
+
+
+def at_equal_seconds(
+    name: str, method: Method, base: Config, folder: Path, minutes: float, factor: float
+) -> dict[str, Any]:
+    """Test accuracy after so many minutes, from opening the images on, in a process of its own.
+
+    Args:
+        factor: of the learning rate, over the method's own.
+    Returns:
+        What `budgets.race` does, and half_width of its 95 % interval, of the test images alone.
+    """
+    changed = replace(base, train__lr=factor * base.train.lr)
+    name = PLAIN if method.code == "timm" else name
+    (told,) = budgets.race(changed, folder, [minutes], [name], lambda line: None, {name: method})
+    sizes = {task: len(open_task(base, file).test) for task, file in base.task_files().items()}
+    return told | {"half_width": half_width(told["tasks"], sizes)}
+
+
+def half_width(top1: dict[str, float], images: dict[str, int]) -> float:
+    """Of the 95 % interval of the mean of tasks' accuracies, in percentage points."""
+    variance = sum(share * (100 - share) / images[task] for task, share in top1.items())
+    return NORMAL_975 * math.sqrt(variance) / len(top1)
+
+
+def _ours(config: Config, folder: Path) -> dict[str, float]:
+    report = api.train(config, folder, resume=True, callbacks=[])
+    return {task: about["val_top1"] for task, about in report["tasks"].items()}
+
+
+def _plain(config: Config, updates: int) -> dict[str, float]:
+    runtime = prepare(config.runtime)
+    with runtime.in_effect():
+        tasks = {task: open_task(config, file) for task, file in config.task_files().items()}
+        transforms = make_transforms(config, build(config, {task: len(d.class_names) for task, d in tasks.items()}))
+        network, heads, _ = rivals.train(PLAIN, config, tasks, transforms, runtime, math.inf, updates)
+        return {task: rivals.top1(network, heads, data, "val", transforms, runtime) for task, data in tasks.items()}
+
+
+def _mean(top1: dict[str, float]) -> float:
+    return sum(top1.values()) / len(top1)
