@@ -9,7 +9,7 @@ fast the backbone is here, and climbs as far as the time allows:
 
     probe         the heads alone on frozen features of several blocks, solved to their optimum
     late          the last two blocks train behind that probe
-    bsr, moe_bsr  the configuration's own blocks and token dropping, without and with experts
+    bsr, experts  the configuration's own blocks and token dropping, without and with experts
 
 Where there is time for it, each is tried for a while, the best one at other learning rates too, and it gets the time
 that is left. Each run begins from the weights of the one before and is stored in the form that fits into --memory (of

@@ -4,7 +4,7 @@
     late      the probe, with the last two blocks training behind them
     start     the heads alone, mild, under the configuration's own token dropping: where the next begin
     bsr       the configuration's plan without experts
-    moe_bsr   the configuration's plan
+    experts   the configuration's plan, with its experts
 
 Heads that were solved begin at the blocks' own learning rate. Those of an untrained run would need
 `train.head_lr_scale` times as much.
@@ -62,7 +62,7 @@ def bsr(config: Config) -> Config:
     return _from_heads(config, plan__moe_blocks=[], plan__head_blocks=[])
 
 
-def moe_bsr(config: Config) -> Config:
+def experts(config: Config) -> Config:
     return _from_heads(config, plan__head_blocks=[])
 
 
@@ -70,7 +70,7 @@ def own_rungs(config: Config) -> dict[str, Config]:
     """Rungs of the configuration's own plan: none where only heads train, one where it has no experts."""
     if config.plan.train_blocks == [] and config.adapter is None:
         return {}
-    return {"bsr": bsr(config)} | ({"moe_bsr": moe_bsr(config)} if config.plan.moe_blocks else {})
+    return {"bsr": bsr(config)} | ({"experts": experts(config)} if config.plan.moe_blocks else {})
 
 
 def _from_heads(config: Config, **changes: object) -> Config:

@@ -40,7 +40,7 @@ def climbed(tmp_path_factory):
 def test_every_rung_is_a_run_and_the_best_is_named(climbed):
     _, folder, found, told = climbed
     names = [rung["name"] for rung in found["rungs"]]
-    assert names[:5] == ["probe", "start", "trial_late", "trial_bsr", "trial_moe_bsr"] and len(names) == 8
+    assert names[:5] == ["probe", "start", "trial_late", "trial_bsr", "trial_experts"] and len(names) == 8
     assert {path.name for path in folder.iterdir() if path.is_dir()} == set(names)
     best = max(found["rungs"], key=lambda rung: rung["val_top1"])
     assert found["best"] == best["name"] and found["run"] == str(folder / best["name"])
@@ -54,7 +54,7 @@ def test_the_last_rung_is_the_best_trial_going_on(climbed):
     _, folder, found, _ = climbed
     *before, last = found["rungs"]
     trials = [rung for rung in before if rung["name"].startswith("trial_")]
-    plans = [rung for rung in trials if rung["name"].removeprefix("trial_") in ("late", "bsr", "moe_bsr")]
+    plans = [rung for rung in trials if rung["name"].removeprefix("trial_") in ("late", "bsr", "experts")]
     assert last["name"] == max(plans, key=lambda rung: rung["val_top1"])["name"].removeprefix("trial_")
     of_plan = [rung for rung in trials if rung["name"].startswith(f"trial_{last['name']}")]
     assert len(of_plan) == 3
