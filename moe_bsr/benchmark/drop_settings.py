@@ -105,9 +105,13 @@ def _block_flops(model: MultitaskViT, setting: DropSetting) -> float:
     first = vit.patch_embed.num_patches + vit.num_prefix_tokens
     counts = token_counts(plan, first, vit.num_prefix_tokens, how.fuses, how.protect_fused)
     total = 0.0
-    for layer, (entering, leaving) in zip(vit.blocks, counts, strict=True):
-        pairs = 2 * entering * entering * vit.embed_dim  # queries with keys, and weights with values
-        total += 2 * (entering * _matrices(layer.attn) + pairs + leaving * _matrices(layer.mlp))
+    for layer, context, (entering, leaving) in zip(vit.blocks, model.contexts, counts, strict=True):
+        queries = 1 if context.class_token_alone else entering
+        leaving = 1 if context.class_token_alone else leaving
+        pairs = 2 * queries * entering * vit.embed_dim  # queries with keys, and weights with values
+        keys_values = 2 * layer.attn.qkv.weight.numel() // 3
+        projections = entering * keys_values + queries * (_matrices(layer.attn) - keys_values)
+        total += 2 * (projections + pairs + leaving * _matrices(layer.mlp))
     return total
 
 

@@ -58,6 +58,7 @@ def ways(
     """
     share = config.train.batch_size / processes
     found: list[Way] = []
+    first = 0.0  # operations of the plan as it is configured
     for overrides in _cures(config):
         try:
             changed = configuration.replace(config, **{k.replace(".", "__"): v for k, v in overrides.items()})
@@ -65,9 +66,8 @@ def ways(
         except ConfigError:
             continue  # an expert ratio that this backbone does not divide
         operations = predict(model, changed, batch=1, precision=precision, scratch=False).step_flops * share
-        compute = operations / (tflops * 1e12)
-        if seconds is not None:
-            compute = seconds * (compute / found[0].compute if found else 1)
+        first = first or operations
+        compute = operations / (tflops * 1e12) if seconds is None else seconds * operations / first
         sent, experts = exchanged(model, changed)
         links = {
             link: compute / (compute + exchange_seconds(sent, rate, processes, machines))

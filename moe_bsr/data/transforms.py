@@ -161,7 +161,7 @@ class ImageTransforms:
             range(number * batch_size, min((number + 1) * batch_size, len(split)))
             for number in (range(-(-len(split) // batch_size)) if batches is None else batches)
         ]
-        for part, following in zip(parts, [*parts[1:], range(0)], strict=True):
+        for part, following in zip(parts, [*parts[1:], range(0)], strict=False):  # none behind the last
             self.expect(split, [*part, *following])
             pixels = self._empty(len(part))
             labels: list[int] = []
