@@ -232,7 +232,7 @@ def test_only_gradients_that_exist_are_exchanged(folder, told, ended):
 
 
 def test_four_processes_joint_sampling_and_a_feature_cache(folder, ended):
-    assert [each.status for each in ended["four"]] == [0] * 4, ended["four"]
+    assert [each.status for each in ended["four"]] == [0] * 4, "\n".join(each.said for each in ended["four"])
     first, *others = [each.result for each in ended["four"]]
     assert all(other == first for other in others)
     for task, scores in json.loads((folder / "joint one" / "report.json").read_text())["tasks"].items():
