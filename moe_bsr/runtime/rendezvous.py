@@ -54,7 +54,7 @@ def own_round(store: dist.Store, rank: int, world: int) -> dist.Store:
     mine, answered = uuid.uuid4().hex, ""
     if rank == 0:
         store.set("round", mine)
-        store.set(f"{mine}/all", b" ".join(store.get(f"{mine}/{other}") for other in range(1, world)))
+        store.set(f"{mine}/all", " ".join(store.get(f"{mine}/{other}").decode() for other in range(1, world)))
         return dist.PrefixStore(mine, store)
     until = time.monotonic() + TIMEOUT.total_seconds()
     while time.monotonic() < until:
