@@ -77,7 +77,7 @@ def read_tar(file: StoredFile, image_column: str | None, label_column: str | Non
     """
     unused = Unused()
     samples: dict[str, _Sample] = {}
-    wanted = USUAL_LABELS if label_column is None else (label_column.partition(".")[0],)
+    wanted = USUAL_LABELS if label_column is None else (_place(label_column)[0],)
     for member, tar in _members(file, unused):
         name = member.name.removeprefix("./")
         if member.isdir() or any(map(is_litter, name.split("/"))):
@@ -123,7 +123,7 @@ def _labelled(samples: dict[str, _Sample], label_column: str | None, unused: Unu
     if alone := [key for key, sample in samples.items() if not sample.name and sample.labels]:
         unused.add("label without an image", "labels without an image", alone[0], count=len(alone))
     column = label_column or next((c for c in USUAL_LABELS if any(c in s.labels for s in found)), FOLDER)
-    ending, _, wanted = column.partition(".")
+    ending, wanted = _place(column)
     fields: Sequence[str] = (wanted,) if wanted else LABEL_COLUMNS
     if ending == "json" and not wanted:
         said = (_fields(sample.labels.get("json", b"")) for sample in found)
@@ -144,6 +144,12 @@ def _labelled(samples: dict[str, _Sample], label_column: str | None, unused: Unu
         index.labels.append(label)
     index.unused = unused.counts()
     return index
+
+
+def _place(column: str) -> tuple[str, str]:
+    """The ending of the files with labels, and the field in them: of JSON alone, for other endings may have dots."""
+    ending, _, name = column.partition(".")
+    return (ending, name) if ending == "json" else (column, "")
 
 
 def _fields(content: bytes) -> dict[str, Any]:

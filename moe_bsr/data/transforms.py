@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -161,7 +162,7 @@ class ImageTransforms:
             range(number * batch_size, min((number + 1) * batch_size, len(split)))
             for number in (range(-(-len(split) // batch_size)) if batches is None else batches)
         ]
-        for part, following in zip(parts, [*parts[1:], range(0)], strict=False):  # none behind the last
+        for part, following in zip_longest(parts, parts[1:], fillvalue=range(0)):
             self.expect(split, [*part, *following])
             pixels = self._empty(len(part))
             labels: list[int] = []

@@ -225,6 +225,10 @@ IMAGES = [(f"{n}.png", encoded(n)) for n in range(4)]
          {"label_column": "json.kind"}, ["0", "1"], [0, 1, 0, 1]),
         ([(f"{n}.CLS", b"%d" % n) for n in range(4)] + [(f"{n}.txt", b"a caption") for n in range(4)], {},
          ["0", "1", "2", "3"], [0, 1, 2, 3]),
+        ([(f"{n}.Class.TXT", b"%d" % (n % 2)) for n in range(4)], {"label_column": ".Class.txt"}, ["0", "1"],
+         [0, 1, 0, 1]),
+        ([(f"{n}.json", json.dumps({"Kind": n % 2}).encode()) for n in range(4)], {"label_column": ".JSON.Kind"},
+         ["0", "1"], [0, 1, 0, 1]),
     ],
 )  # fmt: skip
 def test_labels(labels, keys, classes, expected, tmp_path):

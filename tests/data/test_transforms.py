@@ -96,6 +96,7 @@ def test_one_image_and_a_batch_see_the_same():
     data, transforms = task(sizes=SIZES), make_transforms()
     batches = list(transforms.eval_batches(data, "val", 3))
     assert [len(labels) for _, labels in batches] == [3, 3, 1]
+    assert not list(transforms.eval_batches(data, "val", 3, range(0)))  # a process that has none of few batches
     images = torch.cat([images for images, _ in batches])
     for image, index in zip(images, data.val.index, strict=True):
         alone = transforms.eval_image(Image.fromarray(data.val.source.pixels[index]))

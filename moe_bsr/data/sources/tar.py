@@ -69,7 +69,7 @@ class TarTask(TaskSpec):
             if (patterns := getattr(self, split)) is None:
                 continue
             addresses = _addresses(patterns, root)
-            opened = open_shards(addresses, root, cache, _ending(self.image_column), self.label_column)
+            opened = open_shards(addresses, root, cache, _ending(self.image_column), _label_place(self.label_column))
             told.append(f"{split} {len(opened)} ({_short(patterns)})")
             where = opened[0][0].address
             columns: dict[str, str] = {}
@@ -222,6 +222,12 @@ def expanded(pattern: str) -> list[str]:
 
 def _ending(column: str | None) -> str | None:
     return None if column is None else column.removeprefix(".").lower()
+
+
+def _label_place(column: str | None) -> str | None:
+    """As `_ending`, but a JSON field's name is left as it is written."""
+    bare = column and column.removeprefix(".")
+    return f"json.{bare[5:]}" if bare and bare[:5].lower() == "json." else _ending(column)
 
 
 def _short(patterns: Patterns) -> str:
