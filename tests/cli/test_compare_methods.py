@@ -99,9 +99,9 @@ def test_a_finished_row_is_not_computed_again_and_a_new_stage_is(place, command,
     assert main([*command, str(place / "all.json"), *train]) == 0 and not asked
     told = json.loads((place / "all.json").read_text())["methods"]
     for name in ("bsr", "plain"):
-        updates, race = told[name]["train_info"]["equal_updates"], told[name]["train_info"]["equal_seconds"]
+        updates, raced = told[name]["train_info"]["equal_updates"], told[name]["train_info"]["equal_seconds"]
         assert updates["val_top1"] == max(updates["rates"].values()) and len(updates["rates"]) == 2
-        assert race["updates"] >= 1 and 0 <= race["half_width"] < 50
+        assert raced["updates"] >= 1 and 0 <= raced["half_width"] < 50
     assert "equal_updates" not in told["lean"]["train_info"] and "val top-1" in capsys.readouterr().out
     assert main([*command, str(place / "all.json"), *train, "--updates", "2"]) == 2
     assert "plain has 1 updates, not 2" in capsys.readouterr().err
