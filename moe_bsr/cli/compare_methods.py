@@ -17,6 +17,7 @@ Exit status: 0 done, 2 refused.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,14 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         require(arguments.config is not None, "CONFIG", None, "a configuration to compare methods on, or --from-json")
         require(arguments.out is not None, "--out", None, "a file for the rows, such as methods.json")
-        measure(arguments)
+        from moe_bsr.cli.main import program
+        from moe_bsr.study.sweep import Interrupted
+
+        try:
+            measure(arguments)
+        except Interrupted as stop:
+            print(f"{program('compare-methods')}: interrupted; the same command goes on", file=sys.stderr)
+            return 128 + int(stop.args[0])
         files = [arguments.out]
     results = {file.name: json.loads(file.read_text()) for file in files}
     if arguments.picture:
@@ -85,6 +93,8 @@ def measure(arguments: argparse.Namespace) -> None:
         check(name, method, base)
     task, classes = next(iter(classes_of(base, None).items()))
     result = begin(arguments.out, portable(to_dict(base)), arguments.reference, task, classes)
+    if arguments.train:
+        same_lengths(result, arguments)
     for name in (name for name in every if name in chosen):
         method = chosen[name]
         stages = {
@@ -114,6 +124,20 @@ def check(name: str, method: "Method", base: "Config") -> None:
         build_on_meta(method.of(base).of_task(base.task_names()[0]), {base.task_names()[0]: 2})
     except ConfigError as error:
         raise ConfigError(f"method {name}: {error}") from None
+
+
+def same_lengths(result: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Refuse lengths that differ from those of rows the file holds: they would stand in one table."""
+    from moe_bsr.config import ConfigError
+
+    for stage, length in (("equal_updates", "updates"), ("equal_seconds", "minutes")):
+        asked = getattr(arguments, length)
+        for name, row in result["methods"].items():
+            if (told := row["train_info"].get(stage, {}).get(length, asked)) != asked:
+                raise ConfigError(
+                    f"{arguments.out}: {name} has {told:g} {length}, not {asked:g}: give --{length} {told:g}, or "
+                    "another --out"
+                )
 
 
 def portable(base: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from moe_bsr.runtime import files
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.runtime.files import write_whole
 from moe_bsr.runtime.provenance import commit, environment
-from moe_bsr.runtime.top_list import condensed
+from moe_bsr.runtime.top_list import are_many, condensed
 from moe_bsr.runtime.version import __version__
 
 # Settings of the data that are the transforms' own, under the same name.
@@ -190,6 +190,9 @@ def config_diff(old: Config, new: Config) -> list[str]:
             return []
         if isinstance(a, dict) and isinstance(b, dict):
             return [d for k in a.keys() | b.keys() for d in walk(a.get(k), b.get(k), f"{key}.{k}".lstrip("."))]
+        if key == "tasks" and are_many([*a, *b]) and set(a) != set(b):  # all of them would hide the one that differs
+            a, b = [each for each in a if each not in b], [each for each in b if each not in a]
+            return [f"tasks: {', '.join(b) or 'none'} added, {', '.join(a) or 'none'} gone since (add-task adds one)"]
         return [f"{key} was {a!r}, now {b!r}"]
 
     return sorted(walk(configuration.to_dict(old), configuration.to_dict(new), ""))

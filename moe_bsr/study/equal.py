@@ -5,16 +5,17 @@ race.
 """
 
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from moe_bsr import api
 from moe_bsr.config import Config, replace
 from moe_bsr.config.methods import Method
 from moe_bsr.model.multitask import build
 from moe_bsr.runs.folder import make_transforms, open_task
 from moe_bsr.runtime.device import prepare
-from moe_bsr.study import budgets, rivals
+from moe_bsr.study import budgets, rivals, sweep
+from moe_bsr.training.failures import NonFiniteLoss
 
 FACTORS = (1 / 3, 1.0, 3.0)  # times the method's own rate
 NORMAL_975 = 1.96
@@ -28,7 +29,10 @@ def at_equal_updates(name: str, method: Method, base: Config, folder: Path, upda
         folder: for the runs; one that is finished is not trained again.
     Returns:
         updates; rates: mean validation top-1 in percent by learning rate; factor: of the best rate, over the method's
-        own; val_top1, and val_half_width of its 95 % interval, of the validation images alone.
+        own; val_top1, and val_half_width of its 95 % interval, of the validation images alone. A rate that diverges
+        has 0.
+    Raises:
+        sweep.Interrupted: by a signal.
     """
     quiet = {"train__eval_every": None, "train__evaluate_test": False, "train__pictures": False}
     length = {"train__epochs": None, "train__minutes": None, "train__steps": updates}
@@ -60,7 +64,9 @@ def at_equal_seconds(
     """
     changed = replace(base, train__lr=factor * base.train.lr)
     name = PLAIN if method.code == "timm" else name
-    (told,) = budgets.race(changed, folder, [minutes], [name], lambda line: None, {name: method})
+    folder.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(prefix="race_", dir=folder))  # a race that was stopped starts anew
+    (told,) = budgets.race(changed, place, [minutes], [name], lambda line: None, {name: method})
     sizes = {task: len(open_task(base, file).test) for task, file in base.task_files().items()}
     return told | {"half_width": half_width(told["tasks"], sizes)}
 
@@ -72,7 +78,10 @@ def half_width(top1: dict[str, float], images: dict[str, int]) -> float:
 
 
 def _ours(config: Config, folder: Path) -> dict[str, float]:
-    report = api.train(config, folder, resume=True, callbacks=[])
+    try:
+        report = sweep.train(config, folder)
+    except NonFiniteLoss:  # a rate that is out
+        return dict.fromkeys(config.task_names(), 0.0)
     return {task: about["val_top1"] for task, about in report["tasks"].items()}
 
 

@@ -45,6 +45,9 @@ class Tuning:
     updates: int
     seed: int = 100
 
+    def __post_init__(self) -> None:
+        require(len(self.values) > 0, "tune.values", self.values, "one value at least")
+
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
@@ -74,6 +77,9 @@ class Sweep:
         if self.tune is not None:
             apart = self.tune.seed not in self.seeds
             require(apart, "tune.seed", self.tune.seed, "none of the seeds, so that no run is chosen by itself")
+            for name, arm in self.arms.items():  # what an arm sets holds over what is tried
+                fixed = any(each.split("=")[0].strip() == self.tune.key for each in arm.set)
+                require(not fixed, f"arms.{name}.set", arm.set, f"without {self.tune.key}, which tune.key tries")
 
     def against(self) -> str:
         """The arm that the others are compared with."""
@@ -94,7 +100,8 @@ def config_of(sweep: Sweep, arm: str, seed: int, overrides: list[str], updates: 
     """The configuration of one run.
 
     Args:
-        overrides: of the command line, over what the file says. updates: of each task, in place of the sweep's.
+        overrides: of the command line, over the sweep's `set`; an arm's own holds over them.
+        updates: of each task, in place of the sweep's.
     Raises:
         ConfigError: neither the sweep nor the arm names a configuration, or it is impossible.
     """

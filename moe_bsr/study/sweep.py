@@ -13,10 +13,13 @@ from statistics import fmean, stdev
 from typing import Any
 
 from moe_bsr import api
+from moe_bsr.config import Config, require
 from moe_bsr.runtime.device import prepare
 from moe_bsr.runtime.files import write_whole
 from moe_bsr.runtime.provenance import command, commit, environment
+from moe_bsr.runtime.top_list import are_many
 from moe_bsr.study.plan import Sweep, config_of
+from moe_bsr.training.failures import NonFiniteLoss
 
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond them the last one, which is too wide.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
@@ -37,14 +40,18 @@ def run(
         ConfigError: an impossible run, all of which are checked before the first begins. Interrupted: by a signal.
     """
     order = [(arm, seed) for seed in sweep.seeds for arm in sweep.arms]
+    tasks = config_of(sweep, sweep.against(), sweep.seeds[0], overrides).task_names()
     for arm, seed in order:
-        api.check(config_of(sweep, arm, seed, overrides))
+        config = config_of(sweep, arm, seed, overrides)
+        api.check(config)
+        same = set(config.task_names()) == set(tasks)
+        require(same, f"arms.{arm}: tasks", config.task_names(), f"those of {sweep.against()}, {', '.join(tasks)}")
     chosen = {arm: _tuned(sweep, arm, folder, overrides, say) for arm in sweep.arms} if sweep.tune else {}
     runs: dict[str, dict[str, Any]] = {arm: {} for arm in sweep.arms}
     for arm, seed in order:
         best = [chosen[arm]["set"]] if arm in chosen else []
         config = config_of(sweep, arm, seed, [*overrides, *best])
-        report = _train(config, folder / arm / str(seed))
+        report = train(config, folder / arm / str(seed))
         top1 = _top1(report, folder / arm / str(seed), sweep.split)
         runs[arm][str(seed)] = {
             "top1": top1,
@@ -79,9 +86,13 @@ def differences(runs: dict[str, dict[str, Any]], baseline: str) -> dict[str, dic
 
 
 def rows(result: dict[str, Any]) -> list[list[str]]:
-    """A table: a row for each arm, its mean over the seeds, and the difference in the mean with its interval."""
+    """A table: a row for each arm, its mean over the seeds, and the difference in the mean with its interval.
+
+    Of many tasks the mean alone has a column.
+    """
     runs, baseline = result["runs"], result["baseline"]
-    tasks = list(next(iter(runs[baseline].values()))["top1"])
+    tasks = list(next(iter(next(iter(runs.values())).values()))["top1"])  # of an unfinished sweep the baseline may lack
+    tasks = [] if are_many(tasks) else tasks
     table = [["top-1 %", *tasks, "mean", f"points over {baseline}", "train s", "peak MB", "GFLOPs"]]
     for arm, seeds in runs.items():
         told = list(seeds.values())
@@ -124,14 +135,22 @@ def _tuned(sweep: Sweep, arm: str, folder: Path, overrides: list[str], say: Call
     for value in tuning.values:
         extra = [*overrides, f"{tuning.key}={value}", "train.evaluate_test=false"]
         config = config_of(sweep, arm, tuning.seed, extra, tuning.updates)
-        report = _train(config, folder / "tune" / f"{arm}_{value:g}")
-        scores[f"{value:g}"] = fmean(about["top1"] for about in report["tasks"].values())
+        try:
+            report = train(config, folder / "tune" / f"{arm}_{value:g}")
+            scores[f"{value:g}"] = fmean(about["top1"] for about in report["tasks"].values())
+        except NonFiniteLoss:  # a value that is out
+            scores[f"{value:g}"] = 0.0
     best = max(scores, key=lambda value: scores[value])
     say(f"{arm}: {tuning.key}={best} of {', '.join(f'{value} ({score:.1f} %)' for value, score in scores.items())}")
     return {"set": f"{tuning.key}={best}", "validation": scores}
 
 
-def _train(config: Any, folder: Path) -> dict[str, Any]:
+def train(config: Config, folder: Path) -> dict[str, Any]:
+    """The report of a run, trained from where it stopped; a finished one is kept.
+
+    Raises:
+        Interrupted: by a signal. NonFiniteLoss: it diverged.
+    """
     report = api.train(config, folder, resume=True, callbacks=[])
     if report["status"] == "interrupted":
         raise Interrupted(report["signal"])

@@ -13,7 +13,7 @@ from moe_bsr.evaluation.routing import RoutingStatistics
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.runs.load import TrainedRun
 from moe_bsr.runtime.files import write_whole
-from moe_bsr.runtime.top_list import are_many, shown
+from moe_bsr.runtime.top_list import are_many, condensed, shown
 from moe_bsr.visualize import accuracy, conclusions, many_tasks, mistakes, theme
 from moe_bsr.visualize import experts as expert_figures
 from moe_bsr.visualize import interventions as intervention_views
@@ -161,7 +161,7 @@ def _mistakes_section(trained: TrainedRun, batch_size: int) -> Section:
             "A row is a true class, a column an answer; right answers are blue, mistakes red. Beside it the images "
             "that were answered most wrongly (those of the largest loss): the true class in bold, the answer in red. "
             "Look there for wrong labels too.",
-            *lines,
+            *condensed(lines, trained.models),
         ],
         pictures,
     )

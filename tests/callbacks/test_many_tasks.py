@@ -20,6 +20,7 @@ from moe_bsr.evaluation import probe
 from moe_bsr.evaluation.routing import RoutingStatistics
 from moe_bsr.evaluation.tables import table
 from moe_bsr.runs.comparison import comparison, most_changed
+from moe_bsr.runs.folder import config_diff
 from moe_bsr.runs.report import markdown
 from moe_bsr.runtime.top_list import BEST, MANY, WORST, are_many, condensed, shown, worst_and_best
 from moe_bsr.training.added_task import added_task_config
@@ -108,6 +109,11 @@ def test_a_pattern_is_every_folder_and_task_file_it_finds(photos, config):
         from_dict({"tasks": f"{photos}/nothing*"})
     with pytest.raises(FileNotFoundError, match="task folder .*/absent does not exist"):
         load_spec(f"{photos}/absent/")
+
+
+def test_a_folder_added_meanwhile_is_named_alone(config, photos):
+    told = config_diff(config, replace(config, tasks=[*config.tasks[1:], f"{photos}/new/"]))
+    assert told == [f"tasks: {photos}/new/ added, {photos}/t000/ gone since (add-task adds one)"]
 
 
 def test_all_tasks_are_in_the_files(run, report):

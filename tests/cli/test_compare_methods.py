@@ -7,6 +7,7 @@ import pytest
 import yaml
 from tiny_runs import make_config
 
+from moe_bsr import api
 from moe_bsr import config as configuration
 from moe_bsr.benchmark import methods as cost
 from moe_bsr.benchmark.method_page import as_markdown
@@ -98,10 +99,25 @@ def test_a_finished_row_is_not_computed_again_and_a_new_stage_is(place, command,
     assert main([*command, str(place / "all.json"), *train]) == 0 and not asked
     told = json.loads((place / "all.json").read_text())["methods"]
     for name in ("bsr", "plain"):
-        updates, race = told[name]["train_info"]["equal_updates"], told[name]["train_info"]["equal_seconds"]
+        updates, raced = told[name]["train_info"]["equal_updates"], told[name]["train_info"]["equal_seconds"]
         assert updates["val_top1"] == max(updates["rates"].values()) and len(updates["rates"]) == 2
-        assert race["updates"] >= 1 and 0 <= race["half_width"] < 50
+        assert raced["updates"] >= 1 and 0 <= raced["half_width"] < 50
     assert "equal_updates" not in told["lean"]["train_info"] and "val top-1" in capsys.readouterr().out
+    assert main([*command, str(place / "all.json"), *train, "--updates", "2"]) == 2
+    assert "plain has 1 updates, not 2" in capsys.readouterr().err
+    del told["bsr"]["train_info"]["equal_seconds"]  # as if stopped in the race, whose folder is there
+    kept = json.loads((place / "all.json").read_text()) | {"methods": told}
+    (place / "stopped.json").write_text(json.dumps(kept))
+    assert main([*command, str(place / "stopped.json"), *train]) == 0
+
+
+def test_an_interrupted_run_is_no_result(place, command, result, monkeypatch, capsys):
+    (place / "signal.json").write_text((place / "all.json").read_text().replace('"equal_', '"old_'))
+    stopped = {"status": "interrupted", "signal": 15, "tasks": {"shapes": {"val_top1": 9.0}}}
+    monkeypatch.setattr(api, "train", lambda *_, **__: stopped)
+    assert main([*command, str(place / "signal.json"), "--train", "--methods", "bsr"]) == 128 + 15
+    assert "the same command goes on" in capsys.readouterr().err
+    assert "equal_updates" not in (place / "signal.json").read_text()
 
 
 def test_a_file_of_another_base_is_not_added_to(place, command, result, capsys):

@@ -14,6 +14,7 @@ from moe_bsr import config as configuration
 from moe_bsr.cli.main import main
 from moe_bsr.config import ConfigError, packaged
 from moe_bsr.study import plan, sweep
+from moe_bsr.training.failures import NonFiniteLoss
 
 ARMS = {"shared": {"set": ["plan.moe_blocks=[]"]}, "apart": {"set": ["plan.moe_blocks=[]", "mode=single_task"]}}
 
@@ -116,11 +117,44 @@ def test_differences_are_students_over_pairs_of_equal_seeds():
         ({"arm": {}}, "arm"),
         ({"tune": {"key": "train.lr", "values": [1.0], "updates": 1, "seed": 0}}, "tune.seed"),
         ({"config": None}, "no configuration"),
+        ({"tune": {"key": "train.lr", "values": [], "updates": 1}}, "tune.values"),
+        (
+            {
+                "tune": {"key": "train.lr", "values": [1.0], "updates": 1},
+                "arms": {"shared": {}, "b": {"set": ["train.lr=1"]}},
+            },
+            "arms.b.set .* without train.lr",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(file, change, said):
     with pytest.raises(ConfigError, match=said):
         plan.config_of(plan.read(file(**change)), "shared", 0, [])
+
+
+def test_arms_of_other_tasks_are_refused_before_any_run(file, tmp_path):
+    arms = {"one": {"set": [f"tasks=[{tmp_path}/shapes.yaml]"]}, "both": {}}
+    with pytest.raises(ConfigError, match="arms.both: tasks = .* those of one, shapes"):
+        sweep.run(plan.read(file(arms=arms)), tmp_path / "out", [])
+
+
+def test_a_value_that_diverges_is_out(file, tmp_path, monkeypatch):
+    def train(config, folder, **options):
+        if config.train.lr == 1:
+            raise NonFiniteLoss("diverged")
+        return {"status": "finished", "tasks": {"a": {"top1": 5.0}}}
+
+    monkeypatch.setattr(sweep.api, "train", train)
+    asked = plan.read(file(tune={"key": "train.lr", "values": [1, 0.1], "updates": 1}))
+    assert sweep._tuned(asked, "shared", tmp_path, [], print)["set"] == "train.lr=0.1"
+
+
+def test_a_sweep_stopped_before_its_baseline_is_shown_and_many_tasks_by_their_mean():
+    told = {"train_seconds": 5.0, "predicted_peak_mb": 1.0, "gflops_per_image": 0.5, "mean_top1": 3.0}
+    for count, columns in ((2, ["t0", "t1", "mean"]), (13, ["mean"])):
+        run = told | {"top1": {f"t{i}": 3.0 for i in range(count)}}
+        table = sweep.rows({"runs": {"arm": {"0": run}}, "baseline": "base", "differences": {}})
+        assert table[0][1 : len(columns) + 1] == columns and {len(row) for row in table} == {len(columns) + 5}
 
 
 def test_a_kept_result_is_shown_as_markdown(tmp_path, capsys):
