@@ -95,6 +95,12 @@ def wilson_interval(hits: int, n: int) -> tuple[float, float]:
     return 0.0 if hits == 0 else low, 1.0 if hits == n else high
 
 
+def half_width(top1: dict[str, float], images: dict[str, int]) -> float:
+    """Half the 95 % interval of the mean of tasks' accuracies, all in percent, of so many images each."""
+    variance = sum(share * (100 - share) / images[task] for task, share in top1.items())
+    return NORMAL_975 * variance**0.5 / len(top1)
+
+
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
     """Expected calibration error (Guo et al. 2017): mean |accuracy - confidence|, 15 equal bins.
 

@@ -16,7 +16,7 @@ from typing import Any
 from moe_bsr import api
 from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError
-from moe_bsr.evaluation.metrics import NORMAL_975
+from moe_bsr.evaluation.metrics import half_width
 from moe_bsr.fit import room, rungs
 from moe_bsr.fit.measure import measure
 from moe_bsr.model.multitask import build
@@ -201,14 +201,14 @@ class Ladder:
         training = report["train_seconds"]
         self.overhead = max(self.overhead, took - training)
         tasks = {task: about["top1"] for task, about in report["tasks"].items()}
-        counts = [about["n"] for about in report["tasks"].values()]
+        counts = {task: about["n"] for task, about in report["tasks"].items()}
         mean = report["selected_mean_val_top1"]
         self.rungs.append(
             Rung(
                 name,
                 str(self.folder / name),
                 mean,
-                _interval(list(tasks.values()), counts),
+                half_width(tasks, counts),
                 tasks,
                 took,
                 training,
@@ -328,9 +328,3 @@ class Ladder:
 
 def _at(config: Config, rate: float) -> Config:
     return configuration.replace(config, train__lr=rate, train__min_lr=min(config.train.min_lr, rate))
-
-
-def _interval(top1: list[float], counts: list[int]) -> float:
-    """Half the 95 % interval of a mean of accuracies in percent, of so many images each."""
-    variance = sum(p / 100 * (1 - p / 100) / n for p, n in zip(top1, counts, strict=True)) / len(top1) ** 2
-    return 100 * NORMAL_975 * math.sqrt(variance)

@@ -11,6 +11,7 @@ from typing import Any
 
 from moe_bsr.config import Config, replace
 from moe_bsr.config.methods import Method
+from moe_bsr.evaluation.metrics import half_width
 from moe_bsr.model.multitask import build
 from moe_bsr.runs.folder import make_transforms, open_task
 from moe_bsr.runtime.device import prepare
@@ -18,7 +19,6 @@ from moe_bsr.study import budgets, rivals, sweep
 from moe_bsr.training.failures import NonFiniteLoss
 
 FACTORS = (1 / 3, 1.0, 3.0)  # times the method's own rate
-NORMAL_975 = 1.96
 PLAIN = "timm_full"  # as the race calls plain code
 
 
@@ -69,12 +69,6 @@ def at_equal_seconds(
     (told,) = budgets.race(changed, place, [minutes], [name], lambda line: None, {name: method})
     sizes = {task: len(open_task(base, file).test) for task, file in base.task_files().items()}
     return told | {"half_width": half_width(told["tasks"], sizes)}
-
-
-def half_width(top1: dict[str, float], images: dict[str, int]) -> float:
-    """Of the 95 % interval of the mean of tasks' accuracies, in percentage points."""
-    variance = sum(share * (100 - share) / images[task] for task, share in top1.items())
-    return NORMAL_975 * math.sqrt(variance) / len(top1)
 
 
 def _ours(config: Config, folder: Path) -> dict[str, float]:

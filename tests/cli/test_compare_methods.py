@@ -15,8 +15,8 @@ from moe_bsr.benchmark.method_picture import front
 from moe_bsr.cli.main import main
 from moe_bsr.config import ConfigError, methods, packaged
 from moe_bsr.config.methods import Method
+from moe_bsr.evaluation.metrics import half_width
 from moe_bsr.study import budgets, equal
-from moe_bsr.study.equal import half_width
 
 pytestmark = pytest.mark.usefixtures("bare")
 RESULTS = Path(__file__).resolve().parents[2] / "results"
