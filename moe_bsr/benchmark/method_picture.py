@@ -1,7 +1,8 @@
 """One picture of compare-methods' results: memory, FLOPs and time of every method, and the front of each panel.
 
 Without accuracies the panels set peak against time, peak against FLOPs, and kept bytes against the gradients' error;
-with them, accuracy against each of the three. Published points are hollow: their memory is by rules of their own.
+with them, accuracy against each of the three. A panel that nothing was measured for is left out. Names that would lie
+on others are not drawn; the front's come first. Published points are hollow: their memory is by rules of their own.
 """
 
 from pathlib import Path
@@ -14,17 +15,25 @@ EXACT = 1e-4  # where an error of 0 is drawn on a logarithmic axis
 
 
 def draw(results: list[dict[str, Any]], file: Path) -> None:
-    """A row of three panels for each result."""
+    """A row of panels, three at most, for each result."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(16, 5.2 * len(results)), layout="constrained")
-    for axes, result in zip(figure.subplots(len(results), 3, squeeze=False), results, strict=True):
-        methods = {name: row["train_info"] for name, row in result["methods"].items()}
+    methods_of = [{name: row["train_info"] for name, row in result["methods"].items()} for result in results]
+    panels_of = [[panel for panel in _panels(methods) if panel[2]] for methods in methods_of]
+    columns = max(map(len, panels_of))
+    figure = Figure(figsize=(5.4 * columns, 5.2 * len(results)), layout="constrained")
+    rows = zip(figure.subplots(len(results), columns, squeeze=False), results, methods_of, panels_of, strict=True)
+    for axes, result, methods, panels in rows:
         name = f"{result['base']['backbone']['name'].partition('.')[0]}, {result['base']['train']['batch_size']} images"
-        for axis, panel in zip(axes, _panels(methods), strict=True):
+        for axis, panel in zip(axes, panels, strict=False):
             _panel(axis, name, *panel)
+        for axis in axes[len(panels) :]:
+            axis.set_visible(False)
         if _trained(methods):
             _published(axes[0], result)
+    figure.draw_without_rendering()
+    for axis in figure.axes:
+        _part_names(axis)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=80, metadata={"Software": None})
 
@@ -73,15 +82,24 @@ def front(points: list[Point], high_is_good: bool) -> list[Point]:
 
 def _panel(axis: Any, title: str, below: str, side: str, points: list[Point], high_is_good: bool) -> None:
     axis.set(title=title, xlabel=below, ylabel=side)
-    if not points:  # not measured yet
-        return
-    for name, x, y in points:
-        axis.plot(x, y, "o", color=_color(name), markersize=5)
-        axis.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=6)
     edge = front(points, high_is_good)
+    for name, x, y in [*edge, *(point for point in points if point not in edge)]:
+        axis.plot(x, y, "o", color=_color(name), markersize=5)
+        axis.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=8)
     axis.step([p[1] for p in edge], [p[2] for p in edge], where="post", color="#595959", linewidth=0.8, linestyle="--")
     axis.set(xscale="log", yscale="linear" if high_is_good else "log")
     axis.grid(color="#e5e5e5")
+
+
+def _part_names(axis: Any) -> None:
+    """Take away each name that lies on one before it, or beyond the panel."""
+    shown = []
+    for text in list(axis.texts):
+        box = text.get_window_extent()
+        if box.x1 > axis.get_window_extent().x1 or any(box.overlaps(other) for other in shown):
+            text.remove()
+        else:
+            shown.append(box)
 
 
 def _published(axis: Any, result: dict[str, Any]) -> None:
