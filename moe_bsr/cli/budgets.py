@@ -1,7 +1,8 @@
 """Accuracy after so many minutes: of fit, and of what somebody would train in its place.
 
-    moe-bsr budgets configs/deit_tiny_moe_bsr.yaml data.root=data --minutes 1 2 5
+    moe-bsr budgets configs/deit_tiny_moe_bsr.yaml data.root=data --minutes 1 2 5 --seeds 0 1 2
     moe-bsr budgets configs/deit_tiny_moe_bsr.yaml data.root=data --minutes 2 --methods fit timm_full --json
+    moe-bsr budgets runs/deit_tiny_moe_bsr_budgets/budgets.json --show --picture minutes.png
 
 Each run is a process of its own, one after the other, scheduled for its budget. A budget counts everything from opening
 the images on but the test, which is scored once. Nothing is tuned: all train at the configuration's rates, LoRA at
@@ -10,6 +11,9 @@ twice them. timm_lora needs peft. Let the machine do nothing else meanwhile.
 Methods: fit, probe (the last block's class token), timm_full and timm_lora (plain code without kernels of ours), and
 those of configs/methods/all.yaml, such as bsr and moe_bsr (the configuration's plan) or full (every block, nothing
 dropped).
+
+RUN/budgets.json has everything. Finished runs are kept: the same command goes on, and budgets, methods and seeds can be
+added.
 """
 
 import argparse
@@ -27,29 +31,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, nargs="+", default=[1.0, 2.0, 5.0], metavar="N", help="(1 2 5)")
     help = f"in this order ({' '.join(METHODS)})"
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="NAME", help=help)
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="(the configuration's)")
     parser.add_argument("--run", "--run-dir", type=Path, metavar="DIR", help="for the runs (runs/NAME_budgets)")
-    parser.add_argument("--json", action="store_true", help="JSON instead of the table")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="JSON instead of the table")
+    form.add_argument("--markdown", action="store_true", help="a Markdown table")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw accuracy over minutes; needs matplotlib")
+    parser.add_argument("--show", action="store_true", help="run nothing: CONFIG is a budgets.json")
 
 
 def run(arguments: argparse.Namespace) -> int:
     from moe_bsr.config import load, packaged
-    from moe_bsr.runtime.device import prepare
-    from moe_bsr.runtime.provenance import command, commit, environment
-    from moe_bsr.runtime.text_tables import as_text
+    from moe_bsr.runtime.text_tables import as_markdown, as_text
     from moe_bsr.study import budgets
 
-    config = load(packaged.find_config(arguments.config), arguments.overrides)
-    folder = arguments.run or Path("runs") / f"{Path(arguments.config).stem}_budgets"
-    results = budgets.race(config, folder, arguments.minutes, arguments.methods, lambda line: say(line, error=True))
+    if arguments.show:
+        result = run_arguments.read_result(Path(arguments.config), {"environment", "runs"}, "budgets.json")
+    else:
+        config = load(packaged.find_config(arguments.config), arguments.overrides)
+        folder = arguments.run or Path("runs") / f"{Path(arguments.config).stem}_budgets"
+        seeds = arguments.seeds or [config.seed]
+        told = lambda line: say(line, error=True)  # noqa: E731
+        result = budgets.race(config, folder, arguments.minutes, arguments.methods, seeds, told)
+    if arguments.picture:
+        from moe_bsr.study import budgets_picture
+
+        budgets_picture.draw(result, arguments.picture)
     if arguments.json:
-        about = {"command": command(), "commit": commit(), "environment": environment(prepare(config.runtime))}
-        print(json.dumps({**about, "seed": config.seed, "results": results}, indent=1))
-        return 0
-    tasks = list(results[0]["tasks"])
-    rows = [["test top-1 %", "minutes", *tasks, "mean", "s", "updates", "MB"]]
-    for result in results:
-        shares = [f"{value:.1f}" for value in (*result["tasks"].values(), result["mean_top1"])]
-        numbers = [f"{result['seconds']:.0f}", str(result.get("updates", "-")), f"{result['peak_mb']:.0f}"]
-        rows.append([result["method"], f"{result['minutes']:g}", *shares, *numbers])
-    say(as_text(rows))
+        say(json.dumps(result, indent=1))
+    else:
+        rows = budgets.table(result)
+        say(as_markdown(rows) if arguments.markdown else as_text(rows))
     return 0

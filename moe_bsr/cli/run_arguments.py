@@ -1,8 +1,10 @@
 """Arguments that several commands share, so that they are spelled and explained once."""
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
@@ -48,3 +50,22 @@ def at_least(least: int) -> Callable[[str], int]:
 
     number.__name__ = "whole number"  # argparse names the type by it
     return number
+
+
+def read_result(file: Path, keys: set[str], kind: str) -> dict[str, Any]:
+    """What an earlier call of this command wrote, for --show.
+
+    Args:
+        keys: that it has. kind: what such a file is called.
+    Raises:
+        ConfigError: it cannot be read, or is none.
+    """
+    from moe_bsr.config import ConfigError
+
+    try:
+        result = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: {error}; --show takes a {kind} that this command wrote") from error
+    if not isinstance(result, dict) or not keys <= result.keys():
+        raise ConfigError(f"{file} is no {kind}: it lacks one of {', '.join(sorted(keys))}")
+    return result

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     from moe_bsr.study import sweep
 
     if arguments.show:
-        result = _read(Path(arguments.sweep))
+        result = run_arguments.read_result(Path(arguments.sweep), {"runs", "baseline", "differences"}, "sweep.json")
     else:
         try:
             result = _run(arguments)
@@ -72,20 +72,3 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     folder = arguments.run or Path("runs") / f"{Path(arguments.sweep).stem}_sweep"
     return sweep.run(asked, folder, arguments.overrides, lambda line: say(line, error=True))
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """What a sweep.json holds.
-
-    Raises:
-        ConfigError: it cannot be read, or is none.
-    """
-    from moe_bsr.config import ConfigError
-
-    try:
-        result = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: {error}; --show takes the sweep.json of a finished sweep") from error
-    if not isinstance(result, dict) or not {"runs", "baseline", "differences"} <= result.keys():
-        raise ConfigError(f"{file} is no sweep.json: it has no runs, baseline and differences")
-    return result

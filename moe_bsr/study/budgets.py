@@ -5,10 +5,14 @@ the test. All have the same splits. The test is scored once, at the end.
 """
 
 import dataclasses
+import itertools
+import json
 import multiprocessing
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from moe_bsr import api
@@ -21,7 +25,10 @@ from moe_bsr.fit.ladder import Budget, Ladder
 from moe_bsr.model.multitask import build
 from moe_bsr.runs.folder import make_transforms, open_task
 from moe_bsr.runtime.device import prepare
+from moe_bsr.runtime.files import write_whole
+from moe_bsr.runtime.provenance import command, commit, environment
 from moe_bsr.study import rivals
+from moe_bsr.study.sweep import mean_of
 from moe_bsr.training.probe_trainer import probe_config
 
 # Beside those of a methods file, which are configurations.
@@ -41,28 +48,68 @@ def race(
     folder: Path,
     minutes: list[float],
     methods: list[str],
+    seeds: list[int],
     say: Callable[[str], None],
     known: dict[str, Method] | None = None,
-) -> list[dict[str, Any]]:
-    """A result for each method and budget, in turns: method, minutes, seconds, mean_top1, tasks, updates, peak_mb.
+) -> dict[str, Any]:
+    """Run what is not in FOLDER/budgets.json yet, in turns; returns what it then holds.
+
+    Under "runs" it has a dictionary for each method, budget and seed: method, minutes, seed, seconds, mean_top1, tasks,
+    updates, peak_mb.
 
     Args:
-        folder: for the runs, empty or new; a run is named METHOD_MINUTES.
+        folder: a run is in FOLDER/METHOD_MINUTES_SEED.
         known: the methods that are configurations, by default the package's.
     Raises:
-        ConfigError: a method that is none. RuntimeError: a run failed.
+        ConfigError: a method that is none, or a file from another machine. RuntimeError: a run failed.
     """
     known = read_methods() if known is None else known
     if unknown := [method for method in methods if method not in OTHERS | known]:
         raise ConfigError(f"methods: {', '.join(unknown)} is none of {', '.join(OTHERS | known)}")
-    results = []
-    for budget in minutes:
-        for method in methods:
-            say(f"{method}, {budget:g} minutes")
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                results.append(pool.apply(run, (method, config, folder / f"{method}_{budget:g}", budget, known)))
-            say(f"{method}, {budget:g} minutes: {results[-1]['mean_top1']:.2f} % of the test images")
-    return results
+    file = folder / "budgets.json"
+    result = {"environment": environment(prepare(config.runtime)), "runs": []}
+    if file.exists():
+        earlier = json.loads(file.read_text())
+        if earlier["environment"] != result["environment"]:
+            raise ConfigError(f"{file} is from another machine or installation, where a minute is worth something else")
+        result = earlier
+    done = {(run["method"], run["minutes"], run["seed"]) for run in result["runs"]}
+    for budget, seed, method in itertools.product(minutes, seeds, methods):
+        if (method, budget, seed) in done:
+            continue
+        say(f"{method}, {budget:g} minutes, seed {seed}")
+        seeded = dataclasses.replace(config, seed=seed)
+        place = folder / f"{method}_{budget:g}_{seed}"
+        shutil.rmtree(place, ignore_errors=True)  # of a race that was stopped: a budget begins anew
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            found = pool.apply(run, (method, seeded, place, budget, known))
+        result["runs"].append(found | {"seed": seed})
+        write_whole(file, json.dumps({"command": command(), "commit": commit(), **result}, indent=1))
+        say(f"{method}, {budget:g} minutes, seed {seed}: {found['mean_top1']:.2f} % of the test images")
+    return result
+
+
+def table(result: dict[str, Any]) -> list[list[str]]:
+    """A row for each budget and method: means over the seeds, and of several the mean's 95 % interval (Student's)."""
+    tasks = list(result["runs"][0]["tasks"])
+    rows = [["test top-1 %", "minutes", *tasks, "mean", "seeds", "s", "updates", "MB"]]
+    for (minutes, method), runs in by_budget(result).items():
+        top1 = [f"{fmean(run['tasks'][task] for run in runs):.1f}" for task in tasks]
+        found = mean_of([run["mean_top1"] for run in runs])
+        mean = f"{found['mean']:.1f}" + ("" if found["low"] is None else f" [{found['low']:.1f}, {found['high']:.1f}]")
+        updates = [run["updates"] for run in runs if "updates" in run]
+        numbers = [f"{len(runs)}", f"{fmean(run['seconds'] for run in runs):.0f}"]
+        numbers += [f"{fmean(updates):.0f}" if updates else "-", f"{max(run['peak_mb'] for run in runs):.0f}"]
+        rows.append([method, f"{minutes:g}", *top1, mean, *numbers])
+    return rows
+
+
+def by_budget(result: dict[str, Any]) -> dict[tuple[float, str], list[dict[str, Any]]]:
+    """The runs of each budget and method, the shortest budget first, and in it the best method."""
+    found: dict[tuple[float, str], list[dict[str, Any]]] = {}
+    for each in result["runs"]:
+        found.setdefault((each["minutes"], each["method"]), []).append(each)
+    return dict(sorted(found.items(), key=lambda pair: (pair[0][0], -fmean(r["mean_top1"] for r in pair[1]))))
 
 
 def run(

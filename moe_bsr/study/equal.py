@@ -60,13 +60,13 @@ def at_equal_seconds(
     Args:
         factor: of the learning rate, over the method's own.
     Returns:
-        What `budgets.race` does, and half_width of its 95 % interval, of the test images alone.
+        A run as `budgets.race` has it, and half_width of its 95 % interval, of the test images alone.
     """
     changed = replace(base, train__lr=factor * base.train.lr)
     name = PLAIN if method.code == "timm" else name
     folder.mkdir(parents=True, exist_ok=True)
     place = Path(tempfile.mkdtemp(prefix="race_", dir=folder))  # a race that was stopped starts anew
-    (told,) = budgets.race(changed, place, [minutes], [name], lambda line: None, {name: method})
+    (told,) = budgets.race(changed, place, [minutes], [name], [base.seed], lambda line: None, {name: method})["runs"]
     sizes = {task: len(open_task(base, file).test) for task, file in base.task_files().items()}
     return told | {"half_width": half_width(told["tasks"], sizes)}
 

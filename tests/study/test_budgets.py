@@ -1,5 +1,6 @@
 """Every method within a budget has the same splits, a test and a length of its own."""
 
+import contextlib
 import math
 
 import pytest
@@ -8,7 +9,8 @@ from tiny_runs import SIZES, make_config
 
 from moe_bsr.config import ConfigError
 from moe_bsr.model.multitask import build_on_meta
-from moe_bsr.study import budgets, rivals
+from moe_bsr.study import budgets, budgets_picture, rivals
+from moe_bsr.visualize.theme import figure
 
 pytestmark = pytest.mark.usefixtures("bare")
 
@@ -48,7 +50,73 @@ def test_a_batch_has_every_image_once_an_epoch(tmp_path):
 
 def test_an_unknown_method_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="methods: magic is none of fit, probe"):
-        budgets.race(make_config(tmp_path), tmp_path, [1.0], ["fit", "magic"], print)
+        budgets.race(make_config(tmp_path), tmp_path, [1.0], ["fit", "magic"], [0], print)
+
+
+@pytest.fixture
+def raced(monkeypatch):
+    """Which runs a race asks for, in their order; none is trained."""
+    asked = []
+
+    class InThisProcess:
+        def __init__(self, *_):
+            self.Pool = lambda processes: contextlib.nullcontext(self)
+
+        def apply(self, work, arguments):
+            method, config, folder, minutes, _ = arguments
+            folder.mkdir()
+            asked.append((method, minutes, config.seed))
+            if method == "stops":
+                raise RuntimeError("stopped")
+            top1 = {"shapes": 10 * minutes + config.seed, "petals": 50.0}
+            about = {"seconds": 60 * minutes, "mean_top1": sum(top1.values()) / 2, "tasks": top1, "peak_mb": 7.0}
+            return {"method": method, "minutes": minutes, **about} | ({} if method == "fit" else {"updates": 3})
+
+    monkeypatch.setattr(budgets.multiprocessing, "get_context", InThisProcess)
+    return asked
+
+
+def test_a_race_goes_on_where_it_was_stopped_and_takes_more_seeds(tmp_path, raced):
+    def race(seeds, methods=("fit", "bsr"), folder=tmp_path / "race"):
+        folder.mkdir(exist_ok=True)
+        known = dict.fromkeys(("bsr", "stops"))
+        return budgets.race(config, folder, [1.0, 2.0], list(methods), seeds, lambda line: None, known)
+
+    config = make_config(tmp_path)
+    with pytest.raises(RuntimeError, match="stopped"):
+        race([0], ["fit", "stops", "bsr"])
+    assert raced == [("fit", 1.0, 0), ("stops", 1.0, 0)]
+    raced.clear()
+    race([0, 2])
+    first, second = [("fit", 1.0, 2), ("bsr", 1.0, 2)], [("fit", 2.0, 2), ("bsr", 2.0, 2)]
+    assert raced == [("bsr", 1.0, 0), *first, ("fit", 2.0, 0), ("bsr", 2.0, 0), *second]
+    raced.clear()
+    result = race([0, 2])
+    assert not raced and len(result["runs"]) == 8
+    head, row, *_ = budgets.table(result)
+    # Student's interval of two values: 12.7 times half of their difference.
+    assert dict(zip(head, row, strict=True)) == {
+        "test top-1 %": "fit", "minutes": "1", "shapes": "11.0", "petals": "50.0", "mean": "30.5 [24.1, 36.9]",
+        "seeds": "2", "s": "60", "updates": "-", "MB": "7",
+    }  # fmt: skip
+
+
+def test_minutes_of_another_machine_are_refused(tmp_path, raced, monkeypatch):
+    budgets.race(make_config(tmp_path), tmp_path, [1.0], ["fit"], [0], lambda line: None)
+    monkeypatch.setattr(budgets, "environment", lambda runtime: {"threads": 64})
+    with pytest.raises(ConfigError, match="budgets.json is from another machine"):
+        budgets.race(make_config(tmp_path), tmp_path, [1.0], ["fit"], [1], lambda line: None)
+
+
+def test_the_picture_has_each_method_beside_its_last_point(tmp_path, raced, monkeypatch):
+    result = budgets.race(make_config(tmp_path), tmp_path, [1.0, 4.0], ["fit", "bsr"], [0, 1], lambda line: None)
+    drawn = []
+    monkeypatch.setattr(budgets_picture.theme, "figure", lambda *size: drawn.append(figure(*size)) or drawn[0])
+    budgets_picture.draw(result, tmp_path / "minutes.png")
+    (axis,) = drawn[0].axes
+    assert sorted(text.get_text() for text in axis.texts) == ["bsr  45.2", "fit  45.2"]
+    assert len({text.xy[1] for text in axis.texts}) == 2 and len(axis.collections) == 2
+    assert (tmp_path / "minutes.png").stat().st_size > 5000
 
 
 def test_full_is_every_weight_of_every_block_whatever_else_the_plan_trains(tmp_path):
