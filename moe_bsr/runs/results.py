@@ -147,10 +147,13 @@ def _fit(result: dict[str, Any]) -> str:
 
 
 def _budgets(result: dict[str, Any]) -> str:
+    found: dict[tuple[float, str], list[float]] = {}
+    for run in result["runs"]:
+        found.setdefault((run["minutes"], run["method"]), []).append(run["mean_top1"])
     means: dict[float, list[str]] = {}
-    for run in result["results"]:
-        means.setdefault(run["minutes"], []).append(f"{run['method']} {run['mean_top1']:.1f}")
-    return "; ".join(f"{minutes:g} minutes, test top-1 %: {', '.join(runs)}" for minutes, runs in means.items())
+    for (minutes, method), top1 in found.items():
+        means.setdefault(minutes, []).append(f"{method} {fmean(top1):.1f}")
+    return "; ".join(f"{minutes:g} minutes, test top-1 %: {', '.join(told)}" for minutes, told in means.items())
 
 
 def _methods(result: dict[str, Any]) -> str:
@@ -173,7 +176,7 @@ KINDS: list[tuple[str, set[str], Callable[[dict[str, Any]], str]]] = [
     ("Arms compared", {"sweep", "runs", "differences"}, _arms),
     ("Storages compared", {"top1", "seeds", "config"}, _storages),
     ("The best model for some minutes", {"rungs", "best", "minutes"}, _fit),
-    ("Accuracy after so many minutes", {"results", "seed", "environment"}, _budgets),
+    ("Accuracy after so many minutes", {"runs", "environment"}, _budgets),
     ("Methods side by side", {"base", "reference", "methods"}, _methods),
     ("Dropping before training", {"settings", "own", "best"}, _drops),
     ("Exports", {"bundle", "bytes", "precision"}, _export),
