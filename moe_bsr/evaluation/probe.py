@@ -71,7 +71,9 @@ def _to_cpu(record: Record) -> Record:
         parts[name] = (
             None
             if part is None
-            else dataclasses.replace(part, **{f.name: getattr(part, f.name).cpu() for f in dataclasses.fields(part)})
+            else dataclasses.replace(part, **{
+                f.name: tensor.cpu() for f in dataclasses.fields(part) if (tensor := getattr(part, f.name)) is not None
+            })
         )
     return Record(**parts)
 
