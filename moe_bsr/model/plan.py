@@ -47,8 +47,8 @@ def make_plan(config: Config, depth: int) -> list[BlockPlan]:
     """One BlockPlan per block.
 
     Raises:
-        ConfigError: an index outside 0..depth-1, a drop at the last block, more to merge than a block can, or an unknown
-            storage or adapter.
+        ConfigError: an index outside 0..depth-1, a drop at the last block, more to merge than a block can, or an
+            unknown storage or adapter.
     """
     plan = config.plan
     for key in ("train_blocks", "drop_blocks", "moe_blocks", "head_blocks"):

@@ -165,9 +165,7 @@ class _Attention(torch.autograd.Function):
         return grad_qkv, None, None, None, None
 
 
-def _fused_forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
-) -> tuple[Tensor, Tensor, tuple]:
+def _fused_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor, tuple]:
     """Attention (B, H, N, d), a log-sum for each row (B, H, N or more), and what else the backward asks for."""
     aten = torch.ops.aten
     if q.device.type == "cpu":

@@ -23,15 +23,16 @@ MERGE = TokensConfig(reduce="merge")
 
 
 def stream(candidates: int, prefix: int, merged_before: bool, seed: int = 0) -> tuple[Tokens, torch.Tensor]:
-    """Random tokens, which stand for one patch each or for several, and keys among which there are ties."""
+    """Random tokens, which stand for one patch each or for several, and keys; those of the first image are ties."""
     x, keys = normal(BATCH, prefix + candidates, WIDTH, seed=seed), normal(BATCH, prefix + candidates, 2, seed=seed + 1)
+    keys[0] = F.one_hot(keys[0].abs().argmax(1), 2) * keys[0].sign()
     if not merged_before:
-        return Tokens(x, torch.arange(candidates).expand(BATCH, -1)), keys.round().clamp(-1, 1)
-    place = torch.stack([
-        torch.randperm(PATCHES, generator=torch.Generator().manual_seed(seed + b)) % candidates for b in range(BATCH)
-    ])
+        return Tokens(x, torch.arange(candidates).expand(BATCH, -1)), keys
+    place = torch.stack(
+        [torch.randperm(PATCHES, generator=torch.Generator().manual_seed(seed + b)) % candidates for b in range(BATCH)]
+    )
     firsts = [[row.index(token) for token in range(candidates)] for row in place.tolist()]
-    return Tokens(x, torch.tensor(firsts), place=place), keys.round().clamp(-1, 1)
+    return Tokens(x, torch.tensor(firsts), place=place), keys
 
 
 def reference_merge(x, keys, patches, keep, prefix):
@@ -53,7 +54,9 @@ def reference_merge(x, keys, patches, keep, prefix):
     order = sorted(best, key=lambda i: (-round(cosine(i, best[i]), 5), i))
     gone = set(order[:merged])
     tokens, made_of = [x[i] for i in range(prefix)], []
-    groups = [[i] for i in sources if i not in gone] + [[j, *(i for i in sorted(gone) if best[i] == j)] for j in targets]
+    groups = [[i] for i in sources if i not in gone] + [
+        [j, *(i for i in sorted(gone) if best[i] == j)] for j in targets
+    ]
     for group in groups if merged else [[i] for i in range(count)]:
         total = sum(len(patches[i]) for i in group)
         tokens.append(sum(x[prefix + i] * len(patches[i]) for i in group) / total)
@@ -105,7 +108,10 @@ def test_for_the_backward_pass_the_places_and_weights_alone_are_kept():
     tokens, keys = stream(12, 1, False)
     tokens.x.requires_grad_()
     kept = saved_for_backward(lambda: merge(tokens, keys, 0.5, 1, Replay()))
-    assert sorted((tuple(t.shape), t.dtype) for t in kept) == [((BATCH, 12), torch.int64), ((BATCH, 12, 1), torch.float32)]
+    assert sorted((tuple(t.shape), t.dtype) for t in kept) == [
+        ((BATCH, 12), torch.int64),
+        ((BATCH, 12, 1), torch.float32),
+    ]
 
 
 def repeated(qkv, sizes):
