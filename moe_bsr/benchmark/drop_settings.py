@@ -1,4 +1,4 @@
-"""Settings of token dropping, and the features that each makes of the same images: shared blocks run once.
+"""Settings of token dropping and merging, and the features that each makes of the same images: shared blocks run once.
 
 Two settings that have done the same up to some block hold the same tokens there, so the blocks before their first
 difference are computed for both at once.
@@ -17,10 +17,13 @@ from moe_bsr.model.plan import token_counts
 from moe_bsr.model.replay import Replay
 from moe_bsr.model.tokens import Tokens
 
+KEYS = ("reduce", "fuse", "protect_fused", "rank_by")  # of `tokens`: what changes the tokens that are left
+MOST_MERGED = 0.5  # the least share that merging leaves
+
 
 @dataclass(frozen=True)
 class DropSetting:
-    """Where, how much and how tokens are dropped.
+    """Where, how much and how tokens are dropped or merged.
 
     Attributes:
         rates: keep rate by block, ascending; () drops nothing.
@@ -36,7 +39,7 @@ class DropSetting:
         if len(shares) > 1:
             shares = [f"{rate:g}" for _, rate in self.rates]
         usual, changed = TokensConfig(), []
-        for key in ("fuse", "protect_fused", "rank_by"):
+        for key in KEYS:
             if (value := getattr(self.tokens, key)) != getattr(usual, key):
                 changed.append(f"{key}={value}".replace("=True", "=true"))
         return " ".join([f"keep {','.join(shares)} at {','.join(str(at) for at, _ in self.rates)}", *changed])
@@ -51,7 +54,7 @@ class DropSetting:
         keep = rates if len(set(rates)) > 1 else rates[0] if rates else 0.5
         found = [f"plan.drop_blocks={blocks}", f"plan.keep_rate={keep}"]
         usual = TokensConfig()
-        for key in ("fuse", "protect_fused", "rank_by"):
+        for key in KEYS:
             if (value := getattr(self.tokens, key)) != getattr(usual, key):
                 found.append(f"tokens.{key}={str(value).lower()}")
         return [each.replace(" ", "") for each in found]
@@ -138,8 +141,8 @@ def equal_flops(
 
 
 def candidates(model: MultitaskViT, own: DropSetting) -> list[DropSetting]:
-    """What to try beside a setting: nothing dropped, the setting itself and milder, its other ways to drop, and other
-    places at its FLOPs.
+    """What to try beside a setting: nothing dropped, the setting itself and milder, its other ways to drop, merging,
+    and other places at its FLOPs.
     """
     depth, blocks = len(model.plan), [at for at, _ in own.rates]
     how, target = own.tokens, relative_flops(model, own)
@@ -148,16 +151,20 @@ def candidates(model: MultitaskViT, own: DropSetting) -> list[DropSetting]:
         return DropSetting(tuple((place, rate) for place in places), how)
 
     found = [DropSetting(), own]
+    least = MOST_MERGED if how.merges else 0.02
     if blocks:
         found += [everywhere(blocks, (1 + own.rates[0][1]) / 2), DropSetting(own.rates[1:], how)]
         ways = [{"fuse": fuse} for fuse in ("raw", "normalized", "none")]
         ways.append({"fuse": "normalized", "protect_fused": True})
         found += [DropSetting(own.rates, TokensConfig(rank_by=how.rank_by, **way)) for way in ways]
-        other = "logits" if how.rank_by == "probabilities" else "probabilities"
-        found.append(DropSetting(own.rates, replace(how, rank_by=other)))
+        if not how.merges:
+            other = "logits" if how.rank_by == "probabilities" else "probabilities"
+            found.append(DropSetting(own.rates, replace(how, rank_by=other)))
+        if all(rate >= MOST_MERGED for _, rate in own.rates):
+            found.append(DropSetting(own.rates, TokensConfig(reduce="merge")))
         strides = (1, 2, 3, 4, depth)  # the last: once
         places = [range(first, depth - 1, stride) for first in range(depth // 3) for stride in strides]
         places = [each for each in places if list(each) != blocks]
-        equal = (equal_flops(model, target, lambda rate, at=at: everywhere(at, rate)) for at in places)
+        equal = (equal_flops(model, target, lambda rate, at=at: everywhere(at, rate), least) for at in places)
         found += [setting for setting in equal if setting is not None]
     return list({str(setting): setting for setting in found}.values())

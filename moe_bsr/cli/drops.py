@@ -3,9 +3,10 @@
     moe-bsr drops configs/deit_tiny_moe_bsr.yaml tasks=[cifar100] data.root=data
     moe-bsr drops configs/deit_tiny_moe_bsr.yaml --images 4000 --at 6,9:0.5 4,6,8:0.7,0.5,0.5 --json > drops.json
 
-CONFIG's own dropping is compared with none, with milder ones, with the other ways to rank and fuse, and with other
-places at the same FLOPs. --at tries these BLOCKS:KEEP_RATES alone, beside none and CONFIG's own. Scores are on
-validation images, the same for all settings; no test image is opened. Blocks that settings share run once.
+CONFIG's own dropping is compared with none, with milder ones, with the other ways to rank and fuse, with merging
+(where keep rates are 0.5 or more), and with other places at the same FLOPs. --at tries these BLOCKS:KEEP_RATES alone,
+beside none and CONFIG's own, with tokens.reduce=merge merging. Scores are on validation images, the same for all
+settings; no test image is opened. Blocks that settings share run once.
 """
 
 import argparse

@@ -9,7 +9,7 @@ with its default and what it means; that page is the reference, and a test keeps
 import dataclasses
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from moe_bsr.config.errors import require, require_within
@@ -74,6 +74,7 @@ class PlanConfig:
 
 @dataclass(kw_only=True, slots=True)
 class TokensConfig:
+    reduce: Literal["drop", "merge"] = "drop"
     fuse: Literal["raw", "normalized", "none"] = "raw"
     detach_fusion_weights: bool = False
     protect_fused: bool = False
@@ -86,10 +87,19 @@ class TokensConfig:
             self.fuse,
             "tokens.detach_fusion_weights and tokens.protect_fused speak of the fused token; set them to false",
         )
+        for each in fields(self) if self.merges else ():
+            value = getattr(self, each.name)
+            only = f"{str(each.default).lower()} with tokens.reduce = merge: the key speaks of dropped tokens"
+            require(each.name == "reduce" or value == each.default, f"tokens.{each.name}", value, only)
+
+    @property
+    def merges(self) -> bool:
+        return self.reduce == "merge"
 
     @property
     def fuses(self) -> bool:
-        return self.fuse != "none"
+        """Whether dropped tokens become one."""
+        return not self.merges and self.fuse != "none"
 
     @property
     def attached(self) -> bool:

@@ -152,7 +152,7 @@ def trace_block(
         tracer = traced.tracer
         border = Border(tracer)
         tokens = _bring_tokens(border, stream)
-        inputs = [tracer.allocation(t) for t in (tokens.x, tokens.origin)]
+        inputs = [tracer.allocation(t) for t in (tokens.x, tokens.origin, tokens.place) if t is not None]
         records: dict[int, Record] = {}
         tracer.phase = "forward"
         with torch.set_grad_enabled(on_path), setting.runtime.autocast():
@@ -165,10 +165,11 @@ def trace_block(
 
 def _bring_tokens(border: Border, stream: Stream) -> Tokens:
     x = border.bring(stream.shape, stream.dtype, stream.requires_grad)
-    shape, strides = stream.origin
-    origin = torch.empty_strided(shape, strides, dtype=torch.int64, device=x.device)
-    border.imported.append(border.tracer.allocation(origin))
-    return Tokens(x, origin, stream.fused)
+    found = []
+    for layout in (stream.origin, stream.place):
+        found.append(None if layout is None else torch.empty_strided(*layout, dtype=torch.int64, device=x.device))
+        border.imported += [] if layout is None else [border.tracer.allocation(found[-1])]
+    return Tokens(x, found[0], stream.fused, found[1])
 
 
 def _finish_block(
@@ -186,9 +187,10 @@ def _finish_block(
     """
     tracer, record, tokens = traced.tracer, end.pop(), end.pop()
     routing = None if record is None else record.routing
-    x, origin = tokens.x, tokens.origin
-    stream = Stream(tuple(x.shape), x.dtype, x.requires_grad, (tuple(origin.shape), origin.stride()), tokens.fused)
-    outputs = [tracer.allocation(t) for t in (x, origin)]
+    x, origin, place = tokens.x, tokens.origin, tokens.place
+    traces = [None if t is None else (tuple(t.shape), t.stride()) for t in (origin, place)]
+    stream = Stream(tuple(x.shape), x.dtype, x.requires_grad, traces[0], tokens.fused, traces[1])
+    outputs = [tracer.allocation(t) for t in (x, origin, place) if t is not None]
     reported = [a for t in tensors_of(record) if (a := tracer.allocation(t)) is not None]
     balanced = [] if routing is None else [routing.importance, routing.load]
     about: dict[str, Any] = {
@@ -199,7 +201,7 @@ def _finish_block(
     wanted = [t for t in (x, *(balanced if balances else ())) if t.requires_grad]
     result = border.take(wanted) if x.requires_grad else None
     tracer.phase = "handover"
-    del tokens, x, origin, record, routing, balanced, wanted
+    del tokens, x, origin, place, record, routing, balanced, wanted
     kept, gradients = list(tracer.alive) if result is not None else [], []
     if result is not None:
         tracer.phase = "backward"

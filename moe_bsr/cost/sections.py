@@ -68,7 +68,8 @@ class Stream:
     """The tokens between two blocks, as far as they decide what the next one allocates.
 
     Attributes:
-        shape: (B, N, D) of the features. origin: shape and strides of the original positions.
+        shape: (B, N, D) of the features. origin: shape and strides of the original positions. place: the same of the
+            tokens that patches were merged into.
     """
 
     shape: tuple[int, ...]
@@ -76,13 +77,14 @@ class Stream:
     requires_grad: bool
     origin: tuple[tuple[int, ...], tuple[int, ...]]
     fused: bool
+    place: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
 
 @dataclass(slots=True)
 class Section:
     """Attributes:
     phases: what happens in each of PHASES: runs and events, in order.
-    inputs, outputs: slots of the tokens' features and origins, entering and leaving.
+    inputs, outputs: slots of the tokens' features and traces, entering and leaving.
     reports: slots of what the balance loss looks at (importance and load), which are inputs of the head.
     gradient_in, gradient_out: slots of the tokens' gradient that arrives, and of the one that leaves.
     routing_in: slots of the gradients that arrive from the balance loss; of the head: those that leave to

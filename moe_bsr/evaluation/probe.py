@@ -71,7 +71,14 @@ def _to_cpu(record: Record) -> Record:
         parts[name] = (
             None
             if part is None
-            else dataclasses.replace(part, **{f.name: getattr(part, f.name).cpu() for f in dataclasses.fields(part)})
+            else dataclasses.replace(
+                part,
+                **{
+                    f.name: tensor.cpu()
+                    for f in dataclasses.fields(part)
+                    if (tensor := getattr(part, f.name)) is not None
+                },
+            )
         )
     return Record(**parts)
 
@@ -82,10 +89,10 @@ def expert_map(records: dict[int, Record], prefix: int, patches: int) -> dict[in
     Args:
         prefix: number of prefix tokens. patches: of the whole image.
     """
-    found, origin = {}, None
+    found, origin, merged = {}, None, None
     for block, record in sorted(records.items()):
         if record.dropped is not None:
-            origin = record.dropped.origin.numpy()
+            origin, merged = record.dropped.origin.numpy(), record.dropped.place
         if record.routing is not None:
             experts = record.routing.experts.numpy()
             images, _, k = experts.shape
@@ -94,6 +101,8 @@ def expert_map(records: dict[int, Record], prefix: int, patches: int) -> dict[in
             here = np.broadcast_to(np.arange(patches), (images, patches)) if origin is None else origin
             image, token = np.nonzero(here != FUSED)
             place[image, prefix + here[image, token]] = experts[image, prefix + token]
+            if merged is not None:  # all patches of a token have its experts
+                place[:, prefix:] = np.take_along_axis(experts[:, prefix:], merged.numpy()[:, :, None], 1)
             found[block] = place
     return found
 

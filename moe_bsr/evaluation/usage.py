@@ -52,7 +52,8 @@ class TokenAndExpertUsage:
     def summary(self) -> dict:
         """Block indices are strings, as in JSON.
 
-        tokens_kept: mean share of the image's patches that reach the end, fused ones not counted.
+        tokens_kept: mean share of the image's patches that reach the end, fused ones not counted; where patches are
+        merged, the tokens that are left of them.
         tokens_kept_after: the same after each drop block. expert_share: share of the assignments
         that each expert got, by MoE block. experts_used: how many experts got at least 1 % (with
         more than 50 experts: half of an equal share).

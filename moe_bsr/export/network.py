@@ -1,20 +1,20 @@
 """A planned ViT with one task's head as ONNX operators: images in, logits out.
 
-It follows `model/block.py` and `model/tokens.py` and computes the same function with other operators: kept tokens stay
-in the order of their scores, for a ViT without later position embeddings does not ask for the order, and where only
-the class token of the last block is looked at, the block computes nothing but that.
+It follows `model/block.py`, `model/tokens.py` and `model/merging.py` and computes the same function with other
+operators: kept tokens stay in the order of their scores, for a ViT without later position embeddings does not ask for
+the order, and where only the class token of the last block is looked at, the block computes nothing but that.
 
     B images, N tokens of which P prefix tokens, D width, H heads, C candidates of a drop, K kept
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import nn
 
 from moe_bsr.config import ConfigError
-from moe_bsr.export import layers
+from moe_bsr.export import layers, merging
 from moe_bsr.export.graph import Graph
 from moe_bsr.export.layers import Names, tokens_from
 from moe_bsr.export.low_rank import low_rank
@@ -50,12 +50,13 @@ class Stream:
     """The tokens between two blocks.
 
     Attributes:
-        x: (B, N, D). count: N. fused: whether the last token is a fused one.
+        x: (B, N, D). count: N. fused: whether the last token is a fused one. merged: if any tokens were merged.
     """
 
     x: str
     count: int
     fused: bool = False
+    merged: merging.Merged | None = None
 
 
 def write(g: Graph, part: Part, images: str) -> str:
@@ -68,7 +69,7 @@ def write(g: Graph, part: Part, images: str) -> str:
         if index in model.head_blocks:
             read.append(_first(g, stream.x))
     names = Names(owner=part.owner(len(model.plan)))
-    features = _pool(g, vit, stream.x, names)
+    features = _pool(g, vit, stream, names)
     if read:
         features = g.op("Concat", features, *read, axis=1)
     head = model.heads[part.task]
@@ -118,11 +119,14 @@ def _block(g: Graph, part: Part, index: int, stream: Stream) -> Stream:
     if isinstance(layer.mlp, MoE) and layer.mlp.gate == "image":  # it looks at all tokens
         only_first = False
     x = layers.norm(g, layer.norm1, stream.x, names / "norm1")
-    y, maps = _attention(g, layer.attn, x, model.vit.embed_dim, names / "attn", only_first)
+    bias = None if stream.merged is None else merging.bias(g, stream.merged, model.vit.num_prefix_tokens)
+    y, maps, keys = _attention(g, layer.attn, x, bias, names / "attn", only_first)
     x = tokens_from(g, stream.x, 0, 1) if only_first else stream.x
     x = g.op("Add", x, layers.layer_scale(g, layer.ls1, y, names / "ls1"))
-    stream = Stream(x, 1 if only_first else stream.count, stream.fused)
-    if drops:
+    stream = replace(stream, x=x, count=1 if only_first else stream.count)
+    if drops and model.tokens_config.merges:
+        stream = _merge(g, model, stream, keys, plan.keep_rate)
+    elif drops:
         stream = _drop(g, model, stream, maps, plan.keep_rate)
     x = layers.norm(g, layer.norm2, stream.x, names / "norm2")
     if isinstance(layer.mlp, MoE):
@@ -132,8 +136,7 @@ def _block(g: Graph, part: Part, index: int, stream: Stream) -> Stream:
     y = layers.layer_scale(g, layer.ls2, y, names / "ls2")
     if (beside := getattr(layer, BESIDE_FFN, None)) is not None:
         y = g.op("Add", y, layers.beside_ffn(g, beside, stream.x, names / BESIDE_FFN))
-    x = g.op("Add", stream.x, y)
-    return Stream(x, stream.count, stream.fused)
+    return replace(stream, x=g.op("Add", stream.x, y))
 
 
 def _mixture(g: Graph, part: Part, index: int, x: str, names: Names) -> str:
@@ -149,9 +152,14 @@ def _reads_first_alone(vit: nn.Module) -> bool:
 
 
 def _attention(
-    g: Graph, attn: nn.Module, x: str, width: int, names: Names, only_first: bool
-) -> tuple[str, tuple[str, str]]:
-    """(B, N, D) -> (B, N, D), or with `only_first` (B, 1, D); and the attention maps and their logits (B, H, N, N)."""
+    g: Graph, attn: nn.Module, x: str, key_bias: str | None, names: Names, only_first: bool
+) -> tuple[str, tuple[str, str], str]:
+    """(B, N, D) -> (B, N, D), or with `only_first` (B, 1, D); the attention maps and their logits (B, H, N, N); and
+    the keys (B, H, d, N).
+
+    Args:
+        key_bias: (B, 1, 1, N), added to the logits of each key.
+    """
     weight, bias = layers.merged(attn.qkv, names / "qkv")
     inner = attn.num_heads * attn.head_dim
     if only_first:  # queries of the first token alone
@@ -169,13 +177,26 @@ def _attention(
         k = layers.norm(g, attn.k_norm, layers.heads_apart(g, k, attn.num_heads, inner), names / "k_norm")
         k = g.op("Transpose", k, perm=[0, 1, 3, 2])
     logits = g.op("MatMul", g.op("Mul", q, g.constant(attn.scale, np.float32)), k)
+    if key_bias is not None:
+        logits = g.op("Add", logits, key_bias)
     maps = g.op("Softmax", logits, axis=-1)
     y = layers.heads_joined(g, g.op("MatMul", maps, layers.heads_apart(g, v, attn.num_heads, inner)), inner)
     y = layers.norm(g, attn.norm, y, names / "norm")
     if attn.gate is not None:
         first = tokens_from(g, x, 0, 1) if only_first else x
         y = g.op("Mul", y, g.op("Sigmoid", layers.linear(g, attn.gate, first, names / "gate")))
-    return layers.linear(g, attn.proj, y, names / "proj"), (maps, logits)
+    return layers.linear(g, attn.proj, y, names / "proj"), (maps, logits), k
+
+
+def _merge(g: Graph, model: MultitaskViT, stream: Stream, keys: str, keep_rate: float) -> Stream:
+    """Similar tokens become their mean: `model.merging.merge`."""
+    prefix = model.vit.num_prefix_tokens
+    candidates = stream.count - prefix
+    left = count_kept(candidates, keep_rate)
+    if left == candidates:
+        return stream
+    x, merged = merging.merge(g, stream.x, keys, stream.merged, prefix, candidates, left)
+    return Stream(x, prefix + left, merged=merged)
 
 
 def _drop(g: Graph, model: MultitaskViT, stream: Stream, maps: tuple[str, str], keep_rate: float) -> Stream:
@@ -215,10 +236,13 @@ def _scores(g: Graph, maps: str, has_class_token: bool, start: int, end: int) ->
     return tokens_from(g, scores, start, end)
 
 
-def _pool(g: Graph, vit: nn.Module, x: str, names: Names) -> str:
-    """(B, N, D) tokens of the last block -> (B, D) features: the final norm and the backbone's pooling."""
-    x = layers.norm(g, vit.norm, x, names / "norm")
-    prefix = 0 if vit.pool_include_prefix else vit.num_prefix_tokens
+def _pool(g: Graph, vit: nn.Module, stream: Stream, names: Names) -> str:
+    """Tokens of the last block -> (B, D) features: the final norm and the backbone's pooling."""
+    x, prefix = layers.norm(g, vit.norm, stream.x, names / "norm"), vit.num_prefix_tokens
+    if stream.merged is not None and not _reads_first_alone(vit):
+        patches = merging.spread(g, tokens_from(g, x, prefix), stream.merged)
+        x = g.op("Concat", tokens_from(g, x, 0, prefix), patches, axis=1) if prefix else patches
+    prefix = 0 if vit.pool_include_prefix else prefix
     patches = tokens_from(g, x, prefix) if prefix else x
     if vit.attn_pool is not None:
         x = layers.attention_pool(g, vit.attn_pool, patches, names / "attn_pool")

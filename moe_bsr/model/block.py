@@ -1,4 +1,4 @@
-"""The one forward of a transformer block: attention -> select tokens -> FFN or experts.
+"""The one forward of a transformer block: attention -> drop or merge tokens -> FFN or experts.
 
 It calls the submodules of a timm `Block`, whose layers `layers.adopt` has given our kernels, and none of their
 forwards that would hide the class token's attention or the routing. Nothing else overrides a timm forward.
@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_bsr.config import TokensConfig
 from moe_bsr.model.adapters import BESIDE_FFN
 from moe_bsr.model.layers import Mlp, feed_forward, has_hooks
+from moe_bsr.model.merging import log_sizes, merge
 from moe_bsr.model.moe import MoE, Routing
 from moe_bsr.model.plan import BlockPlan
 from moe_bsr.model.replay import Replay
@@ -23,7 +24,7 @@ class BlockContext:
     """What does not change from step to step.
 
     Attributes:
-        prefix: number of prefix tokens (class and register tokens), never dropped.
+        prefix: number of prefix tokens (class and register tokens), never dropped or merged.
         class_token_alone: whether nothing reads the other tokens the block leaves, so that it leaves none.
     """
 
@@ -65,25 +66,29 @@ def forward(
     """One block on (B, N, D) tokens, leaving (B, N', D) with N' <= N, of the class token alone N' = 1.
 
     Args:
-        replay: kept tokens, experts and gate noise: decided here at first, replayed ever after.
+        replay: kept or merged tokens, experts and gate noise: decided here at first, replayed ever after.
         needs_output: whether the output's values are wanted; a block that runs again for its backward pass
             wants the graph alone, and needs no last product for it.
     """
-    record, plan = Record(), context.plan
-    drops = plan.keep_rate < 1
-    y, scores = block.attn(
+    record, plan, merges = Record(), context.plan, context.tokens.merges
+    reduces = plan.keep_rate < 1
+    y, given = block.attn(
         block.norm1(tokens.x),
-        scores=drops,
+        scores=reduces and not merges,
         has_class_token=context.has_class_token,
         attached=context.tokens.attached,
+        keys=reduces and merges,
+        bias=log_sizes(tokens),
         first_alone=context.class_token_alone,
     )
     if context.class_token_alone:
         tokens = tokens.first()
     tokens = tokens.add(block.drop_path1(block.ls1(y)))
     del y  # or it would live through the FFN, the widest part
-    if drops:
-        tokens, record.dropped = drop(tokens, *scores, plan.keep_rate, context.prefix, context.tokens, replay)
+    if reduces and merges:
+        tokens, record.dropped = merge(tokens, *given, plan.keep_rate, context.prefix, replay)
+    elif reduces:
+        tokens, record.dropped = drop(tokens, *given, plan.keep_rate, context.prefix, context.tokens, replay)
     y, record.routing = _feed_forward(block, block.norm2(tokens.x), task, replay, noise_key, needs_output)
     y = block.drop_path2(block.ls2(y))
     beside = getattr(block, BESIDE_FFN, None)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from moe_bsr.ops.attention import attention, join_heads, split_heads
 from moe_bsr.ops.first_attention import first_attention
 from moe_bsr.ops.linear import activated_linear, linear
+from moe_bsr.ops.merging import mean_keys
 from moe_bsr.ops.norm import layer_norm
 from moe_bsr.ops.tokens import received_attention
 
-Scores = tuple[Tensor, Tensor]  # probabilities and logits of the tokens, each (B, N) float32
+Given = tuple[Tensor, ...]  # what the next step selects tokens by: see `Attention.forward`
 
 
 class Linear(nn.Linear):
@@ -82,26 +83,32 @@ class Attention(timm_layers.Attention):
         scores: bool = False,
         has_class_token: bool = True,
         attached: bool = True,
+        keys: bool = False,
+        bias: Tensor | None = None,
         first_alone: bool = False,
-    ) -> tuple[Tensor, Scores | None]:
-        """(B, N, D) -> (B, N, D), and if asked for the scores of the tokens; no N x N map is kept.
+    ) -> tuple[Tensor, Given]:
+        """(B, N, D) -> (B, N, D), and what is asked for of the tokens; no N x N map is kept.
 
         Args:
-            scores: of the class token's attention, mean over heads, or without a class token the mean attention
-                that each token receives.
+            scores: asks for probabilities and logits, each (B, N) float32, of the class token's attention, mean over
+                heads, or without a class token of the mean attention that each token receives.
             attached: whether the probabilities carry a gradient.
-            first_alone: whether only the first token is wanted, (B, 1, D), and no scores.
+            keys: asks for the keys, mean over heads, (B, N, d) float32 without a gradient.
+            bias: (B, N) float32, added to the logits of each key; not together with `scores`.
+            first_alone: whether only the first token is wanted, (B, 1, D), and nothing else.
         """
         if first_alone:
-            return self._of_first(x), None
+            return self._of_first(x, bias), ()
         qkv = self._project(x)
-        y, *given = attention(qkv, self.num_heads, self.scale, scores and has_class_token, attached)
+        y, *given = attention(qkv, self.num_heads, self.scale, scores and has_class_token, attached, bias)
+        if keys:
+            given = [mean_keys(qkv, self.num_heads)]
         if scores and not has_class_token:
             q, k, _ = split_heads(qkv, self.num_heads)
             with torch.set_grad_enabled(attached and torch.is_grad_enabled()):
                 given = received_attention(q, k, self.scale)
         del qkv
-        return self._end(y, x), tuple(given) if scores else None
+        return self._end(y, x), tuple(given) if scores or keys else ()
 
     def _end(self, y: Tensor, x: Tensor) -> Tensor:
         """What comes after the attention product y of the tokens x, both (B, n, D)."""
@@ -110,7 +117,7 @@ class Attention(timm_layers.Attention):
             y = y * self.gate(x).sigmoid()
         return self.proj(y)
 
-    def _of_first(self, x: Tensor) -> Tensor:
+    def _of_first(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """(B, N, D) -> (B, 1, D): keys and values of all tokens, everything else of the first."""
         first, inner = x[:, :1], self.num_heads * self.head_dim
         if type(self.qkv) is Linear and not has_hooks(self.qkv):
@@ -122,7 +129,7 @@ class Attention(timm_layers.Attention):
             q = self.q_norm(q.unflatten(2, (self.num_heads, -1))).flatten(2)
             k = self.k_norm(kv[..., :inner].unflatten(2, (self.num_heads, -1))).flatten(2)
             kv = torch.cat([k, kv[..., inner:]], 2)
-        return self._end(first_attention(q, kv, self.num_heads, self.scale), first)
+        return self._end(first_attention(q, kv, self.num_heads, self.scale, bias), first)
 
     def _project(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, 3 D) queries, keys and values, as the attention product takes them."""

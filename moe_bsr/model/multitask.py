@@ -20,6 +20,7 @@ from moe_bsr.model.backbones.vit import digest
 from moe_bsr.model.balance import Balance
 from moe_bsr.model.block import Record
 from moe_bsr.model.layers import Linear, adopt
+from moe_bsr.model.merging import spread
 from moe_bsr.model.moe import MoE, Routing, upcycling_error
 from moe_bsr.model.plan import embedding_trains, freeze, gradient_path_start, make_plan
 from moe_bsr.model.replay import Replay
@@ -241,7 +242,8 @@ class MultitaskViT(nn.Module):
 
     def features(self, tokens: Tokens) -> Tensor:
         """What the heads read, from the last block's tokens: (B, D) float32, behind them those of `head_blocks`."""
-        features = self.family.pool(self.vit, tokens.x).float()
+        x = tokens.x if self.vit.global_pool == "token" else spread(tokens)
+        features = self.family.pool(self.vit, x).float()
         return features if tokens.read is None else torch.cat([features, tokens.read.float()], 1)
 
     def features_key(self, upto: int | None = None) -> tuple:

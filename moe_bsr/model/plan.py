@@ -29,7 +29,7 @@ class BlockPlan:
     Attributes:
         trainable: whether its own parameters train.
         weights: which of them then do, see `freeze`.
-        keep_rate: share of the tokens kept after its attention, in (0, 1]; 1 drops none.
+        keep_rate: share of the tokens kept after its attention, in (0, 1]; 1 drops or merges none.
         moe: whether its FFN is a mixture of experts.
         adapter: what is added to it, if anything.
         storage: what it saves for its backward pass.
@@ -47,7 +47,8 @@ def make_plan(config: Config, depth: int) -> list[BlockPlan]:
     """One BlockPlan per block.
 
     Raises:
-        ConfigError: an index outside 0..depth-1, a drop at the last block, or an unknown storage or adapter.
+        ConfigError: an index outside 0..depth-1, a drop at the last block, more to merge than a block can, or an
+            unknown storage or adapter.
     """
     plan = config.plan
     for key in ("train_blocks", "drop_blocks", "moe_blocks", "head_blocks"):
@@ -61,6 +62,12 @@ def make_plan(config: Config, depth: int) -> list[BlockPlan]:
         "plan.drop_blocks",
         plan.drop_blocks,
         f"block {depth - 1} is the last: nothing after a drop there would profit; drop earlier",
+    )
+    require(
+        not config.tokens.merges or all(rate >= 0.5 for rate in rates),
+        "plan.keep_rate",
+        plan.keep_rate,
+        "at least 0.5 with tokens.reduce = merge: half of the tokens at most merge into the other half at a block",
     )
     everything = plan.train_blocks == "all"
     storages = choices_of_blocks(STORAGES, config.storage, depth, default=Choice("exact"))

@@ -26,39 +26,49 @@ class Tokens:
 
     Attributes:
         x: (B, N, D) features, prefix tokens first.
-        origin: (B, N - P) int64 index of the original patch of each token after the prefix; -1 = fused. Behind a block
-            that leaves the class token alone, of those that entered it.
+        origin: (B, N - P) int64 index of the original patch of each token after the prefix; -1 = fused; of a merged
+            one the first of its patches. Behind a block that leaves the class token alone, of those that entered it.
         fused: whether the last token is a fused one.
+        place: (B, patches) int64, which token after the prefix each patch of the image is part of; None while nothing
+            was merged.
         read: (B, ...) class tokens of blocks before, for heads that read them; `run_block` hands them on.
     """
 
     x: Tensor
     origin: Tensor
     fused: bool = False
+    place: Tensor | None = None
     read: Tensor | None = None
+
+    @property
+    def trace(self) -> tuple[Tensor, bool, Tensor | None]:
+        """Where the tokens came from: `Tokens(x, *trace)` has it of other features."""
+        return self.origin, self.fused, self.place
 
     def first(self) -> "Tokens":
         """The first token alone, (B, 1, D), with the trace of all."""
-        return Tokens(self.x[:, :1], self.origin, self.fused)
+        return Tokens(self.x[:, :1], *self.trace)
 
     def add(self, branch: Tensor) -> "Tokens":
         """The stream with a branch's output (B, N, D) added."""
-        return Tokens(self.x + branch, self.origin, self.fused)
+        return Tokens(self.x + branch, *self.trace)
 
 
 @dataclass(slots=True)
 class Dropped:
-    """What one drop location did, for views and statistics; everything detached.
+    """What was done where tokens are dropped or merged, for views and statistics; everything detached.
 
     Attributes:
         origin_in: (B, C) original patch of every candidate, -1 = the fused token of an earlier drop.
         origin: (B, N' - P) the same after the drop.
-        scores: (B, C) float32 attention of the class token, mean over heads.
+        scores: (B, C) float32 attention of the class token, mean over heads; None where tokens are merged.
+        place: as of `Tokens`, after it.
     """
 
     origin_in: Tensor
     origin: Tensor
-    scores: Tensor
+    scores: Tensor | None = None
+    place: Tensor | None = None
 
 
 def count_kept(candidates: int, keep_rate: float) -> int:

@@ -23,23 +23,40 @@ MAP_BYTES = 2 * 2**20  # of the attention maps that the explicit backward comput
 
 
 def attention(
-    qkv: Tensor, heads: int, scale: float, scores: bool = False, attached: bool = True
+    qkv: Tensor,
+    heads: int,
+    scale: float,
+    scores: bool = False,
+    attached: bool = True,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """softmax(scale q k^T) v of (B, N, 3 H d) projections, heads joined: (B, N, H d).
+    """softmax(scale q k^T + bias) v of (B, N, 3 H d) projections, heads joined: (B, N, H d).
 
     With `scores` also the class token's row of the attention, mean over heads: (B, N) probabilities
     and logits, float32; None and None otherwise. Logits carry no gradient, probabilities if `attached`.
+
+    Args:
+        bias: (B, N) float32, of each key, without a gradient; not together with `scores`. It is handed to the fused
+            operators as it is, and never widened to a map.
     """
-    if ops.is_reference() or not is_supported(qkv, heads):
-        return attention_reference(qkv, heads, scale, scores, attached)
-    y, probabilities, logits = _Attention.apply(qkv, heads, scale, scores)
+    if scores and bias is not None:
+        raise ValueError("scores are those of an attention without a bias")
+    if ops.is_reference() or not is_supported(qkv, heads) or (bias is not None and qkv.device.type != "cpu"):
+        return attention_reference(qkv, heads, scale, scores, attached, bias)
+    y, probabilities, logits = _Attention.apply(qkv, heads, scale, scores, bias)
     return y, probabilities if attached or not scores else probabilities.detach(), logits
 
 
 def attention_reference(
-    qkv: Tensor, heads: int, scale: float, scores: bool = False, attached: bool = True
+    qkv: Tensor,
+    heads: int,
+    scale: float,
+    scores: bool = False,
+    attached: bool = True,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    y = join_heads(F.scaled_dot_product_attention(*split_heads(qkv, heads), scale=scale))
+    mask = None if bias is None else bias[:, None, None].to(qkv.dtype)
+    y = join_heads(F.scaled_dot_product_attention(*split_heads(qkv, heads), mask, scale=scale))
     if not scores:
         return y, None, None
     with torch.set_grad_enabled(attached and torch.is_grad_enabled()):
@@ -94,25 +111,26 @@ def is_fused(dtype: torch.dtype) -> bool:
 class _Attention(torch.autograd.Function):
     """(B, N, 3 H d) projections -> attention (B, N, H d) and the class token's row.
 
-    Saved for backward: the projections, and for the fused backward the output and a log-sum a row, as a column:
-    storages leave columns as they are. All gradients are written into one tensor of the projections' layout,
+    Saved for backward: the projections, the bias, and for the fused backward the output and a log-sum a row; both
+    as columns, which storages leave as they are. All gradients are written into one tensor of the projections' layout,
     where autograd would stack and copy those of queries, keys and values.
     """
 
     @staticmethod
-    def forward(ctx, qkv: Tensor, heads: int, scale: float, scores: bool):
+    def forward(ctx, qkv: Tensor, heads: int, scale: float, scores: bool, bias: Tensor | None):
         ctx.heads, ctx.scale = heads, scale
         ctx.set_materialize_grads(False)
         explicit = is_explicit(qkv.device, qkv.dtype)
         # A map from much changed queries and keys does not fit the log-sums: its rows would not sum to one.
         ctx.explicit = explicit or is_coarse(QUERIES_KEYS_VALUES)
         if explicit and not is_fused(qkv.dtype):
-            y, sums, ctx.seeds = _explicit_forward(qkv, heads, scale), None, ()
+            y, sums, ctx.seeds = _explicit_forward(qkv, heads, scale, bias), None, ()
         else:
-            y, sums, ctx.seeds = _fused_forward(*split_heads(qkv, heads), scale)
+            y, sums, ctx.seeds = _fused_forward(*split_heads(qkv, heads), scale, bias)
             y = join_heads(y)
         keep(QUERIES_KEYS_VALUES, qkv)
-        ctx.save_for_backward(qkv, *(() if ctx.explicit else (keep(ATTENTION_OUTPUTS, y), sums.unsqueeze(3))))
+        column = None if bias is None else bias.unsqueeze(2)
+        ctx.save_for_backward(qkv, column, *(() if ctx.explicit else (keep(ATTENTION_OUTPUTS, y), sums.unsqueeze(3))))
         if not scores:
             return y, None, None
         probabilities, logits = (row.mean(1).squeeze(1) for row in class_row(qkv, heads, scale))
@@ -121,18 +139,19 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor | None, grad_probabilities: Tensor | None, _: None):
-        qkv, *fused = ctx.saved_tensors
+        qkv, column, *fused = ctx.saved_tensors
+        bias = None if column is None else column.squeeze(2)
         q, k, v = split_heads(qkv, ctx.heads)
         if grad is None:  # only the scores were used
             grad_qkv = torch.zeros_like(qkv)
         else:
             grad = grad.unflatten(2, (ctx.heads, -1)).transpose(1, 2)
             if ctx.explicit:
-                grad_qkv = _explicit_backward(qkv, ctx.heads, ctx.scale, grad)
+                grad_qkv = _explicit_backward(qkv, ctx.heads, ctx.scale, grad, bias)
             else:
                 y, sums = fused
                 y = y.unflatten(2, (ctx.heads, -1)).transpose(1, 2)
-                grads = _fused_backward(grad, q, k, v, y, sums.squeeze(3), ctx.seeds, ctx.scale)
+                grads = _fused_backward(grad, q, k, v, y, sums.squeeze(3), ctx.seeds, ctx.scale, bias)
                 grad_qkv = torch.cat([join_heads(g) for g in grads], 2)
                 del grads
         if grad_probabilities is not None:
@@ -143,14 +162,16 @@ class _Attention(torch.autograd.Function):
             grad_q, grad_k, _ = split_heads(grad_qkv, ctx.heads)
             grad_q[:, :, :1] += grad_row @ k
             grad_k.add_(grad_row.transpose(-2, -1) * q[:, :, :1])
-        return grad_qkv, None, None, None
+        return grad_qkv, None, None, None, None
 
 
-def _fused_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, tuple]:
+def _fused_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor, tuple]:
     """Attention (B, H, N, d), a log-sum for each row (B, H, N or more), and what else the backward asks for."""
     aten = torch.ops.aten
     if q.device.type == "cpu":
-        y, sums = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)
+        y, sums = aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, False, attn_mask=_mask(bias), scale=scale
+        )
         return y, sums, ()
     if q.dtype == torch.float32:  # flash attention knows half precision alone
         y, sums, *seeds = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, False, scale=scale)
@@ -159,14 +180,27 @@ def _fused_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
     return y, sums, tuple(seeds)
 
 
+def _mask(bias: Tensor | None) -> Tensor | None:
+    """(B, N) of each key as the fused operator takes it: (B, 1, 1, N)."""
+    return None if bias is None else bias[:, None, None]
+
+
 def _fused_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor, seeds: tuple, scale: float
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    sums: Tensor,
+    seeds: tuple,
+    scale: float,
+    bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values, each (B, H, N, d)."""
     aten = torch.ops.aten
     if q.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, y, sums, 0.0, False, scale=scale
+            grad, q, k, v, y, sums, 0.0, False, attn_mask=_mask(bias), scale=scale
         )
     if q.dtype == torch.float32:
         needs = [True, True, True, False]
@@ -179,19 +213,19 @@ def _fused_backward(
     )
 
 
-def _explicit_forward(qkv: Tensor, heads: int, scale: float) -> Tensor:
+def _explicit_forward(qkv: Tensor, heads: int, scale: float, bias: Tensor | None) -> Tensor:
     """Attention (B, N, H d) as matrix products, a few images at a time."""
     q, k, v = split_heads(qkv, heads)
     y = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
     y_heads = y.unflatten(2, (heads, -1)).transpose(1, 2)
     for part in _few_images(qkv, heads):
-        attention = _softmax_map(_packed(q[part]) * scale, _packed(k[part]))
+        attention = _softmax_map(_packed(q[part]) * scale, _packed(k[part]), _of_heads(bias, part, heads))
         y_heads[part] = torch.bmm(attention, _packed(v[part])).unflatten(0, (-1, heads))
         del attention  # or it would live beside the next one
     return y
 
 
-def _explicit_backward(qkv: Tensor, heads: int, scale: float, grad: Tensor) -> Tensor:
+def _explicit_backward(qkv: Tensor, heads: int, scale: float, grad: Tensor, bias: Tensor | None) -> Tensor:
     """The gradient of the projections, the map computed again a few images at a time.
 
     Args:
@@ -203,7 +237,7 @@ def _explicit_backward(qkv: Tensor, heads: int, scale: float, grad: Tensor) -> T
     for part in _few_images(qkv, heads):
         q_part, k_part, v_part, grad_part = (_packed(t[part]) for t in (q, k, v, grad))
         q_part = q_part * scale
-        attention = _softmax_map(q_part, k_part)
+        attention = _softmax_map(q_part, k_part, _of_heads(bias, part, heads))
         found_v = torch.bmm(attention.transpose(1, 2), grad_part)
         grad_logits = torch.ops.aten._softmax_backward_data(
             torch.bmm(grad_part, v_part.transpose(1, 2)), attention, -1, attention.dtype
@@ -233,7 +267,14 @@ def _packed(images: Tensor) -> Tensor:
     return images.flatten(0, 1).contiguous()
 
 
-def _softmax_map(q: Tensor, k: Tensor) -> Tensor:
-    """softmax(q k^T), (b x H, N, N)."""
+def _of_heads(bias: Tensor | None, part: slice, heads: int) -> Tensor | None:
+    """The bias of some images for each of their heads: (b x H, 1, N)."""
+    return None if bias is None else bias[part].repeat_interleave(heads, 0).unsqueeze(1)
+
+
+def _softmax_map(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    """softmax(q k^T + bias), (b x H, N, N)."""
     attention = torch.bmm(q, k.transpose(1, 2))
+    if bias is not None:
+        attention += bias
     return torch.softmax(attention, -1, out=attention)

@@ -114,7 +114,8 @@ def _made_of(config: Config, resolved: dict[str, Any], report: dict[str, Any] | 
     if plan.moe_blocks:
         lines.append(f"* Experts: {moe.words} in blocks {_listed(plan.moe_blocks)}.")
     if plan.drop_blocks:
-        lines.append(f"* Tokens dropped after the attention of blocks {_listed(plan.drop_blocks)}.")
+        how = "merged" if config.tokens.merges else "dropped"
+        lines.append(f"* Tokens {how} after the attention of blocks {_listed(plan.drop_blocks)}.")
     if report is not None and report.get("gflops_per_image"):
         lines.append(f"* {report['gflops_per_image']:.2f} GFLOPs an image.")
     images = resolved["images"]

@@ -90,7 +90,8 @@ def beyond_timm(config: Config) -> str | None:
     if plan.moe_blocks:
         return f"blocks {plan.moe_blocks} have experts (plan.moe_blocks)"
     if plan.drop_blocks and min(rates) < 1:
-        return f"tokens are dropped in blocks {plan.drop_blocks} (plan.drop_blocks)"
+        how = "merged" if config.tokens.merges else "dropped"
+        return f"tokens are {how} in blocks {plan.drop_blocks} (plan.drop_blocks)"
     if config.adapter is not None:
         return "it has adapters, and merged into the weights they would be rounded (adapter)"
     return f"its heads read blocks {plan.head_blocks} (plan.head_blocks)" if plan.head_blocks else None

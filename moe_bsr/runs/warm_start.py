@@ -27,7 +27,7 @@ from moe_bsr.runtime.top_list import are_many
 SHOWN = 5  # names of a kind in a message
 COMPUTES = {  # settings that say what the same weights compute
     "plan": ("drop_blocks", "keep_rate", "moe_blocks", "head_blocks"),
-    "tokens": ("fuse", "protect_fused", "rank_by"),
+    "tokens": ("reduce", "fuse", "protect_fused", "rank_by"),
     "moe": ("experts", "num_experts", "top_k", "mlp_ratio", "rank", "gate", "router", "renormalize_gates"),
 }
 

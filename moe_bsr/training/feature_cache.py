@@ -63,7 +63,8 @@ class FeatureCache:
         side, self.device = model.vit.patch_embed.img_size[0], model.vit.pos_embed.device
         with torch.no_grad():
             tokens, records = self.compute(torch.zeros(1, 3, side, side, device=self.device), "")
-        self.dtype, self.fused, self.drops = tokens.x.dtype, tokens.fused, sorted(records)
+        self.dtype, self.fused, self.merged = tokens.x.dtype, tokens.fused, tokens.place is not None
+        self.reports = {index: list(_reported(records[index])) for index in sorted(records)}
         parts = self._parts(tokens, records)
         images = sum(sizes.values())
         self.bytes = images * self.views * sum(p[0].numel() * p.element_size() for p in parts)
@@ -121,8 +122,9 @@ class FeatureCache:
         if self.kind == "int8":
             x = (x * next(parts)).to(self.dtype)
         read = next(parts) if self.model.head_blocks else None
-        tokens = Tokens(x, next(parts), self.fused, read)
-        return tokens, {i: Record(dropped=Dropped(next(parts), next(parts), next(parts))) for i in self.drops}
+        tokens = Tokens(x, next(parts), self.fused, next(parts) if self.merged else None, read)
+        reports = {index: {name: next(parts) for name in names} for index, names in self.reports.items()}
+        return tokens, {index: Record(dropped=Dropped(**report)) for index, report in reports.items()}
 
     def add(self, task: str, positions: np.ndarray, views: np.ndarray, features: Features) -> None:
         """Keep the features of these views."""
@@ -148,11 +150,16 @@ class FeatureCache:
             parts = [x.bfloat16() if self.kind == "bf16" else x]
         if tokens.read is not None:
             parts.append(tokens.read)
-        parts.append(tokens.origin)
-        for index in self.drops:
-            dropped = records[index].dropped
-            parts += [dropped.origin_in, dropped.origin, dropped.scores]
+        parts += [tokens.origin] if tokens.place is None else [tokens.origin, tokens.place]
+        for index in self.reports:
+            parts += _reported(records[index]).values()
         return parts
+
+
+def _reported(record: Record) -> dict[str, Tensor]:
+    """What a block tells of dropping or merging, by name."""
+    names = (field.name for field in dataclasses.fields(Dropped))
+    return {name: part for name in names if (part := getattr(record.dropped, name)) is not None}
 
 
 def _rows(count: int, like: Tensor, folder: str | None) -> Tensor:

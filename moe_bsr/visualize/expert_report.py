@@ -101,7 +101,8 @@ def observe(trained: TrainedRun, batch_size: int, say: Callable[[str], None]) ->
             for images, labels in trained.transforms.eval_batches(data, "val", batch_size):
                 output = model(trained.transforms.normalize(images, device=trained.runtime.device), task)
                 right += int((output.logits.argmax(1).cpu() == labels).sum())
-                kept.add(output.records)
+                if not trained.config.tokens.merges:  # then all patches are left, in some token
+                    kept.add(output.records)
                 for block, routing in output.routing.items():
                     if block not in seen.statistics:
                         seen.statistics[block] = RoutingStatistics(list(trained.models), len(routing.importance))
@@ -308,7 +309,9 @@ def _token_section(trained: TrainedRun, count: int) -> Section:
             _picture(f"tokens_{task}", figure, f"{task}: what became of the patches of {len(shown)} images.")
         )
     what = ["Images chosen by lot, the same ones whenever this page is made."]
-    if trained.config.plan.drop_blocks:
+    if trained.config.plan.drop_blocks and trained.config.tokens.merges:
+        what.append("After a block: patches that were merged into one token have their mean color.")
+    elif trained.config.plan.drop_blocks:
         fate = "dropped" if trained.config.tokens.fuse == "none" else "fused into one token"
         what.append(
             "Score: the attention paid to each patch at the first drop (by the class token where "

@@ -1,8 +1,8 @@
 """Token strips: what became of one image's patches - scored, dropped, fused, and sent to which expert.
 
 A strip has the image at its left; beside it the score of every patch at the first drop and what each drop
-kept; below, at each MoE block, the patches that were still there in the color of their best expert.
-What was dropped is grayed. Everything is drawn from the records of the forward pass.
+kept, or the mean colors of what was merged; below, at each MoE block, the patches that were still there in the
+color of their best expert. What was dropped is grayed. Everything is drawn from the records of the forward pass.
 """
 
 from __future__ import annotations
@@ -38,11 +38,13 @@ class TokenTrace:
     Attributes:
         scores: (G,) float, what the first drop ranked the patches by; None without drops.
         kept: by drop block, ((G,) bool patch still there, number of fused tokens beside them).
+        merged: by block that merges, (G,) int the token that each patch is part of behind it.
         experts: by MoE block, (G,) int best expert of each patch, -1 where the patch was dropped.
     """
 
     scores: np.ndarray | None = None
     kept: dict[int, tuple[np.ndarray, int]] = field(default_factory=dict)
+    merged: dict[int, np.ndarray] = field(default_factory=dict)
     experts: dict[int, np.ndarray] = field(default_factory=dict)
 
 
@@ -53,11 +55,14 @@ def trace_tokens(records: dict[int, Record], place: int, patches: int) -> TokenT
         records: of the forward pass, by block, as `multitask.Output` has them.
         patches: G, of the whole image.
     """
-    found, origin = TokenTrace(), np.arange(patches)
+    found, origin, merged = TokenTrace(), np.arange(patches), None
     for index in sorted(records):
         dropped, routing = records[index].dropped, records[index].routing
-        if dropped is not None:
-            if found.scores is None:
+        if dropped is not None and dropped.place is not None:
+            origin = dropped.origin[place].cpu().numpy()
+            merged = found.merged[index] = dropped.place[place].cpu().numpy()
+        elif dropped is not None:
+            if found.scores is None and dropped.scores is not None:
                 found.scores = dropped.scores[place].float().cpu().numpy()
             origin = dropped.origin[place].cpu().numpy()
             kept = np.zeros(patches, bool)
@@ -67,7 +72,7 @@ def trace_tokens(records: dict[int, Record], place: int, patches: int) -> TokenT
             best = routing.experts[place, :, 0].cpu().numpy()[-len(origin) :]  # prefix tokens come first
             chosen = np.full(patches, -1)
             chosen[origin[origin != FUSED]] = best[origin != FUSED]
-            found.experts[index] = chosen
+            found.experts[index] = chosen if merged is None else best[merged]
     return found
 
 
@@ -132,16 +137,18 @@ def _layout(trace: TokenTrace) -> tuple[dict[tuple, tuple[int, int]], int]:
     With drops and experts the image and the score stand left, the drops right of the one and the experts
     right of the other; otherwise all stand in a row, in which five are welcome.
     """
-    kept = [("kept", block) for block in trace.kept]
+    kept = [("kept", block) for block in trace.kept] + [("merged", block) for block in trace.merged]
+    score = [("score",)] * (trace.scores is not None)
     experts = [("experts", block) for block in trace.experts]
     if not (kept and experts):
-        panels = [("image",), *[("score",)] * bool(kept), *kept, *experts]
+        panels = [("image",), *score, *kept, *experts]
         columns = 5 if len(panels) == 5 else COLUMNS
         return {panel: divmod(i, columns) for i, panel in enumerate(panels)}, columns
     right = COLUMNS - 1
     below = 1 + (len(kept) - 1) // right
     return (
-        {("image",): (0, 0), ("score",): (below, 0)}
+        {("image",): (0, 0)}
+        | dict.fromkeys(score, (below, 0))
         | {panel: (i // right, 1 + i % right) for i, panel in enumerate(kept)}
         | {panel: (below + i // right, 1 + i % right) for i, panel in enumerate(experts)}
     ), COLUMNS
@@ -177,6 +184,10 @@ def _draw_image(
             kept, fused = view.trace.kept[block[0]]
             picture = _fade_dropped(view, kept)
             words = f"after block {block[0]}", f"{kept.sum()}" + f" + {fused} fused" * (fused > 0)
+        elif kind == "merged":
+            place = view.trace.merged[block[0]]
+            picture = _mean_of_merged(view, place)
+            words = f"after block {block[0]}", f"{place.max() + 1} tokens"
         else:
             chosen = view.trace.experts[block[0]]
             picture = _color_by_expert(view, chosen, experts)
@@ -196,6 +207,16 @@ def _fade_dropped(view: View, kept: np.ndarray) -> np.ndarray:
     there = _upsample(kept.reshape(view.grid), picture.shape[0])[..., None]
     faded = FADING * 255 + (1 - FADING) * picture.mean(-1, keepdims=True)
     return np.where(there, picture, faded).astype(np.uint8)
+
+
+def _mean_of_merged(view: View, place: np.ndarray) -> np.ndarray:
+    """The image, all patches of a token in their mean color where it has several."""
+    picture = view.image.transpose(1, 2, 0)
+    token = _upsample(place.reshape(view.grid), picture.shape[0])
+    pixels = np.bincount(token.ravel())
+    means = np.stack([np.bincount(token.ravel(), picture[..., c].ravel()) / pixels for c in range(3)], -1)
+    alone = np.bincount(place)[token] == 1
+    return np.where(alone[..., None], picture, means[token]).astype(np.uint8)
 
 
 def _color_by_expert(view: View, chosen: np.ndarray, experts: int) -> np.ndarray:

@@ -31,6 +31,7 @@ SETTINGS = [
     DropSetting(((1, 0.5), (3, 0.5)), TokensConfig(fuse="normalized", protect_fused=True)),
     DropSetting(((1, 0.5), (3, 0.5)), TokensConfig(fuse="none")),
     DropSetting(((1, 0.5), (3, 0.5)), TokensConfig(rank_by="logits")),
+    DropSetting(((1, 0.5), (3, 0.75)), TokensConfig(reduce="merge")),
 ]
 
 

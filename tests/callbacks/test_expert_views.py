@@ -19,7 +19,7 @@ from moe_bsr.callbacks import writer as writer_module
 from moe_bsr.callbacks.expert_views import EXPERTS, PATCHES, ExpertViews, drawing_due
 from moe_bsr.callbacks.tensorboard import TensorBoard
 from moe_bsr.callbacks.writer import Writer
-from moe_bsr.config import replace
+from moe_bsr.config import TokensConfig, replace
 from moe_bsr.evaluation import probe
 from moe_bsr.model.block import Record
 from moe_bsr.model.multitask import Output
@@ -306,6 +306,16 @@ def test_routes_are_those_of_the_patches_that_are_left(kind, prefix):
             }
             for token in range(prefix + 16):
                 assert found[block][image, token].tolist() == expected.get(token, [-1, -1])
+
+
+def test_all_patches_of_a_merged_token_have_its_experts():
+    model = make_model("registers", moe_blocks=[3], drop_blocks=[0, 2], tokens=TokensConfig(reduce="merge")).eval()
+    with torch.inference_mode():
+        records = model(normal(3, 3, 16, 16), "one").records
+    found, routing = probe.expert_map(records, 4, 16)[3], records[3].routing.experts
+    for image, place in enumerate(records[2].dropped.place.tolist()):
+        assert found[image, :4].tolist() == routing[image, :4].tolist()
+        assert found[image, 4:].tolist() == [routing[image, 4 + token].tolist() for token in place]
 
 
 def test_overlap_counts_experts_kept_whatever_their_order():

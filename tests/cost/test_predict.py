@@ -92,6 +92,8 @@ IN_BACKWARD = [
         {"moe__balance_loss": "none"},
         {"tokens__fuse": "none"},
         {"tokens__protect_fused": True, "tokens__fuse": "normalized"},
+        {"tokens__reduce": "merge"},
+        {"tokens__reduce": "merge", "storage": "recompute", "runtime__precision": "bf16"},
     ],
     ids=lambda changes: ",".join(changes),
 )

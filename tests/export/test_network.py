@@ -52,6 +52,13 @@ def assert_same(model, batches=(3,), tolerance: float = 1e-4) -> Graph:
     return graph
 
 
+@pytest.mark.parametrize("kind", ["class-token", "registers", "average-pool", "attention-pool", "qk-norm"])
+def test_merged_tokens(kind):
+    """In three blocks: some of the sources, all of them, and of an odd number."""
+    plan = {"train_blocks": "all", "drop_blocks": (0, 1, 2), "keep_rate": [0.9, 0.5, 0.7]}
+    assert_same(make_model(kind, tokens=TokensConfig(reduce="merge"), **plan, **MOE))
+
+
 def test_one_graph_takes_any_number_of_images():
     assert_same(make_model(**MOE), batches=(1, 2, 8))
 

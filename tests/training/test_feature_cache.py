@@ -13,6 +13,12 @@ pytestmark = pytest.mark.usefixtures("light")
 PLANS = {
     "BSR": {},
     "a drop before the first trained block": {"train_blocks": [3, 5], "moe_blocks": [5]},
+    "merging before it": {
+        "train_blocks": [5],
+        "drop_blocks": [1, 2, 4],
+        "keep_rate": [1.0, 0.6, 0.6],
+        "moe_blocks": [5],
+    },
     "last layer": {"train_blocks": [], "drop_blocks": [], "moe_blocks": []},
     "from the first block": {"train_blocks": [0, 3], "moe_blocks": [3]},
 }
@@ -27,7 +33,12 @@ FRAMES = {
 
 def fit(folder, monkeypatch, plan: dict, megabytes: int | None, **changes):
     """A trainer after its run, and how many images went through the frozen blocks."""
-    settings = {"data__augment": False, "data__feature_cache_mb": megabytes, "train__evaluate_test": False}
+    settings = {
+        "tokens__reduce": "merge" if plan.get("keep_rate") else "drop",
+        "data__augment": False,
+        "data__feature_cache_mb": megabytes,
+        "train__evaluate_test": False,
+    }
     plan = {f"plan__{key}": value for key, value in plan.items()}
     config = make_config(folder, **settings | plan | changes)
     trainer = make_trainer(config, folder / f"run{megabytes}")

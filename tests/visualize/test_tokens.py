@@ -5,6 +5,7 @@ import pytest
 import torch
 from tiny_models import make_model, normal, scale_routers
 
+from moe_bsr.config import TokensConfig
 from moe_bsr.visualize import theme
 from moe_bsr.visualize.tokens import WIDTH, TokenTrace, View, strip, trace_tokens
 
@@ -52,7 +53,34 @@ def test_a_trace_says_where_every_patch_was(options):
     assert (found.scores is None) == (not found.kept)
 
 
-@pytest.mark.parametrize("options", PLANS.values(), ids=PLANS)
+MERGES = {"tokens": TokensConfig(reduce="merge"), "drop_blocks": [0, 1, 2], "keep_rate": 0.6}
+
+
+def test_a_trace_of_merged_patches_has_the_expert_of_their_token():
+    _, records = run(MERGES | {"moe_blocks": [1, 3]})
+    for place in range(3):
+        found = trace_tokens(records, place, 16)
+        assert list(found.merged) == [0, 1, 2] and not found.kept and found.scores is None
+        for merges, routes in ((1, 1), (2, 3)):
+            token = records[merges].dropped.place[place].tolist()
+            assert found.merged[merges].tolist() == token
+            best = records[routes].routing.experts[place, 1:, 0]
+            assert found.experts[routes].tolist() == [int(best[each]) for each in token]
+
+
+def test_merged_patches_have_their_mean_color():
+    image = normal(3, 20, 20).mul(60).add(128).clamp(0, 255).byte().numpy()
+    view = View(image, (2, 2), "a", "b", TokenTrace(merged={2: np.array([1, 0, 1, 1])}))
+    shown = panels(view, 0)
+    assert list(shown) == ["image", "after block 2"]
+    picture, after = image.transpose(1, 2, 0), shown["after block 2"]
+    assert (after[:10, 10:] == picture[:10, 10:]).all()  # alone
+    there = np.ones((20, 20), bool)
+    there[:10, 10:] = False
+    assert np.abs(after[there] - picture[there].mean(0)).max() <= 1
+
+
+@pytest.mark.parametrize("options", [*PLANS.values(), MERGES, MERGES | {"moe_blocks": [1, 3]}])
 def test_a_strip_is_drawn_for_any_plan_and_number_of_images(options):
     _, records = run(options)
     heights = []

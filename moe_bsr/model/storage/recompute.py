@@ -27,7 +27,7 @@ class Recompute(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, forward, tokens: Tokens, report: dict, pack, x: Tensor, *parameters: Tensor):
-        ctx.forward, ctx.origin, ctx.fused = forward, tokens.origin, tokens.fused
+        ctx.forward, ctx.trace = forward, tokens.trace
         ctx.autocast = {
             "device_type": x.device.type,
             "dtype": torch.get_autocast_dtype(x.device.type),
@@ -35,7 +35,7 @@ class Recompute(torch.autograd.Function):
         }
         ctx.packed = None if pack is None else pack(x)
         ctx.save_for_backward(x if pack is None else None, *parameters)
-        after, record = forward(Tokens(x, tokens.origin, tokens.fused))
+        after, record = forward(Tokens(x, *tokens.trace))
         report["tokens"], report["record"] = after, record
         return tuple(_differentiable(after, record))
 
@@ -52,7 +52,7 @@ class Recompute(torch.autograd.Function):
         ctx.packed = None
         with torch.enable_grad(), torch.autocast(**ctx.autocast):
             again = partial(ctx.forward, needs_output=False)
-            outputs = _differentiable(*run_by_kind(EXACT, again, Tokens(x, ctx.origin, ctx.fused), parameters))
+            outputs = _differentiable(*run_by_kind(EXACT, again, Tokens(x, *ctx.trace), parameters))
         pairs = [(get_gradient_edge(o), g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
         del outputs  # only their place in the graph is needed
         wanted = [x, *parameters] if needs_x else parameters
@@ -72,7 +72,7 @@ def _run(pack, forward, tokens, parameters, options):
     after, record = report["tokens"], report["record"]
     if amounts:
         record.routing.importance, record.routing.load = amounts
-    return Tokens(x, after.origin, after.fused), record
+    return Tokens(x, *after.trace), record
 
 
 STORAGES.register("recompute")(Storage(partial(_run, None), recomputes=True))
