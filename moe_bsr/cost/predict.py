@@ -196,7 +196,7 @@ class _Step:
             (model.embedding_trains, model.vit.patch_embed.img_size),
             lambda *given: trace_embedding(setting, *given),
         )
-        places = [Placed("embedding", section)]
+        places, streams = [Placed("embedding", section)], [section.stream]
         routing: list[tuple[bool, ...]] = []
         for index, plan in enumerate(model.plan):
             stream = section.stream
@@ -209,6 +209,7 @@ class _Step:
                 model.vit.num_prefix_tokens,
                 model.vit.has_class_token,
                 model.contexts[index].class_token_alone,
+                model.ladder is not None and (index - model.ladder.first, model.ladder.reads(index)),
             )
             section = self._section(
                 "block",
@@ -221,6 +222,7 @@ class _Step:
                 ),
             )
             places.append(Placed(f"block {index}", section))
+            streams.append(section.stream)
             if section.routing:
                 routing.append(section.routing)
         about = (
@@ -229,6 +231,7 @@ class _Step:
             model.vit.global_pool,
             repr(setting.config.moe),
             setting.config.train.label_smoothing,
+            model.ladder is not None and (tuple(streams), tuple(model.plan)),
         )
         places.append(
             Placed(
@@ -239,7 +242,7 @@ class _Step:
                     "",
                     task,
                     about,
-                    lambda modules, grads: trace_head(setting, modules, task, section.stream, routing, grads),
+                    lambda modules, grads: trace_head(setting, modules, task, routing, streams, grads),
                 ),
             )
         )

@@ -7,7 +7,7 @@ the backward pass differentiate another network than the one that ran. Each bloc
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,3 +26,7 @@ class Replay:
             with torch.no_grad():
                 self._made[name] = decide()
         return self._made[name]
+
+    def made(self, name: str) -> Any:
+        """The choice `name`, or None if none was made."""
+        return self._made.get(name)

@@ -21,7 +21,7 @@ from moe_bsr.data import ImageTransforms, Loader, TaskData
 from moe_bsr.data.loader import Batch
 from moe_bsr.model.block import Record
 from moe_bsr.model.multitask import MultitaskViT
-from moe_bsr.model.tokens import Dropped, Tokens
+from moe_bsr.model.tokens import Dropped, Rung, Tokens
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.training.inputs import Inputs
 
@@ -64,6 +64,7 @@ class FeatureCache:
         with torch.no_grad():
             tokens, records = self.compute(torch.zeros(1, 3, side, side, device=self.device), "")
         self.dtype, self.fused, self.drops = tokens.x.dtype, tokens.fused, sorted(records)
+        self.rungs = [(rung.read is not None, rung.kept is not None) for rung in tokens.rungs]
         parts = self._parts(tokens, records)
         images = sum(sizes.values())
         self.bytes = images * self.views * sum(p[0].numel() * p.element_size() for p in parts)
@@ -122,7 +123,13 @@ class FeatureCache:
             x = (x * next(parts)).to(self.dtype)
         read = next(parts) if self.model.head_blocks else None
         tokens = Tokens(x, next(parts), self.fused, read)
-        return tokens, {i: Record(dropped=Dropped(next(parts), next(parts), next(parts))) for i in self.drops}
+        records = {i: Record(dropped=Dropped(next(parts), next(parts), next(parts))) for i in self.drops}
+        rungs = [Rung(next(parts) if reads else None, next(parts) if drops else None) for reads, drops in self.rungs]
+        for index, rung in enumerate(rungs[1:], self.model.ladder.first if rungs else 0):
+            if rung.kept is not None:
+                rung.scores = records[index].dropped.scores
+        tokens.rungs = tuple(rungs)
+        return tokens, records
 
     def add(self, task: str, positions: np.ndarray, views: np.ndarray, features: Features) -> None:
         """Keep the features of these views."""
@@ -152,6 +159,8 @@ class FeatureCache:
         for index in self.drops:
             dropped = records[index].dropped
             parts += [dropped.origin_in, dropped.origin, dropped.scores]
+        for rung in tokens.rungs:
+            parts += [part for part in (rung.read, rung.kept) if part is not None]
         return parts
 
 
