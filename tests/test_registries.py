@@ -34,7 +34,9 @@ CHOICES = {
     "sampler": (SAMPLERS, lambda kind: {"sampler__kind": kind}),
     "adapter": (
         ADAPTERS,
-        lambda kind: {"adapter": kind, "plan__moe_blocks": []} | ({"plan__train_blocks": []} if kind == "ladder" else {}),
+        lambda kind: (
+            {"adapter": kind, "plan__moe_blocks": []} | ({"plan__train_blocks": []} if kind == "ladder" else {})
+        ),
     ),
     "backbone": (
         BACKBONES,

@@ -46,6 +46,10 @@ class Setting:
     scratch: Callable[[str, tuple, Any], int]
     rows: Callable[[int], Callable[[int, int, int], list[int]]]
 
+    @property
+    def differentiates(self) -> bool:  # whether there is a backward pass
+        return self.config.train.optimizer != "mezo"
+
     @contextlib.contextmanager
     def tracing(self, modules: dict[str, nn.Module], with_gradient: Collection[str] = ()) -> Iterator["Traced"]:
         """A region in which the modules are fake and memory is followed.
@@ -53,7 +57,8 @@ class Setting:
         Args:
             with_gradient: names of parameters that have a gradient already.
         """
-        with fake_tensors(), fake_parameters(modules, self.runtime.device, self.dtype) as parameters:
+        fake = fake_parameters(modules, self.runtime.device, self.dtype)
+        with torch.set_grad_enabled(self.differentiates), fake_tensors(), fake as parameters:
             for name in with_gradient:
                 parameters[name].grad = empty(parameters[name].shape, parameters[name].dtype, self.runtime.device)
             stepper = self._stepper(parameters.values())  # with state, which is no part of what follows
@@ -145,7 +150,7 @@ def trace_block(
     setting: Setting, modules: Modules, index: int, task: str, stream: Stream, with_gradient: Collection[str]
 ) -> Section:
     """One block's forward pass, and its backward if the gradient path goes through it."""
-    model, on_path = setting.model, index >= setting.model.path_start
+    model, on_path = setting.model, setting.differentiates and index >= setting.model.path_start
     with (
         setting.tracing(modules, with_gradient) as traced,
         assume_rows(setting.rows(index)),
@@ -262,7 +267,8 @@ def trace_head(
         tracer.phase = "forward"
         update.forward(batch, NOISE_KEY)
         tracer.phase = "backward"
-        update.backward()
+        if setting.differentiates:
+            update.backward()
         gradients, trained = traced.gradients()
         tracer.phase = "clear"
         update.clear()
@@ -306,7 +312,7 @@ def _head_update(
     labels = empty((setting.batch,), torch.int64, setting.runtime.device)
     update = multitask_update(
         _BehindBlocks(setting.model, [(tokens, records)]),
-        replace(setting.config.train, task_weighting="fixed"),  # learned weights are a few bytes
+        replace(setting.config.train, task_weighting="fixed", optimizer="sgd"),  # learned weights are a few bytes
         setting.runtime,
         torch.optim.SGD(traced.parameters.values(), lr=1.0),
     )

@@ -106,11 +106,15 @@ def _predict(step: "_Step", config: Config, task: str | None, all_tasks: bool) -
     task = task or max(model.trained_tasks, key=lambda name: model.heads[name].out_features)
     tasks = model.trained_tasks if all_tasks and config.sampler.kind == "joint" else [task]
     micro_batches = [name for name in tasks for _ in range(config.train.grad_accumulation_steps if all_tasks else 1)]
-    timeline, first = Timeline(), None
+    timeline, first, passes = Timeline(), None, 1 if step.setting.differentiates else 2
     done: list[list[Placed]] = []
     for name in micro_batches:
-        places = step.places(name)
-        kept = timeline.forward(places)
+        copy = step.copy(name)
+        timeline.add(copy)
+        for _ in range(passes):
+            places = step.places(name)
+            kept = timeline.forward(places)
+        timeline.add(-copy)
         timeline.backward(places)
         done.append(places)
         if first is None:
@@ -134,7 +138,7 @@ def _predict(step: "_Step", config: Config, task: str | None, all_tasks: bool) -
         transients=transients,
         peak=parameters + update.state + update.average + peak,
         forward_flops=sum(place.section.forward_flops for place in places),
-        step_flops=sum(place.section.forward_flops + place.section.backward_flops for place in places),
+        step_flops=sum(passes * place.section.forward_flops + place.section.backward_flops for place in places),
     )
 
 
@@ -178,7 +182,9 @@ class _Step:
         )
         self.modules = modules_of_sections(model)
         kernels = ops.is_reference(), cpu.mkl_is_slow(), cpu.bf16_instructions(), cpu.onednn_has_bf16()
-        moves = config.train.step_in_backward and (config.train.optimizer, config.train.momentum)
+        moves = not self.setting.differentiates or (
+            config.train.step_in_backward and (config.train.optimizer, config.train.momentum)
+        )
         self.key = (batch, device, precision, threads, scratch, kernels, repr(config.tokens), moves)
 
     def _share(self, index: int) -> float:
@@ -272,6 +278,12 @@ class _Step:
         section = _sections[key]
         self.trained |= {prefix + name for name, alike in names.items() if alike in section.trained}
         return section
+
+    def copy(self, task: str) -> int:
+        """Bytes of the weights that a step without gradients changes for a while and brings back."""
+        if self.setting.differentiates:
+            return 0
+        return sum(p.nbytes for p in self.model.parameters_of(task) if p.requires_grad)
 
     def update(self, stepped: set[str]) -> Update:
         """Of blocks that train it matters which parameters they have, not which blocks they are.

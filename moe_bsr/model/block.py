@@ -37,7 +37,7 @@ class BlockContext:
 def contexts(vit: VisionTransformer, plan: list[BlockPlan], tokens: TokensConfig) -> list[BlockContext]:
     """Of each block. Where heads read the class token alone, the last block leaves out what the others would get.
 
-    Its experts keep all tokens: the balance loss and the statistics of their routers are over all. So do the tokens that
+    Its experts keep all tokens: the balance loss and the statistics of their routers are over all. So does a block that
     a side network reads.
     """
     made = [BlockContext(each, tokens, vit.num_prefix_tokens, vit.has_class_token) for each in plan]

@@ -1,5 +1,5 @@
-"""Ladder side tuning: a narrow network beside a frozen one, which reads what each of its blocks leaves (LST, Sung et al.
-2022, arXiv 2206.06522).
+"""Ladder side tuning: a narrow network beside a frozen one, which reads what its blocks leave (LST, Sung et al. 2022,
+arXiv 2206.06522).
 
     s = pooled(tokens that enter the first block)
     s = Block_i(mu_i s + (1 - mu_i) pooled(output of block i)),  mu_i = sigmoid(alpha_i / 0.1), alpha_i = 0 at the start

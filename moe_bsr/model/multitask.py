@@ -22,7 +22,7 @@ from moe_bsr.model.ladder import make_ladder
 from moe_bsr.model.layers import Linear, adopt
 from moe_bsr.model.moe import MoE, Routing, upcycling_error
 from moe_bsr.model.plan import embedding_trains, freeze, gradient_path_start, make_plan
-from moe_bsr.model.replay import Replay
+from moe_bsr.model.replay import replay_of
 from moe_bsr.model.storage import STORAGES
 from moe_bsr.model.tokens import Tokens
 from moe_bsr.ops.linear import compute_dtype
@@ -213,7 +213,7 @@ class MultitaskViT(nn.Module):
             noise_key: as in `forward`, with the block's index behind it.
             records: gets what the block did, if it drops or routes.
         """
-        layer, context, replay, before = self.vit.blocks[index], self.contexts[index], Replay(), tokens
+        layer, context, replay, before = self.vit.blocks[index], self.contexts[index], replay_of(index), tokens
 
         def run(tokens: Tokens, needs_output: bool = True) -> tuple[Tokens, Record]:
             return block.forward(layer, tokens, context, task, replay, noise_key, needs_output)

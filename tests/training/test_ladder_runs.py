@@ -75,7 +75,9 @@ def test_all_tasks_are_answered_from_one_pass_and_a_graph_is_refused(whole, tmp_
     with torch.no_grad():
         tokens, _ = model.forward_features(images)
         for task in run.models:
-            torch.testing.assert_close(model.classify(model.features_from(tokens, task), task), model(images, task).logits)
+            torch.testing.assert_close(
+                model.classify(model.features_from(tokens, task), task), model(images, task).logits
+            )
     pytest.importorskip("onnx")
     from moe_bsr.export.bundle import export
 

@@ -1,4 +1,4 @@
-"""The kind of adapter that is a side network beside the whole backbone: its options. `model/ladder.py` has the network."""
+"""The adapter that is a side network beside the whole backbone: its options (`model/ladder.py` has the network)."""
 
 from dataclasses import dataclass
 
