@@ -1,6 +1,8 @@
 """Training without a backward pass: the estimate is the gradient in the mean, weights come back to the bit, both sides
 decide alike, and a run learns, resumes and takes what was predicted."""
 
+import math
+from statistics import fmean
 from types import SimpleNamespace
 
 import pytest
@@ -26,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("bare")
 MEZO = {
     "train__optimizer": "mezo",
     "train__evaluate_test": False,
-    "train__steps": 6,
+    "train__steps": 4,
     "train__checkpoint_every": 2,
 }
 
@@ -46,7 +48,7 @@ def test_the_mean_of_the_steps_is_the_gradients():
         return w @ matrix @ w + (w @ mixed @ b) + linear @ b
 
     expected = torch.cat(torch.autograd.grad(loss(), [w, b]))
-    start, total, updates = [w.detach().clone(), b.detach().clone()], torch.zeros(9, dtype=torch.float64), 3000
+    start, total, updates = [w.detach().clone(), b.detach().clone()], torch.zeros(9, dtype=torch.float64), 1500
     mezo = estimator(w, b)
     with torch.no_grad():
         for update in range(updates):
@@ -95,9 +97,6 @@ def test_both_sides_keep_the_same_tokens_and_choose_the_same_experts():
         for alike in (True, False):
             with deciding_once():
                 first = model(images, "one", (0, 0, 0))
-            context = deciding_once()
-            with context:
-                first = model(images, "one", (0, 0, 0))
                 for parameter in model.vit.parameters():
                     parameter.mul_(1.3)
                 if alike:
@@ -123,7 +122,7 @@ class Losses(Callback):
 def test_a_run_learns_and_another_tasks_head_stays(tmp_path):
     config = make_config(
         tmp_path,
-        **MEZO | {"train__steps": 120, "train__checkpoint_every": 120},
+        **MEZO | {"train__steps": 300, "train__checkpoint_every": 300},
         plan__train_blocks=[],
         plan__moe_blocks=[],
         train__lr=0.3,
@@ -141,12 +140,16 @@ def test_a_run_learns_and_another_tasks_head_stays(tmp_path):
     assert moved == {f"heads.{task}.weight", f"heads.{task}.bias"}
     trainer.model.load_state_dict(before)
     report = trainer.fit()
-    assert sum(seen.values[-20:]) < sum(seen.values[:20]) - 20 * 0.1
+    chance = (math.log(10) + math.log(12)) / 2
+    assert fmean(seen.values[:20]) == pytest.approx(chance, abs=0.05)
+    assert fmean(seen.values[-60:]) < chance - 0.08
     assert report["status"] == "finished"
 
 
 def test_resumed_it_is_the_run_that_was_not_interrupted(tmp_path, monkeypatch):
-    config = make_config(tmp_path, **MEZO, train__ema_decay=0.9, train__grad_accumulation_steps=2, sampler__kind="joint")
+    config = make_config(
+        tmp_path, **MEZO, train__ema_decay=0.9, train__grad_accumulation_steps=2, sampler__kind="joint"
+    )
     whole = make_trainer(config, tmp_path / "whole")
     start = state_of(whole.model)
     whole.fit()
