@@ -133,10 +133,11 @@ def fidelity(method: Method, base: Config) -> dict[str, float] | None:
     """How near the method's gradients of a batch of real images come to those of its plan with storage exact.
 
     Returns:
-        cosine, error, norm as `gradients.Row` has them; None of plain code, and of storages that differ by block.
+        cosine, error, norm as `gradients.Row` has them; None of plain code, of storages that differ by block, and
+        where there is no gradient.
     """
     config, _ = _of_one_task(method.of(base))
-    if method.code == "timm" or isinstance(config.storage, list):
+    if method.code == "timm" or isinstance(config.storage, list) or config.train.optimizer == "mezo":
         return None
     storage = STORAGES.choose(config.storage)
     if storage.kind == "exact":

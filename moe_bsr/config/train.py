@@ -20,7 +20,8 @@ class TrainConfig:
     batch_size: int = 32
     grad_accumulation_steps: int = 1
     exchange: Literal["fp32", "bf16"] = "fp32"
-    optimizer: Literal["sgd", "adamw", "adamw8", "lbfgs"] = "adamw"
+    optimizer: Literal["sgd", "adamw", "adamw8", "lbfgs", "mezo"] = "adamw"
+    mezo_distance: float = 1e-3
     step_in_backward: bool = False
     penalty: Literal["best", "mild"] | float = "best"
     lr: float = 1e-3
@@ -127,6 +128,15 @@ class TrainConfig:
                 f"train.{key}",
                 value,
                 f"{'null' if alone is None else alone} with train.step_in_backward = true: gradients do not wait",
+            )
+        require(0 < self.mezo_distance <= 1, "train.mezo_distance", self.mezo_distance, "above 0, at most 1")
+        for key, without in (("step_in_backward", False), ("task_weighting", "fixed"), ("expert_decay", None)):
+            value = getattr(self, key)
+            require(
+                self.optimizer != "mezo" or value in (without, "uncertainty", "zero", "none"),
+                f"train.{key}",
+                value,
+                f"{without} with train.optimizer = mezo, which has no gradients",
             )
         require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "[0, 1)")
         for key in ("mixup", "cutmix"):

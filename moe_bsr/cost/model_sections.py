@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_bsr.config import Config
+from moe_bsr.cost.ladder_section import empty_rungs
 from moe_bsr.cost.operators import empty
 from moe_bsr.cost.sections import Border, Section, Stream, fake_parameters, summarize, tensors_of
 from moe_bsr.cost.trace import Allocation, Tracer, fake_tensors
@@ -45,6 +46,10 @@ class Setting:
     scratch: Callable[[str, tuple, Any], int]
     rows: Callable[[int], Callable[[int, int, int], list[int]]]
 
+    @property
+    def differentiates(self) -> bool:  # whether there is a backward pass
+        return self.config.train.optimizer != "mezo"
+
     @contextlib.contextmanager
     def tracing(self, modules: dict[str, nn.Module], with_gradient: Collection[str] = ()) -> Iterator["Traced"]:
         """A region in which the modules are fake and memory is followed.
@@ -52,7 +57,8 @@ class Setting:
         Args:
             with_gradient: names of parameters that have a gradient already.
         """
-        with fake_tensors(), fake_parameters(modules, self.runtime.device, self.dtype) as parameters:
+        fake = fake_parameters(modules, self.runtime.device, self.dtype)
+        with torch.set_grad_enabled(self.differentiates), fake_tensors(), fake as parameters:
             for name in with_gradient:
                 parameters[name].grad = empty(parameters[name].shape, parameters[name].dtype, self.runtime.device)
             stepper = self._stepper(parameters.values())  # with state, which is no part of what follows
@@ -113,7 +119,7 @@ def modules_of_sections(model: MultitaskViT) -> dict[str, Modules]:
             if index:
                 result.setdefault(f"block {index}", {})[inside] = module
         elif name:
-            later = place in _BEHIND_BLOCKS if root == "vit" else root in ("heads", "balance")
+            later = place in _BEHIND_BLOCKS if root == "vit" else root in ("ladder", "heads", "balance")
             result["head" if later else "embedding"][name] = module
     return result
 
@@ -144,7 +150,7 @@ def trace_block(
     setting: Setting, modules: Modules, index: int, task: str, stream: Stream, with_gradient: Collection[str]
 ) -> Section:
     """One block's forward pass, and its backward if the gradient path goes through it."""
-    model, on_path = setting.model, index >= setting.model.path_start
+    model, on_path = setting.model, setting.differentiates and index >= setting.model.path_start
     with (
         setting.tracing(modules, with_gradient) as traced,
         assume_rows(setting.rows(index)),
@@ -158,9 +164,12 @@ def trace_block(
         with torch.set_grad_enabled(on_path), setting.runtime.autocast():
             tokens = model.run_block(index, tokens, task, NOISE_KEY if on_path else None, records)
         end = [tokens, records.pop(index, None)]
+        rungs = tokens.rungs  # held until this section is summed up: `ladder_section`
         del tokens
         balances = model.balance.kind != "none"
-        return _finish_block(traced, border, end, inputs, balances)
+        section = _finish_block(traced, border, end, inputs, balances)
+        del rungs
+        return section
 
 
 def _bring_tokens(border: Border, stream: Stream) -> Tokens:
@@ -229,23 +238,25 @@ def trace_head(
     setting: Setting,
     modules: Modules,
     task: str,
-    stream: Stream,
     routing: list[tuple[bool, ...]],
+    streams: list[Stream],
     with_gradient: Collection[str],
 ) -> Section:
-    """Final norm, pooling, the task's head, the balance loss and the loss, and back to the last block.
+    """Side network, final norm, pooling, the task's head, the balance loss and the loss, and back to the last block.
 
     Args:
         routing: of each block that routes: whether its importance and load require a gradient.
+        streams: that leave the embedding and each block.
     """
     with setting.tracing(modules) as traced:
         tracer = traced.tracer
         border = Border(tracer)
-        update, inputs = _head_update(setting, border, traced, task, stream, routing)
+        update, inputs, held = _head_update(setting, border, traced, task, streams, routing)
         update.forward(inputs, NOISE_KEY)
         update.output = None
         kept = Counter()
-        for allocation in set(tracer.alive).difference(border.imported):
+        reported = [tracer.allocation(tensor) for tensor in held if tensor is not None]
+        for allocation in set(tracer.alive).difference(border.imported, reported):
             kept[allocation.maker] += allocation.bytes
         # Slots are numbered in the order in which they were brought.
         kept_slots = tuple(i for i, a in enumerate(border.imported) if a in tracer.alive)
@@ -253,12 +264,13 @@ def trace_head(
     with setting.tracing(modules, with_gradient) as traced:
         tracer = traced.tracer
         border = Border(tracer)
-        update, batch = _head_update(setting, border, traced, task, stream, routing)
+        update, batch, held = _head_update(setting, border, traced, task, streams, routing)
         inputs = list(border.imported)
         tracer.phase = "forward"
         update.forward(batch, NOISE_KEY)
         tracer.phase = "backward"
-        update.backward()
+        if setting.differentiates:
+            update.backward()
         gradients, trained = traced.gradients()
         tracer.phase = "clear"
         update.clear()
@@ -276,6 +288,7 @@ def trace_head(
             gradient_out=left[:1] if x is not None else [],
             routing_in=left[x is not None :],
         )
+        del held
     section.kept, section.kept_slots = kept, kept_slots
     return section
 
@@ -285,11 +298,12 @@ def _head_update(
     border: Border,
     traced: Traced,
     task: str,
-    stream: Stream,
+    streams: list[Stream],
     routing: list[tuple[bool, ...]],
-) -> tuple[OptimizerUpdate, Batch]:
-    """The trainer's update of a model that begins behind the last block, and its inputs."""
-    tokens = _bring_tokens(border, stream)
+) -> tuple[OptimizerUpdate, Batch, list[Tensor | None]]:
+    """The trainer's update of a model that begins behind the last block, its inputs, and what records go on holding."""
+    tokens, stream = _bring_tokens(border, streams[-1]), streams[-1]
+    tokens.rungs = empty_rungs(setting.model, streams, setting.runtime.device)
     if width := setting.model.extra_features:
         tokens.read = empty((setting.batch, width), stream.dtype, setting.runtime.device)
     experts = setting.config.moe.num_experts
@@ -300,12 +314,12 @@ def _head_update(
     labels = empty((setting.batch,), torch.int64, setting.runtime.device)
     update = multitask_update(
         _BehindBlocks(setting.model, [(tokens, records)]),
-        replace(setting.config.train, task_weighting="fixed"),  # learned weights are a few bytes
+        replace(setting.config.train, task_weighting="fixed", optimizer="sgd"),  # learned weights are a few bytes
         setting.runtime,
         torch.optim.SGD(traced.parameters.values(), lr=1.0),
     )
     update.stepper = traced.stepper
-    return update, Batch(task, np.arange(setting.batch), None, labels)
+    return update, Batch(task, np.arange(setting.batch), None, labels), [rung.scores for rung in tokens.rungs]
 
 
 class _BehindBlocks(nn.Module):

@@ -106,11 +106,15 @@ def _predict(step: "_Step", config: Config, task: str | None, all_tasks: bool) -
     task = task or max(model.trained_tasks, key=lambda name: model.heads[name].out_features)
     tasks = model.trained_tasks if all_tasks and config.sampler.kind == "joint" else [task]
     micro_batches = [name for name in tasks for _ in range(config.train.grad_accumulation_steps if all_tasks else 1)]
-    timeline, first = Timeline(), None
+    timeline, first, passes = Timeline(), None, 1 if step.setting.differentiates else 2
     done: list[list[Placed]] = []
     for name in micro_batches:
-        places = step.places(name)
-        kept = timeline.forward(places)
+        copy = step.copy(name)
+        timeline.add(copy)
+        for _ in range(passes):
+            places = step.places(name)
+            kept = timeline.forward(places)
+        timeline.add(-copy)
         timeline.backward(places)
         done.append(places)
         if first is None:
@@ -134,7 +138,7 @@ def _predict(step: "_Step", config: Config, task: str | None, all_tasks: bool) -
         transients=transients,
         peak=parameters + update.state + update.average + peak,
         forward_flops=sum(place.section.forward_flops for place in places),
-        step_flops=sum(place.section.forward_flops + place.section.backward_flops for place in places),
+        step_flops=sum(passes * place.section.forward_flops + place.section.backward_flops for place in places),
     )
 
 
@@ -178,7 +182,9 @@ class _Step:
         )
         self.modules = modules_of_sections(model)
         kernels = ops.is_reference(), cpu.mkl_is_slow(), cpu.bf16_instructions(), cpu.onednn_has_bf16()
-        moves = config.train.step_in_backward and (config.train.optimizer, config.train.momentum)
+        moves = not self.setting.differentiates or (
+            config.train.step_in_backward and (config.train.optimizer, config.train.momentum)
+        )
         self.key = (batch, device, precision, threads, scratch, kernels, repr(config.tokens), moves)
 
     def _share(self, index: int) -> float:
@@ -196,7 +202,7 @@ class _Step:
             (model.embedding_trains, model.vit.patch_embed.img_size),
             lambda *given: trace_embedding(setting, *given),
         )
-        places = [Placed("embedding", section)]
+        places, streams = [Placed("embedding", section)], [section.stream]
         routing: list[tuple[bool, ...]] = []
         for index, plan in enumerate(model.plan):
             stream = section.stream
@@ -209,6 +215,7 @@ class _Step:
                 model.vit.num_prefix_tokens,
                 model.vit.has_class_token,
                 model.contexts[index].class_token_alone,
+                model.ladder is not None and (index - model.ladder.first, model.ladder.reads(index)),
             )
             section = self._section(
                 "block",
@@ -221,6 +228,7 @@ class _Step:
                 ),
             )
             places.append(Placed(f"block {index}", section))
+            streams.append(section.stream)
             if section.routing:
                 routing.append(section.routing)
         about = (
@@ -229,6 +237,7 @@ class _Step:
             model.vit.global_pool,
             repr(setting.config.moe),
             setting.config.train.label_smoothing,
+            model.ladder is not None and (tuple(streams), tuple(model.plan)),
         )
         places.append(
             Placed(
@@ -239,7 +248,7 @@ class _Step:
                     "",
                     task,
                     about,
-                    lambda modules, grads: trace_head(setting, modules, task, section.stream, routing, grads),
+                    lambda modules, grads: trace_head(setting, modules, task, routing, streams, grads),
                 ),
             )
         )
@@ -269,6 +278,12 @@ class _Step:
         section = _sections[key]
         self.trained |= {prefix + name for name, alike in names.items() if alike in section.trained}
         return section
+
+    def copy(self, task: str) -> int:
+        """Bytes of the weights that a step without gradients changes for a while and brings back."""
+        if self.setting.differentiates:
+            return 0
+        return sum(p.nbytes for p in self.model.parameters_of(task) if p.requires_grad)
 
     def update(self, stepped: set[str]) -> Update:
         """Of blocks that train it matters which parameters they have, not which blocks they are.

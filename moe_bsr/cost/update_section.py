@@ -35,6 +35,8 @@ def trace_update(setting: Setting, stepped: Collection[str], with_gradient: Coll
         tracer, parameters = traced.tracer, traced.parameters
         average = None if settings.ema_decay is None else MovingAverage(model, settings.ema_decay)
         held = sum(a.size for a in tracer.alive)
+        if not setting.differentiates:  # one parameter's direction at a time
+            return Update(0, held, max(p.nbytes for p in parameters.values() if p.requires_grad))
         optimizer = make_optimizer(model, settings)
         update = multitask_update(model, replace(settings, step_in_backward=False), setting.runtime, optimizer, average)
         state = 0

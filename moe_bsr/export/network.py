@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from moe_bsr.config import ConfigError
+from moe_bsr.config import ConfigError, require
 from moe_bsr.export import layers, merging
 from moe_bsr.export.graph import Graph
 from moe_bsr.export.layers import Names, tokens_from
@@ -39,6 +39,10 @@ class Part:
     task: str
     shared_blocks: int | None = None
     experts: dict[int, list[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        allowed = "lora, adaptformer or null can be exported: a side network cannot be merged and has no graph here"
+        require(self.model.ladder is None, "adapter", "ladder", f"{allowed}; `moe-bsr share` hands on the run itself")
 
     def owner(self, block: int) -> str:
         """The task that a block's tensors belong to; "" if all tasks have them."""

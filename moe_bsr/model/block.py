@@ -10,7 +10,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
 from moe_bsr.config import TokensConfig
-from moe_bsr.model.adapters import BESIDE_FFN
+from moe_bsr.model.adapters import BESIDE_FFN, is_beside
 from moe_bsr.model.layers import Mlp, feed_forward, has_hooks
 from moe_bsr.model.merging import log_sizes, merge
 from moe_bsr.model.moe import MoE, Routing
@@ -38,12 +38,17 @@ class BlockContext:
 def contexts(vit: VisionTransformer, plan: list[BlockPlan], tokens: TokensConfig) -> list[BlockContext]:
     """Of each block. Where heads read the class token alone, the last block leaves out what the others would get.
 
-    Its experts keep all tokens: the balance loss and the statistics of their routers are over all.
+    Its experts keep all tokens: the balance loss and the statistics of their routers are over all. So does a block that
+    a side network reads.
     """
     made = [BlockContext(each, tokens, vit.num_prefix_tokens, vit.has_class_token) for each in plan]
-    if vit.has_class_token and vit.global_pool == "token" and not plan[-1].moe:
+    if reads_class_token_alone(vit) and not plan[-1].moe and not is_beside(plan[-1].adapter):
         made[-1] = replace(made[-1], class_token_alone=True)
     return made
+
+
+def reads_class_token_alone(vit: VisionTransformer) -> bool:
+    return vit.has_class_token and vit.global_pool == "token"
 
 
 @dataclass(slots=True)

@@ -13,17 +13,17 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from moe_bsr.config import Config, ConfigError, require
-from moe_bsr.model import block
-from moe_bsr.model.adapters import ADAPTERS
+from moe_bsr.model import adapters, block
 from moe_bsr.model.backbones import family_of
 from moe_bsr.model.backbones.vit import digest
 from moe_bsr.model.balance import Balance
 from moe_bsr.model.block import Record
+from moe_bsr.model.ladder import make_ladder
 from moe_bsr.model.layers import Linear, adopt
 from moe_bsr.model.merging import spread
 from moe_bsr.model.moe import MoE, Routing, upcycling_error
 from moe_bsr.model.plan import embedding_trains, freeze, gradient_path_start, make_plan
-from moe_bsr.model.replay import Replay
+from moe_bsr.model.replay import replay_of
 from moe_bsr.model.storage import STORAGES
 from moe_bsr.model.tokens import Tokens
 from moe_bsr.ops.linear import compute_dtype
@@ -59,6 +59,7 @@ class MultitaskViT(nn.Module):
         path_start: the first block whose backward pass must run, or that asks for the task; the depth if none does.
         trained_tasks: all, or those of `train.only`.
         adapter_parameters: by the block they were added to; some may be frozen.
+        ladder: the side network, if the adapter is one.
         replaced: names of frozen backbone parameters that have other values than the backbone's file.
         log_variances: of the tasks' losses, where training learns how to weigh them; a scalar for each task.
         init_from: the run, step and sha256 of the weights it started from, if from a run's.
@@ -99,20 +100,14 @@ class MultitaskViT(nn.Module):
         if not config.moe.learns_routers:
             for index in config.plan.moe_blocks:
                 vit.blocks[index].mlp.router.requires_grad_(False)
-        self.adapter_parameters: dict[int, list[nn.Parameter]] = {}
-        for index, plan in enumerate(self.plan):
-            if plan.adapter is not None:
-                attach = ADAPTERS[plan.adapter.kind].attach
-                seed = (config.seed, "adapter", index)
-                self.adapter_parameters[index] = attach(vit.blocks[index], plan.adapter.options, seed)
+        self.adapter_parameters = adapters.attach(vit.blocks, [each.adapter for each in self.plan], config.seed)
+        self.ladder = make_ladder(vit, self.plan, config)
+        if self.ladder is not None:
+            self.adapter_parameters = self.ladder.parameters_by_block()
         self.balance = Balance(config.moe, self.tasks, sorted(config.plan.moe_blocks))
         self.head_blocks = sorted(config.plan.head_blocks)
-        require(
-            vit.has_class_token or not self.head_blocks,
-            "plan.head_blocks",
-            self.head_blocks,
-            f"[]: {config.backbone.name} has no class token that heads could read",
-        )
+        only = f"[]: {config.backbone.name} has no class token that heads could read"
+        require(vit.has_class_token or not self.head_blocks, "plan.head_blocks", self.head_blocks, only)
         self.extra_features = len(self.head_blocks) * vit.embed_dim
         width = vit.num_features + self.extra_features
         self.heads = nn.ModuleDict({task: nn.Linear(width, n) for task, n in classes.items()})
@@ -215,7 +210,7 @@ class MultitaskViT(nn.Module):
             noise_key: as in `forward`, with the block's index behind it.
             records: gets what the block did, if it drops or routes.
         """
-        layer, context, replay, read = self.vit.blocks[index], self.contexts[index], Replay(), tokens.read
+        layer, context, replay, before = self.vit.blocks[index], self.contexts[index], replay_of(index), tokens
 
         def run(tokens: Tokens, needs_output: bool = True) -> tuple[Tokens, Record]:
             return block.forward(layer, tokens, context, task, replay, noise_key, needs_output)
@@ -225,7 +220,9 @@ class MultitaskViT(nn.Module):
             tokens, record = STORAGES[storage.kind].run(run, tokens, list(layer.parameters()), storage.options)
         else:
             tokens, record = run(tokens)
-        tokens.read = read
+        tokens.read = before.read
+        if self.ladder is not None:
+            tokens = self.ladder.pass_by(index, before, tokens, record.dropped, replay)
         if records is not None and (record.dropped is not None or record.routing is not None):
             records[index] = record
         return tokens
@@ -243,6 +240,8 @@ class MultitaskViT(nn.Module):
     def features(self, tokens: Tokens) -> Tensor:
         """What the heads read, from the last block's tokens: (B, D) float32, behind them those of `head_blocks`."""
         x = tokens.x if self.vit.global_pool == "token" else spread(tokens)
+        if self.ladder is not None:
+            x = self.ladder(tokens, [each.plan.storage for each in self.contexts])
         features = self.family.pool(self.vit, x).float()
         return features if tokens.read is None else torch.cat([features, tokens.read.float()], 1)
 
@@ -280,6 +279,7 @@ class MultitaskViT(nn.Module):
         for index, layer in enumerate(vit.blocks):
             found |= {id(p): index + 1 for p in layer.parameters()}
             top += [layer.mlp.router] if isinstance(layer.mlp, MoE) else []
+        found |= {id(p): i + 1 for i, added in self.adapter_parameters.items() for p in added}
         return found | {id(p): len(self.plan) + 1 for module in top if module is not None for p in module.parameters()}
 
     def parameters_of(self, task: str) -> list[nn.Parameter]:

@@ -1,6 +1,7 @@
 """A model in words and numbers before anyone trains it, block by block. What it costs is cost/'s business."""
 
 from moe_bsr.config import Config
+from moe_bsr.model.adapters import is_beside
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.model.plan import token_counts
 
@@ -19,6 +20,8 @@ def table(model: MultitaskViT, config: Config) -> list[str]:
     rows = [("block", "trains", "gradient", "tokens", "FFN", "adapter", "storage", "parameters (trained)")]
     for index, (plan, (n, m)) in enumerate(zip(model.plan, counts(model), strict=True)):
         parameters = list(model.vit.blocks[index].parameters())
+        beside = is_beside(plan.adapter)
+        parameters += model.adapter_parameters[index] if beside else []
         total = sum(p.numel() for p in parameters)
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         on_path = index >= model.path_start
@@ -27,11 +30,11 @@ def table(model: MultitaskViT, config: Config) -> list[str]:
             (
                 f"{index:>5}",
                 "-" if not (plan.trainable and trained) else "yes" if plan.weights == "all" else plan.weights,
-                "yes" if on_path else "-",
+                "yes" if on_path else "beside" if beside else "-",
                 f"{n} -> {m}" if m < n else str(n),
                 experts if plan.moe else "dense",
                 str(plan.adapter or "-"),
-                str(plan.storage) if on_path else "-",
+                str(plan.storage) if on_path or beside else "-",
                 f"{total:>11,} ({trained:,})",
             )
         )

@@ -18,6 +18,7 @@ from moe_bsr.model.replay import Replay
 from moe_bsr.ops.tokens import reduce_tokens, select, take
 
 FUSED = -1  # what the trace says of a fused token
+KEPT_TOKENS = "kept tokens"  # a block's choice: positions after the prefix of those kept, and of the others
 
 
 @dataclass(slots=True)
@@ -32,6 +33,7 @@ class Tokens:
         place: (B, patches) int64, which token after the prefix each patch of the image is part of; None while nothing
             was merged.
         read: (B, ...) class tokens of blocks before, for heads that read them; `run_block` hands them on.
+        rungs: what blocks before left for a side network (`ladder.py`); `run_block` adds to them.
     """
 
     x: Tensor
@@ -39,6 +41,7 @@ class Tokens:
     fused: bool = False
     place: Tensor | None = None
     read: Tensor | None = None
+    rungs: "tuple[Rung, ...]" = ()
 
     @property
     def trace(self) -> tuple[Tensor, bool, Tensor | None]:
@@ -69,6 +72,21 @@ class Dropped:
     origin: Tensor
     scores: Tensor | None = None
     place: Tensor | None = None
+
+
+@dataclass(slots=True)
+class Rung:
+    """What a side network reads of one block, or of the tokens that enter the first.
+
+    Attributes:
+        read: (B, N, d) of the tokens that the block leaves; None of a block without a side block.
+        kept, scores: (B, K) positions after the prefix that the block kept, and (B, C) its scores of all; None if it
+            dropped nothing.
+    """
+
+    read: Tensor | None
+    kept: Tensor | None = None
+    scores: Tensor | None = None
 
 
 def count_kept(candidates: int, keep_rate: float) -> int:
@@ -105,7 +123,7 @@ def drop(
         return tokens, Dropped(origin, origin, probabilities.detach())
 
     ranking = probabilities if config.rank_by == "probabilities" else logits
-    kept, dropped = replay.record("kept tokens", lambda: select(ranking[:, :candidates], kept_count))
+    kept, dropped = replay.record(KEPT_TOKENS, lambda: select(ranking[:, :candidates], kept_count))
     origins, weights = [take(origin, kept)], None
     if config.fuses:
         weights = take(probabilities.unsqueeze(2), dropped)

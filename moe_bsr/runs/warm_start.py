@@ -165,17 +165,16 @@ def _block(name: str) -> int:
 def _put_parts(model: MultitaskViT, source: Source, adapters: set[int]) -> dict[str, list[int]]:
     """Take experts, routers and adapters; returns the blocks in which each kind was."""
     state = model.state_dict()
-    added = {id(p) for parameters in model.adapter_parameters.values() for p in parameters}
-    names = [name for name, p in model.named_parameters() if id(p) in added]
+    places = {id(p): index for index, parameters in model.adapter_parameters.items() for p in parameters}
+    added = {name: places[id(p)] for name, p in model.named_parameters() if id(p) in places}
     taken: dict[str, list[int]] = {"experts": [], "routers": [], "adapters": []}
     for index, plan in enumerate(model.plan):
         place = f"vit.blocks.{index}."
         theirs = {name: value for name, value in source.weights.items() if name.startswith(place)}
         if index in adapters:
             taken["adapters"].append(index)
-            for name in names:
-                if _block(name) == index:
-                    state[name].copy_(theirs[name])
+            for name in (name for name, block in added.items() if block == index):
+                state[name].copy_(source.weights[name])
         experts = {name for name in state if name.startswith(f"{place}mlp.experts.")}
         if plan.moe and all(name in theirs and theirs[name].shape == state[name].shape for name in experts):
             taken["experts"].append(index)

@@ -13,7 +13,7 @@ from moe_bsr.training.length import in_updates, updates_of
 from moe_bsr.training.optim import learning_rate
 
 LEAST_SHARE = 0.02  # of the updates, below which a task is called starved
-LARGEST_RATE = {"adamw": 0.1, "adamw8": 0.1, "sgd": 10.0}
+LARGEST_RATE = {"adamw": 0.1, "adamw8": 0.1, "sgd": 10.0, "mezo": 10.0}
 
 
 def doubts(config: Config, sizes: dict[str, int]) -> list[str]:

@@ -21,7 +21,7 @@ from moe_bsr.data import ImageTransforms, Loader, TaskData
 from moe_bsr.data.loader import Batch
 from moe_bsr.model.block import Record
 from moe_bsr.model.multitask import MultitaskViT
-from moe_bsr.model.tokens import Dropped, Tokens
+from moe_bsr.model.tokens import Dropped, Rung, Tokens
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.training.inputs import Inputs
 
@@ -65,6 +65,7 @@ class FeatureCache:
             tokens, records = self.compute(torch.zeros(1, 3, side, side, device=self.device), "")
         self.dtype, self.fused, self.merged = tokens.x.dtype, tokens.fused, tokens.place is not None
         self.reports = {index: list(_reported(records[index])) for index in sorted(records)}
+        self.rungs = [(rung.read is not None, rung.kept is not None) for rung in tokens.rungs]
         parts = self._parts(tokens, records)
         images = sum(sizes.values())
         self.bytes = images * self.views * sum(p[0].numel() * p.element_size() for p in parts)
@@ -124,7 +125,13 @@ class FeatureCache:
         read = next(parts) if self.model.head_blocks else None
         tokens = Tokens(x, next(parts), self.fused, next(parts) if self.merged else None, read)
         reports = {index: {name: next(parts) for name in names} for index, names in self.reports.items()}
-        return tokens, {index: Record(dropped=Dropped(**report)) for index, report in reports.items()}
+        records = {index: Record(dropped=Dropped(**report)) for index, report in reports.items()}
+        rungs = [Rung(next(parts) if reads else None, next(parts) if drops else None) for reads, drops in self.rungs]
+        for index, rung in enumerate(rungs[1:], self.model.ladder.first if rungs else 0):
+            if rung.kept is not None:
+                rung.scores = records[index].dropped.scores
+        tokens.rungs = tuple(rungs)
+        return tokens, records
 
     def add(self, task: str, positions: np.ndarray, views: np.ndarray, features: Features) -> None:
         """Keep the features of these views."""
@@ -153,6 +160,8 @@ class FeatureCache:
         parts += [tokens.origin] if tokens.place is None else [tokens.origin, tokens.place]
         for index in self.reports:
             parts += _reported(records[index]).values()
+        for rung in tokens.rungs:
+            parts += [part for part in (rung.read, rung.kept) if part is not None]
         return parts
 
 

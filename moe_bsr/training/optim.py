@@ -94,7 +94,7 @@ def make_optimizer(model: MultitaskViT, config: TrainConfig) -> torch.optim.Opti
 
 def optimizer_of(groups: list[dict], config: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer of a run for some of its parameters."""
-    if config.optimizer == "lbfgs":
+    if config.optimizer in ("lbfgs", "mezo"):  # another takes the steps
         return torch.optim.SGD(groups, lr=config.lr)
     if config.optimizer == "sgd":
         # Not fused: that one fails where some parameters have momentum and others are new (another task).

@@ -23,10 +23,11 @@ def check_sharing(config: Config, ranks: Alone) -> None:
     settings, world = config.train, ranks.world
     ranks.require_same({"version of moe_bsr": __version__, "configuration": _digest(dump(config).encode())})
     require(
-        settings.optimizer != "lbfgs",
+        settings.optimizer not in ("lbfgs", "mezo"),
         "train.optimizer",
         settings.optimizer,
-        "adamw, adamw8 or sgd with several processes: a probe is one pass over the images; start it without torchrun",
+        "adamw, adamw8 or sgd with several processes: a probe is one pass over the images, and what mezo estimates is "
+        "not exchanged; start it without torchrun",
     )
     require(
         not settings.step_in_backward,

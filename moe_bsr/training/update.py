@@ -21,12 +21,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from moe_bsr.config import Config, TrainConfig
 from moe_bsr.data.loader import Batch
 from moe_bsr.model.multitask import MultitaskViT, Output
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.runtime.distributed import Alone
+from moe_bsr.training.mezo import MeZO, mezo_of
 from moe_bsr.training.optim import MovingAverage, clip_gradients, make_optimizer
 from moe_bsr.training.step_in_backward import StepInBackward
 
@@ -39,13 +41,14 @@ class OptimizerUpdate:
         terms: the terms of its loss, scalars. loss: their sum; both are None after the backward phase.
         trained: parameters with a gradient after the last backward phase; `step` clips these.
         stepper: takes the optimizer's step in the backward phase, if that is asked for.
+        mezo: estimates gradients without a backward pass, if that is asked for.
     """
 
     def __init__(
         self,
         model: nn.Module,
         runtime: Runtime,
-        optimizer: torch.optim.Optimizer | None,
+        optimizer: Optimizer | None,
         *,
         output: Callable[..., Any],
         loss: Callable[..., Tensor | tuple[Tensor, ...]],
@@ -53,6 +56,7 @@ class OptimizerUpdate:
         clip_norm: float | None = None,
         average: MovingAverage | None = None,
         in_backward: bool = False,
+        mezo: MeZO | None = None,
     ) -> None:
         """
         Args:
@@ -63,11 +67,13 @@ class OptimizerUpdate:
             clip_norm: largest norm of all gradients together. inf only measures the norm, None not even that.
             average: of the weights, updated after each step.
             in_backward: whether the backward phase takes the optimizer's step too; then nothing can be clipped.
+            mezo: in place of a backward pass; the last of the inputs is then the noise key.
         """
         self.model, self.runtime, self.optimizer = model.train(), runtime, optimizer
         self._output, self._loss, self._commit = output, loss, commit
         self._clip_norm, self._average = clip_norm, average
         self.stepper = StepInBackward(optimizer) if in_backward and optimizer is not None else None
+        self.mezo = mezo
         self._inputs: tuple = ()
         self._share = 1.0
         self.output: Any = None
@@ -77,17 +83,23 @@ class OptimizerUpdate:
 
     def forward(self, *inputs: Any, share: float = 1.0) -> None:
         """One micro-batch up to its loss, which counts `share` in the loss of the update."""
-        with self.runtime.autocast():
-            self.output = self._output(*inputs)
-        terms = self._loss(self.output, *inputs)
-        self.terms = terms if isinstance(terms, tuple) else (terms,)
+        run = functools.partial(self._pass, *inputs)
+        self.output, self.terms = run() if self.mezo is None else self.mezo.look(run, inputs, share)
         self.loss = functools.reduce(operator.add, self.terms)
         self._inputs, self._share = inputs, share
 
+    def _pass(self, *inputs: Any) -> tuple[Any, tuple[Tensor, ...]]:
+        """What the model returns, and the terms of its loss."""
+        with self.runtime.autocast():
+            output = self._output(*inputs)
+        terms = self._loss(output, *inputs)
+        return output, terms if isinstance(terms, tuple) else (terms,)
+
     def backward(self) -> None:
         """Add this micro-batch's gradient to those before it."""
-        with contextlib.nullcontext() if self.stepper is None else self.stepper.active():
-            (self._share * self.loss).backward()
+        if self.mezo is None:
+            with contextlib.nullcontext() if self.stepper is None else self.stepper.active():
+                (self._share * self.loss).backward()
         self.loss = self.terms = None
         if self._commit is not None:
             self._commit(self.output, *self._inputs)
@@ -105,15 +117,23 @@ class OptimizerUpdate:
         """
         norm = None
         if self._clip_norm is not None:
-            norm = clip_gradients(self.trained, self._clip_norm) if self.stepper is None else self.stepper.norm()
+            norm = self._norm()
             if not math.isfinite(norm):
                 raise FloatingPointError(f"gradient norm {norm}")
-        if self.stepper is None:
+        if self.mezo is not None:
+            self.mezo.step()
+        elif self.stepper is None:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         if self._average is not None:
             self._average.update(self.model)
         return norm
+
+    def _norm(self) -> float:
+        """Of the gradient, which is clipped."""
+        if self.mezo is not None:
+            return self.mezo.clip(self._clip_norm)
+        return clip_gradients(self.trained, self._clip_norm) if self.stepper is None else self.stepper.norm()
 
     def clear(self) -> None:
         """Let go of the last micro-batch's output."""
@@ -128,7 +148,7 @@ def multitask_update(
     model: MultitaskViT,
     config: TrainConfig,
     runtime: Runtime,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     average: MovingAverage | None = None,
     class_weights: dict[str, Tensor] | None = None,
     commits: bool = True,
@@ -139,12 +159,12 @@ def multitask_update(
         class_weights: (classes of the task,) by task, on the device; none where all count 1.
         commits: whether running statistics take in each micro-batch; if not, that is left to the caller.
     """
-    parts = _multitask_parts(model, config, class_weights) | ({} if commits else {"commit": None})
+    parts = _multitask_parts(model, config, optimizer, class_weights) | ({} if commits else {"commit": None})
     return OptimizerUpdate(model, runtime, optimizer, average=average, **parts)
 
 
 def _multitask_parts(
-    model: MultitaskViT, config: TrainConfig, class_weights: dict[str, Tensor] | None = None
+    model: MultitaskViT, config: TrainConfig, optimizer: Optimizer, class_weights: dict[str, Tensor] | None = None
 ) -> dict[str, Any]:
     criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
 
@@ -178,6 +198,7 @@ def _multitask_parts(
         "loss": loss,
         "commit": lambda output, batch, noise_key: model.commit(output, batch.task),
         "in_backward": config.step_in_backward,
+        "mezo": mezo_of(model, config, optimizer),
         "clip_norm": math.inf if config.grad_clip_norm is None else config.grad_clip_norm,
     }
 
@@ -269,7 +290,7 @@ class TrainingStep(OptimizerUpdate):
         self,
         model: nn.Module,
         runtime: Runtime,
-        optimizer: torch.optim.Optimizer | None,
+        optimizer: Optimizer | None,
         *,
         inputs: tuple = (),
         **parts: Any,
@@ -319,10 +340,11 @@ def training_step(
     images, labels = random_batch(
         batch, model.vit.patch_embed.img_size[0], model.heads[task].out_features, runtime.device
     )
+    optimizer = make_optimizer(model, config.train)
     return TrainingStep(
         model,
         runtime,
-        make_optimizer(model, config.train),
+        optimizer,
         inputs=(Batch(task, np.arange(batch), images, labels), (0, 0, 0)),
-        **_multitask_parts(model, config.train),
+        **_multitask_parts(model, config.train, optimizer),
     )

@@ -8,28 +8,43 @@ FFN's norm, (B, N, D) -> (B, N, D). To add one, write a file here that registers
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from moe_bsr.config.registry import Registry
+from moe_bsr.config.registry import Choice, Registry
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
     """Attributes:
-    attach: (block, options, seed) -> the adapter's parameters.
+    attach: (block, options, seed) -> the adapter's parameters. None: it stands beside all blocks, as a side network
+        that reads what they leave (`model/ladder.py`).
     """
 
-    attach: Callable[[nn.Module, Any, tuple], list[nn.Parameter]]
+    attach: Callable[[nn.Module, Any, tuple], list[nn.Parameter]] | None
 
 
 ADAPTERS: Registry[Adapter] = Registry("adapter")
 
 BESIDE_FFN = "beside_ffn"
 
-_KINDS = ("lora", "adaptformer")  # files whose import registers what they define
+_KINDS = ("lora", "adaptformer", "ladder")  # files whose import registers what they define
 for _name in _KINDS:
     importlib.import_module(f"{__name__}.{_name}")
+
+
+def is_beside(choice: Choice | None) -> bool:
+    """Whether a block's adapter is a part of a side network, which leaves the block as it is."""
+    return choice is not None and ADAPTERS[choice.kind].attach is None
+
+
+def attach(blocks: Sequence[nn.Module], choices: Sequence[Choice | None], seed: int) -> dict[int, list[nn.Parameter]]:
+    """Put into each block the adapter chosen for it; returns their parameters by block."""
+    parameters = {}
+    for index, choice in enumerate(choices):
+        if choice is not None and (into := ADAPTERS[choice.kind].attach) is not None:
+            parameters[index] = into(blocks[index], choice.options, (seed, "adapter", index))
+    return parameters

@@ -1,0 +1,208 @@
+"""Ladder side tuning: a narrow network beside a frozen one, which reads what its blocks leave (LST, Sung et al. 2022,
+arXiv 2206.06522).
+
+    s = pooled(tokens that enter the first block)
+    s = Block_i(mu_i s + (1 - mu_i) pooled(output of block i)),  mu_i = sigmoid(alpha_i / 0.1), alpha_i = 0 at the start
+    heads read the frozen network's tokens + up(norm(s))
+
+`up` is zero at the start, so heads then read what they would of the frozen network. Nothing is ever differentiated
+through the backbone: an update keeps the side blocks' activations alone, a `reduction`-th of those of full fine-tuning,
+and the frozen network is run once for each image where `data.feature_cache_mb` has room for what the ladder reads.
+Pooling takes the mean of neighboring features: it has no weights and keeps nothing. (The authors' code learns a
+projection there, which keeps each block's whole output.)
+
+    B images, N tokens, D width of the backbone, d = D / reduction
+"""
+
+from dataclasses import replace
+
+import torch
+from timm import layers as timm_layers
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from moe_bsr.config import Config, require
+from moe_bsr.config.registry import Choice
+from moe_bsr.model import block
+from moe_bsr.model.adapters import is_beside
+from moe_bsr.model.layers import LayerNorm, Linear, adopt
+from moe_bsr.model.plan import BlockPlan
+from moe_bsr.model.replay import Replay
+from moe_bsr.model.storage import STORAGES
+from moe_bsr.model.tokens import KEPT_TOKENS, Dropped, Rung, Tokens
+from moe_bsr.ops.tokens import reduce_tokens, take
+from moe_bsr.runtime.rng import generator
+
+TEMPERATURE = 0.1  # of the gates: they learn ten times as fast as their scalars would
+INIT_STD = 0.02
+
+
+class SideBlock(nn.Module):
+    """The gate and the block beside one block of the backbone."""
+
+    def __init__(self, width: int, heads: int, device: torch.device, seed: tuple) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros((), device=device))
+        with torch.device("meta"):
+            self.block = Block(width, heads, qkv_bias=True, norm_layer=timm_layers.LayerNorm)
+        self.block.to_empty(device=device)
+        adopt(self.block)
+        _begin(self.block, seed)
+
+    def forward(self, x: Tensor, read: Tensor) -> Tensor:
+        """The gate alone: (B, N, d) of the side network and of the backbone -> (B, N, d)."""
+        return torch.lerp(read, x, torch.sigmoid(self.gate / TEMPERATURE).to(x.dtype))
+
+
+class Ladder(nn.Module):
+    """The side network of a frozen ViT.
+
+    Attributes:
+        first: the first block beside which it has a block; what enters there is its beginning.
+        side: its blocks, by the index of the backbone's.
+    """
+
+    def __init__(self, vit: VisionTransformer, choices: dict[int, Choice], config: Config) -> None:
+        super().__init__()
+        self.first, self.depth = min(choices), len(vit.blocks)
+        self.reduction = choices[self.first].options.reduction
+        self.prefix, self.tokens = vit.num_prefix_tokens, config.tokens
+        self.first_alone = block.reads_class_token_alone(vit)
+        width = vit.embed_dim // self.reduction
+        heads = max(1, vit.blocks[0].attn.num_heads // self.reduction)
+        require(
+            vit.embed_dim % self.reduction == 0 and width % heads == 0,
+            "adapter.reduction",
+            self.reduction,
+            f"a divisor of the width of {config.backbone.name}, {vit.embed_dim}, such as "
+            f"{max(r for r in range(1, 9) if vit.embed_dim % r == 0)}",
+        )
+        device = vit.blocks[0].attn.qkv.weight.device
+        self.side = nn.ModuleDict(
+            {str(i): SideBlock(width, heads, device, (config.seed, "adapter", i)) for i in sorted(choices)}
+        )
+        self.norm = LayerNorm(width, eps=1e-6, device=device)
+        self.up = nn.utils.skip_init(Linear, width, vit.embed_dim, device=device)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+        plan = BlockPlan(trainable=True)
+        self.context = block.BlockContext(plan, config.tokens, self.prefix, vit.has_class_token)
+
+    def parameters_by_block(self) -> dict[int, list[nn.Parameter]]:
+        """Its end belongs to its last block."""
+        found = {int(index): list(side.parameters()) for index, side in self.side.items()}
+        found[max(found)] += [*self.norm.parameters(), *self.up.parameters()]
+        return found
+
+    def reads(self, index: int) -> bool:
+        """Whether it reads what block `index` leaves."""
+        return str(index) in self.side
+
+    def pass_by(self, index: int, before: Tokens, after: Tokens, dropped: Dropped | None, replay: Replay) -> Tokens:
+        """`after` with what the ladder reads at block `index`, of the class token alone once nobody reads the others.
+
+        Args:
+            dropped, replay: what the block dropped, and its choices.
+        """
+        rungs = before.rungs
+        if index == self.first:
+            rungs = (Rung(self._pooled(before.x)),)
+        if index >= self.first:
+            rung = Rung(self._pooled(after.x) if self.reads(index) else None)
+            if (choice := replay.made(KEPT_TOKENS)) is not None:
+                rung.kept, rung.scores = choice[0], dropped.scores
+            rungs = (*rungs, rung)
+        x = after.x
+        if index == self.depth - 1 and self.first_alone:
+            x = x[:, :1].contiguous()  # a view would hold all
+        return replace(after, x=x, rungs=rungs)
+
+    def forward(self, tokens: Tokens, storages: list[Choice]) -> Tensor:
+        """The backbone's last tokens (B, N, D), with all rungs -> what heads read in their place.
+
+        Args:
+            storages: of each block of the backbone, for the block beside it.
+        """
+        bottom, *rungs = tokens.rungs
+        x, fused = bottom.read, False
+        for index, rung in enumerate(rungs, self.first):
+            if rung.kept is not None:
+                x, fused = self._follow(x, rung.kept, rung.scores, fused), self.tokens.fuses
+            if rung.read is not None:
+                x = self._step(index, x, rung.read, storages[index])
+        return tokens.x + self.up(self.norm(x[:, : tokens.x.shape[1]]))
+
+    def _step(self, index: int, x: Tensor, read: Tensor, storage: Choice) -> Tensor:
+        """One side block, (B, N, d) -> (B, N, d), of the class token alone at the end."""
+        side, replay = self.side[str(index)], Replay()
+        alone = self.first_alone and index == max(map(int, self.side))
+        context = replace(self.context, class_token_alone=alone)
+
+        def run(tokens: Tokens, needs_output: bool = True) -> tuple[Tokens, block.Record]:
+            mixed = Tokens(side(tokens.x, read), tokens.origin)
+            return block.forward(side.block, mixed, context, "", replay, None, needs_output)
+
+        tokens = Tokens(x, x.new_empty(0, dtype=torch.int64))
+        if torch.is_grad_enabled():
+            return STORAGES[storage.kind].run(run, tokens, list(side.parameters()), storage.options)[0].x
+        return run(tokens)[0].x
+
+    @torch.no_grad()
+    def _pooled(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, d), the means of neighboring features."""
+        return x.unflatten(2, (-1, self.reduction)).mean(3)
+
+    def _follow(self, x: Tensor, kept: Tensor, scores: Tensor, fused: bool) -> Tensor:
+        """Keep and fuse the tokens that a block of the backbone did (`tokens.drop`).
+
+        Args:
+            kept: (B, K) positions after the prefix. scores: (B, C). fused: whether the last token is a fused one.
+        """
+        stays = torch.zeros_like(scores, dtype=torch.uint8).scatter_(1, kept, 1)
+        left, weights = stays.sort(dim=1, stable=True).indices[:, : scores.shape[1] - kept.shape[1]], None
+        if self.tokens.fuses:
+            weights = take(scores, left)
+            protected = self.tokens.protect_fused and fused
+            if self.tokens.fuse == "normalized":
+                weights = weights / weights[:, : left.shape[1] - protected].sum(1, keepdim=True)
+            if protected:  # the fused token of an earlier drop, the last one, is added as it is
+                weights[:, -1] = 1
+            weights = weights.unsqueeze(2).to(x.dtype)
+        return reduce_tokens(x, kept, left, weights, self.prefix)
+
+
+def make_ladder(vit: VisionTransformer, plan: list[BlockPlan], config: Config) -> Ladder | None:
+    """The side network of a plan, if it has one.
+
+    Raises:
+        ConfigError: something of the backbone would train, or side blocks are of different widths.
+    """
+    choices = {index: each.adapter for index, each in enumerate(plan) if is_beside(each.adapter)}
+    if not choices:
+        return None
+    require(
+        config.plan.train_blocks == [],
+        "plan.train_blocks",
+        config.plan.train_blocks,
+        "[] (and plan.moe_blocks=[]) with adapter: ladder, which has no gradient path through the backbone",
+    )
+    require(
+        not (config.tokens.merges and any(each.keep_rate < 1 for each in plan)),
+        "tokens.reduce",
+        config.tokens.reduce,
+        "drop with adapter: ladder, whose tokens follow those that are kept",
+    )
+    alone = len(set(choices.values())) == 1 and all(each.adapter in (None, choices[min(choices)]) for each in plan)
+    require(alone, "adapter", config.adapter, "ladder of one reduction, and nothing else beside or in the blocks")
+    return Ladder(vit, choices, config)
+
+
+@torch.no_grad()
+def _begin(side: nn.Module, seed: tuple) -> None:
+    """Values as a ViT begins with."""
+    for name, parameter in side.named_parameters():
+        if parameter.ndim == 2:
+            draws = torch.randn(parameter.shape, generator=generator(*seed, name)).clamp_(-2, 2)
+            parameter.copy_(INIT_STD * draws)
+        else:
+            parameter.fill_(float("norm" in name and name.endswith("weight")))

@@ -1,0 +1,91 @@
+"""Runs with a side network: resumed they are the same to the bit, the frozen network runs once for an image that is
+kept, and what has no place for it says so."""
+
+import pytest
+import torch
+from tiny_runs import crashed_and_resumed, make_config, make_trainer, state_of
+
+import moe_bsr
+from moe_bsr.config import ConfigError, replace
+from moe_bsr.model.summary import table
+from moe_bsr.runs.warm_start import build_from
+from moe_bsr.training.feature_cache import CachedInputs
+
+pytestmark = pytest.mark.usefixtures("bare")
+
+LADDER = {
+    "adapter": {"kind": "ladder", "reduction": 4},
+    "plan__train_blocks": [],
+    "plan__moe_blocks": [],
+    "train__evaluate_test": False,
+    "train__steps": 6,
+    "train__checkpoint_every": 2,
+    "data__augment": False,
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nobody interrupted: its configuration and trainer."""
+    folder = tmp_path_factory.mktemp("ladder")
+    trainer = make_trainer(config := make_config(folder, **LADDER), folder / "run")
+    trainer.fit()
+    return config, trainer
+
+
+def assert_alike(mine, theirs) -> None:
+    assert mine.keys() == theirs.keys()
+    assert [name for name, value in mine.items() if not torch.equal(value, theirs[name])] == []
+
+
+def test_resumed_it_is_the_run_that_was_not_interrupted(whole, tmp_path, monkeypatch):
+    config, trainer = whole
+    resumed = crashed_and_resumed(monkeypatch, config, tmp_path / "run")
+    assert any("resumed from" in line for line in resumed.about)
+    for group in ("weights", "optimizer"):
+        assert_alike(trainer.state.state_dict()[group], resumed.state.state_dict()[group])
+
+
+def test_from_kept_features_it_is_the_same_run(whole, tmp_path, monkeypatch):
+    """All that the ladder reads is kept, and once all images were seen no block of the backbone runs again."""
+    config, trainer = whole
+    cached = make_trainer(replace(config, data__feature_cache_mb=100), tmp_path / "run")
+    assert isinstance(cached.inputs, CachedInputs) and cached.inputs.cache.start == len(cached.model.plan)
+    cached.fit()
+    assert_alike(state_of(trainer.model), state_of(cached.model))
+    seen = cached.inputs.cache.seen["shapes"]
+    assert seen.all()
+
+
+def test_a_run_that_starts_from_it_takes_it_all(whole):
+    config, trainer = whole
+    classes = {name: data.class_names for name, data in trainer.tasks.items()}
+    model, told = build_from(str(trainer.folder), config, classes)
+    assert any("adapters of blocks 0, 1, 2, 3, 4, 5" in line for line in told)
+    state = state_of(trainer.model)
+    ladder = {name: value for name, value in state_of(model).items() if name.startswith("ladder.")}
+    assert ladder and all(torch.equal(value, state[name]) for name, value in ladder.items())
+    assert float(ladder["ladder.up.weight"].abs().max()) > 0
+
+
+def test_all_tasks_are_answered_from_one_pass_and_a_graph_is_refused(whole, tmp_path):
+    run = moe_bsr.load(whole[1].folder, device="cpu")
+    model = run.models["shapes"]
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        tokens, _ = model.forward_features(images)
+        for task in run.models:
+            torch.testing.assert_close(
+                model.classify(model.features_from(tokens, task), task), model(images, task).logits
+            )
+    pytest.importorskip("onnx")
+    from moe_bsr.export.bundle import export
+
+    with pytest.raises(ConfigError, match="adapter = 'ladder': lora, adaptformer or null can be exported"):
+        export(run, tmp_path / "bundle")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_plan_told_before_training_counts_it(whole):
+    lines = table(whole[1].model, whole[0])
+    assert "beside" in lines[1] and "ladder" in lines[1] and "exact" in lines[1]
