@@ -19,14 +19,8 @@ from moe_bsr.config import Config, ConfigError
 from moe_bsr.cost import kernel_scratch
 from moe_bsr.cost.expert_rows import largest_share, unequal_rows
 from moe_bsr.cost.fingerprint import fingerprint
-from moe_bsr.cost.model_sections import (
-    Setting,
-    modules_of_sections,
-    of_task,
-    trace_block,
-    trace_embedding,
-    trace_head,
-)
+from moe_bsr.cost.head_section import trace_head
+from moe_bsr.cost.model_sections import Setting, modules_of_sections, of_task, trace_block, trace_embedding
 from moe_bsr.cost.sections import Section, standing_in
 from moe_bsr.cost.timeline import Placed, Timeline
 from moe_bsr.cost.trace import WEIGHT_COPY
