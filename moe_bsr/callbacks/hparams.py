@@ -47,7 +47,7 @@ def choices(config: Config, report: Mapping[str, Any]) -> dict[str, str | float]
         "backbone": f"{config.backbone.name} ({config.backbone.weights})",
         "blocks trained": trained if plan.train_weights == "all" else f"{trained} ({plan.train_weights})",
         "drop in blocks": _listed(plan.drop_blocks),
-        "drop keeps": _listed(keeps),
+        "drop keeps": _listed(keeps) + " (merged)" * config.tokens.merges,
         "expert blocks": _listed(plan.moe_blocks),
         "experts": moe.words.replace("top-", "top ") if plan.moe_blocks else "none",
         "images per batch": float(config.train.batch_size),

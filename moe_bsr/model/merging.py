@@ -52,7 +52,7 @@ def merge(tokens: Tokens, keys: Tensor, keep_rate: float, prefix: int, replay: R
     weights = (before / take(sum_at(before, becomes, left), becomes)).unsqueeze(2)
     x = merge_tokens(tokens.x, becomes, weights, left, prefix)
     place = becomes if tokens.place is None else take(becomes, tokens.place)
-    first = origin.new_full((len(origin), left), place.shape[1]).scatter_reduce(1, becomes, origin, "amin")
+    first = origin.new_full((origin.shape[0], left), place.shape[1]).scatter_reduce(1, becomes, origin, "amin")
     return Tokens(x, first, place=place), Dropped(origin, first, place=place)
 
 

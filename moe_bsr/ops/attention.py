@@ -117,7 +117,7 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, qkv: Tensor, heads: int, scale: float, scores: bool, bias: Tensor | None):
+    def forward(ctx, qkv: Tensor, heads: int, scale: float, scores: bool, bias: Tensor | None = None):
         ctx.heads, ctx.scale = heads, scale
         ctx.set_materialize_grads(False)
         explicit = is_explicit(qkv.device, qkv.dtype)

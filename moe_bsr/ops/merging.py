@@ -41,16 +41,16 @@ def match(keys: Tensor, left: int) -> Tensor:
     candidates, targets = keys.shape[1], keys.shape[1] // 2
     alone = left - targets  # sources that stay
     _, stays = select(similarity, candidates - left)
-    places = torch.arange(left, device=keys.device).expand(len(keys), -1)
+    places = torch.arange(left, device=keys.device).expand(keys.shape[0], -1)
     of_sources = (partner + alone).scatter(1, stays, places[:, :alone])
-    found = places.new_empty(len(keys), candidates)
+    found = places.new_empty(keys.shape[0], candidates)
     found[:, ::2], found[:, 1::2] = of_sources, places[:, alone:]
     return found
 
 
 def sum_at(values: Tensor, place: Tensor, left: int) -> Tensor:
     """Of (B, C) values those with the same place, added up: (B, K). All places are in 0 to K - 1."""
-    return values.new_zeros(len(values), left).scatter_add(1, place, values)
+    return values.new_zeros(values.shape[0], left).scatter_add(1, place, values)
 
 
 def merge_tokens(x: Tensor, place: Tensor, weights: Tensor, left: int, prefix: int) -> Tensor:
@@ -77,7 +77,7 @@ class _MergeTokens(torch.autograd.Function):
     def forward(ctx, x: Tensor, place: Tensor, weights: Tensor, left: int, prefix: int) -> Tensor:
         ctx.save_for_backward(place, weights)
         ctx.prefix = prefix
-        batch, tokens, width = len(x), prefix + left, x.shape[2]
+        batch, tokens, width = x.shape[0], prefix + left, x.shape[2]
         merged = x.new_zeros(batch, tokens, width)
         merged[:, :prefix] = x[:, :prefix]
         rows = place + torch.arange(prefix, batch * tokens, tokens).unsqueeze(1)

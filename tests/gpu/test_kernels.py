@@ -8,6 +8,7 @@ from tiny_models import gradients, make_model, normal, scale_routers
 from torch.nn import functional as F
 
 from moe_bsr import ops
+from moe_bsr.config import TokensConfig
 from moe_bsr.model.storage import STORAGES
 from moe_bsr.ops.attention import attention
 
@@ -50,8 +51,9 @@ def step(model, device: str, dtype: torch.dtype = torch.float32):
 
 @pytest.mark.parametrize("kind", ["class-token", "registers", "average-pool", "layer-scale"])
 @pytest.mark.parametrize("moe_blocks", [(), (1, 3)], ids=["dense", "experts"])
-def test_a_step_in_float32_is_the_cpus(kind, moe_blocks):
-    model = make_model(kind, moe_blocks=moe_blocks, init_noise=0.1)
+@pytest.mark.parametrize("reduce", ["drop", "merge"])
+def test_a_step_in_float32_is_the_cpus(kind, moe_blocks, reduce):
+    model = make_model(kind, moe_blocks=moe_blocks, init_noise=0.1, tokens=TokensConfig(reduce=reduce))
     scale_routers(model, 5.0)
     want_logits, want = step(copy.deepcopy(model), "cpu")
     logits, found = step(model, "cuda")

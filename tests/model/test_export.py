@@ -5,6 +5,7 @@ import torch
 from tiny_models import KINDS, make_model, normal
 
 from moe_bsr import ops
+from moe_bsr.config import TokensConfig
 
 
 class Classifier(torch.nn.Module):
@@ -16,10 +17,11 @@ class Classifier(torch.nn.Module):
         return self.model(images, self.task).logits
 
 
+@pytest.mark.parametrize("reduce", ["drop", "merge"])
 @pytest.mark.parametrize("kind", ["registers and layer scale", "average-pool"])
-def test_dense_bsr_is_exported_with_dynamic_batch(kind, monkeypatch):
+def test_dense_bsr_is_exported_with_dynamic_batch(kind, reduce, monkeypatch):
     monkeypatch.setitem(KINDS, "registers and layer scale", KINDS["registers"] | KINDS["layer-scale"])
-    classifier = Classifier(make_model(kind).eval(), "two")
+    classifier = Classifier(make_model(kind, tokens=TokensConfig(reduce=reduce)).eval(), "two")
     batch = torch.export.Dim("batch", min=1, max=64)
     with ops.reference(), torch.no_grad():
         program = torch.export.export(classifier, (normal(2, 3, 16, 16),), dynamic_shapes=({0: batch},))

@@ -126,8 +126,10 @@ def repeated(qkv, sizes):
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["all", "first alone"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_token_of_several_patches_gets_the_attention_of_them_all(kernels, dtype, first):
+@pytest.mark.parametrize("dtype, fused", [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)])
+def test_a_token_of_several_patches_gets_the_attention_of_them_all(kernels, dtype, fused, first, monkeypatch):
+    """Also where the forward pass is made of products, as on CPUs without tiles for bf16."""
+    monkeypatch.setattr("moe_bsr.ops.attention.is_fused", lambda dtype: fused)
     counts = torch.tensor([[1, 2, 5, 1, 3, 1, 1], [1, 1, 1, 1, 7, 1, 2]])
     qkv = normal(2, 7, 24).to(dtype)
     fast, slow = qkv.clone().requires_grad_(), qkv.float().requires_grad_()

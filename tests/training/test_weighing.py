@@ -197,8 +197,9 @@ EVERYTHING = {
 }
 
 
-def test_resumed_is_uninterrupted_to_the_bit(tmp_path, monkeypatch):
-    config = make_config(tmp_path, **EVERYTHING)
+@pytest.mark.parametrize("reduce", ["drop", "merge"])
+def test_resumed_is_uninterrupted_to_the_bit(tmp_path, monkeypatch, reduce):
+    config = make_config(tmp_path, **EVERYTHING, tokens__reduce=reduce)
     whole = make_trainer(config, tmp_path / "whole")
     whole.fit()
     ahead = replace(config, data__prefetch=2)
