@@ -137,6 +137,35 @@ def test_adapters_and_chosen_weights_keep_little_beyond_the_path():
     }
 
 
+@pytest.mark.parametrize(
+    ("changes", "kind", "precision"),
+    [
+        ({"plan__drop_blocks": [0, 2], "tokens__protect_fused": True}, "class-token", "fp32"),
+        ({"plan__drop_blocks": [1], "storage": "int8"}, "average-pool", "fp32"),
+        ({"plan__drop_blocks": [0, 2], "storage": "recompute"}, "class-token", "bf16"),
+    ],
+)
+def test_a_side_network_is_predicted_to_the_byte(changes, kind, precision):
+    """All of it counts as the head's, where it runs; in one piece what it reads is its block's."""
+    adapter = [{"kind": "ladder", "reduction": 2, "blocks": [1, 2, 3]}]
+    config = configuration.replace(make_config("last"), adapter=adapter, **changes)
+    cost, whole = both(config, kind, precision)
+    whole.kept_by_block = {k: v for k, v in cost.kept_by_block.items() if v}
+    assert whole.kept_by_block.keys() == {"head"}
+    assert_equal(cost, whole)
+
+
+def test_a_side_block_keeps_twelve_values_of_its_width_for_a_token():
+    """Ten as any block that trains, and the two inputs of its gate; statistics of the norms, log-sums, and mu."""
+    config, kept = make_config("last"), []
+    for blocks in ([1, 3], [1, 2, 3]):
+        changed = configuration.replace(config, adapter=[{"kind": "ladder", "reduction": 2, "blocks": blocks}])
+        model = MultitaskViT(make_vit("average-pool"), changed, CLASSES)
+        kept.append(predict(model, changed, batch=5, precision="fp32", task="two").kept)
+    width, heads, tokens = 8, 1, 5 * 16
+    assert kept[1] - kept[0] == 4 * tokens * (12 * width + heads + 4) + 4
+
+
 def test_a_prediction_leaves_the_model_as_it_was():
     config = make_config("moe-bsr", storage="int8")
     model = MultitaskViT(make_vit(), config, CLASSES).eval()

@@ -148,7 +148,7 @@ def test_merged_it_is_one_layer_with_the_same_output():
 @pytest.mark.parametrize(
     "adapter, message",
     [
-        ("lorra", "adapter = 'lorra': one of lora, adaptformer; did you mean 'lora'?"),
+        ("lorra", "adapter = 'lorra': one of lora, adaptformer, ladder; did you mean 'lora'?"),
         ({"kind": "lora", "rank": 0}, "adapter.rank = 0: at least 1"),
         ({"kind": "adaptformer", "width": 0}, "adapter.width = 0: at least 1"),
         ({"kind": "adaptformer", "scale": 0.0}, "adapter.scale = 0.0: above 0"),
