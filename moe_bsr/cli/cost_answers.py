@@ -5,19 +5,18 @@ import sys
 import textwrap
 from typing import Any
 
-import torch
-
 from moe_bsr import config as configuration
 from moe_bsr.benchmark import sweep
 from moe_bsr.config import Config
 from moe_bsr.cost import planner as budget
 from moe_bsr.cost import scaling
-from moe_bsr.cost.predict import Cost, device_of, predict
+from moe_bsr.cost.absent_gpu import absent_gpu, is_absent_gpu
+from moe_bsr.cost.predict import Cost, predict
 from moe_bsr.model.multitask import MultitaskViT, build_on_meta
 from moe_bsr.paper import backrazor_rule as backrazor
 from moe_bsr.paper import bsr_rule as paper
 from moe_bsr.paper.shapes import from_model
-from moe_bsr.runtime.device import Runtime, prepare
+from moe_bsr.runtime.device import prepare
 from moe_bsr.runtime.provenance import command, commit, environment
 
 MB = 2**20
@@ -84,16 +83,6 @@ def answer(
         images = config.train.batch_size / arguments.processes
         lines += ["", *scaling.table(told_ways, arguments.processes, arguments.machines, images)]
     return result, lines, status
-
-
-def is_absent_gpu(config: Config) -> bool:
-    """Whether the run is for a GPU and there is none here: its cost can be predicted all the same."""
-    return config.runtime.device.startswith("cuda") and not torch.cuda.is_available()
-
-
-def absent_gpu(config: Config) -> Runtime:
-    precision = "bf16" if config.runtime.precision == "auto" else config.runtime.precision
-    return Runtime(device_of(config), precision, torch.get_num_threads(), "for a GPU that is not here")
 
 
 def rule_answer(model: MultitaskViT, batch: int, mode: str) -> tuple[dict[str, Any], list[str], int]:

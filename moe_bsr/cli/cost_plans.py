@@ -8,7 +8,8 @@ from typing import Any
 from moe_bsr import config as configuration
 from moe_bsr.cli.main import program
 from moe_bsr.config import Config
-from moe_bsr.cost.planner import digits, parse_bytes
+from moe_bsr.cost.absent_gpu import absent_gpu, is_absent_gpu
+from moe_bsr.cost.planner import parse_bytes
 from moe_bsr.fit.plans import Catalog, Plan, front
 from moe_bsr.runtime.device import prepare
 from moe_bsr.runtime.text_tables import as_text
@@ -19,7 +20,7 @@ MB = 2**20
 def answer(
     config: Config, classes: dict[str, int], budget: str, file: str, timed: bool
 ) -> tuple[dict[str, Any], list[str], int]:
-    """As JSON values, as lines, and the exit status: 1 if nothing fits.
+    """As JSON values (of all plans that fit), as lines (of those worth telling), and the exit status: 1 if none fits.
 
     Args:
         file: of the configuration. timed: whether blocks are timed on this machine.
@@ -29,7 +30,10 @@ def answer(
         task = max(classes, key=lambda name: classes[name])
         config, classes = config.of_task(task), {task: classes[task]}
         notes = [f"one model per task; this is the one of {task}"]
-    runtime = prepare(config.runtime)
+    if is_absent_gpu(config):
+        runtime, timed = absent_gpu(config), False
+    else:
+        runtime = prepare(config.runtime)
     catalog = Catalog(config, classes, limit, runtime, timed)
     found = catalog.plans()
     plans, near = front(found)
@@ -39,13 +43,15 @@ def answer(
         "least": catalog.least,
         "batch": config.train.batch_size,
         "precision": runtime.precision,
-        "fitting": len(found),
         "alike_within": near,
-        "plans": [dataclasses.asdict(plan) | {"overrides": overrides(config, plan)} for plan in plans],
+        "plans": [
+            dataclasses.asdict(plan) | {"overrides": overrides(config, plan), "listed": plan in plans}
+            for plan in sorted(found, key=lambda plan: plan.costs)
+        ],
     }
     if not plans:
-        least = f"the leanest plan takes {digits(catalog.least)}, {catalog.base / MB:.0f} MB of them libraries"
-        return result, [*notes, f"nothing of {config.backbone.name} fits into {digits(limit)}: {least}"], 1
+        least = f"the leanest plan takes {catalog.least / MB:.1f} MB, {catalog.base / MB:.0f} of them for libraries"
+        return result, [*notes, f"nothing of {config.backbone.name} fits into {limit / MB:.1f} MB: {least}"], 1
     return result, [*notes, *lines(config, plans, result, file)], 0
 
 
@@ -60,8 +66,9 @@ def lines(config: Config, plans: list[Plan], result: dict[str, Any], file: str) 
         cells.append([*numbers, overrides(config, plan)])
     table = as_text([row[:-1] for row in cells]).split("\n")
     return [
-        f"{config.backbone.name}, updates of {result['batch']} images in {result['precision']}: {result['fitting']} "
-        f"plans fit into {result['budget'] / MB:.0f} MB, {result['libraries'] / MB:.0f} of them for libraries.",
+        f"{config.backbone.name}, updates of {result['batch']} images in {result['precision']}: "
+        f"{len(result['plans'])} plans fit into {result['budget'] / MB:.0f} MB, {result['libraries'] / MB:.0f} of them "
+        "for libraries.",
         f"The fastest first; left out is whatever another plan equals or beats in all four columns{alike}.",
         *(f"{row}  {cell[-1]}" for row, cell in zip(table, cells, strict=True)),
         f"Run one: {program('train')} {file} KEY=VALUE ...",

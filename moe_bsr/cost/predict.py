@@ -285,7 +285,8 @@ class _Step:
             for name, p in self.model.named_parameters()
             if p.requires_grad
         )
-        key = ("update", self.key[1:], parameters, repr(self.setting.config.train), len(self.model.plan))
+        settings = dataclasses.replace(self.setting.config.train, batch_size=1, grad_accumulation_steps=1)
+        key = ("update", self.key[1:], parameters, repr(settings), len(self.model.plan))
         if key not in _sections:
             _sections[key] = trace_update(self.setting, stepped, self.trained)
         return _sections[key]

@@ -20,8 +20,9 @@ from moe_bsr.cost.predict import Cost, predict
 from moe_bsr.fit.rates import Rates
 from moe_bsr.fit.room import MICRO_BATCHES, STORAGES
 from moe_bsr.model.backbones import family_of
+from moe_bsr.model.block import contexts
 from moe_bsr.model.multitask import MultitaskViT
-from moe_bsr.model.plan import token_counts
+from moe_bsr.model.plan import make_plan, token_counts
 from moe_bsr.runtime import memory
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.training.trainer import BATCH
@@ -31,7 +32,7 @@ NEARER = 0.05  # step of the share within which two plans are taken for alike, w
 LEAST_IMAGES = 4  # of a micro-batch; smaller ones waste more time than leaner storages
 FULL = {"moe.experts": "full", "moe.gate": "token"}
 EXPERTS = ({"moe.experts": "low_rank"}, FULL | {"moe.mlp_ratio": 4}, FULL | {"moe.mlp_ratio": 1})
-MOST_WITH_EXPERTS = 4  # blocks
+MOST_WITH_EXPERTS = 3  # blocks
 PLAIN = {
     "plan.moe_blocks": [],
     "plan.head_blocks": [],
@@ -85,6 +86,7 @@ class Catalog:
         self.rates = Rates(config, classes, self.vit, runtime) if timed else None
         self.least: int | None = None
         self._evaluation = 0
+        self._models: dict[str, MultitaskViT] = {}
 
     def plans(self) -> list[Plan]:
         """All that fit."""
@@ -146,20 +148,28 @@ class Catalog:
 
     def _predicted(self, changes: dict[str, Any], images: int) -> tuple[Config, MultitaskViT, Cost]:
         config = configuration.replace(self.config, **{key.replace(".", "__"): value for key, value in changes.items()})
-        model = MultitaskViT(copy.deepcopy(self.vit), config, self.classes)
+        model = self._model(config)
         return config, model, predict(model, config, batch=images, precision=self.precision, all_tasks=True)
+
+    def _model(self, config: Config) -> MultitaskViT:
+        """Models that differ in dropping and storage alone are one, whose plan changes."""
+        key = repr((config.plan.train_blocks, config.plan.moe_blocks, config.moe))
+        if key not in self._models:
+            self._models[key] = MultitaskViT(copy.deepcopy(self.vit), config, self.classes)
+        model = self._models[key]
+        model.plan = make_plan(config, len(self.vit.blocks))
+        model.contexts = contexts(model.vit, model.plan, config.tokens)
+        return model
 
 
 def candidates(config: Config, vit: VisionTransformer) -> Iterator[dict[str, Any]]:
     """Changes of a configuration, by key: every plan that is looked at, the configuration's own first."""
     depth, plan = len(vit.blocks), config.plan
-    late = [list(range(depth - count, depth)) for count in (0, 1, 2, depth // 3)]
-    thirds = [depth * part // 3 - 1 for part in (1, 2, 3)]  # 3, 7, 11 of 12, the paper's
-    quarters = [depth * part // 4 for part in (1, 2, 3)]  # 3, 6, 9 of 12, the paper's
-    trained = [*late, thirds[1:], thirds, "all", plan.train_blocks]
-    earlier = [block - depth // 6 for block in quarters]  # loses less at the same FLOPs (docs/log.md)
-    drops = [([], 1.0), (quarters[1:], 0.7), (quarters, 0.7), (earlier, 0.66), (quarters, 0.5)]
-    drops.append((plan.drop_blocks, plan.keep_rate))
+    late = [list(range(depth - count, depth)) for count in (0, 2, depth // 3)]
+    thirds = [depth * part // 3 - 1 for part in (1, 2, 3)]  # 3, 7, 11 of 12
+    early = [depth * part // 4 - depth // 6 for part in (1, 2, 3)]  # 1, 4, 7 of 12
+    trained = [*late, thirds, "all", plan.train_blocks]
+    drops = [([], 1.0), (early, 0.66), (plan.drop_blocks, plan.keep_rate)]
     own = _dropping(plan.drop_blocks, plan.keep_rate) | {"plan.train_blocks": plan.train_blocks}
     seen = [PLAIN | own | {"plan.moe_blocks": plan.moe_blocks}]
     yield from seen

@@ -21,7 +21,7 @@ from moe_bsr.runtime.device import Runtime
 from moe_bsr.training.update import training_step
 
 IMAGES = 4  # at most, of a micro-batch that is timed
-REPEATS = 3  # after one that chooses kernels
+REPEATS = 2  # after one that chooses kernels
 DENSE = ("dense",)  # experts of a block that has none
 
 
