@@ -30,7 +30,7 @@ COMMANDS = {
     "views": "draw what a run does with experts and patches, and open TensorBoard on it",
     "compare": "set finished runs side by side",
     "compare-methods": "all methods on one backbone: memory, FLOPs, time, gradients, accuracy; a table and a picture",
-    "cost": "memory and FLOPs of a configuration before anyone trains it",
+    "cost": "memory and FLOPs of a configuration before anyone trains it; plans that fit into a memory",
     "drops": "what dropping tokens costs in accuracy before training, and where to drop instead",
     "gradients": "what each storage keeps for the backward pass, and how near its gradients come",
     "add-task": "teach a finished run one task more: one head and one router per layer, all else frozen",
@@ -53,7 +53,7 @@ COMMANDS = {
 
 # Those that train or evaluate in this process: they need the C library's allocator set up first.
 COMPUTING = {"fit", "train", "probe", "lr", "drops", "gradients", "evaluate", "reject", "export", "views", "pretrain"}
-COMPUTING |= {"add-task", "budgets", "compare-methods", "sweep"}
+COMPUTING |= {"add-task", "budgets", "compare-methods", "cost", "sweep"}
 
 # Packages that only some commands need, and the extra that installs them.
 EXTRAS = {"matplotlib": "views", "scipy": "views", "onnx": "export", "onnxruntime": "export"}

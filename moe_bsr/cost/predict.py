@@ -44,6 +44,7 @@ class Cost:
             `kept` included, gradients not.
         peak: of everything but the images and what `data.feature_cache_mb` keeps of them.
         forward_flops, step_flops: of the micro-batch; two for a multiply-add.
+        flops_by_block: those of the step by section.
     """
 
     parameters: int
@@ -57,6 +58,7 @@ class Cost:
     peak: int
     forward_flops: int
     step_flops: int
+    flops_by_block: dict[str, int]
 
     def summary(self, batch: int) -> str:
         """In one line, for a person who starts a run with these micro-batches."""
@@ -121,6 +123,7 @@ def _predict(step: "_Step", config: Config, task: str | None, all_tasks: bool) -
     transients["optimizer"] = timeline.live_without + update.rise
     parameters = sum(t.numel() * step.setting.dtype(t).itemsize for t in (*model.parameters(), *model.buffers()))
     peak = max(timeline.peaks.values())
+    flops = {p.name: passes * p.section.forward_flops + p.section.backward_flops for p in places}
     return Cost(
         parameters=parameters,
         copies=sum(makers.get(WEIGHT_COPY, 0) for makers in kept.values()),
@@ -132,7 +135,8 @@ def _predict(step: "_Step", config: Config, task: str | None, all_tasks: bool) -
         transients=transients,
         peak=parameters + update.state + update.average + peak,
         forward_flops=sum(place.section.forward_flops for place in places),
-        step_flops=sum(passes * place.section.forward_flops + place.section.backward_flops for place in places),
+        step_flops=sum(flops.values()),
+        flops_by_block=flops,
     )
 
 
@@ -290,7 +294,8 @@ class _Step:
             for name, p in self.model.named_parameters()
             if p.requires_grad
         )
-        key = ("update", self.key[1:], parameters, repr(self.setting.config.train), len(self.model.plan))
+        settings = dataclasses.replace(self.setting.config.train, batch_size=1, grad_accumulation_steps=1)
+        key = ("update", self.key[1:], parameters, repr(settings), len(self.model.plan))
         if key not in _sections:
             _sections[key] = trace_update(self.setting, stepped, self.trained)
         return _sections[key]

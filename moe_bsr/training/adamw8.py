@@ -10,7 +10,7 @@ them they are right in the mean. It depends on the number of the update alone, a
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ class AdamW8(torch.optim.Optimizer):
         offset = (updates * GOLDEN % 1).float()
         values, gradient = parameter.view(-1), parameter.grad.reshape(-1)
         values.mul_(1 - rate * group["weight_decay"])
-        for start in range(0, len(state["exp_avg"]), CHUNK):
+        for start in starts(len(state["exp_avg"])):
             blocks = slice(start, start + CHUNK)
             part = slice(start * BLOCK, (start + CHUNK) * BLOCK)
             g = in_blocks(gradient[part])
@@ -69,6 +69,11 @@ class AdamW8(torch.optim.Optimizer):
             state["exp_avg_sq"][blocks] = encode_second(square, scale, offset)
             change = average.mul_(size).div_(square.sqrt_().div_(correction).add_(group["eps"]))
             values[part].sub_(change.view(-1)[: len(values[part])])
+
+
+def starts(blocks: int) -> Sequence[int]:
+    """The first block of each chunk."""
+    return range(0, blocks, CHUNK)
 
 
 def layout(parameter: Tensor) -> list[tuple[str, Tensor]]:
