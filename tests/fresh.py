@@ -8,6 +8,7 @@ parent.) What a command imports at its start, and that it sets its process up an
 import array
 import atexit
 import contextlib
+import gc
 import json
 import os
 import select
@@ -193,6 +194,7 @@ if __name__ == "__main__":
     import moe_bsr.selftest.kills  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.freeze()  # or a collection in a fork would touch, and so copy, every page of the parent's
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait
     code, arguments = _serve(socket.socket(fileno=int(sys.argv[1])))
     sys.argv = ["-c", *arguments]
