@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 CAMPAIGN = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 
 from moe_bsr import api
@@ -30,11 +30,14 @@ from moe_bsr.cli.main import main
 from moe_bsr.selftest import configs, damage, hostile, kills
 
 api._predict = lambda *arguments: None  # which takes as long as a small run
+os.fsync = lambda file: None  # a process that is killed loses nothing of what it wrote
 print("\\n" + json.dumps(eval(sys.argv[2], globals() | {"folder": Path(sys.argv[1])})))
 """
 COMMAND = """
+from moe_bsr import api
 from moe_bsr.cli import main
 
+api._predict = lambda *arguments: None
 main._set_up_process = lambda: None  # it would start the program again
 main.start()
 """
@@ -187,6 +190,7 @@ if __name__ == "__main__":
     import torch._dynamo  # which the first optimizer imports
 
     import moe_bsr.api
+    import moe_bsr.callbacks.tensorboard
     import moe_bsr.cli.evaluate
     import moe_bsr.selftest.configs
     import moe_bsr.selftest.damage
