@@ -8,6 +8,7 @@ parent.) What a command imports at its start, and that it sets its process up an
 import array
 import atexit
 import contextlib
+import gc
 import json
 import os
 import select
@@ -21,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 CAMPAIGN = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 
 from moe_bsr import api
@@ -29,11 +30,14 @@ from moe_bsr.cli.main import main
 from moe_bsr.selftest import configs, damage, hostile, kills
 
 api._predict = lambda *arguments: None  # which takes as long as a small run
+os.fsync = lambda file: None  # a process that is killed loses nothing of what it wrote
 print("\\n" + json.dumps(eval(sys.argv[2], globals() | {"folder": Path(sys.argv[1])})))
 """
 COMMAND = """
+from moe_bsr import api
 from moe_bsr.cli import main
 
+api._predict = lambda *arguments: None
 main._set_up_process = lambda: None  # it would start the program again
 main.start()
 """
@@ -186,6 +190,7 @@ if __name__ == "__main__":
     import torch._dynamo  # which the first optimizer imports
 
     import moe_bsr.api
+    import moe_bsr.callbacks.tensorboard
     import moe_bsr.cli.evaluate
     import moe_bsr.selftest.configs
     import moe_bsr.selftest.damage
@@ -193,6 +198,7 @@ if __name__ == "__main__":
     import moe_bsr.selftest.kills  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.freeze()  # or a collection in a fork would touch, and so copy, every page of the parent's
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait
     code, arguments = _serve(socket.socket(fileno=int(sys.argv[1])))
     sys.argv = ["-c", *arguments]

@@ -9,6 +9,8 @@ from moe_bsr.cli.main import main
 from moe_bsr.config import load
 from moe_bsr.data import load_spec, load_task
 
+pytestmark = pytest.mark.usefixtures("bare")
+
 
 def write(folder: Path, *counts: int, names: str = "abcdefgh") -> None:
     """Class folders with so many images each, all of one color."""

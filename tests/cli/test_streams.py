@@ -53,19 +53,23 @@ def test_a_letter_that_cannot_be_shown_is_escaped(monkeypatch):
     assert sys.stdout is stream and isinstance(sys.stderr, streams.Quiet)
 
 
-def test_warnings_and_refusals_leave_stdout_to_the_json(tmp_path, capsys):
-    """The newest checkpoint is damaged: the one before is evaluated, and stderr says so."""
-    train(make_config(tmp_path, train__steps=2, train__checkpoint_every=1), tmp_path / "run", callbacks=[])
-    (tmp_path / "run" / "checkpoint" / "2" / "weights.safetensors").write_bytes(b"")
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory) -> Path:
+    """A run whose newest checkpoint is damaged: the one before is evaluated, and stderr says so."""
+    folder = tmp_path_factory.mktemp("damaged")
+    train(make_config(folder, train__steps=2, train__checkpoint_every=1), folder / "run", callbacks=[])
+    (folder / "run" / "checkpoint" / "2" / "weights.safetensors").write_bytes(b"")
+    return folder / "run"
+
+
+def test_warnings_and_refusals_leave_stdout_to_the_json(damaged, capsys):
     with pytest.warns(UserWarning, match="weights.safetensors does not match its hash"):
-        assert main(["evaluate", str(tmp_path / "run"), "--checkpoint", "last", "--json"]) == 0
+        assert main(["evaluate", str(damaged), "--checkpoint", "last", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == 1
 
 
-def test_warnings_are_one_line_with_the_commands_name(tmp_path):
-    train(make_config(tmp_path, train__steps=2, train__checkpoint_every=1), tmp_path / "run", callbacks=[])
-    (tmp_path / "run" / "checkpoint" / "2" / "weights.safetensors").write_bytes(b"")
-    done = in_shell("", COMMAND, "evaluate", tmp_path / "run", "--checkpoint", "last", "--json")
+def test_warnings_are_one_line_with_the_commands_name(damaged):
+    done = in_shell("", COMMAND, "evaluate", damaged, "--checkpoint", "last", "--json")
     assert json.loads(done.stdout.removesuffix("0\n"))["step"] == 1
     (line,) = [line for line in done.stderr.splitlines() if "does not match" in line]
     assert ": warning: checkpoint refused: " in line

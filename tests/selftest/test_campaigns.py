@@ -64,8 +64,8 @@ def test_a_product_that_gives_way_is_noticed(tmp_path, wrong):
             print("\x1b[31m")
         return {"reads outside": 3}.get(wrong, 0)
 
-    result = hostile.campaign(tmp_path, 2, 0, gives_way)
-    assert result["failed"] == 2
+    result = hostile.campaign(tmp_path, 1, 0, gives_way)
+    assert result["failed"] == 1
 
 
 def test_the_command_prints_json_and_fails_where_something_failed(monkeypatch, capsys):

@@ -25,8 +25,8 @@ def test_what_mutants_are_made_of_is_a_right_run(tmp_path):
 
 
 def test_mutants_are_refused_clearly_or_are_right_runs(tmp_path):
-    result = in_fresh_process(tmp_path, "configs.campaign(folder, 24, 100, main)")
-    assert (result["tried"], result["failed"]) == (24, 0), result
+    result = in_fresh_process(tmp_path, "configs.campaign(folder, 12, 100, main)")
+    assert (result["tried"], result["failed"]) == (12, 0), result
 
 
 def ended(err: str = "", status: int | None = 2) -> Outcome:

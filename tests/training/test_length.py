@@ -146,6 +146,14 @@ def test_each_run_of_a_series_is_made_longer(tmp_path):
     assert grown["steps"] == dict.fromkeys(SIZES, 2) and grown["status"] == "finished"
 
 
+@pytest.fixture(scope="module")
+def of_two_updates(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    config = make_config(folder, **QUIET, train__steps=2)
+    train(config, folder / "run", callbacks=[])
+    return config, folder / "run"
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
@@ -156,11 +164,10 @@ def test_each_run_of_a_series_is_made_longer(tmp_path):
         ({"train__patience": 2, "train__eval_every": 1}, "train.patience"),
     ],
 )
-def test_no_other_key_may_change_and_no_length_shrink(tmp_path, changes, words):
-    config = make_config(tmp_path, **QUIET, train__steps=2)
-    train(config, tmp_path / "run", callbacks=[])
+def test_no_other_key_may_change_and_no_length_shrink(of_two_updates, changes, words):
+    config, folder = of_two_updates
     with pytest.raises(ConfigError, match="its length may grow") as refusal:
-        train(replace(config, **changes), tmp_path / "run", resume=True, callbacks=[])
+        train(replace(config, **changes), folder, resume=True, callbacks=[])
     assert words in str(refusal.value)
 
 

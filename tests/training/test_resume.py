@@ -8,23 +8,22 @@ import sys
 import time
 from pathlib import Path
 
-from fresh import COMMAND
-from fresh import run as run_fresh
+import pytest
 
+from moe_bsr.api import train
 from moe_bsr.selftest import kills, tiny
 
 TRAIN = Path(__file__).parents[2] / "tools" / "train.py"
 
 
+@pytest.mark.usefixtures("bare")
 def test_sigterm_saves_and_resume_finishes_the_same_run(tmp_path):
     """The one that is stopped is the program as a person starts it."""
-    _, file = tiny.write_config(tmp_path, train__eval_every=None, train__pictures=False)
-    command = ["train", file, "--resume", "--run"]
-    whole = run_fresh(COMMAND, *command, tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
+    config, file = tiny.write_config(tmp_path, train__eval_every=None, train__pictures=False)
+    train(config, tmp_path / "whole", callbacks=[])
 
     run = tmp_path / "stopped"
-    program = [sys.executable, TRAIN, *command[1:], run]
+    program = [sys.executable, TRAIN, file, "--resume", "--run", run]
     with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         while not (run / "metrics.jsonl").is_file() or not (run / "metrics.jsonl").stat().st_size:
             assert process.poll() is None, process.stdout.read().decode()
@@ -35,6 +34,6 @@ def test_sigterm_saves_and_resume_finishes_the_same_run(tmp_path):
         assert process.returncode == 128 + signal.SIGTERM, output
         assert "--resume" in output
         assert json.loads((run / "report.json").read_text())["status"] == "interrupted"
-        assert run_fresh(COMMAND, *command, run).returncode == 0
+        assert train(config, run, resume=True, callbacks=[])["status"] == "finished"
     wrong = kills.differing(run, kills.outcome(tmp_path / "whole"))
     assert wrong == []  # and no megabytes are shown if there are any

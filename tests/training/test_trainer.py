@@ -70,10 +70,10 @@ def test_frozen_parameters_keep_every_bit_and_trained_ones_move(tmp_path, change
 def test_the_other_tasks_head_and_routers_stand_still(tmp_path, changes):
     """From the third update on both tasks have moments that could move them."""
     trainer, snapshots = watch(
-        make_config(tmp_path, train__steps=6, train__evaluate_test=False, **changes), tmp_path / "run"
+        make_config(tmp_path, train__steps=4, train__evaluate_test=False, **changes), tmp_path / "run"
     )
     trainer.fit()
-    assert snapshots.tasks == ["shapes", "fractals"] * 3
+    assert snapshots.tasks == ["shapes", "fractals"] * 2
     for step, task in enumerate(snapshots.tasks):
         other = {"shapes": "fractals", "fractals": "shapes"}[task]
         before, after = snapshots.states[step], snapshots.states[step + 1]
@@ -99,8 +99,9 @@ def loss_by_hand(model, trainer, weights: dict[str, float], smoothing: float) ->
     return total / sum(weights.values())
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-@pytest.mark.parametrize("weights", [{}, {"shapes": 3.0, "fractals": 0.5}, {"fractals": 4.0}])
+@pytest.mark.parametrize(
+    ("weights", "smoothing"), [({}, 0.0), ({"shapes": 3.0, "fractals": 0.5}, 0.2), ({"fractals": 4.0}, 0.0)]
+)
 def test_a_joint_update_follows_the_weighted_mean_of_the_tasks(tmp_path, weights, smoothing):
     config = make_config(
         tmp_path,
@@ -141,7 +142,7 @@ def test_micro_batches_add_up_to_the_batch(tmp_path, kind):
         config = make_config(
             tmp_path,
             sampler__kind=kind,
-            train__steps=4,
+            train__steps=2,
             train__grad_accumulation_steps=accumulate,
             moe__balance_loss="none",
             **PLAIN_SGD | {"train__lr": 0.1, "train__momentum": 0.9},
@@ -149,7 +150,7 @@ def test_micro_batches_add_up_to_the_batch(tmp_path, kind):
         trainer, snapshots = watch(config, tmp_path / str(accumulate))
         trainer.fit()
         ends.append(snapshots.states[-1])
-        assert trainer.sampler.progress(4)["shapes"]["images"] == (16 if kind == "round_robin" else 32)
+        assert trainer.sampler.progress(2)["shapes"]["images"] == (8 if kind == "round_robin" else 16)
     for name, value in ends[0].items():
         if not name.startswith("balance."):
             torch.testing.assert_close(ends[1][name], value, rtol=1e-4, atol=1e-5)
@@ -175,13 +176,12 @@ def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_reported(tmp_p
 # --- which weights are scored ---
 
 
-@pytest.mark.parametrize("select, step, mean", [("best", 4, 30.0), ("last", 8, 25.0)])
-@pytest.mark.parametrize("ema", [None, 0.5])
+@pytest.mark.parametrize("select, step, mean, ema", [("best", 4, 30.0, 0.5), ("last", 8, 25.0, None)])
 def test_the_weights_tested_are_those_selected(tmp_path, monkeypatch, select, step, mean, ema):
     """Two evaluations tie at 30: the first counts."""
     seen = script_scores(monkeypatch, [10.0, 30.0, 30.0, 25.0])
     config = make_config(tmp_path, train__eval_every=2, train__checkpoint_selection=select, train__ema_decay=ema)
-    report = train(config, tmp_path / "run")
+    report = train(config, tmp_path / "run", callbacks=[])
     assert [split for split, _ in seen] == ["val"] * 4 + ["test"]
     assert torch.equal(seen[-1][1], seen[step // 2 - 1][1])
     assert not torch.equal(seen[1][1], seen[3][1])
@@ -225,7 +225,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, kind):
         train__checkpoint_every=1,
     )
     with pytest.raises(NonFiniteLoss) as error:
-        train(config, tmp_path / "run")
+        train(config, tmp_path / "run", callbacks=[])
     message, saved = str(error.value), tmp_path / "run" / "checkpoint" / "1"
     assert "nan" in message or "inf" in message
     assert "at step 2," in message and str(saved) in message and "train.lr" in message
