@@ -149,7 +149,7 @@ def portable(base: dict[str, Any]) -> dict[str, Any]:
 
 def begin(file: Path, base: dict[str, Any], reference: str, task: str, classes: int) -> dict[str, Any]:
     """What the file holds already, or a result without rows."""
-    from moe_bsr.config import ConfigError
+    from moe_bsr.config import ConfigError, from_dict, to_dict
 
     new = {"base": base, "reference": reference, "task": task, "classes": classes, "methods": {}}
     if not file.exists():
@@ -158,10 +158,14 @@ def begin(file: Path, base: dict[str, Any], reference: str, task: str, classes: 
     for key in ("reference", "task", "classes"):
         if old.get(key) != new[key]:
             raise ConfigError(f"{file}: its {key} is {old.get(key)!r}, not {new[key]!r}: give another --out")
+    defaults = to_dict(from_dict({}))
     for section, value in base.items():
-        if old["base"].get(section) != value:
+        before = old["base"].get(section, defaults[section])
+        if isinstance(value, dict):
+            before = defaults[section] | before  # keys that are newer than the file
+        if before != value:
             raise ConfigError(f"{file}: its base has another {section}: give the same base, or another --out")
-    return old
+    return old | {"base": base}
 
 
 def fill(

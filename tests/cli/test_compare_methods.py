@@ -126,6 +126,16 @@ def test_a_file_of_another_base_is_not_added_to(place, command, result, capsys):
     assert "method plain: plan.drop_blocks" in capsys.readouterr().err and not (place / "new.json").exists()
 
 
+def test_a_file_that_is_older_than_a_key_is_added_to(place, command, result, monkeypatch, capsys):
+    old = json.loads((place / "all.json").read_text())
+    del old["base"]["tokens"]["reduce"], old["base"]["seed"]
+    (place / "old.json").write_text(json.dumps(old))
+    monkeypatch.setattr(cost, "cost", None)
+    assert main([*command, str(place / "old.json")]) == 0
+    assert main([*command, str(place / "old.json"), "tokens.reduce=merge"]) == 2
+    assert "its base has another tokens" in capsys.readouterr().err
+
+
 def test_page_and_picture_come_from_the_file_alone(place, result, capsys):
     picture = place / "images" / "fronts.png"
     command = ["compare-methods", "--from-json", str(place / "all.json"), "--picture", str(picture)]
