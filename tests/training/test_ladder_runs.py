@@ -66,6 +66,13 @@ def test_a_run_that_starts_from_it_takes_it_all(whole):
     ladder = {name: value for name, value in state_of(model).items() if name.startswith("ladder.")}
     assert ladder and all(torch.equal(value, state[name]) for name, value in ladder.items())
     assert float(ladder["ladder.up.weight"].abs().max()) > 0
+    alone = replace(config, train__only=["shapes"], train__init_from=str(trainer.folder))
+    model, _ = build_from(str(trainer.folder), alone, classes)
+    model(torch.randn(2, 3, 32, 32), "shapes").logits.sum().backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
+        "heads.shapes.weight",
+        "heads.shapes.bias",
+    }
 
 
 def test_all_tasks_are_answered_from_one_pass_and_a_graph_is_refused(whole, tmp_path):
