@@ -11,7 +11,7 @@ import pytest
 # The files that take longest, longest first. They start first: whichever came last would keep one process busy and
 # the others idle.
 LONG = (
-    "predict sweep campaigns interrupt cost several_processes fit trainer data_record probe_trainer benchmark "
+    "predict cost_check campaigns interrupt cost several_processes fit trainer data_record probe_trainer benchmark "
     "feature_cache resume browser registries added_task callbacks views warm_start configs"
 ).split()
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from moe_bsr.benchmark import gradients, sweep
+from moe_bsr.benchmark import cost_check, gradients
 from moe_bsr.benchmark.matmuls import step_products
 from moe_bsr.benchmark.measure import Measured, measure
 from moe_bsr.config import Config, replace
@@ -40,8 +40,8 @@ def cost(method: Method, base: Config, classes: int) -> dict[str, Any]:
     config, task = _of_one_task(method.of(base))
     parts = config.train.grad_accumulation_steps
     batch = config.train.batch_size // parts
-    predicted, seen = sweep.run(config, {task: classes}, batch=batch, micro_batches=parts)
-    model = MultitaskViT(sweep.random_backbone(config), config, {task: classes})
+    predicted, seen = cost_check.run(config, {task: classes}, batch=batch, micro_batches=parts)
+    model = MultitaskViT(cost_check.random_backbone(config), config, {task: classes})
     own = model.own_parameters(task) if base.mode == "multitask" else [p for p in model.parameters() if p.requires_grad]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -80,7 +80,7 @@ def _plain_cost(base: Config, classes: int) -> dict[str, Any]:
 
 def _plain_step(base: Config, classes: int) -> TrainingStep:
     """timm's own network in the loop a user writes first: AdamW as torch offers it."""
-    runtime, model = prepare(base.runtime), sweep.random_backbone(base)
+    runtime, model = prepare(base.runtime), cost_check.random_backbone(base)
     model.reset_classifier(classes)
     model = model.to(runtime.device)
     images, labels = random_batch(base.train.batch_size, model.patch_embed.img_size[0], classes, runtime.device)
@@ -117,7 +117,7 @@ def _timed_step(method: Method, base: Config, classes: int) -> tuple[TrainingSte
     config, task = _of_one_task(method.of(base))
     parts = config.train.grad_accumulation_steps
     runtime = prepare(config.runtime)
-    model = runtime.place(MultitaskViT(sweep.random_backbone(config), config, {task: classes}))
+    model = runtime.place(MultitaskViT(cost_check.random_backbone(config), config, {task: classes}))
     return training_step(model, config, runtime, batch=config.train.batch_size // parts), parts
 
 

@@ -6,7 +6,7 @@ import textwrap
 from typing import Any
 
 from moe_bsr import config as configuration
-from moe_bsr.benchmark import sweep
+from moe_bsr.benchmark import cost_check
 from moe_bsr.config import Config
 from moe_bsr.cost import planner as budget
 from moe_bsr.cost import scaling
@@ -53,11 +53,11 @@ def answer(
         )
     status = 0
     if arguments.measure:
-        cost, seen = sweep.run(config, classes, batch=batch)  # of one task's step: its own, smaller prediction
+        cost, seen = cost_check.run(config, classes, batch=batch)  # of one task's step: its own, smaller prediction
         result["measured"] = {
-            "quantities": sweep.compare(cost, seen),
+            "quantities": cost_check.compare(cost, seen),
             "process_peak": seen.process_peak,
-            "kept_by_block": sweep.compare_blocks(cost, seen),
+            "kept_by_block": cost_check.compare_blocks(cost, seen),
             "at_peak": [[a.bytes, a.phase, a.section, a.maker] for a in seen.at_peak],
         }
         lines += ["", *measured_table(result["measured"], runtime.device.type)]
@@ -117,7 +117,7 @@ def sweep_answer(
     config: Config, classes: dict[str, int], arguments: argparse.Namespace
 ) -> tuple[dict[str, Any], list[str], int]:
     records = []
-    for record in sweep.sweep(
+    for record in cost_check.sweep(
         config,
         classes,
         backbones=arguments.backbones or [config.backbone.name],
@@ -133,11 +133,11 @@ def sweep_answer(
             f"peak {record['quantities']['peak']['difference']:+.3%}",
             file=sys.stderr,
         )
-    total = sweep.summary(records)
-    held = all(total[name]["worst"] <= limit for name, limit in sweep.TOLERANCES.items())
+    total = cost_check.summary(records)
+    held = all(total[name]["worst"] <= limit for name, limit in cost_check.TOLERANCES.items())
     lines = [f"{len(records)} configurations     worst    median   allowed  worst at"]
     for name, about in total.items():
-        limit = sweep.TOLERANCES.get(name)
+        limit = cost_check.TOLERANCES.get(name)
         allowed, where = "" if limit is None else f"{limit:.0%}", " ".join(map(str, about["at"].values()))
         lines.append(f"{name:<22}  {about['worst']:>8.3%}  {about['median']:>8.3%}  {allowed:>8}  {where}")
     return (

@@ -6,7 +6,7 @@ import pytest
 from tiny_runs import make_config, make_trainer
 
 from moe_bsr import config as configuration
-from moe_bsr.benchmark import sweep
+from moe_bsr.benchmark import cost_check
 from moe_bsr.cli.main import main
 from moe_bsr.config import ConfigError
 from moe_bsr.cost import planner
@@ -64,7 +64,7 @@ def test_the_measurement_stands_beside_the_prediction(ask):
     status, out, _ = ask("--measure", "--json", "storage=recompute")
     compared = json.loads(out)["measured"]["quantities"]
     assert status == 0
-    for quantity, tolerance in sweep.TOLERANCES.items():
+    for quantity, tolerance in cost_check.TOLERANCES.items():
         assert abs(compared[quantity]["difference"]) <= tolerance, quantity
 
 

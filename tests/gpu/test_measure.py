@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_runs import make_config
 
-from moe_bsr.benchmark import sweep
+from moe_bsr.benchmark import cost_check
 from moe_bsr.benchmark.measure import trace
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -30,9 +30,9 @@ def test_predictions_hold(tmp_path, plan, precision):
         tmp_path,
         runtime__device="cuda",
         runtime__precision=precision,
-        **{f"plan__{key}": value for key, value in sweep.plans(6)[plan].items()},
+        **{f"plan__{key}": value for key, value in cost_check.plans(6)[plan].items()},
     )
-    compared = sweep.compare(*sweep.run(config, {"shapes": 10, "fractals": 12}, batch=64))
+    compared = cost_check.compare(*cost_check.run(config, {"shapes": 10, "fractals": 12}, batch=64))
     for quantity in ("parameters", "gradients", "optimizer"):
         assert compared[quantity]["difference"] == 0.0
     for quantity, allowed in (("kept", 0.02), ("peak", 0.03)):

@@ -4,7 +4,7 @@ import pytest
 from tiny_models import KINDS, make_vit
 from tiny_runs import make_config, make_trainer
 
-from moe_bsr.benchmark import sweep
+from moe_bsr.benchmark import cost_check
 from moe_bsr.benchmark.measure import held, trace
 from moe_bsr.cost.predict import predict
 from moe_bsr.runtime import cpu_features as cpu
@@ -25,7 +25,7 @@ def test_every_row_of_experts_and_the_noise_they_decided_by_is_counted(tmp_path,
         moe__renormalize_gates=False,
         moe__gate_noise=noise,
     )
-    assert abs(sweep.compare(*sweep.run(config, CLASSES, batch=batch))["kept"]["difference"]) <= 0.02
+    assert abs(cost_check.compare(*cost_check.run(config, CLASSES, batch=batch))["kept"]["difference"]) <= 0.02
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_drop_of_one_token_that_is_fused_is_counted(tmp_path, monkeypatch, sto
     """It leaves as many tokens as it found."""
     monkeypatch.setattr(cpu, "mkl_is_slow", lambda: False)  # oneDNN takes some scratch memory, which shows here
     config = make_config(tmp_path, storage=storage, plan__keep_rate=0.7, plan__moe_blocks=[])  # 3 of 4 patches, fused 1
-    compared = sweep.compare(*sweep.run(config, CLASSES, batch=40))
+    compared = cost_check.compare(*cost_check.run(config, CLASSES, batch=40))
     assert abs(compared["kept"]["difference"]) < 1e-3 and abs(compared["peak"]["difference"]) < 5e-3
 
 
@@ -77,8 +77,8 @@ def test_predictions_hold_for_every_kind_of_backbone(tmp_path, kind, precision, 
     config = make_config(
         tmp_path, storage=storage, runtime__precision=precision, **{f"plan__{k}": v for k, v in keys.items()}
     )
-    compared = sweep.compare(*sweep.run(config, CLASSES, batch=40, vit=make_vit(kind)))
-    for quantity, tolerance in sweep.TOLERANCES.items():
+    compared = cost_check.compare(*cost_check.run(config, CLASSES, batch=40, vit=make_vit(kind)))
+    for quantity, tolerance in cost_check.TOLERANCES.items():
         assert abs(compared[quantity]["difference"]) <= tolerance, (quantity, compared[quantity])
 
 
@@ -95,13 +95,15 @@ def test_predictions_hold_for_every_kind_of_backbone(tmp_path, kind, precision, 
 def test_predictions_hold_with_layer_scale(tmp_path, plan, precision, storage):
     """In bf16 they would not if its float32 factors made the stream float32."""
     keys = (
-        sweep.plans(4)["full"] if plan == "full" else {"train_blocks": [1, 3], "drop_blocks": [1, 2], "moe_blocks": []}
+        cost_check.plans(4)["full"]
+        if plan == "full"
+        else {"train_blocks": [1, 3], "drop_blocks": [1, 2], "moe_blocks": []}
     )
     config = make_config(
         tmp_path, storage=storage, runtime__precision=precision, **{f"plan__{k}": v for k, v in keys.items()}
     )
-    compared = sweep.compare(*sweep.run(config, CLASSES, batch=40, vit=make_vit("layer-scale")))
-    for quantity, tolerance in sweep.TOLERANCES.items():
+    compared = cost_check.compare(*cost_check.run(config, CLASSES, batch=40, vit=make_vit("layer-scale")))
+    for quantity, tolerance in cost_check.TOLERANCES.items():
         assert abs(compared[quantity]["difference"]) <= tolerance, (quantity, compared[quantity])
 
 
@@ -109,11 +111,11 @@ def test_predictions_hold_with_layer_scale(tmp_path, plan, precision, storage):
 def test_predictions_hold_for_every_plan_precision_batch_and_storage(tmp_path, batch, storage, precision):
     """The sweep of `cost.py --sweep` at a width of 64 and 64 px; other pairs of precision and storage are above."""
     grid = {"backbones": ["test_vit"], "batches": [batch], "storages": [storage], "precisions": [precision]}
-    records = list(sweep.sweep(make_config(tmp_path), CLASSES, image_size=64, **grid))
+    records = list(cost_check.sweep(make_config(tmp_path), CLASSES, image_size=64, **grid))
     assert len(records) == 6
     # Of experts in bf16, values decide how many rows are padding, and kernels take other scratch on other CPUs.
     loose = [r for r in records if r["precision"] == "bf16" and r["plan"].startswith("moe")]
     for group, factor in ((loose, 2), ([r for r in records if r not in loose], 1)):
-        for quantity, tolerance in sweep.TOLERANCES.items() if group else ():
-            found = sweep.summary(group)[quantity]
+        for quantity, tolerance in cost_check.TOLERANCES.items() if group else ():
+            found = cost_check.summary(group)[quantity]
             assert found["worst"] <= factor * tolerance, (quantity, found)
