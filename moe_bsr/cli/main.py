@@ -132,8 +132,6 @@ def _run(name: str, rest: list[str], own_process: bool) -> int:
     parser = _Parser(
         prog=program(name), description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    if not hasattr(module, "run"):
-        return module.main(rest)
     module.add_arguments(parser)
     parsed = parser.parse_intermixed_args(rest)
     if own_process and name in COMPUTING:
