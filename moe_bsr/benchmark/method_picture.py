@@ -81,6 +81,8 @@ def front(points: list[Point], high_is_good: bool) -> list[Point]:
 
 
 def _panel(axis: Any, title: str, below: str, side: str, points: list[Point], high_is_good: bool) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     axis.set(title=title, xlabel=below, ylabel=side)
     edge = front(points, high_is_good)
     for name, x, y in [*edge, *(point for point in points if point not in edge)]:
@@ -88,6 +90,11 @@ def _panel(axis: Any, title: str, below: str, side: str, points: list[Point], hi
         axis.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=8)
     axis.step([p[1] for p in edge], [p[2] for p in edge], where="post", color="#595959", linewidth=0.8, linestyle="--")
     axis.set(xscale="log", yscale="linear" if high_is_good else "log")
+    for line in [axis.xaxis] if high_is_good else [axis.xaxis, axis.yaxis]:
+        least, most = line.get_view_interval()
+        line.set_major_locator(LogLocator(subs=(1, 2, 5) if most < 100 * least else (1,)))
+        line.set_major_formatter(lambda value, _: f"{value:g}")
+        line.set_minor_formatter(NullFormatter())
     axis.grid(color="#e5e5e5")
 
 
