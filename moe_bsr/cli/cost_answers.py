@@ -18,6 +18,7 @@ from moe_bsr.paper import bsr_rule as paper
 from moe_bsr.paper.shapes import from_model
 from moe_bsr.runtime.device import prepare
 from moe_bsr.runtime.provenance import command, commit, environment
+from moe_bsr.training.sharing import check_shared_optimizer
 
 MB = 2**20
 RULES = {"paper": paper.memory, "backrazor": backrazor.memory}
@@ -28,6 +29,8 @@ def answer(
 ) -> tuple[dict[str, Any], list[str], int]:
     """What was asked for: as JSON values, as lines, and the exit status."""
     notes = []
+    if (arguments.processes or 1) > 1:
+        check_shared_optimizer(config.train)
     if config.mode == "single_task":  # one model per task: tell the one with the largest head
         task = max(classes, key=classes.get)
         config, classes = config.of_task(task), {task: classes[task]}

@@ -30,7 +30,7 @@ def empty_rungs(model: MultitaskViT, streams: list[Stream], device: torch.device
         rung = Rung(read(leaving) if ladder.reads(index) else None)
         batch, candidates = before.origin[0]
         kept = count_kept(candidates - (protects and before.fused), model.plan[index].keep_rate)
-        if kept < candidates - (protects and before.fused):
+        if ladder.follows(index) and kept < candidates - (protects and before.fused):
             rung.kept = torch.empty(batch, kept, dtype=torch.int64, device=device)
             rung.scores = torch.empty(batch, candidates, device=device)
         rungs.append(rung)

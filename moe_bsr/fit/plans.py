@@ -5,7 +5,6 @@ Nothing is known of accuracy. So a plan is worth telling if no other is as good 
 weights that train, patches that the last block sees.
 """
 
-import contextlib
 import copy
 import itertools
 from collections.abc import Iterator
@@ -103,11 +102,10 @@ class Catalog:
         found = []
         for optimizer in ("adamw", "adamw8") if self.config.train.optimizer == "adamw" else (None,):
             own = changes if optimizer is None else changes | {"train.optimizer": optimizer}
-            with contextlib.suppress(ConfigError):  # what this backbone or this configuration cannot be
-                if (form := self._first_that_fits(own)) is not None:
-                    found.append(form)
-                    if form.changes["storage"] == "exact" and form.changes["train.grad_accumulation_steps"] == 1:
-                        break
+            if (form := self._first_that_fits(own)) is not None:
+                found.append(form)
+                if form.changes["storage"] == "exact" and form.changes["train.grad_accumulation_steps"] == 1:
+                    break
         return min(found, key=lambda plan: plan.costs, default=None)
 
     def _first_that_fits(self, changes: dict[str, Any]) -> Plan | None:
@@ -117,7 +115,10 @@ class Catalog:
             parts = 1
             while parts in MICRO_BATCHES and batch % parts == 0 and (parts == 1 or batch // parts >= LEAST_IMAGES):
                 form = changes | {"storage": storage, "train.grad_accumulation_steps": parts}
-                config, model, cost = self._predicted(form, batch // parts)
+                try:
+                    config, model, cost = self._predicted(form, batch // parts)
+                except ConfigError:  # what this backbone cannot be, or this configuration in so many micro-batches
+                    break
                 always = self.base + cost.parameters + cost.optimizer + cost.average
                 needed = max(self.base + cost.peak, always + self._evaluation)
                 self.least = min(needed, self.least or needed)

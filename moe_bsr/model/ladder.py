@@ -59,12 +59,13 @@ class Ladder(nn.Module):
 
     Attributes:
         first: the first block beside which it has a block; what enters there is its beginning.
+        last: the last block beside which it has one.
         side: its blocks, by the index of the backbone's.
     """
 
     def __init__(self, vit: VisionTransformer, choices: dict[int, Choice], config: Config) -> None:
         super().__init__()
-        self.first, self.depth = min(choices), len(vit.blocks)
+        self.first, self.last, self.depth = min(choices), max(choices), len(vit.blocks)
         self.reduction = choices[self.first].options.reduction
         self.prefix, self.tokens = vit.num_prefix_tokens, config.tokens
         self.first_alone = block.reads_class_token_alone(vit)
@@ -91,12 +92,17 @@ class Ladder(nn.Module):
     def parameters_by_block(self) -> dict[int, list[nn.Parameter]]:
         """Its end belongs to its last block."""
         found = {int(index): list(side.parameters()) for index, side in self.side.items()}
-        found[max(found)] += [*self.norm.parameters(), *self.up.parameters()]
+        found[self.last] += [*self.norm.parameters(), *self.up.parameters()]
         return found
 
     def reads(self, index: int) -> bool:
         """Whether it reads what block `index` leaves."""
         return str(index) in self.side
+
+    def follows(self, index: int) -> bool:
+        """Whether the tokens that block `index` drops are dropped beside it too: behind the last side block only where
+        all tokens are pooled. Where heads read the class token alone, that block left nothing else."""
+        return index >= self.first and not (self.first_alone and index > self.last)
 
     def pass_by(self, index: int, before: Tokens, after: Tokens, dropped: Dropped | None, replay: Replay) -> Tokens:
         """`after` with what the ladder reads at block `index`, of the class token alone once nobody reads the others.
@@ -109,7 +115,7 @@ class Ladder(nn.Module):
             rungs = (Rung(self._pooled(before.x)),)
         if index >= self.first:
             rung = Rung(self._pooled(after.x) if self.reads(index) else None)
-            if (choice := replay.made(KEPT_TOKENS)) is not None:
+            if self.follows(index) and (choice := replay.made(KEPT_TOKENS)) is not None:
                 rung.kept, rung.scores = choice[0], dropped.scores
             rungs = (*rungs, rung)
         x = after.x
@@ -135,7 +141,7 @@ class Ladder(nn.Module):
     def _step(self, index: int, x: Tensor, read: Tensor, storage: Choice) -> Tensor:
         """One side block, (B, N, d) -> (B, N, d), of the class token alone at the end."""
         side, replay = self.side[str(index)], Replay()
-        alone = self.first_alone and index == max(map(int, self.side))
+        alone = self.first_alone and index == self.last
         context = replace(self.context, class_token_alone=alone)
 
         def run(tokens: Tokens, needs_output: bool = True) -> tuple[Tokens, block.Record]:

@@ -81,7 +81,7 @@ class Rung:
     Attributes:
         read: (B, N, d) of the tokens that the block leaves; None of a block without a side block.
         kept, scores: (B, K) positions after the prefix that the block kept, and (B, C) its scores of all; None if it
-            dropped nothing.
+            dropped nothing, or nobody follows it.
     """
 
     read: Tensor | None

@@ -84,6 +84,7 @@ def race(
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             found = pool.apply(run, (method, seeded, place, budget, known))
         result["runs"].append(found | {"seed": seed})
+        done.add((method, budget, seed))  # one that is named twice is still one
         write_whole(file, json.dumps({"command": command(), "commit": commit(), **result}, indent=1))
         say(f"{method}, {budget:g} minutes, seed {seed}: {found['mean_top1']:.2f} % of the test images")
     return result

@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 
-from moe_bsr.config import Config, dump, require
+from moe_bsr.config import Config, TrainConfig, dump, require
 from moe_bsr.data import TaskData
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.runtime.distributed import Alone
@@ -22,13 +22,7 @@ def check_sharing(config: Config, ranks: Alone) -> None:
         return
     settings, world = config.train, ranks.world
     ranks.require_same({"version of moe_bsr": __version__, "configuration": _digest(dump(config).encode())})
-    require(
-        settings.optimizer not in ("lbfgs", "mezo"),
-        "train.optimizer",
-        settings.optimizer,
-        "adamw, adamw8 or sgd with several processes: a probe is one pass over the images, and what mezo estimates is "
-        "not exchanged; start it without torchrun",
-    )
+    check_shared_optimizer(settings)
     require(
         not settings.step_in_backward,
         "train.step_in_backward",
@@ -47,6 +41,17 @@ def check_sharing(config: Config, ranks: Alone) -> None:
         settings.grad_accumulation_steps,
         f"a multiple of the {world} processes, which take equally many micro-batches each: "
         f"train.grad_accumulation_steps={world} computes what one process computes with it",
+    )
+
+
+def check_shared_optimizer(settings: TrainConfig) -> None:
+    """Refuse what is not exchanged between processes."""
+    require(
+        settings.optimizer not in ("lbfgs", "mezo"),
+        "train.optimizer",
+        settings.optimizer,
+        "adamw, adamw8 or sgd with several processes: a probe is one pass over the images, and what mezo estimates is "
+        "not exchanged; start it without torchrun",
     )
 
 

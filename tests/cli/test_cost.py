@@ -235,5 +235,6 @@ def test_several_processes_and_what_would_send_less(ask):
     halved = next(way for way in others if way["overrides"] == "train.exchange=bf16")
     assert halved["exchanged"] == own["exchanged"] / 2 and halved["compute"] == own["compute"]
     assert "as configured" in ask("--processes", "2")[1]
-    for wrong in (["--processes", "3", "--machines", "2"], ["--processes", "2", "--tflops", "0"]):
+    wrongs = ["3", "--machines", "2"], ["2", "--tflops", "0"], ["2", "train.optimizer=mezo"]
+    for wrong in (["--processes", *wrong] for wrong in wrongs):
         assert ask(*wrong)[0] == 2

@@ -111,6 +111,15 @@ def test_less_memory_means_leaner_forms_and_never_more_plans(roomy, tight):
     assert any(p.changes["train.grad_accumulation_steps"] > 1 for p in found)
 
 
+def test_what_cannot_be_split_into_micro_batches_is_told_in_a_leaner_storage(config):
+    whole = replace(config, train__optimizer="sgd", train__step_in_backward=True, train__grad_clip_norm=None)
+    catalog = catalog_of(whole, 2**40)
+    own = next(candidates(whole, catalog.vit))
+    catalog.limit = catalog._fastest(own).bytes - 1
+    leaner = catalog._fastest(own)
+    assert leaner.changes["storage"] != "exact" and leaner.changes["train.grad_accumulation_steps"] == 1
+
+
 def plan_of(plan: Plan) -> dict:
     form = ("storage", "train.grad_accumulation_steps", "train.optimizer", "data.image_cache_mb")
     return {key: value for key, value in plan.changes.items() if key not in form}

@@ -150,6 +150,21 @@ def test_some_blocks_may_have_one_and_reading_begins_there():
     assert {name.split(".")[2] for name in gradients(model) if ".side." in name} == {"1", "3"}
 
 
+@pytest.mark.parametrize("kind", ["class-token", "registers", "average-pool"])
+def test_what_is_dropped_behind_the_last_side_block_leaves_it_as_it_is(kind):
+    """Where heads read the class token alone, the side network has ended there; else it follows to the end."""
+    images = normal(2, 3, 16, 16)
+    model = make_model(kind, adapter=[LADDER | {"blocks": [0, 1]}], **FROZEN)
+    plain = make_model(kind, **FROZEN)
+    torch.testing.assert_close(model(images, "one").logits, plain(images, "one").logits, rtol=1e-4, atol=1e-4)
+    tokens, _ = model.forward_features(images)
+    followed = [rung.kept is not None for rung in tokens.rungs]
+    assert followed == [False, True, True, kind == "average-pool", False]
+    model.ladder.up.weight.data.normal_()
+    model(images, "one").logits.square().sum().backward()
+    assert any(".side.1." in name for name in gradients(model))
+
+
 def test_another_start_of_the_random_numbers_is_another_ladder():
     values = [make_model(adapter=LADDER, **FROZEN).ladder.side["2"].block.mlp.fc1.weight for _ in range(2)]
     assert torch.equal(*values)

@@ -87,7 +87,7 @@ def test_a_race_goes_on_where_it_was_stopped_and_takes_more_seeds(tmp_path, race
         race([0], ["fit", "stops", "bsr"])
     assert raced == [("fit", 1.0, 0), ("stops", 1.0, 0)]
     raced.clear()
-    race([0, 2])
+    race([0, 2, 2], ["fit", "bsr", "fit"])  # named twice is run once: it would count as two seeds that agree
     first, second = [("fit", 1.0, 2), ("bsr", 1.0, 2)], [("fit", 2.0, 2), ("bsr", 2.0, 2)]
     assert raced == [("bsr", 1.0, 0), *first, ("fit", 2.0, 0), ("bsr", 2.0, 0), *second]
     raced.clear()
