@@ -6,7 +6,7 @@ from tiny_models import gradients, make_model, make_vit, normal, plain_autograd,
 from torch.nn import functional as F
 
 from moe_bsr.config import TokensConfig
-from moe_bsr.model import block, multitask
+from moe_bsr.model import block, replay
 from moe_bsr.model.replay import Replay
 from moe_bsr.model.tokens import FUSED, Tokens
 from moe_bsr.ops import experts as experts_module
@@ -22,7 +22,7 @@ def decided(monkeypatch) -> list[str]:
         def record(self, name, decide):
             return super().record(name, lambda: made.append(name) or decide())
 
-    monkeypatch.setattr(multitask, "Replay", Counting)
+    monkeypatch.setattr(replay, "Replay", Counting)
     return made
 
 
