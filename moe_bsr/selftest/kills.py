@@ -89,10 +89,9 @@ def finished(config: Config, run: Path) -> bool:
 
 def outcome(run: Path) -> dict[str, bytes]:
     """Everything that has to agree: the last checkpoint's tensors and the metrics, as bytes."""
-    last = run / "checkpoint" / str(tiny.STEPS)
-    return {
-        file.name: file.read_bytes() for file in (*last.glob("*.safetensors"), run / "metrics.jsonl") if file.is_file()
-    }
+    there = checkpoint.steps(run)
+    last = [*(run / "checkpoint" / str(there[-1])).glob("*.safetensors")] if there else []
+    return {file.name: file.read_bytes() for file in (*last, run / "metrics.jsonl") if file.is_file()}
 
 
 def differing(run: Path, expected: dict[str, bytes]) -> list[str]:
