@@ -71,7 +71,7 @@ def compare(
         rounds: in each of which every storage takes its turn; their median time is told, of none NaN.
     """
     _fit_head(model, runtime, batch)
-    if config.train.optimizer == "mezo":  # a run without gradients; its storages have some all the same
+    if not config.train.differentiates:  # a run without gradients; its storages have some all the same
         config = replace(config, train=replace(config.train, optimizer="sgd"))
     step = training_step(model, config, runtime, batch=len(batch.labels), task=batch.task)
     step.inputs = (batch, (config.seed, 0, 0))

@@ -137,7 +137,7 @@ def fidelity(method: Method, base: Config) -> dict[str, float] | None:
         where there is no gradient.
     """
     config, _ = _of_one_task(method.of(base))
-    if method.code == "timm" or isinstance(config.storage, list) or config.train.optimizer == "mezo":
+    if method.code == "timm" or isinstance(config.storage, list) or not config.train.differentiates:
         return None
     storage = STORAGES.choose(config.storage)
     if storage.kind == "exact":

@@ -90,6 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
             require(value is None or 0 < value < float("inf"), flag, value, "a number above 0")
     classes = classes_of(config, arguments.classes)
     if arguments.plans or not named:
+        other = [f"--{key}" for key in ("measure", "sweep", "processes") if getattr(arguments, key)]
+        require(not other, "--plans", " ".join(other), "none of these: it answers about many configurations")
         from moe_bsr.cli import cost_plans
 
         result, lines, status = cost_plans.answer(config, classes, arguments.budget, file, not arguments.no_measure)

@@ -130,14 +130,14 @@ class TrainConfig:
                 f"{'null' if alone is None else alone} with train.step_in_backward = true: gradients do not wait",
             )
         require(0 < self.mezo_distance <= 1, "train.mezo_distance", self.mezo_distance, "above 0, at most 1")
-        for key, without in (("step_in_backward", False), ("task_weighting", "fixed"), ("expert_decay", None)):
+        for key, refused, without in (
+            ("step_in_backward", True, "false"),
+            ("task_weighting", "pcgrad", "fixed or uncertainty"),
+            ("expert_decay", "mean", "null, zero or none"),
+        ):
             value = getattr(self, key)
-            require(
-                self.optimizer != "mezo" or value in (without, "uncertainty", "zero", "none"),
-                f"train.{key}",
-                value,
-                f"{without} with train.optimizer = mezo, which has no gradients",
-            )
+            only = f"{without} with train.optimizer = {self.optimizer}, which has no gradients"
+            require(self.differentiates or value != refused, f"train.{key}", value, only)
         require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "[0, 1)")
         for key in ("mixup", "cutmix"):
             value = getattr(self, key)
@@ -169,3 +169,8 @@ class TrainConfig:
             self.task_weights,
             "{} with train.task_weighting = uncertainty, which learns them",
         )
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether an update has a backward pass."""
+        return self.optimizer != "mezo"

@@ -41,8 +41,8 @@ class Setting:
     rows: Callable[[int], Callable[[int, int, int], list[int]]]
 
     @property
-    def differentiates(self) -> bool:  # whether there is a backward pass
-        return self.config.train.optimizer != "mezo"
+    def differentiates(self) -> bool:
+        return self.config.train.differentiates
 
     @contextlib.contextmanager
     def tracing(self, modules: dict[str, nn.Module], with_gradient: Collection[str] = ()) -> Iterator["Traced"]:

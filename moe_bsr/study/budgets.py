@@ -28,7 +28,7 @@ from moe_bsr.runtime.device import prepare
 from moe_bsr.runtime.files import write_whole
 from moe_bsr.runtime.provenance import command, commit, environment
 from moe_bsr.study import rivals
-from moe_bsr.study.sweep import mean_of
+from moe_bsr.study.sweep import over_seeds
 from moe_bsr.training.probe_trainer import probe_config
 
 # Beside those of a methods file, which are configurations.
@@ -66,6 +66,7 @@ def race(
     known = read_methods() if known is None else known
     if unknown := [method for method in methods if method not in OTHERS | known]:
         raise ConfigError(f"methods: {', '.join(unknown)} is none of {', '.join(OTHERS | known)}")
+    folder.mkdir(parents=True, exist_ok=True)
     file = folder / "budgets.json"
     result = {"environment": environment(prepare(config.runtime)), "runs": []}
     if file.exists():
@@ -96,7 +97,7 @@ def table(result: dict[str, Any]) -> list[list[str]]:
     rows = [["test top-1 %", "minutes", *tasks, "mean", "seeds", "s", "updates", "MB"]]
     for (minutes, method), runs in by_budget(result).items():
         top1 = [f"{fmean(run['tasks'][task] for run in runs):.1f}" for task in tasks]
-        found = mean_of([run["mean_top1"] for run in runs])
+        found = over_seeds([run["mean_top1"] for run in runs])
         mean = f"{found['mean']:.1f}" + ("" if found["low"] is None else f" [{found['low']:.1f}, {found['high']:.1f}]")
         updates = [run["updates"] for run in runs if "updates" in run]
         numbers = [f"{len(runs)}", f"{fmean(run['seconds'] for run in runs):.0f}"]

@@ -5,7 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from moe_bsr.study.budgets import by_budget
-from moe_bsr.study.sweep import mean_of
+from moe_bsr.study.sweep import over_seeds
 from moe_bsr.visualize import theme
 
 WIDTH, HEIGHT = 760, 460  # pixels
@@ -20,7 +20,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
     """
     lines: dict[str, list[tuple[float, dict[str, Any]]]] = {}
     for (minutes, method), runs in by_budget(result).items():
-        lines.setdefault(method, []).append((minutes, mean_of([run["mean_top1"] for run in runs])))
+        lines.setdefault(method, []).append((minutes, over_seeds([run["mean_top1"] for run in runs])))
     figure = theme.figure(WIDTH, HEIGHT)
     axis = figure.add_axes((0.09, 0.14, 0.70, 0.80))
     order = sorted(lines, key=lambda method: -lines[method][-1][1]["mean"])

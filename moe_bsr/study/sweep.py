@@ -78,10 +78,10 @@ def differences(runs: dict[str, dict[str, Any]], baseline: str) -> dict[str, dic
         if arm == baseline or not pairs:
             continue
         found[arm] = {
-            task: mean_of([mine["top1"][task] - other["top1"][task] for mine, other in pairs])
+            task: over_seeds([mine["top1"][task] - other["top1"][task] for mine, other in pairs])
             for task in pairs[0][0]["top1"]
         }
-        found[arm]["mean"] = mean_of([mine["mean_top1"] - other["mean_top1"] for mine, other in pairs])
+        found[arm]["mean"] = over_seeds([mine["mean_top1"] - other["mean_top1"] for mine, other in pairs])
     return found
 
 
@@ -163,7 +163,7 @@ def _top1(report: dict[str, Any], folder: Path, split: str) -> dict[str, float]:
     return {task: about["top1"] for task, about in tasks.items()}
 
 
-def mean_of(values: list[float]) -> dict[str, Any]:
+def over_seeds(values: list[float]) -> dict[str, Any]:
     """{"mean", "low", "high", "each"} of one value for each seed, with Student's 95 % interval; of one value none."""
     mean, count = fmean(values), len(values)
     if count == 1:

@@ -104,8 +104,8 @@ class MeZO:
         return draws.to(parameter.device, parameter.dtype)
 
 
-def mezo_of(model: MultitaskViT, config: TrainConfig, optimizer: torch.optim.Optimizer) -> MeZO | None:
+def estimator_of(model: MultitaskViT, config: TrainConfig, optimizer: torch.optim.Optimizer) -> MeZO | None:
     """Of a run of our model, if it is trained so; the inputs of a pass are a batch and a noise key."""
-    if config.optimizer != "mezo":
+    if config.differentiates:
         return None
     return MeZO(optimizer, config.mezo_distance, lambda batch, noise_key: model.parameters_of(batch.task))

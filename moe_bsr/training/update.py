@@ -28,7 +28,7 @@ from moe_bsr.data.loader import Batch
 from moe_bsr.model.multitask import MultitaskViT, Output
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.runtime.distributed import Alone
-from moe_bsr.training.mezo import MeZO, mezo_of
+from moe_bsr.training.mezo import MeZO, estimator_of
 from moe_bsr.training.optim import MovingAverage, clip_gradients, make_optimizer
 from moe_bsr.training.step_in_backward import StepInBackward
 
@@ -41,7 +41,7 @@ class OptimizerUpdate:
         terms: the terms of its loss, scalars. loss: their sum; both are None after the backward phase.
         trained: parameters with a gradient after the last backward phase; `step` clips these.
         stepper: takes the optimizer's step in the backward phase, if that is asked for.
-        mezo: estimates gradients without a backward pass, if that is asked for.
+        estimator: estimates gradients without a backward pass, if that is asked for.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class OptimizerUpdate:
         clip_norm: float | None = None,
         average: MovingAverage | None = None,
         in_backward: bool = False,
-        mezo: MeZO | None = None,
+        estimator: MeZO | None = None,
     ) -> None:
         """
         Args:
@@ -67,13 +67,13 @@ class OptimizerUpdate:
             clip_norm: largest norm of all gradients together. inf only measures the norm, None not even that.
             average: of the weights, updated after each step.
             in_backward: whether the backward phase takes the optimizer's step too; then nothing can be clipped.
-            mezo: in place of a backward pass; the last of the inputs is then the noise key.
+            estimator: in place of a backward pass; the last of the inputs is then the noise key.
         """
         self.model, self.runtime, self.optimizer = model.train(), runtime, optimizer
         self._output, self._loss, self._commit = output, loss, commit
         self._clip_norm, self._average = clip_norm, average
         self.stepper = StepInBackward(optimizer) if in_backward and optimizer is not None else None
-        self.mezo = mezo
+        self.estimator = estimator
         self._inputs: tuple = ()
         self._share = 1.0
         self.output: Any = None
@@ -84,7 +84,7 @@ class OptimizerUpdate:
     def forward(self, *inputs: Any, share: float = 1.0) -> None:
         """One micro-batch up to its loss, which counts `share` in the loss of the update."""
         run = functools.partial(self._pass, *inputs)
-        self.output, self.terms = run() if self.mezo is None else self.mezo.look(run, inputs, share)
+        self.output, self.terms = run() if self.estimator is None else self.estimator.look(run, inputs, share)
         self.loss = functools.reduce(operator.add, self.terms)
         self._inputs, self._share = inputs, share
 
@@ -97,7 +97,7 @@ class OptimizerUpdate:
 
     def backward(self) -> None:
         """Add this micro-batch's gradient to those before it."""
-        if self.mezo is None:
+        if self.estimator is None:
             with contextlib.nullcontext() if self.stepper is None else self.stepper.active():
                 (self._share * self.loss).backward()
         self.loss = self.terms = None
@@ -120,8 +120,8 @@ class OptimizerUpdate:
             norm = self._norm()
             if not math.isfinite(norm):
                 raise FloatingPointError(f"gradient norm {norm}")
-        if self.mezo is not None:
-            self.mezo.step()
+        if self.estimator is not None:
+            self.estimator.step()
         elif self.stepper is None:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -131,8 +131,8 @@ class OptimizerUpdate:
 
     def _norm(self) -> float:
         """Of the gradient, which is clipped."""
-        if self.mezo is not None:
-            return self.mezo.clip(self._clip_norm)
+        if self.estimator is not None:
+            return self.estimator.clip(self._clip_norm)
         return clip_gradients(self.trained, self._clip_norm) if self.stepper is None else self.stepper.norm()
 
     def clear(self) -> None:
@@ -198,7 +198,7 @@ def _multitask_parts(
         "loss": loss,
         "commit": lambda output, batch, noise_key: model.commit(output, batch.task),
         "in_backward": config.step_in_backward,
-        "mezo": mezo_of(model, config, optimizer),
+        "estimator": estimator_of(model, config, optimizer),
         "clip_norm": math.inf if config.grad_clip_norm is None else config.grad_clip_norm,
     }
 

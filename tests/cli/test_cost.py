@@ -148,6 +148,11 @@ def test_numbers_below_one_are_refused(ask, arguments, named):
     assert status == 2 and f"cost: {named}: at least 1" in error
 
 
+def test_plans_are_of_no_one_configuration(ask):
+    status, _, error = ask("--plans", "--budget", "1GB", "--measure", "--processes", "2")
+    assert status == 2 and "--plans = '--measure --processes': none of these" in error
+
+
 def test_a_budget_below_the_parameters_is_refused_with_the_floor(ask):
     status, _, error = ask("--budget", "100KB")
     assert status == 2 and "the parameters alone take" in error

@@ -64,7 +64,6 @@ def raced(monkeypatch):
 
         def apply(self, work, arguments):
             method, config, folder, minutes, _ = arguments
-            folder.mkdir()
             asked.append((method, minutes, config.seed))
             if method == "stops":
                 raise RuntimeError("stopped")
@@ -78,7 +77,6 @@ def raced(monkeypatch):
 
 def test_a_race_goes_on_where_it_was_stopped_and_takes_more_seeds(tmp_path, raced):
     def race(seeds, methods=("fit", "bsr"), folder=tmp_path / "race"):
-        folder.mkdir(exist_ok=True)
         known = dict.fromkeys(("bsr", "stops"))
         return budgets.race(config, folder, [1.0, 2.0], list(methods), seeds, lambda line: None, known)
 

@@ -189,9 +189,15 @@ def test_an_update_takes_what_was_predicted_and_keeps_nothing(changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train__step_in_backward": True, "train__grad_clip_norm": None}, "train.step_in_backward = True: False with"),
-        ({"train__task_weighting": "pcgrad", "sampler__kind": "joint"}, "train.task_weighting = 'pcgrad': fixed with"),
-        ({"train__expert_decay": "mean"}, "train.expert_decay = 'mean': None with train.optimizer = mezo"),
+        ({"train__step_in_backward": True, "train__grad_clip_norm": None}, "train.step_in_backward = True: false with"),
+        (
+            {"train__task_weighting": "pcgrad", "sampler__kind": "joint"},
+            "train.task_weighting = 'pcgrad': fixed or uncertainty with",
+        ),
+        (
+            {"train__expert_decay": "mean"},
+            "train.expert_decay = 'mean': null, zero or none with train.optimizer = mezo",
+        ),
         ({"train__mezo_distance": 0.0}, "train.mezo_distance = 0.0: above 0"),
     ],
 )
