@@ -169,11 +169,6 @@ def _data_root(config: Config, recorded: dict[str, Any]) -> str:
     return recorded["data_root"] if same else config.data.root
 
 
-def recorded_tasks(run: Path) -> dict[str, dict[str, Any]]:
-    """What a run that has a checkpoint recorded of its tasks when it began; nothing of one that has none."""
-    return _recorded(run).get("tasks", {})
-
-
 def _recorded(run: Path) -> dict[str, Any]:
     if checkpoint.steps(run) and (run / "config.yaml").is_file():
         config, resolved = read_config(run)
