@@ -92,7 +92,7 @@ def ffn(block, x: torch.Tensor) -> torch.Tensor:
 
 def shorter(x: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     """Half of the tokens, the others summed up by their scores."""
-    order = sorted(range(len(scores)), key=lambda i: (-float(scores[i]), i))
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i].item(), i))
     kept = sorted(order[: -(-len(scores) // 2)])
     fused = sum(scores[i] * x[1 + i] for i in range(len(scores)) if i not in kept)
     return torch.stack([x[0], *(x[1 + i] for i in kept), fused])

@@ -8,8 +8,8 @@ left where the block drops or merges some. Here g is zero at the start: so are t
 the last layer of its FFN. As `published`, both carry the identity and g is random at the start, x' = 2 x + f + g: each
 side block doubles the stream, and the network begins as another than the pretrained one.
 
-Gradients of side blocks go through the blocks behind them, so what they keep comes on top of the path: 9 values of the
-width for a token (10 where tokens are dropped), of which the block itself keeps none.
+Gradients of side blocks go through the blocks behind them, so what they keep comes on top of the path: of each token 9
+values of the width, for their input is kept once for both.
 """
 
 from dataclasses import dataclass
