@@ -19,7 +19,8 @@ from moe_bsr.export.graph import Graph
 from moe_bsr.export.layers import Names, tokens_from
 from moe_bsr.export.low_rank import low_rank
 from moe_bsr.export.mixture import mixture
-from moe_bsr.model.adapters import BESIDE_FFN
+from moe_bsr.model.adapters import BESIDE_BLOCK, BESIDE_FFN
+from moe_bsr.model.adapters.repnet import SideBlock
 from moe_bsr.model.moe import MoE
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.model.tokens import count_kept
@@ -41,7 +42,7 @@ class Part:
     experts: dict[int, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        allowed = "lora, adaptformer or null can be exported: a side network cannot be merged and has no graph here"
+        allowed = "lora, adaptformer, repnet or null can be exported: a side network has no graph here"
         require(self.model.ladder is None, "adapter", "ladder", f"{allowed}; `moe-bsr share` hands on the run itself")
 
     def owner(self, block: int) -> str:
@@ -127,11 +128,14 @@ def _block(g: Graph, part: Part, index: int, stream: Stream) -> Stream:
     y, maps, keys = _attention(g, layer.attn, x, bias, names / "attn", only_first)
     x = tokens_from(g, stream.x, 0, 1) if only_first else stream.x
     x = g.op("Add", x, layers.layer_scale(g, layer.ls1, y, names / "ls1"))
-    stream = replace(stream, x=x, count=1 if only_first else stream.count)
-    if drops and model.tokens_config.merges:
-        stream = _merge(g, model, stream, keys, plan.keep_rate)
-    elif drops:
-        stream = _drop(g, model, stream, maps, plan.keep_rate)
+    entering, stream = stream, replace(stream, x=x, count=1 if only_first else stream.count)
+
+    def reduced(stream: Stream) -> Stream:
+        if model.tokens_config.merges:
+            return _merge(g, model, stream, keys, plan.keep_rate)
+        return _drop(g, model, stream, maps, plan.keep_rate)
+
+    stream = reduced(stream) if drops else stream
     x = layers.norm(g, layer.norm2, stream.x, names / "norm2")
     if isinstance(layer.mlp, MoE):
         y = _mixture(g, part, index, x, names / "mlp")
@@ -140,7 +144,20 @@ def _block(g: Graph, part: Part, index: int, stream: Stream) -> Stream:
     y = layers.layer_scale(g, layer.ls2, y, names / "ls2")
     if (beside := getattr(layer, BESIDE_FFN, None)) is not None:
         y = g.op("Add", y, layers.beside_ffn(g, beside, stream.x, names / BESIDE_FFN))
-    return replace(stream, x=g.op("Add", stream.x, y))
+    x = g.op("Add", stream.x, y)
+    if (side := getattr(layer, BESIDE_BLOCK, None)) is not None:
+        entering = reduced(entering) if drops else entering
+        bias = None if entering.merged is None else merging.bias(g, entering.merged, model.vit.num_prefix_tokens)
+        x = g.op("Add", x, _beside_block(g, side, entering.x, bias, names / BESIDE_BLOCK, only_first))
+    return replace(stream, x=x)
+
+
+def _beside_block(g: Graph, side: SideBlock, x: str, bias: str | None, names: Names, only_first: bool) -> str:
+    """What a block beside another adds: `SideBlock.forward`."""
+    y, _, _ = _attention(g, side.attn, layers.norm(g, side.norm1, x, names / "norm1"), bias, names / "attn", only_first)
+    middle = g.op("Add", tokens_from(g, x, 0, 1) if only_first else x, y)
+    z = layers.feed_forward(g, side.mlp, layers.norm(g, side.norm2, middle, names / "norm2"), names / "mlp")
+    return g.op("Add", middle if side.published else y, z)
 
 
 def _mixture(g: Graph, part: Part, index: int, x: str, names: Names) -> str:

@@ -10,8 +10,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
 from moe_bsr.config import TokensConfig
-from moe_bsr.model.adapters import BESIDE_FFN, is_beside
-from moe_bsr.model.layers import Mlp, feed_forward, has_hooks
+from moe_bsr.model.adapters import BESIDE_BLOCK, BESIDE_FFN, is_beside
+from moe_bsr.model.layers import Given, Mlp, feed_forward, has_hooks
 from moe_bsr.model.merging import log_sizes, merge
 from moe_bsr.model.moe import MoE, Routing
 from moe_bsr.model.plan import BlockPlan
@@ -75,7 +75,7 @@ def forward(
         needs_output: whether the output's values are wanted; a block that runs again for its backward pass
             wants the graph alone, and needs no last product for it.
     """
-    record, plan, merges = Record(), context.plan, context.tokens.merges
+    record, plan, merges, entering = Record(), context.plan, context.tokens.merges, tokens
     reduces = plan.keep_rate < 1
     y, given = block.attn(
         block.norm1(tokens.x),
@@ -90,14 +90,30 @@ def forward(
         tokens = tokens.first()
     tokens = tokens.add(block.drop_path1(block.ls1(y)))
     del y  # or it would live through the FFN, the widest part
-    if reduces and merges:
-        tokens, record.dropped = merge(tokens, *given, plan.keep_rate, context.prefix, replay)
-    elif reduces:
-        tokens, record.dropped = drop(tokens, *given, plan.keep_rate, context.prefix, context.tokens, replay)
+    if reduces:
+        tokens, record.dropped = _reduce(tokens, given, context, replay)
     y, record.routing = _feed_forward(block, block.norm2(tokens.x), task, replay, noise_key, needs_output)
     y = block.drop_path2(block.ls2(y))
     beside = getattr(block, BESIDE_FFN, None)
-    return tokens.add(y if beside is None else y + beside(tokens.x)), record
+    tokens = tokens.add(y if beside is None else y + beside(tokens.x))
+    if (side := getattr(block, BESIDE_BLOCK, None)) is not None:
+        del y
+        if reduces:  # the same choice once more
+            entering, _ = _reduce(entering, given, context, replay)
+        tokens = tokens.add(side(entering.x, log_sizes(entering), context.class_token_alone, needs_output))
+    return tokens, record
+
+
+def _reduce(tokens: Tokens, given: Given, context: BlockContext, replay: Replay) -> tuple[Tokens, Dropped]:
+    """Drop or merge tokens.
+
+    Args:
+        given: what the attention told of them.
+    """
+    rate, prefix = context.plan.keep_rate, context.prefix
+    if context.tokens.merges:
+        return merge(tokens, *given, rate, prefix, replay)
+    return drop(tokens, *given, rate, prefix, context.tokens, replay)
 
 
 def _feed_forward(

@@ -17,24 +17,22 @@ projection there, which keeps each block's whole output.)
 from dataclasses import replace
 
 import torch
-from timm import layers as timm_layers
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from moe_bsr.config import Config, require
 from moe_bsr.config.registry import Choice
 from moe_bsr.model import block
 from moe_bsr.model.adapters import is_beside
-from moe_bsr.model.layers import LayerNorm, Linear, adopt
+from moe_bsr.model.fresh import fresh_block
+from moe_bsr.model.layers import LayerNorm, Linear
 from moe_bsr.model.plan import BlockPlan
 from moe_bsr.model.replay import Replay
 from moe_bsr.model.storage import STORAGES
 from moe_bsr.model.tokens import KEPT_TOKENS, Dropped, Rung, Tokens
 from moe_bsr.ops.tokens import reduce_tokens, take
-from moe_bsr.runtime.rng import generator
 
 TEMPERATURE = 0.1  # of the gates: they learn ten times as fast as their scalars would
-INIT_STD = 0.02
 
 
 class SideBlock(nn.Module):
@@ -43,11 +41,7 @@ class SideBlock(nn.Module):
     def __init__(self, width: int, heads: int, device: torch.device, seed: tuple) -> None:
         super().__init__()
         self.gate = nn.Parameter(torch.zeros((), device=device))
-        with torch.device("meta"):
-            self.block = Block(width, heads, qkv_bias=True, norm_layer=timm_layers.LayerNorm)
-        self.block.to_empty(device=device)
-        adopt(self.block)
-        _begin(self.block, seed)
+        self.block = fresh_block(width, heads, device, seed)
 
     def forward(self, x: Tensor, read: Tensor) -> Tensor:
         """The gate alone: (B, N, d) of the side network and of the backbone -> (B, N, d)."""
@@ -201,14 +195,3 @@ def make_ladder(vit: VisionTransformer, plan: list[BlockPlan], config: Config) -
     alone = len(set(choices.values())) == 1 and all(each.adapter in (None, choices[min(choices)]) for each in plan)
     require(alone, "adapter", config.adapter, "ladder of one reduction, and nothing else beside or in the blocks")
     return Ladder(vit, choices, config)
-
-
-@torch.no_grad()
-def _begin(side: nn.Module, seed: tuple) -> None:
-    """Values as a ViT begins with."""
-    for name, parameter in side.named_parameters():
-        if parameter.ndim == 2:
-            draws = torch.randn(parameter.shape, generator=generator(*seed, name)).clamp_(-2, 2)
-            parameter.copy_(INIT_STD * draws)
-        else:
-            parameter.fill_(float("norm" in name and name.endswith("weight")))

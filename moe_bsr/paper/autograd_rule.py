@@ -5,7 +5,7 @@ computed, tokens taken with `gather` (which keeps its source), the fused token a
 after the other on gathered rows. float32, two images or more (with one, q and k need no copy of their own
 and the whole of qkv is kept instead). Bytes of the distinct storages that the saved-tensor hooks see,
 parameters excluded, the images included where the patch embedding trains; without the loss. Blocks of the
-classic form only: norms of q and k, layer scale and gates are not in here.
+classic form only: norms of q and k, layer scale and gates are not in here, nor blocks beside one that drops tokens.
 """
 
 from moe_bsr.paper.bsr_rule import FLOAT
@@ -18,9 +18,14 @@ def kept(shape: Shape) -> dict[str, int]:
     """Bytes of one image kept for the backward pass, by section ("embedding", "block 0" ..., "head")."""
     flows = any(leaf.trained for leaf in shape.embedding)  # whether the residual stream requires a gradient
     result = {"embedding": sum(FLOAT * leaf.input for leaf in shape.embedding if leaf.trained)}
-    for index, block in enumerate(shape.blocks):
+    entered = flows
+    for block in shape.blocks:
+        before = flows
         size, flows = _block(block, shape, flows)
-        result[f"block {index}"] = size
+        if block.name.startswith("beside") and entered:  # the block keeps their common input already
+            size -= FLOAT * block.norm1[0].input
+        entered = before
+        result[block.name] = size
     norm, head = shape.head
     size, flows = _layers((norm,), flows)
     result["head"] = size + FLOAT * norm.output  # the head's input is a view into all of the norm's output

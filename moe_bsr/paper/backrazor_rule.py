@@ -48,8 +48,8 @@ def memory(shape: Shape, batch: int = 1, prune: float | None = None, half: bool 
         walk.residual = 0.0
 
     visit("embedding", shape.embedding)
-    for index, block in enumerate(shape.blocks):
-        section = f"block {index}"
+    for block in shape.blocks:
+        section = block.name
         visit(section, block.norm1, norm=pruned_norm)
         enter(section, block.attention, pruned * attention_kept(block))
         visit(section, block.norm2, norm=pruned_norm)

@@ -85,8 +85,8 @@ def memory(shape: Shape, batch: int = 1) -> Estimate:
     walk = RunningSum()
     for leaf in shape.embedding:
         walk.visit("embedding", leaf, kept(leaf, False))
-    for index, block in enumerate(shape.blocks):
-        section, charged = f"block {index}", block.on_path or shape.head_only
+    for block in shape.blocks:
+        section, charged = block.name, block.on_path or shape.head_only
         for leaf in block.norm1:
             walk.visit(section, leaf, kept(leaf, charged))
         if charged:

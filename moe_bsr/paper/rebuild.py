@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from moe_bsr.paper import autograd_rule, backrazor_rule, bsr_rule, resnet
 from moe_bsr.paper.bsr_rule import FLOAT, MB
-from moe_bsr.paper.settings import Setting, ours, rep_net, shape
+from moe_bsr.paper.settings import Setting, ours, shape
 
 TOLERANCE = 0.003
 BATCH = 128
@@ -77,10 +77,6 @@ RULES = {
         lambda setting: bsr_rule.memory(shape(setting)).activations_mb,
     ),
     "paper, one tensor": Rule("One of the charges of `paper` on 197 tokens, or their sum over a block.", tensor),
-    "paper, side blocks": Rule(
-        "`paper, activations` with three trained side blocks of the main blocks' form and a frozen backbone.",
-        lambda setting: bsr_rule.memory(rep_net()).activations_mb,
-    ),
     "backrazor": Rule(
         "Back Razor's released estimator, ancestor of `paper`: the input of q, k and v is charged three "
         "times, the FFN carries a residual, every block counts as on the gradient path; pruned values cost "
@@ -92,7 +88,6 @@ RULES = {
         "attention products, router and experts. Nothing of the backward pass.",
         lambda setting, batch=1: giga(batch * bsr_rule.forward_macs(shape(setting))),
     ),
-    "macs, side blocks": Rule("`macs` with three side blocks.", lambda setting: giga(bsr_rule.forward_macs(rep_net()))),
     "thop": Rule(
         "What the thop counter sees: torch's own linear layers and convolutions, and four times the "
         "elements that enter norms. Attention products, router and experts count zero.",

@@ -1,6 +1,6 @@
 """The networks behind the published figures, as plans of our own on backbones without values."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 from moe_bsr import config as configuration
@@ -20,6 +20,7 @@ class Setting:
 
     Attributes:
         tasks: name and number of classes of each.
+        beside: blocks beside which another one trains, as published.
         substring: choose trained parameters as the released scripts did: a parameter trains if the text of
             a block's index occurs anywhere in its name, so that "2" also trains every fc2 and norm2.
     """
@@ -31,10 +32,12 @@ class Setting:
     keep: float = 0.5
     fuse: str = "raw"
     experts: tuple[int, ...] = ()
+    beside: tuple[int, ...] = ()
     substring: bool = False
 
     def __str__(self) -> str:
         what = {"all": "all blocks", (): "head only"}.get(self.trainable, f"blocks {_text(self.trainable)}")
+        what = f"blocks beside {_text(self.beside)}" if self.beside else what
         drop = f", keep {self.keep:g} at {_text(self.drop)}" if self.drop else ""
         return (
             f"{self.backbone}, {what}{drop}{', not fused' if self.fuse == 'none' else ''}"
@@ -49,6 +52,7 @@ def _text(blocks: tuple[int, ...]) -> str:
 def config(setting: Setting) -> Config:
     """The setting as a configuration of ours, in float32."""
     trainable = "all" if setting.trainable == "all" else list(setting.trainable)
+    beside = [{"kind": "repnet", "published": True, "blocks": list(setting.beside)}]
     return configuration.from_dict(
         {
             "tasks": [name for name, _ in setting.tasks],
@@ -59,6 +63,7 @@ def config(setting: Setting) -> Config:
                 "keep_rate": setting.keep,
                 "moe_blocks": list(setting.experts),
             },
+            "adapter": beside if setting.beside else None,
             "tokens": {"fuse": setting.fuse},
             "moe": {"renormalize_gates": False, "balance_loss": "none"},
             "train": {"optimizer": "sgd", "batch_size": 128},
@@ -72,6 +77,8 @@ def shape(setting: Setting) -> Shape:
     model = build_on_meta(config(setting), dict(setting.tasks))
     if setting.substring:
         select_by_substring(model, setting.trainable)
+    if setting.beside:  # the released selection has the final norm in it whatever else trains
+        model.vit.norm.requires_grad_(True)
     return shapes.from_model(model)
 
 
@@ -89,18 +96,3 @@ def select_by_substring(model: MultitaskViT, blocks: tuple[int, ...]) -> None:
     for name, parameter in model.vit.named_parameters():
         parameter.requires_grad_(any(str(i) in name for i in blocks) or name.startswith("norm."))
     model.path_start = min(blocks)
-
-
-def rep_net() -> Shape:
-    """Table 5's residual learning: side blocks, which train, added to the outputs of frozen blocks 3, 7, 11.
-
-    Their side blocks have the main blocks' form; from block 4 on the main blocks carry their gradient.
-    """
-    trained = shape(Setting("DeiT-S"))
-    frozen = shape(Setting("DeiT-S", trainable=()))
-    blocks = []
-    for index, main in enumerate(frozen.blocks):
-        blocks.append(replace(main, on_path=index > 3))
-        if index in (3, 7, 11):
-            blocks.append(trained.blocks[index])
-    return replace(trained, embedding=frozen.embedding, blocks=tuple(blocks))

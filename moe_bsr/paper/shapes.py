@@ -11,6 +11,7 @@ from typing import Literal
 from torch import nn
 
 from moe_bsr.model import summary as describe
+from moe_bsr.model.adapters import BESIDE_BLOCK
 from moe_bsr.model.moe import MoE
 from moe_bsr.model.multitask import MultitaskViT
 
@@ -49,10 +50,12 @@ class BlockShape:
     """One block: norm1 | attention | norm2 | FFN or experts, each as leaves in order.
 
     Attributes:
+        name: "block 3", or "beside block 3" of one that an adapter put there.
         width: inner width of the attention, heads x head width.
         on_path: whether its backward pass must run.
     """
 
+    name: str
     tokens: int
     heads: int
     width: int
@@ -89,7 +92,7 @@ class Shape:
     @property
     def sections(self) -> dict[str, tuple[Leaf, ...]]:
         """All leaves in the order of the forward pass: "embedding", "block 0" ..., "head"."""
-        blocks = {f"block {i}": block.leaves for i, block in enumerate(self.blocks)}
+        blocks = {block.name: block.leaves for block in self.blocks}
         return {"embedding": self.embedding} | blocks | {"head": self.head}
 
 
@@ -110,10 +113,15 @@ def from_model(model: MultitaskViT, task: str | None = None) -> Shape:
         ),
     )
     embedding += _leaves(vit.norm_pre, patches + prefix, "norm_pre")
-    blocks = tuple(
-        _block(block, *count, on_path=index >= model.path_start)
-        for index, (block, count) in enumerate(zip(vit.blocks, counts, strict=True))
-    )
+    blocks: list[BlockShape] = []
+    for index, (block, (n, m)) in enumerate(zip(vit.blocks, counts, strict=True)):
+        side = getattr(block, BESIDE_BLOCK, None)
+        # Through the first block on the path a gradient goes only if it trains itself, not the one beside it.
+        own = any(p.requires_grad for name, p in block.named_parameters() if not name.startswith(BESIDE_BLOCK))
+        on_path = index > model.path_start or index == model.path_start and (own or side is None)
+        blocks.append(_block(f"block {index}", block, n, m, on_path))
+        if side is not None:
+            blocks.append(_block(f"beside block {index}", side, m, m, index >= model.path_start))
     last = counts[-1][1]
     head = _leaves(vit.norm, last, "norm")
     if vit.attn_pool is not None:  # one latent token attends to all
@@ -125,7 +133,7 @@ def from_model(model: MultitaskViT, task: str | None = None) -> Shape:
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return Shape(
         embedding,
-        blocks,
+        tuple(blocks),
         head,
         sum(n for n, trains in sizes if trains),
         sum(n for n, trains in sizes if not trains),
@@ -135,10 +143,11 @@ def from_model(model: MultitaskViT, task: str | None = None) -> Shape:
     )
 
 
-def _block(block: nn.Module, tokens: int, ffn_tokens: int, on_path: bool) -> BlockShape:
+def _block(name: str, block: nn.Module, tokens: int, ffn_tokens: int, on_path: bool) -> BlockShape:
     layer = block.attn
     moe = isinstance(block.mlp, MoE)
     return BlockShape(
+        name,
         tokens,
         layer.num_heads,
         layer.num_heads * layer.head_dim,

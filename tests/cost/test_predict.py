@@ -110,6 +110,8 @@ IN_BACKWARD = [
             "runtime__precision": "bf16",
             "moe__balance_loss": "none",
         },
+        {"adapter": "repnet", "storage": "recompute"},
+        {"adapter": {"kind": "repnet", "published": True}, "tokens__reduce": "merge", "runtime__precision": "bf16"},
         *IN_BACKWARD,
         {"moe__router": "task_conditioned", "tokens__protect_fused": True, "tokens__fuse": "normalized"},
         {"moe__gate_noise": 1.0, "storage": "recompute"},
@@ -156,6 +158,16 @@ def test_adapters_and_chosen_weights_keep_little_beyond_the_path():
         "queries, random": n * rank,
         "beside": m * rank,
     }
+
+
+def test_a_block_beside_another_keeps_nine_values_of_its_width_for_a_token():
+    """Ten as any block that trains, and its input is kept once for both; statistics of its norms, and log-sums. Of the
+    first block beside which one stands nothing is kept but its input and what it leaves, which are one of those ten
+    and the next block's."""
+    width, heads, tokens = 16, 2, 5 * 10
+    alone, second = ([{"kind": "repnet", "blocks": blocks}] for blocks in ([2], [1, 2]))
+    assert kept(alone) == 4 * tokens * (11 * width + heads + 4)
+    assert kept(second) - kept([{"kind": "repnet", "blocks": [1]}]) == 4 * tokens * (9 * width + heads + 4)
 
 
 @pytest.mark.parametrize(

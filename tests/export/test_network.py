@@ -154,6 +154,17 @@ def test_an_adapter_beside_the_ffn_is_part_of_the_graph():
     assert_same(model)
 
 
+@pytest.mark.parametrize("reduce", ["drop", "merge"])
+@pytest.mark.parametrize(("kind", "published"), [("class-token", False), ("average-pool", True)])
+def test_blocks_beside_blocks_are_part_of_the_graph(kind, published, reduce):
+    options = {"kind": "repnet", "published": published, "blocks": [1, 2, 3]}
+    model = make_model(kind, train_blocks=(), adapter=[options], tokens=TokensConfig(reduce=reduce))
+    for parameters in model.adapter_parameters.values():
+        for i, parameter in enumerate(parameters):
+            parameter.data.add_(0.2 * normal(*parameter.shape, seed=i))
+    assert_same(model)
+
+
 ODD_LAYERS = {
     "SwiGLU, RMS norms": {"mlp_layer": timm_layers.SwiGLU, "norm_layer": timm_layers.RmsNorm, "act_layer": nn.SiLU},
     "packed SwiGLU": {"mlp_layer": timm_layers.SwiGLUPacked, "act_layer": nn.SiLU},

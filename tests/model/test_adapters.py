@@ -148,10 +148,11 @@ def test_merged_it_is_one_layer_with_the_same_output():
 @pytest.mark.parametrize(
     "adapter, message",
     [
-        ("lorra", "adapter = 'lorra': one of lora, adaptformer, ladder; did you mean 'lora'?"),
+        ("lorra", "adapter = 'lorra': one of lora, adaptformer, repnet, ladder; did you mean 'lora'?"),
         ({"kind": "lora", "rank": 0}, "adapter.rank = 0: at least 1"),
         ({"kind": "adaptformer", "width": 0}, "adapter.width = 0: at least 1"),
         ({"kind": "adaptformer", "scale": 0.0}, "adapter.scale = 0.0: above 0"),
+        ({"kind": "repnet", "published": "no"}, "adapter.published = 'no'"),
         ({"kind": "lora", "layers": ["attn.q"]}, "adapter.layers = ['attn.q']: some of attn.qkv"),
         ([{"kind": "lora", "layers": ["mlp.fc1"], "blocks": [3]}], "this block has no such linear layer"),
     ],

@@ -166,12 +166,10 @@ def written_down(model, images):
     vit = as_timm_makes_it(model).vit
     x = vit._pos_embed(vit.patch_embed(images))
     for layer, plan in zip(vit.blocks, model.plan, strict=True):
-        batch, n, width = x.shape
-        attn = layer.attn
-        qkv = attn.qkv(layer.norm1(x)).reshape(batch, n, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
-        weights = ((q * attn.scale) @ k.transpose(-2, -1)).softmax(-1)
-        x = x + attn.proj((weights @ v).transpose(1, 2).reshape(batch, n, width))
+        (_, n, width), entering = x.shape, x
+        y, weights = attention_written_down(layer, x)
+        x = x + y
+        del y
         if plan.keep_rate < 1:
             scores, patches = weights[:, :, 0, 1:].mean(1), x[:, 1:]
             kept = -(-(n - 1) // 2)
@@ -185,7 +183,18 @@ def written_down(model, images):
             x = torch.cat(parts, 1)
         hidden = layer.norm2(x)
         x = x + (experts_written_down(layer.mlp, hidden) if plan.moe else layer.mlp(hidden))
+        if plan.adapter is not None:
+            side = layer.beside_block
+            middle = entering + attention_written_down(side, entering)[0]
+            x = x + (middle + side.mlp(side.norm2(middle)))
     return model.heads["one"](vit.norm(x)[:, 0])
+
+
+def attention_written_down(block, x):
+    (batch, n, width), attn = x.shape, block.attn
+    q, k, v = attn.qkv(block.norm1(x)).reshape(batch, n, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    weights = ((q * attn.scale) @ k.transpose(-2, -1)).softmax(-1)
+    return attn.proj((weights @ v).transpose(1, 2).reshape(batch, n, width)), weights
 
 
 def experts_written_down(moe: MoE, hidden):
@@ -221,6 +230,22 @@ def test_what_plain_autograd_keeps_is_what_the_hooks_see(trainable, drop, fuse, 
         moe_blocks=experts,
         tokens=replace(tokens, fuse=fuse),
         renormalize_gates=False,
+    )
+    images = normal(2, 3, 16, 16)
+    saved = saved_storages(lambda: written_down(model, images), list(model.parameters()))
+    assert 2 * sum(autograd_rule.kept(from_model(model)).values()) == sum(t.untyped_storage().nbytes() for t in saved)
+
+
+def test_blocks_beside_frozen_ones_are_charged_as_their_shapes_say():
+    kept = bsr_rule.memory(shape(replace(DEIT, trainable=(), beside=(3, 7, 11)))).kept
+    assert {name: size for name, size in kept.items() if name.startswith("beside")} == dict.fromkeys(
+        (f"beside block {index}" for index in (3, 7, 11)), 16 * T + A
+    )
+    assert [kept[f"block {index}"] for index in (3, 4, 7, 11)] == [0, 7 * T + A, 7 * T + A, 7 * T + A]
+    both = bsr_rule.memory(shape(replace(DEIT, trainable=(3,), beside=(3,)))).kept
+    assert both["block 3"] == both["beside block 3"] == 16 * T + A
+    model = make_model(
+        train_blocks=(), drop_blocks=(), adapter=[{"kind": "repnet", "published": True, "blocks": [1, 3]}]
     )
     images = normal(2, 3, 16, 16)
     saved = saved_storages(lambda: written_down(model, images), list(model.parameters()))

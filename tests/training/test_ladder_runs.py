@@ -88,7 +88,7 @@ def test_all_tasks_are_answered_from_one_pass_and_a_graph_is_refused(whole, tmp_
     pytest.importorskip("onnx")
     from moe_bsr.export.bundle import export
 
-    with pytest.raises(ConfigError, match="adapter = 'ladder': lora, adaptformer or null can be exported"):
+    with pytest.raises(ConfigError, match="adapter = 'ladder': lora, adaptformer, repnet or null can be exported"):
         export(run, tmp_path / "bundle")
     assert not list(tmp_path.iterdir())
 

@@ -2,9 +2,11 @@
 
 An adapter is a function `attach(block, options, seed) -> parameters` that puts its layers into a timm block in
 place, so that at the start the block computes what it did, and returns their parameters. Its layers stand in one of
-two places. Either they take that of a layer they wrap: the block's forward calls whatever stands there. Or it is one
+three places. Either they take that of a layer they wrap: the block's forward calls whatever stands there. Or it is one
 module under the name `BESIDE_FFN`, whose output is added to that of the FFN and which is given the stream before the
-FFN's norm, (B, N, D) -> (B, N, D). To add one, write a file here that registers it and name the file in `_KINDS`.
+FFN's norm, (B, N, D) -> (B, N, D). Or one under `BESIDE_BLOCK`, whose output is added to the block's and which is given
+the tokens that enter the block and are left by it. To add one, write a file here that registers it and name the file in
+`_KINDS`.
 """
 
 import importlib
@@ -30,8 +32,9 @@ class Adapter:
 ADAPTERS: Registry[Adapter] = Registry("adapter")
 
 BESIDE_FFN = "beside_ffn"
+BESIDE_BLOCK = "beside_block"
 
-_KINDS = ("lora", "adaptformer", "ladder")  # files whose import registers what they define
+_KINDS = ("lora", "adaptformer", "repnet", "ladder")  # files whose import registers what they define
 for _name in _KINDS:
     importlib.import_module(f"{__name__}.{_name}")
 

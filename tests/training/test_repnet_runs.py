@@ -1,0 +1,60 @@
+"""A run with blocks beside blocks: resumed it is the same to the bit, loaded it answers the same, and they go on."""
+
+import pytest
+import torch
+from tiny_runs import crashed_and_resumed, make_config, make_trainer, state_of
+
+import moe_bsr
+from moe_bsr.model.summary import table
+from moe_bsr.runs.warm_start import build_from
+
+pytestmark = pytest.mark.usefixtures("bare")
+
+BESIDE = {
+    "adapter": [{"kind": "repnet", "blocks": [1, 4]}],
+    "plan__train_blocks": [],
+    "plan__moe_blocks": [],
+    "train__evaluate_test": False,
+    "train__steps": 5,
+    "train__checkpoint_every": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nobody interrupted: its configuration and trainer."""
+    folder = tmp_path_factory.mktemp("repnet")
+    trainer = make_trainer(config := make_config(folder, **BESIDE), folder / "run")
+    trainer.fit()
+    return config, trainer
+
+
+def test_resumed_it_is_the_run_that_was_not_interrupted(whole, tmp_path, monkeypatch):
+    config, trainer = whole
+    resumed = crashed_and_resumed(monkeypatch, config, tmp_path / "run")
+    for group in ("weights", "optimizer"):
+        mine, theirs = trainer.state.state_dict()[group], resumed.state.state_dict()[group]
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_loaded_it_answers_the_same_and_another_run_takes_its_blocks(whole):
+    config, trainer = whole
+    images = torch.randn(3, 3, 32, 32)
+    loaded = moe_bsr.load(trainer.folder, "last", device="cpu").models["shapes"]
+    trainer.model.eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(images, "shapes").logits, trainer.model(images, "shapes").logits)
+    classes = {name: data.class_names for name, data in trainer.tasks.items()}
+    model, told = build_from(str(trainer.folder), config, classes)
+    assert any("adapters of blocks 1, 4" in line for line in told)
+    blocks = {name: value for name, value in state_of(model).items() if "beside_block" in name}
+    state = moe_bsr.load(trainer.folder, device="cpu").models["shapes"].state_dict()  # the best
+    assert len(blocks) == 24 and all(torch.equal(value, state[name]) for name, value in blocks.items())
+    assert float(blocks["vit.blocks.4.beside_block.mlp.fc2.weight"].abs().max()) > 0
+
+
+def test_the_plan_told_before_training_counts_them(whole):
+    lines = table(whole[1].model, whole[0])
+    assert lines[2].count("yes") == 1 and "repnet(published=False)" in lines[2]  # on the path, its own weights frozen
+    first, second = (int(line.split()[-1].strip("()").replace(",", "")) for line in lines[1:3])
+    assert (first, second) == (0, sum(p.numel() for p in whole[1].model.adapter_parameters[1]))
