@@ -28,7 +28,7 @@ from moe_bsr.cost.update_section import Update, trace_update
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.runtime import cpu_features as cpu
 from moe_bsr.runtime.device import Runtime, find_device
-from moe_bsr.training.drawn_blocks import dearest_update
+from moe_bsr.training.drawn_blocks import costliest_update
 
 
 @dataclass(slots=True)
@@ -105,7 +105,7 @@ def _predict(step: "_Step", config: Config, task: str | None, all_tasks: bool) -
     micro_batches = [name for name in tasks for _ in range(config.train.grad_accumulation_steps if all_tasks else 1)]
     timeline, first, passes = Timeline(), None, 1 if step.setting.differentiates else 2
     done: list[list[Placed]] = []
-    with dearest_update(model, config) as resting:
+    with costliest_update(model, config) as resting:
         for name in micro_batches:
             copy = step.copy(name)
             timeline.add(copy)

@@ -51,8 +51,8 @@ def summary(model: MultitaskViT, config: Config) -> list[str]:
     ]
     if (blocks := config.train.alast.blocks) is not None:
         lines.append(
-            f"{blocks} of them train in an update, drawn by their budgets, on fewer tokens (ALaST); what is predicted "
-            "of an update is the most that one can take"
+            f"{blocks} of {len(model.plan)} blocks train in an update, drawn by budgets, which say on how many tokens "
+            "(ALaST); what is predicted is the most that an update can take"
         )
     if config.train.only is not None:
         parts = [f"{task} ({_own(model, task)})" for task in config.train.only]

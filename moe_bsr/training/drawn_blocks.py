@@ -72,10 +72,10 @@ def following(model: MultitaskViT) -> Iterator[list[list[Tensor]]]:
         del model.run_block
 
 
-# --- the dearest update, for whoever predicts or measures ---
+# --- the costliest update, for whoever predicts or measures ---
 
 
-def dearest(model: MultitaskViT, config: Config) -> list[int]:
+def costliest(model: MultitaskViT, config: Config) -> list[int]:
     """The blocks whose update takes most memory: the first, which puts all others on the gradient path, and the last
     ones, whose gradients are there while most is kept. No token is dropped then, for budgets may rise to 1.
 
@@ -86,13 +86,13 @@ def dearest(model: MultitaskViT, config: Config) -> list[int]:
 
 
 @contextlib.contextmanager
-def dearest_update(model: MultitaskViT, config: Config) -> Iterator[set[str]]:
+def costliest_update(model: MultitaskViT, config: Config) -> Iterator[set[str]]:
     """The model for that update while the context lasts, if it is trained so; yields the names of what does not train
     in it and does in others, whose optimizer state is there all the same."""
     if config.train.alast.blocks is None:
         yield set()
         return
-    with drawn(model, dearest(model, config), [1.0] * len(model.plan)):
+    with drawn(model, costliest(model, config), [1.0] * len(model.plan)):
         yield {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
 
 
@@ -100,7 +100,7 @@ def settle(model: MultitaskViT, config: Config, optimizer: torch.optim.Optimizer
     """Leave a model in that update for good, as it comes after others: every weight has its optimizer state."""
     if config.train.alast.blocks is None:
         return
-    _train(model, dearest(model, config))
+    _train(model, costliest(model, config))
     for parameter in (p for p in model.parameters() if not p.requires_grad):
         state = state_of(optimizer, parameter)
         optimizer.state[parameter] = {

@@ -325,7 +325,7 @@ def random_batch(images: int, size: int, classes: int, device: torch.device) -> 
 def training_step(
     model: MultitaskViT, config: Config, runtime: Runtime, *, batch: int, task: str | None = None
 ) -> TrainingStep:
-    """A step of one of our models the way the trainer takes it, on random images; the dearest, where steps differ.
+    """A step of one of our models the way the trainer takes it, on random images; the costliest, where steps differ.
 
     Args:
         model: on the device already (`runtime.place`). batch: images of the micro-batch.

@@ -225,14 +225,14 @@ PLAN = {key: value for key, value in FULL.items() if key.startswith(("plan", "to
 ALONE = {"runtime__device": "cpu", "runtime__precision": "fp32", "runtime__threads": 1}
 
 
-def test_the_prediction_is_of_the_dearest_draw_and_no_update_takes_more(monkeypatch):
+def test_the_prediction_is_of_the_costliest_draw_and_no_update_takes_more(monkeypatch):
     config = configuration.replace(Config(), **PLAN, **ALONE, train__alast__blocks=2)
     model, about = MultitaskViT(make_vit(), config, CLASSES), {"batch": 16, "precision": "fp32", "task": "two"}
     told = prediction.predict(model, config, **about)
     peaks = {}
     for blocks in combinations(range(4), 2):
         with monkeypatch.context() as patch:
-            patch.setattr(drawn_blocks, "dearest", lambda *_, blocks=blocks: blocks)
+            patch.setattr(drawn_blocks, "costliest", lambda *_, blocks=blocks: blocks)
             peaks[blocks] = prediction.predict(model, config, **about).peak
     assert told.peak == max(peaks.values()) > min(peaks.values())
 
