@@ -31,20 +31,27 @@ def require_whole_blocks(config: "Config") -> None:
     Raises:
         ConfigError: naming the key.
     """
-    blocks, train, plan = config.train.alast.blocks, config.train, config.plan
+    train, plan, solver = config.train, config.plan, config.train.optimizer
+    blocks = train.alast.blocks
     if blocks is None:
         return
-    for key, value, fits, told in (
-        ("plan.train_blocks", plan.train_blocks, plan.train_blocks == "all", "all: an update draws among them"),
-        ("plan.train_weights", plan.train_weights, plan.train_weights == "all", "all: blocks train as a whole"),
-        ("plan.drop_blocks", plan.drop_blocks, not plan.drop_blocks, "[]: budgets say where tokens are dropped"),
-        ("plan.moe_blocks", plan.moe_blocks, not plan.moe_blocks, "[]: experts need every update to be balanced"),
-        ("adapter", config.adapter, config.adapter is None, "null: it would train in blocks that are not drawn"),
-        ("tokens.reduce", config.tokens.reduce, not config.tokens.merges, "drop: the class token's attention ranks"),
-        ("tokens.fuse", config.tokens.fuse, config.tokens.fuse == "none", "none: tokens are dropped for good"),
-        ("sampler.kind", config.sampler.kind, config.sampler.kind != "joint", "another: budgets are of one task"),
-        ("train.only", train.only, train.only is None, "null: blocks train"),
-        ("train.step_in_backward", train.step_in_backward, not train.step_in_backward, "false: some weights rest"),
-        ("train.optimizer", train.optimizer, train.optimizer not in ("lbfgs", "mezo"), "adamw, adamw8 or sgd"),
+    for key, value, fits, allowed, why in (
+        ("plan.train_blocks", plan.train_blocks, plan.train_blocks == "all", "all", "an update draws among them"),
+        ("plan.train_weights", plan.train_weights, plan.train_weights == "all", "all", "blocks train as a whole"),
+        ("plan.drop_blocks", plan.drop_blocks, not plan.drop_blocks, "[]", "budgets say where tokens are dropped"),
+        ("plan.moe_blocks", plan.moe_blocks, not plan.moe_blocks, "[]", "experts need every update to be balanced"),
+        ("adapter", config.adapter, config.adapter is None, "null", "it would train in blocks that are not drawn"),
+        ("tokens.reduce", config.tokens.reduce, not config.tokens.merges, "drop", "the class token's attention ranks"),
+        ("tokens.fuse", config.tokens.fuse, config.tokens.fuse == "none", "none", "tokens are dropped for good"),
+        ("sampler.kind", config.sampler.kind, config.sampler.kind != "joint", "another", "budgets are of one task"),
+        ("train.only", train.only, train.only is None, "null", "blocks train"),
+        ("train.step_in_backward", train.step_in_backward, not train.step_in_backward, "false", "some weights rest"),
+        (
+            "train.optimizer",
+            solver,
+            solver not in ("lbfgs", "mezo"),
+            "adamw, adamw8 or sgd",
+            "blocks train by gradients",
+        ),
     ):
-        require(fits, key, value, f"with train.alast.blocks = {blocks} {told}")
+        require(fits, key, value, f"{allowed} with train.alast.blocks = {blocks}: {why}")
