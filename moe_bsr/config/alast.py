@@ -46,12 +46,6 @@ def require_whole_blocks(config: "Config") -> None:
         ("sampler.kind", config.sampler.kind, config.sampler.kind != "joint", "another", "budgets are of one task"),
         ("train.only", train.only, train.only is None, "null", "blocks train"),
         ("train.step_in_backward", train.step_in_backward, not train.step_in_backward, "false", "some weights rest"),
-        (
-            "train.optimizer",
-            solver,
-            solver not in ("lbfgs", "mezo"),
-            "adamw, adamw8 or sgd",
-            "blocks train by gradients",
-        ),
+        ("train.optimizer", solver, solver not in ("lbfgs", "mezo"), "adamw, adamw8 or sgd", "they step by gradients"),
     ):
         require(fits, key, value, f"{allowed} with train.alast.blocks = {blocks}: {why}")
