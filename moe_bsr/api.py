@@ -32,7 +32,7 @@ from moe_bsr.runtime import memory
 from moe_bsr.runtime.device import Runtime, find_device, prepare
 from moe_bsr.runtime.distributed import joined
 from moe_bsr.runtime.files import write_whole
-from moe_bsr.training import lr_finder
+from moe_bsr.training import alast, lr_finder
 from moe_bsr.training.about import about
 from moe_bsr.training.callback import Callback
 from moe_bsr.training.feature_cache import FeatureCache, make_inputs
@@ -131,6 +131,7 @@ def check(config: Config) -> None:
     SAMPLERS.choose(config.sampler.kind)
     require_loggers(config.train.log_to)
     model = build_on_meta(config, dict.fromkeys(config.task_names(), 2))
+    alast.check(model, config)
     run.make_transforms(config, model)
     _check_parameters(model, find_device(config.runtime.device))
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from moe_bsr.config.alast import require_whole_blocks
 from moe_bsr.config.errors import require, require_within
 from moe_bsr.config.moe import MoEConfig
 from moe_bsr.config.task_folders import name_of
@@ -232,6 +233,7 @@ class Config:
                 "several tasks are written [a, b]",
             )
         require(len(set(names)) == len(names), "tasks", self.tasks, "each task once")
+        require_whole_blocks(self)
         if self.train.optimizer == "lbfgs":
             self._require_probe()
         else:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from moe_bsr.config.alast import AlastConfig
 from moe_bsr.config.errors import require, require_within
 
 LENGTHS = ("steps", "epochs", "minutes")  # the units of a run's length; it is said in one of them
@@ -23,6 +24,7 @@ class TrainConfig:
     optimizer: Literal["sgd", "adamw", "adamw8", "lbfgs", "mezo"] = "adamw"
     mezo_distance: float = 1e-3
     step_in_backward: bool = False
+    alast: AlastConfig = field(default_factory=AlastConfig)
     penalty: Literal["best", "mild"] | float = "best"
     lr: float = 1e-3
     schedule: Literal["cosine", "constant_then_decay"] = "cosine"

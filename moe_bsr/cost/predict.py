@@ -28,6 +28,7 @@ from moe_bsr.cost.update_section import Update, trace_update
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.runtime import cpu_features as cpu
 from moe_bsr.runtime.device import Runtime, find_device
+from moe_bsr.training.drawn_blocks import costliest_update
 
 
 @dataclass(slots=True)
@@ -104,20 +105,21 @@ def _predict(step: "_Step", config: Config, task: str | None, all_tasks: bool) -
     micro_batches = [name for name in tasks for _ in range(config.train.grad_accumulation_steps if all_tasks else 1)]
     timeline, first, passes = Timeline(), None, 1 if step.setting.differentiates else 2
     done: list[list[Placed]] = []
-    for name in micro_batches:
-        copy = step.copy(name)
-        timeline.add(copy)
-        for _ in range(passes):
-            places = step.places(name)
-            kept = timeline.forward(places)
-        timeline.add(-copy)
-        timeline.backward(places)
-        done.append(places)
-        if first is None:
-            first = kept, dict(timeline.peaks_without), places
+    with costliest_update(model, config) as resting:
+        for name in micro_batches:
+            copy = step.copy(name)
+            timeline.add(copy)
+            for _ in range(passes):
+                places = step.places(name)
+                kept = timeline.forward(places)
+            timeline.add(-copy)
+            timeline.backward(places)
+            done.append(places)
+            if first is None:
+                first = kept, dict(timeline.peaks_without), places
     kept, transients, places = first
     gradients = sum(place.section.gradients for places in done for place in places)
-    everything = [n for n, p in model.named_parameters() if p.requires_grad] if all_tasks else step.trained
+    everything = [n for n, p in model.named_parameters() if p.requires_grad] if all_tasks else step.trained | resting
     update = step.update(everything)
     timeline.peaks["optimizer"] = timeline.live + update.rise
     transients["optimizer"] = timeline.live_without + update.rise

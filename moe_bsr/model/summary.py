@@ -49,6 +49,11 @@ def summary(model: MultitaskViT, config: Config) -> list[str]:
         f"{config.backbone.name} ({config.backbone.weights}), {model.vit.patch_embed.img_size[0]} px, "
         f"{len(model.plan)} blocks; {total / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained"
     ]
+    if (blocks := config.train.alast.blocks) is not None:
+        lines.append(
+            f"{blocks} of {len(model.plan)} blocks train in an update, drawn by budgets, which say on how many tokens "
+            "(ALaST); what is predicted is the most that an update can take"
+        )
     if config.train.only is not None:
         parts = [f"{task} ({_own(model, task)})" for task in config.train.only]
         lines.append(f"all is frozen but what is their own of {', '.join(parts)}")

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from moe_bsr.config import Config, DataConfig, SamplerConfig
+from moe_bsr.config.alast import AlastConfig
 from moe_bsr.config.schema import AUGMENT_KEYS
 from moe_bsr.data import TaskData
 from moe_bsr.data.loader import Batch
@@ -51,6 +52,7 @@ def probe_config(config: Config, head_blocks: Iterable[int] | None = None) -> Co
             config.train,
             optimizer="lbfgs",
             step_in_backward=False,
+            alast=AlastConfig(),
             steps=1 if config.train.minutes is None else None,
             epochs=None,
             patience=None,

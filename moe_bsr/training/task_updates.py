@@ -4,6 +4,7 @@ Several processes share each batch. What they exchange comes before the optimize
 them is lost has changed nothing.
 """
 
+import contextlib
 import math
 
 import torch
@@ -12,6 +13,7 @@ from moe_bsr.config import Config
 from moe_bsr.data.loader import Batch
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.runtime.interrupt import RankLost
+from moe_bsr.training.alast import alast_of
 from moe_bsr.training.class_weights import balanced
 from moe_bsr.training.inputs import Inputs
 from moe_bsr.training.mixing import Mixing
@@ -48,6 +50,7 @@ class TaskUpdates:
         }
         self.weights = task_weights(list(tasks), settings)
         self.mixing = Mixing(settings, classes) if settings.mixup or settings.cutmix else None
+        self.alast = alast_of(model, config, self.ranks)
         self.pcgrad = PCGrad() if settings.task_weighting == "pcgrad" else None
 
     def take(self, batches: list[Batch], step: int) -> tuple[list[BatchResult], float | None]:
@@ -85,24 +88,26 @@ class TaskUpdates:
         return results, norm
 
     def learned(self, task: str) -> dict[str, float]:
-        """The weight of a task's loss, where it is learned."""
+        """The weight of a task's loss, and its blocks' budgets, where these are learned."""
         log_variances = self.update.model.log_variances
-        return {"task_weight": math.exp(-log_variances[task].item())} if task in log_variances else {}
+        weight = {"task_weight": math.exp(-log_variances[task].item())} if task in log_variances else {}
+        return weight if self.alast is None else weight | self.alast.numbers(task)
 
     def _backward(self, batch: Batch, place: int, tasks: int, step: int) -> BatchResult:
         """The gradient of the batch that is number `place` of so many tasks' in this update."""
         micro_batches = self.config.train.grad_accumulation_steps
-        result = accumulate(
-            self.update,
-            batch,
-            micro_batches,
-            share=self.weights[batch.task] / tasks,
-            noise_key=(self.config.seed, step),
-            first=place * micro_batches,
-            prepare=self.inputs.prepare,
-            mix=self.mixing,
-            ranks=self.ranks,
-        )
+        with contextlib.nullcontext() if self.alast is None else self.alast.update(step, batch.task):
+            result = accumulate(
+                self.update,
+                batch,
+                micro_batches,
+                share=self.weights[batch.task] / tasks,
+                noise_key=(self.config.seed, step),
+                first=place * micro_batches,
+                prepare=self.inputs.prepare,
+                mix=self.mixing,
+                ranks=self.ranks,
+            )
         if not math.isfinite(result.loss + result.auxiliary_loss):
             loss = f"loss {result.loss} (auxiliary {result.auxiliary_loss})"
             raise NotFinite(f"{loss} at step {step + 1}, task {batch.task}")

@@ -28,6 +28,7 @@ from moe_bsr.data.loader import Batch
 from moe_bsr.model.multitask import MultitaskViT, Output
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.runtime.distributed import Alone
+from moe_bsr.training.drawn_blocks import settle
 from moe_bsr.training.mezo import MeZO, estimator_of
 from moe_bsr.training.optim import MovingAverage, clip_gradients, make_optimizer
 from moe_bsr.training.step_in_backward import StepInBackward
@@ -287,13 +288,7 @@ class TrainingStep(OptimizerUpdate):
     """An update of one micro-batch that is the same every time; `run` does all its phases."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        runtime: Runtime,
-        optimizer: Optimizer | None,
-        *,
-        inputs: tuple = (),
-        **parts: Any,
+        self, model: nn.Module, runtime: Runtime, optimizer: Optimizer | None, *, inputs: tuple = (), **parts: Any
     ) -> None:
         """
         Args:
@@ -330,7 +325,7 @@ def random_batch(images: int, size: int, classes: int, device: torch.device) -> 
 def training_step(
     model: MultitaskViT, config: Config, runtime: Runtime, *, batch: int, task: str | None = None
 ) -> TrainingStep:
-    """A step of one of our models the way the trainer takes it, on random images.
+    """A step of one of our models the way the trainer takes it, on random images; the costliest, where steps differ.
 
     Args:
         model: on the device already (`runtime.place`). batch: images of the micro-batch.
@@ -341,6 +336,7 @@ def training_step(
         batch, model.vit.patch_embed.img_size[0], model.heads[task].out_features, runtime.device
     )
     optimizer = make_optimizer(model, config.train)
+    settle(model, config, optimizer)
     return TrainingStep(
         model,
         runtime,
