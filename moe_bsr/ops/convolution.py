@@ -96,8 +96,10 @@ class _NormedConvolution(torch.autograd.Function):
             False,
             [0, 0],
             conv.groups,
-            (needs_x, x is not None, needs_shift),
+            (needs_x, x is not None, needs_shift and x is not None),
         )
+        if needs_shift and x is None:  # the operator would compute the weight's gradient on the way
+            grad_shift = grad.sum((0, 2, 3))
         grad_weight = grad_scale = None
         if grad_folded is not None:
             grad_folded = grad_folded.to(scale.dtype)
