@@ -175,7 +175,7 @@ def _patches_backward(threads: int, args: Sequence[Any], result: Any) -> float:
 
 
 def _convolution(threads: int, args: Sequence[Any], result: Any) -> float:
-    """The weight and the larger of input and result in oneDNN's layout; of three channels it takes the input as it is."""
+    """The weight and the larger of input and result in oneDNN's layout; it takes three channels as they are."""
     x, weight, _, stride, padding, *_ = args
     if _is_patches(weight, stride, padding) or x.shape[1] < 8:
         return _patches(threads, args, result)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moe_bsr.config import BackboneConfig, Config
+from moe_bsr.config import BackboneConfig, Config, require
 from moe_bsr.config.registry import Registry
 
 
@@ -43,6 +43,7 @@ class Backbone:
         image_side: network -> pixels of an image's side.
         forward: of a block: (block, Tokens, context, task, replay, noise_key, needs_output) -> Tokens and its Record.
         check: (config, plan) raises ConfigError where the family cannot do what is asked of it.
+        of_tokens: whether it is a Vision Transformer, see `require_tokens`.
     """
 
     accepts: Callable[[str], bool]
@@ -54,6 +55,7 @@ class Backbone:
     image_side: Callable[[nn.Module], int]
     forward: Callable[..., tuple[Any, Any]]
     check: Callable[[Config, list[Any]], None] = lambda config, plan: None
+    of_tokens: bool = True
 
 
 BACKBONES: Registry[Backbone] = Registry("backbone.name")
@@ -63,6 +65,16 @@ def family_of(config: BackboneConfig) -> Backbone:
     """The family that accepts the name; "vit" is asked last, and refuses names that nobody knows."""
     asked = sorted(BACKBONES, key=lambda kind: kind == "vit")
     return next(BACKBONES[kind] for kind in asked if BACKBONES[kind].accepts(config.name))
+
+
+def require_tokens(config: BackboneConfig, what: str) -> None:
+    """Refuse a backbone without tokens for what is made for Vision Transformers alone.
+
+    Raises:
+        ConfigError: names the backbone, and what was asked.
+    """
+    of_tokens = family_of(config).of_tokens
+    require(of_tokens, "backbone.name", config.name, f"no Vision Transformer, and {what} is made for these alone")
 
 
 _KINDS = ("resnet", "vit")  # files whose import registers what they define

@@ -218,6 +218,15 @@ def _load_file(resnet: ResNet, file: Path, config: BackboneConfig) -> None:
 
 BACKBONES.register("resnet")(
     Backbone(
-        accepts, create_on_meta, load, image_settings, embed, pool, lambda network: network.image_size, forward, check
+        accepts,
+        create_on_meta,
+        load,
+        image_settings,
+        embed,
+        pool,
+        lambda network: network.image_size,
+        forward,
+        check,
+        of_tokens=False,
     )
 )
