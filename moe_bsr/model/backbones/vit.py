@@ -323,15 +323,14 @@ def misfits(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -
     ]
 
 
-BACKBONES.register("vit")(
-    Backbone(
-        lambda name: True,
-        create_on_meta,
-        load,
-        image_settings,
-        embed,
-        pool,
-        lambda vit: vit.patch_embed.img_size[0],
-        block.forward,
-    )
+FAMILY = Backbone(
+    lambda name: True,
+    create_on_meta,
+    load,
+    image_settings,
+    embed,
+    pool,
+    lambda vit: vit.patch_embed.img_size[0],
+    block.forward,
 )
+BACKBONES.register("vit")(FAMILY)
