@@ -5,11 +5,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import yaml
 from tiny_runs import make_config, make_trainer, state_of
 
 import moe_bsr
 from moe_bsr import config as configuration
 from moe_bsr.benchmark.measure import measure
+from moe_bsr.cli.main import main
 from moe_bsr.cost import kernel_scratch
 from moe_bsr.cost.predict import predict
 from moe_bsr.model.multitask import build
@@ -81,6 +83,30 @@ def test_maps_are_cached_as_tokens_are(finished, kind):
         assert tokens.origin is None and not records and model.forward_from(tokens, "shapes").logits.isfinite().all()
     largest = x.abs().amax((2, 3), keepdim=True)
     assert torch.equal(x, again) if kind == "exact" else bool(((x - again).abs() <= largest / 254 + 1e-6).all())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "export RUN",
+        "views RUN --no-serve",
+        "share RUN --timm OUT --task shapes",
+        "drops CONFIG",
+        "fit CONFIG --minutes 1 --run OUT",
+        "cost CONFIG --mode paper",
+        "cost CONFIG --sweep",
+        "cost CONFIG --plans --budget 2GB --no-measure",
+        "compare-methods CONFIG --out OUT",
+    ],
+)
+def test_commands_made_for_tokens_refuse_in_a_line(finished, command, tmp_path, capsys):
+    config, run, _ = finished
+    file = tmp_path / "resnet.yaml"
+    file.write_text(yaml.safe_dump(configuration.to_dict(config)))
+    places = {"RUN": str(run), "CONFIG": str(file), "OUT": str(tmp_path / "out")}
+    assert main([places.get(word, word) for word in command.split()]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and "resnet10t" in said[0] and "no Vision Transformer" in said[0], said
 
 
 @pytest.mark.skipif(kernel_scratch.cpu_kind() != kernel_scratch.AVX2, reason="kernels measured on Zen 3 alone")
