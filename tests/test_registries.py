@@ -25,7 +25,8 @@ from moe_bsr.model.storage import STORAGES
 pytestmark = pytest.mark.usefixtures("light")
 
 # A small network of each family of backbones: name and input side in pixels.
-SMALLEST = {"vit": ("test_vit", 32)}
+SMALLEST = {"resnet": ("resnet10t", 32), "vit": ("test_vit", 32)}
+MAPS = {"plan__train_blocks": [1], "plan__drop_blocks": [], "plan__moe_blocks": []}  # of what has no tokens
 
 # What a configuration says to choose an entry; a function of the entry's name.
 CHOICES = {
@@ -40,7 +41,10 @@ CHOICES = {
     ),
     "backbone": (
         BACKBONES,
-        lambda kind: {"backbone__name": SMALLEST[kind][0], "backbone__image_size": SMALLEST[kind][1]},
+        lambda kind: (
+            {"backbone__name": SMALLEST[kind][0], "backbone__image_size": SMALLEST[kind][1]}
+            | ({} if BACKBONES[kind].of_tokens else MAPS)
+        ),
     ),
     "source": (SOURCES, lambda kind: {}),  # the task file says it: `configuration`
 }
@@ -82,7 +86,7 @@ def test_an_update_moves_what_was_declared_and_the_checkpoint_gives_it_back(regi
     assert after.keys() == before.keys()
     moved = {name for name in parameters if not torch.equal(before[name], after[name])}
     # Behind zeros nothing has a gradient yet, and biases do not decay.
-    behind_zeros = ("beside_ffn.down.", "beside_block.", "ladder.side.", "ladder.norm.")
+    behind_zeros = ("beside_ffn.down.", "beside_block.", "ladder.side.", "ladder.norm.", "vit.blocks.1.bn1.")
     still = {name for name, p in parameters.items() if p.ndim < 2 and any(each in name for each in behind_zeros)}
     assert moved | still == declared(trainer.model, trainer.sampler.tasks(0))
     assert any(name.startswith("heads.") for name in moved) and len(moved) < len(parameters)

@@ -7,13 +7,13 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from moe_bsr import config as configuration
 from moe_bsr.benchmark.measure import Measured, measure
 from moe_bsr.config import Config
 from moe_bsr.cost.predict import Cost, predict
-from moe_bsr.model.backbones import vit as backbone
+from moe_bsr.model.backbones import family_of
 from moe_bsr.model.multitask import MultitaskViT, Output
 from moe_bsr.model.storage import STORAGES
 from moe_bsr.runtime.device import prepare
@@ -42,7 +42,7 @@ def run(
     classes: dict[str, int],
     *,
     batch: int,
-    vit: VisionTransformer | None = None,
+    vit: nn.Module | None = None,
     micro_batches: int = 1,
 ) -> tuple[Cost, Measured]:
     """The prediction for a step of the task with most classes, and its measurement, on random weights.
@@ -74,8 +74,8 @@ def run(
     return predict(model, config, **about, all_tasks=micro_batches > 1), seen
 
 
-def random_backbone(config: Config) -> VisionTransformer:
-    return backbone.load(dataclasses.replace(config.backbone, weights="random"))
+def random_backbone(config: Config) -> Any:
+    return family_of(config.backbone).load(dataclasses.replace(config.backbone, weights="random"), 0)
 
 
 def compare(cost: Cost, seen: Measured) -> dict[str, dict[str, float]]:

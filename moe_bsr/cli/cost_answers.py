@@ -12,6 +12,7 @@ from moe_bsr.cost import planner as budget
 from moe_bsr.cost import scaling
 from moe_bsr.cost.absent_gpu import absent_gpu, is_absent_gpu
 from moe_bsr.cost.predict import Cost, predict
+from moe_bsr.model.backbones import require_tokens
 from moe_bsr.model.multitask import MultitaskViT, build_on_meta
 from moe_bsr.paper import backrazor_rule as backrazor
 from moe_bsr.paper import bsr_rule as paper
@@ -40,7 +41,7 @@ def answer(
     batch = config.train.batch_size // config.train.grad_accumulation_steps
     model = build_on_meta(config, classes)
     if arguments.mode != "exact":
-        result, lines, status = rule_answer(model, batch, arguments.mode)
+        result, lines, status = rule_answer(config, model, batch, arguments.mode)
         return result, [*notes, *lines], status
     runtime = prepare(config.runtime) if arguments.measure or not is_absent_gpu(config) else absent_gpu(config)
     cost = predict(model, config, batch=batch, precision=runtime.precision, all_tasks=True)
@@ -88,8 +89,9 @@ def answer(
     return result, lines, status
 
 
-def rule_answer(model: MultitaskViT, batch: int, mode: str) -> tuple[dict[str, Any], list[str], int]:
+def rule_answer(config: Config, model: MultitaskViT, batch: int, mode: str) -> tuple[dict[str, Any], list[str], int]:
     """The cost by a published rule: float32, activations and 8-bit frozen weights, nothing else."""
+    require_tokens(config.backbone, f"--mode {mode}")
     shape = from_model(model)
     estimate = RULES[mode](shape, batch)
     result = {
@@ -119,6 +121,7 @@ def rule_answer(model: MultitaskViT, batch: int, mode: str) -> tuple[dict[str, A
 def sweep_answer(
     config: Config, classes: dict[str, int], arguments: argparse.Namespace
 ) -> tuple[dict[str, Any], list[str], int]:
+    require_tokens(config.backbone, "--sweep")
     records = []
     for record in cost_check.sweep(
         config,

@@ -41,12 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from moe_bsr.model.backbones import require_tokens
     from moe_bsr.runs.load import load
     from moe_bsr.visualize import expert_report
 
     loaded = load(
         arguments.run, arguments.checkpoint, arguments.data_root, arguments.device, arguments.weights, arguments.task
     )
+    require_tokens(loaded.config.backbone, "views")
     with loaded.runtime.in_effect():
         sections = expert_report.sections(
             loaded,

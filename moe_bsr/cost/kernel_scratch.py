@@ -174,6 +174,38 @@ def _patches_backward(threads: int, args: Sequence[Any], result: Any) -> float:
     return copy + threads * 4 * (4 * weight.numel() + prod(images.shape[1:])) + 256
 
 
+def _convolution(threads: int, args: Sequence[Any], result: Any) -> float:
+    """The weight and the larger of input and result in oneDNN's layout; it takes three channels as they are."""
+    x, weight, _, stride, padding, *_ = args
+    if _is_patches(weight, stride, padding) or x.shape[1] < 8:
+        return _patches(threads, args, result)
+    return 0 if _is_product(weight, stride) else weight.nbytes + max(x.nbytes, result.nbytes)
+
+
+def _convolution_backward(threads: int, args: Sequence[Any], result: Any) -> float:
+    """The input's gradient first, then the weight's, each from both operands in oneDNN's layout.
+
+    An input that is asked for its shape alone is filled all the same.
+    """
+    grad, x, weight, _, stride, padding, *_, wanted = args
+    if _is_patches(weight, stride, padding):
+        return _patches_backward(threads, args, result)
+    size, y, w = prod(x.shape) * x.element_size(), grad.nbytes, weight.nbytes
+    filled = size if 0 in x.stride() else 0
+    if _is_product(weight, stride):
+        return filled
+    of_input = (max(2 * size, w + size + 2 * y) if max(stride) > 1 else max(w + y, size)) * wanted[0]
+    return max(of_input + filled - w * wanted[1], max(size + y, w) * wanted[1])
+
+
+def _is_patches(weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> bool:
+    return max(stride) > 1 and tuple(weight.shape[2:]) == tuple(stride) and not any(padding)
+
+
+def _is_product(weight: Tensor, stride: Sequence[int]) -> bool:
+    return weight.shape[2] == weight.shape[3] == max(stride) == 1
+
+
 def _layer_norm_backward(threads: int, args: Sequence[Any], result: Any) -> float:
     """Partial sums for the two parameters, where they train."""
     mask = args[7]
@@ -200,8 +232,9 @@ FITS = [
     Fit(("_scaled_dot_product_flash_attention_for_cpu",), torch.float32, (), _attention, f"{ZEN3}; {SPR}"),
     Fit(("_scaled_dot_product_flash_attention_for_cpu",), torch.bfloat16, (VECTORS, AVX512, AVX2), _attention, ZEN3),
     Fit(("_scaled_dot_product_flash_attention_for_cpu",), torch.bfloat16, (AMX,), _packed_attention, SPR),
-    *(Fit(("convolution",), dtype, (), _patches, f"{ZEN3}; {SPR}") for dtype in (torch.float32, torch.bfloat16)),
-    Fit(("convolution_backward",), torch.float32, (), _patches_backward, f"{ZEN3}; {SPR}"),
+    Fit(("convolution",), torch.float32, (), _convolution, f"{ZEN3}; patches: {SPR}"),
+    Fit(("convolution",), torch.bfloat16, (), _patches, f"{ZEN3}; {SPR}"),
+    Fit(("convolution_backward",), torch.float32, (), _convolution_backward, f"{ZEN3}; patches: {SPR}"),
     *(
         Fit(("native_layer_norm_backward",), dtype, (), _layer_norm_backward, f"{ZEN3}; {SPR}")
         for dtype in (torch.float32, torch.bfloat16)

@@ -129,7 +129,7 @@ _BEHIND_BLOCKS = ("norm", "fc_norm", "head_drop", "head", "attn_pool")
 
 def trace_embedding(setting: Setting, modules: Modules, with_gradient: Collection[str]) -> Section:
     """From images to the first block's tokens, and back if the embedding trains."""
-    model, side = setting.model, setting.model.vit.patch_embed.img_size[0]
+    model, side = setting.model, setting.model.image_size
     with setting.tracing(modules, with_gradient) as traced:
         tracer = traced.tracer
         border = Border(tracer)

@@ -199,7 +199,7 @@ class _Step:
             self.modules["embedding"],
             "",
             task,
-            (model.embedding_trains, model.vit.patch_embed.img_size),
+            (model.embedding_trains, model.image_size),
             lambda *given: trace_embedding(setting, *given),
         )
         places, streams = [Placed("embedding", section)], [section.stream]

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError
 from moe_bsr.cost.predict import predict
-from moe_bsr.model.moe import MoE
 from moe_bsr.model.multitask import MultitaskViT, build_on_meta
 
 WITHIN = {"NVLink": 300e9, "PCIe 4": 12e9}  # bytes a second between the GPUs of a machine, as data sheets allow
@@ -80,7 +79,7 @@ def ways(
 def exchanged(model: MultitaskViT, config: Config) -> tuple[int, int]:
     """Bytes of the gradients of an update as they travel, the mean over tasks, and the experts' among them."""
     width = 2 if config.train.exchange == "bf16" else 4
-    parts = [module for layer in model.vit.blocks if isinstance(module := layer.mlp, MoE)]
+    parts = model.mixtures()
     of_experts = {id(p) for part in parts for p in part.parameters()} - {
         id(p) for part in parts for p in part.router.parameters()
     }

@@ -68,14 +68,14 @@ class Stream:
     """The tokens between two blocks, as far as they decide what the next one allocates.
 
     Attributes:
-        shape: (B, N, D) of the features. origin: shape and strides of the original positions. place: the same of the
-            tokens that patches were merged into.
+        shape: (B, N, D) of the features, or (B, C, H, W). origin: shape and strides of the original positions. place:
+            the same of the tokens that patches were merged into.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     requires_grad: bool
-    origin: tuple[tuple[int, ...], tuple[int, ...]]
+    origin: tuple[tuple[int, ...], tuple[int, ...]] | None
     fused: bool
     place: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 

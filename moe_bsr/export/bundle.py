@@ -31,6 +31,7 @@ from moe_bsr.export import card, fewer_experts, int8, on_device, parity
 from moe_bsr.export.graph import SHARED_FILE, Graph, Model, Weights, data_file
 from moe_bsr.export.network import Part, write
 from moe_bsr.export.on_device import Bundle, sha256
+from moe_bsr.model.backbones import require_tokens
 from moe_bsr.model.experts import Experts
 from moe_bsr.runs.load import TrainedRun
 from moe_bsr.runtime import files
@@ -77,6 +78,7 @@ def export(
     out = Path(out) if out is not None else run.run / "export"
     if os.path.lexists(out):
         raise ConfigError(f"{out} exists; remove it, or name another folder")
+    require_tokens(run.config.backbone, "export")
     require(format in SUFFIXES, "format", format, " or ".join(SUFFIXES))
     require(format == "onnx" or not quantize, "int8", quantize, "leave it out: only the format onnx is written in int8")
     _check_names(list(run.models))

@@ -19,6 +19,7 @@ from moe_bsr.config import Config, ConfigError
 from moe_bsr.evaluation.metrics import half_width
 from moe_bsr.fit import room, rungs
 from moe_bsr.fit.measure import measure
+from moe_bsr.model.backbones import require_tokens
 from moe_bsr.model.multitask import build
 from moe_bsr.runs.folder import open_task
 from moe_bsr.runtime.device import prepare
@@ -94,6 +95,7 @@ class Ladder:
         Raises:
             ConfigError: the folder holds something, or the configuration has a model for each task.
         """
+        require_tokens(config.backbone, "fit")
         if config.mode != "multitask":
             raise ConfigError(f"mode = {config.mode!r}: fit looks for one model of all tasks; multitask")
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

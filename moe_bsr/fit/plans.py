@@ -18,7 +18,7 @@ from moe_bsr.config import Config, ConfigError, require
 from moe_bsr.cost.predict import Cost, predict
 from moe_bsr.fit.rates import Rates
 from moe_bsr.fit.room import MICRO_BATCHES, STORAGES
-from moe_bsr.model.backbones import family_of
+from moe_bsr.model.backbones import family_of, require_tokens
 from moe_bsr.model.block import contexts
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.model.plan import make_plan, token_counts
@@ -82,6 +82,7 @@ class Catalog:
             limit: bytes of the whole process. timed: whether blocks are timed here.
         """
         require(config.train.optimizer != "lbfgs", "train.optimizer", "lbfgs", "adamw, adamw8 or sgd: blocks train")
+        require_tokens(config.backbone, "a list of plans")
         self.config, self.classes, self.limit, self.precision = config, classes, limit, runtime.precision
         self.base = 0 if runtime.device.type == "cuda" else memory.resident() + SPARE
         self.vit = family_of(config.backbone).create_on_meta(config.backbone)

@@ -1,5 +1,7 @@
 """The model: one shared backbone, one linear head per task; the task is an argument of the forward.
 
+Of a backbone it asks what `backbones/__init__.py` lists; it is called `vit` in every checkpoint, whatever its family.
+
 No module keeps the state of a step: everything a caller may want to know of a forward pass is in the
 `Output` it returns.
 """
@@ -9,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from moe_bsr.config import Config, ConfigError, require
@@ -26,7 +27,6 @@ from moe_bsr.model.plan import embedding_trains, freeze, gradient_path_start, ma
 from moe_bsr.model.replay import replay_of
 from moe_bsr.model.storage import STORAGES
 from moe_bsr.model.tokens import Tokens
-from moe_bsr.ops.linear import compute_dtype
 from moe_bsr.runtime.rng import generator
 
 HEAD_STD = 0.01
@@ -66,7 +66,7 @@ class MultitaskViT(nn.Module):
     """
 
     def __init__(
-        self, vit: VisionTransformer, config: Config, classes: dict[str, int], backbone_sha256: str | None = None
+        self, vit: nn.Module, config: Config, classes: dict[str, int], backbone_sha256: str | None = None
     ) -> None:
         """Apply the plan of `config` to `vit` (which is changed in place) and add the heads.
 
@@ -77,6 +77,7 @@ class MultitaskViT(nn.Module):
         super().__init__()
         self.vit = vit
         self.family = family_of(config.backbone)
+        self.image_size = self.family.image_side(vit)
         if backbone_sha256 is None:
             backbone_sha256 = digest(vit.state_dict()) if _has_values(vit) else ""
         self.backbone_sha256 = backbone_sha256
@@ -84,6 +85,7 @@ class MultitaskViT(nn.Module):
         self.init_from: dict[str, Any] | None = None
         self.tokens_config = config.tokens
         self.plan = make_plan(config, len(vit.blocks))
+        self.family.check(config, self.plan)
         self.tasks = list(classes)
         reserved = sorted(set(classes) & {*dir(nn.ModuleDict()), *dir(nn.ParameterDict())})
         require(not reserved, "tasks", reserved, "words of torch's own modules cannot name a task: rename its file")
@@ -153,10 +155,7 @@ class MultitaskViT(nn.Module):
         if not images.is_floating_point():
             raise TypeError(f"images are {images.dtype}: normalize them first, as a run's transforms.normalize does")
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.embedding_trains):
-            x = self.family.embed(self.vit, images)
-            origin = torch.arange(x.shape[1] - self.vit.num_prefix_tokens, device=x.device)
-            tokens = Tokens(x.to(compute_dtype(x)), origin.expand(x.shape[0], -1))
-            del x
+            tokens = self.family.embed(self.vit, images)
             records: dict[int, Record] = {}
             read = []
             for index in range(self.path_start if upto is None else upto):
@@ -213,7 +212,7 @@ class MultitaskViT(nn.Module):
         layer, context, replay, before = self.vit.blocks[index], self.contexts[index], replay_of(index), tokens
 
         def run(tokens: Tokens, needs_output: bool = True) -> tuple[Tokens, Record]:
-            return block.forward(layer, tokens, context, task, replay, noise_key, needs_output)
+            return self.family.forward(layer, tokens, context, task, replay, noise_key, needs_output)
 
         if torch.is_grad_enabled():
             storage = context.plan.storage
@@ -259,8 +258,7 @@ class MultitaskViT(nn.Module):
         Those that an earlier run trained stay in float32, as that run saved them.
         """
         kept = {id(p) for name, p in self.named_parameters() if name in self._own}
-        layers = [self.vit.patch_embed.proj]
-        layers += [layer for block in self.vit.blocks for layer in block.modules() if type(layer) is Linear]
+        layers = [layer for layer in self.vit.modules() if type(layer) in (Linear, nn.Conv2d)]
         for parameter in (p for layer in layers for p in layer.parameters(recurse=False) if id(p) in kept):
             parameter.data = parameter.data.to(dtype)
 
@@ -278,17 +276,19 @@ class MultitaskViT(nn.Module):
         top = [vit.norm, vit.fc_norm, vit.attn_pool, self.heads, self.log_variances]
         for index, layer in enumerate(vit.blocks):
             found |= {id(p): index + 1 for p in layer.parameters()}
-            top += [layer.mlp.router] if isinstance(layer.mlp, MoE) else []
+        top += [moe.router for moe in self.mixtures()]
         found |= {id(p): i + 1 for i, added in self.adapter_parameters.items() for p in added}
         return found | {id(p): len(self.plan) + 1 for module in top if module is not None for p in module.parameters()}
+
+    def mixtures(self) -> list[MoE]:
+        """Of the blocks that have experts, in order."""
+        return [self.vit.blocks[index].mlp for index in self.balance.blocks]
 
     def parameters_of(self, task: str) -> list[nn.Parameter]:
         """Parameters that take part in a step of `task`: all but the other tasks' heads, routers and log variances."""
         others = {id(p) for name, head in self.heads.items() if name != task for p in head.parameters()}
         others |= {id(p) for name, p in self.log_variances.items() if name != task}
-        for layer in self.vit.blocks:
-            if isinstance(layer.mlp, MoE):
-                others |= {id(p) for p in layer.mlp.router.parameters_of_others(task)}
+        others |= {id(p) for moe in self.mixtures() for p in moe.router.parameters_of_others(task)}
         return [p for p in self.parameters() if id(p) not in others]
 
     def own_parameters(self, task: str) -> list[nn.Parameter]:
@@ -308,13 +308,14 @@ class MultitaskViT(nn.Module):
         return self._own - self.replaced
 
     def _unchanged_by_plan(self) -> set[str]:
-        new = {id(p) for layer in self.vit.blocks if isinstance(layer.mlp, MoE) for p in layer.mlp.parameters()}
+        new = {id(t) for moe in self.mixtures() for t in (*moe.parameters(), *moe.buffers())}
         new |= {id(p) for added in self.adapter_parameters.values() for p in added}
-        return {f"vit.{name}" for name, p in self.vit.named_parameters() if not p.requires_grad and id(p) not in new}
+        tensors = (*self.vit.named_parameters(), *self.vit.named_buffers())
+        return {f"vit.{name}" for name, t in tensors if not t.requires_grad and id(t) not in new}
 
 
-def _has_values(vit: VisionTransformer) -> bool:
-    return vit.patch_embed.proj.weight.device.type != "meta"
+def _has_values(vit: nn.Module) -> bool:
+    return next(vit.parameters()).device.type != "meta"
 
 
 def build_on_meta(config: Config, classes: dict[str, int]) -> MultitaskViT:
@@ -323,7 +324,7 @@ def build_on_meta(config: Config, classes: dict[str, int]) -> MultitaskViT:
 
 
 def build(
-    config: Config, classes: dict[str, int], change: Callable[[VisionTransformer, str], None] | None = None
+    config: Config, classes: dict[str, int], change: Callable[[nn.Module, str], None] | None = None
 ) -> MultitaskViT:
     """A model as the configuration says, on the CPU in float32; checked before weights are read.
 

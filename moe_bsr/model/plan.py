@@ -19,7 +19,7 @@ from moe_bsr.model.adapters import ADAPTERS
 from moe_bsr.model.storage import STORAGES
 from moe_bsr.model.tokens import count_kept
 
-NORMS = (nn.LayerNorm, nn.RMSNorm, timm_layers.RmsNorm, timm_layers.SimpleNorm)
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.BatchNorm2d, timm_layers.RmsNorm, timm_layers.SimpleNorm)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ def _require_blocks(key: str, value: Any, blocks: Sequence[int], depth: int) -> 
 
 
 def freeze(vit: nn.Module, config: PlanConfig) -> None:
-    """Set requires_grad of a timm VisionTransformer's parameters as the plan says.
+    """Set requires_grad of a backbone's parameters as the plan says.
 
     "all" trains everything; a list of blocks trains every parameter of those blocks and the final norm;
     an empty list trains nothing here (the heads, which are not part of `vit`, always train).

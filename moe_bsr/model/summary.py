@@ -7,7 +7,7 @@ from moe_bsr.model.plan import token_counts
 
 
 def counts(model: MultitaskViT) -> list[tuple[int, int]]:
-    """(tokens in attention, tokens in FFN) of each block."""
+    """(tokens in attention, tokens in FFN) of each block of a Vision Transformer."""
     vit, tokens = model.vit, model.tokens_config
     entering = vit.patch_embed.num_patches + vit.num_prefix_tokens
     return token_counts(model.plan, entering, vit.num_prefix_tokens, tokens.fuses, tokens.protect_fused)
@@ -17,23 +17,28 @@ def table(model: MultitaskViT, config: Config) -> list[str]:
     """The plan, a line a block: what it is, whether its backward pass runs, and its parameters."""
     full = f" experts x{config.moe.mlp_ratio}" if config.moe.experts == "full" else ""
     experts = f"{config.moe.words}{full}"
-    rows = [("block", "trains", "gradient", "tokens", "FFN", "adapter", "storage", "parameters (trained)")]
-    for index, (plan, (n, m)) in enumerate(zip(model.plan, counts(model), strict=True)):
+    maps = model.vit.maps() if hasattr(model.vit, "maps") else []
+    what = ["maps"] if maps else ["tokens", "FFN", "adapter"]
+    rows = [("block", "trains", "gradient", *what, "storage", "parameters (trained)")]
+    for index, plan in enumerate(model.plan):
         parameters = list(model.vit.blocks[index].parameters())
         beside = is_beside(plan.adapter)
         parameters += model.adapter_parameters[index] if beside else []
         total = sum(p.numel() for p in parameters)
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         on_path = index >= model.path_start
-        m = 1 if model.contexts[index].class_token_alone else m
+        if maps:
+            what = ["{0} x {1} x {1}".format(*maps[index])]
+        else:
+            n, m = counts(model)[index]
+            m = 1 if model.contexts[index].class_token_alone else m
+            what = [f"{n} -> {m}" if m < n else str(n), experts if plan.moe else "dense", str(plan.adapter or "-")]
         rows.append(
             (
                 f"{index:>5}",
                 "-" if not (plan.trainable and trained) else "yes" if plan.weights == "all" else plan.weights,
                 "yes" if on_path else "beside" if beside else "-",
-                f"{n} -> {m}" if m < n else str(n),
-                experts if plan.moe else "dense",
-                str(plan.adapter or "-"),
+                *what,
                 str(plan.storage) if on_path or beside else "-",
                 f"{total:>11,} ({trained:,})",
             )
@@ -46,7 +51,7 @@ def summary(model: MultitaskViT, config: Config) -> list[str]:
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     lines = [
-        f"{config.backbone.name} ({config.backbone.weights}), {model.vit.patch_embed.img_size[0]} px, "
+        f"{config.backbone.name} ({config.backbone.weights}), {model.image_size} px, "
         f"{len(model.plan)} blocks; {total / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained"
     ]
     if (blocks := config.train.alast.blocks) is not None:

@@ -26,9 +26,10 @@ class Tokens:
     """The residual stream and where its tokens came from.
 
     Attributes:
-        x: (B, N, D) features, prefix tokens first.
+        x: (B, N, D) features, prefix tokens first; of a convolutional network (B, C, H, W) maps, without a trace.
         origin: (B, N - P) int64 index of the original patch of each token after the prefix; -1 = fused; of a merged
             one the first of its patches. Behind a block that leaves the class token alone, of those that entered it.
+            None of maps.
         fused: whether the last token is a fused one.
         place: (B, patches) int64, which token after the prefix each patch of the image is part of; None while nothing
             was merged.
@@ -37,14 +38,14 @@ class Tokens:
     """
 
     x: Tensor
-    origin: Tensor
+    origin: Tensor | None
     fused: bool = False
     place: Tensor | None = None
     read: Tensor | None = None
     rungs: "tuple[Rung, ...]" = ()
 
     @property
-    def trace(self) -> tuple[Tensor, bool, Tensor | None]:
+    def trace(self) -> tuple[Tensor | None, bool, Tensor | None]:
         """Where the tokens came from: `Tokens(x, *trace)` has it of other features."""
         return self.origin, self.fused, self.place
 

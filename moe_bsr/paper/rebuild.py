@@ -101,13 +101,10 @@ RULES = {
         on_device,
     ),
     "paper, ResNet-50": Rule(
-        "`paper, activations` on torchvision's ResNet-50: inputs of trained convolutions and norms, a bit "
-        "for each value that enters a ReLU.",
-        lambda setting, trained=None: resnet.activations(trained) / MB,
-    ),
-    "inputs, ResNet-50": Rule(
-        "The inputs of the same trained convolutions and norms alone: no ReLU masks, no peak.",
-        lambda setting, trained=None: resnet.inputs(trained) / MB,
+        "`paper, activations` on torchvision's ResNet-50, in MB of 10^6 bytes: inputs of what trains, a bit for each "
+        "value of a ReLU behind it, and at the worst moment a convolution's input and output and the block's input. "
+        "The blocks that BSR trains keep their norms frozen.",
+        lambda setting, trained=None: resnet.activations(trained) / 1e6,
     ),
     "macs, ResNet-50": Rule(
         "`macs` of torchvision's ResNet-50, one image.", lambda setting: giga(resnet.forward_macs())

@@ -1,4 +1,14 @@
-"""ResNet-50 by the paper's memory rule (Table 5): what was tried; it does not give the printed figures."""
+"""ResNet-50 by the paper's memory rule (Table 5), which for this network counts in MB of 10^6 bytes.
+
+Walking over the leaf modules in the order of the forward pass with the running sum g of what is kept, before each leaf
+
+    peak = max(peak, g + tmp + res)
+
+where tmp is the input and output of a convolution or the head and the input of a norm (ReLUs work in place), and res
+the block's input while inside a block, unless it is kept already. After it g grows by what the leaf keeps: its input
+if it trains, and behind the first that trains a bit for each value of a ReLU. Full fine-tuning trains all. BSR trains
+the convolutions of three blocks and the head, no norm: its peak lies before the first of them, where nothing is kept.
+"""
 
 from functools import lru_cache
 
@@ -26,32 +36,24 @@ def leaves() -> tuple[tuple[str, nn.Module, int, int], ...]:
 
 
 def activations(trained: tuple[str, ...] | None) -> float:
-    """Peak bytes of one image; None trains everything.
+    """Peak bytes of one image.
 
-    Convolutions, norms and the head keep their input where they train; a ReLU keeps a bit a value everywhere.
+    Args:
+        trained: names of the blocks and layers that train, their norms apart; None trains everything.
     """
-    kept = peak = 0.0
+    kept = peak = residual = 0.0
+    inside, on_path = "", False
     for name, module, given, out in leaves():
+        trains = trained is None or name.startswith(trained)
         linear, norm = isinstance(module, nn.Conv2d | nn.Linear), isinstance(module, nn.BatchNorm2d)
-        relu = isinstance(module, nn.ReLU)
-        peak = max(peak, kept + FLOAT * (given * (linear or norm or relu) + out * linear))
-        if (linear or norm) and (trained is None or name.startswith(trained)):
-            kept += FLOAT * given
-        kept += given / 8 * relu
-    return peak
-
-
-def inputs(trained: tuple[str, ...] | None) -> float:
-    """Bytes of the inputs of trained convolutions, norms and head, of one image, in all."""
-    return float(
-        FLOAT
-        * sum(
-            given
-            for name, module, given, _ in leaves()
-            if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.Linear)
-            and (trained is None or name.startswith(trained))
-        )
-    )
+        if (block := ".".join(name.split(".")[:2])) != inside:
+            inside, residual = block, FLOAT * given * (name.startswith("layer") and not trains)
+        peak = max(peak, kept + FLOAT * (given * (linear or norm) + out * linear) + residual)
+        if trains and (linear or norm and trained is None):
+            kept, on_path = kept + FLOAT * given, True
+        elif isinstance(module, nn.ReLU):
+            kept += given / 8 * on_path
+    return max(peak, kept)
 
 
 def forward_macs() -> int:

@@ -10,6 +10,7 @@ import timm
 import yaml
 
 from moe_bsr.config import Config
+from moe_bsr.model.backbones import family_of
 from moe_bsr.runtime.names import printable
 from moe_bsr.runtime.version import __version__
 
@@ -33,7 +34,7 @@ def model_card(
         use: Markdown that shows how it is used.
         files: bytes by name. notes: more paragraphs.
     """
-    tasks = resolved["tasks"]
+    tasks, kind = resolved["tasks"], "Vision Transformer" if family_of(config.backbone).of_tokens else "ResNet"
     split = (report or {}).get("split", "test")
     lines = [
         "---",
@@ -42,7 +43,7 @@ def model_card(
         "",
         f"# {printable(title)}",
         "",
-        f"Image classification of {len(tasks)} task{'s' * (len(tasks) > 1)} by one Vision Transformer, trained with "
+        f"Image classification of {len(tasks)} task{'s' * (len(tasks) > 1)} by one {kind}, trained with "
         f"moe_bsr {resolved.get('version', __version__)}.",
         "",
         f"| task | classes | top-1 % ({split}) | 95 % interval | images | validation top-1 % | chance % | license of "

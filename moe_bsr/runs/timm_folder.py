@@ -13,6 +13,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from moe_bsr.config import Config, ConfigError
+from moe_bsr.model.backbones import family_of
 from moe_bsr.model.backbones.vit import in_timm
 from moe_bsr.model.multitask import MultitaskViT, build
 from moe_bsr.runs.checkpoint import CheckpointError
@@ -87,6 +88,8 @@ def beyond_timm(config: Config) -> str | None:
     """What the run does that no network of timm's does, or None."""
     plan = config.plan
     rates = plan.keep_rate if isinstance(plan.keep_rate, list) else [plan.keep_rate]
+    if not family_of(config.backbone).of_tokens:
+        return f"{config.backbone.name} is no Vision Transformer (backbone.name)"
     if plan.moe_blocks:
         return f"blocks {plan.moe_blocks} have experts (plan.moe_blocks)"
     if plan.drop_blocks and min(rates) < 1:

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from moe_bsr.config import Config, ConfigError
 from moe_bsr.data import ImageTransforms, TaskData
-from moe_bsr.model.backbones import family_of
+from moe_bsr.model.backbones import family_of, require_tokens
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.runtime.rng import key, stream
 
@@ -44,6 +44,7 @@ def train(
     Raises:
         ConfigError: timm_lora without peft.
     """
+    require_tokens(config.backbone, "plain timm beside it")
     began = time.monotonic()
     network: nn.Module = family_of(config.backbone).load(config.backbone, config.seed)
     network.reset_classifier(0)

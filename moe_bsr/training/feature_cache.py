@@ -60,9 +60,10 @@ class FeatureCache:
         # After the last block the head reads the class token alone, and that is all the block leaves.
         self.class_token_only = self.start == len(model.plan) and model.vit.global_pool == "token"
         self.kind = "exact" if self.class_token_only else settings.feature_cache
-        side, self.device = model.vit.patch_embed.img_size[0], model.vit.pos_embed.device
+        side, self.device = model.image_size, next(model.parameters()).device
         with torch.no_grad():
             tokens, records = self.compute(torch.zeros(1, 3, side, side, device=self.device), "")
+        self.traced = tokens.origin is not None
         self.dtype, self.fused, self.merged = tokens.x.dtype, tokens.fused, tokens.place is not None
         self.reports = {index: list(_reported(records[index])) for index in sorted(records)}
         self.rungs = [(rung.read is not None, rung.kept is not None) for rung in tokens.rungs]
@@ -74,7 +75,7 @@ class FeatureCache:
             self.bytes <= megabytes * 1e6,
             "data.feature_cache_mb",
             megabytes,
-            f"at least {ceil(self.bytes / 1e6)}, for {images} images{of_views} of {tokens.x.shape[1]} tokens "
+            f"at least {ceil(self.bytes / 1e6)}, for {images} images{of_views} of {tokens.x[0].numel():,} values "
             f"({self.kind}); or data.feature_cache=int8, fewer data.views, or null to run the frozen blocks every time",
         )
         folder = settings.feature_cache_dir
@@ -123,7 +124,8 @@ class FeatureCache:
         if self.kind == "int8":
             x = (x * next(parts)).to(self.dtype)
         read = next(parts) if self.model.head_blocks else None
-        tokens = Tokens(x, next(parts), self.fused, next(parts) if self.merged else None, read)
+        origin = next(parts) if self.traced else None
+        tokens = Tokens(x, origin, self.fused, next(parts) if self.merged else None, read)
         reports = {index: {name: next(parts) for name in names} for index, names in self.reports.items()}
         records = {index: Record(dropped=Dropped(**report)) for index, report in reports.items()}
         rungs = [Rung(next(parts) if reads else None, next(parts) if drops else None) for reads, drops in self.rungs]
@@ -151,13 +153,14 @@ class FeatureCache:
         """
         x = tokens.x
         if self.kind == "int8":
-            scale = (x.float().abs().amax(1, keepdim=True) / 127).clamp_(min=TINY)
+            places = (2, 3) if x.ndim == 4 else 1  # of maps, and of tokens
+            scale = (x.float().abs().amax(places, keepdim=True) / 127).clamp_(min=TINY)
             parts = [(x / scale).round_().to(torch.int8), scale]
         else:
             parts = [x.bfloat16() if self.kind == "bf16" else x]
         if tokens.read is not None:
             parts.append(tokens.read)
-        parts += [tokens.origin] if tokens.place is None else [tokens.origin, tokens.place]
+        parts += [part for part in (tokens.origin, tokens.place) if part is not None]
         for index in self.reports:
             parts += _reported(records[index]).values()
         for rung in tokens.rungs:

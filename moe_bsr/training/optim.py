@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from moe_bsr.config import TrainConfig
-from moe_bsr.model.moe import MoE
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.training.adamw8 import AdamW8, layout
 
@@ -21,7 +20,7 @@ def parameter_groups(model: MultitaskViT, config: TrainConfig) -> list[dict]:
     groups: dict[tuple, dict] = {}
     top = len(model.plan) + 1
     scales, layers = _scales(model, config), model.layers()
-    routers = {id(p) for moe in _mixtures(model) for p in moe.router.parameters()}
+    routers = {id(p) for moe in model.mixtures() for p in moe.router.parameters()}
     undecayed = _undecayed(model) | _undecayed_experts(model, config)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -37,14 +36,10 @@ def parameter_groups(model: MultitaskViT, config: TrainConfig) -> list[dict]:
     return list(groups.values())
 
 
-def _mixtures(model: MultitaskViT) -> list[MoE]:
-    return [layer.mlp for layer in model.vit.blocks if isinstance(layer.mlp, MoE)]
-
-
 def _scales(model: MultitaskViT, config: TrainConfig) -> dict[int, float]:
     """What heads, experts and routers learn by, relative to their layer's rate, by a parameter's id."""
     scaled = [(part, config.head_lr_scale) for part in (model.heads, model.log_variances)]
-    for moe in _mixtures(model):
+    for moe in model.mixtures():
         own = moe.experts.LR_SCALE if config.expert_lr_scale is None else config.expert_lr_scale
         scaled += [(moe.experts, own), (moe.router, config.router_lr_scale)]
     return {id(p): scale for part, scale in scaled for p in part.parameters()}
@@ -52,14 +47,14 @@ def _scales(model: MultitaskViT, config: TrainConfig) -> dict[int, float]:
 
 def _undecayed_experts(model: MultitaskViT, config: TrainConfig) -> set[int]:
     """Ids of the experts' parameters that do not decay towards zero."""
-    all_experts = [moe.experts for moe in _mixtures(model)]
+    all_experts = [moe.experts for moe in model.mixtures()]
     to_zero = [e for e in all_experts if config.expert_decay == "zero" or config.expert_decay is None and e.DECAYS]
     return {id(p) for experts in all_experts if experts not in to_zero for p in experts.parameters()}
 
 
 def _decay_towards_mean(model: MultitaskViT, config: TrainConfig, optimizer: torch.optim.Optimizer) -> None:
     """Before each step, move experts towards the mean of those that started as copies of the same units."""
-    slices = {id(p): moe.experts.slices for moe in _mixtures(model) for p in moe.experts.parameters()}
+    slices = {id(p): moe.experts.slices for moe in model.mixtures() for p in moe.experts.parameters()}
     undecayed = _undecayed(model)
 
     @torch.no_grad()

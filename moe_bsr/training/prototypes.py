@@ -35,11 +35,9 @@ def place(model: MultitaskViT, inputs: Inputs, seed: int, average: MovingAverage
         A line about it, if there was anything to do.
     """
     waiting = {
-        index: block.mlp
-        for index, block in enumerate(model.vit.blocks)
-        if isinstance(block.mlp, MoE)
-        and block.mlp.gate == "prototype"
-        and not any(weight.any() for weight in block.mlp.router.parameters())
+        index: moe
+        for index, moe in zip(model.balance.blocks, model.mixtures(), strict=True)
+        if moe.gate == "prototype" and not any(weight.any() for weight in moe.router.parameters())
     }
     if not waiting:
         return []

@@ -332,9 +332,7 @@ def training_step(
         task: the first one by default.
     """
     task = task or model.tasks[0]
-    images, labels = random_batch(
-        batch, model.vit.patch_embed.img_size[0], model.heads[task].out_features, runtime.device
-    )
+    images, labels = random_batch(batch, model.image_size, model.heads[task].out_features, runtime.device)
     optimizer = make_optimizer(model, config.train)
     settle(model, config, optimizer)
     return TrainingStep(

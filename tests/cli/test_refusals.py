@@ -57,7 +57,7 @@ def test_weights_that_are_none_are_refused_before_training(tmp_path, refuse, cas
     [
         ("backbone.image_size=100000", "backbone.image_size = 100000: at least 1, at most 4,096"),
         ("backbone.image_size=33", "backbone.image_size = 33: a multiple of the patch size"),
-        ("backbone.name=resnet18", "backbone.name = 'resnet18'"),
+        ("backbone.name=seresnet50", "backbone.name = 'seresnet50': has SEModule"),
         ("backbone.name=../../x", "backbone.name = '../../x'"),
         ("moe.num_experts=1000000", "moe.num_experts = 1000000: at least 1, at most 1,024"),
         ("adapter={kind: lora, alpha: 0}", "adapter.alpha = 0.0: above 0"),

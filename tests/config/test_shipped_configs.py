@@ -8,7 +8,7 @@ import yaml
 
 from moe_bsr.config import BackboneConfig, Config, load, to_dict
 from moe_bsr.data import load_spec
-from moe_bsr.model.backbones import vit as backbone
+from moe_bsr.model.backbones import family_of
 from moe_bsr.model.plan import make_plan
 
 ROOT = Path(__file__).parents[2]
@@ -19,7 +19,8 @@ TASKS = sorted((ROOT / "tasks").glob("*.yaml"))
 
 @cache
 def depth(name: str) -> int:
-    return len(backbone.create_on_meta(BackboneConfig(name=name)).blocks)
+    config = BackboneConfig(name=name)
+    return len(family_of(config).create_on_meta(config).blocks)
 
 
 def header(path: Path) -> str:

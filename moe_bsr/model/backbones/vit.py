@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ from torch.overrides import TorchFunctionMode
 
 from moe_bsr.config import BackboneConfig, ConfigError, require
 from moe_bsr.config.errors import show
+from moe_bsr.model import block
 from moe_bsr.model.backbones import BACKBONES, Backbone, ImageSettings
 from moe_bsr.model.backbones.weights import NotWeights, check_usable, foreign, npz_misfit, read
+from moe_bsr.model.tokens import Tokens
+from moe_bsr.ops.linear import compute_dtype
 from moe_bsr.ops.patches import embed_patches
 
 BUNDLED = Path(__file__).parents[2] / "weights"
@@ -36,11 +40,11 @@ def create_on_meta(config: BackboneConfig) -> VisionTransformer:
     Raises:
         ConfigError: unknown name, or a model whose block forward is not a plain ViT's.
     """
-    with torch.device("meta"), _Unfilled():
+    with torch.device("meta"), Unfilled():
         return _create(config)
 
 
-class _Unfilled(TorchFunctionMode):
+class Unfilled(TorchFunctionMode):
     """Meta tensors are not filled with first values: they have none, and torch clamps them in slow Python code."""
 
     FILLS = frozenset({Tensor.normal_, Tensor.uniform_, Tensor.erfinv_, Tensor.mul_, Tensor.add_, Tensor.clamp_})
@@ -56,6 +60,20 @@ def load(config: BackboneConfig, seed: int = 0) -> VisionTransformer:
         ConfigError: as `create_on_meta`; weights absent, or not of this architecture (which keys, which shapes).
     """
     create_on_meta(config)
+    return load_network(config, seed, _create, _load_file)
+
+
+def load_network(
+    config: BackboneConfig,
+    seed: int,
+    create: Callable[..., nn.Module],
+    load_file: Callable[[nn.Module, Path, BackboneConfig], None],
+) -> Any:
+    """A network of any family with weights from the hub, from a file or at random.
+
+    Args:
+        create: (config, pretrained=False) -> the network. load_file: puts a file's weights into it.
+    """
     if config.weights == "hub":
         require(
             _bundled_file(config.name) is None,
@@ -64,7 +82,7 @@ def load(config: BackboneConfig, seed: int = 0) -> VisionTransformer:
             f"{config.name} is not on the hub but bundled here: use bundled",
         )
         try:
-            return _create(config, pretrained=True)
+            return create(config, pretrained=True)
         except Exception as error:  # hub clients raise many kinds; all mean the same to the user
             raise ConfigError(
                 f"backbone.weights = 'hub': could not fetch {config.name}: {error}; "
@@ -72,10 +90,10 @@ def load(config: BackboneConfig, seed: int = 0) -> VisionTransformer:
             ) from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vit = _create(config)
+        network = create(config)
     if config.weights != "random":
-        _load_file(vit, _weights_file(config), config)
-    return vit
+        load_file(network, _weights_file(config), config)
+    return network
 
 
 def image_settings(config: BackboneConfig, vit: VisionTransformer) -> ImageSettings:
@@ -90,9 +108,11 @@ def image_settings(config: BackboneConfig, vit: VisionTransformer) -> ImageSetti
     )
 
 
-def embed(vit: VisionTransformer, images: Tensor) -> Tensor:
-    """(B, 3, S, S) normalized images -> (B, N, D) tokens, prefix tokens first."""
-    return vit.norm_pre(vit.patch_drop(vit._pos_embed(embed_patches(vit.patch_embed, images))))
+def embed(vit: VisionTransformer, images: Tensor) -> Tokens:
+    """(B, 3, S, S) normalized images -> (B, N, D) tokens, prefix tokens first, in the compute dtype."""
+    x = vit.norm_pre(vit.patch_drop(vit._pos_embed(embed_patches(vit.patch_embed, images))))
+    origin = torch.arange(x.shape[1] - vit.num_prefix_tokens, device=x.device)
+    return Tokens(x.to(compute_dtype(x)), origin.expand(x.shape[0], -1))
 
 
 def pool(vit: VisionTransformer, x: Tensor) -> Tensor:
@@ -115,12 +135,12 @@ def digest(state: dict[str, torch.Tensor]) -> str:
 def _create(config: BackboneConfig, pretrained: bool = False) -> VisionTransformer:
     _check_name(config.name)
     try:
-        vit = _network(config.name, config.image_size, pretrained)
+        vit = named_network(config.name, config.image_size, pretrained)
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
         if pretrained or config.image_size is None:
             raise
-        with torch.device("meta"), _Unfilled():
-            plain = _network(config.name, None)  # if it exists without the size, the size is at fault
+        with torch.device("meta"), Unfilled():
+            plain = named_network(config.name, None)  # if it exists without the size, the size is at fault
         plain = f"; {config.name} is no timm VisionTransformer" if type(plain) is not VisionTransformer else ""
         key, value = ("backbone.name", config.name) if plain else ("backbone.image_size", config.image_size)
         raise ConfigError(f"{key} = {show(value)}: {error}{plain}") from None
@@ -153,7 +173,7 @@ def _create(config: BackboneConfig, pretrained: bool = False) -> VisionTransform
     return vit
 
 
-def _network(name: str, size: int | None, pretrained: bool = False) -> nn.Module:
+def named_network(name: str, size: int | None, pretrained: bool = False) -> nn.Module:
     """The bundled or timm network of that name.
 
     Raises:
@@ -192,7 +212,7 @@ def _check_name(name: str) -> None:
 def _known(name: str) -> str:
     """What is bundled, and which of timm's names have all the words of this one, or are like it."""
     tags = "." in name
-    names = timm.list_models(["vit_*", "deit*"], pretrained=tags)
+    names = timm.list_models(["vit_*", "deit*", "resnet*"], pretrained=tags)
     plain = re.split(r"[/:]", name)[-1].replace("-", "_")
     words = [word for word in plain.split("_") if word]
     near = [each for each in names if words and all(word in each for word in words)][:2]
@@ -277,17 +297,17 @@ def _load_tensors(vit: VisionTransformer, file: Path) -> str | None:
     try:
         state = checkpoint_filter_fn(tensors, vit)
     except (RuntimeError, ValueError, KeyError, IndexError) as error:  # it resizes what it takes for the same model's
-        problems = [*_misfits(tensors, expected), *str(error).splitlines()[:1]]
+        problems = [*misfits(tensors, expected), *str(error).splitlines()[:1]]
     else:
         state = {k: v.float() for k, v in state.items() if not k.startswith(NOT_BACKBONE)}
-        problems = _misfits(state, expected)
+        problems = misfits(state, expected)
     if problems:
         return "; ".join(problems)
     vit.load_state_dict(state)
     return None
 
 
-def _misfits(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
+def misfits(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
     """Which keys and shapes differ: up to three of each kind, and how many more."""
     kinds = [
         [
@@ -303,4 +323,14 @@ def _misfits(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
     ]
 
 
-BACKBONES.register("vit")(Backbone(lambda name: True, create_on_meta, load, image_settings, embed, pool))
+FAMILY = Backbone(
+    lambda name: True,
+    create_on_meta,
+    load,
+    image_settings,
+    embed,
+    pool,
+    lambda vit: vit.patch_embed.img_size[0],
+    block.forward,
+)
+BACKBONES.register("vit")(FAMILY)

@@ -20,7 +20,7 @@ PARTS = (
     "state_dict_ema", "model_ema", "ema", "teacher", "target_encoder", "state_dict", "model", "student", "encoder",
     "backbone", "module", "net", "network", "weights", "params",
 )  # fmt: skip
-ANCHOR = "patch_embed.proj.weight"  # what every ViT of timm's naming has: what stands before it is a prefix
+ANCHOR = "patch_embed.proj.weight"  # what every ViT of timm's naming has
 MAGIC = {
     b"\x1f\x8b": "packed with gzip: unpack it",
     b"BZh": "packed with bzip2: unpack it",
@@ -41,9 +41,11 @@ class NotWeights(ValueError):
     """A file that is no weights file, or holds no weights that can be used: the message says what it is."""
 
 
-def read(file: Path) -> tuple[dict[str, Tensor], list[str]]:
+def read(file: Path, anchor: str = ANCHOR) -> tuple[dict[str, Tensor], list[str]]:
     """The backbone's tensors by name, and notes for a person on which part of the file they are.
 
+    Args:
+        anchor: a name that every network of the family has: what stands before it is a prefix.
     Raises:
         NotWeights: what the file is instead, and what to do.
     """
@@ -60,8 +62,8 @@ def read(file: Path) -> tuple[dict[str, Tensor], list[str]]:
     elif head[:2] == b"PK":
         raise NotWeights("cut off or damaged (a zip archive without its end): fetch it again")
     content = _safetensors(file) if head[8:9] == b"{" else _torch_file(file)
-    state, notes = _part(content)
-    return _without_prefix(state, notes)
+    state, notes = _part(content, anchor)
+    return _without_prefix(state, notes, anchor)
 
 
 def foreign(head: bytes) -> str | None:
@@ -124,19 +126,19 @@ def _types_refused(file: Path, message: str) -> list[str]:
     return types[:4] + ([f"{len(types) - 4} more types"] if len(types) > 4 else [])
 
 
-def _part(content: Any, path: str = "", depth: int = 3) -> tuple[dict[str, Tensor], list[str]]:
+def _part(content: Any, anchor: str, path: str = "", depth: int = 3) -> tuple[dict[str, Tensor], list[str]]:
     """The dictionary of tensors within what a checkpoint holds, and a note if others were passed over."""
     if not isinstance(content, dict):
         raise NotWeights(f"{path or 'it'} holds no tensors by name, but {type(content).__name__}")
     state = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
     inner = {key: value for key, value in content.items() if isinstance(value, dict) and _has_tensors(value, depth)}
-    if (state and not inner) or (state and any(name.endswith(ANCHOR) for name in state)):
+    if (state and not inner) or (state and any(name.endswith(anchor) for name in state)):
         return state, []
     chosen = next((name for name in PARTS if name in inner), next(iter(inner)) if len(inner) == 1 else None)
     if chosen is None:
         keys = ", ".join(str(key) for key in content) or "nothing at all"
         raise NotWeights(f"no tensors by name, but {keys[:200]}; save the part that is the backbone on its own")
-    state, notes = _part(inner[chosen], f"{path}{chosen}.", depth - 1)
+    state, notes = _part(inner[chosen], anchor, f"{path}{chosen}.", depth - 1)
     others = [name for name in inner if name != chosen]
     return state, [f"{path}{chosen} was taken" + (f", not {', '.join(others)}" if others else ""), *notes]
 
@@ -148,9 +150,9 @@ def _has_tensors(content: dict, depth: int) -> bool:
     )
 
 
-def _without_prefix(state: dict[str, Tensor], notes: list[str]) -> tuple[dict[str, Tensor], list[str]]:
+def _without_prefix(state: dict[str, Tensor], notes: list[str], anchor: str) -> tuple[dict[str, Tensor], list[str]]:
     """Names as the backbone has them, where a wrapper put its own before all of them."""
-    found = [name.removesuffix(ANCHOR) for name in state if name == ANCHOR or name.endswith("." + ANCHOR)]
+    found = [name.removesuffix(anchor) for name in state if name == anchor or name.endswith("." + anchor)]
     if not found or "" in found:
         return state, notes
 
