@@ -161,7 +161,7 @@ def test_distances_are_those_of_plain_blocks_and_tokens_are_dropped_in_training_
         assert model(images, "shapes").records == {}  # what evaluation runs
         with drawn_blocks.following(model) as seen:
             model(images, "shapes")
-        x, expected = model.family.embed(model.vit, images), []
+        x, expected = model.family.embed(model.vit, images).x, []
         for block in model.vit.blocks:
             y = x + block.attn(block.norm1(x))[0]
             y = y + block.mlp(block.norm2(y))
