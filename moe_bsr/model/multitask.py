@@ -65,9 +65,7 @@ class MultitaskViT(nn.Module):
         init_from: the run, step and sha256 of the weights it started from, if from a run's.
     """
 
-    def __init__(
-        self, vit: nn.Module, config: Config, classes: dict[str, int], backbone_sha256: str | None = None
-    ) -> None:
+    def __init__(self, vit: Any, config: Config, classes: dict[str, int], backbone_sha256: str | None = None) -> None:
         """Apply the plan of `config` to `vit` (which is changed in place) and add the heads.
 
         Args:
@@ -323,9 +321,7 @@ def build_on_meta(config: Config, classes: dict[str, int]) -> MultitaskViT:
     return MultitaskViT(family_of(config.backbone).create_on_meta(config.backbone), config, classes)
 
 
-def build(
-    config: Config, classes: dict[str, int], change: Callable[[nn.Module, str], None] | None = None
-) -> MultitaskViT:
+def build(config: Config, classes: dict[str, int], change: Callable[[Any, str], None] | None = None) -> MultitaskViT:
     """A model as the configuration says, on the CPU in float32; checked before weights are read.
 
     Args:

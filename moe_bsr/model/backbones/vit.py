@@ -148,8 +148,8 @@ def _create(config: BackboneConfig, pretrained: bool = False) -> VisionTransform
         type(vit) is VisionTransformer,
         "backbone.name",
         config.name,
-        f"is a timm {type(vit).__name__}; only plain VisionTransformers work here (distilled, "
-        "hybrid, Swin, EVA and convolutional models have another forward)",
+        f"is a timm {type(vit).__name__}; only plain VisionTransformers and ResNets work here (distilled, "
+        "hybrid, Swin, EVA and other convolutional models have another forward)",
     )
     require(
         type(vit.patch_embed) is PatchEmbed,
