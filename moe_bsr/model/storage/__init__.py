@@ -35,6 +35,6 @@ class Storage:
 
 STORAGES: Registry[Storage] = Registry("storage")
 
-_KINDS = ("exact", "packed", "segments", "recompute", "back_razor")  # files whose import registers what they define
+_KINDS = ("exact", "packed", "segments", "recompute", "back_razor", "subspace")  # files whose import registers what they define
 for _name in _KINDS:
     importlib.import_module(f"{__name__}.{_name}")
