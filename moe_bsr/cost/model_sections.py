@@ -14,7 +14,6 @@ from moe_bsr.cost.sections import Border, Section, Stream, fake_parameters, summ
 from moe_bsr.cost.trace import Allocation, Tracer, fake_tensors
 from moe_bsr.model.block import Record
 from moe_bsr.model.multitask import MultitaskViT
-from moe_bsr.model.storage import offload
 from moe_bsr.model.tokens import Tokens
 from moe_bsr.ops.experts import assume_rows
 from moe_bsr.runtime.device import Runtime
@@ -57,8 +56,7 @@ class Setting:
             for name in with_gradient:
                 parameters[name].grad = empty(parameters[name].shape, parameters[name].dtype, self.runtime.device)
             stepper = self._stepper(parameters.values())  # with state, which is no part of what follows
-            tracer = Tracer(self.runtime.device, self.scratch, parameters.values())
-            with tracer, offload.counting(tracer.write):
+            with Tracer(self.runtime.device, self.scratch, parameters.values()) as tracer:
                 yield Traced(tracer, parameters, with_gradient, stepper)
 
     def _stepper(self, parameters: Iterable[nn.Parameter]) -> StepInBackward | None:

@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_bsr.cost import operators
 from moe_bsr.cost.operators import FAKE
+from moe_bsr.model.storage import offload
 
 VALUE = 1e6  # of every loss and norm that Python reads: finite, and large enough for gradients to be clipped
 IN_PLACE = {torch.ops.aten.add.Tensor, torch.ops.aten.index_put.default}  # of real tensors, within autograd's engine
@@ -122,7 +123,16 @@ class Tracer(TorchDispatchMode):
     def alive(self) -> Collection[Allocation]:
         return self._alive.values()
 
-    def write(self, size: int) -> None:
+    def __enter__(self):
+        self._counting = offload.counting(self._write)
+        self._counting.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self._counting.__exit__(*error)
+
+    def _write(self, size: int) -> None:
         self.written += size
 
     def allocation(self, tensor: Tensor) -> Allocation | None:
