@@ -54,16 +54,17 @@ class Int8Packed:
 class Int4Packed:
     """(..., N, D) in four bits, 16 levels from the least to the largest value of each channel over the N tokens.
 
-    Two channels share a byte: (..., N, (D + 1) // 2) bytes. The first token stays as it is, and decides no levels: a
-    class token is unlike the others, and most of the gradient comes through it.
+    Two channels share a byte: (..., N, (D + 1) // 2) bytes. The first token is kept in bfloat16 and decides no levels:
+    a class token is unlike the others, and most of the gradient comes through it.
     """
 
     LEVELS = 15
 
     def __init__(self, x: Tensor) -> None:
-        self.first, self.width = x[..., :1, :].clone(), x.shape[-1]
+        self.dtype, self.width = x.dtype, x.shape[-1]
+        self.first = x[..., :1, :].to(torch.bfloat16, copy=True)
         others = x[..., 1:, :] if x.shape[-2] > 1 else x
-        self.lowest = others.amin(-2, keepdim=True)
+        self.lowest = others.amin(-2, keepdim=True).to(torch.bfloat16)
         span = others.amax(-2, keepdim=True) - self.lowest
         self.scale = (span / self.LEVELS).clamp_(min=1e-30).to(torch.bfloat16)
         codes = ((x - self.lowest) / self.scale).round_().clamp_(0, self.LEVELS).to(torch.uint8)
@@ -72,7 +73,7 @@ class Int4Packed:
 
     def restore(self) -> Tensor:
         both = torch.cat([self.kept & 15, self.kept >> 4], -1)[..., : self.width]
-        x = both.to(self.lowest.dtype).mul_(self.scale).add_(self.lowest)
+        x = both.to(self.dtype).mul_(self.scale).add_(self.lowest)
         x[..., :1, :] = self.first
         return x
 
