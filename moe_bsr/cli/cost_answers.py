@@ -182,6 +182,7 @@ def table(cost: Cost, batch: int) -> list[str]:
             ("optimizer", cost.optimizer),
             *average,
             ("kept for backward", cost.kept),
+            *([("the same, on disk", cost.written)] if cost.written else []),
             *((f"most in {k}", v) for k, v in cost.transients.items()),
             ("peak of everything", cost.peak),
         ]

@@ -22,13 +22,14 @@ from moe_bsr.cli.terminal import say
 if TYPE_CHECKING:
     from moe_bsr.benchmark.gradients import Row
 
-PRUNED = [f"{{kind: back_razor, sparsity: {sparsity}}}" for sparsity in (0.8, 0.9, 0.95)]
-PRUNED += ["{kind: back_razor, sparsity: 0.9, activations: int8}"]
+COARSE = [f"{{kind: back_razor, sparsity: {sparsity}}}" for sparsity in (0.8, 0.9, 0.95)]
+COARSE += ["{kind: back_razor, sparsity: 0.9, activations: int8}"]
+COARSE += [f"{{kind: subspace, rank: {rank}}}" for rank in (0.5, 0.25, 0.125)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     run_arguments.add_overrides(parser)
-    help = "names, or mappings with kind and options (default: all, and back_razor at 0.8, 0.9 and 0.95)"
+    help = "names, or mappings with kind and options (default: all, coarse ones with several of their options)"
     parser.add_argument("--storages", nargs="+", metavar="STORAGE", help=help)
     parser.add_argument("--batch", type=run_arguments.at_least(1), default=16, metavar="N", help="images (16)")
     parser.add_argument("--rounds", type=run_arguments.at_least(1), default=5, metavar="N", help="of timing (5)")
@@ -43,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     from moe_bsr.runtime.provenance import command, commit, environment
 
     file, overrides = packaged.find_config(arguments.config), arguments.overrides
-    asked = arguments.storages or [*(name for name in STORAGES if not STORAGES[name].coarse), *PRUNED]
+    asked = arguments.storages or [*(name for name in STORAGES if not STORAGES[name].coarse), *COARSE]
     choices = [STORAGES.choose(load(file, [*overrides, f"storage={text}"]).storage) for text in ("exact", *asked)]
     config = replace(load(file, overrides), train__batch_size=arguments.batch, train__grad_accumulation_steps=1)
     config = replace(config, storage="exact")

@@ -32,7 +32,8 @@ class Choice:
     options: Any = NoOptions()
 
     def __str__(self) -> str:
-        given = ", ".join(f"{name}={value}" for name, value in dataclasses.asdict(self.options).items())
+        options = dataclasses.asdict(self.options).items()
+        given = ", ".join(f"{name}={value}" for name, value in options if value is not None)
         return f"{self.kind}({given})" if given else self.kind
 
 

@@ -191,6 +191,8 @@ def _alternatives(
             )
         except ConfigError:
             continue  # impossible for this backbone (an expert ratio that does not divide its FFN)
+        if cost.written:
+            what += f", {cost.written / 2**20:.0f} MB of disk"
         yield what, " ".join(f"{k}={_yaml(v)}" for k, v in keys.items()), cost
 
 

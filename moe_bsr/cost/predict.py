@@ -40,6 +40,7 @@ class Cost:
         copies: of trained weights in the compute dtype, alive from the forward to the backward; part of `kept`.
         gradients, optimizer: at the end of the backward and from the first update on.
         average: the copy of the trained parameters that `train.ema_decay` keeps.
+        written: kept on disk for the backward pass, in place of memory; no part of `kept`.
         kept: for the backward pass. kept_by_block: the same by the section and the operator that made it.
         transients: most bytes alive in forward, backward and optimizer over what lived before the step,
             `kept` included, gradients not.
@@ -60,12 +61,14 @@ class Cost:
     forward_flops: int
     step_flops: int
     flops_by_block: dict[str, int]
+    written: int = 0
 
     def summary(self, batch: int) -> str:
         """In one line, for a person who starts a run with these micro-batches."""
+        disk = f", {self.written / 2**20:.0f} MB more on disk" if self.written else ""
         return (
             f"predicted: {self.peak / 2**20:.0f} MB of tensors at the peak of a step ({self.kept / 2**20:.0f} MB kept "
-            f"for backward), {self.step_flops / batch / 1e9:.2f} GFLOPs an image to train"
+            f"for backward{disk}), {self.step_flops / batch / 1e9:.2f} GFLOPs an image to train"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -139,6 +142,7 @@ def _predict(step: "_Step", config: Config, task: str | None, all_tasks: bool) -
         forward_flops=sum(place.section.forward_flops for place in places),
         step_flops=sum(flops.values()),
         flops_by_block=flops,
+        written=sum(place.section.written for place in places),
     )
 
 

@@ -93,6 +93,7 @@ class Section:
     routing: of importance and load, if they are reported: whether each requires a gradient.
     kept: bytes that the graph alone holds after the forward pass, slots apart, by maker.
     kept_slots: slots that the graph holds then.
+    written: bytes that are kept on disk in place of memory.
     gradients: bytes of the parameters' gradients made here. trained: names of the parameters that got one.
     """
 
@@ -112,6 +113,7 @@ class Section:
     stream: Stream | None = None
     routing: tuple[bool, ...] = ()
     trained: frozenset[str] = frozenset()
+    written: int = 0
 
 
 class Border:
@@ -215,6 +217,7 @@ def summarize(
         gradients=sum(a.size for a in gradients),
         forward_flops=tracer.trace.phase_flops("forward"),
         backward_flops=tracer.trace.phase_flops("backward"),
+        written=tracer.written,
         **about,
     )
 

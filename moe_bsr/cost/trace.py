@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_bsr.cost import operators
 from moe_bsr.cost.operators import FAKE
+from moe_bsr.model.storage import offload
 
 VALUE = 1e6  # of every loss and norm that Python reads: finite, and large enough for gradients to be clipped
 IN_PLACE = {torch.ops.aten.add.Tensor, torch.ops.aten.index_put.default}  # of real tensors, within autograd's engine
@@ -89,6 +90,7 @@ class Tracer(TorchDispatchMode):
     Attributes:
         phase, section: names for what is allocated from here on; set them as the traced code goes on.
         alive: what has been allocated and not freed yet.
+        written: bytes that the traced code would write to disk.
     """
 
     @classmethod
@@ -111,7 +113,7 @@ class Tracer(TorchDispatchMode):
         self.device, self._place, self.trace = device.type, device, Trace()
         # What torch's own code is told, which would look for the device: autograd's engine for its streams.
         self._absent = torch.device("meta") if device.type == "cuda" and not torch.cuda.is_available() else None
-        self.phase = self.section = ""
+        self.phase, self.section, self.written = "", "", 0
         self._scratch, self._known_scratch = scratch, {}
         self._alive: dict[int, Allocation] = {}
         self._watched: dict[int, weakref.ref] = {}
@@ -120,6 +122,18 @@ class Tracer(TorchDispatchMode):
     @property
     def alive(self) -> Collection[Allocation]:
         return self._alive.values()
+
+    def __enter__(self):
+        self._counting = offload.counting(self._write)
+        self._counting.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self._counting.__exit__(*error)
+
+    def _write(self, size: int) -> None:
+        self.written += size
 
     def allocation(self, tensor: Tensor) -> Allocation | None:
         """The memory of a tensor; None if it was not allocated while the tracer was active."""

@@ -88,3 +88,16 @@ def resident() -> int:
     with contextlib.suppress(OSError, ValueError):
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     return 0
+
+
+MOUNTS = Path("/proc/self/mounts")
+
+
+def holds(folder: str) -> bool:
+    """Whether the files of a folder are in memory (tmpfs); False where the system does not tell."""
+    within = [Path(folder).resolve(), *Path(folder).resolve().parents]
+    with contextlib.suppress(OSError):
+        mounted = [line.split()[1:3] for line in MOUNTS.read_text().splitlines()]
+        found = [(len(place), kind) for place, kind in mounted if Path(place) in within]
+        return bool(found) and max(found)[1] in ("tmpfs", "ramfs")
+    return False

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 from moe_bsr.config import Config
 from moe_bsr.data.sampler import MultitaskSampler
+from moe_bsr.model.storage import STORAGES
+from moe_bsr.runtime import memory
 from moe_bsr.runtime.top_list import condensed
 from moe_bsr.training.length import in_updates, updates_of
 from moe_bsr.training.optim import learning_rate
@@ -26,9 +28,9 @@ def doubts(config: Config, sizes: dict[str, int]) -> list[str]:
         return list(_learning_signal(config))
     steps = updates_of(config, sizes)
     if steps is None:  # measured later
-        return [*_learning_signal(config)]
+        return [*_learning_signal(config), *_storage(config)]
     config = in_updates(config, steps)
-    found = [*_optimization(config), *_learning_signal(config), *_data(config, sizes)]
+    found = [*_optimization(config), *_learning_signal(config), *_storage(config), *_data(config, sizes)]
     return condensed(found, sizes)
 
 
@@ -96,6 +98,14 @@ def _learning_signal(config: Config) -> Iterator[str]:
     for task, weight in weights.items():
         if weight < 0.01 * mean:
             yield f"train.task_weights: {task} counts {weight / mean:.1g} of the mean task"
+
+
+def _storage(config: Config) -> Iterator[str]:
+    entries = config.storage if isinstance(config.storage, list) else [config.storage]
+    plain = ({k: v for k, v in e.items() if k != "blocks"} if isinstance(e, dict) else e for e in entries)
+    folders = (choice.options.place for choice in map(STORAGES.choose, plain) if choice.kind == "offload")
+    for folder in dict.fromkeys(filter(memory.holds, folders)):
+        yield f"storage = offload writes to {folder}, which is in memory itself (tmpfs); name storage.folder on a disk"
 
 
 def _data(config: Config, sizes: dict[str, int]) -> Iterator[str]:

@@ -35,6 +35,7 @@ class Storage:
 
 STORAGES: Registry[Storage] = Registry("storage")
 
-_KINDS = ("exact", "packed", "segments", "recompute", "back_razor")  # files whose import registers what they define
+# Files whose import registers what they define.
+_KINDS = ("exact", "packed", "segments", "recompute", "offload", "back_razor", "subspace")
 for _name in _KINDS:
     importlib.import_module(f"{__name__}.{_name}")

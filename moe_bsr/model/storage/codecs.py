@@ -51,21 +51,31 @@ class Int8Packed:
         return self.kept.to(self.dtype).mul_(self.scale)
 
 
-class Int4Packed(Int8Packed):
-    """The same in four bits, two channels in a byte: (..., N, D) in (..., N, (D + 1) // 2) bytes."""
+class Int4Packed:
+    """(..., N, D) in four bits, 16 levels from the least to the largest value of each channel over the N tokens.
 
-    LEVELS = 7
+    Two channels share a byte: (..., N, (D + 1) // 2) bytes. The first token is kept in bfloat16 and decides no levels:
+    a class token is unlike the others, and most of the gradient comes through it.
+    """
 
-    def __init__(self, x: Tensor, largest: Tensor | None = None) -> None:
-        super().__init__(x, largest)
-        self.width = x.shape[-1]
-        codes = functional.pad((self.kept + 8).to(torch.uint8), (0, self.width % 2))  # from 1 to 15
-        low, high = codes.chunk(2, -1)
+    LEVELS = 15
+
+    def __init__(self, x: Tensor) -> None:
+        self.dtype, self.width = x.dtype, x.shape[-1]
+        self.first = x[..., :1, :].to(torch.bfloat16, copy=True)
+        others = x[..., 1:, :] if x.shape[-2] > 1 else x
+        self.lowest = others.amin(-2, keepdim=True).to(torch.bfloat16)
+        span = others.amax(-2, keepdim=True) - self.lowest
+        self.scale = (span / self.LEVELS).clamp_(min=1e-30).to(torch.bfloat16)
+        codes = ((x - self.lowest) / self.scale).round_().clamp_(0, self.LEVELS).to(torch.uint8)
+        low, high = functional.pad(codes, (0, self.width % 2)).chunk(2, -1)
         self.kept = low | (high << 4)
 
     def restore(self) -> Tensor:
         both = torch.cat([self.kept & 15, self.kept >> 4], -1)[..., : self.width]
-        return both.to(self.dtype).sub_(8).mul_(self.scale)
+        x = both.to(self.dtype).mul_(self.scale).add_(self.lowest)
+        x[..., :1, :] = self.first
+        return x
 
 
 def largest_magnitudes(x: Tensor) -> Tensor:

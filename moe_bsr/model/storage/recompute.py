@@ -3,7 +3,8 @@
 Chen et al. 2016, "Training deep nets with sublinear memory cost". One more forward of the block, but for
 its last product, for nearly all of its activation memory; gradients are identical, because everything the
 block decided is replayed and nothing in it draws random numbers. `recompute_int8` keeps the input itself in
-eight bits, `recompute_int4` in four: less than any other, for gradients that are a few percent off.
+eight bits, `recompute_int4` in four, but for the first token: less than any other, for gradients that are some
+percent off.
 """
 
 from functools import partial

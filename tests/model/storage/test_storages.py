@@ -115,17 +115,34 @@ def test_int8_keeps_a_quarter_of_float32():
     assert 0 < after < 0.27 * before
 
 
-@pytest.mark.parametrize(("codec", "levels", "width", "kept"), [(Int8Packed, 126, 16, 16), (Int4Packed, 7, 17, 9)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_quantization_is_within_half_a_step_of_each_channel(dtype, codec, levels, width, kept):
-    x = (normal(3, 40, width) * torch.logspace(-3, 3, width)).to(dtype)
-    packed = codec(x)
+def test_quantization_is_within_half_a_step_of_each_channel(dtype):
+    x = (normal(3, 40, 16) * torch.logspace(-3, 3, 16)).to(dtype)
+    packed = Int8Packed(x)
     back = packed.restore()
-    assert packed.kept.itemsize == 1 and packed.kept.shape == (3, 40, kept)
+    assert packed.kept.itemsize == 1 and packed.kept.shape == (3, 40, 16)
     assert back.shape == x.shape and back.dtype == dtype
-    step = x.float().abs().amax(1, keepdim=True) / levels
+    step = x.float().abs().amax(1, keepdim=True) / 126
     bound = 0.5 * step + 2**-7 * x.float().abs()  # and the rounding of the scale
     assert ((back.float() - x.float()).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_four_bits_are_spread_over_each_channels_values_but_the_first_tokens(dtype):
+    """Whatever a channel's offset, and however far away the first token, which is kept in bfloat16."""
+    x = normal(3, 40, 17) * torch.logspace(-3, 3, 17) + 100 * normal(17, seed=1)
+    x[:, 0] *= 1000
+    x = x.to(dtype)
+    packed = Int4Packed(x)
+    back, others = packed.restore(), x[:, 1:].float()
+    assert packed.kept.itemsize == 1 and packed.kept.shape == (3, 40, 9)
+    assert back.shape == x.shape and back.dtype == dtype and torch.equal(back[:, 0], x[:, 0].bfloat16().to(dtype))
+    span = others.amax(1, keepdim=True) - others.amin(1, keepdim=True)
+    largest = span + others.abs().amax(1, keepdim=True)
+    rounding = (2**-8 + torch.finfo(dtype).eps) * largest + 2**-8 * span  # of the lowest, of the sum, of the scale
+    assert ((back[:, 1:].float() - others).abs() <= span / 30 + rounding).all()
+    for alone in (normal(2, 1, 16), torch.full((2, 5, 16), 0.3)):
+        assert torch.equal(Int4Packed(alone).restore(), alone.bfloat16().float())
 
 
 def router_gradient(storage: str, renormalize: bool, **moe) -> torch.Tensor:

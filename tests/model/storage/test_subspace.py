@@ -1,0 +1,127 @@
+"""The subspace storage against singular values, against exact gradients, and in blocks of every kind."""
+
+import pytest
+import torch
+from tiny_models import gradients, make_model, make_vit, normal
+from torch.nn import functional as F
+
+from moe_bsr import config as configuration
+from moe_bsr.benchmark.measure import kept_for_backward
+from moe_bsr.config import Config, ConfigError
+from moe_bsr.cost.predict import predict
+from moe_bsr.model.multitask import MultitaskViT
+from moe_bsr.model.storage.subspace import InSubspace
+from moe_bsr.runtime.device import prepare
+from moe_bsr.training.update import training_step
+
+
+def spectrum(*shape: int, decay: float = 0.5) -> torch.Tensor:
+    """Activations whose singular values fall by `decay` from one to the next, in no channel's direction."""
+    u, _, v = torch.linalg.svd(normal(torch.Size(shape[:-1]).numel(), shape[-1]), full_matrices=False)
+    return (u * (10 * decay ** torch.arange(shape[-1]))) @ v
+
+
+def test_a_matrix_of_that_rank_comes_back():
+    x = (normal(60, 8) @ normal(8, 32, seed=1)).view(3, 20, 32)
+    packed = InSubspace(x, 0.25)
+    assert packed.coefficients.shape == (60, 8) and packed.basis.shape == (32, 8)
+    torch.testing.assert_close(packed.restore(), x, rtol=0, atol=1e-5 * float(x.abs().max()))
+
+
+def test_what_is_lost_is_what_the_best_subspace_loses():
+    x = spectrum(4 * 30, 32, decay=0.8).view(4, 30, 32)
+    values = torch.linalg.svdvals(x.view(-1, 32))
+    lost = (InSubspace(x, 0.25).restore() - x)[:, 1:].norm()
+    assert 0.9 * values[8:].norm() < lost < 1.05 * values[8:].norm()
+
+
+def test_the_first_token_of_each_image_is_exact_and_the_memory_of_the_others_is_let_go():
+    x = normal(4, 50, 32)
+    packed = InSubspace(x, 0.25)
+    assert torch.equal(packed.restore()[:, 0], x[:, 0]) and not torch.equal(packed.restore()[:, 1], x[:, 1])
+    kept = [packed.coefficients, packed.basis, packed.first]
+    assert sum(t.untyped_storage().nbytes() for t in kept) == 4 * (200 * 8 + 32 * 8 + 4 * 32)
+
+
+@pytest.mark.parametrize("x", [normal(6, 1, 16), normal(10, 16), normal(2, 50, 16)], ids=["first", "few", "full"])
+def test_what_takes_no_less_room_stays_as_it_is(x):
+    assert InSubspace(x, 1.0 if len(x) == 2 else 0.75).restore() is x
+
+
+def step(storage, bf16: bool = False, **plan):
+    model = make_model(storage=storage, **plan).train()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        output = model(normal(12, 3, 16, 16), "one")
+    (F.cross_entropy(output.logits, torch.arange(12) % 3) + output.auxiliary_loss).backward()
+    return torch.cat([g.flatten() for g in gradients(model).values()]), output.logits
+
+
+PLANS = {
+    "dense": {},
+    "experts": {"moe_blocks": (1, 3), "init_noise": 0.1},
+    "grouped": {"moe_blocks": (1, 3), "init_noise": 0.1, "backend": "grouped"},
+    "low-rank experts": {"moe_blocks": (1, 3), "experts": "low_rank", "rank": 4},
+    "merging": {"tokens": configuration.TokensConfig(reduce="merge")},
+    "lora": {"adapter": {"kind": "lora", "rank": 2}, "train_blocks": ()},
+    "no class token": {"kind": "average-pool"},
+    "qk-norm": {"kind": "qk-norm"},
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_forward_is_exact_and_gradients_come_near_with_the_rank(name):
+    exact, logits = step("exact", **PLANS[name])
+    errors = []
+    for rank in (0.25, 0.6, 1.0):
+        found, same = step({"kind": "subspace", "rank": rank}, **PLANS[name])
+        assert torch.equal(same, logits)
+        errors.append(float((found - exact).norm() / exact.norm()))
+    assert 1e-4 < errors[1] < errors[0] < 1 and errors[2] < 1e-5
+
+
+def test_bf16_is_kept_in_bf16_and_found_in_float32():
+    exact, logits = step("exact", bf16=True)
+    found, same = step({"kind": "subspace", "rank": 0.6}, bf16=True)
+    assert torch.equal(same, logits) and F.cosine_similarity(found, exact, dim=0) > 0.9
+    packed = InSubspace(normal(4, 50, 32).bfloat16(), 0.25)
+    assert packed.coefficients.dtype == packed.basis.dtype == packed.restore().dtype == torch.bfloat16
+
+
+def test_a_basis_depends_on_its_micro_batch_alone():
+    """Not on what was drawn before: the same images give the same gradients to the bit."""
+    first, _ = step({"kind": "subspace", "rank": 0.5})
+    torch.rand(3)
+    again, _ = step({"kind": "subspace", "rank": 0.5})
+    assert torch.equal(first, again)
+
+
+IMAGES, TOKENS, WIDTH, HEADS, RANK = 5, 17, 16, 2, 4
+
+
+def test_a_trained_block_keeps_what_its_formula_says():
+    """Three matrices of coefficients, bases and first tokens, and the two norms' statistics."""
+    config = configuration.replace(
+        Config(),
+        storage={"kind": "subspace", "rank": RANK / WIDTH},
+        runtime__device="cpu",
+        runtime__precision="fp32",
+        runtime__threads=1,
+        plan__train_blocks="all",
+        plan__drop_blocks=[],
+        plan__moe_blocks=[],
+    )
+    model = MultitaskViT(make_vit(), config, {"two": 5})
+    cost = predict(model, config, batch=IMAGES, precision="fp32")
+    step = training_step(model, config, prepare(config.runtime), batch=IMAGES)
+    measured = sum(allocation.bytes for allocation in kept_for_backward(step)[0])
+    rows = IMAGES * TOKENS
+    formula = 3 * 4 * (rows * RANK + WIDTH * RANK + IMAGES * WIDTH) + 4 * 4 * rows
+    by_block = {name: sum(makers.values()) for name, makers in cost.kept_by_block.items()}
+    assert by_block["block 1"] == by_block["block 2"] == formula
+    assert cost.kept == pytest.approx(measured, abs=64)
+
+
+@pytest.mark.parametrize("rank", [0, 1.5, -1.0])
+def test_what_is_no_share_is_refused(rank):
+    with pytest.raises(ConfigError, match="storage.rank = .*: a share of the width, above 0 and at most 1"):
+        make_model(storage={"kind": "subspace", "rank": rank})
