@@ -179,6 +179,7 @@ class _Step:
             lambda index: unequal_rows(self._share(index)),
         )
         self.modules = modules_of_sections(model)
+        self._fingerprints: dict[tuple[str, str, str], tuple[dict[str, str], tuple]] = {}
         kernels = ops.is_reference(), cpu.mkl_is_slow(), cpu.bf16_instructions(), cpu.onednn_has_bf16()
         moves = not self.setting.differentiates or (
             config.train.step_in_backward and (config.train.optimizer, config.train.momentum)
@@ -264,7 +265,10 @@ class _Step:
         """Args:
         prefix: of the modules' parameters' names in the model.
         """
-        names, about_modules = fingerprint(modules, task, self.model.tasks, self.setting.dtype)
+        place = kind, prefix, task
+        if place not in self._fingerprints:  # of micro-batches before
+            self._fingerprints[place] = fingerprint(modules, task, self.model.tasks, self.setting.dtype)
+        names, about_modules = self._fingerprints[place]
         has_gradient = {name for name in names if prefix + name in self.trained}
         key = (kind, self.key, about, about_modules, tuple(names[n] for n in names if n in has_gradient))
         if key not in _sections:
