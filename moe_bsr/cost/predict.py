@@ -93,11 +93,11 @@ def predict(
             decide it.
         scratch: whether kernels' scratch memory counts; without it the numbers are the same on every CPU.
     """
-    with _as_trained(model, device_of(config), precision):
-        return _predict(_Step(model, config, batch, precision, shares or {}, scratch), config, task, all_tasks)
+    with as_trained(model, device_of(config), precision):
+        return _predict(Step(model, config, batch, precision, shares or {}, scratch), config, task, all_tasks)
 
 
-def _predict(step: "_Step", config: Config, task: str | None, all_tasks: bool) -> Cost:
+def _predict(step: "Step", config: Config, task: str | None, all_tasks: bool) -> Cost:
     model = step.model
     task = task or max(model.trained_tasks, key=lambda name: model.heads[name].out_features)
     tasks = model.trained_tasks if all_tasks and config.sampler.kind == "joint" else [task]
@@ -145,7 +145,7 @@ _sections: dict[Hashable, Any] = {}
 """What has been traced in this process, by everything that it depends on."""
 
 
-class _Step:
+class Step:
     """The sections of one model's step, each kind traced once.
 
     Attributes:
@@ -190,8 +190,12 @@ class _Step:
         moe = self.setting.config.moe
         return self.shares.get(index) or largest_share(self.model.vit.embed_dim, moe.num_experts, moe.top_k)
 
-    def places(self, task: str) -> list[Placed]:
-        """The sections of one micro-batch of a task; what trains in them has a gradient from here on."""
+    def places(self, task: str, blocks: int | None = None) -> list[Placed]:
+        """The sections of one micro-batch of a task; what trains in them has a gradient from here on.
+
+        Args:
+            blocks: only the embedding and so many of the first; None: all, and the head.
+        """
         model, setting = self.model, self.setting
         section = self._section(
             "embedding",
@@ -203,7 +207,7 @@ class _Step:
         )
         places, streams = [Placed("embedding", section)], [section.stream]
         routing: list[tuple[bool, ...]] = []
-        for index, plan in enumerate(model.plan):
+        for index, plan in enumerate(model.plan[:blocks]):
             stream = section.stream
             about = (
                 plan,
@@ -230,6 +234,8 @@ class _Step:
             streams.append(section.stream)
             if section.routing:
                 routing.append(section.routing)
+        if blocks is not None:
+            return places
         about = (
             section.stream,
             tuple(routing),
@@ -321,7 +327,7 @@ def device_of(config: Config) -> torch.device:
 
 
 @contextlib.contextmanager
-def _as_trained(model: MultitaskViT, device: torch.device, precision: str) -> Iterator[None]:
+def as_trained(model: MultitaskViT, device: torch.device, precision: str) -> Iterator[None]:
     """The model in training mode, its norms as `Runtime.place` sets them, while the context lasts."""
     modes = {module: (module.training, getattr(module, "_fast_norm", None)) for module in model.modules()}
     for module, (_, fast_norm) in modes.items():

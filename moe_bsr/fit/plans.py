@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError, require
+from moe_bsr.cost.least import least_beside_gradients
 from moe_bsr.cost.predict import Cost, predict
 from moe_bsr.fit.rates import Rates
 from moe_bsr.fit.room import MICRO_BATCHES, STORAGES
@@ -92,9 +93,11 @@ class Catalog:
 
     def plans(self) -> list[Plan]:
         """All that fit."""
-        *_, heads = self._predicted(PLAIN | {"plan.train_blocks": [], **_dropping([], 1.0)}, BATCH)
+        heads = self._cost(*self._configured(PLAIN | {"plan.train_blocks": [], **_dropping([], 1.0)}), BATCH)
         self._evaluation = heads.transients["forward"]  # as much as one takes beside the parameters
-        forms = (self._fastest(changes) for changes in candidates(self.config, self.vit))
+        # Heads alone first: what needs more than the leanest plan so far need not be known exactly.
+        looked = sorted(candidates(self.config, self.vit), key=lambda changes: bool(changes["plan.train_blocks"]))
+        forms = (self._fastest(changes) for changes in looked)
         return [plan for plan in forms if plan is not None]
 
     def _fastest(self, changes: dict[str, Any]) -> Plan | None:
@@ -110,13 +113,17 @@ class Catalog:
 
     def _first_that_fits(self, changes: dict[str, Any]) -> Plan | None:
         """Saved exactly, else in micro-batches, else packed, else computed again."""
-        batch = self.config.train.batch_size
+        batch, always = self.config.train.batch_size, 0
         for storage in STORAGES:
             parts = 1
             while parts in MICRO_BATCHES and batch % parts == 0 and (parts == 1 or batch // parts >= LEAST_IMAGES):
                 form = changes | {"storage": storage, "train.grad_accumulation_steps": parts}
                 try:
-                    config, model, cost = self._predicted(form, batch // parts)
+                    config, model = self._configured(form)
+                    if parts > 1 and self._is_too_much(config, model, always + cost.gradients):
+                        parts *= 2
+                        continue
+                    cost = self._cost(config, model, batch // parts)
                 except ConfigError:  # what this backbone cannot be, or this configuration in so many micro-batches
                     break
                 always = self.base + cost.parameters + cost.optimizer + cost.average
@@ -150,10 +157,18 @@ class Catalog:
             (counts[-1][0] - self.vit.num_prefix_tokens) / self.vit.patch_embed.num_patches,
         )
 
-    def _predicted(self, changes: dict[str, Any], images: int) -> tuple[Config, MultitaskViT, Cost]:
+    def _is_too_much(self, config: Config, model: MultitaskViT, beside: int) -> bool:
+        """Whether a form of several micro-batches neither fits nor is the leanest so far, as one block shows."""
+        images = config.train.batch_size // config.train.grad_accumulation_steps
+        least = least_beside_gradients(model, config, batch=images, precision=self.precision)
+        return beside + least > max(self.limit, self.least or 0)
+
+    def _configured(self, changes: dict[str, Any]) -> tuple[Config, MultitaskViT]:
         config = configuration.replace(self.config, **{key.replace(".", "__"): value for key, value in changes.items()})
-        model = self._model(config)
-        return config, model, predict(model, config, batch=images, precision=self.precision, all_tasks=True)
+        return config, self._model(config)
+
+    def _cost(self, config: Config, model: MultitaskViT, images: int) -> Cost:
+        return predict(model, config, batch=images, precision=self.precision, all_tasks=True)
 
     def _model(self, config: Config) -> MultitaskViT:
         """Models that differ in dropping and storage alone are one, whose plan changes."""
