@@ -18,7 +18,7 @@ from moe_bsr.config import Config, ConfigError, require
 from moe_bsr.cost.least import least_beside_gradients
 from moe_bsr.cost.predict import Cost, predict
 from moe_bsr.fit.rates import Rates
-from moe_bsr.fit.room import MICRO_BATCHES, STORAGES
+from moe_bsr.fit.room import MICRO_BATCHES, SPARE, STORAGES
 from moe_bsr.model.backbones import family_of
 from moe_bsr.model.block import contexts
 from moe_bsr.model.multitask import MultitaskViT
@@ -33,9 +33,6 @@ LEAST_IMAGES = 4  # of a micro-batch; smaller ones waste more time than leaner s
 FULL = {"moe.experts": "full", "moe.gate": "token"}
 EXPERTS = ({"moe.experts": "low_rank"}, FULL | {"moe.mlp_ratio": 4}, FULL | {"moe.mlp_ratio": 1})
 MOST_WITH_EXPERTS = 3  # blocks
-# Beside the libraries of this process a run has those that load on first use, checkpoints, and freed memory that the
-# heap keeps: 47 and 69 MB were measured in two runs.
-SPARE = 70 * 2**20
 PLAIN = {
     "plan.moe_blocks": [],
     "plan.head_blocks": [],
@@ -113,14 +110,14 @@ class Catalog:
 
     def _first_that_fits(self, changes: dict[str, Any]) -> Plan | None:
         """Saved exactly, else in micro-batches, else packed, else computed again."""
-        batch, always = self.config.train.batch_size, 0
+        batch, beside = self.config.train.batch_size, 0
         for storage in STORAGES:
             parts = 1
             while parts in MICRO_BATCHES and batch % parts == 0 and (parts == 1 or batch // parts >= LEAST_IMAGES):
                 form = changes | {"storage": storage, "train.grad_accumulation_steps": parts}
                 try:
                     config, model = self._configured(form)
-                    if parts > 1 and self._is_too_much(config, model, always + cost.gradients):
+                    if parts > 1 and self._is_too_much(config, model, beside):
                         parts *= 2
                         continue
                     cost = self._cost(config, model, batch // parts)
@@ -131,10 +128,11 @@ class Catalog:
                 self.least = min(needed, self.least or needed)
                 if needed <= self.limit:
                     return self._plan(form, config, model, cost, needed)
-                room = self.limit - always - cost.gradients
+                beside = always + cost.gradients
+                room = self.limit - beside
                 if room <= 0 or always + self._evaluation > self.limit:
                     return None  # in no form
-                wanted = parts * (needed - always - cost.gradients) / room  # what a step keeps shrinks with its images
+                wanted = parts * (needed - beside) / room  # what a step keeps shrinks with its images
                 parts *= 2
                 while parts < wanted:
                     parts *= 2
@@ -152,13 +150,17 @@ class Catalog:
             changes | {"data.image_cache_mb": images},
             needed,
             tasks * parts * cost.step_flops,
-            self.rates and self.rates.seconds(config, model, cost),
+            self.rates and self.rates.seconds(config, model),
             sum(p.numel() for p in model.parameters() if p.requires_grad),
             (counts[-1][0] - self.vit.num_prefix_tokens) / self.vit.patch_embed.num_patches,
         )
 
     def _is_too_much(self, config: Config, model: MultitaskViT, beside: int) -> bool:
-        """Whether a form of several micro-batches neither fits nor is the leanest so far, as one block shows."""
+        """Whether a form of several micro-batches neither fits nor is the leanest so far, as one block shows.
+
+        Args:
+            beside: bytes of the process, weights, state and gradients.
+        """
         images = config.train.batch_size // config.train.grad_accumulation_steps
         least = least_beside_gradients(model, config, batch=images, precision=self.precision)
         return beside + least > max(self.limit, self.least or 0)
