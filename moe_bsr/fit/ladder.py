@@ -28,7 +28,6 @@ from moe_bsr.training.callback import Callback
 from moe_bsr.training.failures import NonFiniteLoss
 from moe_bsr.training.feature_cache import FeatureCache
 
-FOR_MEASURING = 0.03  # of the time, to see how fast the backbone is
 FOR_VALIDATION = 0.03  # of the time, that one evaluation of all tasks may take
 LEAST_VALIDATION = 20  # images of a task
 FOR_PROBE = 0.85  # of the time at most: an image not seen yet brings more than training blocks on those seen
@@ -107,7 +106,7 @@ class Ladder:
         self.runtime = prepare(config.runtime)
         self.shared: FeatureCache | None = None  # of the probe and of late
         self.overhead = 0.0  # seconds of a run beside its updates
-        self.interrupted = 0
+        self.interrupted, self.left_out = 0, False
 
     # --- the climb ---
 
@@ -119,8 +118,7 @@ class Ladder:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.runtime.in_effect():
-            asked = FOR_MEASURING * 60 * self.budget.minutes
-            self.speed, self.memory = measure(self.config, self.runtime, self.budget.memory, asked)
+            self.speed, self.memory = measure(self.config, self.runtime, self.budget.memory, self.left())
         self.overhead = self.speed.opening  # until a run has shown more
         self._limit_validation()
         speed, config = self.speed, self.config
@@ -192,6 +190,7 @@ class Ladder:
             if not self.rungs:
                 raise
             self.say(f"{name} is left out: {error}")
+            self.left_out = True
             return True
         config, told = fitted.config, f"storage {fitted.config.storage}"
         if not solved:
@@ -336,7 +335,7 @@ class Ladder:
         """Why this one, in a sentence."""
         others = sorted((r for r in self.rungs if r is not best and r.name != "start"), key=lambda r: -r.val_top1)
         if not others:
-            return f"{best.name} is all there was time for"
+            return f"{best.name} is all " + ("that fits into the memory" if self.left_out else "there was time for")
         second = others[0]
         ahead = best.val_top1 - second.val_top1
         sure = "outside" if ahead > math.hypot(best.interval, second.interval) else "within"

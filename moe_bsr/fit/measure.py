@@ -18,6 +18,7 @@ from moe_bsr.runtime import memory
 from moe_bsr.runtime.device import Runtime
 
 IMAGES = 128  # of all tasks together at most, from which the speed is taken
+FOR_IMAGES = 0.03  # of the time, in which these are seen
 FIRST = 8  # of each task: from them it is known how many more there is time for
 EVALUATED = 64  # images at once in an evaluation
 
@@ -46,7 +47,7 @@ def measure(config: Config, runtime: Runtime, limit: int | None, seconds: float)
 
     Args:
         limit: bytes that the process may take; None: nine tenths of what is free.
-        seconds: to see images in, about; a few are seen however long it takes.
+        seconds: that there are for everything.
     Raises:
         ConfigError: not even the heads alone fit into the memory.
     """
@@ -82,7 +83,7 @@ def measure(config: Config, runtime: Runtime, limit: int | None, seconds: float)
             if not len(part.train):
                 break
             each = _seconds(model, part, transforms, runtime, most) / len(part.train)
-            start, count = count, max(1, min(most, int(seconds / len(tasks) / max(each, 1e-9))))
+            start, count = count, max(1, min(most, int(FOR_IMAGES * seconds / len(tasks) / max(each, 1e-9))))
         decoded += (len(data.train) + len(data.val)) * data.train.source.image(data.train.place(0)).nbytes
         forward += each / len(tasks)
     vit = model.vit
