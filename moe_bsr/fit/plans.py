@@ -192,15 +192,17 @@ def candidates(config: Config, vit: VisionTransformer) -> Iterator[dict[str, Any
     trained = [*late, thirds, "all", plan.train_blocks]
     drops = [([], 1.0), (early, 0.66), (plan.drop_blocks, plan.keep_rate)]
     own = _dropping(plan.drop_blocks, plan.keep_rate) | {"plan.train_blocks": plan.train_blocks}
-    seen = [PLAIN | own | {"plan.moe_blocks": plan.moe_blocks}]
-    yield from seen
+    experts = {key: getattr(config.moe, key.removeprefix("moe.")) for key in EXPERTS[1]}  # where a plan says none
+    first = PLAIN | own | {"plan.moe_blocks": plan.moe_blocks}
+    seen = [experts | first]
+    yield first
     for blocks, (places, rates) in itertools.product(trained, drops):
         bare = PLAIN | {"plan.train_blocks": blocks, **_dropping(places, rates)}
         few = blocks and blocks != "all" and len(blocks) <= MOST_WITH_EXPERTS
         with_experts = [bare | {"plan.moe_blocks": blocks} | kind for kind in EXPERTS] if few else []
         for changes in (bare, *with_experts):
-            if changes not in seen:
-                seen.append(changes)
+            if experts | changes not in seen:
+                seen.append(experts | changes)
                 yield changes
 
 

@@ -77,6 +77,9 @@ def test_plans_differ_in_blocks_dropping_and_experts_and_the_own_one_comes_first
     assert {str(plan.get("moe.experts")) for plan in found} == {"full", "low_rank", "None"}
     assert {str(plan["plan.drop_blocks"]) for plan in found} == {"[]", "[0, 2, 3]", "[1, 3]"}
     assert len(found) == len({str(plan) for plan in found})
+    own = replace(config, plan__moe_blocks=[1, 3, 5], moe__mlp_ratio=4)  # one of those that are tried anyway
+    looked = list(candidates(own, roomy[0].vit))
+    assert len(looked) == len({repr(changed(own, Plan(changes, 0, 0, None, 1, 1.0))) for changes in looked})
     first = found[0]
     assert {key: first[f"plan.{key}"] for key in ("train_blocks", "drop_blocks", "moe_blocks")} == {
         "train_blocks": [1, 3, 5],
