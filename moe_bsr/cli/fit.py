@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(result, indent=1))
         return 0
     say(table(result))
-    say(f"\n{result['reason']}.")
+    say(f"\n{result['reason']}. All of it took {result['seconds']:.0f} s of {60 * result['minutes']:.0f}.")
     if "test" in result:
         tasks = ", ".join(f"{task} {about['top1']:.1f}" for task, about in result["test"]["tasks"].items())
         say(f"Test: {result['test']['mean_top1']:.1f} % in the mean ({tasks}).")

@@ -64,9 +64,9 @@ class _New:
     device: torch.device
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Effect:
-    """What an operator does with arguments of these shapes.
+    """What an operator does with arguments of these shapes; there is one object for equal arguments.
 
     Attributes:
         outputs: for each output a `_New`, the index of the tensor argument that is returned, or None. None as a
@@ -88,91 +88,114 @@ PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.device, torch.lay
 MAX_EFFECTS = 100_000
 _effects: dict[tuple, Effect] = {}
 _kinds: dict[tuple, tuple["Effect", list] | None] = {}  # by types and layouts; None: the operator's rule was wrong
-_views: dict[OpOverload, bool] = {}
-_written: dict[OpOverload, list[tuple[int, str]] | None] = {}
+_attributes: dict[torch.device, dict[str, Any]] = {}  # of a fake tensor
+_operators: dict[OpOverload, "_Operator"] = {}
 
 
-def run(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Effect, tuple | None]:
+@dataclass(slots=True, eq=False)
+class _Operator:
+    """What an operator does with any arguments. In keys it stands for the operator, whose own hash is slow.
+
+    Attributes:
+        is_view: whether all that it returns are views of its arguments.
+        returned: if it returns nothing but arguments it wrote to, their positions and names.
+    """
+
+    is_view: bool
+    returned: list[tuple[int, str]] | None
+
+
+def run(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Effect, bool]:
     """Run an operator on fake tensors, within `FAKE`.
 
     Returns:
-        What it returns, its effect, and a key that is equal for equal arguments (None: there is none).
+        What it returns, its effect, and whether that is of equal arguments alone.
     """
+    operator = _operators.get(func) or _operators.setdefault(func, _Operator(_is_view(func), _returned_arguments(func)))
     tensors: list[Tensor] = []
-    values: list[Any] = [func]
+    values: list[Any] = [operator]
     if not (_add_to_key(values, tensors, args) and (not kwargs or _add_to_key(values, tensors, kwargs.items()))):
         result = func(*args, **kwargs)
-        return result, _learn(func, args, kwargs, tensors, result), None
-    if is_view(func):
+        return result, _learn(func, args, kwargs, tensors, result), False
+    if operator.is_view:
         device = tensors[0].fake_device
         with in_kernel_invocation_manager(FAKE):
             result = func(*args, **kwargs)
         if isinstance(result, Tensor):
-            return FakeTensor(FAKE, result, device), VIEW, None
-        return type(result)(FakeTensor(FAKE, r, device) for r in result), VIEW, None
+            return _fake(result, device), VIEW, True
+        return type(result)(_fake(r, device) for r in result), VIEW, True
     key = tuple(values)
     if len(_effects) >= MAX_EFFECTS:
         _effects.clear()
-    if (places := _returned_arguments(func)) is not None:
-        if key not in _effects:
-            _effects[key] = Effect([], None, (), _flops(func, args, kwargs, None), _name(func))
-        returned = [args[place] if place < len(args) else kwargs[name] for place, name in places]
-        return returned[0] if len(returned) == 1 else tuple(returned) or None, _effects[key], key
-    known = _effects.get(key) or _by_rule(func, args, kwargs, tensors, key)
-    if known is None:
+    known = _effects.get(key)
+    if operator.returned is not None:
+        if known is None:
+            known = _effects[key] = Effect([], None, (), _flops(func, args, kwargs, None), _name(func))
+        returned = [args[place] if place < len(args) else kwargs[name] for place, name in operator.returned]
+        return returned[0] if len(returned) == 1 else tuple(returned) or None, known, True
+    if (known := known or _by_rule(func, args, kwargs, tensors, key)) is None:
         result = func(*args, **kwargs)
         known = _effects[key] = _learn(func, args, kwargs, tensors, result)
         if func is not torch.ops.aten.native_layer_norm.default:
-            return result, known, key
+            return result, known, True
         _correct_layer_norm(known, args)
     if known.outputs is None:
-        return func(*args, **kwargs), known, key
+        return func(*args, **kwargs), known, True
     outputs = []
     for output in known.outputs:
         if type(output) is _New:
             with torch._C._DisableTorchDispatch():
                 made = torch.empty_strided(output.size, output.stride, dtype=output.dtype, device="meta")
-            outputs.append(FakeTensor(FAKE, made, output.device))
+            outputs.append(_fake(made, output.device))
         else:
             outputs.append(None if output is None else tensors[output])
     result = known.several(outputs) if known.several is not None else outputs[0] if outputs else None
-    return result, known, key
+    return result, known, True
 
 
 def empty(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> FakeTensor:
     """A fake tensor, made past all modes."""
     with torch._C._DisableTorchDispatch():
         made = torch.empty(size, dtype=dtype, device="meta")
-    return FakeTensor(FAKE, made, device)
+    return _fake(made, device)
 
 
-def is_view(func: OpOverload) -> bool:
-    """Whether all that the operator returns are views of its arguments."""
-    if func not in _views:
-        aliases = [r.alias_info for r in func._schema.returns]
-        _views[func] = (
-            bool(aliases)
-            and all(a is not None and not a.is_write for a in aliases)
-            or func is torch.ops.aten._unsafe_view.default
-        )
-    return _views[func]
+def _fake(memory: Tensor, device: torch.device) -> FakeTensor:
+    """`FakeTensor(FAKE, memory, device)` in a fifth of the time: its attributes are the same for all of a device."""
+    attributes = _attributes.get(device)
+    if attributes is None:
+        made = FakeTensor(FAKE, memory, device)
+        _attributes[device] = dict(vars(made))
+        return made
+    made = Tensor._make_subclass(
+        FakeTensor,
+        memory,
+        memory.requires_grad,
+        dispatch_device=True,
+        device_for_backend_keys=attributes["_fake_device"],
+    )
+    torch._C._set_throw_on_mutable_data_ptr(made)
+    vars(made).update(attributes)
+    return made
+
+
+def _is_view(func: OpOverload) -> bool:
+    aliases = [r.alias_info for r in func._schema.returns]
+    views = bool(aliases) and all(a is not None and not a.is_write for a in aliases)
+    return views or func is torch.ops.aten._unsafe_view.default
 
 
 def _returned_arguments(func: OpOverload) -> list[tuple[int, str]] | None:
     """Of an operator that returns nothing but arguments it wrote to: (position, name) of these; None of others."""
-    if func not in _written:
-        arguments = {
-            frozenset(a.alias_info.before_set): (i, a.name)
-            for i, a in enumerate(func._schema.arguments)
-            if a.alias_info is not None and a.alias_info.is_write
-        }
-        aliases = [r.alias_info for r in func._schema.returns]
-        writes = all(a is not None and a.is_write and frozenset(a.before_set) in arguments for a in aliases)
-        keeps_layout = torch.Tag.inplace_view not in func.tags and _name(func) not in ("resize_", "set_")
-        _written[func] = (
-            [arguments[frozenset(a.before_set)] for a in aliases] if writes and keeps_layout and arguments else None
-        )
-    return _written[func]
+    arguments = {
+        frozenset(a.alias_info.before_set): (i, a.name)
+        for i, a in enumerate(func._schema.arguments)
+        if a.alias_info is not None and a.alias_info.is_write
+    }
+    aliases = [r.alias_info for r in func._schema.returns]
+    writes = all(a is not None and a.is_write and frozenset(a.before_set) in arguments for a in aliases)
+    keeps_layout = torch.Tag.inplace_view not in func.tags and _name(func) not in ("resize_", "set_")
+    return [arguments[frozenset(a.before_set)] for a in aliases] if writes and keeps_layout and arguments else None
 
 
 def _correct_layer_norm(effect: Effect, args: Sequence[Any]) -> None:

@@ -97,11 +97,11 @@ def predict(
             decide it.
         scratch: whether kernels' scratch memory counts; without it the numbers are the same on every CPU.
     """
-    with _as_trained(model, device_of(config), precision):
-        return _predict(_Step(model, config, batch, precision, shares or {}, scratch), config, task, all_tasks)
+    with as_trained(model, device_of(config), precision):
+        return _predict(Step(model, config, batch, precision, shares or {}, scratch), config, task, all_tasks)
 
 
-def _predict(step: "_Step", config: Config, task: str | None, all_tasks: bool) -> Cost:
+def _predict(step: "Step", config: Config, task: str | None, all_tasks: bool) -> Cost:
     model = step.model
     task = task or max(model.trained_tasks, key=lambda name: model.heads[name].out_features)
     tasks = model.trained_tasks if all_tasks and config.sampler.kind == "joint" else [task]
@@ -151,7 +151,7 @@ _sections: dict[Hashable, Any] = {}
 """What has been traced in this process, by everything that it depends on."""
 
 
-class _Step:
+class Step:
     """The sections of one model's step, each kind traced once.
 
     Attributes:
@@ -185,6 +185,7 @@ class _Step:
             lambda index: unequal_rows(self._share(index)),
         )
         self.modules = modules_of_sections(model)
+        self._fingerprints: dict[tuple[str, str, str], tuple[dict[str, str], tuple]] = {}
         kernels = ops.is_reference(), cpu.mkl_is_slow(), cpu.bf16_instructions(), cpu.onednn_has_bf16()
         moves = not self.setting.differentiates or (
             config.train.step_in_backward and (config.train.optimizer, config.train.momentum)
@@ -195,8 +196,12 @@ class _Step:
         moe = self.setting.config.moe
         return self.shares.get(index) or largest_share(self.model.vit.embed_dim, moe.num_experts, moe.top_k)
 
-    def places(self, task: str) -> list[Placed]:
-        """The sections of one micro-batch of a task; what trains in them has a gradient from here on."""
+    def places(self, task: str, blocks: int | None = None) -> list[Placed]:
+        """The sections of one micro-batch of a task; what trains in them has a gradient from here on.
+
+        Args:
+            blocks: only the embedding and so many of the first; None: all, and the head.
+        """
         model, setting = self.model, self.setting
         section = self._section(
             "embedding",
@@ -208,7 +213,7 @@ class _Step:
         )
         places, streams = [Placed("embedding", section)], [section.stream]
         routing: list[tuple[bool, ...]] = []
-        for index, plan in enumerate(model.plan):
+        for index, plan in enumerate(model.plan[:blocks]):
             stream = section.stream
             about = (
                 plan,
@@ -235,6 +240,8 @@ class _Step:
             streams.append(section.stream)
             if section.routing:
                 routing.append(section.routing)
+        if blocks is not None:
+            return places
         about = (
             section.stream,
             tuple(routing),
@@ -270,7 +277,10 @@ class _Step:
         """Args:
         prefix: of the modules' parameters' names in the model.
         """
-        names, about_modules = fingerprint(modules, task, self.model.tasks, self.setting.dtype)
+        place = kind, prefix, task
+        if place not in self._fingerprints:  # of micro-batches before
+            self._fingerprints[place] = fingerprint(modules, task, self.model.tasks, self.setting.dtype)
+        names, about_modules = self._fingerprints[place]
         has_gradient = {name for name in names if prefix + name in self.trained}
         key = (kind, self.key, about, about_modules, tuple(names[n] for n in names if n in has_gradient))
         if key not in _sections:
@@ -323,7 +333,7 @@ def device_of(config: Config) -> torch.device:
 
 
 @contextlib.contextmanager
-def _as_trained(model: MultitaskViT, device: torch.device, precision: str) -> Iterator[None]:
+def as_trained(model: MultitaskViT, device: torch.device, precision: str) -> Iterator[None]:
     """The model in training mode, its norms as `Runtime.place` sets them, while the context lasts."""
     modes = {module: (module.training, getattr(module, "_fast_norm", None)) for module in model.modules()}
     for module, (_, fast_norm) in modes.items():

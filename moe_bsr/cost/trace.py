@@ -148,7 +148,7 @@ class Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._absent is not None and kwargs.get("device") == self._absent:
             kwargs = kwargs | {"device": self._place}
-        result, effect, key = operators.run(func, args, kwargs)
+        result, effect, alike = operators.run(func, args, kwargs)
         if effect.flops:
             self.trace.flops[self.phase, self.section] += effect.flops
         if effect.news:
@@ -157,7 +157,7 @@ class Tracer(TorchDispatchMode):
                 self._follow(outputs[place], self._maker(effect.name, args))
             if func in IN_PLACE and _engine_calls(sys._getframe(1)):
                 self._note_sum(args[0], result)
-        scratch = self._scratch_of(effect.name, key, args, result)
+        scratch = self._scratch_of(effect, alike, args, result)
         if scratch:
             scratch = Allocation(scratch, scratch, self.phase, self.section, effect.name)
             self.trace.changes += ((self.phase, True, scratch), (self.phase, False, scratch))
@@ -168,12 +168,13 @@ class Tracer(TorchDispatchMode):
             return WEIGHT_COPY
         return name
 
-    def _scratch_of(self, name: str, key: tuple | None, args: tuple, result: Any) -> int:
-        if key is None:
-            return self._scratch(name, args, result)
-        if key not in self._known_scratch:
-            self._known_scratch[key] = self._scratch(name, args, result)
-        return self._known_scratch[key]
+    def _scratch_of(self, effect: operators.Effect, alike: bool, args: tuple, result: Any) -> int:
+        if not alike:
+            return self._scratch(effect.name, args, result)
+        known = self._known_scratch.get(effect)
+        if known is None:
+            known = self._known_scratch[effect] = self._scratch(effect.name, args, result)
+        return known
 
     def _follow(self, tensor: Tensor, maker: str) -> None:
         """Note the birth of a storage, and arrange to be told of its death."""

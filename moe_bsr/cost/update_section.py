@@ -1,13 +1,17 @@
 """The optimizer's part of a training step, traced: what its state takes, and what an update needs for a moment."""
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 from unittest import mock
 
 import torch
+from torch import nn
 
 from moe_bsr.cost.model_sections import Setting
 from moe_bsr.cost.operators import empty
+from moe_bsr.cost.trace import Tracer
 from moe_bsr.training import adamw8
 from moe_bsr.training.optim import MovingAverage, make_optimizer
 from moe_bsr.training.step_in_backward import StepInBackward
@@ -37,14 +41,13 @@ def trace_update(setting: Setting, stepped: Collection[str], with_gradient: Coll
     model, settings, starts = setting.model, setting.config.train, adamw8.starts
     few = mock.patch.object(adamw8, "starts", lambda blocks: starts(blocks)[:CHUNKS])
     with few, setting.tracing(dict(model.named_modules())) as traced:
-        tracer, parameters = traced.tracer, traced.parameters
+        tracer, parameters, changes = traced.tracer, traced.parameters, traced.tracer.trace.changes
         average = None if settings.ema_decay is None else MovingAverage(model, settings.ema_decay)
         held = sum(a.size for a in tracer.alive)
         if not setting.differentiates:  # one parameter's direction at a time
             return Update(0, held, max(p.nbytes for p in parameters.values() if p.requires_grad))
         optimizer = make_optimizer(model, settings)
         update = multitask_update(model, replace(settings, step_in_backward=False), setting.runtime, optimizer, average)
-        state = 0
         for phase, names in (("first", stepped), ("optimizer", with_gradient)):
             tracer.phase = "outside"
             if phase == "optimizer" and settings.step_in_backward:  # gradients are gone by then, but for their norms
@@ -56,13 +59,34 @@ def trace_update(setting: Setting, stepped: Collection[str], with_gradient: Coll
             update.trained = [p for p in parameters.values() if p.grad is not None]
             tracer.phase = phase
             if phase == "optimizer":
-                start = len(tracer.trace.changes)
-            update.step()
-            if phase == "first":
-                state = sum(a.size for a in tracer.alive) - held
-        changes = [c for c in tracer.trace.changes[start:] if c[2].phase == "optimizer"]
+                start = len(changes)
+            with _once_for_alike(tracer):
+                update.step()
+    state = sum(a.size if made else -a.size for _, made, a in changes[:start] if a.phase == "first")
     live = rise = 0
-    for _, made, allocation in changes:
-        live += allocation.bytes if made else -allocation.bytes
-        rise = max(rise, live)
+    for _, made, allocation in changes[start:]:
+        if allocation.phase == "optimizer":
+            live += allocation.bytes if made else -allocation.bytes
+            rise = max(rise, live)
     return Update(state, held, rise)
+
+
+@contextlib.contextmanager
+def _once_for_alike(tracer: Tracer) -> Iterator[None]:
+    """`AdamW8` updates one parameter after the other: what the first of a shape takes is noted again for the others."""
+    update, changes = adamw8.AdamW8._update, tracer.trace.changes
+    first: dict[tuple, tuple[nn.Parameter, int, int]] = {}
+
+    def noted(optimizer: adamw8.AdamW8, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        key = parameter.shape, parameter.dtype, parameter in optimizer.state
+        if key in first:
+            other, start, end = first[key]
+            optimizer.state[parameter] = optimizer.state[other]
+            changes.extend(changes[start:end])
+            return
+        start = len(changes)
+        update(optimizer, parameter, group)
+        first[key] = parameter, start, len(changes)
+
+    with mock.patch.object(adamw8.AdamW8, "_update", noted):
+        yield

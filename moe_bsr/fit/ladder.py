@@ -108,7 +108,7 @@ class Ladder:
         self.runtime = prepare(config.runtime)
         self.shared: FeatureCache | None = None  # of the probe and of late
         self.overhead = 0.0  # seconds of a run beside its updates
-        self.interrupted = 0
+        self.interrupted, self.left_out = 0, False
 
     # --- the climb ---
 
@@ -120,12 +120,13 @@ class Ladder:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.runtime.in_effect():
-            self.speed, self.memory = measure(self.config, self.runtime, self.budget.memory)
+            self.speed, self.memory = measure(self.config, self.runtime, self.budget.memory, self.left())
+        self.overhead = self.speed.opening  # until a run has shown more
         self._limit_validation()
         speed, config = self.speed, self.config
         shape = (speed.depth, speed.has_class_token)
         seconds = FOR_PROBE * self.left()
-        few = self._with_fewer_images(config, FOR_FEATURES * seconds)
+        few = self._with_fewer_images(config, FOR_FEATURES * (seconds - self.overhead))
         late = self._share_features(rungs.late(few, *shape))
         probe = rungs.with_features_of(rungs.probe(few, *shape), late)
         if self._go("probe", probe, seconds, shares=True) and self.left() >= 3 * LEAST_TRIAL:
@@ -140,26 +141,29 @@ class Ladder:
         """Try each plan for a while, then the best one's learning rate, then give that the time that is left."""
         rest = self.left()
         trial = FOR_TRIAL * rest
-        arms = {"late": (late, "probe", True)}
-        own = rungs.own_rungs(self.config)
+        arms, own = {"late": (late, "probe", True)}, rungs.own_rungs(self.config)
         if trial < LEAST_TRIAL or not own:
             self._go("late", late, self.left(), "probe", shares=True)
             return
         if not self._go("start", rungs.start(self.config), FOR_START * rest):
             return
-        arms |= {name: (config, "start", False) for name, config in own.items()}
+        if self._of("start"):
+            arms |= {name: (config, "start", False) for name, config in own.items()}
         for name, (config, start, shares) in arms.items():
             if not self._go(f"trial_{name}", config, trial, start, shares):
                 return
-        chosen = max(arms, key=lambda name: self._of(f"trial_{name}").val_top1)
+        tried = {name: rung.val_top1 for name in arms if (rung := self._of(f"trial_{name}"))}
+        if not tried:
+            return
+        chosen = max(tried, key=tried.__getitem__)
         config, start, shares = arms[chosen]
-        rate, best = config.train.lr, f"trial_{chosen}"
+        rate, best, most = config.train.lr, f"trial_{chosen}", tried[chosen]
         for factor in RATES:
             name = f"trial_{chosen}_{rate * factor:.0e}"
             if not self._go(name, _at(config, rate * factor), trial, start, shares):
                 return
-            if self._of(name).val_top1 > self._of(best).val_top1:
-                best, config = name, _at(config, rate * factor)
+            if (rung := self._of(name)) and rung.val_top1 > most:
+                best, most, config = name, rung.val_top1, _at(config, rate * factor)
         self.say(f"{chosen} did best in the trials ({best}); it goes on from there for the time that is left")
         if not shares:
             self.shared = None  # its memory is free again
@@ -173,7 +177,7 @@ class Ladder:
         start: str | None = None,
         shares: bool = False,
     ) -> bool:
-        """Run a rung within so many seconds, all in all; whether the climb goes on.
+        """Run a rung within so many seconds, all in all, if it fits; whether the climb goes on.
 
         Args:
             start: the rung whose weights it begins from. shares: whether it reads the features that are kept.
@@ -182,7 +186,14 @@ class Ladder:
         minutes = max(0.5, min(seconds, self.left()) - 1.1 * self.overhead) / 60
         origin = None if start is None else str(self.folder / start)
         train = dataclasses.replace(config.train, steps=None, minutes=minutes, init_from=origin)
-        fitted = self._fitted(dataclasses.replace(config, train=train), shares)
+        try:
+            fitted = self._fitted(dataclasses.replace(config, train=train), shares)
+        except ConfigError as error:
+            if not self.rungs:
+                raise
+            self.say(f"{name} is left out: {error}")
+            self.left_out = True
+            return True
         config, told = fitted.config, f"storage {fitted.config.storage}"
         if not solved:
             told += f", micro-batches of {config.train.batch_size // config.train.grad_accumulation_steps}"
@@ -244,8 +255,9 @@ class Ladder:
         place = str(self.folder / name)
         return Rung(name, place, 0.0, 0.0, nothing, took, took, 60 * minutes, 0, self.runtime.peak_mb(), 0.0, settings)
 
-    def _of(self, name: str) -> Rung:
-        return next(rung for rung in self.rungs if rung.name == name)
+    def _of(self, name: str) -> Rung | None:
+        """None where it was left out."""
+        return next((rung for rung in self.rungs if rung.name == name), None)
 
     # --- what is known before ---
 
@@ -272,17 +284,24 @@ class Ladder:
             count = max(count, (room_for - sum(sizes[:place])) // (len(sizes) - place))
             if count <= size:
                 break
-        if count >= sizes[-1] or (asked is not None and asked <= count):
+        least = max(speed.classes.values())
+        if max(count, least) >= sizes[-1] or (asked is not None and asked <= count):
             return config
-        self.say(f"in {seconds:.0f} s it sees {count} images of each task: probe and late train on these")
-        return configuration.replace(config, data__train_images=max(1, count))
+        if count < least:
+            self.say(f"the time is too short for one image of each class; it takes {least} of each task nevertheless")
+        else:
+            self.say(f"in {seconds:.0f} s it sees {count} images of each task: probe and late train on these")
+        return configuration.replace(config, data__train_images=max(least, count))
 
     def _share_features(self, late: Config) -> Config:
         """Have what the frozen blocks make of the images of `late` kept from the probe on, if there is room for it."""
         tasks = {name: open_task(late, file) for name, file in late.task_files().items()}
         sizes = {name: len(data.train) for name, data in tasks.items()}
         itemsize = 2 if self.runtime.precision == "bf16" else 4
-        left, speed = self._fitted(late, shares=True).left, self.speed
+        try:
+            left, speed = self._fitted(late, shares=True).left, self.speed
+        except ConfigError:  # its rung says so
+            return late
         kept = room.with_feature_cache(late, left, sum(sizes.values()), speed.tokens, speed.width, itemsize)
         if kept.data.feature_cache_mb:
             with self.runtime.in_effect(), self.runtime.autocast():
@@ -318,7 +337,7 @@ class Ladder:
         """Why this one, in a sentence."""
         others = sorted((r for r in self.rungs if r is not best and r.name != "start"), key=lambda r: -r.val_top1)
         if not others:
-            return f"{best.name} is all there was time for"
+            return f"{best.name} is all " + ("that fits into the memory" if self.left_out else "there was time for")
         second = others[0]
         ahead = best.val_top1 - second.val_top1
         sure = "outside" if ahead > math.hypot(best.interval, second.interval) else "within"

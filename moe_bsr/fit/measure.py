@@ -7,16 +7,19 @@ from dataclasses import dataclass
 import torch
 
 from moe_bsr.config import Config
+from moe_bsr.cost.predict import predict
 from moe_bsr.data import ImageTransforms, TaskData
 from moe_bsr.evaluation.features import split_features
 from moe_bsr.fit import rungs
-from moe_bsr.fit.room import Memory
+from moe_bsr.fit.room import SPARE, Memory, fitted
 from moe_bsr.model.multitask import MultitaskViT, build
 from moe_bsr.runs import folder as run
 from moe_bsr.runtime import memory
 from moe_bsr.runtime.device import Runtime
 
-IMAGES = 128  # of all tasks together, from which the speed is taken
+IMAGES = 128  # of all tasks together at most, from which the speed is taken
+FOR_IMAGES = 0.03  # of the time, in which these are seen
+FIRST = 8  # of each task: from them it is known how many more there is time for
 EVALUATED = 64  # images at once in an evaluation
 
 
@@ -24,10 +27,12 @@ EVALUATED = 64  # images at once in an evaluation
 class Speed:
     """Attributes:
     forward: seconds for the frozen backbone on one image, read and decoded.
+    opening: seconds that opening the tasks and building a model took, as every run does.
     images: for training, by task. decoded: bytes of all images for training and validation.
     """
 
     forward: float
+    opening: float
     images: dict[str, int]
     classes: dict[str, int]
     decoded: int
@@ -37,37 +42,54 @@ class Speed:
     has_class_token: bool
 
 
-def measure(config: Config, runtime: Runtime, limit: int | None) -> tuple[Speed, Memory]:
+def measure(config: Config, runtime: Runtime, limit: int | None, seconds: float) -> tuple[Speed, Memory]:
     """Open the tasks, and let the frozen backbone see some images of each.
 
     Args:
         limit: bytes that the process may take; None: nine tenths of what is free.
+        seconds: that there are for everything.
+    Raises:
+        ConfigError: not even the heads alone fit into the memory.
     """
+    began = time.monotonic()
     tasks = {name: run.open_task(config, file) for name, file in config.task_files().items()}
     classes = {name: len(data.class_names) for name, data in tasks.items()}
-    model = runtime.place(build(rungs.start(config), classes)).eval()
+    heads = rungs.start(config)
+    model = runtime.place(build(heads, classes)).eval()
     transforms = run.make_transforms(config, model)
-    each = max(1, IMAGES // len(tasks))
-    forward, decoded, resident = 0.0, 0, memory.resident()
-    runtime.reset_peak()
-    for data in tasks.values():
-        first, second = _some(data, 0, each), _some(data, each, each)
-        warm = _seconds(model, first, transforms, runtime, each)
-        # Of images not read before: those that were are kept decoded.
-        took = _seconds(model, second, transforms, runtime, each) if len(second.train) else warm
-        decoded += (len(data.train) + len(data.val)) * data.train.source.image(data.train.place(0)).nbytes
-        forward += took / len((second if len(second.train) else first).train) / len(tasks)
+    opening = time.monotonic() - began
+    resident = memory.resident()
     parameters = sum(parameter.nbytes for parameter in model.parameters())
     resident = parameters if runtime.device.type == "cuda" else resident
-    evaluation = max(0, int(runtime.peak_mb() * 2**20) - resident) * EVALUATED // min(EVALUATED, each)
+    evaluation = predict(model, heads, batch=EVALUATED, precision=runtime.precision).transients["forward"]
     reason = "asked for"
     if limit is None:
         free = memory.available(runtime.device)
         limit = resident + int(0.9 * free[0]) if free else 2**62
         reason = f"nine tenths of what {free[1]} has free" if free else "no limit is known"
+    base = max(0, resident - parameters) + (0 if runtime.device.type == "cuda" else SPARE)
+    there = Memory(limit, base, evaluation, reason)
+    probe = rungs.probe(config, len(model.plan), model.vit.has_class_token)
+    fitted(
+        probe, classes, there, runtime.precision, 0
+    )  # what does not fit at all is refused before anything takes long
+    most = max(1, IMAGES // len(tasks))
+    forward, decoded = 0.0, 0
+    for data in tasks.values():
+        part, start, count = data, 0, min(FIRST, most)
+        # The second time is taken: kernels are chosen by then. Of images not read before: those are kept decoded.
+        for _ in range(2):
+            part = _some(data, start, count)
+            if not len(part.train):
+                break
+            each = _seconds(model, part, transforms, runtime, most) / len(part.train)
+            start, count = count, max(1, min(most, int(FOR_IMAGES * seconds / len(tasks) / max(each, 1e-9))))
+        decoded += (len(data.train) + len(data.val)) * data.train.source.image(data.train.place(0)).nbytes
+        forward += each / len(tasks)
     vit = model.vit
     speed = Speed(
         forward,
+        opening,
         {name: len(data.train) for name, data in tasks.items()},
         classes,
         decoded,
@@ -76,7 +98,7 @@ def measure(config: Config, runtime: Runtime, limit: int | None) -> tuple[Speed,
         len(model.plan),
         vit.has_class_token,
     )
-    return speed, Memory(limit, max(0, resident - parameters), evaluation, reason)
+    return speed, there
 
 
 def _some(data: TaskData, start: int, count: int) -> TaskData:

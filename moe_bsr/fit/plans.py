@@ -15,9 +15,10 @@ from timm.models.vision_transformer import VisionTransformer
 
 from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError, require
+from moe_bsr.cost.least import least_beside_gradients
 from moe_bsr.cost.predict import Cost, predict
 from moe_bsr.fit.rates import Rates
-from moe_bsr.fit.room import MICRO_BATCHES, STORAGES
+from moe_bsr.fit.room import MICRO_BATCHES, SPARE, STORAGES
 from moe_bsr.model.backbones import family_of, require_tokens
 from moe_bsr.model.block import contexts
 from moe_bsr.model.multitask import MultitaskViT
@@ -32,9 +33,6 @@ LEAST_IMAGES = 4  # of a micro-batch; smaller ones waste more time than leaner s
 FULL = {"moe.experts": "full", "moe.gate": "token"}
 EXPERTS = ({"moe.experts": "low_rank"}, FULL | {"moe.mlp_ratio": 4}, FULL | {"moe.mlp_ratio": 1})
 MOST_WITH_EXPERTS = 3  # blocks
-# Beside the libraries of this process a run has those that load on first use, checkpoints, and freed memory that the
-# heap keeps: 47 and 69 MB were measured in two runs.
-SPARE = 70 * 2**20
 PLAIN = {
     "plan.moe_blocks": [],
     "plan.head_blocks": [],
@@ -93,9 +91,11 @@ class Catalog:
 
     def plans(self) -> list[Plan]:
         """All that fit."""
-        *_, heads = self._predicted(PLAIN | {"plan.train_blocks": [], **_dropping([], 1.0)}, BATCH)
+        heads = self._cost(*self._configured(PLAIN | {"plan.train_blocks": [], **_dropping([], 1.0)}), BATCH)
         self._evaluation = heads.transients["forward"]  # as much as one takes beside the parameters
-        forms = (self._fastest(changes) for changes in candidates(self.config, self.vit))
+        # Heads alone first: what needs more than the leanest plan so far need not be known exactly.
+        looked = sorted(candidates(self.config, self.vit), key=lambda changes: bool(changes["plan.train_blocks"]))
+        forms = (self._fastest(changes) for changes in looked)
         return [plan for plan in forms if plan is not None]
 
     def _fastest(self, changes: dict[str, Any]) -> Plan | None:
@@ -111,13 +111,17 @@ class Catalog:
 
     def _first_that_fits(self, changes: dict[str, Any]) -> Plan | None:
         """Saved exactly, else in micro-batches, else packed, else computed again."""
-        batch = self.config.train.batch_size
+        batch, beside = self.config.train.batch_size, 0
         for storage in STORAGES:
             parts = 1
             while parts in MICRO_BATCHES and batch % parts == 0 and (parts == 1 or batch // parts >= LEAST_IMAGES):
                 form = changes | {"storage": storage, "train.grad_accumulation_steps": parts}
                 try:
-                    config, model, cost = self._predicted(form, batch // parts)
+                    config, model = self._configured(form)
+                    if parts > 1 and self._is_too_much(config, model, beside):
+                        parts *= 2
+                        continue
+                    cost = self._cost(config, model, batch // parts)
                 except ConfigError:  # what this backbone cannot be, or this configuration in so many micro-batches
                     break
                 always = self.base + cost.parameters + cost.optimizer + cost.average
@@ -125,10 +129,11 @@ class Catalog:
                 self.least = min(needed, self.least or needed)
                 if needed <= self.limit:
                     return self._plan(form, config, model, cost, needed)
-                room = self.limit - always - cost.gradients
+                beside = always + cost.gradients
+                room = self.limit - beside
                 if room <= 0 or always + self._evaluation > self.limit:
                     return None  # in no form
-                wanted = parts * (needed - always - cost.gradients) / room  # what a step keeps shrinks with its images
+                wanted = parts * (needed - beside) / room  # what a step keeps shrinks with its images
                 parts *= 2
                 while parts < wanted:
                     parts *= 2
@@ -146,15 +151,27 @@ class Catalog:
             changes | {"data.image_cache_mb": images},
             needed,
             tasks * parts * cost.step_flops,
-            self.rates and self.rates.seconds(config, model, cost),
+            self.rates and self.rates.seconds(config, model),
             sum(p.numel() for p in model.parameters() if p.requires_grad),
             (counts[-1][0] - self.vit.num_prefix_tokens) / self.vit.patch_embed.num_patches,
         )
 
-    def _predicted(self, changes: dict[str, Any], images: int) -> tuple[Config, MultitaskViT, Cost]:
+    def _is_too_much(self, config: Config, model: MultitaskViT, beside: int) -> bool:
+        """Whether a form of several micro-batches neither fits nor is the leanest so far, as one block shows.
+
+        Args:
+            beside: bytes of the process, weights, state and gradients.
+        """
+        images = config.train.batch_size // config.train.grad_accumulation_steps
+        least = least_beside_gradients(model, config, batch=images, precision=self.precision)
+        return beside + least > max(self.limit, self.least or 0)
+
+    def _configured(self, changes: dict[str, Any]) -> tuple[Config, MultitaskViT]:
         config = configuration.replace(self.config, **{key.replace(".", "__"): value for key, value in changes.items()})
-        model = self._model(config)
-        return config, model, predict(model, config, batch=images, precision=self.precision, all_tasks=True)
+        return config, self._model(config)
+
+    def _cost(self, config: Config, model: MultitaskViT, images: int) -> Cost:
+        return predict(model, config, batch=images, precision=self.precision, all_tasks=True)
 
     def _model(self, config: Config) -> MultitaskViT:
         """Models that differ in dropping and storage alone are one, whose plan changes."""
@@ -176,15 +193,17 @@ def candidates(config: Config, vit: VisionTransformer) -> Iterator[dict[str, Any
     trained = [*late, thirds, "all", plan.train_blocks]
     drops = [([], 1.0), (early, 0.66), (plan.drop_blocks, plan.keep_rate)]
     own = _dropping(plan.drop_blocks, plan.keep_rate) | {"plan.train_blocks": plan.train_blocks}
-    seen = [PLAIN | own | {"plan.moe_blocks": plan.moe_blocks}]
-    yield from seen
+    experts = {key: getattr(config.moe, key.removeprefix("moe.")) for key in EXPERTS[1]}  # where a plan says none
+    first = PLAIN | own | {"plan.moe_blocks": plan.moe_blocks}
+    seen = [experts | first]
+    yield first
     for blocks, (places, rates) in itertools.product(trained, drops):
         bare = PLAIN | {"plan.train_blocks": blocks, **_dropping(places, rates)}
         few = blocks and blocks != "all" and len(blocks) <= MOST_WITH_EXPERTS
         with_experts = [bare | {"plan.moe_blocks": blocks} | kind for kind in EXPERTS] if few else []
         for changes in (bare, *with_experts):
-            if changes not in seen:
-                seen.append(changes)
+            if experts | changes not in seen:
+                seen.append(experts | changes)
                 yield changes
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_models import normal
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from moe_bsr.benchmark import measure
@@ -142,3 +143,17 @@ def test_a_rule_that_is_wrong_is_not_used(monkeypatch):
     monkeypatch.setattr(operators, "_kinds", {})
     monkeypatch.setattr(operators, "_effects", {})
     assert [traced(torch.relu, (n, WIDTH), requires_grad=False).left for n in (8, 9)] == [32 * WIDTH, 36 * WIDTH]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_fake_tensor_is_made_as_torch_makes_one(device):
+    with fake_tensors():
+        first, second = (operators.empty((2, 3), torch.bfloat16, torch.device(device)) for _ in range(2))
+        with torch._C._DisableTorchDispatch():
+            memory = torch.empty(2, 3, dtype=torch.bfloat16, device="meta")
+        usual = FakeTensor(operators.FAKE, memory, torch.device(device))
+        for made in (first, second):
+            assert vars(made) == vars(usual) and type(made) is FakeTensor
+            assert torch._C._dispatch_keys(made) == torch._C._dispatch_keys(usual)
+            assert (made.device, made.shape, made.stride()) == (usual.device, usual.shape, usual.stride())
+        assert first.untyped_storage()._cdata != second.untyped_storage()._cdata

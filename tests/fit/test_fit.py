@@ -12,10 +12,12 @@ import moe_bsr
 from moe_bsr.cli import fit as command
 from moe_bsr.config import ConfigError, replace
 from moe_bsr.fit import Budget, Ladder, ladder, room, rungs
+from moe_bsr.fit.measure import measure
 from moe_bsr.fit.room import Memory, fitted, with_feature_cache
 from moe_bsr.model.multitask import build, build_on_meta
 from moe_bsr.runs import warm_start
 from moe_bsr.runs.load import load
+from moe_bsr.runtime.device import prepare
 from moe_bsr.training.failures import NonFiniteLoss
 from moe_bsr.training.feature_cache import FeatureCache
 
@@ -245,9 +247,50 @@ def test_refused(tmp_path, changes, says):
         Ladder(make_config(tmp_path, **changes), tmp_path / "fit", Budget(1))
 
 
-def test_too_little_memory_names_what_is_needed(tmp_path):
+def test_too_little_memory_names_what_is_needed_before_an_image_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr("moe_bsr.fit.measure._seconds", None)
     with pytest.raises(ConfigError, match=r"memory: 50 MB \(asked for\), and this needs \d+ MB at least"):
         Ladder(make_config(tmp_path), tmp_path / "fit", Budget(0.1, 50 * 2**20)).climb()
+
+
+def test_what_does_not_fit_is_left_out_and_the_probe_stands(tmp_path, monkeypatch):
+    """`late` and what trains blocks does not fit in any form, and there is time for all."""
+    monkeypatch.setattr(ladder, "LEAST_TRIAL", -1e6)
+    whole = room.fitted
+
+    def narrow(config, *given):
+        if config.train.optimizer != "lbfgs":
+            raise ConfigError("memory: too little")
+        return whole(config, *given)
+
+    monkeypatch.setattr(room, "fitted", narrow)
+    told = []
+    found = Ladder(make_config(tmp_path), tmp_path / "fit", Budget(0.02), told.append, callbacks=[]).climb()
+    assert [rung["name"] for rung in found["rungs"]] == ["probe", "start"]
+    assert found["best"] != "probe" or found["reason"] == "probe is all that fits into the memory"
+    assert all(f"trial_{name} is left out: memory: too little" in told for name in ("late", "bsr", "experts"))
+
+
+def test_images_are_timed_for_a_share_of_a_short_budget(tmp_path, monkeypatch):
+    """A few of each task, then as many as there is time for."""
+    seen = []
+
+    def slow(model, data, transforms, runtime, batch):
+        seen.append((data.name, len(data.train)))
+        return 0.5 * len(data.train)
+
+    monkeypatch.setattr("moe_bsr.fit.measure._seconds", slow)
+    config = make_config(tmp_path)
+    speed, _ = measure(config, prepare(config.runtime), None, seconds=400)
+    assert seen == [("shapes", 8), ("shapes", 12), ("fractals", 8), ("fractals", 12)] and speed.forward == 0.5
+    assert speed.opening > 0
+
+
+def test_too_little_time_takes_an_image_of_each_class(tmp_path):
+    climb = Ladder(make_config(tmp_path), tmp_path / "fit", Budget(1), (told := []).append, callbacks=[])
+    climb.config = replace(climb.config, data__val_images=10)
+    climb.speed = SimpleNamespace(images={"a": 30, "b": 90}, classes={"a": 2, "b": 7}, forward=0.5)
+    assert climb._with_fewer_images(climb.config, 1).data.train_images == 7 and "too short" in told[0]
 
 
 def test_tasks_or_a_configuration_are_told_apart():

@@ -1,5 +1,6 @@
 """Plans for a memory: each fits as predicted, none that is told is beaten, and its command line means the plan."""
 
+import contextlib
 import itertools
 import json
 import random
@@ -12,10 +13,13 @@ from moe_bsr import config as configuration
 from moe_bsr.cli.main import main
 from moe_bsr.config import replace
 from moe_bsr.cost import update_section
+from moe_bsr.cost.least import least_beside_gradients
 from moe_bsr.cost.predict import predict
 from moe_bsr.fit import plans, rates
 from moe_bsr.fit.plans import Catalog, Plan, candidates, front
+from moe_bsr.fit.room import STORAGES
 from moe_bsr.model.multitask import build_on_meta
+from moe_bsr.model.plan import token_counts
 from moe_bsr.runtime.device import prepare
 from moe_bsr.training import adamw8
 
@@ -73,6 +77,9 @@ def test_plans_differ_in_blocks_dropping_and_experts_and_the_own_one_comes_first
     assert {str(plan.get("moe.experts")) for plan in found} == {"full", "low_rank", "None"}
     assert {str(plan["plan.drop_blocks"]) for plan in found} == {"[]", "[0, 2, 3]", "[1, 3]"}
     assert len(found) == len({str(plan) for plan in found})
+    own = replace(config, plan__moe_blocks=[1, 3, 5], moe__mlp_ratio=4)  # one of those that are tried anyway
+    looked = list(candidates(own, roomy[0].vit))
+    assert len(looked) == len({repr(changed(own, Plan(changes, 0, 0, None, 1, 1.0))) for changes in looked})
     first = found[0]
     assert {key: first[f"plan.{key}"] for key in ("train_blocks", "drop_blocks", "moe_blocks")} == {
         "train_blocks": [1, 3, 5],
@@ -155,33 +162,82 @@ def test_moments_in_8_bits_are_traced_by_their_first_chunks(config, monkeypatch)
     assert seen[0] == seen[1]
 
 
-def test_seconds_are_those_of_the_kinds_of_blocks(config, roomy, monkeypatch):
-    """With rates that are given: frozen blocks, blocks on the path and experts each at their own."""
-    monkeypatch.setattr(rates.Rates, "_rate", lambda self, kind, storage, images, config: known(kind))
+def test_alike_parameters_are_updated_once_and_counted_each(config, monkeypatch):
+    """Against the trace of every parameter's update, with all and with one task's state there."""
+    own = replace(config, plan__train_blocks=[4, 5], plan__moe_blocks=[], train__optimizer="adamw8")
+    for all_tasks in (True, False):
+        costs = []
+        for once in (update_section._once_for_alike, lambda tracer: contextlib.nullcontext()):
+            monkeypatch.setattr(update_section, "_once_for_alike", once)
+            monkeypatch.setattr("moe_bsr.cost.predict._sections", {})
+            costs.append(predict(build_on_meta(own, CLASSES), own, batch=8, precision="fp32", all_tasks=all_tasks))
+        assert costs[0] == costs[1] and costs[0].optimizer > 0
 
-    def known(kind):
-        return {None: (1.0, 0.0), rates.DENSE: (10.0, 0.5)}.get(kind, (100.0, 0.25))
 
+def test_one_block_never_says_more_than_the_whole_step(config):
+    changes = {"plan__moe_blocks": [3, 5], "plan__train_blocks": [3, 5], "train__grad_accumulation_steps": 8}
+    for storage in STORAGES:
+        own = replace(config, storage=storage, **changes)
+        model = build_on_meta(own, CLASSES)
+        cost = predict(model, own, batch=8, precision="fp32", all_tasks=True)
+        beside = cost.peak - cost.parameters - cost.optimizer - cost.gradients
+        least = least_beside_gradients(model, own, batch=8, precision="fp32")
+        assert 0.5 * beside < least <= beside
+
+
+def test_what_a_lower_bound_rules_out_would_not_have_been_told(config, monkeypatch):
+    """The same forms and the same least memory where every form is predicted in full, down to where none fits."""
+
+    def tightest(model, config, batch, precision):
+        cost = predict(model, config, batch=batch, precision=precision, all_tasks=True)
+        return cost.peak - cost.parameters - cost.optimizer - cost.gradients
+
+    dense, asked, told = replace(config, plan__moe_blocks=[], train__optimizer="sgd"), [], []
+    for bound in (lambda *given, **named: asked.append(tightest(*given, **named)) or asked[-1], lambda *_, **__: 0):
+        monkeypatch.setattr(plans, "least_beside_gradients", bound)
+        catalog, forms = catalog_of(dense, 2**40), []
+        own = next(candidates(dense, catalog.vit))
+        while (form := catalog._fastest(own)) is not None:
+            forms.append((form, catalog.least))
+            catalog.limit = form.bytes - 1
+        told.append((forms, catalog.least))
+    assert told[0] == told[1] and len(told[0][0]) > 2 and len(asked) > 2
+
+
+def test_seconds_are_the_sum_over_blocks_of_their_kinds(config, roomy, monkeypatch):
+    """With seconds that are given: each block by its gradients, experts and tokens, for as many images as there are."""
+
+    def given(self, key, timed):
+        if key[0] == "ends":
+            return 1000.0 * key[2]
+        if key[0] == "weight":
+            return 0.25
+        plan, tokens, gradients, alone, images, _ = key
+        kind = {None: 1, False: 10, True: 20}[gradients] + 100 * plan.moe + 0.5 * alone
+        return kind * tokens * images
+
+    monkeypatch.setattr(rates.Rates, "_once", given)
     timed = rates.Rates(config, CLASSES, roomy[0].vit, prepare(config.runtime))
-    own = replace(config, plan__train_blocks=[3], plan__drop_blocks=[], plan__moe_blocks=[3], storage="exact")
-    model = build_on_meta(replace(own, train__grad_accumulation_steps=2), CLASSES)
-    cost = predict(model, own, batch=8, precision="fp32")
-    flops = cost.flops_by_block
-    frozen = sum(flops[name] for name in ("embedding", "block 0", "block 1", "block 2"))
-    path = flops["block 4"] + flops["block 5"] + flops["head"]
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    expected = 2 * (frozen + 10 * path + 100 * flops["block 3"]) + 0.25 * trained
-    assert timed.seconds(replace(own, train__grad_accumulation_steps=2), model, cost) == pytest.approx(expected)
-
-
-def test_blocks_are_timed_once_each_and_the_process_stays_as_it_was(config, roomy):
-    timed = rates.Rates(config, CLASSES, roomy[0].vit, prepare(config.runtime))
-    threads, cost = torch.get_num_threads(), roomy[1][0]
-    own = changed(config, cost)
+    own = replace(config, plan__train_blocks=[3], plan__drop_blocks=[1], plan__keep_rate=0.5, plan__moe_blocks=[3])
+    own = replace(own, train__grad_accumulation_steps=2)
     model = build_on_meta(own, CLASSES)
-    step = predict(model, own, batch=64, precision="fp32", all_tasks=True)
-    first = timed.seconds(own, model, step)
-    assert first > 0 and timed.seconds(own, model, step) == first and len(timed._known) == 3
+    tokens = [n for n, _ in token_counts(model.plan, 1 + roomy[0].vit.patch_embed.num_patches, 1, True, False)]
+    kinds = [1, 1, 1, 110, 20, 20.5]
+    assert tokens[0] == tokens[1] > tokens[2] == tokens[5]
+    per_image = 1000 + sum(kind * count for kind, count in zip(kinds, tokens, strict=True))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert timed.seconds(own, model) == pytest.approx(64 * per_image + 0.25 * trained)
+
+
+def test_kinds_of_blocks_are_timed_once_each_and_the_process_stays_as_it_was(config, roomy):
+    timed = rates.Rates(config, CLASSES, roomy[0].vit, prepare(config.runtime))
+    threads = torch.get_num_threads()
+    own = replace(config, plan__train_blocks="all", plan__drop_blocks=[], plan__moe_blocks=[])
+    first = timed.seconds(own, build_on_meta(own, CLASSES))
+    assert first > 0 and timed.seconds(own, build_on_meta(own, CLASSES)) == first
+    assert len(timed._known) == 4  # the ends, five alike blocks and the last, a weight
+    merging = replace(config, tokens__reduce="merge", storage="int8")
+    assert timed.seconds(merging, build_on_meta(merging, CLASSES)) > 0
     assert torch.get_num_threads() == threads
 
 
