@@ -55,8 +55,8 @@ def load(config: BackboneConfig, seed: int = 0) -> VisionTransformer:
     Raises:
         ConfigError: as `create_on_meta`; weights absent, or not of this architecture (which keys, which shapes).
     """
-    create_on_meta(config)
     if config.weights == "hub":
+        create_on_meta(config)  # what is wrong with it is not the hub's fault
         require(
             _bundled_file(config.name) is None,
             "backbone.weights",
@@ -181,12 +181,9 @@ def in_timm(config: BackboneConfig) -> tuple[str, dict[str, Any]]:
 
 def _check_name(name: str) -> None:
     """Refuse what is no name: a path, or a place on a hub."""
-    require(
-        re.fullmatch(r"\w[\w.-]{0,99}", name, re.ASCII) is not None,
-        "backbone.name",
-        name,
-        "a network's name in timm, without hub or folder (its file goes into backbone.weights); " + _known(name),
-    )
+    if re.fullmatch(r"\w[\w.-]{0,99}", name, re.ASCII) is None:
+        what = "a network's name in timm, without hub or folder (its file goes into backbone.weights)"
+        raise ConfigError(f"backbone.name = {show(name)}: {what}; {_known(name)}")
 
 
 def _known(name: str) -> str:
