@@ -68,11 +68,17 @@ def config(setting: Setting) -> Config:
 
 
 @lru_cache
-def shape(setting: Setting) -> Shape:
+def network(setting: Setting) -> MultitaskViT:
+    """Of the setting, without values; nobody changes it."""
     model = build_on_meta(config(setting), dict(setting.tasks))
     if setting.substring:
         select_by_substring(model, setting.trainable)
-    return shapes.from_model(model)
+    return model
+
+
+@lru_cache
+def shape(setting: Setting) -> Shape:
+    return shapes.from_model(network(setting))
 
 
 @lru_cache
@@ -80,8 +86,7 @@ def ours(setting: Setting, batch: int) -> Cost | None:
     """The cost of a step of our own code; None for the substring selection, which it does not do."""
     if setting.substring:
         return None
-    chosen = config(setting)
-    return predict(build_on_meta(chosen, dict(setting.tasks)), chosen, batch=batch, precision="fp32", scratch=False)
+    return predict(network(setting), config(setting), batch=batch, precision="fp32", scratch=False)
 
 
 def select_by_substring(model: MultitaskViT, blocks: tuple[int, ...]) -> None:
