@@ -186,6 +186,7 @@ def _client(path: str, code: str, *arguments: str) -> int:
 if __name__ == "__main__":
     if not sys.argv[1].isdigit():
         sys.exit(_client(*sys.argv[1:]))
+    gc.disable()  # what is imported stays: looking for garbage there takes a third of the time
     import torch
     import torch._dynamo  # which the first optimizer imports
 
@@ -198,6 +199,7 @@ if __name__ == "__main__":
     import moe_bsr.selftest.kills  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.enable()
     gc.freeze()  # or a collection in a fork would touch, and so copy, every page of the parent's
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait
     code, arguments = _serve(socket.socket(fileno=int(sys.argv[1])))

@@ -1,5 +1,6 @@
 """The networks behind the published figures, as plans of our own on backbones without values."""
 
+import copy
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -73,11 +74,19 @@ def config(setting: Setting) -> Config:
 
 
 @lru_cache
-def shape(setting: Setting) -> Shape:
+def network(setting: Setting) -> MultitaskViT:
+    """Of the setting, without values; nobody changes it."""
     model = build_on_meta(config(setting), dict(setting.tasks))
     if setting.substring:
         select_by_substring(model, setting.trainable)
+    return model
+
+
+@lru_cache
+def shape(setting: Setting) -> Shape:
+    model = network(setting)
     if setting.beside:  # the released selection has the final norm in it whatever else trains
+        model = copy.deepcopy(model)
         model.vit.norm.requires_grad_(True)
     return shapes.from_model(model)
 
@@ -87,8 +96,7 @@ def ours(setting: Setting, batch: int) -> Cost | None:
     """The cost of a step of our own code; None for the substring selection, which it does not do."""
     if setting.substring:
         return None
-    chosen = config(setting)
-    return predict(build_on_meta(chosen, dict(setting.tasks)), chosen, batch=batch, precision="fp32", scratch=False)
+    return predict(network(setting), config(setting), batch=batch, precision="fp32", scratch=False)
 
 
 def select_by_substring(model: MultitaskViT, blocks: tuple[int, ...]) -> None:

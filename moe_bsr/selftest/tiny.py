@@ -6,7 +6,7 @@ from moe_bsr import config as configuration
 from moe_bsr.config import Config
 
 STEPS = 9
-TASKS = {"shapes": (10, 60), "petals": (24, 130)}  # classes, images before some are held out for validation
+TASKS = {"shapes": (10, 30), "fractals": (12, 50)}  # classes, images before some are held out for validation
 TASK = """title: {name}
 source: generated
 family: {name}
@@ -32,7 +32,7 @@ def write_config(folder: Path, **changes: object) -> tuple[Config, Path]:
     config = configuration.from_dict(
         {
             "tasks": tasks,
-            "backbone": {"name": "test_vit", "weights": "random", "image_size": 64},
+            "backbone": {"name": "test_vit", "weights": "random", "image_size": 32},
             "plan": {"train_blocks": [1, 3, 5], "drop_blocks": [1, 3], "moe_blocks": [3, 5]},
             "moe": {"num_experts": 4, "top_k": 2, "mlp_ratio": 3, "gate_noise": 1.0, "balance_loss": "across_tasks"},
             "sampler": {"kind": "temperature"},

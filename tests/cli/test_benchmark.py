@@ -8,16 +8,16 @@ TINY = ["--backbone", "deit_tiny_patch16_224", "--image-size", "64", "--batch", 
 
 
 def test_raw_times_of_every_turn_and_verdicts_as_json_and_the_tables_from_it(capsys, tmp_path):
-    call = ["benchmark", *TINY, "--precisions", "bf16", "--rounds", "2", "--steps", "3", "--cases", "dense_ffn"]
+    call = ["benchmark", *TINY, "--precisions", "fp32", "--rounds", "2", "--steps", "3", "--cases", "dense_ffn"]
     assert main([*call, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    case = result["groups"]["experts bf16"]["dense_ffn bf16"]
+    case = result["groups"]["experts fp32"]["dense_ffn fp32"]
     assert [len(turn) for turn in case["seconds"]] == [3, 3]
     assert case["memory"]["kept_per_image"] > 0 and result["targets"] == []
     (tmp_path / "benchmark.json").write_text(json.dumps(result))
     assert main(["benchmark", "--from-json", str(tmp_path / "benchmark.json"), "--markdown"]) == 0
     titles, _, row = capsys.readouterr().out.splitlines()
-    assert titles.startswith("| experts bf16 | step ms |") and row.startswith("| dense_ffn bf16 | ")
+    assert titles.startswith("| experts fp32 | step ms |") and row.startswith("| dense_ffn fp32 | ")
 
 
 def test_what_cannot_be_measured_is_refused(capsys, tmp_path):

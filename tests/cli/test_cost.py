@@ -13,6 +13,7 @@ from moe_bsr.cost import planner
 from moe_bsr.cost.planner import answer, largest, parse_bytes
 from moe_bsr.cost.predict import predict
 from moe_bsr.model.multitask import build_on_meta
+from moe_bsr.model.storage import STORAGES
 
 CLASSES = {"shapes": 10, "fractals": 12}
 
@@ -68,6 +69,13 @@ def test_the_measurement_stands_beside_the_prediction(ask):
         assert abs(compared[quantity]["difference"]) <= tolerance, quantity
 
 
+@pytest.fixture
+def two_storages(monkeypatch):
+    """Each that a change may name is traced: `test_registries` has them all."""
+    monkeypatch.setattr(planner, "STORAGES", {name: STORAGES[name] for name in ("int8", "recompute")})
+
+
+@pytest.mark.usefixtures("two_storages")
 def test_a_budget_says_what_fits_and_every_change_keeps_its_word(tmp_path):
     config = make_config(tmp_path)
     model = build_on_meta(config, CLASSES)
@@ -98,13 +106,13 @@ def one_image_at_most(monkeypatch):
 
 
 def suggested(tmp_path, **changes) -> dict[str, str]:
-    """{what: overrides} of the changes proposed for a configuration."""
-    told = answer(make_config(tmp_path, **changes), CLASSES, 2**30, batch=64, precision="fp32")
-    return {change.what: change.overrides for change in told.changes}
+    """{what: overrides} of the changes that are tried for a configuration."""
+    tried = planner._alternatives(make_config(tmp_path, **changes), CLASSES, 64, "fp32")
+    return {what: overrides for what, overrides, _ in tried}
 
 
-@pytest.mark.usefixtures("one_image_at_most")
-def test_changes_do_what_their_names_say(tmp_path):
+def test_changes_do_what_their_names_say(tmp_path, monkeypatch):
+    monkeypatch.setattr(planner, "predict", lambda *_, **__: None)
     changes = suggested(tmp_path, plan__drop_blocks=[4, 1, 2], plan__keep_rate=[0.9, 0.5, 0.7])
     assert changes["drop one block earlier"] == "plan.drop_blocks=[3,0,1]"
     changes = suggested(tmp_path, plan__drop_blocks=[], plan__keep_rate=0.9, plan__train_blocks="all")
@@ -112,7 +120,7 @@ def test_changes_do_what_their_names_say(tmp_path):
     assert "leave the embedding and block 0 frozen" in changes
 
 
-@pytest.mark.usefixtures("one_image_at_most")
+@pytest.mark.usefixtures("one_image_at_most", "two_storages")
 def test_a_budget_just_missed_is_told_to_the_byte(ask):
     """The exit status tells whether it holds."""
     status, out, _ = ask("--json", "--budget", "1GB")

@@ -6,6 +6,7 @@ import pytest
 from tiny_runs import make_config
 
 from moe_bsr import config as configuration
+from moe_bsr.benchmark import drops
 from moe_bsr.cli.main import main
 
 
@@ -16,10 +17,13 @@ def file(tmp_path):
     return str(path)
 
 
-def test_the_table_and_the_json_tell_the_same(file, capsys):
+def test_the_table_and_the_json_tell_the_same(file, capsys, monkeypatch):
+    study, rows = drops.study, []
+    monkeypatch.setattr(drops, "study", lambda *given: rows.extend(study(*given)) or rows)
     command = ["drops", file, "--images", "30", "--at", "1,3:0.75", "2:0.5"]
     assert main(command) == 0
     text = capsys.readouterr().out
+    monkeypatch.setattr(drops, "study", lambda *given: rows)
     assert main([*command, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     names = ["none", "keep 0.5 at 1,3", "keep 0.75 at 1,3", "keep 0.5 at 2"]

@@ -58,7 +58,7 @@ def test_a_runs_configuration_is_one(tiny_run, tmp_path, capsys, named):
 def test_what_a_configuration_led_to_is_not_read(tmp_path):
     """Class names by the hundred thousand make a file larger than any configuration."""
     tree = {"seed": 5, "train": {"steps": 3}}
-    text = yaml.safe_dump(tree, sort_keys=False) + yaml.safe_dump({"resolved": {"classes": ["x" * 20] * 100_000}})
+    text = yaml.safe_dump(tree, sort_keys=False) + "resolved:\n  classes:\n" + 100_000 * f"  - {'x' * 20}\n"
     (tmp_path / "config.yaml").write_text(text)
     config = load(tmp_path, ["seed=6"])
     assert (config.seed, config.train.steps) == (6, 3)

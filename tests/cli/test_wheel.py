@@ -1,11 +1,12 @@
 """The wheel, as somebody has it who has no clone: built, unpacked elsewhere, used from an empty directory."""
 
-import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
+import fresh
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,21 +25,31 @@ def installed(tmp_path_factory) -> Path:
             shutil.copytree(ROOT / name, place / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / name, place / "source")
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    wheel = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", place, place / "source"]
-    subprocess.run(wheel, check=True)
+    build = "from setuptools import build_meta; build_meta.build_wheel('..')"  # what pip calls
+    subprocess.run([sys.executable, "-c", build], cwd=place / "source", check=True, stdout=subprocess.DEVNULL)
     (file,) = place.glob("*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--target", place / "installed", file], check=True)
+    with zipfile.ZipFile(file) as wheel:
+        wheel.extractall(place / "installed")
     return place / "installed"
 
 
-def run(installed: Path, place: Path, *arguments: str) -> str:
+def run(installed: Path, place: Path, code: str, monkeypatch) -> str:
     """Run Python with the wheel, and not with the clone, in a directory; returns what it printed."""
-    environment = os.environ | {"PYTHONPATH": str(installed)}
-    call = [sys.executable, *arguments]
-    done = subprocess.run(call, cwd=place, env=environment, capture_output=True, text=True, check=False)
+    monkeypatch.chdir(place)
+    done = fresh.run(USE_THE_WHEEL + code, installed)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+USE_THE_WHEEL = """
+import sys
+from pathlib import Path
+for name in [name for name in sys.modules if name.partition(".")[0] == "moe_bsr"]:
+    del sys.modules[name]  # the clone's
+sys.path.insert(0, sys.argv[1])
+import moe_bsr
+assert Path(moe_bsr.__file__).parents[1] == Path(sys.argv[1])
+"""
 
 
 def test_the_wheel_carries_every_file_and_the_console_command(installed):
@@ -48,13 +59,14 @@ def test_the_wheel_carries_every_file_and_the_console_command(installed):
     assert (package / "py.typed").is_file() and list((package / "weights").glob("*.safetensors"))
     modules = {str(path.relative_to(ROOT / "moe_bsr")) for path in (ROOT / "moe_bsr").rglob("*.py")}
     assert {str(path.relative_to(package)) for path in package.rglob("*.py")} == modules
-    assert (installed / "bin" / "moe-bsr").is_file()
-    where = run(installed, installed, "-c", "import moe_bsr; print(moe_bsr.__file__)")
-    assert Path(where.strip()) == package / "__init__.py"
-    assert sorted(path.name for path in installed.iterdir() if "." not in path.name) == ["bin", "moe_bsr"]
+    (about,) = installed.glob("*.dist-info")
+    assert (about / "entry_points.txt").read_text() == "[console_scripts]\nmoe-bsr = moe_bsr.cli.main:start\n"
+    assert sorted(installed.iterdir()) == sorted([package, about])
 
 
-def test_the_quickstart_is_ready_to_train_from_any_directory_and_files_are_copied_and_listed(installed, tmp_path):
+def test_the_quickstart_is_ready_to_train_from_any_directory_and_files_are_copied_and_listed(
+    installed, tmp_path, monkeypatch
+):
     code = """if True:
         import os
         from moe_bsr.cli.main import main
@@ -62,8 +74,8 @@ def test_the_quickstart_is_ready_to_train_from_any_directory_and_files_are_copie
         print("END")
         commands = ["copy quickstart", "copy pets tasks", "configs", "tasks"]
         assert [main(command.split()) for command in commands] == [0] * 4
-    """  # in one process: each would load torch anew
-    planned, printed = run(installed, tmp_path, "-c", code).split("END\n")
+    """
+    planned, printed = run(installed, tmp_path, code, monkeypatch).split("END\n")
     assert "fractals: 12 classes" in planned and "run folder runs/quickstart" in planned
     assert (tmp_path / "quickstart.yaml").is_file()
     rows = {line.split()[0]: line.split() for line in printed.splitlines() if line.strip()}

@@ -54,9 +54,10 @@ def assert_equal(cost, whole) -> None:
     ("plan", "precision", "storage"),
     [
         *(("mixed", "fp32", storage) for storage in STORAGES),
-        *((plan, "fp32", storage) for plan in ("full", "moe-bsr") for storage in ("exact", "int8", "segments")),
-        *((plan, "bf16", "exact") for plan in ("full", "mixed")),
-        *((plan, "bf16", "int8") for plan in ("bsr", "moe-bsr")),
+        ("full", "fp32", "segments"),
+        ("full", "bf16", "exact"),
+        ("bsr", "fp32", "exact"),
+        ("moe-bsr", "bf16", "int8"),
         ("last", "fp32", "exact"),  # stores nothing, in any way
     ],
 )
@@ -77,7 +78,7 @@ COMBINED = [
 
 @pytest.mark.parametrize(
     ("plan", "kinds"),
-    [("bsr", kinds) for kinds in COMBINED] + [("full", kinds) for kinds in COMBINED[3:5]],
+    [("bsr", kinds) for kinds in COMBINED] + [("full", COMBINED[4])],
     ids=lambda value: value if isinstance(value, str) else "+".join(value),
 )
 def test_sections_of_every_kind_of_backbone_add_up(plan, kinds, monkeypatch):
@@ -91,7 +92,7 @@ def test_every_kind_of_backbone_is_among_them():
 
 IN_BACKWARD = [
     {"train__step_in_backward": True, "train__grad_clip_norm": None, "train__optimizer": optimizer, "storage": storage}
-    for optimizer, storage in (("adamw", "exact"), ("sgd", "recompute"), ("adamw8", "int8"))
+    for optimizer, storage in (("sgd", "recompute"), ("adamw8", "int8"))
 ]
 
 
@@ -225,16 +226,11 @@ def test_it_does_not_matter_what_was_predicted_before():
     ]
     models = [MultitaskViT(make_vit(), config, CLASSES) for config in configs]
 
-    def costs(order):
-        return {
-            (i, precision): predict(models[i], configs[i], batch=4, precision=precision, all_tasks=True)
-            for i in order
-            for precision in ("fp32", "bf16")[: 1 + (i > 1)]
-        }
-
-    shared = costs(range(len(configs)))
-    prediction._sections.clear()
-    assert costs(reversed(range(len(configs)))) == shared
+    shared = {
+        (i, precision): predict(models[i], configs[i], batch=4, precision=precision, all_tasks=True)
+        for i in range(len(configs))
+        for precision in ("fp32", "bf16")[: 1 + (i > 1)]
+    }
     for (i, precision), cost in shared.items():
         prediction._sections.clear()
         assert predict(models[i], configs[i], batch=4, precision=precision, all_tasks=True) == cost

@@ -60,10 +60,6 @@ def test_weights_of_a_local_file_arrive_and_its_head_is_ignored(tmp_path, state,
     vit = load(BackboneConfig(name=NAME, weights=str(path)))
     assert vit.num_classes == 0 and not list(vit.head.parameters())
     assert digest(vit.state_dict()) == digest(without_head(state))
-    theirs = timm.create_model(NAME, num_classes=7).eval()
-    theirs.load_state_dict(state)
-    images = torch.randn(1, 3, 160, 160)
-    assert torch.equal(vit.eval().forward_features(images), theirs.forward_features(images))
 
 
 def test_a_file_of_half_the_precision_loads_in_float32(tmp_path, state):
@@ -177,14 +173,11 @@ def test_a_skeleton_has_no_values():
     "name",
     [
         "deit_tiny_patch16_224",
-        "deit_small_patch16_224",
-        "vit_small_patch16_224",
         "vit_base_patch16_224.augreg_in21k",
         "vit_large_patch16_224",
         "vit_base_patch16_224.mae",
         "vit_small_patch16_224.dino",
         "vit_small_patch14_reg4_dinov2.lvd142m",
-        "vit_base_patch8_224",
     ],
 )
 def test_the_named_families_are_accepted(name):
@@ -252,7 +245,7 @@ def test_the_packaged_backbone_loads():
     [
         (
             BackboneConfig(name="vit_tiny_patch16_225"),
-            ["backbone.name = 'vit_tiny_patch16_225'", "Unknown model", "bundled here"],
+            ["backbone.name = 'vit_tiny_patch16_225'", "Unknown model", "vit_tiny_patch16_224", "bundled here"],
         ),
         (BackboneConfig(name="swin_tiny_patch4_window7_224"), ["SwinTransformer", "VisionTransformer"]),
         (BackboneConfig(name="deit_tiny_distilled_patch16_224"), ["VisionTransformerDistilled", "distilled"]),
@@ -285,10 +278,6 @@ def test_a_wrong_tag_or_image_size_is_refused_by_its_key(config):
 
 def test_a_hybrid_is_refused():
     assert "hybrid" in refusal(BackboneConfig(name="vit_base_resnet26d_224"), create_on_meta)
-
-
-def test_an_unknown_name_is_refused_with_the_nearest():
-    assert "vit_tiny_patch16_224" in refusal(BackboneConfig(name="vit_tiny_patch16_225"), create_on_meta)
 
 
 def test_a_swiglu_backbone_works_until_experts_are_asked_of_it():
@@ -368,12 +357,8 @@ def test_many_misfits_are_counted(tmp_path, state):
 def test_weights_of_another_architecture_are_refused(tmp_path, state):
     path = str(saved(state, tmp_path / "w.safetensors"))
     message = refusal(BackboneConfig(name="vit_tiny_patch16_224", weights=path))
-    assert "does not fit vit_tiny_patch16_224" in message and "missing blocks.6." in message
-
-
-def test_a_misfit_of_width_and_depth_names_a_shape(tmp_path, state):
-    path = str(saved(state, tmp_path / "w.safetensors"))
-    assert "expected (" in refusal(BackboneConfig(name="vit_tiny_patch16_224", weights=path))
+    assert "does not fit vit_tiny_patch16_224" in message
+    assert "missing blocks.6." in message and "expected (" in message  # deeper, and wider
 
 
 class Unsafe:

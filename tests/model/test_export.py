@@ -17,8 +17,7 @@ class Classifier(torch.nn.Module):
         return self.model(images, self.task).logits
 
 
-@pytest.mark.parametrize("reduce", ["drop", "merge"])
-@pytest.mark.parametrize("kind", ["registers and layer scale", "average-pool"])
+@pytest.mark.parametrize(("kind", "reduce"), [("registers and layer scale", "drop"), ("average-pool", "merge")])
 def test_dense_bsr_is_exported_with_dynamic_batch(kind, reduce, monkeypatch):
     monkeypatch.setitem(KINDS, "registers and layer scale", KINDS["registers"] | KINDS["layer-scale"])
     classifier = Classifier(make_model(kind, tokens=TokensConfig(reduce=reduce)).eval(), "two")

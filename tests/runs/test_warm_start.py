@@ -30,11 +30,11 @@ def trained(tmp_path_factory):
     made: dict[str, tuple] = {}
     folder = tmp_path_factory.mktemp("sources")
 
-    def make(name: str, **changes):
-        if name not in made:
-            config = make_config(folder, **SHORT, **changes)
-            moe_bsr.train(config, folder / name, callbacks=[])
-            made[name] = config, folder / name
+    def make(**changes):
+        if (name := repr(changes)) not in made:
+            config, place = make_config(folder, **SHORT, **changes), folder / f"run{len(made)}"
+            moe_bsr.train(config, place, callbacks=[])
+            made[name] = config, place
         return made[name]
 
     return make
@@ -79,7 +79,7 @@ def started(config, source: Path, classes=None):
     + ["lora", "beside", "lora to dense", "lora to moe", "dense to lora", "all saved"],
 )
 def test_a_plan_that_can_computes_what_the_run_did(trained, before, after, tolerance):
-    config, source = trained(str(before), **before)
+    config, source = trained(**before)
     model, _ = started(make_config(source.parent, **SHORT, **after), source)
     loaded = moe_bsr.load(source).models["shapes"]
     for task in CLASSES:
@@ -89,7 +89,7 @@ def test_a_plan_that_can_computes_what_the_run_did(trained, before, after, toler
 
 
 def test_experts_start_as_copies_of_the_ffn_as_it_was_trained(trained):
-    _, source = trained("dense", **DENSE)
+    _, source = trained(**DENSE)
     model, told = started(make_config(source.parent), source)
     ffn = moe_bsr.load(source).models["shapes"].vit.blocks[3].mlp
     for expert in model.vit.blocks[3].mlp.experts.fc1_weight:
@@ -98,7 +98,7 @@ def test_experts_start_as_copies_of_the_ffn_as_it_was_trained(trained):
 
 
 def test_experts_that_do_not_fit_are_left_and_said(trained):
-    _, source = trained("moe")
+    _, source = trained()
     model, told = started(make_config(source.parent, moe__num_experts=8), source)
     assert "left: experts of blocks 3, 5" in told and any("new: experts of blocks 3, 5" in line for line in told)
     model, told = started(make_config(source.parent, **DENSE), source)
@@ -110,7 +110,7 @@ def test_experts_that_do_not_fit_are_left_and_said(trained):
 
 @pytest.mark.parametrize("router", ["per_task", "task_conditioned"])
 def test_tasks_and_classes_are_matched_by_name_and_the_rest_is_said(trained, router):
-    _, source = trained(router, moe__router=router)
+    _, source = trained(moe__router=router)
     theirs, names = moe_bsr.load(source).models["shapes"], names_of(source)["shapes"]
     classes = {"novel": ["x", "y"], "shapes": ["brand new", *reversed(names[1:])]}
     config = make_config(source.parent, moe__router=router)
@@ -126,7 +126,7 @@ def test_tasks_and_classes_are_matched_by_name_and_the_rest_is_said(trained, rou
 
 
 def test_models_for_single_tasks_give_their_heads_or_one_of_them_all(trained):
-    _, source = trained("series", mode="single_task", **DENSE)
+    _, source = trained(mode="single_task", **DENSE)
     config = make_config(source.parent, **DENSE)
     classes = names_of(source / "shapes") | names_of(source / "fractals")
     model, told = started(config, source, classes)
@@ -144,7 +144,7 @@ def test_models_for_single_tasks_give_their_heads_or_one_of_them_all(trained):
 @pytest.mark.parametrize("adapter, base", [(None, ""), ("lora", ".base")])
 def test_a_run_records_its_source_and_goes_on_without_it(trained, tmp_path, adapter, base):
     """Its frozen blocks have weights that the backbone's file has not: they are in its own checkpoints."""
-    _, first = trained("dense", **DENSE)
+    _, first = trained(**DENSE)
     source = shutil.copytree(first, tmp_path / "source")
     config = make_config(tmp_path, train__steps=3, train__checkpoint_every=1, train__init_from=str(source), **HEADS)
     config = replace(config, adapter=adapter)
@@ -170,7 +170,7 @@ def test_a_run_records_its_source_and_goes_on_without_it(trained, tmp_path, adap
 
 def test_gates_that_are_told_are_those_of_the_configuration(trained):
     low_rank = {"moe__experts": "low_rank", "moe__rank": 2}
-    config, source = trained("constant", **low_rank, moe__gate="constant")
+    config, source = trained(**low_rank, moe__gate="constant")
     model, told = started(replace(config, moe__gate="task"), source)
     for task, gates in {"shapes": [0.5, 0.5, 0, 0], "fractals": [0, 0, 0.5, 0.5]}.items():
         assert model.vit.blocks[3].mlp.router.weight[task].tolist() == gates
@@ -179,7 +179,7 @@ def test_gates_that_are_told_are_those_of_the_configuration(trained):
 
 @pytest.mark.parametrize("case", ["missing", "no run", "another backbone", "another depth"])
 def test_what_cannot_be_started_from_is_refused_by_the_key(trained, tmp_path, case):
-    _, source = trained("dense", **DENSE)
+    _, source = trained(**DENSE)
     config = make_config(
         tmp_path, train__init_from=str({"missing": tmp_path / "gone", "no run": tmp_path}.get(case, source))
     )

@@ -1,10 +1,9 @@
 """The runtime: choosing changes nothing, and what a run sets for its process it puts back."""
 
 import ctypes
-import subprocess
 import sys
-from pathlib import Path
 
+import fresh
 import pytest
 import timm
 import torch
@@ -16,7 +15,6 @@ from moe_bsr.config import ConfigError, RuntimeConfig
 from moe_bsr.runtime import allocator
 from moe_bsr.runtime.device import Runtime, exact_convolutions, most_threads, prepare, tune_process
 
-ROOT = Path(__file__).resolve().parents[2]
 CUDA_BF16 = Runtime(torch.device("cuda"), "bf16", 1, "asked for")
 
 
@@ -46,20 +44,28 @@ def no_mallopt(monkeypatch):
     monkeypatch.setattr(allocator, "keep_freed_memory", refuse)
 
 
+IMPORT_ANEW = """
+import ctypes, sys, timm, torch
+cudnn = torch.backends.cudnn
+def state():
+    return torch.get_num_threads(), timm.layers.is_fast_norm(), cudnn.allow_tf32, cudnn.conv.fp32_precision
+torch.set_num_threads(3)  # none of these is what anyone would want, so whoever chooses is seen
+timm.layers.set_fast_norm(not timm.layers.is_fast_norm())
+cudnn.allow_tf32 = not cudnn.allow_tf32
+before = state()
+for name in [name for name in sys.modules if name.partition(".")[0] == "moe_bsr"]:
+    del sys.modules[name]
+def refuse(*_):
+    raise AssertionError("a C library was opened")
+ctypes.CDLL = refuse
+import moe_bsr, moe_bsr.training.trainer, moe_bsr.runs.load
+assert state() == before
+"""
+
+
 def test_importing_changes_nothing():
-    program = (
-        "import torch, timm\n"
-        "def state():\n"
-        "    c = torch.backends.cudnn\n"
-        "    return torch.get_num_threads(), timm.layers.is_fast_norm(), c.allow_tf32, c.conv.fp32_precision\n"
-        "before = state()\n"
-        "import ctypes\n"
-        "def refuse(*_): raise AssertionError('a C library was opened')\n"
-        "ctypes.CDLL = refuse\n"
-        "import moe_bsr, moe_bsr.training.trainer, moe_bsr.runs.load\n"
-        "assert state() == before\n"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True, env={"PYTHONPATH": str(ROOT)}, timeout=300)
+    done = fresh.run(IMPORT_ANEW)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.usefixtures("undrawn", "no_mallopt")

@@ -28,7 +28,7 @@ def words(figure) -> list[str]:
     return [text.get_text() for text in figure.axes[0].texts] + theme.numbers(figure)
 
 
-SIZES = [(1, 2, 1), (2, 2, 2), (5, 16, 4), (10, 16, 4), (11, 16, 4), (3, 17, 4), (20, 64, 4), (1, 1, 1), (4, 8, 2)]
+SIZES = [(2, 2, 2), (10, 16, 4), (11, 16, 4), (3, 17, 4), (20, 64, 4), (1, 1, 1)]  # numbers, and one past them
 
 
 @pytest.mark.parametrize(("tasks", "experts", "k"), SIZES)

@@ -20,7 +20,7 @@ def answers(classes: int, names: list[str] | None = None, worst: int = 8) -> Mis
     return Mistakes(names, counts, [Mistake(image, names[0], names[-1], 0.8, 2.0)] * worst)
 
 
-@pytest.mark.parametrize("classes", [1, 2, 10, 20, 21, 102, 1000])
+@pytest.mark.parametrize("classes", [1, 20, 21, 1000])
 def test_a_matrix_fits_its_paper_whatever_the_classes(classes):
     figure = mistakes.confusion("pets", answers(classes), "validation, 200 images")
     height, width, _ = theme.pixels(figure).shape

@@ -59,7 +59,6 @@ def load(config: BackboneConfig, seed: int = 0) -> VisionTransformer:
     Raises:
         ConfigError: as `create_on_meta`; weights absent, or not of this architecture (which keys, which shapes).
     """
-    create_on_meta(config)
     return load_network(config, seed, _create, _load_file)
 
 
@@ -75,6 +74,8 @@ def load_network(
         create: (config, pretrained=False) -> the network. load_file: puts a file's weights into it.
     """
     if config.weights == "hub":
+        with torch.device("meta"), Unfilled():
+            create(config)  # what is wrong with its name is not the hub's fault
         require(
             _bundled_file(config.name) is None,
             "backbone.weights",
@@ -201,12 +202,9 @@ def in_timm(config: BackboneConfig) -> tuple[str, dict[str, Any]]:
 
 def _check_name(name: str) -> None:
     """Refuse what is no name: a path, or a place on a hub."""
-    require(
-        re.fullmatch(r"\w[\w.-]{0,99}", name, re.ASCII) is not None,
-        "backbone.name",
-        name,
-        "a network's name in timm, without hub or folder (its file goes into backbone.weights); " + _known(name),
-    )
+    if re.fullmatch(r"\w[\w.-]{0,99}", name, re.ASCII) is None:
+        what = "a network's name in timm, without hub or folder (its file goes into backbone.weights)"
+        raise ConfigError(f"backbone.name = {show(name)}: {what}; {_known(name)}")
 
 
 def _known(name: str) -> str:

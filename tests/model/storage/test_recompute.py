@@ -53,12 +53,19 @@ def train_step(storage: str, images: torch.Tensor, noise: float, router: str, to
     return model, output
 
 
-@pytest.mark.parametrize("router", ["per_task", "task_conditioned"])
-@pytest.mark.parametrize("noise", [0.0, 4.0], ids=["silent", "noisy"])
-@pytest.mark.parametrize("ties", [False, True], ids=["", "ties"])
+PROTECTED = TokensConfig(protect_fused=True, rank_by="logits")
+
+
 @pytest.mark.parametrize(
-    "tokens", [TokensConfig(), TokensConfig(protect_fused=True, rank_by="logits")], ids=["raw", "protect-logits"]
-)
+    ("router", "noise", "ties", "tokens"),
+    [
+        ("per_task", 0.0, False, TokensConfig()),
+        ("per_task", 4.0, True, PROTECTED),
+        ("task_conditioned", 0.0, True, PROTECTED),
+        ("task_conditioned", 4.0, False, PROTECTED),
+        ("task_conditioned", 4.0, True, TokensConfig()),
+    ],
+)  # each pair of values
 def test_recomputation_is_exact_and_decides_nothing_again(decided, router, noise, ties, tokens):
     images = torch.ones(3, 3, 16, 16) if ties else normal(3, 3, 16, 16)
     runs, counts = [], []

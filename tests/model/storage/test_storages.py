@@ -1,5 +1,7 @@
 """What storages keep: rounded activations give close gradients, and each block has its own storage."""
 
+from functools import cache
+
 import pytest
 import torch
 from tiny_models import gradients, make_model, normal, saved_for_backward, scale_routers
@@ -24,10 +26,15 @@ def step(storage, experts=(1, 3)):
     return gradients(model), output
 
 
+@cache
+def exact_step(experts):
+    return step("exact", experts)
+
+
 @pytest.mark.parametrize("experts", [(), (1, 3)], ids=["dense", "experts"])
 @pytest.mark.parametrize("storage", sorted(STORAGES))
 def test_the_forward_is_exact_and_gradients_point_the_same_way(storage, experts):
-    expected, exact = step("exact", experts)
+    expected, exact = exact_step(experts)
     got, output = step(storage, experts)
     assert torch.equal(output.logits, exact.logits)
     assert got.keys() == expected.keys()
@@ -145,6 +152,7 @@ def test_four_bits_are_spread_over_each_channels_values_but_the_first_tokens(dty
         assert torch.equal(Int4Packed(alone).restore(), alone.bfloat16().float())
 
 
+@cache
 def router_gradient(storage: str, renormalize: bool, **moe) -> torch.Tensor:
     """Of experts that are equal copies, as at the start of a training; all routers' gradients in one."""
     model = make_model(
@@ -154,8 +162,7 @@ def router_gradient(storage: str, renormalize: bool, **moe) -> torch.Tensor:
     return torch.cat([g.flatten() for name, g in gradients(model).items() if ".router." in name])
 
 
-@pytest.mark.parametrize("backend", ["loop", "grouped"])
-@pytest.mark.parametrize("router", sorted(ROUTERS))
+@pytest.mark.parametrize(("router", "backend"), list(zip(sorted(ROUTERS), ["loop", "grouped"], strict=True)))
 @pytest.mark.parametrize("storage", sorted(STORAGES))
 def test_equal_experts_stay_equal_to_the_router_however_activations_are_kept(storage, router, backend):
     """To a router, copies of one FFN differ by rounding alone. Where it learns, this is its gradient's size."""
