@@ -3,7 +3,7 @@
 import torch
 
 from moe_bsr.config import Config
-from moe_bsr.cost.predict import device_of
+from moe_bsr.cost.step import device_of
 from moe_bsr.runtime.device import Runtime
 
 

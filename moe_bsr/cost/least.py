@@ -1,8 +1,8 @@
 """What a block's backward pass takes at least: enough to see that a step does not fit, without tracing the others."""
 
 from moe_bsr.config import Config
-from moe_bsr.cost.predict import Step, as_trained, device_of
 from moe_bsr.cost.sections import Run
+from moe_bsr.cost.step import Step, as_trained, device_of
 from moe_bsr.model.multitask import MultitaskViT
 
 

@@ -4,30 +4,15 @@
 The network is never run; a model on the meta device will do.
 """
 
-import contextlib
 import dataclasses
-import re
-from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from moe_bsr import ops
-from moe_bsr.config import Config, ConfigError
-from moe_bsr.cost import kernel_scratch
-from moe_bsr.cost.expert_rows import largest_share, unequal_rows
-from moe_bsr.cost.fingerprint import fingerprint
-from moe_bsr.cost.head_section import trace_head
-from moe_bsr.cost.model_sections import Setting, modules_of_sections, of_task, trace_block, trace_embedding
-from moe_bsr.cost.sections import Section, standing_in
+from moe_bsr.config import Config
+from moe_bsr.cost.step import Step, as_trained, device_of
 from moe_bsr.cost.timeline import Placed, Timeline
 from moe_bsr.cost.trace import WEIGHT_COPY
-from moe_bsr.cost.update_section import Update, trace_update
 from moe_bsr.model.multitask import MultitaskViT
-from moe_bsr.runtime import cpu_features as cpu
-from moe_bsr.runtime.device import Runtime, find_device
 from moe_bsr.training.drawn_blocks import costliest_update
 
 
@@ -101,7 +86,7 @@ def predict(
         return _predict(Step(model, config, batch, precision, shares or {}, scratch), config, task, all_tasks)
 
 
-def _predict(step: "Step", config: Config, task: str | None, all_tasks: bool) -> Cost:
+def _predict(step: Step, config: Config, task: str | None, all_tasks: bool) -> Cost:
     model = step.model
     task = task or max(model.trained_tasks, key=lambda name: model.heads[name].out_features)
     tasks = model.trained_tasks if all_tasks and config.sampler.kind == "joint" else [task]
@@ -144,214 +129,3 @@ def _predict(step: "Step", config: Config, task: str | None, all_tasks: bool) ->
         flops_by_block=flops,
         written=sum(place.section.written for place in places),
     )
-
-
-MAX_SECTIONS = 10_000
-_sections: dict[Hashable, Any] = {}
-"""What has been traced in this process, by everything that it depends on."""
-
-
-class Step:
-    """The sections of one model's step, each kind traced once.
-
-    Attributes:
-        trained: names of the parameters that have a gradient so far.
-    """
-
-    def __init__(
-        self,
-        model: MultitaskViT,
-        config: Config,
-        batch: int,
-        precision: str,
-        shares: dict[int, float],
-        scratch: bool,
-    ) -> None:
-        device = device_of(config)
-        threads = config.runtime.threads or torch.get_num_threads()
-        narrow = cast_parameters(model) if precision == "bf16" else set()
-
-        def dtype(tensor: Tensor) -> torch.dtype:
-            return torch.bfloat16 if id(tensor) in narrow else tensor.dtype
-
-        self.model, self.shares, self.trained = model, shares, set()
-        self.setting = Setting(
-            model,
-            config,
-            Runtime(device, precision, threads, ""),
-            batch,
-            dtype,
-            kernel_scratch.on(device, threads) if scratch else kernel_scratch.nothing,
-            lambda index: unequal_rows(self._share(index)),
-        )
-        self.modules = modules_of_sections(model)
-        self._fingerprints: dict[tuple[str, str, str], tuple[dict[str, str], tuple]] = {}
-        kernels = ops.is_reference(), cpu.mkl_is_slow(), cpu.bf16_instructions(), cpu.onednn_has_bf16()
-        moves = not self.setting.differentiates or (
-            config.train.step_in_backward and (config.train.optimizer, config.train.momentum)
-        )
-        self.key = (batch, device, precision, threads, scratch, kernels, repr(config.tokens), moves)
-
-    def _share(self, index: int) -> float:
-        moe = self.setting.config.moe
-        return self.shares.get(index) or largest_share(self.model.vit.embed_dim, moe.num_experts, moe.top_k)
-
-    def places(self, task: str, blocks: int | None = None) -> list[Placed]:
-        """The sections of one micro-batch of a task; what trains in them has a gradient from here on.
-
-        Args:
-            blocks: only the embedding and so many of the first; None: all, and the head.
-        """
-        model, setting = self.model, self.setting
-        section = self._section(
-            "embedding",
-            self.modules["embedding"],
-            "",
-            task,
-            (model.embedding_trains, model.image_size),
-            lambda *given: trace_embedding(setting, *given),
-        )
-        places, streams = [Placed("embedding", section)], [section.stream]
-        routing: list[tuple[bool, ...]] = []
-        for index, plan in enumerate(model.plan[:blocks]):
-            stream = section.stream
-            about = (
-                plan,
-                stream,
-                index >= model.path_start,
-                self.shares.get(index),
-                model.balance.kind,
-                model.vit.num_prefix_tokens,
-                model.vit.has_class_token,
-                model.contexts[index].class_token_alone,
-                model.ladder is not None and (index - model.ladder.first, model.ladder.reads(index)),
-            )
-            section = self._section(
-                "block",
-                self.modules[f"block {index}"],
-                f"vit.blocks.{index}.",
-                task,
-                about,
-                lambda modules, grads, index=index, stream=stream: trace_block(
-                    setting, modules, index, task, stream, grads
-                ),
-            )
-            places.append(Placed(f"block {index}", section))
-            streams.append(section.stream)
-            if section.routing:
-                routing.append(section.routing)
-        if blocks is not None:
-            return places
-        about = (
-            section.stream,
-            tuple(routing),
-            model.vit.global_pool,
-            repr(setting.config.moe),
-            setting.config.train.label_smoothing,
-            model.ladder is not None and (tuple(streams), tuple(model.plan)),
-        )
-        places.append(
-            Placed(
-                "head",
-                self._section(
-                    "head",
-                    of_task(self.modules["head"], model.tasks, task),
-                    "",
-                    task,
-                    about,
-                    lambda modules, grads: trace_head(setting, modules, task, routing, streams, grads),
-                ),
-            )
-        )
-        return places
-
-    def _section(
-        self,
-        kind: str,
-        modules: dict[str, nn.Module],
-        prefix: str,
-        task: str,
-        about: tuple,
-        trace: Callable[[dict[str, nn.Module], set[str]], Section],
-    ) -> Section:
-        """Args:
-        prefix: of the modules' parameters' names in the model.
-        """
-        place = kind, prefix, task
-        if place not in self._fingerprints:  # of micro-batches before
-            self._fingerprints[place] = fingerprint(modules, task, self.model.tasks, self.setting.dtype)
-        names, about_modules = self._fingerprints[place]
-        has_gradient = {name for name in names if prefix + name in self.trained}
-        key = (kind, self.key, about, about_modules, tuple(names[n] for n in names if n in has_gradient))
-        if key not in _sections:
-            if len(_sections) >= MAX_SECTIONS:
-                _sections.clear()
-            section = trace(modules, has_gradient)
-            section.trained = frozenset(names[name] for name in section.trained if name in names)
-            _sections[key] = section
-        section = _sections[key]
-        self.trained |= {prefix + name for name, alike in names.items() if alike in section.trained}
-        return section
-
-    def copy(self, task: str) -> int:
-        """Bytes of the weights that a step without gradients changes for a while and brings back."""
-        if self.setting.differentiates:
-            return 0
-        return sum(p.nbytes for p in self.model.parameters_of(task) if p.requires_grad)
-
-    def update(self, stepped: set[str]) -> Update:
-        """Of blocks that train it matters which parameters they have, not which blocks they are.
-
-        Args:
-            stepped: names of the parameters that had an update before.
-        """
-        parameters = tuple(
-            (re.sub(r"blocks\.\d+", "blocks", name), p.shape, name in stepped, name in self.trained)
-            for name, p in self.model.named_parameters()
-            if p.requires_grad
-        )
-        settings = dataclasses.replace(self.setting.config.train, batch_size=1, grad_accumulation_steps=1)
-        key = ("update", self.key[1:], parameters, repr(settings), len(self.model.plan))
-        if key not in _sections:
-            _sections[key] = trace_update(self.setting, stepped, self.trained)
-        return _sections[key]
-
-
-def device_of(config: Config) -> torch.device:
-    """The device of a run, which need not be here; "auto" is the best that is.
-
-    Raises:
-        ConfigError: no such kind of device.
-    """
-    name = config.runtime.device
-    if name == "auto":
-        return find_device(name)
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"runtime.device = {name!r}: {str(error).splitlines()[0]}; use auto, cpu or cuda") from error
-
-
-@contextlib.contextmanager
-def as_trained(model: MultitaskViT, device: torch.device, precision: str) -> Iterator[None]:
-    """The model in training mode, its norms as `Runtime.place` sets them, while the context lasts."""
-    modes = {module: (module.training, getattr(module, "_fast_norm", None)) for module in model.modules()}
-    for module, (_, fast_norm) in modes.items():
-        module.training = True
-        if fast_norm is not None:
-            module._fast_norm = device.type == "cuda" and precision == "bf16"
-    try:
-        yield
-    finally:
-        for module, (training, fast_norm) in modes.items():
-            module.training = training
-            if fast_norm is not None:
-                module._fast_norm = fast_norm
-
-
-def cast_parameters(model: MultitaskViT) -> set[int]:
-    """The ids of the parameters that `cast_frozen_` keeps in the compute dtype alone."""
-    with standing_in(dict(model.named_modules()), lambda tensor: tensor.new_empty(0, device="cpu")) as parameters:
-        model.cast_frozen_(torch.bfloat16)
-        cast = {name for name, parameter in parameters.items() if parameter.dtype == torch.bfloat16}
-    return {id(p) for name, p in model.named_parameters() if name in cast}

@@ -104,10 +104,9 @@ class Ladder:
         train = dataclasses.replace(config.train, **settings, steps=1000, epochs=None, minutes=None)
         self.config = dataclasses.replace(config, train=train)
         self.folder, self.budget, self.say, self.callbacks = folder, budget, say, callbacks
-        self.began, self.rungs = time.monotonic(), []
         self.runtime = prepare(config.runtime)
         self.shared: FeatureCache | None = None  # of the probe and of late
-        self.overhead = 0.0  # seconds of a run beside its updates
+        self.began, self.rungs, self.overhead = time.monotonic(), [], 0.0  # of a run: seconds beside its updates
         self.interrupted, self.left_out = 0, False
 
     # --- the climb ---

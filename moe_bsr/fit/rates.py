@@ -104,13 +104,13 @@ class Rates:
             network = self._network("all" if trains else False, False, False, config)
             task, tokens = network.tasks[0], self._tokens(network, config)[0]
             pixels, labels = random_batch(
-                images, network.vit.patch_embed.img_size[0], network.heads[task].out_features, self.runtime.device
+                images, network.image_size, network.heads[task].out_features, self.runtime.device
             )
             entering = self._entering(images, tokens, config)
 
             def run() -> None:
                 with torch.set_grad_enabled(trains), self.runtime.autocast():
-                    embedded = network.family.embed(network.vit, pixels)
+                    embedded = network.family.embed(network.vit, pixels).x
                 if embedded.requires_grad:
                     embedded.backward(torch.ones_like(embedded))
                 x = entering.x.clone().requires_grad_()

@@ -7,8 +7,9 @@ from whole_step import trace_whole
 
 from moe_bsr import config as configuration
 from moe_bsr.config import Config
-from moe_bsr.cost import predict as prediction
-from moe_bsr.cost.predict import predict, unequal_rows
+from moe_bsr.cost import step as sections_of_a_step
+from moe_bsr.cost.expert_rows import unequal_rows
+from moe_bsr.cost.predict import predict
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.model.storage import STORAGES
 
@@ -232,16 +233,16 @@ def test_it_does_not_matter_what_was_predicted_before():
         for precision in ("fp32", "bf16")[: 1 + (i > 1)]
     }
     for (i, precision), cost in shared.items():
-        prediction._sections.clear()
+        sections_of_a_step._sections.clear()
         assert predict(models[i], configs[i], batch=4, precision=precision, all_tasks=True) == cost
 
 
 def test_alike_blocks_are_traced_once():
     """All but the last, which computes the class token alone."""
     config = make_config("full")
-    prediction._sections.clear()
+    sections_of_a_step._sections.clear()
     predict(MultitaskViT(make_vit(), config, CLASSES), config, batch=2, precision="fp32")
-    assert sorted(key[0] for key in prediction._sections) == ["block", "block", "embedding", "head", "update"]
+    assert sorted(key[0] for key in sections_of_a_step._sections) == ["block", "block", "embedding", "head", "update"]
 
 
 def test_every_task_and_micro_batch_of_an_update_counts():

@@ -157,7 +157,7 @@ def test_moments_in_8_bits_are_traced_by_their_first_chunks(config, monkeypatch)
     seen = []
     for chunks in (3, 10**6):
         monkeypatch.setattr(update_section, "CHUNKS", chunks)
-        monkeypatch.setattr("moe_bsr.cost.predict._sections", {})
+        monkeypatch.setattr("moe_bsr.cost.step._sections", {})
         seen.append(predict(build_on_meta(own, CLASSES), own, batch=8, precision="fp32", all_tasks=True))
     assert seen[0] == seen[1]
 
@@ -169,7 +169,7 @@ def test_alike_parameters_are_updated_once_and_counted_each(config, monkeypatch)
         costs = []
         for once in (update_section._once_for_alike, lambda tracer: contextlib.nullcontext()):
             monkeypatch.setattr(update_section, "_once_for_alike", once)
-            monkeypatch.setattr("moe_bsr.cost.predict._sections", {})
+            monkeypatch.setattr("moe_bsr.cost.step._sections", {})
             costs.append(predict(build_on_meta(own, CLASSES), own, batch=8, precision="fp32", all_tasks=all_tasks))
         assert costs[0] == costs[1] and costs[0].optimizer > 0
 
