@@ -53,9 +53,8 @@ class Rates:
         for index, (plan, tokens) in enumerate(zip(model.plan, self._tokens(model, config), strict=True)):
             gradients = None if index < path or not differentiates else index > path or model.embedding_trains
             pass_ += self._block(plan, tokens, gradients, alone and index == last, config, few)
-        passes = (
-            (len(model.trained_tasks) if config.sampler.kind == "joint" else 1) * parts * (1 if differentiates else 2)
-        )
+        passes = parts if differentiates else 2 * parts
+        passes *= len(model.trained_tasks) if config.sampler.kind == "joint" else 1
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return passes * images / few * pass_ + trained * self._weight(bool(config.plan.moe_blocks), config)
 
