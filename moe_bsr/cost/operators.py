@@ -174,7 +174,10 @@ def _fake(memory: Tensor, device: torch.device) -> FakeTensor:
         dispatch_device=True,
         device_for_backend_keys=attributes["_fake_device"],
     )
-    torch._C._set_throw_on_mutable_data_ptr(made)
+    if FAKE._allow_unsafe_data_ptr_access:
+        torch._C._set_warn_deprecated_on_mutable_data_ptr(made)
+    else:
+        torch._C._set_throw_on_mutable_data_ptr(made)
     vars(made).update(attributes)
     return made
 

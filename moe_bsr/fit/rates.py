@@ -47,15 +47,16 @@ class Rates:
         parts = config.train.grad_accumulation_steps
         images = config.train.batch_size // parts
         few = images if self.runtime.device.type == "cuda" else min(images, self._images())
-        path, last = model.path_start, len(model.plan) - 1
+        path, last, differentiates = model.path_start, len(model.plan) - 1, config.train.differentiates
         alone = model.contexts[-1].class_token_alone
         pass_ = self._ends(model.embedding_trains, config, few)
         for index, (plan, tokens) in enumerate(zip(model.plan, self._tokens(model, config), strict=True)):
-            gradients = None if index < path else index > path or model.embedding_trains
+            gradients = None if index < path or not differentiates else index > path or model.embedding_trains
             pass_ += self._block(plan, tokens, gradients, alone and index == last, config, few)
-        tasks = len(model.trained_tasks) if config.sampler.kind == "joint" else 1
+        passes = parts if differentiates else 2 * parts
+        passes *= len(model.trained_tasks) if config.sampler.kind == "joint" else 1
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return tasks * parts * images / few * pass_ + trained * self._weight(bool(config.plan.moe_blocks), config)
+        return passes * images / few * pass_ + trained * self._weight(bool(config.plan.moe_blocks), config)
 
     def _images(self) -> int:
         tokens = self.vit.patch_embed.num_patches + self.vit.num_prefix_tokens
@@ -129,17 +130,16 @@ class Rates:
             network = self._network(True, experts, False, config)
             network.plan = [dataclasses.replace(network.plan[0], storage=BlockPlan(True).storage), BlockPlan(False)]
             network.contexts = contexts(network.vit, network.plan, config.tokens)
-            step = training_step(network, config, self.runtime, batch=1)
+            after = configuration.replace(config, train__step_in_backward=False)
+            step = training_step(network, after, self.runtime, batch=1)
 
             def gradients() -> None:
                 step.forward()
                 step.backward()
 
             took = self._time(step.step, network, before=gradients)
-            gradients()
-            weights = sum(p.numel() for p in step.trained)
             step.clear()
-            return took / weights
+            return took / sum(p.numel() for p in network.parameters_of(network.tasks[0]) if p.requires_grad)
 
         return self._once(("weight", experts and repr(config.moe), config.train.optimizer), timed)
 

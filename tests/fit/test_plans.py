@@ -238,6 +238,9 @@ def test_kinds_of_blocks_are_timed_once_each_and_the_process_stays_as_it_was(con
     assert len(timed._known) == 4  # the ends, five alike blocks and the last, a weight
     merging = replace(config, tokens__reduce="merge", storage="int8")
     assert timed.seconds(merging, build_on_meta(merging, CLASSES)) > 0
+    for other in ({"train__optimizer": "mezo"}, {"train__step_in_backward": True, "train__grad_clip_norm": None}):
+        another = replace(own, **other)
+        assert timed.seconds(another, build_on_meta(another, CLASSES)) > 0
     assert torch.get_num_threads() == threads
 
 
