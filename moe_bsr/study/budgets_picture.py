@@ -1,4 +1,7 @@
-"""One picture of `budgets`: test accuracy over minutes, a line for each method, with the intervals of several seeds."""
+"""One picture of `budgets`: test accuracy over minutes, a line for each method, with the intervals of several seeds.
+
+Methods that were not raced at the longest budget are in the table alone: their names would lie on the lines.
+"""
 
 from pathlib import Path
 from statistics import fmean
@@ -11,6 +14,7 @@ from moe_bsr.visualize import theme
 WIDTH, HEIGHT = 760, 460  # pixels
 COLORS = ("#0072b2", "#009e73", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9", "#595959")  # Okabe and Ito 2008, and gray
 APART = 3.5  # percentage points between names at the right edge
+LETTER = 10  # pixels
 
 
 def draw(result: dict[str, Any], file: Path) -> None:
@@ -21,9 +25,14 @@ def draw(result: dict[str, Any], file: Path) -> None:
     lines: dict[str, list[tuple[float, dict[str, Any]]]] = {}
     for (minutes, method), runs in by_budget(result).items():
         lines.setdefault(method, []).append((minutes, over_seeds([run["mean_top1"] for run in runs])))
+    budgets = sorted({run["minutes"] for run in result["runs"]})
+    order = sorted(
+        (method for method in lines if lines[method][-1][0] == budgets[-1]),
+        key=lambda method: -lines[method][-1][1]["mean"],
+    )
+    names = LETTER * (max(map(len, order)) + len("  12.3"))
     figure = theme.figure(WIDTH, HEIGHT)
-    axis = figure.add_axes((0.09, 0.14, 0.70, 0.80))
-    order = sorted(lines, key=lambda method: -lines[method][-1][1]["mean"])
+    axis = figure.add_axes((0.09, 0.14, 0.90 - names / WIDTH, 0.80))
     for method, color in zip(order, COLORS * len(order), strict=False):
         x, found = [point[0] for point in lines[method]], [point[1] for point in lines[method]]
         y = [each["mean"] for each in found]
@@ -31,7 +40,6 @@ def draw(result: dict[str, Any], file: Path) -> None:
         told = [(at, each) for at, each in zip(x, found, strict=True) if each["low"] is not None]
         axis.vlines([at for at, _ in told], [e["low"] for _, e in told], [e["high"] for _, e in told], color=color)
     _names(axis, order, [lines[method][-1] for method in order])
-    budgets = sorted({run["minutes"] for run in result["runs"]})
     axis.set(xscale="log", ylim=(0, None))
     axis.set_xticks(budgets, [f"{minutes:g}" for minutes in budgets], fontsize=theme.SMALL)
     axis.set_xticks([], minor=True)
