@@ -1,6 +1,7 @@
 """What a configuration costs, as a person asks: predictions beside measurements, budgets, refusals."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from tiny_runs import make_config, make_trainer
@@ -112,7 +113,7 @@ def suggested(tmp_path, **changes) -> dict[str, str]:
 
 
 def test_changes_do_what_their_names_say(tmp_path, monkeypatch):
-    monkeypatch.setattr(planner, "predict", lambda *_, **__: None)
+    monkeypatch.setattr(planner, "predict", lambda *_, **__: SimpleNamespace(written=0))
     changes = suggested(tmp_path, plan__drop_blocks=[4, 1, 2], plan__keep_rate=[0.9, 0.5, 0.7])
     assert changes["drop one block earlier"] == "plan.drop_blocks=[3,0,1]"
     changes = suggested(tmp_path, plan__drop_blocks=[], plan__keep_rate=0.9, plan__train_blocks="all")
