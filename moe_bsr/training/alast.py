@@ -105,7 +105,7 @@ def _are_lists(table: Any, count: int, least: float, most: float) -> bool:
     return whole and all(type(x) is float and least <= x <= most for each in lists for x in each)
 
 
-def alast_of(model: MultitaskViT, config: Config, ranks: Alone) -> Alast | None:
+def schedule_of(model: MultitaskViT, config: Config, ranks: Alone) -> Alast | None:
     """Of a run, if it is trained so.
 
     Raises:

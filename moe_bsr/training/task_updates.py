@@ -13,7 +13,7 @@ from moe_bsr.config import Config
 from moe_bsr.data.loader import Batch
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.runtime.interrupt import RankLost
-from moe_bsr.training.alast import alast_of
+from moe_bsr.training.alast import schedule_of
 from moe_bsr.training.class_weights import balanced
 from moe_bsr.training.inputs import Inputs
 from moe_bsr.training.mixing import Mixing
@@ -27,7 +27,11 @@ class NotFinite(FloatingPointError):
 
 
 class TaskUpdates:
-    """The updates of one model, as the configuration weighs tasks, classes and images."""
+    """The updates of one model, as the configuration weighs tasks, classes and images.
+
+    Attributes:
+        schedule: what trains in an update, where not all of it does in each. callbacks: what must hear of each update.
+    """
 
     def __init__(
         self, config: Config, model: MultitaskViT, inputs: Inputs, optimizer, average: MovingAverage | None
@@ -50,7 +54,8 @@ class TaskUpdates:
         }
         self.weights = task_weights(list(tasks), settings)
         self.mixing = Mixing(settings, classes) if settings.mixup or settings.cutmix else None
-        self.alast = alast_of(model, config, self.ranks)
+        self.schedule = schedule_of(model, config, self.ranks)
+        self.callbacks = [] if self.schedule is None else [self.schedule]
         self.pcgrad = PCGrad() if settings.task_weighting == "pcgrad" else None
 
     def take(self, batches: list[Batch], step: int) -> tuple[list[BatchResult], float | None]:
@@ -91,12 +96,12 @@ class TaskUpdates:
         """The weight of a task's loss, and its blocks' budgets, where these are learned."""
         log_variances = self.update.model.log_variances
         weight = {"task_weight": math.exp(-log_variances[task].item())} if task in log_variances else {}
-        return weight if self.alast is None else weight | self.alast.numbers(task)
+        return weight if self.schedule is None else weight | self.schedule.numbers(task)
 
     def _backward(self, batch: Batch, place: int, tasks: int, step: int) -> BatchResult:
         """The gradient of the batch that is number `place` of so many tasks' in this update."""
         micro_batches = self.config.train.grad_accumulation_steps
-        with contextlib.nullcontext() if self.alast is None else self.alast.update(step, batch.task):
+        with contextlib.nullcontext() if self.schedule is None else self.schedule.update(step, batch.task):
             result = accumulate(
                 self.update,
                 batch,

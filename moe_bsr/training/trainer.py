@@ -68,7 +68,7 @@ class Trainer:
         optimizer = make_optimizer(model, settings)
         average = None if settings.ema_decay is None else MovingAverage(model, settings.ema_decay)
         self.updates = TaskUpdates(config, model, inputs, optimizer, average)
-        callbacks = [*callbacks, *([self.updates.alast] if self.updates.alast else [])]
+        callbacks = [*callbacks, *self.updates.callbacks]
         self.state = TrainState(
             model, optimizer, average, callbacks, settings.checkpoint_selection, settings.save, self.transforms.skipped
         )
