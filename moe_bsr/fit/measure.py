@@ -70,9 +70,8 @@ def measure(config: Config, runtime: Runtime, limit: int | None, seconds: float)
     base = max(0, resident - parameters) + (0 if runtime.device.type == "cuda" else SPARE)
     there = Memory(limit, base, evaluation, reason)
     probe = rungs.probe(config, len(model.plan), model.vit.has_class_token)
-    fitted(
-        probe, classes, there, runtime.precision, 0
-    )  # what does not fit at all is refused before anything takes long
+    # What does not fit at all is refused before anything takes long.
+    fitted(probe, classes, there, runtime.precision, 0)
     most = max(1, IMAGES // len(tasks))
     forward, decoded = 0.0, 0
     for data in tasks.values():

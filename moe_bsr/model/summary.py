@@ -18,6 +18,7 @@ def table(model: MultitaskViT, config: Config) -> list[str]:
     full = f" experts x{config.moe.mlp_ratio}" if config.moe.experts == "full" else ""
     experts = f"{config.moe.words}{full}"
     maps = model.vit.maps() if hasattr(model.vit, "maps") else []
+    tokens = [] if maps else counts(model)
     what = ["maps"] if maps else ["tokens", "FFN", "adapter"]
     rows = [("block", "trains", "gradient", *what, "storage", "parameters (trained)")]
     for index, plan in enumerate(model.plan):
@@ -30,7 +31,7 @@ def table(model: MultitaskViT, config: Config) -> list[str]:
         if maps:
             what = ["{0} x {1} x {1}".format(*maps[index])]
         else:
-            n, m = counts(model)[index]
+            n, m = tokens[index]
             m = 1 if model.contexts[index].class_token_alone else m
             what = [f"{n} -> {m}" if m < n else str(n), experts if plan.moe else "dense", str(plan.adapter or "-")]
         rows.append(
