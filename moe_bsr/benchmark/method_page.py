@@ -1,48 +1,58 @@
-"""Results of compare-methods as text, and as docs/methods.md: a table for each file, the targets, published figures."""
+"""Tables of compare-methods results, as text and as docs/methods.md: one per file, targets, published figures."""
 
+from statistics import fmean
 from typing import Any
 
 from moe_bsr.benchmark.method_targets import judge
+from moe_bsr.evaluation.metrics import over_seeds
 from moe_bsr.runtime.text_tables import as_markdown as markdown_table
 from moe_bsr.runtime.text_tables import as_text as text_table
 
 MIB = 2**20
-Results = dict[str, dict[str, Any]]  # by the name of their file
+Results = dict[str, dict[str, Any]]  # by file name
 
 INTRODUCTION = """\
 # All methods side by side
 
 Made by `moe-bsr compare-methods --from-json results/methods_*.json --markdown`; do not edit.
 
-Every method is a few lines of `configs/methods/all.yaml`: what it changes of one MoE-BSR configuration. The same update
-runs them all, the same cost model predicts them, the same meter measures them. `timm_full` alone is plain code.
+A method is a few lines in `configs/methods/all.yaml`: a set of changes to one MoE-BSR configuration. All methods share
+one training step, one cost model and one memory meter. Only `timm_full` is plain code without this package.
 
 ```
 moe-bsr compare-methods CONFIG data.root=DIR --out methods.json           # cost, time, gradients: minutes
 moe-bsr compare-methods CONFIG data.root=DIR --out methods.json --train   # accuracy too: hours
 ```
 
-* **peak**: all tensors of an update at its highest moment, weights, gradients and optimizer state included, images not;
-  MB are 2^20 bytes. Behind it, how far the prediction is off.
-* **kept**: bytes that are alive after the forward pass because the backward pass needs them, of one image.
-* **cosine, error**: of all gradients of a batch, against the same plan with storage `exact`. 1 and 0 where nothing is
-  rounded.
-* **a task more**: what one task more adds to a model of all tasks: its head, and its routers. A model for each task
-  costs all that trains, four bytes a parameter.
-* **GFLOPs**: of forward and backward, of one image; two for a multiply-add.
-* **time**: of an update, over that of the reference in the same turns.
+* **peak**: most bytes of tensors alive during one update, with weights, gradients and optimizer state, without the
+  images. MB are 2^20 bytes. The next column is the error of the prediction.
+* **kept**: bytes saved for the backward pass, per image.
+* **cosine, error**: the gradient of one batch against the gradient of the same plan with storage `exact`. They are 1
+  and 0 where nothing is rounded.
+* **a task more**: bytes that one more task adds to a multitask model: its head and its routers. A separate model per
+  task would add all trained weights, at four bytes each.
+* **GFLOPs**: forward and backward pass of one image. A multiply-add counts as two.
+* **time**: time of an update divided by that of the reference, both measured in turns.
+"""
+
+ACCURACY = """\
+**Accuracy** is the mean of {tasks}. Each method has the same tuning budget: three learning rates, {updates}
+updates each, compared on {val} validation images per task (`val`). With the best one it trains for {minutes:g} minutes,
+counted from opening the images, and is scored once on the test images (`test`, after so many `updates`). Intervals are
+95 %: over images for one seed, over seeds (Student's t) for more.
 """
 
 PUBLISHED = """
 ## What papers print
 
-Each paper counts memory by its own rule, named in the row; no two rules are alike, and none is a measurement of ours.
-`moe-bsr reproduce` rebuilds BSR's. They are drawn hollow in the picture, where accuracies are on file.
+Each paper counts memory by a rule of its own, named in the row. No two rules are alike, and none of these figures is a
+measurement made here. `moe-bsr reproduce` rebuilds those of BSR. The picture shows them as hollow marks where
+accuracies of that backbone and task are on file.
 """
 
 
 def as_text(results: Results) -> str:
-    parts = [f"{_heading(result)}\n{text_table(rows(result))}" for result in results.values()]
+    parts = [f"{heading(result)}\n{text_table(rows(result))}" for result in results.values()]
     if targets := judge(results):
         parts.append(text_table(targets))
     return "\n\n".join(parts)
@@ -51,20 +61,23 @@ def as_text(results: Results) -> str:
 def as_markdown(results: Results) -> str:
     parts = [INTRODUCTION, "![Peak, FLOPs and time of all methods](images/methods.png)\n"]
     for name, result in results.items():
-        parts.append(f"## {_heading(result)}\n\n{_made(name, result)}\n\n{markdown_table(rows(result))}\n")
+        made = _made(name, result) + _about_accuracy(result)
+        parts.append(f"## {heading(result)}\n\n{made}\n\n{markdown_table(rows(result))}\n")
         parts.append(_legend(result))
     if targets := judge(results):
-        parts.append(f"## Targets\n\nDeiT-S, 224 px, 32 images, fp32, measured.\n\n{markdown_table(targets)}\n")
+        parts.append(
+            f"## Targets\n\nDeiT-S, 224 px, 32 images, measured; fp32 unless stated.\n\n{markdown_table(targets)}\n"
+        )
     parts.append(f"{PUBLISHED.strip()}\n\n{markdown_table(_published(results))}")
     return "\n".join(parts)
 
 
 def rows(result: dict[str, Any]) -> list[list[str]]:
-    """A row for each method, the first one titles; a dash where a value is not known."""
+    """Return one row per method below a row of titles, with a dash for unknown values."""
     titles = ["method", "trained, M", "peak, MB", "predicted", "kept, MiB", "cosine", "error", "optimizer, MB"]
     titles += ["a task more, kB", "GFLOPs", "time"]
     trained = any("equal_updates" in row["train_info"] for row in result["methods"].values())
-    table = [titles + trained * ["rate", "val top-1 %", "test top-1 %", "in s"]]
+    table = [titles + trained * ["rate", "val top-1 %", "test top-1 %", "seeds", "updates"]]
     for name, row in result["methods"].items():
         info = row["train_info"]
         cost, fidelity = info["cost"], info.get("gradient") or {}
@@ -87,11 +100,36 @@ def rows(result: dict[str, Any]) -> list[list[str]]:
 
 
 def _accuracy(info: dict[str, Any]) -> list[str]:
-    updates, race = info.get("equal_updates"), info.get("equal_seconds")
-    rate = max(updates["rates"], key=updates["rates"].get) if updates else "-"
-    val = f"{updates['val_top1']:.1f} ± {updates['val_half_width']:.1f}" if updates else "-"
-    test = f"{race['mean_top1']:.1f} ± {race['half_width']:.1f}" if race else "-"
-    return [rate, val, test, f"{race['seconds']:.0f}" if race else "-"]
+    tuned, runs = info.get("equal_updates"), list(info.get("equal_seconds", {}).values())
+    rate, val = "-", "-"
+    if tuned:
+        rate = max(tuned["rates"], key=tuned["rates"].get)
+        val = f"{tuned['val_top1']:.1f} ± {tuned['val_half_width']:.1f}"
+    if not runs:
+        return [rate, val, "-", "-", "-"]
+    mean, half_width = test_accuracy(info)
+    return [rate, val, f"{mean:.1f} ± {half_width:.1f}", f"{len(runs)}", f"{fmean(r['updates'] for r in runs):.0f}"]
+
+
+def test_accuracy(info: dict[str, Any]) -> tuple[float, float]:
+    """Return the mean test accuracy of a row's timed runs and the half width of its 95 % interval, in percent."""
+    runs = list(info["equal_seconds"].values())
+    found = over_seeds([run["mean_top1"] for run in runs])
+    return found["mean"], runs[0]["half_width"] if len(runs) == 1 else found["high"] - found["mean"]
+
+
+def _about_accuracy(result: dict[str, Any]) -> str:
+    trained = [row["train_info"] for row in result["methods"].values() if row["train_info"].get("equal_seconds")]
+    if not trained:
+        return ""
+    tasks, data = list(next(iter(trained[0]["equal_seconds"].values()))["tasks"]), result["base"]["data"]
+    about = ACCURACY.format(
+        tasks=" and ".join([", ".join(tasks[:-1]), tasks[-1]]) if len(tasks) > 1 else tasks[0],
+        updates=trained[0]["equal_updates"]["updates"],
+        val="all" if data["val_images"] is None else data["val_images"],
+        minutes=next(iter(trained[0]["equal_seconds"].values()))["minutes"],
+    )
+    return f"\n\n{about.strip()}"
 
 
 def _off(sizes: dict[str, float | None]) -> str:
@@ -100,18 +138,20 @@ def _off(sizes: dict[str, float | None]) -> str:
     return f"{100 * (sizes['predicted'] / sizes['measured'] - 1):+.2f} %"
 
 
-def _heading(result: dict[str, Any]) -> str:
-    base = result["base"]
-    return f"{base['backbone']['name'].partition('.')[0]}, {base['train']['batch_size']} images"
+def heading(result: dict[str, Any]) -> str:
+    """Return backbone, batch size and, unless fp32, precision."""
+    base, precision = result["base"], result["environment"]["precision"]
+    heading = f"{base['backbone']['name'].partition('.')[0]}, {base['train']['batch_size']} images"
+    return heading if precision == "fp32" else f"{heading}, {precision}"
 
 
 def _made(name: str, result: dict[str, Any]) -> str:
     about = result["environment"]
     weights = "random weights" if result["base"]["backbone"]["weights"] == "random" else "pretrained weights"
     return (
-        f"`results/{name}`: one task of {result['classes']} classes, {weights}, {about['precision']}, "
+        f"`results/{name}`: cost of one task of {result['classes']} classes, {weights}, {about['precision']}, "
         f"{about['processor']}, threads: {about['threads']}, torch {about['torch']}. "
-        f"Times are over `{result['reference']}`."
+        f"Times are divided by that of `{result['reference']}`."
     )
 
 

@@ -1,35 +1,36 @@
-"""One picture of compare-methods' results: memory, FLOPs and time of every method, and the front of each panel.
+"""Draw the results of compare-methods: memory, FLOPs, time or accuracy of every method, with Pareto fronts.
 
-Without accuracies the panels set peak against time, peak against FLOPs, and kept bytes against the gradients' error;
-with them, accuracy against each of the three. A panel that nothing was measured for is left out. Names that would lie
-on others are not drawn; the front's come first. Published points are hollow: their memory is by rules of their own.
+Without accuracies the panels are peak against time, peak against FLOPs, and kept bytes against the error of the
+gradients. With them: test accuracy after equal time against peak, and validation accuracy after equal updates against
+peak and FLOPs. Empty panels are left out. Names that would overlap are not drawn; those on the front come first.
+Published points are hollow: each counts memory by a rule of its own.
 """
 
 from pathlib import Path
 from typing import Any
 
+from moe_bsr.benchmark.method_page import heading, test_accuracy
+
 MIB = 2**20
 FAMILIES = {"timm": "#595959", "full": "#d55e00", "bsr": "#0072b2", "moe": "#009e73", "other": "#cc79a7"}
 BACKBONES = {"DeiT-S": "deit_small", "ViT-B": "vit_base"}
-EXACT = 1e-4  # where an error of 0 is drawn on a logarithmic axis
+EXACT = 1e-4  # an error of 0 is drawn here on the logarithmic axis
 
 
 def draw(results: list[dict[str, Any]], file: Path) -> None:
-    """A row of panels, three at most, for each result."""
+    """Draw one row of up to three panels per result."""
     from matplotlib.figure import Figure
 
-    methods_of = [{name: row["train_info"] for name, row in result["methods"].items()} for result in results]
-    panels_of = [[panel for panel in _panels(methods) if panel[2]] for methods in methods_of]
+    panels_of = [[panel for panel in _panels(result) if panel[2]] for result in results]
     columns = max(map(len, panels_of))
     figure = Figure(figsize=(5.4 * columns, 5.2 * len(results)), layout="constrained")
-    rows = zip(figure.subplots(len(results), columns, squeeze=False), results, methods_of, panels_of, strict=True)
-    for axes, result, methods, panels in rows:
-        name = f"{result['base']['backbone']['name'].partition('.')[0]}, {result['base']['train']['batch_size']} images"
+    rows = zip(figure.subplots(len(results), columns, squeeze=False), results, panels_of, strict=True)
+    for axes, result, panels in rows:
         for axis, panel in zip(axes, panels, strict=False):
-            _panel(axis, name, *panel)
+            _panel(axis, heading(result), *panel)
         for axis in axes[len(panels) :]:
             axis.set_visible(False)
-        if _trained(methods):
+        if panels[0][3]:  # accuracy against memory
             _published(axes[0], result)
     figure.draw_without_rendering()
     for axis in figure.axes:
@@ -41,37 +42,40 @@ def draw(results: list[dict[str, Any]], file: Path) -> None:
 Point = tuple[str, float, float]
 
 
-def _panels(methods: dict[str, dict[str, Any]]) -> list[tuple[str, str, list[Point], bool]]:
-    """(what is below, what is at the side, points, whether high is good) of each panel."""
+def _panels(result: dict[str, Any]) -> list[tuple[str, str, list[Point], bool]]:
+    """Return (x label, y label, points, whether a high y is good) of each panel."""
+    methods = {name: row["train_info"] for name, row in result["methods"].items()}
     peak = {name: info["cost"]["peak_bytes"]["measured"] / MIB for name, info in methods.items()}
     flops = {name: info["cost"]["step_flops"] / 1e9 for name, info in methods.items()}
-    time = {name: info["time"]["ratio"] for name, info in methods.items() if "time" in info}
-    below = {"peak of an update, MB": peak, "GFLOPs an image": flops, "time of an update, relative": time}
-    if scored := _trained(methods):
+    memory, work = "peak of an update, MB", "GFLOPs an image, forward and backward"
+    if not any("equal_updates" in info for info in methods.values()):
+        time = {name: info["time"]["ratio"] for name, info in methods.items() if "time" in info}
+        kept = {name: info["cost"]["kept_bytes"]["measured"] / MIB for name, info in methods.items()}
+        error = {n: max(i["gradient"]["error"], EXACT) for n, i in methods.items() if i.get("gradient")}
+        error_label = f"relative error of the gradients ({EXACT:g}: none)"
         return [
-            (what, "top-1 %", [(n, x[n], y) for n, y in scored.items() if n in x], True) for what, x in below.items()
+            (memory, "time of an update, relative", _points(peak, time), False),
+            (memory, work, _points(peak, flops), False),
+            ("kept for backward, MiB an image", error_label, _points(kept, error), False),
         ]
-    kept = {name: info["cost"]["kept_bytes"]["measured"] / MIB for name, info in methods.items()}
-    error = {n: max(i["gradient"]["error"], EXACT) for n, i in methods.items() if i.get("gradient")}
-    (memory, _), (work, _), (seconds, _) = below.items()
-    return [
-        (memory, seconds, [(name, peak[name], time[name]) for name in time], False),
-        (memory, work, [(name, peak[name], flops[name]) for name in methods], False),
-        (
-            "kept for backward, MiB an image",
-            f"relative error of the gradients ({EXACT:g}: none)",
-            [(name, kept[name], error[name]) for name in error],
-            False,
-        ),
-    ]
+    val = {name: info["equal_updates"]["val_top1"] for name, info in methods.items() if "equal_updates" in info}
+    test = {name: test_accuracy(info)[0] for name, info in methods.items() if info.get("equal_seconds")}
+    updates = (
+        f"val top-1 %, {next(i['equal_updates']['updates'] for i in methods.values() if 'equal_updates' in i)} updates"
+    )
+    panels = [(memory, updates, _points(peak, val), True), (work, updates, _points(flops, val), True)]
+    if test:
+        run = next(run for info in methods.values() for run in info.get("equal_seconds", {}).values())
+        panels.insert(0, (memory, f"test top-1 %, {run['minutes']:g} minutes", _points(peak, test), True))
+    return panels
 
 
-def _trained(methods: dict[str, dict[str, Any]]) -> dict[str, float]:
-    return {name: info["equal_updates"]["val_top1"] for name, info in methods.items() if "equal_updates" in info}
+def _points(x: dict[str, float], y: dict[str, float]) -> list[Point]:
+    return [(name, x[name], y[name]) for name in x if name in y]
 
 
 def front(points: list[Point], high_is_good: bool) -> list[Point]:
-    """Those that no other is better than in one and as good as in the other, from the left."""
+    """Return the Pareto front, sorted by x: no other point is at least as good in x and y and better in one."""
     best, found = None, []
     for point in sorted(points, key=lambda p: (p[1], -p[2] if high_is_good else p[2])):
         if best is None or (point[2] > best if high_is_good else point[2] < best):
@@ -99,7 +103,7 @@ def _panel(axis: Any, title: str, below: str, side: str, points: list[Point], hi
 
 
 def _part_names(axis: Any) -> None:
-    """Take away each name that lies on one before it, or beyond the panel."""
+    """Remove names that overlap an earlier one or lie outside the panel."""
     shown = []
     for text in list(axis.texts):
         box = text.get_window_extent()
@@ -110,10 +114,11 @@ def _part_names(axis: Any) -> None:
 
 
 def _published(axis: Any, result: dict[str, Any]) -> None:
-    """Hollow, on the panel of memory; of the same backbone and task."""
+    """Draw published results of the same backbone as hollow marks, if their task is in the result."""
     for name, row in result["methods"].items():
         for each in row["run_info"]["method"]["published"]:
-            if result["base"]["backbone"]["name"].startswith(BACKBONES.get(each["backbone"], each["backbone"])):
+            backbone = BACKBONES.get(each["backbone"], each["backbone"])
+            if result["base"]["backbone"]["name"].startswith(backbone) and each["task"] in result["base"]["tasks"]:
                 axis.plot(each["memory_mb"], each["top1"], "o", color=_color(name), markerfacecolor="none")
                 words = f"{name}, {each['task']}: {each['rule']}"
                 axis.annotate(words, (each["memory_mb"], each["top1"]), fontsize=5, color="#595959")

@@ -1,21 +1,25 @@
-"""What our leanest steps are held against: memory of an update beside plain code, DeiT-S, 32 images."""
+"""Targets for the memory of an update on DeiT-S with 32 images, and whether measured methods reach them."""
 
 from collections.abc import Callable
 from typing import Any
 
 MIB = 2**20
-SLOWEST = 1.25  # times the reference, of what counts
-NEAR = 0.99  # least cosine of gradients, of what counts
+SLOWEST = 1.25  # largest time over the reference of a method that counts
+NEAR = 0.99  # smallest cosine of gradients of a method that counts
 BACKBONE, BATCH = "deit_small_patch16_224", 32
 
 
 def judge(results: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """A row for each target whose methods were measured, the first one titles; empty if there is none."""
+    """Return one row per target whose methods were measured, below a row of titles; empty without any.
+
+    Anchors are measured in fp32. Methods measured in another precision have it in their name, as "bsr (bf16)".
+    """
     methods: dict[str, dict[str, Any]] = {}
     for result in results.values():
-        base = result["base"]
+        base, precision = result["base"], result["environment"]["precision"]
         if base["backbone"]["name"].partition(".")[0] == BACKBONE and base["train"]["batch_size"] == BATCH:
-            methods |= {name: row["train_info"] for name, row in result["methods"].items()}
+            suffix = "" if precision == "fp32" else f" ({precision})"
+            methods |= {name + suffix: row["train_info"] for name, row in result["methods"].items()}
     rows = [row for target in TARGETS if (row := _row(methods, *target)) is not None]
     titles = ["what", "beside", "must reach", "reaches", "by", "predicted", "time", "reached"]
     return [titles, *rows] if rows else []
@@ -59,7 +63,7 @@ def _moe(name: str) -> bool:
     return name.startswith("moe_bsr") and "low_rank" not in name
 
 
-# what, beside which method, of which of ours, quantity, must reach, slowest step that counts
+# what, anchor, which methods count, quantity, must reach, slowest step that counts
 TARGETS: list[tuple[str, str | None, Callable[[str], bool], str, float, float | None]] = [
     ("peak of an update, BSR", "timm_full", _bsr, "peak_bytes", 12.0, SLOWEST),
     ("peak of an update, MoE-BSR", "moe_full", _moe, "peak_bytes", 5.0, None),

@@ -1,23 +1,25 @@
-"""All methods side by side on one backbone: memory, FLOPs, time, gradients, and with --train accuracy.
+"""Compare fine-tuning methods on one backbone: memory, FLOPs, time, gradients, and with --train accuracy.
 
     moe-bsr compare-methods configs/deit_tiny_moe_bsr.yaml data.root=data --out methods.json
     moe-bsr compare-methods configs/deit_small_moe_bsr.yaml backbone.weights=random train.batch_size=8 --no-gradients \\
         --methods timm_full bsr lora_all --out small.json
-    moe-bsr compare-methods configs/deit_tiny_moe_bsr.yaml data.root=data --train --updates 400 --minutes 2 --out m.json
+    moe-bsr compare-methods configs/deit_tiny_moe_bsr.yaml data.root=data --train --seeds 0 1 2 --out methods.json
     moe-bsr compare-methods --from-json results/methods_*.json --markdown --picture docs/images/methods.png
 
-The configuration is the base, one of MoE-BSR; a method is what it changes of it (configs/methods/all.yaml, or a file
-of your own). Cost is of an update of train.batch_size images of the first task. Every time is that of a method in
-turns with --reference. Gradients are of real images, compared with storage exact. --train gives each method three
-learning rates on validation images at equal updates, and races it at the best one for --minutes, tested once.
+CONFIG is the base, a configuration of MoE-BSR. A method is a set of changes to it, from configs/methods/all.yaml or a
+file of your own. Cost is that of one update with train.batch_size images of the first task. Times are measured in turns
+with --reference. Gradients are computed on real images and compared with storage exact. --train also measures accuracy
+on all tasks: it tries three learning rates for --updates on validation images, then trains with the best one for
+--minutes and scores the test images once, for each of --seeds.
 
-FILE grows row by row: the same command goes on where it was stopped, and computes no finished row again.
+The JSON file grows row by row. The same command resumes where it was stopped and computes only what is missing.
 Exit status: 0 done, 2 refused.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,26 +30,43 @@ if TYPE_CHECKING:
     from moe_bsr.config import Config
     from moe_bsr.config.methods import Method
 
+Stages = dict[tuple[str, ...], Callable[[], Any]]  # keys: where the result goes in train_info
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="?", metavar="CONFIG", help=run_arguments.CONFIG)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.batch_size=8")
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="in this order (all of the file)")
-    parser.add_argument("--file", type=Path, metavar="FILE", help="of methods (configs/methods/all.yaml)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON that rows are added to")
-    parser.add_argument("--reference", default="bsr", metavar="NAME", help="method that times are relative to (bsr)")
-    parser.add_argument("--rounds", type=run_arguments.at_least(1), default=3, metavar="N", help="of timing (3)")
-    parser.add_argument("--no-gradients", action="store_true", help="then no images are needed")
-    parser.add_argument("--train", action="store_true", help="accuracy too: hours")
-    parser.add_argument("--updates", type=run_arguments.at_least(1), default=400, metavar="N", help="of --train (400)")
-    parser.add_argument("--minutes", type=float, default=2.0, metavar="N", help="of --train (2)")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="methods to compare (all of the file)")
+    parser.add_argument("--file", type=Path, metavar="FILE", help="definitions of methods (configs/methods/all.yaml)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file to which rows are added")
+    parser.add_argument("--reference", default="bsr", metavar="NAME", help="method that times are divided by (bsr)")
     parser.add_argument(
-        "--run", type=Path, default=Path("runs/methods"), metavar="DIR", help="of its runs (runs/methods)"
+        "--rounds", type=run_arguments.at_least(0), default=3, metavar="N", help="rounds of timing, 0 for none (3)"
     )
-    parser.add_argument("--from-json", type=Path, nargs="+", metavar="FILE", help="measure nothing, show these")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the fronts into it")
-    parser.add_argument("--markdown", action="store_true", help="the page docs/methods.md")
-    parser.add_argument("--json", action="store_true", help="JSON instead of the table")
+    parser.add_argument(
+        "--no-gradients", action="store_true", help="skip the comparison of gradients, which needs images"
+    )
+    parser.add_argument("--train", action="store_true", help="also measure accuracy: takes hours")
+    parser.add_argument(
+        "--updates",
+        type=run_arguments.at_least(1),
+        default=400,
+        metavar="N",
+        help="updates for each learning rate of --train (400)",
+    )
+    parser.add_argument("--minutes", type=float, default=2.0, metavar="N", help="of each timed run of --train (2)")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="of the timed runs of --train (the base's)")
+    parser.add_argument(
+        "--run",
+        type=Path,
+        default=Path("runs/methods"),
+        metavar="DIR",
+        help="folder of the runs of --train (runs/methods)",
+    )
+    parser.add_argument("--from-json", type=Path, nargs="+", metavar="FILE", help="measure nothing, show these files")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the Pareto fronts into this file")
+    parser.add_argument("--markdown", action="store_true", help="print the page docs/methods.md")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -57,8 +76,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.from_json:
         files = arguments.from_json
     else:
-        require(arguments.config is not None, "CONFIG", None, "a configuration to compare methods on, or --from-json")
-        require(arguments.out is not None, "--out", None, "a file for the rows, such as methods.json")
+        require(
+            arguments.config is not None, "CONFIG", None, "give a configuration to compare methods on, or --from-json"
+        )
+        require(arguments.out is not None, "--out", None, "give a file for the rows, such as methods.json")
         from moe_bsr.cli.main import program
         from moe_bsr.study.sweep import Interrupted
 
@@ -79,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """Add to the file what it lacks."""
+    """Compute the rows and stages that the file lacks, and add them."""
     from moe_bsr.benchmark import methods as cost
     from moe_bsr.cli.cost import classes_of
     from moe_bsr.config import load, methods, packaged, to_dict
@@ -99,26 +120,29 @@ def measure(arguments: argparse.Namespace) -> None:
         same_lengths(result, arguments)
     for name in (name for name in every if name in chosen):
         method = chosen[name]
-        stages = {
-            "cost": lambda m=method: cost.cost(m, base, classes),
-            "time": lambda m=method: cost.times(m, reference, base, classes, arguments.rounds),
+        stages: Stages = {
+            ("cost",): lambda m=method: cost.cost(m, base, classes),
         }
+        if arguments.rounds:
+            stages["time",] = lambda m=method: cost.times(m, reference, base, classes, arguments.rounds)
         if not arguments.no_gradients:
-            stages["gradient"] = lambda m=method: cost.fidelity(m, base)
+            stages["gradient",] = lambda m=method: cost.fidelity(m, base)
         if arguments.train:
             about = (name, method, base)
-            stages["equal_updates"] = lambda a=about: equal.at_equal_updates(*a, arguments.run, arguments.updates)
-            stages["equal_seconds"] = lambda a=about, n=name: equal.at_equal_seconds(
-                *a,
-                arguments.run,
-                arguments.minutes,
-                result["methods"][n]["train_info"]["equal_updates"]["factor"],
-            )
+            stages["equal_updates",] = lambda a=about: equal.at_equal_updates(*a, arguments.run, arguments.updates)
+            for seed in arguments.seeds or [base.seed]:
+                stages["equal_seconds", str(seed)] = lambda a=about, n=name, s=seed: equal.at_equal_seconds(
+                    *a,
+                    arguments.run,
+                    arguments.minutes,
+                    result["methods"][n]["train_info"]["equal_updates"]["factor"],
+                    s,
+                )
         fill(result, name, method, base, stages, arguments.out)
 
 
 def check(name: str, method: "Method", base: "Config") -> None:
-    """Refuse a method that the base cannot have, before anything is measured."""
+    """Raise ConfigError for a method that the base does not allow, before anything is measured."""
     from moe_bsr.config import ConfigError
     from moe_bsr.model.multitask import build_on_meta
 
@@ -129,28 +153,36 @@ def check(name: str, method: "Method", base: "Config") -> None:
 
 
 def same_lengths(result: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """Refuse lengths that differ from those of rows the file holds: they would stand in one table."""
+    """Raise ConfigError if rows in the file were trained for other lengths: one table cannot hold both."""
     from moe_bsr.config import ConfigError
 
-    for stage, length in (("equal_updates", "updates"), ("equal_seconds", "minutes")):
-        asked = getattr(arguments, length)
-        for name, row in result["methods"].items():
-            if (told := row["train_info"].get(stage, {}).get(length, asked)) != asked:
+    for name, row in result["methods"].items():
+        info = row["train_info"]
+        trained = [
+            ("updates", info.get("equal_updates")),
+            *(("minutes", r) for r in info.get("equal_seconds", {}).values()),
+        ]
+        for length, run in trained:
+            if run is not None and run[length] != getattr(arguments, length):
                 raise ConfigError(
-                    f"{arguments.out}: {name} has {told:g} {length}, not {asked:g}: give --{length} {told:g}, or "
-                    "another --out"
+                    f"{arguments.out}: {name} has {run[length]:g} {length}, not {getattr(arguments, length)}: "
+                    f"give --{length} {run[length]:g}, or another --out"
                 )
 
 
 def portable(base: dict[str, Any]) -> dict[str, Any]:
-    """A configuration's values without the folders of this machine."""
+    """Return the configuration's values with paths reduced to their last part."""
     base["data"]["root"] = Path(base["data"]["root"]).name
     base["backbone"]["weights"] = Path(base["backbone"]["weights"]).name
     return base
 
 
 def begin(file: Path, base: dict[str, Any], reference: str, task: str, classes: int) -> dict[str, Any]:
-    """What the file holds already, or a result without rows."""
+    """Read the file, or return a result without rows.
+
+    Raises:
+        ConfigError: the file was made from another base, task or reference.
+    """
     from moe_bsr.config import ConfigError, from_dict, to_dict
 
     new = {"base": base, "reference": reference, "task": task, "classes": classes, "methods": {}}
@@ -164,16 +196,14 @@ def begin(file: Path, base: dict[str, Any], reference: str, task: str, classes: 
     for section, value in base.items():
         before = old["base"].get(section, defaults[section])
         if isinstance(value, dict):
-            before = defaults[section] | before  # keys that are newer than the file
+            before = defaults[section] | before  # for keys that are newer than the file
         if before != value:
             raise ConfigError(f"{file}: its base has another {section}: give the same base, or another --out")
     return old | {"base": base}
 
 
-def fill(
-    result: dict[str, Any], name: str, method: "Method", base: "Config", stages: dict[str, Any], file: Path
-) -> None:
-    """Compute the stages that the method's row lacks, each written at once."""
+def fill(result: dict[str, Any], name: str, method: "Method", base: "Config", stages: Stages, file: Path) -> None:
+    """Compute the stages that the method's row lacks, and write the file after each."""
     import dataclasses
     import time
 
@@ -184,15 +214,17 @@ def fill(
     runtime = prepare(base.runtime)
     about = dataclasses.asdict(method)
     row = result["methods"].get(name)
-    if row is None or row["run_info"]["method"] != about:  # another method of that name
+    if row is None or row["run_info"]["method"] != about:  # the method was redefined
         row = {"run_info": {"method": about, "total_seconds": 0.0}, "train_info": {}, "meta_info": {}}
     result["methods"][name] = row
-    for stage, compute in stages.items():
-        if stage in row["train_info"]:
+    for (stage, *seed), compute in stages.items():
+        place = row["train_info"].setdefault(stage, {}) if seed else row["train_info"]
+        key = seed[0] if seed else stage
+        if key in place:
             continue
-        say(f"{name}: {stage}", error=True)
+        say(f"{name}: {stage}{f', seed {key}' if seed else ''}", error=True)
         began = time.monotonic()
-        row["train_info"][stage] = compute()
+        place[key] = compute()
         row["run_info"]["total_seconds"] += time.monotonic() - began
         row["run_info"]["created_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         row["meta_info"][stage] = {"commit": commit(), **environment(runtime)}

@@ -3,7 +3,9 @@
 Logits are reduced to a few numbers per image at once (`score_batch`), so that any number of images fits.
 """
 
-from typing import NamedTuple
+import math
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor
 ECE_BINS = 15
 CONFUSIONS = 5
 NORMAL_975 = 1.959963984540054  # 97.5 % quantile of the normal distribution
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom. The last one, used for more, is slightly too wide.
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 
 class Predictions(NamedTuple):
@@ -99,6 +103,19 @@ def half_width(top1: dict[str, float], images: dict[str, int]) -> float:
     """Half the 95 % interval of the mean of tasks' accuracies, all in percent, of so many images each."""
     variance = sum(share * (100 - share) / images[task] for task, share in top1.items())
     return NORMAL_975 * variance**0.5 / len(top1)
+
+
+def over_seeds(values: list[float]) -> dict[str, Any]:
+    """Return the mean of one value per seed with its 95 % interval (Student's t).
+
+    Returns:
+        {"mean", "low", "high", "each"}; low and high are None for a single seed.
+    """
+    mean, count = fmean(values), len(values)
+    if count == 1:
+        return {"mean": mean, "low": None, "high": None, "each": values}
+    half = T_975[min(count - 1, len(T_975)) - 1] * stdev(values) / math.sqrt(count)
+    return {"mean": mean, "low": mean - half, "high": mean + half, "each": values}
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:

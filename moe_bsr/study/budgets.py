@@ -20,6 +20,7 @@ from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError
 from moe_bsr.config.methods import Method
 from moe_bsr.config.methods import read as read_methods
+from moe_bsr.evaluation.metrics import over_seeds
 from moe_bsr.fit import rungs
 from moe_bsr.fit.ladder import Budget, Ladder
 from moe_bsr.model.multitask import build
@@ -28,7 +29,6 @@ from moe_bsr.runtime.device import prepare
 from moe_bsr.runtime.files import write_whole
 from moe_bsr.runtime.provenance import command, commit, environment
 from moe_bsr.study import rivals
-from moe_bsr.study.sweep import over_seeds
 from moe_bsr.training.probe_trainer import probe_config
 
 # Beside those of a methods file, which are configurations.

@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from moe_bsr.evaluation.metrics import over_seeds
 from moe_bsr.study.budgets import by_budget
-from moe_bsr.study.sweep import over_seeds
 from moe_bsr.visualize import theme
 
 WIDTH, HEIGHT = 760, 460  # pixels

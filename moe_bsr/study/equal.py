@@ -1,7 +1,7 @@
-"""Accuracy of a method under equal conditions: the same updates, then the same seconds.
+"""Accuracy of a method under equal conditions: the same number of updates, then the same number of seconds.
 
-Every method has as many learning rates to choose from, on validation images alone; the test is scored once, in the
-race.
+Every method gets the same tuning budget: three learning rates, compared on validation images after equally many
+updates. The best rate is then used in a timed run, which is scored once on the test images.
 """
 
 import math
@@ -18,21 +18,24 @@ from moe_bsr.runtime.device import prepare
 from moe_bsr.study import budgets, rivals, sweep
 from moe_bsr.training.failures import NonFiniteLoss
 
-FACTORS = (1 / 3, 1.0, 3.0)  # times the method's own rate
-PLAIN = "timm_full"  # as the race calls plain code
+FACTORS = (1 / 3, 1.0, 3.0)  # multiples of the method's own learning rate
+PLAIN = "timm_full"  # name of the plain timm code in `budgets`
 
 
 def at_equal_updates(name: str, method: Method, base: Config, folder: Path, updates: int) -> dict[str, Any]:
-    """Validation accuracy after so many updates, at the best of three learning rates.
+    """Train with three learning rates and return the best mean validation accuracy.
 
     Args:
-        folder: for the runs; one that is finished is not trained again.
+        folder: for the runs. A finished run in it is not trained again.
+        updates: number of optimizer updates of each run.
     Returns:
-        updates; rates: mean validation top-1 in percent by learning rate; factor: of the best rate, over the method's
-        own; val_top1, and val_half_width of its 95 % interval, of the validation images alone. A rate that diverges
-        has 0.
+        updates;
+        rates: mean validation top-1 in percent by learning rate, 0 for a rate that diverged;
+        factor: best rate over the method's own rate;
+        val_top1: mean top-1 in percent at the best rate;
+        val_half_width: half width of its 95 % interval over validation images.
     Raises:
-        sweep.Interrupted: by a signal.
+        sweep.Interrupted: a signal stopped a run.
     """
     quiet = {"train__eval_every": None, "train__evaluate_test": False, "train__pictures": False}
     length = {"train__epochs": None, "train__minutes": None, "train__steps": updates}
@@ -53,20 +56,20 @@ def at_equal_updates(name: str, method: Method, base: Config, folder: Path, upda
 
 
 def at_equal_seconds(
-    name: str, method: Method, base: Config, folder: Path, minutes: float, factor: float
+    name: str, method: Method, base: Config, folder: Path, minutes: float, factor: float, seed: int
 ) -> dict[str, Any]:
-    """Test accuracy after so many minutes, from opening the images on, in a process of its own.
+    """Train for `minutes`, counted from opening the images, in a process of its own, and score the test images.
 
     Args:
-        factor: of the learning rate, over the method's own.
+        factor: learning rate over the method's own rate.
     Returns:
-        A run as `budgets.race` has it, and half_width of its 95 % interval, of the test images alone.
+        One run as in `budgets.race`, and half_width of its 95 % interval over test images.
     """
-    changed = replace(base, train__lr=factor * base.train.lr)
+    changed = replace(base, seed=seed, train__lr=factor * base.train.lr)
     name = PLAIN if method.code == "timm" else name
     folder.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(prefix="race_", dir=folder))  # a race that was stopped starts anew
-    (told,) = budgets.race(changed, place, [minutes], [name], [base.seed], lambda line: None, {name: method})["runs"]
+    place = Path(tempfile.mkdtemp(prefix="race_", dir=folder))  # a run that was stopped begins again
+    (told,) = budgets.race(changed, place, [minutes], [name], [seed], lambda line: None, {name: method})["runs"]
     sizes = {task: len(open_task(base, file).test) for task, file in base.task_files().items()}
     return told | {"half_width": half_width(told["tasks"], sizes)}
 
@@ -74,7 +77,7 @@ def at_equal_seconds(
 def _ours(config: Config, folder: Path) -> dict[str, float]:
     try:
         report = sweep.train(config, folder)
-    except NonFiniteLoss:  # a rate that is out
+    except NonFiniteLoss:  # this rate diverges
         return dict.fromkeys(config.task_names(), 0.0)
     return {task: about["val_top1"] for task, about in report["tasks"].items()}
 

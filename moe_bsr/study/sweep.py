@@ -5,24 +5,21 @@ Student's, over the seeds: what another seed would move. With one seed there is 
 """
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from moe_bsr import api
 from moe_bsr.config import Config, require
+from moe_bsr.evaluation.metrics import over_seeds
 from moe_bsr.runtime.device import prepare
 from moe_bsr.runtime.files import write_whole
 from moe_bsr.runtime.provenance import command, commit, environment
 from moe_bsr.runtime.top_list import are_many
 from moe_bsr.study.plan import Sweep, config_of
 from moe_bsr.training.failures import NonFiniteLoss
-
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond them the last one, which is too wide.
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 
 class Interrupted(Exception):
@@ -161,12 +158,3 @@ def _top1(report: dict[str, Any], folder: Path, split: str) -> dict[str, float]:
     """By task; an evaluation where a finished run was scored on the other split."""
     tasks = report["tasks"] if report["split"] == split else api.evaluate(folder, split)["tasks"]
     return {task: about["top1"] for task, about in tasks.items()}
-
-
-def over_seeds(values: list[float]) -> dict[str, Any]:
-    """{"mean", "low", "high", "each"} of one value for each seed, with Student's 95 % interval; of one value none."""
-    mean, count = fmean(values), len(values)
-    if count == 1:
-        return {"mean": mean, "low": None, "high": None, "each": values}
-    half = T_975[min(count - 1, len(T_975)) - 1] * stdev(values) / math.sqrt(count)
-    return {"mean": mean, "low": mean - half, "high": mean + half, "each": values}

@@ -11,7 +11,7 @@ from moe_bsr import api
 from moe_bsr import config as configuration
 from moe_bsr.benchmark import methods as cost
 from moe_bsr.benchmark.method_page import as_markdown
-from moe_bsr.benchmark.method_picture import front
+from moe_bsr.benchmark.method_picture import _panels, front
 from moe_bsr.cli.main import main
 from moe_bsr.config import ConfigError, methods, packaged
 from moe_bsr.config.methods import Method
@@ -77,37 +77,42 @@ def test_each_row_has_what_it_costs_predicted_and_measured(result):
 def test_a_finished_row_is_not_computed_again_and_a_new_stage_is(place, command, result, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(equal, "FACTORS", (1.0, 3.0))
-    race = budgets.run  # in this process: to start another takes longer than all the rest
-    alone = lambda base, folder, m, names, _, say, known: {"runs": [race(*names, base, folder, *m, known)]}  # noqa: E731
-    monkeypatch.setattr(budgets, "race", alone)
+
+    def race(base, folder, minutes, names, seeds, say, known):
+        """`budgets.race` in this process: starting another takes longer than everything else here."""
+        return {"runs": [budgets.run(*names, base, folder, *minutes, known) | {"seed": base.seed}]}
+
+    monkeypatch.setattr(budgets, "race", race)
     monkeypatch.setattr(cost, "cost", lambda *_: asked.append("cost"))
     assert main([*command, str(place / "all.json")]) == 0 and not asked
-    train = [
-        "--train",
-        "--updates",
-        "1",
-        "--minutes",
-        "0.02",
-        "--run",
-        str(place / "runs"),
-        "--methods",
-        "bsr",
-        "plain",
-    ]
+    train = f"--train --updates 1 --minutes 0.02 --run {place / 'runs'} --methods bsr plain --seeds 3".split()
     capsys.readouterr()
     assert main([*command, str(place / "all.json"), *train]) == 0 and not asked
     told = json.loads((place / "all.json").read_text())["methods"]
     for name in ("bsr", "plain"):
-        updates, raced = told[name]["train_info"]["equal_updates"], told[name]["train_info"]["equal_seconds"]
+        updates, raced = told[name]["train_info"]["equal_updates"], told[name]["train_info"]["equal_seconds"]["3"]
         assert updates["val_top1"] == max(updates["rates"].values()) and len(updates["rates"]) == 2
         assert raced["updates"] >= 1 and 0 <= raced["half_width"] < 50
     assert "equal_updates" not in told["lean"]["train_info"] and "val top-1" in capsys.readouterr().out
     assert main([*command, str(place / "all.json"), *train, "--updates", "2"]) == 2
     assert "plain has 1 updates, not 2" in capsys.readouterr().err
-    del told["bsr"]["train_info"]["equal_seconds"]  # as if stopped in the race, whose folder is there
+    del told["bsr"]["train_info"]["equal_seconds"]  # as if stopped in the timed run, whose folder is there
     kept = json.loads((place / "all.json").read_text()) | {"methods": told}
     (place / "stopped.json").write_text(json.dumps(kept))
-    assert main([*command, str(place / "stopped.json"), *train]) == 0
+    assert main([*command, str(place / "stopped.json"), *train, "4"]) == 0 and not asked
+    resumed = json.loads((place / "stopped.json").read_text())
+    for name in ("bsr", "plain"):
+        runs = resumed["methods"][name]["train_info"]["equal_seconds"]
+        assert [runs[seed]["seed"] for seed in ("3", "4")] == [3, 4] and len(runs) == 2
+    assert runs["3"] == told["plain"]["train_info"]["equal_seconds"]["3"]
+    page, panels = as_markdown({"stopped.json": resumed}), _panels(resumed)
+    mean = sum(run["mean_top1"] for run in runs.values()) / 2
+    assert "1\nupdates each" in page and f"| {mean:.1f} ± " in page
+    assert [(y, [name for name, *_ in points]) for _, y, points, _ in panels] == [
+        ("test top-1 %, 0.02 minutes", ["plain", "bsr"]),
+        ("val top-1 %, 1 updates", ["plain", "bsr"]),
+        ("val top-1 %, 1 updates", ["plain", "bsr"]),
+    ]
 
 
 def test_an_interrupted_run_is_no_result(place, command, result, monkeypatch, capsys):
