@@ -1,7 +1,7 @@
-"""Accuracy after so many minutes: the ladder beside everything somebody would train in its place.
+"""Accuracy after a number of minutes: `moe-bsr fit` beside the methods one would train instead.
 
-Each run is a process of its own, scheduled for its budget, which counts everything from opening the images on but
-the test. All have the same splits. The test is scored once, at the end.
+Each run is a process of its own and plans its schedule for the budget. The budget counts everything from opening the
+images, except the test. All runs have the same splits. The test images are scored once, at the end.
 """
 
 import dataclasses
@@ -31,16 +31,16 @@ from moe_bsr.runtime.provenance import command, commit, environment
 from moe_bsr.study import rivals
 from moe_bsr.training.probe_trainer import probe_config
 
-# Beside those of a methods file, which are configurations.
+# Methods in addition to those of a methods file, which are configurations.
 OTHERS = {
     "fit": "moe-bsr fit",
-    "probe": "the heads alone, solved, on the class token of the last block",
-    "timm_full": "timm's network and a head for each task, every weight trains: plain code, no kernels of ours",
-    "timm_lora": "the same with LoRA of rank 8 on all linear layers, by peft",
+    "probe": "the heads alone, solved to their optimum on the class token of the last block",
+    "timm_full": "full fine-tuning of timm's network with a head for each task, plain code",
+    "timm_lora": "timm's network with LoRA of rank 8 on all linear layers (peft), plain code",
 }
-FOR_TRAINING = 0.9  # of a budget; opening, building and validation have the rest
-FOR_SOLVING = 0.25  # of a probe's
-VALIDATION = 50  # images of a task: more would take longer than a short budget
+FOR_TRAINING = 0.9  # share of a budget for training; the rest is for opening images, building the model and validation
+FOR_SOLVING = 0.25  # share of a probe's training time for the solver
+VALIDATION = 50  # validation images per task: more would take longer than a short budget
 
 
 def race(
@@ -52,16 +52,18 @@ def race(
     say: Callable[[str], None],
     known: dict[str, Method] | None = None,
 ) -> dict[str, Any]:
-    """Run what is not in FOLDER/budgets.json yet, in turns; returns what it then holds.
+    """Run every method, budget and seed that FOLDER/budgets.json lacks, and return the content of that file.
 
-    Under "runs" it has a dictionary for each method, budget and seed: method, minutes, seed, seconds, mean_top1, tasks,
-    updates, peak_mb.
+    "runs" in it is a list with one dictionary per method, budget and seed: method, minutes, seed, seconds, mean_top1,
+    tasks, updates, peak_mb.
 
     Args:
         folder: a run is in FOLDER/METHOD_MINUTES_SEED.
-        known: the methods that are configurations, by default the package's.
+        say: called with one line before and after each run.
+        known: methods that are configurations, by default those of the package.
     Raises:
-        ConfigError: a method that is none, or a file from another machine. RuntimeError: a run failed.
+        ConfigError: a method is unknown, or the file is from another machine.
+        RuntimeError: a run failed.
     """
     known = read_methods() if known is None else known
     if unknown := [method for method in methods if method not in OTHERS | known]:
@@ -81,18 +83,18 @@ def race(
         say(f"{method}, {budget:g} minutes, seed {seed}")
         seeded = dataclasses.replace(config, seed=seed)
         place = folder / f"{method}_{budget:g}_{seed}"
-        shutil.rmtree(place, ignore_errors=True)  # of a race that was stopped: a budget begins anew
+        shutil.rmtree(place, ignore_errors=True)  # left by a run that was stopped: its budget begins again
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             found = pool.apply(run, (method, seeded, place, budget, known))
         result["runs"].append(found | {"seed": seed})
-        done.add((method, budget, seed))  # one that is named twice is still one
+        done.add((method, budget, seed))  # a method that is named twice runs once
         write_whole(file, json.dumps({"command": command(), "commit": commit(), **result}, indent=1))
         say(f"{method}, {budget:g} minutes, seed {seed}: {found['mean_top1']:.2f} % of the test images")
     return result
 
 
 def table(result: dict[str, Any]) -> list[list[str]]:
-    """A row for each budget and method: means over the seeds, and of several the mean's 95 % interval (Student's)."""
+    """Return one row per budget and method: means over seeds, with a 95 % interval (Student's t) for several seeds."""
     tasks = list(result["runs"][0]["tasks"])
     rows = [["test top-1 %", "minutes", *tasks, "mean", "seeds", "s", "updates", "MB"]]
     for (minutes, method), runs in by_budget(result).items():
@@ -107,7 +109,7 @@ def table(result: dict[str, Any]) -> list[list[str]]:
 
 
 def by_budget(result: dict[str, Any]) -> dict[tuple[float, str], list[dict[str, Any]]]:
-    """The runs of each budget and method, the shortest budget first, and in it the best method."""
+    """Group runs by (minutes, method), sorted by budget, and within a budget from the best method to the worst."""
     found: dict[tuple[float, str], list[dict[str, Any]]] = {}
     for each in result["runs"]:
         found.setdefault((each["minutes"], each["method"]), []).append(each)
@@ -117,7 +119,7 @@ def by_budget(result: dict[str, Any]) -> dict[tuple[float, str], list[dict[str, 
 def run(
     method: str, config: Config, folder: Path, minutes: float, known: dict[str, Method] | None = None
 ) -> dict[str, Any]:
-    """One method within one budget."""
+    """Train one method within one budget, and score the test images."""
     began = time.monotonic()
     few = min(config.data.val_images or VALIDATION, VALIDATION)
     settings = {"train__steps": None, "train__epochs": None, "train__minutes": FOR_TRAINING * minutes}
@@ -137,7 +139,7 @@ def run(
 
 
 def _own(method: str, config: Config, known: dict[str, Method] | None = None) -> Config:
-    """The configuration of one of our own runs."""
+    """Return the configuration of a method of ours."""
     if method != "probe":
         return (read_methods(names=[method]) if known is None else known)[method].of(config)
     whole = configuration.replace(config, plan__drop_blocks=[], plan__keep_rate=1.0)

@@ -1,6 +1,6 @@
-"""One picture of `budgets`: test accuracy over minutes, a line for each method, with the intervals of several seeds.
+"""Draw the result of `budgets`: test accuracy over minutes, one line per method, with intervals over seeds.
 
-Methods that were not raced at the longest budget are in the table alone: their names would lie on the lines.
+Methods without a run at the longest budget appear in the table only: their names would overlap the lines.
 """
 
 from pathlib import Path
@@ -18,9 +18,10 @@ LETTER = 10  # pixels
 
 
 def draw(result: dict[str, Any], file: Path) -> None:
-    """
+    """Write the picture.
+
     Args:
-        result: as `budgets.race` returns it. file: a PNG.
+        result: return value of `budgets.race`. file: path of the PNG.
     """
     lines: dict[str, list[tuple[float, dict[str, Any]]]] = {}
     for (minutes, method), runs in by_budget(result).items():
@@ -53,7 +54,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
 
 
 def _names(axis: Any, order: list[str], ends: list[tuple[float, dict[str, Any]]]) -> None:
-    """Each method beside its last point, moved down where it would lie on the one above."""
+    """Write each method's name beside its last point, moved down where it would overlap the one above."""
     last = float("inf")
     right = max(minutes for minutes, _ in ends)
     for method, color, (_, found) in zip(order, COLORS * len(order), ends, strict=False):
