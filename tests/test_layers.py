@@ -1,6 +1,6 @@
-"""The rooms of the package: imports go downwards only, and every room keeps to its own trade.
+"""The layers of the architecture: imports go downwards only, and each package keeps to its own responsibility.
 
-Everything is read from the source (`ast`); nothing is imported. An import inside a function counts too.
+The tests parse the source with `ast` and import nothing from it. An import inside a function counts too.
 """
 
 import ast
@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "moe_bsr"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# Top floor first. A room may import from the floors below its own; rooms on one floor do not know each other.
-FLOORS = [
+# Top layer first. A package may import from the layers below its own, and not from packages of its own layer.
+LAYERS = [
     {"cli"},
     {"selftest", "study"},
     {"fit"},
@@ -34,54 +34,57 @@ FLOORS = [
     {"runtime"},
     {"config"},
 ]
-FLOOR = {room: len(FLOORS) - level for level, rooms in enumerate(FLOORS) for room in rooms}
+LEVEL = {package: len(LAYERS) - depth for depth, packages in enumerate(LAYERS) for package in packages}
 
-# Beyond the floors: what a room does not know although it lies below, and rooms that only the named ones may know.
-NOT_KNOWN = {"model": {"data"}, "ops": {"data"}, "export": {"training", "cost", "visualize", "callbacks"}}
-KNOWN_BY = {"paper": {"cli"}, "benchmark": {"cli"}}
+# Further limits: lower packages that a package must not import, and packages that only the listed ones may import.
+NOT_IMPORTED = {"model": {"data"}, "ops": {"data"}, "export": {"training", "cost", "visualize", "callbacks"}}
+IMPORTED_BY = {"paper": {"cli"}, "benchmark": {"cli"}}
 
 # Where private names of torch and timm may be used: the fast kernels, timm's ViT, and what measures or traces torch.
 PRIVATE_NAMES_ALLOWED = ("ops/", "model/backbones/vit.py", "benchmark/", "cost/")
 
-# (file, what) -> why it is right all the same.
+# (file, name) -> why this exception is allowed.
 PRIVATE_NAMES_ELSEWHERE = {
     ("data/sources/torchvision_datasets.py", "_labels"): "torchvision has no public name for its datasets' labels",
-    ("model/layers.py", "_backward_hooks"): "a layer with hooks is called, not opened; torch has no public question",
+    (
+        "model/layers.py",
+        "_backward_hooks",
+    ): "a layer with hooks must be called as a module; torch has no public test for hooks",
     ("model/layers.py", "_backward_pre_hooks"): "as above",
     ("model/layers.py", "_forward_hooks"): "as above",
     ("model/layers.py", "_forward_pre_hooks"): "as above",
-    ("model/storage/by_kind.py", "_base"): "a view is packed once, with what it is a view of",
-    ("model/storage/by_kind.py", "_version"): "a tensor changed after it was saved must not be restored",
-    ("runtime/cpu_features.py", "torch.ops"): "what this CPU can do has no public name",
-    ("runtime/cpu_features.py", "_is_mkldnn_bf16_supported"): "what this CPU can do has no public name",
-    ("runtime/device.py", "_fast_norm"): "timm's public switch of its norms is for the whole process",
-    ("selftest/ranks.py", "_exit"): "public: a fork must not clean up what its parent still uses",
-    ("selftest/kills.py", "_exit"): "public: a fork must not clean up what its parent still uses",
+    ("model/storage/by_kind.py", "_base"): "a view is packed once, together with its base tensor",
+    ("model/storage/by_kind.py", "_version"): "a tensor that changed after it was saved must not be restored",
+    ("runtime/cpu_features.py", "torch.ops"): "torch has no public test for these CPU features",
+    ("runtime/cpu_features.py", "_is_mkldnn_bf16_supported"): "torch has no public test for these CPU features",
+    ("runtime/device.py", "_fast_norm"): "timm's public switch for fast norms applies to the whole process",
+    ("selftest/ranks.py", "_exit"): "os._exit is public; a forked child must not clean up what its parent still uses",
+    ("selftest/kills.py", "_exit"): "os._exit is public; a forked child must not clean up what its parent still uses",
     (
         "selftest/sandbox.py",
         "_exit",
-    ): "public: a fork must not clean up what its parent still uses",
-    ("training/optim.py", "_foreach_lerp_"): "one call for all averaged parameters; there is no public one",
+    ): "os._exit is public; a forked child must not clean up what its parent still uses",
+    ("training/optim.py", "_foreach_lerp_"): "one call for all averaged parameters; torch has no public equivalent",
 }
 FLAGS_ELSEWHERE = {
-    ("export/card.py", "--check"): "a flag of the bundle's own program",
-    ("export/card.py", "--time"): "a flag of the bundle's own program",
-    ("export/on_device.py", "--task"): "a flag of its own",
-    ("export/on_device.py", "--check"): "a flag of its own",
-    ("export/on_device.py", "--time"): "a flag of its own",
-    ("benchmark/method_page.py", "--from-json"): "the page says by which command it was made",
-    ("benchmark/method_page.py", "--markdown"): "the page says by which command it was made",
-    ("benchmark/method_page.py", "--out"): "the page says by which command it was made",
-    ("benchmark/method_page.py", "--train"): "the page says by which command it was made",
-    ("paper/page.py", "--markdown"): "the page says by which command it was made",
-    ("paper/page.py", "--mode"): "the page says by which command a figure can be had",
+    ("export/card.py", "--check"): "a flag of the program in the bundle",
+    ("export/card.py", "--time"): "a flag of the program in the bundle",
+    ("export/on_device.py", "--task"): "a flag of this program",
+    ("export/on_device.py", "--check"): "a flag of this program",
+    ("export/on_device.py", "--time"): "a flag of this program",
+    ("benchmark/method_page.py", "--from-json"): "the generated page names the command that makes it",
+    ("benchmark/method_page.py", "--markdown"): "the generated page names the command that makes it",
+    ("benchmark/method_page.py", "--out"): "the generated page names the command that makes it",
+    ("benchmark/method_page.py", "--train"): "the generated page names the command that makes it",
+    ("paper/page.py", "--markdown"): "the generated page names the command that makes it",
+    ("paper/page.py", "--mode"): "the generated page names the command that prints a figure",
 }
-# The program that a bundle takes to the device stands alone there: it is its own command line.
+# The program in an exported bundle runs alone on the device and has a command line of its own.
 PROGRAMS = {("export/on_device.py", "argparse"): "see above", ("export/on_device.py", "print"): "see above"}
 MAX_LINES = 350
 LONGER: dict[str, str] = {}  # file -> why
 
-# What is on its way to the right room. To be empty.
+# Imports that are to be removed soon. Should be empty.
 MOVING: set[tuple[str, str]] = set()
 
 
@@ -89,8 +92,8 @@ def name(file: Path) -> str:
     return file.relative_to(PACKAGE).as_posix()
 
 
-def room(file: Path) -> str:
-    """The folder in `moe_bsr/`, or for a file there its own name; "" for __init__ and __main__, which are doors."""
+def package_of(file: Path) -> str:
+    """Return the folder in `moe_bsr/` or, for a file directly in it, the file's name; "" for __init__ and __main__."""
     top = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
     return "" if top in ("__init__", "__main__") else top
 
@@ -101,7 +104,7 @@ def tree(file: Path) -> ast.Module:
 
 
 def imports(file: Path) -> Iterator[tuple[str, list[str]]]:
-    """(module, names taken from it) of every import statement, wherever it stands."""
+    """Yield (module, imported names) for every import statement, nested ones included."""
     for node in ast.walk(tree(file)):
         if isinstance(node, ast.Import):
             yield from ((alias.name, []) for alias in node.names)
@@ -109,36 +112,36 @@ def imports(file: Path) -> Iterator[tuple[str, list[str]]]:
             yield ("." * node.level) + (node.module or ""), [alias.name for alias in node.names]
 
 
-def rooms_imported(file: Path) -> set[str]:
+def packages_imported(file: Path) -> set[str]:
     found = set()
     for module, names in imports(file):
         first, *rest = module.split(".")
         if first == "moe_bsr":
-            found |= {rest[0]} if rest else set(names) & FLOOR.keys()
-    return found - {room(file)}
+            found |= {rest[0]} if rest else set(names) & LEVEL.keys()
+    return found - {package_of(file)}
 
 
-def arrows() -> set[tuple[str, str]]:
-    """(file, room it imports from) for every import between rooms."""
-    return {(name(file), other) for file in FILES for other in rooms_imported(file) if room(file)}
+def dependencies() -> set[tuple[str, str]]:
+    """Return (file, package it imports from) for every import between packages."""
+    return {(name(file), other) for file in FILES for other in packages_imported(file) if package_of(file)}
 
 
-def wrong_arrow(file: str, other: str) -> bool:
+def is_forbidden(file: str, other: str) -> bool:
     here = file.split("/")[0].removesuffix(".py")
-    if FLOOR[other] >= FLOOR[here] or other in NOT_KNOWN.get(here, ()):
+    if LEVEL[other] >= LEVEL[here] or other in NOT_IMPORTED.get(here, ()):
         return True
-    return other in KNOWN_BY and here not in KNOWN_BY[other]
+    return other in IMPORTED_BY and here not in IMPORTED_BY[other]
 
 
 def report(found: set[tuple[str, str]], kept: dict, what: str) -> None:
-    """Fail on what is new, and on exceptions that are none any more: the list only shrinks."""
+    """Fail on new findings, and on listed exceptions that no longer occur, so that the list only shrinks."""
     new, gone = sorted(found - set(kept) - MOVING), sorted(set(kept) - found)
     assert not new, f"{what}: {new}"
-    assert not gone, f"{what}: no longer so, take it off the list: {gone}"
+    assert not gone, f"{what}: no longer found, remove from the list of exceptions: {gone}"
 
 
-def test_every_room_has_a_floor():
-    assert {room(file) for file in FILES} - {""} <= FLOOR.keys()
+def test_every_package_has_a_layer():
+    assert {package_of(file) for file in FILES} - {""} <= LEVEL.keys()
     banned = {"utils", "util", "common", "helpers", "misc"}
     assert not [name(file) for file in FILES if banned & {part.removesuffix(".py") for part in file.parts}]
 
@@ -148,27 +151,27 @@ def test_imports_are_absolute():
 
 
 def test_imports_go_downwards_only():
-    report({arrow for arrow in arrows() if wrong_arrow(*arrow)}, {}, "imports upwards")
+    report({each for each in dependencies() if is_forbidden(*each)}, {}, "forbidden imports")
 
 
-def test_no_room_but_the_command_line_comes_in_by_the_front_door():
-    """What `moe_bsr` itself offers stands above every room."""
+def test_only_the_command_line_imports_the_public_api():
+    """The names in `moe_bsr/__init__.py` are above every layer."""
     found = [
         (name(file), module, names)
         for file in FILES
-        if room(file) not in ("", "cli")
+        if package_of(file) not in ("", "cli")
         for module, names in imports(file)
-        if module == "moe_bsr" and not set(names or ["moe_bsr"]) <= FLOOR.keys()
+        if module == "moe_bsr" and not set(names or ["moe_bsr"]) <= LEVEL.keys()
     ]
     assert not found
 
 
-def test_tests_mirror_the_rooms():
+def test_tests_mirror_the_packages():
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and list(path.glob("test_*.py"))}
-    assert folders <= FLOOR.keys() | {"gpu"}  # what needs a GPU lies together
+    assert folders <= LEVEL.keys() | {"gpu"}  # all tests that need a GPU are in one folder
 
 
-def test_no_file_takes_private_names_from_another():
+def test_no_file_imports_private_names_of_another():
     found = {
         (name(file), private)
         for file in FILES
@@ -182,7 +185,7 @@ def test_no_file_takes_private_names_from_another():
 
 @cache
 def own_private_names() -> set[str]:
-    """Every name with a leading underscore that the package itself defines."""
+    """Return every name with a leading underscore that moe_bsr itself defines."""
     found: set[str] = set()
     for file in FILES:
         for node in ast.walk(tree(file)):
@@ -204,7 +207,7 @@ def is_private(word: str) -> bool:
 
 
 def foreign_private_names(file: Path) -> Iterator[str]:
-    """Private names of other people's code: imported, reached as an attribute, or asked for with getattr."""
+    """Yield private names of third-party code: imported, used as an attribute, or named in getattr and the like."""
     for module, names in imports(file):
         if not module.startswith("moe_bsr"):
             parts = [*module.split("."), *names]
@@ -225,18 +228,18 @@ NAMEDTUPLE = {"_replace", "_asdict", "_fields"}  # public in spite of the unders
 REFLECTION = {"getattr", "setattr", "hasattr", "delattr"}
 
 
-def test_private_names_of_others_stay_behind_one_door():
+def test_private_names_of_other_libraries_are_used_in_few_places():
     found = {
         (name(file), word)
         for file in FILES
         if not name(file).startswith(PRIVATE_NAMES_ALLOWED)
         for word in foreign_private_names(file)
     }
-    report(found, PRIVATE_NAMES_ELSEWHERE, "private names of other packages")
+    report(found, PRIVATE_NAMES_ELSEWHERE, "private names of other libraries")
 
 
 def below_the_command_line() -> list[Path]:
-    return [file for file in FILES if room(file) not in ("", "cli")]
+    return [file for file in FILES if package_of(file) not in ("", "cli")]
 
 
 def test_nothing_below_the_command_line_prints_or_parses():
@@ -249,13 +252,13 @@ def test_nothing_below_the_command_line_prints_or_parses():
                 found.add((name(file), "print"))
             if isinstance(node, ast.Attribute) and node.attr == "argv":
                 found.add((name(file), "sys.argv"))
-    report(found, PROGRAMS, "the command line's trade")
+    report(found, PROGRAMS, "only cli parses arguments and prints")
 
 
-def test_nothing_below_the_command_line_speaks_of_flags():
-    """A message names the argument or the key; the command line says which flag that is.
+def test_nothing_below_the_command_line_names_flags():
+    """Messages below cli name the argument or the key, and cli adds the flag.
 
-    A string that is a flag and nothing else is an argument of another program (git).
+    Strings without a space are skipped: they are arguments of another program (git).
     """
     flag = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
     found = {
@@ -274,11 +277,12 @@ def test_no_file_is_too_long_to_read():
 
 
 @pytest.mark.parametrize(
-    "arrow", [("ops/linear.py", "model"), ("model/moe.py", "data"), ("training/x.py", "cost"), ("runs/x.py", "paper")]
+    "dependency",
+    [("ops/linear.py", "model"), ("model/moe.py", "data"), ("training/x.py", "cost"), ("runs/x.py", "paper")],
 )
-def test_a_wrong_arrow_is_seen(arrow):
-    assert wrong_arrow(*arrow)
+def test_a_forbidden_import_is_found(dependency):
+    assert is_forbidden(*dependency)
 
 
-def test_a_right_arrow_is_not():
-    assert not wrong_arrow("training/trainer.py", "model") and not wrong_arrow("cli/train.py", "paper")
+def test_an_allowed_import_is_not():
+    assert not is_forbidden("training/trainer.py", "model") and not is_forbidden("cli/train.py", "paper")
