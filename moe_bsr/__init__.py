@@ -1,8 +1,8 @@
 """moe_bsr: fine-tune one Vision Transformer for several tasks on the machine that will use it.
 
-Block Selective Reprogramming (Sarkar et al. 2024, arXiv 2405.10951) and its mixture-of-experts multitask
-extension. `train(config)` trains, `load(run)` brings a trained model back with its transforms and class
-names; `moe_bsr.config.load` reads a configuration.
+Implements Block Selective Reprogramming (Sarkar et al. 2024, arXiv 2405.10951) and its multitask extension with
+mixtures of experts. `moe_bsr.config.load` reads a configuration, `train(config)` trains it, and `load(run)` returns a
+trained model with its transforms and class names.
 """
 
 import importlib
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from moe_bsr.runs.load import TrainedRun as TrainedRun
     from moe_bsr.runs.load import load as load
 
-# Loaded at first use: torch takes seconds to import, and `moe-bsr --help` should not wait for it.
+# Imported at first use: importing torch takes seconds, and `moe-bsr --help` should not wait for it.
 _HOME = {
     "Config": "moe_bsr.config",
     "TrainedRun": "moe_bsr.runs.load",

@@ -1,1 +1,1 @@
-"""A trained run leaves for a device: ONNX graphs, weights, labels, a model card, and a program that needs no torch."""
+"""Export of a trained run to a device: ONNX graphs, weights, labels, a model card, and a program without torch."""

@@ -1,1 +1,1 @@
-"""What a run leaves on disk, and how a trained model comes back from it."""
+"""Files of a run: writing them during training, and loading a trained model from them."""

@@ -1,1 +1,1 @@
-"""What is known of the machine and the process: device, memory, files, signals, random numbers."""
+"""Access to the machine and the process: device, memory, files, signals, random numbers, several processes."""

@@ -1,6 +1,7 @@
-"""What kind of CPU this is, as far as that decides which kernel is the fastest.
+"""Features of this CPU that decide which kernel is the fastest.
 
-Read, not timed: the same CPU always chooses the same kernels, and so computes the same bits.
+They are read from the system and never timed, so the same CPU always selects the same kernels and computes the same
+bits.
 """
 
 import contextlib
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-# What decides about kernels and their rounding, in x86 and in Arm words.
+# Flags on which the choice of kernels and their rounding depend: x86, then Arm.
 DECISIVE_FLAGS = (
     *("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),
     *("asimd", "i8mm", "bf16", "sve", "sve2"),
@@ -19,7 +20,7 @@ DECISIVE_FLAGS = (
 
 @functools.cache
 def _cpuinfo() -> dict[str, str]:
-    """The first CPU of /proc/cpuinfo by field name; empty where there is no such file (not Linux)."""
+    """Return the fields of the first CPU in /proc/cpuinfo, by name. Empty if there is no such file (not Linux)."""
     fields: dict[str, str] = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -29,34 +30,36 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def name() -> str:
-    """The CPU's model, or at least its architecture."""
+    """Return the CPU's model name, or its architecture if the model is unknown."""
     known = _cpuinfo()
     return known.get("model name") or known.get("Model") or platform.processor() or platform.machine()
 
 
 def flags() -> frozenset[str]:
-    """The instruction sets that Linux says the CPU has; empty elsewhere."""
+    """Return the CPU's instruction sets as Linux lists them. Empty on other systems."""
     known = _cpuinfo()
     return frozenset((known.get("flags") or known.get("Features") or "").split())
 
 
 def decisive_flags() -> list[str]:
-    """Those of `flags` that decide which kernels run."""
+    """Return those of `flags` that decide which kernels run, in the order of `DECISIVE_FLAGS`."""
     return [flag for flag in DECISIVE_FLAGS if flag in flags()]
 
 
 def bf16_instructions() -> str | None:
-    """The best there are: amx_bf16 (matrix tiles), avx512_bf16 (vectors) or none."""
+    """Return the best bf16 instruction set of this CPU: amx_bf16 (tiles), avx512_bf16 (vectors) or None."""
     return next((flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags()), None)
 
 
 def mkl_is_slow() -> bool:
-    """Whether oneDNN multiplies float32 faster than MKL, which serves CPUs of other makers with its AVX2
-    kernels (DeiT-S shapes, two Zen 4 cores: 186 against 213 GFLOP/s)."""
+    """Return whether oneDNN multiplies float32 matrices faster than MKL on this CPU.
+
+    It does on AMD CPUs, where MKL runs its AVX2 kernels (DeiT-S shapes, two Zen 4 cores: MKL 186 GFLOP/s, oneDNN 213).
+    """
     return _cpuinfo().get("vendor_id") == "AuthenticAMD"
 
 
 @functools.cache
 def onednn_has_bf16() -> bool:
-    """Whether oneDNN multiplies bf16 here at all: not on CPUs that end at AVX2."""
+    """Return whether oneDNN has bf16 matrix products for this CPU. A CPU with at most AVX2 has none."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

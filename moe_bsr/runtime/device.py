@@ -1,7 +1,7 @@
-"""Where and how to compute: device, precision, threads; and the peak of memory.
+"""Choose device, precision and number of threads, and measure peak memory.
 
-`prepare` chooses, and changes nothing. `Runtime.in_effect` is what `train` runs under: whatever it sets for
-the whole process it puts back. `tune_process` changes a process for good, so only programs call it.
+`prepare` chooses and changes nothing. `train` runs under the context `Runtime.in_effect`, which restores all
+process-wide settings at its end. `tune_process` changes the process permanently, so only programs call it.
 """
 
 import contextlib
@@ -26,12 +26,13 @@ Placed = TypeVar("Placed", bound=nn.Module)
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """A device and how to compute on it; make it with `prepare`.
+    """A device and how to compute on it. Make it with `prepare`.
 
     Attributes:
         precision: "fp32", or "bf16" for autocast with float32 master weights.
-        precision_reason: one line on how precision was chosen.
-        ranks: this process among those that train together.
+        threads: number of CPU threads of torch.
+        precision_reason: one line on how the precision was chosen.
+        ranks: communication with the other processes of the run (`Alone` if there are none).
     """
 
     device: torch.device
@@ -42,7 +43,7 @@ class Runtime:
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
-        """For forward passes: autocast in bf16; float32 that is float32 (see `exact_convolutions`)."""
+        """Context for forward passes: autocast if bf16, else convolutions in exact float32."""
         if self.precision == "fp32":
             with exact_convolutions():
                 yield
@@ -52,9 +53,9 @@ class Runtime:
 
     @contextlib.contextmanager
     def in_effect(self) -> Iterator[None]:
-        """For whole updates, backward passes included: this runtime's threads, and float32 that is float32.
+        """Context for whole updates, including backward passes.
 
-        Afterwards the process is as it was.
+        Sets this runtime's number of threads and, in fp32, exact float32 convolutions. Restores both at its end.
         """
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
@@ -65,25 +66,28 @@ class Runtime:
             torch.set_num_threads(before)
 
     def place(self, model: Placed) -> Placed:
-        """A `MultitaskViT` on the device, its frozen matrices in the type they are computed in."""
+        """Move a `MultitaskViT` to the device, with its frozen matrices in the dtype they are computed in.
+
+        Changes the model in place and returns it.
+        """
         if self.precision == "bf16":
-            model.cast_frozen_(torch.bfloat16)  # type: ignore[operator]  # of MultitaskViT, which runtime/ does not know
-        # CUDA's autocast would widen the stream to float32 in each LayerNorm, and keep it so for the backward.
+            model.cast_frozen_(torch.bfloat16)  # type: ignore[operator]  # a method of MultitaskViT
+        # CUDA's autocast would cast activations to float32 in each LayerNorm and save them so for the backward pass.
         narrow = self.device.type == "cuda" and self.precision == "bf16"
         for module in model.modules():
-            if hasattr(module, "_fast_norm"):  # timm's norm layers; its public switch is for the whole process
+            if hasattr(module, "_fast_norm"):  # timm's norm layers. timm's public switch would set the whole process.
                 module._fast_norm = narrow  # type: ignore[assignment]
         return model.to(self.device)
 
     def reset_peak(self) -> None:
-        """Start a new measurement of the peak (Linux and CUDA; elsewhere it covers the process)."""
+        """Reset the peak that `peak_mb` reports (Linux and CUDA only; elsewhere it covers the process's life)."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
 
     def peak_mb(self) -> float:
-        """Peak memory in MB (2^20 bytes): CUDA's allocator, or resident memory of the process."""
+        """Return peak memory in MB (2^20 bytes): of CUDA's allocator, or the process's resident memory."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         with contextlib.suppress(OSError):
@@ -95,18 +99,18 @@ class Runtime:
 
 
 def prepare(config: RuntimeConfig, ranks: Alone | None = None) -> Runtime:
-    """Choose device, precision and number of threads. Changes nothing in the process.
+    """Choose device, precision and number of threads. Change nothing in the process.
 
     Args:
-        ranks: this process among several; by default it works alone.
+        ranks: communication with the other processes. None: this process works alone.
     Raises:
-        ConfigError: a device that is not there, more threads than this machine can use, or a launch of several
-            processes for work of one.
+        ConfigError: the device does not exist, there are more threads than this machine can use, or torchrun started
+            several processes for work that one process does.
     """
     if ranks is None and started_together():
         raise ConfigError(
-            f"WORLD_SIZE = {os.environ.get('WORLD_SIZE')}: this is work of one process, only training is shared by "
-            "several; start it without torchrun"
+            f"WORLD_SIZE = {os.environ.get('WORLD_SIZE')}: only training can be split over several processes, and this "
+            "is work of one process; start it without torchrun"
         )
     ranks = ranks or Alone()
     device = find_device(config.device)
@@ -126,7 +130,7 @@ def prepare(config: RuntimeConfig, ranks: Alone | None = None) -> Runtime:
 
 
 def _threads(ranks: Alone) -> int:
-    """Torch's choice, or where torchrun has set that to 1 this process's part of the machine's cores."""
+    """Return torch's choice, or this process's share of the cores if torchrun has set that choice to 1."""
     if ranks.local == 1 or torch.get_num_threads() > 1:
         return torch.get_num_threads()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -134,14 +138,17 @@ def _threads(ranks: Alone) -> int:
 
 
 def most_threads() -> int:
-    """That make any sense on this machine; some thousands end the process without a word."""
+    """Return the most threads to allow on this machine. Some thousands end the process without a message."""
     return max(64, 4 * (os.cpu_count() or 1))
 
 
 def tune_process(threads: int | None = None) -> None:
-    """Set this process up for training, for good: memory is kept for reuse, and `threads` threads if given.
+    """Set this process up for training, permanently: keep freed memory for reuse, and set torch's number of threads.
 
-    For programs, at their start. A library that did this would change the program it is used in.
+    Programs call this at their start. The library never does, as it would change the program that uses it.
+
+    Args:
+        threads: None leaves torch's number.
     """
     allocator.keep_freed_memory()
     if threads is not None:
@@ -150,9 +157,9 @@ def tune_process(threads: int | None = None) -> None:
 
 @contextlib.contextmanager
 def exact_convolutions() -> Iterator[None]:
-    """Inside, cuDNN computes float32 convolutions in float32.
+    """Context in which cuDNN computes float32 convolutions in float32.
 
-    By default it takes TF32 (10 bits of mantissa), which makes the patch embedding 100 times less exact.
+    By default it uses TF32 (10 bits of mantissa), which makes the error of the patch embedding 100 times larger.
     """
     convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = convolutions.fp32_precision
@@ -164,16 +171,16 @@ def exact_convolutions() -> Iterator[None]:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a name as `runtime.device` has them; of several processes on one machine, each has its own GPU.
+    """Return the device for a value of `runtime.device`. Processes that torchrun started get one GPU each.
 
     Raises:
-        ConfigError: it is not there.
+        ConfigError: there is no such device.
     """
     try:
         if name in ("auto", "cuda") and started_together():
             name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.zeros(1, device=device).item()  # the device "meta" holds no values
+        torch.zeros(1, device=device).item()  # fails for the device "meta" too, which holds no values
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ConfigError(
             f"runtime.device = {name!r}: {str(error).splitlines()[0]}; use auto, cpu or a device torch sees here"
@@ -182,7 +189,7 @@ def find_device(name: str) -> torch.device:
 
 
 def bf16_is_fast(device: torch.device) -> tuple[bool, str]:
-    """Whether the device has instructions for it, and which."""
+    """Return whether the device has fast bf16 instructions, and the reason in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0), torch.cuda.get_device_name(device)
     if device.type == "cpu":

@@ -1,10 +1,11 @@
-"""Several processes that train one model together: which of them this is, and what they tell each other.
+"""Communication between the processes that train one model together (data parallelism).
 
-torchrun starts them. All hold the same weights and take the same updates. Each has its share of an update's
-micro-batches, and the gradients that exist are summed before they are clipped: no wrapper, which would send zeros for
-the other tasks' heads. `Alone` is the same for one process, so nobody has to ask how many there are.
+torchrun starts the processes. All hold the same weights and take the same updates. Each computes its share of an
+update's micro-batches, and the gradients that exist are summed before they are clipped. DistributedDataParallel is not
+used, since it would send zeros for the other tasks' heads. `Alone` has the same methods for one process, so callers
+need not distinguish.
 
-Whoever fails says so and leaves. The others learn it in their next exchange, which raises `RankLost`.
+A process that fails tells the others why and leaves. Their next exchange then raises `RankLost`.
 """
 
 import contextlib
@@ -28,16 +29,16 @@ from moe_bsr.runtime.interrupt import STOPPING, Interrupted, RankLost, StopSigna
 from moe_bsr.runtime.rendezvous import TIMEOUT, join
 
 Value = TypeVar("Value")
-PATIENCE = 1.0  # seconds in which a process of this machine that was lost is seen to be gone
-ENDED = "ended"  # key of the store: who ended the run, and why
+PATIENCE = 1.0  # seconds to wait until a lost process of this machine has ended
+ENDED = "ended"  # key in the store: which process ended the run, and why
 
 
 class Alone:
-    """One process, and what it would exchange with others.
+    """Communication of a single process: every exchange returns its own value.
 
     Attributes:
-        rank: its number. world: how many there are. local: how many on this machine.
-        first: whether this one writes, prints and decides.
+        rank: number of this process. world: number of processes. local: number of processes on this machine.
+        first: whether this is rank 0, which writes, prints and decides.
     """
 
     rank, world, local = 0, 1, 1
@@ -47,86 +48,96 @@ class Alone:
         self.listen(StopSignals())
 
     def listen(self, stop: StopSignals) -> None:
-        """Watch these signals from here on."""
+        """Watch these signals from now on."""
         self.stop = stop
 
     @property
     def signal(self) -> int:
-        """The signal on which all stop, 0 as long as there is none."""
+        """Number of the signal on which all processes stop, 0 if there was none."""
         return self.stop.number
 
     def at_once(self) -> contextlib.AbstractContextManager[None]:
-        """For work that changes no state and ends with `gather`: a signal makes that raise Interrupted, or before."""
+        """Context for work that changes no state and ends with `gather`.
+
+        A signal raises Interrupted: at once in a single process, in `gather` in one of several.
+        """
         return self.stop.at_once()
 
     @property
     def leaving(self) -> bool:
-        """Whether such work need not go on, for `gather` will raise."""
+        """Whether work inside `at_once` may be skipped, because the next `gather` will raise Interrupted."""
         return False
 
     def mine(self, count: int) -> range:
-        """Which of so many equal pieces are this process's: all ranks' in their order are all of them."""
+        """Return which of `count` equal pieces belong to this process. In rank order they cover all pieces."""
         return range(self.rank * count // self.world, (self.rank + 1) * count // self.world)
 
     def by_first(self, work: Callable[[], Value]) -> Value:
-        """What `work` returns in the first process, in all of them; no other runs it."""
+        """Run `work` in the first process only, and return its result in all of them."""
         return work()
 
     def share(self, value: Value) -> Value:
-        """The first process's value, in all of them."""
+        """Return the first process's value in all of them (broadcast)."""
         return value
 
     def share_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The first process's tensors, in all of them; others may give none."""
+        """Return the first process's tensors in all of them. The other processes may pass an empty dict."""
         return tensors
 
     def gather(self, value: Value) -> list[Value]:
-        """Every process's value, by rank.
+        """Return every process's value, by rank.
 
         Raises:
-            Interrupted: in all of them, where a signal reached one.
+            Interrupted: a signal reached one of the processes. It is raised in all of them.
         """
         return [value]
 
     def gather_rows(self, rows: Tensor) -> Tensor:
-        """(n, ...) of each process, of one shape, to (world x n, ...), by rank."""
+        """Concatenate the rows (n, ...) of all processes to (world x n, ...), by rank. All pass the same shape."""
         return rows
 
     def total(self, values: np.ndarray) -> np.ndarray:
-        """The sum over all processes of float64 values. All agree here on whether a signal came."""
+        """Sum float64 values over all processes. The same exchange agrees on `signal`."""
         return values
 
     def sum_gradients(self, parameters: list[torch.nn.Parameter], names: dict[torch.nn.Parameter, str]) -> None:
-        """Put the sum over all processes into the gradients of these parameters, which all of them have."""
+        """Replace the gradients of these parameters by their sums over all processes.
+
+        Args:
+            parameters: the same in all processes, in the same order.
+            names: name of each parameter.
+        """
 
     def require_same(self, values: dict[str, Any]) -> None:
-        """
+        """Check that all processes have the same values.
+
         Raises:
-            ConfigError: a process has another value than the first; the message names both.
+            ConfigError: a process has another value than the first. The message names both.
         """
 
     def numbers(self) -> dict[str, float]:
-        """What exchanging took since this was last asked: exchanged_mb, 10**6 bytes of gradients of each process."""
+        """Return exchanged_mb: gradients this process sent in one update, in 10**6 bytes. Called once per update."""
         return {}
 
     def report(self) -> dict[str, float]:
-        """The same for the report: exchanged_mb_per_update, the mean of the updates of this process."""
+        """Return exchanged_mb_per_update for the report: the mean over this process's updates."""
         return {}
 
     def about(self) -> list[str]:
-        """A line for a person who starts the run."""
+        """Return lines that describe the processes, for the start of a run."""
         return []
 
 
 class Ranks(Alone):
-    """This process among several. Every method is called by all of them, in the same order."""
+    """Communication of one of several processes. All processes must call the same methods in the same order."""
 
     def __init__(self, device: torch.device, exchange: str) -> None:
-        """
+        """Join the default process group, and create it if there is none.
+
         Args:
-            exchange: how gradients travel, see `sum_all`.
+            exchange: dtype in which gradients are sent, "fp32" or "bf16" (see `sum_all`).
         Raises:
-            ConfigError: there is no launcher's environment, or the others cannot be reached.
+            ConfigError: the launcher's environment variables are missing, or the other processes cannot be reached.
         """
         self.exchange = exchange
         self._store, self._owns_group = None, not dist.is_initialized()
@@ -151,14 +162,14 @@ class Ranks(Alone):
         return self._signal
 
     def at_once(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()  # one that raised alone would leave the others waiting
+        return contextlib.nullcontext()  # if one process raised alone, the others would wait for it
 
     @property
     def leaving(self) -> bool:
         return self.stop.number > 0
 
     def by_first(self, work: Callable[[], Value]) -> Value:
-        return self.share(work() if self.first else None)  # type: ignore[return-value]  # replaced by the first's
+        return self.share(work() if self.first else None)  # type: ignore[return-value]  # the broadcast replaces None
 
     def share(self, value: Value) -> Value:
         values = [value]
@@ -202,7 +213,8 @@ class Ranks(Alone):
 
     def sum_gradients(self, parameters: list[torch.nn.Parameter], names: dict[torch.nn.Parameter, str]) -> None:
         gradients = [p.grad for p in parameters if p.grad is not None]
-        # Sums of unequal sizes abort the process, or mix tensors. The sets of the tasks differ, but not by rank.
+        # A sum of unequal sizes aborts the process or mixes up tensors. Each task has its own set of gradients, which
+        # must be the same in all ranks. Each set is checked once.
         about = "\n".join(f"{names[p]} {tuple(p.shape)}" for p in parameters)
         if (digest := hashlib.sha256(about.encode()).hexdigest()) not in self._agreed:
             self._agreed.add(digest)
@@ -218,8 +230,8 @@ class Ranks(Alone):
             for key, value in answers[0].items():
                 if theirs[key] != value:
                     raise ConfigError(
-                        f"{self._named(rank)} has another {key} than rank 0: {theirs[key]!s:.60}, not {value!s:.60}; "
-                        "all processes need the same files and the same installation"
+                        f"{self._named(rank)} has another {key} than rank 0: {theirs[key]!s:.60} instead of "
+                        f"{value!s:.60}; all processes need the same files and the same installation"
                     )
 
     def numbers(self) -> dict[str, float]:
@@ -236,10 +248,10 @@ class Ranks(Alone):
             f"{self.exchange}; a process that does not answer for {TIMEOUT.seconds // 60} minutes ends the run"
         ]
 
-    # --- the end ---
+    # --- end of the run ---
 
     def leave(self, error: BaseException) -> None:
-        """Tell the others why this process ends, and leave them."""
+        """Tell the other processes why this one ends, and leave the group."""
         if self._store is not None and not isinstance(error, RankLost):
             with contextlib.suppress(RuntimeError):
                 self._store.set(
@@ -259,13 +271,13 @@ class Ranks(Alone):
             raise RankLost(self._why(error)) from error
 
     def _why(self, error: RuntimeError) -> str:
-        """Who was lost and why, as far as can be known."""
+        """Return which process was lost and why, as far as that can be found out."""
         if self._store is not None:
-            with contextlib.suppress(RuntimeError):  # it is in a process that is gone
+            with contextlib.suppress(RuntimeError):  # the process that holds the store may be gone
                 if self._store.check([ENDED]):
                     return self._store.get(ENDED).decode()
         gone = self._gone_here()
-        if self._here()[:1] == [self.rank]:  # the first may be gone, here or elsewhere
+        if self._here()[:1] == [self.rank]:  # rank 0, which prints, may be gone: one process of each machine prints
             heard.speak()
         if gone:
             return f"{' and '.join(map(self._named, gone))} is gone"
@@ -273,14 +285,17 @@ class Ranks(Alone):
         return f"a process is gone, or did not answer for {TIMEOUT.seconds // 60} minutes ({said:.120})"
 
     def _gone_here(self) -> list[int]:
-        """Ranks of this machine that have ended; waits a little, for a process' connections end before it does."""
+        """Return the ranks of this machine that have ended.
+
+        Waits up to `PATIENCE`, because a process's connections close before the process ends.
+        """
         until = time.monotonic() + PATIENCE
         while not (gone := self._here(alive=False)) and time.monotonic() < until:
             time.sleep(0.02)
         return gone
 
     def _here(self, alive: bool = True) -> list[int]:
-        """Ranks of this machine that run, or do not."""
+        """Return the ranks of this machine that run, or with `alive=False` those that have ended."""
         node = self._members[self.rank][0] if self._members else None
         return [r for r, (other, _, pid) in enumerate(self._members) if other == node and _is_alive(pid) == alive]
 
@@ -292,15 +307,18 @@ class Ranks(Alone):
 
 
 def started_together() -> bool:
-    """Whether a launcher started this process with others, or it has joined some."""
+    """Return whether this process is one of several: started by a launcher, or in a process group."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 or (dist.is_initialized() and dist.get_world_size() > 1)
 
 
 @contextlib.contextmanager
 def joined(device: torch.device, exchange: str = "fp32") -> Iterator[Alone]:
-    """This process among those it was started with; inside, what ends one of them ends all.
+    """Context in which this process communicates with those it was started with. An error in one ends all of them.
 
-    A process group that is there already is used and left as it is.
+    An existing process group is used and left open.
+
+    Args:
+        exchange: dtype in which gradients are sent, "fp32" or "bf16".
     """
     if not started_together():
         yield Alone()
@@ -315,7 +333,7 @@ def joined(device: torch.device, exchange: str = "fp32") -> Iterator[Alone]:
 
 
 def _is_alive(pid: int) -> bool:
-    """Whether a process of this machine runs; where there is no /proc, yes."""
+    """Return whether a process of this machine runs. True if there is no /proc to tell."""
     if not Path("/proc/self/stat").exists():
         return True
     try:

@@ -1,8 +1,8 @@
-"""Sums of tensors over all processes, in pieces of some MB: many small messages would each wait for the network.
+"""Sum tensors over all processes (all-reduce), in messages of some MB. Many small ones would each wait for the network.
 
-`fp32` sends float32. `bf16` sends half as many bytes: each process gets one part of all others' values in bfloat16,
-adds them in float32 in the order of the ranks, and sends the sum in bfloat16. A sum in bfloat16 itself would be twice
-as far off. Either way all processes have the same bits afterwards.
+Exchange `fp32` sends float32. `bf16` sends half as many bytes: each process receives its part of all others' values in
+bfloat16, adds them in float32 in the order of the ranks, and sends the sum in bfloat16. Adding in bfloat16 would double
+the error. With either, all processes have the same bits afterwards.
 """
 
 from collections.abc import Iterator
@@ -11,14 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-PIECE = 2**25  # bytes of float32 in a message, if no tensor alone is larger
+PIECE = 2**25  # bytes of float32 in one message at most, unless a single tensor is larger
 
 
 def sum_all(tensors: list[Tensor], exchange: str) -> int:
-    """Sum float32 tensors over all processes, in place; all have the same shapes in the same order.
+    """Sum float32 tensors over all processes, in place. All processes pass the same shapes in the same order.
 
+    Args:
+        exchange: "fp32" or "bf16", see above.
     Returns:
-        Bytes of what this process gave to be summed, as they travel.
+        Size of this process's summands in bytes, in the dtype in which they are sent.
     """
     sent = 0
     for piece in _pieces(tensors):
@@ -51,7 +53,7 @@ def _sum_in_bf16(flat: Tensor) -> None:
     values = flat.new_zeros(world * size, dtype=torch.bfloat16)
     values[: flat.numel()] = flat
     received = torch.empty_like(values)
-    # As bytes: gloo does not move bfloat16.
+    # Sent as bytes, since gloo does not support bfloat16.
     dist.all_to_all_single(received.view(torch.uint8), values.view(torch.uint8))
     total = received.view(world, size).float().sum(0).bfloat16()
     dist.all_gather(list(values.view(torch.uint8).chunk(world)), total.view(torch.uint8))

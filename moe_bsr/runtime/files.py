@@ -1,7 +1,7 @@
-"""The files of a run: ordinary ones, never reached through a link, and replaced whole or not at all.
+"""Read and write the files of a run: regular files only, never through a link, replaced as a whole or not at all.
 
-A run folder may come from anybody, and be shared. So whatever stands where a file belongs (a symbolic link, a
-named pipe, a device, a folder) is refused by name before it is opened, written, cut or deleted.
+A run folder may come from anybody and may be shared. So if a symbolic link, named pipe, device or folder is found in
+place of a file, it is refused by name and never opened, written or truncated.
 """
 
 import contextlib
@@ -33,11 +33,11 @@ REMEDIES = {
 
 
 class NotOrdinary(OSError):
-    """Something else is where a file or a folder belongs; the message names it."""
+    """A path that should be a regular file or a folder is something else. The message names both."""
 
 
 def kind(path: Path) -> str | None:
-    """What is at a path, as `KINDS` calls it, links not followed; None if nothing is."""
+    """Return what a path is, in the words of `KINDS`, without following links. None if nothing is there."""
     try:
         return KINDS.get(stat.S_IFMT(path.lstat().st_mode), "no file")
     except (FileNotFoundError, NotADirectoryError):
@@ -45,10 +45,12 @@ def kind(path: Path) -> str | None:
 
 
 def require(path: Path, wanted: str) -> None:
-    """Nothing but what is wanted ("a file" or "a folder"), or nothing at all, may be at this path.
+    """Check that a path is what it should be, or that nothing is there.
 
+    Args:
+        wanted: "a file" or "a folder".
     Raises:
-        NotOrdinary: something else is.
+        NotOrdinary: the path is something else.
     """
     found = kind(path)
     if found not in (wanted, None):
@@ -56,10 +58,10 @@ def require(path: Path, wanted: str) -> None:
 
 
 def open_file(path: Path, mode: str) -> IO[Any]:
-    """`open` without buffering for ordinary files alone: nothing is followed, and nothing waits.
+    """Open a regular file without buffering, without following links, and without blocking on a named pipe.
 
     Raises:
-        NotOrdinary: it is none. OSError: as `open` does.
+        NotOrdinary: it is no regular file. OSError: as `open`.
     """
     require(path, "a file")
     return open(path, mode, buffering=0, opener=_opener)
@@ -70,49 +72,49 @@ def _opener(path: str, flags: int) -> int:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of an ordinary file.
+    """Return the content of a regular file.
 
     Raises:
-        NotOrdinary: it is none. OSError: as `open` does.
+        NotOrdinary: it is no regular file. OSError: as `open`.
     """
     with open_file(path, "rb") as stream:
         return stream.read()
 
 
 def read_text(path: Path) -> str:
-    """The text of an ordinary file.
+    """Return the text of a regular file.
 
     Raises:
-        NotOrdinary: it is none. OSError: as `open` does. UnicodeDecodeError: it is not UTF-8.
+        NotOrdinary: it is no regular file. OSError: as `open`. UnicodeDecodeError: it is not UTF-8.
     """
     return read_bytes(path).decode()
 
 
 def write_new(path: Path, content: str | bytes) -> None:
-    """Write a file that is not there yet, with usual permissions, and wait until it is on the disk."""
+    """Write a file that does not exist yet, with default permissions, and wait until it is on the disk."""
     with open_file(path, "xb") as stream:
         write_all(stream, content.encode() if isinstance(content, str) else content)
     sync(path)
 
 
 def write_all(stream: IO[bytes], content: bytes) -> None:
-    """Write all of it: one call may write a part, as when the disk is filling up."""
+    """Write the whole content. A single `write` may write only a part, for instance when the disk fills up."""
     rest = memoryview(content)
     while rest:
         rest = rest[stream.write(rest) :]
 
 
 def write_whole(file: Path, content: str | bytes) -> None:
-    """Replace a file by one rename: a reader, or a crash, meets the old content or the new one.
+    """Replace a file atomically by a rename: a reader sees the old or the new content, also after a crash.
 
     Raises:
-        OSError: it cannot be written; the message names it and says what to do.
+        OSError: the file cannot be written. The message names it and says what to do.
     """
     temporary = file.with_name(file.name + ".tmp")
     try:
         require(file, "a file")
         if kind(temporary) != "a folder":
-            remove(temporary)  # a crash left it, or somebody a link
+            remove(temporary)  # left by a crash, or a link that somebody put there
         write_new(temporary, content)
         temporary.rename(file)
     except NotOrdinary:
@@ -124,7 +126,7 @@ def write_whole(file: Path, content: str | bytes) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link (not what it points to) or a folder with all below it, if it is there."""
+    """Delete a file, a link (not its target) or a folder with its content, if it exists."""
     if kind(path) == "a folder":
         shutil.rmtree(path)
     else:
@@ -132,7 +134,7 @@ def remove(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the entries of a folder, are on the disk (fsync)."""
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         os.fsync(handle)
@@ -141,6 +143,6 @@ def sync(path: Path) -> None:
 
 
 def reason(error: OSError) -> str:
-    """What went wrong, and what helps: "No space left on device; make room there"."""
+    """Return the error in words, with a remedy if one is known: "No space left on device; make room there"."""
     said = os.strerror(error.errno) if error.errno else str(error)
     return "; ".join(filter(None, [said, REMEDIES.get(error.errno or 0)]))

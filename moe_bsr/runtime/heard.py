@@ -1,23 +1,23 @@
-"""Which of the processes of a run a person hears: the first alone. The others are silent once they have joined it.
+"""Whether this process prints. Of the processes of one run only rank 0 does, so that nothing is printed twice.
 
-Where that one may be gone, another has to speak.
+If rank 0 may be gone, another process has to print.
 """
 
 _silent = False
 
 
 def be_silent() -> None:
-    """From here on another process tells what this one would, its errors too."""
+    """Print nothing from now on, not even errors: another process prints them."""
     global _silent
     _silent = True
 
 
 def is_heard() -> bool:
-    """Whether what this process has to say is said."""
+    """Return whether this process prints."""
     return not _silent
 
 
 def speak() -> None:
-    """From here on this process tells what it has to, whichever it is."""
+    """Print from now on, whatever this process's rank."""
     global _silent
     _silent = False

@@ -1,7 +1,7 @@
-"""Stopping on SIGINT, SIGTERM, SIGHUP, SIGXCPU, SIGUSR1 and SIGUSR2 where nothing is lost.
+"""Stop on SIGINT, SIGTERM, SIGHUP, SIGXCPU, SIGUSR1 or SIGUSR2 without losing work.
 
-While training changes state a signal is only noted, and the loop ends after the update. Where no state
-changes (an evaluation) it ends the work at once.
+While training changes state, a signal is only recorded, and the training loop ends after the update. Where no state
+changes (an evaluation), a signal ends the work at once.
 """
 
 import signal
@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# Ctrl-C, a polite kill, a terminal that closes, processor time used up, and a scheduler's warning that the time is
-# nearly up (Slurm's --signal=USR1@90). Not all of them are everywhere.
+# Ctrl-C, `kill`, a closed terminal, CPU time used up, and a scheduler's warning that the time limit is near (Slurm's
+# --signal=USR1@90). Some systems lack some of them.
 STOPPING = [
     getattr(signal, name)
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGXCPU", "SIGUSR1", "SIGUSR2")
@@ -21,23 +21,23 @@ _OTHERS = {getattr(signal, name, None) for name in ("SIGUSR1", "SIGUSR2")}
 
 
 class Interrupted(Exception):
-    """A signal ended work inside `StopSignals.at_once`."""
+    """Raised by a signal inside `StopSignals.at_once`."""
 
 
 class RankLost(RuntimeError):
-    """Another process of this run has ended or does not answer; the message says which, and why if that is known."""
+    """Another process of this run has ended or does not answer. The message says which, and why if that is known."""
 
 
 class StopSignals:
-    """Catches `STOPPING` while it is entered as a context manager; the old handlers come back after it.
+    """Context manager that catches the signals `STOPPING`, and restores the previous handlers at its end.
 
-    A SIGHUP that is ignored already stays so (`nohup`), and so does a SIGUSR1 or SIGUSR2 that the program around
-    handles itself (submitit). In another thread than the main one it catches nothing:
-    Python allows no handlers there. After `RankLost` it catches on: a launcher now ends all processes of the run, and
-    this one still has to save and to tell.
+    Exceptions: a SIGHUP that is already ignored stays ignored (`nohup`), and a SIGUSR1 or SIGUSR2 that the surrounding
+    program handles is left to it (submitit). Outside the main thread no signal is caught, since Python allows no
+    handlers there. After `RankLost` the handlers stay: the launcher now sends signals to all processes of the run, and
+    this one still has to save and to print why it ends.
 
     Attributes:
-        number: of the signal that arrived, 0 as long as none has.
+        number: number of the last signal that arrived, 0 if there was none.
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class StopSignals:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside, a signal (also one that came before) raises Interrupted: for work that changes no state."""
+        """Context for work that changes no state. A signal, also an earlier one, raises Interrupted in it."""
         self._at_once = True
         try:
             if self.number:

@@ -1,4 +1,4 @@
-"""How much memory there is for a run, and what it looks like when it was too little."""
+"""Find out how much memory a run may take, and recognize errors that mean out of memory."""
 
 import contextlib
 import errno
@@ -16,7 +16,7 @@ REMEDY = (
 
 CGROUP = Path("/sys/fs/cgroup")
 
-# Allocators and oneDNN have no exception of their own for it.
+# Allocators and oneDNN raise a plain RuntimeError when memory runs out. It is recognized by its text.
 WORDS = re.compile(
     r"can't allocate memory|cannot allocate memory|not enough memory|out of memory|bad_?alloc|alloc_failed|"
     r"could not (create|execute) a (primitive|memory)|failed to allocate|unable to allocate",
@@ -25,7 +25,7 @@ WORDS = re.compile(
 
 
 def is_short(error: BaseException) -> bool:
-    """Whether this exception says that memory did not suffice."""
+    """Return whether this exception means out of memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     if isinstance(error, OSError):
@@ -34,13 +34,13 @@ def is_short(error: BaseException) -> bool:
 
 
 def described(error: BaseException) -> str:
-    """The exception in one short line."""
+    """Return the exception's message in one line of at most 160 characters."""
     said = re.sub(r"\[enforce fail at [^]]*\] \S+ == 0\. ", "", str(error))
     return textwrap.shorten(said, 160, placeholder=" ...") or type(error).__name__
 
 
 def available(device: torch.device) -> tuple[int, str] | None:
-    """Bytes that this process may still take on a device, and what sets that limit; None if it is not known."""
+    """Return the bytes that this process may still allocate on a device, and what sets the limit. None if unknown."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused, str(device)
@@ -59,7 +59,7 @@ def _of_machine() -> tuple[int, str] | None:
 
 
 def _of_cgroup() -> tuple[int, str] | None:
-    """Of version 2 or 1; pages of files count as available, for they can be given back."""
+    """Read the limit of the cgroup (version 2 or 1). Inactive page cache counts as free, since it can be reclaimed."""
     for limit, used, cached in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
@@ -84,7 +84,7 @@ def _of_process() -> tuple[int, str] | None:
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory now; 0 where the system does not tell."""
+    """Return the resident memory of this process in bytes, 0 if the system does not tell."""
     with contextlib.suppress(OSError, ValueError):
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     return 0
@@ -94,7 +94,7 @@ MOUNTS = Path("/proc/self/mounts")
 
 
 def holds(folder: str) -> bool:
-    """Whether the files of a folder are in memory (tmpfs); False where the system does not tell."""
+    """Return whether a folder's files are held in memory (tmpfs or ramfs). False if the system does not tell."""
     within = [Path(folder).resolve(), *Path(folder).resolve().parents]
     with contextlib.suppress(OSError):
         mounted = [line.split()[1:3] for line in MOUNTS.read_text().splitlines()]

@@ -1,22 +1,22 @@
-"""Names that people gave to folders and classes, made fit to be printed and drawn: as they are, and harmless.
+"""Make names of folders and classes safe to print and draw, and change them no more than needed.
 
-A folder's name may hold any byte but / and NUL: terminal commands, line breaks, marks that turn the direction of
-writing, bytes of another encoding. Identity is never decided on what these functions return.
+A folder's name may hold any byte but / and NUL: terminal commands, line breaks, marks that change the writing
+direction, bytes of another encoding. Never compare names by what these functions return: two names may look alike.
 """
 
 import unicodedata
 
 UNREADABLE = "\N{REPLACEMENT CHARACTER}"
-# Controls, invisible format marks (bidi overrides among them), line and paragraph separators.
+# Unicode categories: controls, invisible format marks (also bidi overrides), line and paragraph separators.
 ESCAPED = {"Cc", "Cf", "Zl", "Zp"}
-JOINERS = "\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"  # format marks too, but letters of some scripts need them
+JOINERS = "\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"  # format marks that some scripts need; they are kept
 
 
 def printable(text: object) -> str:
-    r"""The text on one line without anything that commands a terminal or turns the writing.
+    r"""Return the text on one line, without terminal commands and marks that change the writing direction.
 
-    Controls and marks that cannot be seen are escaped as in Python (`\x1b`, `\n`, `\u202e`), bytes that could not be
-    decoded (surrogates) become U+FFFD. Everything else stays.
+    Controls and invisible marks are escaped as in Python (`\x1b`, `\n`, `\u202e`). Bytes that could not be decoded
+    (surrogates) become U+FFFD. Everything else stays.
     """
     text = str(text)
     return text if text.isascii() and text.isprintable() else "".join(map(_printable_letter, text))
@@ -32,20 +32,20 @@ def _printable_letter(letter: str) -> str:
 
 
 def columns(text: str) -> int:
-    """How many columns of a terminal the text takes: two for a wide letter (Chinese, Japanese, Korean), else one."""
+    """Return the text's width in terminal columns: two for a wide letter (Chinese, Japanese, Korean), else one."""
     return sum(
         0 if unicodedata.combining(letter) or letter in JOINERS else 2 if _is_wide(letter) else 1 for letter in text
     )
 
 
 def pad(text: str, width: int, right: bool = False) -> str:
-    """The text with blanks after it (or before it, with `right`) up to so many columns."""
+    """Pad the text with blanks to a width in columns: at its end, or with `right` at its beginning."""
     blanks = " " * (width - columns(text))
     return blanks + text if right else text + blanks
 
 
 def shorten(text: str, width: int) -> str:
-    """The beginning of the text, in at most so many columns; an ellipsis says that there was more."""
+    """Cut the text to a width in columns. An ellipsis marks a cut."""
     if columns(text) <= width:
         return text
     kept = ""

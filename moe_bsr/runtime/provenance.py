@@ -1,6 +1,6 @@
-"""Where a result came from: the machine that computed it, the code, and the command that asked for it.
+"""Record the origin of a result: the machine, the code and the command that produced it.
 
-Results are read months later and on other machines. Every JSON file of results carries these three.
+Every JSON file of results has these three, because results are read months later and on other machines.
 """
 
 import functools
@@ -23,10 +23,10 @@ CODE = Path(__file__).resolve().parents[2]  # the folder that holds moe_bsr/
 
 
 def environment(runtime: Runtime) -> dict[str, Any]:
-    """What may change the bits or the speed of a computation.
+    """Return all facts of the machine and software that may change the bits or the speed of a computation.
 
-    processor: the GPU's name, or the CPU's. cpu_flags: instruction sets that decide which kernels run.
-    cpu_kernels: the set that torch's own kernels were chosen for. processes: that train together.
+    processor: name of the GPU or the CPU. cpu_flags: instruction sets that decide which kernels run. cpu_kernels: the
+    instruction set that torch's own kernels use. processes: number of processes that train together.
     """
     on_gpu = runtime.device.type == "cuda"
     return {
@@ -46,15 +46,15 @@ def environment(runtime: Runtime) -> dict[str, Any]:
 
 @functools.cache
 def commit() -> str | None:
-    """The git commit of this code, "-dirty" if files differ from it; of an installed package its version.
+    """Return the git commit of this code, with "-dirty" if files differ from it, or the installed package's version.
 
-    None if neither is known. As of the first call: code that changes later has been imported by then.
+    None if neither is known. The first call's answer is kept: code that changes later has been imported by then.
     """
     if (CODE / ".git").exists():
         try:
             return _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "-s", "-uno") else "")
         except (OSError, subprocess.SubprocessError):
-            pass  # no git here, or a repository it will not read
+            pass  # git is not installed, or refuses to read the repository
     try:
         return importlib.metadata.version("moe_bsr")
     except importlib.metadata.PackageNotFoundError:
@@ -74,11 +74,11 @@ def _git(*words: str) -> str:
 
 
 def command() -> str | None:
-    """The command line of this program, as one would type it; None in an interactive session."""
+    """Return the command line of this program as one would type it, or None in an interactive session."""
     _, *words = sys.orig_argv
     if not words:
         return None
     program = Path(words[0])
-    if program.parent.name == "bin":  # an installed command, which its interpreter was started for
+    if program.parent.name == "bin":  # an installed command (console script), run by its interpreter
         return shlex.join([program.name, *words[1:]])
     return shlex.join(["python", *words])

@@ -1,7 +1,8 @@
-"""How processes that a launcher started find each other: through a store of keys and values that all of them reach.
+"""Connect the processes that a launcher started, through a key-value store that all of them reach.
 
-torchrun's store outlives them. When it starts them again, what the dead ones wrote is still there, addresses too, and
-whoever reads those waits for nobody. So the processes first agree on a name for their round, and use keys below it.
+torchrun's store outlives the processes. When torchrun restarts them, the store still has the keys of the previous ones,
+including their addresses, and a process that used those would wait in vain. So the processes first agree on a new name
+(of this "round") and use it as a prefix of their keys.
 """
 
 import datetime
@@ -14,21 +15,21 @@ import torch.distributed as dist
 
 from moe_bsr.config import ConfigError
 
-TIMEOUT = datetime.timedelta(minutes=10)  # after which a process that answers nothing counts as lost
+TIMEOUT = datetime.timedelta(minutes=10)  # a process that does not answer for this long counts as lost
 
 
 def join(device: torch.device) -> dist.Store:
-    """Make the default process group of torch.
+    """Initialize torch's default process group.
 
     Returns:
-        A store of this round alone.
+        The store, with the prefix of this round.
     Raises:
-        ConfigError: there is no launcher's environment, or the others cannot be reached.
+        ConfigError: the launcher's environment variables are missing, or the other processes cannot be reached.
     """
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"  # numbers and words need no GPU
+        backend = "cpu:gloo,cuda:nccl"  # objects and metrics are exchanged on the CPU
     try:
         store, rank, world = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
         store = own_round(dist.PrefixStore("moe_bsr", store), rank, world)
@@ -43,13 +44,13 @@ def join(device: torch.device) -> dist.Store:
 
 
 def own_round(store: dist.Store, rank: int, world: int) -> dist.Store:
-    """The part of a store in which there is nothing but what these `world` processes write.
+    """Agree with the other processes on a prefix, and return the store with it. It has only keys of these processes.
 
-    The first one names the round, each other answers with a name of its own, and the first one confirms these. One that
-    read the name of an older round is not among those confirmed there, and goes on reading.
+    Rank 0 writes a new name for the round. Each other rank writes a name of its own below it, and rank 0 confirms
+    these. A rank that read the name of an older round does not find its own name confirmed there, and reads again.
 
     Raises:
-        RuntimeError: the others have not come within `TIMEOUT`.
+        RuntimeError: the other processes have not answered within `TIMEOUT`.
     """
     mine, answered = uuid.uuid4().hex, ""
     if rank == 0:
@@ -65,4 +66,4 @@ def own_round(store: dist.Store, rank: int, world: int) -> dist.Store:
         if store.check([f"{current}/all"]) and mine.encode() in store.get(f"{current}/all"):
             return dist.PrefixStore(current, store)
         time.sleep(0.02)
-    raise RuntimeError("rank 0 has not begun")
+    raise RuntimeError("rank 0 does not answer")

@@ -1,6 +1,6 @@
-"""Tables of strings, aligned for a terminal or as Markdown. The first row is the header.
+"""Format tables of strings for a terminal or as Markdown. The first row is the header.
 
-Cells may hold names that people gave: they are printed as they are, but command no terminal (`names.printable`).
+Cells may hold names that users chose. They pass through `names.printable`, so they cannot control the terminal.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from moe_bsr.runtime.names import columns, pad, printable
 
 
 def as_text(rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to equal width: the first to the left, numbers to the right."""
+    """Pad columns to equal width. The first column is aligned to the left, the others to the right."""
     shown = [list(map(printable, row)) for row in rows]
     widths = [max(map(columns, column)) for column in zip(*shown, strict=True)]
     return "\n".join(

@@ -1,3 +1,3 @@
-"""The version of this package, where every room can read it."""
+"""Version of this package. It is defined here so that every subpackage can import it."""
 
 __version__ = "0.1.0"

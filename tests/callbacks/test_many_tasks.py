@@ -286,4 +286,4 @@ def test_no_task_is_among_the_worst_and_the_best_at_once():
 
 def test_notes_that_differ_in_name_and_numbers_alone_are_one():
     notes = [f"t{n:03d}: {n + 2} of 10.5 % images" for n in range(3)] + ["t009: broken link at a.jpg"]
-    assert condensed(notes, NAMES) == [f"{notes[0]} (and 2 more tasks alike)", notes[3]]
+    assert condensed(notes, NAMES) == [f"{notes[0]} (and 2 more tasks likewise)", notes[3]]
