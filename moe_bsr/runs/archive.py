@@ -1,7 +1,7 @@
-"""A shared run in a zip file, which may come from anybody: only the files of the shared form are taken out of it.
+"""Read and write a shared run as a zip file. The file is not trusted: only files of the shared form are unpacked.
 
-Nothing is unpacked by a name of the archive's, so no name can lead anywhere; links, other files and folders stay
-inside. What a file claims of its size is checked before it is unpacked and held to while it is.
+Unpacked files get fixed names, never a path from the archive. Links, folders and other files are ignored. A file's
+stated size is checked before unpacking and enforced during it.
 """
 
 import contextlib
@@ -16,16 +16,16 @@ from moe_bsr.runs.checkpoint import CheckpointError
 from moe_bsr.runs.shared_form import CONFIG, FILES, MOST_BYTES, WEIGHTS
 from moe_bsr.runtime import files
 
-EXPANSION = 20  # times its packed size that a file may take: weights hardly shrink
+EXPANSION = 20  # limit of unpacked to packed size for the weights, which hardly compress
 CHUNK = 2**20
 
 
 @contextlib.contextmanager
 def opened(run: Path) -> Iterator[Path]:
-    """The folder of a run; of a zip file a temporary one, which is gone afterwards.
+    """Context that gives the folder of a run. A zip file is unpacked to a temporary folder, deleted at the end.
 
     Raises:
-        ConfigError: no zip file of a shared run, or one that should not be unpacked.
+        ConfigError: the file is no zip file of a shared run, or is not safe to unpack.
     """
     if not run.is_file():
         yield run
@@ -36,17 +36,20 @@ def opened(run: Path) -> Iterator[Path]:
                 _unpack(archive, Path(name))
         except ConfigError as error:
             raise ConfigError(f"{run}: {error}") from None
-        except Exception as error:  # zipfile raises nearly anything on what is damaged or forged
+        except Exception as error:  # zipfile raises exceptions of many types for damaged or forged files
             reason = str(error) or type(error).__name__
-            raise ConfigError(f"{run} is no run folder, and no zip file of one ({reason})") from None
+            raise ConfigError(f"{run} is neither a run folder nor a zip file of one ({reason})") from None
         try:
             yield Path(name)
-        except (ConfigError, CheckpointError) as error:  # who reads it knows the zip file alone
+        except (ConfigError, CheckpointError) as error:  # name the zip file, not the temporary folder
             raise type(error)(str(error).replace(name, str(run))) from error
 
 
 def write(folder: Path, file: Path) -> None:
-    """Pack the files of a shared run, in a folder named as the zip file is; it appears whole or not at all."""
+    """Pack the files of a shared run. In the archive they are in a folder with the zip file's name.
+
+    The zip file is written under another name and renamed when it is complete.
+    """
     temporary = file.with_name(file.name + ".tmp")
     files.remove(temporary)
     try:
@@ -66,12 +69,12 @@ def _unpack(archive: zipfile.ZipFile, folder: Path) -> None:
     configs = [PurePosixPath(each.filename) for each in archive.infolist() if each.filename.endswith(CONFIG)]
     places = sorted((path.parent for path in configs if path.name == CONFIG), key=lambda place: len(place.parts))
     if not places:
-        raise ConfigError(f"no {CONFIG} in it: no run that moe-bsr share wrote")
+        raise ConfigError(f"it has no {CONFIG}, so it is no run that moe-bsr share wrote")
     for member in archive.infolist():
         path = PurePosixPath(member.filename)
         if path.parent == places[0] and path.name in FILES:
             if path.name in members:
-                raise ConfigError(f"two files {path.name} in it")
+                raise ConfigError(f"it has two files {path.name}")
             members[path.name] = member
     for name, member in members.items():
         _check(name, member)
@@ -80,7 +83,7 @@ def _unpack(archive: zipfile.ZipFile, folder: Path) -> None:
             while content := packed.read(min(CHUNK, left + 1)):
                 left -= len(content)
                 if left < 0:
-                    raise ConfigError(f"its {name} is larger than it says")
+                    raise ConfigError(f"its {name} is larger than the archive states")
                 out.write(content)
 
 
@@ -91,4 +94,6 @@ def _check(name: str, member: zipfile.ZipInfo) -> None:
     if member.flag_bits & 1:
         raise ConfigError(f"its {name} is encrypted: unpack it first")
     if member.file_size > (EXPANSION * member.compress_size if name == WEIGHTS else MOST_BYTES):
-        raise ConfigError(f"its {name} would take {member.file_size} bytes, unpacked from {member.compress_size}")
+        raise ConfigError(
+            f"its {name} would take {member.file_size} bytes, unpacked from {member.compress_size}, which is too much"
+        )

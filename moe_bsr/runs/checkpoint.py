@@ -1,9 +1,9 @@
-"""Checkpoints that survive anything: written whole or not at all, verified before use, no pickles.
+"""Write and read checkpoints. A crash at any moment leaves the previous ones intact.
 
-A checkpoint is a folder `checkpoint/<step>/` of safetensors files, `state.json` and, last, a
-`manifest.json` with the sha256 of each. It is written as `<step>.tmp`, every file and folder synced to
-disk, then renamed: a crash at any moment leaves the old checkpoints and at most a `.tmp` to sweep away.
-Only what the manifest lists is read. Other names in these folders are nobody's and left alone.
+A checkpoint is a folder `checkpoint/<step>/` of safetensors files, `state.json` and `manifest.json`, which is written
+last and has the sha256 of each file. The folder is written as `<step>.tmp`, every file and folder is synced to disk,
+then it is renamed. So a crash leaves at most a `.tmp` folder to delete. There are no pickles. Hashes are verified
+before use, and only files that the manifest lists are read. Files with other names are left alone.
 """
 
 import errno
@@ -25,24 +25,26 @@ from torch import Tensor
 from moe_bsr.config import ConfigError
 from moe_bsr.runtime import files
 
-KEPT = 2  # the newest checkpoints kept, beside the best one
+KEPT = 2  # number of newest checkpoints to keep, in addition to the best one
 STATE, MANIFEST = "state.json", "manifest.json"
 LISTED = re.compile(r"state\.json|\w+\.safetensors", re.ASCII)
 UNFINISHED = re.compile(r"(\d+)(\.before)?\.tmp", re.ASCII)
 
 
 class CheckpointError(RuntimeError):
-    """No usable checkpoint, or one that does not fit; the message names the file."""
+    """There is no usable checkpoint, or it does not fit the model. The message names the file."""
 
 
 def save(run: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
-    """Write `checkpoint/<step>/` and drop what is no longer kept.
+    """Write `checkpoint/<step>/` and delete checkpoints that are no longer needed.
 
     Args:
-        tensors: one safetensors file for each name.
-        state: goes to state.json; its "best_step" names a checkpoint to keep whatever its age.
+        tensors: by file name (without suffix) and tensor name. Each becomes one safetensors file.
+        state: content of state.json. Its "best_step" names a checkpoint to keep, whatever its age.
+    Returns:
+        The checkpoint's folder.
     Raises:
-        OSError: it could not be written; the message names the folder, the size and what helps.
+        OSError: the checkpoint could not be written. The message names the folder, the size and a remedy.
     """
 
     def write(temporary: Path, mode: int) -> dict[str, str]:
@@ -50,7 +52,7 @@ def save(run: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dic
         for name, group in tensors.items():
             file = temporary / f"{name}.safetensors"
             _save_tensors({k: v.detach().cpu().contiguous() for k, v in group.items()}, file)
-            file.chmod(mode)  # safetensors makes files that only their owner reads
+            file.chmod(mode)  # safetensors makes its files readable by their owner only
             files.sync(file)
             hashes[file.name] = sha256_of(file)
         return hashes
@@ -60,10 +62,12 @@ def save(run: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dic
 
 
 def save_state(run: Path, step: int, state: dict[str, Any]) -> Path:
-    """Give the checkpoint of this step another state; its tensors are still those of the run, and not copied.
+    """Replace the state of the checkpoint at this step. Its tensors stay and are hard-linked instead of copied.
 
+    Returns:
+        The checkpoint's folder.
     Raises:
-        OSError: as `save` does.
+        OSError: as `save`.
     """
     before = run / "checkpoint" / str(step)
 
@@ -96,7 +100,7 @@ def _replace(
         hashes = dict(sorted((hashes | {STATE: sha256_of(temporary / STATE)}).items()))
         files.write_new(temporary / MANIFEST, json.dumps({"step": step, "sha256": hashes}, indent=1))
         files.sync(temporary)
-        if files.kind(final):  # a resumed run comes by here again; until the next rename `recover` finds this one
+        if files.kind(final):  # a resumed run saves this step again. Between the renames, `recover` finds `temporary`.
             final.rename(before)
         temporary.rename(final)
         files.sync(folder)
@@ -109,31 +113,32 @@ def _replace(
 
 
 def _discard(temporary: Path) -> None:
-    """What was half-written, so that its room is free again."""
+    """Delete a partly written checkpoint to free its disk space."""
     if files.kind(temporary) == "a folder":
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _sweep(run: Path, before: Path) -> None:
-    """Delete what is no longer kept. What cannot be deleted is in nobody's way."""
+    """Delete checkpoints that are no longer needed. One that cannot be deleted does no harm."""
     folder = run / "checkpoint"
     newest = steps(run)[-KEPT:]
-    # A kept checkpoint's best one is kept too: a resume from the older of the two must still find it.
+    # Keep the best checkpoint of each kept one: a resume from the older of the two must still find its best.
     kept = set(newest) | {best_step(folder / str(step)) for step in newest}
     for old in [before, *(folder / str(step) for step in steps(run) if step not in kept)]:
         try:
             files.remove(old)
         except OSError as error:
-            warnings.warn(f"{old} could not be deleted ({error}); it is of no more use", stacklevel=4)
+            warnings.warn(f"{old} could not be deleted ({error}); it is no longer needed", stacklevel=4)
 
 
 def check_room(run: Path, sizes: dict[str, int], count: int) -> None:
-    """Refuse to begin where so many checkpoints cannot be written.
+    """Check that a run's checkpoints fit on the disk.
 
     Args:
-        sizes: bytes of each file of a checkpoint, by name.
+        sizes: bytes of each file of a checkpoint, by name without suffix.
+        count: number of checkpoints that are on the disk at the same time.
     Raises:
-        ConfigError: with the MB needed and those free.
+        ConfigError: they do not fit. The message has the MB needed and the MB free.
     """
     needed, free = count * sum(sizes.values()), shutil.disk_usage(run).free
     if needed > free:
@@ -144,18 +149,18 @@ def check_room(run: Path, sizes: dict[str, int], count: int) -> None:
     name, limit = max(sizes, key=lambda each: sizes[each]), resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if limit != resource.RLIM_INFINITY and sizes[name] > limit:
         raise ConfigError(
-            f"{run}: a checkpoint's {name}.safetensors needs {sizes[name] / 2**20:.1f} MB, and a file may have "
+            f"{run}: a checkpoint's {name}.safetensors needs {sizes[name] / 2**20:.1f} MB, and a file may have at most "
             f"{limit / 2**20:.1f} MB; raise the limit of a file's size (ulimit -f)"
         )
 
 
 def recover(run: Path) -> None:
-    """Finish a save that ended between its two renames. Only for whoever will write here next.
+    """Finish a save that was interrupted between its two renames. Call it only before training goes on in this folder.
 
     Raises:
-        CheckpointError: something else has the name of the folder of checkpoints.
+        CheckpointError: `checkpoint` is not a folder.
     """
-    for temporary in sorted(_unfinished(_folder(run)), key=lambda path: len(path.name)):  # the newer first
+    for temporary in sorted(_unfinished(_folder(run)), key=lambda path: len(path.name)):  # .tmp before .before.tmp
         final = temporary.with_name(temporary.name.split(".")[0])
         if files.kind(final) is None and damage(temporary) is None:
             temporary.rename(final)
@@ -166,13 +171,13 @@ def _unfinished(folder: Path) -> list[Path]:
 
 
 def best_step(folder: Path) -> int | None:
-    """The best step known when this checkpoint was written."""
+    """Return the best step so far at the time this checkpoint was written. None if there was none."""
     best = _peek(folder, "best_step")
     return best if type(best) is int else None
 
 
 def unreadable_images(run: Path, task: str) -> set[str]:
-    """The names of the images of a task that the run could not read so far, as its newest checkpoint has them."""
+    """Return the names of a task's images that the run could not read so far, from its newest checkpoint."""
     newest = steps(run)[-1:]
     met = _peek(run / "checkpoint" / str(newest[0]), "skipped") if newest else None
     splits = met.get(task) if isinstance(met, dict) else None
@@ -180,7 +185,7 @@ def unreadable_images(run: Path, task: str) -> set[str]:
 
 
 def _peek(folder: Path, key: str) -> Any:
-    """A value of a checkpoint's state, not verified; None if there is none."""
+    """Return a value of a checkpoint's state without verifying its hash. None if it cannot be read."""
     try:
         return json.loads(files.read_text(folder / STATE))[key]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -188,16 +193,16 @@ def _peek(folder: Path, key: str) -> Any:
 
 
 def steps(run: Path) -> list[int]:
-    """Steps of the checkpoints present, ascending.
+    """Return the steps of the existing checkpoints, ascending. None of them is verified.
 
     Raises:
-        CheckpointError: something else has the name of the folder of checkpoints.
+        CheckpointError: `checkpoint` is not a folder.
     """
     return [int(folder.name) for folder in _numbered(run) if files.kind(folder) == "a folder"]
 
 
 def _numbered(run: Path) -> list[Path]:
-    """Whatever is named as a checkpoint is, by ascending step."""
+    """Return all paths with the name of a checkpoint, by ascending step. They may be no folders."""
     found = [path for path in _folder(run).glob("*") if re.fullmatch(r"0|[1-9][0-9]{0,17}", path.name)]
     return sorted(found, key=lambda path: int(path.name))
 
@@ -212,7 +217,7 @@ def _folder(run: Path) -> Path:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """Return what is wrong with a checkpoint, or None. Compares the hash of every file."""
     try:
         files.require(folder, "a folder")
         hashes = _hashes(folder)
@@ -232,17 +237,17 @@ def damage(folder: Path) -> str | None:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """The manifest's hashes by file name.
+    """Return the manifest's hashes by file name.
 
     Raises:
-        ValueError: it is no manifest, or that of another step; the message names it. OSError: it cannot be read.
+        ValueError: it is no manifest, or that of another step. The message names it. OSError: it cannot be read.
     """
     file = folder / MANIFEST
     try:
         manifest = json.loads(files.read_text(file))
         step, hashes = manifest["step"], manifest["sha256"]
         if not isinstance(hashes, dict) or STATE not in hashes:
-            raise ValueError("no hashes of a checkpoint's files")
+            raise ValueError("it has no hashes of a checkpoint's files")
         if strange := [name for name in hashes if not LISTED.fullmatch(name)]:
             raise ValueError(f"it lists {strange[0]!a:.80}, which is no file of a checkpoint")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -253,28 +258,30 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def latest(run: Path, warn: Callable[[str], None] = warnings.warn) -> Path:
-    """The newest sound checkpoint; damaged ones are named through `warn` and passed over.
+    """Return the folder of the newest intact checkpoint. Damaged ones are reported through `warn` and skipped.
 
-    Its hashes have been compared: `read(folder, verified=True)` does not compare them again.
+    Its hashes have been compared, so it can be read by `read(folder, verified=True)`.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no intact checkpoint.
     """
     for folder in reversed(_numbered(run)):
         wrong = damage(folder)
         if wrong is None:
             return folder
-        warn(f"checkpoint refused: {wrong}; looking for one before it")
+        warn(f"checkpoint refused: {wrong}; looking for an earlier one")
     raise CheckpointError(f"no usable checkpoint in {run / 'checkpoint'}; begin in a new run folder")
 
 
 def read(folder: Path, verified: bool = False) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """All tensors by file name, and the state, of a checkpoint: of the files that its manifest lists.
+    """Read the files of a checkpoint that its manifest lists.
 
     Args:
-        verified: its hashes have just been compared (`latest` does); otherwise they are compared here.
+        verified: whether the hashes have just been compared, as by `latest`. If not, they are compared here.
+    Returns:
+        Tensors by file name (without suffix) and name, and the state.
     Raises:
-        CheckpointError: missing or damaged.
+        CheckpointError: a file is missing or damaged.
     """
     if not verified and (wrong := damage(folder)) is not None:
         raise CheckpointError(f"checkpoint refused: {wrong}")
@@ -292,7 +299,7 @@ def read(folder: Path, verified: bool = False) -> tuple[dict[str, dict[str, Tens
 
 
 def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """`save_file`, whose own error is none of the system's."""
+    """Call `save_file`, and turn its SafetensorError into the OSError that caused it."""
     try:
         save_file(tensors, file)
     except SafetensorError as error:
@@ -302,6 +309,6 @@ def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
 
 
 def sha256_of(file: Path) -> str:
-    """Of an ordinary file, in hexadecimal digits."""
+    """Return the SHA-256 of a regular file in hexadecimal digits."""
     with files.open_file(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]  # it is a FileIO

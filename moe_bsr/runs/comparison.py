@@ -1,4 +1,4 @@
-"""Finished runs side by side, from their reports."""
+"""Tables that compare finished runs, made from their reports."""
 
 from typing import Any
 
@@ -6,9 +6,13 @@ from moe_bsr.runtime.top_list import WORST, are_many, spread, worst_and_best
 
 
 def comparison(reports: dict[str, dict[str, Any]], intervals: bool) -> list[list[str]]:
-    """Rows of a table of runs: a header, chance, then one row per run.
+    """Return the rows of a table: a header, a row of chance accuracies, then one row per run.
 
-    Of many tasks, in place of a column each, their spread.
+    If there are many tasks, columns of statistics over all tasks replace the column of each task.
+
+    Args:
+        reports: by run.
+        intervals: whether to show 95 % confidence intervals.
     """
     names = list(dict.fromkeys(task for report in reports.values() for task in report["tasks"]))
     if are_many(names):
@@ -58,9 +62,9 @@ def _spreads(reports: dict[str, dict[str, Any]]) -> list[list[str]]:
 
 
 def most_changed(reports: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """Of many tasks, rows of those that the last run does worse than the first one, and of those it does better.
+    """Return rows of the tasks whose accuracy changed most from the first run to the last: worse ones, then better.
 
-    Empty for few tasks, one run, or runs without a task in common.
+    Empty unless there are at least two runs with many tasks in common.
     """
     runs = list(reports.values())
     top1 = [{name: task["top1"] for name, task in run["tasks"].items() if "top1" in task} for run in runs]
@@ -75,7 +79,7 @@ def most_changed(reports: dict[str, dict[str, Any]]) -> list[list[str]]:
 
 
 def expert_use(report: dict[str, Any]) -> str:
-    """Share of each expert among a task's choices in training, in percent, by block."""
+    """Return a text with each expert's share of a task's routing choices during training, in percent, by block."""
     lines = []
     for block, tasks in report.get("expert_use", {}).items():
         lines.append(f"\nblock {block}: share of each expert in % of the task's choices (training)")

@@ -1,6 +1,6 @@
-"""`config.yaml` of a run, read back: the configuration, and what it resolved to.
+"""Read a run's `config.yaml`: the configuration, and what it resolved to.
 
-Of a shared run (`shared_form.py`) it is `config.json`.
+A shared run (`shared_form.py`) has `config.json` in its place.
 """
 
 import dataclasses
@@ -15,25 +15,25 @@ from moe_bsr.config import Config, ConfigError
 from moe_bsr.runs import data_record, shared_form
 from moe_bsr.runtime.version import __version__
 
-# Sections that say how to train, and not what the model is or what it is fed.
+# Sections that say how to train. They change neither the model nor its inputs.
 TRAINING_SECTIONS = ("train", "sampler", "runtime")
 
-# In C, where it was built with PyYAML: ten times as fast on the hundreds of keys and class names of a run.
+# The loader in C if PyYAML has it: ten times as fast on a run's hundreds of keys and class names.
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
-# What a trained model is rebuilt from, and the last key written: without it the file was cut.
+# Keys needed to rebuild a trained model. "python" is the last key written: without it the file was truncated.
 RESOLVED = ("backbone_sha256", "tasks", "precision", "python")
 
 
 def read_config(run: Path, *, exact: bool = False) -> tuple[Config, dict[str, Any]]:
-    """The configuration of a run and what it resolved to.
+    """Return the configuration of a run, and what it resolved to.
 
-    Keys that another version wrote are left out with a warning where they say how to train, not what the model is.
+    Unknown keys of another version are ignored with a warning if they only say how to train. Others are refused.
 
     Args:
-        exact: refuse them all: for whoever goes on training.
+        exact: whether to refuse all unknown keys, as needed to resume training.
     Raises:
-        ConfigError: there is no config.yaml, it is cut or damaged, or another version's.
+        ConfigError: there is no config.yaml, it is cut or damaged, or of another version.
     """
     file = run / (shared_form.CONFIG if shared_form.is_shared(run) else "config.yaml")
     if not file.is_file():
@@ -41,7 +41,7 @@ def read_config(run: Path, *, exact: bool = False) -> tuple[Config, dict[str, An
     try:
         tree = shared_form.read(run)["run"] if file.name == shared_form.CONFIG else yaml.load(file.read_text(), _Loader)
         if not isinstance(tree, dict):
-            raise ConfigError("no keys and values")
+            raise ConfigError("it has no keys and values")
         resolved = tree.pop("resolved", None) or {}
         _drop_unknown(file, tree, resolved, exact)
         config = configuration.from_dict(tree)
@@ -52,17 +52,17 @@ def read_config(run: Path, *, exact: bool = False) -> tuple[Config, dict[str, An
     except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(
             f"{file}: cut or damaged: {' '.join(str(error).split())}; put a copy in its place, or "
-            "train again into another folder"
+            "train again in another folder"
         ) from error
     return config, resolved
 
 
 class OtherVersion(ConfigError):
-    """A run of another version of moe_bsr, which this one cannot use."""
+    """The run was written by another version of moe_bsr, and this version cannot use it."""
 
 
 def _drop_unknown(file: Path, tree: dict[str, Any], resolved: dict[str, Any], exact: bool) -> None:
-    """Take out of a run's configuration what this version does not know, or refuse it."""
+    """Remove keys unknown to this version from a run's configuration, or refuse them."""
     known = configuration.to_dict(Config())
     sections = {each.name for each in dataclasses.fields(Config) if dataclasses.is_dataclass(each.type)}
     unknown = [(key, None) for key in tree if key not in known] + [
@@ -78,21 +78,21 @@ def _drop_unknown(file: Path, tree: dict[str, Any], resolved: dict[str, Any], ex
             f"{section if key is None else f'{section}.{key}'}, which this one does not know"
         )
         if exact or section not in TRAINING_SECTIONS:
-            raise OtherVersion(f"{what}; use that version, or train again into another folder")
-        warnings.warn(f"{what} and leaves out", stacklevel=4)
+            raise OtherVersion(f"{what}; use that version, or train again in another folder")
+        warnings.warn(f"{what}; it is ignored", stacklevel=4)
         del tree[section][key]
 
 
 def _check_resolved(resolved: Any, config: Config) -> None:
-    """Raise ConfigError where a trained model could not be rebuilt from it."""
+    """Raise ConfigError if a trained model cannot be rebuilt from `resolved`."""
     if lacking := [key for key in RESOLVED if key not in resolved]:
-        raise ConfigError(f"no key resolved.{lacking[0]}")
+        raise ConfigError(f"it has no key resolved.{lacking[0]}")
     tasks = resolved["tasks"]
     if not isinstance(tasks, dict) or set(tasks) != set(config.task_names()):
         raise ConfigError(f"resolved.tasks does not describe the tasks {', '.join(config.task_names())}")
     for name, about in tasks.items():
         classes = about.get("classes") if isinstance(about, dict) else None
         if not isinstance(classes, list) or len(classes) < 2 or not all(isinstance(each, str) for each in classes):
-            raise ConfigError(f"resolved.tasks.{name}.classes is no list of names")
+            raise ConfigError(f"resolved.tasks.{name}.classes is not a list of names")
         if wrong := data_record.problem(about):
             raise ConfigError(f"resolved.tasks.{name}.{wrong}")

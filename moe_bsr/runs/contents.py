@@ -1,7 +1,7 @@
-"""Whether what a checkpoint holds can be this run's: types, names, shapes and finite numbers.
+"""Check that a checkpoint's content fits the run: types, names, shapes and finite numbers.
 
-Its hashes tell that nothing was changed by accident. They cannot tell that it was written for this model, and
-whoever changes a file on purpose changes its hash too.
+The hashes only detect accidental changes. They do not show that the checkpoint was written for this model, and
+somebody who changes a file on purpose can change its hash too.
 """
 
 import itertools
@@ -34,7 +34,7 @@ def _or_null(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def _is_length(value: Any) -> bool:
-    """Of `training.length`: planned steps, for how many minutes, and what was planned before."""
+    """Check the state of `training.length`: planned steps, the minutes they stand for, and earlier plans."""
     if not isinstance(value, dict) or value.keys() != {"steps", "minutes", "earlier"}:
         return False
     minutes, earlier = value["minutes"], value["earlier"]
@@ -68,13 +68,13 @@ SCORED = ("top1", "top1_low", "top1_high", "top5", "mean_class_accuracy", "ece",
 
 
 def check_state(folder: Path, state: Any, tasks: list[str]) -> None:
-    """The state of a checkpoint is one that a trainer of these tasks wrote at this folder's step.
+    """Check that a trainer of these tasks can have written this state at the step of this folder.
 
     Raises:
-        CheckpointError: naming the file and the key.
+        CheckpointError: it cannot. The message names the file and the key.
     """
     if not isinstance(state, dict):
-        raise CheckpointError(f"checkpoint refused: {folder / STATE} holds no keys and values")
+        raise CheckpointError(f"checkpoint refused: {folder / STATE} has no keys and values")
     wrong = [key for key, check in STATE_KEYS.items() if key not in state or not check(state[key])]
     if not wrong and str(state["step"]) != folder.name:
         wrong = ["step"]
@@ -95,18 +95,21 @@ def _are_scores(scores: dict[str, dict[str, Any]], tasks: list[str]) -> bool:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Its parameters, which know whether they train, and its buffers."""
+    """Return the model's parameters (with their requires_grad) and buffers, by name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def check_tensors(
     file: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor], exact_types: bool = False
 ) -> None:
-    """Each tensor has the shape and type of the one of its name in `like`, and finite numbers.
+    """Check that each tensor has the shape and dtype of the tensor of its name in `like`, and finite numbers.
 
-    Unless `exact_types`, frozen parameters may have another floating-point type, for they are kept in the one they are
-    computed in. Names that are not in `like` are not looked at.
+    Names that are not in `like` are not checked.
 
+    Args:
+        file: named in errors.
+        exact_types: whether the dtypes must be equal. If not, frozen parameters may be float32 or bfloat16, because
+            they are stored in the dtype they are computed in.
     Raises:
         CheckpointError: naming the file and the tensor.
     """
@@ -126,8 +129,10 @@ def check_tensors(
 
 
 def check_average(folder: Path, average: Mapping[str, Tensor] | None, model: nn.Module, expected: bool) -> None:
-    """There is a moving average of the trained parameters exactly if the configuration asks for one.
+    """Check that there is a moving average of the trained parameters if and only if one is expected.
 
+    Args:
+        expected: whether the configuration asks for one (train.ema_decay).
     Raises:
         CheckpointError: naming the file.
     """
@@ -143,10 +148,12 @@ def check_average(folder: Path, average: Mapping[str, Tensor] | None, model: nn.
 
 
 def check_moments(file: Path, moments: Mapping[str, Tensor], like: Mapping[str, Tensor], count: int) -> None:
-    """The optimizer's state is whole: for each parameter that has any, all of its tensors, in their shapes.
+    """Check that the optimizer's state is complete: each parameter that has any state has all of its tensors.
 
     Args:
-        moments: by parameter and name: heads.pets.weight/exp_avg. like: all that there can be. count: that were saved.
+        moments: by parameter and name, such as heads.pets.weight/exp_avg.
+        like: all tensors that there can be, with their shapes and dtypes.
+        count: number of tensors that were saved.
     Raises:
         CheckpointError: naming the file.
     """

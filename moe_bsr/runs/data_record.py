@@ -1,8 +1,8 @@
-"""Which images a run means: written down when it begins, compared whenever it goes on or is evaluated.
+"""Record a run's images when it begins, and compare them with the data on each resume and evaluation.
 
-`config.yaml` holds each task's specification, its classes and a hash of each split; `images/<task>.json.gz` lists the
-images themselves - name, bytes, label and, of up to 1,000 in a split, a checksum - so that a change can be named. The
-list is also what is followed: an image that has come since then is none of the run's, and none changes its split.
+`config.yaml` has each task's specification, its classes and a hash of each split. `images/<task>.json.gz` lists the
+images: name, bytes, label and, for up to 1,000 images of a split, a checksum. So a change can be named. The list also
+fixes the splits: the run ignores images that were added later, and no image moves to another split.
 """
 
 import dataclasses
@@ -26,17 +26,19 @@ from moe_bsr.runtime.files import write_whole
 
 SPLITS = ("train", "val", "test")
 SHOWN = 3  # names in a message
-READ = 1000  # images of a split whose contents are compared; of the others, their sizes
+READ = 1000  # at most so many images of a split are compared by checksum, the others by size
 
 
 @dataclass(slots=True)
 class Changes:
-    """How a split differs from what a run began with, by the names of its images.
+    """Differences between a split as the run began with it and as it is now, by image name.
 
     Attributes:
-        gone, altered, added: no longer there; there with other contents or another label; there now, and not then.
-        replaced: those that the run could not read, and that are there with other contents now.
-        other: what differs where images have no names, or the run's list of them is lost.
+        gone: images that no longer exist.
+        altered: images with other contents or another label.
+        added: images that are new.
+        replaced: images that the run could not read and that have other contents now.
+        other: difference in words, if the images have no names or the run's list of them is lost.
     """
 
     gone: list[str] = field(default_factory=list)
@@ -50,7 +52,7 @@ class Changes:
 
     @property
     def lost(self) -> bool:
-        """Whether what the run began with is no longer there as it was."""
+        """Whether an image that the run began with is missing or altered."""
         return bool(self.gone or self.altered or self.other)
 
     def __str__(self) -> str:
@@ -68,7 +70,7 @@ class Changes:
 
 
 def write(run: Path, data: TaskData) -> dict[str, Any]:
-    """List the images of each split, where they have names; returns what `config.yaml` says of the task."""
+    """Write the list of a task's images, if they have names, and return the task's entry of `config.yaml`."""
     listed = {name: _listed(split) for name, split in _splits(data).items()}
     if all(split["names"] is not None for split in listed.values()):
         file = list_of(run, data.name)
@@ -84,9 +86,9 @@ def write(run: Path, data: TaskData) -> dict[str, Any]:
 
 
 def problem(about: dict[str, Any]) -> str | None:
-    """What is wrong with the form of what `write` returned, read from a file, or None."""
+    """Check the form of a task's entry that `write` made, read from a file. Return what is wrong with it, or None."""
     if "splits" not in about:
-        return None  # an older version's
+        return None  # written by an older version
     splits = about["splits"]
     for name in SPLITS:
         split = splits.get(name) if isinstance(splits, dict) else None
@@ -96,14 +98,14 @@ def problem(about: dict[str, Any]) -> str | None:
 
 
 def recorded_spec(task: str, about: dict[str, Any]) -> TaskSpec | None:
-    """The task as the run began with it, of what `write` returned; None for a run of an older version."""
+    """Return a task's specification from its entry that `write` made. None for a run of an older version."""
     return spec_from(task, about["spec"]) if "spec" in about else None
 
 
 def check_spec(run: Path, spec: TaskSpec, about: dict[str, Any]) -> None:
-    """Raise ConfigError if a task's file now says other things that matter than when the run began.
+    """Raise ConfigError if a task's file has changed since the run began.
 
-    Where the images lie does not matter: they are compared themselves.
+    Keys that tell where the images are may change (`may_change`), since the images themselves are compared.
     """
     then, now = about.get("spec", {}), _keys(spec)
     for key in sorted(now.keys() - set(spec.may_change)):
@@ -115,11 +117,18 @@ def check_spec(run: Path, spec: TaskSpec, about: dict[str, Any]) -> None:
 
 
 def follow(run: Path, data: TaskData, about: dict[str, Any]) -> tuple[TaskData, dict[str, Changes]]:
-    """The splits as the run began with them, out of the data as they are now, and what has changed, by split.
+    """Restore the splits that the run began with from the data as they are now.
 
-    The training and validation images are the recorded ones in the recorded order: positions stay the same, and new
-    images are left out. An image that is gone keeps its position (`Split.place` refuses it). A test split of the
-    data's own is taken as it is now.
+    Training and validation images are the recorded ones in the recorded order: positions stay the same, and new images
+    are left out. A missing image keeps its position (`Split.place` refuses it). A test split with a source of its own
+    is taken as it is now.
+
+    Args:
+        about: the task's entry that `write` made.
+    Returns:
+        The data with these splits, and the changes by split.
+    Raises:
+        ConfigError: the data have other classes than the run was trained on.
     """
     if list(data.class_names) != about["classes"]:
         then, now = set(about["classes"]), set(data.class_names)
@@ -129,7 +138,7 @@ def follow(run: Path, data: TaskData, about: dict[str, Any]) -> tuple[TaskData, 
             f"{what or 'in another order'} ({data.origin})"
         )
     if "splits" not in about:
-        unknown = Changes(other="of a run of an older version, which did not record its images")
+        unknown = Changes(other="unknown, since the run's older version did not record its images")
         return data, dict.fromkeys(SPLITS, unknown)
     current = {name: _listed(split) for name, split in _splits(data).items()}
     moved = [name for name in SPLITS if _sha256(current[name]) != about["splits"][name]["sha256"]]
@@ -158,7 +167,7 @@ def follow(run: Path, data: TaskData, about: dict[str, Any]) -> tuple[TaskData, 
 
 
 def _followed(split: Split, then: dict[str, Any]) -> tuple[Split, Changes]:
-    """The recorded images of a split, found again in its source."""
+    """Find the recorded images of a split in its source. Return the restored split and what has changed."""
     source = split.source
     assert source.names is not None and source.sizes is not None
     place = {image: i for i, image in enumerate(source.names)}
@@ -182,7 +191,7 @@ def _splits(data: TaskData) -> dict[str, Split]:
 
 
 def _listed(split: Split) -> dict[str, Any]:
-    """The images of a split: names (or None), bytes (or None), checksums (where read) and labels, in its order."""
+    """List the images of a split in its order: names (or None), bytes (or None), checksums (or None) and labels."""
     source, index = split.source, split.index
     every = -(-len(index) // READ)
     read = [i for i in index.tolist() if image_key(source, i) % every == 0]
@@ -197,7 +206,7 @@ def _listed(split: Split) -> dict[str, Any]:
 
 
 def _checksum(source: ImageSource, index: int) -> int | None:
-    """Of an image's file; None where there is none, or it cannot be read."""
+    """Return the CRC-32 of an image's file, or None if there is no file or it cannot be read."""
     try:
         encoded = source.encoded(index) if hasattr(source, "encoded") else None
     except OSError:
@@ -214,12 +223,12 @@ def _keys(spec: TaskSpec) -> dict[str, Any]:
 
 
 def list_of(run: Path, task: str) -> Path:
-    """The file that lists a task's images."""
+    """Return the path of the file that lists a task's images."""
     return run / "images" / f"{task}.json.gz"
 
 
 def _read_images(run: Path, task: str, about: dict[str, Any]) -> dict[str, Any] | None:
-    """The list that `write` wrote; None where there is none, or it is not the one that was recorded."""
+    """Return the list that `write` wrote. None if it is missing or does not match the recorded hashes."""
     try:
         listed = json.loads(gzip.decompress(files.read_bytes(list_of(run, task))))
         sound = all(_sha256(listed[name]) == about["splits"][name]["sha256"] for name in SPLITS)

@@ -1,7 +1,7 @@
-"""What is left of a run when its training is over: the best weights, for all of its tasks or some, and how to use them.
+"""A finished run: the best weights for all or some of its tasks, and the configuration needed to use them.
 
-`share.py` gives it to others, `write_run` makes a run folder of it. Nothing that only training needs is in it, so
-nobody resumes it; another run can start from it (`train.init_from`).
+`share.py` makes a shared run of it, `write_run` a run folder. It has nothing that only training needs, so training
+cannot be resumed from it. Another run can start from it (`train.init_from`).
 """
 
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from moe_bsr.runs.config_file import read_config
 from moe_bsr.runs.load import read_named
 from moe_bsr.runtime import files
 
-# The state of a checkpoint that no training goes on from.
+# State of a checkpoint from which training is never resumed.
 NO_STATE: dict[str, Any] = {
     "pending_evaluation": False,
     "seconds": 0.0,
@@ -37,12 +37,14 @@ NO_STATE: dict[str, Any] = {
 
 @dataclass(slots=True)
 class Finished:
-    """A run as it is used.
+    """A finished run, ready to be used.
 
     Attributes:
-        config: without what only its training needed. resolved: what it led to.
-        weights: what training changed, by name; an average is in them. step: of the weights.
-        report: of the run, if it has one.
+        config: the run's configuration without settings that only its training needed.
+        resolved: `resolved` of its config.yaml.
+        weights: tensors that training changed, by name. A moving average has replaced the live weights.
+        step: step of the weights.
+        report: the run's report, if it has one.
     """
 
     config: Config
@@ -57,25 +59,26 @@ class Finished:
 
 
 def read_finished(run: Path, without: list[str] | None = None) -> Finished:
-    """The best weights of a run, of all tasks but those `without`.
+    """Read the best weights of a run.
 
     Args:
         run: a folder, or a zip file of a shared run.
+        without: tasks to leave out.
     Raises:
-        ConfigError: no run, one with a model for each task, an unknown task or no task left.
-        CheckpointError: missing or damaged weights.
+        ConfigError: this is no run, it has one model per task, a task is unknown, or no task is left.
+        CheckpointError: the weights are missing or damaged.
     """
     with archive.opened(run) as folder:
         config, resolved = read_config(folder)
         if config.mode == "single_task":
             names = config.task_names()
-            raise ConfigError(f"{run} has a model for each task: name one of them, such as {run / names[0]}")
+            raise ConfigError(f"{run} has one model per task: name one of them, such as {run / names[0]}")
         before, without = config.task_names(), without or []
         after = [task for task in before if task not in without]
         if unknown := [task for task in without if task not in before]:
             raise ConfigError(f"no task {unknown[0]!r} in {run}: it has {', '.join(before)}")
         if not after:
-            raise ConfigError(f"{', '.join(before)}: all tasks of {run}; a run has at least one")
+            raise ConfigError(f"{', '.join(before)} are all tasks of {run}: at least one must be left")
         saved = read_named(folder, "best", config)
         told = report.read(folder)
     return Finished(
@@ -88,11 +91,11 @@ def read_finished(run: Path, without: list[str] | None = None) -> Finished:
 
 
 def write_run(finished: Finished, source: Path, run: Path) -> None:
-    """A run folder of it: for whatever reads a run.
+    """Write a finished run as a run folder. The folder appears when it is complete, or not at all.
 
     Args:
-        source: the run that it was read from.
-        run: where nothing is yet; it appears whole or not at all.
+        source: the run that `finished` was read from.
+        run: the new folder, which must not exist yet.
     """
     config = finished.config
     tree = configuration.to_dict(config) | {"resolved": finished.resolved}
@@ -108,10 +111,10 @@ def write_run(finished: Finished, source: Path, run: Path) -> None:
 
 
 class appearing:
-    """A folder that is filled under another name, and has its own once the block ends without an error.
+    """Context in which a folder is filled under a temporary name. It is renamed if no error occurs, else deleted.
 
     Raises:
-        ConfigError: there is something of that name already.
+        ConfigError: a file or folder of that name exists already.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -119,7 +122,7 @@ class appearing:
 
     def __enter__(self) -> Path:
         if files.kind(self.folder) is not None:
-            raise ConfigError(f"{self.folder} is there already; remove it, or name another place")
+            raise ConfigError(f"{self.folder} exists already; remove it, or name another place")
         files.remove(self.temporary)
         self.temporary.mkdir(parents=True)
         return self.temporary
@@ -132,9 +135,12 @@ class appearing:
 
 
 def _finished_config(config: Config, tasks: list[str]) -> Config:
-    """The configuration of a model that is used: an average is in its weights, and nothing says what else trained."""
+    """Return the configuration for these tasks, with training settings that no longer apply reset to defaults.
+
+    The moving average is already in the weights. All tasks count as trained, whatever `train.only` said.
+    """
     train, files_of = config.train, config.task_files()
-    solved = config.plan.train_blocks == [] and config.adapter is None
+    solved = config.plan.train_blocks == [] and config.adapter is None  # otherwise lbfgs is valid only with train.only
     return replace(
         config,
         tasks=[files_of[task] for task in tasks],
@@ -150,7 +156,7 @@ def _finished_config(config: Config, tasks: list[str]) -> Config:
 
 
 def _of_tasks(weights: dict[str, Tensor], before: list[str], after: list[str]) -> dict[str, Tensor]:
-    """The weights without what belongs to tasks that are gone: heads, routers, and rows or columns of a task."""
+    """Remove the parts of tasks that are left out: heads, routers, and their rows or columns in shared tensors."""
     rows = torch.tensor([before.index(task) for task in after])
     gone = [task for task in before if task not in after]
     kept = {}
@@ -166,7 +172,7 @@ def _of_tasks(weights: dict[str, Tensor], before: list[str], after: list[str]) -
 
 
 def _report_of(told: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
-    """The report, of these tasks alone."""
+    """Return the report restricted to these tasks."""
     entries = {task: about for task, about in told["tasks"].items() if task in tasks}
     scores = [about.get("top1") for about in entries.values()]
     use = {block: {t: v for t, v in of.items() if t in tasks} for block, of in told.get("expert_use", {}).items()}

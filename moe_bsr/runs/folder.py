@@ -1,8 +1,8 @@
-"""The run folder: what a run writes down about itself, and what it checks before it goes on.
+"""Write a run folder's `config.yaml`, and check that a run can be resumed in its folder.
 
-`config.yaml` holds the configuration and, under `resolved`, everything it led to: precision, threads,
-image settings, the tasks and their images, the hash of the backbone's weights, versions. `config_file.py` reads it,
-`load.py` makes a model of it again, `data_record.py` finds its images again.
+`config.yaml` has the configuration and, under `resolved`, everything it resolved to: precision, threads, image
+settings, the tasks and their images, the hash of the backbone's weights, versions. `config_file.py` reads it, `load.py`
+rebuilds the model from it, and `data_record.py` finds its images again.
 """
 
 import datetime
@@ -31,10 +31,10 @@ from moe_bsr.runtime.provenance import commit, environment
 from moe_bsr.runtime.top_list import are_many, condensed
 from moe_bsr.runtime.version import __version__
 
-# Settings of the data that are the transforms' own, under the same name.
+# Keys of config.data that are passed to ImageTransforms under the same name.
 TRANSFORM_KEYS = ("resize", "augment", "views", "crop_scale", "unreadable", *AUGMENT_KEYS)
 
-# What may differ between a run and its resumption without changing what is computed.
+# Keys that may change on resume, because they do not change what is computed.
 RESUMABLE_KEYS = (
     "runtime",
     "data.root",
@@ -49,22 +49,28 @@ RESUMABLE_KEYS = (
     *("train.pictures", "train.log_to", "backbone.weights"),
 )
 
+# Keys of config.data that are passed to load_task.
 DIVISION_KEYS = ("download", "val_fraction", "val_images", "train_images", "split_seed")
 LENGTH_KEYS = tuple(f"train.{key}" for key in LENGTHS)
 
 
 def open_task(config: Config, task: str | TaskSpec, root: str | None = None) -> TaskData:
-    """The dataset of a task, or of its file, as the run divides it; `root` takes the place of data.root."""
+    """Open the dataset of a task and split it as the configuration says.
+
+    Args:
+        task: a task file or a specification.
+        root: folder of the datasets, by default data.root.
+    """
     chosen = {key: getattr(config.data, key) for key in DIVISION_KEYS}
     spec = load_spec(task) if isinstance(task, str) else task
     return load_task(spec, root=Path(root or config.data.root).expanduser(), **chosen)
 
 
 def make_transforms(config: Config, model: MultitaskViT, processes: int = 1) -> ImageTransforms:
-    """How images become inputs of this model: the backbone's own settings and the configuration's.
+    """Make the transforms from images to inputs of this model, by the backbone's settings and the configuration.
 
     Args:
-        processes: that share this machine's memory.
+        processes: number of processes on this machine. They divide data.image_cache_mb among themselves.
     """
     settings = family_of(config.backbone).image_settings(config.backbone, model.vit)
     return ImageTransforms(
@@ -85,10 +91,10 @@ def write_config(
     tasks: dict[str, TaskData],
     resumed: bool = False,
 ) -> None:
-    """Write `config.yaml`: what was asked for, and everything it led to.
+    """Write `config.yaml`: the configuration, and everything it resolved to.
 
     Args:
-        resumed: whether the run goes on from a checkpoint: what was recorded when it began stays.
+        resumed: whether the run resumes from a checkpoint. The record of its tasks and warm start then stays as it is.
     """
     before = _recorded(run) if resumed else {}
     about, init_from = before.get("tasks", {}), before.get("init_from", model.init_from)
@@ -119,13 +125,13 @@ def write_config(
 
 
 def open_tasks(config: Config, run: Path, resume: bool = False) -> tuple[dict[str, TaskData], list[str]]:
-    """The datasets of the tasks that train, by task; to resume a run, with the splits that it began with.
+    """Open the datasets of the tasks that train. A resumed run gets the splits that it began with.
 
     Returns:
-        The datasets, and what a person should know about them, a line each.
+        The datasets by task, and notes about them for the user, one line each.
     Raises:
-        ConfigError: training or validation images of the run are no longer there as they were (with data.unreadable:
-            skip they may be gone), or a task file now says other things.
+        ConfigError: training or validation images of the run are missing or have changed (with data.unreadable=skip
+            they may be missing), or a task file has changed.
     """
     recorded = _recorded(run) if resume else {}
     root, files_of, trained = _data_root(config, recorded), config.task_files(), config.trained_tasks()
@@ -154,7 +160,7 @@ def open_tasks(config: Config, run: Path, resume: bool = False) -> tuple[dict[st
 
 
 def _spec(name: str, file: str, before: dict[str, dict[str, Any]]) -> TaskSpec:
-    """A task's specification; where its file is not found, as from another directory, the one that the run recorded."""
+    """Return a task's specification: from its file, or if the file is not found the one that the run recorded."""
     try:
         return load_spec(file)
     except FileNotFoundError:
@@ -164,7 +170,10 @@ def _spec(name: str, file: str, before: dict[str, dict[str, Any]]) -> TaskSpec:
 
 
 def _data_root(config: Config, recorded: dict[str, Any]) -> str:
-    """Where the data lie: data.root; if that is still what the run recorded, where it was then, if it is there."""
+    """Return the folder of the datasets: data.root.
+
+    If data.root is the one the run recorded and its absolute path of that time still exists, that path is returned.
+    """
     same = recorded.get("data.root") == config.data.root and os.path.isdir(recorded.get("data_root", ""))
     return recorded["data_root"] if same else config.data.root
 
@@ -177,7 +186,10 @@ def _recorded(run: Path) -> dict[str, Any]:
 
 
 def config_diff(old: Config, new: Config) -> list[str]:
-    """Dotted keys in which two configurations differ, those free to change on resume left out: a length may grow."""
+    """Describe each difference between two configurations by its dotted key, as "train.lr was 0.1, now 0.2".
+
+    Keys that may change on resume are left out, and so is a length that has grown.
+    """
 
     def walk(a: Any, b: Any, key: str) -> list[str]:
         grows = key in LENGTH_KEYS and None not in (a, b) and b > a
@@ -185,7 +197,7 @@ def config_diff(old: Config, new: Config) -> list[str]:
             return []
         if isinstance(a, dict) and isinstance(b, dict):
             return [d for k in a.keys() | b.keys() for d in walk(a.get(k), b.get(k), f"{key}.{k}".lstrip("."))]
-        if key == "tasks" and are_many([*a, *b]) and set(a) != set(b):  # all of them would hide the one that differs
+        if key == "tasks" and are_many([*a, *b]) and set(a) != set(b):  # show only those that differ
             a, b = [each for each in a if each not in b], [each for each in b if each not in a]
             return [f"tasks: {', '.join(b) or 'none'} added, {', '.join(a) or 'none'} gone since (add-task adds one)"]
         return [f"{key} was {a!r}, now {b!r}"]
@@ -194,9 +206,13 @@ def config_diff(old: Config, new: Config) -> list[str]:
 
 
 def check_folder(config: Config, folder: Path, resume: bool) -> None:
-    """Raise ConfigError if the folder holds another run, or without `resume` any, or is none."""
+    """Raise ConfigError unless a run can begin, or with `resume` can be resumed, in this folder.
+
+    Refused are a path that is no folder, a folder with a run if `resume` is False, and one with a run of another
+    configuration.
+    """
     if os.path.lexists(folder) and not folder.is_dir():
-        raise ConfigError(f"{folder} is no folder; name a folder for the run")
+        raise ConfigError(f"{folder} is not a folder; name a folder for the run")
     names = config.task_names() if config.mode == "single_task" else []
     ordinary.check(folder, names)
     parts = [folder / name for name in names]
@@ -212,20 +228,23 @@ def check_folder(config: Config, folder: Path, resume: bool) -> None:
 
 
 def restore_weights(model: MultitaskViT, weights: dict[str, torch.Tensor], backbone_sha256: str, folder: Path) -> None:
-    """Load what training changed over the backbone it was trained from.
+    """Load the weights that training changed into a model that has the run's backbone.
 
+    Args:
+        backbone_sha256: hash of the backbone that the run was trained from.
+        folder: named in errors.
     Raises:
-        CheckpointError: another backbone than the run's, or other parameters than the model's.
+        CheckpointError: the model has another backbone than the run, or other parameters.
     """
     reference = model.unchanged_backbone_names()
     if reference - weights.keys() and model.backbone_sha256 != backbone_sha256:
         raise checkpoint.CheckpointError(
-            f"{folder} holds only what training changed, over a backbone with sha256 "
+            f"{folder} holds only the weights that training changed, and needs the backbone with sha256 "
             f"{backbone_sha256[:12]}...; the weights now given have {model.backbone_sha256[:12]}...; name the file "
             "the run was trained from: backbone.weights=FILE to resume, weights=FILE to load"
         )
     check_names(model, weights, folder)
-    if model.backbone_sha256 == backbone_sha256:  # frozen parameters that a warm start changed are saved ever after
+    if model.backbone_sha256 == backbone_sha256:  # frozen parameters that a warm start changed must be saved again
         state = model.state_dict()
         model.replaced |= {
             k for k in reference & weights.keys() if not torch.equal(state[k].to(weights[k]), weights[k])
@@ -234,7 +253,7 @@ def restore_weights(model: MultitaskViT, weights: dict[str, torch.Tensor], backb
 
 
 def check_names(model: MultitaskViT, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Raise CheckpointError if these are not the names of what training changed in such a model."""
+    """Raise CheckpointError if a parameter that training changes is missing, or a name is not in the model."""
     expected, reference = model.state_dict().keys(), model.unchanged_backbone_names()
     problems = [f"missing {k}" for k in expected - weights.keys() - reference]
     problems += [f"unexpected {k}" for k in weights.keys() - expected]
@@ -243,13 +262,15 @@ def check_names(model: MultitaskViT, weights: dict[str, torch.Tensor], folder: P
 
 
 def count_test_evaluation(run: Path, tasks: Iterable[str] = ()) -> int:
-    """Note one more evaluation on test data and return how many there were; the report keeps the count.
+    """Count one more evaluation on the test split and return the total. The report has the count too.
 
-    Counting comes before evaluating: one that fails half-way has seen test data too.
+    Call it before the evaluation, since one that fails half-way has seen test data too.
 
     Args:
-        tasks: what is evaluated, by default all. In an STL run each of these is counted in its own run, and the
-            whole run counts as often as the one evaluated most.
+        tasks: tasks to be evaluated, by default all. In a run with one model per task, each is counted in its own
+            folder, and the whole run has the largest of these counts.
+    Raises:
+        ConfigError: the run is a zip file.
     """
     if files.kind(run) == "a file":
         unpack = f"python -m zipfile -e {run} {run.stem}"
@@ -270,6 +291,6 @@ def count_test_evaluation(run: Path, tasks: Iterable[str] = ()) -> int:
 
 
 def test_evaluations(run: Path) -> int:
-    """How often the test split of a complete run was evaluated."""
+    """Return how often the test split of a run was evaluated."""
     log = run / "test_evaluations.log"
     return len(files.read_bytes(log).splitlines()) if files.kind(log) else 0

@@ -1,7 +1,7 @@
-"""Tasks that a run takes over from another as they are (`train.only`): their records, lists of images and scores.
+"""Copy the tasks that a run keeps unchanged from another run (`train.only`): records, lists of images and scores.
 
-The run that they were trained in may be gone by the time this one is resumed or loaded, so all of it is copied when
-this one begins: records into `config.yaml`, the report into `source_report.json`.
+All of it is copied when the new run begins, because the source run may be gone when the new one is resumed or loaded:
+the records into `config.yaml`, the report into `source_report.json`.
 """
 
 import json
@@ -14,17 +14,17 @@ from moe_bsr.runs.config_file import read_config
 from moe_bsr.runtime import files
 
 SOURCE_REPORT = "source_report.json"
-COUNTS = {"images": 0, "epochs": 0.0, "updates": 0}  # of a task, where no report tells them
+COUNTS = {"images": 0, "epochs": 0.0, "updates": 0}  # a task's counts if there is no report
 SCORES = ("top1", "top1_low", "top1_high", "top5", "mean_class_accuracy", "ece", "chance", "loss", "n", "confusions")
 
 
 def records(config: Config, run: Path, resume: bool = False) -> dict[str, dict[str, Any]]:
-    """What the run they come from recorded of the tasks that are kept, by task; without `train.only` there are none.
+    """Return the source run's records of the kept tasks, by task. Empty without `train.only`.
 
     Args:
-        run: this run's folder, which has the records if it goes on from a checkpoint.
+        run: this run's folder. If it is resumed from a checkpoint, it has the records itself.
     Raises:
-        ConfigError: no such run, or it has not all of these tasks.
+        ConfigError: there is no such source run, or it lacks one of these tasks.
     """
     kept = _kept(config)
     if not kept:
@@ -36,20 +36,20 @@ def records(config: Config, run: Path, resume: bool = False) -> dict[str, dict[s
         before, resolved = read_config(source)
     if before.mode == "single_task":
         raise ConfigError(
-            f"train.init_from = {config.train.init_from!r}: it has a model of its own for each task, so another task "
-            "is another run: mode=single_task with the new task alone"
+            f"train.init_from = {config.train.init_from!r}: it has one model per task, so a new task "
+            "is a new run: mode=single_task with the new task alone"
         )
     if missing := [name for name in kept if name not in resolved["tasks"]]:
         raise ConfigError(
-            f"train.only = {config.train.only}: {', '.join(missing)} would be kept as it is in "
-            f"{config.train.init_from}, which has {', '.join(resolved['tasks'])}; train it too, or leave it out"
+            f"train.only = {config.train.only}: {', '.join(missing)} would be kept as in {config.train.init_from}, "
+            f"which has only {', '.join(resolved['tasks'])}; train it too, or leave it out"
         )
     root = {"data_root": resolved["data_root"]} if "data_root" in resolved else {}
     return {name: root | resolved["tasks"][name] for name in kept}
 
 
 def take_over(config: Config, run: Path) -> dict[str, dict[str, Any]]:
-    """Copy what this run keeps of the other one into its folder; returns `records`."""
+    """Copy the kept tasks' lists of images and report into this run's folder. Return `records`."""
     about = records(config, run)
     if about:
         with archive.opened(_source(config)) as source:
@@ -61,7 +61,7 @@ def take_over(config: Config, run: Path) -> dict[str, dict[str, Any]]:
 
 
 def copy_lists(source: Path, run: Path, tasks: list[str]) -> None:
-    """Copy the lists of the images of these tasks, where the other run has them."""
+    """Copy the lists of images of these tasks, as far as the source run has them."""
     for task in tasks:
         file = data_record.list_of(source, task)
         if files.kind(file) == "a file":
@@ -70,10 +70,10 @@ def copy_lists(source: Path, run: Path, tasks: list[str]) -> None:
 
 
 def entries(config: Config, run: Path, split: str) -> dict[str, dict[str, Any]]:
-    """What the report of this run says of the tasks that are kept: what the other run's said.
+    """Return the kept tasks' entries for this run's report, taken from the source run's report.
 
     Args:
-        split: that this report is of; scores of another one are left out.
+        split: split that this report is about. Scores on another split are left out.
     """
     try:
         report = json.loads(files.read_text(run / SOURCE_REPORT))
@@ -93,5 +93,5 @@ def _kept(config: Config) -> list[str]:
 
 
 def _source(config: Config) -> Path:
-    assert config.train.init_from is not None  # Config refuses train.only without it
+    assert config.train.init_from is not None  # Config requires it if train.only is set
     return Path(config.train.init_from).expanduser()

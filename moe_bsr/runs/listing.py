@@ -1,4 +1,4 @@
-"""The tasks of a run, as its files tell of them: nothing of the model or the images is opened."""
+"""List the tasks of a run from its configuration and report. Neither the model nor the images are opened."""
 
 import hashlib
 from pathlib import Path
@@ -9,13 +9,14 @@ from moe_bsr.runs.config_file import read_config
 
 
 def tasks_of(run: Path) -> list[dict[str, Any]]:
-    """Of each task: name, title, classes, when it was added, its images and how well it does.
+    """Describe each task of a run.
 
     Returns:
-        `added` is a time in UTC, `images` the number in each split, `data_sha256` of all the splits' names, sizes and
-        labels; `val_top1` and `test_top1` in percent. None stands for what the run does not tell.
+        For each task: name, title, classes (their number), added (time in UTC), images (number by split), data_sha256
+        (hash of the images' names, sizes and labels in all splits), val_top1 and test_top1 (percent). A value is None
+        if the run does not have it.
     Raises:
-        ConfigError: no run, or a damaged one.
+        ConfigError: this is no run, or it is damaged.
     """
     with archive.opened(run) as folder:
         config, resolved = read_config(folder)

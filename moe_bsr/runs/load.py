@@ -1,10 +1,10 @@
-"""A trained model comes back from its run folder, with its transforms and class names.
+"""Load a trained model from its run folder, with its transforms and class names.
 
     run = moe_bsr.load("runs/quickstart")
     found = run.predict("photos/")
     print(found["images"][0]["tasks"]["petals"][0]["name"])
 
-Loading changes nothing in the program that loads: not its threads, not its memory allocator.
+Loading changes no settings of the program that loads, such as its threads or memory allocator.
 """
 
 import warnings
@@ -31,12 +31,13 @@ class TrainedRun:
     """A trained run, ready to use. Make it with `load`.
 
     Attributes:
-        models: by task; in a multitask run the same model for all, in a single-task run one each.
-        step: of the checkpoint; in a single-task run the largest of its models'.
-        weights: "average" (EMA) or "live".
-        recorded: by task, what `data_record.write` returned when the run began.
-        data_root: where the datasets are.
-        changes: by task and split, how the images differ from what the run began with; filled by `data`.
+        models: model by task: the same one for all tasks, or in a single-task run one per task.
+        class_names: by task, in the order of the logits.
+        step: step of the checkpoint; in a single-task run the largest one of its models.
+        weights: "average" (moving average) or "live".
+        recorded: by task, the entry that `data_record.write` made when the run began.
+        data_root: folder of the datasets.
+        changes: by task and split, how the images differ from those the run began with. Filled by `data`.
     """
 
     run: Path
@@ -54,17 +55,18 @@ class TrainedRun:
     _detectors: dict[str, rejection.Detector] | None = None
 
     def data(self, task: str, split: str = "val") -> TaskData:
-        """The task's dataset, opened at the first call, with the splits and the specification that the run began with.
+        """Return the task's dataset with the splits that the run began with. It is opened at the first call.
 
         Args:
-            split: what it is wanted for; of the test split, changes are told (`changes`) and not refused.
+            split: split that will be used. Changed images in it are refused. Those of the test split are only
+                recorded in `changes`.
         Raises:
-            ConfigError: other classes than the run was trained on, or images of this split are not what they were.
+            ConfigError: the data have other classes than the run was trained on, or images of this split have changed.
         """
         if task not in self._data:
             about = self.recorded[task]
             spec = data_record.recorded_spec(task, about) or self.config.task_files()[task]
-            own = about.get("data_root", "")  # of a task that was trained in another run
+            own = about.get("data_root", "")  # only for a task that was trained in another run
             data = open_task(self.config, spec, own if Path(own).is_dir() and own else self.data_root)
             folder = self.run / task if self.config.mode == "single_task" else self.run
             self._data[task], self.changes[task] = data_record.follow(folder, data, about)
@@ -83,26 +85,26 @@ class TrainedRun:
         top: int = 3,
         reject: bool | None = None,
     ) -> dict[str, Any]:
-        """Names for images, for all tasks (or only `tasks`) in one pass of the blocks that they share.
+        """Classify images for all tasks (or only `tasks`). Blocks that the tasks share run once per image.
 
             run.predict("photo.jpg")
             run.predict(["a.jpg", Image.open("b.png"), array], tasks=["pets"], top=5)
 
         Args:
-            images: a file, a folder (with all below it), a PIL image, a uint8 array (H, W, 3) in RGB, or an
+            images: a file, a folder (with its subfolders), a PIL image, a uint8 array (H, W, 3) in RGB, or an
                 iterable of these.
-            top: names per task, the most probable first.
-            reject: say which of the tasks an image belongs to, if to any; by default if that was learned
-                (`moe_bsr.reject`).
+            top: number of class names per task, the most probable first.
+            reject: whether to tell which task an image belongs to, if any. By default True if `moe_bsr.reject` was
+                called for the run.
         Returns:
-            Plain data, ready for JSON: `images` has {image, tasks: {task: [{name, probability}, ...]}} for each
-            image that could be read, `skipped` {image, reason} for the others. `image` is the file, or the
-            position of an image that came without one. `groups` tells which tasks shared how many blocks.
-            With `reject` an image also has `belongs_to`, a task or None, and `margins` {task: number}, from 0 on
-            where the task accepts it; in standard deviations of the task's own images.
+            Plain data, ready for JSON. `images` has {image, tasks: {task: [{name, probability}, ...]}} for each
+            image that could be read, `skipped` has {image, reason} for the others. `image` is the file, or the
+            position of an image that has none. `groups` tells which tasks shared how many blocks. With `reject` an
+            image also has `belongs_to`, a task or None, and `margins` {task: number} in standard deviations of the
+            task's own images. A task accepts an image if its margin is at least 0.
         Raises:
-            ConfigError: `reject` is True, and nothing was learned, or with other weights.
-            ValueError: an unknown task, a folder without images, an array of another form.
+            ConfigError: `reject` is True, but `moe_bsr.reject` was not called for the run or for these weights.
+            ValueError: a task is unknown, a folder has no images, or an array has another form.
             FloatingPointError: the model's outputs are not finite.
         """
         detectors = self._known_detectors(reject)
@@ -118,7 +120,7 @@ class TrainedRun:
                 raise
             warnings.warn(f"{error}; until then nothing is rejected", stacklevel=3)
         if reject and self._detectors is None:
-            raise ConfigError(f"{self.run}: what belongs to no task was never learned: call moe_bsr.reject once")
+            raise ConfigError(f"{self.run}: it has not learned to reject images: call moe_bsr.reject once")
         return self._detectors
 
 
@@ -130,18 +132,18 @@ def load(
     weights: str | None = None,
     tasks: list[str] | None = None,
 ) -> TrainedRun:
-    """The model of a run with its transforms and class names, in evaluation mode.
+    """Load the model of a run in evaluation mode, with its transforms and class names.
 
     Args:
-        run: its folder, or what `moe-bsr share` made of it: a folder or a zip file.
+        run: the run's folder, or the folder or zip file that `moe-bsr share` made of it.
         checkpoint_name: "best" (by mean validation top-1), "last", or a step.
-        data_root: where the datasets are now, if not where they were.
-        device: where to compute, if not where the run did. The precision stays the run's.
-        weights: where the backbone's weights are now, if not where they were: a file, or "hub".
-        tasks: only these; in a single-task run the models of the others are not read, and need not be there yet.
+        data_root: folder of the datasets, if they have moved.
+        device: device to compute on, if it is not the run's. The precision stays the run's.
+        weights: the backbone's weights, if they have moved: a file, or "hub".
+        tasks: tasks to load, by default all. In a single-task run the models of the others need not exist yet.
     Raises:
-        ConfigError: not a run folder. CheckpointError: missing or damaged checkpoint.
-        ValueError: a task that the run does not have.
+        ConfigError: this is not a run folder. CheckpointError: the checkpoint is missing or damaged.
+        ValueError: the run does not have one of the tasks.
     """
     with archive.opened(Path(run)) as folder:
         loaded = _load(folder, checkpoint_name, data_root, device, weights, tasks)
@@ -157,7 +159,7 @@ def _load(
     weights: str | None,
     tasks: list[str] | None,
 ) -> TrainedRun:
-    """`load`, of a folder."""
+    """Load a run from a folder; see `load`."""
     ordinary.check(run)
     config, resolved = read_config(run)
     chosen = chosen_tasks(tasks, config.task_names())
@@ -184,12 +186,12 @@ def _load(
     classes = {task: len(known) for task, known in names.items()}
     saved = read_named(run, checkpoint_name, config)
     if build_on_meta(config, classes).state_dict().keys() <= saved.weights.keys():
-        config.backbone.weights = "random"  # everything was saved: no need for the backbone's file
+        config.backbone.weights = "random"  # the checkpoint has all weights, so the backbone's file is not needed
     elif weights is not None:
         config.backbone.weights = weights
     try:
         model = build(config, classes)
-    except ConfigError as error:  # the plan passed above: it is the weights
+    except ConfigError as error:  # the plan was checked by build_on_meta, so this is about the backbone's weights
         raise ConfigError(
             f"{run}: {error}. The run needs the weights it was trained from: weights=FILE says where they are now"
         ) from error
@@ -215,10 +217,10 @@ def _load(
 
 
 def chosen_tasks(asked: list[str] | None, known: list[str]) -> list[str]:
-    """The tasks asked for, each once, or all of them.
+    """Return the tasks in `asked`, each once, or all known tasks if there are none.
 
     Raises:
-        ValueError: naming an unknown one, those there are and the nearest.
+        ValueError: a task is unknown. The message has the known ones and the most similar name.
     """
     for task in asked or []:
         if task not in known:
@@ -227,24 +229,24 @@ def chosen_tasks(asked: list[str] | None, known: list[str]) -> list[str]:
 
 
 def _require_trained(run: Path, chosen: list[str], known: list[str]) -> None:
-    """Refuse a single-task run in which models of `chosen` have no checkpoint yet, and say what can be done."""
+    """Refuse a single-task run in which a model of `chosen` has no checkpoint yet."""
     trained = [task for task in known if checkpoint.steps(run / task)]
     if missing := [task for task in chosen if task not in trained]:
-        others = f", or choose from those that are there: tasks={trained}" if trained else ""
+        others = f", or choose from those that are trained: tasks={trained}" if trained else ""
         raise checkpoint.CheckpointError(
             f"{run}: not trained yet: {', '.join(missing)}; go on training with resume=True{others}"
         )
 
 
 def _data_root(config: Config, resolved: dict[str, Any]) -> str:
-    """Where the run found its data; or data.root as it was written, where the run has moved to another machine."""
+    """Return the absolute folder where the run found its data, or data.root if that folder does not exist here."""
     then = resolved.get("data_root", config.data.root)
     return then if Path(then).is_dir() else config.data.root
 
 
 def _prepare_for(run: Path, config: Config, device: str | None) -> Runtime:
-    """To compute on `device`, or where the run did."""
-    if (config.runtime.threads or 0) > most_threads():  # it was trained on a larger machine
+    """Return the runtime for `device`, or by default for the run's own device."""
+    if (config.runtime.threads or 0) > most_threads():  # the run was trained on a larger machine
         config.runtime.threads = None
     if device is not None:
         config.runtime.device = device
@@ -252,15 +254,17 @@ def _prepare_for(run: Path, config: Config, device: str | None) -> Runtime:
     try:
         return prepare(config.runtime)
     except ConfigError as error:
-        raise ConfigError(f"{run}: {error}. The run was trained there; device='cpu' computes without it") from error
+        raise ConfigError(f"{run}: {error}. The run was trained on it; device='cpu' computes without it") from error
 
 
 @dataclass(slots=True)
 class Saved:
-    """What a checkpoint, or a shared run, holds for those who use the model.
+    """Weights from a checkpoint or a shared run.
 
     Attributes:
-        file: of the weights. weights: by name. average: the moving average, if there is one.
+        file: file of the weights.
+        weights: tensors by name. average: moving average of the trained ones, if there is one.
+        step: step of the checkpoint.
     """
 
     file: Path
@@ -269,7 +273,7 @@ class Saved:
     step: int
 
     def check(self, model: MultitaskViT, averaged: bool) -> None:
-        """Raise CheckpointError if it does not fit the model.
+        """Raise CheckpointError if the weights do not fit the model.
 
         Args:
             averaged: whether the configuration asks for a moving average.
@@ -279,15 +283,17 @@ class Saved:
 
 
 def read_named(run: Path, name: str | int, config: Config) -> Saved:
-    """A checkpoint of a run folder; of "best", the newest sound checkpoint knows which it is.
+    """Read a checkpoint of a run folder.
 
+    Args:
+        name: "best" (as recorded in the newest intact checkpoint), "last", or a step.
     Raises:
-        CheckpointError: missing or damaged, or of other tasks than the configuration's.
+        CheckpointError: it is missing or damaged, or has other tasks than the configuration.
     """
     if shared_form.is_shared(run):
         file, weights, step = shared_form.read_weights(run)
         if str(name) not in ("best", "last", str(step)):
-            raise checkpoint.CheckpointError(f"no checkpoint {name} in {run}: it was shared with that of step {step}")
+            raise checkpoint.CheckpointError(f"no checkpoint {name} in {run}: this shared run has only step {step}")
         return Saved(file, weights, None, step)
     folder, tensors, state = _read_checkpoint(run, name)
     contents.check_state(folder, state, config.trained_tasks())
@@ -301,7 +307,7 @@ def _read_checkpoint(run: Path, name: str | int) -> tuple[Path, dict[str, dict[s
         best = checkpoint.best_step(newest)
         if name == "last" or best is None or newest.name == str(best):
             return newest, *checkpoint.read(newest, verified=True)
-        name, why = best, "; of the best one no other is left, checkpoint_name='last' takes the newest"
+        name, why = best, "; it is the best one, and there is no copy; checkpoint_name='last' takes the newest"
     there = checkpoint.steps(run)
     if str(name) not in map(str, there):
         others = why or f"; there are best, last and {', '.join(map(str, there))}"

@@ -1,7 +1,7 @@
-"""One trainer at a time in a run folder.
+"""Lock a run folder, so that only one process trains in it at a time.
 
-The lock is the kernel's (`flock`) on the file `lock`, which says who holds it. It goes with the process that took
-it: one that died, however it died, leaves a file behind and no lock.
+The lock is a kernel lock (`flock`) on the file `lock`, whose content names the holder. It ends with the process that
+took it. A process that is killed leaves the file behind, but no lock.
 """
 
 import contextlib
@@ -20,10 +20,11 @@ from moe_bsr.runtime import files
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the run folder, which is made if need be; what was made and is still empty afterwards is removed.
+    """Context that holds the lock of a run folder. The folder is created, and removed at the end if it is empty.
 
     Raises:
-        ConfigError: another process trains in it; the message names it and since when. OSError: not writable.
+        ConfigError: another process trains in it. The message names the process and since when it trains.
+        OSError: the folder is not writable.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,12 +54,12 @@ def _taken(place: Path) -> Iterator:
             except BlockingIOError:
                 raise ConfigError(_refusal(place)) from None
             except OSError as error:
-                warnings.warn(f"{place}: no locks on this file system ({error.strerror}); take care that no second "
+                warnings.warn(f"{place}: no locks on this file system ({error.strerror}); make sure that no second "
                               "process trains in this folder", stacklevel=4)  # fmt: skip
             if files.kind(place) and os.path.samestat(os.fstat(stream.fileno()), place.lstat()):
                 yield stream
                 return
-        # The one before had it, and removed it, between our opening and our locking: that file is gone.
+        # The previous holder deleted the file after we had opened it, so our lock is on a deleted file. Try again.
 
 
 def _refusal(place: Path) -> str:

@@ -1,6 +1,6 @@
-"""The model card: README.md of what is given away, in the form that model hubs read.
+"""Write the model card: README.md of a shared run or a bundle, in the form that model hubs read.
 
-It says what the model is for, how good it is on which images, what it was made of, and how to use it.
+It says what the model is for, its accuracy and on which images, what it consists of, and how to use it.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from moe_bsr.model.backbones import family_of
 from moe_bsr.runtime.names import printable
 from moe_bsr.runtime.version import __version__
 
-OWN = ("bundled", "random")  # weights that are nobody else's
+OWN = ("bundled", "random")  # values of backbone.weights that come with this package
 
 
 def model_card(
@@ -26,13 +26,14 @@ def model_card(
     files: dict[str, int],
     notes: list[str] | None = None,
 ) -> str:
-    """The card, in Markdown with the head that the Hugging Face hub reads.
+    """Return the card in Markdown, with the YAML header that the Hugging Face hub reads.
 
     Args:
-        resolved: of the run's `config.yaml`; of each task its classes and specification are told.
-        report: of the run. Without one no accuracy is told.
-        use: Markdown that shows how it is used.
-        files: bytes by name. notes: more paragraphs.
+        resolved: `resolved` of the run's config.yaml. The card shows each task's classes and license.
+        report: the run's report. Without one the card has no accuracies.
+        use: Markdown that shows how to use the model.
+        files: size in bytes of each file, by name.
+        notes: more paragraphs.
     """
     tasks, kind = resolved["tasks"], "Vision Transformer" if family_of(config.backbone).of_tokens else "ResNet"
     split = (report or {}).get("split", "test")
@@ -63,13 +64,13 @@ def model_card(
         "",
     ]
     lines += [f"* {name}: {', '.join(map(_plain, about['classes']))}" for name, about in tasks.items()]
-    lines += ["", "## Made of", "", *_made_of(config, resolved, report), "", "## Files", ""]
+    lines += ["", "## Model", "", *_model_facts(config, resolved, report), "", "## Files", ""]
     lines += [f"* `{name}`: {size / 1000:,.1f} kB" for name, size in files.items()]
     return "\n".join(lines) + "\n"
 
 
 def backbone_license(config: Config) -> str | None:
-    """What timm says of the weights of a backbone, in the hub's word; None where it is not known."""
+    """Return the license of a backbone's weights as the hub names it, according to timm. None if unknown."""
     if config.backbone.weights in OWN:
         return "mit"
     cfg = timm.get_pretrained_cfg(config.backbone.name) if config.backbone.weights == "hub" else None
@@ -100,17 +101,17 @@ def _row(about: dict[str, Any], scores: dict[str, Any]) -> list[str]:
     ]
 
 
-def _made_of(config: Config, resolved: dict[str, Any], report: dict[str, Any] | None) -> list[str]:
+def _model_facts(config: Config, resolved: dict[str, Any], report: dict[str, Any] | None) -> list[str]:
     plan, moe, weights = config.plan, config.moe, config.backbone.weights
     place = weights if weights in ("bundled", "hub", "random") else f"the file {Path(weights).name}"
-    said = backbone_license(config) or "not known: ask where they came from"
+    said = backbone_license(config) or "not known, ask the source of the weights"
     trained = "all blocks" if plan.train_blocks == "all" else f"blocks {_listed(plan.train_blocks)}"
     if plan.train_weights != "all":
-        trained = f"of {trained} {plan.train_weights} alone (plan.train_weights)"
+        trained = f"{trained}, but only {plan.train_weights} in them (plan.train_weights)"
     lines = [
         f"* Backbone: {config.backbone.name}, weights {place}, sha256 `{resolved['backbone_sha256']}`. "
         f"License of its weights: {said}.",
-        f"* Trained: {trained if plan.train_blocks else 'the heads alone'}.",
+        f"* Trained: {trained if plan.train_blocks else 'only the heads'}.",
     ]
     if plan.moe_blocks:
         lines.append(f"* Experts: {moe.words} in blocks {_listed(plan.moe_blocks)}.")
@@ -118,7 +119,7 @@ def _made_of(config: Config, resolved: dict[str, Any], report: dict[str, Any] | 
         how = "merged" if config.tokens.merges else "dropped"
         lines.append(f"* Tokens {how} after the attention of blocks {_listed(plan.drop_blocks)}.")
     if report is not None and report.get("gflops_per_image"):
-        lines.append(f"* {report['gflops_per_image']:.2f} GFLOPs an image.")
+        lines.append(f"* {report['gflops_per_image']:.2f} GFLOPs per image.")
     images = resolved["images"]
     lines.append(
         f"* Images: {images['size']} px, mean {_listed(images['mean'])}, std {_listed(images['std'])}, "
@@ -128,7 +129,7 @@ def _made_of(config: Config, resolved: dict[str, Any], report: dict[str, Any] | 
 
 
 def _plain(name: str) -> str:
-    """A name that is no Markdown and no table cell's end."""
+    """Escape a name so that Markdown shows it as it is, also in a table cell."""
     return "".join(f"\\{letter}" if letter in r"\`*_{}[]<>()#+!|$" else letter for letter in printable(name))
 
 

@@ -1,7 +1,7 @@
-"""What a run folder may hold under the names that a run reads and writes: ordinary files and folders.
+"""Check that the names a run reads and writes in its folder are regular files and folders.
 
-A link there would be written through, and a pipe would be waited for. The run folder itself may be a link.
-Checkpoints are looked at where they are read (`checkpoint.damage`): a spoiled one is passed over.
+A write through a link would change another file, and reading a pipe would block. The run folder itself may be a link.
+Checkpoints are checked when they are read (`checkpoint.damage`), since a damaged one is skipped.
 """
 
 from pathlib import Path
@@ -17,12 +17,12 @@ FOLDERS = ("checkpoint", "images", "tensorboard", "views")
 
 
 def check(run: Path, parts: list[str] | tuple[str, ...] = ()) -> None:
-    """Refuse a run folder in which something else has the name of a file or folder of the run.
+    """Check the files and folders of a run.
 
     Args:
-        parts: names of the runs in it, one for each task.
+        parts: names of the subfolders that are runs of one task each.
     Raises:
-        ConfigError: naming the first such thing.
+        ConfigError: one of them is something else, such as a link. The message names the first.
     """
     try:
         for name in FILES:

@@ -1,7 +1,7 @@
-"""Names for images: all tasks of a run at once.
+"""Classify images for all tasks of a run at once.
 
-The frozen blocks before the gradient path are the same for every task: they run once per image, and each
-task goes on from there; also where the run has one model per task over the same frozen blocks.
+The frozen blocks before the gradient path are the same for every task, so they run once per image and each task
+continues from their output. This holds for one model per task too, if the models have the same frozen blocks.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def predict_images(
     top: int,
     detectors: dict[str, Detector] | None = None,
 ) -> dict[str, Any]:
-    """What `TrainedRun.predict` returns. Images are read a batch at a time, so a folder may be of any size."""
+    """Compute the result of `TrainedRun.predict`. Images are read batch by batch, so a folder may have any size."""
     if top < 1:
         raise ValueError(f"top = {top}: at least 1")
     groups: dict[tuple, list[str]] = {}
@@ -79,7 +79,7 @@ def predict_images(
 
 
 def _named(images: Images | Iterable[Images]) -> Iterator[tuple[str | int, Path | Image.Image | np.ndarray]]:
-    """Every single image with its name: the file as given, or its position among all that came."""
+    """Yield each image with its name: the file, or the position among all images if there is no file."""
     one = isinstance(images, str | PathLike | Image.Image) or isinstance(images, np.ndarray) and images.ndim == 3
     position = 0
     many: Iterable[Any] = [images] if one else images  # type: ignore[assignment]
@@ -103,12 +103,12 @@ def _files_below(folder: Path) -> list[Path]:
 
 
 def _is_picture(path: Path) -> bool:
-    """By its ending; also one of those that cannot be read here, so that it is named among the skipped ones."""
+    """Decide by the file's ending. Formats that cannot be read count too, so that they are listed as skipped."""
     return path.suffix.lower() in EXTENSIONS or advice(path.suffix.lower()) is not None
 
 
 def _bits(run: TrainedRun, tasks: list[str]) -> int | None:
-    """What the tasks say of images of 16 bits, where they agree."""
+    """Return the tasks' setting `bits` for 16-bit images if all of them have the same, else None."""
     said = {run.recorded.get(task, {}).get("spec", {}).get("bits") for task in tasks}
     return said.pop() if len(said) == 1 else None
 
@@ -116,10 +116,10 @@ def _bits(run: TrainedRun, tasks: list[str]) -> int | None:
 def _as_input(
     run: TrainedRun, name: str | int, image: Path | Image.Image | np.ndarray, bits: int | None = None
 ) -> Tensor:
-    """uint8 (3, S, S), as an evaluation would see it.
+    """Return an image as uint8 (3, S, S), transformed as in evaluation.
 
     Raises:
-        UnreadableImage: damaged or missing. ValueError: an array of another form, or nothing of an image.
+        UnreadableImage: the file is damaged or missing. ValueError: this is no image, or an array of another form.
     """
     if isinstance(image, Path):
         if what_to_do := advice(image.suffix.lower()):
@@ -128,7 +128,7 @@ def _as_input(
     if isinstance(image, Image.Image):
         try:
             return run.transforms.eval_image(image)
-        except (OSError, ValueError, SyntaxError) as error:  # Pillow reads an opened file only now
+        except (OSError, ValueError, SyntaxError) as error:  # Pillow reads an opened file only here
             raise UnreadableImage(f"image {name}: not a readable image ({error})") from error
     if not isinstance(image, np.ndarray):
         raise ValueError(f"image {name} is a {type(image).__name__}: give a file, a folder, a PIL image or an array")
@@ -143,10 +143,11 @@ def _as_input(
 def _forward(
     run: TrainedRun, groups: list[list[str]], images: Tensor, detectors: dict[str, Detector] | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Probabilities (B, classes) float32 by task, on the CPU, of uint8 images (B, 3, S, S), and margins (B,).
+    """Return probabilities (B, classes), float32 on the CPU, and margins (B,) by task for uint8 images (B, 3, S, S).
 
     Args:
-        groups: tasks whose models have the same frozen blocks; these run once for a group.
+        groups: groups of tasks whose models have the same frozen blocks, which run once per group.
+        detectors: None leaves the margins empty.
     """
     probabilities, margins = {}, {}
     with run.runtime.autocast():
@@ -167,7 +168,7 @@ def _forward(
 
 
 def _belongs_to(margins: dict[str, float]) -> dict[str, Any]:
-    """The task that accepts an image by most, if one does; nothing where nothing is known."""
+    """Return the task with the largest margin, or None if no task accepts the image. Empty without margins."""
     if not margins:
         return {}
     best = max(margins, key=lambda task: margins[task])

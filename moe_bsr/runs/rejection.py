@@ -1,8 +1,8 @@
-"""What of a run tells an image that belongs to none of its tasks: learned once, kept in `rejection.safetensors`.
+"""Learn to recognize images that belong to none of a run's tasks (out-of-distribution), in `rejection.safetensors`.
 
-For each task the file holds what one of `evaluation.rejection.SCORES` needs to know of the training images, and the
-score that 95 % of the task's own validation images reach. Which score is taken is measured, on the other tasks'
-validation images. The file is of the weights it was made with: others make it stale.
+For each task the file has the statistics of the training images that one of `evaluation.rejection.SCORES` needs, and a
+threshold: the score that 95 % of the task's own validation images reach. The score is chosen by measurement on the
+other tasks' validation images. The file is valid only for the weights it was made with.
 """
 
 from __future__ import annotations
@@ -36,20 +36,21 @@ if TYPE_CHECKING:
     from moe_bsr.runs.load import TrainedRun
 
 FILE = "rejection.safetensors"
-MOST_IMAGES = 5000  # of a task's training images that are looked at, of every class alike many
-DEFAULT = (
-    "unit_mahalanobis"  # best of five real tasks (docs/log.md); for a run of one task, in which nothing can be measured
-)
+MOST_IMAGES = 5000  # at most so many training images of a task are used, equally many of each class
+# For a run of one task, in which nothing can be measured: the best on five real tasks (docs/log.md).
+DEFAULT = "unit_mahalanobis"
 AGAIN = "learn it again with moe_bsr.reject"
 
 
 @dataclass(slots=True)
 class Detector:
-    """Tells whether images are ones for a task.
+    """Decides whether an image belongs to a task.
 
     Attributes:
-        tensors: what the score needs. threshold: the least score that is accepted.
-        spread: standard deviation of the own validation images' scores, the unit of `margins`.
+        score: key of `SCORES`.
+        tensors: statistics of the training images that the score needs, by name.
+        threshold: smallest score that is accepted.
+        spread: standard deviation of the scores of the task's own validation images; the unit of `margins`.
     """
 
     score: str
@@ -58,10 +59,10 @@ class Detector:
     spread: float
 
     def margins(self, features: Tensor, logits: Tensor) -> Tensor:
-        """(N,) on the CPU: accepted from 0 on; comparable between tasks.
+        """Return the margins (N,) on the CPU. At least 0 means accepted. Margins of different tasks are comparable.
 
         Args:
-            features: (N, D), what the task's head reads. logits: (N, classes), what it makes of them.
+            features: (N, D), inputs of the task's head. logits: (N, classes), its outputs.
         """
         scores = SCORES[self.score].of(self.tensors, features.float().cpu(), logits.float().cpu())
         return (scores - self.threshold) / self.spread
@@ -70,18 +71,20 @@ class Detector:
 def learn(
     trained: TrainedRun, batch_size: int = 64, on_task: Callable[[str, int], None] = lambda task, images: None
 ) -> dict[str, Any]:
-    """Choose and fit the score, write the run's file and its report, and return what was measured.
+    """Choose the score, fit a detector per task, and write them to the run's file and the results to its report.
 
     Args:
-        on_task: called with the name of a task and the number of its images before they are looked at.
+        on_task: called for each task with its name and its number of images, before these are processed.
+    Returns:
+        The measured results: score, accepted, mean_auroc by score, and tasks (see `_measured`).
     Raises:
-        ConfigError: training or validation images that are not those of the run. ValueError: a run with some tasks.
+        ConfigError: training or validation images are not those of the run. ValueError: not all tasks are loaded.
     """
     tasks = list(trained.models)
     if tasks != trained.config.task_names():
-        raise ValueError(f"{trained.run}: all tasks of a run are needed at once: {trained.config.task_names()}")
+        raise ValueError(f"{trained.run}: load all tasks of the run together: {trained.config.task_names()}")
     known: dict[str, dict[str, Tensor]] = {}
-    seen: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}  # by task of the images, then by the task that looks
+    seen: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}  # by task of the images, then by task of the model
     used = {}
     for task in tasks:
         trained.data(task, "train")
@@ -111,10 +114,10 @@ def learn(
 
 
 def load(trained: TrainedRun) -> dict[str, Detector] | None:
-    """The detectors of a run's tasks that are loaded; None if none were learned.
+    """Load the detectors of the run's loaded tasks. Return None if the run has not learned any.
 
     Raises:
-        ConfigError: the file is damaged, or of other weights.
+        ConfigError: the file is damaged, or was made with other weights.
     """
     file = trained.run / FILE
     if files.kind(file) is None:
@@ -130,14 +133,16 @@ def load(trained: TrainedRun) -> dict[str, Detector] | None:
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{file}: cut or damaged: {error}; {AGAIN}") from error
     if stale := [task for task, model in trained.models.items() if about[task]["weights"] != _identity(model)]:
-        raise ConfigError(f"{file} is of other weights of {stale[0]} than these of step {trained.step}; {AGAIN}")
+        raise ConfigError(
+            f"{file} was made with other weights of {stale[0]} than those of step {trained.step}; {AGAIN}"
+        )
     return found
 
 
 def _looked_at(
     trained: TrainedRun, data: TaskData, split: str, tasks: list[str], batch_size: int
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
-    """Features and logits of a split's images under each of these tasks, and the labels."""
+    """Compute features and logits of a split's images for each of these tasks, and return them with the labels."""
     groups: dict[tuple, list[str]] = {}
     for task in tasks:
         groups.setdefault(trained.models[task].features_key(), []).append(task)
@@ -159,7 +164,7 @@ def _looked_at(
 
 
 def _at_most(data: TaskData, count: int) -> TaskData:
-    """The task with at most about so many training images, of every class alike many; always the same ones."""
+    """Restrict a task to about `count` training images, equally many of each class. The choice is deterministic."""
     each, labels = -(-count // len(data.class_names)), data.train.labels
     order = stream(key(data.name, "rejection")).permutation(len(labels))
     chosen = np.sort(np.concatenate([order[labels[order] == label][:each] for label in np.unique(labels)]))
@@ -182,11 +187,12 @@ def _detectors(
 def _measured(
     score: str, known: dict[str, dict[str, Tensor]], seen: dict[str, dict[str, tuple[Tensor, Tensor]]]
 ) -> dict[str, dict[str, float]]:
-    """By task, of its detector and the validation images of all tasks; shares are in [0, 1].
+    """Measure each task's detector on the validation images of all tasks. Shares are in [0, 1].
 
-    auroc: own images against another task's, mean over the others. rejected: of another task's images, the same.
-    named: own images that this task accepts, and by more than any other does. foreign: own images that every other
-    task rejects, as it would be if the run did not know this task.
+    Returns:
+        By task. auroc: own images against another task's, mean over the other tasks. rejected: rejected share of
+        another task's images, mean likewise. named: share of own images that this task accepts with the largest margin
+        of all tasks. foreign: share of own images that all other tasks reject, as if the run did not have this task.
     """
     detectors, tasks = _detectors(score, known, seen), list(known)
     margins = {of: {by: detectors[by].margins(*seen[of][by]) for by in tasks} for of in tasks}
@@ -223,7 +229,7 @@ def _write(trained: TrainedRun, detectors: dict[str, Detector], found: dict[str,
 
 
 def _checked(about: dict[str, Any], task: str, tensors: dict[str, Tensor], model: MultitaskViT) -> Detector:
-    """The detector that the file describes; raises ValueError or KeyError where it cannot be this model's."""
+    """Return a task's detector from the file's content. Raise ValueError or KeyError if it does not fit the model."""
     score, width = about["score"], model.heads[task].in_features
     mine = {name: tensors[f"{task}/{name}"] for name in SCORES[score].needs}
     shapes = {"mean": (width,), "within": (width, width)}
@@ -240,5 +246,5 @@ def _checked(about: dict[str, Any], task: str, tensors: dict[str, Tensor], model
 
 
 def _identity(model: MultitaskViT) -> str:
-    """Of the weights that training changed."""
+    """Return a hash of the weights that training changed."""
     return digest({name: p for name, p in model.named_parameters() if p.requires_grad})

@@ -1,6 +1,6 @@
-"""The report of a run: `report.json` for programs, `report.md` for people.
+"""Write and read the report of a run: `report.json` for programs, `report.md` for people.
 
-A report speaks for itself: it holds the configuration, the machine, the code's commit and the command too.
+A report is self-contained: it also has the configuration, the machine, the code's commit and the command.
 """
 
 import json
@@ -35,18 +35,21 @@ def make(
     kept: dict[str, dict[str, Any]] | None = None,
     **measured: Any,
 ) -> dict[str, Any]:
-    """Report of one run.
+    """Make the report of one run.
 
     Args:
-        runtime: what computed it.
-        scores: by task, from `evaluate`; None if the run did not get that far.
+        runtime: device and precision of the run.
+        status, signal: whether the run finished, and the number of the signal that ended it (0 if none).
+        scores: scores on `split` by task, from `evaluate`. None if the run did not get that far.
+        split: split of the scores.
         progress: updates, images and epochs by task, at `step`.
-        best: mean validation top-1 and step of the weights selected, which the scores are of.
-        val_scores: theirs on the validation split.
+        best: mean validation top-1 and step of the selected weights. The scores were measured with these weights.
+        val_scores: scores of the selected weights on the validation split.
         lost: step, mean_top1, scores and reason of a better evaluation whose checkpoint could not be read.
-        step: updates done.
-        skipped: images that could not be read, by task and split: name -> why.
-        kept: of tasks that did not train: their entries in an earlier report (`kept_tasks.entries`).
+        step: number of updates done.
+        skipped: images that could not be read, by task and split: name -> reason.
+        kept: entries of tasks that did not train, from an earlier report (`kept_tasks.entries`).
+        measured: further numbers for the report.
     """
     scored = {"scored_step": best and best[1]} if scores else {}
     val = {name: {"val_top1": each["top1"]} for name, each in (val_scores or {}).items()}
@@ -76,10 +79,12 @@ def make(
 
 
 def aggregate(config: Config, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Report of several single-task runs in the form of one: sums of time, maxima of memory.
+    """Combine the reports of several single-task runs into one of the same form.
+
+    Times are summed, and memory is the maximum over the runs.
 
     Args:
-        config: of the whole; finished is only what has all its tasks finished.
+        config: configuration of the whole run. Its status is "finished" only if all its tasks are.
         parts: reports so far, by task.
     """
     done, names = list(parts.values()), config.task_names()
@@ -113,7 +118,7 @@ def write(folder: Path, report: dict[str, Any]) -> None:
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The report of a run, or None if there is none yet.
+    """Return the report of a run, or None if there is none yet.
 
     Raises:
         ConfigError: it is cut or damaged.
@@ -122,7 +127,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     try:
         report = json.loads(read_text(file))
         if not isinstance(report, dict) or not isinstance(report.get("tasks"), dict):
-            raise ValueError("no report of a run")
+            raise ValueError("this is no report of a run")
     except FileNotFoundError:
         return None
     except NotOrdinary as error:
@@ -130,28 +135,28 @@ def read(folder: Path) -> dict[str, Any] | None:
     except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"{file}: cut or damaged: {error}; remove it, and training with resume=True writes it "
-            "again (a finished run is tested once more for it)"
+            "again (which evaluates the test split of a finished run once more)"
         ) from error
     return report
 
 
 def complete(folder: Path, config: Config) -> dict[str, Any] | None:
-    """The report of a run that is finished, and not to be made longer by `config`; None of any other."""
+    """Return the report of a run if it is finished and `config` does not make it longer, else None."""
     done = read(folder)
     return done if done is not None and is_complete(done, config) else None
 
 
 def is_complete(report: dict[str, Any], config: Config) -> bool:
-    """Whether a run is finished, and not to be made longer by `config`."""
+    """Return whether a run is finished and `config` does not make it longer."""
     then, now = report.get("config", {}).get("train", {}), configuration.to_dict(config)["train"]
     return report["status"] == "finished" and all(then.get(key) == now[key] for key in LENGTHS)
 
 
 def markdown(report: dict[str, Any], whole: bool = True) -> str:
-    """The report for people.
+    """Return the report as Markdown for people.
 
     Args:
-        whole: all tasks, however many; otherwise of many those of the lowest and the highest accuracy.
+        whole: whether to show all tasks. If not, and there are many, only the worst and the best are shown.
     """
     tasks = report["tasks"]
     if not whole and are_many(tasks):
@@ -161,7 +166,7 @@ def markdown(report: dict[str, Any], whole: bool = True) -> str:
     lines = [
         f"Status: {report['status']}. {selection(report)}",
         "",
-        f"Accuracies are those of the weights selected, on the {report['split']} split; {counted}",
+        f"Accuracies are those of the selected weights on the {report['split']} split; {counted}",
         "",
         "| task | top-1 % | 95 % interval | validation top-1 % | top-5 % | mean per class % | calibration error % | "
         "chance % | images seen | epochs | updates |",
@@ -189,7 +194,7 @@ def markdown(report: dict[str, Any], whole: bool = True) -> str:
         *_kept(report),
         *_skipped(report),
         "",
-        f"Training took {report['train_seconds']:.0f} s; {_gflops(report)} GFLOPs an image forward. {_peaks(report)}",
+        f"Training took {report['train_seconds']:.0f} s; {_gflops(report)} GFLOPs per image forward. {_peaks(report)}",
         "",
         _provenance(report),
     ]
@@ -197,8 +202,8 @@ def markdown(report: dict[str, Any], whole: bool = True) -> str:
 
 
 def _steps(report: dict[str, Any]) -> list[str]:
-    """Up to which step images and updates are counted, and a best evaluation whose weights were lost."""
-    steps = report.get("steps", {"": report.get("step")})  # by task where each has its own model
+    """Return lines on the step up to which images are counted, and on a best evaluation whose weights were lost."""
+    steps = report.get("steps", {"": report.get("step")})  # by task if there is one model per task
     counted = ", ".join(f"{step} ({task})" if task else f"{step}" for task, step in steps.items())
     lines = [f"Images seen, epochs and updates are counted up to step {counted}."]
     lost = report.get("lost_best") or {}
@@ -207,55 +212,57 @@ def _steps(report: dict[str, Any]) -> list[str]:
 
 
 def _kept(report: dict[str, Any]) -> list[str]:
-    """Whose numbers those of tasks are that did not train."""
+    """Return a line that says where the numbers of tasks that did not train come from."""
     train = report["config"]["train"]
     if not (only := train.get("only")):
         return []
-    return [f"Trained here: {', '.join(only)}. All else is as in {train['init_from']}, and so are its numbers."]
+    return [f"Trained here: {', '.join(only)}. The other tasks and their numbers are those of {train['init_from']}."]
 
 
 def _skipped(report: dict[str, Any]) -> list[str]:
-    """Images that could not be read: how many, and which in report.json."""
+    """Return a line with the numbers of images that could not be read."""
     counts = [
         f"{task} {len(images)} of {split}"
         for task, about in report["tasks"].items()
         for split, images in about.get("skipped", {}).items()
     ]
     return (
-        [f"Images skipped, for they could not be read: {', '.join(counts)} (report.json names them)."] if counts else []
+        [f"Images skipped because they could not be read: {', '.join(counts)} (report.json names them)."]
+        if counts
+        else []
     )
 
 
 def _lost(lost: dict[str, Any], place: str = "") -> str:
     scores = ", ".join(f"{task} {each['top1']:.1f}" for task, each in (lost["scores"] or {}).items())
     return (
-        f"{place}The best evaluation was that of step {lost['step']}, mean validation top-1 {lost['mean_top1']:.2f} % "
+        f"{place}The best evaluation was at step {lost['step']}, mean validation top-1 {lost['mean_top1']:.2f} % "
         f"({scores}); its weights are lost: {lost['reason']}."
     )
 
 
 def selection(report: dict[str, Any]) -> str:
-    """Which weights were selected and why, in a sentence."""
+    """Return a sentence that says which weights were selected and why."""
     if "parts" in report:
         steps = ", ".join(f"{task} {step}" for task, step in report.get("selected_steps", {}).items())
-        return f"One model for each task, each with the weights of its own step: {steps}."
+        return f"One model per task, each with the weights of its own step: {steps}."
     step, mean = report.get("selected_step"), report.get("selected_mean_val_top1")
     if step is None:
         return "Nothing was evaluated yet, so no weights are selected."
     if mean is None:
-        return f"Weights: those of step {step}, the last; those selected were lost with their checkpoint."
+        return f"Weights: those of step {step}, the last; the selected ones were lost with their checkpoint."
     if report["config"]["train"]["checkpoint_selection"] == "last":
-        why = f"the last, as train.checkpoint_selection asks; their mean validation top-1 is {mean:.2f} %"
+        why = f"the last (train.checkpoint_selection); their mean validation top-1 is {mean:.2f} %"
     else:
         why = f"for the highest mean validation top-1: {mean:.2f} %"
     planned = report.get("planned_steps", 0)
     early = report["status"] == "finished" and report["step"] < planned
-    ended = f" The run ended early, as train.patience asks: {planned} updates were planned." if early else ""
+    ended = f" The run ended early (train.patience): {planned} updates were planned." if early else ""
     return f"Weights selected: those of step {step} of {report['step']}, {why}.{ended}"
 
 
 def _confusions(report: dict[str, Any]) -> list[str]:
-    """The largest confusions of each task: what one would look at first."""
+    """Return lines with the largest confusions of each task."""
     lines = []
     for task, about in report["tasks"].items():
         pairs = [
@@ -263,22 +270,23 @@ def _confusions(report: dict[str, Any]) -> list[str]:
             for c in about.get("confusions", ())
         ]
         lines += [f"* {task}: {'; '.join(pairs)}"] if pairs else []
-    title = f"Largest confusions on the {report['split']} split, with the share of the class that was mistaken:"
+    title = f"Largest confusions on the {report['split']} split, with the share of the true class's images:"
     return ["", title, "", *lines] if lines else []
 
 
 def _rejection(found: dict[str, Any] | None) -> list[str]:
-    """How well what belongs to no task is told, if that was learned."""
+    """Return lines on how well images that belong to no task are recognized, if the run has learned that."""
     if not found:
         return []
     title = (
-        f"An image belongs to a task from a `{found['score']}` on that {found['accepted']:.0%} of the task's own reach"
+        f"A task accepts an image if its score `{found['score']}` is at least that of {found['accepted']:.0%} of the "
+        "task's own validation images"
     )
     if not found["mean_auroc"]:
         return ["", f"{title}. With one task nothing could be measured."]
     return [
         "",
-        f"{title}. Of validation images, in %:",
+        f"{title}. On validation images, in %:",
         "",
         "| task | AUROC against other tasks | other tasks' rejected | own named | own rejected by all others |",
         "| --- | --- | --- | --- | --- |",
@@ -291,7 +299,7 @@ def _rejection(found: dict[str, Any] | None) -> list[str]:
 
 
 def _code(name: str) -> str:
-    """A class's name in Markdown, as it is: no markup, no formula, no line break."""
+    """Return a class's name as Markdown code, so that it is shown as it is."""
     name = printable(name)
     fence = "`" * (1 + max(map(len, re.findall("`+", name)), default=0))
     edge = " " if name[:1] in ("`", " ", "") or name[-1:] in ("`", " ") else ""
@@ -299,7 +307,7 @@ def _code(name: str) -> str:
 
 
 def _peaks(report: dict[str, Any]) -> str:
-    """Predicted and measured peak memory, and what each of them counts."""
+    """Return a sentence with predicted and measured peak memory, and with what each of them counts."""
     on_gpu = report["environment"]["device"].startswith("cuda")
     counted = "CUDA's allocator" if on_gpu else "the process, with libraries and cached images"
     measured = f"eak memory of {counted}: {report['measured_peak_mb']:.0f} MB."

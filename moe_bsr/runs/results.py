@@ -1,7 +1,7 @@
-"""An index of a folder of results: `README.md`, written from the JSON files below it and never by hand.
+"""Write the index of a folder of results: `README.md`, made from the JSON files in and below it.
 
-Each file is told apart by its keys, whatever its name. `README` shows what it is, what made it, where, from
-which code, and the few figures one looks for first. Files of before these were recorded show a dash.
+The kind of a file is recognized by its keys, not by its name. The index shows for each file its main figures, the
+machine, the code's commit and the command. Older files that lack one of these show a dash.
 """
 
 import json
@@ -15,16 +15,16 @@ from moe_bsr.runtime.text_tables import as_markdown
 
 HEAD = """# Results
 
-Written by `moe-bsr results` from the files beside it; every figure below is read from the file it stands for.
-Change nothing here by hand: put the file in its place, and write this page anew.
+Written by `moe-bsr results` from the JSON files of this folder. Do not edit it: add or replace a file, and run the
+command again.
 """
 
 
 def write_readme(folder: Path) -> Path:
-    """Write `README.md` of all JSON files in and below the folder, and return its path.
+    """Write `README.md` for all JSON files in and below the folder, and return its path.
 
     Raises:
-        ValueError: a file that is not JSON, or of no known kind; the message names it.
+        ValueError: a file is not JSON, or of no known kind. The message names it.
     """
     file = folder / "README.md"
     write_whole(file, readme(folder))
@@ -32,7 +32,7 @@ def write_readme(folder: Path) -> Path:
 
 
 def readme(folder: Path) -> str:
-    """The text of `README.md`: a table for each kind of result."""
+    """Return the text of `README.md`: one table per kind of result."""
     tables: dict[str, list[list[str]]] = {title: [] for title, _, _ in KINDS}
     for file in sorted(folder.rglob("*.json")):
         result = _read(file)
@@ -51,7 +51,7 @@ def _read(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{file}: cut or damaged: {error}; remove it or put a copy in its place") from error
     if not isinstance(result, dict):
-        raise ValueError(f"{file}: a list; a result is an object with named values")
+        raise ValueError(f"{file}: not an object with named values, as a result is")
     return result
 
 
@@ -170,7 +170,7 @@ def _selftest(result: dict[str, Any]) -> str:
     return ", ".join(f"{name}: {about['tried']:,} tried, {about['failed']} failed" for name, about in parts.items())
 
 
-# title, the keys that tell a file of this kind, its figures
+# (title, keys by which a file of this kind is recognized, function that returns its figures)
 KINDS: list[tuple[str, set[str], Callable[[dict[str, Any]], str]]] = [
     ("Trained runs", {"tasks", "mean_top1", "status"}, _run),
     ("Arms compared", {"sweep", "runs", "differences"}, _arms),
@@ -188,7 +188,7 @@ KINDS: list[tuple[str, set[str], Callable[[dict[str, Any]], str]]] = [
 
 
 def _environment(result: dict[str, Any]) -> str:
-    """The machine, as `provenance.environment` tells it; older files have its values among their own."""
+    """Describe the machine by the values of `provenance.environment`. Older files have these at their top level."""
     about = result.get("environment", result)
     if "processor" not in about:
         return about.get("machine", "-")

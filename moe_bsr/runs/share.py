@@ -1,6 +1,6 @@
-"""A run for somebody else: a folder or a zip file of what they need to use it, or a repository of a model hub.
+"""Share a run: write what others need to use it as a folder or zip file, or upload it to a model hub.
 
-Left out: the optimizer's state, the metrics, the names of the images, and every path and command of this machine.
+Left out are the optimizer's state, the metrics, the images' names, and all paths and commands of this machine.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from moe_bsr.runs.folder import restore_weights
 from moe_bsr.runs.model_card import OWN, model_card
 from moe_bsr.runtime import files
 
-# Of a report: numbers about the model. Of what it was made by: what may change them.
+# Keys of the report that are shared: numbers about the model, and what may change them.
 REPORTED = (
     *("status", "signal", "split", "mean_top1", "selected_step", "selected_mean_val_top1", "step", "planned_steps"),
     *("weights", "train_seconds", "measured_peak_mb", "predicted_peak_mb", "gflops_per_image", "test_evaluations"),
@@ -45,10 +45,10 @@ import moe_bsr
 
 run = moe_bsr.load("{name}")
 run.predict("photo.jpg")
-moe_bsr.evaluate("{name}", "test", data_root="DATA")  # on images that lie in the same folders
+moe_bsr.evaluate("{name}", "test", data_root="DATA")  # DATA has the images in the same subfolders
 ```
 
-`moe-bsr add-task {name} TASK` teaches it one task more.
+`moe-bsr add-task {name} TASK` trains one more task.
 """
 
 
@@ -56,20 +56,20 @@ def share(run: Path, out: Path, with_backbone: bool = False, weights: str | None
     """Write the shared form of a run.
 
     Args:
-        out: a folder; or a zip file, if it ends so.
-        with_backbone: the backbone's own weights too, which the user would else get from where the run did.
-        weights: where these are now, if not where they were.
+        out: a folder, or a zip file if its name ends in .zip.
+        with_backbone: whether to include the backbone's frozen weights. If not, the user needs them from elsewhere.
+        weights: the backbone's weights, if they have moved.
     Returns:
-        Bytes of each file.
+        Size in bytes of each file, by name.
     Raises:
-        ConfigError: no run, one with a model for each task, or `out` is there already.
-        CheckpointError: missing or damaged weights. OSError: it could not be written.
+        ConfigError: this is no run, it has one model per task, or `out` exists already.
+        CheckpointError: the weights are missing or damaged. OSError: it could not be written.
     """
     finished = read_finished(run)
     with contextlib.ExitStack() as places:
         if out.suffix == ".zip":
             if files.kind(out) is not None:
-                raise ConfigError(f"{out} is there already; remove it, or name another place")
+                raise ConfigError(f"{out} exists already; remove it, or name another place")
             out.parent.mkdir(parents=True, exist_ok=True)
             folder = Path(places.enter_context(tempfile.TemporaryDirectory(prefix="moe_bsr_")))
         else:
@@ -81,12 +81,12 @@ def share(run: Path, out: Path, with_backbone: bool = False, weights: str | None
 
 
 def push(folder: Path, repository: str, private: bool = False) -> str:
-    """Put a shared folder onto the Hugging Face hub; returns its address there.
+    """Upload a shared folder to the Hugging Face hub, and return its address there.
 
-    The hub is that of HF_ENDPOINT, and the user the one who is logged in (`hf auth login`) or of HF_TOKEN.
+    HF_ENDPOINT names another hub. The user is the one logged in (`hf auth login`), or that of HF_TOKEN.
 
     Raises:
-        ConfigError: the hub refused, or could not be reached.
+        ConfigError: the hub refuses, or cannot be reached.
     """
     from huggingface_hub import HfApi
 
@@ -110,7 +110,7 @@ def _fill(finished: Finished, folder: Path, name: str, with_backbone: bool, weig
         tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
     config, resolved = public(finished.config, finished.resolved)
     card = functools.partial(model_card, config=config, notes=[_backbone_note(config, with_backbone)])
-    if with_backbone and config.backbone.weights not in (*OWN, "hub"):  # nobody needs that file any more
+    if with_backbone and config.backbone.weights not in (*OWN, "hub"):  # the backbone's file is no longer needed
         config = replace(config, backbone=replace(config.backbone, weights="random"))
     if with_backbone:
         config = replace(config, train=replace(config.train, save="all"))
@@ -124,7 +124,7 @@ def _fill(finished: Finished, folder: Path, name: str, with_backbone: bool, weig
         "run": configuration.to_dict(config) | {"resolved": resolved},
     }
     files.write_new(folder / shared_form.CONFIG, json.dumps(tree, indent=1))
-    # safetensors makes files that only their owner reads
+    # safetensors makes its files readable by their owner only
     (folder / shared_form.WEIGHTS).chmod((folder / shared_form.CONFIG).stat().st_mode & 0o777)
     told = None if finished.report is None else _public_report(finished.report, config)
     if told is not None:
@@ -136,22 +136,19 @@ def _fill(finished: Finished, folder: Path, name: str, with_backbone: bool, weig
 
 
 def _backbone_note(config: Config, included: bool) -> str:
-    """Where a user's backbone comes from."""
+    """Return a sentence that says where a user gets the backbone's weights."""
     if included:
-        return "All weights are here, those of the backbone too."
-    here, weights = (
-        "The weights here are those that training changed; the others are the backbone's,",
-        config.backbone.weights,
-    )
+        return "All weights are included, those of the backbone too."
+    here, weights = "Only the weights that training changed are included.", config.backbone.weights
     if weights == "hub":
-        return f"{here} which timm downloads when it is loaded."
+        return f"{here} timm downloads those of the backbone when the model is loaded."
     if weights in OWN:
-        return f"{here} which moe_bsr has."
-    return f'{here} of the file {weights}, which is needed too: `moe_bsr.load(..., weights="FILE")`.'
+        return f"{here} Those of the backbone come with moe_bsr."
+    return f'{here} Those of the backbone are needed too, the file {weights}: `moe_bsr.load(..., weights="FILE")`.'
 
 
 def public(config: Config, resolved: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
-    """A configuration and what it led to, without paths of this machine and names of images."""
+    """Return a configuration and what it resolved to, without paths of this machine and names of images."""
     backbone = replace(config.backbone, weights=Path(config.backbone.weights).name)
     data = replace(config.data, root="data")
     tasks = {task: _public_task(about) for task, about in resolved["tasks"].items()}
@@ -168,12 +165,12 @@ def _public_task(about: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_place(value: Any) -> bool:
-    """Whether it leads to somewhere else than below the data root."""
+    """Return whether a value is a path that leads outside the data root."""
     return isinstance(value, str) and (value.startswith(("/", "~")) or ".." in Path(value).parts)
 
 
 def _public_report(told: dict[str, Any], config: Config) -> dict[str, Any]:
-    """A report without the command, and without the images that it names."""
+    """Return a report without the command and without names of images."""
     tasks = {
         task: {key: value for key, value in about.items() if key != "skipped"} for task, about in told["tasks"].items()
     }

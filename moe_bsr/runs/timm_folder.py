@@ -1,7 +1,7 @@
-"""A run as a plain timm model: a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads.
+"""Write a run as a plain timm model: a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads.
 
-timm knows neither dropped tokens nor experts, so a run that has them is refused. A folder holds one task, for timm's
-networks have one head.
+A run with dropped tokens or experts is refused, since timm has neither. A folder has one task, because timm's networks
+have one head.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ from moe_bsr.runs.model_card import model_card
 from moe_bsr.runs.share import public
 from moe_bsr.runtime import files
 
-TOLERANCE = 1e-4  # x the largest logit, or 1; the fast kernels of some CPUs add in another order than timm's
+TOLERANCE = 1e-4  # relative to the largest logit, at least 1. Our kernels may add in another order than timm's.
 
 USE = """
 ```python
@@ -36,28 +36,29 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 
 
 def write_timm(run: Path, out: Path, task: str | None = None, weights: str | None = None) -> dict[str, Any]:
-    """Write the timm folder of one task of a run, and compare what timm makes of it with what the run computes.
+    """Write one task of a run as a timm folder, and check that timm computes the same logits as the run.
 
     Args:
-        task: which; needed where the run has several.
-        weights: where the backbone's weights are now, if not where they were.
+        task: the task, needed if the run has several.
+        weights: the backbone's weights, if they have moved.
     Returns:
-        task, architecture, bytes of each file, and `difference`: the largest one of the logits of two random images.
+        task, architecture, files (size in bytes by name), and difference: the largest one between the logits of two
+        random images.
     Raises:
-        ConfigError: a run that no timm network computes, with the reason; no run, or `out` is there already.
-        CheckpointError: missing or damaged weights, or timm computes something else.
+        ConfigError: timm has no such network (with the reason), this is no run, or `out` exists already.
+        CheckpointError: the weights are missing or damaged, or timm computes other logits.
     """
     finished = read_finished(run)
     config, names = finished.config, finished.config.task_names()
     if task is None and len(names) > 1:
         raise ConfigError(
-            f"{run} has the tasks {', '.join(names)}, and a timm network has one head: name one, task=NAME"
+            f"{run} has the tasks {', '.join(names)}, and a timm network has one head: name one task, task=NAME"
         )
     task = task or names[0]
     if task not in names:
         raise ConfigError(f"no task {task!r} in {run}: it has {', '.join(names)}")
     if (why := beyond_timm(config)) is not None:
-        raise ConfigError(f"{run} cannot be a timm network: {why}; share it as it is, without timm")
+        raise ConfigError(f"{run} cannot be a timm network: {why}; share it without timm")
     if weights is not None:
         config.backbone.weights = weights
     model = build(config, finished.classes)
@@ -85,23 +86,23 @@ def write_timm(run: Path, out: Path, task: str | None = None, weights: str | Non
 
 
 def beyond_timm(config: Config) -> str | None:
-    """What the run does that no network of timm's does, or None."""
+    """Return what timm's networks lack to compute this run, with the key that asks for it. None if nothing."""
     plan = config.plan
     rates = plan.keep_rate if isinstance(plan.keep_rate, list) else [plan.keep_rate]
     if not family_of(config.backbone).of_tokens:
-        return f"{config.backbone.name} is no Vision Transformer (backbone.name)"
+        return f"{config.backbone.name} is not a Vision Transformer (backbone.name)"
     if plan.moe_blocks:
         return f"blocks {plan.moe_blocks} have experts (plan.moe_blocks)"
     if plan.drop_blocks and min(rates) < 1:
         how = "merged" if config.tokens.merges else "dropped"
         return f"tokens are {how} in blocks {plan.drop_blocks} (plan.drop_blocks)"
     if config.adapter is not None:
-        return "it has adapters, and merged into the weights they would be rounded (adapter)"
+        return "it has adapters, and merging them into the weights would round them (adapter)"
     return f"its heads read blocks {plan.head_blocks} (plan.head_blocks)" if plan.head_blocks else None
 
 
 def _plain(model: MultitaskViT, config: Config, task: str) -> nn.Module:
-    """timm's own network with the weights of the model, in evaluation mode."""
+    """Return timm's own network with the weights of the model, in evaluation mode."""
     name, arguments = in_timm(config.backbone)
     plain = timm.create_model(name, **arguments, num_classes=model.heads[task].out_features)
     head = {f"head.{name}": value for name, value in model.heads[task].state_dict().items()}
@@ -110,10 +111,10 @@ def _plain(model: MultitaskViT, config: Config, task: str) -> nn.Module:
 
 
 def _difference(model: MultitaskViT, folder: Path, task: str, size: int) -> float:
-    """The largest difference of the logits of two random images; loaded as anybody would load it.
+    """Load the folder with timm, and return the largest difference of the logits of two random images.
 
     Raises:
-        CheckpointError: it is larger than rounding explains.
+        CheckpointError: the difference is larger than rounding explains.
     """
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

@@ -1,8 +1,8 @@
-"""A model that starts from the weights of a run (`train.init_from`): all that fits is taken, by name.
+"""Warm start: build a model with the weights of another run (`train.init_from`), as far as they fit by name.
 
-Dense weights go into the backbone before the plan is applied: experts then start as copies of an FFN as it was trained.
-Experts, routers and adapters are taken where the block has such parts of the same shapes; of heads, the rows of the
-classes that both have. Everything else starts as in any run.
+Dense weights are put into the backbone before the plan is applied, so that new experts start as copies of the trained
+FFN. Experts, routers and adapters are copied if the block has such parts of the same shapes. Of a head, the rows of
+classes that both runs have are copied. Everything else is initialized as in any run.
 """
 
 from collections.abc import Iterable
@@ -24,8 +24,8 @@ from moe_bsr.runs.folder import check_names
 from moe_bsr.runs.load import read_named
 from moe_bsr.runtime.top_list import are_many
 
-SHOWN = 5  # names of a kind in a message
-COMPUTES = {  # settings that say what the same weights compute
+SHOWN = 5  # names in a list in a message
+COMPUTES = {  # settings that change what a model with the same weights computes
     "plan": ("drop_blocks", "keep_rate", "moe_blocks", "head_blocks"),
     "tokens": ("reduce", "fuse", "protect_fused", "rank_by"),
     "moe": ("experts", "num_experts", "top_k", "mlp_ratio", "rank", "gate", "router", "renormalize_gates"),
@@ -34,11 +34,13 @@ COMPUTES = {  # settings that say what the same weights compute
 
 @dataclass(slots=True)
 class Source:
-    """What a run has to give.
+    """The run that weights are taken from.
 
     Attributes:
-        config: its own. plan: of its blocks. classes: by task, in the order of its head's rows.
-        weights: by name, those evaluated.
+        config: the run's configuration.
+        plan: one row per block.
+        classes: class names by task, in the order of the head's rows.
+        weights: tensors by name; a moving average replaces the live weights.
     """
 
     run: Path
@@ -51,14 +53,15 @@ class Source:
 
 
 def build_from(run: str, config: Config, classes: dict[str, list[str]]) -> tuple[MultitaskViT, list[str]]:
-    """The model of a configuration, with the weights of the best checkpoint of a run as far as they fit.
+    """Build the model of a configuration with the weights of a run's best checkpoint, as far as they fit.
 
     Args:
-        classes: names by task.
+        run: run folder or zip file.
+        classes: class names by task.
     Returns:
-        The model, on the CPU in float32, and what was taken, is new and was left, a line each.
+        The model, on the CPU in float32, and lines that say what was taken, what is new and what was left.
     Raises:
-        ConfigError: no run, or one of another backbone. CheckpointError: its checkpoint is missing or damaged.
+        ConfigError: this is no run, or it has another backbone. CheckpointError: its checkpoint is missing or damaged.
     """
     counts = {task: len(names) for task, names in classes.items()}
     try:
@@ -69,10 +72,10 @@ def build_from(run: str, config: Config, classes: dict[str, list[str]]) -> tuple
     target = build_on_meta(config, counts)
     if config.train.only is not None:
         _require_same(config, target.plan, source)
-    both = enumerate(zip(target.plan, source.plan, strict=False))  # other depths are refused with the backbone, below
+    both = enumerate(zip(target.plan, source.plan, strict=False))  # another depth means another backbone, refused below
     adapters = {i for i, (mine, theirs) in both if mine.adapter is not None and mine.adapter == theirs.adapter}
     replaced: set[str] = set()
-    complete = target.unchanged_backbone_names() <= source.weights.keys()  # then any start is as good
+    complete = target.unchanged_backbone_names() <= source.weights.keys()  # then the backbone does not matter
 
     def put_dense(vit: VisionTransformer, sha256: str) -> None:
         if sha256 != source.backbone_sha256 and not complete:
@@ -113,7 +116,7 @@ def _read(run: Path, tasks: list[str]) -> Source:
 
 
 def _read_parts(run: Path, known: list[str], wanted: list[str]) -> Source:
-    """Of a run with a model for each task: for one task its model, for several the heads alone."""
+    """Read a run with one model per task: the model of a single wanted task, or only the heads of several."""
     parts = [_read(run / task, [task]) for task in known if checkpoint.steps(run / task)]
     if not parts:
         raise ConfigError(f"{run} has no trained model of {', '.join(wanted)}")
@@ -127,7 +130,7 @@ def _read_parts(run: Path, known: list[str], wanted: list[str]) -> Source:
 
 
 def _require_same(config: Config, plan: list[BlockPlan], source: Source) -> None:
-    """Refuse to keep tasks as they are in a model that computes something else."""
+    """Refuse train.only if this configuration computes something else than the source with the same weights."""
     pairs = {"adapter": ([block.adapter for block in plan], [block.adapter for block in source.plan])}
     for section, keys in COMPUTES.items():
         mine, theirs = getattr(config, section), getattr(source.config, section)
@@ -136,13 +139,19 @@ def _require_same(config: Config, plan: list[BlockPlan], source: Source) -> None
         if here != there and (config.plan.moe_blocks or not key.startswith("moe.")):
             raise ConfigError(
                 f"train.only = {config.train.only}: {key} = {here!s:.80} here and {there!s:.80} in "
-                f"{config.train.init_from}, whose other tasks are to stay as they are: take the run's, or leave "
+                f"{config.train.init_from}, so its other tasks could not stay unchanged: use its value, or leave "
                 "train.only out"
             )
 
 
 def _dense(source: Source, vit: dict[str, Tensor], adapters: set[int]) -> dict[str, Tensor]:
-    """What differs of a plain backbone's weights. Adapters are merged into them, but in the blocks `adapters`."""
+    """Return the source's dense weights that differ from the backbone's, by name in the plain backbone.
+
+    LoRA updates are merged into them, except in the blocks `adapters`, where the new model has the same adapter.
+
+    Args:
+        vit: state dict of the backbone.
+    """
     dense = {}
     for name, value in source.weights.items():
         plain = name.removeprefix("vit.").replace(".base.", ".").replace(".mlp.shared.", ".mlp.")
@@ -163,7 +172,7 @@ def _block(name: str) -> int:
 
 @torch.no_grad()
 def _put_parts(model: MultitaskViT, source: Source, adapters: set[int]) -> dict[str, list[int]]:
-    """Take experts, routers and adapters; returns the blocks in which each kind was."""
+    """Copy experts, routers and adapters. Return the blocks in which each kind was copied."""
     state = model.state_dict()
     places = {id(p): index for index, parameters in model.adapter_parameters.items() for p in parameters}
     added = {name: places[id(p)] for name, p in model.named_parameters() if id(p) in places}
@@ -183,14 +192,17 @@ def _put_parts(model: MultitaskViT, source: Source, adapters: set[int]) -> dict[
             routers = {name for name in state if name.startswith(f"{place}mlp.router.")}
             fixed = isinstance(model.get_submodule(f"{place}mlp.router"), FixedGates)
             if fixed and model.trained_tasks is model.tasks:
-                continue  # as this configuration tells them
+                continue  # fixed gates are set by this configuration
             if sum(_put_router(name, state[name], theirs, model.tasks, source) for name in routers):
                 taken["routers"].append(index)
     return taken
 
 
 def _put_router(name: str, mine: Tensor, theirs: dict[str, Tensor], tasks: list[str], source: Source) -> bool:
-    """Take a parameter of a router, if there is one of that name; what is told the task as a number, task by task."""
+    """Copy a parameter of a router if the source has it, and return whether it did.
+
+    The input layer of a task-conditioned router has one column per task. These are copied by task.
+    """
     if name not in theirs:
         return False
     value, before = theirs[name], list(source.classes)
@@ -206,9 +218,9 @@ def _put_router(name: str, mine: Tensor, theirs: dict[str, Tensor], tasks: list[
 
 @torch.no_grad()
 def _put_tasks(model: MultitaskViT, source: Source) -> None:
-    """Where everything but a new task is frozen, its routing starts as the mean of the other tasks'.
+    """For `train.only`: initialize the routing of each new task as the mean over the source's tasks.
 
-    The shares of experts that `balance` keeps of each task are taken too.
+    Also copy the experts' shares that the balance loss keeps for each task.
     """
     state, before = model.state_dict(), list(source.classes)
     new = [task for task in model.tasks if task not in before]
@@ -226,7 +238,7 @@ def _put_tasks(model: MultitaskViT, source: Source) -> None:
 
 @torch.no_grad()
 def _put_head(model: MultitaskViT, source: Source, task: str, classes: list[str]) -> int:
-    """Take the rows of the classes that both have; returns how many."""
+    """Copy the rows of the classes that both heads have. Return their number."""
     rows = {name: row for row, name in reversed(list(enumerate(source.classes[task])))}
     pairs = [(row, rows[name]) for row, name in enumerate(classes) if name in rows]
     if pairs:
@@ -259,7 +271,7 @@ def _told(
     moe = [index for index, plan in enumerate(model.plan) if plan.moe]
     new = [f"head of {task}" for task in classes if task not in heads]
     if model.trained_tasks is not model.tasks and moe and new:
-        new.append("their routers, each the mean of the other tasks'")
+        new.append("their routers, each the mean over the other tasks")
     for task in heads:
         if names := [name for name in classes[task] if name not in source.classes[task]]:
             new.append(f"classes of {task} ({_listed(names)})")
@@ -277,7 +289,7 @@ def _told(
     if unused := sorted(theirs - set(parts["experts"])):
         left.append(f"experts of blocks {_listed(unused)}")
     added = {i for i, block in enumerate(source.plan) if block.adapter is not None and block.adapter.kind != "lora"}
-    if unused := sorted(added - set(parts["adapters"])):  # what no weight can stand for
+    if unused := sorted(added - set(parts["adapters"])):  # only LoRA can be merged into weights
         left.append(f"adapters of blocks {_listed(unused)}")
     kinds = {"taken": taken or ["nothing"], "new": new, "left": left}
     return [f"{kind}: {', '.join(each)}" for kind, each in kinds.items() if each]

@@ -252,7 +252,7 @@ def test_a_run_whose_checkpoints_have_no_room_is_refused_with_both_numbers(tmp_p
 def test_a_limit_of_a_files_size_is_seen_beforehand(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.resource, "getrlimit", lambda which: (2**20, 2**20))
     check_room(tmp_path, {"weights": 2**20, "optimizer": 2**19}, 3)
-    with pytest.raises(ConfigError, match="optimizer.safetensors needs 2.0 MB, and a file may have 1.0 MB"):
+    with pytest.raises(ConfigError, match="optimizer.safetensors needs 2.0 MB, and a file may have at most 1.0 MB"):
         check_room(tmp_path, {"weights": 2**20, "optimizer": 2**21}, 3)
 
 

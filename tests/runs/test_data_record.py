@@ -170,7 +170,9 @@ def test_a_run_that_met_a_broken_image_goes_on_without_it(config, place):
             report = train(skip, place / how, resume=True)
         assert report["status"] == "finished" and report["step"] == 6
         assert len(report["tasks"]["bugs"]["skipped"]["train"]) == 1
-        assert "Images skipped, for they could not be read: bugs 1 of train" in (place / how / "report.md").read_text()
+        assert (
+            "Images skipped because they could not be read: bugs 1 of train" in (place / how / "report.md").read_text()
+        )
         weights = checkpoint.read(place / how / "checkpoint/6")[0]["weights"]
         assert all((weights[key] == whole[key]).all() for key in whole)
 

@@ -89,7 +89,7 @@ def test_other_weights_make_it_stale(copy):
     with torch.no_grad():
         trained.models["shapes"].heads["shapes"].bias[0] += 1
     image = np.zeros((9, 9, 3), np.uint8)
-    with pytest.raises(ConfigError, match="of other weights of shapes"):
+    with pytest.raises(ConfigError, match="made with other weights of shapes"):
         trained.predict(image, reject=True)
     with pytest.warns(UserWarning, match="nothing is rejected"):
         assert "belongs_to" not in trained.predict(image)["images"][0]

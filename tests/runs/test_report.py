@@ -103,7 +103,7 @@ def test_the_machine_is_named_by_its_gpu_where_there_is_one(monkeypatch):
     [
         ({"best": (63.64, 80), "step": 120}, "those of step 80 of 120, for the highest mean validation top-1: 63.64 %"),
         ({"best": None, "step": 3}, "no weights are selected"),
-        ({"best": (None, 120), "step": 120}, "those of step 120, the last; those selected were lost"),
+        ({"best": (None, 120), "step": 120}, "those of step 120, the last; the selected ones were lost"),
     ],
 )
 def test_the_text_names_the_selected_step_and_why(tmp_path, changes, words):
@@ -113,7 +113,7 @@ def test_the_text_names_the_selected_step_and_why(tmp_path, changes, words):
 def test_so_it_does_where_the_last_step_is_asked_for(tmp_path):
     config = make_config(tmp_path, train__checkpoint_selection="last")
     text = report.markdown(make(tmp_path, config=config, best=(50.0, 8), step=8))
-    assert "those of step 8 of 8, the last, as train.checkpoint_selection asks" in text and "50.00 %" in text
+    assert "those of step 8 of 8, the last (train.checkpoint_selection)" in text and "50.00 %" in text
 
 
 def test_one_model_per_task_has_a_step_for_each(tmp_path):

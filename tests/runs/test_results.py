@@ -79,7 +79,8 @@ def test_each_kind_is_told_by_its_keys(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [('{"a": 1', "cut or damaged"), ("[]", "a list"), ('{"odd": 1}', "no known kind, it has odd")]
+    ("content", "words"),
+    [('{"a": 1', "cut or damaged"), ("[]", "not an object"), ('{"odd": 1}', "no known kind, it has odd")],
 )
 def test_what_is_no_result_is_refused_by_name(tmp_path, content, words):
     put(tmp_path, "x.json", content)

@@ -115,7 +115,8 @@ def test_without_it_the_user_is_told_what_is_missing(trained, place, tmp_path):
     other = tmp_path / "other.safetensors"
     save_file({n: v + 1 for n, v in load_file(backbone_file(trained)).items()}, other)
     with pytest.raises(
-        CheckpointError, match="given.zip holds only what training changed, over a backbone with sha256"
+        CheckpointError,
+        match="given.zip holds only the weights that training changed, and needs the backbone with sha256",
     ):
         moe_bsr.load(place / "given.zip", weights=str(other))
 
@@ -147,7 +148,7 @@ def test_it_is_read_wherever_a_run_is(trained, place):
     assert found["test_evaluations"] == 1
     with pytest.raises(ConfigError, match="counted in a folder; unpack it first: python -m zipfile -e"):
         moe_bsr.evaluate(place / "given.zip", "test", **weights)
-    with pytest.raises(CheckpointError, match="no checkpoint 7 in .*given.zip: it was shared with that of step 2"):
+    with pytest.raises(CheckpointError, match="no checkpoint 7 in .*given.zip: this shared run has only step 2"):
         moe_bsr.load(place / "given.zip", 7, **weights)
     with pytest.raises(ConfigError, match="training does not go on in it"):
         moe_bsr.config.load(place / "given")
@@ -162,7 +163,7 @@ def test_it_is_read_wherever_a_run_is(trained, place):
 
 def test_nothing_is_replaced(trained, place):
     for name in ("given", "given.zip"):
-        with pytest.raises(ConfigError, match=f"{name} is there already"):
+        with pytest.raises(ConfigError, match=f"{name} exists already"):
             share(trained, place / name)
     assert sorted(path.name for path in place.iterdir()) == ["given", "given.zip"], "nothing half-written is left"
 
@@ -202,9 +203,9 @@ def link(name: str) -> zipfile.ZipInfo:
 HOSTILE = {
     "weights of another run": (lambda m: damaged(m, model_safetensors=m["model.safetensors"][::-1]), "match its hash"),
     "no weights": (lambda m: {n: c for n, c in m.items() if n != "model.safetensors"}, "missing or unreadable"),
-    "no config": (lambda m: {n: c for n, c in m.items() if n != "config.json"}, "no config.json in it"),
+    "no config": (lambda m: {n: c for n, c in m.items() if n != "config.json"}, "it has no config.json"),
     "config that is none": (lambda m: damaged(m, config_json=b"[" * 100_000), "cut or damaged"),
-    "another library": (lambda m: damaged(m, config_json=b'{"library_name": "timm"}'), "of no run of moe_bsr"),
+    "another library": (lambda m: damaged(m, config_json=b'{"library_name": "timm"}'), "does not belong to a run"),
     "another format": (
         lambda m: damaged(m, config_json=m["config.json"].replace(b'"format": 1', b'"format": 2')),
         "use a newer moe_bsr",
@@ -262,7 +263,7 @@ def test_a_file_larger_than_it_says_is_not_unpacked(given, tmp_path):
 
 def test_what_is_neither_a_folder_nor_a_zip_file_is_called_so(tmp_path):
     (tmp_path / "x.zip").write_bytes(b"hello")
-    with pytest.raises(ConfigError, match="x.zip is no run folder, and no zip file of one"):
+    with pytest.raises(ConfigError, match="x.zip is neither a run folder nor a zip file of one"):
         moe_bsr.load(tmp_path / "x.zip")
 
 

@@ -211,7 +211,7 @@ def test_evaluations_that_do_not_rise_end_a_run_also_across_a_resume(tmp_path, m
     stop_at(monkeypatch, 4, config, tmp_path / "run")  # in update 4, before its evaluation is counted or after
     done = train(config, tmp_path / "run", resume=True, callbacks=[])
     assert (done["status"], done["step"], done["selected_step"], done["planned_steps"]) == ("finished", 4, 2, 8)
-    assert "ended early, as train.patience asks: 8 updates" in report.markdown(done)
+    assert "ended early (train.patience): 8 updates" in report.markdown(done)
     assert train(config, tmp_path / "run", resume=True, callbacks=[]) == done
     longer = train(replace(config, train__steps=9), tmp_path / "run", resume=True, callbacks=[])
     assert (longer["step"], longer["selected_step"]) == (7, 5)

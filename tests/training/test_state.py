@@ -87,7 +87,7 @@ def test_scores_of_weights_that_were_lost_are_not_reported(tmp_path, monkeypatch
     assert "checkpoint/2/weights.safetensors" in lost["reason"]
     assert all(task["scored_step"] == 8 for task in report["tasks"].values())
     text = (tmp_path / "run" / "report.md").read_text()
-    assert "best evaluation was that of step 2, mean validation top-1 30.00 % (shapes 30.0, fractals 30.0)" in text
+    assert "best evaluation was at step 2, mean validation top-1 30.00 % (shapes 30.0, fractals 30.0)" in text
     assert "Weights: those of step 8, the last" in text and "checkpoint/2/weights.safetensors" in text
     assert torch.equal(seen[-1][1], seen[-2][1])
 
