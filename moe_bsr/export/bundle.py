@@ -1,17 +1,17 @@
-"""A trained run as a folder for a device, proven on validation images before it gets its name.
+"""Export a trained run as a folder for a device (a bundle), and compare it with the run on validation images first.
 
     BUNDLE/
       <task>.onnx       images -> logits of one task, complete
-      all_tasks.onnx    images -> logits of every task, in one call: what tasks share is computed once
-      weights.data      the tensors that tasks share, once; <task>.data: a task's own (its router and head)
-      <task>.txt        one class name a line
+      all_tasks.onnx    images -> logits of all tasks in one call; shared blocks are computed once
+      weights.data      tensors that tasks share; <task>.data: tensors of one task (its router and head)
+      <task>.txt        one class name per line
       config.json, preprocessor_config.json, parity.json, README.md, predict.py
 
-As ExecuTorch programs, <task>.pte has the graph and all its weights; there is no all_tasks and no .data.
+In the format ExecuTorch, <task>.pte has the graph and all its weights. There is no all_tasks and no .data.
 
-Each graph stands alone, and none has weights in it. A trunk that ends in tokens, and a graph a task from there, would
-save the same work. But no part of it could be used alone, and each of several sessions would hold the shared blocks
-behind the trunk again, where one session of one graph holds them once.
+Each graph is complete, and its weights are in the .data files. A graph of the shared trunk and one graph per task after
+it would save as much work. But none of these could be used alone, and with one session per graph each session would
+hold the shared blocks after the trunk again. One session of all_tasks.onnx holds them once.
 """
 
 import dataclasses
@@ -39,9 +39,9 @@ from moe_bsr.runtime.names import printable
 from moe_bsr.runtime.version import __version__
 
 ALL_TASKS = "all_tasks.onnx"
-SUFFIXES = {"onnx": ".onnx", "executorch": ".pte"}  # what is written, and how its graphs' names end
-FORMAT = 1  # of config.json
-USAGE_IMAGES = 256  # training images of a task, on which the use of experts is counted
+SUFFIXES = {"onnx": ".onnx", "executorch": ".pte"}  # by format, the suffix of its graphs' files
+FORMAT = 1  # version of config.json
+USAGE_IMAGES = 256  # training images of a task on which the use of experts is counted
 
 
 def export(
@@ -54,37 +54,37 @@ def export(
     images: int = 512,
     on_step: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Write a run's tasks as a bundle.
+    """Write a run's tasks as a bundle. If an error occurs, nothing is left on the disk.
 
         run = moe_bsr.load("runs/mine", device="cpu")
         export(run, "mine-on-device")
 
     Args:
-        run: on the CPU; its models are in float32 afterwards.
-        out: the folder to write, which must not exist; `export` in the run's folder by default.
-        format: onnx, or executorch, which needs the package of that name.
-        quantize: weights in int8, of ONNX alone.
-        experts: keep so many of each layer, those that a task uses most.
-        images: validation images of each task to prove it on, at most.
-        on_step: told what is being done.
+        run: a run on the CPU. Its models are converted to float32.
+        out: folder to write, which must not exist. By default `export` in the run's folder.
+        format: "onnx", or "executorch", which needs the package of that name.
+        quantize: whether to round weights to int8 (ONNX only).
+        experts: number of experts to keep in each layer, those that a task uses most. None keeps all.
+        images: largest number of validation images per task for the comparison with the run.
+        on_step: called with a description of each step.
     Returns:
         bundle, run, step, precision, bytes, whole_bytes (with all experts), files {name: bytes}, tasks {name: n, top1,
         top1_low, top1_high, parity {difference, tolerance, equal, decided_otherwise, images}; with `quantize` float32
         {top1, ...} and int8 {equal, ...}; with `experts` whole {top1, equal, ...}}.
     Raises:
-        ConfigError: a folder that exists, a layer without an ONNX form, too few experts, int8 of another format.
-        NotEqual: a graph that does not compute what the run does. Nothing is left behind by any of them.
+        ConfigError: the folder exists, a layer has no ONNX form, `experts` is out of range, or int8 in another format.
+        NotEqual: a graph does not compute the same as the run.
     """
     out = Path(out) if out is not None else run.run / "export"
     if os.path.lexists(out):
         raise ConfigError(f"{out} exists; remove it, or name another folder")
     require_tokens(run.config.backbone, "export")
     require(format in SUFFIXES, "format", format, " or ".join(SUFFIXES))
-    require(format == "onnx" or not quantize, "int8", quantize, "leave it out: only the format onnx is written in int8")
+    require(format == "onnx" or not quantize, "int8", quantize, "leave it out: only the format onnx has int8")
     _check_names(list(run.models))
     run = dataclasses.replace(run, runtime=dataclasses.replace(run.runtime, precision="fp32"))
     for model in {id(model): model for model in run.models.values()}.values():
-        model.float()  # a bf16 run keeps frozen matrices in 16 bits
+        model.float()  # a bf16 run has frozen matrices in bfloat16
     with run.runtime.in_effect(), torch.inference_mode():
         parts = _parts(run, experts, on_step)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -100,16 +100,16 @@ def export(
 
 
 def _check_names(tasks: list[str]) -> None:
-    """No task may be called as a file that every bundle has."""
+    """Refuse a task that has the name of a file of every bundle."""
     taken = {Path(ALL_TASKS).stem, Path(SHARED_FILE).stem}
     for task in tasks:
         require(
-            task not in taken, "tasks", task, "another name: the bundle has a file of this one; rename its task file"
+            task not in taken, "tasks", task, "another name: a file of the bundle has this one; rename the task file"
         )
 
 
 def _parts(run: TrainedRun, experts: int | None, on_step: Callable[[str], None]) -> dict[str, Part]:
-    """What of which model each task is made of."""
+    """Return the part of each task: its model, which of its blocks are shared, and which experts are kept."""
     models = list(run.models.values())
     shared = None
     if run.config.mode == "single_task":
@@ -136,7 +136,7 @@ def _fill(
     images: int,
     on_step: Callable[[str], None],
 ) -> tuple[Path, dict[str, Any]]:
-    """Write and prove the bundle in a folder of `stage`; returns that folder, and what `export` does."""
+    """Write the bundle to a folder in `stage` and compare it with the run. Return the folder and `export`'s result."""
     config, place = _config(run, parts, suffix), stage / "float32"
     if suffix == ".pte":
         from moe_bsr.export import executorch
@@ -168,7 +168,7 @@ def _fill(
         "check": {
             "images": "drawn by predict.py",
             "logits": {task: logits.tolist() for task, logits in check.items()},
-            "least_equal": max(equal - 1, 0),  # in int8, where another processor may round otherwise
+            "least_equal": max(equal - 1, 0),  # for int8: another processor may round differently
         },
     }
     files.write_new(place / "parity.json", json.dumps(told, indent=1, allow_nan=False))
@@ -191,7 +191,7 @@ def _prove(
     images: int,
     on_step: Callable[[str], None],
 ) -> tuple[dict[str, Any], dict[str, parity.Answers]]:
-    """Compare each task's graph with its model on validation images; returns the numbers and the model's answers."""
+    """Compare each task's graph with its model on validation images. Return the results and the model's answers."""
     found, expected = {}, {}
     together = Bundle(place, threads=run.runtime.threads) if config["all_tasks"] else None
     for task, part in parts.items():
@@ -213,7 +213,7 @@ def _prove(
 def _compare_rounded(
     run: TrainedRun, place: Path, expected: dict[str, parity.Answers], found: dict[str, Any], images: int
 ) -> None:
-    """Put int8's accuracy in the place of float32's in `found`, that and equal predictions beside it."""
+    """Replace float32's accuracy in `found` by int8's, and add float32's and the number of equal predictions."""
     for task, answers in expected.items():
         logits = parity.of_bundle(run, Bundle(place, [task], run.runtime.threads), task, images)
         before = {key: found[task][key] for key in ("n", "top1", "top1_low", "top1_high")}
@@ -223,7 +223,7 @@ def _compare_rounded(
 
 
 def _graphs(run: TrainedRun, parts: dict[str, Part]) -> dict[str, Model]:
-    """A graph of each task, and of several tasks one of all."""
+    """Return a graph per task, and if there are several tasks one graph of all."""
     weights, size = Weights(), run.transforms.size
     groups = {f"{task}.onnx": [task] for task in parts}
     if len(parts) > 1:
@@ -239,7 +239,7 @@ def _graphs(run: TrainedRun, parts: dict[str, Part]) -> dict[str, Model]:
 
 
 def _store(place: Path, models: dict[str, Model], config: dict[str, Any]) -> None:
-    """Write graphs, weights, and what goes with them."""
+    """Write graphs, weights and the files that accompany them."""
     place.mkdir()
     weights = next(iter(models.values())).weights
     places = weights.write(place)
@@ -276,7 +276,7 @@ def _write_config(place: Path, config: dict[str, Any]) -> None:
 
 
 def _config(run: TrainedRun, parts: dict[str, Part], suffix: str) -> dict[str, Any]:
-    """What the bundle is, in timm's words where it has them."""
+    """Return the content of config.json. Keys are timm's where timm has them."""
     vit, images = next(iter(parts.values())).model.vit, run.transforms
     plan, tokens, moe = (dataclasses.asdict(getattr(run.config, section)) for section in ("plan", "tokens", "moe"))
     return {
@@ -314,7 +314,7 @@ def _config(run: TrainedRun, parts: dict[str, Part], suffix: str) -> dict[str, A
 
 
 def _preprocessor(images: dict[str, Any]) -> dict[str, Any]:
-    """How images become inputs, in transformers' words; it has none for `crop_mode: border`."""
+    """Return the image transforms in the form of transformers, which has none for `crop_mode: border`."""
     size = images["input_size"][-1]
     side = int(size / images["crop_pct"])
     crops = images["resize"] != "squash" and images["crop_mode"] != "squash"
@@ -336,7 +336,7 @@ def _preprocessor(images: dict[str, Any]) -> dict[str, Any]:
 
 
 def _left_out(run: TrainedRun, parts: dict[str, Part], precision: str) -> int:
-    """Bytes of the experts that no task of the bundle has any more; in int8 without their scales."""
+    """Return the size in bytes of the experts that no task of the bundle keeps. For int8 their scales are left out."""
     kept: dict[Experts, set[int]] = {}
     for task, part in parts.items():
         for index, ids in part.experts.items():

@@ -1,4 +1,4 @@
-"""The model card of a bundle: what it is, how good and how expensive, where it came from, how to run it."""
+"""Write the model card of a bundle: what it is, its accuracy and cost, where it comes from, how to run it."""
 
 from pathlib import Path
 from typing import Any
@@ -11,27 +11,27 @@ from moe_bsr.runtime import cpu_features
 from moe_bsr.runtime.names import printable
 from moe_bsr.runtime.text_tables import as_markdown
 
-RUNTIMES = {  # by how a graph's file ends: its tag, the packages that run it, and how
+RUNTIMES = {  # by suffix of a graph's file: its tag, the packages that run it, and how to use it
     ".onnx": (
         "onnx",
         "onnxruntime",
-        "Every graph takes `images`, normalized float32 (B, 3, S, S), any B, and gives logits (B, classes) under the "
-        "task's name. Keep `.data` files beside the graphs: `weights.data` is shared, `<task>.data` belongs to a task. "
-        "A device that needs one task needs that task's files and `weights.data`. OpenVINO reads the graphs as they "
-        "are.",
+        "Every graph takes `images`, normalized float32 (B, 3, S, S) for any B, and returns logits (B, classes) under "
+        "the task's name. Keep the `.data` files beside the graphs: `weights.data` is shared, `<task>.data` belongs to "
+        "a task. To use one task on a device, copy that task's files and `weights.data`. OpenVINO reads the graphs "
+        "without conversion.",
     ),
     ".pte": (
         "executorch",
         "executorch torch",
-        "Every program has one method, `forward`: normalized float32 (1, 3, S, S) -> logits (1, classes). It holds all "
-        "its weights and asks for ExecuTorch's XNNPACK backend and portable kernels. `predict.py` uses ExecuTorch's "
-        "Python package, which needs torch; apps load the program with ExecuTorch's own libraries.",
+        "Every program has one method, `forward`: normalized float32 (1, 3, S, S) -> logits (1, classes). It contains "
+        "all its weights and needs ExecuTorch's XNNPACK backend and portable kernels. `predict.py` uses ExecuTorch's "
+        "Python package, which needs torch. Apps load the program with ExecuTorch's own libraries.",
     ),
 }
 
 
 def text(run: TrainedRun, config: dict[str, Any], result: dict[str, Any], place: Path) -> str:
-    """README.md of the bundle at `place`, whose other files are there already."""
+    """Return README.md of the bundle at `place`. All other files must have been written."""
     license, weights = _backbone(run)
     runtime, package, how = RUNTIMES[Path(next(iter(config["tasks"].values()))["graph"]).suffix]
     name = printable(run.run.resolve().name)
@@ -55,7 +55,7 @@ def text(run: TrainedRun, config: dict[str, Any], result: dict[str, Any], place:
             "```",
             f"pip install {package} numpy pillow",
             "python predict.py photo.jpg      # all tasks",
-            "python predict.py --check        # does this machine compute what was proven at export?",
+            "python predict.py --check        # compare this machine's answers with the exported run's",
             "python predict.py --time         # milliseconds and memory on this machine",
             "```",
             "",
@@ -65,7 +65,7 @@ def text(run: TrainedRun, config: dict[str, Any], result: dict[str, Any], place:
             "",
             *_accuracy(run, result),
             "",
-            "## Equal to the run",
+            "## Comparison with the run",
             "",
             *_parity(result),
             "",
@@ -78,24 +78,24 @@ def text(run: TrainedRun, config: dict[str, Any], result: dict[str, Any], place:
             f"* Backbone: {config['architecture']}, {weights}",
             *(f"* {task}: {_data(run, task)}" for task in config["tasks"]),
             "",
-            "Whether the licenses of images and weights allow your use is for you to see.",
+            "Check yourself whether the licenses of images and weights allow your use.",
             "",
         ]
     )
 
 
 def _backbone(run: TrainedRun) -> tuple[str, str]:
-    """A license identifier, and where the pretrained weights came from, in words."""
-    weights = read_config(run.run)[0].backbone.weights  # as the run had it; loading may have changed the copy
+    """Return a license identifier, and the origin of the pretrained weights in words."""
+    weights = read_config(run.run)[0].backbone.weights  # from the file, since loading may have changed run.config
     if weights == "bundled":
         return "mit", "the weights that come with moe_bsr (trained on drawn images; MIT)"
     if weights == "random":
-        return "unknown", "from random weights"
+        return "unknown", "random weights"
     known = getattr(next(iter(run.models.values())).vit, "pretrained_cfg", None) or {}
     if weights == "hub":
         license = known.get("license") or "unknown"
         return license, f"timm's pretrained weights ({known.get('hf_hub_id') or 'hub'}; license: {license})"
-    return "unknown", f"weights of a file, {printable(Path(weights).name)}; their license is not known here"
+    return "unknown", f"weights of the file {printable(Path(weights).name)}; their license is not known"
 
 
 def _data(run: TrainedRun, task: str) -> str:
@@ -110,8 +110,8 @@ def _accuracy(run: TrainedRun, result: dict[str, Any]) -> list[str]:
         interval = f"{told['top1_low']:.1f} - {told['top1_high']:.1f}"
         rows.append([task, str(len(run.class_names[task])), f"{told['top1']:.1f}", interval, str(told["n"])])
     lines = [
-        "Of these graphs, on validation images of the run. The run's checkpoint was chosen by validation accuracy, so "
-        "expect a little less on new images.",
+        "Accuracy of these graphs on validation images of the run. The run's checkpoint was chosen by validation "
+        "accuracy, so expect a little less on new images.",
         "",
         as_markdown(rows),
     ]
@@ -120,12 +120,12 @@ def _accuracy(run: TrainedRun, result: dict[str, Any]) -> list[str]:
     of_this = {t: s for t, s in scored.items() if t in result["tasks"] and _is_of(run, s)}
     if of_this:
         tests = [f"{t} {s['top1']:.1f} ({s['top1_low']:.1f} - {s['top1_high']:.1f})" for t, s in of_this.items()]
-        lines += ["", f"The run itself, on its test split, before the export: {', '.join(tests)}."]
+        lines += ["", f"Test accuracy of the run before the export: {', '.join(tests)}."]
     return lines
 
 
 def _is_of(run: TrainedRun, scores: dict[str, Any]) -> bool:
-    """Whether a report's scores are of the weights that were loaded; of several models the step cannot tell."""
+    """Return whether a report's scores are those of the loaded weights. Not checked for one model per task."""
     return "top1" in scores and (run.config.mode == "single_task" or scores.get("scored_step") == run.step)
 
 
@@ -133,19 +133,19 @@ def _parity(result: dict[str, Any]) -> list[str]:
     worst = max(told["parity"]["difference"] / told["parity"]["tolerance"] for told in result["tasks"].values())
     images = sum(told["parity"]["images"] for told in result["tasks"].values())
     lines = [
-        f"On {images} validation images the float32 graphs' logits differ from the run's own by at most {worst:.2f} of "
-        "the tolerance, 1e-4 times the largest logit. `parity.json` has the numbers."
+        f"On {images} validation images the logits of the float32 graphs differ from the run's by at most {worst:.2f} "
+        "of the tolerance, 1e-4 times the largest logit. `parity.json` has the numbers."
     ]
     for task, told in result["tasks"].items():
         if "whole" in told:
             whole, n = told["whole"], told["n"]
             lines.append(
-                f"* {task}: experts were left out. With all of them {whole['top1']:.1f} %; {whole['equal']} of {n} "
-                "predictions are equal."
+                f"* {task}: experts were left out. With all of them top-1 is {whole['top1']:.1f} %, and "
+                f"{whole['equal']} of {n} predictions are equal."
             )
         if "int8" in told:
             lines.append(
-                f"* {task}: {told['int8']['equal']} of {told['int8']['images']} predictions of int8 are those of "
+                f"* {task}: {told['int8']['equal']} of {told['int8']['images']} predictions in int8 equal those in "
                 f"float32, whose top-1 is {told['float32']['top1']:.1f} %."
             )
     return lines
@@ -157,10 +157,10 @@ def _cost(run: TrainedRun, place: Path) -> list[str]:
     told = measure(bundle, repeats=10)
     each = [f"* {size:.1f} MB on disk."]
     each.append(
-        f"* {told['cpu_ms']:.1f} ms of CPU an image for {len(bundle.tasks)} task(s), batch 1, on "
-        f"{cpu_features.name()}. Measured at export, whatever else ran there."
+        f"* {told['cpu_ms']:.1f} ms of CPU per image for {len(bundle.tasks)} task(s), batch 1, on "
+        f"{cpu_features.name()}, measured at export. Other programs may have run at the same time."
     )
     report = reports.read(run.run)
     if report is not None and report.get("gflops_per_image"):
-        each.append(f"* {report['gflops_per_image']:.2f} GFLOPs an image for one task.")
+        each.append(f"* {report['gflops_per_image']:.2f} GFLOPs per image for one task.")
     return each

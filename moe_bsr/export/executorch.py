@@ -1,9 +1,9 @@
-"""A task's whole network as an ExecuTorch program: one file that a phone or a board runs, for one image at a time.
+"""Export a task's network as an ExecuTorch program: one file that a phone or board runs, one image at a time.
 
-The model's own forward, of plain kernels (`ops.reference`), goes through `torch.export`. XNNPACK takes what it can, the
-matrix products above all; ExecuTorch's portable kernels do the rest. The batch is fixed: XNNPACK plans its memory
-for the largest one, and a device has one image. Every expert is computed for every token, for the program's shapes do
-not depend on what a router says.
+`torch.export` traces the model's own forward with plain kernels (`ops.reference`). The parts that XNNPACK supports, in
+particular matrix products, are delegated to it. ExecuTorch's portable kernels run the rest. The batch size is fixed
+to one image, since XNNPACK plans memory for the largest batch. Every expert is computed for every token, because the
+program's shapes cannot depend on a router's choice.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from moe_bsr.runtime import files
 
 
 class Classifier(nn.Module):
-    """Images (B, 3, S, S) -> logits (B, classes) of one task, and nothing else that the model reports."""
+    """Model for one task that returns only logits: images (B, 3, S, S) -> (B, classes)."""
 
     def __init__(self, model: MultitaskViT, task: str) -> None:
         super().__init__()
@@ -35,24 +35,24 @@ class Classifier(nn.Module):
 
 
 def write(place: Path, parts: dict[str, Part], size: int, on_step: Callable[[str], None]) -> None:
-    """Put each task's program into a folder, as <task>.pte."""
+    """Write each task's program into a folder as <task>.pte."""
     for task, part in parts.items():
         on_step(f"{task}: lowering to ExecuTorch")
         files.write_new(place / f"{task}.pte", lowered(part, size))
 
 
 def lowered(part: Part, size: int) -> bytes:
-    """The file of a part's program: normalized float32 (1, 3, S, S) -> logits (1, classes).
+    """Return the content of a part's program file: normalized float32 (1, 3, S, S) -> logits (1, classes).
 
     Args:
-        size: S.
+        size: S, the image size in pixels.
     Raises:
-        ConfigError: a backbone that ExecuTorch cannot run.
+        ConfigError: ExecuTorch cannot run this backbone.
     """
     if part.model.vit.dynamic_img_size:
         raise ConfigError(
-            "format = executorch: this backbone.name resizes its positions for every image (dynamic_img_size in timm), "
-            "for which ExecuTorch has no operator; export it as onnx"
+            "format = executorch: this backbone.name resizes its position embeddings for every image (dynamic_img_size "
+            "in timm), and ExecuTorch has no operator for that; export it as onnx"
         )
     images = torch.zeros(1, 3, size, size)
     with ops.reference(), torch.inference_mode(False), torch.no_grad(), _readable_flags():
@@ -62,9 +62,9 @@ def lowered(part: Part, size: int) -> bytes:
 
 @contextlib.contextmanager
 def _readable_flags() -> Iterator[None]:
-    """Inside, cuDNN's precision is torch's default: `torch.export` asks for it by a getter that knows no other.
+    """Context in which cuDNN's convolutions have torch's default precision, although cuDNN computes nothing here.
 
-    Nothing is computed by cuDNN here.
+    `torch.export` reads the setting with a getter that fails if convolutions and RNNs differ in it.
     """
     convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = convolutions.fp32_precision

@@ -1,7 +1,7 @@
-"""A task's model with its most used experts alone: smaller, and less accurate.
+"""Reduce a task's model to its most used experts. It becomes smaller and less accurate.
 
-Used is what had the largest sum of gates over training images of the task. The router chooses among those left, as if
-there had never been others; nothing is trained again.
+The use of an expert is the sum of its gates over training images of the task. The router then chooses only among the
+kept experts. Nothing is trained again.
 """
 
 import copy
@@ -18,7 +18,7 @@ from moe_bsr.model.multitask import MultitaskViT
 
 
 class RouterOfSome(nn.Module):
-    """The rows of a router of one task that belong to some experts."""
+    """Linear router of one task that is restricted to some experts: rows of the original weight and bias."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
@@ -34,12 +34,13 @@ def moe_blocks(model: MultitaskViT) -> dict[int, MoE]:
 
 @torch.inference_mode()
 def most_used(model: MultitaskViT, task: str, images: Iterable[Tensor], count: int) -> dict[int, list[int]]:
-    """By block, the `count` experts with the largest sum of gates, ascending.
+    """Return the indices of the `count` experts with the largest sums of gates, ascending, by block.
 
     Args:
         images: normalized batches (B, 3, S, S).
     Raises:
-        ConfigError: fewer than each token chooses, more than there are, or a model without experts.
+        ConfigError: `count` is smaller than top-k or larger than the number of experts, or the model has no experts
+            or needs all of them.
     """
     layers = moe_blocks(model)
     require(bool(layers), "experts", count, "leave it out: this run has no experts")
@@ -47,7 +48,7 @@ def most_used(model: MultitaskViT, task: str, images: Iterable[Tensor], count: i
     require(not covers, "experts", count, "leave it out: with moe.experts = covering_slices every slice is needed")
     least = max(moe.top_k for moe in layers.values())
     most = min(len(moe.experts.fc1_weight) for moe in layers.values())
-    require(least <= count <= most, "experts", count, f"{least} (each token chooses so many) to {most} (there are)")
+    require(least <= count <= most, "experts", count, f"{least} (each token chooses so many) to {most} (all experts)")
     sums: dict[int, Tensor] = {}
     for batch in images:
         for index, routing in model(batch, task).routing.items():
@@ -57,10 +58,10 @@ def most_used(model: MultitaskViT, task: str, images: Iterable[Tensor], count: i
     }
 
 
-@torch.inference_mode(False)  # torch.export does not take tensors that were made for inference alone
+@torch.inference_mode(False)  # torch.export refuses tensors that were created in inference mode
 @torch.no_grad()
 def reduced(model: MultitaskViT, task: str, kept: dict[int, list[int]]) -> MultitaskViT:
-    """The model for one task with these experts; everything else is the model's own and not copied."""
+    """Return the model for one task with only the experts in `kept`. All other parameters are shared, not copied."""
     smaller = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     for index, moe in moe_blocks(smaller).items():
         weight, bias = affine(moe.router, model.vit.embed_dim, task)

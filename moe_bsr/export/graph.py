@@ -1,9 +1,9 @@
-"""ONNX graphs written node by node, over weights that lie once in files which graphs share.
+"""Build ONNX graphs node by node. Their weights are stored once, in files that the graphs share.
 
-torch's own exporter takes about a minute a task, names tensors as it likes and cannot trace a mixture of experts. A
-ViT needs thirty kinds of operators, so they are written directly. What is computed already is not computed twice:
-asking a graph for an operation on the same inputs returns the first one's output. That alone makes tasks share
-their common blocks.
+torch's own exporter takes about a minute per task, chooses the tensors' names itself and cannot trace a mixture of
+experts. A ViT needs only thirty kinds of operators, so the nodes are written directly. A graph never computes the same
+twice: if it already has an operation on the same inputs, that operation's output is returned. This is how tasks come to
+share their common blocks.
 """
 
 from collections.abc import Mapping
@@ -17,33 +17,33 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 OPSET = 20  # the first with Gelu; onnxruntime since 1.17, OpenVINO since 2024.1
-IR_VERSION = 9  # of the same release of ONNX
-ALIGNMENT = 64  # bytes: the start of a tensor in its file
+IR_VERSION = 9  # from the same release of ONNX
+ALIGNMENT = 64  # bytes; each tensor starts at a multiple of it in its file
 
-SHARED_FILE = "weights.data"  # what belongs to no single task
+SHARED_FILE = "weights.data"  # tensors that belong to no single task
 
 
 def data_file(owner: str) -> str:
-    """The file of the tensors of a task, or of "" those of all."""
+    """Return the name of the file with a task's tensors, or with the shared ones if `owner` is ""."""
     return f"{owner}.data" if owner else SHARED_FILE
 
 
 @dataclass
 class Weights:
-    """The tensors of all graphs by name, and the task that each belongs to ("" for all).
+    """Tensors of all graphs by name, and the task that each belongs to ("" if shared).
 
-    The owner decides about the file, never the size: where a large tensor of one task pushed others along, graphs of
-    other tasks would read them at the wrong place, without an error.
+    Each owner has a file of its own. If tasks wrote to one file, a larger tensor of one task would move the tensors
+    behind it, and graphs of other tasks would silently read them at the wrong offset.
     """
 
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     owners: dict[str, str] = field(default_factory=dict)
 
     def add(self, name: str, array: np.ndarray, owner: str) -> None:
-        """Remember a tensor.
+        """Add a tensor.
 
         Raises:
-            ValueError: another tensor of the name is there: tasks do not share what they were said to share.
+            ValueError: there is a tensor of this name with other values, so the tasks cannot share it.
         """
         known = self.arrays.setdefault(name, array)
         if known is not array and not np.array_equal(known, array):
@@ -51,9 +51,9 @@ class Weights:
         self.owners[name] = owner
 
     def write(self, folder: Path) -> dict[str, tuple[str, int, int]]:
-        """Write the data files; returns (file, offset, length in bytes) by tensor.
+        """Write the data files and return (file, offset, length in bytes) of each tensor.
 
-        A tensor's place depends on the names and shapes in its own file alone.
+        A tensor's offset depends only on the names and shapes of the tensors in its own file.
         """
         places: dict[str, tuple[str, int, int]] = {}
         for owner in dict.fromkeys(self.owners.values()):
@@ -68,18 +68,23 @@ class Weights:
 
 @dataclass
 class Model:
-    """A graph as ONNX without its weights, and which these are."""
+    """ONNX model without its weights.
+
+    Attributes:
+        used: names of its weights.
+        weights: tensors of all graphs.
+    """
 
     proto: Any
     used: list[str]
     weights: Weights
 
     def inside(self) -> Any:
-        """With the weights in it: ONNX in one piece."""
+        """Return the model with its weights inside it."""
         return self._with([numpy_helper.from_array(self.weights.arrays[name], name) for name in self.used])
 
     def over(self, places: Mapping[str, tuple[str, int, int]], metadata: Mapping[str, str]) -> Any:
-        """With the weights where `Weights.write` put them."""
+        """Return the model with references to the files where `Weights.write` put the weights."""
         model = self._with([_external(name, self.weights.arrays[name], places[name]) for name in self.used])
         helper.set_model_props(model, dict(metadata))
         return model
@@ -92,7 +97,7 @@ class Model:
 
 
 class Graph:
-    """One graph in the making. Values are known by their names, as ONNX has them."""
+    """Builder of one graph. A value in it is represented by its name, as in ONNX."""
 
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
@@ -104,20 +109,20 @@ class Graph:
         self._known: dict[tuple, list[str]] = {}
 
     def input(self, name: str, shape: list[int | str]) -> str:
-        """A float32 input; a dimension with a name may have any length."""
+        """Add a float32 input and return it. A dimension given by a name may have any length."""
         self.inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
         return name
 
     def output(self, value: str, name: str, shape: list[int | str]) -> None:
-        """Give a float32 value out under a name."""
+        """Make a float32 value an output of the graph with this name."""
         self.nodes.append(helper.make_node("Identity", [value], [name], name=name))
         self.outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
 
     def weight(self, name: str, tensor: Tensor, owner: str = "") -> str:
-        """A tensor of the model, kept as float32 in the file of its owner.
+        """Add a tensor of the model, stored as float32 in the file of its owner, and return it.
 
         Raises:
-            ValueError: it has other values than the one of this name before: see `Weights.add`.
+            ValueError: there is a tensor of this name with other values, see `Weights.add`.
         """
         full = f"{owner}/{name}" if owner else name
         self.weights.add(full, tensor.detach().cpu().float().contiguous().numpy(), owner)
@@ -125,16 +130,17 @@ class Graph:
         return full
 
     def constant(self, value: Any, dtype: type = np.int64) -> str:
-        """Numbers that say how to compute, such as shapes; they lie in the graph itself."""
+        """Add a constant such as a shape, stored in the graph itself, and return it."""
         array = np.array(value, dtype)
         key = (array.dtype.str, array.shape, array.tobytes())
         return self._constants.setdefault(key, (f"constant_{len(self._constants)}", array))[0]
 
     def op(self, kind: str, *inputs: str, outputs: int = 1, name: str = "", **attributes: Any) -> Any:
-        """The output of an operation, or the list of its outputs if it has several.
+        """Add an operation, unless the graph has it already, and return its output, or a list of several outputs.
 
         Args:
-            name: of the node, for whoever has to find it again.
+            outputs: number of outputs.
+            name: name of the node, if it must be found again later.
         """
         key = (kind, inputs, outputs, repr(sorted(attributes.items())))
         if key not in self._known:
@@ -152,7 +158,7 @@ class Graph:
 
 
 def _external(name: str, array: np.ndarray, place: tuple[str, int, int]) -> Any:
-    """A tensor that lies in a file beside the graph."""
+    """Return a tensor whose values are in a file beside the graph."""
     file, offset, length = place
     tensor = TensorProto(
         name=name,

@@ -1,7 +1,7 @@
-"""Graphs with weights in int8: onnxruntime's dynamic quantization, which needs no images to calibrate.
+"""Quantize graphs to int8 by onnxruntime's dynamic quantization, which needs no calibration images.
 
-Weights are rounded once, one scale a matrix; activations at each call, by their range. Routers and heads stay float32:
-they are a few kilobytes, and a rounded router sends tokens to other experts.
+Weights are rounded once, with one scale per matrix. Activations are rounded in each call, by their range. Routers and
+heads stay in float32: they have a few kilobytes, and a rounded router would send tokens to other experts.
 """
 
 import logging
@@ -13,11 +13,11 @@ from onnx import numpy_helper
 
 from moe_bsr.export.graph import Model, Weights
 
-ENDINGS = ("_quantized", "_scale", "_zero_point")  # what takes the place of a tensor, by onnxruntime's names
+ENDINGS = ("_quantized", "_scale", "_zero_point")  # suffixes of the tensors by which onnxruntime replaces a weight
 
 
 def quantized(models: dict[str, Model]) -> dict[str, Model]:
-    """Graphs by name, over weights that they share as before."""
+    """Return the quantized graphs by name. They share weights as before."""
     weights = Weights()
     return {name: _quantized(model, weights) for name, model in models.items()}
 
@@ -31,7 +31,7 @@ def _quantized(model: Model, weights: Weights) -> Model:
         before, after = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"
         onnx.save(proto, before)
         logger = logging.getLogger()
-        disabled, logger.disabled = logger.disabled, True  # it advises steps that change nothing here
+        disabled, logger.disabled = logger.disabled, True  # onnxruntime would advise steps that change nothing here
         try:
             quantize_dynamic(
                 before, after, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul"], nodes_to_exclude=left

@@ -1,7 +1,7 @@
-"""The layers of a ViT as ONNX operators: linear, norm, activation, FFN, pooling by attention.
+"""Layers of a ViT as ONNX operators: linear, norm, activation, FFN, attention pooling.
 
-Each function takes a graph, a trained module, a value, and how the module's tensors are called. A layer that
-is not known here is refused by name, so no layer is ever computed as something that it only resembles.
+Each function takes a graph, a trained module, an input value and the names of the module's tensors, adds nodes to the
+graph and returns the output value. A layer of any other type is refused by name, even if it is a subclass.
 
     B images, N tokens, D width, H heads, d width of a head, L latent queries
 """
@@ -26,7 +26,7 @@ INACTIVE = (nn.Identity, nn.Dropout, timm_layers.DropPath, timm_layers.PatchDrop
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """How the tensors of a part of the model are called, and the task they belong to ("" for all)."""
+    """Prefix of the names of a module's tensors, and the task they belong to ("" if shared)."""
 
     prefix: str = ""
     owner: str = ""
@@ -40,13 +40,13 @@ class Names:
 
 def unknown(module: nn.Module, names: Names) -> ConfigError:
     return ConfigError(
-        f"backbone.name: {names.prefix.rstrip('.')} is a {type(module).__name__}, which has no ONNX form here; "
+        f"backbone.name: {names.prefix.rstrip('.')} is a {type(module).__name__}, which cannot be exported to ONNX; "
         "predict with moe_bsr itself"
     )
 
 
 def linear(g: Graph, layer: nn.Module, x: str, names: Names) -> str:
-    """(..., in) -> (..., out); adapters are merged into the weight."""
+    """Linear layer: (..., in) -> (..., out). Adapters are merged into the weight."""
     if isinstance(layer, INACTIVE):
         return x
     weight, bias = merged(layer, names)
@@ -54,7 +54,7 @@ def linear(g: Graph, layer: nn.Module, x: str, names: Names) -> str:
 
 
 def merged(layer: nn.Module, names: Names) -> tuple[Tensor, Tensor | None]:
-    """Weight (out, in) and bias of a linear layer, with its adapter's update in it."""
+    """Return weight (out, in) and bias of a linear layer, with its adapter's update merged into them."""
     if isinstance(layer, LoRALinear):
         layer = copy.deepcopy(layer).merged()
     if type(layer) not in (nn.Linear, own_layers.Linear):
@@ -63,13 +63,13 @@ def merged(layer: nn.Module, names: Names) -> tuple[Tensor, Tensor | None]:
 
 
 def product(g: Graph, x: str, weight: Tensor, bias: Tensor | None, names: Names) -> str:
-    """x weight^T + bias; the weight is kept as (in, out), as the product reads it."""
+    """x weight^T + bias. The weight is stored as (in, out), as MatMul reads it."""
     y = g.op("MatMul", x, names.weight(g, "weight", weight.t()))
     return y if bias is None else g.op("Add", y, names.weight(g, "bias", bias))
 
 
 def norm(g: Graph, layer: nn.Module, x: str, names: Names) -> str:
-    """A norm over the last axis."""
+    """Norm over the last axis."""
     if isinstance(layer, INACTIVE):
         return x
     if type(layer) in (nn.LayerNorm, timm_layers.LayerNorm, own_layers.LayerNorm):
@@ -109,7 +109,7 @@ def activation(g: Graph, layer: nn.Module, x: str, names: Names) -> str:
 
 
 def feed_forward(g: Graph, mlp: nn.Module, x: str, names: Names) -> str:
-    """A dense FFN, (..., D) -> (..., D): two layers, or gated with three (SwiGLU) or a double one (GluMlp)."""
+    """Dense FFN (..., D) -> (..., D): Mlp, SwiGLU (gated, three layers) or GluMlp (gated, first layer is double)."""
     if type(mlp) in (timm_layers.Mlp, own_layers.Mlp):
         x = activation(g, mlp.act, linear(g, mlp.fc1, x, names / "fc1"), names / "act")
     elif type(mlp) is timm_layers.GluMlp:
@@ -125,7 +125,7 @@ def feed_forward(g: Graph, mlp: nn.Module, x: str, names: Names) -> str:
 
 
 def beside_ffn(g: Graph, layer: nn.Module, x: str, names: Names) -> str:
-    """What an adapter adds to the FFN's output, (B, N, D) -> (B, N, D)."""
+    """Adapter parallel to the FFN, (B, N, D) -> (B, N, D). Its output is added to the FFN's."""
     if type(layer) is not AdaptFormer:
         raise unknown(layer, names)
     x = g.op("Relu", linear(g, layer.down, x, names / "down"))
@@ -158,7 +158,7 @@ def tokens_from(g: Graph, x: str, start: int, end: int | None = None) -> str:
 
 
 def attention_pool(g: Graph, pool: nn.Module, x: str, names: Names) -> str:
-    """Learned queries look at all tokens (SigLIP): (B, N, D) -> (B, D)."""
+    """Pooling by attention of learned queries to all tokens (SigLIP): (B, N, D) -> (B, D)."""
     if type(pool) is not timm_layers.AttentionPoolLatent or pool.pool not in ("token", "avg"):
         raise unknown(pool, names)
     if pool.pos_embed is not None:

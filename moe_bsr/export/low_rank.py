@@ -1,8 +1,9 @@
-"""An FFN with low-rank experts beside it as ONNX operators.
+"""An FFN with parallel low-rank experts as ONNX operators.
 
-Gates that no token changes are multiplied into the experts' second layers. With the same gates for all tasks the
-experts are then hidden units like the FFN's own, and the graph has a plain FFN, wider by E r. With a task's own the FFN
-stays one that tasks share, and the task has its experts beside it. Any other gate is in the graph.
+Fixed gates, which do not depend on the token, are multiplied into the experts' second layers. If all tasks have the
+same gates, the experts become hidden units of the FFN, and the graph has a plain FFN that is wider by up to E r. If
+each task has its own gates, the FFN stays shared, and the task's experts are computed beside it. Gates of a router are
+computed in the graph.
 
     B images, N tokens, D width, E experts, K chosen, r rank
 """
@@ -22,10 +23,10 @@ from moe_bsr.model.routers import FixedGates
 
 
 def low_rank(g: Graph, moe: MoE, x: str, width: int, task: str, names: Names, some: bool = False) -> str:
-    """(B, N, D) -> (B, N, D) with the gates of a task.
+    """FFN and experts with the gates of a task, (B, N, D) -> (B, N, D).
 
     Args:
-        some: whether these are some of the run's experts, chosen for the task.
+        some: whether the model has only some of the run's experts, selected for this task.
     """
     shared, experts = moe.shared, moe.experts
     assert shared is not None and isinstance(experts, LowRankExperts)
@@ -39,7 +40,7 @@ def low_rank(g: Graph, moe: MoE, x: str, width: int, task: str, names: Names, so
         h = activation(g, experts.act, product(g, x, first, bias, own / "fc1"), own / "act")
         return g.op("Add", y, product(g, h, second, None, own / "fc2"))
     y = feed_forward(g, shared, x, names / "shared")
-    gates = _gates(g, moe, x, width, task, names)  # (B, N, E, 1), or (B, 1, E, 1) for whole images
+    gates = _gates(g, moe, x, width, task, names)
     first, bias, second = _stacked(experts)
     inner = Names(names.prefix + "experts.", task) if some else names / "experts"
     h = activation(g, experts.act, product(g, x, first, bias, inner / "fc1"), inner / "act")
@@ -50,7 +51,7 @@ def low_rank(g: Graph, moe: MoE, x: str, width: int, task: str, names: Names, so
 
 @torch.no_grad()
 def widened(ffn: nn.Module, experts: LowRankExperts, gates: Tensor, names: Names) -> nn.Module:
-    """A copy of the FFN with the gated experts among its hidden units: the same function, in one."""
+    """Return a copy of the FFN with the gated experts as additional hidden units. It computes the same function."""
     wide = copy.deepcopy(ffn)
     first, bias, second = _gated(experts, gates)
     for name, more, dim in (("fc1", first, 0), ("fc2", second, 1)):
@@ -64,19 +65,19 @@ def widened(ffn: nn.Module, experts: LowRankExperts, gates: Tensor, names: Names
 
 
 def _stacked(experts: LowRankExperts) -> tuple[Tensor, Tensor, Tensor]:
-    """(E r, D), (E r,) and (D, E r) of all experts."""
+    """Return first weights (E r, D), first biases (E r,) and second weights (D, E r) of all experts together."""
     return experts.fc1_weight.flatten(0, 1), experts.fc1_bias.flatten(), experts.fc2_weight.transpose(0, 1).flatten(1)
 
 
 def _gated(experts: LowRankExperts, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of the experts with a gate above 0, the gates in the last."""
+    """Return the same for the experts with a gate above 0. The gates are multiplied into the second weights."""
     used = gates > 0
     first, second = experts.fc1_weight[used], experts.fc2_weight[used] * gates[used, None, None]
     return first.flatten(0, 1), experts.fc1_bias[used].flatten(), second.transpose(0, 1).flatten(1)
 
 
 def _gates(g: Graph, moe: MoE, x: str, width: int, task: str, names: Names) -> str:
-    """(B, N, D) tokens -> the gates of all experts, 0 where they are not chosen."""
+    """Tokens (B, N, D) -> gates (B, N, E, 1), or (B, 1, E, 1) for whole images; 0 for experts that are not chosen."""
     by_image = moe.gate == "image"
     routed = g.op("ReduceMean", x, g.constant([1]), keepdims=1) if by_image else x
     chosen, gates = route(g, moe, g.op("Reshape", routed, g.constant([-1, width])), width, task, names)

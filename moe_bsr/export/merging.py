@@ -1,4 +1,4 @@
-"""Token merging as ONNX operators: `model.merging.merge`, and what pooling reads of merged tokens.
+"""Token merging as ONNX operators: `model.merging.merge`, and the expansion of merged tokens for pooling.
 
 B images, N tokens of which P prefix tokens, d width of a head, C candidates, K left, S sources, T targets
 """
@@ -13,11 +13,11 @@ from moe_bsr.export.layers import tokens_from
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """What is known of merged tokens.
+    """Record of the merges so far.
 
     Attributes:
-        sizes: (B, K, 1) float32, how many patches each token after the prefix is made of.
-        becomes: of each merge, (B, C) int64 by candidate, which of the tokens that are left it became.
+        sizes: (B, K, 1) float32, the number of patches in each token after the prefix.
+        becomes: for each merge, (B, C) int64: the index of the token that each candidate was merged into.
     """
 
     sizes: str
@@ -25,7 +25,7 @@ class Merged:
 
 
 def bias(g: Graph, merged: Merged, prefix: int) -> str:
-    """(B, 1, 1, N), to be added to the attention's logits: the logarithm of each key's size."""
+    """Return the logarithm of each key's size, (B, 1, 1, N), to be added to the attention's logits."""
     sizes = g.op("Squeeze", g.op("Log", merged.sizes), g.constant([2]))
     return g.op("Unsqueeze", g.op("Pad", sizes, g.constant([0, prefix, 0, 0])), g.constant([1, 2]))
 
@@ -33,7 +33,7 @@ def bias(g: Graph, merged: Merged, prefix: int) -> str:
 def merge(
     g: Graph, x: str, keys: str, merged: Merged | None, prefix: int, candidates: int, left: int
 ) -> tuple[str, Merged]:
-    """(B, N, D) tokens and their keys (B, H, d, N) -> (B, P + K, D)."""
+    """Merge tokens (B, N, D) by the similarity of their keys (B, H, d, N) to (B, P + K, D), and update the record."""
     becomes = _match(g, keys, prefix, candidates, left)
     place = g.constant(np.arange(left).reshape(1, left, 1))
     shares = g.op("Cast", g.op("Equal", g.op("Unsqueeze", becomes, g.constant([1])), place), to=1)  # (B, K, C)
@@ -57,9 +57,9 @@ def _match(g: Graph, keys: str, prefix: int, candidates: int, left: int) -> str:
     of_sources = g.op("Slice", keys, g.constant([prefix]), end, last, step)
     of_targets = g.op("Slice", keys, g.constant([prefix + 1]), end, last, step)
     similar = g.op("MatMul", g.op("Transpose", of_sources, perm=[0, 2, 1]), of_targets)  # (B, S, T)
-    partner = g.op("ArgMax", similar, axis=2, keepdims=0)  # of equal ones the first
+    partner = g.op("ArgMax", similar, axis=2, keepdims=0)  # among equal ones the first
     best = g.op("ReduceMax", similar, g.constant([2]), keepdims=0)
-    _, chosen = g.op("TopK", best, g.constant([candidates - left]), axis=-1, outputs=2)  # of equal ones the first
+    _, chosen = g.op("TopK", best, g.constant([candidates - left]), axis=-1, outputs=2)  # among equal ones the first
     ones = g.op("Add", g.op("Mul", partner, g.constant(0)), g.constant(1))
     stays = g.op("ScatterElements", ones, chosen, g.op("Mul", chosen, g.constant(0)), axis=1)
     own = g.op("Sub", g.op("CumSum", stays, g.constant(1)), g.constant(1))
@@ -67,12 +67,12 @@ def _match(g: Graph, keys: str, prefix: int, candidates: int, left: int) -> str:
     of_sources = g.op("Where", g.op("Cast", stays, to=9), own, joined)
     shape = g.op("Concat", g.op("Shape", partner, start=0, end=1), g.constant([targets]), axis=0)
     of_targets = g.op("Expand", g.constant([list(range(alone, left))]), shape)
-    order = [i // 2 + sources * (i % 2) for i in range(candidates)]  # sources and targets take turns
+    order = [i // 2 + sources * (i % 2) for i in range(candidates)]  # sources and targets alternate
     return g.op("Gather", g.op("Concat", of_sources, of_targets, axis=1), g.constant(order), axis=1)
 
 
 def spread(g: Graph, patches: str, merged: Merged) -> str:
-    """Of each patch of the image what its token is: (B, K, D) -> (B, patches, D)."""
+    """Give each patch of the image the token it was merged into: (B, K, D) -> (B, patches, D)."""
     place, *later = merged.becomes
     for becomes in later:
         place = g.op("GatherElements", becomes, place, axis=1)

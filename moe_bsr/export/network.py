@@ -1,8 +1,8 @@
-"""A planned ViT with one task's head as ONNX operators: images in, logits out.
+"""A ViT with its plan and one task's head as ONNX operators: images -> logits.
 
-It follows `model/block.py`, `model/tokens.py` and `model/merging.py` and computes the same function with other
-operators: kept tokens stay in the order of their scores, for a ViT without later position embeddings does not ask for
-the order, and where only the class token of the last block is looked at, the block computes nothing but that.
+It computes the same function as `model/block.py`, `model/tokens.py` and `model/merging.py`, with two differences in the
+operators. Kept tokens are ordered by score, since the order does not matter without later position embeddings. If only
+the class token of the last block is read, that block computes only this token.
 
     B images, N tokens of which P prefix tokens, D width, H heads, C candidates of a drop, K kept
 """
@@ -28,12 +28,12 @@ from moe_bsr.model.tokens import count_kept
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The model of one task, and what of it other tasks have too.
+    """The model of one task, and which of its tensors other tasks share.
 
     Attributes:
-        shared_blocks: of so many blocks, from the first on, the tensors are the same for all tasks; None: of all
-            blocks and the final norm. Routers and heads belong to their task anyway.
-        experts: by block, which of the run's experts the model has; all where nothing is said.
+        shared_blocks: number of first blocks whose tensors are the same for all tasks. None: those of all blocks and
+            of the final norm are. Routers and heads always belong to their task.
+        experts: by block, the indices of the run's experts that the model has. A block without an entry has all.
     """
 
     model: MultitaskViT
@@ -42,20 +42,20 @@ class Part:
     experts: dict[int, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        allowed = "lora, adaptformer, repnet or null can be exported: a side network has no graph here"
-        require(self.model.ladder is None, "adapter", "ladder", f"{allowed}; `moe-bsr share` hands on the run itself")
+        allowed = "lora, adaptformer, repnet or null can be exported, a side network cannot"
+        require(self.model.ladder is None, "adapter", "ladder", f"{allowed}; `moe-bsr share` shares the run itself")
 
     def owner(self, block: int) -> str:
-        """The task that a block's tensors belong to; "" if all tasks have them."""
+        """Return the task that a block's tensors belong to, "" if they are shared."""
         return "" if self.shared_blocks is None or block < self.shared_blocks else self.task
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """The tokens between two blocks.
+    """Tokens between two blocks.
 
     Attributes:
-        x: (B, N, D). count: N. fused: whether the last token is a fused one. merged: if any tokens were merged.
+        x: (B, N, D). count: N. fused: whether the last token is a fused one. merged: record of merges, if any.
     """
 
     x: str
@@ -65,7 +65,7 @@ class Stream:
 
 
 def write(g: Graph, part: Part, images: str) -> str:
-    """(B, 3, S, S) normalized images -> logits (B, classes) of the part's task."""
+    """Normalized images (B, 3, S, S) -> logits (B, classes) of the part's task."""
     model, vit = part.model, part.model.vit
     stream = _embed(g, vit, images, Names(owner=part.owner(0)))
     read = []
@@ -104,7 +104,7 @@ def _embed(g: Graph, vit: nn.Module, images: str, names: Names) -> Stream:
 
 
 def _prefix_and_positions(vit: nn.Module, patches: int, width: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Prefix tokens (1, P, D) as they enter the first block, and the patches' position embeddings (1, C, D)."""
+    """Return prefix tokens (1, P, D), with any position embeddings added, and those of the patches (1, C, D)."""
     tokens = [each.detach().float() for each in (vit.cls_token, vit.reg_token) if each is not None]
     prefix = torch.cat(tokens, 1) if tokens else None
     if vit.pos_embed is None:
@@ -116,12 +116,12 @@ def _prefix_and_positions(vit: nn.Module, patches: int, width: int) -> tuple[tor
 
 
 def _block(g: Graph, part: Part, index: int, stream: Stream) -> Stream:
-    """Attention, the drop if there is one, FFN or experts: `model.block.forward`."""
+    """One block as in `model.block.forward`: attention, drop or merge if planned, FFN or experts."""
     model, layer = part.model, part.model.vit.blocks[index]
     plan, names = model.plan[index], Names(f"blocks.{index}.", part.owner(index))
     drops = plan.keep_rate < 1
     only_first = index == len(model.plan) - 1 and _reads_first_alone(model.vit) and not drops
-    if isinstance(layer.mlp, MoE) and layer.mlp.gate == "image":  # it looks at all tokens
+    if isinstance(layer.mlp, MoE) and layer.mlp.gate == "image":  # its gates depend on all tokens
         only_first = False
     x = layers.norm(g, layer.norm1, stream.x, names / "norm1")
     bias = None if stream.merged is None else merging.bias(g, stream.merged, model.vit.num_prefix_tokens)
@@ -153,7 +153,7 @@ def _block(g: Graph, part: Part, index: int, stream: Stream) -> Stream:
 
 
 def _beside_block(g: Graph, side: SideBlock, x: str, bias: str | None, names: Names, only_first: bool) -> str:
-    """What a block beside another adds: `SideBlock.forward`."""
+    """Output of a parallel block, which is added to the block's: `SideBlock.forward`."""
     y, _, _ = _attention(g, side.attn, layers.norm(g, side.norm1, x, names / "norm1"), bias, names / "attn", only_first)
     middle = g.op("Add", tokens_from(g, x, 0, 1) if only_first else x, y)
     z = layers.feed_forward(g, side.mlp, layers.norm(g, side.norm2, middle, names / "norm2"), names / "mlp")
@@ -175,15 +175,18 @@ def _reads_first_alone(vit: nn.Module) -> bool:
 def _attention(
     g: Graph, attn: nn.Module, x: str, key_bias: str | None, names: Names, only_first: bool
 ) -> tuple[str, tuple[str, str], str]:
-    """(B, N, D) -> (B, N, D), or with `only_first` (B, 1, D); the attention maps and their logits (B, H, N, N); and
-    the keys (B, H, d, N).
+    """Self-attention of tokens (B, N, D).
 
     Args:
         key_bias: (B, 1, 1, N), added to the logits of each key.
+        only_first: whether to compute only the first token's output.
+    Returns:
+        The output (B, N, D), or (B, 1, D) with `only_first`; the attention maps and their logits (B, H, N, N); the
+        keys (B, H, d, N).
     """
     weight, bias = layers.merged(attn.qkv, names / "qkv")
     inner = attn.num_heads * attn.head_dim
-    if only_first:  # queries of the first token alone
+    if only_first:  # only the first token has a query
         bias_q, bias_kv = (None, None) if bias is None else bias.split([inner, 2 * inner])
         q = layers.product(g, tokens_from(g, x, 0, 1), weight[:inner], bias_q, names / "q")
         kv = layers.product(g, x, weight[inner:], bias_kv, names / "kv")
@@ -210,7 +213,7 @@ def _attention(
 
 
 def _merge(g: Graph, model: MultitaskViT, stream: Stream, keys: str, keep_rate: float) -> Stream:
-    """Similar tokens become their mean: `model.merging.merge`."""
+    """Merge similar tokens into their mean: `model.merging.merge`."""
     prefix = model.vit.num_prefix_tokens
     candidates = stream.count - prefix
     left = count_kept(candidates, keep_rate)
@@ -221,7 +224,7 @@ def _merge(g: Graph, model: MultitaskViT, stream: Stream, keys: str, keep_rate: 
 
 
 def _drop(g: Graph, model: MultitaskViT, stream: Stream, maps: tuple[str, str], keep_rate: float) -> Stream:
-    """Keep the best-scored tokens and fuse the rest into one, placed last: `model.tokens.drop`."""
+    """Keep the tokens with the highest scores and fuse the others into one, placed last: `model.tokens.drop`."""
     vit, config = model.vit, model.tokens_config
     prefix, protected = vit.num_prefix_tokens, config.protect_fused and stream.fused
     candidates = stream.count - prefix - protected
@@ -230,17 +233,17 @@ def _drop(g: Graph, model: MultitaskViT, stream: Stream, maps: tuple[str, str], 
         return stream
     scores, ranking = (_scores(g, each, vit.has_class_token, prefix, prefix + candidates) for each in maps)
     ranking = scores if config.rank_by == "probabilities" else ranking
-    _, chosen = g.op("TopK", ranking, g.constant([kept]), axis=-1, outputs=2)  # of equal scores the lower position
+    _, chosen = g.op("TopK", ranking, g.constant([kept]), axis=-1, outputs=2)  # ties go to the lower position
     patches = tokens_from(g, stream.x, prefix, prefix + candidates)
     parts = [tokens_from(g, stream.x, 0, prefix)] if prefix else []
     parts.append(g.op("GatherND", patches, g.op("Unsqueeze", chosen, g.constant([2])), batch_dims=1))
     if config.fuses:
         nothing = g.op("Mul", g.op("Cast", chosen, to=1), g.constant(0, np.float32))
-        weights = g.op("ScatterElements", scores, chosen, nothing, axis=1)  # those of the dropped
+        weights = g.op("ScatterElements", scores, chosen, nothing, axis=1)  # scores of the dropped tokens, else 0
         if config.fuse == "normalized":
             weights = g.op("Div", weights, g.op("ReduceSum", weights, g.constant([1]), keepdims=1))
         fused = g.op("MatMul", g.op("Unsqueeze", weights, g.constant([1])), patches)  # (B, 1, C) (B, C, D)
-        if protected:  # the fused token of an earlier drop is added as it is
+        if protected:  # the fused token of an earlier drop is added with weight 1
             fused = g.op("Add", fused, tokens_from(g, stream.x, stream.count - 1))
         parts.append(fused)
     x = g.op("Concat", *parts, axis=1) if len(parts) > 1 else parts[0]
@@ -248,7 +251,7 @@ def _drop(g: Graph, model: MultitaskViT, stream: Stream, maps: tuple[str, str], 
 
 
 def _scores(g: Graph, maps: str, has_class_token: bool, start: int, end: int) -> str:
-    """(B, H, N, N) -> (B, C): the class token's row, or the mean of all rows; mean over heads."""
+    """Scores (B, C) from maps (B, H, N, N): the class token's row, or else the mean of all rows; mean over heads."""
     if has_class_token:
         row = g.op("Gather", maps, g.constant(0), axis=2)
         scores = g.op("ReduceMean", row, g.constant([1]), keepdims=0)
@@ -258,7 +261,7 @@ def _scores(g: Graph, maps: str, has_class_token: bool, start: int, end: int) ->
 
 
 def _pool(g: Graph, vit: nn.Module, stream: Stream, names: Names) -> str:
-    """Tokens of the last block -> (B, D) features: the final norm and the backbone's pooling."""
+    """Final norm and the backbone's pooling: tokens of the last block -> features (B, D)."""
     x, prefix = layers.norm(g, vit.norm, stream.x, names / "norm"), vit.num_prefix_tokens
     if stream.merged is not None and not _reads_first_alone(vit):
         patches = merging.spread(g, tokens_from(g, x, prefix), stream.merged)
@@ -274,10 +277,10 @@ def _pool(g: Graph, vit: nn.Module, stream: Stream, names: Names) -> str:
         found = [g.op(kind, patches, g.constant([1]), keepdims=0) for kind, word in parts if word in vit.global_pool]
         x = found[0] if len(found) == 1 else g.op("Mul", g.op("Add", *found), g.constant(0.5, np.float32))
     else:
-        raise ConfigError(f"backbone.name: pools by {vit.global_pool!r}, which has no ONNX form here")
+        raise ConfigError(f"backbone.name: pools by {vit.global_pool!r}, which cannot be exported to ONNX")
     return layers.norm(g, vit.fc_norm, x, names / "fc_norm")
 
 
 def _first(g: Graph, x: str) -> str:
-    """The class token: (B, N, D) -> (B, D)."""
+    """Class token: (B, N, D) -> (B, D)."""
     return g.op("Squeeze", tokens_from(g, x, 0, 1), g.constant([1]))

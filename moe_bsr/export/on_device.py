@@ -1,12 +1,12 @@
-"""Name what is on images, for all tasks at once, with nothing but numpy, Pillow and onnxruntime (or ExecuTorch).
+"""Classify images for all tasks at once. Needs only numpy, Pillow and onnxruntime (or ExecuTorch).
 
     python predict.py photo.jpg folder/          all tasks, one line each
     python predict.py photo.jpg --task NAME      one task, or several
-    python predict.py --check                    does this machine compute what was proven at export?
-    python predict.py --time                     milliseconds an image and memory, on this machine
+    python predict.py --check                    compare this machine's answers with the exported run's
+    python predict.py --time                     milliseconds per image and memory, on this machine
 
-It stands alone in the folder of a bundle, beside config.json, the graphs and their weights. Exit status: 0 all is
-well, 1 an image could not be read or the check failed, 2 refused. As a module it has `Bundle`:
+This program is part of a bundle and needs no other code, only the bundle's config.json, graphs and weights. Exit
+status: 0 success, 1 an image could not be read or the check failed, 2 refused. As a module it has `Bundle`:
 
     names = Bundle(".").predict(Image.open("photo.jpg"))
 """
@@ -30,17 +30,17 @@ CHECK_IMAGES = 8
 
 
 class Refused(Exception):
-    """The message says all there is to say."""
+    """An error whose message is meant for the user, without a traceback."""
 
 
 class Bundle:
     """A folder that `moe-bsr export` wrote.
 
     Args:
-        tasks: only these; all of the bundle by default. Of one task only its own graph is loaded.
-        threads: that compute; 0 leaves it to onnxruntime. ExecuTorch always chooses itself.
+        tasks: tasks to use, by default all. For a single one only its own graph is loaded.
+        threads: number of threads, 0 for onnxruntime's choice. ExecuTorch always chooses itself.
     Raises:
-        Refused: a missing, damaged or foreign file, or an unknown task.
+        Refused: a file is missing, damaged or of another export, or a task is unknown.
     """
 
     def __init__(self, folder: str | Path, tasks: list[str] | None = None, threads: int = 0) -> None:
@@ -63,15 +63,15 @@ class Bundle:
         self._computes = Programs(paths) if programs else Graph(first, threads, self.config["sha256"])
 
     def logits(self, inputs: np.ndarray, tasks: list[str] | None = None) -> dict[str, np.ndarray]:
-        """Normalized float32 images (B, 3, S, S) -> (B, classes) by task. The blocks that tasks share run once.
+        """Return logits (B, classes) by task for normalized float32 images (B, 3, S, S). Shared blocks run once.
 
         Args:
-            tasks: only these of the bundle's.
+            tasks: tasks to compute, by default all that were loaded.
         """
         return self._computes.logits(inputs, tasks or self.tasks)
 
     def predict(self, image: Image.Image, top: int = 3) -> dict[str, list[dict]]:
-        """The most probable names of an image: {task: [{name, probability}, ...]}."""
+        """Return the most probable class names of an image: {task: [{name, probability}, ...]}."""
         answers = {}
         for task, row in self.logits(self.normalize(self.pixels(image)[None])).items():
             scores = row[0].astype(np.float64)
@@ -82,7 +82,7 @@ class Bundle:
         return answers
 
     def pixels(self, image: Image.Image) -> np.ndarray:
-        """Any image -> uint8 (3, S, S): upright, on white, resized and cropped as for training's evaluation."""
+        """Turn an image into uint8 (3, S, S): upright, on white, resized and cropped as in the run's evaluation."""
         image = upright_rgb(image)
         about = self.config["pretrained_cfg"]
         size = about["input_size"][-1]
@@ -110,16 +110,16 @@ class Bundle:
         return planes(image.crop((left, top, left + size, top + size)))
 
     def normalize(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 (B, 3, S, S) -> the graph's inputs."""
+        """Turn uint8 (B, 3, S, S) into the graph's inputs, float32."""
         about = self.config["pretrained_cfg"]
         mean, std = (np.array(about[key], np.float32).reshape(3, 1, 1) * np.float32(255) for key in ("mean", "std"))
         return (pixels.astype(np.float32) - mean) / std
 
     def check(self) -> dict:
-        """Compare this machine's answers to drawn images with those of the run that was exported.
+        """Compare this machine's logits for drawn images with those of the exported run.
 
         Returns:
-            ok, and by task: difference, tolerance, equal (of the images' first names), images.
+            ok, and tasks: by task the result of `compare` and its own ok.
         """
         about, size = self._json("parity.json"), self.config["pretrained_cfg"]["input_size"][-1]
         found = self.logits(self.normalize(check_images(size)))
@@ -128,7 +128,7 @@ class Bundle:
             told = compare(np.array(about["check"]["logits"][task], np.float32), found[task])
             if self.config["precision"] == "float32":
                 told["ok"] = told["difference"] <= told["tolerance"] and not told["decided_otherwise"]
-            else:  # rounding differs between processors, and a rounded router may send a token elsewhere
+            else:  # int8 rounds differently on other processors, and a token may then go to another expert
                 told["ok"] = told["equal"] >= about["check"]["least_equal"]
             report["tasks"][task] = told
             report["ok"] = report["ok"] and told["ok"]
@@ -141,7 +141,7 @@ class Bundle:
             raise Refused(f"{self.folder / name}: cannot be read ({error}); is this the folder of a bundle?") from None
 
     def _require(self, name: str) -> None:
-        """The file must be the one that was exported."""
+        """Check that a file is the one that was exported."""
         path = self.folder / name
         if not path.is_file():
             raise Refused(f"{path}: missing; copy the whole bundle")
@@ -150,7 +150,7 @@ class Bundle:
 
 
 class Graph:
-    """One ONNX graph in onnxruntime, of one task or of all."""
+    """ONNX graph of one task or of all tasks, run by onnxruntime."""
 
     def __init__(self, path: Path, threads: int, sha256: dict[str, str]) -> None:
         import onnxruntime
@@ -165,14 +165,14 @@ class Graph:
         if wrong := [file for file in data if data[file] != sha256[file]]:
             raise Refused(f"{path}: made for another {wrong[0]}; export the run again")
         self._options = onnxruntime.RunOptions()
-        self._options.only_execute_path_to_fetches = True  # of tasks not asked for, nothing is computed
+        self._options.only_execute_path_to_fetches = True  # compute only the requested tasks
 
     def logits(self, inputs: np.ndarray, tasks: list[str]) -> dict[str, np.ndarray]:
         return dict(zip(tasks, self.session.run(tasks, {"images": inputs}, self._options)))  # noqa: B905, old Pythons
 
 
 class Programs:
-    """ExecuTorch programs, one a task, each of one image at a time."""
+    """ExecuTorch programs, one per task. Each takes one image at a time."""
 
     def __init__(self, paths: dict[str, Path]) -> None:
         import torch
@@ -189,17 +189,17 @@ class Programs:
     def logits(self, inputs: np.ndarray, tasks: list[str]) -> dict[str, np.ndarray]:
         images = [(self._tensor(inputs[i : i + 1]),) for i in range(len(inputs))]
         methods = {task: self._programs[task].load_method("forward") for task in tasks}
-        # Copied: the next image's answer goes into the same memory.
+        # Copied, because the next image's logits are written into the same memory.
         return {task: np.concatenate([m.execute(x)[0].numpy().copy() for x in images]) for task, m in methods.items()}
 
 
 def compare(expected: np.ndarray, found: np.ndarray) -> dict:
-    """How two arrays of logits (B, C) differ.
+    """Compare two arrays of logits (B, C).
 
     Returns:
-        difference: the largest. tolerance: 1e-4 times the largest logit, or 1e-4 if that is below 1. equal: how many
-        images have the same first class. decided_otherwise: those that have not, though the first class of `expected`
-        leads by more than the tolerance. images: B.
+        difference: the largest one. tolerance: 1e-4 times the largest logit, at least 1e-4. equal: number of images
+        with the same first class. decided_otherwise: number of images with another first class although that of
+        `expected` leads by more than the tolerance. images: B.
     """
     tolerance = 1e-4 * max(1.0, float(np.abs(expected).max()))
     first, other = expected.argmax(1), found.argmax(1)
@@ -215,7 +215,7 @@ def compare(expected: np.ndarray, found: np.ndarray) -> dict:
 
 
 def check_images(size: int) -> np.ndarray:
-    """Drawn images, the same on every machine: uint8 (8, 3, S, S). A bundle holds no photo of anybody."""
+    """Draw images that are the same on every machine, uint8 (8, 3, S, S), so that a bundle needs no photos."""
     y, x = np.mgrid[:size, :size].astype(np.int64) * 224 // size
     images = []
     for k in range(CHECK_IMAGES):
@@ -225,7 +225,7 @@ def check_images(size: int) -> np.ndarray:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """As a viewer would show it: turned as its EXIF says, transparent parts on white."""
+    """Convert an image to RGB as a viewer shows it: rotated by its EXIF tag, transparent parts on white."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         raise Refused("its pixels have more than 8 bits: convert it to 8")
@@ -248,7 +248,7 @@ def sha256(path: Path) -> str:
 
 
 def memory_mb() -> float | None:
-    """Resident memory of this process in MB (2^20 bytes), where the system tells it."""
+    """Return the resident memory of this process in MB (2^20 bytes), or None if the system does not tell."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -257,7 +257,7 @@ def memory_mb() -> float | None:
 
 
 def measure(bundle: Bundle, repeats: int = 30) -> dict:
-    """Median milliseconds of one image, wall clock and of all threads together, and memory afterwards."""
+    """Measure one image: median milliseconds of wall clock (ms) and of CPU time (cpu_ms), and memory afterwards."""
     inputs = bundle.normalize(check_images(bundle.config["pretrained_cfg"]["input_size"][-1])[:1])
     wall, cpu = [], []
     for _ in range(repeats + 2):
@@ -269,12 +269,12 @@ def measure(bundle: Bundle, repeats: int = 30) -> dict:
 
 
 def harmless(text: object) -> str:
-    """A name that people gave, without anything that commands a terminal."""
+    """Escape a name so that it cannot control the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def files_of(images: list[str]) -> list[Path]:
-    """The files named, and those below the folders named."""
+    """Return the named files, and the image files in and below the named folders."""
     files = []
     for name in map(Path, images):
         below = sorted(each for each in name.rglob("*") if each.suffix.lower() in PICTURES) if name.is_dir() else [name]
@@ -287,12 +287,12 @@ def files_of(images: list[str]) -> list[Path]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", metavar="IMAGE", nargs="*", help="image file, or a folder of them")
-    parser.add_argument("--task", nargs="+", action="extend", metavar="NAME", help="only these (all)")
-    parser.add_argument("--top", type=int, default=3, metavar="N", help="names per task (3)")
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="that compute (the runtime's choice)")
+    parser.add_argument("--task", nargs="+", action="extend", metavar="NAME", help="only these tasks (default: all)")
+    parser.add_argument("--top", type=int, default=3, metavar="N", help="class names per task (default: 3)")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: onnxruntime's)")
     parser.add_argument("--json", action="store_true", help="JSON on stdout instead of text")
     parser.add_argument("--check", action="store_true", help="compare this machine with the exported run")
-    parser.add_argument("--time", action="store_true", help="milliseconds an image and memory")
+    parser.add_argument("--time", action="store_true", help="measure milliseconds per image and memory")
     given = parser.parse_intermixed_args(arguments)
     try:
         if not (given.images or given.check or given.time):
@@ -302,7 +302,7 @@ def main(arguments: list[str] | None = None) -> int:
             return tell_check(bundle.check(), given.json)
         if given.time:
             told = measure(bundle)
-            text = f"{told['ms']:.1f} ms an image ({told['cpu_ms']:.1f} of CPU), {', '.join(bundle.tasks)}"
+            text = f"{told['ms']:.1f} ms per image ({told['cpu_ms']:.1f} of CPU), {', '.join(bundle.tasks)}"
             memory = "" if told["memory_mb"] is None else f"; the process takes {told['memory_mb']:.0f} MB"
             print(json.dumps(told) if given.json else text + memory)
             return 0
@@ -330,7 +330,7 @@ def tell_names(bundle: Bundle, given: argparse.Namespace) -> int:
         try:
             with Image.open(file) as image:
                 names = bundle.predict(image, given.top)
-        except Exception as error:  # Pillow's plug-ins raise nearly anything on damaged files
+        except Exception as error:  # Pillow's plug-ins raise exceptions of many types for damaged files
             print(f"predict.py: {harmless(file)}: not a readable image ({harmless(error)})", file=sys.stderr)
             unread += 1
             continue

@@ -1,7 +1,7 @@
-"""What an exported graph computes, beside what the run computes in float32, on the run's own images.
+"""Compare an exported graph with the run in float32, on the run's own images.
 
-Only float32 can be held to a tolerance: wherever something is rounded a token more or less is dropped, or goes to
-another expert, and logits jump. There, equal predictions are counted.
+Only a float32 graph can be compared by a tolerance. If anything is rounded, single tokens are dropped that were kept or
+go to another expert, and logits jump. For such graphs equal predictions are counted.
 """
 
 import dataclasses
@@ -21,18 +21,18 @@ BATCH = 32
 
 
 class NotEqual(ValueError):
-    """The graph does not compute what the run does; nothing was written."""
+    """The graph does not compute the same as the run. Nothing was written."""
 
 
 @torch.inference_mode()
 def reference(model: MultitaskViT, inputs: Tensor, task: str) -> np.ndarray:
-    """Logits (B, classes) of the model itself, float32."""
+    """Return the model's own logits (B, classes), float32."""
     tokens, _ = model.forward_features(inputs, task, upto=len(model.plan))
     return model.logits(tokens, task).numpy()
 
 
 def batches(run: TrainedRun, task: str, split: str, most: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Normalized images (B, 3, S, S) and labels (B,) of a split: all, or `most` spread evenly over it."""
+    """Yield normalized images (B, 3, S, S) and labels (B,) of a split: all, or `most` spread evenly over it."""
     data = run.data(task, split)
     for images, labels in run.transforms.eval_batches(data.thinned(split, most), split, BATCH):
         yield run.transforms.normalize(images), labels
@@ -40,38 +40,43 @@ def batches(run: TrainedRun, task: str, split: str, most: int) -> Iterator[tuple
 
 @dataclasses.dataclass(slots=True)
 class Answers:
-    """Logits of N images, and their labels."""
+    """Logits (N, classes) of N images, and their labels (N,)."""
 
     logits: np.ndarray
     labels: np.ndarray
 
 
 def of_model(run: TrainedRun, model: MultitaskViT, task: str, most: int) -> Answers:
-    """The model's answers to validation images."""
+    """Return the model's logits for validation images, and the labels.
+
+    Raises:
+        ValueError: no validation image can be read.
+    """
     found = [(reference(model, inputs, task), labels.numpy()) for inputs, labels in batches(run, task, "val", most)]
     if not found:
-        raise ValueError(f"task {task}: no validation image can be read, so nothing proves the export")
+        raise ValueError(f"task {task}: no validation image can be read, so the export cannot be checked")
     return Answers(*(np.concatenate(part) for part in zip(*found, strict=True)))
 
 
 def of_bundle(run: TrainedRun, bundle: Bundle, task: str, most: int) -> np.ndarray:
-    """A bundle's logits for the same images; nothing is computed for other tasks."""
+    """Return a bundle's logits for the same images. Nothing is computed for other tasks."""
     found = (bundle.logits(inputs.numpy(), [task])[task] for inputs, _ in batches(run, task, "val", most))
     return np.concatenate(list(found))
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray, class_names: list[str]) -> dict[str, Any]:
-    """n, top1, top1_low and top1_high: percent, with the 95 % interval."""
+    """Return n, top1, and the ends of its 95 % interval top1_low and top1_high, in percent."""
     predictions: Predictions = score_batch(torch.from_numpy(logits), torch.from_numpy(labels))
     found = summarize(predictions, class_names)
     return {key: found[key] for key in ("n", "top1", "top1_low", "top1_high")}
 
 
 def prove(expected: np.ndarray, found: np.ndarray, graph: str) -> dict[str, Any]:
-    """The comparison of `on_device.compare`.
+    """Return the result of `on_device.compare`, and check it.
 
     Raises:
-        NotEqual: a difference above the tolerance, or another first class where the first one leads by more.
+        NotEqual: logits differ by more than the tolerance, or an image gets another first class although the expected
+            one leads by more than the tolerance.
     """
     told = compare(expected, found)
     if not told["difference"] <= told["tolerance"] or told["decided_otherwise"]:

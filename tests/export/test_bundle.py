@@ -116,9 +116,9 @@ def test_the_card_states_accuracy_cost_licenses_and_how_to_run(folder, result):
         assert f"* {task}: {task}; license of the images: none" in text
     for words in (
         "95 % interval",
-        "on its test split",
+        "Test accuracy of the run",
         "MB on disk",
-        "ms of CPU an image",
+        "ms of CPU per image",
         "python predict.py --check",
     ):
         assert words in text, words

@@ -190,7 +190,7 @@ def test_layers_of_other_backbones(options):
 def test_a_layer_that_is_not_known_is_refused_by_its_place():
     model = make_model()
     model.vit.blocks[2].mlp.act = nn.Mish()
-    with pytest.raises(ConfigError, match="blocks.2.mlp.act is a Mish, which has no ONNX form here"):
+    with pytest.raises(ConfigError, match="blocks.2.mlp.act is a Mish, which cannot be exported to ONNX"):
         graph_of([Part(model, "one")])
 
 
