@@ -69,10 +69,11 @@ def _run(report: dict[str, Any]) -> str:
     tasks, mean = report["tasks"], report["mean_top1"]
     images = sorted({task["images"] for task in tasks.values()})
     scored = f"mean top-1 {mean:.1f} % ({report['split']})" if mean is not None else report["status"]
+    gflops = report["gflops_per_image"]  # None if the cost could not be predicted
     return (
         f"{scored} of {len(tasks)} tasks; {'-'.join(f'{n:,}' for n in dict.fromkeys((images[0], images[-1])))} images "
-        f"a task, {report['train_seconds']:,.0f} s; peak {report['measured_peak_mb']:,.0f} MB; "
-        f"{report['gflops_per_image']:.2f} GFLOPs an image"
+        f"a task, {report['train_seconds']:,.0f} s; peak {report['measured_peak_mb']:,.0f} MB"
+        + ("" if gflops is None else f"; {gflops:.2f} GFLOPs an image")
     )
 
 

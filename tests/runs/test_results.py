@@ -42,6 +42,8 @@ def test_a_run_stands_with_its_figures_and_where_they_came_from(tmp_path):
         "`moe-bsr train x.yaml` |"
     )
     assert "interrupted of 2 tasks" in old and old.endswith("| - | - | - |")
+    put(tmp_path, "mine/report.json", RUN | {"gflops_per_image": None})  # its cost could not be predicted
+    assert "peak 987 MB | - |" in readme(tmp_path)
 
 
 def test_each_kind_is_told_by_its_keys(tmp_path):
