@@ -14,7 +14,7 @@ from moe_bsr.model.backbones import family_of
 from moe_bsr.runtime.names import printable
 from moe_bsr.runtime.version import __version__
 
-OWN = ("bundled", "random")  # values of backbone.weights that come with this package
+OWN = ("bundled", "random")  # values of backbone.weights that need no weights of somebody else
 
 
 def model_card(

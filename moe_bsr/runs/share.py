@@ -48,7 +48,7 @@ run.predict("photo.jpg")
 moe_bsr.evaluate("{name}", "test", data_root="DATA")  # DATA has the images in the same subfolders
 ```
 
-`moe-bsr add-task {name} TASK` trains one more task.
+`moe-bsr add-task {name} TASK` adds a task to it.
 """
 
 
