@@ -161,7 +161,7 @@ def _fill(
         _compare_rounded(run, place, expected, found, images)
         answers = Bundle(place, threads=run.runtime.threads).logits(drawn)
     equal = min(on_device.compare(check[task], answers[task])["equal"] for task in parts)
-    told = {
+    record = {
         "images": "validation images of the run",
         "reference": "the run in float32",
         "tasks": found,
@@ -171,7 +171,7 @@ def _fill(
             "least_equal": max(equal - 1, 0),  # for int8: another processor may round differently
         },
     }
-    files.write_new(place / "parity.json", json.dumps(told, indent=1, allow_nan=False))
+    files.write_new(place / "parity.json", json.dumps(record, indent=1, allow_nan=False))
     result = {"run": str(run.run), "step": run.step, "precision": config["precision"], "tasks": found}
     for task, numbers in found.items():
         config["tasks"][task]["val_top1"] = round(numbers["top1"], 2)

@@ -106,9 +106,9 @@ def _data(run: TrainedRun, task: str) -> str:
 
 def _accuracy(run: TrainedRun, result: dict[str, Any]) -> list[str]:
     rows = [["task", "classes", "top-1 %, validation", "95 % interval", "images"]]
-    for task, told in result["tasks"].items():
-        interval = f"{told['top1_low']:.1f} - {told['top1_high']:.1f}"
-        rows.append([task, str(len(run.class_names[task])), f"{told['top1']:.1f}", interval, str(told["n"])])
+    for task, scores in result["tasks"].items():
+        interval = f"{scores['top1_low']:.1f} - {scores['top1_high']:.1f}"
+        rows.append([task, str(len(run.class_names[task])), f"{scores['top1']:.1f}", interval, str(scores["n"])])
     lines = [
         "Accuracy of these graphs on validation images of the run. The run's checkpoint was chosen by validation "
         "accuracy, so expect a little less on new images.",
@@ -117,36 +117,36 @@ def _accuracy(run: TrainedRun, result: dict[str, Any]) -> list[str]:
     ]
     report = reports.read(run.run)
     scored = {} if report is None or report["split"] != "test" else report["tasks"]
-    of_this = {t: s for t, s in scored.items() if t in result["tasks"] and _is_of(run, s)}
+    of_this = {t: s for t, s in scored.items() if t in result["tasks"] and _is_of_loaded(run, s)}
     if of_this:
         tests = [f"{t} {s['top1']:.1f} ({s['top1_low']:.1f} - {s['top1_high']:.1f})" for t, s in of_this.items()]
         lines += ["", f"Test accuracy of the run before the export: {', '.join(tests)}."]
     return lines
 
 
-def _is_of(run: TrainedRun, scores: dict[str, Any]) -> bool:
+def _is_of_loaded(run: TrainedRun, scores: dict[str, Any]) -> bool:
     """Return whether a report's scores are those of the loaded weights. Not checked for one model per task."""
     return "top1" in scores and (run.config.mode == "single_task" or scores.get("scored_step") == run.step)
 
 
 def _parity(result: dict[str, Any]) -> list[str]:
-    worst = max(told["parity"]["difference"] / told["parity"]["tolerance"] for told in result["tasks"].values())
-    images = sum(told["parity"]["images"] for told in result["tasks"].values())
+    worst = max(scores["parity"]["difference"] / scores["parity"]["tolerance"] for scores in result["tasks"].values())
+    images = sum(scores["parity"]["images"] for scores in result["tasks"].values())
     lines = [
         f"On {images} validation images the logits of the float32 graphs differ from the run's by at most {worst:.2f} "
         "of the tolerance, 1e-4 times the largest logit. `parity.json` has the numbers."
     ]
-    for task, told in result["tasks"].items():
-        if "whole" in told:
-            whole, n = told["whole"], told["n"]
+    for task, scores in result["tasks"].items():
+        if "whole" in scores:
+            whole, n = scores["whole"], scores["n"]
             lines.append(
                 f"* {task}: experts were left out. With all of them top-1 is {whole['top1']:.1f} %, and "
                 f"{whole['equal']} of {n} predictions are equal."
             )
-        if "int8" in told:
+        if "int8" in scores:
             lines.append(
-                f"* {task}: {told['int8']['equal']} of {told['int8']['images']} predictions in int8 equal those in "
-                f"float32, whose top-1 is {told['float32']['top1']:.1f} %."
+                f"* {task}: {scores['int8']['equal']} of {scores['int8']['images']} predictions in int8 equal those in "
+                f"float32, whose top-1 is {scores['float32']['top1']:.1f} %."
             )
     return lines
 
@@ -154,10 +154,10 @@ def _parity(result: dict[str, Any]) -> list[str]:
 def _cost(run: TrainedRun, place: Path) -> list[str]:
     size = sum(file.stat().st_size for file in place.iterdir()) / 2**20
     bundle = Bundle(place, threads=1)
-    told = measure(bundle, repeats=10)
+    measured = measure(bundle, repeats=10)
     each = [f"* {size:.1f} MB on disk."]
     each.append(
-        f"* {told['cpu_ms']:.1f} ms of CPU per image for {len(bundle.tasks)} task(s), batch 1, on "
+        f"* {measured['cpu_ms']:.1f} ms of CPU per image for {len(bundle.tasks)} task(s), batch 1, on "
         f"{cpu_features.name()}, measured at export. Other programs may have run at the same time."
     )
     report = reports.read(run.run)

@@ -125,13 +125,13 @@ class Bundle:
         found = self.logits(self.normalize(check_images(size)))
         report = {"ok": True, "tasks": {}}
         for task in self.tasks:
-            told = compare(np.array(about["check"]["logits"][task], np.float32), found[task])
+            result = compare(np.array(about["check"]["logits"][task], np.float32), found[task])
             if self.config["precision"] == "float32":
-                told["ok"] = told["difference"] <= told["tolerance"] and not told["decided_otherwise"]
+                result["ok"] = result["difference"] <= result["tolerance"] and not result["decided_otherwise"]
             else:  # int8 rounds differently on other processors, and a token may then go to another expert
-                told["ok"] = told["equal"] >= about["check"]["least_equal"]
-            report["tasks"][task] = told
-            report["ok"] = report["ok"] and told["ok"]
+                result["ok"] = result["equal"] >= about["check"]["least_equal"]
+            report["tasks"][task] = result
+            report["ok"] = report["ok"] and result["ok"]
         return report
 
     def _json(self, name: str) -> dict:
@@ -301,10 +301,10 @@ def main(arguments: list[str] | None = None) -> int:
         if given.check:
             return tell_check(bundle.check(), given.json)
         if given.time:
-            told = measure(bundle)
-            text = f"{told['ms']:.1f} ms per image ({told['cpu_ms']:.1f} of CPU), {', '.join(bundle.tasks)}"
-            memory = "" if told["memory_mb"] is None else f"; the process takes {told['memory_mb']:.0f} MB"
-            print(json.dumps(told) if given.json else text + memory)
+            measured = measure(bundle)
+            text = f"{measured['ms']:.1f} ms per image ({measured['cpu_ms']:.1f} of CPU), {', '.join(bundle.tasks)}"
+            memory = "" if measured["memory_mb"] is None else f"; the process takes {measured['memory_mb']:.0f} MB"
+            print(json.dumps(measured) if given.json else text + memory)
             return 0
         return tell_names(bundle, given)
     except (Refused, ModuleNotFoundError) as error:
@@ -316,10 +316,10 @@ def tell_check(report: dict, as_json: bool) -> int:
     if as_json:
         print(json.dumps(report, indent=1))
     else:
-        for task, told in report["tasks"].items():
+        for task, each in report["tasks"].items():
             print(
-                f"{task}: {'ok' if told['ok'] else 'NOT what was exported'}: logits differ by {told['difference']:.1e} "
-                f"(float32 allows {told['tolerance']:.1e}), {told['equal']} of {told['images']} first names equal"
+                f"{task}: {'ok' if each['ok'] else 'NOT what was exported'}: logits differ by {each['difference']:.1e} "
+                f"(float32 allows {each['tolerance']:.1e}), {each['equal']} of {each['images']} first names equal"
             )
     return 0 if report["ok"] else 1
 
@@ -338,8 +338,8 @@ def tell_names(bundle: Bundle, given: argparse.Namespace) -> int:
         if not given.json:
             print(harmless(file))
             for task, best in names.items():
-                told = ", ".join(f"{harmless(n['name'])} {100 * n['probability']:.0f} %" for n in best)
-                print(f"  {harmless(task)}  {told}")
+                named = ", ".join(f"{harmless(n['name'])} {100 * n['probability']:.0f} %" for n in best)
+                print(f"  {harmless(task)}  {named}")
     if given.json:
         print(json.dumps(answers, indent=1))
     return 1 if unread else 0

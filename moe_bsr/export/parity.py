@@ -78,11 +78,11 @@ def prove(expected: np.ndarray, found: np.ndarray, graph: str) -> dict[str, Any]
         NotEqual: logits differ by more than the tolerance, or an image gets another first class although the expected
             one leads by more than the tolerance.
     """
-    told = compare(expected, found)
-    if not told["difference"] <= told["tolerance"] or told["decided_otherwise"]:
+    result = compare(expected, found)
+    if not result["difference"] <= result["tolerance"] or result["decided_otherwise"]:
         raise NotEqual(
-            f"{graph}: its logits differ from the run's by up to {told['difference']:.1e} where "
-            f"{told['tolerance']:.1e} is allowed, and {told['decided_otherwise']} of {told['images']} images get "
+            f"{graph}: its logits differ from the run's by up to {result['difference']:.1e} where "
+            f"{result['tolerance']:.1e} is allowed, and {result['decided_otherwise']} of {result['images']} images get "
             "another first class; nothing was written"
         )
-    return told
+    return result

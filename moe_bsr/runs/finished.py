@@ -80,13 +80,13 @@ def read_finished(run: Path, without: list[str] | None = None) -> Finished:
         if not after:
             raise ConfigError(f"{', '.join(before)} are all tasks of {run}: at least one must be left")
         saved = read_named(folder, "best", config)
-        told = report.read(folder)
+        full_report = report.read(folder)
     return Finished(
-        _finished_config(config, after),
+        _config_for(config, after),
         resolved | {"tasks": {task: resolved["tasks"][task] for task in after}},
-        _of_tasks(saved.weights | (saved.average or {}), before, after),
+        _weights_for(saved.weights | (saved.average or {}), before, after),
         saved.step,
-        told and _report_of(told, after),
+        full_report and _report_for(full_report, after),
     )
 
 
@@ -134,7 +134,7 @@ class appearing:
             files.remove(self.temporary)
 
 
-def _finished_config(config: Config, tasks: list[str]) -> Config:
+def _config_for(config: Config, tasks: list[str]) -> Config:
     """Return the configuration for these tasks, with training settings that no longer apply reset to defaults.
 
     The moving average is already in the weights. All tasks count as trained, whatever `train.only` said.
@@ -155,7 +155,7 @@ def _finished_config(config: Config, tasks: list[str]) -> Config:
     )
 
 
-def _of_tasks(weights: dict[str, Tensor], before: list[str], after: list[str]) -> dict[str, Tensor]:
+def _weights_for(weights: dict[str, Tensor], before: list[str], after: list[str]) -> dict[str, Tensor]:
     """Remove the parts of tasks that are left out: heads, routers, and their rows or columns in shared tensors."""
     rows = torch.tensor([before.index(task) for task in after])
     gone = [task for task in before if task not in after]
@@ -171,14 +171,16 @@ def _of_tasks(weights: dict[str, Tensor], before: list[str], after: list[str]) -
     return kept
 
 
-def _report_of(told: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
+def _report_for(full_report: dict[str, Any], tasks: list[str]) -> dict[str, Any]:
     """Return the report restricted to these tasks."""
-    entries = {task: about for task, about in told["tasks"].items() if task in tasks}
+    entries = {task: about for task, about in full_report["tasks"].items() if task in tasks}
     scores = [about.get("top1") for about in entries.values()]
-    use = {block: {t: v for t, v in of.items() if t in tasks} for block, of in told.get("expert_use", {}).items()}
+    use = {
+        block: {t: v for t, v in of.items() if t in tasks} for block, of in full_report.get("expert_use", {}).items()
+    }
     whole = all(score is not None for score in scores)
     return (
-        told
+        full_report
         | {"tasks": entries, "mean_top1": sum(scores) / len(scores) if whole else None}
         | ({"expert_use": use} if use else {})
     )

@@ -77,12 +77,12 @@ def entries(config: Config, run: Path, split: str) -> dict[str, dict[str, Any]]:
     """
     try:
         report = json.loads(files.read_text(run / SOURCE_REPORT))
-        told, same = report["tasks"], report["split"] == split
+        reported, same = report["tasks"], report["split"] == split
     except (OSError, ValueError, KeyError, TypeError):
-        told, same = {}, False
+        reported, same = {}, False
     kept = {}
     for name in _kept(config):
-        entry = told.get(name, {})
+        entry = reported.get(name, {})
         kept[name] = COUNTS | {key: value for key, value in entry.items() if same or key not in SCORES}
     return kept
 

@@ -25,8 +25,8 @@ def tasks_of(run: Path) -> list[dict[str, Any]]:
             for task in config.task_names():
                 if (folder / task / "config.yaml").is_file():
                     about |= read_config(folder / task)[1]["tasks"]
-        told = report.read(folder) or {}
-    scores, split = told.get("tasks", {}), told.get("split")
+        found = report.read(folder) or {}
+    scores, split = found.get("tasks", {}), found.get("split")
     return [_task(name, about.get(name, {}), scores.get(name, {}), split) for name in config.task_names()]
 
 

@@ -88,11 +88,11 @@ def learn(
     used = {}
     for task in tasks:
         trained.data(task, "train")
-        data = _at_most(trained.data(task, "val"), MOST_IMAGES)
+        data = _thinned(trained.data(task, "val"), MOST_IMAGES)
         on_task(task, len(data.train) + len(data.val))
-        (own, labels) = _looked_at(trained, data, "train", [task], batch_size)
+        (own, labels) = _features_and_logits(trained, data, "train", [task], batch_size)
         known[task] = rejection.statistics(own[task][0], labels)
-        seen[task], _ = _looked_at(trained, data, "val", tasks, batch_size)
+        seen[task], _ = _features_and_logits(trained, data, "val", tasks, batch_size)
         used[task] = len(labels), len(seen[task][task][0])
     compared = {name: _measured(name, known, seen) for name in SCORES} if len(tasks) > 1 else {}
     mean_auroc = {
@@ -139,7 +139,7 @@ def load(trained: TrainedRun) -> dict[str, Detector] | None:
     return found
 
 
-def _looked_at(
+def _features_and_logits(
     trained: TrainedRun, data: TaskData, split: str, tasks: list[str], batch_size: int
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
     """Compute features and logits of a split's images for each of these tasks, and return them with the labels."""
@@ -163,7 +163,7 @@ def _looked_at(
     return {task: (columns[2 * i], columns[2 * i + 1]) for i, task in enumerate(ordered)}, found.labels
 
 
-def _at_most(data: TaskData, count: int) -> TaskData:
+def _thinned(data: TaskData, count: int) -> TaskData:
     """Restrict a task to about `count` training images, equally many of each class. The choice is deterministic."""
     each, labels = -(-count // len(data.class_names)), data.train.labels
     order = stream(key(data.name, "rejection")).permutation(len(labels))

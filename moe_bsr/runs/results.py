@@ -154,7 +154,7 @@ def _budgets(result: dict[str, Any]) -> str:
     means: dict[float, list[str]] = {}
     for (minutes, method), top1 in found.items():
         means.setdefault(minutes, []).append(f"{method} {fmean(top1):.1f}")
-    return "; ".join(f"{minutes:g} minutes, test top-1 %: {', '.join(told)}" for minutes, told in means.items())
+    return "; ".join(f"{minutes:g} minutes, test top-1 %: {', '.join(values)}" for minutes, values in means.items())
 
 
 def _methods(result: dict[str, Any]) -> str:

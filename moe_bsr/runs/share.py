@@ -126,12 +126,12 @@ def _fill(finished: Finished, folder: Path, name: str, with_backbone: bool, weig
     files.write_new(folder / shared_form.CONFIG, json.dumps(tree, indent=1))
     # safetensors makes its files readable by their owner only
     (folder / shared_form.WEIGHTS).chmod((folder / shared_form.CONFIG).stat().st_mode & 0o777)
-    told = None if finished.report is None else _public_report(finished.report, config)
-    if told is not None:
-        report.write(folder, told)
+    shared_report = None if finished.report is None else _public_report(finished.report, config)
+    if shared_report is not None:
+        report.write(folder, shared_report)
     sizes = {each: (folder / each).stat().st_size for each in shared_form.FILES if (folder / each).is_file()}
     title, use = f"{Path(name).stem}: {', '.join(config.tasks)}", USE.format(name=name)
-    text = card(title=title, resolved=resolved, report=told, use=use, files=sizes)
+    text = card(title=title, resolved=resolved, report=shared_report, use=use, files=sizes)
     files.write_new(folder / "README.md", text)
 
 
@@ -169,10 +169,11 @@ def _is_place(value: Any) -> bool:
     return isinstance(value, str) and (value.startswith(("/", "~")) or ".." in Path(value).parts)
 
 
-def _public_report(told: dict[str, Any], config: Config) -> dict[str, Any]:
+def _public_report(full_report: dict[str, Any], config: Config) -> dict[str, Any]:
     """Return a report without the command and without names of images."""
     tasks = {
-        task: {key: value for key, value in about.items() if key != "skipped"} for task, about in told["tasks"].items()
+        task: {key: value for key, value in about.items() if key != "skipped"}
+        for task, about in full_report["tasks"].items()
     }
-    kept = {key: told[key] for key in REPORTED if key in told}
+    kept = {key: full_report[key] for key in REPORTED if key in full_report}
     return kept | {"tasks": tasks, "config": configuration.to_dict(config), "lost_best": None, "command": None}

@@ -97,7 +97,7 @@ def build_from(run: str, config: Config, classes: dict[str, list[str]]) -> tuple
     model.init_from = {"run": run, "step": source.step, "sha256": digest(source.weights)}
     return model, [
         f"weights from {run}, step {source.step}",
-        *_told(model, source, classes, replaced, parts, heads),
+        *_describe(model, source, classes, replaced, parts, heads),
     ]
 
 
@@ -251,7 +251,7 @@ def _put_head(model: MultitaskViT, source: Source, task: str, classes: list[str]
 # --- in words ---
 
 
-def _told(
+def _describe(
     model: MultitaskViT,
     source: Source,
     classes: dict[str, list[str]],
