@@ -105,7 +105,7 @@ def test_a_run_over_another_backbone_is_refused(own_backbone, tmp_path):
     config, file = own_backbone
     train(config, tmp_path / "run")
     replace_backbone(config, file)
-    with pytest.raises(CheckpointError, match="only what training changed.*backbone.weights"):
+    with pytest.raises(CheckpointError, match="only the weights that training changed.*backbone.weights"):
         moe_bsr.load(tmp_path / "run")
 
 
@@ -139,7 +139,7 @@ def test_a_resume_over_another_backbone_is_refused(own_backbone, tmp_path, monke
         act_at(patch, 5, crash)
         train(config, tmp_path / "run")
     replace_backbone(config, file)
-    with pytest.raises(CheckpointError, match="only what training changed.*backbone.weights"):
+    with pytest.raises(CheckpointError, match="only the weights that training changed.*backbone.weights"):
         train(config, tmp_path / "run", resume=True)
 
 

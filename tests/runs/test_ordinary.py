@@ -261,9 +261,9 @@ def test_a_run_folder_may_be_a_link_itself(config, tmp_path):
 @pytest.mark.parametrize("strange", sorted(STRANGE.keys() - {"folder"}))
 def test_what_is_no_folder_is_no_run(config, tmp_path, strange):
     put(tmp_path / "run", strange)
-    with pytest.raises(ConfigError, match="is no folder"):
+    with pytest.raises(ConfigError, match="is not a folder"):
         moe_bsr.train(config, tmp_path / "run", callbacks=[])
-    with pytest.raises(ConfigError, match="(not a|no) run folder"):
+    with pytest.raises(ConfigError, match="(not|neither) a run folder"):
         moe_bsr.load(tmp_path / "run")
 
 

@@ -86,7 +86,7 @@ def test_the_head_is_solved_behind_experts_that_are_told_the_task(runs, tmp_path
 def test_a_model_that_would_compute_something_else_keeps_no_tasks(runs, tmp_path, change):
     before = runs("moe")[0]
     config = replace(added_task_config(before, new_task(tmp_path)), **change)
-    with pytest.raises(ConfigError, match=r"train.only = \['petals'\]: .*take the run's"):
+    with pytest.raises(ConfigError, match=r"train.only = \['petals'\]: .*use its value"):
         moe_bsr.train(config, tmp_path / "after", callbacks=[])
 
 
