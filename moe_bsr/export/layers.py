@@ -1,7 +1,8 @@
 """Layers of a ViT as ONNX operators: linear, norm, activation, FFN, attention pooling.
 
 Each function takes a graph, a trained module, an input value and the names of the module's tensors, adds nodes to the
-graph and returns the output value. A layer of any other type is refused by name, even if it is a subclass.
+graph and returns the output value. A layer of an unknown type is refused by name. Subclasses are not accepted for their
+base class, since they may compute something else.
 
     B images, N tokens, D width, H heads, d width of a head, L latent queries
 """

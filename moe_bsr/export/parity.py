@@ -1,7 +1,7 @@
 """Compare an exported graph with the run in float32, on the run's own images.
 
-Only a float32 graph can be compared by a tolerance. If anything is rounded, single tokens are dropped that were kept or
-go to another expert, and logits jump. For such graphs equal predictions are counted.
+Only a float32 graph can be compared by a tolerance. If weights are rounded, a few other tokens are dropped or go to
+another expert, and logits jump. For such graphs equal predictions are counted.
 """
 
 import dataclasses

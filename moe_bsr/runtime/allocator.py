@@ -1,7 +1,7 @@
 """Set glibc's memory allocator up for training.
 
-The settings hold for the whole process. The command line calls both functions, the library calls neither. Your own
-training program gets the same effect if it calls `moe_bsr.runtime.device.tune_process()` at its start and runs with
+The settings hold for the whole process, so the command line makes them, and `moe_bsr.train` does not. Your own training
+program gets the same effect if it calls `moe_bsr.runtime.device.tune_process()` at its start and runs with
 GLIBC_TUNABLES=glibc.malloc.tcache_count=0 in its environment. Without them results are the same, but training is
 slower and takes more memory. This module imports nothing heavy, because `start_again` runs before everything else.
 """
