@@ -72,12 +72,14 @@ def export(
         top1_low, top1_high, parity {difference, tolerance, equal, decided_otherwise, images}; with `quantize` float32
         {top1, ...} and int8 {equal, ...}; with `experts` whole {top1, equal, ...}}.
     Raises:
-        ConfigError: the folder exists, a layer has no ONNX form, `experts` is out of range, or int8 in another format.
+        ConfigError: the run is not on the CPU, the folder exists, or the model or an option cannot be exported.
         NotEqual: a graph does not compute the same as the run.
     """
     out = Path(out) if out is not None else run.run / "export"
     if os.path.lexists(out):
         raise ConfigError(f"{out} exists; remove it, or name another folder")
+    device = run.runtime.device
+    require(device.type == "cpu", "device", str(device), "cpu: load the run with device='cpu' to export it")
     require_tokens(run.config.backbone, "export")
     require(format in SUFFIXES, "format", format, " or ".join(SUFFIXES))
     require(format == "onnx" or not quantize, "int8", quantize, "leave it out: only the format onnx has int8")

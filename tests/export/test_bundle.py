@@ -1,5 +1,6 @@
 """A bundle holds what a device needs, computes what the run does, and refuses what is damaged or foreign."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -286,6 +287,13 @@ def test_a_graph_that_computes_something_else_is_not_written(run, tmp_path, monk
 def test_formats_that_do_not_exist_are_refused(run, tmp_path, options, message):
     with pytest.raises(ConfigError, match=message):
         export(loaded(run), tmp_path / "out", **options)
+
+
+def test_a_run_on_another_device_is_refused(run, tmp_path):
+    trained = loaded(run)
+    trained.runtime = dataclasses.replace(trained.runtime, device=torch.device("cuda"))
+    with pytest.raises(ConfigError, match="device = 'cuda': cpu: load the run with device='cpu'"):
+        export(trained, tmp_path / "out")
 
 
 def test_a_folder_that_exists_is_left_alone(run, folder):
