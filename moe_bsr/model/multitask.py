@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moe_bsr.config import Config, ConfigError, require
 from moe_bsr.model import adapters, block
 from moe_bsr.model.backbones import family_of
-from moe_bsr.model.backbones.vit import digest
+from moe_bsr.model.backbones.pretrained import digest
 from moe_bsr.model.balance import Balance
 from moe_bsr.model.block import Record
 from moe_bsr.model.ladder import make_ladder

@@ -25,7 +25,7 @@ from moe_bsr.data import TaskData
 from moe_bsr.evaluation import rejection
 from moe_bsr.evaluation.features import split_features
 from moe_bsr.evaluation.rejection import SCORES
-from moe_bsr.model.backbones.vit import digest
+from moe_bsr.model.backbones.pretrained import digest
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.runs import report
 from moe_bsr.runs.contents import is_number

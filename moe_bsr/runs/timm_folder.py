@@ -14,7 +14,7 @@ from torch import nn
 
 from moe_bsr.config import Config, ConfigError
 from moe_bsr.model.backbones import family_of
-from moe_bsr.model.backbones.vit import in_timm
+from moe_bsr.model.backbones.pretrained import in_timm
 from moe_bsr.model.multitask import MultitaskViT, build
 from moe_bsr.runs.checkpoint import CheckpointError
 from moe_bsr.runs.finished import appearing, read_finished

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from moe_bsr.config import Config, ConfigError
-from moe_bsr.model.backbones.vit import digest
+from moe_bsr.model.backbones.pretrained import digest
 from moe_bsr.model.multitask import MultitaskViT, build, build_on_meta
 from moe_bsr.model.plan import BlockPlan
 from moe_bsr.model.routers import FixedGates

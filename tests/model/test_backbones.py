@@ -14,8 +14,10 @@ from timm.models.vision_transformer import VisionTransformer
 
 from moe_bsr.config import BackboneConfig, Config, ConfigError, MoEConfig, PlanConfig
 from moe_bsr.model import multitask
-from moe_bsr.model.backbones import vit as backbone
-from moe_bsr.model.backbones.vit import create_on_meta, digest, image_settings, load
+from moe_bsr.model.backbones import pretrained
+from moe_bsr.model.backbones import vit as vit_family
+from moe_bsr.model.backbones.pretrained import digest
+from moe_bsr.model.backbones.vit import create_on_meta, image_settings, load
 
 NAME = "test_vit"  # timm's own miniature: 6 blocks of width 64, patches of 16 px, 160 px images
 CLASSES = {"one": 3}
@@ -208,7 +210,7 @@ def bundled(tmp_path, monkeypatch) -> VisionTransformer:
         mean="[0.1, 0.2, 0.3]",
         std="[0.5, 0.5, 0.5]",
     )
-    monkeypatch.setattr(backbone, "BUNDLED", tmp_path)
+    monkeypatch.setattr(pretrained, "BUNDLED", tmp_path)
     return vit
 
 
@@ -308,7 +310,9 @@ def test_an_impossible_model_is_refused_before_weights_are_read(monkeypatch, cha
     def read(*_):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(backbone, "load", read)
+    monkeypatch.setattr(vit_family, "load_network", read)
+    with pytest.raises(AssertionError):
+        multitask.build(Config(), CLASSES)
     with pytest.raises(ConfigError, match=key):
         multitask.build(Config(**change), CLASSES)
 

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from moe_bsr.config import BackboneConfig, ConfigError, from_dict
-from moe_bsr.model.backbones import vit as backbone
-from moe_bsr.model.backbones.vit import create_on_meta, digest, load
+from moe_bsr.model.backbones import pretrained
+from moe_bsr.model.backbones.pretrained import digest
+from moe_bsr.model.backbones.vit import create_on_meta, load
 from moe_bsr.model.multitask import build
 from moe_bsr.model.summary import summary
 
@@ -291,7 +292,7 @@ def test_what_is_no_name_of_a_network_is_refused_as_such(name, nearest, size):
 def test_no_backbone_is_read_from_outside_the_package(tmp_path, monkeypatch):
     inside = tmp_path / "weights"
     inside.mkdir()
-    monkeypatch.setattr(backbone, "BUNDLED", inside)
+    monkeypatch.setattr(pretrained, "BUNDLED", inside)
     metadata = {"architecture": json.dumps({"depth": 1}), "mean": "[0]", "std": "[1]"}
     save_file({"x": torch.ones(1)}, tmp_path / "outside.safetensors", metadata)
     for name in ("../outside", str(tmp_path / "outside")):

@@ -20,7 +20,8 @@ from tiny_runs import make_config
 
 import moe_bsr
 from moe_bsr.config import BackboneConfig, ConfigError, replace
-from moe_bsr.model.backbones.vit import in_timm, load
+from moe_bsr.model.backbones.pretrained import in_timm
+from moe_bsr.model.backbones.vit import load
 from moe_bsr.runs import archive, shared_form
 from moe_bsr.runs.checkpoint import CheckpointError
 from moe_bsr.runs.config_file import read_config

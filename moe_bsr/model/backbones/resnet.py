@@ -15,12 +15,11 @@ from timm.layers import SelectAdaptivePool2d
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from moe_bsr.config import BackboneConfig, Config, ConfigError, require
-from moe_bsr.config.errors import show
+from moe_bsr.config import BackboneConfig, Config, require
 from moe_bsr.config.registry import Choice
 from moe_bsr.model.backbones import BACKBONES, Backbone, ImageSettings
-from moe_bsr.model.backbones.vit import NOT_BACKBONE, Unfilled, load_network, misfits, named_network
-from moe_bsr.model.backbones.weights import NotWeights, check_usable, read
+from moe_bsr.model.backbones.pretrained import NOT_BACKBONE, Unfilled, load_network, misfits, named_network
+from moe_bsr.model.backbones.weights import check_usable, read
 from moe_bsr.model.block import Record
 from moe_bsr.model.plan import BlockPlan
 from moe_bsr.model.tokens import Tokens
@@ -201,19 +200,17 @@ def _create(config: BackboneConfig, pretrained: bool = False) -> ResNet:
     return resnet
 
 
-def _load_file(resnet: ResNet, file: Path, config: BackboneConfig) -> None:
-    """Put a file's weights, by timm's or torchvision's names, into a ResNet."""
+def _load_file(resnet: ResNet, file: Path) -> tuple[list[str], list[str]]:
+    """Load a file with timm's or torchvision's names; return notes on the part that was used, and what does not fit."""
     expected = {name: value for name, value in resnet.state_dict().items() if value.is_floating_point()}
-    try:
-        tensors, resnet.weights_notes = read(file, ANCHOR)
-        check_usable({name: value for name, value in tensors.items() if name in expected})
-    except NotWeights as error:
-        raise ConfigError(f"backbone.weights = {show(str(file))}: {error}") from None
+    tensors, notes = read(file, ANCHOR)
+    check_usable({name: value for name, value in tensors.items() if name in expected})
     named = {name: value for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
     state = {name: value.float() for name, value in named.items() if not name.startswith(NOT_BACKBONE)}
-    if problems := misfits(state, expected):
-        raise ConfigError(f"backbone.weights = {show(str(file))}: does not fit {config.name}: {'; '.join(problems)}")
-    resnet.load_state_dict(state, strict=False)
+    problems = misfits(state, expected)
+    if not problems:
+        resnet.load_state_dict(state, strict=False)
+    return notes, problems
 
 
 BACKBONES.register("resnet")(
