@@ -1,12 +1,12 @@
-"""Kernels behind one door: what is fast on some machine, each beside a plain PyTorch reference.
+"""Fast kernels, each with a plain PyTorch reference implementation.
 
-Every operation has one public function; it takes the fast way where there is one for the device and the types,
-and the reference of the same signature elsewhere. The reference is the oracle of the tests, and what is exported:
+Every operation has one public function. It uses the fast kernel if there is one for the device and the dtypes, and
+otherwise the reference, which has the same signature. Tests compare kernels with the reference, and exports use it:
 
     with ops.reference():
         program = torch.export.export(model, ...)
 
-torch's private operators are named here and nowhere above.
+Calls of torch's private operators belong in this folder.
 """
 
 from collections.abc import Iterator
@@ -16,15 +16,15 @@ _reference = False
 
 
 def is_reference() -> bool:
-    """Whether the plain references are to be used everywhere."""
+    """Return whether every operation must use its reference."""
     return _reference
 
 
 @contextmanager
 def reference() -> Iterator[None]:
-    """Within, every operation is computed by its plain PyTorch reference, forward and backward.
+    """Context in which every operation uses its plain PyTorch reference, forward and backward.
 
-    For the whole process: not to be entered while another thread trains.
+    It applies to the whole process: do not enter it while another thread trains.
     """
     global _reference
     before, _reference = _reference, True

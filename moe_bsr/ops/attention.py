@@ -1,10 +1,10 @@
-"""Scaled dot-product attention whose backward is fast, and small, and which gives the class token's row.
+"""Scaled dot-product attention with a fast, lean backward pass, which can also return the class token's attention row.
 
-Kept are queries, keys and values, never an N x N map. torch's fused backward on a CPU is 2 to 5 times slower in
-bf16 than recomputing the map with matrix products a few images at a time, so that the maps of a part stay in the
-cache (DeiT-S, batch 32, two cores with AMX: 197 tokens 14 ms, 100 tokens 5 ms, 28 tokens 1.5 ms). In float32,
-and on GPUs, the fused backward is the faster one and is used; its gradients go straight into the projections'
-layout. The forward is torch's fused one unless products are faster (`is_fused`).
+Queries, keys and values are saved, never an N x N map. In bf16 on a CPU, torch's fused backward is 2 to 5 times slower
+than recomputing the map with matrix products for a few images at a time, whose maps stay in the cache (DeiT-S, batch
+32, two cores with AMX: 197 tokens 14 ms, 100 tokens 5 ms, 28 tokens 1.5 ms). In float32 and on GPUs the fused backward
+is faster and is used. Either way the gradients are written in the layout of the projections. The forward pass is
+torch's fused one, unless matrix products are faster (`is_fused`).
 
     B images, N tokens, H heads, d width of a head
 """
@@ -19,7 +19,7 @@ from moe_bsr import ops
 from moe_bsr.ops.keep import ATTENTION_OUTPUTS, QUERIES_KEYS_VALUES, is_coarse, keep
 from moe_bsr.runtime import cpu_features as cpu
 
-MAP_BYTES = 2 * 2**20  # of the attention maps that the explicit backward computes again at a time
+MAP_BYTES = 2 * 2**20  # largest size of the attention maps that the explicit kernels hold at a time
 
 
 def attention(
@@ -30,17 +30,20 @@ def attention(
     attached: bool = True,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """softmax(scale q k^T + bias) v of (B, N, 3 H d) projections, heads joined: (B, N, H d).
-
-    With `scores` also the class token's row of the attention, mean over heads: (B, N) probabilities
-    and logits, float32; None and None otherwise. Logits carry no gradient, probabilities if `attached`.
+    """Compute softmax(scale q k^T + bias) v.
 
     Args:
-        bias: (B, N) float32, of each key, without a gradient; not together with `scores`. It is handed to the fused
-            operators as it is, and never widened to a map.
+        qkv: (B, N, 3 H d) projections.
+        scores: also return the class token's row of the attention.
+        attached: let gradients flow through the probabilities of that row.
+        bias: (B, N) float32, added to the logits of each key, without a gradient. It cannot be combined with `scores`.
+            The fused operators take it as it is; it is never expanded to a map.
+    Returns:
+        The output with heads joined, (B, N, H d), and with `scores` the class token's probabilities and logits, each
+        (B, N) float32, mean over heads; otherwise None and None. The logits carry no gradient.
     """
     if scores and bias is not None:
-        raise ValueError("scores are those of an attention without a bias")
+        raise ValueError("scores are not available for an attention with a bias")
     if ops.is_reference() or not is_supported(qkv, heads) or (bias is not None and qkv.device.type != "cpu"):
         return attention_reference(qkv, heads, scale, scores, attached, bias)
     y, probabilities, logits = _Attention.apply(qkv, heads, scale, scores, bias)
@@ -65,7 +68,7 @@ def attention_reference(
 
 
 def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, N, 3 H d) -> queries, keys, values, views of it, each (B, H, N, d)."""
+    """Return views of (B, N, 3 H d) projections: queries, keys and values, each (B, H, N, d)."""
     batch, tokens, width = qkv.shape
     return qkv.view(batch, tokens, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
 
@@ -76,16 +79,16 @@ def join_heads(y: Tensor) -> Tensor:
 
 
 def class_row(qkv: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
-    """The class token's attention in float32: (probabilities, logits), each (B, H, 1, N)."""
+    """Return the class token's attention in float32: (probabilities, logits), each (B, H, 1, N)."""
     with torch.autocast(qkv.device.type, enabled=False):
         q, k, _ = split_heads(qkv, heads)
-        # Not as a matrix product, which would lay out, and keep, a second copy of the keys.
+        # A matrix product would make, and save, a second copy of the keys.
         logits = ((q[:, :, :1].float() * scale) * k).sum(-1, dtype=torch.float32).unsqueeze(2)
         return logits.softmax(-1), logits
 
 
 def is_supported(qkv: Tensor, heads: int) -> bool:
-    """Whether torch's fused operators take these projections when they are called by name."""
+    """Return whether torch's fused operators accept these projections when they are called directly."""
     if qkv.device.type == "cpu":
         return True
     if qkv.device.type != "cuda" or qkv.shape[2] // (3 * heads) % 8:
@@ -95,15 +98,16 @@ def is_supported(qkv: Tensor, heads: int) -> bool:
 
 
 def is_explicit(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the backward is made of matrix products here, in place of torch's fused one."""
+    """Return whether the backward pass uses this module's matrix products instead of torch's fused operator."""
     return device.type == "cpu" and dtype == torch.bfloat16
 
 
 def is_fused(dtype: torch.dtype) -> bool:
-    """Whether torch's fused forward is the faster one on this CPU; without tiles for bf16 matrix products are.
+    """Return whether torch's fused forward pass is the faster one on this CPU.
 
-    DeiT-S, batch 32, 197 tokens, two Zen 4 cores: 19.4 ms fused and 11.4 as products in bf16, 17.4 and 19.6 in
-    float32; with tiles (AMX) 5.2 and 6.9 in bf16.
+    In bf16, matrix products are faster on CPUs that have bf16 instructions but no tiles (AMX). DeiT-S, batch 32, 197
+    tokens, two Zen 4 cores: 19.4 ms fused and 11.4 ms as products in bf16, 17.4 and 19.6 ms in float32. With AMX: 5.2
+    and 6.9 ms in bf16.
     """
     return dtype != torch.bfloat16 or cpu.bf16_instructions() != "avx512_bf16"
 
@@ -111,9 +115,9 @@ def is_fused(dtype: torch.dtype) -> bool:
 class _Attention(torch.autograd.Function):
     """(B, N, 3 H d) projections -> attention (B, N, H d) and the class token's row.
 
-    Saved for backward: the projections, the bias, and for the fused backward the output and a log-sum a row; both
-    as columns, which storages leave as they are. All gradients are written into one tensor of the projections' layout,
-    where autograd would stack and copy those of queries, keys and values.
+    Saved for backward: the projections, the bias, and for the fused backward also the output and one log-sum per row.
+    Bias and log-sums are saved as columns (..., 1), which no storage compresses. The gradients of queries, keys and
+    values are written into one tensor; autograd would stack and copy them.
     """
 
     @staticmethod
@@ -121,7 +125,7 @@ class _Attention(torch.autograd.Function):
         ctx.heads, ctx.scale = heads, scale
         ctx.set_materialize_grads(False)
         explicit = is_explicit(qkv.device, qkv.dtype)
-        # A map from much changed queries and keys does not fit the log-sums: its rows would not sum to one.
+        # If a storage changes queries and keys much, their map does not fit the log-sums: its rows would not sum to 1.
         ctx.explicit = explicit or is_coarse(QUERIES_KEYS_VALUES)
         if explicit and not is_fused(qkv.dtype):
             y, sums, ctx.seeds = _explicit_forward(qkv, heads, scale, bias), None, ()
@@ -166,14 +170,14 @@ class _Attention(torch.autograd.Function):
 
 
 def _fused_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor, tuple]:
-    """Attention (B, H, N, d), a log-sum for each row (B, H, N or more), and what else the backward asks for."""
+    """Return attention (B, H, N, d), a log-sum per row (B, H, N or more), and further arguments of the backward."""
     aten = torch.ops.aten
     if q.device.type == "cpu":
         y, sums = aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, False, attn_mask=_mask(bias), scale=scale
         )
         return y, sums, ()
-    if q.dtype == torch.float32:  # flash attention knows half precision alone
+    if q.dtype == torch.float32:  # flash attention supports only half precision
         y, sums, *seeds = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, False, scale=scale)
         return y, sums, tuple(seeds)
     y, sums, *seeds, _ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)
@@ -181,7 +185,7 @@ def _fused_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor |
 
 
 def _mask(bias: Tensor | None) -> Tensor | None:
-    """(B, N) of each key as the fused operator takes it: (B, 1, 1, N)."""
+    """Return a (B, N) bias in the shape of an attention mask, (B, 1, 1, N)."""
     return None if bias is None else bias[:, None, None]
 
 
@@ -196,7 +200,7 @@ def _fused_backward(
     scale: float,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values, each (B, H, N, d)."""
+    """Return the gradients of queries, keys and values, each (B, H, N, d)."""
     aten = torch.ops.aten
     if q.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -214,22 +218,22 @@ def _fused_backward(
 
 
 def _explicit_forward(qkv: Tensor, heads: int, scale: float, bias: Tensor | None) -> Tensor:
-    """Attention (B, N, H d) as matrix products, a few images at a time."""
+    """Compute the attention (B, N, H d) with matrix products, a few images at a time."""
     q, k, v = split_heads(qkv, heads)
     y = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
     y_heads = y.unflatten(2, (heads, -1)).transpose(1, 2)
     for part in _few_images(qkv, heads):
-        attention = _softmax_map(_packed(q[part]) * scale, _packed(k[part]), _of_heads(bias, part, heads))
+        attention = _softmax_map(_packed(q[part]) * scale, _packed(k[part]), _bias_of_heads(bias, part, heads))
         y_heads[part] = torch.bmm(attention, _packed(v[part])).unflatten(0, (-1, heads))
-        del attention  # or it would live beside the next one
+        del attention  # before the next one is allocated
     return y
 
 
 def _explicit_backward(qkv: Tensor, heads: int, scale: float, grad: Tensor, bias: Tensor | None) -> Tensor:
-    """The gradient of the projections, the map computed again a few images at a time.
+    """Return the gradient of the projections, recomputing the map for a few images at a time.
 
     Args:
-        grad: (B, H, N, d) of the attention.
+        grad: (B, H, N, d), gradient of the attention's output.
     """
     q, k, v = split_heads(qkv, heads)
     grad_qkv = torch.empty_like(qkv)
@@ -237,7 +241,7 @@ def _explicit_backward(qkv: Tensor, heads: int, scale: float, grad: Tensor, bias
     for part in _few_images(qkv, heads):
         q_part, k_part, v_part, grad_part = (_packed(t[part]) for t in (q, k, v, grad))
         q_part = q_part * scale
-        attention = _softmax_map(q_part, k_part, _of_heads(bias, part, heads))
+        attention = _softmax_map(q_part, k_part, _bias_of_heads(bias, part, heads))
         found_v = torch.bmm(attention.transpose(1, 2), grad_part)
         grad_logits = torch.ops.aten._softmax_backward_data(
             torch.bmm(grad_part, v_part.transpose(1, 2)), attention, -1, attention.dtype
@@ -246,13 +250,13 @@ def _explicit_backward(qkv: Tensor, heads: int, scale: float, grad: Tensor, bias
         found_k = torch.bmm(grad_logits.transpose(1, 2), q_part)
         for whole, found in ((grad_q, found_q), (grad_k, found_k), (grad_v, found_v)):
             whole[part] = found.unflatten(0, (-1, heads))
-        # Or all of this would live beside the next part's.
+        # Free these before the next part allocates its own.
         del q_part, k_part, v_part, grad_part, attention, grad_logits, found_q, found_k, found_v, found
     return grad_qkv
 
 
 def images_at_once(batch: int, heads: int, tokens: int, element_size: int) -> int:
-    """Into parts of how many images the explicit attention of a batch is cut."""
+    """Return how many images the explicit kernels process at a time."""
     return max(1, min(batch, MAP_BYTES // (heads * tokens * tokens * element_size)))
 
 
@@ -263,12 +267,12 @@ def _few_images(qkv: Tensor, heads: int) -> Iterator[slice]:
 
 
 def _packed(images: Tensor) -> Tensor:
-    """(b, H, N, d) of some images -> (b x H, N, d), laid out for a batched product."""
+    """(b, H, N, d) -> (b x H, N, d), contiguous for a batched product."""
     return images.flatten(0, 1).contiguous()
 
 
-def _of_heads(bias: Tensor | None, part: slice, heads: int) -> Tensor | None:
-    """The bias of some images for each of their heads: (b x H, 1, N)."""
+def _bias_of_heads(bias: Tensor | None, part: slice, heads: int) -> Tensor | None:
+    """Return the bias of the images in `part`, repeated for each head: (b x H, 1, N)."""
     return None if bias is None else bias[part].repeat_interleave(heads, 0).unsqueeze(1)
 
 

@@ -1,9 +1,9 @@
-"""Convolutions with the batch norm behind them, and ReLUs: a convolutional network's layers, and what they keep.
+"""Convolutions followed by a batch norm with fixed statistics, and ReLUs that save one bit per value.
 
-A norm whose statistics stay as they are is an affine map of each channel, so it is folded into the convolution before
-it: one product, and no memory of its own. The folded weight is made when it is needed, in the forward pass and again in
-the backward, and never kept. The gradient of the norm's scale follows from that of the folded weight, so that a norm
-that trains keeps nothing either. A ReLU keeps one bit for each value, where autograd keeps the value.
+A batch norm with fixed statistics is an affine map of each channel. It is therefore folded into the convolution before
+it, and needs neither a pass nor saved tensors of its own. The folded weight is computed in the forward pass, again in
+the backward pass, and never saved. The gradient of the norm's scale follows from that of the folded weight, so a
+trained norm saves nothing either.
 """
 
 import torch
@@ -14,17 +14,19 @@ from moe_bsr import ops
 from moe_bsr.ops.linear import compute_dtype
 
 ONES = 0x0101010101010101
-ONE_BIT_EACH = 0x8040201008040201 - (1 << 64)  # of the lowest byte the lowest bit, of the next the next ...
-GATHER = 0x0102040810204080  # times eight bytes of 0 or 1: their bits, in the product's highest byte
+ONE_BIT_EACH = 0x8040201008040201 - (1 << 64)  # mask: bit 0 of the lowest byte, bit 1 of the next byte, ...
+GATHER = 0x0102040810204080  # eight bytes of 0 or 1, times this, have their bits in the product's highest byte
 
 
 def normed_convolution(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
-    """norm(conv(x)) with the norm's running statistics, in the compute dtype: (B, C, H, W) -> (B, C', H', W').
+    """Compute norm(conv(x)) with the norm's running statistics, in the compute dtype.
 
-    Kept for backward: x, if the convolution's weight or the norm's scale trains.
+    Saved for backward: x, if the convolution's weight or the norm's scale trains.
 
     Args:
-        conv: without a bias.
+        x: (B, C, H, W). conv: must have no bias.
+    Returns:
+        (B, C', H', W').
     """
     x = x.to(compute_dtype(x))
     if ops.is_reference():
@@ -40,19 +42,19 @@ def normed_convolution_reference(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2
 
 
 def relu(x: Tensor) -> Tensor:
-    """max(x, 0), in the memory of x. Kept for backward: a bit for each value."""
+    """Compute max(x, 0) in place. Saved for backward: one bit per value."""
     return F.relu(x) if ops.is_reference() else _ReLU.apply(x)
 
 
 def pack_bits(true: Tensor) -> Tensor:
-    """Booleans of any shape -> (ceil(n / 8),) uint8."""
+    """Pack n booleans of any shape into (ceil(n / 8),) uint8."""
     flat = true.reshape(-1)
     flat = F.pad(flat, (0, -len(flat) % 8)) if len(flat) % 8 else flat
     return (flat.view(torch.int64) * GATHER >> 56).to(torch.uint8)
 
 
 def unpack_bits(bits: Tensor, shape: torch.Size) -> Tensor:
-    """The booleans that `pack_bits` packed."""
+    """Return the booleans that `pack_bits` packed."""
     spread = bits.to(torch.int64).mul_(ONES).bitwise_and_(ONE_BIT_EACH)
     return spread.view(torch.uint8)[: shape.numel()].view(shape).ne(0)
 
@@ -68,7 +70,7 @@ def _folded(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 class _NormedConvolution(torch.autograd.Function):
     """(x, weight, scale, shift) -> conv(x, scale weight) + shift.
 
-    Saved for backward: x, if the weight or the scale has a gradient. The others are parameters, or a value a channel.
+    Saved for backward: weight, scale, and x only if weight or scale needs a gradient.
     """
 
     @staticmethod
@@ -83,7 +85,7 @@ class _NormedConvolution(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         needs_x, needs_weight, needs_scale, needs_shift, _ = ctx.needs_input_grad
         conv = ctx.conv
-        # The gradient of x asks for its shape alone.
+        # The gradient of x depends only on its shape.
         like = grad.new_empty(1).expand(ctx.shape) if x is None else x
         grad_x, grad_folded, grad_shift = torch.ops.aten.convolution_backward(
             grad,
@@ -98,7 +100,7 @@ class _NormedConvolution(torch.autograd.Function):
             conv.groups,
             (needs_x, x is not None, needs_shift and x is not None),
         )
-        if needs_shift and x is None:  # the operator would compute the weight's gradient on the way
+        if needs_shift and x is None:  # the operator would compute the weight's gradient too
             grad_shift = grad.sum((0, 2, 3))
         grad_weight = grad_scale = None
         if grad_folded is not None:

@@ -1,7 +1,7 @@
-"""The experts of a mixture: dispatch | experts | combine, in a loop or as grouped products.
+"""Compute a mixture of experts: dispatch, two layers per expert, combine; in a loop or with grouped products.
 
-Tokens are gathered into rows grouped by expert, run through their expert's two layers, and summed with their
-gates. Nothing is dropped, and any number of rows for an expert is right, none included. Names end in their shape:
+Tokens are gathered into rows grouped by expert, run through their expert's two layers, and summed with their gates.
+No token is dropped, and an expert may have any number of rows, also none. Names end in their shape:
 
     T tokens of the micro-batch (images x tokens), D width, E experts, K = top_k, F hidden width,
     R rows of the experts' batch, grouped by expert: T * K and padding; r rows of one expert
@@ -31,12 +31,12 @@ def mixture(
     backend: str = "auto",
     needs_output: bool = True,
 ) -> Tensor:
-    """Gate-weighted sum of each token's chosen two-layer experts, (T, D) in the compute dtype.
+    """Return the gate-weighted sum of each token's chosen two-layer experts, (T, D) in the compute dtype.
 
     Args:
         gates_TK: float32. chosen_TK: int64, K different experts for each token.
         backend: loop | grouped | auto: grouped products on GPUs in bf16, else the loop.
-        needs_output: False leaves the values out where that saves work, and keeps what the backward pass needs.
+        needs_output: False if only the graph is needed; the loop then skips the second layer and returns zeros.
     """
     x_TD = x_TD.to(compute_dtype(x_TD))
     if ops.is_reference():
@@ -56,7 +56,7 @@ def mixture(
 
 
 def mixture_reference(x_TD: Tensor, gates_TK: Tensor, chosen_TK: Tensor, weights: Weights, act: nn.Module) -> Tensor:
-    """Every expert on every token; those that were not chosen have gate 0."""
+    """Run every expert on every token. Experts that were not chosen have gate 0."""
     w1, b1, w2, b2 = weights
     gates_TE = gates_TK.new_zeros(x_TD.shape[0], len(w1)).scatter(1, chosen_TK, gates_TK)
     y_TD = x_TD.new_zeros(x_TD.shape, dtype=torch.promote_types(x_TD.dtype, torch.float32))
@@ -68,20 +68,20 @@ def mixture_reference(x_TD: Tensor, gates_TK: Tensor, chosen_TK: Tensor, weights
 
 
 def is_grouped(backend: str, on_gpu: bool, bf16: bool) -> bool:
-    """Whether `moe.backend` means grouped products: on GPUs `grouped_mm` promises bf16 alone."""
+    """Return whether `moe.backend` means grouped products. On GPUs `grouped_mm` guarantees only bf16."""
     return backend == "grouped" or (backend == "auto" and on_gpu and bf16)
 
 
 def is_aligned(weights: Weights, dtype: torch.dtype) -> bool:
-    """Whether the experts' matrices have rows of 16 bytes or multiples, as `grouped_mm` asks."""
+    """Return whether the rows of the experts' matrices are multiples of 16 bytes, as `grouped_mm` requires."""
     return all(size * dtype.itemsize % 16 == 0 for size in weights[0].shape[1:])
 
 
 def row_padding(assignments: int, experts: int, bf16_on_cpu: bool) -> int:
-    """To a multiple of what each expert's rows are padded: 1, or in bf16 on a CPU 16 or 64.
+    """Return the number to a multiple of which each expert's rows are padded: 1, or in bf16 on a CPU 16 or 64.
 
-    There every new matrix shape costs oneDNN a compilation, ten times the product of 800 rows itself;
-    padded row counts soon repeat. Small groups have few counts anyway, and the most to lose by padding.
+    There oneDNN compiles a kernel for every new matrix shape, which takes ten times as long as a product of 800 rows.
+    Padded row counts soon repeat. Small groups have few different counts anyway, and padding costs them the most.
     """
     if not bf16_on_cpu:
         return 1
@@ -94,9 +94,10 @@ _assumed: ContextVar[RowsOfExperts | None] = ContextVar("rows of experts", defau
 
 @contextmanager
 def assume_rows(rows: RowsOfExperts) -> Iterator[None]:
-    """Within, rows are not counted but given: (assignments, experts, padding) -> rows of each expert.
+    """Context for fake tensors, whose counts cannot be read: `rows` gives each expert's number of rows instead.
 
-    For tensors without values, whose counts cannot be read. The rows sum to the assignments and padding.
+    Args:
+        rows: (assignments, experts, padding) -> rows of each expert. They sum to the assignments and the padding.
     """
     token = _assumed.set(rows)
     try:
@@ -106,13 +107,13 @@ def assume_rows(rows: RowsOfExperts) -> Iterator[None]:
 
 
 def rows_per_expert(rows_E: Tensor, assignments: int, padding: int) -> list[int]:
-    """The rows of each expert as Python reads them: a GPU is waited for."""
+    """Return the number of rows of each expert as Python integers. This waits for a GPU."""
     assumed = _assumed.get()
     return rows_E.tolist() if assumed is None else assumed(assignments, len(rows_E), padding)
 
 
 def sort_by_expert(chosen_TK: Tensor, experts: int, padding: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each assignment goes in the experts' batch, whose rows are grouped by expert.
+    """Assign each (token, expert) pair a row of the experts' batch, whose rows are grouped by expert.
 
     Args:
         padding: each expert's rows are padded to a multiple of this.
@@ -120,7 +121,7 @@ def sort_by_expert(chosen_TK: Tensor, experts: int, padding: int) -> tuple[Tenso
         row_of_assignment (T * K,); token_of_row (R,), 0 in padding; rows_E (E,), padding included.
     """
     ordered, order = chosen_TK.flatten().sort(stable=True)
-    # Not `bincount`, nor without padding a sum that Python reads: a GPU need not be waited for.
+    # `bincount` would wait for a GPU. So would the sum below, which is therefore computed only if there is padding.
     ends = torch.searchsorted(ordered, torch.arange(experts, device=ordered.device), right=True)
     counts = ends.diff(prepend=ends.new_zeros(1))
     rows_E = (counts + padding - 1) // padding * padding
@@ -136,10 +137,10 @@ def sort_by_expert(chosen_TK: Tensor, experts: int, padding: int) -> tuple[Tenso
 class _ExpertLoop(torch.autograd.Function):
     """Dispatch, experts and combine, one expert after the other. (T, D), (T, K) -> (T, D).
 
-    Saved for backward: the tokens, and each row's hidden values before the activation unless these are to be
-    computed again. Of everything else only one expert's part is ever alive: its rows are gathered, its master weights
-    cast, and what it puts out is added to its tokens at once, in float32. The gate of a row has the gradient
-    <grad W2, act(h)> + <grad, b2>, so that the experts' outputs need not be kept for it.
+    Saved for backward: tokens, gates, weights, and unless they are recomputed the hidden values of each row before the
+    activation. Everything else exists for one expert at a time: its rows are gathered, its master weights cast, and its
+    output is added to its tokens at once, in float32. The gradient of a row's gate is <grad W2, act(h)> + <grad, b2>,
+    so the experts' outputs need not be saved.
     """
 
     @staticmethod
@@ -167,10 +168,10 @@ class _ExpertLoop(torch.autograd.Function):
                 y_TD.index_add_(0, token_r, gate_R1[part] * product(act(h_rF), *_cast(dtype, w2, b2)))
             if keeps_hidden:
                 hidden.append(h_rF)
-            del h_rF  # it would live beside the next expert's
+            del h_rF  # before the next expert's is allocated
         keep(LINEAR_INPUTS, x_TD)
         keep_alike(ACTIVATION_INPUTS, hidden)
-        # Gates as columns (T, K, 1): what is saved as columns, a storage keeps as it is.
+        # Gates are saved as a column (T, K, 1), which no storage compresses.
         ctx.save_for_backward(x_TD, gates_TK.unsqueeze(2), row_of_assignment, token_of_row, *weights, *hidden)
         ctx.rows, ctx.act = rows, act
         return empty_output(x_TD, x_TD.shape[1]) if y_TD is None else y_TD.to(dtype)
@@ -194,8 +195,8 @@ class _ExpertLoop(torch.autograd.Function):
             w1, b1, w2, b2 = (None if w is None else w[expert] for w in weights)
             token_r, gate_r1 = token_of_row[part], gate_R1[part]
             h_rF = hidden[place] if hidden else product(x_TD.index_select(0, token_r), *_cast(dtype, w1, b1))
-            # Second layer. The gradient of its ungated output comes first, for the gates; then gates are
-            # multiplied where rows are narrow.
+            # Second layer. First the gradients without gates, from which that of the gates follows. Then the gates
+            # are multiplied into rows of width D, which are narrower than those of width F.
             act_rF, grad_out_rD = act(h_rF), grad_TD.index_select(0, token_r)
             grad_act_rF = grad_out_rD @ w2.to(dtype)
             grad_gate_r1 = 0.0 if b2 is None else grad_out_rD @ b2.to(dtype).unsqueeze(1)
@@ -204,8 +205,8 @@ class _ExpertLoop(torch.autograd.Function):
             if grad_b2 is not None:
                 grad_b2.copy_(grad_out_rD.sum(0))
             del grad_out_rD
-            # <grad W2, act(h)>, in the activation's own memory unless the activation returned its input. Summed
-            # in bf16's own type: asked for float32, the sum would copy all of it first.
+            # <grad W2, act(h)>, in the activation's memory unless the activation returned its input. The sum has the
+            # dtype of its operand: for a float32 result, torch would first copy all of it.
             by_unit_rF = torch.mul(act_rF, grad_act_rF, out=None if act_rF is h_rF else act_rF)
             grad_gate_R1[part] = grad_gate_r1 + by_unit_rF.sum(1, keepdim=True)
             del act_rF, by_unit_rF
@@ -215,23 +216,23 @@ class _ExpertLoop(torch.autograd.Function):
             if grad_b1 is not None:
                 grad_b1.copy_((gate_r1.t().to(dtype) @ grad_h_rF).squeeze(0))
             grad_x_TD.index_add_(0, token_r, gate_r1 * (grad_h_rF @ w1.to(dtype)))
-            del grad_act_rF, grad_h_rF  # they would live beside the next expert's
+            del grad_act_rF, grad_h_rF  # before the next expert's are allocated
         grad_gates_TK = grad_gate_R1.flatten().index_select(0, row_of_assignment).view_as(gates_TK)
         return grad_x_TD.to(dtype), grad_gates_TK, None, None, None, None, None, None, *grads
 
 
 def _gate_of_rows(gates_TK: Tensor, row_of_assignment: Tensor, token_of_row: Tensor) -> Tensor:
-    """Gates as (R, 1), 0 in padding."""
+    """Return the gate of each row, (R, 1), 0 in padding."""
     return gates_TK.new_zeros(len(token_of_row)).scatter(0, row_of_assignment, gates_TK.flatten()).unsqueeze(1)
 
 
 def _float32_zeros(x: Tensor) -> Tensor:
-    """What rows are added up in: float32 or wider."""
+    """Return zeros of the shape of x in float32 or wider, in which rows are added up."""
     return x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _used_experts(rows: list[int]) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows) for each expert that has any."""
+    """Yield (expert, slice of its rows) for each expert that has any."""
     first = 0
     for expert, count in enumerate(rows):
         if count:
@@ -244,7 +245,7 @@ def _cast(dtype: torch.dtype, *weights: Tensor | None) -> list[Tensor | None]:
 
 
 def _product_into(place: Tensor, a: Tensor, b: Tensor) -> None:
-    """place = a b; in float32 without a copy."""
+    """Write a b into `place`, without a copy if the dtypes agree."""
     if place.dtype == a.dtype:
         torch.mm(a, b, out=place)
     else:
@@ -252,7 +253,7 @@ def _product_into(place: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _grouped_experts(x_RD: Tensor, rows_E: Tensor, weights: Weights, act: nn.Module) -> Tensor:
-    """All experts at once, each on its rows: (R, D) -> (R, D)."""
+    """Run all experts at once, each on its rows: (R, D) -> (R, D)."""
     w1, b1, w2, b2 = weights
     ends_E = rows_E.cumsum(0).to(torch.int32)
     expert_R = torch.repeat_interleave(rows_E, output_size=len(x_RD))
@@ -265,10 +266,10 @@ def _grouped_experts(x_RD: Tensor, rows_E: Tensor, weights: Weights, act: nn.Mod
 
 
 class _BiasOfRows(torch.autograd.Function):
-    """(E, F) biases -> each row's, (R, F), in `dtype`.
+    """(E, F) biases -> the bias of each row, (R, F), in `dtype`.
 
-    The backward adds up each expert's rows as a product with marks: the same sum in the same order every time,
-    where that of a lookup adds atomically in any order.
+    The backward pass sums each expert's rows by a product with one-hot marks, which adds in the same order every time.
+    The backward pass of plain indexing adds atomically, in any order.
     """
 
     @staticmethod
@@ -285,10 +286,10 @@ class _BiasOfRows(torch.autograd.Function):
 
 
 class _Dispatch(torch.autograd.Function):
-    """Rows of the experts' batch from the tokens. (T, D) -> (R, D).
+    """Gather the rows of the experts' batch from the tokens. (T, D) -> (R, D).
 
-    The backward gathers each token's K rows and adds them: the same sum in the same order every time,
-    where the backward of plain indexing adds atomically in any order.
+    The backward pass gathers each token's K rows and adds them, in the same order every time. The backward pass of
+    plain indexing adds atomically, in any order.
     """
 
     @staticmethod

@@ -1,6 +1,7 @@
-"""Attention with the first token's query alone: what the last block computes where only the class token is read.
+"""Attention for the query of the first token only. The last block uses it if the heads read only the class token.
 
-Its map is one row of each head, so it is made of plain products on every device, and made again for the backward pass.
+The attention map has a single row per head. It is computed with plain matrix products on every device, and computed
+again in the backward pass.
 
     B images, N tokens, H heads, d width of a head
 """
@@ -15,12 +16,13 @@ from moe_bsr.ops.keep import KEYS_VALUES, LINEAR_INPUTS, keep
 
 
 def first_attention(q: Tensor, kv: Tensor, heads: int, scale: float, bias: Tensor | None = None) -> Tensor:
-    """softmax(scale q k^T + bias) v of (B, 1, H d) queries and (B, N, 2 H d) keys and values, heads joined.
+    """Compute softmax(scale q k^T + bias) v for one query per image.
 
     Args:
-        bias: (B, N) float32, of each key, without a gradient.
+        q: (B, 1, H d). kv: (B, N, 2 H d) keys and values.
+        bias: (B, N) float32, added to the logits of each key, without a gradient.
     Returns:
-        (B, 1, H d).
+        (B, 1, H d), heads joined.
     """
     if ops.is_reference():
         k, v = _keys_and_values(kv, heads)
@@ -35,12 +37,12 @@ def _by_head(x: Tensor, heads: int) -> Tensor:
 
 
 def _keys_and_values(kv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """(B, N, 2 H d) -> keys and values, views of it, each (B, H, N, d)."""
+    """Return views of (B, N, 2 H d): keys and values, each (B, H, N, d)."""
     return kv.unflatten(2, (2, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def _row(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    """The attention of the one query: (B, H, 1, N)."""
+    """Return the attention probabilities of the query: (B, H, 1, N)."""
     logits = (q * scale) @ k.transpose(2, 3)
     if bias is not None:
         logits += bias[:, None, None]
@@ -48,7 +50,7 @@ def _row(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
 
 
 class _FirstAttention(torch.autograd.Function):
-    """Saved for backward: the query, keys and values, and the bias, as a column, which storages leave as it is."""
+    """Saved for backward: the query, keys, values, and the bias as a column (B, N, 1), which no storage compresses."""
 
     @staticmethod
     def forward(ctx, q: Tensor, kv: Tensor, heads: int, scale: float, bias: Tensor | None) -> Tensor:

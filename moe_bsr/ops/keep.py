@@ -1,8 +1,9 @@
-"""What operations keep for their backward pass, by kind, and what they can compute again from it.
+"""Tell a storage which activations an operation saves for its backward pass, and which can be recomputed.
 
-An operation says of each activation that it saves what it is (`keep`), and of its result from which other
-activation it follows (`derived`). Whoever decides what is saved, a `Keeper`, hears it: the norm's result need not be
-saved for the linear layer behind it if the norm's input is. Without a keeper nothing changes: autograd saves all.
+An operation reports the kind of each activation it saves (`keep`), and from which other activation its result can be
+recomputed (`norm_derived`, `product_derived`). The active `Keeper`, which belongs to a storage, uses this to decide
+what to save. For example, the result of a norm need not be saved for the next linear layer if the norm's input is.
+Without a keeper nothing changes: autograd saves every tensor as it is.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,8 +23,10 @@ KINDS = (NORM_INPUTS, LINEAR_INPUTS, QUERIES_KEYS_VALUES, KEYS_VALUES, ATTENTION
 
 
 class Keeper(Protocol):
-    """Attributes:
-    reruns_products: whether results of linear layers are computed again instead of being saved.
+    """Receiver of these reports; `model/storage/by_kind.py` implements it.
+
+    Attributes:
+        reruns_products: recompute the results of linear layers in the backward pass instead of saving them.
     """
 
     reruns_products: bool
@@ -42,7 +45,7 @@ _keeper: ContextVar[Keeper | None] = ContextVar("keeper", default=None)
 
 @contextmanager
 def keeping(keeper: Keeper) -> Iterator[None]:
-    """Within, `keeper` hears of everything that is kept."""
+    """Context in which operations report to `keeper`."""
     token = _keeper.set(keeper)
     try:
         yield
@@ -51,17 +54,17 @@ def keeping(keeper: Keeper) -> Iterator[None]:
 
 
 def keep(kind: str, x: Tensor) -> Tensor:
-    """x, which is about to be saved for a backward pass."""
+    """Report that x is about to be saved for a backward pass, and return x."""
     if (keeper := _keeper.get()) is not None:
         keeper.keep(kind, x)
     return x
 
 
 def keep_alike(kind: str, parts: list[Tensor]) -> list[Tensor]:
-    """(r, F) tensors about to be saved that are rows of one: all experts' hidden values.
+    """Report tensors (r, F) that must be rounded alike, such as the hidden values of all experts; return them.
 
-    For whoever rounds what is saved: a gate's gradient tells experts apart by these values alone, and where each
-    expert's were rounded in its own way, equal experts would differ.
+    The gradient of a gate compares experts by these values. If each expert's values were rounded with a scale of their
+    own, equal experts would appear to differ.
     """
     if parts and (keeper := _keeper.get()) is not None:
         keeper.keep_alike(kind, parts)
@@ -69,24 +72,30 @@ def keep_alike(kind: str, parts: list[Tensor]) -> list[Tensor]:
 
 
 def norm_derived(result: Tensor, source: Tensor, again: Callable[[Tensor], Tensor]) -> Tensor:
-    """`result`, which is `again(source)` to the bit; cheap to repeat. `source` is kept."""
+    """Report that `result` equals `again(source)` to the bit and is cheap to recompute; return it.
+
+    `source` has been reported with `keep`.
+    """
     if (keeper := _keeper.get()) is not None:
         keeper.derive(result, source, again)
     return result
 
 
 def product_derived(result: Tensor, source: Tensor, again: Callable[[Tensor], Tensor]) -> Tensor:
-    """The same of a matrix product."""
+    """Like `norm_derived`, for the result of a matrix product, which costs more to recompute."""
     if (keeper := _keeper.get()) is not None and keeper.reruns_products:
         keeper.derive(result, source, again)
     return result
 
 
 def reruns_products() -> bool:
-    """Whether whoever keeps would rather have products computed again than their results kept."""
+    """Return whether the active keeper wants matrix products recomputed instead of their results saved."""
     return (keeper := _keeper.get()) is not None and keeper.reruns_products
 
 
 def is_coarse(kind: str) -> bool:
-    """Whether this kind comes back so much changed that what was computed from it does not fit it any more."""
+    """Return whether the active keeper changes this kind so much that values computed from the original no longer fit.
+
+    Such values are then recomputed from the restored tensor.
+    """
     return (keeper := _keeper.get()) is not None and keeper.is_coarse(kind)

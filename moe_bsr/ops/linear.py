@@ -1,10 +1,10 @@
-"""Linear layers in the compute dtype: no casts of what is constant, no detour on CPUs.
+"""Linear layers in the compute dtype, without repeated casts of frozen weights and with faster products on CPUs.
 
-Under autocast, torch casts a frozen float32 weight anew in every step. Here frozen weights may be kept in the
-compute dtype alone (`MultitaskViT.cast_frozen_`), and trained ones are cast once a pass from their float32
-masters. On a CPU in bf16 the product goes to oneDNN with its bias; `F.linear` would first write the bias to the
-output and then add the product to it (DeiT-S, 32 x 197 tokens, fc1, two cores: 3.1 -> 2.1 ms). Where MKL is
-slow, float32 goes there too.
+Under autocast, torch casts a frozen float32 weight again in every step. Here frozen weights can be stored in the
+compute dtype only (`MultitaskViT.cast_frozen_`), and trained weights are cast once per pass from their float32 masters.
+On a CPU in bf16, oneDNN computes product and bias together; `F.linear` would first write the bias to the output and
+then add the product to it (DeiT-S, 32 x 197 tokens, fc1, two cores: 3.1 -> 2.1 ms). On CPUs where MKL is slow, oneDNN
+computes float32 products too.
 """
 
 from functools import partial
@@ -19,13 +19,13 @@ from moe_bsr.runtime import cpu_features as cpu
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """What the blocks compute in: autocast's type, or the input's own without autocast."""
+    """Return the dtype in which blocks compute: autocast's, or without autocast that of x."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x weight^T + bias in the compute dtype: (..., in) and (out, in) -> (..., out)."""
+    """Compute x weight^T + bias in the compute dtype: (..., in) and (out, in) -> (..., out)."""
     x = x.to(compute_dtype(x))
     if ops.is_reference():
         return linear_reference(x, weight, bias)
@@ -39,12 +39,16 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def activated_linear(
     act: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, needs_output: bool = True
 ) -> Tensor:
-    """act(x) weight^T + bias of x in the compute dtype, (..., in) -> (..., out); `act` has no parameters.
+    """Compute act(x) weight^T + bias, saving only x for the backward pass.
 
-    As two operations a layer that trains would keep x for the one and act(x) for the other.
+    As two operations, the activation would save x, and a trained linear layer act(x).
 
     Args:
-        needs_output: whether the values are wanted, or only what the backward pass needs.
+        act: activation without parameters. x: (..., in) in the compute dtype.
+        needs_output: False if only the graph is needed, as in recomputation. The product is then skipped, and the
+            values returned are zeros.
+    Returns:
+        (..., out).
     """
     if ops.is_reference():
         return linear_reference(act(x), weight, bias)
@@ -52,16 +56,17 @@ def activated_linear(
 
 
 def float32_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight^T of (T, in) in float32 whatever the type of x, which is kept as it came."""
+    """Compute x weight^T of (T, in) in float32. x is saved in its own dtype."""
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x.float(), weight) if ops.is_reference() else _Float32Linear.apply(x, weight)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, repeats: bool = False) -> Tensor:
-    """x weight^T + bias of operands of one type, by the fastest kernel; outside of autograd.
+    """Compute x weight^T + bias with the fastest kernel, outside autograd. All operands have the same dtype.
 
     Args:
-        repeats: whether these shapes come again: oneDNN compiles for new ones, which float32 cannot win back.
+        repeats: the same shapes occur again and again. oneDNN compiles a kernel for each new shape, which in float32
+            does not pay for shapes that occur once.
     """
     if x.device.type == "cpu" and x.ndim > 1:
         bf16 = x.dtype == torch.bfloat16 and cpu.onednn_has_bf16()
@@ -72,12 +77,12 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, repeats: bool
 
 
 def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    """grad weight: of y = x weight^T, the gradient of x, (rows, out) and (out, in) -> (rows, in)."""
+    """Return the gradient of x for y = x weight^T: (rows, out) and (out, in) -> (rows, in)."""
     return product(grad, weight.t(), repeats=True) if grad.dtype == torch.float32 else grad @ weight
 
 
 def activation_backward(act: nn.Module, x: Tensor, grad: Tensor) -> Tensor:
-    """The gradient of x from that of act(x), whose memory GELU's takes over."""
+    """Return the gradient of x, given that of act(x). For GELU it overwrites `grad`."""
     if isinstance(act, nn.GELU):
         return torch.ops.aten.gelu_backward.grad_input(grad, x, approximate=act.approximate, grad_input=grad)
     with torch.enable_grad():
@@ -87,7 +92,7 @@ def activation_backward(act: nn.Module, x: Tensor, grad: Tensor) -> Tensor:
 
 
 def empty_output(x: Tensor, width: int) -> Tensor:
-    """Zeros in place of a product of x that nobody looks at: (..., in) -> (..., width), without memory."""
+    """Return zeros (..., width) that take no memory, in place of an output of x (..., in) that is not needed."""
     return x.new_zeros(()).expand(*x.shape[:-1], width)
 
 
@@ -101,10 +106,10 @@ def _rows(x: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """Saved for backward: the input, if the weight trains.
+    """Saved for backward: the input, if the weight trains, and the weight.
 
-    The cast weight is kept on ctx and not among the saved tensors: it goes with the first backward though the
-    graph may live on with the output, and a storage treats what is saved as activations.
+    The cast weight is an attribute of ctx instead of a saved tensor. The first backward pass can then free it, even if
+    the output keeps the graph alive, and no storage takes it for an activation.
     """
 
     @staticmethod
@@ -129,7 +134,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _ActivatedLinear(torch.autograd.Function):
-    """Saved for backward: x. What the weight's gradient needs, act(x), is computed from it again."""
+    """Saved for backward: x and the weight. The weight's gradient needs act(x), which is computed again."""
 
     @staticmethod
     def forward(ctx, x: Tensor, act: nn.Module, weight: Tensor, bias: Tensor | None, needs_output: bool) -> Tensor:
@@ -150,7 +155,7 @@ class _ActivatedLinear(torch.autograd.Function):
 
 
 class _Float32Linear(torch.autograd.Function):
-    """Saved for backward: x as it came, and the weight."""
+    """Saved for backward: x in its own dtype, and the weight."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Many low-rank experts at once: one two-layer map whose hidden units are gated in groups.
+"""All low-rank experts as one two-layer network whose hidden units are gated in groups.
 
-Expert e has r hidden units of its own. All experts' units are computed for every token and multiplied by their expert's
-gate, which is 0 for those not chosen. While E r is at most the width times the experts chosen, that is cheaper than
-sorting tokens by expert: a gather would move more values than the products have.
+Each expert has r hidden units. The units of all experts are computed for every token and multiplied by the gate of
+their expert, which is 0 for experts that were not chosen. As long as E r is at most D times the number of chosen
+experts, this is cheaper than sorting tokens by expert: a gather would move more values than the products have.
 
     T tokens, D width, E experts, r rank
 """
@@ -16,11 +16,13 @@ from moe_bsr.ops.linear import activation_backward, empty_output, input_gradient
 
 
 def gated_linear(act: nn.Module, h: Tensor, gates: Tensor, weight: Tensor, needs_output: bool = True) -> Tensor:
-    """The sum over e of gates[:, e] x act(h[:, e]) weight[e]^T: (T, D).
+    """Compute the sum over e of gates[:, e] act(h[:, e]) weight[e]^T.
 
     Args:
         h: (T, E r) in the compute dtype, expert by expert. gates: (T, E) float32. weight: (E, D, r).
-        needs_output: whether the values are wanted, or only what the backward pass needs.
+        needs_output: False if only the graph is needed; the product is then skipped.
+    Returns:
+        (T, D).
     """
     if ops.is_reference():
         return linear_reference(_gated(act(h), gates), _in_one(weight), None)
@@ -42,11 +44,11 @@ def _gated(x: Tensor, gates: Tensor) -> Tensor:
 
 
 class _GatedLinear(torch.autograd.Function):
-    """Saved for backward: h and the gates. What the weight's gradient needs is computed from them again."""
+    """Saved for backward: h, the gates and the weight. The gated activations are computed again."""
 
     @staticmethod
     def forward(ctx, act: nn.Module, h: Tensor, gates: Tensor, weight: Tensor, needs_output: bool) -> Tensor:
-        # As a column gates are a statistic of the token, which no storage rounds.
+        # Gates are saved as a column (T, E, 1), which no storage compresses.
         ctx.save_for_backward(keep(ACTIVATION_INPUTS, h), gates.unsqueeze(-1), weight)
         ctx.act = act
         if not needs_output:

@@ -1,4 +1,4 @@
-"""Merging similar tokens: which with which, and their means.
+"""Merge similar tokens: match them in pairs and compute their weighted means.
 
 Bipartite soft matching, written from the description in Bolya et al. 2023, "Token Merging: Your ViT But Faster"
 (arXiv 2210.09461), sections 3 and 4.
@@ -17,23 +17,27 @@ from moe_bsr.ops.tokens import select, take
 
 
 def mean_keys(qkv: Tensor, heads: int) -> Tensor:
-    """What tokens are compared by: the keys of (B, N, 3 H d) projections, mean over heads, (B, N, d) float32.
+    """Return the features by which tokens are compared: their keys, mean over heads, detached.
 
-    No gradient goes through it.
+    Args:
+        qkv: (B, N, 3 H d) projections.
+    Returns:
+        (B, N, d) float32.
     """
     return split_heads(qkv.detach(), heads)[1].mean(1, dtype=torch.float32)
 
 
 def match(keys: Tensor, left: int) -> Tensor:
-    """Which of the `left` tokens each candidate becomes: (B, C, d) -> (B, C) int64.
+    """Decide which of the K remaining tokens each candidate becomes.
 
-    Every second candidate, from the first on, is a source, the others are targets. Of each source the most similar
-    target, by the cosine of their keys, is its partner, and the C - K sources that are most similar to theirs merge
-    into them. Of equal ones the first counts. Left are the other sources and behind them the targets, both in their
-    order.
+    The candidates 0, 2, 4 ... are sources, the others targets. The partner of a source is the target whose key is most
+    similar by cosine. The C - K sources most similar to their partners merge into them. Ties go to the lower index. The
+    remaining tokens are first the unmerged sources, then the targets, each in their order.
 
     Args:
-        left: K, at least half of C.
+        keys: (B, C, d). left: K, at least half of C.
+    Returns:
+        (B, C) int64, the new position of each candidate, 0 to K - 1.
     """
     with torch.autocast(keys.device.type, enabled=False):
         keys = F.normalize(keys, dim=2)
@@ -49,29 +53,31 @@ def match(keys: Tensor, left: int) -> Tensor:
 
 
 def sum_at(values: Tensor, place: Tensor, left: int) -> Tensor:
-    """Of (B, C) values those with the same place, added up: (B, K). All places are in 0 to K - 1."""
+    """Add up the values (B, C) that have the same place: (B, K). Places are 0 to K - 1."""
     return values.new_zeros(values.shape[0], left).scatter_add(1, place, values)
 
 
 def merge_tokens(x: Tensor, place: Tensor, weights: Tensor, left: int, prefix: int) -> Tensor:
-    """Prefix tokens, and the weighted sums of those that have the same place: (B, N, D) -> (B, P + K, D).
+    """Keep the prefix tokens, and replace candidates that have the same place by their weighted sum.
 
     Args:
-        place: (B, C) int64 by candidate. weights: (B, C, 1), without a gradient.
+        x: (B, N, D). place: (B, C) int64, new position of each candidate. weights: (B, C, 1), without a gradient.
+    Returns:
+        (B, P + K, D).
     """
-    if ops.is_reference() or x.device.type != "cpu":  # elsewhere sums of rows come in no fixed order
+    if ops.is_reference() or x.device.type != "cpu":  # on other devices index_add_ adds in no fixed order
         return merge_tokens_reference(x, place, weights, left, prefix)
     return _MergeTokens.apply(x, place, weights, left, prefix)
 
 
 def merge_tokens_reference(x: Tensor, place: Tensor, weights: Tensor, left: int, prefix: int) -> Tensor:
-    """As a product with a (B, K, C) matrix."""
+    """Compute the sums as a product with a (B, K, C) matrix."""
     shares = (place.unsqueeze(2) == torch.arange(left, device=x.device)).to(x.dtype) * weights.to(x.dtype)
     return torch.cat([x[:, :prefix], shares.transpose(1, 2) @ x[:, prefix:]], 1)
 
 
 class _MergeTokens(torch.autograd.Function):
-    """Saved for backward: the places and the weights, and nothing of the tokens."""
+    """Saved for backward: the places and the weights, but no tokens."""
 
     @staticmethod
     def forward(ctx, x: Tensor, place: Tensor, weights: Tensor, left: int, prefix: int) -> Tensor:

@@ -1,8 +1,7 @@
-"""Layer normalization whose result need not be kept for the layer behind it.
+"""Layer normalization whose result need not be saved for the next layer.
 
-A norm that is followed by a linear layer that trains would keep its input, and the layer its result: the same
-values twice. Here only the input is kept, and the result is computed from it once more where it is needed, by
-the same kernel, to the same bits.
+Before a trained linear layer, autograd saves both the norm's input and its result. Here only the input is saved. The
+result is computed from it again in the backward pass, by the same kernel, to the same bits.
 """
 
 from functools import partial
@@ -16,7 +15,7 @@ from moe_bsr.ops.keep import NORM_INPUTS, keep, norm_derived
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """(..., D) over its last dimension, in the type of x."""
+    """Normalize (..., D) over the last dimension, in the dtype of x."""
     if ops.is_reference():
         return layer_norm_reference(x, weight, bias, eps)
     return _LayerNorm.apply(x, weight, bias, eps)
@@ -27,7 +26,7 @@ def layer_norm_reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, 
 
 
 def _normalize(weight: Tensor | None, bias: Tensor | None, eps: float, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Result, mean and reciprocal standard deviation."""
+    """Return the result, the mean and the reciprocal standard deviation."""
     return torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
@@ -36,12 +35,12 @@ def _normalize_again(weight: Tensor | None, bias: Tensor | None, eps: float, x: 
 
 
 class _LayerNorm(torch.autograd.Function):
-    """Saved for backward: the input, and mean and deviation of each token, as columns."""
+    """Saved for backward: the input, and each token's mean and reciprocal standard deviation as columns (..., 1)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
         y, mean, rstd = _normalize(weight, bias, eps, x)
-        if any(ctx.needs_input_grad):  # otherwise nothing of it is kept
+        if any(ctx.needs_input_grad):
             ctx.save_for_backward(keep(NORM_INPUTS, x), weight, bias, mean, rstd)
             norm_derived(y, x, partial(_normalize_again, weight, bias, eps))
         return y

@@ -1,4 +1,4 @@
-"""The patch embedding: a convolution whose patches do not overlap, as a product of patches where that is leaner."""
+"""Patch embedding, computed as a matrix product where timm's convolution would take more memory."""
 
 from einops import rearrange
 from timm.layers import PatchEmbed
@@ -9,10 +9,11 @@ from moe_bsr.ops.linear import compute_dtype, linear
 
 
 def embed_patches(layer: PatchEmbed, images: Tensor) -> Tensor:
-    """(B, C, S, S) -> (B, patches, D), or (B, h, w, D) as timm has it; the reference is timm's own forward.
+    """Embed images (B, C, S, S) as (B, patches, D), or as (B, h, w, D) if the layer does not flatten.
 
-    Where types differ, the patch convolution is computed as a product of patches: in bf16 on a CPU, oneDNN's
-    convolution would take tens of megabytes of scratch memory for it.
+    The reference is timm's own forward. If the compute dtype differs from that of the images or weights, the
+    convolution is computed as a matrix product of patches: in bf16 on a CPU, oneDNN's convolution would take tens of
+    megabytes of scratch memory.
     """
     dtype = compute_dtype(images)
     plain = dtype == images.dtype == layer.proj.weight.dtype

@@ -1,4 +1,4 @@
-"""Selecting and fusing tokens, and the scores of a network without a class token.
+"""Select and fuse tokens, and compute the token scores of a network without a class token.
 
 B images, H heads, N tokens of which P prefix tokens (class, registers), d width of a head, D width,
 C = N - P candidates, K kept
@@ -12,10 +12,12 @@ from moe_bsr.ops.keep import QUERIES_KEYS_VALUES, keep
 
 
 def select(scores: Tensor, kept: int) -> tuple[Tensor, Tensor]:
-    """Positions of the `kept` best scores and of the rest, both ascending; ties go to the lower.
+    """Return the positions of the `kept` best scores and of the rest, both ascending. Ties go to the lower position.
 
     Args:
-        scores: (B, C). Returns: (B, K) and (B, C - K) int64.
+        scores: (B, C).
+    Returns:
+        (B, K) and (B, C - K) int64.
     """
     if ops.is_reference():
         return select_reference(scores, kept)
@@ -24,32 +26,33 @@ def select(scores: Tensor, kept: int) -> tuple[Tensor, Tensor]:
 
 
 def select_reference(scores: Tensor, kept: int) -> tuple[Tensor, Tensor]:
-    """Without sorting, which runtimes of exported models lack: count who comes before each, C x C comparisons."""
+    """Select without sorting, which runtimes of exported models lack: rank each score by C x C comparisons."""
     position = torch.arange(scores.shape[1], device=scores.device)
     mine, others = scores.unsqueeze(2), scores.unsqueeze(1)
-    first = (others > mine) | ((others == mine) & (position < position.unsqueeze(1)))
-    stays = first.sum(2) < kept
-    # Kept ones count from 0 on, the others from `kept` on, each in their order.
+    better = (others > mine) | ((others == mine) & (position < position.unsqueeze(1)))
+    stays = better.sum(2) < kept
+    # The kept ones get the places from 0 on, the others those from `kept` on, each in their order.
     place = torch.where(stays, stays.cumsum(1), kept + (~stays).cumsum(1)) - 1
     positions = torch.zeros_like(place).scatter(1, place, position.expand_as(place))
     return positions[:, :kept], positions[:, kept:]
 
 
 def take(x: Tensor, positions: Tensor) -> Tensor:
-    """x[b, positions[b, i]]: (B, N, ...) and (B, K) -> (B, K, ...).
+    """Return x[b, positions[b, i]]: (B, N, ...) and (B, K) -> (B, K, ...).
 
-    Advanced indexing keeps only the positions for backward; `torch.gather` would keep all of `x`.
+    Advanced indexing saves only the positions for backward; `torch.gather` would save all of `x`.
     """
     return x[torch.arange(x.shape[0], device=x.device).unsqueeze(1), positions]
 
 
 def reduce_tokens(x: Tensor, kept: Tensor, dropped: Tensor, weights: Tensor | None, prefix: int) -> Tensor:
-    """Prefix and kept tokens in their order and one weighted sum of the dropped ones, placed last.
-
-    (B, N, D) -> (B, P + K + 1, D), or without weights (B, P + K, D).
+    """Keep the prefix and the kept tokens in their order, and append the weighted sum of the dropped ones.
 
     Args:
-        kept (B, K), dropped (B, C - K): positions after the prefix. weights: (B, C - K, 1), of x's type.
+        x: (B, N, D). kept (B, K), dropped (B, C - K): positions after the prefix.
+        weights: (B, C - K, 1), in the dtype of x; None to append no sum.
+    Returns:
+        (B, P + K + 1, D), or without weights (B, P + K, D).
     """
     if ops.is_reference():
         return reduce_tokens_reference(x, kept, dropped, weights, prefix)
@@ -64,10 +67,11 @@ def reduce_tokens_reference(x: Tensor, kept: Tensor, dropped: Tensor, weights: T
 
 
 def received_attention(q: Tensor, k: Tensor, scale: float, chunk: int = 64) -> tuple[Tensor, Tensor]:
-    """Mean attention each token receives from all: the score where there is no class token.
+    """Return the mean attention that each token receives: the scores of a network without a class token.
 
     Args:
-        q, k: (B, H, N, d) queries and keys as the attention uses them, taken `chunk` queries at a time.
+        q, k: (B, H, N, d) queries and keys as the attention uses them.
+        chunk: number of queries processed at a time.
     Returns:
         (probabilities, logits), each (B, N) float32; logits carry no gradient.
     """
@@ -83,10 +87,9 @@ def received_attention_reference(q: Tensor, k: Tensor, scale: float) -> tuple[Te
 
 
 class _ReduceTokens(torch.autograd.Function):
-    """Every token is kept or summed once, so the backward writes each row of the gradient once.
+    """Every token is kept or summed once, so the backward pass writes each row of the gradient once.
 
-    Saved for backward: the positions, the weights, and of the tokens only the dropped, and these only if the
-    weights need a gradient.
+    Saved for backward: the positions, the weights, and the dropped tokens if the weights need a gradient.
     """
 
     @staticmethod
@@ -115,7 +118,7 @@ class _ReduceTokens(torch.autograd.Function):
 
 
 class _ReceivedAttention(torch.autograd.Function):
-    """Of the map only `chunk` rows are ever alive: the backward computes them again."""
+    """Only `chunk` rows of the map exist at a time. The backward pass computes them again."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, scale: float, chunk: int) -> tuple[Tensor, Tensor]:
