@@ -1,1 +1,1 @@
-"""The model: a pretrained backbone under a plan, heads for the tasks, and what its blocks drop, route and save."""
+"""The model: a pretrained backbone, a plan for its blocks, and one head per task."""

@@ -1,4 +1,4 @@
-"""The balance loss: it keeps experts in use, per task or across all tasks together."""
+"""Balance loss: an auxiliary loss that keeps all experts in use, for each task or across tasks."""
 
 import torch
 from torch import Tensor, nn
@@ -8,19 +8,19 @@ from moe_bsr.model.moe import Routing
 
 
 def squared_cv(amount: Tensor) -> Tensor:
-    """Squared coefficient of variation over the last dimension: population variance / mean^2.
+    """Return the squared coefficient of variation over the last dimension: population variance / mean^2.
 
-    Through the variance, not the standard deviation: its gradient stays finite at perfect balance.
+    It is computed from the variance, because the gradient of a standard deviation is infinite at perfect balance.
     """
     return amount.var(-1, correction=0) / amount.mean(-1) ** 2
 
 
 class Balance(nn.Module):
-    """The balance loss of all MoE layers, with the running shares that `across_tasks` needs.
+    """Balance loss of all MoE layers, with the running shares that `across_tasks` needs.
 
-    per_task (M3ViT) pushes every task to use all experts alike. across_tasks adds the other tasks'
-    running shares (detached) before the variation is taken: the experts are used alike by all tasks
-    together, and each task may specialize.
+    `per_task` (M3ViT) pushes every task to use all experts equally. `across_tasks` first adds the running shares of the
+    other tasks, detached, and then takes the variation. It pushes all tasks together to use the experts equally, so
+    that each task may specialize.
     """
 
     MOMENTUM = 0.9
@@ -34,7 +34,7 @@ class Balance(nn.Module):
             self.register_buffer(name, torch.zeros(len(tasks), len(blocks), config.num_experts))
 
     def forward(self, routing: dict[int, Routing], task: str) -> Tensor:
-        """weight x mean over layers of (cv^2 of importance + cv^2 of load); a scalar."""
+        """Return the scalar loss: weight * mean over layers of (cv^2 of importance + cv^2 of load)."""
         if self.kind == "none" or not routing:
             return torch.zeros((), device=self.importance.device)
         terms = [
@@ -53,19 +53,19 @@ class Balance(nn.Module):
 
     @torch.no_grad()
     def update(self, routing: dict[int, Routing], task: str) -> None:
-        """Fold one micro-batch into the running shares of `across_tasks`; a task's first one sets them."""
+        """Add one micro-batch to the running shares, if the loss is `across_tasks`."""
         if self.kind == "across_tasks":
             self.fold(self.shares(routing), task)
 
     @torch.no_grad()
     def shares(self, routing: dict[int, Routing]) -> Tensor:
-        """(layers, 2, E): each expert's part of the importance and of the load in one micro-batch."""
+        """Return each expert's share of the importance and of the load in one micro-batch, (layers, 2, E)."""
         amounts = [[routing[block].importance, routing[block].load] for block in self.blocks]
         return torch.stack([torch.stack([amount / amount.sum() for amount in layer]) for layer in amounts])
 
     @torch.no_grad()
     def fold(self, shares: Tensor, task: str) -> None:
-        """Fold the shares of one micro-batch into the running ones."""
+        """Update the running average with the shares of one micro-batch, (layers, 2, E). A task's first shares set it."""
         row = self.tasks.index(task)
         for layer in range(len(self.blocks)):
             for share, name in zip(shares[layer], ("importance", "load"), strict=True):

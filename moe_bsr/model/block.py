@@ -1,7 +1,7 @@
-"""The one forward of a transformer block: attention -> drop or merge tokens -> FFN or experts.
+"""Forward pass of a transformer block: attention -> drop or merge tokens -> FFN or experts.
 
-It calls the submodules of a timm `Block`, whose layers `layers.adopt` has given our kernels, and none of their
-forwards that would hide the class token's attention or the routing. Nothing else overrides a timm forward.
+It calls the submodules of a timm `Block`, whose layers use our kernels after `layers.adopt`. It replaces the forward of
+timm's `Block`, which returns neither the class token's attention nor the routing.
 """
 
 from dataclasses import dataclass, replace
@@ -21,11 +21,11 @@ from moe_bsr.model.tokens import Dropped, Tokens, drop
 
 @dataclass(frozen=True, slots=True)
 class BlockContext:
-    """What does not change from step to step.
+    """Static settings of one block.
 
     Attributes:
-        prefix: number of prefix tokens (class and register tokens), never dropped or merged.
-        class_token_alone: whether nothing reads the other tokens the block leaves, so that it leaves none.
+        prefix: number of prefix tokens (class and register tokens), which are never dropped or merged.
+        class_token_alone: output only the class token, because nothing reads the other tokens.
     """
 
     plan: BlockPlan
@@ -36,10 +36,10 @@ class BlockContext:
 
 
 def contexts(vit: VisionTransformer, plan: list[BlockPlan], tokens: TokensConfig) -> list[BlockContext]:
-    """Of each block. Where heads read the class token alone, the last block leaves out what the others would get.
+    """Return one context per block. If the heads read only the class token, the last block computes only that token.
 
-    Its experts keep all tokens: the balance loss and the statistics of their routers are over all. So does a block that
-    a side network reads.
+    A last block with experts still computes all tokens, because its balance loss and router statistics cover all of
+    them. So does a last block that a side network reads.
     """
     made = [BlockContext(each, tokens, vit.num_prefix_tokens, vit.has_class_token) for each in plan]
     if reads_class_token_alone(vit) and not plan[-1].moe and not is_beside(plan[-1].adapter):
@@ -53,7 +53,7 @@ def reads_class_token_alone(vit: VisionTransformer) -> bool:
 
 @dataclass(slots=True)
 class Record:
-    """What a block reports beside its output; None where it does not apply."""
+    """What a block reports in addition to its output. None if the block does not drop, merge or route."""
 
     dropped: Dropped | None = None
     routing: Routing | None = None
@@ -68,12 +68,16 @@ def forward(
     noise_key: tuple[int, ...] | None = None,
     needs_output: bool = True,
 ) -> tuple[Tokens, Record]:
-    """One block on (B, N, D) tokens, leaving (B, N', D) with N' <= N, of the class token alone N' = 1.
+    """Run one block.
 
     Args:
-        replay: kept or merged tokens, experts and gate noise: decided here at first, replayed ever after.
-        needs_output: whether the output's values are wanted; a block that runs again for its backward pass
-            wants the graph alone, and needs no last product for it.
+        tokens: (B, N, D).
+        replay: kept or merged tokens, chosen experts and gate noise. They are recorded in the first forward pass and
+            replayed in recomputation.
+        noise_key: seeds the gate noise; needed in training if there is any.
+        needs_output: False if only the graph is needed, as in recomputation; the last matrix product is then skipped.
+    Returns:
+        (B, N', D) tokens with N' <= N (N' = 1 if the block computes only the class token), and the block's record.
     """
     record, plan, merges, entering = Record(), context.plan, context.tokens.merges, tokens
     reduces = plan.keep_rate < 1
@@ -89,7 +93,7 @@ def forward(
     if context.class_token_alone:
         tokens = tokens.first()
     tokens = tokens.add(block.drop_path1(block.ls1(y)))
-    del y  # or it would live through the FFN, the widest part
+    del y  # free it before the FFN, which needs the most memory
     if reduces:
         tokens, record.dropped = _reduce(tokens, given, context, replay)
     y, record.routing = _feed_forward(block, block.norm2(tokens.x), task, replay, noise_key, needs_output)
@@ -98,18 +102,14 @@ def forward(
     tokens = tokens.add(y if beside is None else y + beside(tokens.x))
     if (side := getattr(block, BESIDE_BLOCK, None)) is not None:
         del y
-        if reduces:  # the same choice once more
+        if reduces:  # repeats the choice recorded above
             entering, _ = _reduce(entering, given, context, replay)
         tokens = tokens.add(side(entering.x, log_sizes(entering), context.class_token_alone, needs_output))
     return tokens, record
 
 
 def _reduce(tokens: Tokens, given: Given, context: BlockContext, replay: Replay) -> tuple[Tokens, Dropped]:
-    """Drop or merge tokens.
-
-    Args:
-        given: what the attention told of them.
-    """
+    """Drop or merge tokens, by the scores or keys that the attention returned."""
     rate, prefix = context.plan.keep_rate, context.prefix
     if context.tokens.merges:
         return merge(tokens, *given, rate, prefix, replay)
@@ -119,8 +119,8 @@ def _reduce(tokens: Tokens, given: Given, context: BlockContext, replay: Replay)
 def _feed_forward(
     block: Block, x: Tensor, task: str, replay: Replay, noise_key: tuple[int, ...] | None, needs_output: bool
 ) -> tuple[Tensor, Routing | None]:
-    """The experts or the FFN of a block, (B, N, D) -> (B, N, D), and what the experts report."""
-    # A LayerScale that trains keeps the last product for its own gradient.
+    """Run the experts or the FFN of a block, (B, N, D) -> (B, N, D). Return also the routing of experts."""
+    # A trained LayerScale saves the last product for its own gradient.
     needs_output = needs_output or any(p.requires_grad for p in block.ls2.parameters())
     if isinstance(block.mlp, MoE):
         return block.mlp(x, task, replay, noise_key, needs_output)

@@ -1,4 +1,4 @@
-"""The experts' parameters, upcycled from a pretrained FFN."""
+"""Full experts: two-layer MLPs that are initialized from a pretrained FFN (upcycling)."""
 
 import torch
 from timm.layers import Mlp
@@ -11,18 +11,21 @@ from moe_bsr.runtime.rng import generator
 
 
 class Experts(nn.Module):
-    """E independent two-layer MLPs, their parameters stacked: fc1 (E, F, D) and (E, F), fc2 (E, D, F) and (E, D).
+    """E independent two-layer MLPs with stacked parameters: fc1 (E, F, D) and (E, F), fc2 (E, D, F) and (E, D).
 
-    At `mlp_ratio` equal to the FFN's own every expert starts as its copy. At a smaller one expert e takes the
-    hidden units j with j mod S = e mod S (S = FFN hidden width / expert hidden width), fc2 scaled by S, its bias
-    as it is. Covering slices are the same with S = top_k and any hidden width that S divides, fc2 as it is and its
-    bias divided by S: one expert of each slice, added up, is the FFN.
+    The FFN's hidden units are cut into S slices; expert e starts with the units j for which j mod S = e mod S.
+
+    * Full experts: S = FFN hidden width / expert hidden width. fc2 is scaled by S, its bias copied. With `mlp_ratio`
+      equal to that of the FFN, S is 1 and every expert starts as a copy of the FFN.
+    * Covering slices: S = top_k, which must divide the FFN's hidden width. fc2 is copied, its bias divided by S. The
+      sum of one expert of each slice is the FFN.
 
     Attributes:
         slices: S.
+        LR_SCALE: factor on the learning rate of the block. DECAYS: whether weight decay applies.
     """
 
-    LR_SCALE, DECAYS = 1.0, True  # relative to the block's rate; whether weight decay acts on them
+    LR_SCALE, DECAYS = 1.0, True
 
     def __init__(self, mlp: Mlp, config: MoEConfig, seed: tuple) -> None:
         super().__init__()
@@ -48,30 +51,34 @@ class Experts(nn.Module):
         self.backend = config.backend
 
     def forward(self, x: Tensor, gates: Tensor, chosen: Tensor, needs_output: bool = True) -> Tensor:
-        """Gate-weighted sum of each token's chosen experts: (T, D), (T, K) float32, (T, K) int64 -> (T, D)."""
+        """Return the gate-weighted sum of each token's chosen experts.
+
+        Args:
+            x: (T, D). gates: (T, K) float32. chosen: (T, K) int64. needs_output: as in `block.forward`.
+        Returns:
+            (T, D).
+        """
         weights = (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
         if self.backend == "grouped":
             shape, dtype = tuple(self.fc1_weight.shape[1:]), compute_dtype(x)
-            fits = is_aligned(weights, dtype)
-            require(
-                fits, "moe.backend", "grouped", f"experts of {shape} in {dtype} are no multiples of 16 bytes; use loop"
-            )
+            why = f"rows of experts {shape} in {dtype} are no multiples of 16 bytes; use loop"
+            require(is_aligned(weights, dtype), "moe.backend", "grouped", why)
         return mixture(x, gates, chosen, weights, self.act, self.backend, needs_output)
 
 
 def _slices(config: MoEConfig, hidden: int, width: int) -> int:
-    """How many slices an FFN is cut into; 1 for whole copies.
+    """Return the number of slices into which the FFN is cut; 1 for whole copies.
 
     Raises:
-        ConfigError: the FFN's hidden width is no multiple.
+        ConfigError: the FFN's hidden width is not divisible accordingly.
     """
     if config.experts == "covering_slices":
         divides = hidden % config.top_k == 0
-        require(divides, "moe.top_k", config.top_k, f"must divide the FFN's hidden width {hidden}: a slice is a share")
+        require(divides, "moe.top_k", config.top_k, f"must divide the FFN's hidden width {hidden} into slices")
         return config.top_k
     fitting = [ratio for ratio in range(1, hidden // width + 1) if hidden % (ratio * width) == 0]
     there_are = (
-        f"here {' or '.join(map(str, fitting))}" if fitting else "no ratio does here, so leave plan.moe_blocks empty"
+        f"here {' or '.join(map(str, fitting))}" if fitting else "no ratio does so here: leave plan.moe_blocks empty"
     )
     require(
         config.mlp_ratio in fitting,

@@ -1,4 +1,4 @@
-"""A transformer block of no backbone: what a side network is made of."""
+"""A newly initialized transformer block, of which side networks are made."""
 
 import torch
 from timm import layers as timm_layers
@@ -12,18 +12,19 @@ INIT_STD = 0.02
 
 
 def fresh_block(width: int, heads: int, device: torch.device, seed: tuple) -> Block:
-    """A block with biases and an FFN of four times its width, (B, N, width) -> (B, N, width), as a ViT begins."""
+    """Create a block (B, N, width) -> (B, N, width) with biases and an FFN of four times its width, initialized as in
+    a ViT."""
     with torch.device("meta"):
         block = Block(width, heads, qkv_bias=True, norm_layer=timm_layers.LayerNorm)
     block.to_empty(device=device)
     adopt(block)
-    _begin(block, seed)
+    _initialize(block, seed)
     return block
 
 
 @torch.no_grad()
-def _begin(block: nn.Module, seed: tuple) -> None:
-    """Values as a ViT begins with."""
+def _initialize(block: nn.Module, seed: tuple) -> None:
+    """Set matrices to normal values clamped at 2 standard deviations, norm weights to 1, and biases to 0."""
     for name, parameter in block.named_parameters():
         if parameter.ndim == 2:
             draws = torch.randn(parameter.shape, generator=generator(*seed, name)).clamp_(-2, 2)

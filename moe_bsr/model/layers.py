@@ -1,8 +1,8 @@
-"""timm's layers with our kernels behind them: same parameters, same names, another forward.
+"""timm's layers with a forward that uses our kernels. Parameters and their names stay the same.
 
-`adopt` changes the class of the layers it knows, in place, so that every published checkpoint and every state
-dict stays valid. Whatever else stands in such a place (an adapter's wrapper, a quantized layer, a layer with
-hooks) is called as any module is: its weights are never taken out of it.
+`adopt` changes the class of known layers in place, so every published checkpoint and state dict stays valid. Any other
+module in such a place (an adapter's wrapper, a quantized layer, a layer with hooks) is called like any module. Its
+weights are never read directly.
 """
 
 import torch
@@ -17,7 +17,7 @@ from moe_bsr.ops.merging import mean_keys
 from moe_bsr.ops.norm import layer_norm
 from moe_bsr.ops.tokens import received_attention
 
-Given = tuple[Tensor, ...]  # what the next step selects tokens by: see `Attention.forward`
+Given = tuple[Tensor, ...]  # scores or keys by which tokens are dropped or merged: see `Attention.forward`
 
 
 class Linear(nn.Linear):
@@ -27,16 +27,16 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
     def part(self, x: Tensor, outputs: slice) -> Tensor:
-        """Some of the outputs alone: (..., in) -> (..., number of them)."""
+        """Compute only the given outputs: (..., in) -> (..., number of these outputs)."""
         return linear(x, self.weight[outputs], None if self.bias is None else self.bias[outputs])
 
     def activated(self, act: nn.Module, x: Tensor, needs_output: bool = True) -> Tensor:
-        """The layer of act(x), for whose backward pass x alone is kept: (..., in) -> (..., out)."""
+        """Compute the layer for act(x), saving only x for the backward pass: (..., in) -> (..., out)."""
         return activated_linear(act, x, self.weight, self.bias, needs_output)
 
 
 class LayerNorm(timm_layers.LayerNorm):
-    """Over the last dimension, in the type of x; under a GPU's autocast timm's own, which knows what type it leaves."""
+    """Norm over the last dimension, in the dtype of x. Under autocast on a GPU it uses timm's own forward."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type):
@@ -45,7 +45,7 @@ class LayerNorm(timm_layers.LayerNorm):
 
 
 class LayerScale(TimmLayerScale):
-    """Scales in the type of x: float32 factors would widen a bf16 stream for all that follows."""
+    """Scale in the dtype of x. Float32 factors would promote bf16 tokens to float32 in all later blocks."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma.to(x.dtype)
@@ -55,17 +55,16 @@ class Mlp(timm_layers.Mlp):
     """The two-layer FFN."""
 
     def forward(self, x: Tensor, needs_output: bool = True) -> Tensor:
-        """(B, N, D) -> (B, N, D).
+        """Compute the FFN, (B, N, D) -> (B, N, D).
 
         Args:
-            needs_output: False leaves the last product out where that saves work: for a block that runs again
-                for its graph alone.
+            needs_output: False if only the graph is needed, as in recomputation; the last product may be skipped.
         """
         return feed_forward(self, x, needs_output)
 
 
 def feed_forward(mlp: Mlp, x: Tensor, needs_output: bool = True) -> Tensor:
-    """`Mlp.forward` as a function, which lets go of x once it is used: a module's call would hold it to the end."""
+    """Compute `Mlp.forward` as a function, which can free x early. A module call would keep x alive to its end."""
     x = mlp.fc1(x)
     if torch.is_grad_enabled() and isinstance(mlp.norm, nn.Identity) and takes_activation(mlp.fc2):
         return mlp.fc2.activated(mlp.act, x, needs_output)
@@ -74,7 +73,7 @@ def feed_forward(mlp: Mlp, x: Tensor, needs_output: bool = True) -> Tensor:
 
 
 class Attention(timm_layers.Attention):
-    """Multi-head attention that can tell how much attention each token gets."""
+    """Multi-head attention that can also return how much attention each token gets."""
 
     def forward(
         self,
@@ -87,15 +86,19 @@ class Attention(timm_layers.Attention):
         bias: Tensor | None = None,
         first_alone: bool = False,
     ) -> tuple[Tensor, Given]:
-        """(B, N, D) -> (B, N, D), and what is asked for of the tokens; no N x N map is kept.
+        """Compute the attention. No N x N map is saved.
 
         Args:
-            scores: asks for probabilities and logits, each (B, N) float32, of the class token's attention, mean over
-                heads, or without a class token of the mean attention that each token receives.
-            attached: whether the probabilities carry a gradient.
-            keys: asks for the keys, mean over heads, (B, N, d) float32 without a gradient.
-            bias: (B, N) float32, added to the logits of each key; not together with `scores`.
-            first_alone: whether only the first token is wanted, (B, 1, D), and nothing else.
+            x: (B, N, D).
+            scores: also return the class token's attention, mean over heads, as probabilities and logits. Without a
+                class token it is the mean attention that each token receives.
+            attached: let gradients flow through the probabilities.
+            keys: return the keys instead, mean over heads, detached.
+            bias: (B, N) float32, added to the logits of each key; it cannot be combined with `scores`.
+            first_alone: compute only the first token.
+        Returns:
+            (B, N, D), or (B, 1, D) with `first_alone`; and a tuple: with `scores` probabilities and logits, each (B, N)
+            float32; with `keys` the keys (B, N, d) float32; otherwise, and with `first_alone`, empty.
         """
         if first_alone:
             return self._of_first(x, bias), ()
@@ -111,18 +114,18 @@ class Attention(timm_layers.Attention):
         return self._end(y, x), tuple(given) if scores or keys else ()
 
     def _end(self, y: Tensor, x: Tensor) -> Tensor:
-        """What comes after the attention product y of the tokens x, both (B, n, D)."""
+        """Apply norm, gate and projection to the attention product y of the tokens x, both (B, n, D)."""
         y = self.norm(y)
         if self.gate is not None:
             y = y * self.gate(x).sigmoid()
         return self.proj(y)
 
     def _of_first(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """(B, N, D) -> (B, 1, D): keys and values of all tokens, everything else of the first."""
+        """Compute the first token, (B, N, D) -> (B, 1, D), from the keys and values of all tokens."""
         first, inner = x[:, :1], self.num_heads * self.head_dim
         if type(self.qkv) is Linear and not has_hooks(self.qkv):
             q, kv = self.qkv.part(first, slice(inner)), self.qkv.part(x, slice(inner, None))
-        else:  # an adapter's wrapper, say, which knows best how to compute it
+        else:  # for example an adapter's wrapper
             qkv = self.qkv(x)
             q, kv = qkv[:, :1, :inner].contiguous(), qkv[..., inner:].contiguous()
         if not (isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)):
@@ -132,7 +135,7 @@ class Attention(timm_layers.Attention):
         return self._end(first_attention(q, kv, self.num_heads, self.scale, bias), first)
 
     def _project(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, 3 D) queries, keys and values, as the attention product takes them."""
+        """Return normalized queries, keys and values side by side: (B, N, D) -> (B, N, 3 D)."""
         qkv = self.qkv(x)
         if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
             return qkv
@@ -150,7 +153,7 @@ ADOPTED = {
 
 
 def adopt(module: nn.Module) -> None:
-    """Give the layers within a block our forward, where their type is exactly one that we know."""
+    """Switch the layers of a block to our forward, if their type is exactly one of those above."""
     for layer in module.modules():
         ours = ADOPTED.get(type(layer))
         if ours is not None and not getattr(layer, "inplace", False):
@@ -162,5 +165,5 @@ def has_hooks(layer: nn.Module) -> bool:
 
 
 def takes_activation(layer: nn.Module) -> bool:
-    """Whether the layer can be handed the activation before it: its own class says how, and nobody hooked into it."""
+    """Return whether `layer.activated` may be used: its own class defines it, and the layer has no hooks."""
     return "activated" in vars(type(layer)) and not has_hooks(layer)

@@ -184,5 +184,5 @@ def test_what_is_made_for_tokens_is_refused_by_its_key(changes, key):
 def test_commands_for_tokens_say_so():
     require_tokens(BackboneConfig(), "export")
     assert family_of(BackboneConfig(name="resnet50.a1_in1k")).of_tokens is False
-    with pytest.raises(ConfigError, match="backbone.name = 'resnet50.a1_in1k': no Vision Transformer, and export"):
+    with pytest.raises(ConfigError, match="backbone.name = 'resnet50.a1_in1k': is no Vision Transformer, and export"):
         require_tokens(BackboneConfig(name="resnet50.a1_in1k"), "export")

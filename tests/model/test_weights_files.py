@@ -109,10 +109,10 @@ def test_a_pickle_of_more_than_tensors_names_the_types_and_the_way_out(tmp_path,
     path = tmp_path / "w.pth"
     torch.save({"model": state, "beside": beside}, path, _use_new_zipfile_serialization=zipped)
     message = refusal(path)
-    assert "save the tensors alone" in message and (words in message or not zipped), message
+    assert "save only the tensors" in message and (words in message or not zipped), message
     assert not (tmp_path / "ran").exists()
     if case == "numpy":  # the lines of the message, as they stand there
-        lines = message.partition("alone: ")[2].partition(" (of s")[0].replace("s.items()", "s['model'].items()")
+        lines = message.partition("tensors: ")[2].partition(" (use s")[0].replace("s.items()", "s['model'].items()")
         monkeypatch.chdir(tmp_path)
         exec(lines, {})
         assert digest(loaded(tmp_path / "tensors.pth").state_dict()) == digest(state)
@@ -168,7 +168,7 @@ def test_of_a_checkpoints_parts_one_is_taken_and_said(tmp_path, state, parts, ta
     vit = loaded(tmp_path / "w.pth")
     assert digest(vit.state_dict()) == digest(state)
     (note,) = vit.weights_notes
-    assert note.startswith(f"{taken} was taken") and all(part in note for part in parts)
+    assert note.startswith(f"{taken} was used") and all(part in note for part in parts)
 
 
 def test_parts_within_parts_and_prefixes_within_them_are_all_said(tmp_path, state):
@@ -176,7 +176,7 @@ def test_parts_within_parts_and_prefixes_within_them_are_all_said(tmp_path, stat
     torch.save({"checkpoint": {"teacher": inner, "student": inner}}, tmp_path / "w.pth")
     config = from_dict({"backbone": {"name": NAME, "weights": str(tmp_path / "w.pth")}, "tasks": ["a"]} | SMALL)
     lines = "\n".join(summary(build(config, {"a": 2}), config))
-    assert "checkpoint.teacher was taken, not student" in lines and "'module.backbone.' was taken off" in lines
+    assert "checkpoint.teacher was used, not student" in lines and "'module.backbone.' was removed" in lines
 
 
 SMALL = {"plan": {"train_blocks": [5], "drop_blocks": [], "moe_blocks": []}}

@@ -1,12 +1,15 @@
-"""Adapters: what is added to a block beside its pretrained parameters; one file each.
+"""Adapters: new layers that are added to a pretrained block. Each adapter is one file.
 
-An adapter is a function `attach(block, options, seed) -> parameters` that puts its layers into a timm block in
-place, so that at the start the block computes what it did, and returns their parameters. Its layers stand in one of
-three places. Either they take that of a layer they wrap: the block's forward calls whatever stands there. Or it is one
-module under the name `BESIDE_FFN`, whose output is added to that of the FFN and which is given the stream before the
-FFN's norm, (B, N, D) -> (B, N, D). Or one under `BESIDE_BLOCK`, whose output is added to the block's and which is given
-the tokens that enter the block and are left by it. To add one, write a file here that registers it and name the file in
-`_KINDS`.
+An adapter is a function `attach(block, options, seed) -> parameters`. It changes a timm block in place, so that the
+block at first computes the same as before, and returns the new parameters. It can add its layers in three ways:
+
+* A wrapper replaces a layer of the block, for example `attn.qkv`. The block's forward calls it like the layer.
+* A module named `BESIDE_FFN` gets the tokens before the FFN's norm, (B, N, D) -> (B, N, D). Its output is added to
+  the output of the FFN.
+* A module named `BESIDE_BLOCK` gets the input tokens of the block, without those that the block dropped. Its output
+  is added to the output of the block.
+
+To add an adapter, write a file here that registers it, and add the file's name to `_KINDS`.
 """
 
 import importlib
@@ -21,9 +24,11 @@ from moe_bsr.config.registry import Choice, Registry
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """Attributes:
-    attach: (block, options, seed) -> the adapter's parameters. None: it stands beside all blocks, as a side network
-        that reads what they leave (`model/ladder.py`).
+    """A kind of adapter.
+
+    Attributes:
+        attach: (block, options, seed) -> the new parameters. None for a side network that reads the outputs of several
+            blocks and changes none of them (`model/ladder.py`).
     """
 
     attach: Callable[[nn.Module, Any, tuple], list[nn.Parameter]] | None
@@ -40,12 +45,12 @@ for _name in _KINDS:
 
 
 def is_beside(choice: Choice | None) -> bool:
-    """Whether a block's adapter is a part of a side network, which leaves the block as it is."""
+    """Return whether a block's adapter is part of a side network, which does not change the block."""
     return choice is not None and ADAPTERS[choice.kind].attach is None
 
 
 def attach(blocks: Sequence[nn.Module], choices: Sequence[Choice | None], seed: int) -> dict[int, list[nn.Parameter]]:
-    """Put into each block the adapter chosen for it; returns their parameters by block."""
+    """Add to each block the adapter chosen for it, and return the new parameters by block index."""
     parameters = {}
     for index, choice in enumerate(choices):
         if choice is not None and (into := ADAPTERS[choice.kind].attach) is not None:

@@ -1,8 +1,8 @@
 """AdaptFormer: a narrow two-layer network beside the FFN (Chen et al. 2022, arXiv 2205.13535).
 
-x' = x + FFN(norm(x)) + scale x up(relu(down(x))). It sees the stream before the norm, which the norm keeps anyway; its
-own are tokens x width values. Behind a drop it works on the tokens that are left. For its ReLU it cannot be merged.
-Unlike the authors' code there is no dropout, and no norm before the heads.
+x' = x + FFN(norm(x)) + scale * up(relu(down(x))). Its input is that of the norm, which the norm saves anyway; it saves
+another tokens x width values. After a drop it processes only the remaining tokens. Because of its ReLU it cannot be
+merged into the pretrained weights. Unlike the authors' code it has no dropout and adds no norm before the heads.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,11 @@ from moe_bsr.runtime.rng import generator
 
 @dataclass(frozen=True)
 class AdaptFormerOptions:
-    """width: of the layer in the middle. scale: of what is added."""
+    """Options of AdaptFormer.
+
+    Attributes:
+        width: hidden units. scale: factor of its output.
+    """
 
     width: int = 64
     scale: float = 0.1
@@ -30,7 +34,7 @@ class AdaptFormerOptions:
 
 
 class AdaptFormer(nn.Module):
-    """(B, N, D) -> (B, N, D), 0 at the start: `down` is random, `up` zero."""
+    """The network, (B, N, D) -> (B, N, D). It outputs 0 at the start: `down` is random, `up` is zero."""
 
     def __init__(self, dim: int, options: AdaptFormerOptions, seed: tuple, device: torch.device) -> None:
         super().__init__()
@@ -40,7 +44,7 @@ class AdaptFormer(nn.Module):
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.zero_()
-            bound = dim**-0.5  # as torch's linear layers begin
+            bound = dim**-0.5  # as torch initializes linear layers
             draws = torch.rand(self.down.weight.shape, generator=generator(*seed)) * 2 * bound - bound
             self.down.weight.copy_(draws)
 

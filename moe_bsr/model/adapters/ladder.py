@@ -1,4 +1,4 @@
-"""The adapter that is a side network beside the whole backbone: its options (`model/ladder.py` has the network)."""
+"""Options of the ladder, a side network beside the whole backbone (`model/ladder.py`)."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,11 @@ from moe_bsr.model.adapters import ADAPTERS, Adapter
 
 @dataclass(frozen=True)
 class LadderOptions:
-    """reduction: the width of a side block is the backbone's over this."""
+    """Options of the ladder.
+
+    Attributes:
+        reduction: the backbone's width divided by the width of a side block.
+    """
 
     reduction: int = 8
 

@@ -1,8 +1,8 @@
 """LoRA: a low-rank update beside linear layers (Hu et al. 2021, arXiv 2106.09685).
 
-With `freeze_a` the first factor stays random (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303): the layer's input need
-not be kept for it. Beside `attn.proj` (in float32) and `mlp.fc2` the input is kept anyway, by the attention and the
-activation, and the update costs tokens x rank values.
+With `freeze_a` the first factor stays random (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303), so the layer's input need
+not be saved for it. The input of `attn.proj` (in float32) and that of `mlp.fc2` are saved anyway, by the attention and
+by the activation. There LoRA saves only another tokens x rank values.
 """
 
 from dataclasses import dataclass, field
@@ -21,9 +21,12 @@ LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 @dataclass(frozen=True)
 class LoRAOptions:
-    """rank: of the update. alpha: its scale times the rank. layers: which of a block's linear layers get one.
+    """Options of LoRA.
 
-    freeze_a: whether the random factor stays as it is.
+    Attributes:
+        rank: rank of the update. alpha: the update is scaled by alpha / rank.
+        layers: names of the block's linear layers that get an update.
+        freeze_a: keep the random factor A fixed.
     """
 
     rank: int = 8
@@ -41,7 +44,7 @@ class LoRAOptions:
 
 
 class LoRALinear(nn.Module):
-    """base(x) + alpha / rank x A^T B^T, A (rank, in) random, B (out, rank) zero at the start."""
+    """base(x) + alpha / rank * x A^T B^T. At the start A (rank, in) is random and B (out, rank) is zero."""
 
     def __init__(self, base: nn.Linear, options: LoRAOptions, seed: tuple) -> None:
         super().__init__()
@@ -55,7 +58,7 @@ class LoRALinear(nn.Module):
         return self.base(x) + self.scale * linear(linear(x, self.lora_a, None), self.lora_b, None)
 
     def activated(self, act: nn.Module, x: Tensor, needs_output: bool = True) -> Tensor:
-        """The same of act(x), for whose backward pass x and the update's r values a token are kept."""
+        """Compute the layer for act(x), saving x and `rank` values per token for the backward pass."""
         if not takes_activation(self.base):
             return self(act(x))
         update = linear(activated_linear(act, x, self.lora_a, None), self.lora_b, None)
@@ -63,13 +66,17 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> Linear:
-        """The base layer with the update added to its weight: the same function, in one product."""
+        """Add the update to the weight of the base layer and return that layer, which computes the same function."""
         self.base.weight += (self.scale * self.lora_b @ self.lora_a).to(self.base.weight.dtype)
         return self.base
 
 
 def attach(block: nn.Module, options: LoRAOptions, seed: tuple) -> list[nn.Parameter]:
-    """Wrap the chosen linear layers of a block; layers that it lacks (an FFN of experts) are refused."""
+    """Wrap the chosen linear layers of a block.
+
+    Raises:
+        ConfigError: the block has no such layer, for example because its FFN is a mixture of experts.
+    """
     parameters = []
     for path in options.layers:
         parent, _, name = path.rpartition(".")

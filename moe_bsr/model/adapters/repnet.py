@@ -1,15 +1,16 @@
-"""Rep-Net's residual learning on a ViT: a fresh block beside a frozen one (BSR section 5.1 and Table 5; for CNNs Yang
+"""Rep-Net's residual learning on a ViT: a new block beside a frozen one (BSR section 5.1 and Table 5; for CNNs Yang
 et al. 2022).
 
     x' = x + f(x) + g(x)
 
-f is what the block adds to its tokens, g what a new one of its width and heads adds to the same tokens, those that are
-left where the block drops or merges some. Here g is zero at the start: so are the projection behind its attention and
-the last layer of its FFN. As `published`, both carry the identity and g is random at the start, x' = 2 x + f + g: each
-side block doubles the stream, and the network begins as another than the pretrained one.
+f is the residual of the pretrained block, g that of a new block with the same width and heads. If the block drops or
+merges tokens, g processes the same reduced tokens. Here g is zero at the start, because the projection after its
+attention and the last layer of its FFN are zero. With `published`, both blocks carry the identity and g is random at
+the start: x' = 2 x + f + g. Each side block then doubles the tokens, and the network does not start as the pretrained
+one.
 
-Gradients of side blocks go through the blocks behind them, so what they keep comes on top of the path: of each token 9
-values of the width, for their input is kept once for both.
+Gradients of side blocks pass through all later blocks. A side block therefore saves its activations in addition to
+those of the gradient path: 9 activations of a token's width, because both blocks share the saved input.
 """
 
 from dataclasses import dataclass
@@ -23,13 +24,17 @@ from moe_bsr.model.layers import feed_forward
 
 @dataclass(frozen=True)
 class RepNetOptions:
-    """published: both blocks carry the identity, and the new one is random at the start."""
+    """Options of Rep-Net.
+
+    Attributes:
+        published: as in the paper, both blocks carry the identity, and the new one is random at the start.
+    """
 
     published: bool = False
 
 
 class SideBlock(nn.Module):
-    """g, as published x + g."""
+    """The new block: g(x), or with `published` x + g(x)."""
 
     def __init__(self, block: nn.Module, options: RepNetOptions, seed: tuple) -> None:
         super().__init__()
@@ -43,11 +48,15 @@ class SideBlock(nn.Module):
     def forward(
         self, x: Tensor, bias: Tensor | None = None, first_alone: bool = False, needs_output: bool = True
     ) -> Tensor:
-        """What is added to the block's output: (B, N, D) -> (B, N, D), of the first token alone (B, 1, D).
+        """Return what is added to the output of the pretrained block.
 
         Args:
-            bias: (B, N) float32, added to the logits of each key.
-            needs_output: as of `Mlp`.
+            x: (B, N, D).
+            bias: (B, N) float32, added to the attention logits of each key.
+            first_alone: compute only the first token.
+            needs_output: as in `Mlp.forward`.
+        Returns:
+            (B, N, D), or (B, 1, D) with `first_alone`.
         """
         y, _ = self.attn(self.norm1(x), bias=bias, first_alone=first_alone)
         middle = (x[:, :1] if first_alone else x) + y

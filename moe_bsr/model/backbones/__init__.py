@@ -1,9 +1,10 @@
-"""Backbones: families of pretrained networks that a plan can be applied to; one file each.
+"""Backbones: families of pretrained networks to which a plan can be applied. Each family is one file.
 
-A family says which names of `backbone.name` are its own, creates such a network with or without its weights, tells how
-images must be prepared for it, and runs its blocks. The rest of the product asks a network for `blocks`, `norm`,
-`fc_norm`, `head`, `attn_pool`, `num_features`, `embed_dim`, `has_class_token`, `num_prefix_tokens` and `global_pool`,
-as timm's VisionTransformer has them. To add a family, write a file here that registers it and name it in `_KINDS`.
+A family decides which values of `backbone.name` it accepts, creates such a network with or without its weights, says
+how images must be prepared for it, and runs its blocks. The rest of the package uses these attributes of a network, as
+timm's VisionTransformer has them: `blocks`, `norm`, `fc_norm`, `head`, `attn_pool`, `num_features`, `embed_dim`,
+`has_class_token`, `num_prefix_tokens` and `global_pool`. To add a family, write a file here that registers it, and add
+its name to `_KINDS`. `pretrained.py` and `weights.py` are shared by all families.
 """
 
 import importlib
@@ -34,15 +35,15 @@ class Backbone:
     """A family of backbones.
 
     Attributes:
-        accepts: whether a name is one of the family's.
-        create_on_meta: config -> the network without values, instant.
+        accepts: name -> whether it belongs to this family.
+        create_on_meta: config -> the network on the meta device, without values.
         load: (config, seed) -> the network with its weights, without a classifier, in float32 on the CPU.
         image_settings: (config, network) -> how its images must be prepared.
         embed: (network, (B, 3, S, S) normalized images) -> Tokens of (B, N, D) or (B, C, H, W), in the compute dtype.
-        pool: (network, what the last block leaves) -> (B, D) features for the heads.
-        image_side: network -> pixels of an image's side.
-        forward: of a block: (block, Tokens, context, task, replay, noise_key, needs_output) -> Tokens and its Record.
-        check: (config, plan) raises ConfigError where the family cannot do what is asked of it.
+        pool: (network, output of the last block) -> (B, D) features for the heads.
+        image_side: network -> side of its images in pixels.
+        forward: (block, Tokens, context, task, replay, noise_key, needs_output) -> the block's output and its Record.
+        check: (config, plan) -> None; raises ConfigError if the family does not support the configuration.
         of_tokens: whether it is a Vision Transformer, see `require_tokens`.
     """
 
@@ -62,19 +63,21 @@ BACKBONES: Registry[Backbone] = Registry("backbone.name")
 
 
 def family_of(config: BackboneConfig) -> Backbone:
-    """The family that accepts the name; "vit" is asked last, and refuses names that nobody knows."""
-    asked = sorted(BACKBONES, key=lambda kind: kind == "vit")
-    return next(BACKBONES[kind] for kind in asked if BACKBONES[kind].accepts(config.name))
+    """Return the family that accepts the name. "vit" accepts every name, so it is tried last."""
+    in_order = sorted(BACKBONES, key=lambda kind: kind == "vit")
+    return next(BACKBONES[kind] for kind in in_order if BACKBONES[kind].accepts(config.name))
 
 
 def require_tokens(config: BackboneConfig, what: str) -> None:
-    """Refuse a backbone without tokens for what is made for Vision Transformers alone.
+    """Refuse backbones without tokens, for features that need a Vision Transformer.
 
+    Args:
+        what: name of the feature, the subject of the error message.
     Raises:
-        ConfigError: names the backbone, and what was asked.
+        ConfigError: the backbone has no tokens.
     """
     of_tokens = family_of(config).of_tokens
-    require(of_tokens, "backbone.name", config.name, f"no Vision Transformer, and {what} is made for these alone")
+    require(of_tokens, "backbone.name", config.name, f"is no Vision Transformer, and {what} works only with these")
 
 
 _KINDS = ("resnet", "vit")  # files whose import registers what they define

@@ -1,9 +1,9 @@
 """Backbones: timm's ResNets of basic or bottleneck blocks, with batch norm and ReLU (ResNet, ResNeXt, wide, -c to -t).
 
-A block is a residual block, counted through the stages: `layer2.3` of a ResNet-50 is block 6. What a block hands on are
-maps, (B, C, H, W), in the place of tokens. Batch norms use the statistics that they were trained with, in every mode,
-and never change them, wherever they stand: those of a few images would say little, and frozen blocks would not be
-frozen. Scale and shift of a norm train with their block. `ops.convolution` has what is kept for the backward pass.
+A block is a residual block, counted across the stages: `layer2.3` of a ResNet-50 is block 6. Instead of tokens, blocks
+take and return feature maps (B, C, H, W). Batch norms always use their pretrained running statistics, also in training
+mode, and never update them: the statistics of a few images are noisy, and updates would change frozen blocks. The
+scale and shift of a norm train with their block. `ops/convolution.py` says what is saved for the backward pass.
 """
 
 from collections.abc import Iterator
@@ -30,17 +30,17 @@ KNOWN = {
     ResNet, BasicBlock, Bottleneck, nn.Sequential, nn.Identity, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d,
     nn.AvgPool2d, SelectAdaptivePool2d, nn.AdaptiveAvgPool2d, nn.Flatten,
 }  # fmt: skip
-ANCHOR = "layer1.0.conv1.weight"  # what every ResNet of timm's and torchvision's naming has
+ANCHOR = "layer1.0.conv1.weight"  # a tensor that every ResNet has, by timm's and torchvision's names
 
 
 class ResidualNetwork(nn.Module):
-    """A timm ResNet without its classifier: a stem, its residual blocks in one list, and the pooling.
+    """A timm ResNet without its classifier: the stem, all residual blocks in one list, and the pooling.
 
     Attributes:
-        blocks: of all stages, in order; timm's own.
-        norm, fc_norm, head, attn_pool, has_class_token, num_prefix_tokens, global_pool, embed_dim: as of timm's
-            VisionTransformer, which has them where this network has nothing.
-        image_size: pixels of a side, as trained or as asked for.
+        blocks: timm's residual blocks of all stages, in order.
+        norm, fc_norm, head, attn_pool, has_class_token, num_prefix_tokens, global_pool, embed_dim: as in timm's
+            VisionTransformer. Parts that a ResNet lacks are None or nn.Identity.
+        image_size: side of the images in pixels, as configured or as in pretraining.
     """
 
     has_class_token, num_prefix_tokens, global_pool, attn_pool = False, 0, "avg", None
@@ -58,7 +58,7 @@ class ResidualNetwork(nn.Module):
         self.image_size = image_size or self.pretrained_cfg["input_size"][-1]
 
     def maps(self) -> list[tuple[int, int]]:
-        """(channels, pixels of a side) of what each block leaves."""
+        """Return (channels, side in pixels) of each block's output."""
         side = self.image_size
         for layer in (*(conv for conv, _ in _pairs(self.conv1, self.bn1)), self.maxpool):
             side = _side(side, layer)
@@ -75,7 +75,7 @@ def accepts(name: str) -> bool:
 
 
 def create_on_meta(config: BackboneConfig) -> ResidualNetwork:
-    """The architecture alone, on the meta device.
+    """Create the network on the meta device.
 
     Raises:
         ConfigError: unknown tag, or a ResNet with other parts than convolutions, batch norms and ReLUs.
@@ -85,16 +85,16 @@ def create_on_meta(config: BackboneConfig) -> ResidualNetwork:
 
 
 def load(config: BackboneConfig, seed: int = 0) -> ResidualNetwork:
-    """The backbone with its weights, without a classifier, in float32 on the CPU.
+    """Load the backbone with its weights, without a classifier, in float32 on the CPU.
 
     Raises:
-        ConfigError: as `create_on_meta`; weights absent, or not of this architecture.
+        ConfigError: as in `create_on_meta`; or the weights are absent or of another architecture.
     """
     return ResidualNetwork(load_network(config, seed, _create, _load_file), config.image_size)
 
 
 def image_settings(config: BackboneConfig, network: ResidualNetwork) -> ImageSettings:
-    """Size, mean, std, interpolation and crop share this backbone was trained with."""
+    """Return the image size, and the normalization, interpolation and crop that the backbone was trained with."""
     cfg = timm.data.resolve_model_data_config(network)
     return ImageSettings(
         network.image_size,
@@ -107,7 +107,7 @@ def image_settings(config: BackboneConfig, network: ResidualNetwork) -> ImageSet
 
 
 def embed(network: ResidualNetwork, images: Tensor) -> Tokens:
-    """(B, 3, S, S) normalized images -> (B, C, H, W) maps in the compute dtype: the stem."""
+    """Run the stem: (B, 3, S, S) normalized images -> (B, C, H, W) maps in the compute dtype."""
     x = images
     for conv, norm in _pairs(network.conv1, network.bn1):
         x = relu(normed_convolution(x, conv, norm))
@@ -115,7 +115,7 @@ def embed(network: ResidualNetwork, images: Tensor) -> Tokens:
 
 
 def forward(block: nn.Module, tokens: Tokens, *_: object) -> tuple[Tokens, Record]:
-    """One residual block on (B, C, H, W) maps, leaving (B, C', H', W'). It decides nothing and reports nothing."""
+    """Run one residual block, (B, C, H, W) -> (B, C', H', W'). The record is empty."""
     x = y = tokens.x
     *inner, last = _inner(block)
     for conv, norm in inner:
@@ -125,7 +125,7 @@ def forward(block: nn.Module, tokens: Tokens, *_: object) -> tuple[Tokens, Recor
 
 
 def _shortcut(downsample: nn.Sequential, x: Tensor) -> Tensor:
-    """The maps as the block's output needs them: pooled first, in some kinds."""
+    """Bring the block's input to the shape of its output. Some kinds of ResNet pool before the convolution."""
     *pools, conv, norm = downsample
     for pool in pools:
         x = pool(x)
@@ -133,31 +133,31 @@ def _shortcut(downsample: nn.Sequential, x: Tensor) -> Tensor:
 
 
 def _inner(block: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-    """Those of a block that are not on its shortcut."""
+    """Yield the convolutions and norms of a block that are not on its shortcut."""
     return _pairs(*(part for name, part in block.named_children() if name != "downsample"))
 
 
 def _side(side: int, layer: nn.Conv2d | nn.MaxPool2d) -> int:
-    """Of what a convolution or a pool leaves."""
+    """Return the side of the output maps of a convolution or pool."""
     values = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
     kernel, stride, padding, dilation = (value if isinstance(value, int) else value[0] for value in values)
     return (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
 def _pairs(*parts: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-    """The convolutions of these modules, each with the norm behind it."""
+    """Yield the convolutions in these modules, each with the norm that follows it."""
     layers = [layer for part in parts for layer in part.modules()]
     convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
     return zip(convolutions, [layer for layer in layers if isinstance(layer, nn.BatchNorm2d)], strict=True)
 
 
 def pool(network: ResidualNetwork, x: Tensor) -> Tensor:
-    """(B, C, H, W) maps of the last block -> (B, C) features, their means."""
+    """Average the (B, C, H, W) maps of the last block to (B, C) features."""
     return network.pool(network.norm(x))
 
 
 def check(config: Config, plan: list[BlockPlan]) -> None:
-    """Refuse what is made for tokens.
+    """Refuse settings that need tokens.
 
     Raises:
         ConfigError: names the key.
@@ -167,20 +167,22 @@ def check(config: Config, plan: list[BlockPlan]) -> None:
         "moe_blocks": "its blocks have no FFN that could become experts",
         "head_blocks": "it has no class token that heads could read",
     }.items():
-        require(not getattr(config.plan, key), f"plan.{key}", getattr(config.plan, key), f"[]: {_of(config)}, {why}")
+        value = getattr(config.plan, key)
+        require(not value, f"plan.{key}", value, f"must be []: {_is_resnet(config)}, and {why}")
     require(
         config.plan.train_weights != "proj",
         "plan.train_weights",
         "proj",
-        f"all, bias or norm: {_of(config)}, which has no attention",
+        f"must be all, bias or norm: {_is_resnet(config)}, which has no attention",
     )
     for block in plan:
-        require(block.adapter is None, "adapter", str(block.adapter), f"null: {_of(config)}; adapters are a ViT's")
+        why = f"must be null: {_is_resnet(config)}, and adapters work only with Vision Transformers"
+        require(block.adapter is None, "adapter", str(block.adapter), why)
         allowed = block.storage in map(Choice, STORAGES)
-        require(allowed, "storage", str(block.storage), f"{' or '.join(STORAGES)}: {_of(config)}")
+        require(allowed, "storage", str(block.storage), f"must be {' or '.join(STORAGES)}: {_is_resnet(config)}")
 
 
-def _of(config: Config) -> str:
+def _is_resnet(config: Config) -> str:
     return f"{config.backbone.name} is a ResNet"
 
 
@@ -194,7 +196,7 @@ def _create(config: BackboneConfig, pretrained: bool = False) -> ResNet:
         not odd,
         "backbone.name",
         config.name,
-        f"has {', '.join(sorted(odd))}; of timm's ResNets those of plain convolutions, batch norms and ReLUs work, as "
+        f"has {', '.join(sorted(odd))}; only ResNets of plain convolutions, batch norms and ReLUs work, such as "
         "resnet50, resnet26d, resnext50_32x4d and wide_resnet50_2",
     )
     return resnet

@@ -32,26 +32,26 @@ from moe_bsr.ops.patches import embed_patches
 
 
 def create_on_meta(config: BackboneConfig) -> VisionTransformer:
-    """The architecture alone, on the meta device: instant, for checks, plans and costs.
+    """Create the network on the meta device, which is instant: for checks, plans and costs.
 
     Raises:
-        ConfigError: unknown name, or a model whose block forward is not a plain ViT's.
+        ConfigError: unknown name, impossible image size, or blocks whose forward differs from a plain ViT's.
     """
     with torch.device("meta"), Unfilled():
         return _create(config)
 
 
 def load(config: BackboneConfig, seed: int = 0) -> VisionTransformer:
-    """The backbone with its weights, without a classifier, in float32 on the CPU.
+    """Load the backbone with its weights, without a classifier, in float32 on the CPU.
 
     Raises:
-        ConfigError: as `create_on_meta`; weights absent, or not of this architecture (which keys, which shapes).
+        ConfigError: as in `create_on_meta`; or the weights are absent, or differ in names and shapes.
     """
     return load_network(config, seed, _create, _load_file)
 
 
 def image_settings(config: BackboneConfig, vit: VisionTransformer) -> ImageSettings:
-    """Size, mean, std, interpolation and crop share this backbone was trained with."""
+    """Return the image size, and the normalization, interpolation and crop that the backbone was trained with."""
     size = vit.patch_embed.img_size[0]
     if (meta := bundled_metadata(config.name)) is not None:
         return ImageSettings(size, tuple(json.loads(meta["mean"])), tuple(json.loads(meta["std"])), "bicubic", 1.0)
@@ -62,16 +62,15 @@ def image_settings(config: BackboneConfig, vit: VisionTransformer) -> ImageSetti
 
 
 def embed(vit: VisionTransformer, images: Tensor) -> Tokens:
-    """(B, 3, S, S) normalized images -> (B, N, D) tokens, prefix tokens first, in the compute dtype."""
+    """Embed (B, 3, S, S) normalized images as (B, N, D) tokens, prefix tokens first, in the compute dtype."""
     x = vit.norm_pre(vit.patch_drop(vit._pos_embed(embed_patches(vit.patch_embed, images))))
     origin = torch.arange(x.shape[1] - vit.num_prefix_tokens, device=x.device)
     return Tokens(x.to(compute_dtype(x)), origin.expand(x.shape[0], -1))
 
 
 def pool(vit: VisionTransformer, x: Tensor) -> Tensor:
-    """(B, N, D) tokens of the last block -> (B, D) features, normalized and pooled as the backbone does."""
-    # Where only the class token is looked at, there is no need to normalize the others.
-    x = x[:, :1] if vit.global_pool == "token" else x
+    """Normalize and pool the last block's tokens as the backbone does: (B, N, D) -> (B, D)."""
+    x = x[:, :1] if vit.global_pool == "token" else x  # the other tokens need not be normalized
     return vit.forward_head(vit.norm(x), pre_logits=True)
 
 
@@ -82,7 +81,7 @@ def _create(config: BackboneConfig, pretrained: bool = False) -> VisionTransform
         if pretrained or config.image_size is None:
             raise
         with torch.device("meta"), Unfilled():
-            plain = named_network(config.name, None)  # if it exists without the size, the size is at fault
+            plain = named_network(config.name, None)  # raises if the name is at fault
         plain = f"; {config.name} is no timm VisionTransformer" if type(plain) is not VisionTransformer else ""
         key, value = ("backbone.name", config.name) if plain else ("backbone.image_size", config.image_size)
         raise ConfigError(f"{key} = {show(value)}: {error}{plain}") from None
@@ -116,7 +115,7 @@ def _create(config: BackboneConfig, pretrained: bool = False) -> VisionTransform
 
 
 def _unsupported(block: nn.Module) -> str | None:
-    """What a block is, if the one forward of `model.block` is not its own."""
+    """Name what a block is if `model.block.forward` does not compute the same as its own forward; None if it does."""
     if type(block) is not Block or type(block.attn) is not Attention:
         return type(block).__name__
     dropout = [name for name, module in block.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]

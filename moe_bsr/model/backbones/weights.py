@@ -1,6 +1,7 @@
-"""Weights files: what a file is, and the tensors in it that are a backbone's.
+"""Read weights files: recognize the format, and find the backbone's tensors in it.
 
-Of a wrapper's parts one is taken, and a wrapper's prefix is taken off; a note says so. Nothing is executed.
+If a checkpoint holds several parts, one of them is used. A prefix that a wrapper put before all names is removed. Notes
+for the user say so. No code in a file is ever executed.
 """
 
 import re
@@ -15,12 +16,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-# Parts of a checkpoint that may be the backbone, the best first: averages before what they average.
+# Keys of a checkpoint under which a backbone may be, the best first: averaged weights before the weights themselves.
 PARTS = (
     "state_dict_ema", "model_ema", "ema", "teacher", "target_encoder", "state_dict", "model", "student", "encoder",
     "backbone", "module", "net", "network", "weights", "params",
 )  # fmt: skip
-ANCHOR = "patch_embed.proj.weight"  # what every ViT of timm's naming has
+ANCHOR = "patch_embed.proj.weight"  # a tensor that every ViT has, by timm's names
 MAGIC = {
     b"\x1f\x8b": "packed with gzip: unpack it",
     b"BZh": "packed with bzip2: unpack it",
@@ -34,20 +35,21 @@ MAGIC = {
 }
 
 
-ARGUMENTS = SimpleNamespace, "argparse.Namespace"  # which checkpoints of timm hold, and what is made of them here
+# timm's checkpoints contain an argparse.Namespace. It is unpickled as a SimpleNamespace, which is harmless.
+ARGUMENTS = SimpleNamespace, "argparse.Namespace"
 
 
 class NotWeights(ValueError):
-    """A file that is no weights file, or holds no weights that can be used: the message says what it is."""
+    """The file is no weights file or holds no usable weights. The message says what it is instead."""
 
 
 def read(file: Path, anchor: str = ANCHOR) -> tuple[dict[str, Tensor], list[str]]:
-    """The backbone's tensors by name, and notes for a person on which part of the file they are.
+    """Return the backbone's tensors by name, and notes for the user on which part of the file was used.
 
     Args:
-        anchor: a name that every network of the family has: what stands before it is a prefix.
+        anchor: name of a tensor that every network of the family has. Anything before it in the file is a prefix.
     Raises:
-        NotWeights: what the file is instead, and what to do.
+        NotWeights: says what the file is instead, and what to do.
     """
     with file.open("rb") as stream:
         head = stream.read(4096)
@@ -67,7 +69,7 @@ def read(file: Path, anchor: str = ANCHOR) -> tuple[dict[str, Tensor], list[str]
 
 
 def foreign(head: bytes) -> str | None:
-    """What a file is that begins so, if that is not weights."""
+    """Name what a file is, judging by its first bytes; None if it may be a weights file."""
     if not head:
         return "empty: fetch the file again"
     if head.startswith(b"version https://git-lfs"):
@@ -93,41 +95,41 @@ def foreign(head: bytes) -> str | None:
 def _safetensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
-    except Exception as error:  # SafetensorError is of no public base
+    except Exception as error:  # SafetensorError has no public base class
         raise NotWeights(f"cut off or damaged ({_first_line(error)}): fetch it again") from None
 
 
 def _torch_file(file: Path) -> Any:
     try:
-        # A stream: of a path, the ending would decide.
+        # Pass a stream, because torch.load interprets the ending of a path.
         with torch.serialization.safe_globals([ARGUMENTS]), file.open("rb") as stream, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch makes of a file that is none of its own is told below
+            warnings.simplefilter("ignore")  # files of other formats are reported below
             return torch.load(stream, map_location="cpu", weights_only=True)
-    except Exception as error:  # every format has its own kinds of errors
+    except Exception as error:  # torch.load raises many kinds for damaged or foreign files
         types = _types_refused(file, str(error))
         if not types:
             raise NotWeights("no weights file, cut off or damaged: fetch it again") from None
     raise NotWeights(
-        f"holds {', '.join(types)} beside tensors, and unpickling these may run anybody's code. If you trust the file, "
-        f"save the tensors alone: import pickle, torch; s = torch.load({file.name!r}, 'cpu', pickle); "
+        f"holds {', '.join(types)} beside tensors, and unpickling these can run arbitrary code. If you trust the file, "
+        f"save only the tensors: import pickle, torch; s = torch.load({file.name!r}, 'cpu', pickle); "
         "torch.save({k: v for k, v in s.items() if torch.is_tensor(v)}, 'tensors.pth') "
-        "(of s['model'] or s.state_dict(), where they lie there)"
+        "(use s['model'] or s.state_dict() if the tensors are there)"
     )
 
 
 def _types_refused(file: Path, message: str) -> list[str]:
-    """Names of the types in a pickle that are not plain tensors and containers; empty if that is not the trouble."""
+    """List the types in a pickle that are not plain tensors and containers. Empty if these are not the problem."""
     try:
         with file.open("rb") as stream:
             types = torch.serialization.get_unsafe_globals_in_checkpoint(stream)
-    except Exception:  # only for zip archives, and not for every content
+    except Exception:  # the function works only for zip archives, and not for every content
         types = re.findall(r"GLOBAL ([\w.]+)", message)
     types = [name for name in sorted(types) if name != ARGUMENTS[1]]
     return types[:4] + ([f"{len(types) - 4} more types"] if len(types) > 4 else [])
 
 
 def _part(content: Any, anchor: str, path: str = "", depth: int = 3) -> tuple[dict[str, Tensor], list[str]]:
-    """The dictionary of tensors within what a checkpoint holds, and a note if others were passed over."""
+    """Return the dictionary of tensors within a checkpoint's content, and a note if it was not at the top."""
     if not isinstance(content, dict):
         raise NotWeights(f"{path or 'it'} holds no tensors by name, but {type(content).__name__}")
     state = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
@@ -140,7 +142,7 @@ def _part(content: Any, anchor: str, path: str = "", depth: int = 3) -> tuple[di
         raise NotWeights(f"no tensors by name, but {keys[:200]}; save the part that is the backbone on its own")
     state, notes = _part(inner[chosen], anchor, f"{path}{chosen}.", depth - 1)
     others = [name for name in inner if name != chosen]
-    return state, [f"{path}{chosen} was taken" + (f", not {', '.join(others)}" if others else ""), *notes]
+    return state, [f"{path}{chosen} was used" + (f", not {', '.join(others)}" if others else ""), *notes]
 
 
 def _has_tensors(content: dict, depth: int) -> bool:
@@ -151,7 +153,7 @@ def _has_tensors(content: dict, depth: int) -> bool:
 
 
 def _without_prefix(state: dict[str, Tensor], notes: list[str], anchor: str) -> tuple[dict[str, Tensor], list[str]]:
-    """Names as the backbone has them, where a wrapper put its own before all of them."""
+    """Remove the prefix that a wrapper put before the backbone's names, if there is one."""
     found = [name.removesuffix(anchor) for name in state if name == anchor or name.endswith("." + anchor)]
     if not found or "" in found:
         return state, notes
@@ -164,12 +166,12 @@ def _without_prefix(state: dict[str, Tensor], notes: list[str], anchor: str) -> 
     if others and rank(best) == rank(min(others, key=rank)):
         raise NotWeights(f"several networks, under {', '.join(found)}: save the one that is the backbone on its own")
     kept = {name.removeprefix(best): value for name, value in state.items() if name.startswith(best)}
-    passed = f", and {len(state) - len(kept)} tensors without it were passed over" if len(kept) < len(state) else ""
-    return kept, [*notes, f"the prefix {best!r} was taken off{passed}"]
+    ignored = f", and {len(state) - len(kept)} tensors without it were ignored" if len(kept) < len(state) else ""
+    return kept, [*notes, f"the prefix {best!r} was removed{ignored}"]
 
 
 def check_usable(state: dict[str, Tensor]) -> None:
-    """Refuse what cannot be a network's weights: sparse, without data, rounded to integers, or not finite.
+    """Refuse tensors that cannot be a network's weights: sparse, without data, quantized, or not finite.
 
     Raises:
         NotWeights: names the first such tensors.
@@ -186,10 +188,10 @@ def check_usable(state: dict[str, Tensor]) -> None:
 
 
 def npz_misfit(file: Path, depth: int) -> str | None:
-    """What timm's reader of Google's .npz files would pass over: blocks beyond the model's.
+    """Describe a wrong number of blocks in one of Google's .npz files, which timm's reader would not notice.
 
     Raises:
-        NotWeights: whole numbers, which it would take for weights.
+        NotWeights: no zip archive, or integer arrays, which timm's reader would accept as weights.
     """
     if not zipfile.is_zipfile(file):
         raise NotWeights("cut off or damaged (no zip archive): fetch it again")
