@@ -65,7 +65,7 @@ class Balance(nn.Module):
 
     @torch.no_grad()
     def fold(self, shares: Tensor, task: str) -> None:
-        """Update the running average with the shares of one micro-batch, (layers, 2, E). A task's first shares set it."""
+        """Update the running averages with one micro-batch's shares, (layers, 2, E). A task's first shares set them."""
         row = self.tasks.index(task)
         for layer in range(len(self.blocks)):
             for share, name in zip(shares[layer], ("importance", "load"), strict=True):

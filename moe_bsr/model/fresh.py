@@ -12,8 +12,7 @@ INIT_STD = 0.02
 
 
 def fresh_block(width: int, heads: int, device: torch.device, seed: tuple) -> Block:
-    """Create a block (B, N, width) -> (B, N, width) with biases and an FFN of four times its width, initialized as in
-    a ViT."""
+    """Create a block (B, N, width) -> (B, N, width) with biases and an FFN of four times its width."""
     with torch.device("meta"):
         block = Block(width, heads, qkv_bias=True, norm_layer=timm_layers.LayerNorm)
     block.to_empty(device=device)

@@ -1,15 +1,15 @@
-"""Ladder side tuning: a narrow network beside a frozen one, which reads what its blocks leave (LST, Sung et al. 2022,
-arXiv 2206.06522).
+"""Ladder side tuning: a narrow network beside a frozen one, which reads the outputs of its blocks (LST, Sung et al.
+2022, arXiv 2206.06522).
 
-    s = pooled(tokens that enter the first block)
+    s = pooled(input tokens of the first block)
     s = Block_i(mu_i s + (1 - mu_i) pooled(output of block i)),  mu_i = sigmoid(alpha_i / 0.1), alpha_i = 0 at the start
     heads read the frozen network's tokens + up(norm(s))
 
-`up` is zero at the start, so heads then read what they would of the frozen network. Nothing is ever differentiated
-through the backbone: an update keeps the side blocks' activations alone, a `reduction`-th of those of full fine-tuning,
-and the frozen network is run once for each image where `data.feature_cache_mb` has room for what the ladder reads.
-Pooling takes the mean of neighboring features: it has no weights and keeps nothing. (The authors' code learns a
-projection there, which keeps each block's whole output.)
+`up` is zero at the start, so the heads at first read the output of the frozen network. No gradient passes through the
+backbone. An update therefore saves only the activations of the side blocks, 1 / `reduction` of those of full
+fine-tuning. The frozen network runs only once per image if `data.feature_cache_mb` has room for what the ladder reads.
+Pooling takes the mean of neighboring features; it has no weights and saves nothing. (The authors' code learns a
+projection there, which saves the whole output of each block.)
 
     B images, N tokens, D width of the backbone, d = D / reduction
 """
@@ -32,11 +32,11 @@ from moe_bsr.model.storage import STORAGES
 from moe_bsr.model.tokens import KEPT_TOKENS, Dropped, Rung, Tokens
 from moe_bsr.ops.tokens import reduce_tokens, take
 
-TEMPERATURE = 0.1  # of the gates: they learn ten times as fast as their scalars would
+TEMPERATURE = 0.1  # of the gates: they change ten times as fast as their parameters alpha
 
 
 class SideBlock(nn.Module):
-    """The gate and the block beside one block of the backbone."""
+    """A gate and a narrow transformer block beside one block of the backbone."""
 
     def __init__(self, width: int, heads: int, device: torch.device, seed: tuple) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class SideBlock(nn.Module):
         self.block = fresh_block(width, heads, device, seed)
 
     def forward(self, x: Tensor, read: Tensor) -> Tensor:
-        """The gate alone: (B, N, d) of the side network and of the backbone -> (B, N, d)."""
+        """Apply only the gate: mix the tokens x of the side network and the pooled `read`, each (B, N, d)."""
         return torch.lerp(read, x, torch.sigmoid(self.gate / TEMPERATURE).to(x.dtype))
 
 
@@ -52,9 +52,10 @@ class Ladder(nn.Module):
     """The side network of a frozen ViT.
 
     Attributes:
-        first: the first block beside which it has a block; what enters there is its beginning.
-        last: the last block beside which it has one.
-        side: its blocks, by the index of the backbone's.
+        first, last: the first and last block of the backbone with a side block. The side network starts from the input
+            tokens of block `first`.
+        side: side blocks, by the index of the backbone's block.
+        first_alone: the heads read only the class token.
     """
 
     def __init__(self, vit: VisionTransformer, choices: dict[int, Choice], config: Config) -> None:
@@ -84,25 +85,31 @@ class Ladder(nn.Module):
         self.context = block.BlockContext(plan, config.tokens, self.prefix, vit.has_class_token)
 
     def parameters_by_block(self) -> dict[int, list[nn.Parameter]]:
-        """Its end belongs to its last block."""
+        """Return the parameters by block. The final norm and `up` count to the last side block."""
         found = {int(index): list(side.parameters()) for index, side in self.side.items()}
         found[self.last] += [*self.norm.parameters(), *self.up.parameters()]
         return found
 
     def reads(self, index: int) -> bool:
-        """Whether it reads what block `index` leaves."""
+        """Return whether it reads the output of block `index`."""
         return str(index) in self.side
 
     def follows(self, index: int) -> bool:
-        """Whether the tokens that block `index` drops are dropped beside it too: behind the last side block only where
-        all tokens are pooled. Where heads read the class token alone, that block left nothing else."""
+        """Return whether the side network must drop the tokens that block `index` drops.
+
+        After the last side block this is needed only if all tokens are pooled. If the heads read only the class token,
+        the last side block outputs nothing else.
+        """
         return index >= self.first and not (self.first_alone and index > self.last)
 
     def pass_by(self, index: int, before: Tokens, after: Tokens, dropped: Dropped | None, replay: Replay) -> Tokens:
-        """`after` with what the ladder reads at block `index`, of the class token alone once nobody reads the others.
+        """Add to the block's output what the ladder will read of it.
 
         Args:
-            dropped, replay: what the block dropped, and its choices.
+            before, after: input and output tokens of block `index`.
+            dropped, replay: what the block dropped, and its recorded choices.
+        Returns:
+            `after` with one more rung. After the last block only the class token is kept if nothing reads the others.
         """
         rungs = before.rungs
         if index == self.first:
@@ -114,14 +121,17 @@ class Ladder(nn.Module):
             rungs = (*rungs, rung)
         x = after.x
         if index == self.depth - 1 and self.first_alone:
-            x = x[:, :1].contiguous()  # a view would hold all
+            x = x[:, :1].contiguous()  # a view would keep all tokens in memory
         return replace(after, x=x, rungs=rungs)
 
     def forward(self, tokens: Tokens, storages: list[Choice]) -> Tensor:
-        """The backbone's last tokens (B, N, D), with all rungs -> what heads read in their place.
+        """Run the side network on all rungs, and return the tokens that the heads read.
 
         Args:
-            storages: of each block of the backbone, for the block beside it.
+            tokens: output of the last block of the backbone, (B, N, D), with its rungs.
+            storages: storage of each block of the backbone, which the side block beside it uses.
+        Returns:
+            (B, N, D).
         """
         bottom, *rungs = tokens.rungs
         x, fused = bottom.read, False
@@ -133,7 +143,7 @@ class Ladder(nn.Module):
         return tokens.x + self.up(self.norm(x[:, : tokens.x.shape[1]]))
 
     def _step(self, index: int, x: Tensor, read: Tensor, storage: Choice) -> Tensor:
-        """One side block, (B, N, d) -> (B, N, d), of the class token alone at the end."""
+        """Run one side block, (B, N, d) -> (B, N, d), or (B, 1, d) if it is the last and heads read the class token."""
         side, replay = self.side[str(index)], Replay()
         alone = self.first_alone and index == self.last
         context = replace(self.context, class_token_alone=alone)
@@ -149,11 +159,11 @@ class Ladder(nn.Module):
 
     @torch.no_grad()
     def _pooled(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, d), the means of neighboring features."""
+        """Average neighboring features: (B, N, D) -> (B, N, d)."""
         return x.unflatten(2, (-1, self.reduction)).mean(3)
 
     def _follow(self, x: Tensor, kept: Tensor, scores: Tensor, fused: bool) -> Tensor:
-        """Keep and fuse the tokens that a block of the backbone did (`tokens.drop`).
+        """Keep and fuse the same tokens as a block of the backbone (`tokens.drop`).
 
         Args:
             kept: (B, K) positions after the prefix. scores: (B, C). fused: whether the last token is a fused one.
@@ -165,17 +175,17 @@ class Ladder(nn.Module):
             protected = self.tokens.protect_fused and fused
             if self.tokens.fuse == "normalized":
                 weights = weights / weights[:, : left.shape[1] - protected].sum(1, keepdim=True)
-            if protected:  # the fused token of an earlier drop, the last one, is added as it is
+            if protected:  # add the fused token of an earlier drop, the last one, with weight 1
                 weights[:, -1] = 1
             weights = weights.unsqueeze(2).to(x.dtype)
         return reduce_tokens(x, kept, left, weights, self.prefix)
 
 
 def make_ladder(vit: VisionTransformer, plan: list[BlockPlan], config: Config) -> Ladder | None:
-    """The side network of a plan, if it has one.
+    """Create the side network of a plan; None if the plan has none.
 
     Raises:
-        ConfigError: something of the backbone would train, or side blocks are of different widths.
+        ConfigError: blocks of the backbone would train, tokens are merged, or the plan has other adapters too.
     """
     choices = {index: each.adapter for index, each in enumerate(plan) if is_beside(each.adapter)}
     if not choices:
@@ -184,14 +194,14 @@ def make_ladder(vit: VisionTransformer, plan: list[BlockPlan], config: Config) -
         config.plan.train_blocks == [],
         "plan.train_blocks",
         config.plan.train_blocks,
-        "[] (and plan.moe_blocks=[]) with adapter: ladder, which has no gradient path through the backbone",
+        "must be [] (and plan.moe_blocks too) with adapter: ladder, which has no gradient path through the backbone",
     )
     require(
         not (config.tokens.merges and any(each.keep_rate < 1 for each in plan)),
         "tokens.reduce",
         config.tokens.reduce,
-        "drop with adapter: ladder, whose tokens follow those that are kept",
+        "must be drop with adapter: ladder, which cannot follow merged tokens",
     )
     alone = len(set(choices.values())) == 1 and all(each.adapter in (None, choices[min(choices)]) for each in plan)
-    require(alone, "adapter", config.adapter, "ladder of one reduction, and nothing else beside or in the blocks")
+    require(alone, "adapter", config.adapter, "ladder with one reduction, and no other adapter in any block")
     return Ladder(vit, choices, config)

@@ -1,12 +1,12 @@
-"""Token merging: similar tokens become their mean, and attention knows how many patches each token stands for.
+"""Token merging: replace similar tokens by their mean, weighted by how many patches each token stands for.
 
-Bolya et al. 2023, "Token Merging: Your ViT But Faster" (arXiv 2210.09461), written from the paper. Where tokens would
-be dropped, half of them at most are merged into others instead (`ops.merging.match`), so that as many tokens are left.
-A token weighs as much as the patches that it is made of: in the means, and in the attention of every later block
-("proportional attention"), whose logits get the logarithm of each key's size. Prefix tokens are never merged. Shapes:
+Bolya et al. 2023, "Token Merging: Your ViT But Faster" (arXiv 2210.09461), written from the paper. Instead of dropping
+tokens, a block merges up to half of them into others (`ops.merging.match`), until the same number remains. A token's
+size is the number of patches it is made of. Sizes weight the means, and in every later block the logarithm of a key's
+size is added to its attention logits ("proportional attention"). Prefix tokens are never merged. Shapes:
 
     B images, N tokens of which P prefix tokens (class, registers), D width, d width of a head,
-    C = N - P candidates, K left
+    C = N - P candidates, K remaining tokens
 """
 
 import torch
@@ -20,28 +20,29 @@ from moe_bsr.ops.tokens import take
 
 
 def sizes(tokens: Tokens) -> Tensor:
-    """How many patches each token after the prefix is made of: (B, C) float32."""
+    """Return how many patches each token after the prefix is made of: (B, C) float32."""
     if tokens.place is None:
         return torch.ones_like(tokens.origin, dtype=torch.float32)
     return sum_at(torch.ones_like(tokens.place, dtype=torch.float32), tokens.place, tokens.origin.shape[1])
 
 
 def log_sizes(tokens: Tokens) -> Tensor | None:
-    """What the attention adds to the logits of each key: (B, N) float32, 0 of prefix tokens; None before any merge."""
+    """Return what the attention adds to each key's logits: (B, N) float32, 0 for the prefix; None before any merge."""
     if tokens.place is None:
         return None
     return F.pad(sizes(tokens).log(), (tokens.x.shape[1] - tokens.origin.shape[1], 0))
 
 
 def merge(tokens: Tokens, keys: Tensor, keep_rate: float, prefix: int, replay: Replay) -> tuple[Tokens, Dropped]:
-    """Merge the most similar tokens, until a share of them is left.
+    """Merge the most similar tokens until the share `keep_rate` of the candidates remains.
+
+    Gradients flow through the means, but not through the choice of tokens.
 
     Args:
-        tokens: N tokens after the attention. keys: (B, N, d) float32, what they are compared by.
-        keep_rate: share of the candidates that is left, from 0.5 to 1.
+        tokens: N tokens after the attention. keys: (B, N, d) float32, by which they are compared.
+        keep_rate: from 0.5 to 1.
     Returns:
-        The shorter stream and what was done. If everything would be left, the stream unchanged. Its gradient goes
-        through the means; which tokens merge has none.
+        The remaining tokens, and a record of what was merged. The tokens are unchanged if all would remain.
     """
     origin = tokens.origin
     left = count_kept(origin.shape[1], keep_rate)
@@ -57,9 +58,9 @@ def merge(tokens: Tokens, keys: Tensor, keep_rate: float, prefix: int, replay: R
 
 
 def spread(tokens: Tokens) -> Tensor:
-    """The features of every patch, of its token's where it was merged: (B, N, D) -> (B, P + patches, D).
+    """Repeat each merged token for every patch it is made of: (B, N, D) -> (B, P + patches, D).
 
-    Whatever pools all tokens pools these, so that a token counts as often as the patches that it is made of.
+    Heads that pool all tokens pool these, so that a token counts as often as its patches.
     """
     if tokens.place is None:
         return tokens.x

@@ -1,8 +1,8 @@
-"""The mixture-of-experts FFN: router | experts, upcycled from a dense FFN.
+"""Mixture-of-experts FFN: a router and experts, upcycled from a dense FFN.
 
-A task-routed MoE in place of a block's FFN (M3ViT style; BSR section 5.2), or with low-rank experts beside it. Every
-token of the block, class token included, is routed on its own to its top-k experts, unless `moe.gate` says otherwise;
-nothing is dropped. Shapes:
+A task-routed MoE replaces a block's FFN (M3ViT style; BSR section 5.2); low-rank experts are added beside the FFN.
+Every token of the block, class token included, is routed individually to its top-k experts, unless `moe.gate` says
+otherwise. No token is dropped for lack of capacity. Shapes:
 
     T tokens of the micro-batch (images x tokens), D width, E experts, K = top_k
 """
@@ -41,12 +41,12 @@ class Routing:
     load: Tensor
 
     def repeated(self, times: int) -> "Routing":
-        """That of `times` tokens in the place of each."""
+        """Return the routing with each token repeated `times` times."""
         by_token = (t.repeat_interleave(times, 0) for t in (self.experts, self.gates, self.probabilities))
         return Routing(*by_token, times * self.importance, times * self.load)
 
     def of_images(self, batch: int, tokens: int) -> "Routing":
-        """The same with (T, ...) records as (B, N, ...)."""
+        """Return the routing with its (T, ...) tensors reshaped to (B, N, ...)."""
         by_token = (t.view(batch, tokens, t.shape[-1]) for t in (self.experts, self.gates, self.probabilities))
         return Routing(*by_token, self.importance, self.load)
 
@@ -54,9 +54,9 @@ class Routing:
 class MoE(nn.Module):
     """Task-routed top-k mixture of experts, upcycled from a pretrained FFN.
 
-    With renormalized gates and experts that are copies of the FFN, the fresh layer equals the FFN. With experts
-    that are slices of it (see `Experts`) it does so only when equal gates cover every slice equally;
-    `upcycling_error` measures the rest.
+    If gates are renormalized and every expert is a copy of the FFN, the new layer equals the FFN. If experts are slices
+    of it (see `Experts`), this holds only if all gates are equal and cover every slice equally. `upcycling_error`
+    measures the difference.
     """
 
     def __init__(self, mlp: nn.Module, config: MoEConfig, tasks: list[str], seed: tuple) -> None:
@@ -65,8 +65,8 @@ class MoE(nn.Module):
             type(mlp) in (timm_layers.Mlp, Mlp) and isinstance(mlp.norm, nn.Identity),
             "plan.moe_blocks",
             type(mlp).__name__,
-            "experts are copies of a plain two-layer Mlp FFN; this backbone has "
-            "another kind, so leave plan.moe_blocks empty",
+            "experts are copies of a plain two-layer Mlp FFN; this backbone has another kind, so leave "
+            "plan.moe_blocks empty",
         )
         self.gate, self.covers = config.gate, config.experts == "covering_slices"
         self.top_k = config.num_experts if config.has_fixed_gates else config.top_k
@@ -85,11 +85,14 @@ class MoE(nn.Module):
     def forward(
         self, x: Tensor, task: str, replay: Replay, noise_key: tuple[int, ...] | None = None, needs_output: bool = True
     ) -> tuple[Tensor, Routing]:
-        """(B, N, D) -> (B, N, D) and the routing record.
+        """Route (B, N, D) tokens of one task and run their experts.
 
         Args:
-            noise_key: seeds the gate noise, used in training when there is any.
-            needs_output: whether the values are wanted, or only what the backward pass needs.
+            replay: records or replays the choices.
+            noise_key: seeds the gate noise; needed in training if there is any.
+            needs_output: as in `block.forward`.
+        Returns:
+            (B, N, D) and the routing record.
         """
         flat = x.reshape(-1, x.shape[-1])
         routing = self.route(flat, task, replay, noise_key, len(x))
@@ -101,10 +104,12 @@ class MoE(nn.Module):
     def route(
         self, x: Tensor, task: str, replay: Replay, noise_key: tuple[int, ...] | None, images: int = 1
     ) -> Routing:
-        """Choose top-k experts for each of (T, D) tokens; the record's shapes are (T, ...).
+        """Choose top-k experts for each of (T, D) tokens.
 
         Args:
-            images: whose tokens these are, as many of each.
+            images: number of images, each with the same number of these tokens.
+        Returns:
+            The record, with shapes (T, ...).
         """
         if self.gate != "image":
             return self._route(x, task, replay, noise_key)
@@ -126,7 +131,7 @@ class MoE(nn.Module):
             return self._one_of_each_slice(logits, replay)
         probabilities = logits.softmax(-1)
         if isinstance(self.router, FixedGates):
-            probabilities = probabilities.nan_to_num()  # of a task whose only expert is masked: none is left
+            probabilities = probabilities.nan_to_num()  # NaN if an ablation masks all experts of a task
         chosen = replay.record("experts", lambda: logits.topk(self.top_k).indices)
         gates = probabilities.gather(1, chosen)
         if self.renormalize:
@@ -137,7 +142,7 @@ class MoE(nn.Module):
         return Routing(chosen, gates, probabilities.detach(), importance, load)
 
     def _one_of_each_slice(self, logits: Tensor, replay: Replay) -> Routing:
-        """The best of the copies of each slice, with the gate 1 whose gradient is that of its log probability."""
+        """Choose the best copy of each slice. Its gate is 1 and has the gradient of the log probability."""
         copies = logits.unflatten(1, (-1, self.top_k))  # expert e has slice e mod k
         of_slice = copies.softmax(1)
         best = replay.record("experts", lambda: copies.argmax(1))
@@ -151,14 +156,14 @@ class MoE(nn.Module):
 
 @torch.no_grad()
 def _scale(router: nn.Module, factor: float) -> None:
-    """Multiply a fresh router's weights: how decided it starts."""
+    """Multiply the initial weights of a router, which sets how unequal its first probabilities are."""
     weights = router.weight.values() if isinstance(router.weight, nn.ParameterDict) else [router.weight]
     for weight in weights if factor != 1 else ():
         weight.mul_(factor)
 
 
 def smooth_load(clean: Tensor, noisy: Tensor, chosen: Tensor, std: float) -> Tensor:
-    """(E,) expected tokens per expert if each expert's noise were drawn again (Shazeer et al. 2017, eq. 9).
+    """Return the expected tokens per expert, (E,), if the gate noise were drawn again (Shazeer et al. 2017, eq. 9).
 
     Args:
         clean, noisy: (T, E) logits. chosen: (T, K). std: of the noise.
@@ -174,7 +179,7 @@ def smooth_load(clean: Tensor, noisy: Tensor, chosen: Tensor, std: float) -> Ten
 
 @torch.no_grad()
 def upcycling_error(moe: MoE, mlp: Mlp, norm: nn.Module, task: str) -> float:
-    """Relative L2 distance of a fresh MoE from the FFN it came from, on 256 normalized random tokens."""
+    """Return the relative L2 distance between a new MoE and its FFN on 256 normalized random tokens."""
     x = norm(torch.randn(1, 256, mlp.fc1.in_features, generator=generator("start error")).to(mlp.fc1.weight))
     training = moe.training
     y, _ = moe.eval()(x, task, Replay())

@@ -1,9 +1,8 @@
-"""The model: one shared backbone, one linear head per task; the task is an argument of the forward.
+"""The model: one shared backbone and one linear head per task. The task is an argument of the forward pass.
 
-Of a backbone it asks what `backbones/__init__.py` lists; it is called `vit` in every checkpoint, whatever its family.
-
-No module keeps the state of a step: everything a caller may want to know of a forward pass is in the
-`Output` it returns.
+`backbones/__init__.py` lists the attributes that a backbone must have. The backbone is called `vit` in every
+checkpoint, whatever its family. No module keeps state between steps: everything that a caller may need from a forward
+pass is in the `Output` it returns.
 """
 
 from collections.abc import Callable
@@ -39,7 +38,7 @@ class Output:
     Attributes:
         logits: (B, classes of the task) float32.
         auxiliary_loss: scalar to add to the task's loss (the weighted balance loss; 0 without experts).
-        records: what each block that drops or routes did, by block index.
+        records: by block index, the record of each block that drops, merges or routes.
     """
 
     logits: Tensor
@@ -52,17 +51,18 @@ class Output:
 
 
 class MultitaskViT(nn.Module):
-    """A planned backbone with heads. Build it with `build`.
+    """A backbone under a plan, with one head per task. Build it with `build`.
 
     Attributes:
-        plan: what each block is.
-        path_start: the first block whose backward pass must run, or that asks for the task; the depth if none does.
-        trained_tasks: all, or those of `train.only`.
-        adapter_parameters: by the block they were added to; some may be frozen.
+        plan: one row per block.
+        path_start: index of the first block whose backward pass must run or that depends on the task; the number of
+            blocks if there is none.
+        trained_tasks: the tasks of `train.only`, or all.
+        adapter_parameters: parameters of adapters by block index; some may be frozen.
         ladder: the side network, if the adapter is one.
-        replaced: names of frozen backbone parameters that have other values than the backbone's file.
-        log_variances: of the tasks' losses, where training learns how to weigh them; a scalar for each task.
-        init_from: the run, step and sha256 of the weights it started from, if from a run's.
+        replaced: names of frozen backbone parameters whose values differ from the backbone's file.
+        log_variances: one scalar per task, if training learns how to weight the losses of the tasks.
+        init_from: run, step and sha256 of the weights it started from, if these are from a run.
     """
 
     def __init__(self, vit: Any, config: Config, classes: dict[str, int], backbone_sha256: str | None = None) -> None:
@@ -70,7 +70,7 @@ class MultitaskViT(nn.Module):
 
         Args:
             classes: number of classes by task name.
-            backbone_sha256: of the backbone as its file has it, if `vit` is no longer so.
+            backbone_sha256: digest of the backbone as loaded from its file, if `vit` was changed since.
         """
         super().__init__()
         self.vit = vit
@@ -86,7 +86,7 @@ class MultitaskViT(nn.Module):
         self.family.check(config, self.plan)
         self.tasks = list(classes)
         reserved = sorted(set(classes) & {*dir(nn.ModuleDict()), *dir(nn.ParameterDict())})
-        require(not reserved, "tasks", reserved, "words of torch's own modules cannot name a task: rename its file")
+        require(not reserved, "tasks", reserved, "attributes of torch modules cannot name a task: rename its file")
         for layer in vit.blocks:
             adopt(layer)
         self.upcycling_errors: dict[int, float] = {}
@@ -106,8 +106,8 @@ class MultitaskViT(nn.Module):
             self.adapter_parameters = self.ladder.parameters_by_block()
         self.balance = Balance(config.moe, self.tasks, sorted(config.plan.moe_blocks))
         self.head_blocks = sorted(config.plan.head_blocks)
-        only = f"[]: {config.backbone.name} has no class token that heads could read"
-        require(vit.has_class_token or not self.head_blocks, "plan.head_blocks", self.head_blocks, only)
+        why = f"must be []: {config.backbone.name} has no class token that heads could read"
+        require(vit.has_class_token or not self.head_blocks, "plan.head_blocks", self.head_blocks, why)
         self.extra_features = len(self.head_blocks) * vit.embed_dim
         width = vit.num_features + self.extra_features
         self.heads = nn.ModuleDict({task: nn.Linear(width, n) for task, n in classes.items()})
@@ -123,17 +123,17 @@ class MultitaskViT(nn.Module):
         if config.train.only is not None:
             self._train_only(config.train.only)
         self.embedding_trains = embedding_trains(vit)
-        # What comes before it is the same for every task, so it is no later than the first experts.
+        # Experts depend on the task, and the blocks before the path must not.
         self.path_start = min([gradient_path_start(vit), *config.plan.moe_blocks])
         require(
             all(index < self.path_start for index in self.head_blocks),
             "plan.head_blocks",
             self.head_blocks,
-            f"blocks before the first that trains or has an adapter, {self.path_start}: heads read frozen ones",
+            f"must be before block {self.path_start}, the first that trains or has an adapter: heads read frozen ones",
         )
 
     def forward(self, images: Tensor, task: str, noise_key: tuple[int, ...] | None = None) -> Output:
-        """(B, 3, S, S) normalized images of one task -> its logits and what happened on the way.
+        """Compute logits for (B, 3, S, S) normalized images of one task.
 
         Args:
             noise_key: integers that seed the gate noise (training with moe.gate_noise > 0 needs it).
@@ -143,15 +143,21 @@ class MultitaskViT(nn.Module):
     def forward_features(
         self, images: Tensor, task: str = "", upto: int | None = None
     ) -> tuple[Tokens, dict[int, Record]]:
-        """Everything before the gradient path, without a graph: the same for every task.
+        """Run the blocks before the gradient path, without a graph.
 
-        One call serves all tasks: `for task in tasks: model.forward_from(tokens, task)`.
+        The result is the same for every task, so one call serves all of them:
+        `for task in tasks: model.forward_from(tokens, task)`.
 
         Args:
-            upto: only the blocks before this one, in place of those before the gradient path.
+            images: (B, 3, S, S), normalized.
+            upto: run the blocks before this one instead.
+        Returns:
+            The tokens that enter the next block, and the records of blocks that drop or merge tokens.
+        Raises:
+            TypeError: the images are integers.
         """
         if not images.is_floating_point():
-            raise TypeError(f"images are {images.dtype}: normalize them first, as a run's transforms.normalize does")
+            raise TypeError(f"images are {images.dtype}: normalize them first, as by run.transforms.normalize")
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.embedding_trains):
             tokens = self.family.embed(self.vit, images)
             records: dict[int, Record] = {}
@@ -171,11 +177,11 @@ class MultitaskViT(nn.Module):
         noise_key: tuple[int, ...] | None = None,
         records: dict[int, Record] | None = None,
     ) -> Output:
-        """The gradient path and the head of `task`, from the tokens `forward_features` returned."""
+        """Run the gradient path and the head of `task` on the tokens that `forward_features` returned."""
         return self._forward_path([(tokens, dict(records or {}))], task, noise_key)
 
     def features_from(self, tokens: Tokens, task: str) -> Tensor:
-        """What the head of `task` reads, from the tokens `forward_features` returned: (B, D) float32."""
+        """Return the features that the head of `task` reads, (B, D) float32, for the tokens of `forward_features`."""
         for index in range(self.path_start, len(self.plan)):
             tokens = self.run_block(index, tokens, task)
         return self.features(tokens)
@@ -183,8 +189,8 @@ class MultitaskViT(nn.Module):
     def _forward_path(
         self, start: list[tuple[Tokens, dict[int, Record]]], task: str, noise_key: tuple[int, ...] | None
     ) -> Output:
-        # The tokens come in a list that is emptied here: as an argument of their own, the caller's frame would
-        # hold them to the end of the pass.
+        # The tokens come in a list that is emptied here. As a plain argument, the caller's frame would keep them alive
+        # until the end of the pass.
         tokens, records = start.pop()
         for index in range(self.path_start, len(self.plan)):
             key = None if noise_key is None else (*noise_key, index)
@@ -201,11 +207,11 @@ class MultitaskViT(nn.Module):
         noise_key: tuple[int, ...] | None = None,
         records: dict[int, Record] | None = None,
     ) -> Tokens:
-        """Block `index` under its storage, if a graph is wanted.
+        """Run block `index`; if gradients are enabled, under its storage.
 
         Args:
-            noise_key: as in `forward`, with the block's index behind it.
-            records: gets what the block did, if it drops or routes.
+            noise_key: as in `forward`, with the block's index appended.
+            records: the block's record is added here if it drops, merges or routes.
         """
         layer, context, replay, before = self.vit.blocks[index], self.contexts[index], replay_of(index), tokens
 
@@ -225,17 +231,17 @@ class MultitaskViT(nn.Module):
         return tokens
 
     def logits(self, tokens: Tokens, task: str) -> Tensor:
-        """The head of `task` on the last block's tokens: (B, classes) float32."""
+        """Apply the head of `task` to the last block's tokens: (B, classes) float32."""
         return self.classify(self.features(tokens), task)
 
     def classify(self, features: Tensor, task: str) -> Tensor:
-        """The head of `task` on what heads read: (B, classes) float32."""
-        # In float32: bf16 logits of a hundred classes tie, and ties decide about accuracy.
+        """Apply the head of `task` to features (B, D): (B, classes) float32."""
+        # In float32, because bf16 logits of a hundred classes have ties, which change the accuracy.
         with torch.autocast(features.device.type, enabled=False):
             return self.heads[task](features)
 
     def features(self, tokens: Tokens) -> Tensor:
-        """What the heads read, from the last block's tokens: (B, D) float32, behind them those of `head_blocks`."""
+        """Return what heads read: pooled features of the last block, then those of `head_blocks`, (B, D) float32."""
         x = tokens.x if self.vit.global_pool == "token" else spread(tokens)
         if self.ladder is not None:
             x = self.ladder(tokens, [each.plan.storage for each in self.contexts])
@@ -243,7 +249,7 @@ class MultitaskViT(nn.Module):
         return features if tokens.read is None else torch.cat([features, tokens.read.float()], 1)
 
     def features_key(self, upto: int | None = None) -> tuple:
-        """Models with equal keys have the same frozen blocks before `upto`: `forward_features` of one serves all."""
+        """Return a key of the frozen blocks before `upto`. Models with equal keys can share `forward_features`."""
         upto = self.path_start if upto is None else upto
         before, own = self.plan[:upto], upto > self.path_start or self.embedding_trains or self.replaced
         if own or any(block.trainable or block.adapter for block in before):
@@ -251,9 +257,9 @@ class MultitaskViT(nn.Module):
         return self.backbone_sha256, upto, repr(([b.keep_rate for b in before], self.head_blocks, self.tokens_config))
 
     def cast_frozen_(self, dtype: torch.dtype) -> None:
-        """Keep the frozen matrices in the compute dtype alone: the values autocast would compute with.
+        """Convert frozen weight matrices to the compute dtype, which gives the values that autocast would compute with.
 
-        Those that an earlier run trained stay in float32, as that run saved them.
+        Matrices that an earlier run trained stay in float32, as that run saved them.
         """
         kept = {id(p) for name, p in self.named_parameters() if name in self._own}
         layers = [layer for layer in self.vit.modules() if type(layer) in (Linear, nn.Conv2d)]
@@ -261,14 +267,15 @@ class MultitaskViT(nn.Module):
             parameter.data = parameter.data.to(dtype)
 
     def commit(self, output: Output, task: str) -> None:
-        """Fold a training micro-batch into the running statistics; once per micro-batch."""
+        """Add a training micro-batch to the running statistics. Call it once per micro-batch."""
         if output.routing:
             self.balance.update(output.routing, task)
 
     def layers(self) -> dict[int, int]:
-        """The layer of each parameter for layer-wise learning rates, by its id: 0 the embeddings, depth + 1 the top.
+        """Return the layer of each parameter, by id, for layer-wise learning rates.
 
-        Experts and adapters belong to their block; routers, the final norm, heads and log variances to the top.
+        Layer 0 has the embeddings, layer i + 1 block i with its experts and adapters, and layer depth + 1 the routers,
+        the final norm, the heads and the log variances.
         """
         vit, found = self.vit, {id(p): 0 for p in self.parameters()}
         top = [vit.norm, vit.fc_norm, vit.attn_pool, self.heads, self.log_variances]
@@ -279,30 +286,30 @@ class MultitaskViT(nn.Module):
         return found | {id(p): len(self.plan) + 1 for module in top if module is not None for p in module.parameters()}
 
     def mixtures(self) -> list[MoE]:
-        """Of the blocks that have experts, in order."""
+        """Return the MoE layers in the order of their blocks."""
         return [self.vit.blocks[index].mlp for index in self.balance.blocks]
 
     def parameters_of(self, task: str) -> list[nn.Parameter]:
-        """Parameters that take part in a step of `task`: all but the other tasks' heads, routers and log variances."""
+        """Return the parameters that a step of `task` uses: all but other tasks' heads, routers and log variances."""
         others = {id(p) for name, head in self.heads.items() if name != task for p in head.parameters()}
         others |= {id(p) for name, p in self.log_variances.items() if name != task}
         others |= {id(p) for moe in self.mixtures() for p in moe.router.parameters_of_others(task)}
         return [p for p in self.parameters() if id(p) not in others]
 
     def own_parameters(self, task: str) -> list[nn.Parameter]:
-        """Parameters that no other task's step has: its head, and its routers if each task has its own."""
+        """Return the parameters that only steps of `task` use: its head, and its routers if each task has its own."""
         shared = {id(p) for p in self.parameters_of("")}
         return [p for p in self.parameters_of(task) if id(p) not in shared]
 
     def _train_only(self, tasks: list[str]) -> None:
-        """Freeze everything but what is these tasks' own."""
+        """Freeze all parameters except those that belong to these tasks alone."""
         trained = [p for task in tasks for p in self.own_parameters(task) if p.requires_grad]
         self.requires_grad_(False)
         for parameter in trained:
             parameter.requires_grad_(True)
 
     def unchanged_backbone_names(self) -> set[str]:
-        """Names in the state dict that are the backbone's own, unchanged: not worth saving again."""
+        """Return the state dict's names whose values equal the backbone's file. They need not be saved again."""
         return self._own - self.replaced
 
     def _unchanged_by_plan(self) -> set[str]:
@@ -317,15 +324,15 @@ def _has_values(vit: nn.Module) -> bool:
 
 
 def build_on_meta(config: Config, classes: dict[str, int]) -> MultitaskViT:
-    """The model without values, on the meta device: instant, checks everything that needs no weights."""
+    """Build the model on the meta device, which is instant. This makes all checks that need no weights."""
     return MultitaskViT(family_of(config.backbone).create_on_meta(config.backbone), config, classes)
 
 
 def build(config: Config, classes: dict[str, int], change: Callable[[Any, str], None] | None = None) -> MultitaskViT:
-    """A model as the configuration says, on the CPU in float32; checked before weights are read.
+    """Build the model on the CPU in float32. The configuration is checked before weights are read.
 
     Args:
-        change: called with the backbone as it was read and its sha256: gives it other weights before the plan applies.
+        change: called with the loaded backbone and its sha256, before the plan is applied; it may replace weights.
     Raises:
         ConfigError: impossible plan, unknown backbone, weights that do not fit it, or too little memory.
     """
@@ -340,6 +347,6 @@ def build(config: Config, classes: dict[str, int], change: Callable[[Any, str], 
         if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
             raise
         raise ConfigError(
-            f"the {4 * size / 2**20:,.0f} MB of this model's parameters find no room in memory: take fewer "
+            f"not enough memory for the {4 * size / 2**20:,.0f} MB of this model's parameters: take fewer "
             "moe.num_experts or plan.moe_blocks, or a smaller backbone.name"
         ) from None

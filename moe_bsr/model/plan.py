@@ -1,9 +1,9 @@
-"""The plan: one row per block says what it is - trainable, how many tokens it keeps, dense or experts, which
-adapter is added, what it saves for its backward pass.
+"""The plan: one row per block, which says whether it trains, how many tokens it keeps, whether its FFN is dense or a
+mixture of experts, which adapter it has, and what it saves for its backward pass.
 
-Full fine-tuning, last layer only, last-k, BSR, the MoE baseline and MoE-BSR are six plans. Blocks are
-chosen by exact index. (The public implementation matches the index as a substring of the parameter
-name, so that "2" also trains every `fc2` and `norm2`; four published rows carry that mistake.)
+Full fine-tuning, last layer only, last-k, BSR, the MoE baseline and MoE-BSR are six plans. Blocks are chosen by exact
+index. (The public implementation matches the index as a substring of the parameter name, so that "2" also trains every
+`fc2` and `norm2`. Four published rows contain that mistake.)
 """
 
 from collections.abc import Sequence
@@ -24,15 +24,15 @@ NORMS = (nn.LayerNorm, nn.RMSNorm, nn.BatchNorm2d, timm_layers.RmsNorm, timm_lay
 
 @dataclass(frozen=True, slots=True)
 class BlockPlan:
-    """What a block is.
+    """The plan of one block.
 
     Attributes:
-        trainable: whether its own parameters train.
-        weights: which of them then do, see `freeze`.
+        trainable: whether its pretrained parameters train.
         keep_rate: share of the tokens kept after its attention, in (0, 1]; 1 drops or merges none.
         moe: whether its FFN is a mixture of experts.
-        adapter: what is added to it, if anything.
-        storage: what it saves for its backward pass.
+        adapter: its adapter, if any.
+        storage: how it saves activations for its backward pass.
+        weights: which of its parameters train, if it is trainable; see `freeze`.
     """
 
     trainable: bool
@@ -44,10 +44,10 @@ class BlockPlan:
 
 
 def make_plan(config: Config, depth: int) -> list[BlockPlan]:
-    """One BlockPlan per block.
+    """Return one BlockPlan per block.
 
     Raises:
-        ConfigError: an index outside 0..depth-1, a drop at the last block, more to merge than a block can, or an
+        ConfigError: an index outside 0..depth-1, a drop at the last block, a keep rate too low for merging, or an
             unknown storage or adapter.
     """
     plan = config.plan
@@ -61,13 +61,13 @@ def make_plan(config: Config, depth: int) -> list[BlockPlan]:
         keep.get(depth - 1, 1.0) == 1.0,
         "plan.drop_blocks",
         plan.drop_blocks,
-        f"block {depth - 1} is the last: nothing after a drop there would profit; drop earlier",
+        f"block {depth - 1} is the last, so a drop there would save nothing; drop earlier",
     )
     require(
         not config.tokens.merges or all(rate >= 0.5 for rate in rates),
         "plan.keep_rate",
         plan.keep_rate,
-        "at least 0.5 with tokens.reduce = merge: half of the tokens at most merge into the other half at a block",
+        "at least 0.5 with tokens.reduce = merge: a block can merge at most half of its tokens",
     )
     everything = plan.train_blocks == "all"
     storages = choices_of_blocks(STORAGES, config.storage, depth, default=Choice("exact"))
@@ -86,11 +86,12 @@ def make_plan(config: Config, depth: int) -> list[BlockPlan]:
 
 
 def choices_of_blocks(registry: Registry, value: Any, depth: int, default: Choice | None) -> list[Choice | None]:
-    """Each block's choice: one value for all blocks, or a list of mappings that name their `blocks`.
+    """Return each block's choice from a registry.
 
     Args:
-        value: a kind, {kind: NAME, option: value}, [{kind: NAME, blocks: [0, 1]}, ...], or None.
-        default: of the blocks that a list leaves out, and of all where `value` is None.
+        value: for all blocks a kind or {kind: NAME, option: value}, or a list [{kind: NAME, blocks: [0, 1]}, ...], or
+            None.
+        default: for blocks that a list does not name, and for all blocks if `value` is None.
     Raises:
         ConfigError: unknown kind or option, an index outside 0..depth-1, or a block named twice.
     """
@@ -119,16 +120,17 @@ def _require_blocks(key: str, value: Any, blocks: Sequence[int], depth: int) -> 
 
 
 def freeze(vit: nn.Module, config: PlanConfig) -> None:
-    """Set requires_grad of a backbone's parameters as the plan says.
+    """Set requires_grad of a backbone's parameters according to the plan.
 
-    "all" trains everything; a list of blocks trains every parameter of those blocks and the final norm;
-    an empty list trains nothing here (the heads, which are not part of `vit`, always train).
+    With `train_blocks` "all" everything trains. With a list of blocks, every parameter of those blocks and of the final
+    norm trains. With an empty list nothing of the backbone trains; the heads, which are not part of `vit`, always do.
 
-    `train_weights` other than "all" is of those blocks and the final norm, and leaves the embedding frozen:
+    If `train_weights` is not "all", only some parameters of those blocks and of the final norm train, and the embedding
+    is frozen:
 
     * "proj": the projection after the attention, and the final norm (APLA, Sorkhei et al. 2025, arXiv 2503.11335).
-    * "bias": every bias, that of the final norm included (BitFit, Zaken et al. 2021, arXiv 2106.10199).
-    * "norm": every norm, scale and shift (LN tuning, Basu et al. 2023, arXiv 2304.14999).
+    * "bias": every bias, also that of the final norm (BitFit, Zaken et al. 2021, arXiv 2106.10199).
+    * "norm": scale and shift of every norm (LN tuning, Basu et al. 2023, arXiv 2304.14999).
     """
     which = config.train_weights
     if config.train_blocks == "all" and which == "all":
@@ -146,7 +148,7 @@ def freeze(vit: nn.Module, config: PlanConfig) -> None:
 
 
 def _chosen(module: nn.Module, which: str) -> list[nn.Parameter]:
-    """The parameters of a block or norm that `train_weights` means; by what holds them, never by their whole name."""
+    """Return the parameters of a block or norm that `train_weights` selects, by the type of their module."""
     if which == "all":
         return list(module.parameters())
     if which == "proj":
@@ -158,17 +160,17 @@ def _chosen(module: nn.Module, which: str) -> list[nn.Parameter]:
 
 
 def embedding_trains(vit: nn.Module) -> bool:
-    """Whether anything before the first block requires a gradient."""
+    """Return whether any parameter before the first block requires a gradient."""
     later = [vit.blocks, vit.norm, vit.fc_norm, vit.head, vit.attn_pool]
     known = {id(p) for module in later if module is not None for p in module.parameters()}
     return any(p.requires_grad for p in vit.parameters() if id(p) not in known)
 
 
 def gradient_path_start(vit: nn.Module) -> int:
-    """Index of the first block whose backward must run; the depth if no block's.
+    """Return the index of the first block whose backward pass must run; the number of blocks if there is none.
 
-    Computed from what requires a gradient after the plan was applied, never assumed from the
-    first trainable block: a trainable embedding puts every block on the path.
+    It is computed from the parameters that require a gradient after the plan was applied, not from the first trainable
+    block: a trainable embedding puts every block on the gradient path.
     """
     if embedding_trains(vit):
         return 0
@@ -177,7 +179,10 @@ def gradient_path_start(vit: nn.Module) -> int:
 
 
 def token_counts(plan: list[BlockPlan], tokens: int, prefix: int, fuse: bool, protect: bool) -> list[tuple[int, int]]:
-    """(tokens in attention, tokens in FFN) of each block. 197 at 0.5 thrice: 197 -> 100 -> 52 -> 28."""
+    """Return (tokens in attention, tokens in FFN) of each block.
+
+    For example, three drops with keep rate 0.5 and fusion give 197 -> 100 -> 52 -> 28.
+    """
     counts, has_fused = [], False
     for block in plan:
         entering = tokens

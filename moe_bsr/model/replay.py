@@ -1,11 +1,11 @@
-"""What a forward pass decided, so that recomputation replays it instead of deciding again.
+"""Record the choices of a forward pass, so that recomputation replays them.
 
-Kept tokens, chosen experts and gate noise are discrete or random: recomputing them from a slightly
-different input (an int8 copy of the block input changes about 1.4 % of the expert choices) would make
-the backward pass differentiate another network than the one that ran. Each block's forward asks a
-`Replay` for every choice it makes; the first pass decides, any later pass reads.
+Kept tokens, chosen experts and gate noise are discrete or random. If they were recomputed from a slightly different
+input (an int8 copy of the block input changes about 1.4 % of the expert choices), the backward pass would differentiate
+another network than the one that ran. Each block's forward therefore makes every choice through a `Replay`: the first
+pass records it, later passes read it.
 
-Whoever compares two whole passes through slightly different weights has the first decide for both (`deciding_once`).
+To compare two forward passes with slightly different weights, let both use the choices of the first (`deciding_once`).
 """
 
 from collections.abc import Callable, Iterator
@@ -25,14 +25,14 @@ class Replay:
         self._made: dict[str, object] = {}
 
     def record(self, name: str, decide: Callable[[], Choice]) -> Choice:
-        """The choice `name`: made by `decide` (outside the graph) at first, the same ever after."""
+        """Return the choice `name`. The first call computes it with `decide`, outside the graph."""
         if name not in self._made:
             with torch.no_grad():
                 self._made[name] = decide()
         return self._made[name]
 
     def made(self, name: str) -> Any:
-        """The choice `name`, or None if none was made."""
+        """Return the choice `name`, or None if it was not made."""
         return self._made.get(name)
 
 
@@ -41,7 +41,7 @@ _shared: ContextVar[dict[int, Replay] | None] = ContextVar("replays", default=No
 
 @contextmanager
 def deciding_once() -> Iterator[None]:
-    """Within, the first forward pass of a model decides, and those that follow replay its choices."""
+    """Context in which the first forward pass of a model makes the choices, and all later passes replay them."""
     token = _shared.set({})
     try:
         yield
@@ -50,6 +50,6 @@ def deciding_once() -> Iterator[None]:
 
 
 def replay_of(block: int) -> Replay:
-    """The choices of a block in a forward pass that begins."""
+    """Return the `Replay` of a block for a new forward pass."""
     shared = _shared.get()
     return Replay() if shared is None else shared.setdefault(block, Replay())

@@ -1,6 +1,6 @@
-"""Routers: from tokens to logits over experts, told the task. Each registers itself under `moe.router`.
+"""Routers: from tokens and their task to logits over experts. Each registers itself under `moe.router`.
 
-A router is built as `Router(width, experts, tasks, seed)` and called as `router(x, task)`: (T, D) -> (T, E) float32.
+A router is created as `Router(width, experts, tasks, seed)` and called as `router(x, task)`: (T, D) -> (T, E) float32.
 """
 
 import torch
@@ -18,13 +18,13 @@ ROUTERS: Registry[type[nn.Module]] = Registry("moe.router")
 
 
 class FixedGates(nn.Module):
-    """What `moe.gate` is told beforehand: logits whose softmax are a task's gates, whatever the token.
+    """Router with fixed gates for each task, the same for every token. It returns their logarithms as logits.
 
-    Gates are kept, not logits, so that the mean of several tasks' is what a new task can begin with.
+    Its weights are gates instead of logits, so that a new task can start with the mean over several tasks.
 
     Args:
-        by_task: give each task as many experts of its own as there are for all, and the rest to all of them; or the
-            same gate to every expert.
+        by_task: divide the experts equally among the tasks, and let all tasks use the remaining ones. If False, every
+            task uses all experts. A task's experts have equal gates.
     """
 
     def __init__(self, experts: int, tasks: list[str], by_task: bool) -> None:
@@ -46,11 +46,11 @@ class FixedGates(nn.Module):
 
 @ROUTERS.register("per_task")
 class PerTaskRouter(nn.Module):
-    """One bias-free linear router per task ("multi-gate" in M3ViT); float32 whatever the autocast."""
+    """One bias-free linear router per task ("multi-gate" in M3ViT), always in float32."""
 
     def __init__(self, width: int, experts: int, tasks: list[str], seed: tuple) -> None:
         super().__init__()
-        # Each task's router has its own generator: adding a task changes no other.
+        # Each task's router has its own seed, so adding a task changes no other router.
         weights = {task: INIT_STD * torch.randn(experts, width, generator=generator(*seed, task)) for task in tasks}
         self.weight = nn.ParameterDict({task: nn.Parameter(weight) for task, weight in weights.items()})
 
@@ -58,15 +58,15 @@ class PerTaskRouter(nn.Module):
         return float32_linear(x, self.weight[task])
 
     def parameters_of_others(self, task: str) -> list[nn.Parameter]:
-        """What takes no part when tokens of `task` are routed."""
+        """Return the parameters that are not used for tokens of `task`."""
         return [weight for name, weight in self.weight.items() if name != task]
 
 
 @ROUTERS.register("task_conditioned")
 class TaskConditionedRouter(nn.Module):
-    """One router for all tasks; it sees each token with an embedding of the task beside it.
+    """One router for all tasks. Its input is each token concatenated with an embedding of the task.
 
-    The linear map of the concatenation [token, embedding] is computed as the sum of its two halves.
+    The linear map of the concatenation is computed as the sum of its two parts.
     """
 
     def __init__(self, width: int, experts: int, tasks: list[str], seed: tuple) -> None:

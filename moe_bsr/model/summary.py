@@ -1,4 +1,4 @@
-"""A model in words and numbers before anyone trains it, block by block. What it costs is cost/'s business."""
+"""Describe a model before training, block by block. Memory and FLOPs are computed in `cost/`."""
 
 from moe_bsr.config import Config
 from moe_bsr.model.adapters import is_beside
@@ -7,14 +7,14 @@ from moe_bsr.model.plan import token_counts
 
 
 def counts(model: MultitaskViT) -> list[tuple[int, int]]:
-    """(tokens in attention, tokens in FFN) of each block of a Vision Transformer."""
+    """Return (tokens in attention, tokens in FFN) of each block of a Vision Transformer."""
     vit, tokens = model.vit, model.tokens_config
     entering = vit.patch_embed.num_patches + vit.num_prefix_tokens
     return token_counts(model.plan, entering, vit.num_prefix_tokens, tokens.fuses, tokens.protect_fused)
 
 
 def table(model: MultitaskViT, config: Config) -> list[str]:
-    """The plan, a line a block: what it is, whether its backward pass runs, and its parameters."""
+    """Return the plan as a table, one line per block: settings, whether its backward pass runs, and parameters."""
     full = f" experts x{config.moe.mlp_ratio}" if config.moe.experts == "full" else ""
     experts = f"{config.moe.words}{full}"
     maps = model.vit.maps() if hasattr(model.vit, "maps") else []
@@ -57,22 +57,22 @@ def summary(model: MultitaskViT, config: Config) -> list[str]:
     ]
     if (blocks := config.train.alast.blocks) is not None:
         lines.append(
-            f"{blocks} of {len(model.plan)} blocks train in an update, drawn by budgets, which say on how many tokens "
-            "(ALaST); what is predicted is the most that an update can take"
+            f"ALaST: each update trains {blocks} of {len(model.plan)} blocks and some of their tokens, drawn by "
+            "budgets; the predicted cost is the highest that an update can have"
         )
     if config.train.only is not None:
         parts = [f"{task} ({_own(model, task)})" for task in config.train.only]
-        lines.append(f"all is frozen but what is their own of {', '.join(parts)}")
+        lines.append(f"only these tasks' own parameters train: {', '.join(parts)}")
     if notes := getattr(model.vit, "weights_notes", []):
-        lines.append(f"of the weights file, {'; '.join(notes)}")
+        lines.append(f"weights file: {'; '.join(notes)}")
     if any(error > 1e-4 for error in model.upcycling_errors.values()):
         errors = ", ".join(f"block {i}: {e:.3f}" for i, e in model.upcycling_errors.items())
-        lines.append(f"experts start off the pretrained FFN by (relative): {errors}")
+        lines.append(f"relative error of the initial experts against the pretrained FFN: {errors}")
     return lines
 
 
 def own_bytes(model: MultitaskViT, task: str) -> dict[str, int]:
-    """Bytes that the model has for this task alone: of its head, and of its routers if each task has its own."""
+    """Return the bytes of parameters that only this task uses: its head, and its routers if each task has its own."""
     head = sum(p.nbytes for p in model.heads[task].parameters())
     return {"head": head, "routers": sum(p.nbytes for p in model.own_parameters(task)) - head}
 

@@ -1,7 +1,7 @@
-"""Token dropping by CLS attention: score, select, fuse, trace (BSR section 4.1, after EViT).
+"""Token dropping by class-token attention: score, select, fuse, trace (BSR section 4.1, after EViT).
 
-In a drop block every patch token is scored by the attention the class token pays it; the best are kept
-in their order and the others are fused into one token, placed last. Shapes:
+In a drop block every patch token is scored by the attention that the class token pays to it. The best are kept in their
+order, and the others are fused into one token, placed last. Shapes:
 
     B images, H heads, N tokens of which P prefix tokens (class, registers), D width,
     C = N - P candidates, K kept
@@ -17,24 +17,24 @@ from moe_bsr.config import TokensConfig
 from moe_bsr.model.replay import Replay
 from moe_bsr.ops.tokens import reduce_tokens, select, take
 
-FUSED = -1  # what the trace says of a fused token
-KEPT_TOKENS = "kept tokens"  # a block's choice: positions after the prefix of those kept, and of the others
+FUSED = -1  # origin of a fused token
+KEPT_TOKENS = "kept tokens"  # name of a recorded choice: positions after the prefix of kept and of dropped tokens
 
 
 @dataclass(slots=True)
 class Tokens:
-    """The residual stream and where its tokens came from.
+    """Tokens between two blocks, and the patches of the image that they come from.
 
     Attributes:
-        x: (B, N, D) features, prefix tokens first; of a convolutional network (B, C, H, W) maps, without a trace.
-        origin: (B, N - P) int64 index of the original patch of each token after the prefix; -1 = fused; of a merged
-            one the first of its patches. Behind a block that leaves the class token alone, of those that entered it.
-            None of maps.
+        x: (B, N, D) features, prefix tokens first; in a convolutional network (B, C, H, W) maps.
+        origin: (B, N - P) int64, original patch of each token after the prefix: -1 for a fused token, the first patch
+            for a merged one. After a block that outputs only the class token, it describes the block's input. None for
+            maps.
         fused: whether the last token is a fused one.
-        place: (B, patches) int64, which token after the prefix each patch of the image is part of; None while nothing
-            was merged.
-        read: (B, ...) class tokens of blocks before, for heads that read them; `run_block` hands them on.
-        rungs: what blocks before left for a side network (`ladder.py`); `run_block` adds to them.
+        place: (B, patches) int64, for each patch of the image the token after the prefix that contains it; None before
+            any merge.
+        read: (B, ...) class tokens of earlier blocks, for heads that read them; `run_block` passes them on.
+        rungs: outputs of earlier blocks for a side network (`ladder.py`); `run_block` adds to them.
     """
 
     x: Tensor
@@ -46,27 +46,27 @@ class Tokens:
 
     @property
     def trace(self) -> tuple[Tensor | None, bool, Tensor | None]:
-        """Where the tokens came from: `Tokens(x, *trace)` has it of other features."""
+        """Return where the tokens come from. `Tokens(x, *trace)` gives new features the same origin."""
         return self.origin, self.fused, self.place
 
     def first(self) -> "Tokens":
-        """The first token alone, (B, 1, D), with the trace of all."""
+        """Return only the first token, (B, 1, D), with the trace of all."""
         return Tokens(self.x[:, :1], *self.trace)
 
     def add(self, branch: Tensor) -> "Tokens":
-        """The stream with a branch's output (B, N, D) added."""
+        """Return the tokens with a residual branch (B, N, D) added."""
         return Tokens(self.x + branch, *self.trace)
 
 
 @dataclass(slots=True)
 class Dropped:
-    """What was done where tokens are dropped or merged, for views and statistics; everything detached.
+    """Record of a block that drops or merges tokens, for views and statistics. All tensors are detached.
 
     Attributes:
-        origin_in: (B, C) original patch of every candidate, -1 = the fused token of an earlier drop.
-        origin: (B, N' - P) the same after the drop.
-        scores: (B, C) float32 attention of the class token, mean over heads; None where tokens are merged.
-        place: as of `Tokens`, after it.
+        origin_in: (B, C) original patch of every candidate, -1 for the fused token of an earlier drop.
+        origin: (B, N' - P) the same for the remaining tokens.
+        scores: (B, C) float32 attention of the class token, mean over heads; None if tokens are merged.
+        place: as in `Tokens`, for the remaining tokens.
     """
 
     origin_in: Tensor
@@ -77,12 +77,12 @@ class Dropped:
 
 @dataclass(slots=True)
 class Rung:
-    """What a side network reads of one block, or of the tokens that enter the first.
+    """What a side network reads from one block, or from the input of the first.
 
     Attributes:
-        read: (B, N, d) of the tokens that the block leaves; None of a block without a side block.
-        kept, scores: (B, K) positions after the prefix that the block kept, and (B, C) its scores of all; None if it
-            dropped nothing, or nobody follows it.
+        read: (B, N, d) pooled output tokens of the block; None if it has no side block.
+        kept, scores: (B, K) positions after the prefix that the block kept, and (B, C) its scores of all candidates;
+            None if it dropped nothing or the side network ends before it.
     """
 
     read: Tensor | None
@@ -91,8 +91,8 @@ class Rung:
 
 
 def count_kept(candidates: int, keep_rate: float) -> int:
-    """K = max(1, ceil(keep_rate * C)). 197 tokens at 0.5: 196 -> 98."""
-    # The rounding keeps binary fractions honest: 0.07 * 100 is 7, not 7.000000000000001.
+    """Return K = max(1, ceil(keep_rate * C)). For example 196 candidates at 0.5 give 98."""
+    # Rounding removes binary fractions: 0.07 * 100 is 7, not 7.000000000000001.
     return max(1, math.ceil(round(keep_rate * candidates, 6)))
 
 
@@ -108,10 +108,10 @@ def drop(
     """Keep the best-scored tokens and fuse the rest into one, placed last (BSR section 4.1).
 
     Args:
-        tokens: N tokens after the attention. probabilities, logits: (B, N) float32 scores of them.
+        tokens: N tokens after the attention. probabilities, logits: (B, N) float32, their scores.
         keep_rate: share of the candidates to keep, in (0, 1].
     Returns:
-        The shorter stream and what was done. If everything would be kept, the stream unchanged.
+        The remaining tokens and a record of the drop. The tokens are unchanged if all would be kept.
     """
     x, origin = tokens.x, tokens.origin
     probabilities, logits = probabilities[:, prefix:], logits[:, prefix:]
@@ -131,7 +131,7 @@ def drop(
         if config.fuse == "normalized":
             weights = weights / weights.sum(1, keepdim=True)
         origins.append(torch.full_like(origin[:, :1], FUSED))
-    if protected:  # the fused token of an earlier drop, the last one, is added as it is
+    if protected:  # add the fused token of an earlier drop, the last one, with weight 1
         dropped = torch.cat([dropped, torch.full_like(dropped[:, :1], candidates)], 1)
         weights = torch.cat([weights, torch.ones_like(weights[:, :1])], 1)
     shorter = reduce_tokens(x, kept, dropped, None if weights is None else weights.to(x.dtype), prefix)

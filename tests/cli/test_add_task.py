@@ -24,7 +24,7 @@ def test_a_task_is_added_listed_shared_and_removed(tiny_run, petals, tmp_path, c
     assert main(["add-task", str(tiny_run), petals, "--out", out, "train.pictures=false"]) == 0
     said = capsys.readouterr().out
     assert (
-        "all is frozen but what is their own of petals (head 6.2 kB, routers 2.0 kB)" in said and "| petals |" in said
+        "only these tasks' own parameters train: petals (head 6.2 kB, routers 2.0 kB)" in said and "| petals |" in said
     )
     router = moe_bsr.load(out).models["petals"].vit.blocks[3].mlp.router.weight
     assert torch.equal(router["petals"], torch.stack([router["shapes"], router["fractals"]]).mean(0))

@@ -180,9 +180,9 @@ def test_another_start_of_the_random_numbers_is_another_ladder():
         ({"adapter": {"kind": "ladder", "reduction": 1}}, "adapter.reduction = 1: 2 to 64"),
         (
             {"adapter": [LADDER | {"blocks": [0]}, {"kind": "lora", "blocks": [1]}]},
-            "ladder of one reduction, and nothing else beside or in the blocks",
+            "ladder with one reduction, and no other adapter in any block",
         ),
-        ({"adapter": [LADDER | {"blocks": [0]}, {"kind": "ladder", "blocks": [1]}]}, "ladder of one reduction"),
+        ({"adapter": [LADDER | {"blocks": [0]}, {"kind": "ladder", "blocks": [1]}]}, "ladder with one reduction"),
     ],
 )
 def test_what_cannot_be_is_refused(changes, message):

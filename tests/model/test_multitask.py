@@ -310,7 +310,7 @@ def test_any_number_of_experts_and_tasks(experts, top_k, tasks):
 
 
 def test_a_task_cannot_bear_a_name_of_torchs_modules():
-    with pytest.raises(ConfigError, match="tasks = .'half', 'train'.: words of torch's own modules"):
+    with pytest.raises(ConfigError, match="tasks = .'half', 'train'.: attributes of torch modules"):
         make_model(classes={"half": 2, "fine": 3, "train": 2})
 
 
