@@ -148,7 +148,7 @@ def freeze(vit: nn.Module, config: PlanConfig) -> None:
 
 
 def _chosen(module: nn.Module, which: str) -> list[nn.Parameter]:
-    """Return the parameters of a block or norm that `train_weights` selects, by the type of their module."""
+    """Return the parameters of a block or norm that `train_weights` selects, by module and never by their full name."""
     if which == "all":
         return list(module.parameters())
     if which == "proj":

@@ -1,10 +1,9 @@
-"""Storage: what a block on the gradient path saves for its backward pass; one file each.
+"""Storages: how a block on the gradient path saves its activations for the backward pass. Each storage is one file.
 
-A storage is a function `run(forward, tokens, parameters, options) -> (tokens, record)` that calls
-`forward(tokens)` now and arranges what the backward pass will find. What a block decided (kept tokens, experts,
-noise) is replayed by the block itself, so a storage may call `forward` again as often as it likes, with
-`needs_output=False` where it wants the graph and not the output. To add one, write a file here that registers it
-and name the file in `_KINDS`.
+A storage is a function `run(forward, tokens, parameters, options) -> (tokens, record)`. It calls `forward(tokens)` and
+decides which tensors the backward pass will use. The block itself replays its choices (kept tokens, experts, noise), so
+a storage may call `forward` again any number of times, with `needs_output=False` if it needs only the graph. To add a
+storage, write a file here that registers it, and add the file's name to `_KINDS`.
 """
 
 import importlib
@@ -22,10 +21,12 @@ Forward = Callable[..., tuple[Tokens, Any]]  # (tokens, needs_output=True) -> (t
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """Attributes:
-    run: the forward under this storage.
-    recomputes: whether the block runs a second time, in the backward pass.
-    coarse: whether its gradients are so far off that nobody is to have it who did not ask for it.
+    """A kind of storage.
+
+    Attributes:
+        run: runs a block's forward under this storage, see above.
+        recomputes: whether the block runs a second time, in the backward pass.
+        coarse: whether its gradients are so inexact that it is used only if the user asks for it.
     """
 
     run: Callable[[Forward, Tokens, list[nn.Parameter], Any], tuple[Tokens, Any]]

@@ -1,10 +1,12 @@
-"""Back Razor: keep the largest magnitudes of each activation (Jiang et al. 2022, "Back Razor", NeurIPS).
+"""Back Razor: save only the largest magnitudes of each activation (Jiang et al. 2022, "Back Razor", NeurIPS).
 
-Inputs of norms and linear layers, queries, keys, values and the attention's result are pruned, image by image, and
-their remaining values kept in 16 bits beside a bitmap. The activation function's input is not pruned: 16 bits as
-published, or 8. The forward pass is exact; gradients are not, and shrink. Two things differ from the public code. The
-attention map is not kept but computed from the pruned queries and keys, so that its rows sum to one. And the second
-linear layer's input comes from the activation's: what would be pruned of it need not be kept at all.
+Inputs of norms and linear layers, queries, keys, values and the attention's output are pruned for each image. The
+remaining values are saved in 16 bits, with a bitmap of their places. The input of the activation function is not
+pruned, but saved in 16 bits as published, or in 8. The forward pass is exact. Gradients are not, and become smaller.
+
+Two things differ from the public code. The attention map is not saved, but computed from the pruned queries and keys,
+so that its rows sum to one. The input of the second linear layer is computed from that of the activation function, so
+it is neither pruned nor saved.
 """
 
 from dataclasses import dataclass
@@ -29,7 +31,12 @@ from moe_bsr.ops.keep import (
 
 @dataclass(frozen=True)
 class BackRazorOptions:
-    """sparsity: share of the values that are set to 0. activations: how the activation function's input is kept."""
+    """Options of Back Razor.
+
+    Attributes:
+        sparsity: share of the values that are set to 0.
+        activations: format of the activation function's input.
+    """
 
     sparsity: float = 0.9
     activations: Literal["fp16", "int8"] = "fp16"
@@ -41,7 +48,7 @@ class BackRazorOptions:
 
 
 def _pruned_heads(x: Tensor, sparsity: float) -> Pruned:
-    """Queries, keys and values side by side (B, N, 3 D) are pruned one by one, as are those alone (B, H, N, d)."""
+    """Prune queries, keys and values separately, given side by side as (B, N, 3 D) or one of them as (B, H, N, d)."""
     return Pruned(x, sparsity, parts=3 if x.ndim == 3 else 1)
 
 

@@ -1,8 +1,8 @@
-"""Storages as tables: for each kind of activation a codec, or the tensor as it is.
+"""Storages given by a table that has a codec for each kind of activation.
 
-The forward pass is exact; only what the backward pass finds may be changed. Parameters, indices and small per-token
-statistics stay as they are (an operation saves these as columns, (..., 1)), and a tensor that several operations keep
-is packed once. What follows from a kept tensor (`moe_bsr.ops.keep`) is not kept but computed from it again.
+The forward pass is exact; only the tensors of the backward pass may differ. Parameters, indices and per-token
+statistics, which operations save as columns (..., 1), are saved as they are. A tensor that several operations save is
+packed once. A tensor that can be recomputed from a saved one (`moe_bsr.ops.keep`) is not saved.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,18 +16,21 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from moe_bsr.model.storage.codecs import Packed
 from moe_bsr.ops.keep import keeping
 
-NARROW = 16  # values a token; what is narrower stays as it is
+NARROW = 16  # tensors with a smaller last dimension are not packed
 
 Codec = Callable[[Tensor], Packed]
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Attributes:
-    codecs: by kind (`moe_bsr.ops.keep`); a kind without one is kept as it is.
-    other: the codec of what operations keep that are not ours.
-    reruns: whether results of norms are computed again from what is kept. reruns_products: of linear layers too.
-    coarse: kinds whose codec changes values much.
+    """How a storage saves each kind of activation.
+
+    Attributes:
+        codecs: codec by kind (`moe_bsr.ops.keep`); a kind without a codec is saved as it is.
+        other: codec for tensors that torch's own operations save; None to save them as they are.
+        reruns: recompute the results of norms in the backward pass instead of saving them.
+        reruns_products: the same for the results of linear layers.
+        coarse: kinds whose codec changes values much, see `moe_bsr.ops.keep.is_coarse`.
     """
 
     codecs: Mapping[str, Codec] = field(default_factory=dict)
@@ -38,7 +41,7 @@ class Table:
 
 
 class AsItIs:
-    """A tensor without its graph: what an operation returns would otherwise hold itself alive."""
+    """A tensor saved as it is, but detached: an operation's own output would otherwise keep its graph alive forever."""
 
     def __init__(self, x: Tensor) -> None:
         self.kept = x if isinstance(x, nn.Parameter) else x.detach()
@@ -49,10 +52,10 @@ class AsItIs:
 
 @dataclass(slots=True)
 class View:
-    """What is kept, in the shape in which an operation had it.
+    """A saved tensor, or a part of it, in the shape in which an operation saved it.
 
     Attributes:
-        part: (strides, offset) of a part of what is kept; None of the whole.
+        part: (strides, offset) within the saved tensor; None if it is the whole tensor.
     """
 
     kept: Packed
@@ -68,7 +71,7 @@ class View:
 
 @dataclass(slots=True)
 class Again:
-    """The result of an operation, to be computed from what is kept of its input."""
+    """The result of an operation, which `restore` computes again from the saved input."""
 
     again: Callable[[Tensor], Tensor]
     source: View
@@ -79,7 +82,10 @@ class Again:
 
 
 class _Keeper:
-    """What one run of a block keeps. Addresses are used again: a reference tells whether the tensor still lives."""
+    """Tensors saved in one run of a block, found by their address.
+
+    Addresses are reused, so a weak reference tells whether the tensor at an address still exists.
+    """
 
     def __init__(self, table: Table, parameters: list[nn.Parameter]) -> None:
         self.table, self.reruns_products = table, table.reruns_products
@@ -87,7 +93,7 @@ class _Keeper:
             shape for p in parameters if p.ndim >= 2 for shape in (tuple(p.shape), tuple(p.transpose(-2, -1).shape))
         )
         self._kept: dict[tuple, tuple[StorageWeakRef, Packed]] = {}
-        self._results: dict[tuple, tuple[StorageWeakRef, Again]] = {}  # by their whole memory
+        self._results: dict[tuple, tuple[StorageWeakRef, Again]] = {}  # by `_memory`, so that views are found too
 
     def keep(self, kind: str, x: Tensor) -> None:
         self.view(x, self.table.codecs.get(kind))
@@ -120,7 +126,7 @@ class _Keeper:
         return View(kept, x.shape)
 
     def _found(self, x: Tensor) -> View | None:
-        """What is kept of a tensor already, or how it is computed again."""
+        """Return how a tensor is already saved or can be computed again; None if neither."""
         kept, result = self._kept.get(_key(x)), self._results.get(_memory(x))
         if kept is not None and not kept[0].expired():
             return View(kept[1], x.shape)
@@ -130,12 +136,12 @@ class _Keeper:
 
 
 def _key(x: Tensor) -> tuple:
-    """The same values in another shape are the same values; strided ones are told apart by their strides."""
+    """Return a key that is equal for contiguous views of the same values. Other views differ by shape and strides."""
     return x.data_ptr(), x.numel() if x.is_contiguous() else (x.shape, x.stride()), x.dtype, x._version
 
 
 def _memory(x: Tensor) -> tuple:
-    """Of all views of one tensor."""
+    """Return a key that is equal for all views of one tensor."""
     return x.data_ptr() - x.storage_offset() * x.element_size(), x.dtype, x._version
 
 
@@ -144,10 +150,10 @@ def _is_whole(x: Tensor) -> bool:
 
 
 def packable(x: Tensor, weights: frozenset[tuple[int, ...]] = frozenset()) -> bool:
-    """Activations: floating, no parameter or view of one, and wider than per-token statistics and gates.
+    """Return whether a tensor is an activation: floating point, no parameter or view of one, and not narrow.
 
     Args:
-        weights: shapes of the block's own: autocast's copies of them are known by nothing else.
+        weights: shapes of the block's weights. Autocast's copies of weights can be recognized only by their shape.
     """
     source = x if x._base is None else x._base
     return (
@@ -160,9 +166,9 @@ def packable(x: Tensor, weights: frozenset[tuple[int, ...]] = frozenset()) -> bo
 
 
 def run_by_kind(table: Table, forward, tokens, parameters: list[nn.Parameter], options=None):
-    """`forward(tokens)`, whose activations are kept as the table says."""
+    """Run `forward(tokens)`, saving its activations as the table says."""
     keeper = _Keeper(table, parameters)
     with saved_tensors_hooks(keeper.pack, View.restore), keeping(keeper):
         result = forward(tokens)
-    keeper.clear()  # autograd holds on to `pack`
+    keeper.clear()  # autograd keeps a reference to `keeper.pack`
     return result

@@ -1,6 +1,6 @@
-"""Codecs: how one activation is kept in fewer bytes. Made from a tensor; `restore()` gives an approximation of it.
+"""Codecs, which hold an activation in fewer bytes. A codec is created from a tensor; `restore()` approximates it.
 
-A codec with `alike` packs several tensors that are parts of one and must be rounded in the same way.
+If a codec has a method `alike`, that packs several tensors that must be rounded in the same way.
 """
 
 from typing import Protocol, Self
@@ -15,7 +15,7 @@ class Packed(Protocol):
 
 
 class BFloat16Packed:
-    """A tensor in bfloat16."""
+    """A tensor packed in bfloat16."""
 
     def __init__(self, x: Tensor) -> None:
         self.kept, self.dtype = x.to(torch.bfloat16), x.dtype
@@ -25,15 +25,15 @@ class BFloat16Packed:
 
 
 class Int8Packed:
-    """(..., N, D) in int8: symmetric, scaled to the largest magnitude of each channel over the N tokens.
+    """A tensor (..., N, D) packed in int8, symmetrically, scaled to each channel's largest magnitude over the N tokens.
 
-    By channel, because a few channels of a ViT's residual stream are tens of times larger than the rest.
+    Each channel has a scale because a few channels of a ViT's residual stream are tens of times larger than the rest.
 
     Args:
-        largest: (..., 1, D) magnitudes to scale to, where x is a part of what shares one scale.
+        largest: (..., 1, D) magnitudes to which to scale, if several tensors share one scale.
     """
 
-    # One less than there is room for: rounding the scale to bfloat16 can then push no value over the edge.
+    # Not 127, so that values cannot overflow when the scale is rounded to bfloat16.
     LEVELS = 126
 
     def __init__(self, x: Tensor, largest: Tensor | None = None) -> None:
@@ -52,10 +52,10 @@ class Int8Packed:
 
 
 class Int4Packed:
-    """(..., N, D) in four bits, 16 levels from the least to the largest value of each channel over the N tokens.
+    """A tensor (..., N, D) packed in four bits: 16 levels from the smallest to the largest value of each channel.
 
-    Two channels share a byte: (..., N, (D + 1) // 2) bytes. The first token is kept in bfloat16 and decides no levels:
-    a class token is unlike the others, and most of the gradient comes through it.
+    Two channels share a byte, (..., N, (D + 1) // 2) bytes. The first token is saved in bfloat16 and does not influence
+    the levels: a class token is unlike the others, and most of the gradient comes through it.
     """
 
     LEVELS = 15
@@ -79,12 +79,12 @@ class Int4Packed:
 
 
 def largest_magnitudes(x: Tensor) -> Tensor:
-    """(..., N, D) -> (..., 1, D)."""
+    """Return the largest magnitudes over tokens: (..., N, D) -> (..., 1, D)."""
     return x.abs().amax(-2, keepdim=True)
 
 
 class Float16Packed:
-    """A float32 tensor in float16; a narrower one as it is."""
+    """A float32 tensor packed in float16. A tensor of a smaller dtype stays as it is."""
 
     def __init__(self, x: Tensor) -> None:
         self.kept, self.dtype = x.to(torch.float16) if x.dtype == torch.float32 else x, x.dtype
@@ -94,14 +94,14 @@ class Float16Packed:
 
 
 class Pruned:
-    """The largest magnitudes of each image, in 16 bits, and for every value a bit that says whether it is there.
+    """The largest magnitudes of each image in 16 bits, and for every value a bit that says whether it was kept.
 
-    Of v values max(1, int(sparsity v)) - 1 become 0; which of equal ones do is left to the sort, so that the bytes do
-    not depend on values.
+    Of v values, max(1, int(sparsity * v)) - 1 become 0. Exactly that many, even if magnitudes are equal, so the number
+    of bytes does not depend on the values.
 
     Args:
-        x: (B, ..., D), pruned image by image; (R, D) rows of no image, as a whole.
-        parts: the last dimension is cut into, to be pruned one by one.
+        x: (B, ..., D), pruned image by image; or (R, D) rows that belong to no image, pruned as a whole.
+        parts: number of parts into which the last dimension is cut. Each part is pruned separately.
     """
 
     def __init__(self, x: Tensor, sparsity: float, parts: int = 1) -> None:

@@ -1,7 +1,7 @@
-"""Save what the gradients need, as it is: the fastest, and the most memory.
+"""Save activations as they are: the fastest storage, and the one that needs the most memory.
 
-What a linear layer needs behind a norm is computed from the norm's input once more: to the same bits, and a trained
-block keeps 10 activations of a token's width where autograd keeps 12.
+The input of a linear layer after a norm is computed again from the norm's input, to the same bits. A trained block thus
+saves 10 activations of a token's width, where autograd saves 12.
 """
 
 from functools import partial

@@ -1,9 +1,9 @@
-"""Write what `exact` keeps to a temporary file, and read it in the backward pass: the same gradients to the bit.
+"""Write the activations that `exact` saves to a temporary file, and read them in the backward pass.
 
-Each run of a block has a file of its own, which has no name: it is gone when nothing needs it any more, and when the
-process ends, however that happens. It is written and read, not mapped: a full disk is an error then and no signal that
-kills the process, and what is read counts as memory only while it is used. Statistics, indices and weights stay in
-memory. How fast it is depends on the disk, and on how much of the file the system can hold in unused memory.
+Gradients are the same to the bit. Each run of a block has its own unnamed file, which disappears when nothing needs it
+or when the process ends in any way. The file is read and written, not memory-mapped: a full disk is then an error
+instead of a signal that kills the process, and data that was read takes memory only while it is used. Statistics,
+indices and weights stay in memory. The speed depends on the disk and on how much of the file the system can cache.
 """
 
 import errno
@@ -27,7 +27,11 @@ from moe_bsr.ops.keep import KINDS
 
 @dataclass(frozen=True)
 class OffloadOptions:
-    """folder: of the files; null: the system's for temporary ones, which TMPDIR names."""
+    """Options of offload.
+
+    Attributes:
+        folder: where the files are; null for the system's temporary folder, which TMPDIR names.
+    """
 
     folder: str | None = None
 
@@ -37,10 +41,10 @@ class OffloadOptions:
 
 
 class InFile:
-    """A tensor written to the end of a file. `restore()` reads it anew each time.
+    """A tensor that was appended to a file. `restore()` reads it again each time.
 
     Raises:
-        OSError: no room, or the file cannot be written or read.
+        OSError: the disk is full, or the file cannot be written or read.
     """
 
     def __init__(self, x: Tensor, file: IO[bytes], folder: str) -> None:
@@ -69,7 +73,7 @@ class InFile:
 
 
 class Counted:
-    """In place of `InFile` for tensors without values: how many bytes it would be."""
+    """Replacement of `InFile` for tensors without values. It counts the bytes that would be written."""
 
     def __init__(self, x: Tensor, count: Callable[[int], None]) -> None:
         self.like = x.shape, x.dtype, x.device
@@ -85,7 +89,7 @@ _count: ContextVar[Callable[[int], None] | None] = ContextVar("count of bytes", 
 
 @contextmanager
 def counting(count: Callable[[int], None]) -> Iterator[None]:
-    """Within, nothing is written, but `count` is called with the bytes that would be; for tensors without values."""
+    """Context for tensors without values: nothing is written, and `count` is called with the bytes that would be."""
     token = _count.set(count)
     try:
         yield
@@ -98,16 +102,14 @@ def _bytes(x: Tensor) -> memoryview:
 
 
 def _named(error: OSError, folder: str) -> OSError:
-    """The error with the folder in place of a file that has no name."""
+    """Return the error with the name of the folder, because the file has none."""
     return OSError(error.errno, error.strerror, f"storage.folder {folder}")
 
 
 def _run(forward, tokens, parameters, options: OffloadOptions):
     device, folder, count = tokens.x.device.type, options.place, _count.get()
-    require(
-        device == "cpu", "storage", "offload", f"not on {device}, where nothing is offloaded; take recompute or int8"
-    )
-    require(os.path.isdir(folder), "storage.folder", folder, "a folder that is there, with room for what is saved")
+    require(device == "cpu", "storage", "offload", f"works only on a CPU, not on {device}; take recompute or int8")
+    require(os.path.isdir(folder), "storage.folder", folder, "must be an existing folder with room for the activations")
     if count is not None:
         return _under(partial(Counted, count=count), forward, tokens, parameters)
     try:

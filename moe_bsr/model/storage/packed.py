@@ -1,7 +1,7 @@
-"""Keep activations in fewer bits: `bf16`, or `int8` with a scale for each channel of each image.
+"""Save activations in fewer bits: `bf16`, or `int8` with a scale for each channel of each image.
 
-All experts of a layer share their scales: rounded each in its own way, equal experts would seem to differ, and
-routers would learn that.
+All experts of a layer share their scales. With separate scales equal experts would appear to differ, and routers would
+learn these differences.
 """
 
 from functools import partial

@@ -1,9 +1,9 @@
-"""Keep the block input alone and run the block again in the backward pass.
+"""Save only the block input, and run the block again in the backward pass.
 
-Chen et al. 2016, "Training deep nets with sublinear memory cost". One more forward of the block, but for
-its last product, for nearly all of its activation memory; gradients are identical, because everything the
-block decided is replayed and nothing in it draws random numbers. `recompute_int8` keeps the input itself in
-eight bits, `recompute_int4` in four, but for the first token: less than any other, for gradients that are some
+Chen et al. 2016, "Training deep nets with sublinear memory cost". This costs one more forward pass of the block, except
+its last product, and saves nearly all of its activation memory. Gradients are identical, because the block's choices
+are replayed and nothing in it draws random numbers. `recompute_int8` saves the input in eight bits. `recompute_int4`
+saves it in four bits, except the first token: it needs the least memory of all storages, and its gradients are some
 percent off.
 """
 
@@ -21,9 +21,9 @@ from moe_bsr.model.tokens import Tokens
 
 
 class Recompute(torch.autograd.Function):
-    """(x, parameters) -> the block's tokens and what of its record has a gradient.
+    """(x, parameters) -> the block's tokens, and the parts of its record that have a gradient.
 
-    The first pass builds no graph, so nothing of it outlives the call (that of torch's non-reentrant checkpoint does).
+    The first pass builds no graph, so it leaves nothing in memory. (torch's non-reentrant checkpoint builds one.)
     """
 
     @staticmethod
@@ -45,7 +45,7 @@ class Recompute(torch.autograd.Function):
         kept, *parameters = ctx.saved_tensors
         if kept is None and ctx.packed is None:
             raise RuntimeError(
-                "backward a second time through a block with storage = recompute_int8 or recompute_int4, whose "
+                "second backward pass through a block with storage = recompute_int8 or recompute_int4, whose "
                 "input is freed by the first; use recompute"
             )
         needs_x = ctx.needs_input_grad[4]
@@ -55,7 +55,7 @@ class Recompute(torch.autograd.Function):
             again = partial(ctx.forward, needs_output=False)
             outputs = _differentiable(*run_by_kind(EXACT, again, Tokens(x, *ctx.trace), parameters))
         pairs = [(get_gradient_edge(o), g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
-        del outputs  # only their place in the graph is needed
+        del outputs  # only their edges in the graph are needed
         wanted = [x, *parameters] if needs_x else parameters
         found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
         return None, None, None, None, *([] if needs_x else [None]), *found

@@ -1,13 +1,13 @@
-"""Keep the three inputs that `segments` keeps in a subspace of their channels: as coefficients C and a basis Q.
+"""Save the three inputs that `segments` saves, in a subspace of their channels: as coefficients C and a basis Q.
 
-A matrix A of all tokens of a micro-batch, (rows, D), is kept as C = A Q, (rows, r), and comes back as C Q^T. Queries,
-keys, values and hidden values are computed again from that. LoRAct and LANCE (2025) keep activations so. Here the basis
-is found anew for each matrix, from no random draw: the largest channels of A^T A, and from there two steps of
-subspace iteration, after which the gradients are as good as with the best basis. The first token of each image is kept
-as it is: where it is the class token, most of the gradient comes through it.
+A matrix A of all tokens of a micro-batch, (rows, D), is saved as C = A Q, (rows, r), and restored as C Q^T. Queries,
+keys, values and hidden values are computed again from that. LoRAct and LANCE (2025) save activations in this way. Here
+a basis is computed for each matrix without random numbers: two steps of subspace iteration from the largest channels of
+A^T A, after which the gradients are as good as with the best basis. The first token of each image is saved as it is: if
+it is the class token, most of the gradient comes through it.
 
-The forward pass is exact. Gradients are not, and those of `segments_int8` are better for less: it is here to be
-compared with.
+The forward pass is exact. Gradients are not; those of `segments_int8` are better and need less memory. This storage is
+here for comparison.
 """
 
 import math
@@ -27,7 +27,11 @@ STEPS = 2
 
 @dataclass(frozen=True)
 class SubspaceOptions:
-    """rank: dimensions of the subspace, as a share of the width."""
+    """Options of subspace.
+
+    Attributes:
+        rank: dimensions of the subspace, as a share of the width.
+    """
 
     rank: float = 0.25
 
@@ -36,9 +40,9 @@ class SubspaceOptions:
 
 
 class InSubspace:
-    """(..., N, D) as coefficients (rows, r) and a basis (D, r), and the first of each N tokens.
+    """A tensor (..., N, D) as coefficients (rows, r), a basis (D, r), and the first of each N tokens.
 
-    What would take no less room so, such as the class tokens alone, stays as it is.
+    A tensor that would need as much memory in this form, such as class tokens only, stays as it is.
     """
 
     def __init__(self, x: Tensor, rank: float) -> None:
@@ -61,7 +65,7 @@ class InSubspace:
 
 
 def leading_basis(gram: Tensor, r: int) -> Tensor:
-    """Nearly the r leading eigenvectors of (D, D) A^T A, in float32: orthonormal columns, (D, r)."""
+    """Approximate the r leading eigenvectors of A^T A, (D, D) float32, by orthonormal columns (D, r)."""
     basis = gram[:, gram.diagonal().topk(r).indices]
     for _ in range(STEPS):
         basis = gram @ torch.linalg.qr(basis).Q

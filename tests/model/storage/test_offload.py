@@ -134,7 +134,7 @@ def test_a_disk_without_room_ends_training_in_a_line(tmp_path, monkeypatch):
 def test_a_folder_that_is_not_there_is_refused_before_training(tmp_path):
     nowhere = tmp_path / "nowhere"
     config = make_config(tmp_path, storage={"kind": "offload", "folder": str(nowhere)})
-    with pytest.raises(ConfigError, match=f"storage.folder = '{nowhere}': a folder that is there"):
+    with pytest.raises(ConfigError, match=f"storage.folder = '{nowhere}': must be an existing folder"):
         predict(build_on_meta(config, {"shapes": 10, "fractals": 12}), config, batch=4, precision="fp32")
 
 
