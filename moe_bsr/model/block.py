@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_bsr.config import TokensConfig
 from moe_bsr.model.adapters import BESIDE_BLOCK, BESIDE_FFN, is_beside
-from moe_bsr.model.layers import Given, Mlp, feed_forward, has_hooks
+from moe_bsr.model.layers import Criteria, Mlp, feed_forward, has_hooks
 from moe_bsr.model.merging import log_sizes, merge
 from moe_bsr.model.moe import MoE, Routing
 from moe_bsr.model.plan import BlockPlan
@@ -81,7 +81,7 @@ def forward(
     """
     record, plan, merges, entering = Record(), context.plan, context.tokens.merges, tokens
     reduces = plan.keep_rate < 1
-    y, given = block.attn(
+    y, criteria = block.attn(
         block.norm1(tokens.x),
         scores=reduces and not merges,
         has_class_token=context.has_class_token,
@@ -95,7 +95,7 @@ def forward(
     tokens = tokens.add(block.drop_path1(block.ls1(y)))
     del y  # free it before the FFN, which needs the most memory
     if reduces:
-        tokens, record.dropped = _reduce(tokens, given, context, replay)
+        tokens, record.dropped = _reduce(tokens, criteria, context, replay)
     y, record.routing = _feed_forward(block, block.norm2(tokens.x), task, replay, noise_key, needs_output)
     y = block.drop_path2(block.ls2(y))
     beside = getattr(block, BESIDE_FFN, None)
@@ -103,17 +103,17 @@ def forward(
     if (side := getattr(block, BESIDE_BLOCK, None)) is not None:
         del y
         if reduces:  # repeats the choice recorded above
-            entering, _ = _reduce(entering, given, context, replay)
+            entering, _ = _reduce(entering, criteria, context, replay)
         tokens = tokens.add(side(entering.x, log_sizes(entering), context.class_token_alone, needs_output))
     return tokens, record
 
 
-def _reduce(tokens: Tokens, given: Given, context: BlockContext, replay: Replay) -> tuple[Tokens, Dropped]:
+def _reduce(tokens: Tokens, criteria: Criteria, context: BlockContext, replay: Replay) -> tuple[Tokens, Dropped]:
     """Drop or merge tokens, by the scores or keys that the attention returned."""
     rate, prefix = context.plan.keep_rate, context.prefix
     if context.tokens.merges:
-        return merge(tokens, *given, rate, prefix, replay)
-    return drop(tokens, *given, rate, prefix, context.tokens, replay)
+        return merge(tokens, *criteria, rate, prefix, replay)
+    return drop(tokens, *criteria, rate, prefix, context.tokens, replay)
 
 
 def _feed_forward(

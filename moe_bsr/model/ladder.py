@@ -202,6 +202,6 @@ def make_ladder(vit: VisionTransformer, plan: list[BlockPlan], config: Config) -
         config.tokens.reduce,
         "must be drop with adapter: ladder, which cannot follow merged tokens",
     )
-    alone = len(set(choices.values())) == 1 and all(each.adapter in (None, choices[min(choices)]) for each in plan)
-    require(alone, "adapter", config.adapter, "ladder with one reduction, and no other adapter in any block")
+    single = len(set(choices.values())) == 1 and all(each.adapter in (None, choices[min(choices)]) for each in plan)
+    require(single, "adapter", config.adapter, "ladder with one reduction, and no other adapter in any block")
     return Ladder(vit, choices, config)

@@ -17,7 +17,7 @@ from moe_bsr.ops.merging import mean_keys
 from moe_bsr.ops.norm import layer_norm
 from moe_bsr.ops.tokens import received_attention
 
-Given = tuple[Tensor, ...]  # scores or keys by which tokens are dropped or merged: see `Attention.forward`
+Criteria = tuple[Tensor, ...]  # scores or keys by which tokens are dropped or merged: see `Attention.forward`
 
 
 class Linear(nn.Linear):
@@ -85,7 +85,7 @@ class Attention(timm_layers.Attention):
         keys: bool = False,
         bias: Tensor | None = None,
         first_alone: bool = False,
-    ) -> tuple[Tensor, Given]:
+    ) -> tuple[Tensor, Criteria]:
         """Compute the attention. No N x N map is saved.
 
         Args:
@@ -103,15 +103,15 @@ class Attention(timm_layers.Attention):
         if first_alone:
             return self._of_first(x, bias), ()
         qkv = self._project(x)
-        y, *given = attention(qkv, self.num_heads, self.scale, scores and has_class_token, attached, bias)
+        y, *criteria = attention(qkv, self.num_heads, self.scale, scores and has_class_token, attached, bias)
         if keys:
-            given = [mean_keys(qkv, self.num_heads)]
+            criteria = [mean_keys(qkv, self.num_heads)]
         if scores and not has_class_token:
             q, k, _ = split_heads(qkv, self.num_heads)
             with torch.set_grad_enabled(attached and torch.is_grad_enabled()):
-                given = received_attention(q, k, self.scale)
+                criteria = received_attention(q, k, self.scale)
         del qkv
-        return self._end(y, x), tuple(given) if scores or keys else ()
+        return self._end(y, x), tuple(criteria) if scores or keys else ()
 
     def _end(self, y: Tensor, x: Tensor) -> Tensor:
         """Apply norm, gate and projection to the attention product y of the tokens x, both (B, n, D)."""

@@ -43,12 +43,12 @@ def match(keys: Tensor, left: int) -> Tensor:
         keys = F.normalize(keys, dim=2)
         similarity, partner = (keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)).max(2)
     candidates, targets = keys.shape[1], keys.shape[1] // 2
-    alone = left - targets  # sources that stay
+    unmerged = left - targets  # number of sources that stay
     _, stays = select(similarity, candidates - left)
     places = torch.arange(left, device=keys.device).expand(keys.shape[0], -1)
-    of_sources = (partner + alone).scatter(1, stays, places[:, :alone])
+    of_sources = (partner + unmerged).scatter(1, stays, places[:, :unmerged])
     found = places.new_empty(keys.shape[0], candidates)
-    found[:, ::2], found[:, 1::2] = of_sources, places[:, alone:]
+    found[:, ::2], found[:, 1::2] = of_sources, places[:, unmerged:]
     return found
 
 
