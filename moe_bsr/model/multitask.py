@@ -143,7 +143,7 @@ class MultitaskViT(nn.Module):
     def forward_features(
         self, images: Tensor, task: str = "", upto: int | None = None
     ) -> tuple[Tokens, dict[int, Record]]:
-        """Run the blocks before the gradient path, without a graph.
+        """Run the embedding and the blocks before the gradient path. There is no graph unless the embedding trains.
 
         The result is the same for every task, so one call serves all of them:
         `for task in tasks: model.forward_from(tokens, task)`.

@@ -174,8 +174,8 @@ def test_another_start_of_the_random_numbers_is_another_ladder():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train_blocks": (3,)}, "plan.train_blocks = [3]: [] (and plan.moe_blocks=[]) with adapter: ladder"),
-        ({"train_blocks": "all"}, "plan.train_blocks = 'all': []"),
+        ({"train_blocks": (3,)}, "plan.train_blocks = [3]: must be [] (and plan.moe_blocks too) with adapter: ladder"),
+        ({"train_blocks": "all"}, "plan.train_blocks = 'all': must be []"),
         ({"adapter": {"kind": "ladder", "reduction": 3}}, "adapter.reduction = 3: a divisor of the width"),
         ({"adapter": {"kind": "ladder", "reduction": 1}}, "adapter.reduction = 1: 2 to 64"),
         (
