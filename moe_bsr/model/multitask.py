@@ -129,7 +129,8 @@ class MultitaskViT(nn.Module):
             all(index < self.path_start for index in self.head_blocks),
             "plan.head_blocks",
             self.head_blocks,
-            f"must be before block {self.path_start}, the first that trains or has an adapter: heads read frozen ones",
+            f"must be before block {self.path_start}, the first with trained parameters or experts: heads read frozen "
+            "blocks",
         )
 
     def forward(self, images: Tensor, task: str, noise_key: tuple[int, ...] | None = None) -> Output:

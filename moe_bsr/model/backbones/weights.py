@@ -56,7 +56,8 @@ def read(file: Path, anchor: str = ANCHOR) -> tuple[dict[str, Tensor], list[str]
     if (other := foreign(head)) is not None:
         raise NotWeights(other)
     if zipfile.is_zipfile(file):
-        names = zipfile.ZipFile(file).namelist()
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
         if any(Path(name).name == "constants.pkl" for name in names):
             raise NotWeights("a TorchScript program: save its state_dict() with torch.save")
         if names and all(name.endswith(".npy") for name in names):
