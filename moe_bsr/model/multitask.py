@@ -55,8 +55,7 @@ class MultitaskViT(nn.Module):
 
     Attributes:
         plan: one row per block.
-        path_start: index of the first block whose backward pass must run or that depends on the task; the number of
-            blocks if there is none.
+        path_start: the first block whose backward pass must run or that depends on the task; the depth if none does.
         trained_tasks: the tasks of `train.only`, or all.
         adapter_parameters: parameters of adapters by block index; some may be frozen.
         ladder: the side network, if the adapter is one.
@@ -129,8 +128,7 @@ class MultitaskViT(nn.Module):
             all(index < self.path_start for index in self.head_blocks),
             "plan.head_blocks",
             self.head_blocks,
-            f"must be before block {self.path_start}, the first with trained parameters or experts: heads read frozen "
-            "blocks",
+            f"must be before block {self.path_start}, the first that trains or has experts: heads read frozen blocks",
         )
 
     def forward(self, images: Tensor, task: str, noise_key: tuple[int, ...] | None = None) -> Output:
@@ -146,16 +144,13 @@ class MultitaskViT(nn.Module):
     ) -> tuple[Tokens, dict[int, Record]]:
         """Run the embedding and the blocks before the gradient path. There is no graph unless the embedding trains.
 
-        The result is the same for every task, so one call serves all of them:
-        `for task in tasks: model.forward_from(tokens, task)`.
+        The result serves every task: `for task in tasks: model.forward_from(tokens, task)`.
 
         Args:
             images: (B, 3, S, S), normalized.
             upto: run the blocks before this one instead.
         Returns:
             The tokens that enter the next block, and the records of blocks that drop or merge tokens.
-        Raises:
-            TypeError: the images are integers.
         """
         if not images.is_floating_point():
             raise TypeError(f"images are {images.dtype}: normalize them first, as by run.transforms.normalize")

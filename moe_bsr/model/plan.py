@@ -61,7 +61,7 @@ def make_plan(config: Config, depth: int) -> list[BlockPlan]:
         keep.get(depth - 1, 1.0) == 1.0,
         "plan.drop_blocks",
         plan.drop_blocks,
-        f"block {depth - 1} is the last, so a drop there would save nothing; drop earlier",
+        f"block {depth - 1} is the last: no later block would gain from a drop there; drop earlier",
     )
     require(
         not config.tokens.merges or all(rate >= 0.5 for rate in rates),
