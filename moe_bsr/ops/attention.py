@@ -19,7 +19,7 @@ from moe_bsr import ops
 from moe_bsr.ops.keep import ATTENTION_OUTPUTS, QUERIES_KEYS_VALUES, is_coarse, keep
 from moe_bsr.runtime import cpu_features as cpu
 
-MAP_BYTES = 2 * 2**20  # size of the attention maps that the explicit kernels hold at a time, if not those of one image
+MAP_BYTES = 2 * 2**20  # of attention maps that the explicit kernels hold at a time (one image at least)
 
 
 def attention(

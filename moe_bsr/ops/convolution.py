@@ -85,7 +85,7 @@ class _NormedConvolution(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         needs_x, needs_weight, needs_scale, needs_shift, _ = ctx.needs_input_grad
         conv = ctx.conv
-        # The gradient of x depends only on its shape.
+        # The gradient of x needs the shape of x, not its values.
         like = grad.new_empty(1).expand(ctx.shape) if x is None else x
         grad_x, grad_folded, grad_shift = torch.ops.aten.convolution_backward(
             grad,
