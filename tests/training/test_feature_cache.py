@@ -133,7 +133,7 @@ def test_heads_may_read_frozen_blocks_beside_what_trains(tmp_path):
             class_tokens[index] = tokens.x[:, 0]
         read = torch.cat([model.vit.norm(tokens.x)[:, 0], class_tokens[2], class_tokens[4]], 1)
         assert torch.allclose(model(images, "shapes").logits, model.heads["shapes"](read), atol=1e-5)
-    with pytest.raises(ConfigError, match=r"plan.head_blocks.*\[4\].*before the first that trains.* 3"):
+    with pytest.raises(ConfigError, match=r"plan.head_blocks.*\[4\].*before block 3, the first that trains"):
         fit(tmp_path, plan | {"train_blocks": [3, 5], "head_blocks": [4]}, None)
 
 

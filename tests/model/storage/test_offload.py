@@ -140,7 +140,7 @@ def test_a_folder_that_is_not_there_is_refused_before_training(tmp_path):
 
 def test_a_gpu_is_refused(tmp_path):
     config = make_config(tmp_path, storage="offload", runtime__device="cuda")
-    with pytest.raises(ConfigError, match="storage = 'offload': not on cuda"):
+    with pytest.raises(ConfigError, match="storage = 'offload': works only on a CPU, not on cuda"):
         predict(build_on_meta(config, {"shapes": 10, "fractals": 12}), config, batch=4, precision="fp32")
 
 
