@@ -85,7 +85,7 @@ def test_what_cannot_be_used_is_told(tmp_path, capsys):
         "1 file that is no image, such as a/notes.txt",
         "1 image outside of a class folder, such as loose.png",
         "strange/test: class 'c' is not among",
-        "task single: 1 class, and there must be two",
+        "task single: 1 class, but at least two are needed",
         "no images of class 'c'; there is nothing",
     ):
         assert sum(words in line for line in told) == 1, words

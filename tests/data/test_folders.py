@@ -127,10 +127,10 @@ def test_a_plain_folder_of_classes(tmp_path):
     [
         (["test/a", "test/b"], "no train folder"),
         (["train", "test"], "no train folder with class folders.*source: csv"),
-        (["a/train", "a/test", "b/train", "b/test"], "train folders lie within the classes; expected .*/train/<class>"),
+        (["a/train", "a/test", "b/train", "b/test"], "train folders are inside the class folders; expected .*/train"),
         (["train/train/a", "train/train/b", "val/a"], "train: the class folders are in 'train' within it: move"),
         (["train/a", "train/b", "test/Test/a"], "test: the class folders are in 'Test' within it: move them up"),
-        (["one/train/a", "one/train/b", "two/train/a"], "'one' in it has a train folder of its own"),
+        (["one/train/a", "one/train/b", "two/train/a"], "the train folder is in 'one' within it: add that"),
         (["train/a", "train/b", "val/a", "validation/a"], "'val' and 'validation' are both for val: keep one"),
         (["train/a", "train/b", "test/c"], "class 'c' is not among the 2 classes .*add training images"),
         (["train/a", "train/b", "val/c"], "class 'c' is not among"),

@@ -276,7 +276,7 @@ def test_no_other_program_is_started(tmp_path, monkeypatch):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:", "a Git LFS pointer"),
         (b"\0\0\0\x18ftypheic\0\0\0\0", "a HEIC image: pip install pillow-heif"),
         (b"<svg xmlns=", "an SVG drawing"),
-        (b"nothing known", "no image format that is read here"),
+        (b"nothing known", "its image format is unknown or not supported"),
         (encoded(Image.fromarray(NOISE))[:60], "truncated"),
         (encoded(Image.fromarray(NOISE), "JPEG")[:400], "truncated"),
     ],

@@ -113,7 +113,7 @@ def test_one_class_is_no_task(tmp_path):
     for split in ("train", "test"):
         for other in sorted((tmp_path / "pictures" / split).iterdir())[1:]:
             shutil.rmtree(other)
-    with pytest.raises(ValueError, match="1 class, and there must be two"):
+    with pytest.raises(ValueError, match="1 class, but at least two are needed"):
         load_task(load_spec(tmp_path / "pictures.yaml"), root=tmp_path)
 
 

@@ -143,7 +143,9 @@ def test_a_server_that_is_busy_is_asked_again_and_a_dead_one_not_for_ever(root, 
 
 def test_whole_shards_need_room(root, server, tmp_path):
     server.ranges = False
-    with pytest.raises(ValueError, match=r"gives no byte ranges, so whole shards are kept, and 5 of .*raise cache_gb"):
+    with pytest.raises(
+        ValueError, match=r"does not support byte ranges, so whole shards are kept, and 5 of .*raise cache_gb"
+    ):
         task(f"{server.url}/shards/train-{{000..004}}.tar", cache=str(tmp_path), cache_gb=1e-5).open(root)
     assert server.sent < 10**6 and not list(tmp_path.glob("*.tar"))
 
@@ -158,7 +160,7 @@ def test_a_changed_shard_is_noticed_and_indexed_anew(far, root, server, tmp_path
     new = write_shard(root / "changing/train-000.tar", [
         member for n in range(3) for member in ((f"ant/new{n}.png", encoded(n + 90)), (f"ant/new{n}.cls", b"ant"))
     ])  # fmt: skip
-    with pytest.raises(LostData, match=rf"train-000.tar: another file .*, {new.stat().st_size} now.*start again"):
+    with pytest.raises(LostData, match=rf"train-000.tar: .* has changed .*, {new.stat().st_size} now.*start again"):
         source.image(1)
     again = spec.open(root).train
     assert again.names[:4] == ["ant/new0.png", "ant/new1.png", "ant/new2.png", "ant/7.png"]
@@ -186,9 +188,9 @@ def damaged(content: bytes) -> dict[str, tuple[bytes, str]]:
         "cut in a member": (content[:1800], "cut off: it ends after 1800 bytes"),
         "cut in a header": (content[:2200], "damaged: no header at byte 2048|cut off"),
         "another header": (middle, "damaged: no header at byte 2048"),
-        "compressed": (gzip.compress(content), "a compressed tar file"),
-        "no tar": (b"<html>" + bytes(600), "no tar file"),
-        "empty": (b"", "no tar file"),
+        "compressed": (gzip.compress(content), "the tar file is compressed"),
+        "no tar": (b"<html>" + bytes(600), "not a tar file"),
+        "empty": (b"", "not a tar file"),
     }
 
 
@@ -269,7 +271,7 @@ def test_names_are_distinct_and_the_end_mark_is_missed(tmp_path):
     ("labels", "keys", "said"),
     [
         ([], {}, "no images with labels; there is 4 images without a label"),
-        ([("0.cls", b"7")], {"class_names": ["a", "b"]}, "a label 7, and class_names has 2: 0 to 1"),
+        ([("0.cls", b"7")], {"class_names": ["a", "b"]}, "a label 7, but class_names has 2 names: 0 to 1"),
         ([("0.cls", b"x")], {"class_names": ["a", "b"]}, "class 'x' is not among the 2 classes"),
     ],
 )
@@ -298,7 +300,7 @@ def test_patterns():
     [
         ("none-{0..3}.tar", "none-0.tar: no such file"), ("none*.tar", "no such shards"), ("x://a.tar", "x://a.tar: "),
         ("hf://models/a/b", "expected hf://datasets"), ("http://me:secret@host/a.tar", "a name and a password"),
-        (["a.tar", "a.tar"], "named twice"), ([], "a list of no shards"),
+        (["a.tar", "a.tar"], "listed twice"), ([], "a list without shards"),
     ],
 )  # fmt: skip
 def test_addresses_that_cannot_be(train, said, tmp_path):
