@@ -129,7 +129,12 @@ class HttpFile:
         self.ranges, self.identity = self._get(0, 1, lambda answer: (answer.status == 206, _stated(url, answer)))
 
     def read(self, start: int, size: int) -> bytes:
-        return self._get(start, size, lambda answer: _whole(self._same(answer).read(), size))
+        def part(answer: Any) -> bytes:
+            if answer.status != 206:  # else the whole file would be read into memory
+                raise ConnectionError("the server does not send byte ranges any more")
+            return _whole(self._same(answer).read(), size)
+
+        return self._get(start, size, part)
 
     def save(self, place: Path) -> None:
         def write(answer: Any) -> None:

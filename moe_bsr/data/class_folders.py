@@ -34,7 +34,7 @@ def entries(folder: str, unused: Unused) -> tuple[list[os.DirEntry], list[os.Dir
                     folders.append(entry)
                 else:
                     kind = file_kind(Path(entry.path))
-                    unused.add(f"entry that is {kind}", f"entries of which each is {kind}", entry.path)
+                    unused.add(f"entry that is {kind}", f"entries, each of them {kind}", entry.path)
     except OSError as error:
         unused.add("folder that cannot be opened", "folders that cannot be opened", folder, error.strerror or "")
     return sorted(files, key=_name), sorted(folders, key=_name)

@@ -23,20 +23,20 @@ Value = TypeVar("Value")
 AHEAD_BYTES = 2**28  # limit of the images that are fetched in advance
 
 
-def begun(work: Callable[..., Value], *arguments: Any) -> "Future[Value]":
+def submit(work: Callable[..., Value], *arguments: Any) -> "Future[Value]":
     """Start `work(*arguments)` in one of the threads, and return its future."""
     future: Future[Value] = Future()
     _threads(os.getpid()).put((future, work, arguments))
     return future
 
 
-def all_of(work: Callable[[Item], Value], items: Iterable[Item], what: str) -> list[Value]:
+def in_threads(work: Callable[[Item], Value], items: Iterable[Item], what: str) -> list[Value]:
     """Return `work(item)` for every item, computed in several threads, with a progress bar. The first error is raised.
 
     Args:
         what: name of one item, for the progress bar.
     """
-    waiting = [begun(work, item) for item in items]
+    waiting = [submit(work, item) for item in items]
     try:
         shown = tqdm(waiting, unit=what, leave=False, delay=2, disable=None if is_heard() else True)
         return [future.result() for future in shown]
@@ -84,7 +84,7 @@ class ReadAhead:
         with self._lock:
             for place in places:
                 if place not in self._coming:
-                    self._coming[place] = begun(self._fetch, place)
+                    self._coming[place] = submit(self._fetch, place)
                     self._bytes += int(self._sizes[place])
                 while self._bytes > AHEAD_BYTES and len(self._coming) > 1:
                     self._forget(next(iter(self._coming))).cancel()

@@ -77,7 +77,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         return self._ahead() if self.prefetch else self._batches()
 
-    def _told(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    def _announced(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         """Yield the plan. Sources that fetch images from a network are told about the next `AHEAD` images."""
         if not any(hasattr(data.train.source, "expect") for data in self.tasks.values()):
             yield from self.plan
@@ -95,7 +95,7 @@ class Loader:
         yield from waiting
 
     def _batches(self) -> Iterator[Batch]:
-        for task, positions, epochs in self._told():
+        for task, positions, epochs in self._announced():
             data = self.tasks[task]
             positions, views = self.transforms.taken(data, positions), self.transforms.views_of(epochs)
             if self.known is not None and self.known(task, positions, views):

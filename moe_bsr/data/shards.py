@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_bsr.data.addresses import LocalFile, StoredFile, open_address
-from moe_bsr.data.fetching import all_of
+from moe_bsr.data.fetching import in_threads
 from moe_bsr.data.tar_index import TarIndex, read_tar
 from moe_bsr.runtime import files
 
@@ -39,7 +39,7 @@ class ShardCache:
         self._added = 0  # bytes that this process has added since
         self._lock = threading.Lock()
 
-    def room(self, size: int) -> bool:
+    def reserve(self, size: int) -> bool:
         """Return whether `size` more bytes may be kept, and if so reserve them."""
         with self._lock:
             if self._used is None or self._added > self.most // 64:  # recounted, as other processes add images too
@@ -48,7 +48,7 @@ class ShardCache:
             self._added += size * fits
             return fits
 
-    def give_up(self, error: OSError) -> None:
+    def stop_keeping(self, error: OSError) -> None:
         """Stop keeping images in this process, with a warning, because writing to the disk failed."""
         with self._lock:
             if self.most:
@@ -56,7 +56,7 @@ class ShardCache:
             self.most = 0
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Hold a lock of the folder, so that other processes wait."""
         with files.open_file(self.folder / "lock", "ab") as lock:
             with contextlib.suppress(OSError):  # on a file system without locks, work may be done twice
@@ -100,11 +100,11 @@ class Shard:
         if (kept := self._kept(place, start, size)) is not None:
             return kept
         content = self._file.read(start, size)
-        if self._cache.room(size):
+        if self._cache.reserve(size):
             try:
                 self._keep(place, start, content)
             except OSError as error:
-                self._cache.give_up(error)
+                self._cache.stop_keeping(error)
         return content
 
     def has(self, place: int) -> bool:
@@ -141,7 +141,7 @@ class Shard:
                         stream.truncate(size)
             return np.memmap(place, np.uint32, "r+", shape=self.sizes.shape)
         except OSError as error:
-            self._cache.give_up(error)
+            self._cache.stop_keeping(error)
             return np.zeros(len(self.sizes), np.uint32)
 
 
@@ -161,13 +161,13 @@ def open_shards(
         LostData: a shard cannot be reached.
         OSError: the cache cannot be written.
     """
-    found = all_of(lambda address: open_address(address, root), addresses, "shard")
+    found = in_threads(lambda address: open_address(address, root), addresses, "shard")
     columns = f"{image_column}\n{label_column}"
     try:
         cache.folder.mkdir(parents=True, exist_ok=True)
-        with cache.alone():
+        with cache.locked():
             _require_room(found, columns, cache)
-            return all_of(lambda file: _open(file, columns, cache, image_column, label_column), found, "shard")
+            return in_threads(lambda file: _open(file, columns, cache, image_column, label_column), found, "shard")
     except PermissionError as error:
         said = files.reason(error)
         raise OSError(f"{cache.folder}: {said}, or name another folder by cache in the task file") from error
@@ -210,7 +210,7 @@ def _require_room(found: list[StoredFile], columns: str, cache: ShardCache) -> N
     whole = [file for file in found if not file.ranges]
     missing = [file for file in whole if not _beside(_stem(file, columns, cache), ".tar").is_file()]
     needed = sum(file.identity.size for file in missing)
-    if needed and not cache.room(needed):
+    if needed and not cache.reserve(needed):
         raise ValueError(
             f"{missing[0].address}: its server does not support byte ranges, so whole shards are kept, and "
             f"{len(missing)} of {needed / 1e9:.1f} GB do not fit: raise cache_gb = {cache.most / 1e9:g}, or choose "

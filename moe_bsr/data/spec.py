@@ -142,9 +142,9 @@ def load_spec(name_or_path: str | Path) -> TaskSpec:
     A name is looked up in `tasks/` of the current directory, then among the tasks of the package.
     Raises FileNotFoundError, whose message lists the tasks there are, and ConfigError for invalid keys and values.
     """
-    path = Path(name_or_path)
+    path = Path(name_or_path).expanduser()
     if is_folder(str(name_or_path)):
-        return _of_folder(path.expanduser().resolve())
+        return _of_folder(path.resolve())
     if path.suffix not in (".yaml", ".yml"):
         path = _find(str(name_or_path))
     elif not path.is_file():

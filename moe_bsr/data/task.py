@@ -130,7 +130,7 @@ def load_task(
             chosen = own if val_images is None else _some(images.val, own, val_images, split_seed)
             val = Split(images.val, chosen, images.val.labels[chosen])
             used = "" if len(val) == len(own) else f", {len(val)} of them used (data.val_images)"
-            notes.append(f"validation is the data's own: {len(own)} images{used}")
+            notes.append(f"the data's own validation split: {len(own)} images{used}")
     except ValueError as error:
         raise ValueError(f"task {spec.name}: {error} ({images.origin})") from None
     if train_images is not None and train_images < len(rest):

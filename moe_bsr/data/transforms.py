@@ -94,7 +94,7 @@ class ImageTransforms:
             about = (self.size, self.mean, self.std, self.interpolation)
             self._augment = Augment(*about, self.auto_augment, self.color_jitter, self.erasing)
         self._cache = DecodedCache(self.cache_mb)
-        self._told: set[tuple[str, str, str]] = set()
+        self._warned: set[tuple[str, str, str]] = set()
         self._unreadable: dict[tuple[str, str], set[int]] = {}  # (task, split) -> indices in the source
 
     def train_batch(
@@ -211,8 +211,8 @@ class ImageTransforms:
                 ) from error
             if index != GONE:
                 unreadable.add(index)
-            if (place := (data.name, split_name, name)) not in self._told:
-                self._told.add(place)
+            if (place := (data.name, split_name, name)) not in self._warned:
+                self._warned.add(place)
                 warnings.warn(f"task {data.name}, {split_name}: {error}; it is skipped", stacklevel=3)
             return None
         skipped.pop(name, None)  # a readable copy has been put in its place

@@ -186,6 +186,12 @@ def test_unknown_task_lists_the_known_ones(tmp_path, monkeypatch):
     assert load_spec("mine").title == "Mine"
 
 
+def test_a_task_file_may_lie_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("title: Mine\nsource: folder\npath: photos\n")
+    assert load_spec("~/mine.yaml").title == "Mine"
+
+
 def test_torchvision_splits_may_make_a_validation_split(tmp_path, monkeypatch):
     fake_flowers(tmp_path, monkeypatch)
     file = tmp_path / "flowers.yaml"

@@ -121,7 +121,7 @@ def test_lines_that_cannot_be_used_are_counted_by_kind(photos):
     assert len(images.train) == 2
     told = "\n".join(images.unused)
     for words in (
-        "3 images of which each is not there, such as img/9.png (line 4)",
+        "3 images, each of them not there, such as img/9.png (line 4)",
         "2 images without a label, such as img/2.png (line 6)",
         "1 line about an image of an earlier line, with another class, such as img/0.png (line 9)",
         "1 image that is a FIFO",

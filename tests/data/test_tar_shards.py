@@ -141,6 +141,13 @@ def test_a_server_that_is_busy_is_asked_again_and_a_dead_one_not_for_ever(root, 
         task(f"{server.url}/shards/train-001.tar", cache=str(tmp_path)).open(root)
 
 
+def test_a_server_that_sends_whole_files_in_place_of_ranges_is_refused(root, server, tmp_path):
+    source = task(f"{server.url}/shards/train-000.tar", cache=str(tmp_path)).open(root).train
+    server.ranges = False
+    with pytest.raises(LostData, match="does not send byte ranges any more, tried 5 times"):
+        source.image(0)
+
+
 def test_whole_shards_need_room(root, server, tmp_path):
     server.ranges = False
     with pytest.raises(

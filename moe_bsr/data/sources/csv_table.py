@@ -11,7 +11,7 @@ from typing import TextIO
 import numpy as np
 
 from moe_bsr.config import ConfigError
-from moe_bsr.config.reader import nearest
+from moe_bsr.config.errors import nearest
 from moe_bsr.data.class_folders import count_no_image
 from moe_bsr.data.class_names import LABEL_COLUMNS, SPLIT_NAMES, composed, look_alikes, split_named, unknown_class
 from moe_bsr.data.formats import EXTENSIONS
@@ -64,7 +64,7 @@ class CsvTask(TaskSpec):
             elif split is None:
                 unused.add("image of an unknown split", "images of an unknown split", f"{where}: {split_name!r}")
             elif kind != "file":
-                unused.add(f"image that is {kind}", f"images of which each is {kind}", where)
+                unused.add(f"image that is {kind}", f"images, each of them {kind}", where)
             elif file.suffix and file.suffix.lower() not in EXTENSIONS:
                 count_no_image(str(file), unused)
             elif (earlier := seen.get(path := os.path.normpath(file))) is not None:

@@ -12,7 +12,7 @@ import numpy as np
 import torchvision
 
 from moe_bsr.config import require
-from moe_bsr.config.reader import nearest
+from moe_bsr.config.errors import nearest
 from moe_bsr.data.image_files import FileSource
 from moe_bsr.data.spec import SOURCES, TaskImages, TaskSpec
 
