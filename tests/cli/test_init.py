@@ -50,7 +50,8 @@ def test_a_folder_of_datasets_of_every_kind_can_be_trained(tmp_path, here, capsy
     assert "test_fraction" not in Path("tasks/whole.yaml").read_text()
     assert "test_fraction: 0.3" in Path("tasks/classes.yaml").read_text()
     for words in ("whole: 2 classes, ", " and 5 test images", "the data's own validation split: 3 images",
-                  "are set aside", f"not used: {photos / 'empty'}: no class folders", "train my_photos.yaml --dry-run"):  # fmt: skip
+                  "are set aside", f"not used: {photos / 'empty'}: no class folders",
+                  "train my_photos.yaml --dry-run"):  # fmt: skip
         assert words in printed, words
     assert not [path for path in here.rglob("*") if path.is_symlink()]
     assert load("my_photos.yaml").task_names() == ["classes", "no_test", "whole"]
