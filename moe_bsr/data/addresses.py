@@ -125,7 +125,7 @@ class HttpFile:
         self.url, self.address = url, address or url
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         if urlsplit(url).username is not None:
-            raise ValueError(f"{url}: a name and a password in a URL are not used; take s3://, gs:// or hf://")
+            raise ValueError(f"{url}: a user name or password in a URL is not supported; use s3://, gs:// or hf://")
         self.ranges, self.identity = self._get(0, 1, lambda answer: (answer.status == 206, _stated(url, answer)))
 
     def read(self, start: int, size: int) -> bytes:

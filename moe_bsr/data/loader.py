@@ -107,7 +107,7 @@ class Loader:
 
     def _ahead(self) -> Iterator[Batch]:
         ready: SimpleQueue = SimpleQueue()  # batches, then an exception or None
-        room = threading.Semaphore(self.prefetch)
+        slots = threading.Semaphore(self.prefetch)
         running, stopped = threading.Event(), threading.Event()
 
         def work() -> None:
@@ -115,7 +115,7 @@ class Loader:
             running.set()
             batches = self._batches()
             try:
-                while room.acquire() and not stopped.is_set():
+                while slots.acquire() and not stopped.is_set():
                     ready.put(batch := next(batches, None))
                     if batch is None:
                         return
@@ -131,9 +131,9 @@ class Loader:
             while (batch := ready.get()) is not None:
                 if isinstance(batch, BaseException):
                     raise batch
-                room.release()
+                slots.release()
                 yield batch
         finally:
             stopped.set()
-            room.release()
+            slots.release()
             worker.join()

@@ -166,11 +166,11 @@ def open_shards(
     try:
         cache.folder.mkdir(parents=True, exist_ok=True)
         with cache.locked():
-            _require_room(found, columns, cache)
+            _require_space(found, columns, cache)
             return in_threads(lambda file: _open(file, columns, cache, image_column, label_column), found, "shard")
     except PermissionError as error:
         said = files.reason(error)
-        raise OSError(f"{cache.folder}: {said}, or name another folder by cache in the task file") from error
+        raise OSError(f"{cache.folder}: {said}, or set another folder with the key cache of the task file") from error
 
 
 def _open(
@@ -205,7 +205,7 @@ def _beside(stem: Path, ending: str) -> Path:
     return stem.with_name(stem.name + ending)
 
 
-def _require_room(found: list[StoredFile], columns: str, cache: ShardCache) -> None:
+def _require_space(found: list[StoredFile], columns: str, cache: ShardCache) -> None:
     """Raise ValueError if the shards that must be downloaded as a whole do not all fit the cache."""
     whole = [file for file in found if not file.ranges]
     missing = [file for file in whole if not _beside(_stem(file, columns, cache), ".tar").is_file()]

@@ -198,5 +198,5 @@ def _find(name: str) -> Path:
     known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
     raise FileNotFoundError(
         f"task {name!r}: no {name}.yaml in {' or '.join(map(str, folders))} (a path to a .yaml file works as "
-        f"well); there are {', '.join(known) or 'none'}{nearest(name, known)}"
+        f"well); tasks found: {', '.join(known) or 'none'}{nearest(name, known)}"
     )

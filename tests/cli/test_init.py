@@ -87,7 +87,7 @@ def test_what_cannot_be_used_is_told(tmp_path, capsys):
         "1 image outside of a class folder, such as loose.png",
         "strange/test: class 'c' is not among",
         "task single: 1 class, but at least two are needed",
-        "no images of class 'c'; there is nothing",
+        "no images of class 'c'; found: nothing",
     ):
         assert sum(words in line for line in told) == 1, words
     assert len(told) == 5 and load("data.yaml").task_names() == ["mixed"]

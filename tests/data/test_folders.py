@@ -153,10 +153,10 @@ def test_an_empty_class_folder_is_absent_in_test_and_named_in_train(tmp_path):
         (tmp_path / place).mkdir()
     assert opened(tmp_path).val is None
     (tmp_path / "train" / "c").mkdir()
-    with pytest.raises(ValueError, match="no images of class 'c'; there is nothing"):
+    with pytest.raises(ValueError, match="no images of class 'c'; found: nothing"):
         opened(tmp_path)
     (tmp_path / "train" / "c" / "a.svg").write_text("<svg/>")
-    with pytest.raises(ValueError, match=r"no images of class 'c'; there is 1 \.svg file"):
+    with pytest.raises(ValueError, match=r"no images of class 'c'; found: 1 \.svg file"):
         opened(tmp_path)
 
 

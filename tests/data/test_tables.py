@@ -137,7 +137,7 @@ def test_lines_that_cannot_be_used_are_counted_by_kind(photos):
         ("", "image_column: none of the usual names"),
         (
             "foo,label\nimg/0.png,cat\n",
-            "image_column: none of the usual names .* which has foo, label; give image_column",
+            "image_column: none of the usual names .* which has foo, label; set image_column",
         ),
         ("path,foo\nimg/0.png,cat\n", "label_column"),
         ("path,label\nnowhere.png,cat\n", r"no training images .*key images.*1 image that is not there"),
@@ -186,7 +186,7 @@ def test_a_directory_that_datasets_saved(tmp_path):
     (tmp_path / "dict.yaml").write_text("title: Dict\nsource: huggingface\npath: dict\n")
     data = load_task(load_spec(tmp_path / "dict.yaml"), root=tmp_path)
     assert [len(split) for split in (data.train, data.val, data.test)] == [24, 4, 6]
-    assert any("1 split of another name, such as odd" in note for note in data.notes)
+    assert any("1 split of unknown name, such as odd" in note for note in data.notes)
 
 
 @pytest.mark.parametrize("labels", [["x", "y"], [7, 10]])

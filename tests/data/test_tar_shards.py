@@ -277,7 +277,7 @@ def test_names_are_distinct_and_the_end_mark_is_missed(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "keys", "said"),
     [
-        ([], {}, "no images with labels; there is 4 images without a label"),
+        ([], {}, "no images with labels; found: 4 images without a label"),
         ([("0.cls", b"7")], {"class_names": ["a", "b"]}, "a label 7, but class_names has 2 names: 0 to 1"),
         ([("0.cls", b"x")], {"class_names": ["a", "b"]}, "class 'x' is not among the 2 classes"),
     ],
@@ -306,7 +306,7 @@ def test_patterns():
     ("train", "said"),
     [
         ("none-{0..3}.tar", "none-0.tar: no such file"), ("none*.tar", "no such shards"), ("x://a.tar", "x://a.tar: "),
-        ("hf://models/a/b", "expected hf://datasets"), ("http://me:secret@host/a.tar", "a name and a password"),
+        ("hf://models/a/b", "expected hf://datasets"), ("http://me:secret@host/a.tar", "user name or password"),
         (["a.tar", "a.tar"], "listed twice"), ([], "a list without shards"),
     ],
 )  # fmt: skip

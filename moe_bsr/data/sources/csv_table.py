@@ -78,7 +78,7 @@ class CsvTask(TaskSpec):
         names = sorted({label for _, label in rows["train"]})
         if not names:
             what = "; ".join(unused.found()) or "no line"
-            raise ValueError(f"{table}: no training images (paths start from {folder}, key images); there is {what}")
+            raise ValueError(f"{table}: no training images (paths start from {folder}, key images); found: {what}")
         train, val, test = (
             self._source(rows[split], names, folder, f"{table}, {split}") if rows[split] else None
             for split in ("train", "val", "test")
@@ -165,7 +165,7 @@ def _column(columns: list[str], given: str | None, usual: Sequence[str], key: st
     if found is None and usual is not SPLIT:
         raise ConfigError(
             f"{key}: none of the usual names ({', '.join(usual)}) is in the header of {table}, which has "
-            f"{', '.join(columns) or 'no columns'}; give {key}"
+            f"{', '.join(columns) or 'no columns'}; set {key}"
         )
     return found
 

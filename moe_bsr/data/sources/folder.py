@@ -90,7 +90,7 @@ class FolderSource(FileSource):
                 found.setdefault(composed(entry.name), []).extend(images)
             if not images and class_names is None:
                 what = ", ".join(beside.found()) or "nothing"
-                raise ValueError(f"{entry.path!r}: no images of class {entry.name!r}; there is {what}")
+                raise ValueError(f"{entry.path!r}: no images of class {entry.name!r}; found: {what}")
             unused.merge(beside)
         if not found:
             raise NoImages(f"{folder}: no class folders; expected {folder}/<class>/<image>.jpg")

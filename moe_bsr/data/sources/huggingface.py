@@ -44,7 +44,7 @@ class HuggingFaceTask(TaskSpec):
             else:
                 splits[split] = dataset
         if "train" not in splits:
-            raise ValueError(f"{folder}: no train split; there is {', '.join(splits) or 'none'}")
+            raise ValueError(f"{folder}: no train split; found: {', '.join(splits) or 'none'}")
         image, label = _columns(splits["train"], self.image_column, self.label_column, folder)
         sources: dict[str, HuggingFaceSource] = {}
         for split in SPLIT_NAMES:  # train first
@@ -89,8 +89,8 @@ def _columns(dataset: Any, image: str | None, label: str | None, folder: Path) -
     for key, given, found in (("image_column", image, images), ("label_column", label, labels)):
         if given is None and len(found) != 1:
             raise ConfigError(
-                f"{key}: {folder} has {', '.join(found) or 'none that is clear'} among its columns "
-                f"{', '.join(features)}; give {key}"
+                f"{key}: {', '.join(found) or 'none'} of the columns of {folder} could be meant, which are "
+                f"{', '.join(features)}; set {key}"
             )
         if given is not None and given not in features:
             raise ConfigError(f"{key} = {given!r}: one of {', '.join(features)} ({folder})")

@@ -125,7 +125,7 @@ class TarSource:
             unused.add("image without a label", "images without a label", self.names[lost[0]], count=len(lost))
         rows = np.flatnonzero(labelled)
         if not len(rows):
-            raise ValueError(f"{where}: no images with labels; there is {'; '.join(unused.found()) or 'nothing'}")
+            raise ValueError(f"{where}: no images with labels; found: {'; '.join(unused.found()) or 'nothing'}")
         counts = [len(index.names) for _, index in opened]
         self._shard = np.repeat(np.arange(len(opened), dtype=np.int32), counts)[rows]
         self._place = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])[rows]
