@@ -54,7 +54,7 @@ class Method:
         """Return `base` with this method's changes. In sections single keys are replaced, other values as a whole.
 
         Raises:
-            ConfigError: the result is no valid configuration.
+            ConfigError: the result is not a valid configuration.
         """
         values: dict[str, Any] = {"train__lr": self.lr_scale * base.train.lr}
         for key, value in self.changes.items():

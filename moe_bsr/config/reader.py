@@ -17,7 +17,7 @@ LONGEST_TEXT = 500  # characters of a name or a path
 # Limits of the absolute value of a number. Beyond them float32 would underflow or overflow, in places hard to foresee.
 SMALLEST, LARGEST = 1e-30, 1e30
 
-# In a run's `config.yaml`, what follows this line records the settings that were resolved, and is no configuration.
+# In a run's `config.yaml`, what follows this line records the settings that were resolved. It is not configuration.
 RESOLVED = "\nresolved:"
 
 

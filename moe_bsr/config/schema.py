@@ -285,8 +285,9 @@ class Config:
             ("train.step_in_backward", self.train.step_in_backward, False),
             ("sampler.classes", self.sampler.classes, "natural"),
         ):
+            only = "null" if needed is None else str(needed).lower()  # as in YAML
             require(
-                value == needed, key, value, f"{needed} with train.optimizer = lbfgs (moe-bsr probe sets all such keys)"
+                value == needed, key, value, f"{only} with train.optimizer = lbfgs (moe-bsr probe sets all such keys)"
             )
 
     def _require_weighing(self) -> None:

@@ -81,7 +81,7 @@ def count_no_image(path: str, unused: Unused) -> None:
     if (what_to_do := advice(ending)) is not None:
         unused.add(f"{ending} file", f"{ending} files", path, f"cannot be read here: {what_to_do}")
     else:
-        unused.add("file that is no image", "files that are no images", path)
+        unused.add("file that is not an image", "files that are not images", path)
 
 
 def count_loose(entry: os.DirEntry, unused: Unused) -> None:

@@ -36,7 +36,7 @@ _ADVICE = (
     )
 )  # fmt: skip
 
-# First bytes of files that are no images although their names say so -> what they are.
+# First bytes of files that are not images although their names say so -> what they are.
 _STARTS = (
     (b"version https://git-lfs", "it is a Git LFS pointer and not the image: git lfs pull fetches that"),
     (b"<svg", "it is an SVG drawing: export it as PNG"),
@@ -67,13 +67,13 @@ EXTENSIONS = frozenset(end for end, kind in Image.registered_extensions().items(
 def advice(ending: str) -> str | None:
     """Return what to do with image files that cannot be read, by their ending in lower case.
 
-    None means that files with this ending can be read, or that they are no images.
+    None means that files with this ending can be read, or that they are not images.
     """
     return None if ending in EXTENSIONS else _ADVICE.get(ending)
 
 
 def what_it_is(start: bytes) -> str:
-    """Return what a file that is no readable image really is, judged by its first bytes; "" if that is unknown."""
+    """Return what a file that is not a readable image really is, judged by its first bytes; "" if that is unknown."""
     if not start:
         return "it is empty"
     if start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"):

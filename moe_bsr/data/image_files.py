@@ -25,7 +25,7 @@ LARGE = 2**24  # images of more pixels are decoded one at a time, however many t
 BAND = 2**22  # pixels converted to RGB at a time
 DARK = 2**14  # if all values of a 16-bit image are below this, the value of white is unknown
 
-# Programs that write these formats often set the fourth byte of every pixel to zero. Then it is no alpha channel.
+# Programs that write these formats often set the fourth byte of every pixel to zero. Then it is not an alpha channel.
 _UNSET_ALPHA = {"TGA", "BMP", "DIB"}
 
 _large_images = threading.Lock()

@@ -18,7 +18,7 @@ import torch
 from moe_bsr.data.task import TaskData
 from moe_bsr.data.transforms import ImageTransforms
 
-AHEAD = 256  # a source that reads from a network is told about this many images in advance, or about one batch
+AHEAD = 256  # a source that reads from a network is told about this many images in advance, at least about one batch
 
 
 @dataclass(slots=True)
@@ -48,7 +48,7 @@ class Batch:
 
 
 class Loader:
-    """Iterator over the batches of a plan. Each `iter()` starts at the beginning.
+    """Iterable over the batches of a plan.
 
     Args:
         plan: yields (task, positions (B,), epochs (B,)).

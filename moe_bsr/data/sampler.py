@@ -1,6 +1,6 @@
 """Multitask sampler: chooses the task of each update and the images of each batch.
 
-It has no state. Everything is a function of the seed and the step, so a resumed run needs nothing from a checkpoint.
+It has no state. Everything is a function of the seed and the step, so checkpoints need not contain a sampler state.
 A batch holds images of one task. The v-th batch of a task (its visit v) takes positions v*B to (v+1)*B of the task's
 concatenated permutations, one for each epoch. So every batch is full, no image is left out, and small datasets repeat.
 """

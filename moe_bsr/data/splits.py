@@ -1,8 +1,8 @@
 """Choose which images of a source are held out for validation and test, by a hash of each image's own name.
 
-An image that is added, removed or renamed never moves another one between training, validation and test. So a folder
-that grows keeps its splits, and a model is never tested on images that it was trained on. In return, the size of a
-split, in a class and as a whole, equals the requested share only on average.
+An image that is added, removed or renamed does not move another one between training, validation and test, apart from
+the two exceptions in `held_out`. So a folder that grows keeps its splits, and a model is not tested on images that it
+was trained on. In return, the size of a split, in a class and as a whole, equals the requested share only on average.
 """
 
 import hashlib

@@ -55,7 +55,7 @@ class TarIndex:
 
     @classmethod
     def read(cls, text: bytes, about: dict[str, Any]) -> "TarIndex | None":
-        """Parse the result of `written`. Returns None if it is no valid index, or if its `about` is different."""
+        """Parse the result of `written`. Returns None if it is not a valid index, or if its `about` is different."""
         try:
             said = json.loads(text)
             if {key: said.pop(key) for key in ("format", *about)} != {"format": FORMAT, **about}:
@@ -75,7 +75,7 @@ def read_tar(file: StoredFile, image_column: str | None, label_column: str | Non
         label_column: a value of `TarIndex.column`, or "json" for the first usual field name that occurs; None means the
             first of `USUAL_LABELS` that the shard has, or else the folder.
     Raises:
-        ValueError: the file is no tar file, or is compressed, damaged or cut off.
+        ValueError: the file is not a tar file, or is compressed, damaged or cut off.
         LostData: it cannot be read.
     """
     unused = Unused()
@@ -87,7 +87,7 @@ def read_tar(file: StoredFile, image_column: str | None, label_column: str | Non
             continue
         parts = _PARTS.fullmatch(name)
         if not member.isreg() or member.sparse is not None:
-            unused.add("member that is no plain file", "members that are no plain files", name)
+            unused.add("member that is not a regular file", "members that are not regular files", name)
             continue
         key, ending = (parts[1], parts[2].lower()) if parts else (name, "")
         sample = samples.setdefault(key, _Sample())

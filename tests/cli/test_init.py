@@ -83,7 +83,7 @@ def test_what_cannot_be_used_is_told(tmp_path, capsys):
     assert main(["init", str(data)]) == 0
     told = [line for line in capsys.readouterr().out.splitlines() if "not used: " in line]
     for words in (
-        "1 file that is no image, such as a/notes.txt",
+        "1 file that is not an image, such as a/notes.txt",
         "1 image outside of a class folder, such as loose.png",
         "strange/test: class 'c' is not among",
         "task single: 1 class, but at least two are needed",

@@ -317,6 +317,13 @@ def test_options_of_the_fused_token_need_a_fused_token(fused_option):
     assert message.startswith("tokens.fuse = 'none'") and f"tokens.{fused_option}" in message
 
 
+def test_what_a_probe_needs_is_given_as_it_is_written_in_a_file():
+    probe = {"train": {"optimizer": "lbfgs", "steps": 1}, "plan": {"train_blocks": [], "moe_blocks": []}}
+    assert refusal(probe).startswith("data.augment = True: false with train.optimizer = lbfgs")
+    probe |= {"data": {"augment": False}, "adapter": "lora"}
+    assert refusal(probe).startswith("adapter = 'lora': null with train.optimizer = lbfgs")
+
+
 def test_experts_need_no_list_of_trainable_blocks_when_all_train():
     plan = from_dict({"plan": {"train_blocks": "all", "moe_blocks": [0, 1]}}).plan
     assert plan.moe_blocks == [0, 1]

@@ -41,8 +41,8 @@ ODD = {
     "raw.CR2": r"1 \.cr2 file, .*camera raw",
     "drawing.svg": r"1 \.svg file, .*export them as PNG",
     "layers.psd": r"1 \.psd file",
-    "notes.txt": r"1 file that is no image, such as train/a/notes\.txt",
-    "labels": "1 file that is no image",
+    "notes.txt": r"1 file that is not an image, such as train/a/notes\.txt",
+    "labels": "1 file that is not an image",
 }
 
 
@@ -71,7 +71,7 @@ def test_every_other_thing_in_the_way_is_told(tmp_path):
     for words in (
         "3 images outside of train, val and test, such as extra/c/0.png",
         "2 images outside of a class folder",
-        "1 file that is no image, such as readme.md",
+        "1 file that is not an image, such as readme.md",
         "is a FIFO, such as train/a/fifo.png",
         "is a link that leads nowhere, such as train/a/lost.png",
         "is a device, such as train/b/zero.png",

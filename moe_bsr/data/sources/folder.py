@@ -114,7 +114,7 @@ def _held_out(folder: Path | None, class_names: list[str], bits: int | None, unu
 def _splits(folder: Path, unused: Unused) -> dict[str, Path]:
     """Return the folder of each split. If `folder` contains class folders and no splits, it is "train" itself.
 
-    A folder called train or test that has no sub-folders is no split: it is a class, or its images have no labels.
+    A folder called train or test that has no sub-folders is not a split: it is a class, or its images have no labels.
     """
     files, folders = entries(str(folder), Unused())
     named = {entry.name: split for entry in folders if (split := split_named(entry.name)) is not None}
