@@ -1,4 +1,4 @@
-"""Configuration: what is read, what is refused, and that a refusal names key, value and way out."""
+"""Configuration: what is read, what is refused, and that errors name the key, the value and what is allowed."""
 
 from pathlib import Path
 

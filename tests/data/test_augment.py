@@ -1,4 +1,4 @@
-"""RandAugment, color jitter and erasing: timm's own results, as a function of the image's name alone."""
+"""RandAugment, color jitter and erasing equal timm's results, and depend on the image's random stream only."""
 
 import random
 import threading

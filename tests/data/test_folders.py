@@ -1,4 +1,4 @@
-"""A user's own folders: every image is used or told of, splits are found, names that look alike are told apart."""
+"""A user's own folders: every image is used or reported, splits are found, names that look alike are reported."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from moe_bsr.data.sources.folder import FolderTask
 
 
 def write(folder: Path, *places: str, images: int = 3) -> None:
-    """Images in each of these folders."""
+    """Write a few images to each of these folders."""
     for number, place in enumerate(places):
         for n in range(images):
             save(folder / place / f"{n}.png", 100 * number + n)

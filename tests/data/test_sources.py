@@ -1,4 +1,4 @@
-"""Task files, sources in their official layouts, splits and the validation split."""
+"""Task files, sources in their official layouts, and splits."""
 
 import shutil
 import sys

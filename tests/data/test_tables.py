@@ -103,7 +103,7 @@ def test_paths_may_start_elsewhere_or_at_the_root(photos):
 
 
 def test_names_do_not_depend_on_how_the_root_and_the_paths_are_written(photos, monkeypatch):
-    """For they decide on splits, and are what a run knows its images by."""
+    """Names decide on splits, and a run identifies its images by them."""
     monkeypatch.chdir(photos.parent)
     for before in ("", "./", f"{photos}/"):
         (photos / "t.csv").write_text("path,label\n" + "".join(f"{before}{path},{label}\n" for path, label in ROWS))

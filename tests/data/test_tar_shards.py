@@ -1,4 +1,4 @@
-"""Images in tar shards: the same as in a folder, whoever serves them, and a clear word on whatever is wrong."""
+"""Images in tar shards equal those in a folder, from every kind of address, and errors say what is wrong."""
 
 import gzip
 import json
@@ -21,7 +21,7 @@ TRANSFORMS = ImageTransforms(size=16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.2
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A folder of 30 and 6 images, and the same as shards."""
+    """Write folders of 30 and 6 images, and the same images as shards."""
     root = tmp_path_factory.mktemp("data")
     folder_task(root)
     for split in ("train", "test"):
@@ -81,7 +81,7 @@ def test_shards_hold_what_the_folder_holds(where, root, server, tmp_path):
 def test_index_and_images_are_fetched_once(root, server, tmp_path):
     spec = task(f"{server.url}/shards/train-{{000..004}}.tar", cache=str(tmp_path))
     first = spec.open(root).train
-    assert len(server.asked) == 2 * 5  # what it is, and its headers
+    assert len(server.asked) == 2 * 5  # the file's identity, and its headers
     first.expect(range(len(first)))
     before = pixels_of(first)
     assert len(server.asked) == 2 * 5 + 30
