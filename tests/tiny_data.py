@@ -1,4 +1,4 @@
-"""A handful of small pictures in the layout of every source."""
+"""A few small images in the layout of every source."""
 
 import hashlib
 import io
@@ -24,7 +24,7 @@ def picture(seed: int, size=(12, 10)) -> Image.Image:
 
 
 def encoded(seed: int) -> bytes:
-    """A picture as a PNG."""
+    """Return an image as a PNG."""
     file = io.BytesIO()
     picture(seed).save(file, "PNG")
     return file.getvalue()
@@ -36,7 +36,7 @@ def save(path: Path, seed: int, **options) -> None:
 
 
 def fake_cifar(root: Path, dataset, monkeypatch) -> None:
-    """Twenty images in the official files, and a checksum list that fits them."""
+    """Write twenty images in the official files, and a matching list of checksums."""
     fine = dataset is torchvision.datasets.CIFAR100
     folder, rng = root / dataset.base_folder, np.random.default_rng(0)
     folder.mkdir()

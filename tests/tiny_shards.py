@@ -1,4 +1,4 @@
-"""Tar shards as WebDataset writes them, and a server for them that can refuse ranges, lie and die."""
+"""Tar shards in WebDataset's layout, and a server for them that can refuse byte ranges, send errors and stop."""
 
 import contextlib
 import http.server
@@ -23,7 +23,7 @@ def write_shard(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
 
 
 def shards_of(folder: Path, to: Path) -> int:
-    """The images of a folder of classes, in its order, as `to`-000.tar and so on; returns how many shards."""
+    """Write the images of a folder of classes, in order, to `to`-000.tar and so on. Returns the number of shards."""
     files = sorted(folder.glob("*/*"))
     parts = [files[start : start + SIZE] for start in range(0, len(files), SIZE)]
     for number, part in enumerate(parts):
@@ -40,11 +40,14 @@ def shards_of(folder: Path, to: Path) -> int:
 
 
 class Server:
-    """Serves the files below a folder.
+    """HTTP server for the files below a folder.
 
     Attributes:
-        ranges: whether it gives parts of them. alive: whether it answers at all. busy: so many times it says 503 first.
-        asked: (path, range) of each request. sent: bytes of the bodies.
+        ranges: whether it supports byte ranges.
+        alive: whether it answers at all.
+        busy: number of requests that it first answers with status 503.
+        asked: (path, range) of each request.
+        sent: total bytes of the bodies.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -79,7 +82,7 @@ class Server:
         request.send_header("ETag", f'"{file.stat().st_mtime_ns}"')
         request.send_header("Content-Length", str(len(body)))
         request.end_headers()
-        with contextlib.suppress(OSError):  # whoever wanted to know the size alone has gone
+        with contextlib.suppress(OSError):  # a client that only needed the size has closed the connection
             request.wfile.write(body)
             self.sent += len(body)
 

@@ -1,4 +1,4 @@
-"""What a run is: typed configuration (`schema`), read strictly from YAML (`yaml_text`, `reader`, `files`)."""
+"""Typed configuration of a run (`schema`), read strictly from YAML (`yaml_text`, `reader`, `files`)."""
 
 from moe_bsr.config.errors import ConfigError, require
 from moe_bsr.config.files import dump, from_dict, load, override, replace, to_dict

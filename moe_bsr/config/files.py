@@ -1,4 +1,4 @@
-"""From a YAML file and `a.b=value` overrides to a checked configuration, and back to YAML."""
+"""Read a configuration from a YAML file and `a.b=value` overrides, check it, and write it as YAML."""
 
 import dataclasses
 import os
@@ -16,24 +16,24 @@ from moe_bsr.config.yaml_text import parse_value
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a YAML configuration with everything it extends, then apply `a.b=value` overrides.
+    """Read a YAML configuration and the files that it extends, then apply `a.b=value` overrides.
 
     Args:
-        path: a YAML file; or a run folder, for the configuration of that run.
+        path: a YAML file, or a run folder, whose configuration is read.
     Raises:
-        ConfigError: unreadable file, unknown key, wrong type or impossible value.
+        ConfigError: the file cannot be read, or a key is unknown, or a value is invalid.
     """
     path = Path(path)
     if os.path.isfile(path / "config.json") and not os.path.lexists(path / "config.yaml"):
         raise ConfigError(
-            f"{path} is a run that was shared: training does not go on in it; start another from it by "
-            f"train.init_from={path}, or give it one task more"
+            f"{path} is a shared run, which cannot be trained further; start a new run from it with "
+            f"train.init_from={path}, or add a task to it"
         )
     return _overridden(read_tree(path / "config.yaml" if os.path.isdir(path) else path), overrides)
 
 
 def override(config: Config, overrides: list[str]) -> Config:
-    """A copy with `a.b=value` overrides, as `load` takes them. Checked again."""
+    """Return a checked copy with `a.b=value` overrides, in the form that `load` accepts."""
     return _overridden(to_dict(config), overrides)
 
 
@@ -49,7 +49,7 @@ def _overridden(tree: dict[str, Any], overrides: list[str] | tuple[str, ...]) ->
 
 
 def from_dict(tree: dict[str, Any]) -> Config:
-    """Build a checked Config from nested dictionaries (as in a resolved `config.yaml`)."""
+    """Build a checked Config from nested dictionaries, such as those of a run's `config.yaml`."""
     if "tasks" in tree:
         tree = tree | {"tasks": expanded(tree["tasks"])}
     return convert(tree, Config, "")
@@ -60,17 +60,17 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def dump(config: Config) -> str:
-    """The configuration as YAML, keys in the order of their definition."""
+    """Return the configuration as YAML, with the keys in the order of their definition."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
 def replace(config: Config, **changes: Any) -> Config:
-    """A copy with changed values; keys as in `train__steps=10` reach into sections. Checked again."""
+    """Return a checked copy with changed values. A key such as `train__steps=10` reaches into a section."""
     return from_dict(_changed(to_dict(config), {key.replace("__", "."): value for key, value in changes.items()}))
 
 
 def _changed(tree: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """The tree with the values of these dotted keys."""
+    """Set dotted keys in `tree`, and return it. A new length of the run replaces a length in another unit."""
     above: dict[str, Any] = {}
     for key, value in values.items():
         set_dotted(above, key, value)

@@ -1,7 +1,6 @@
-"""Methods to be compared: each is a title, a source and what it changes of a base configuration.
+"""Methods to compare: each has a title, a source, and changes to a base configuration.
 
-They stand in one file, `configs/methods/all.yaml` of the package or one of a user's own, read as strictly as a
-configuration is.
+They are read from one file, `configs/methods/all.yaml` of the package or a user's own, as strictly as a configuration.
 """
 
 import dataclasses
@@ -19,7 +18,7 @@ from moe_bsr.config.yaml_text import read_yaml
 
 @dataclass(kw_only=True, slots=True)
 class Published:
-    """A figure of a paper: accuracy in percent, and memory in MB as `rule` counts it."""
+    """Published result of a paper: top-1 accuracy in percent, and memory in MB, counted as `rule` says."""
 
     backbone: str
     task: str
@@ -30,9 +29,14 @@ class Published:
 
 @dataclass(kw_only=True, slots=True)
 class Method:
-    """Attributes:
-    code: "timm" is plain code without anything of ours, which no configuration describes.
-    lr_scale: times the base's train.lr.
+    """One method.
+
+    Attributes:
+        source: paper and section.
+        code: "timm" is plain timm code without this package's, which no configuration describes.
+        changes: keys and values that replace those of the base configuration.
+        lr_scale: factor on the base's train.lr.
+        published: results of papers, for comparison.
     """
 
     title: str
@@ -47,10 +51,10 @@ class Method:
         require(self.code == "ours" or not self.changes, "changes", self.changes, "none with code: timm")
 
     def of(self, base: Config) -> Config:
-        """The base as this method changes it: a section's keys one by one, any other value as a whole.
+        """Return `base` with this method's changes. In sections single keys are replaced, other values as a whole.
 
         Raises:
-            ConfigError: a change that no configuration can have.
+            ConfigError: the result is not a valid configuration.
         """
         values: dict[str, Any] = {"train__lr": self.lr_scale * base.train.lr}
         for key, value in self.changes.items():
@@ -60,12 +64,13 @@ class Method:
 
 
 def read(file: str | Path | None = None, names: list[str] | None = None) -> dict[str, Method]:
-    """The methods of a file, or some of them in the order of `names`.
+    """Read the methods of a file, by name.
 
     Args:
-        file: by default the package's.
+        file: None means the package's file.
+        names: the methods to read, in this order; None means all.
     Raises:
-        ConfigError: no such file, an unknown key or method. The message names it.
+        ConfigError: there is no such file, or a key or method is unknown. The message names it.
     """
     path = packaged.folder("configs") / "methods" / "all.yaml" if file is None else Path(file)
     require(path.is_file(), "methods file", str(path), "no such file; the package's is configs/methods/all.yaml")
@@ -74,5 +79,5 @@ def read(file: str | Path | None = None, names: list[str] | None = None) -> dict
         raise ConfigError(f"methods file {path.name}: expected names of methods, each with title and changes")
     for name in names or []:
         if name not in tree:
-            raise ConfigError(f"method {name!r} is none of {', '.join(map(str, tree))}{nearest(name, map(str, tree))}")
+            raise ConfigError(f"method {name!r}: one of {', '.join(map(str, tree))}{nearest(name, map(str, tree))}")
     return {name: convert_section(tree[name], Method, str(name)) for name in (names or tree)}

@@ -1,15 +1,17 @@
-"""The section `moe` of a configuration: what the experts of a block are, and who chooses among them."""
+"""Section `moe` of a configuration: the experts of a block, and how they are chosen."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from moe_bsr.config.errors import require, require_within
 
-FIXED_GATES = ("task", "constant")  # they do not look at the tokens
+FIXED_GATES = ("task", "constant")  # these do not depend on the tokens
 
 
 @dataclass(kw_only=True, slots=True)
 class MoEConfig:
+    """Section `moe`. `configs/base.yaml` documents the keys."""
+
     experts: Literal["full", "covering_slices", "low_rank"] = "full"
     num_experts: int = 16
     top_k: int = 4
@@ -38,7 +40,7 @@ class MoEConfig:
             self.experts != "covering_slices" or self.num_experts in range(2 * self.top_k, 1025, self.top_k),
             "moe.num_experts",
             self.num_experts,
-            f"two or more times moe.top_k = {self.top_k} with moe.experts = covering_slices: copies of each slice",
+            f"a multiple of moe.top_k = {self.top_k}, at least twice that, with moe.experts = covering_slices",
         )
         self._require_gate()
         chooses_one = self.top_k == 1 and self.experts != "covering_slices"
@@ -46,8 +48,8 @@ class MoEConfig:
             not (chooses_one and self.renormalize_gates and self.learns_routers and self.num_experts > 1),
             "moe.top_k",
             self.top_k,
-            "at least 2 with moe.renormalize_gates = true: one gate, renormalized, is always 1, so that the routers "
-            "would learn nothing from the task; or set moe.renormalize_gates=false",
+            "at least 2 with moe.renormalize_gates = true: a single renormalized gate is always 1, so that routers get "
+            "no gradient from the task loss; or set moe.renormalize_gates=false",
         )
 
     def _require_gate(self) -> None:
@@ -55,8 +57,8 @@ class MoEConfig:
             not self.has_fixed_gates or self.experts == "low_rank",
             "moe.gate",
             self.gate,
-            f"token, image, prototype or random with moe.experts = {self.experts}; task and constant use any number of "
-            "experts at once, which only moe.experts = low_rank computes cheaply",
+            f"token, image, prototype or random with moe.experts = {self.experts}; task and constant use many experts "
+            "at once, which only moe.experts = low_rank computes cheaply",
         )
         require(
             not (self.has_fixed_gates and self.gate_noise),
@@ -73,19 +75,19 @@ class MoEConfig:
 
     @property
     def has_fixed_gates(self) -> bool:
-        """Whether gates are the same for every token of a task, and never change."""
+        """Whether the gates are constants: the same for every token of a task, and not trained."""
         return self.gate in FIXED_GATES
 
     @property
     def words(self) -> str:
-        """What is chosen of what: "top-4 of 16"."""
+        """Short description of the experts and the choice among them, such as "top-4 of 16"."""
         chosen = "" if self.has_fixed_gates else f"top-{self.top_k} of "
         kinds = {"full": "", "covering_slices": " slices", "low_rank": f" of rank {self.rank} beside the FFN"}
         return f"{chosen}{self.num_experts}{kinds[self.experts]}{'' if self.gate == 'token' else f' by {self.gate}'}"
 
     @property
     def gate_learns(self) -> bool:
-        """Whether this kind of gate is one that training changes."""
+        """Whether training changes this kind of gate, if `train_router` is true."""
         return self.gate not in (*FIXED_GATES, "random")
 
     @property

@@ -1,7 +1,7 @@
-"""The task, configuration and sweep files that come with the package, found from any directory.
+"""Find the task, configuration and sweep files of the package, from any working directory.
 
-In a clone (and after `pip install -e`) they lie in `tasks/` and `configs/` beside the package; a wheel
-carries them inside it (setup.py puts them there).
+In a clone (and after `pip install -e`) they are in `tasks/` and `configs/` beside the package. In a wheel they are
+inside the package, where setup.py puts them.
 """
 
 from pathlib import Path
@@ -13,18 +13,18 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def folder(kind: Kind) -> Path:
-    """Where the packaged files of a kind lie."""
+    """Return the folder with the packaged files of a kind."""
     inside = PACKAGE / kind
     return inside if inside.is_dir() else PACKAGE.parent / kind
 
 
 def names(kind: Kind) -> list[str]:
-    """Names of the packaged files of a kind, without `.yaml`."""
+    """Return the names of the packaged files of a kind, without `.yaml`."""
     return sorted(path.stem for path in folder(kind).glob("*.yaml"))
 
 
 def find(kind: Kind, name: str | Path) -> Path | None:
-    """The packaged file of that name; `quickstart`, `quickstart.yaml` and `configs/quickstart.yaml` name one file."""
+    """Return the packaged file of a name (`quickstart`, `quickstart.yaml` or `configs/quickstart.yaml`), or None."""
     path = Path(name)
     if path.parent not in (Path(), Path(kind)) or path.suffix not in ("", ".yaml"):
         return None
@@ -33,6 +33,6 @@ def find(kind: Kind, name: str | Path) -> Path | None:
 
 
 def find_config(path: str | Path) -> Path:
-    """The configuration file or run folder of that path if it is here, else the packaged one, else the path itself."""
+    """Return `path` if it is a configuration file or run folder; else the packaged file of that name; else `path`."""
     path = Path(path)
     return path if path.is_file() or (path / "config.yaml").is_file() else find("configs", path) or path

@@ -1,4 +1,4 @@
-"""Strict reading of YAML files into dataclasses: nothing unknown, nothing guessed, errors that say what to do."""
+"""Read YAML files into dataclasses, strictly: unknown keys and wrong types are errors that say what to do."""
 
 import dataclasses
 import math
@@ -14,26 +14,27 @@ from moe_bsr.config.train import LENGTHS
 from moe_bsr.config.yaml_text import NUMBER, read_yaml
 
 LONGEST_TEXT = 500  # characters of a name or a path
-# Sizes a number may have: beyond them float32 rounds to 0 or overflows, and quotients fail in places of their own.
+# Limits of the absolute value of a number. Beyond them float32 would underflow or overflow, in places hard to foresee.
 SMALLEST, LARGEST = 1e-30, 1e30
 
-# In a run's own file everything from here on is what its configuration led to, and no part of it.
+# In a run's `config.yaml`, what follows this line records the settings that were resolved. It is not configuration.
 RESOLVED = "\nresolved:"
 
 
 class WrongType(ConfigError):
-    """A value of another type than the key's: another type that the key may have can still fit."""
+    """A value does not have the type that was tried. If a key may have several types, the next one is tried."""
 
 
 def read_tree(path: Path, seen: tuple[Path, ...] = (), asked: str = "") -> dict[str, Any]:
-    """A YAML file merged over the one it `extends`, and so on.
+    """Read a YAML file, merged over the file that it `extends`, and so on.
 
     Args:
-        seen: guards against circles. asked: begins the errors about a file that another one asked for.
+        seen: the files that extend this one, to detect a cycle.
+        asked: prefix of errors about a missing file: the `extends` that names it.
     """
     try:
         place, is_file = path.resolve(), path.is_file()
-    except (OSError, ValueError) as error:  # a name too long, or one that no file can have
+    except (OSError, ValueError) as error:  # the name is too long, or no file can have it
         raise ConfigError(
             f"{asked}no configuration file {show(str(path))}: {getattr(error, 'strerror', error)}"
         ) from None
@@ -63,7 +64,7 @@ def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_way(below: dict[str, Any], above: dict[str, Any]) -> None:
-    """Take the length of a run out of the tree `below` if `above` gives one: epochs there take the place of steps."""
+    """Remove the length of the run from `below` if `above` sets one: `epochs` there also replace `steps` here."""
     said, says = below.get("train"), above.get("train")
     if isinstance(said, dict) and isinstance(says, dict):
         if any(not isinstance(says.get(key), (dict, type(None))) for key in LENGTHS):
@@ -71,7 +72,7 @@ def make_way(below: dict[str, Any], above: dict[str, Any]) -> None:
 
 
 def set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set `a.b.c` in nested dictionaries, making what is missing on the way."""
+    """Set the dotted key `a.b.c` in nested dictionaries. Missing sections are created."""
     *sections, last = key.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
@@ -81,7 +82,7 @@ def set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def convert(value: Any, hint: Any, key: str) -> Any:
-    """`value` as the type `hint` asks for, or a ConfigError that says what was expected."""
+    """Convert `value` to the type `hint`. Raises ConfigError, which says what is expected."""
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return convert_section(value, hint, key)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -127,13 +128,13 @@ def convert(value: Any, hint: Any, key: str) -> Any:
 
 def _finite(value: float, key: str) -> float:
     size = abs(value)
-    require(size < math.inf, key, value, "expected a finite number")  # NaN is not below either
+    require(size < math.inf, key, value, "expected a finite number")  # false for NaN too
     fits = size == 0 or SMALLEST <= size <= LARGEST
-    require(fits, key, value, f"expected 0, or a number of size {SMALLEST} to {LARGEST}")
+    require(fits, key, value, f"expected 0, or an absolute value from {SMALLEST} to {LARGEST}")
     return float(value)
 
 
-# What YAML reads as no text, how that may have been written, and how to write it as text.
+# Values that YAML does not read as text -> (how they may have been written, an example to quote).
 _NO_TEXT = {
     True: ("yes, on and true", "yes"),
     False: ("no, off and false", "no"),
@@ -142,25 +143,25 @@ _NO_TEXT = {
 
 
 def _misreading(value: Any, hint: Any) -> str:
-    """Why a value may not have the type it was meant to have, as the end of an error."""
+    """Return the end of an error: why YAML may have read a value as another type than was meant, or ""."""
     kinds = {hint, *typing.get_args(hint)}
     if kinds & {str, list[str]} and (value is None or type(value) in (bool, int, float)):
         written, example = ("digits", str(value)) if type(value) in (int, float) else _NO_TEXT[value]
-        return f"; YAML reads {written} as no text: write it in quotes, such as {show(example)}"
+        return f"; YAML does not read {written} as text: write it in quotes, such as {show(example)}"
     if kinds & {int, float} and isinstance(value, str) and re.match(r"[-+]?\.?[0-9]", value):
         return "; write decimal digits, without leading zeros, colons, underscores, hexadecimal or units"
     return ""
 
 
 def convert_section(value: Any, cls: type, key: str, **given: Any) -> Any:
-    """`value` as the dataclass `cls`, of which the caller sets the fields `given` and `value` may not."""
+    """Convert the dictionary `value` to the dataclass `cls`. The caller sets the fields `given`; `value` may not."""
     if not isinstance(value, dict):
         raise WrongType(f"{key} = {show(value)}: expected a section with keys and values")
     hints = {name: hint for name, hint in typing.get_type_hints(cls).items() if name not in given}
     prefix = f"{key}." if key else ""
     for name in value:
         if name not in hints:
-            # A key of this section, or of one within it: steps may be meant for train.steps.
+            # Suggest keys of this section and of those within it: `steps` may be meant for `train.steps`.
             paths = {
                 inner: f"{section}.{inner}"
                 for section, hint in hints.items()
@@ -168,12 +169,12 @@ def convert_section(value: Any, cls: type, key: str, **given: Any) -> Any:
                 for inner in typing.get_type_hints(hint)
             } | {here: here for here in hints}
             section, dot, inner = str(name).partition(".")
-            if dot and dataclasses.is_dataclass(hints.get(section)):  # as it is written on the command line
+            if dot and dataclasses.is_dataclass(hints.get(section)):  # the form of the command line
                 raise ConfigError(f"unknown key {prefix}{name}; in a file write {section}: {{{inner}: ...}}")
             near = nearest(name, paths, {key: repr(prefix + path) for key, path in paths.items()}.__getitem__)
             raise ConfigError(f"unknown key {prefix}{name}{near} (allowed: {', '.join(hints) or 'none'})")
     for field in dataclasses.fields(cls):
-        required = field.default is field.default_factory  # only MISSING is both
+        required = field.default is field.default_factory  # true only if both are MISSING
         if required and field.name in hints and field.name not in value:
             raise ConfigError(f"the key {prefix + field.name!r} is missing: expected {_describe(hints[field.name])}")
     return cls(**given, **{name: convert(item, hints[name], prefix + name) for name, item in value.items()})

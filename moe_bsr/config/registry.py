@@ -1,7 +1,7 @@
-"""Registries: the only list there is of the kinds of a thing, each kind with its options.
+"""Registries: each lists the available kinds of one part (storage, adapter, ...) with their options.
 
-A storage, a router, an adapter or a backbone family registers itself under a name. A configuration chooses one
-by that name, or by a mapping with `kind` and options: `storage: recompute` or `adapter: {kind: lora, rank: 8}`.
+A storage, a router, an adapter or a backbone family registers itself under a name. A configuration chooses one by that
+name, or by a mapping with `kind` and options: `storage: recompute` or `adapter: {kind: lora, rank: 8}`.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ Entry = TypeVar("Entry")
 
 @dataclass(frozen=True)
 class NoOptions:
-    """Of a kind that takes none."""
+    """Options of a kind that has none."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One kind and its options, as a configuration chose them; equal choices compare equal.
+    """A kind and its options, as a configuration chose them. Equal choices compare equal.
 
     Attributes:
         options: an instance of the dataclass that the kind registered.
@@ -38,10 +38,10 @@ class Choice:
 
 
 class Registry(Generic[Entry]):
-    """Entries by kind.
+    """Mapping of kinds to entries.
 
     Args:
-        key: the configuration key that chooses among them, for messages.
+        key: configuration key that chooses among the kinds, for messages.
     """
 
     def __init__(self, key: str) -> None:
@@ -49,10 +49,10 @@ class Registry(Generic[Entry]):
         self._entries: dict[str, tuple[Entry, type]] = {}
 
     def register(self, kind: str, options: type = NoOptions) -> Callable[[Entry], Entry]:
-        """A decorator, or called with the entry: `register(kind)(entry)`.
+        """Return a decorator that registers an entry. It can also be called: `register(kind)(entry)`.
 
         Args:
-            options: a frozen dataclass with a default for each option; its `__post_init__` checks values.
+            options: a frozen dataclass with a default for each option. Its `__post_init__` checks the values.
         """
 
         def add(entry: Entry) -> Entry:
@@ -73,10 +73,10 @@ class Registry(Generic[Entry]):
         return kind in self._entries
 
     def choose(self, value: Any) -> Choice:
-        """The choice that a configuration's value means: a kind's name, or {kind: NAME, option: value, ...}.
+        """Convert a configuration value, the name of a kind or {kind: NAME, option: value, ...}, to a choice.
 
         Raises:
-            ConfigError: unknown kind or option, or an option's value that cannot be.
+            ConfigError: the kind or an option is unknown, or the value of an option is invalid.
         """
         options = {"kind": value} if isinstance(value, str) else value
         require(isinstance(options, dict) and "kind" in options, self.key, value,

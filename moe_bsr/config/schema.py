@@ -1,9 +1,9 @@
-"""Typed configuration: what a run is, as dataclasses that refuse what cannot be.
+"""Typed configuration of a run: dataclasses that check their values.
 
-A configuration file holds only what differs from the file it `extends`. Nothing is guessed: an unknown
-key, a wrong type or an impossible combination is refused before anything is loaded, in one line that
-names the key, the value, what is allowed and the nearest spelling. `configs/base.yaml` lists every key
-with its default and what it means; that page is the reference, and a test keeps it equal to this file.
+A configuration file contains only the differences from the file that it `extends`. An unknown key, a wrong type or an
+impossible combination raises ConfigError before anything is loaded. Its message is one line with the key, the value,
+what is allowed and the closest spelling. `configs/base.yaml` lists every key with its default and meaning. It is the
+reference, and a test compares it with this file.
 """
 
 import dataclasses
@@ -21,6 +21,8 @@ from moe_bsr.config.train import TrainConfig
 
 @dataclass(kw_only=True, slots=True)
 class BackboneConfig:
+    """Section `backbone`. `configs/base.yaml` documents the keys of all sections."""
+
     name: str = "vit_pico_patch8_64"
     weights: str = "bundled"
     image_size: int | None = None
@@ -31,6 +33,8 @@ class BackboneConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PlanConfig:
+    """Section `plan`."""
+
     train_blocks: Literal["all"] | list[int] = field(default_factory=lambda: [3, 7, 11])
     train_weights: Literal["all", "proj", "bias", "norm"] = "all"
     drop_blocks: list[int] = field(default_factory=lambda: [3, 6, 9])
@@ -48,7 +52,7 @@ class PlanConfig:
             all(0 < rate <= 1 for rate in rates),
             "plan.keep_rate",
             self.keep_rate,
-            "keep rates lie in (0, 1]; 1 keeps every token",
+            "in (0, 1], where 1 keeps every token",
         )
         require(
             not isinstance(self.keep_rate, list) or len(self.keep_rate) == len(self.drop_blocks),
@@ -60,7 +64,7 @@ class PlanConfig:
             self.train_weights == "all" or not self.moe_blocks,
             "plan.train_weights",
             self.train_weights,
-            f"all with plan.moe_blocks = {self.moe_blocks}, whose experts would never learn; or set plan.moe_blocks=[]",
+            f"all with plan.moe_blocks = {self.moe_blocks}, whose experts would not train; or set plan.moe_blocks=[]",
         )
         if self.train_blocks != "all":
             frozen = sorted(set(self.moe_blocks) - set(self.train_blocks))
@@ -68,13 +72,15 @@ class PlanConfig:
                 not frozen,
                 "plan.moe_blocks",
                 self.moe_blocks,
-                f"blocks {frozen} are frozen, so their "
-                "experts would never learn; add them to plan.train_blocks or take them out",
+                f"blocks {frozen} are frozen, so their experts would not train; add them to plan.train_blocks, or "
+                "remove them here",
             )
 
 
 @dataclass(kw_only=True, slots=True)
 class TokensConfig:
+    """Section `tokens`."""
+
     reduce: Literal["drop", "merge"] = "drop"
     fuse: Literal["raw", "normalized", "none"] = "raw"
     detach_fusion_weights: bool = False
@@ -86,11 +92,12 @@ class TokensConfig:
             not (self.fuse == "none" and (self.detach_fusion_weights or self.protect_fused)),
             "tokens.fuse",
             self.fuse,
-            "tokens.detach_fusion_weights and tokens.protect_fused speak of the fused token; set them to false",
+            "raw or normalized with tokens.detach_fusion_weights or tokens.protect_fused, which need a fused token; or "
+            "set these to false",
         )
         for each in fields(self) if self.merges else ():
             value = getattr(self, each.name)
-            only = f"{str(each.default).lower()} with tokens.reduce = merge: the key speaks of dropped tokens"
+            only = f"{str(each.default).lower()} with tokens.reduce = merge: the key applies to dropped tokens only"
             require(each.name == "reduce" or value == each.default, f"tokens.{each.name}", value, only)
 
     @property
@@ -99,25 +106,27 @@ class TokensConfig:
 
     @property
     def fuses(self) -> bool:
-        """Whether dropped tokens become one."""
+        """Whether dropped tokens are fused into one."""
         return not self.merges and self.fuse != "none"
 
     @property
     def attached(self) -> bool:
-        """Whether scores have a gradient: through the weights of the fused token."""
+        """Whether the scores receive a gradient, through the weights of the fused token."""
         return self.fuses and not self.detach_fusion_weights
 
 
 def is_crop_range(scale: Sequence[float]) -> bool:
-    """Whether these are the least and the largest share of an image's area that a crop may have."""
+    """Return whether `scale` is a valid range [low, high] of the share of an image's area that a crop covers."""
     return len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1
 
 
-AUGMENT_KEYS = ("auto_augment", "color_jitter", "erasing")  # beyond crop and mirror
+AUGMENT_KEYS = ("auto_augment", "color_jitter", "erasing")  # beyond crop and flip
 
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
+    """Section `data`."""
+
     root: str = "data"
     download: bool = False
     val_fraction: float = 0.1
@@ -156,8 +165,8 @@ class DataConfig:
             self.augment or (scale is None and self.hflip is None and not said),
             "data.augment",
             self.augment,
-            f"true with {' and '.join(f'data.{key}' for key in said or ('crop_scale', 'hflip'))}, which say how to "
-            "augment; else leave these out",
+            f"true with {' and '.join(f'data.{key}' for key in said or ('crop_scale', 'hflip'))}, which configure "
+            "augmentation; or leave these out",
         )
         mb = {"image_cache_mb": (0, 2**24), "feature_cache_mb": (1, 2**24)}
         counts = {"prefetch": (0, 100), "views": (1, 10_000), "val_images": (1, 10**9), "train_images": (1, 10**9)}
@@ -166,7 +175,7 @@ class DataConfig:
             self.feature_cache_mb is None or not self.augment or self.views is not None,
             "data.feature_cache_mb",
             self.feature_cache_mb,
-            "null while data.augment is true and data.views null: a crop that differs each time has no output to keep",
+            "null while data.augment is true and data.views null: each crop is new, so no features can be reused",
         )
         require(self.views is None or self.augment, "data.views", self.views, "null with data.augment = false")
         for key, off in (("feature_cache", "exact"), ("feature_cache_dir", None)):
@@ -181,6 +190,8 @@ class DataConfig:
 
 @dataclass(kw_only=True, slots=True)
 class SamplerConfig:
+    """Section `sampler`."""
+
     kind: str = "round_robin"
     temperature: float = 2.0
     classes: Literal["natural", "balanced"] = "natural"
@@ -190,12 +201,14 @@ class SamplerConfig:
             self.temperature > 0,
             "sampler.temperature",
             self.temperature,
-            "above 0; 1 is proportional to the dataset sizes, large is uniform",
+            "above 0; 1 is proportional to the dataset sizes, large values are nearly uniform",
         )
 
 
 @dataclass(kw_only=True, slots=True)
 class RuntimeConfig:
+    """Section `runtime`."""
+
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     threads: int | None = None
@@ -206,6 +219,8 @@ class RuntimeConfig:
 
 @dataclass(kw_only=True, slots=True)
 class Config:
+    """Configuration of a run. `configs/base.yaml` documents every key."""
+
     mode: Literal["multitask", "single_task"] = "multitask"
     tasks: list[str] = field(default_factory=lambda: ["shapes", "textures", "glyphs", "petals", "fractals"])
     seed: int = 0
@@ -229,8 +244,8 @@ class Config:
                 re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name) is not None,
                 "tasks",
                 name,
-                "a task's name has at most 100 letters, digits, _ and - (it names folders, heads and tags); "
-                "several tasks are written [a, b]",
+                "a task's name has at most 100 letters, digits, _ and - (folders, heads and tags are named after it); "
+                "write several tasks as [a, b]",
             )
         require(len(set(names)) == len(names), "tasks", self.tasks, "each task once")
         require_whole_blocks(self)
@@ -244,17 +259,17 @@ class Config:
         require(not unknown, "train.task_weights", self.train.task_weights, f"{unknown} not among the tasks {names}")
 
     def _require_start(self, names: list[str], only: list[str]) -> None:
-        """Refuse to freeze what nobody has trained."""
+        """Refuse `train.only` without a trained run from which the frozen part comes."""
         known = bool(only) and len(set(only)) == len(only) and set(only) <= set(names)
         require(known, "train.only", only, f"one or more of the tasks {names}, each once")
         source = self.train.init_from
         require(
-            source is not None, "train.init_from", source, "with train.only the run that all the rest is taken from"
+            source is not None, "train.init_from", source, "with train.only: the run that everything else comes from"
         )
         require(self.mode == "multitask", "mode", self.mode, "multitask with train.only: the tasks share one model")
 
     def _require_probe(self) -> None:
-        """Refuse what has no place in a run that solves the heads at once, on features computed once."""
+        """Refuse settings that cannot be combined with the linear probe, which solves the heads on fixed features."""
         frozen = self.train.only is not None
         for key, value, needed in (
             ("plan.train_blocks", [] if frozen else self.plan.train_blocks, []),
@@ -270,51 +285,52 @@ class Config:
             ("train.step_in_backward", self.train.step_in_backward, False),
             ("sampler.classes", self.sampler.classes, "natural"),
         ):
+            only = "null" if needed is None else str(needed).lower()  # as in YAML
             require(
-                value == needed, key, value, f"{needed} with train.optimizer = lbfgs (moe-bsr probe sets all of it)"
+                value == needed, key, value, f"{only} with train.optimizer = lbfgs (moe-bsr probe sets all such keys)"
             )
 
     def _require_weighing(self) -> None:
-        """Refuse mixtures of what is cached, and weighing of tasks where there is nothing to weigh."""
+        """Refuse mixed images together with cached features, and task weighting in runs where it has no effect."""
         for key in ("mixup", "cutmix"):
             value = getattr(self.train, key)
-            only = "0 with data.feature_cache_mb: what the frozen blocks make of a mixed image is new each time"
+            only = "0 with data.feature_cache_mb: each mixed image is new, so no features can be reused"
             require(not value or self.data.feature_cache_mb is None, f"train.{key}", value, only)
         require(
             not self.train.step_in_backward or self.sampler.kind != "joint",
             "train.step_in_backward",
             self.train.step_in_backward,
-            "false with sampler.kind = joint, which adds up the gradients of several tasks",
+            "false with sampler.kind = joint, which sums the gradients of several tasks",
         )
         weighting = self.train.task_weighting
         require(
             weighting == "fixed" or self.mode == "multitask",
             "train.task_weighting",
             weighting,
-            "fixed with mode: single_task, where no tasks share a model",
+            "fixed with mode = single_task, where tasks share no model",
         )
         require(
             weighting != "pcgrad" or self.sampler.kind == "joint",
             "train.task_weighting",
             weighting,
-            f"needs sampler.kind = joint, all tasks in one update (it is {self.sampler.kind})",
+            f"needs sampler.kind = joint, which has all tasks in each update (it is {self.sampler.kind})",
         )
 
     def task_names(self) -> list[str]:
-        """Names of the tasks; one given as a YAML file or a folder of images is named by that."""
+        """Return the names of the tasks. A task given as a YAML file or a folder of images is named after it."""
         return [name_of(task) for task in self.tasks]
 
     def trained_tasks(self) -> list[str]:
-        """Names of the tasks that train: all but with `train.only`."""
+        """Return the names of the tasks that train: those of `train.only`, or all."""
         only = self.train.only
         return [name for name in self.task_names() if only is None or name in only]
 
     def task_files(self) -> dict[str, str]:
-        """The entries of `tasks`, as `data.load_spec` takes them, by name."""
+        """Return the entries of `tasks`, which `data.load_spec` accepts, by task name."""
         return dict(zip(self.task_names(), self.tasks, strict=True))
 
     def of_task(self, name: str) -> "Config":
-        """The configuration of one task's own run."""
+        """Return the configuration of a run of one task alone."""
         weights = {task: weight for task, weight in self.train.task_weights.items() if task == name}
         train = dataclasses.replace(self.train, task_weights=weights)
         return dataclasses.replace(self, mode="multitask", tasks=[self.task_files()[name]], train=train)

@@ -1,4 +1,4 @@
-"""Many tasks in one word: a pattern stands for the task files and folders it finds, a folder for a task of its images.
+"""Expand entries of `tasks`: a pattern stands for all task files and folders that match, a folder for a task.
 
 tasks: photos/*              every folder in photos, and every .yaml file there
 tasks: [photos/birds/, pets] a folder is written with a slash at its end
@@ -16,10 +16,10 @@ FILES = (".yaml", ".yml")
 
 
 def expanded(tasks: Any) -> Any:
-    """The entries of `tasks` with those that hold `*` or `?` replaced by what they find, sorted.
+    """Return the entries of `tasks`, with each pattern (`*` or `?`) replaced by its matches, sorted.
 
     Raises:
-        ConfigError: one finds nothing that is a task.
+        ConfigError: no task matches a pattern.
     """
     entries = [tasks] if isinstance(tasks, str) else tasks
     if not isinstance(entries, list) or not any(map(_is_pattern, entries)):
@@ -31,24 +31,24 @@ def expanded(tasks: Any) -> Any:
 
 
 def is_folder(task: str) -> bool:
-    """Whether an entry of `tasks` names a folder of images, and neither a task nor a task file."""
+    """Return whether an entry of `tasks` is a folder of images, and not the name of a task or a task file."""
     return task.endswith("/") and task.strip("/.") != ""
 
 
 def name_of(task: str) -> str:
-    """The name of the task that an entry of `tasks` stands for."""
+    """Return the name of the task that an entry of `tasks` stands for."""
     if is_folder(task):
         return folder_name(task)
     return Path(task).stem if task.endswith(FILES) else task
 
 
 def folder_name(folder: str | Path) -> str:
-    """A folder's name as a task may be called."""
+    """Turn the name of a folder into a valid name of a task."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", Path(folder).name).strip("_") or "images"
 
 
 def title_of(name: str) -> str:
-    """What people read in place of such a name."""
+    """Turn the name of a task into a title for people."""
     return name.replace("_", " ").strip().capitalize()
 
 
@@ -57,7 +57,7 @@ def _is_pattern(entry: Any) -> bool:
 
 
 def _matches(pattern: str) -> list[str]:
-    places = sorted(glob(os.path.expanduser(pattern.replace("[", "[[]"))))  # only * and ? mean more than themselves
+    places = sorted(glob(os.path.expanduser(pattern.replace("[", "[[]"))))  # only * and ? are special
     found = [
         place if place.endswith(FILES) else place.rstrip("/") + "/"
         for place in places
@@ -65,7 +65,7 @@ def _matches(pattern: str) -> list[str]:
     ]
     if not found:
         raise ConfigError(
-            f"tasks: {show(pattern)} finds no folder and no {FILES[0]} file; a pattern is looked up from the current "
-            f"folder, {show(os.getcwd())}"
+            f"tasks: {show(pattern)} matches no folder and no {FILES[0]} file; patterns start from the current folder, "
+            f"{show(os.getcwd())}"
         )
     return found

@@ -1,4 +1,4 @@
-"""The section `train` of a configuration: how a model is trained, and for how long."""
+"""Section `train` of a configuration: how a model is trained, and for how long."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -6,12 +6,14 @@ from typing import Literal
 from moe_bsr.config.alast import AlastConfig
 from moe_bsr.config.errors import require, require_within
 
-LENGTHS = ("steps", "epochs", "minutes")  # the units of a run's length; it is said in one of them
+LENGTHS = ("steps", "epochs", "minutes")  # units of a run's length; a configuration sets one of them
 MOST_STEPS = 10**7
 
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
+    """Section `train`. `configs/base.yaml` documents the keys."""
+
     steps: int | None = None
     epochs: float | None = None
     minutes: float | None = None
@@ -60,7 +62,7 @@ class TrainConfig:
         if not given:
             self.steps = 1000
         for key in given[1:]:
-            only = f"null beside train.{given[0]}: the length of a run is given once, in steps, epochs or minutes"
+            only = f"null with train.{given[0]}: set the length of a run once, in steps, epochs or minutes"
             require(False, f"train.{key}", getattr(self, key), only)
         for key in ("epochs", "minutes"):
             value = getattr(self, key)
@@ -71,14 +73,14 @@ class TrainConfig:
             self.patience is None or (self.eval_every is not None and self.checkpoint_selection == "best"),
             "train.patience",
             self.patience,
-            "needs train.eval_every, the updates between evaluations, and train.checkpoint_selection = best",
+            "needs train.eval_every (the updates between evaluations) and train.checkpoint_selection = best",
         )
         require_within("train", self, **dict.fromkeys(("batch_size", "grad_accumulation_steps"), (1, 2**16)))
         require(
             self.batch_size % self.grad_accumulation_steps == 0,
             "train.grad_accumulation_steps",
             self.grad_accumulation_steps,
-            f"must divide train.batch_size = {self.batch_size}: micro-batches split one batch",
+            f"must divide train.batch_size = {self.batch_size}, because it splits a batch into equal micro-batches",
         )
         require(self.lr > 0, "train.lr", self.lr, "above 0")
         require(0 <= self.min_lr <= self.lr, "train.min_lr", self.min_lr, f"0 to train.lr = {self.lr}")
@@ -114,7 +116,7 @@ class TrainConfig:
             0 <= self.weight_decay < 1 / highest,
             "train.weight_decay",
             self.weight_decay,
-            f"at least 0 and below {1 / highest:.4g}, where one update takes away the whole weight: it is multiplied "
+            f"at least 0 and below {1 / highest:.4g}, where one update would remove the whole weight: it is multiplied "
             f"by train.lr = {self.lr:g} and train.{largest} = {getattr(self, largest):g}",
         )
         require(
@@ -129,7 +131,7 @@ class TrainConfig:
                 not self.step_in_backward or value == alone,
                 f"train.{key}",
                 value,
-                f"{'null' if alone is None else alone} with train.step_in_backward = true: gradients do not wait",
+                f"{'null' if alone is None else alone} with train.step_in_backward = true: gradients are not kept",
             )
         require(0 < self.mezo_distance <= 1, "train.mezo_distance", self.mezo_distance, "above 0, at most 1")
         for key, refused, without in (
@@ -150,7 +152,7 @@ class TrainConfig:
                 not value or self.batch_size // self.grad_accumulation_steps % 2 == 0,
                 f"train.{key}",
                 value,
-                "needs micro-batches of an even number of images, which are mixed in pairs: train.batch_size = "
+                "needs an even number of images per micro-batch, because they are mixed in pairs: train.batch_size = "
                 f"{self.batch_size} / train.grad_accumulation_steps = {self.grad_accumulation_steps}",
             )
         require(

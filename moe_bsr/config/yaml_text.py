@@ -1,8 +1,8 @@
-"""YAML text as values, strictly: nothing is turned into something else, and an error names file, line and column.
+"""Parse YAML text strictly: without surprising conversions, and with errors that name file, line and column.
 
-Of YAML 1.1's readings of plain text, only decimal numbers, true and false (yes and no), and null are kept. What it
-would take for octal (010), base 60 (12:30), hexadecimal, digits with underscores or a date stays text, and is
-refused where a number is expected.
+Plain text is converted only if it is a decimal number, true or false (also yes and no, on and off), or null. YAML 1.1
+would also convert octal (010), base 60 (12:30) and hexadecimal numbers, digits with underscores, and dates. These stay
+text here, and are refused where a number is expected.
 """
 
 import re
@@ -13,10 +13,10 @@ import yaml
 
 from moe_bsr.config.errors import ConfigError
 
-# What a file may hold: far beyond any configuration, and little enough to be refused at once.
+# Limits of a file: far more than any configuration needs, and small enough that a larger file is refused quickly.
 MOST_BYTES = 2**20
-MOST_VALUES = 100_000  # aliases counted as often as they are used
-DEEPEST = 20
+MOST_VALUES = 100_000  # each use of an alias counts
+DEEPEST = 20  # levels of nesting
 
 WHOLE = r"[-+]?(0|[1-9][0-9]*)"
 EXPONENT = r"([eE][-+]?[0-9]+)?"
@@ -27,25 +27,26 @@ _REPLACED = {_TAG + kind for kind in ("int", "float", "timestamp")}
 
 
 def read_yaml(path: Path, what: str, until: str = "") -> Any:
-    """The values of a YAML file.
+    """Read the value of a YAML file.
 
     Args:
-        what: names the file in errors, such as "task file birds.yaml".
-        until: a text from which on the file is not read, if it holds it.
+        what: description of the file in errors, such as "task file birds.yaml".
+        until: the file is read up to the first occurrence of this text; "" means to the end.
     Raises:
-        ConfigError: no YAML, or not in UTF-8. OSError: the file cannot be read.
+        ConfigError: the file is not valid YAML, or not UTF-8.
+        OSError: the file cannot be read.
     """
     with path.open("rb") as stream:
         data = stream.read(MOST_BYTES + 1)
     data = data.partition(until.encode())[0] if until else data
     if len(data) > MOST_BYTES:
         size = path.stat().st_size
-        raise ConfigError(f"{what} has {size:,} bytes: no configuration is larger than {MOST_BYTES:,}")
+        raise ConfigError(f"{what} has {size:,} bytes: a configuration has at most {MOST_BYTES:,}")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(_not_utf8(what, data, error.start)) from None
-    if "\0" in text:  # UTF-16 of plain letters without its mark is also valid UTF-8
+    if "\0" in text:  # ASCII text in UTF-16 without a byte order mark is also valid UTF-8
         raise ConfigError(_not_utf8(what, data, data.index(0)))
     return parse(text, what)
 
@@ -59,7 +60,7 @@ def _not_utf8(what: str, data: bytes, place: int) -> str:
 
 
 def parse(text: str, where: str) -> Any:
-    """A YAML text as values; `where` names it in errors."""
+    """Parse a YAML text. `where` describes it in errors."""
     loader = None
     try:
         loader = _Strict(text)
@@ -76,14 +77,14 @@ def parse(text: str, where: str) -> Any:
 
 
 def parse_value(text: str, where: str) -> Any:
-    """The value of a `key=value` override: YAML, but plain text is taken whole, "#" included."""
+    """Parse the value of a `key=value` override as YAML, except that a plain text may contain "#"."""
     text = text.strip()
-    # YAML would take what follows a "#" for a comment.
+    # YAML would read a comment after the "#".
     return text if re.search(r"(^|\s)#", text) and text[0] not in "\"'[{|>&*!" else parse(text, where)
 
 
 def _located(error: yaml.MarkedYAMLError, text: str, where: str) -> str:
-    """One line: the file, the line and column of the problem, and where what was being read had begun."""
+    """Return a one-line message: the file, line and column of the problem, and the line where the construct begins."""
     problem, mark, begun = error.problem or error.context, error.problem_mark or error.context_mark, error.context_mark
     if mark is None:
         return f"{where}: not valid YAML: {problem}"
@@ -96,10 +97,10 @@ def _located(error: yaml.MarkedYAMLError, text: str, where: str) -> str:
 
 
 class _Strict(yaml.SafeLoader):
-    """YAML as usual, without the surprises: see this file's first lines.
+    """YAML loader with the restrictions that the docstring of this module describes.
 
-    A key written twice is refused, for the first one would be lost silently; so are tags, which make something
-    else of a value, and aliases that multiply.
+    It also refuses duplicate keys (the first value would be lost), tags (they convert a value) and aliases that expand
+    to too many values.
     """
 
     yaml_implicit_resolvers = {
@@ -107,7 +108,7 @@ class _Strict(yaml.SafeLoader):
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
-    # Nesting is bounded while text is read: further on it would take a long time, or all of Python's stack.
+    # Nesting is limited during parsing, because deep nesting takes long later or overflows Python's stack.
 
     def fetch_flow_collection_start(self, token: type) -> None:
         self._check_depth(self.flow_level)
@@ -137,7 +138,7 @@ class _Strict(yaml.SafeLoader):
         first: dict[tuple[str, str], yaml.Mark] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                continue  # cannot be a key, and will be refused as one
+                continue  # cannot be a key: `construct_mapping` below refuses it
             begun = first.setdefault((key.tag, key.value), key.start_mark)
             if begun is not key.start_mark:
                 raise yaml.MarkedYAMLError(
@@ -155,17 +156,17 @@ for _kind, _pattern in (
 
 
 def _construct_whole(loader: _Strict, node: yaml.ScalarNode) -> int | str:
-    return int(node.value) if len(node.value) < 4000 else node.value  # Python converts no longer ones
+    return int(node.value) if len(node.value) < 4000 else node.value  # Python limits the digits that int() converts
 
 
 _Strict.add_constructor(_TAG + "int", _construct_whole)
 
 
 def _weigh(node: yaml.Node, known: dict[int, tuple[int, int]], depth: int = 0) -> tuple[int, int]:
-    """How many values a node holds and how deep they are nested, each alias followed as often as it is used.
+    """Return how many values a node contains and how deep they are nested. Each use of an alias counts.
 
     Raises:
-        MarkedYAMLError: too many, too deep, or the node holds itself.
+        MarkedYAMLError: there are too many values, they are nested too deep, or the node contains itself.
     """
 
     def require(condition: bool, problem: str) -> None:
@@ -176,7 +177,7 @@ def _weigh(node: yaml.Node, known: dict[int, tuple[int, int]], depth: int = 0) -
         return 1 + len(node.value) // 100, 0
     require(depth < DEEPEST, f"nested more than {DEEPEST} levels deep")
     if id(node) not in known:
-        known[id(node)] = 0, 0  # for as long as its parts are weighed
+        known[id(node)] = 0, 0  # marks the node while its parts are counted, to detect that it contains itself
         parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
         weighed = [_weigh(part, known, depth + 1) for part in parts]
         known[id(node)] = 1 + sum(w for w, _ in weighed), 1 + max((height for _, height in weighed), default=0)

@@ -1,6 +1,6 @@
-"""Tasks and their images: sources, the packed form, splits, transforms and the loader."""
+"""Tasks and their images: sources, packs, splits, transforms and the loader."""
 
-from moe_bsr.data import sources  # fills SOURCES
+from moe_bsr.data import sources  # registers every source in SOURCES
 from moe_bsr.data.addresses import LostData
 from moe_bsr.data.image_files import UnreadableImage, decode
 from moe_bsr.data.loader import Batch, Loader

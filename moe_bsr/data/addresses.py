@@ -1,8 +1,8 @@
-"""Files by address, read by byte ranges: on this machine, at an http(s) URL, or where fsspec reaches (s3://, gs://).
+"""Read byte ranges of files by address: a local path, an http(s) URL, or any URL that fsspec supports (s3://, gs://).
 
-`hf://datasets/OWNER/NAME/FILE` is a file of a dataset on the Hugging Face Hub, read with the token that is logged in.
-What was opened is remembered by size and tag (ETag or time of change): another file under the same address is
-noticed, and never read as if it were the same.
+`hf://datasets/OWNER/NAME/FILE` is a file of a dataset on the Hugging Face Hub. It is read with the token of the
+logged-in user. An opened file is identified by its size and a tag (ETag or modification time). If another file later
+appears at the same address, reading raises LostData instead of returning its bytes.
 """
 
 import os
@@ -18,23 +18,23 @@ from urllib.parse import urlsplit
 from moe_bsr.data.image_files import file_kind
 from moe_bsr.runtime import files
 
-CONNECTIONS = 16  # requests that are under way at once
+CONNECTIONS = 16  # concurrent requests
 TRIES = 5
-WAIT = 0.5  # seconds before the second try; twice as long before each one after that
-TIMEOUT = 30.0  # seconds without an answer, or within one without a byte
-PASSING = (408, 425, 429, 500, 502, 503, 504)  # what a server answers that may answer otherwise soon
-BLOCK = 2**20
+WAIT = 0.5  # seconds before the second try; the wait doubles before each further one
+TIMEOUT = 30.0  # seconds to wait for a connection, or for the next bytes
+PASSING = (408, 425, 429, 500, 502, 503, 504)  # HTTP status codes of temporary failures, which are tried again
+BLOCK = 2**20  # bytes per write while a whole file is downloaded
 
 Value = TypeVar("Value")
 
 
 class LostData(OSError):
-    """What images are read from cannot be reached, or is no longer the file that was opened. The message names it."""
+    """A file that images are read from cannot be reached, or has changed since it was opened. The message names it."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What is known of a file: its bytes, and a tag that changes with the contents ("" where there is none)."""
+    """Identity of a file's contents: the size in bytes, and a tag that changes with them ("" if there is none)."""
 
     size: int
     tag: str
@@ -44,10 +44,11 @@ class Identity:
 
 
 class StoredFile(Protocol):
-    """A file as it was when it was opened.
+    """A file, readable as long as it is the one that was opened.
 
     Attributes:
-        ranges: whether a part of it can be had. Otherwise it has to be fetched whole (`save`).
+        address: the address as given; a local path is absolute.
+        ranges: whether byte ranges can be read. If not, the whole file has to be downloaded (`save`).
     """
 
     address: str
@@ -55,20 +56,23 @@ class StoredFile(Protocol):
     ranges: bool
 
     def read(self, start: int, size: int) -> bytes:
-        """So many bytes from `start` on. Raises LostData."""
+        """Return `size` bytes from offset `start` on. Raises LostData."""
         ...
 
     def save(self, place: Path) -> None:
-        """Write all of it to a new file. Raises LostData; OSError of the disk."""
+        """Write the whole contents to a new file. Raises LostData, or OSError if the disk fails."""
         ...
 
 
 def open_address(address: str, root: Path) -> StoredFile:
-    """
+    """Open the file at an address.
+
     Args:
-        root: of paths that are not absolute.
+        root: folder that relative paths start from.
     Raises:
-        FileNotFoundError: there is none. LostData: it cannot be reached. ValueError: an address of an unknown kind.
+        FileNotFoundError: there is no such file.
+        LostData: it cannot be reached.
+        ValueError: the address is malformed or of an unknown kind.
     """
     kind = address.partition("://")[0] if is_remote(address) else ""
     if not kind:
@@ -83,7 +87,7 @@ def is_remote(address: str) -> bool:
 
 
 class LocalFile:
-    """A file of this machine."""
+    """A file on this machine."""
 
     ranges = True
 
@@ -106,25 +110,31 @@ class LocalFile:
             raise LostData(f"{self.path}: {files.reason(error)}") from error
 
     def save(self, place: Path) -> None:
-        raise NotImplementedError  # it is here already
+        raise NotImplementedError  # never needed: byte ranges can be read
 
 
 class HttpFile:
     """A file at a URL.
 
     Args:
-        token: to be named to that server, and to none that it sends us on to.
+        address: name of the file in messages; None means the URL.
+        token: bearer token for this server. It is not sent to servers that this one redirects to.
     """
 
     def __init__(self, url: str, address: str | None = None, token: str | None = None) -> None:
         self.url, self.address = url, address or url
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         if urlsplit(url).username is not None:
-            raise ValueError(f"{url}: a name and a password in a URL are not used; take s3://, gs:// or hf://")
+            raise ValueError(f"{url}: a user name or password in a URL is not supported; use s3://, gs:// or hf://")
         self.ranges, self.identity = self._get(0, 1, lambda answer: (answer.status == 206, _stated(url, answer)))
 
     def read(self, start: int, size: int) -> bytes:
-        return self._get(start, size, lambda answer: _whole(self._same(answer).read(), size))
+        def part(answer: Any) -> bytes:
+            if answer.status != 206:  # else the whole file would be read into memory
+                raise ConnectionError("the server does not send byte ranges any more")
+            return _whole(self._same(answer).read(), size)
+
+        return self._get(start, size, part)
 
     def save(self, place: Path) -> None:
         def write(answer: Any) -> None:
@@ -136,13 +146,16 @@ class HttpFile:
         self._get(0, 0, write)
 
     def _same(self, answer: Any) -> Any:
-        """The answer, if it is about the file that was opened."""
+        """Return the response if it is about the file that was opened. Raises LostData otherwise."""
         if not self.identity.is_still(now := _stated(self.address, answer)):
             raise _changed(self.address, self.identity, now)
         return answer
 
     def _get(self, start: int, size: int, use: Callable[[Any], Value]) -> Value:
-        """What `use` makes of the answer to a GET of so many bytes (0: of all), whose body is still to be read."""
+        """Send a GET request for `size` bytes from `start` on (size 0: the whole file), and return `use(response)`.
+
+        `use` gets the response before its body is read. Temporary failures are tried again, those within `use` too.
+        """
         from urllib3.exceptions import HTTPError
 
         wanted = {"Range": f"bytes={start}-{start + size - 1}"} if size else {}
@@ -161,12 +174,12 @@ class HttpFile:
                 said = _reason(error)
             finally:
                 if answer is not None:
-                    answer.close()  # of the connection too, unless all has been read
+                    answer.close()  # closes the connection as well, unless the body was read completely
         raise LostData(f"{self.address}: {said}, tried {TRIES} times")
 
 
 class FsspecFile:
-    """A file that the package `fsspec` reaches, with the package and the login that it has for such addresses."""
+    """A file read through the package `fsspec`, with the storage package and credentials that fsspec finds."""
 
     ranges = True
 
@@ -179,9 +192,9 @@ class FsspecFile:
             size, tag = self._system.info(self._path)["size"], self._system.ukey(self._path)
         except FileNotFoundError:
             raise FileNotFoundError(f"{address}: no such file") from None
-        except (ImportError, ValueError) as error:  # it says what to install
+        except (ImportError, ValueError) as error:  # fsspec's message says what to install
             raise ValueError(f"{address}: {error}") from error
-        except Exception as error:  # of any storage's library
+        except Exception as error:  # each storage's library has exceptions of its own
             raise LostData(f"{address}: {_reason(error)}") from error
         self.identity = Identity(int(size), str(tag))
 
@@ -194,11 +207,11 @@ class FsspecFile:
             raise LostData(f"{self.address}: {_reason(error)}") from error
 
     def save(self, place: Path) -> None:
-        raise NotImplementedError  # it is read by ranges
+        raise NotImplementedError  # never needed: byte ranges can be read
 
 
 def _of_hub(address: str) -> StoredFile:
-    """The file that `hf://datasets/OWNER/NAME[@REVISION]/FILE` means."""
+    """Open `hf://datasets/OWNER/NAME[@REVISION]/FILE`."""
     import huggingface_hub
 
     parts = address.removeprefix("hf://").split("/", 3)
@@ -223,7 +236,7 @@ def _ask(url: str, headers: dict[str, str]) -> Any:
 
 @cache
 def _pool(process: int, proxy: str | None) -> Any:
-    """Connections of this process, kept open; a fork must not share its parent's."""
+    """Return this process's pool of open connections. `process` keeps a fork from using its parent's pool."""
     import urllib3
 
     size: dict[str, Any] = {"maxsize": CONNECTIONS, "timeout": urllib3.Timeout(TIMEOUT)}
@@ -231,7 +244,7 @@ def _pool(process: int, proxy: str | None) -> Any:
 
 
 def _stated(address: str, answer: Any) -> Identity:
-    """What an answer says of the whole file."""
+    """Return the identity of the whole file as a response states it, for responses with a byte range too."""
     headers = answer.headers
     size = (
         headers.get("Content-Range", "").rpartition("/")[2] if answer.status == 206 else headers.get("Content-Length")
@@ -247,19 +260,19 @@ def _identity(about: os.stat_result) -> Identity:
 
 
 def _changed(address: str, then: Identity, now: Identity) -> LostData:
-    sizes = f"{then.size} bytes then, {now.size} now" if then.size != now.size else "as large as before"
-    return LostData(f"{address}: another file than when it was opened ({sizes}); start again to read that one")
+    sizes = f"{then.size} bytes then, {now.size} now" if then.size != now.size else "its size is the same"
+    return LostData(f"{address}: the file has changed since it was opened ({sizes}); start again to read the new one")
 
 
 def _whole(content: Any, size: int) -> Any:
-    """The content, if it has so many bytes."""
+    """Return `content` if it has `size` bytes. Raises ConnectionError otherwise."""
     if len(content) != size:
         raise ConnectionError(f"it ends after {len(content)} of {size} bytes")
     return content
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost thing that went wrong, in a few words."""
+    """Return the message of the innermost error in a chain, in one line."""
     while isinstance(inner := getattr(error, "reason", None) or error.__cause__, BaseException):
         error = inner
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

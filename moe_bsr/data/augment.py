@@ -1,8 +1,8 @@
-"""What is done to a training image beyond crop and mirror: RandAugment, color jitter, random erasing, by timm's code.
+"""Augmentation beyond crop and flip: RandAugment, color jitter and random erasing, with timm's code.
 
-timm and torchvision draw from the global generators of `random`, numpy and torch. Here these are seeded from a stream
-of the image's own and put back afterwards, so that an image becomes the same whoever augments it, and nobody else's
-numbers change.
+timm and torchvision draw from the global generators of `random`, numpy and torch. Here the image's own random stream
+seeds these generators, and their states are restored afterwards. So an augmented image depends on its stream alone, and
+augmentation changes no other random numbers.
 """
 
 import contextlib
@@ -18,12 +18,12 @@ from timm.data.transforms_factory import transforms_imagenet_train
 
 from moe_bsr.config import require
 
-_GLOBAL_GENERATORS = threading.Lock()  # a loader's thread and the trainer's take turns
+_GLOBAL_GENERATORS = threading.Lock()  # the loader's thread and the main thread both augment
 
 
 @contextlib.contextmanager
 def seeded(stream: np.random.Generator) -> Iterator[None]:
-    """The global generators of `random`, numpy and torch (CPU) start from `stream`, and are then as they were."""
+    """Seed the global generators of `random`, numpy and torch (CPU) from `stream`; restore their states at the end."""
     first, second, third = stream.integers(0, 2**32, 3).tolist()
     with _GLOBAL_GENERATORS:
         before = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
@@ -39,10 +39,10 @@ def seeded(stream: np.random.Generator) -> Iterator[None]:
 
 
 class Augment:
-    """uint8 (S, S, 3) -> the same, changed at random.
+    """Random augmentation of one image, uint8 (S, S, 3) -> uint8 (S, S, 3).
 
-    As in timm: the policy, then color jitter (also beside a policy, where timm needs `force_color_jitter`), then a
-    rectangle filled with noise in the mean and standard deviation of the inputs.
+    The order is timm's: the policy, color jitter (with a policy too, as with timm's `force_color_jitter`), random
+    erasing. The erased rectangle is filled with noise that has the mean and standard deviation of the inputs.
     """
 
     def __init__(
@@ -57,19 +57,20 @@ class Augment:
     ) -> None:
         """
         Args:
-            size: S. mean, std: of values 0 to 1.
-            auto_augment: a policy as timm writes it: rand-m9-mstd0.5-inc1, augmix-m3, original, 3a, ...
+            size: S, in pixels.
+            mean, std: of each channel, for values from 0 to 1.
+            auto_augment: policy in timm's notation: rand-m9-mstd0.5-inc1, augmix-m3, original, 3a, ...
             color_jitter: largest relative change of brightness, contrast and saturation.
             erasing: probability that a rectangle is erased.
         Raises:
-            ConfigError: timm knows no such policy.
+            ConfigError: timm has no such policy.
         """
         self._scale = torch.tensor(std).view(3, 1, 1) * 255
         self._shift = torch.tensor(mean).view(3, 1, 1) * 255
         try:
             _, self._change, _ = transforms_imagenet_train(
                 size,
-                color_jitter=color_jitter or None,  # type: ignore[arg-type]  # None: left out
+                color_jitter=color_jitter or None,  # type: ignore[arg-type]  # None: no color jitter
                 force_color_jitter=True,
                 auto_augment=auto_augment,
                 interpolation=interpolation,
@@ -77,15 +78,12 @@ class Augment:
                 separate=True,
             )
         except (AssertionError, ValueError, KeyError, IndexError) as error:
-            what = "null, or a policy as timm writes it: rand-m9-mstd0.5-inc1, augmix-m3-w3, original-mstd0.5, 3a"
+            what = "null, or a policy in timm's notation: rand-m9-mstd0.5-inc1, augmix-m3-w3, original-mstd0.5, 3a"
             require(False, "data.auto_augment", auto_augment, f"{what} ({error})" if str(error) else what)
         self._erase = RandomErasing(erasing, mode="pixel", device="cpu") if erasing else None
 
     def __call__(self, image: np.ndarray, stream: np.random.Generator) -> np.ndarray:
-        """
-        Args:
-            stream: the only randomness.
-        """
+        """Return the augmented image. `stream` is the only source of randomness."""
         with seeded(stream):
             if self._change.transforms:
                 image = np.asarray(self._change(Image.fromarray(np.ascontiguousarray(image))))

@@ -1,4 +1,4 @@
-"""Decoded images kept in memory up to a cap, so that each is decoded once."""
+"""Cache of decoded images in memory, up to a limit."""
 
 import mmap
 import threading
@@ -7,30 +7,30 @@ import numpy as np
 
 from moe_bsr.data.spec import ImageSource
 
-SLAB = 32 * 2**20
+SLAB = 32 * 2**20  # bytes allocated at a time
 
 
 class DecodedCache:
-    """Keeps the first images that fit into `megabytes` (10**6 bytes) and never evicts.
+    """Cache that keeps the first images that fit into `megabytes` (10**6 bytes) and never evicts one.
 
-    Training walks through permutations of all images: with a cap below the data set, evicting the
-    least recently used would evict each image just before its next use. Keeping the first ones
-    serves cap / total of all requests.
+    Training visits all images in a new order each epoch. If they do not all fit, a least-recently-used cache would
+    mostly evict images shortly before their next use. Keeping the first ones serves (limit / total size) of all
+    requests.
 
-    The pixels lie one after the other in memory of their own, outside the allocator's heap: a long-lived
-    image between two steps' large tensors would pin the heap where glibc could have reused it.
+    The pixels are stored in slabs from mmap and not on the heap. On the heap, long-lived images would lie between the
+    large tensors of training steps, and glibc could not reuse that memory as a whole.
     """
 
     def __init__(self, megabytes: float):
         self.bytes_allowed = int(megabytes * 1e6)
         self.bytes_used = 0
         self._images: dict[tuple[int, int], np.ndarray] = {}
-        self._sources: dict[int, ImageSource] = {}  # held, so that an id is never used twice
+        self._sources: dict[int, ImageSource] = {}  # references to the sources, so that no id is reused
         self._slab = np.empty(0, np.uint8)
         self._lock = threading.Lock()
 
     def image(self, source: ImageSource, index: int) -> np.ndarray:
-        """Image `index` of `source`, uint8 (H, W, 3); not to be written to."""
+        """Return image `index` of `source`, uint8 (H, W, 3), from the cache or decoded now. It must not be modified."""
         place = (id(source), index)
         image = self._images.get(place)
         if image is None:
@@ -47,7 +47,7 @@ class DecodedCache:
         return (id(source), index) in self._images
 
     def _keep(self, image: np.ndarray) -> np.ndarray:
-        """A copy of `image` in the slab, or in a new one when that is full."""
+        """Copy `image` to the slab, or to a new slab if it does not fit, and return the copy."""
         if len(self._slab) < image.nbytes:
             self._slab = np.frombuffer(mmap.mmap(-1, max(SLAB, image.nbytes)), np.uint8)
         pixels, self._slab = self._slab[: image.nbytes], self._slab[image.nbytes :]

@@ -1,4 +1,4 @@
-"""Opens and decodes every image of a task: what cannot be read, and what is odd, is known before training."""
+"""Decode every image of a task, to find unreadable and suspicious ones before training."""
 
 import hashlib
 import os
@@ -14,14 +14,14 @@ from moe_bsr.data.image_files import UnreadableImage
 from moe_bsr.data.task import Split, TaskData
 
 SPLITS = ("train", "val", "test")
-TINY = 8  # pixels of the shorter side below which an image is named
-AT_ONCE = 1024  # images given to the threads at once
-EXAMPLES = 5
+TINY = 8  # images with a shorter side below this many pixels are reported
+AT_ONCE = 1024  # images handed to the threads at a time
+EXAMPLES = 5  # pairs of equal images that are named in the result
 
 
 @dataclass(frozen=True, slots=True)
 class _Image:
-    """What is known of one image; of one that cannot be read, `error` alone."""
+    """Findings about one image. For an unreadable one only split, name, label and `error` are set."""
 
     split: str
     name: str
@@ -39,11 +39,15 @@ def check_task(data: TaskData, on_image: Callable[[], Any] = lambda: None) -> di
     Args:
         on_image: called after each image, for a progress bar.
     Returns:
-        Plain data, ready for JSON: `broken` has {split, image, reason} for each image that cannot be read, `constant`
-        and `tiny` {split, image} for those of a single color and those of less than 8 pixels; `shared` {splits,
-        images, examples} how many images of the second split have the very pixels of one of the first; `two_labels`
-        {images, examples} how many have those of an image of another class; `splits` {name: images, and width and
-        height of the smallest and the largest by area}.
+        Plain data, ready for JSON:
+        `splits`: {name: {images, smallest, largest}}; the last two are (width, height) of the images of least and
+        largest area.
+        `broken`: {split, image, reason} of each unreadable image.
+        `constant`, `tiny`: {split, image} of each image of a single color, and of each whose shorter side is below
+        8 pixels.
+        `shared`: {splits, images, examples} for two splits: how many images of the second have the same pixels as one
+        of the first.
+        `two_labels`: {images, examples}: how many images have the same pixels as an earlier one of another class.
     """
     found: list[_Image] = []
     with ThreadPoolExecutor(_cores()) as pool:
@@ -96,7 +100,7 @@ def _listed(images: list[_Image]) -> list[dict[str, str]]:
 
 
 def _repeated(images: list[_Image], class_names: list[str]) -> dict[str, Any]:
-    """What has equal pixels, between splits and between classes."""
+    """Find images with equal pixels in different splits or with different labels."""
     by_split: dict[tuple[str, str], list[list[str]]] = defaultdict(list)
     two_labels: list[list[str]] = []
     first: dict[bytes, dict[str, _Image]] = defaultdict(dict)

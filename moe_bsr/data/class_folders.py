@@ -1,6 +1,6 @@
-"""All images below a folder, with a word on everything else that lies there.
+"""List all images below a folder, and count everything else that is found there.
 
-Sub-folders are looked into however deep they are, links are followed, and none of them round in a circle.
+Sub-folders are searched at any depth. Symbolic links are followed, except those that lead back to a folder above.
 """
 
 import os
@@ -10,7 +10,7 @@ from moe_bsr.data.formats import EXTENSIONS, advice
 from moe_bsr.data.image_files import file_kind
 from moe_bsr.data.unused import Unused
 
-# Besides hidden ones: what file managers, archives and network disks leave behind.
+# Names, in lower case, of files and folders that file managers, archives and network disks create.
 _LITTER = {
     "__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "#recycle",
     "#snapshot", "lost+found", "icon\r", "__pycache__",
@@ -18,7 +18,10 @@ _LITTER = {
 
 
 def entries(folder: str, unused: Unused) -> tuple[list[os.DirEntry], list[os.DirEntry]]:
-    """The files and the folders in a folder, by name, links followed; what is neither is counted."""
+    """Return the files and the folders in a folder, each sorted by name. Links are followed.
+
+    Anything that is neither is added to `unused`, and so is `folder` itself if it cannot be opened.
+    """
     files, folders = [], []
     try:
         with os.scandir(folder) as found:
@@ -31,14 +34,14 @@ def entries(folder: str, unused: Unused) -> tuple[list[os.DirEntry], list[os.Dir
                     folders.append(entry)
                 else:
                     kind = file_kind(Path(entry.path))
-                    unused.add(f"entry that is {kind}", f"entries of which each is {kind}", entry.path)
+                    unused.add(f"entry that is {kind}", f"entries, each of them {kind}", entry.path)
     except OSError as error:
         unused.add("folder that cannot be opened", "folders that cannot be opened", folder, error.strerror or "")
     return sorted(files, key=_name), sorted(folders, key=_name)
 
 
 def images_below(folder: str, unused: Unused) -> list[str]:
-    """The paths of all images in a folder and its sub-folders, in order of their parts."""
+    """Return the paths of all images in a folder and its sub-folders, sorted part by part."""
     found: list[str] = []
     waiting = [(folder, frozenset[tuple[int, int]]())]
     while waiting:
@@ -63,26 +66,26 @@ def images_below(folder: str, unused: Unused) -> list[str]:
 
 
 def is_litter(name: str) -> bool:
-    """Whether a file or folder of this name is hidden, or left behind by a program."""
+    """Return whether a file or folder of this name is hidden or was created by a program such as a file manager."""
     return name[:1] == "." or name.lower() in _LITTER
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's ending is that of an image that can be read here."""
+    """Return whether the ending of a file name is one of `EXTENSIONS`."""
     return _ending(name) in EXTENSIONS
 
 
 def count_no_image(path: str, unused: Unused) -> None:
-    """Count a file that is not read: by its ending if that is a picture's."""
+    """Add a file that is not a readable image to `unused`: by its ending if that belongs to an image format."""
     ending = _ending(path)
     if (what_to_do := advice(ending)) is not None:
         unused.add(f"{ending} file", f"{ending} files", path, f"cannot be read here: {what_to_do}")
     else:
-        unused.add("file that is no image", "files that are no images", path)
+        unused.add("file that is not an image", "files that are not images", path)
 
 
 def count_loose(entry: os.DirEntry, unused: Unused) -> None:
-    """Count a file that lies outside of the class folders."""
+    """Add a file that lies outside of the class folders to `unused`."""
     if is_image(entry.name):
         unused.add("image outside of a class folder", "images outside of a class folder", entry.path)
     else:

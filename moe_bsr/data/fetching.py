@@ -1,6 +1,7 @@
-"""Threads that wait for disks and networks, so that the one which trains does not.
+"""Background threads for slow reads from disks and networks, so that training does not wait for them.
 
-They end with the process, in the middle of a request if need be: whoever stops a run does not wait for a slow server.
+They are daemon threads. They end with the process, even in the middle of a request, so a slow server does not delay the
+end of a run.
 """
 
 import os
@@ -19,23 +20,23 @@ from moe_bsr.runtime.heard import is_heard
 Item = TypeVar("Item")
 Value = TypeVar("Value")
 
-AHEAD_BYTES = 2**28  # of images that were fetched before they were asked for
+AHEAD_BYTES = 2**28  # limit of the images that are fetched in advance
 
 
-def begun(work: Callable[..., Value], *arguments: Any) -> "Future[Value]":
-    """What `work(*arguments)` will return, once one of the threads has come to it."""
+def submit(work: Callable[..., Value], *arguments: Any) -> "Future[Value]":
+    """Start `work(*arguments)` in one of the threads, and return its future."""
     future: Future[Value] = Future()
     _threads(os.getpid()).put((future, work, arguments))
     return future
 
 
-def all_of(work: Callable[[Item], Value], items: Iterable[Item], what: str) -> list[Value]:
-    """`work` of every item, several at a time; a person is shown how far it is. The first error ends it.
+def in_threads(work: Callable[[Item], Value], items: Iterable[Item], what: str) -> list[Value]:
+    """Return `work(item)` for every item, computed in several threads, with a progress bar. The first error is raised.
 
     Args:
-        what: an item is called.
+        what: name of one item, for the progress bar.
     """
-    waiting = [begun(work, item) for item in items]
+    waiting = [submit(work, item) for item in items]
     try:
         shown = tqdm(waiting, unit=what, leave=False, delay=2, disable=None if is_heard() else True)
         return [future.result() for future in shown]
@@ -46,7 +47,7 @@ def all_of(work: Callable[[Item], Value], items: Iterable[Item], what: str) -> l
 
 @cache
 def _threads(process: int) -> SimpleQueue:
-    """What the threads of this process take their work from; a fork has none of its parent's."""
+    """Start the threads of this process and return their queue. `process` is a key only: a fork needs new threads."""
     work: SimpleQueue = SimpleQueue()
     for number in range(CONNECTIONS):
         threading.Thread(target=_run, args=(work,), name=f"fetch {number}", daemon=True).start()
@@ -61,14 +62,15 @@ def _run(queue: SimpleQueue) -> None:
                 future.set_result(work(*arguments))
             except BaseException as error:
                 future.set_exception(error)
-        del future, work, arguments  # what was fetched is not held until the next request
+        del future, work, arguments  # else the thread would hold the result until the next request
 
 
 class ReadAhead:
-    """What is going to be asked for, fetched before it is.
+    """Images that are fetched before they are needed.
 
     Args:
-        fetch: place -> bytes, in any thread. sizes: bytes by place.
+        fetch: returns the bytes of the image with an index; called from several threads.
+        sizes: number of bytes of each image, by index.
     """
 
     def __init__(self, fetch: Callable[[int], bytes], sizes: Any) -> None:
@@ -78,17 +80,17 @@ class ReadAhead:
         self._lock = threading.Lock()
 
     def expect(self, places: Iterable[int]) -> None:
-        """Begin to fetch these. If there is no room for all that was expected, the oldest is forgotten."""
+        """Start to fetch these images. Beyond `AHEAD_BYTES` the oldest ones are dropped."""
         with self._lock:
             for place in places:
                 if place not in self._coming:
-                    self._coming[place] = begun(self._fetch, place)
+                    self._coming[place] = submit(self._fetch, place)
                     self._bytes += int(self._sizes[place])
                 while self._bytes > AHEAD_BYTES and len(self._coming) > 1:
                     self._forget(next(iter(self._coming))).cancel()
 
     def take(self, place: int) -> bytes:
-        """The bytes of one; waited for, or fetched now if nobody said so before."""
+        """Return the bytes of one image: wait for its fetch, or fetch it now if it was not expected."""
         with self._lock:
             future = self._forget(place) if place in self._coming else None
         if future is None or future.cancelled():

@@ -1,15 +1,15 @@
-"""Which files are images that can be read here, and what to do about the others.
+"""The image formats that can be read, and advice for the others.
 
-Pillow chooses a decoder by a file's first bytes, whatever its name says. It may choose among `FORMATS` alone: raster
-formats that are decoded in this process, and never one that starts another program (EPS) or has no pixels (WMF).
-HEIC photos are read where the package pillow-heif is installed.
+Pillow chooses a decoder by a file's first bytes, not by its name. Here it may only choose among `FORMATS`: raster
+formats that are decoded in this process. A format that starts another program (EPS) or has no pixels (WMF) is not among
+them. HEIC photos can be read if the package pillow-heif is installed.
 """
 
 import importlib.util
 
 from PIL import Image
 
-# The last one has no signature at its start, so it is asked last.
+# Pillow tries them in this order. TGA files have no signature, so TGA is last.
 _WANTED = (
     "JPEG", "PNG", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "ICO", "PCX", "QOI", "SGI",
     "TGA",
@@ -19,7 +19,7 @@ _CONVERT = "convert them to JPEG or PNG"
 _HEIF = f"pip install pillow-heif, or {_CONVERT}"
 _RAW = "camera raw: export them as JPEG or TIFF"
 
-# Endings of pictures that cannot be read here -> what to do.
+# Endings of image files that cannot be read -> what to do.
 _ADVICE = (
     dict.fromkeys((".heic", ".heif", ".hif", ".heics", ".heifs"), _HEIF)
     | dict.fromkeys(
@@ -36,7 +36,7 @@ _ADVICE = (
     )
 )  # fmt: skip
 
-# How files begin that are no images although their names say so.
+# First bytes of files that are not images although their names say so -> what they are.
 _STARTS = (
     (b"version https://git-lfs", "it is a Git LFS pointer and not the image: git lfs pull fetches that"),
     (b"<svg", "it is an SVG drawing: export it as PNG"),
@@ -57,20 +57,23 @@ Image.init()
 if importlib.util.find_spec("pillow_heif") is not None:
     importlib.import_module("pillow_heif").register_heif_opener()
 
-# As `Image.open(formats=...)` takes them.
+# The argument for `Image.open(formats=...)`.
 FORMATS = tuple(each for each in _WANTED if each in Image.OPEN)
 
-# Endings of the files that are read as images, in lower case: .jpg and so on. MPO is JPEG with more images behind it.
+# Endings, in lower case, of files that are read as images: .jpg and so on. MPO is a JPEG followed by more images.
 EXTENSIONS = frozenset(end for end, kind in Image.registered_extensions().items() if kind in (*FORMATS, "MPO"))
 
 
 def advice(ending: str) -> str | None:
-    """What to do about pictures of an ending (lower case) that are not read here; None if it is no picture's."""
+    """Return what to do with image files that cannot be read, by their ending in lower case.
+
+    None means that files with this ending can be read, or that they are not images.
+    """
     return None if ending in EXTENSIONS else _ADVICE.get(ending)
 
 
 def what_it_is(start: bytes) -> str:
-    """What a file is that is no image, of its first bytes; empty if that cannot be told."""
+    """Return what a file that is not a readable image really is, judged by its first bytes; "" if that is unknown."""
     if not start:
         return "it is empty"
     if start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"):

@@ -1,6 +1,7 @@
-"""Image files: decoding to RGB as a viewer would show it, and sources that are lists of files.
+"""Decode image files to RGB as a viewer would show them, and sources that are lists of files.
 
-Whatever is transparent lies on white. Photos are turned as their EXIF says. Of animations the first frame is taken.
+Transparent parts become white. Photos are rotated and mirrored as their EXIF orientation says. The first frame of an
+animation is used.
 """
 
 import contextlib
@@ -18,29 +19,30 @@ from PIL import Image, JpegImagePlugin
 from moe_bsr.data.formats import FORMATS, what_it_is
 from moe_bsr.runtime.names import printable
 
-MAX_PIXELS = 100_000_000  # decoding takes up to about 8 bytes for each
-MAX_SIDE = 2**18
-LARGE = 2**24  # pixels from which on one image is decoded at a time, however many threads there are
-BAND = 2**22  # pixels converted at once
-DARK = 2**14  # nobody knows what is white in a 16-bit image whose values stay below this
+MAX_PIXELS = 100_000_000  # decoding takes up to about 8 bytes per pixel
+MAX_SIDE = 2**18  # pixels
+LARGE = 2**24  # images of more pixels are decoded one at a time, however many threads there are
+BAND = 2**22  # pixels converted to RGB at a time
+DARK = 2**14  # if all values of a 16-bit image are below this, the value of white is unknown
 
-# Formats whose writers often leave the fourth byte of each pixel at zero: there is no transparency if all are.
+# Programs that write these formats often set the fourth byte of every pixel to zero. Then it is not an alpha channel.
 _UNSET_ALPHA = {"TGA", "BMP", "DIB"}
 
 _large_images = threading.Lock()
 
 
 class UnreadableImage(ValueError):
-    """The message names the file."""
+    """An image cannot be read. The message names the file."""
 
 
 def decode(encoded: bytes | Path, name: str, bits: int | None = None) -> np.ndarray:
     """Decode an encoded image or image file to uint8 (H, W, 3).
 
     Args:
-        bits: of the numbers in 16-bit images, see `TaskSpec.bits`.
+        name: name of the image in messages.
+        bits: bit depth of the values in 16-bit images, see `TaskSpec.bits`.
     Raises:
-        UnreadableImage: with `name`, if it cannot be read.
+        UnreadableImage: it cannot be read.
     """
     kind = file_kind(encoded) if isinstance(encoded, Path) else "file"
     if kind != "file":
@@ -55,7 +57,7 @@ def decode(encoded: bytes | Path, name: str, bits: int | None = None) -> np.ndar
         return _decoded(_without_texts(encoded), bits)
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's plug-ins raise nearly anything on damaged files
+    except Exception as error:  # Pillow's plug-ins raise many kinds of exceptions on damaged files
         raise UnreadableImage(printable(f"{name}: not a readable image ({_reason(error, encoded)})")) from error
 
 
@@ -67,7 +69,7 @@ def _decoded(encoded: bytes | Path, bits: int | None) -> np.ndarray:
 
 
 def _without_texts(encoded: bytes | Path) -> bytes:
-    """A PNG without its texts and color profile: Pillow gives up an image for a large one of these."""
+    """Return a PNG without its text chunks and color profile. Pillow refuses images in which these are large."""
     file = encoded if isinstance(encoded, bytes) else encoded.read_bytes()
     kept, place = [file[:8]], 8
     while place < len(file):
@@ -79,10 +81,10 @@ def _without_texts(encoded: bytes | Path) -> bytes:
 
 
 def rgb_pixels(image: Image.Image, bits: int | None = None) -> np.ndarray:
-    """An opened image as uint8 (H, W, 3), turned as its EXIF says, transparent parts on white.
+    """Return an opened image as uint8 (H, W, 3), with its EXIF orientation applied and transparent parts white.
 
     Raises:
-        ValueError: pixels of which nobody knows what is white.
+        ValueError: the range of its pixel values is unknown.
     """
     raw = _raw_mode(image)
     image.load()
@@ -91,12 +93,12 @@ def rgb_pixels(image: Image.Image, bits: int | None = None) -> np.ndarray:
         image = _eight_bits(image, bits)
     elif image.mode in ("I", "F"):
         raise ValueError("its pixels are signed, 32-bit or floating-point numbers: convert it to 8 or 16 bits")
-    elif ";16" in raw and image.format != "JPEG2000":  # Pillow keeps the high byte of each number
+    elif ";16" in raw and image.format != "JPEG2000":  # Pillow keeps the high byte of each value
         top = max(int(np.max(image.getchannel(band).getextrema())) for band in range(3))
         if bits is not None and bits < 16 or bits is None and top < DARK >> 8:
             raise ValueError(
-                f"of 16-bit color only the upper 8 bits are read, and the largest here is {top}: convert it to 8 bits"
-                + (", or say bits: 16 in the task file if it is just dark" if bits is None else "")
+                f"only the upper 8 bits of 16-bit color are read, here at most {top}: convert it to 8 bits"
+                + (", or write bits: 16 in the task file if it is just dark" if bits is None else "")
             )
     elif image.format in _UNSET_ALPHA and image.mode in ("RGBA", "LA") and image.getchannel("A").getextrema() == (0, 0):
         image = image.convert(image.mode[:-1])
@@ -128,7 +130,7 @@ _UPRIGHT = {
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    if image.mode == "La":  # Pillow has no shorter way for it
+    if image.mode == "La":  # Pillow cannot convert it to RGBA directly
         image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -138,7 +140,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image, bits: int | None) -> Image.Image:
-    """Gray of 16 bits as gray of 8, with its transparent value as an alpha band."""
+    """Convert 16-bit gray to 8-bit gray. A transparent value becomes an alpha channel."""
     values = np.asarray(image).astype(np.uint16)
     tags = getattr(image, "tag_v2", {})
     stated = tags.get(258, (16,))[0]  # BitsPerSample
@@ -148,14 +150,14 @@ def _eight_bits(image: Image.Image, bits: int | None) -> Image.Image:
     if bits is None and 0 < top < DARK:
         fits = next(n for n in (8, 10, 12, 14) if top < 1 << n)
         raise ValueError(
-            f"its largest value is {top} of 65535, as of {fits}-bit numbers in a 16-bit file: say bits: {fits} in the "
-            "task file, or bits: 16 if it is just dark"
+            f"its largest value is {top} of 65535, as if {fits}-bit values were stored in a 16-bit file: write bits: "
+            f"{fits} in the task file, or bits: 16 if it is just dark"
         )
     bits = bits or 16
     if top >= 1 << bits:
         raise ValueError(f"its largest value is {top}, and the task file says bits: {bits}")
     scaled = (values // 257 if bits == 16 else values.astype(np.uint32) * 255 // ((1 << bits) - 1)).astype(np.uint8)
-    if tags.get(262) == 0:  # PhotometricInterpretation: white is zero
+    if tags.get(262) == 0:  # PhotometricInterpretation 0: zero is white
         scaled = 255 - scaled
     gray = Image.fromarray(scaled)
     if isinstance(key := image.info.get("transparency"), int):
@@ -164,7 +166,7 @@ def _eight_bits(image: Image.Image, bits: int | None) -> Image.Image:
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """How the file stores its pixels, as Pillow's decoders call it; empty for an image that is loaded."""
+    """Return the pixel format of the file, in the names of Pillow's decoders; "" if the image is already loaded."""
     for tile in getattr(image, "tile", ()):
         arguments = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
         if found := next((each for each in arguments if isinstance(each, str)), None):
@@ -173,7 +175,10 @@ def _raw_mode(image: Image.Image) -> str:
 
 
 def _opened(encoded: bytes | Path) -> Image.Image:
-    """Opened and not yet decoded, and no larger than can be decoded in bounded memory."""
+    """Open an image without decoding it. Raises ValueError if it is too large.
+
+    A JPEG of up to 4 * MAX_PIXELS is set up to be decoded at half its size, if it is not progressive.
+    """
     file = io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded
     try:
         image = Image.open(file, formats=FORMATS)
@@ -183,13 +188,13 @@ def _opened(encoded: bytes | Path) -> Image.Image:
         image = JpegImagePlugin.JpegImageFile(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded)
     pixels = image.width * image.height
     if MAX_PIXELS < pixels <= 4 * MAX_PIXELS and image.format in ("JPEG", "MPO") and "progressive" not in image.info:
-        image.draft(None, (image.width // 2, image.height // 2))  # decoded at half its size: cheap in this format
+        image.draft(None, (image.width // 2, image.height // 2))
     elif pixels > MAX_PIXELS:
         image.close()
         raise ValueError(_too_large(pixels))
     if max(image.size) > MAX_SIDE:
         image.close()
-        raise ValueError(f"it is {image.width} x {image.height} pixels, and a side may have {MAX_SIDE}")
+        raise ValueError(f"it is {image.width} x {image.height} pixels, and a side may have {MAX_SIDE} at most")
     return image
 
 
@@ -215,27 +220,28 @@ def _reason(error: Exception, encoded: bytes | Path) -> str:
     if not isinstance(error, Image.UnidentifiedImageError):
         return str(error)
     known = _start(encoded).startswith((b"\x89PNG", b"GIF8")) or _start(encoded)[4:12] == b"ftypavif"
-    return "its header is damaged, or it is cut off" if known else "no image format that is read here"
+    return "its header is damaged, or it is cut off" if known else "its image format is unknown or not supported"
 
 
 def file_kind(path: Path) -> str:
-    """What a path is, links followed: "file", or in words what else, or that there is none."""
+    """Return what is at a path, links followed: "file", or words such as "a folder" or "not there" for a message."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
         return "a link that leads nowhere" if path.is_symlink() else "not there"
     except OSError as error:
-        return f"not to be opened: {error.strerror}"
+        return f"not accessible: {error.strerror}"
     kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
     return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 class FileSource:
-    """Images in files; `files` and `labels` are aligned, and `names` with them.
+    """Source of images in files. `files`, `labels` and `names` are aligned.
 
     Args:
-        root: what the names of the images are relative to; a file that does not lie below it is named whole.
-        bits: of the numbers in 16-bit images, see `TaskSpec.bits`.
+        labels: int64 (N,), indices into `class_names`.
+        root: folder that the names of the images are relative to. An image elsewhere has its whole path as its name.
+        bits: bit depth of the values in 16-bit images, see `TaskSpec.bits`.
     """
 
     def __init__(
@@ -245,15 +251,15 @@ class FileSource:
         self.labels = np.asarray(labels, dtype=np.int64)
         self.class_names = class_names
         self.bits = bits
-        # The same however the root is written: a table may hold whole paths, and the root be "data".
-        ways = (f"{root}{os.sep}", f"{os.path.abspath(root)}{os.sep}")
+        # A table may hold absolute paths although `root` is relative: both forms of the root are removed.
+        roots = (f"{root}{os.sep}", f"{os.path.abspath(root)}{os.sep}")
         self.names: list[str] | None = [
-            str(file).removeprefix(ways[0]).removeprefix(ways[1]).replace(os.sep, "/") for file in files
+            str(file).removeprefix(roots[0]).removeprefix(roots[1]).replace(os.sep, "/") for file in files
         ]
 
     @functools.cached_property
     def sizes(self) -> np.ndarray | None:
-        """Bytes of each file, int64 (N,); -1 for a file that cannot be looked at."""
+        """Size of each file in bytes, int64 (N,); -1 for a file whose size cannot be read."""
         return np.array([_size(file) for file in self.files], dtype=np.int64)
 
     def __len__(self) -> int:

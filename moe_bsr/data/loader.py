@@ -1,8 +1,8 @@
-"""Batches in the order of a plan, made in process or some ahead in one background thread.
+"""Make batches in the order of a plan: when they are needed, or some batches ahead in a background thread.
 
-A thread and not processes: decoding, resizing and copying release the interpreter lock, the cache
-stays in one place, and nothing is sent between processes. It runs torch on a single thread, for a
-second team of spinning compute threads slows the first one down many times.
+One thread is used and no processes. Decoding, resizing and copying release the interpreter lock, all images share one
+cache, and nothing has to be sent between processes. The thread limits torch to one compute thread, because a second
+pool of spinning compute threads slows down the first many times.
 """
 
 import threading
@@ -18,7 +18,7 @@ import torch
 from moe_bsr.data.task import TaskData
 from moe_bsr.data.transforms import ImageTransforms
 
-AHEAD = 256  # images that a source is told of before they are asked for, or a batch
+AHEAD = 256  # a source that reads from a network is told about this many images in advance, at least about one batch
 
 
 @dataclass(slots=True)
@@ -26,13 +26,13 @@ class Batch:
     """One batch of one task.
 
     Attributes:
-        positions: int64 (B,), which images these are, as positions in the task's training split: not those of the
-            plan where an image that cannot be read was skipped (`ImageTransforms.taken`).
-        images: uint8 (B, 3, S, S); None when the features of all these images are cached.
-        views: int64 (B,), which of an image's augmented views each is (`ImageTransforms.views_of`).
+        positions: int64 (B,), positions of the images in the task's training split. They differ from the plan's where
+            an unreadable image was skipped (`ImageTransforms.taken`).
+        images: uint8 (B, 3, S, S); None if the features of all these images are cached.
         labels: int64 (B,).
-        targets: float32 (B, classes), the shares of mixed labels, in place of `labels`; None from the loader.
-        features: what the frozen blocks make of the images, for a model that starts after them; None from the loader.
+        views: int64 (B,), the augmented view that each image shows (`ImageTransforms.views_of`).
+        features: output of the frozen blocks, for a model that starts after them; None from the loader.
+        targets: float32 (B, classes), mixed labels (mixup, CutMix), used in place of `labels`; None from the loader.
     """
 
     task: str
@@ -48,12 +48,14 @@ class Batch:
 
 
 class Loader:
-    """Iterates over the batches of a plan.
+    """Iterable over the batches of a plan.
 
-    `plan` yields (task, positions (B,), epochs (B,)); with `prefetch=n` it is read up to n batches
-    ahead of what has been taken. The batches are the same for every `prefetch`. An exception made
-    ahead is raised when its batch is asked for. `known(task, positions, views)` says that the features of all
-    these are cached: the images are not decoded, and the batch's `images` is None.
+    Args:
+        plan: yields (task, positions (B,), epochs (B,)).
+        prefetch: number of batches to make in advance, in a thread; 0 makes each when it is needed. The batches are
+            the same for every value. An exception in the thread is raised when its batch is requested.
+        known: `known(task, positions, views)` returns whether the features of all these images are cached. Then the
+            images are not decoded, and the batch's `images` is None.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class Loader:
         known: Callable[[str, np.ndarray, np.ndarray], bool] | None = None,
     ):
         if prefetch < 0:
-            raise ValueError(f"prefetch: {prefetch} is below 0 (0 is in process)")
+            raise ValueError(f"prefetch: {prefetch} is below 0 (0: no batch is made in advance)")
         self.tasks = tasks
         self.transforms = transforms
         self.plan = plan
@@ -75,8 +77,8 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         return self._ahead() if self.prefetch else self._batches()
 
-    def _told(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        """The plan, of which sources that read from afar are told `AHEAD` images in advance."""
+    def _announced(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """Yield the plan. Sources that fetch images from a network are told about the next `AHEAD` images."""
         if not any(hasattr(data.train.source, "expect") for data in self.tasks.values()):
             yield from self.plan
             return
@@ -93,7 +95,7 @@ class Loader:
         yield from waiting
 
     def _batches(self) -> Iterator[Batch]:
-        for task, positions, epochs in self._told():
+        for task, positions, epochs in self._announced():
             data = self.tasks[task]
             positions, views = self.transforms.taken(data, positions), self.transforms.views_of(epochs)
             if self.known is not None and self.known(task, positions, views):
@@ -105,7 +107,7 @@ class Loader:
 
     def _ahead(self) -> Iterator[Batch]:
         ready: SimpleQueue = SimpleQueue()  # batches, then an exception or None
-        room = threading.Semaphore(self.prefetch)
+        slots = threading.Semaphore(self.prefetch)
         running, stopped = threading.Event(), threading.Event()
 
         def work() -> None:
@@ -113,7 +115,7 @@ class Loader:
             running.set()
             batches = self._batches()
             try:
-                while room.acquire() and not stopped.is_set():
+                while slots.acquire() and not stopped.is_set():
                     ready.put(batch := next(batches, None))
                     if batch is None:
                         return
@@ -124,14 +126,14 @@ class Loader:
         worker = threading.Thread(target=work, name="loader", daemon=True)
         worker.start()
         running.wait()
-        torch.set_num_threads(threads)  # the worker's call also set what later threads start with
+        torch.set_num_threads(threads)  # the worker's call also changed the default of threads that start later
         try:
             while (batch := ready.get()) is not None:
                 if isinstance(batch, BaseException):
                     raise batch
-                room.release()
+                slots.release()
                 yield batch
         finally:
             stopped.set()
-            room.release()
+            slots.release()
             worker.join()

@@ -1,17 +1,17 @@
-"""The packed form: all encoded images of a split in one `.npz` file, read in place.
+"""Packs: all encoded images of a split in one `.npz` file, which is memory-mapped.
 
-A pack is a folder with `train.npz`, and `val.npz` and `test.npz` where the source has such splits; `classes.txt`
-(line k = name of label k, UTF-8, ended by a line feed) and `splits.txt` (the splits that belong to it, one a line; a
-pack without it has train and test). Each `.npz` is an ordinary NumPy archive without pickles:
+A pack is a folder with `train.npz`, with `val.npz` and `test.npz` if the source has these splits, with `classes.txt`
+(line k is the name of label k, UTF-8, each line ends with a line feed) and with `splits.txt` (the splits of the pack,
+one per line; a pack without this file has train and test). Each `.npz` is a NumPy archive without pickles:
 
     jpeg     uint8 (bytes)   the encoded images (JPEG, PNG, ...), one after the other
     offsets  int64 (N + 1)   image i is jpeg[offsets[i] : offsets[i + 1]]
     labels   int64 (N)       0 .. classes - 1
-    names    uint8 (bytes)   the images' names in UTF-8, each followed by a zero byte; a pack may lack it
+    names    uint8 (bytes)   the images' names in UTF-8, each followed by a zero byte; optional
 
-`PackWriter` stores its members uncompressed, so that reading maps them where they lie inside the
-zip file: a pack may be larger than memory. A compressed member is read into memory. What a file says of itself is
-checked before memory is taken for it.
+`PackWriter` stores the members uncompressed, so that `jpeg` can be mapped at its place in the zip file: a pack may be
+larger than memory. A compressed member is read into memory. The sizes that a file states are checked before memory is
+allocated.
 """
 
 import io
@@ -33,15 +33,19 @@ from moe_bsr.data.spec import ImageSource, TaskImages
 MEMBERS = ("jpeg", "offsets", "labels")
 DTYPES = dict.fromkeys(("jpeg", "names"), np.dtype(np.uint8)) | dict.fromkeys(("offsets", "labels"), np.dtype(np.int64))
 SPLITS = ("train", "val", "test")
-UNPACKED = 2**26  # bytes that a compressed member may have however small it is; a larger one at most
-EXPANSION = 20  # times what it takes in the file: images hardly shrink
+# A compressed member may unpack to UNPACKED bytes, or to EXPANSION times its size in the file (images hardly shrink).
+UNPACKED = 2**26
+EXPANSION = 20
 
 
 class PackedSource:
-    """One split of a pack. Raises ValueError naming the file and the defect if it is damaged.
+    """Source of the images in one split of a pack.
 
     Args:
-        bits: of the numbers in images of 16 bits, see `TaskSpec.bits`.
+        bits: bit depth of the values in 16-bit images, see `TaskSpec.bits`.
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged. The message names the file and the defect.
     """
 
     def __init__(self, path: Path, bits: int | None = None):
@@ -74,7 +78,7 @@ class PackedSource:
                 f"{self.path}: offsets run from {self.offsets[0]} to {self.offsets[-1]}, outside "
                 f"the data (0 to {len(self.jpeg)}); is the file cut off?"
             )
-        if (falls := self.offsets[1:] <= self.offsets[:-1]).any():  # compared, for differences could overflow
+        if (falls := self.offsets[1:] <= self.offsets[:-1]).any():  # np.diff could overflow
             raise ValueError(f"{self.path}: offsets do not rise at image {np.argmax(falls)}")
         if self.names is not None and not len(set(self.names)) == len(self.names) == count:
             raise ValueError(f"{self.path}: {len(self.names)} names for {count} images, expected one for each")
@@ -86,11 +90,11 @@ class PackedSource:
 
 
 def open_pack(folder: Path, bits: int | None = None) -> TaskImages:
-    """The splits of a pack, `bits` as in `PackedSource`."""
+    """Open all splits of a pack. `bits` and errors are those of `PackedSource`."""
     if (folder / "splits.txt").is_file():
         names = read_lines(folder / "splits.txt", "split")
         if "train" not in names or set(names) - set(SPLITS):
-            raise ValueError(f"{folder / 'splits.txt'}: {names}; expected train, and val and test if there are")
+            raise ValueError(f"{folder / 'splits.txt'}: {names}; expected train, and val and test if the pack has them")
     else:
         names = ["train", "test"]
     sources = {name: PackedSource(folder / f"{name}.npz", bits) for name in names}
@@ -98,10 +102,10 @@ def open_pack(folder: Path, bits: int | None = None) -> TaskImages:
 
 
 class PackWriter:
-    """Writes one `.npz` image by image; as a context manager it appears whole or not at all.
+    """Context manager that writes one `.npz` image by image. If an exception occurs, no file is left.
 
-    The images go to a temporary file beside it first, because the archive states their total size
-    before them; so writing needs no memory, and for a moment twice the space.
+    The images are first written to a temporary file in the same folder, because the archive states their total size
+    before them. So the images need no memory, but twice the disk space for a moment.
     """
 
     def __init__(self, path: Path):
@@ -116,7 +120,7 @@ class PackWriter:
         return self
 
     def add(self, encoded: bytes, label: int, name: str | None = None) -> None:
-        """Add one image. `name`: of its own, for all images or for none."""
+        """Add one image. Either all images have a `name`, each a different one, or none has."""
         self._file.write(encoded)
         if name is not None:
             self._names.append(name)
@@ -154,7 +158,7 @@ class PackWriter:
 
 
 def write_classes(folder: Path, class_names: Sequence[str]) -> None:
-    """Write `classes.txt`. Raises ValueError for a name that is no line."""
+    """Write `classes.txt`. Raises ValueError for a name that is empty, contains a line break or is not UTF-8."""
     _write_lines(folder / "classes.txt", class_names)
 
 
@@ -166,9 +170,9 @@ def write_splits(folder: Path, splits: Sequence[str]) -> None:
 def _write_lines(path: Path, lines: Sequence[str]) -> None:
     for line in lines:
         if not line or "\n" in line or line[-1] == "\r":
-            raise ValueError(f"class {line!r}: a pack names its classes one a line, and this is no line; rename it")
+            raise ValueError(f"class {line!r}: a pack has one name per line, without line breaks; rename it")
         if any("\ud800" <= letter <= "\udfff" for letter in line):
-            raise ValueError(f"class {line!r}: its name is not UTF-8, as a pack writes it; rename it")
+            raise ValueError(f"class {line!r}: a pack stores names in UTF-8, and this one cannot be encoded; rename it")
     path.write_bytes("".join(f"{line}\n" for line in lines).encode())
 
 
@@ -181,12 +185,12 @@ def _split_names(joined: np.ndarray) -> list[str]:
 
 
 def encode(source: ImageSource, i: int, short_side: int, quality: int) -> bytes:
-    """Image i as a pack holds it: small ones unchanged, larger ones shrunk to a JPEG.
+    """Encode image i for a pack.
 
-    A file whose short side is at most `short_side` pixels keeps its bytes, pixels without a file
-    become a PNG (lossless); anything larger is shrunk (bicubic) and saved with `quality` (1-95).
+    An image whose short side is at most `short_side` pixels keeps the bytes of its file, or becomes a PNG (lossless)
+    if there is no file. A larger image is resized (bicubic) and saved as a JPEG of this `quality` (1-95).
     """
-    image = Image.fromarray(source.image(i))  # decoded in any case: a damaged file is refused here
+    image = Image.fromarray(source.image(i))  # always decoded, so that a damaged file is noticed here
     scale = short_side / min(image.size)
     if scale >= 1 and (encoded := getattr(source, "encoded", lambda i: None)(i)) is not None:
         return encoded
@@ -200,9 +204,9 @@ def encode(source: ImageSource, i: int, short_side: int, quality: int) -> bytes:
 
 
 def read_lines(path: Path, what: str) -> list[str]:
-    """Distinct names, one a line of UTF-8. `what`: a name is called."""
+    """Read distinct names from a UTF-8 file, one per line. `what` says in messages what a name is."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing; a pack has a {what} a line there")
+        raise FileNotFoundError(f"{path}: missing; a pack has one {what} per line there")
     text = path.read_bytes()
     if text.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(f"{path}: not UTF-8 but UTF-16; save it as UTF-8")
@@ -214,7 +218,7 @@ def read_lines(path: Path, what: str) -> list[str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 (byte {error.object[error.start]:#x}); save it as UTF-8") from None
     if len(set(names)) != len(names) or not all(names):
-        raise ValueError(f"{path}: {len(names)} lines; expected one distinct {what} a line")
+        raise ValueError(f"{path}: {len(names)} lines; expected one {what} per line, all different and none empty")
     return names
 
 
@@ -230,13 +234,13 @@ def _read_members(path: Path) -> dict[str, np.ndarray]:
                 name: _read_member(path, archive, members[name], name)
                 for name in (*MEMBERS, *({"names"} & members.keys()))
             }
-    except Exception as error:  # zipfile and NumPy raise nearly anything on what is damaged or forged
+    except Exception as error:  # zipfile and NumPy raise many kinds of exceptions on damaged or forged files
         reason = str(error) or type(error).__name__
         raise ValueError(f"{path}: not a readable pack ({reason}); make it again") from error
 
 
 def _read_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> np.ndarray:
-    """A member, mapped where it lies if it is stored and large."""
+    """Return a member of the archive. An uncompressed `jpeg` is memory-mapped, the others are read."""
     if info.flag_bits & 1:
         raise ValueError(f"{info.filename} is encrypted")
     stored = info.compress_type == zipfile.ZIP_STORED
@@ -251,7 +255,7 @@ def _read_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, na
             if member.read(1) or len(content) + header != info.file_size:
                 raise ValueError(f"{info.filename} does not have the size the archive states")
             array = np.frombuffer(content, DTYPES[name])
-            return array if name == "jpeg" else array.copy()  # writable, as torch wants labels
+            return array if name == "jpeg" else array.copy()  # torch.from_numpy needs writable labels
     with open(path, "rb") as file:
         file.seek(info.header_offset)
         local = file.read(30)
@@ -263,7 +267,10 @@ def _read_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, na
 
 
 def _read_header(member: IO[bytes], dtype: np.dtype, name: str) -> tuple[tuple[int, ...], int]:
-    """The shape that a `.npy` file states, and how many bytes its header takes. It has to be one list of `dtype`."""
+    """Read the header of a `.npy` file: its shape, and the length of the header in bytes.
+
+    Raises ValueError unless the array is one-dimensional and of type `dtype`.
+    """
     version = npy.read_magic(member)
     read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
     if version not in read_header:

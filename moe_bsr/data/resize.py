@@ -1,11 +1,11 @@
-"""Resizing with antialiasing in bounded memory: whole images, or only the part that a crop keeps.
+"""Resize images with antialiasing in bounded memory, as a whole or only the part that a crop keeps.
 
-It is torch's antialiased uint8 kernel: its pixels differ from Pillow's by at most 2 (mean below 0.3), in 0.13-0.17 ms
-an image to 224 px on one core where Pillow takes 0.33-0.46. torchvision's v2 functions call the same kernel and take
-0.005 ms more.
+The work is done by torch's antialiased uint8 kernel. Its pixels differ from Pillow's by at most 2 (mean below 0.3). It
+takes 0.13-0.17 ms per image to 224 px on one core, Pillow 0.33-0.46. torchvision's v2 functions call the same kernel
+and take 0.005 ms more.
 
-The kernel works on one side after the other, first along the rows, and rounds to bytes in between. So a part along one
-side can be computed alone, and gets the same bits: torch does the short side, `_along` a part of the long one.
+The kernel resizes horizontally, rounds to bytes, and then resizes vertically. So a part along one side can be computed
+alone with the same result, bit for bit: torch resizes the short side, and `_along` computes a part of the long one.
 """
 
 import functools
@@ -15,13 +15,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-LARGE = 2**22  # pixels of an image or of its resized form from which on it is worked on piece by piece
+LARGE = 2**22  # larger images, before or after resizing, are processed piece by piece; in pixels
 
 _RADIUS = {"bilinear": 1, "bicubic": 2}
 
 
 def resized(image: np.ndarray, height: int, width: int, interpolation: str) -> np.ndarray:
-    """uint8 (H, W, 3) resized with antialiasing; pixels outside `image` play no part."""
+    """Resize uint8 (H, W, 3) to (height, width, 3) with antialiasing.
+
+    `image` may be a view of a larger array: only its own pixels count.
+    """
     if image.shape[:2] == (height, width):
         return image
     if image.size // 3 > LARGE and width != image.shape[1]:
@@ -34,7 +37,7 @@ def resized(image: np.ndarray, height: int, width: int, interpolation: str) -> n
 def resized_part(
     image: np.ndarray, height: int, width: int, interpolation: str, top: int, left: int, rows: int, columns: int
 ) -> np.ndarray:
-    """`resized(image, height, width)[top : top + rows, left : left + columns]`, the same bits, without the rest."""
+    """Compute only `resized(image, height, width)[top : top + rows, left : left + columns]`, bit for bit the same."""
     if height * width <= LARGE:
         return resized(image, height, width, interpolation)[top : top + rows, left : left + columns]
     if height >= width:
@@ -49,21 +52,21 @@ def resized_part(
 def _interpolate(image: np.ndarray, height: int, width: int, interpolation: str) -> np.ndarray:
     if image.shape[:2] == (height, width):
         return image
-    # copied, for torch wants writable memory, and alone on one thread: see loader.py
+    # The copy is needed, because torch requires writable memory.
     tensor = torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1)[None]
     tensor = F.interpolate(tensor, (height, width), mode=interpolation, antialias=True)
     return tensor[0].permute(1, 2, 0).numpy()
 
 
-Taps = tuple[np.ndarray, np.ndarray, int]
+Taps = tuple[np.ndarray, np.ndarray, int]  # begins, weights, precision: see `_needed`
 
 
 def _needed(image: np.ndarray, size: int, interpolation: str, first: int, count: int) -> tuple[np.ndarray, Taps]:
-    """The rows of `image` that rows `first` to `first + count` of it are made of when resized to `size` rows.
+    """Find what is needed to compute rows `first` to `first + count` of `image` resized to `size` rows.
 
     Returns:
-        These rows; and how the others follow from them: where in them each begins (count,), its weights (count, K)
-        int64, and by which power of two these are scaled.
+        The rows of `image` that contribute; and the taps for `_along`: for each output row the first of these rows
+        (count,) and its weights (count, K), int64, scaled by 2**precision; and that precision.
     """
     precision = _precision(len(image), size, interpolation)
     begins, weights = _weights(len(image), size, interpolation, first, count)
@@ -86,7 +89,11 @@ def _along(image: np.ndarray, taps: Taps) -> np.ndarray:
 
 
 def _weights(length: int, size: int, interpolation: str, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where in `length` pixels each of `count` pixels begins, and its weights (count, K) float64, as torch has them."""
+    """Compute torch's filter of output pixels `first` to `first + count` if `length` pixels are resized to `size`.
+
+    Returns:
+        The first input pixel of each output pixel (count,), and its weights (count, K), float64.
+    """
     scale = length / size
     support = _RADIUS[interpolation] * max(scale, 1.0)
     inverse = 1.0 / scale if scale >= 1 else 1.0
@@ -97,13 +104,13 @@ def _weights(length: int, size: int, interpolation: str, first: int, count: int)
     places = np.arange(taps)
     distance = np.abs((places + begins[:, None] - center[:, None] + 0.5) * inverse)
     weights = np.where(places < (ends - begins)[:, None], _FILTERS[interpolation](distance), 0.0)
-    total = functools.reduce(np.add, weights.T)  # one after the other, as torch sums
+    total = functools.reduce(np.add, weights.T)  # in torch's order of summation
     return begins, weights / total[:, None]
 
 
 def _precision(length: int, size: int, interpolation: str) -> int:
-    """Bits of the weights behind the point: as many as keep the largest of all within 16 bits, up to 22."""
-    # Where pixels are added, weights are at most 1 but near the two ends, where they are more.
+    """Return the fractional bits of torch's fixed-point weights: the most, up to 22, with which all fit int16."""
+    # When enlarging, weights are at most 1 except near the two ends. So only these parts are computed.
     near = min(math.ceil(2 * _RADIUS[interpolation] * size / length), size) if size > length else size
     parts = {(0, near), (size - near, near)}
     largest = max(float(_weights(length, size, interpolation, *part)[1].max()) for part in parts)

@@ -1,8 +1,8 @@
-"""The multitask sampler: which task at which step, and which images at which visit.
+"""Multitask sampler: chooses the task of each update and the images of each batch.
 
-Stateless: everything is a function of the seed and the step, so a resumed run needs no sampler state.
-One batch is one task. Visit v of a task takes positions v*B to (v+1)*B of its concatenated per-epoch
-permutations: always a full batch, nothing skipped, short datasets cycle.
+It has no state. Everything is a function of the seed and the step, so checkpoints need not contain a sampler state.
+A batch holds images of one task. The v-th batch of a task (its visit v) takes positions v*B to (v+1)*B of the task's
+concatenated permutations, one for each epoch. So every batch is full, no image is left out, and small datasets repeat.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,12 +16,12 @@ from moe_bsr.config.registry import Registry
 from moe_bsr.runtime.rng import key, stream
 
 WINDOW = 100  # updates over which proportional and temperature sampling fill their quotas
-COUNTED = 1000  # updates after which visits are counted anew: so much is kept of them, whatever the number of tasks
+COUNTED = 1000  # visits before every COUNTED-th update are stored; those in between are counted from there
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a sampler makes its schedule for: `sizes` are the tasks' training images, in the order of round-robin."""
+    """Input of a sampler. `sizes` are the numbers of training images of the tasks, in the order of round-robin."""
 
     sizes: list[int]
     batch_size: int
@@ -30,7 +30,7 @@ class Request:
     config: SamplerConfig
 
 
-# A sampler is a function Request -> (steps, K): the places of the K tasks that each update visits, in rising order.
+# A sampler is a function Request -> (steps, K): the indices of the K tasks that each update visits, in rising order.
 SAMPLERS: Registry[Callable[[Request], np.ndarray]] = Registry("sampler.kind")
 
 
@@ -40,9 +40,9 @@ class MultitaskSampler:
     Args:
         sizes: number of training images by task, in the order of round-robin.
         steps: optimizer updates of the run.
-        earlier: (step, steps): up to the update `step` the run was to have `steps`. It keeps the order of that time,
-            for an order that fills quotas depends on where it ends.
-        labels: int64 (images,) by task; what `sampler.classes: balanced` needs to know.
+        earlier: pairs (step, steps) of a run whose length was changed: up to update `step` it was planned with `steps`
+            updates. The order up to there is kept, as orders that fill quotas depend on the number of updates.
+        labels: int64 (images,) by task; needed for `sampler.classes: balanced` only.
     Raises:
         ConfigError: `sampler.kind` is not one of `SAMPLERS`.
     """
@@ -73,16 +73,18 @@ class MultitaskSampler:
         self._order = np.concatenate(parts).astype(np.int32, copy=False)
         blocks = [self._order[at : at + COUNTED].ravel() for at in range(0, steps, COUNTED)]
         counts = [np.bincount(block, minlength=len(sizes)) for block in blocks]
-        self._counts = np.cumsum([np.zeros(len(sizes), np.int64), *counts], 0)  # before each COUNTED updates
+        self._counts = np.cumsum(
+            [np.zeros(len(sizes), np.int64), *counts], 0
+        )  # row n: visits before update n * COUNTED
 
     def tasks(self, step: int) -> list[str]:
-        """The tasks of update `step` (from 0): one, or all of them when sampling jointly."""
+        """Return the tasks of update `step` (from 0): one task, or all of them with `sampler.kind: joint`."""
         return [self.names[place] for place in self._order[step]]
 
     def batch(self, task: str, visit: int) -> tuple[np.ndarray, np.ndarray]:
-        """Positions in the task's training split and their epochs, each (B,) int64.
+        """Return positions in the task's training split, and their epochs, each int64 (B,).
 
-        With balanced classes, an image's epoch is how often it was drawn before: small classes are ahead of large ones.
+        With balanced classes, an image's epoch is how often it was drawn before. It rises faster for small classes.
         """
         size = self.sizes[task]
         flat = np.arange(visit * self.batch_size, (visit + 1) * self.batch_size)
@@ -97,7 +99,7 @@ class MultitaskSampler:
         return positions, epochs
 
     def batches(self, start: int = 0) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        """(task, positions, epochs) of every batch from update `start` on, in order."""
+        """Yield (task, positions, epochs) of every batch from update `start` on, in order."""
         visits = self._visits(start)
         for step in range(start, self.steps):
             for place in self._order[step]:
@@ -105,7 +107,7 @@ class MultitaskSampler:
                 visits[place] += 1
 
     def progress(self, step: int) -> dict[str, dict[str, float]]:
-        """Updates, images and epochs of each task in the first `step` updates."""
+        """Return the updates, images and epochs of each task in the first `step` updates."""
         counts = {}
         for name, updates in zip(self.names, self._visits(step).tolist(), strict=True):
             images = updates * self.batch_size
@@ -113,7 +115,7 @@ class MultitaskSampler:
         return counts
 
     def _visits(self, step: int) -> np.ndarray:
-        """Visits of each task in the first `step` updates: int64 (tasks,)."""
+        """Count the batches of each task in the first `step` updates: int64 (tasks,)."""
         block = step // COUNTED
         rest = self._order[block * COUNTED : step].ravel()
         return self._counts[block] + np.bincount(rest, minlength=len(self.names))
@@ -124,10 +126,13 @@ class MultitaskSampler:
 
     @lru_cache(maxsize=64)  # noqa: B019
     def _balanced(self, task: str, epoch: int) -> np.ndarray:
-        """As many draws as the task has images, every class alike often: (2, images), positions and times before.
+        """Draw as many images as the task has, equally many of each class.
 
-        What a class cannot share out evenly goes in turn from class to class, over all epochs. A class goes through its
-        images in a new order each time.
+        The draws of all epochs are numbered, and the classes take turns: so their numbers of draws never differ by more
+        than one. Each class goes through its images in a new order every time.
+
+        Returns:
+            int64 (2, images): the position of each draw, and how often that image was drawn before.
         """
         classes, size = self._by_class[task], self.sizes[task]
         order, count = key(self.seed, task, "balanced order"), len(classes)
@@ -154,32 +159,32 @@ def joint(request: Request) -> np.ndarray:
 
 @SAMPLERS.register("round_robin")
 def round_robin(request: Request) -> np.ndarray:
-    """One task after the other."""
+    """The tasks take turns."""
     return _one(np.arange(request.steps) % len(request.sizes))
 
 
 @SAMPLERS.register("proportional")
 def proportional(request: Request) -> np.ndarray:
-    """Each task as often as it has images."""
+    """Each task in proportion to its number of images."""
     return _by_temperature(request, 1.0)
 
 
 @SAMPLERS.register("temperature")
 def temperature(request: Request) -> np.ndarray:
-    """Each task in proportion to sizes^(1 / sampler.temperature)."""
+    """Each task in proportion to (number of images)^(1 / sampler.temperature)."""
     return _by_temperature(request, request.config.temperature)
 
 
 @SAMPLERS.register("exhaust")
 def exhaust(request: Request) -> np.ndarray:
-    """Round-robin in which exhausted loaders are skipped until the longest ends (the paper's order)."""
+    """Round-robin that skips tasks whose epoch has ended until the largest task's epoch ends (the paper's order)."""
     batches = [-(-size // request.batch_size) for size in request.sizes]
     epoch = [task for turn in range(max(batches)) for task, n in enumerate(batches) if turn < n]
     return _one(np.resize(np.array(epoch), request.steps))
 
 
 def _one(order: np.ndarray) -> np.ndarray:
-    """Updates of one task each, (steps,) places, as (steps, 1) in the type that is kept."""
+    """Convert the task index of each update, (steps,), to the result of a sampler, int32 (steps, 1)."""
     return order.astype(np.int32)[:, None]
 
 
@@ -191,9 +196,10 @@ def _by_temperature(request: Request, temperature: float) -> np.ndarray:
 
 
 def _by_quota(rates: np.ndarray, steps: int, seed: int) -> np.ndarray:
-    """Index of each update's task, (steps,).
+    """Return the task index of each update, (steps,).
 
-    Each window holds its share of every task (largest remainder, carried on), shuffled by the seed.
+    Each window of `WINDOW` updates contains every task in proportion to its rate (by largest remainder, which carries
+    over to the next window), in an order shuffled by the seed.
     """
     order, given = [], np.zeros(len(rates), np.int64)
     for window, start in enumerate(range(0, steps, WINDOW)):

@@ -1,9 +1,10 @@
-"""Tar shards opened: each indexed once, and of those by address a bounded part kept on this disk.
+"""Open tar shards: index each one once, and keep fetched images of remote shards on disk, up to a limit.
 
-The folder of the cache holds for each shard its index, `NAME-HASH-HASH.json.gz` (hashes of address and columns, and of
-size and tag). For one by address it holds `.bytes`, a sparse copy with the images that were fetched, and `.seen`, their
-checksums. The first ones stay, as in `DecodedCache`: training visits all images in a new order each epoch. A server
-that gives no parts of a file is asked for the whole, which is kept as `.tar`. Several processes may share the folder.
+The cache folder holds an index for each shard, `NAME-HASH-HASH.json.gz`. The first hash is of its address and columns,
+the second of its size and tag. For a remote shard there are two more files: `.bytes`, a sparse copy with the images
+fetched so far, and `.seen`, their checksums. Images that were kept are never evicted, for the reason that
+`DecodedCache` gives. If a server does not support byte ranges, the whole shard is downloaded and kept as `.tar`.
+Several processes may share the folder.
 """
 
 import contextlib
@@ -20,45 +21,45 @@ from pathlib import Path
 import numpy as np
 
 from moe_bsr.data.addresses import LocalFile, StoredFile, open_address
-from moe_bsr.data.fetching import all_of
+from moe_bsr.data.fetching import in_threads
 from moe_bsr.data.tar_index import TarIndex, read_tar
 from moe_bsr.runtime import files
 
 
 class ShardCache:
-    """A folder for indexes and fetched images.
+    """Cache folder for indexes and fetched images.
 
     Args:
-        most: bytes that what was fetched may take there, of all tasks together.
+        most: limit in bytes of all fetched images and shards in the folder, which tasks may share.
     """
 
     def __init__(self, folder: Path, most: int) -> None:
         self.folder, self.most = folder, most
-        self._used: int | None = None  # when last counted, and what this process has added
-        self._added = 0
+        self._used: int | None = None  # bytes in the folder when they were last counted
+        self._added = 0  # bytes that this process has added since
         self._lock = threading.Lock()
 
-    def room(self, size: int) -> bool:
-        """Whether so many bytes more may be kept; they count as kept."""
+    def reserve(self, size: int) -> bool:
+        """Return whether `size` more bytes may be kept, and if so reserve them."""
         with self._lock:
-            if self._used is None or self._added > self.most // 64:  # other processes keep some too
+            if self._used is None or self._added > self.most // 64:  # recounted, as other processes add images too
                 self._used, self._added = self._count(), 0
             fits = self._used + self._added + size <= self.most
             self._added += size * fits
             return fits
 
-    def give_up(self, error: OSError) -> None:
-        """Keep nothing more in this process: the disk takes no more."""
+    def stop_keeping(self, error: OSError) -> None:
+        """Stop keeping images in this process, with a warning, because writing to the disk failed."""
         with self._lock:
             if self.most:
                 warnings.warn(f"{self.folder}: no more images are kept: {files.reason(error)}", stacklevel=2)
             self.most = 0
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """One process at a time; the others wait."""
+    def locked(self) -> Iterator[None]:
+        """Hold a lock of the folder, so that other processes wait."""
         with files.open_file(self.folder / "lock", "ab") as lock:
-            with contextlib.suppress(OSError):  # a file system without locks: work may be done twice
+            with contextlib.suppress(OSError):  # on a file system without locks, work may be done twice
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
@@ -68,12 +69,13 @@ class ShardCache:
 
 
 class Shard:
-    """One shard, as it was when it was opened.
+    """One opened shard, from which images are read by their index.
 
     Args:
-        file: where it lies. stem: of its files in the cache.
+        file: the tar file.
+        stem: path of its files in the cache, without the ending.
     Attributes:
-        sizes: bytes of each image, int64 (images,).
+        sizes: size of each image in bytes, int64 (images,).
     """
 
     def __init__(self, file: StoredFile, stem: Path, index: TarIndex, cache: ShardCache) -> None:
@@ -85,10 +87,10 @@ class Shard:
         self._lock = threading.Lock()
 
     def read(self, place: int) -> bytes:
-        """The file of an image.
+        """Return the encoded image at index `place`.
 
         Raises:
-            LostData: it cannot be reached, or the shard is another one now.
+            LostData: the shard cannot be reached, or has changed since it was opened.
         """
         start, size = int(self._offsets[place]), int(self.sizes[place])
         if not size:
@@ -98,15 +100,15 @@ class Shard:
         if (kept := self._kept(place, start, size)) is not None:
             return kept
         content = self._file.read(start, size)
-        if self._cache.room(size):
+        if self._cache.reserve(size):
             try:
                 self._keep(place, start, content)
             except OSError as error:
-                self._cache.give_up(error)
+                self._cache.stop_keeping(error)
         return content
 
     def has(self, place: int) -> bool:
-        """Whether an image need not be fetched."""
+        """Return whether an image can be read from this machine's disk."""
         return not self._keeps or bool(self._checksums()[place])
 
     def _kept(self, place: int, start: int, size: int) -> bytes | None:
@@ -115,16 +117,16 @@ class Shard:
             return None
         with contextlib.suppress(OSError), files.open_file(_beside(self._stem, ".bytes"), "rb") as kept:
             content = os.pread(kept.fileno(), size, start)
-            return content if zlib.crc32(content) == checksum else None  # another process may be writing it
+            return content if zlib.crc32(content) == checksum else None  # e.g. while another process writes it
         return None
 
     def _keep(self, place: int, start: int, content: bytes) -> None:
         with files.open_file(_beside(self._stem, ".bytes"), "r+b") as kept:
             if os.pwrite(kept.fileno(), content, start) == len(content):
-                self._checksums()[place] = zlib.crc32(content)  # after the bytes: a crash leaves no half image
+                self._checksums()[place] = zlib.crc32(content)  # written last, so that a crash leaves no partial image
 
     def _checksums(self) -> np.ndarray:
-        """Of the images that are kept, uint32 (images,); 0 for the others. Shared with other processes."""
+        """Return the CRC-32 of each kept image, uint32 (images,), 0 for the others; mapped, so processes share it."""
         with self._lock:
             if self._seen is None:
                 self._seen = self._map_checksums()
@@ -139,31 +141,36 @@ class Shard:
                         stream.truncate(size)
             return np.memmap(place, np.uint32, "r+", shape=self.sizes.shape)
         except OSError as error:
-            self._cache.give_up(error)
+            self._cache.stop_keeping(error)
             return np.zeros(len(self.sizes), np.uint32)
 
 
 def open_shards(
     addresses: Sequence[str], root: Path, cache: ShardCache, image_column: str | None, label_column: str | None
 ) -> list[tuple[Shard, TarIndex]]:
-    """Shards by address, in that order, with their indexes: read now where the cache has none, or of another file.
+    """Open shards, and return each with its index, in the order of `addresses`.
+
+    An index comes from the cache. If it is missing there, or is of another file, it is made now.
 
     Args:
-        root: of paths that are not absolute. image_column, label_column: as in `read_tar`.
+        root: folder that relative paths start from.
+        image_column, label_column: as in `read_tar`.
     Raises:
-        FileNotFoundError: there is no such shard. ValueError: one is damaged, or a whole one has no room.
-        LostData: one cannot be reached. OSError: the cache cannot be written.
+        FileNotFoundError: there is no such shard.
+        ValueError: a shard is damaged, or has to be downloaded as a whole and does not fit the cache.
+        LostData: a shard cannot be reached.
+        OSError: the cache cannot be written.
     """
-    found = all_of(lambda address: open_address(address, root), addresses, "shard")
+    found = in_threads(lambda address: open_address(address, root), addresses, "shard")
     columns = f"{image_column}\n{label_column}"
     try:
         cache.folder.mkdir(parents=True, exist_ok=True)
-        with cache.alone():
-            _require_room(found, columns, cache)
-            return all_of(lambda file: _open(file, columns, cache, image_column, label_column), found, "shard")
+        with cache.locked():
+            _require_space(found, columns, cache)
+            return in_threads(lambda file: _open(file, columns, cache, image_column, label_column), found, "shard")
     except PermissionError as error:
         said = files.reason(error)
-        raise OSError(f"{cache.folder}: {said}, or name another folder by cache in the task file") from error
+        raise OSError(f"{cache.folder}: {said}, or set another folder with the key cache of the task file") from error
 
 
 def _open(
@@ -175,7 +182,7 @@ def _open(
     with contextlib.suppress(OSError, EOFError, zlib.error):
         index = TarIndex.read(gzip.decompress(files.read_bytes(place)), about)
     if index is None:
-        for old in cache.folder.glob(f"{stem.name.rpartition('-')[0]}-*"):  # of what lay there before
+        for old in cache.folder.glob(f"{stem.name.rpartition('-')[0]}-*"):  # files of an earlier shard at this address
             files.remove(old)
     if not file.ranges:
         file = _fetched(file, _beside(stem, ".tar"))
@@ -198,20 +205,21 @@ def _beside(stem: Path, ending: str) -> Path:
     return stem.with_name(stem.name + ending)
 
 
-def _require_room(found: list[StoredFile], columns: str, cache: ShardCache) -> None:
-    """Refuse servers that give no parts of a file, where not all their shards have room."""
+def _require_space(found: list[StoredFile], columns: str, cache: ShardCache) -> None:
+    """Raise ValueError if the shards that must be downloaded as a whole do not all fit the cache."""
     whole = [file for file in found if not file.ranges]
     missing = [file for file in whole if not _beside(_stem(file, columns, cache), ".tar").is_file()]
     needed = sum(file.identity.size for file in missing)
-    if needed and not cache.room(needed):
+    if needed and not cache.reserve(needed):
         raise ValueError(
-            f"{missing[0].address}: its server gives no byte ranges, so whole shards are kept, and {len(missing)} of "
-            f"{needed / 1e9:.1f} GB have no room: raise cache_gb = {cache.most / 1e9:g}, or take another server"
+            f"{missing[0].address}: its server does not support byte ranges, so whole shards are kept, and "
+            f"{len(missing)} of {needed / 1e9:.1f} GB do not fit: raise cache_gb = {cache.most / 1e9:g}, or choose "
+            "another server"
         )
 
 
 def _fetched(file: StoredFile, place: Path) -> LocalFile:
-    """A shard on this disk, fetched whole if it is not there; it goes by its own name still."""
+    """Download a shard to `place` if it is not there, and return that file under the shard's own address."""
     if files.kind(place) is None:
         partial = _beside(place, ".tmp")
         files.remove(partial)

@@ -1,8 +1,7 @@
-"""A task as its YAML file in `tasks/` describes it, checked before anything is opened.
+"""Task files: read a YAML file of `tasks/` into a `TaskSpec`, and check it before any data are opened.
 
-Every kind of source has its own class of task: what all tasks say is in `TaskSpec`, the source's own keys
-are the fields of its subclass in `sources/`. `SOURCES` is the only list of them. A new source is one file
-there:
+`TaskSpec` has the keys that all task files share. Each kind of source has a subclass in `sources/`, whose fields are
+the keys of that source. The registry `SOURCES` lists them. A new source is one file in that folder:
 
     @SOURCES.register("my_source")
     @dataclass(frozen=True, kw_only=True)
@@ -34,8 +33,8 @@ class ImageSource(Protocol):
     Attributes:
         labels: int64 (N,), indices into `class_names`.
 
-    A source that reads files also has `encoded(i)`: the bytes of the file, or None where there is none. One that reads
-    from afar has `expect(places)`, and is told by it which images it will soon be asked for.
+    A source that reads files also has `encoded(i)`, which returns the bytes of the file, or None if there is none. A
+    source that reads from a network also has `expect(places)`, which announces the images that are needed soon.
     """
 
     labels: np.ndarray
@@ -43,31 +42,33 @@ class ImageSource(Protocol):
 
     @property
     def names(self) -> Sequence[str] | None:
-        """What each image is called, as `<class>/<file>`: it decides between training and validation, and a run
-        remembers it. None where images have no names but their position."""
+        """Name of each image, such as `<class>/<file>`; None if images have no names.
+
+        Its hash decides whether an image is for training or validation, and a run records the names.
+        """
         ...
 
     @property
     def sizes(self) -> np.ndarray | None:
-        """Bytes of each encoded image, int64 (N,); None where there are no files."""
+        """Size of each encoded image in bytes, int64 (N,); None if there are no files."""
         ...
 
     def __len__(self) -> int: ...
 
     def image(self, i: int) -> np.ndarray:
-        """Image i decoded: uint8 (H, W, 3) RGB; sizes may differ."""
+        """Return image i, decoded: uint8 (H, W, 3) RGB. Each image may have its own size."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskImages:
-    """What a task's source holds.
+    """The splits of a task's source.
 
     Attributes:
-        test: None where the source has no test split: it is taken from `train` then (`TaskSpec.test_fraction`).
-        val: None where the source has no validation split: it is taken from `train` then.
+        test: None if the source has no test split. Then a part of `train` is used (`TaskSpec.test_fraction`).
+        val: None if the source has no validation split. Then a part of `train` is used.
         origin: where the images come from, in one line.
-        unused: what lies there and is not used, a line each.
+        unused: one line for each kind of thing that was found and is not used.
     """
 
     train: ImageSource
@@ -79,18 +80,19 @@ class TaskImages:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSpec:
-    """The keys that every task file may have; `name` is the name of the file. Raises ConfigError if impossible.
+    """The keys that every task file may have. `name` is the name of the file. Raises ConfigError for invalid values.
 
     Attributes:
-        classes: their number, checked against the data where given.
-        test_fraction: share of the images set aside as the test split, where the source has none; null is 0.2.
-        crop_scale: the least and the largest share of an image's area that a training crop has.
+        classes: number of classes; if given, it is checked against the data.
+        test_fraction: share of the images set aside as the test split if the source has none; null means 0.2.
+        crop_scale: smallest and largest share of an image's area that a training crop covers.
         flip: whether half of the training crops are mirrored.
-        bits: of the numbers in images of 16 bits, where cameras that measure 10, 12 or 14 wrote them; 16 says that
-            dark images are just dark; null refuses images that might be either.
+        bits: bit depth of the values in 16-bit images, for cameras that measure 10, 12 or 14 bits. 16 states that dark
+            images are really dark. With null, an image that may be either raises an error.
+        may_change: keys that may differ when a run is resumed.
     """
 
-    may_change: ClassVar[tuple[str, ...]] = ("title", "license", "homepage", "path")  # while a run rests
+    may_change: ClassVar[tuple[str, ...]] = ("title", "license", "homepage", "path")
 
     name: str
     title: str
@@ -111,22 +113,23 @@ class TaskSpec:
 
     @property
     def source(self) -> str:
-        """The name that task files of this kind give as their source."""
+        """The value of `source` in task files of this class."""
         return next((kind for kind in SOURCES if SOURCES[kind] is type(self)), "")
 
     def open(self, root: Path, download: bool = False) -> TaskImages:
-        """The images of each split that the source has.
+        """Open every split that the source has.
 
         Args:
-            root: the data root, for relative paths.
-            download: whether what is missing may be fetched.
+            root: the data root, which relative paths start from.
+            download: whether missing data may be downloaded.
         Raises:
-            FileNotFoundError: says what is expected where. ValueError: damaged or contradictory data.
+            FileNotFoundError: data are missing. The message says what is expected where.
+            ValueError: the data are damaged or contradictory.
         """
-        raise NotImplementedError(f"task {self.name}: source {self.source!r} does not say how it is opened")
+        raise NotImplementedError(f"task {self.name}: source {self.source!r} has no method open")
 
     def folder(self, root: Path) -> Path | None:
-        """Where the images of this task lie, if they have a folder of their own."""
+        """Return the folder with the images of this task, or None if it has no folder of its own."""
         return None
 
 
@@ -134,14 +137,14 @@ SOURCES: Registry[type[TaskSpec]] = Registry("source")
 
 
 def load_spec(name_or_path: str | Path) -> TaskSpec:
-    """The task of that name, of that .yaml file, or of the images in that folder, which is written with a slash.
+    """Load a task by its name, by the path of its .yaml file, or by a folder of images (a path that ends with a slash).
 
-    A name is looked up in `tasks/` of the current directory, then among the tasks that come with the package.
-    Raises FileNotFoundError listing what exists, ConfigError for keys and values that cannot be.
+    A name is looked up in `tasks/` of the current directory, then among the tasks of the package.
+    Raises FileNotFoundError, whose message lists the tasks there are, and ConfigError for invalid keys and values.
     """
-    path = Path(name_or_path)
+    path = Path(name_or_path).expanduser()
     if is_folder(str(name_or_path)):
-        return _of_folder(path.expanduser().resolve())
+        return _of_folder(path.resolve())
     if path.suffix not in (".yaml", ".yml"):
         path = _find(str(name_or_path))
     elif not path.is_file():
@@ -156,7 +159,7 @@ def load_spec(name_or_path: str | Path) -> TaskSpec:
 
 
 def spec_from(name: str, entries: dict) -> TaskSpec:
-    """The task that these keys and values of a task file describe. Raises ConfigError."""
+    """Build a task from the keys and values of a task file. Raises ConfigError."""
     kinds = ", ".join(SOURCES)
     if "source" not in entries:
         raise ConfigError(f"the key 'source' is missing: one of {kinds}")
@@ -174,7 +177,7 @@ def spec_from(name: str, entries: dict) -> TaskSpec:
 
 
 def _of_folder(folder: Path) -> TaskSpec:
-    """What `moe-bsr init` would write of it."""
+    """Return the task that `moe-bsr init` would write for a folder."""
     if not folder.is_dir():
         raise FileNotFoundError(f"task folder {folder} does not exist")
     name = folder_name(folder)
@@ -187,7 +190,7 @@ def _keys(cls: type[TaskSpec]) -> list[str]:
 
 def _find(name: str) -> Path:
     package = Path(__file__).resolve().parents[1]
-    installed = package / "tasks"  # in a checkout they lie beside the package
+    installed = package / "tasks"  # a checkout has `tasks/` beside the package instead
     folders = [Path("tasks"), installed if installed.is_dir() else package.parent / "tasks"]
     for folder in folders:
         if (folder / f"{name}.yaml").is_file():
@@ -195,5 +198,5 @@ def _find(name: str) -> Path:
     known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
     raise FileNotFoundError(
         f"task {name!r}: no {name}.yaml in {' or '.join(map(str, folders))} (a path to a .yaml file works as "
-        f"well); there are {', '.join(known) or 'none'}{nearest(name, known)}"
+        f"well); tasks found: {', '.join(known) or 'none'}{nearest(name, known)}"
     )

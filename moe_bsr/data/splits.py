@@ -1,8 +1,8 @@
-"""Which images of a source are held out: decided for each image by a hash of its own name.
+"""Choose which images of a source are held out for validation and test, by a hash of each image's own name.
 
-No image that is added, removed or renamed moves another one between training, validation and test. So a folder that
-grows keeps its splits, and what a model was trained on never becomes what it is measured by. The price is that a
-split has its share of the images only on average, in a class as in the whole.
+An image that is added, removed or renamed does not move another one between training, validation and test, apart from
+the two exceptions in `held_out`. So a folder that grows keeps its splits, and a model is not tested on images that it
+was trained on. In return, the size of a split, in a class and as a whole, equals the requested share only on average.
 """
 
 import hashlib
@@ -17,16 +17,16 @@ from moe_bsr.data.spec import ImageSource
 def held_out(
     labels: np.ndarray, names: Sequence[str], fraction: float, seed: int, purpose: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Split positions 0..N-1 into those kept and those held out, both sorted int64; a pure function.
+    """Split positions 0..N-1 into those kept and those held out, both sorted int64. Depends on the arguments only.
 
-    An image is held out where the hash of (seed, purpose, name), as a number in [0, 1), is below `fraction`. Names in
-    another Unicode form are the same name. Two exceptions, where a split would be useless: the image of each class
-    whose hash is highest is kept, and where nothing would be held out, the image with the lowest hash is, of a class
-    that has another one.
+    An image is held out if the hash of (seed, purpose, name), as a number in [0, 1), is below `fraction`. The Unicode
+    form of a name does not matter. Two exceptions keep both parts useful. In each class the image with the highest hash
+    is kept. If nothing would be held out, the image with the lowest hash is, among classes with more than one image.
 
     Args:
-        labels: int64 (N,). names: of the images, each its own.
-        purpose: "validation" or "test"; each is a choice of its own.
+        labels: int64 (N,).
+        names: names of the images, all different.
+        purpose: "validation" or "test"; the two choices are independent.
     Raises:
         ValueError: every class has a single image.
     """
@@ -44,39 +44,40 @@ def held_out(
 
 
 def fewest_hashes(names: Sequence[str], count: int, seed: int, purpose: str) -> np.ndarray:
-    """Positions, sorted int64, of the `count` images whose hash of (seed, purpose, name) is lowest, or of all."""
+    """Return the positions, sorted int64, of the `count` images with the lowest hash of (seed, purpose, name)."""
     hashes = np.array([_hash(f"{seed}/{purpose}/{name}") for name in names], dtype=np.uint64)
     return np.sort(np.argsort(hashes, kind="stable")[:count])
 
 
 def evenly(labels: np.ndarray, names: Sequence[str], count: int, seed: int, purpose: str) -> np.ndarray:
-    """Positions, sorted int64, of `count` images, of each class equally many as far as it has them, or of all.
+    """Return the positions, sorted int64, of `count` images, equally many of each class as far as it has them.
 
-    Of each class those whose hash of (seed, purpose, name) is lowest.
+    In each class the images with the lowest hash of (seed, purpose, name) are chosen.
     """
     hashes = np.array([_hash(f"{seed}/{purpose}/{name}") for name in names], dtype=np.uint64)
     return np.sort(class_by_class(labels, hashes)[:count])
 
 
 def class_by_class(labels: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-    """Positions in such an order that the first n are equally many of each class, for any n as far as there are any.
+    """Order positions so that, for every n, the first n hold equally many images of each class, as far as it has them.
 
     Args:
-        labels: int64 (N,). ranks: (N,), no two alike: of a class and among classes, the lowest come first.
+        labels: int64 (N,).
+        ranks: (N,), all different. Images of lower rank come first, within a class and among classes.
     """
     by_class = np.lexsort((ranks, labels))
     starts = np.searchsorted(labels[by_class], labels[by_class])
     turn = np.empty(len(labels), dtype=np.int64)
-    turn[by_class] = np.arange(len(labels)) - starts  # an image is the so many'th of its class
+    turn[by_class] = np.arange(len(labels)) - starts  # how many images of its class come before
     return np.lexsort((ranks, turn))
 
 
 def image_key(source: ImageSource, index: int) -> int:
-    """A 64-bit number for image `index`: of its name, or where images have none, that index."""
+    """Return a 64-bit number that identifies image `index`: the hash of its name, or `index` if it has no name."""
     return index if source.names is None else _hash(source.names[index])
 
 
 def _hash(name: str) -> int:
-    """64 bits; a name in another Unicode form has the same ones."""
+    """Hash a name to 64 bits. All Unicode forms of a name have the same hash."""
     text = unicodedata.normalize("NFC", name).encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")

@@ -1,7 +1,7 @@
-"""Where the images of a tar shard lie, and their labels: read from its headers, without the images.
+"""Index a tar shard: read the offsets of its images, and their labels, without reading the images.
 
-A shard is what WebDataset writes: files whose names agree up to the first dot of the last part are one sample, such as
-`0017.jpg` and `0017.cls`. The label is in a `.cls`, `.json` or `.txt` file, or it is the folder that the image is in.
+Shards have WebDataset's layout. Files whose names agree up to the first dot after the last slash form one sample, such
+as `0017.jpg` and `0017.cls`. The label is in a `.cls`, `.json` or `.txt` file, or it is the name of the image's folder.
 """
 
 import io
@@ -18,13 +18,13 @@ from moe_bsr.data.class_names import LABEL_COLUMNS, composed
 from moe_bsr.data.formats import EXTENSIONS
 from moe_bsr.data.unused import Unused
 
-FORMAT = 1  # of a written index; another one is read anew
-USUAL_LABELS = ("cls", "json", "txt")  # the first that a shard has
-FOLDER = "folder"  # as a column: the folder that the image is in
-LABEL_BYTES = 2**20  # of a file with a label; no more is read
-IMAGE_BYTES = 2**29
-LEAST, MOST = 2**12, 2**22  # bytes of a request
-NEAR = 2**15  # bytes that are read rather than skipped
+FORMAT = 1  # version of a written index; an index of another version is made again
+USUAL_LABELS = ("cls", "json", "txt")  # the first of these that a shard has is used
+FOLDER = "folder"  # value of `column`: the folder of the image is the label
+LABEL_BYTES = 2**20  # larger files with labels are ignored
+IMAGE_BYTES = 2**29  # larger image files are not used
+LEAST, MOST = 2**12, 2**22  # smallest and largest number of bytes to request at a time
+NEAR = 2**15  # a gap of up to this many bytes counts as sequential reading
 
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 _PARTS = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)", re.DOTALL)
@@ -32,12 +32,14 @@ _PARTS = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)", re.DOTALL)
 
 @dataclass
 class TarIndex:
-    """The samples of one shard, in its order.
+    """The samples of one shard, in the order of the shard.
 
     Attributes:
-        names: of the image files. offsets, sizes: of their bytes within the shard.
-        labels: text; "" for none. column: where they stand: cls, txt, json.FIELD, folder or another ending.
-        unused: what else there is: one, many, example, what to do and count, as `Unused.add` takes them.
+        column: where the labels are: cls, txt, json.FIELD, folder or another ending.
+        names: names of the image files.
+        offsets, sizes: position and size of each image in the shard, in bytes.
+        labels: labels as text; "" for none.
+        unused: arguments of `Unused.add` (one, many, example, what_to_do, count) for everything that is not used.
     """
 
     column: str
@@ -48,12 +50,12 @@ class TarIndex:
     unused: list[tuple[str, str, str, str, int]] = field(default_factory=list)
 
     def written(self, about: dict[str, Any]) -> str:
-        """As text, with what it was made of."""
+        """Return the index as JSON text. `about` identifies the file that it was made from."""
         return json.dumps({"format": FORMAT, **about, **asdict(self)})
 
     @classmethod
     def read(cls, text: bytes, about: dict[str, Any]) -> "TarIndex | None":
-        """What `written` gave; None if that is no index, or was made of something else."""
+        """Parse the result of `written`. Returns None if it is not a valid index, or if its `about` is different."""
         try:
             said = json.loads(text)
             if {key: said.pop(key) for key in ("format", *about)} != {"format": FORMAT, **about}:
@@ -66,14 +68,15 @@ class TarIndex:
 
 
 def read_tar(file: StoredFile, image_column: str | None, label_column: str | None) -> TarIndex:
-    """The index of a shard.
+    """Make the index of a shard.
 
     Args:
-        image_column: ending of the image files; None: of any image.
-        label_column: as `TarIndex.column`, or "json" for the usual one of its fields; None: the first of
-            `USUAL_LABELS` that the shard has, else the folder.
+        image_column: ending of the image files; None means any ending in `EXTENSIONS`.
+        label_column: a value of `TarIndex.column`, or "json" for the first usual field name that occurs; None means the
+            first of `USUAL_LABELS` that the shard has, or else the folder.
     Raises:
-        ValueError: no tar file, a compressed or damaged one, or one that is cut off. LostData: it cannot be read.
+        ValueError: the file is not a tar file, or is compressed, damaged or cut off.
+        LostData: it cannot be read.
     """
     unused = Unused()
     samples: dict[str, _Sample] = {}
@@ -84,7 +87,7 @@ def read_tar(file: StoredFile, image_column: str | None, label_column: str | Non
             continue
         parts = _PARTS.fullmatch(name)
         if not member.isreg() or member.sparse is not None:
-            unused.add("member that is no plain file", "members that are no plain files", name)
+            unused.add("member that is not a regular file", "members that are not regular files", name)
             continue
         key, ending = (parts[1], parts[2].lower()) if parts else (name, "")
         sample = samples.setdefault(key, _Sample())
@@ -118,7 +121,7 @@ class _Sample:
 
 
 def _labelled(samples: dict[str, _Sample], label_column: str | None, unused: Unused) -> TarIndex:
-    """The index of samples, once it is clear where their labels stand."""
+    """Decide where the labels are, and build the index."""
     found = [sample for sample in samples.values() if sample.name]
     if alone := [key for key, sample in samples.items() if not sample.name and sample.labels]:
         unused.add("label without an image", "labels without an image", alone[0], count=len(alone))
@@ -147,13 +150,13 @@ def _labelled(samples: dict[str, _Sample], label_column: str | None, unused: Unu
 
 
 def _place(column: str) -> tuple[str, str]:
-    """The ending of the files with labels, and the field in them: of JSON alone, for other endings may have dots."""
+    """Split a label column into the ending of its files and a field. Only "json" has fields; others may have dots."""
     ending, _, name = column.partition(".")
     return (ending, name) if ending == "json" else (column, "")
 
 
 def _fields(content: bytes) -> dict[str, Any]:
-    """Of a JSON object; none of what is no such thing."""
+    """Parse a JSON object; returns {} for anything else."""
     try:
         said = json.loads(content)
     except (ValueError, RecursionError):
@@ -162,20 +165,23 @@ def _fields(content: bytes) -> dict[str, Any]:
 
 
 def _members(file: StoredFile, unused: Unused) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
-    """All members of a tar file. `tarfile` takes a damaged header for the end: that is looked at here."""
+    """Yield all members of a tar file.
+
+    `tarfile` silently ends at a damaged header. So the end is checked here, and damage raises ValueError.
+    """
     reader = _Reader(file)
     if reader.read(6).startswith(_COMPRESSED):
-        raise ValueError(f"{file.address}: a compressed tar file, of which no image can be read alone: unpack it")
+        raise ValueError(f"{file.address}: the tar file is compressed, so single images cannot be read: decompress it")
     reader.seek(0)
     try:
         with tarfile.open(fileobj=reader, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 yield member, tar
-                tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+                tar.members = []  # type: ignore[attr-defined]  # else it keeps every member in memory
             end = tar.offset
     except (tarfile.TarError, EOFError) as error:
         cut = "end of data" in str(error)
-        what = f"cut off: it ends after {file.identity.size} bytes" if cut else f"no tar file, or damaged ({error})"
+        what = f"cut off: it ends after {file.identity.size} bytes" if cut else f"not a tar file, or damaged ({error})"
         raise ValueError(f"{file.address}: {what}; make or fetch it again") from error
     reader.seek(end)
     block = reader.read(tarfile.BLOCKSIZE)
@@ -186,7 +192,11 @@ def _members(file: StoredFile, unused: Unused) -> Iterator[tuple[tarfile.TarInfo
 
 
 class _Reader(io.RawIOBase):
-    """A file as `tarfile` reads headers: small windows where members are large, ever larger ones where they are not."""
+    """Seekable reader for `tarfile` that fetches few bytes per header.
+
+    It reads windows of the file. They grow fourfold while reading is nearly sequential (small members), and are small
+    again after a jump over a large member.
+    """
 
     def __init__(self, file: StoredFile) -> None:
         self._file, self._place, self._start, self._window, self._size = file, 0, 0, b"", LEAST

@@ -1,7 +1,7 @@
-"""A task opened: its training, validation and test split, ready to be indexed.
+"""Open a task: its training, validation and test splits.
 
-Splits that the source has are used as they are. The others are set aside from the training images, so that no model
-is selected by test images: see `splits.py`.
+Splits that the source has are used as they are. Missing ones are taken from the training images, so that no model is
+selected by test images. `splits.py` chooses these images.
 """
 
 from collections.abc import Iterable
@@ -16,17 +16,17 @@ from moe_bsr.data.packed import open_pack
 from moe_bsr.data.spec import ImageSource, TaskImages, TaskSpec
 from moe_bsr.data.splits import evenly, fewest_hashes, held_out
 
-TEST_FRACTION = 0.2  # where neither the source nor the task file has a test split
+TEST_FRACTION = 0.2  # of a source without a test split, if the task file does not set `test_fraction`
 
 
 @dataclass(frozen=True)
 class Split:
-    """Some images of a source.
+    """One split: some images of a source.
 
     Attributes:
-        index: int64 (N,) into the source; -1 for an image that a run was trained on and that is gone.
+        index: int64 (N,), indices into the source; -1 for an image of a run's record that no longer exists.
         labels: int64 (N,), aligned with `index`.
-        gone: names of the images that are gone, by position.
+        gone: names of the images that no longer exist, by position.
     """
 
     source: ImageSource
@@ -38,15 +38,15 @@ class Split:
         return len(self.index)
 
     def expect(self, places: Iterable[int]) -> None:
-        """Let a source that reads from afar begin to fetch these of its images."""
+        """Announce images, by their indices in the source, so that a source on a network can fetch them in advance."""
         if hasattr(self.source, "expect"):
             self.source.expect([place for place in places if place >= 0])
 
     def place(self, position: int) -> int:
-        """Where the source has the image at a position of this split.
+        """Return the index in the source of the image at a position of this split.
 
         Raises:
-            UnreadableImage: it is gone.
+            UnreadableImage: the image no longer exists.
         """
         if (index := int(self.index[position])) < 0:
             raise UnreadableImage(f"{self.gone.get(position, f'image {position}')}: gone since the run began")
@@ -59,7 +59,7 @@ class TaskData:
 
     Attributes:
         origin: where the images come from, in one line.
-        notes: what a person should know about how they are used, a line each.
+        notes: lines for the user about how the images are used.
     """
 
     name: str
@@ -73,7 +73,7 @@ class TaskData:
     notes: list[str] = field(default_factory=list)
 
     def thinned(self, name: str, most: int) -> "TaskData":
-        """The same with at most so many images in one of its splits, spread evenly over it."""
+        """Return a copy with at most `most` images in split `name`, at evenly spaced positions."""
         split: Split = getattr(self, name)
         if len(split) <= most:
             return self
@@ -93,18 +93,20 @@ def load_task(
     train_images: int | None = None,
     split_seed: int = 0,
 ) -> TaskData:
-    """Open a task, and set aside validation and test images where its source has no such split.
+    """Open a task, and set aside validation and test images if its source has no such splits.
 
     Args:
         root: the data root.
-        val_fraction: share of the training images for validation, see `splits.held_out`.
-        val_images: at most so many of these are used, chosen by the same hash; the others train, where they were
-            set aside from the training images.
-        train_images: at most so many train, of each class equally many as far as it has them.
-        split_seed: of the choice of these images.
+        download: whether missing data may be downloaded.
+        val_fraction: share of the training images to set aside for validation, see `splits.held_out`.
+        val_images: largest number of validation images, chosen by the same hash; None for no limit. If they come from
+            the training images, the rest stays there.
+        train_images: largest number of training images, equally many of each class as far as it has them; None for no
+            limit.
+        split_seed: seed of these choices.
     Raises:
-        FileNotFoundError: says what is expected where.
-        ValueError: data that contradict the task file or each other. Both name the task.
+        FileNotFoundError: data are missing. The message says what is expected where.
+        ValueError: the data contradict the task file or each other. The message names the task.
     """
     images = open_images(spec, root=Path(root), download=download)
     train, rest = images.train, np.arange(len(images.train))
@@ -128,7 +130,7 @@ def load_task(
             chosen = own if val_images is None else _some(images.val, own, val_images, split_seed)
             val = Split(images.val, chosen, images.val.labels[chosen])
             used = "" if len(val) == len(own) else f", {len(val)} of them used (data.val_images)"
-            notes.append(f"validation is the data's own: {len(own)} images{used}")
+            notes.append(f"the data's own validation split: {len(own)} images{used}")
     except ValueError as error:
         raise ValueError(f"task {spec.name}: {error} ({images.origin})") from None
     if train_images is not None and train_images < len(rest):
@@ -151,19 +153,19 @@ def load_task(
 
 
 def open_images(spec: TaskSpec, *, root: Path, download: bool = False, use_pack: bool = True) -> TaskImages:
-    """The images of a task, split as its source splits them.
+    """Open the images of a task, with the splits of its source, and check them against the task file.
 
-    A pack at `<root>/<name>` takes the place of the declared source unless `use_pack` is false.
+    A pack at `<root>/<name>` replaces the source unless `use_pack` is false. Errors are those of `load_task`.
     """
     pack = root / spec.name
     packed = use_pack and (pack / "train.npz").is_file()
     images = open_pack(pack, spec.bits) if packed else spec.open(root, download)
     names, origin = list(images.train.class_names), images.origin
     if len(names) < 2:
-        raise ValueError(f"task {spec.name}: {len(names)} class, and there must be two to tell apart ({origin})")
+        raise ValueError(f"task {spec.name}: {len(names)} class, but at least two are needed ({origin})")
     for split, source in (("val", images.val), ("test", images.test)):
         if source is not None and list(source.class_names) != names:
-            raise ValueError(f"task {spec.name}: train and {split} differ in their classes ({origin})")
+            raise ValueError(f"task {spec.name}: the classes of train and {split} differ ({origin})")
     if spec.classes not in (None, len(names)):
         raise ValueError(
             f"task {spec.name}: classes: {spec.classes} in its file, but {len(names)} in the data ({origin})"
@@ -171,7 +173,7 @@ def open_images(spec: TaskSpec, *, root: Path, download: bool = False, use_pack:
     if images.test is not None and spec.test_fraction is not None:
         raise ValueError(
             f"task {spec.name}: test_fraction: {spec.test_fraction}, but the data have a test split ({origin}); "
-            "remove the key to use that"
+            "remove the key to use that split"
         )
     return images
 
@@ -179,13 +181,13 @@ def open_images(spec: TaskSpec, *, root: Path, download: bool = False, use_pack:
 def _hold_out(
     source: ImageSource, among: np.ndarray, fraction: float, seed: int, purpose: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`held_out` among some of a source's images; positions in the source."""
+    """Apply `held_out` to the images `among` of a source. Returns indices into the source."""
     kept, out = held_out(source.labels[among], _names(source, among), fraction, seed, purpose)
     return among[kept], among[out]
 
 
 def _some(source: ImageSource, among: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """`count` of some validation images of a source."""
+    """Choose `count` of the validation images `among`."""
     return among[fewest_hashes(_names(source, among), count, seed, "validation")]
 
 

@@ -1,4 +1,4 @@
-"""From decoded images to a batch: crop, resize, flip; normalization on the whole batch."""
+"""Turn decoded images into a batch: crop, resize, flip and augment each image, then normalize the whole batch."""
 
 import math
 import warnings
@@ -19,36 +19,37 @@ from moe_bsr.data.splits import image_key
 from moe_bsr.data.task import Split, TaskData
 from moe_bsr.runtime.rng import key, stream
 
-GONE = -1  # in `Split.index`
-ATTEMPTS = 10  # as torchvision's RandomResizedCrop
+GONE = -1  # value in `Split.index` of an image that no longer exists
+ATTEMPTS = 10  # proposals for a crop, as in torchvision's RandomResizedCrop
 SMALL_IMAGE_SIDE = 64  # square images up to this size are not cropped for evaluation
 
 
 @dataclass(kw_only=True)
 class ImageTransforms:
-    """The transforms of a run, and its cache of decoded images, which all tasks share.
+    """The image transforms of a run, and its cache of decoded images, which all tasks share.
 
-    `train_transform`, `eval_transform` and `normalize` depend on their arguments and these fields alone;
-    `train_batch` and `eval_batches` read the images through the cache.
+    `train_transform`, `eval_transform` and `normalize` depend only on their arguments and these fields.
+    `train_batch` and `eval_batches` read images through the cache.
 
     Attributes:
         size: side S of the square images, in pixels.
-        mean, std: of values 0 to 1; these, `interpolation`, `crop_pct` and `crop_mode` come from timm's data config of
-            the backbone.
-        crop_mode: how evaluation brings an image to floor(size / crop_pct) before the center is cropped. "center": its
-            short side; "squash": both sides, aspect not kept; "border": its long side, the rest is filled with `mean`.
-        resize: "timm": by `crop_mode`; "squash": straight to the square.
-        augment: False shows training images as evaluation sees them.
-        views: of each training image so many augmented views, which come back in turn; None: a new one in each epoch.
-        crop_scale, flip: override the tasks' own.
-        auto_augment, color_jitter, erasing: see `Augment`; what they do comes after crop and mirror.
-        seed: of the augmentation.
-        cache_mb: how much the decoded images in memory may take, in 10**6 bytes.
-        unreadable: "stop": an image that cannot be read raises UnreadableImage. "skip": for training the next one of
-            the split takes its place, from evaluation it is left out; it is named once, in a warning.
-        skipped: the images that could not be read so far, by task and split: name -> why.
+        mean, std: of each channel, for values from 0 to 1. They, `interpolation`, `crop_pct` and `crop_mode` come from
+            timm's data config of the backbone.
+        crop_mode: what evaluation resizes to floor(size / crop_pct) pixels before it crops the center. "center": the
+            short side; "squash": both sides, without keeping the aspect ratio; "border": the long side, and the rest is
+            filled with `mean`.
+        resize: "timm": as `crop_mode` says; "squash": directly to the square, without a crop.
+        augment: False uses the evaluation transform for training images.
+        views: number of augmented views of each training image, which repeat in turn; None: a new one in each epoch.
+        crop_scale, flip: replace the values of the task files; None keeps these.
+        auto_augment, color_jitter, erasing: see `Augment`; applied after crop and flip.
+        seed: seed of the augmentation.
+        cache_mb: limit of the decoded images in memory, in 10**6 bytes.
+        unreadable: "stop": an unreadable image raises UnreadableImage. "skip": in training the next readable image of
+            the split replaces it, and evaluation leaves it out. A warning names it once.
+        skipped: the unreadable images so far, by task and split: name -> reason.
     Raises:
-        ValueError: names the field.
+        ValueError: a value is invalid. The message names the field.
     """
 
     size: int
@@ -93,17 +94,20 @@ class ImageTransforms:
             about = (self.size, self.mean, self.std, self.interpolation)
             self._augment = Augment(*about, self.auto_augment, self.color_jitter, self.erasing)
         self._cache = DecodedCache(self.cache_mb)
-        self._told: set[tuple[str, str, str]] = set()
-        self._unreadable: dict[tuple[str, str], set[int]] = {}  # as `skipped`, by their places in the source
+        self._warned: set[tuple[str, str, str]] = set()
+        self._unreadable: dict[tuple[str, str], set[int]] = {}  # (task, split) -> indices in the source
 
     def train_batch(
         self, data: TaskData, positions: np.ndarray, epochs: np.ndarray
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Augmented training images: uint8 (B, 3, S, S), and labels int64 (B,).
+        """Return augmented training images, uint8 (B, 3, S, S), and their labels, int64 (B,).
 
-        `positions` (B,) index `data.train`; `epochs` (B,) tell repetitions apart. What an image
-        becomes depends on (seed, task, epoch, its name) and on nothing else; images without names are known by
-        their place in the source.
+        The augmentation depends only on the seed, the task, the epoch and the image's name (or its index in the source
+        if it has none).
+
+        Args:
+            positions: (B,), positions in `data.train`.
+            epochs: (B,), the epoch of each image; it selects the augmented view.
         """
         scale = self.crop_scale or data.spec.crop_scale
         flip = data.spec.flip if self.flip is None else self.flip
@@ -123,37 +127,39 @@ class ImageTransforms:
         return _as_images(pixels), torch.from_numpy(data.train.labels[self.taken(data, positions)])
 
     def views_of(self, epochs: np.ndarray) -> np.ndarray:
-        """Which view of an image each epoch (B,) shows: int64 (B,). A view is what that epoch would show."""
+        """Return the augmented view that each epoch (B,) shows, int64 (B,): epoch % `views`, or 0 without `augment`."""
         if not self.augment:
             return np.zeros_like(epochs)
         return epochs if self.views is None else epochs % self.views
 
     def taken(self, data: TaskData, positions: np.ndarray) -> np.ndarray:
-        """The positions (B,) of `data.train` whose images stand at those asked for: others where some were skipped.
+        """Return the positions in `data.train` of the images that are used for `positions` (B,).
 
-        The next position that can be read, a rule that depends on nothing else.
+        An image known to be unreadable is replaced by the one at the next readable position. Others stay.
         """
         if self.unreadable == "stop":
             return positions
         taken, split = np.array(positions), data.train
         for position in split.gone:
-            self._image(data, "train", position)  # named once
+            self._image(data, "train", position)  # warns, the first time
         lost = [GONE, *self._unreadable.get((data.name, "train"), ())]
         for _ in range(len(split)):
             if not (unreadable := np.isin(split.index[taken], lost)).any():
                 return taken
             for position in taken[split.index[taken] == GONE]:
-                self._image(data, "train", int(position))  # names it
+                self._image(data, "train", int(position))  # warns, the first time
             taken[unreadable] = (taken[unreadable] + 1) % len(split)
         return positions
 
     def eval_batches(
         self, data: TaskData, split_name: str, batch_size: int, batches: range | None = None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """All images of split "train", "val" or "test" in order, as `train_batch` gives them.
+        """Yield all images of split "train", "val" or "test", in order: uint8 (B, 3, S, S) and labels int64 (B,).
+
+        Unreadable images are left out if `unreadable` is "skip".
 
         Args:
-            batches: only those of these numbers.
+            batches: numbers of the batches to yield; None for all.
         """
         if split_name not in ("train", "val", "test"):
             raise ValueError(f"split: {split_name!r} is not train, val or test")
@@ -174,18 +180,18 @@ class ImageTransforms:
                 yield _as_images(pixels[: len(labels)]), torch.from_numpy(np.array(labels))
 
     def expect(self, split: Split, positions: Sequence[int] | np.ndarray) -> None:
-        """Say that the images at these positions of a split are going to be read."""
+        """Announce that the images at these positions of a split are needed soon."""
         places = split.index[np.asarray(positions, dtype=np.int64)].tolist()
         split.expect([i for i in places if not self._cache.has(split.source, i)])
 
     def readable(self, data: TaskData, split_name: str) -> np.ndarray:
-        """The positions of a split whose images `eval_batches` gave, or would, as far as is known."""
+        """Return the positions of a split whose images `eval_batches` yields, as far as unreadable ones are known."""
         split: Split = getattr(data, split_name)
         lost = [GONE, *self._unreadable.get((data.name, split_name), ())]
         return np.flatnonzero(~np.isin(split.index, lost))
 
     def _image(self, data: TaskData, split_name: str, position: int) -> np.ndarray | None:
-        """The decoded image at a position of a split; None where it is skipped."""
+        """Return the decoded image at a position of a split; None if it is skipped."""
         split: Split = getattr(data, split_name)
         index = int(split.index[position])
         unreadable = self._unreadable.setdefault((data.name, split_name), set())
@@ -201,19 +207,19 @@ class ImageTransforms:
             self.skipped.setdefault(data.name, {}).setdefault(split_name, {})[name] = str(error)
             if self.unreadable == "stop":
                 raise UnreadableImage(
-                    f"{error}; put a readable copy in its place, or go on with data.unreadable=skip and resume=True"
+                    f"{error}; put a readable copy in its place, or continue with data.unreadable=skip and resume=True"
                 ) from error
             if index != GONE:
                 unreadable.add(index)
-            if (place := (data.name, split_name, name)) not in self._told:
-                self._told.add(place)
+            if (place := (data.name, split_name, name)) not in self._warned:
+                self._warned.add(place)
                 warnings.warn(f"task {data.name}, {split_name}: {error}; it is skipped", stacklevel=3)
             return None
         skipped.pop(name, None)  # a readable copy has been put in its place
         return image
 
     def _readable(self, data: TaskData, position: int) -> tuple[int, np.ndarray]:
-        """The first position from this one on whose training image can be read, and the image."""
+        """Return the first position from `position` on whose training image can be read, and the image."""
         for step in range(len(data.train)):
             place = (position + step) % len(data.train)
             if (image := self._image(data, "train", place)) is not None:
@@ -221,7 +227,7 @@ class ImageTransforms:
         raise UnreadableImage(f"task {data.name}: not one of its {len(data.train)} training images can be read")
 
     def eval_image(self, image: Image.Image) -> torch.Tensor:
-        """Any PIL image as evaluation would see it, uint8 (3, S, S)."""
+        """Apply the evaluation transform to a PIL image of any mode: uint8 (3, S, S)."""
         pixels = self._empty(1)
         pixels[0] = self.eval_transform(rgb_pixels(image))
         return _as_images(pixels)[0]
@@ -229,9 +235,11 @@ class ImageTransforms:
     def train_transform(
         self, image: np.ndarray, scale: Sequence[float], flip: bool, uniforms: np.ndarray
     ) -> np.ndarray:
-        """A random crop of uint8 (H, W, 3), resized to (S, S, 3), half of them mirrored where `flip`.
+        """Crop uint8 (H, W, 3) at random and resize the crop to (S, S, 3). With `flip`, half of the crops are mirrored.
 
-        `uniforms`: 23 numbers in [0, 1), the only randomness (see `crop_box`; the last one decides about mirroring).
+        Args:
+            scale: smallest and largest share of the image's area that a crop covers.
+            uniforms: 23 numbers in [0, 1), the only randomness: 22 for `crop_box`, the last one for mirroring.
         """
         full_height, full_width = image.shape[:2]
         top, left, height, width = crop_box(full_height, full_width, scale, uniforms)
@@ -239,7 +247,7 @@ class ImageTransforms:
         return crop[:, ::-1] if flip and uniforms[-1] < 0.5 else crop
 
     def eval_transform(self, image: np.ndarray) -> np.ndarray:
-        """uint8 (H, W, 3) to uint8 (S, S, 3)."""
+        """Resize and crop uint8 (H, W, 3) to uint8 (S, S, 3), as `resize` and `crop_mode` say."""
         height, width = image.shape[:2]
         if self.resize == "squash" or height == width <= SMALL_IMAGE_SIDE:
             return resized(image, self.size, self.size, self.interpolation)
@@ -256,7 +264,7 @@ class ImageTransforms:
         return resized_part(image, height, width, self.interpolation, top, left, self.size, self.size)
 
     def _with_border(self, image: np.ndarray, side: int) -> np.ndarray:
-        """uint8 (S, S, 3): the image, its long side of `side` pixels, in the middle of a square of the mean color."""
+        """Resize the long side to `side` pixels, put the image on a square of the mean color, and crop to (S, S, 3)."""
         scale = max(image.shape[:2]) / side
         height, width = (max(round(length / scale), 1) for length in image.shape[:2])
         image = resized(image, height, width, self.interpolation)
@@ -268,26 +276,25 @@ class ImageTransforms:
         return square[top : top + self.size, left : left + self.size]
 
     def normalize(self, images: torch.Tensor, *, device: torch.device | str | None = None) -> torch.Tensor:
-        """uint8 (B, 3, S, S) to normalized (B, 3, S, S) on `device`, computed in float32.
-
-        The bytes travel, not the floats.
-        """
+        """Normalize uint8 (B, 3, S, S) to float32 (B, 3, S, S) on `device`. Bytes are moved there, not floats."""
         images = images.to(device=device)
         mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1) * 255
         std = torch.tensor(self.std, device=images.device).view(3, 1, 1) * 255
         return images.to(torch.float32).sub_(mean).div_(std)
 
     def _empty(self, count: int) -> np.ndarray:
-        """uint8 (count, S, S, 3), in memory one color plane after the other, as torch resizes."""
+        """Allocate uint8 (count, S, S, 3), channels first in memory, as torch returns resized images."""
         return np.empty((count, 3, self.size, self.size), dtype=np.uint8).transpose(0, 2, 3, 1)
 
 
 def crop_box(height: int, width: int, scale: Sequence[float], uniforms: np.ndarray) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a random crop, as torchvision's RandomResizedCrop chooses it.
+    """Choose a random crop (top, left, height, width) as torchvision's RandomResizedCrop does.
 
-    Area uniform in `scale` times the image's, aspect log-uniform in 3/4 to 4/3; the first of 10
-    proposals that fits, else the largest central crop of an allowed aspect. `uniforms`: at least
-    22 numbers in [0, 1), the only randomness.
+    The area is uniform in `scale` times the image's area, the aspect ratio log-uniform in 3/4 to 4/3. The first of 10
+    proposals that fits is taken, else the largest central crop of an allowed aspect ratio.
+
+    Args:
+        uniforms: at least 22 numbers in [0, 1), the only randomness.
     """
     area = height * width * (scale[0] + (scale[1] - scale[0]) * uniforms[:ATTEMPTS])
     bound = math.log(4 / 3)

@@ -1,4 +1,4 @@
-"""What lies among a task's images and is not used: counted by kind, each with an example."""
+"""Count what is found among a task's images and not used, by kind, with an example of each."""
 
 from collections.abc import Callable
 
@@ -6,10 +6,10 @@ from moe_bsr.runtime.names import printable
 
 
 class Unused:
-    """Counts by kind.
+    """Counter of unused things, by kind.
 
     Args:
-        show: how an example is written, such as a path as seen from the task's folder.
+        show: formats an example for messages, such as a path relative to the task's folder.
     """
 
     def __init__(self, show: Callable[[str], str] = str) -> None:
@@ -17,7 +17,13 @@ class Unused:
         self._kinds: dict[tuple[str, str], list] = {}
 
     def add(self, one: str, many: str, example: str, what_to_do: str = "", count: int = 1) -> None:
-        """Count something that is called `one`, and `many` where there are several."""
+        """Count `count` things of a kind.
+
+        Args:
+            one, many: name of the kind in singular and plural.
+            example: one such thing; the first of a kind is shown.
+            what_to_do: advice for the user.
+        """
         kind = self._kinds.setdefault((many, what_to_do), [0, one, example])
         kind[0] += count
 
@@ -26,14 +32,14 @@ class Unused:
             self.add(one, many, example, what_to_do, count)
 
     def counts(self) -> list[tuple[str, str, str, str, int]]:
-        """What was counted, as `add` takes it."""
+        """Return the arguments of `add` that restore these counts."""
         return [(one, many, example, hint, count) for (many, hint), (count, one, example) in self._kinds.items()]
 
     def lines(self) -> list[str]:
         return [f"not used: {line}" for line in self.found()]
 
     def found(self) -> list[str]:
-        """As `lines`, without saying that it is not used."""
+        """Return `lines` without the prefix."""
         return [
             f"{count} {one if count == 1 else many}, such as {printable(self._show(example))}"
             + (f" ({what_to_do})" if what_to_do else "")

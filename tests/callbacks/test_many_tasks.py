@@ -105,7 +105,7 @@ def test_a_pattern_is_every_folder_and_task_file_it_finds(photos, config):
     (photos / "one.yaml").write_text("title: One\nsource: folder\npath: nowhere\n")
     both = from_dict({"tasks": [f"{photos}/*ne*", "pets"]})
     assert both.task_names() == ["novel_one", "one", "pets"]  # notes.txt is no task
-    with pytest.raises(ConfigError, match=r"tasks: '.*nothing\*' finds no folder and no .yaml file"):
+    with pytest.raises(ConfigError, match=r"tasks: '.*nothing\*' matches no folder and no .yaml file"):
         from_dict({"tasks": f"{photos}/nothing*"})
     with pytest.raises(FileNotFoundError, match="task folder .*/absent does not exist"):
         load_spec(f"{photos}/absent/")

@@ -190,7 +190,7 @@ def test_a_methods_file_is_read_strictly(tmp_path, text, message):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         methods.read(tmp_path / "mine.yaml")
-    with pytest.raises(ConfigError, match="method 'bsrr' is none of .*did you mean 'bsr'"):
+    with pytest.raises(ConfigError, match="method 'bsrr': one of .*did you mean 'bsr'"):
         methods.read(names=["bsrr"])
 
 

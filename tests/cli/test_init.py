@@ -49,8 +49,9 @@ def test_a_folder_of_datasets_of_every_kind_can_be_trained(tmp_path, here, capsy
     assert classes == 3 and rest + test == 19 and test >= 1
     assert "test_fraction" not in Path("tasks/whole.yaml").read_text()
     assert "test_fraction: 0.3" in Path("tasks/classes.yaml").read_text()
-    for words in ("whole: 2 classes, ", " and 5 test images", "validation is the data's own: 3 images", "are set aside",
-                  f"not used: {photos / 'empty'}: no class folders", "train my_photos.yaml --dry-run"):  # fmt: skip
+    for words in ("whole: 2 classes, ", " and 5 test images", "the data's own validation split: 3 images",
+                  "are set aside", f"not used: {photos / 'empty'}: no class folders",
+                  "train my_photos.yaml --dry-run"):  # fmt: skip
         assert words in printed, words
     assert not [path for path in here.rglob("*") if path.is_symlink()]
     assert load("my_photos.yaml").task_names() == ["classes", "no_test", "whole"]
@@ -82,11 +83,11 @@ def test_what_cannot_be_used_is_told(tmp_path, capsys):
     assert main(["init", str(data)]) == 0
     told = [line for line in capsys.readouterr().out.splitlines() if "not used: " in line]
     for words in (
-        "1 file that is no image, such as a/notes.txt",
+        "1 file that is not an image, such as a/notes.txt",
         "1 image outside of a class folder, such as loose.png",
         "strange/test: class 'c' is not among",
-        "task single: 1 class, and there must be two",
-        "no images of class 'c'; there is nothing",
+        "task single: 1 class, but at least two are needed",
+        "no images of class 'c'; found: nothing",
     ):
         assert sum(words in line for line in told) == 1, words
     assert len(told) == 5 and load("data.yaml").task_names() == ["mixed"]

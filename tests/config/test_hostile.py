@@ -1,4 +1,4 @@
-"""Configurations as people and their editors break them: each refused in one short line that names place or key."""
+"""Broken configurations are refused in one short line that names the place in the file, or the key."""
 
 import dataclasses
 import typing
@@ -32,7 +32,7 @@ def file(tmp_path):
     return write
 
 
-# --- YAML: the place and the problem ---
+# --- YAML: the message names place and problem ---
 
 PLACED = {
     "tab": ("tasks: [a]\ntrain:\n\tsteps: 3\n", ["line 3", "tab"]),
@@ -152,7 +152,7 @@ def test_a_number_beyond_all_bounds_is_refused_by_its_key(file, text, key):
 
 
 def keys(cls: type, prefix: str = "") -> list[tuple[str, object]]:
-    """(dotted key, type) of a dataclass and the sections within it."""
+    """Return (dotted key, type) of every field of a dataclass and of the sections within it."""
     found = []
     for name, hint in typing.get_type_hints(cls).items():
         found += keys(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [(prefix + name, hint)]
@@ -164,7 +164,7 @@ def kinds_within(hint: object) -> set:
 
 
 def wrap(hint: object, value: object) -> object:
-    """The value in the shape that the type asks for: itself, in a list or in a mapping."""
+    """Return the value in the shape that the type requires: itself, in a list or in a mapping."""
     if hint in (int, float, str, bool, dict):
         return value
     if typing.get_origin(hint) is list:
@@ -189,7 +189,7 @@ ALL = [
 
 
 def with_key(cls: type, key: str, value: object) -> str:
-    """What is said of that one key."""
+    """Return the error message for this value of one key."""
     for name in reversed(key.split(".")[1:]):
         value = {name: value}
     first = key.split(".")[0]

@@ -1,4 +1,4 @@
-"""Registries: a kind is chosen by name or with options, and what cannot be is refused by key, value and remedy."""
+"""Registries: a kind is chosen by name or with options, and errors name the key, the value and what is allowed."""
 
 from dataclasses import dataclass
 

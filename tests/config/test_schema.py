@@ -1,4 +1,4 @@
-"""Configuration: what is read, what is refused, and that a refusal names key, value and way out."""
+"""Configuration: what is read, what is refused, and that errors name the key, the value and what is allowed."""
 
 from pathlib import Path
 
@@ -315,6 +315,13 @@ def test_a_value_that_would_fail_late_is_refused_early(key, value):
 def test_options_of_the_fused_token_need_a_fused_token(fused_option):
     message = refusal({"tokens": {"fuse": "none", fused_option: True}})
     assert message.startswith("tokens.fuse = 'none'") and f"tokens.{fused_option}" in message
+
+
+def test_what_a_probe_needs_is_given_as_it_is_written_in_a_file():
+    probe = {"train": {"optimizer": "lbfgs", "steps": 1}, "plan": {"train_blocks": [], "moe_blocks": []}}
+    assert refusal(probe).startswith("data.augment = True: false with train.optimizer = lbfgs")
+    probe |= {"data": {"augment": False}, "adapter": "lora"}
+    assert refusal(probe).startswith("adapter = 'lora': null with train.optimizer = lbfgs")
 
 
 def test_experts_need_no_list_of_trainable_blocks_when_all_train():

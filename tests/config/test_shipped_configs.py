@@ -1,4 +1,4 @@
-"""The shipped configurations and tasks: they load, fit their backbones and say how they are run."""
+"""The shipped configurations and tasks load, fit their backbones, and say how to run them."""
 
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,7 @@ def depth(name: str) -> int:
 
 
 def header(path: Path) -> str:
-    """The comment lines a file starts with."""
+    """Return the comment lines at the start of a file."""
     lines = path.read_text().splitlines()
     first = next(i for i, line in enumerate(lines) if not line.startswith("#"))
     return "\n".join(lines[:first])

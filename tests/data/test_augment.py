@@ -1,4 +1,4 @@
-"""RandAugment, color jitter and erasing: timm's own results, as a function of the image's name alone."""
+"""RandAugment, color jitter and erasing equal timm's results, and depend on the image's random stream only."""
 
 import random
 import threading
@@ -85,5 +85,5 @@ def test_two_threads_that_augment_do_not_disturb_each_other():
 
 @pytest.mark.parametrize("policy", ["randm9", "rand-x9", "nonsense", "original-x3"])
 def test_a_policy_that_timm_does_not_know_is_refused(policy):
-    with pytest.raises(ConfigError, match=r"data\.auto_augment = .*: null, or a policy as timm writes it"):
+    with pytest.raises(ConfigError, match=r"data\.auto_augment = .*: null, or a policy in timm's notation"):
         Augment(SIZE, MEAN, STD, auto_augment=policy)

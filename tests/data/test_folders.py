@@ -1,4 +1,4 @@
-"""A user's own folders: every image is used or told of, splits are found, names that look alike are told apart."""
+"""A user's own folders: every image is used or reported, splits are found, names that look alike are reported."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from moe_bsr.data.sources.folder import FolderTask
 
 
 def write(folder: Path, *places: str, images: int = 3) -> None:
-    """Images in each of these folders."""
+    """Write a few images to each of these folders."""
     for number, place in enumerate(places):
         for n in range(images):
             save(folder / place / f"{n}.png", 100 * number + n)
@@ -41,8 +41,8 @@ ODD = {
     "raw.CR2": r"1 \.cr2 file, .*camera raw",
     "drawing.svg": r"1 \.svg file, .*export them as PNG",
     "layers.psd": r"1 \.psd file",
-    "notes.txt": r"1 file that is no image, such as train/a/notes\.txt",
-    "labels": "1 file that is no image",
+    "notes.txt": r"1 file that is not an image, such as train/a/notes\.txt",
+    "labels": "1 file that is not an image",
 }
 
 
@@ -71,7 +71,7 @@ def test_every_other_thing_in_the_way_is_told(tmp_path):
     for words in (
         "3 images outside of train, val and test, such as extra/c/0.png",
         "2 images outside of a class folder",
-        "1 file that is no image, such as readme.md",
+        "1 file that is not an image, such as readme.md",
         "is a FIFO, such as train/a/fifo.png",
         "is a link that leads nowhere, such as train/a/lost.png",
         "is a device, such as train/b/zero.png",
@@ -127,10 +127,10 @@ def test_a_plain_folder_of_classes(tmp_path):
     [
         (["test/a", "test/b"], "no train folder"),
         (["train", "test"], "no train folder with class folders.*source: csv"),
-        (["a/train", "a/test", "b/train", "b/test"], "train folders lie within the classes; expected .*/train/<class>"),
+        (["a/train", "a/test", "b/train", "b/test"], "train folders are inside the class folders; expected .*/train"),
         (["train/train/a", "train/train/b", "val/a"], "train: the class folders are in 'train' within it: move"),
         (["train/a", "train/b", "test/Test/a"], "test: the class folders are in 'Test' within it: move them up"),
-        (["one/train/a", "one/train/b", "two/train/a"], "'one' in it has a train folder of its own"),
+        (["one/train/a", "one/train/b", "two/train/a"], "the train folder is in 'one' within it: add that"),
         (["train/a", "train/b", "val/a", "validation/a"], "'val' and 'validation' are both for val: keep one"),
         (["train/a", "train/b", "test/c"], "class 'c' is not among the 2 classes .*add training images"),
         (["train/a", "train/b", "val/c"], "class 'c' is not among"),
@@ -153,10 +153,10 @@ def test_an_empty_class_folder_is_absent_in_test_and_named_in_train(tmp_path):
         (tmp_path / place).mkdir()
     assert opened(tmp_path).val is None
     (tmp_path / "train" / "c").mkdir()
-    with pytest.raises(ValueError, match="no images of class 'c'; there is nothing"):
+    with pytest.raises(ValueError, match="no images of class 'c'; found: nothing"):
         opened(tmp_path)
     (tmp_path / "train" / "c" / "a.svg").write_text("<svg/>")
-    with pytest.raises(ValueError, match=r"no images of class 'c'; there is 1 \.svg file"):
+    with pytest.raises(ValueError, match=r"no images of class 'c'; found: 1 \.svg file"):
         opened(tmp_path)
 
 

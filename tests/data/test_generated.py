@@ -1,4 +1,4 @@
-"""The generated tasks: the same bytes always, separate splits, balanced classes that differ."""
+"""The generated tasks: reproducible images, separate splits, balanced classes that differ."""
 
 from pathlib import Path
 
@@ -65,14 +65,14 @@ def test_wrong_requests_are_named():
 
 
 def _figure(family, label, seed):
-    """One drawing in gray, its mean brightness taken away."""
+    """Return one drawing in gray, with zero mean."""
     image = TASK_FAMILIES[family][1](label, np.random.default_rng(seed)).astype(np.float32).mean(2)
     return image - image.mean()
 
 
 @pytest.mark.parametrize("family", list(TASK_FAMILIES))
 def test_the_class_changes_the_picture(family):
-    """From one random stream, one pose and palette, two classes never give one picture."""
+    """With the same random stream, pose and colors, two classes never give the same image."""
     count = len(TASK_FAMILIES[family][0])
     for seed in range(2):
         figures = np.stack([_figure(family, label, seed).ravel() for label in range(count)])
@@ -83,7 +83,7 @@ def test_the_class_changes_the_picture(family):
 
 
 def test_colors_do_not_tell_the_class():
-    """The mean color of a class is that of all images, within sampling error."""
+    """The mean color of each class equals that of all images, within the sampling error."""
     for family in ("shapes", "fractals"):
         source = Generated(family, "train", 240)
         colors = np.stack([source.image(i).reshape(-1, 3).mean(0) for i in range(len(source))])

@@ -1,4 +1,4 @@
-"""Decoding: as a viewer shows an image, or refused by name; never a hang, never another program."""
+"""Decoding gives what a viewer shows, or an error with the image's name. It never hangs or starts another program."""
 
 import io
 import os
@@ -24,7 +24,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 
 def png(width: int, height: int, bits: int, color: int, rows: list[bytes], *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG of the forms that Pillow does not write."""
+    """Return a PNG in a form that Pillow does not write."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -43,7 +43,7 @@ NOISE = np.random.default_rng(0).integers(0, 256, (7, 5, 3), dtype=np.uint8)
 
 
 def icon() -> Image.Image:
-    """A black disc on nothing at all, which is black too."""
+    """Return a black disc on a transparent background whose color values are black too."""
     image = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
     ImageDraw.Draw(image).ellipse((8, 8, 23, 23), fill=(0, 0, 0, 255))
     return image
@@ -76,7 +76,7 @@ def test_what_is_transparent_lies_on_white(kind):
 
 
 def bmp_with_alpha(pixels: np.ndarray) -> bytes:
-    """A bitmap with a mask for alpha, which Pillow does not write; pixels: uint8 (H, W, 4), RGBA."""
+    """Return a BMP with an alpha mask, which Pillow does not write. `pixels` is uint8 (H, W, 4), RGBA."""
     data = np.ascontiguousarray(pixels[::-1, :, [2, 1, 0, 3]]).tobytes()
     masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
     sizes = struct.pack("<IiiHHIIiiII", 108, pixels.shape[1], pixels.shape[0], 1, 32, 3, len(data), 0, 0, 0, 0)
@@ -87,7 +87,7 @@ def bmp_with_alpha(pixels: np.ndarray) -> bytes:
 def test_alpha_that_was_never_written_hides_nothing(kind):
     pixels = np.dstack([NOISE, np.zeros(NOISE.shape[:2], np.uint8)])
     image = Image.fromarray(pixels).convert("LA" if kind == "gray TGA" else "RGBA")
-    for some in (False, True):  # a single pixel whose alpha is set tells that the others are transparent
+    for some in (False, True):  # if the alpha of a single pixel is set, the others are transparent
         image.putpixel((0, 0), (9, 255 * some) if kind == "gray TGA" else (9, 9, 9, 255 * some))
         file = bmp_with_alpha(np.array(image)) if kind == "BMP" else encoded(image, "TGA")
         seen = decode(file, "alpha")
@@ -134,7 +134,7 @@ def test_opaque_images_are_what_pillow_makes_of_them(mode):
 @pytest.mark.parametrize("name", [b"zTXt", b"iTXt", b"iCCP"])
 @pytest.mark.parametrize("before", [True, False])
 def test_long_texts_and_profiles_hide_no_image(name, before, tmp_path):
-    """Pillow refuses more than a megabyte of them; editors write whole histories there."""
+    """Pillow refuses more than a megabyte of text, and image editors store whole edit histories there."""
     content = (b"k\0\1\0\0\0" if name == b"iTXt" else b"k\0\0") + zlib.compress(bytes(2_000_000))
     text = png(1, 1, 8, 2, [], (name, content))[33 : 33 + 12 + len(content)]
     file = encoded(Image.fromarray(NOISE))
@@ -276,7 +276,7 @@ def test_no_other_program_is_started(tmp_path, monkeypatch):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:", "a Git LFS pointer"),
         (b"\0\0\0\x18ftypheic\0\0\0\0", "a HEIC image: pip install pillow-heif"),
         (b"<svg xmlns=", "an SVG drawing"),
-        (b"nothing known", "no image format that is read here"),
+        (b"nothing known", "its image format is unknown or not supported"),
         (encoded(Image.fromarray(NOISE))[:60], "truncated"),
         (encoded(Image.fromarray(NOISE), "JPEG")[:400], "truncated"),
     ],

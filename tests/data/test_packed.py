@@ -1,4 +1,4 @@
-"""The packed form: written and read back, mapped in place, refused when damaged."""
+"""Packs are written and read back, memory-mapped, and refused if they are damaged."""
 
 import io
 import os
@@ -21,7 +21,7 @@ def picture(seed: int, width: int, height: int) -> Image.Image:
 
 
 class Pixels:
-    """A source that holds arrays and no files."""
+    """A source of arrays without files."""
 
     class_names = ["even", "odd"]
     names = sizes = None
@@ -141,14 +141,14 @@ def test_a_pack_says_which_splits_belong_to_it(pack):
 
 
 def member(name: str, header: bytes | dict, content: bytes = b"") -> tuple[str, bytes]:
-    """A member of a pack with a header of one's own."""
+    """Return a member of a pack with the given header."""
     if isinstance(header, dict):
         header = str({"descr": "<i8", "fortran_order": False} | header).encode()
     return f"{name}.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + content
 
 
 def forge(pack: Path, *members: tuple[str, bytes], compressed: bool = False) -> None:
-    """Members in place of the pack's own."""
+    """Replace members of a pack."""
     with zipfile.ZipFile(pack) as archive:
         kept = {info.filename: archive.read(info) for info in archive.infolist()} | dict(members)
     with zipfile.ZipFile(pack, "w", zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED) as archive:

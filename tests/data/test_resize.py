@@ -1,4 +1,4 @@
-"""Resizing a part has the bits of resizing the whole, for any aspect; and touches no more than it needs."""
+"""Resizing a part equals the part of the resized image, bit for bit, and reads no more pixels than needed."""
 
 import math
 

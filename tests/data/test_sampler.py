@@ -1,4 +1,4 @@
-"""The multitask sampler against slow, obvious references, and that it needs no memory of its past."""
+"""The multitask sampler equals slow, simple references, and has no state."""
 
 from collections import Counter
 from fractions import Fraction
@@ -77,7 +77,7 @@ def test_the_papers_order_starves_small_tasks_as_published():
 
 
 def quotas(weights: list[Fraction], steps: int) -> list[list[int]]:
-    """Largest remainder, one seat at a time; what a window could not give is owed to the next."""
+    """Largest remainder, one update at a time. What a task lacks in a window it gets in the next."""
     given, windows = [0] * len(weights), []
     for start in range(0, steps, WINDOW):
         end = min(start + WINDOW, steps)

@@ -1,4 +1,4 @@
-"""Task files, sources in their official layouts, splits and the validation split."""
+"""Task files, sources in their official layouts, and splits."""
 
 import shutil
 import sys
@@ -113,7 +113,7 @@ def test_one_class_is_no_task(tmp_path):
     for split in ("train", "test"):
         for other in sorted((tmp_path / "pictures" / split).iterdir())[1:]:
             shutil.rmtree(other)
-    with pytest.raises(ValueError, match="1 class, and there must be two"):
+    with pytest.raises(ValueError, match="1 class, but at least two are needed"):
         load_task(load_spec(tmp_path / "pictures.yaml"), root=tmp_path)
 
 
@@ -184,6 +184,12 @@ def test_unknown_task_lists_the_known_ones(tmp_path, monkeypatch):
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/mine.yaml").write_text("title: Mine\nsource: folder\npath: p\n")
     assert load_spec("mine").title == "Mine"
+
+
+def test_a_task_file_may_lie_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("title: Mine\nsource: folder\npath: photos\n")
+    assert load_spec("~/mine.yaml").title == "Mine"
 
 
 def test_torchvision_splits_may_make_a_validation_split(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Held-out images: decided by each name alone."""
+"""Whether an image is held out depends on its name only."""
 
 import unicodedata
 
@@ -11,7 +11,7 @@ from tests.tiny_data import folder_task, save
 
 
 def sides(names, fraction=0.2, seed=0, purpose="validation"):
-    """name -> whether it is held out; a name's class is what stands before its slash."""
+    """Return name -> whether it is held out. The class of a name is the part before the slash."""
     classes = sorted({name.split("/")[0] for name in names})
     labels = np.array([classes.index(name.split("/")[0]) for name in names])
     kept, out = held_out(labels, names, fraction, seed, purpose)

@@ -41,7 +41,7 @@ def test_labels_are_balanced_and_independent(suite):
 
 
 def test_a_label_is_in_the_image():
-    """Of the factors that pixels show directly: more figures cover more, and the hue is the figures' color."""
+    """Check the factors that can be measured: more figures cover more pixels, and the hue is the figures' color."""
     tasks = opened("factor", count=60)
     covered, hues = {}, []
     for index in range(60):

@@ -103,7 +103,7 @@ def test_paths_may_start_elsewhere_or_at_the_root(photos):
 
 
 def test_names_do_not_depend_on_how_the_root_and_the_paths_are_written(photos, monkeypatch):
-    """For they decide on splits, and are what a run knows its images by."""
+    """Names decide on splits, and a run identifies its images by them."""
     monkeypatch.chdir(photos.parent)
     for before in ("", "./", f"{photos}/"):
         (photos / "t.csv").write_text("path,label\n" + "".join(f"{before}{path},{label}\n" for path, label in ROWS))
@@ -121,7 +121,7 @@ def test_lines_that_cannot_be_used_are_counted_by_kind(photos):
     assert len(images.train) == 2
     told = "\n".join(images.unused)
     for words in (
-        "3 images of which each is not there, such as img/9.png (line 4)",
+        "3 images, each of them not there, such as img/9.png (line 4)",
         "2 images without a label, such as img/2.png (line 6)",
         "1 line about an image of an earlier line, with another class, such as img/0.png (line 9)",
         "1 image that is a FIFO",
@@ -137,7 +137,7 @@ def test_lines_that_cannot_be_used_are_counted_by_kind(photos):
         ("", "image_column: none of the usual names"),
         (
             "foo,label\nimg/0.png,cat\n",
-            "image_column: none of the usual names .* which has foo, label; give image_column",
+            "image_column: none of the usual names .* which has foo, label; set image_column",
         ),
         ("path,foo\nimg/0.png,cat\n", "label_column"),
         ("path,label\nnowhere.png,cat\n", r"no training images .*key images.*1 image that is not there"),
@@ -186,7 +186,7 @@ def test_a_directory_that_datasets_saved(tmp_path):
     (tmp_path / "dict.yaml").write_text("title: Dict\nsource: huggingface\npath: dict\n")
     data = load_task(load_spec(tmp_path / "dict.yaml"), root=tmp_path)
     assert [len(split) for split in (data.train, data.val, data.test)] == [24, 4, 6]
-    assert any("1 split of another name, such as odd" in note for note in data.notes)
+    assert any("1 split of unknown name, such as odd" in note for note in data.notes)
 
 
 @pytest.mark.parametrize("labels", [["x", "y"], [7, 10]])

@@ -1,4 +1,4 @@
-"""Transforms against Pillow, augmentation as a function of its name alone, and the loader."""
+"""Transforms agree with Pillow, augmentation depends on the image's name only, and the loader."""
 
 import threading
 
@@ -16,7 +16,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Pixels:
-    """Smooth random images of given sizes; counts how often each is decoded."""
+    """Source of smooth random images of given sizes, which counts how often each one is decoded."""
 
     class_names = ["a", "b", "c"]
     names = sizes = None

@@ -151,7 +151,7 @@ def test_it_is_read_wherever_a_run_is(trained, place):
         moe_bsr.evaluate(place / "given.zip", "test", **weights)
     with pytest.raises(CheckpointError, match="no checkpoint 7 in .*given.zip: this shared run has only step 2"):
         moe_bsr.load(place / "given.zip", 7, **weights)
-    with pytest.raises(ConfigError, match="training does not go on in it"):
+    with pytest.raises(ConfigError, match="cannot be trained further"):
         moe_bsr.config.load(place / "given")
     classes = {task: about["classes"] for task, about in read_config(trained)[1]["tasks"].items()}
     config = make_config(trained.parent, backbone__weights=str(backbone_file(trained)))

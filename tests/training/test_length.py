@@ -65,7 +65,7 @@ def test_one_unit_takes_the_place_of_another(tmp_path):
     ]
     assert TrainConfig().steps == 1000
     for both in ({"steps": 5, "minutes": 1}, {"epochs": 1, "minutes": 1}):
-        with pytest.raises(ConfigError, match=r"train\.minutes = 1.0: null beside train\.(steps|epochs)"):
+        with pytest.raises(ConfigError, match=r"train\.minutes = 1.0: null with train\.(steps|epochs)"):
             from_dict({"train": both})
 
 

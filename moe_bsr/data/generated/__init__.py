@@ -1,8 +1,8 @@
-"""Image classification tasks drawn by code: nothing to download, the same bytes on every run.
+"""Image classification tasks drawn by code: there is nothing to download, and the images are the same on every run.
 
-A family names a task. Image `i` of a split is a pure function of (family, split, seed, i): it is
-drawn when asked for, in any order, and never stored here. Classes take turns, so that labels are
-balanced for every count. The tasks of a suite (`suites.py`) have the same images, with other labels.
+A family is the drawing code of one task. Image `i` of a split is a function of (family, split, seed, i) only. It is
+drawn when it is requested, in any order, and not stored. Labels are balanced, because they repeat the classes in turn.
+The tasks of a suite (`suites.py`) share their images and differ in the labels.
 """
 
 import zlib
@@ -14,14 +14,14 @@ from moe_bsr.data.generated.pretraining_family import SOURCE_FAMILY
 from moe_bsr.data.generated.task_families import TASK_FAMILIES
 
 _DRAWN = {**TASK_FAMILIES, "source": SOURCE_FAMILY}
-FAMILIES = tuple(_DRAWN)  # the five tasks, then what the backbone learned from
+FAMILIES = tuple(_DRAWN)  # the five tasks, then the family that the bundled backbone is pretrained on
 
 
 class Generated:
-    """`count` drawn images: `labels` int64 (N,), `class_names`, `image(i)` uint8 (64, 64, 3) RGB; none has a name.
+    """Source of `count` drawn images, uint8 (64, 64, 3) RGB, without names.
 
-    `split` is any name; different names, like different seeds, draw from separate random streams.
-    Raises ValueError for an unknown family or a count below one, IndexError for an absent image.
+    `split` may be any name. Different names, like different seeds, have separate random streams.
+    Raises ValueError for an unknown family or a count below one, IndexError for an index out of range.
     """
 
     names = None

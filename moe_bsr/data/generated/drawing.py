@@ -1,28 +1,30 @@
-"""Drawing tools of the generated images: poses, masks and paint, on a 64 x 64 canvas.
+"""Tools to draw the generated images: poses, masks and paint, on a canvas of 64 x 64 pixels.
 
-Points of a figure are complex numbers, about the unit disc, y upwards. A `Pose` places them on
-the canvas, whose coordinates run from -1 to 1 as well. A mask is float32 (64, 64), 0 outside the
-figure and 1 inside, with soft edges. `paint` turns a mask into an RGB image with random colors,
-background, clutter, light and noise, so that a class shows in nothing but the structure of its
-mask.
+Points of a figure are complex numbers, roughly within the unit disc, with y upwards. A `Pose` places them on the
+canvas, whose coordinates run from -1 to 1 as well. A mask is float32 (64, 64), 0 outside the figure and 1 inside, with
+soft edges. `paint` turns a mask into an RGB image with random colors, background, clutter, light and noise. So only the
+structure of the mask tells the class.
 """
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 SIZE = 64
-FINE = 2 * SIZE  # strokes and polygons are drawn twice as large and averaged, for soft edges
+FINE = 2 * SIZE  # strokes and polygons are drawn at twice the size and averaged, for soft edges
 
 _axis = (np.arange(SIZE, dtype=np.float32) + 0.5) * (2 / SIZE) - 1
-CANVAS = (_axis[None, :] - 1j * _axis[:, None]).astype(np.complex64)  # the place of every pixel
+CANVAS = (_axis[None, :] - 1j * _axis[:, None]).astype(np.complex64)  # canvas point of every pixel
 TAU = 2 * np.pi
 
 
 class Pose:
-    """A random affine placement: size, turn, shift and a stretch along a random axis.
+    """A random affine map from figure points to canvas points.
 
-    `size` is the range of the figure's unit in canvas units, `turn` the largest turn either way in
-    radians, `shift` the largest shift along each axis, `stretch` the largest ratio of the two axes.
+    Args:
+        size: range of the scale, in canvas units per figure unit.
+        turn: largest rotation in either direction, in radians.
+        shift: largest shift along each axis.
+        stretch: largest ratio between the scales along a random axis and across it.
     """
 
     def __init__(self, rng, size=(0.5, 0.85), turn=np.pi, shift=0.2, stretch=1.3):
@@ -34,22 +36,22 @@ class Pose:
         self.offset = complex(*rng.uniform(-shift, shift, 2))
 
     def place(self, points):
-        """Figure points to canvas points."""
+        """Map figure points to canvas points."""
         return self.direct * points + self.mirror * np.conj(points) + self.offset
 
     def field(self):
-        """The figure point under every pixel, complex64 (64, 64)."""
+        """Return the figure point under every pixel, complex64 (64, 64)."""
         moved = CANVAS - np.complex64(self.offset)
         area = abs(self.direct) ** 2 - abs(self.mirror) ** 2
         return np.complex64(np.conj(self.direct) / area) * moved - np.complex64(self.mirror / area) * np.conj(moved)
 
     def soft(self, depth):
-        """Mask of `depth > 0`, a distance in figure units, with an edge about one pixel wide."""
+        """Return the mask of `depth > 0` with an edge about one pixel wide. `depth` is a distance in figure units."""
         return np.clip(0.5 + depth * np.float32(self.scale * SIZE / 2), 0, 1)
 
 
 def corners(radii, turn=0.25):
-    """Corners at equal angles with the given radii, the first at `turn` of a full turn."""
+    """Return corners at equal angles with the given radii; the first one is at `turn` full turns."""
     return np.asarray(radii) * np.exp(1j * TAU * (np.arange(len(radii)) / len(radii) + turn))
 
 
@@ -62,7 +64,7 @@ def _averaged(sheet):
 
 
 def polygons(contours, holes=()):
-    """Mask of filled contours (complex arrays of canvas points), then of holes cut out of them."""
+    """Return the mask of filled contours with holes cut out of them (all are complex arrays of canvas points)."""
     sheet = Image.new("L", (FINE, FINE))
     draw = ImageDraw.Draw(sheet)
     for contour in contours:
@@ -73,7 +75,7 @@ def polygons(contours, holes=()):
 
 
 def strokes(lines, width):
-    """Mask of open polylines (complex arrays of canvas points), `width` in canvas pixels."""
+    """Return the mask of open polylines (complex arrays of canvas points). `width` is in pixels."""
     sheet = Image.new("L", (FINE, FINE))
     draw = ImageDraw.Draw(sheet)
     for line in lines:
@@ -82,7 +84,7 @@ def strokes(lines, width):
 
 
 def dust(points, gain=1.0):
-    """Mask of a cloud of canvas points: how many quarters of each pixel hold one."""
+    """Return the mask of a cloud of canvas points: `gain` times the share of each pixel's quarters that contain one."""
     column = ((points.real + 1) * SIZE).astype(np.int64)
     row = ((1 - points.imag) * SIZE).astype(np.int64)
     inside = (column >= 0) & (column < FINE) & (row >= 0) & (row < FINE)
@@ -92,7 +94,7 @@ def dust(points, gain=1.0):
 
 
 def curve(knots, samples=8):
-    """A smooth open curve (Catmull-Rom) through complex knots, complex array."""
+    """Return a smooth open curve (Catmull-Rom) through complex knots, with `samples` points per segment."""
     ends = np.concatenate((2 * knots[:1] - knots[1:2], knots, 2 * knots[-1:] - knots[-2:-1]))
     t = np.linspace(0, 1, samples, endpoint=False)
     a, b, c, d = (ends[k : len(ends) - 3 + k, None] for k in range(4))
@@ -103,7 +105,7 @@ def curve(knots, samples=8):
 
 
 def smooth_noise(rng, cells):
-    """Random field in 0..1, float32 (64, 64), with about `cells` bumps across the canvas."""
+    """Return a random field, float32 (64, 64) in 0..1, with about `cells` bumps across the canvas."""
     sheet = Image.fromarray(rng.random((cells + 2, cells + 2), np.float32))
     edge = rng.uniform(0, 1, 2)
     box = (edge[0], edge[1], edge[0] + cells, edge[1] + cells)
@@ -111,13 +113,13 @@ def smooth_noise(rng, cells):
 
 
 def ramp(rng, strength):
-    """A random linear slope across the canvas, float32 (64, 64), within about +-strength."""
+    """Return a random linear ramp over the canvas, float32 (64, 64), within about +-2 * strength."""
     direction = rng.uniform(-strength, strength, 2).astype(np.float32)
     return direction[0] * CANVAS.real + direction[1] * CANVAS.imag
 
 
 def two_colors(rng):
-    """Two random colors that can be told apart, float32 (2, 3) in 0..1."""
+    """Return two random colors of different brightness, float32 (2, 3) in 0..1."""
     while True:
         pair = rng.random((2, 3), np.float32)
         gray = pair @ np.array([0.3, 0.6, 0.1], np.float32)
@@ -126,7 +128,7 @@ def two_colors(rng):
 
 
 def backdrop(rng, color, clutter=4):
-    """A sloping background with up to `clutter` stray lines and specks, float32 (64, 64, 3)."""
+    """Return a background, float32 (64, 64, 3): a color gradient with up to `clutter` random lines and discs."""
     sheet = Image.new("RGB", (SIZE, SIZE), tuple(int(255 * c) for c in color))
     draw = ImageDraw.Draw(sheet)
     for _ in range(rng.integers(0, clutter + 1)):
@@ -143,14 +145,14 @@ def backdrop(rng, color, clutter=4):
 
 
 def finish(rng, image):
-    """Uneven light and noise; float (64, 64, 3) in 0..1 to uint8."""
+    """Add uneven light and noise, and convert float (64, 64, 3) in 0..1 to uint8."""
     image = image * (1 + ramp(rng, 0.2))[..., None]
     image += rng.uniform(0.01, 0.06) * rng.standard_normal(image.shape, np.float32)
     return (np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
 def paint(rng, mask, inner=None, clutter=4):
-    """The image of a mask, with a mask `inner` in another color on top: uint8 (64, 64, 3)."""
+    """Draw the image of a mask, with the mask `inner` in another color on top: uint8 (64, 64, 3)."""
     back, front = two_colors(rng)
     image = backdrop(rng, back, clutter)
     fill = front + ramp(rng, 0.2)[..., None]

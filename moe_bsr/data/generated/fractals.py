@@ -1,7 +1,7 @@
-"""Fractals: figures made of smaller copies of themselves, as clouds of points or as Julia sets.
+"""Draw fractals: figures made of smaller copies of themselves, as clouds of points, and Julia sets.
 
-Each figure is a function of the generator, which varies its angles and proportions a little, and
-returns points of the figure (complex) or, for the Julia sets, the mask itself.
+Each figure is a function of the random generator, which varies its angles and proportions a little. It returns points
+of the figure (complex), or the mask itself for a Julia set.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ from moe_bsr.data.generated.drawing import TAU, Pose, corners, dust, paint
 
 
 def _copies(points, scales, shifts, depth):
-    """`points` carried `depth` times through all the maps z -> scale * z + shift."""
+    """Replace `points` by their images under all maps z -> scale * z + shift together, `depth` times."""
     scales, shifts = np.asarray(scales)[:, None], np.asarray(shifts)[:, None]
     for _ in range(depth):
         points = (scales * points + shifts).ravel()
@@ -18,17 +18,17 @@ def _copies(points, scales, shifts, depth):
 
 
 def _about(centers, scale, depth, twist=0):
-    """Small copies, all of one scale, around the given centers."""
+    """Return the points of a figure made of copies of itself at the given centers, with equal scale and twist."""
     return _copies(np.zeros(1), np.full(len(centers), scale * np.exp(1j * twist)), centers, depth)
 
 
 def _path(scales, shifts, depth):
-    """A line from 0 to 1 replaced by smaller lines."""
+    """Return the points of a line from 0 to 1 that is repeatedly replaced by smaller lines."""
     return _copies(np.linspace(0, 1, 4), scales, shifts, depth)
 
 
 def _half(angle):
-    """The first half of the line from 0 to 1, folded out by `angle`."""
+    """Return the middle of the line from 0 to 1, moved aside so that the first half is tilted by `angle`."""
     return 0.5 / np.cos(angle) * np.exp(1j * angle)
 
 
@@ -71,7 +71,7 @@ def _fern(rng):
 
 
 def _julia(center, reach):
-    """The mask of points that stay near under z -> z^2 + c, for c about `center`."""
+    """Return a figure: the mask of points whose orbits under z -> z^2 + c stay small, for random c near `center`."""
 
     def escape(rng):
         c = np.complex64(center + reach * complex(*rng.normal(0, 1, 2)))
@@ -81,7 +81,7 @@ def _julia(center, reach):
             z = z * z + c
             size = z.real**2 + z.imag**2
             stay += size < 9
-            z[size > 100] = 10  # gone; kept from overflowing
+            z[size > 100] = 10  # has escaped; this avoids an overflow
         return np.clip((stay - 3) / 15, 0, 1) ** 1.5
 
     return escape

@@ -1,22 +1,21 @@
-"""The images that the bundled backbone is pretrained on: 240 classes, none of them a class of a task.
+"""Draw the images that the bundled backbone is pretrained on: 240 classes, none of which is a class of a task.
 
-Every class is a figure drawn at random once, from its own number, then shown in new poses and
+The figure of each class is random, with the number of the class as its seed. Each image shows it in a new pose and new
 paint:
 
-* doodles: one to three free curves through random knots (the glyphs are three or four strokes on a
-  lattice);
-* blots: closed outlines with random bumps or corners (no named shape among them);
-* patterns: two or three waves crossing at random angles, two spirals across each other, filtered
-  noise with a random grain (no plain stripes, checks, rings, bricks ... as in the textures);
-* rosettes: figures of 2 to 9 equal parts with a random, slanting rim (the petals are
-  mirror-symmetric forms; no rim is shared, though counts are);
-* growths: random sets of two to four maps applied again and again (the fractals are the classic
-  ones, none of which is among these);
-* groups: two to five equal random blots in a row, an arc, a stack, a spiral or scattered (no task
-  counts things).
+* doodles: one to three free curves through random knots (the task glyphs has three or four strokes on a lattice);
+* blots: closed outlines with random bumps or corners (none is a named shape of the task shapes);
+* patterns: two or three waves crossing at random angles, two spirals across each other, or filtered noise with a random
+  grain (the task textures has plain stripes, checks, rings, bricks and so on);
+* rosettes: figures of 2 to 9 equal parts with a random, slanting rim (the task petals has mirror-symmetric forms; it
+  shares numbers of parts with these, but no rim);
+* growths: random sets of two to four maps, applied again and again (the task fractals has the classic ones, none of
+  which is among these);
+* groups: two to five equal random blots in a row, an arc, a stack, a spiral or scattered (none of the five tasks is
+  about counting).
 
-What can transfer is strokes, edges, periodicity, symmetry and recursion, never a class. The paint
-- colors, background, clutter, light, noise - is the same in source and tasks.
+So a backbone can transfer strokes, edges, periodicity, symmetry and recursion, but no class. Colors, background,
+clutter, light and noise are drawn as in the tasks.
 """
 
 from functools import cache
@@ -70,7 +69,7 @@ def draw_doodle(number, rng):
 
 
 def _rim(rng, orders, strength, angle):
-    """A random closed outline: the radius at `angle`, waves of the given orders on a circle."""
+    """Return the radius at `angle` of a random closed outline: a circle plus waves of the given orders."""
     sizes = strength * rng.uniform(0.5, 1, len(orders)) / np.sqrt(len(orders))
     phases = rng.uniform(0, TAU, len(orders))
     waves = zip(orders, sizes, phases, strict=True)
@@ -99,7 +98,7 @@ def draw_blot(number, rng):
 
 
 def _squash(value, kind):
-    """One of three wave shapes of a value about -1..1: soft, hard-edged, ridged."""
+    """Apply one of three wave shapes to values in about -1..1: soft, hard-edged or ridged."""
     if kind == 0:
         return 0.5 + 0.5 * value
     return np.clip(0.5 + 4 * value, 0, 1) if kind == 1 else 1 - np.minimum(np.abs(value) * 1.6, 1)
@@ -136,7 +135,7 @@ def _grain(number):
 
 
 def _filtered(number, rng):
-    """Noise with a ring-shaped spectrum: mid frequency, width and anisotropy are the class."""
+    """Return noise with a ring-shaped spectrum, whose middle frequency, width and anisotropy depend on the class."""
     middle, width, longish, shape = _grain(number)
     middle = middle * rng.uniform(0.85, 1.2)
     turn = np.exp(1j * rng.uniform(0, TAU))
@@ -169,7 +168,7 @@ def draw_rosette(number, rng):
     angle = angle + fixed.uniform(-1.2, 1.2) * radius
     rim = _rim(fixed, parts * np.array([1, 2, 3]), 0.4, angle)
     heart = fixed.uniform(0.3, 0.7) * _rim(fixed, parts * np.array([1, 2]), 0.4, angle)
-    inner = pose.soft((heart - radius) * 0.7) * (number // 8 % 2)  # every other eight have a heart
+    inner = pose.soft((heart - radius) * 0.7) * (number // 8 % 2)  # classes 8 to 15 and 24 to 31 have a heart
     return paint(rng, pose.soft((rim - radius) * 0.7), inner, clutter=8)
 
 

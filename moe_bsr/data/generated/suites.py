@@ -1,10 +1,10 @@
-"""Two suites of drawn tasks that ask different things of the same images: do tasks get in each other's way?
+"""Two suites of drawn tasks with different labels for the same images, to study whether tasks disturb each other.
 
-    factor_*   figures of one outline, filled with one surface, in one hue, one to four of them, all turned alike: five
-               tasks want all five from one class token, and turn and hue are what classifiers usually learn to ignore
-    scene_*    one figure before a patterned ground: the one task wants the patches that the other should drop
+    factor_*   one to four figures with the same outline, surface, hue and rotation. The five tasks need all five
+               factors in one class token, and classifiers usually learn to ignore rotation and hue.
+    scene_*    a figure in front of a patterned background. One task needs the patches that the other should drop.
 
-The factors of an image are independent of each other, and every class of each comes equally often.
+The factors of an image are independent of each other, and the classes of each factor are balanced.
 """
 
 import colorsys
@@ -17,9 +17,9 @@ import numpy as np
 from moe_bsr.data.generated.drawing import TAU, Pose, backdrop, finish, polygons, ramp
 from moe_bsr.data.generated.task_families import SHAPES, TEXTURES
 
-Labels = dict[str, int]  # of an image, by factor
+Labels = dict[str, int]  # the labels of an image, by factor
 
-# Outlines that no turn but the whole one brings back: their turn can be told.
+# Outlines without rotational symmetry, so that their rotation can be recognized.
 OUTLINES = {name: SHAPES[name] for name in ("heart", "crescent", "arrow", "drop")} | {
     "wedge": np.array([1.2, -0.9 + 0.55j, -0.9 - 0.55j]),
     "half disc": np.append(np.exp(1j * np.linspace(-TAU / 4, TAU / 4, 20)), 0) * 1.1 - 0.45,
@@ -32,8 +32,8 @@ TURNS = 8
 
 
 def _surface(name: str, rng) -> np.ndarray:
-    """A pattern over the whole canvas, float32 (64, 64) in 0..1."""
-    draw: Callable[[np.ndarray], np.ndarray] = TEXTURES[name]  # type: ignore[assignment]  # of the point alone
+    """Return a pattern over the whole canvas, float32 (64, 64) in 0..1."""
+    draw: Callable[[np.ndarray], np.ndarray] = TEXTURES[name]  # type: ignore[assignment]  # `SURFACES` take no rng
     value = draw(Pose(rng, size=(0.14, 0.22), shift=0.6, stretch=1.2).field())
     return np.asarray(value if rng.random() < 0.5 else 1 - value, np.float32)
 
@@ -42,7 +42,7 @@ def _draw_factors(labels: Labels, rng) -> np.ndarray:
     outline = list(OUTLINES.values())[labels["outline"]]
     turn = np.exp(1j * TAU * (labels["turn"] + rng.uniform(-0.2, 0.2)) / TURNS)
     places = rng.permutation([-0.48 - 0.48j, -0.48 + 0.48j, 0.48 - 0.48j, 0.48 + 0.48j])[: labels["count"] + 1]
-    size = rng.uniform(0.32, 0.4)  # whatever their number: a large one is not a lonely one
+    size = rng.uniform(0.32, 0.4)  # independent of their number, so that the size does not reveal the count
     mask = polygons([size * turn * outline + place + complex(*rng.uniform(-0.06, 0.06, 2)) for place in places])
     hue = (labels["hue"] + rng.uniform(-0.25, 0.25)) / len(HUES)
     bright, dark = (np.array(colorsys.hsv_to_rgb(hue, 0.9, v), np.float32) for v in (0.95, 0.3))
@@ -63,7 +63,7 @@ def _draw_scene(labels: Labels, rng) -> np.ndarray:
     return finish(rng, image + mask * (color - image))
 
 
-# By suite: its factors with the names of their classes, and what draws an image with these labels.
+# suite -> (factor -> class names, function that draws an image with given labels)
 SUITES: dict[str, tuple[dict[str, list[str]], Callable[[Labels, np.random.Generator], np.ndarray]]] = {
     "factor": (
         {
@@ -82,19 +82,19 @@ SUITE_FAMILIES = {f"{suite}_{factor}": (suite, factor) for suite, (factors, _) i
 
 @cache
 def order(suite: str, factor: str, stream: tuple[int, int], round_: int) -> np.ndarray:
-    """The classes of a factor in the images of one round, as many as it has classes, each once."""
+    """Return a permutation of a factor's classes: its labels in one round. A round has as many images as classes."""
     count = len(SUITES[suite][0][factor])
     return np.random.default_rng((*stream, zlib.crc32(factor.encode()), round_)).permutation(count)
 
 
 def label(suite: str, factor: str, stream: tuple[int, int], index: int) -> int:
-    """The class of image `index`; `stream` tells splits and seeds apart, and is the same for all tasks of a suite."""
+    """Return the label of image `index`. `stream` stands for split and seed; all tasks of a suite share it."""
     round_, place = divmod(index, len(SUITES[suite][0][factor]))
     return int(order(suite, factor, stream, round_)[place])
 
 
 def image(suite: str, stream: tuple[int, int], index: int) -> np.ndarray:
-    """Image `index` of a suite, uint8 (64, 64, 3): the same for each of its tasks."""
+    """Draw image `index` of a suite, uint8 (64, 64, 3). All tasks of the suite share it."""
     factors, draw = SUITES[suite]
     labels = {factor: label(suite, factor, stream, index) for factor in factors}
     return draw(labels, np.random.default_rng((*stream, index)))

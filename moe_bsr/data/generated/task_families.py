@@ -1,8 +1,8 @@
-"""The five generated tasks: shapes, textures, glyphs, petals, fractals.
+"""Draw the five generated tasks: shapes, textures, glyphs, petals and fractals.
 
-Each family is a list of class names and a function `draw(label, rng)` that returns one image, uint8
-(64, 64, 3). Place, size, turn, colors, background and light are random in all of them; the named
-structure alone is the class.
+Each family is a list of class names and a function `draw(label, rng)` that returns one image, uint8 (64, 64, 3).
+Position, size, rotation, colors, background and light are random. Only the structure of the figure depends on the
+class.
 """
 
 from functools import cache
@@ -25,7 +25,7 @@ from moe_bsr.data.generated.drawing import (
 )
 from moe_bsr.data.generated.fractals import FRACTALS, draw_fractal
 
-# ---- shapes: one flat figure, solid, outlined or hatched, among clutter --------------------------
+# ---- shapes: one flat figure, solid, outlined or hatched, with clutter ---------------------------
 
 
 _round = np.exp(1j * np.linspace(0, TAU, 40, endpoint=False))
@@ -57,7 +57,7 @@ def draw_shape(label, rng):
     return paint(rng, mask, clutter=6)
 
 
-# ---- textures: a surface that fills the image ----------------------------------------------------
+# ---- textures: a pattern that fills the image ----------------------------------------------------
 
 
 def _wave(x):
@@ -123,8 +123,8 @@ def _marble(z, rng):
     return _wave(0.5 * z.real + rng.uniform(1.2, 2.2) * smooth_noise(rng, 4)) ** 2
 
 
-# A surface is a function of the point under each pixel, one unit per repeat; the last five also
-# take the generator.
+# A texture is a function of the point under each pixel, with about one unit per period. The last five also take the
+# random generator.
 TEXTURES = {
     "stripes": lambda z: _wave(z.real),
     "ruling": lambda z: _edge(_saw(z.real * 0.6), 0.82),
@@ -171,7 +171,7 @@ SYLLABLES = [c + v for c in "ptkmnsrl" for v in "aeiou"]
 
 @cache
 def alphabet():
-    """One list of strokes per sign: strokes on a 3 x 4 lattice, no two signs alike."""
+    """Return a list of strokes for each sign. Their knots lie on a 3 x 4 lattice, and no two signs look alike."""
     rng = np.random.default_rng(20)
     lattice = (np.array([-0.6, 0, 0.6])[:, None] + 1j * np.array([-0.9, -0.3, 0.3, 0.9])).ravel()
     signs: list[list[np.ndarray]] = []
@@ -207,7 +207,7 @@ def draw_glyph(label, rng):
     return paint(rng, mask, clutter=5)
 
 
-# ---- petals: a flower, seen at a slant; the class is the number of petals and their form ---------
+# ---- petals: a flower seen at an angle; the class is the number and form of its petals -----------
 
 
 def _bulge(u):
@@ -215,7 +215,7 @@ def _bulge(u):
 
 
 COUNTS = {"three": 3, "four": 4, "five": 5, "eight": 8}
-FORMS = {  # the radius of the rim at u, 0 on the axis of a petal and 1 between two petals
+FORMS = {  # radius of the rim as a function of u: 0 on the axis of a petal, 1 between two petals
     "round": lambda u: 0.35 + 0.65 * _bulge(u),
     "pointed": lambda u: 0.3 + 0.7 * (1 - u) ** 1.2,
     "notched": lambda u: 0.35 + 0.65 * _bulge(u) - 0.3 * np.exp(-((u / 0.25) ** 2)),

@@ -1,4 +1,4 @@
-"""Where images come from: one file per kind of source, each registered in `spec.SOURCES`."""
+"""Sources of images. Each file here registers one kind of source in `spec.SOURCES`; all files are imported."""
 
 import importlib
 import pkgutil

@@ -1,4 +1,4 @@
-"""Images listed in a table: a CSV file with a line for each image."""
+"""Source "csv": images listed in a CSV file, one line per image."""
 
 import csv
 import os
@@ -11,7 +11,7 @@ from typing import TextIO
 import numpy as np
 
 from moe_bsr.config import ConfigError
-from moe_bsr.config.reader import nearest
+from moe_bsr.config.errors import nearest
 from moe_bsr.data.class_folders import count_no_image
 from moe_bsr.data.class_names import LABEL_COLUMNS, SPLIT_NAMES, composed, look_alikes, split_named, unknown_class
 from moe_bsr.data.formats import EXTENSIONS
@@ -19,7 +19,7 @@ from moe_bsr.data.image_files import FileSource, file_kind
 from moe_bsr.data.spec import SOURCES, TaskImages, TaskSpec
 from moe_bsr.data.unused import Unused
 
-# What people call the columns, the likeliest first.
+# Usual names of the columns, the most likely first.
 IMAGE = ("image", "path", "file", "filename", "file_name", "filepath", "file_path", "image_path", "img", "img_path")
 LABEL = LABEL_COLUMNS
 SPLIT = ("split", "set", "subset", "partition")
@@ -28,12 +28,13 @@ SPLIT = ("split", "set", "subset", "partition")
 @SOURCES.register("csv")
 @dataclass(frozen=True, kw_only=True)
 class CsvTask(TaskSpec):
-    """A table with a header; `path` is absolute, or below the data root. Separated by comma, semicolon, tab or bar.
+    """A CSV file with a header, delimited by commas, semicolons, tabs or vertical bars.
 
     Attributes:
+        path: path of the file, absolute or below the data root.
         images: folder that the paths in the table start from, absolute or below the data root; null: the table's own.
-        image_column, label_column, split_column: their names; null: the first of `IMAGE`, `LABEL` and `SPLIT` that the
-            header has, in any case. Without a column of splits all images are for training.
+        image_column, label_column, split_column: names of the columns; null: the first of `IMAGE`, `LABEL` and `SPLIT`
+            that the header has, upper or lower case. Without a split column all images are for training.
     """
 
     path: str
@@ -63,7 +64,7 @@ class CsvTask(TaskSpec):
             elif split is None:
                 unused.add("image of an unknown split", "images of an unknown split", f"{where}: {split_name!r}")
             elif kind != "file":
-                unused.add(f"image that is {kind}", f"images of which each is {kind}", where)
+                unused.add(f"image that is {kind}", f"images, each of them {kind}", where)
             elif file.suffix and file.suffix.lower() not in EXTENSIONS:
                 count_no_image(str(file), unused)
             elif (earlier := seen.get(path := os.path.normpath(file))) is not None:
@@ -77,7 +78,7 @@ class CsvTask(TaskSpec):
         names = sorted({label for _, label in rows["train"]})
         if not names:
             what = "; ".join(unused.found()) or "no line"
-            raise ValueError(f"{table}: no training images (paths start from {folder}, key images); there is {what}")
+            raise ValueError(f"{table}: no training images (paths start from {folder}, key images); found: {what}")
         train, val, test = (
             self._source(rows[split], names, folder, f"{table}, {split}") if rows[split] else None
             for split in ("train", "val", "test")
@@ -99,7 +100,7 @@ class CsvTask(TaskSpec):
         return FileSource([file for file, _ in rows], labels, names, folder, self.bits)
 
     def _rows(self, table: Path) -> Iterator[tuple[int, str, str, str | None]]:
-        """Line, path, label and split (None without such a column) of each image, without spaces around."""
+        """Yield (line number, path, label, split) of each image, stripped. Split is None if there is no such column."""
         try:
             with table.open(encoding="utf-8-sig", newline="") as stream:
                 header, above, delimiter = _header(stream)
@@ -125,7 +126,7 @@ class CsvTask(TaskSpec):
                         if any(cells[len(columns) :]):
                             raise ValueError(
                                 f"{table}, line {reader.line_num + above}: {len(row)} cells, and the header has "
-                                f"{len(columns)}; what has a {delimiter!r} in it has to stand in quotes"
+                                f"{len(columns)}; a cell that contains a {delimiter!r} must be in quotes"
                             )
                         if any(letter in cell for cell in read for letter in "\0\n\r"):
                             raise csv.Error("a line break or zero byte in a cell")
@@ -133,16 +134,16 @@ class CsvTask(TaskSpec):
                             yield reader.line_num + above, read[0], read[1], None if split is None else read[2]
                 except csv.Error as error:
                     line = reader.line_num + above
-                    quote = "a quote that is never closed, or not right beside a delimiter"
+                    quote = "a quote that is never closed, or not directly beside a delimiter"
                     raise ValueError(f"{table}, line {line}: {error} ({quote}?)") from error
         except UnicodeDecodeError as error:
             raise ValueError(f"{table}: not UTF-8: save it as CSV UTF-8") from error
 
 
 def _header(stream: TextIO) -> tuple[str, int, str]:
-    """The line of column names, how many lines there are down to it, and the delimiter.
+    """Return the line with the column names, its line number, and the delimiter.
 
-    Above it may be empty lines and Excel's `sep=;`.
+    Empty lines and Excel's `sep=;` may come before it.
     """
     number, delimiter = 0, ""
     for number, line in enumerate(iter(stream.readline, ""), start=1):
@@ -154,7 +155,7 @@ def _header(stream: TextIO) -> tuple[str, int, str]:
 
 
 def _column(columns: list[str], given: str | None, usual: Sequence[str], key: str, table: Path) -> int | None:
-    """Where a column stands; None where there need not be one."""
+    """Return the index of a column; None if there is no split column. Raises ConfigError if another one is missing."""
     if given is not None:
         if given not in columns:
             raise ConfigError(f"{key} = {given!r}: one of {', '.join(columns)} ({table}){nearest(given, columns)}")
@@ -164,12 +165,12 @@ def _column(columns: list[str], given: str | None, usual: Sequence[str], key: st
     if found is None and usual is not SPLIT:
         raise ConfigError(
             f"{key}: none of the usual names ({', '.join(usual)}) is in the header of {table}, which has "
-            f"{', '.join(columns) or 'no columns'}; give {key}"
+            f"{', '.join(columns) or 'no columns'}; set {key}"
         )
     return found
 
 
 def _file(folder: Path, name: str) -> Path:
-    """The file that a path in a table means, written on Windows perhaps."""
+    """Return the file of a path in a table. Backslashes are tried as separators if there is no file of that name."""
     file = folder / name
     return folder / name.replace("\\", "/") if "\\" in name and not file.exists() else file

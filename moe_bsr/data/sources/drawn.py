@@ -1,4 +1,4 @@
-"""Images drawn by code: nothing to download (the drawing is in `moe_bsr/data/generated/`)."""
+"""Source "generated": images drawn by the code in `moe_bsr/data/generated/`, with nothing to download."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,10 @@ class GeneratedTask(TaskSpec):
     """A family of drawn images.
 
     Attributes:
-        train: number of images for training and validation together; test: for the test.
+        family: one of `FAMILIES` or of the suites' families.
+        train: number of images for training and validation together.
+        test: number of test images.
+        seed: seed of the drawing.
     """
 
     family: str
@@ -29,7 +32,7 @@ class GeneratedTask(TaskSpec):
         require(self.seed >= 0, "seed", self.seed, "at least 0")
 
     def open(self, root: Path, download: bool = False) -> TaskImages:
-        from moe_bsr.data.generated import Generated  # the only source that draws: loaded where it is wanted
+        from moe_bsr.data.generated import Generated  # imported here, as no other source needs it
 
         train = Generated(self.family, "train", self.train, self.seed)
         test = Generated(self.family, "test", self.test, self.seed)

@@ -1,4 +1,4 @@
-"""A user's own images: one folder per class."""
+"""Source "folder": images in one folder per class."""
 
 import os
 from collections.abc import Sequence
@@ -14,17 +14,20 @@ from moe_bsr.data.spec import SOURCES, TaskImages, TaskSpec
 from moe_bsr.data.unused import Unused
 
 EXPECTED = (
-    "expected {0}/train/<class>/<image>.jpg (val/ and test/ beside train/ if there are) or {0}/<class>/<image>.jpg"
+    "expected {0}/train/<class>/<image>.jpg (and optionally val/ and test/ beside train/) or {0}/<class>/<image>.jpg"
 )
 
 
 @SOURCES.register("folder")
 @dataclass(frozen=True, kw_only=True)
 class FolderTask(TaskSpec):
-    """Folders of classes, or of splits with folders of classes; `path` is absolute, or below the data root.
+    """A folder with one folder per class, or with one folder per split that has a folder per class.
 
-    Splits are called train, val (valid, validation, dev) and test, in any case. A class has the images in its folder
-    and all sub-folders.
+    Splits are called train, val (valid, validation, dev) and test, in upper or lower case. A class consists of the
+    images in its folder and in all sub-folders.
+
+    Attributes:
+        path: the folder, absolute or below the data root.
     """
 
     path: str
@@ -50,16 +53,20 @@ class FolderTask(TaskSpec):
 
 
 class NoImages(ValueError):
-    """A folder without any class folder that holds an image."""
+    """A folder contains no class folder with an image in it."""
 
 
 class FolderSource(FileSource):
-    """Images as `<folder>/<class>/**/*.jpg` (or png, webp, bmp, ...); labels follow the sorted names.
+    """Source of the images `<folder>/<class>/**/*.jpg` (or png, webp, bmp, ...). Labels number the sorted class names.
 
     Args:
-        class_names: fixes the classes, for a test folder. It need not hold all of them, but an unknown one raises
-            ValueError. Without, so does a class without images. A folder without classes always does.
-        unused: where to count what is no image.
+        class_names: the known classes, for a validation or test folder; None for a training folder.
+        bits: bit depth of the values in 16-bit images, see `TaskSpec.bits`.
+        unused: counter for everything that is not used.
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: a class is not among `class_names`, or with None a class has no images.
+        NoImages: there is no class folder, or with `class_names` none that has an image.
     """
 
     def __init__(
@@ -83,7 +90,7 @@ class FolderSource(FileSource):
                 found.setdefault(composed(entry.name), []).extend(images)
             if not images and class_names is None:
                 what = ", ".join(beside.found()) or "nothing"
-                raise ValueError(f"{entry.path!r}: no images of class {entry.name!r}; there is {what}")
+                raise ValueError(f"{entry.path!r}: no images of class {entry.name!r}; found: {what}")
             unused.merge(beside)
         if not found:
             raise NoImages(f"{folder}: no class folders; expected {folder}/<class>/<image>.jpg")
@@ -97,7 +104,7 @@ class FolderSource(FileSource):
 
 
 def _held_out(folder: Path | None, class_names: list[str], bits: int | None, unused: Unused) -> FolderSource | None:
-    """The images of a val or test folder; None where there is no such folder, or no image in it."""
+    """Open the images of a val or test folder; None if there is no such folder, or no image in it."""
     try:
         return None if folder is None else FolderSource(folder, class_names, bits, unused)
     except NoImages:
@@ -105,9 +112,9 @@ def _held_out(folder: Path | None, class_names: list[str], bits: int | None, unu
 
 
 def _splits(folder: Path, unused: Unused) -> dict[str, Path]:
-    """The folders of the splits; of a plain folder of classes, itself as "train".
+    """Return the folder of each split. If `folder` contains class folders and no splits, it is "train" itself.
 
-    A folder called train or test in which there are images and no folders is a class, or holds what has no labels.
+    A folder called train or test that has no sub-folders is not a split: it is a class, or its images have no labels.
     """
     files, folders = entries(str(folder), Unused())
     named = {entry.name: split for entry in folders if (split := split_named(entry.name)) is not None}
@@ -126,9 +133,9 @@ def _splits(folder: Path, unused: Unused) -> dict[str, Path]:
         if len(inner) == len(folders) > 1 and not any(
             entries(os.path.join(folder, name, "train"), Unused())[1] for name in inner
         ):
-            raise ValueError(f"{folder}: train folders lie within the classes; {EXPECTED.format(folder)}")
+            raise ValueError(f"{folder}: the train folders are inside the class folders; {EXPECTED.format(folder)}")
         if inner:
-            raise ValueError(f"{folder}: {inner[0]!r} in it has a train folder of its own: name that one in path")
+            raise ValueError(f"{folder}: the train folder is in {inner[0]!r} within it: add that to path")
         return {"train": folder}
     for split, name in splits.items():
         inner = entries(str(folder / name), Unused())[1]

@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face library `datasets`, in a directory that its `save_to_disk` wrote."""
+"""Source "huggingface": a directory written by `save_to_disk` of the Hugging Face library `datasets`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +17,12 @@ from moe_bsr.data.unused import Unused
 @SOURCES.register("huggingface")
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceTask(TaskSpec):
-    """A directory with a Dataset, or a DatasetDict with splits; `path` is absolute, or below the data root.
+    """A directory with a Dataset, or with a DatasetDict of splits.
 
     Attributes:
-        image_column, label_column: their names; null: the only column of images, and of class labels.
+        path: the directory, absolute or below the data root.
+        image_column, label_column: names of the columns; null: the only column of type Image, and the only one of type
+            ClassLabel or with a usual name.
     """
 
     path: str
@@ -36,13 +38,13 @@ class HuggingFaceTask(TaskSpec):
         for name, dataset in _load(folder).items():
             split = split_named(name)
             if split is None:
-                unused.add("split of another name", "splits of other names", f"{name} ({len(dataset)} images)")
+                unused.add("split of unknown name", "splits of unknown names", f"{name} ({len(dataset)} images)")
             elif split in splits:
                 raise ValueError(f"{folder}: two splits for {split}, one of them {name!r}: keep one")
             else:
                 splits[split] = dataset
         if "train" not in splits:
-            raise ValueError(f"{folder}: no train split; there is {', '.join(splits) or 'none'}")
+            raise ValueError(f"{folder}: no train split; found: {', '.join(splits) or 'none'}")
         image, label = _columns(splits["train"], self.image_column, self.label_column, folder)
         sources: dict[str, HuggingFaceSource] = {}
         for split in SPLIT_NAMES:  # train first
@@ -61,7 +63,7 @@ class HuggingFaceTask(TaskSpec):
 
 
 def _load(folder: Path) -> dict[str, Any]:
-    """The splits in a directory."""
+    """Load the splits in a directory, by name."""
     if not (folder / "dataset_dict.json").is_file() and not (folder / "state.json").is_file():
         raise FileNotFoundError(
             f"{folder}: no dataset_dict.json or state.json; expected a directory that "
@@ -71,13 +73,13 @@ def _load(folder: Path) -> dict[str, Any]:
 
     try:
         found = datasets.load_from_disk(str(folder))
-    except Exception as error:  # whatever a damaged directory makes of that library
+    except Exception as error:  # the library raises many kinds of exceptions on a damaged directory
         raise ValueError(f"{folder}: not a readable dataset ({error})") from error
     return dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
 
 
 def _columns(dataset: Any, image: str | None, label: str | None, folder: Path) -> tuple[str, str]:
-    """The names of the columns of images and of labels."""
+    """Return the names of the image column and the label column."""
     import datasets
 
     features = dataset.features
@@ -87,8 +89,8 @@ def _columns(dataset: Any, image: str | None, label: str | None, folder: Path) -
     for key, given, found in (("image_column", image, images), ("label_column", label, labels)):
         if given is None and len(found) != 1:
             raise ConfigError(
-                f"{key}: {folder} has {', '.join(found) or 'none that is clear'} among its columns "
-                f"{', '.join(features)}; give {key}"
+                f"{key}: {', '.join(found) or 'none'} of the columns of {folder} could be meant, which are "
+                f"{', '.join(features)}; set {key}"
             )
         if given is not None and given not in features:
             raise ConfigError(f"{key} = {given!r}: one of {', '.join(features)} ({folder})")
@@ -96,11 +98,14 @@ def _columns(dataset: Any, image: str | None, label: str | None, folder: Path) -
 
 
 class HuggingFaceSource:
-    """One split. An image is known by its path where all have one of their own, else by its place.
+    """Source of the images of one split. Their names are their paths, if all images have different ones.
 
     Args:
-        class_names: of the training split; None for that split itself.
-        unused: where to count images without a label, or without an image.
+        image, label: names of the columns.
+        where: name of the split in messages.
+        class_names: the classes of the training split; None for that split itself.
+        bits: bit depth of the values in 16-bit images, see `TaskSpec.bits`.
+        unused: counter of rows without an image or a label.
     """
 
     def __init__(
@@ -119,7 +124,7 @@ class HuggingFaceSource:
         if isinstance(dataset.features[image], datasets.Image):
             dataset = dataset.cast_column(image, datasets.Image(decode=False))
         elif dataset.features[image] != datasets.Value("string"):
-            raise ConfigError(f"image_column = {image!r}: a column of images, or of paths ({where})")
+            raise ConfigError(f"image_column = {image!r}: expected a column of images or of paths ({where})")
         self._dataset, self._image, self._where, self._bits = dataset, image, where, bits
         feature, values = dataset.features[label], dataset.with_format(None)[label][:]
         if isinstance(feature, datasets.ClassLabel):
@@ -128,7 +133,7 @@ class HuggingFaceSource:
         else:
             own = [None if v is None or v == "" else composed(str(v)) for v in values]
             names = sorted({name for name in own if name is not None})
-        column = dataset.with_format("arrow")[:].column(image)  # mapped, not read
+        column = dataset.with_format("arrow")[:].column(image)  # memory-mapped, not read
         if isinstance(dataset.features[image], datasets.Image):
             paths = pc.struct_field(column, "path").to_pylist()
             sizes = pc.fill_null(pc.binary_length(pc.struct_field(column, "bytes")), -1).to_numpy()

@@ -1,4 +1,4 @@
-"""Packs: all encoded images of a split in one file (the format is in `moe_bsr/data/packed.py`)."""
+"""Source "packed": all encoded images of a split in one file (`moe_bsr/data/packed.py` documents the format)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from moe_bsr.data.spec import SOURCES, TaskImages, TaskSpec
 @SOURCES.register("packed")
 @dataclass(frozen=True, kw_only=True)
 class PackedTask(TaskSpec):
-    """A folder with train.npz, classes.txt and so on; `path` is absolute, or below the data root."""
+    """A pack: the folder `path` (absolute, or below the data root) with train.npz, classes.txt and so on."""
 
     path: str
 

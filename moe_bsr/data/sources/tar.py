@@ -1,4 +1,4 @@
-"""Images in tar shards as WebDataset writes them, on this machine or by address, read by their place."""
+"""Source "tar": images in tar shards with WebDataset's layout, local or remote, which are read by their offsets."""
 
 import glob
 import re
@@ -20,7 +20,7 @@ from moe_bsr.data.spec import SOURCES, TaskImages, TaskSpec
 from moe_bsr.data.tar_index import TarIndex
 from moe_bsr.data.unused import Unused
 
-MOST_SHARDS = 100_000  # that one pattern may mean
+MOST_SHARDS = 100_000  # per pattern
 
 Patterns = str | list[str]
 
@@ -31,15 +31,15 @@ class TarTask(TaskSpec):
     """Shards by split, such as `train-{000000..000146}.tar`.
 
     Attributes:
-        train, val, test: paths (absolute, or below the data root; `*` is expanded) or addresses with `://`; one pattern
-            or a list of them. {a..b} is a range of numbers as wide as they are written, {a,b} a choice.
-        image_column: ending of the image files, where a sample has several.
-        label_column: where the labels stand: cls, txt, json.FIELD, folder or another ending; null: the first of cls,
-            json and txt that there is, else the folder that an image is in.
-        class_names: a file with a name a line, below the data root, or a list: what the numbers mean, and in which
-            order text is numbered. null: what the training shards have, in order.
-        cache: folder, below the data root, of the shards' indexes and of what was fetched. cache_gb: 10**9 bytes that
-            the latter may take there.
+        train, val, test: a pattern or a list of patterns: paths (absolute, or below the data root; `*` is expanded) or
+            addresses with `://`. {a..b} is a range of numbers, with leading zeros if written so; {a,b} is a choice.
+        image_column: ending of the image files; needed if a sample has several images.
+        label_column: where the labels are: cls, txt, json.FIELD, folder or another ending; null: the first of cls, json
+            and txt that exists, else the folder of the image.
+        class_names: a list, or a file below the data root with one name per line. It names numeric labels, and gives
+            the order of text labels. null: the sorted labels of the training shards.
+        cache: folder, below the data root, for the shards' indexes and the fetched images.
+        cache_gb: limit of the fetched images, in 10**9 bytes.
     """
 
     may_change: ClassVar[tuple[str, ...]] = (*TaskSpec.may_change, "train", "val", "test", "cache", "cache_gb")
@@ -55,7 +55,7 @@ class TarTask(TaskSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 <= self.cache_gb <= 10**6, "cache_gb", self.cache_gb, "0 (nothing is kept) to 1,000,000")
+        require(0 <= self.cache_gb <= 10**6, "cache_gb", self.cache_gb, "0 (keep no images) to 1,000,000")
 
     def open(self, root: Path, download: bool = False) -> TaskImages:
         cache = ShardCache(root / Path(self.cache).expanduser(), int(self.cache_gb * 1e9))
@@ -78,7 +78,7 @@ class TarTask(TaskSpec):
                     columns.setdefault(index.column, shard.address)
             if len(columns) > 1:
                 said = " and ".join(f"{column} ({address})" for column, address in [*columns.items()][:2])
-                raise ValueError(f"{split}: the shards have their labels in different places: {said}: say label_column")
+                raise ValueError(f"{split}: the shards have their labels in different places: {said}: set label_column")
             fixed = sources["train"].class_names if sources else None
             sources[split] = TarSource(opened, names, fixed, f"{split} shards ({where})", unused, self.bits)
         return TaskImages(
@@ -91,12 +91,15 @@ class TarTask(TaskSpec):
 
 
 class TarSource:
-    """The images of some shards, in their order.
+    """Source of the images of some shards, in their order.
 
     Args:
         opened: shards with their indexes.
-        names: what classes are called, where somebody says so. fixed: the classes of the training shards.
-        where: for messages. unused: where to count what is not used.
+        names: class names from the task file, or None.
+        fixed: the classes of the training shards; None for these shards themselves.
+        where: name of the shards in messages.
+        unused: counter for everything that is not used.
+        bits: bit depth of the values in 16-bit images, see `TaskSpec.bits`.
     """
 
     def __init__(
@@ -114,7 +117,7 @@ class TarSource:
                 unused.add(one, many, example, what_to_do, count)
         texts = [label for _, index in opened for label in index.labels]
         if all(re.fullmatch(r"-?\d+|", text, re.ASCII) for text in set(texts)):
-            texts = ["" if text.startswith("-") else text for text in texts]  # a test set's -1
+            texts = ["" if text.startswith("-") else text for text in texts]  # -1 in a test set: no label
         self.class_names, numbers = _classes(set(texts) - {""}, names, fixed, where)
         labelled = np.array([bool(text) for text in texts])
         self.names = _distinct(opened)
@@ -122,7 +125,7 @@ class TarSource:
             unused.add("image without a label", "images without a label", self.names[lost[0]], count=len(lost))
         rows = np.flatnonzero(labelled)
         if not len(rows):
-            raise ValueError(f"{where}: no images with labels; there is {'; '.join(unused.found()) or 'nothing'}")
+            raise ValueError(f"{where}: no images with labels; found: {'; '.join(unused.found()) or 'nothing'}")
         counts = [len(index.names) for _, index in opened]
         self._shard = np.repeat(np.arange(len(opened), dtype=np.int32), counts)[rows]
         self._place = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])[rows]
@@ -141,7 +144,7 @@ class TarSource:
         return self._ahead.take(i)
 
     def expect(self, places: Iterable[int]) -> None:
-        """Begin to fetch these images: they will be asked for soon."""
+        """Start to fetch these images, because they are needed soon."""
         self._ahead.expect(i for i in places if not self._shards[self._shard[i]].has(self._place[i]))
 
     def _read(self, i: int) -> bytes:
@@ -151,12 +154,12 @@ class TarSource:
 def _classes(
     texts: set[str], names: Sequence[str] | None, fixed: list[str] | None, where: str
 ) -> tuple[list[str], dict[str, int]]:
-    """The classes' names, and the number of each text that labels have."""
+    """Return the class names, and the class index of each label text. `names` and `fixed` are as in `TarSource`."""
     numeric = all(text.isdecimal() for text in texts)
     if names is not None and numeric and not texts <= set(names):
         if (most := max(map(int, texts), default=0)) >= len(names):
             raise ValueError(
-                f"{where}: there is a label {most}, and class_names has {len(names)}: 0 to {len(names) - 1}"
+                f"{where}: there is a label {most}, but class_names has {len(names)} names: 0 to {len(names) - 1}"
             )
         return list(names), {text: int(text) for text in texts}
     if names is None:
@@ -167,7 +170,7 @@ def _classes(
 
 
 def _distinct(opened: Sequence[tuple[Shard, TarIndex]]) -> list[str]:
-    """The images' names, each its own: one that an earlier image has gets its shard's before it."""
+    """Return distinct names of all images. The name of the shard is put before one that an earlier image has."""
     seen: set[str] = set()
     names: list[str] = []
     for number, (shard, index) in enumerate(opened):
@@ -181,7 +184,7 @@ def _distinct(opened: Sequence[tuple[Shard, TarIndex]]) -> list[str]:
 
 
 def _addresses(patterns: Patterns, root: Path) -> list[str]:
-    """The shards that patterns mean. Raises FileNotFoundError for a `*` that means none, ValueError for a pattern."""
+    """Expand patterns to addresses. Raises FileNotFoundError if a `*` matches nothing, ValueError for a bad pattern."""
     found: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         for address in expanded(pattern):
@@ -193,30 +196,30 @@ def _addresses(patterns: Patterns, root: Path) -> list[str]:
             else:
                 found.append(address)
     if twice := next((each for each in found if found.count(each) > 1), None) if len(set(found)) < len(found) else None:
-        raise ValueError(f"{twice}: this shard is named twice: each once")
+        raise ValueError(f"{twice}: this shard is listed twice: list it once")
     if not found:
-        raise ValueError("a list of no shards: name them, or leave the key out")
+        raise ValueError("a list without shards: name some, or leave the key out")
     return found
 
 
 def expanded(pattern: str) -> list[str]:
-    """What the braces of a pattern mean: {000..146} numbers of that width, {a,b} one or the other."""
+    """Expand the braces of a pattern: {000..146} to numbers of that width, {a,b} to each choice."""
     if (braces := re.search(r"\{([^{}]*)\}", pattern)) is None:
         return [pattern]
     ends = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1], re.ASCII)
     if ends:
         first, last = int(ends[1]), int(ends[2])
         if not 0 <= last - first < MOST_SHARDS:
-            raise ValueError(f"{pattern}: {{a..b}} rises, and means at most {MOST_SHARDS:,} shards")
+            raise ValueError(f"{pattern}: {{a..b}} must rise and name at most {MOST_SHARDS:,} shards")
         width = max(len(ends[1]), len(ends[2])) if ends[1].startswith("0") else 0
         choices = [str(number).zfill(width) for number in range(first, last + 1)]
     elif "," in braces[1]:
         choices = braces[1].split(",")
     else:
-        raise ValueError(f"{pattern}: {braces[0]} is neither a range, as {{000..146}}, nor a choice, as {{a,b}}")
+        raise ValueError(f"{pattern}: {braces[0]} is neither a range such as {{000..146}} nor a choice such as {{a,b}}")
     rest = expanded(pattern[braces.end() :])
     if len(choices) * len(rest) > MOST_SHARDS:
-        raise ValueError(f"{pattern}: it means {len(choices) * len(rest):,} shards, and at most {MOST_SHARDS:,} go")
+        raise ValueError(f"{pattern}: {len(choices) * len(rest):,} shards, but at most {MOST_SHARDS:,} are possible")
     return [pattern[: braces.start()] + choice + end for choice in choices for end in rest]
 
 
@@ -225,7 +228,7 @@ def _ending(column: str | None) -> str | None:
 
 
 def _label_place(column: str | None) -> str | None:
-    """As `_ending`, but a JSON field's name is left as it is written."""
+    """Normalize a label column like `_ending`, but keep the case of a JSON field's name."""
     bare = column and column.removeprefix(".")
     return f"json.{bare[5:]}" if bare and bare[:5].lower() == "json." else _ending(column)
 

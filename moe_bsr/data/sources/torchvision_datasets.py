@@ -1,7 +1,7 @@
-"""torchvision's datasets in their official layouts.
+"""Source "torchvision": torchvision's datasets in their official layouts.
 
-The only file that knows private names of torchvision: `_labels`, `_image_files` and `_images` of its datasets,
-which have no public ones. A test opens every dataset in `TORCHVISION` and compares it with torchvision's own images.
+This is the only file that uses private names of torchvision: `_labels`, `_image_files` and `_images` of its datasets,
+which have no public equivalents. A test opens every dataset in `TORCHVISION` and compares it with torchvision's images.
 """
 
 from dataclasses import dataclass, field
@@ -12,11 +12,11 @@ import numpy as np
 import torchvision
 
 from moe_bsr.config import require
-from moe_bsr.config.reader import nearest
+from moe_bsr.config.errors import nearest
 from moe_bsr.data.image_files import FileSource
 from moe_bsr.data.spec import SOURCES, TaskImages, TaskSpec
 
-# dataset -> (splits torchvision knows, what it expects below the data root)
+# dataset -> (splits that torchvision has, files that it expects below the data root)
 TORCHVISION = {
     "CIFAR10": (
         ("train", "test"),
@@ -45,7 +45,7 @@ class TorchvisionTask(TaskSpec):
 
     Attributes:
         dataset: name of torchvision's class, one of `TORCHVISION`.
-        splits: which of its splits make "train", which "test" and, if wanted, which "val"; no split makes two.
+        splits: the torchvision splits that form "train", "test" and optionally "val". None may be used twice.
     """
 
     dataset: str
@@ -58,7 +58,7 @@ class TorchvisionTask(TaskSpec):
             {"train", "test"} <= splits.keys() <= {"train", "val", "test"} and all(splits.values()),
             "splits",
             splits,
-            "the keys train and test, and val if wanted, each a list of split names",
+            "the keys train and test, and optionally val, each a list of split names",
         )
         names = [name for part in splits.values() for name in part]
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -87,10 +87,13 @@ def _check(dataset: str, splits: list[str]) -> None:
 
 
 class TorchvisionSource(FileSource):
-    """One of `TORCHVISION` in its official layout below `root`, several splits one after the other.
+    """Source of one dataset of `TORCHVISION` in its official layout below `root`. Several splits are concatenated.
 
-    With `download`, torchvision fetches what is missing and checks its checksums. Raises ValueError
-    for an unknown dataset or split, FileNotFoundError (with the place expected) for missing files.
+    Args:
+        download: whether torchvision may download missing files; it verifies their checksums.
+    Raises:
+        ConfigError: unknown dataset or split.
+        FileNotFoundError: files are missing. The message says where they are expected.
     """
 
     def __init__(self, dataset: str, root: Path, splits: list[str], download: bool = False):
@@ -136,16 +139,16 @@ def _open_torchvision(dataset: str, root: Path, split: str, download: bool) -> A
         raise FileNotFoundError(
             f"{dataset} was not found in {root}: {error}\n"
             f"Expected {root}/{layout}. Either allow the download (data.download=true; torchvision "
-            "checks the checksums), or put the official files there."
+            "verifies the checksums), or put the official files there."
         ) from error
 
 
 def _images(part: Any) -> list[Path] | np.ndarray:
-    """The files of a torchvision dataset, or the arrays it holds.
+    """Return the image files of a torchvision dataset, or its arrays if it has no files.
 
-    torchvision has no public name for the files; `part[i]` would decode without giving the bytes.
+    There is no public way to the files: `part[i]` returns decoded images only.
     """
     for name in ("_image_files", "_images", "data"):
         if hasattr(part, name):
             return getattr(part, name)
-    raise TypeError(f"{type(part).__name__}: no list of images known for this torchvision version")
+    raise TypeError(f"{type(part).__name__}: its list of images was not found in this version of torchvision")
