@@ -40,6 +40,7 @@ class TrainConfig:
     warmup_fraction: float = 0.05
     warmup_steps: int | None = None
     grad_clip_norm: float | None = 1.0
+    grad_clip_per: Literal["model", "parameter"] = "model"
     label_smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -123,17 +124,21 @@ class TrainConfig:
             self.grad_clip_norm,
             "null or above 0",
         )
-        for key, alone in (("grad_clip_norm", None), ("grad_accumulation_steps", 1)):
-            value = getattr(self, key)
-            require(
-                not self.step_in_backward or value == alone,
-                f"train.{key}",
-                value,
-                f"{'null' if alone is None else alone} with train.step_in_backward = true: gradients do not wait",
-            )
+        waits = self.grad_clip_norm is not None and self.grad_clip_per == "model"
+        for key, fits, needed in (
+            (
+                "grad_clip_norm",
+                not waits,
+                "null with train.step_in_backward = true, or train.grad_clip_per = parameter",
+            ),
+            ("grad_accumulation_steps", self.grad_accumulation_steps == 1, "1 with train.step_in_backward = true"),
+        ):
+            only = f"{needed}: each gradient is used and freed before the next one is there"
+            require(not self.step_in_backward or fits, f"train.{key}", getattr(self, key), only)
         require(0 < self.mezo_distance <= 1, "train.mezo_distance", self.mezo_distance, "above 0, at most 1")
         for key, refused, without in (
             ("step_in_backward", True, "false"),
+            ("grad_clip_per", "parameter", "model"),
             ("task_weighting", "pcgrad", "fixed or uncertainty"),
             ("expert_decay", "mean", "null, zero or none"),
         ):

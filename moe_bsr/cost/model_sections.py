@@ -68,7 +68,7 @@ class Setting:
         for p in trained:
             state = state_of(optimizer, p)
             optimizer.state[p] = {key: empty(t.shape, t.dtype, self.runtime.device) for key, t in state.items()}
-        return StepInBackward(optimizer)
+        return StepInBackward(optimizer, settings.grad_clip_norm)
 
 
 @dataclass(slots=True)

@@ -130,11 +130,17 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def clip_gradients(parameters: list[nn.Parameter], limit: float | None) -> float:
-    """The norm of all their gradients, which are scaled down to `limit` if it is larger.
+def clip_gradients(parameters: list[nn.Parameter], limit: float | None, each: bool = False) -> float:
+    """Scale gradients down to a norm of at most `limit`, and return their norm before that, of all of them together.
 
     Not `clip_grad_norm_`: that multiplies every gradient by 1 where there is nothing to clip.
+
+    Args:
+        limit: None or inf: nothing is clipped.
+        each: whether the limit holds for each parameter's gradient by itself; if not, for all of them together.
     """
+    if each and limit is not None and limit < math.inf:
+        return float(nn.utils.get_total_norm([nn.utils.clip_grad_norm_(p, limit) for p in parameters]))
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
     value = float(norm)
     if limit is not None and value > limit:

@@ -55,6 +55,7 @@ class OptimizerUpdate:
         loss: Callable[..., Tensor | tuple[Tensor, ...]],
         commit: Callable[..., None] | None = None,
         clip_norm: float | None = None,
+        clip_each: bool = False,
         average: MovingAverage | None = None,
         in_backward: bool = False,
         estimator: MeZO | None = None,
@@ -66,14 +67,15 @@ class OptimizerUpdate:
             loss: of that output and the same inputs, called outside autocast: a scalar, or several to be added.
             commit: what else is done with the output and the inputs, once, after the backward pass.
             clip_norm: largest norm of all gradients together. inf only measures the norm, None not even that.
+            clip_each: clip each parameter's gradient to that norm instead; always so with `in_backward`.
             average: of the weights, updated after each step.
-            in_backward: whether the backward phase takes the optimizer's step too; then nothing can be clipped.
+            in_backward: whether the backward phase takes the optimizer's step too.
             estimator: in place of a backward pass; the last of the inputs is then the noise key.
         """
         self.model, self.runtime, self.optimizer = model.train(), runtime, optimizer
         self._output, self._loss, self._commit = output, loss, commit
-        self._clip_norm, self._average = clip_norm, average
-        self.stepper = StepInBackward(optimizer) if in_backward and optimizer is not None else None
+        self._clip_norm, self._clip_each, self._average = clip_norm, clip_each, average
+        self.stepper = StepInBackward(optimizer, clip_norm) if in_backward and optimizer is not None else None
         self.estimator = estimator
         self._inputs: tuple = ()
         self._share = 1.0
@@ -134,7 +136,9 @@ class OptimizerUpdate:
         """Of the gradient, which is clipped."""
         if self.estimator is not None:
             return self.estimator.clip(self._clip_norm)
-        return clip_gradients(self.trained, self._clip_norm) if self.stepper is None else self.stepper.norm()
+        if self.stepper is not None:
+            return self.stepper.norm()
+        return clip_gradients(self.trained, self._clip_norm, self._clip_each)
 
     def clear(self) -> None:
         """Let go of the last micro-batch's output."""
@@ -201,6 +205,7 @@ def _multitask_parts(
         "in_backward": config.step_in_backward,
         "estimator": estimator_of(model, config, optimizer),
         "clip_norm": math.inf if config.grad_clip_norm is None else config.grad_clip_norm,
+        "clip_each": config.grad_clip_per == "parameter",
     }
 
 
