@@ -1,7 +1,8 @@
-"""Legal settings that still spoil a run's result: said with their numbers before it starts.
+"""Warnings about valid settings that are likely to spoil a run, given before it starts.
 
-What can never be right is refused by the configuration (`config/schema.py`). This is what may be meant, and is
-usually a slip: a rate of another optimizer, a warm-up as long as the run, a task that hardly gets an update.
+The configuration (`config/schema.py`) refuses settings that can never be right. The settings warned about here may be
+intended but are usually mistakes: a learning rate for another optimizer, a warm-up as long as the run, a task that gets
+almost no updates.
 """
 
 from collections.abc import Iterator
@@ -14,12 +15,12 @@ from moe_bsr.runtime.top_list import condensed
 from moe_bsr.training.length import in_updates, updates_of
 from moe_bsr.training.optim import learning_rate
 
-LEAST_SHARE = 0.02  # of the updates, below which a task is called starved
+LEAST_SHARE = 0.02  # share of the updates below which a task gets a warning
 LARGEST_RATE = {"adamw": 0.1, "adamw8": 0.1, "sgd": 10.0, "mezo": 10.0}
 
 
 def doubts(config: Config, sizes: dict[str, int]) -> list[str]:
-    """Lines for a person; none for settings that hold together.
+    """Return one line for each doubtful setting.
 
     Args:
         sizes: number of training images by task.
@@ -27,7 +28,7 @@ def doubts(config: Config, sizes: dict[str, int]) -> list[str]:
     if config.train.optimizer == "lbfgs":
         return list(_learning_signal(config))
     steps = updates_of(config, sizes)
-    if steps is None:  # measured later
+    if steps is None:  # train.minutes: the number of updates is measured later
         return [*_learning_signal(config), *_storage(config)]
     config = in_updates(config, steps)
     found = [*_optimization(config), *_learning_signal(config), *_storage(config), *_data(config, sizes)]
@@ -83,7 +84,7 @@ def _learning_signal(config: Config) -> Iterator[str]:
         if moe.gate_noise > moe.num_experts:
             yield (
                 f"moe.gate_noise = {moe.gate_noise:g} is noise of {moe.gate_noise / moe.num_experts:.3g} on router "
-                "logits that start below 1: experts are drawn by lot"
+                "logits that start below 1: experts are chosen almost at random"
             )
         if moe.init_noise > 0.5:
             yield f"moe.init_noise = {moe.init_noise:g} drowns the pretrained FFN that experts are copies of"

@@ -163,7 +163,7 @@ def test_features_serve_another_run_of_the_same_frozen_blocks(tmp_path):
     for changes in ({"plan__train_blocks": [4]}, {"plan__drop_blocks": [2]}, {"plan__train_blocks": [5], "seed": 1}):
         with pytest.raises(ValueError, match="blocks 0 to 4 of this model are not those"):
             cache.take_over(make_trainer(make_config(tmp_path, **plan | changes), tmp_path).model, SIZES)
-    with pytest.raises(ValueError, match="features are kept of .*'shapes': 23"):
+    with pytest.raises(ValueError, match="features are cached for .*'shapes': 23"):
         cache.take_over(other.model, SIZES | {"shapes": 22})
 
 
