@@ -13,7 +13,7 @@ from moe_bsr.visualize import theme
 
 IMAGES = 500  # most validation images per task, to keep this short
 TASKS = 8  # most tasks with a picture: those with the lowest accuracy
-# TensorBoard sections. Their names sort first in the Images tab, so it opens them.
+# TensorBoard sections, sorted after the curves. They are the first in the Images tab, which opens with them.
 ERRORS, CONFUSIONS = "what is most wrong", "what is taken for what"
 
 

@@ -47,7 +47,7 @@ class StepEvent:
 
     Attributes:
         step: number of updates done, including this one.
-        metrics: numbers by name, which depend on the configuration only.
+        metrics: numbers by name, without timings: the same configuration gives the same values.
         progress: updates, images and epochs of each task so far.
         outputs: the model's output for each micro-batch (graphs already freed).
         images_per_second: speed of this update alone.
@@ -198,7 +198,7 @@ class Callbacks:
             if name not in self._muted:
                 self._muted.add(name)
                 warnings.warn(
-                    f"callback {name!r} failed in {hook}: {_told(error)}; it is left out from here on, and training "
+                    f"callback {name!r} failed in {hook}: {_told(error)}; it is not called any more, and training "
                     "goes on without it",
                     stacklevel=4,
                 )
@@ -209,7 +209,7 @@ def _essential(callback: Callback) -> bool:
 
 
 def _told(error: BaseException) -> str:
-    """An exception in one line."""
+    """Format an exception in one line."""
     try:
         said = " ".join(str(error).split())
     except Exception:

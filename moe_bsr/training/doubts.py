@@ -41,8 +41,8 @@ def _optimization(config: Config) -> Iterator[str]:
     mean_rate, highest = sum(rates) / len(rates), train.lr * max(1.0, train.head_lr_scale)
     if highest > LARGEST_RATE[train.optimizer]:
         yield (
-            f"train.lr = {train.lr:g} (heads: x {train.head_lr_scale:g}) is very large for {train.optimizer}; usual "
-            f"are at most {LARGEST_RATE[train.optimizer]:g}"
+            f"train.lr = {train.lr:g} (heads: x {train.head_lr_scale:g}) is very large for {train.optimizer}; "
+            f"usual rates are at most {LARGEST_RATE[train.optimizer]:g}"
         )
     if train.optimizer in ("adamw", "adamw8") and (moved := mean_rate * train.steps) < 1e-4:
         yield (
@@ -62,7 +62,7 @@ def _optimization(config: Config) -> Iterator[str]:
         yield f"train.grad_clip_norm = {train.grad_clip_norm:g} scales nearly every gradient down to almost nothing"
     if train.layer_decay < 0.3:
         left = f"{train.layer_decay**4:.1g}"
-        yield f"train.layer_decay = {train.layer_decay:g}: four blocks down, {left} of the rate is left"
+        yield f"train.layer_decay = {train.layer_decay:g}: the rate four blocks below is {left} times the upper one"
     if train.ema_decay is not None and (reached := train.steps / (9 + train.steps)) < train.ema_decay:
         needed = (10 * train.ema_decay - 1) / (1 - train.ema_decay)
         yield (
@@ -87,7 +87,7 @@ def _learning_signal(config: Config) -> Iterator[str]:
                 "logits that start below 1: experts are chosen almost at random"
             )
         if moe.init_noise > 0.5:
-            yield f"moe.init_noise = {moe.init_noise:g} drowns the pretrained FFN that experts are copies of"
+            yield f"moe.init_noise = {moe.init_noise:g} drowns out the pretrained FFN that the experts are copied from"
         if moe.balance_loss != "none" and moe.balance_loss_weight > 1:
             yield f"moe.balance_loss_weight = {moe.balance_loss_weight:g} outweighs the loss of the tasks"
     if (crop := config.data.crop_scale) is not None and crop[1] < 0.05:
@@ -106,7 +106,7 @@ def _storage(config: Config) -> Iterator[str]:
     plain = ({k: v for k, v in e.items() if k != "blocks"} if isinstance(e, dict) else e for e in entries)
     folders = (choice.options.place for choice in map(STORAGES.choose, plain) if choice.kind == "offload")
     for folder in dict.fromkeys(filter(memory.holds, folders)):
-        yield f"storage = offload writes to {folder}, which is in memory itself (tmpfs); name storage.folder on a disk"
+        yield f"storage = offload writes to {folder}, which is in memory (tmpfs); set storage.folder to one on a disk"
 
 
 def _data(config: Config, sizes: dict[str, int]) -> Iterator[str]:
@@ -114,8 +114,8 @@ def _data(config: Config, sizes: dict[str, int]) -> Iterator[str]:
     for task, size in sizes.items():
         if train.batch_size > size:
             yield (
-                f"train.batch_size = {train.batch_size}, but {task} has {size} training images: each is in an update "
-                f"{train.batch_size / size:.3g} times; take at most {size}"
+                f"train.batch_size = {train.batch_size}, but {task} has {size} training images: each is used "
+                f"{train.batch_size / size:.3g} times in an update; take at most {size}"
             )
     runs = [sizes] if config.mode == "multitask" else [{task: size} for task, size in sizes.items()]
     for run in runs:

@@ -104,12 +104,12 @@ class FeatureCache:
 
     def __str__(self) -> str:
         images, blocks = sum(seen.shape[1] for seen in self.seen.values()), self.start
-        source = f"blocks 0 to {blocks - 1} make" if blocks else "the embedding makes"
+        source = f"blocks 0 to {blocks - 1}" if blocks else "the embedding"
         what = f"{self.views} views of {images}" if self.views > 1 else str(images)
         when = "once seen" if self.views > 1 else "from an image's second epoch on"
         return (
-            f"{self.bytes / 1e6:.0f} MB{self.where} for what {source} of {what} training images ({self.kind}), {when} "
-            "not computed again"
+            f"feature cache: {self.bytes / 1e6:.0f} MB{self.where} for outputs of {source} on {what} training images "
+            f"({self.kind}), reused {when}"
         )
 
     def contains(self, task: str, positions: np.ndarray, views: np.ndarray) -> bool:

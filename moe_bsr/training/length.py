@@ -72,5 +72,5 @@ def told(config: Config, sizes: dict[str, int]) -> str:
     """Return a run's length in words."""
     steps, train = updates_of(config, sizes), config.train
     if train.minutes is not None:
-        return f"updates for {train.minutes:g} minutes, as many as this machine takes"
+        return f"{train.minutes:g} minutes of updates"
     return f"{steps} updates" if train.epochs is None else f"{steps} updates ({train.epochs:g} epochs)"

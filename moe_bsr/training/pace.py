@@ -37,12 +37,12 @@ def updates_decided(trainer: "Trainer") -> tuple[int, list[str]]:
             steps = state.step + max(0, int((60 * minutes - state.seconds) * state.step / state.seconds))
         else:
             steps = updates_within(60 * minutes, trainer)
-        notes.append(f"train.minutes = {minutes:g}: {steps} updates at this machine's pace")
+        notes.append(f"train.minutes = {minutes:g}: {steps} updates at this machine's speed")
     if state.step > steps:
         place = trainer.folder / "checkpoint" / str(state.step)
         raise CheckpointError(f"{place} is of a step after the run's last, train.steps = {steps}")
     if before not in (0, steps):
-        notes.append(f"the run was to have {before} updates, now it has {steps}")
+        notes.append(f"planned length changed from {before} to {steps} updates")
     return steps, notes
 
 
