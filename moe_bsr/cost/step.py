@@ -66,7 +66,7 @@ class Step:
         kernels = ops.is_reference(), cpu.mkl_is_slow(), cpu.bf16_instructions(), cpu.onednn_has_bf16()
         train = config.train
         moves = not self.setting.differentiates or (
-            train.step_in_backward and (train.optimizer, train.momentum, train.grad_clip_norm)
+            train.step_in_backward and (train.optimizer, train.momentum, train.grad_clip_norm, train.grad_clip_per)
         )
         self.key = (batch, device, precision, threads, scratch, kernels, repr(config.tokens), moves)
 

@@ -1,6 +1,7 @@
 """Optimizer, parameter groups, learning-rate schedule, gradient clipping and the moving average of the weights."""
 
 import math
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,8 @@ from torch import Tensor, nn
 from moe_bsr.config import TrainConfig
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.training.adamw8 import AdamW8, layout
+
+GroupOf = Callable[[nn.Parameter], Hashable]
 
 
 def parameter_groups(model: MultitaskViT, config: TrainConfig) -> list[dict]:
@@ -130,17 +133,36 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def clip_gradients(parameters: list[nn.Parameter], limit: float | None, each: bool = False) -> float:
+def clip_groups(model: MultitaskViT, config: TrainConfig) -> GroupOf | None:
+    """Return the function that maps parameters to groups for `train.grad_clip_per`; None if all are one group.
+
+    The groups per block are the embedding, each block with its experts, routers and adapters, and everything after the
+    blocks.
+    """
+    if config.grad_clip_per == "model":
+        return None
+    if config.grad_clip_per == "parameter":
+        return id
+    groups = model.layers()
+    for index, layer in enumerate(model.vit.blocks):  # the layer of a router is the top
+        groups |= {id(parameter): index + 1 for parameter in layer.parameters()}
+    return lambda parameter: groups[id(parameter)]
+
+
+def clip_gradients(parameters: list[nn.Parameter], limit: float | None, group_of: GroupOf | None = None) -> float:
     """Clip the gradients of these parameters, and return their global norm before clipping.
 
     Unlike `clip_grad_norm_`, this does not multiply every gradient by 1 if there is nothing to clip.
 
     Args:
         limit: largest norm. None or inf: clip nothing.
-        each: clip each parameter's gradient by its own norm instead of the global norm.
+        group_of: maps parameters to groups, each of which is clipped by its own norm; None: all are one group.
     """
-    if each and limit is not None and limit < math.inf:
-        return float(nn.utils.get_total_norm([nn.utils.clip_grad_norm_(p, limit) for p in parameters]))
+    if group_of is not None and limit is not None and limit < math.inf:
+        groups: dict[Hashable, list[nn.Parameter]] = {}
+        for parameter in parameters:
+            groups.setdefault(group_of(parameter), []).append(parameter)
+        return float(nn.utils.get_total_norm([nn.utils.clip_grad_norm_(each, limit) for each in groups.values()]))
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
     value = float(norm)
     if limit is not None and value > limit:

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ from moe_bsr.runtime.device import Runtime
 from moe_bsr.runtime.distributed import Alone
 from moe_bsr.training.drawn_blocks import settle
 from moe_bsr.training.mezo import MeZO, estimator_of
-from moe_bsr.training.optim import MovingAverage, clip_gradients, make_optimizer
+from moe_bsr.training.optim import MovingAverage, clip_gradients, clip_groups, make_optimizer
 from moe_bsr.training.step_in_backward import StepInBackward
 
 
@@ -55,7 +55,7 @@ class OptimizerUpdate:
         loss: Callable[..., Tensor | tuple[Tensor, ...]],
         commit: Callable[..., None] | None = None,
         clip_norm: float | None = None,
-        clip_each: bool = False,
+        clip_group: Callable[[nn.Parameter], Hashable] | None = None,
         average: MovingAverage | None = None,
         in_backward: bool = False,
         estimator: MeZO | None = None,
@@ -67,16 +67,17 @@ class OptimizerUpdate:
             loss: maps that output and the inputs to a scalar, or to several terms to add. Called outside autocast.
             commit: called once with the output and the inputs after the backward pass.
             clip_norm: largest global norm of the gradients. inf: only measure the norm. None: do not measure it.
-            clip_each: clip each parameter's gradient to `clip_norm` instead. `in_backward` always does so.
+            clip_group: maps parameters to groups, each of which is clipped by itself. None: all are one group.
             average: moving average of the weights, updated after each step.
-            in_backward: whether the backward phase also takes the optimizer step.
+            in_backward: whether the backward phase also takes the optimizer step. It clips `clip_group`s only.
             estimator: replaces the backward pass. The last of the inputs must then be the noise key.
         """
         self.model, self.runtime, self.optimizer = model.train(), runtime, optimizer
         self._output, self._loss, self._commit = output, loss, commit
-        self._clip_norm, self._clip_each, self._average = clip_norm, clip_each, average
-        self.stepper = StepInBackward(optimizer, clip_norm) if in_backward and optimizer is not None else None
-        self.estimator = estimator
+        self._clip_norm, self._clip_group, self._average = clip_norm, clip_group, average
+        self.estimator, self.stepper = estimator, None
+        if in_backward and optimizer is not None:
+            self.stepper = StepInBackward(optimizer, clip_norm, clip_group or id)
         self._inputs: tuple = ()
         self._share = 1.0
         self.output: Any = None
@@ -101,8 +102,9 @@ class OptimizerUpdate:
     def backward(self) -> None:
         """Run the backward pass, which adds this micro-batch's gradient to those before it."""
         if self.estimator is None:
-            with contextlib.nullcontext() if self.stepper is None else self.stepper.active():
-                (self._share * self.loss).backward()
+            loss = self._share * self.loss
+            with contextlib.nullcontext() if self.stepper is None else self.stepper.active(loss):
+                loss.backward()
         self.loss = self.terms = None
         if self._commit is not None:
             self._commit(self.output, *self._inputs)
@@ -138,7 +140,7 @@ class OptimizerUpdate:
             return self.estimator.clip(self._clip_norm)
         if self.stepper is not None:
             return self.stepper.norm()
-        return clip_gradients(self.trained, self._clip_norm, self._clip_each)
+        return clip_gradients(self.trained, self._clip_norm, self._clip_group)
 
     def clear(self) -> None:
         """Release the last micro-batch's output."""
@@ -205,7 +207,7 @@ def _multitask_parts(
         "in_backward": config.step_in_backward,
         "estimator": estimator_of(model, config, optimizer),
         "clip_norm": math.inf if config.grad_clip_norm is None else config.grad_clip_norm,
-        "clip_each": config.grad_clip_per == "parameter",
+        "clip_group": clip_groups(model, config),
     }
 
 
@@ -322,10 +324,8 @@ class TrainingStep(OptimizerUpdate):
 def random_batch(images: int, size: int, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return (B, 3, S, S) standard normal images and (B,) labels, with a fixed seed."""
     draws = torch.Generator().manual_seed(0)
-    return (
-        torch.randn(images, 3, size, size, generator=draws).to(device),
-        torch.randint(classes, (images,), generator=draws).to(device),
-    )
+    pixels = torch.randn(images, 3, size, size, generator=draws)
+    return pixels.to(device), torch.randint(classes, (images,), generator=draws).to(device)
 
 
 def training_step(

@@ -253,6 +253,6 @@ def test_each_gradient_is_clipped_by_its_own_norm(limit):
     gradients = [torch.tensor([0.0, 2.0, 0.0]), torch.tensor([3.0, 0.0, 4.0, 0.0, 0.0])]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient.clone()
-    assert clip_gradients(parameters, limit, each=True) == pytest.approx(29**0.5)
+    assert clip_gradients(parameters, limit, id) == pytest.approx(29**0.5)
     torch.testing.assert_close(parameters[0].grad, gradients[0])
     torch.testing.assert_close(parameters[1].grad, gradients[1] * (0.5 if limit == 2.5 else 1))
