@@ -343,5 +343,5 @@ def reject(
 
 def _chosen(trained: TrainedRun, tasks: list[str]) -> dict[str, MultitaskViT]:
     if unknown := [task for task in tasks if task not in trained.models]:
-        raise ValueError(f"tasks: {unknown[0]!r} is none of the run's: {', '.join(trained.models)}")
+        raise ValueError(f"tasks: {unknown[0]!r} is not a task of the run: {', '.join(trained.models)}")
     return {task: trained.models[task] for task in trained.models if task in tasks}

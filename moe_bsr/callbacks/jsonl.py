@@ -41,21 +41,21 @@ class Jsonl(Callback):
         """
         length, unwritten = state.get("bytes", 0), state.get("unwritten", "")
         if type(length) is not int or length < 0 or not isinstance(unwritten, str):
-            raise ValueError(f"no length of {self.path.name}: {state!a:.80}")
+            raise ValueError(f"no state of {self.path.name}: {state!a:.80}")
         self.unwritten = unwritten.encode()
         self.stream = files.open_file(self.path, "ab")
         there = self.path.stat().st_size
         is_cut = there < length
         if is_cut:
             warnings.warn(
-                f"{self.path} has {there} bytes of the {length} it had at the checkpoint: lines before it are lost",
+                f"{self.path} has {there} bytes of the {length} it had at the checkpoint: earlier lines are lost",
                 stacklevel=2,
             )
             length = files.read_bytes(self.path).rfind(b"\n") + 1  # drop an incomplete last line
         self.stream.truncate(length)
         self.checksum = zlib.crc32(files.read_bytes(self.path))
         if not is_cut and state.get("crc32", self.checksum) != self.checksum:
-            warnings.warn(f"{self.path} was changed: lines in it are not those written", stacklevel=2)
+            warnings.warn(f"{self.path} was changed by somebody else", stacklevel=2)
         self._write_out()
 
     def on_step(self, step: StepEvent) -> None:

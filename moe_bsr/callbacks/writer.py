@@ -149,7 +149,7 @@ def _append(file: Path, events: list[bytes]) -> None:
         OSError: the disk is full, or the path is a link, a folder or a device (a run must not write elsewhere).
     """
     if file.parent.is_symlink() or file.parent.parent.is_symlink() or os.path.lexists(file) and not _is_plain(file):
-        raise OSError(f"{file}: a link or no file where events are written; remove it")
+        raise OSError(f"{file}: a link or no regular file where events belong; remove it")
     file.parent.mkdir(parents=True, exist_ok=True)
     before = file.stat().st_size if file.exists() else 0
     try:

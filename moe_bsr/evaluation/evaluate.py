@@ -146,5 +146,5 @@ def _check(logits: Tensor, data: TaskData) -> None:
         )
     if not logits.isfinite().all():  # comparisons with NaN are false, so its rank would be 0: 100 % accuracy
         raise FloatingPointError(
-            f"task {data.name}: logits that are not finite; the weights are broken, go back to an earlier checkpoint"
+            f"task {data.name}: logits are not finite; the weights are broken, use an earlier checkpoint"
         )

@@ -29,7 +29,7 @@ class Features(NamedTuple):
             FloatingPointError: one is NaN or infinite.
         """
         if not self.x.isfinite().all():
-            raise FloatingPointError(f"task {task}: features that are not finite; check backbone.weights, or fp32")
+            raise FloatingPointError(f"task {task}: features are not finite; check backbone.weights, or try fp32")
         return self
 
 

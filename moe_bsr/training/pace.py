@@ -40,7 +40,7 @@ def updates_decided(trainer: "Trainer") -> tuple[int, list[str]]:
         notes.append(f"train.minutes = {minutes:g}: {steps} updates at this machine's speed")
     if state.step > steps:
         place = trainer.folder / "checkpoint" / str(state.step)
-        raise CheckpointError(f"{place} is of a step after the run's last, train.steps = {steps}")
+        raise CheckpointError(f"{place} is after the run's last step, train.steps = {steps}")
     if before not in (0, steps):
         notes.append(f"planned length changed from {before} to {steps} updates")
     return steps, notes

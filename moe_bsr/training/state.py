@@ -296,7 +296,7 @@ class TrainState:
             )
             contents.check_average(place, tensors.get("average"), self.model, self.average is not None)
         except checkpoint.CheckpointError as error:
-            warnings.warn(f"{error}; the last weights are reported in place of the best", stacklevel=2)
+            warnings.warn(f"{error}; the last weights are reported instead of the best", stacklevel=2)
             self.lost, self.best = Lost(self.best, str(error)), Best(self.step, None)
             return
         self.model.load_state_dict(tensors["weights"], strict=False)
