@@ -101,9 +101,9 @@ def _train(
     chosen = default_callbacks(run_dir) if callbacks is None else [Jsonl(run_dir), *callbacks]
     chosen += loggers(config.train.log_to, run_dir)
     with runtime.in_effect():
-        model, told = build_model(config, tasks, run_dir, resume)
+        model, origin = build_model(config, tasks, run_dir, resume)
         require_alike(ranks, model, tasks)
-        notes += told
+        notes += origin
         chosen = chosen if ranks.first else []
         trainer = make_trainer(config, runtime.place(model), tasks, runtime, run_dir, chosen, features)
         trainer.about += notes
@@ -177,8 +177,8 @@ def make_trainer(
     predicted = _predict(config, model, runtime) if runtime.ranks.first else None
     if predicted is not None:
         _warn_of_memory(config, inputs, predicted)
-    told = predicted.summary(_micro_batch(config)) if predicted else "no predicted cost for a part of this model"
-    lines = about(config, model, tasks, runtime, run_dir, told) + inputs.summary()
+    prediction = predicted.summary(_micro_batch(config)) if predicted else "no predicted cost for a part of this model"
+    lines = about(config, model, tasks, runtime, run_dir, prediction) + inputs.summary()
     costs = {
         "predicted_peak_mb": predicted and predicted.peak / 2**20,
         "gflops_per_image": predicted and predicted.forward_flops / _micro_batch(config) / 1e9,

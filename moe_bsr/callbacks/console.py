@@ -15,7 +15,7 @@ from moe_bsr.runtime.top_list import worst_and_best
 from moe_bsr.training.callback import Callback, EvalEvent, StartEvent, StepEvent
 
 ROWS = 20  # training rows over a run
-MANY = 8  # up to so many tasks have a column each
+MANY = 8  # up to this many tasks have a column each
 EXTREMES = 2  # worst and best tasks to name if there are more
 CELL = 11  # characters of a task's column: "  2.31  12%"
 

@@ -155,9 +155,9 @@ class RoutingStatistics:
         else:
             balance = "even" if used > 0.9 * self.experts else "uneven"
         words = f"{balance}: the load is effectively spread over {used:.1f} of {self.experts} experts"
-        told = self.mutual_information()
-        if not np.isnan(told):
-            way = "share them" if told < 0.1 else "partly differ" if told < 0.5 else "use different ones"
+        information = self.mutual_information()
+        if not np.isnan(information):
+            way = "share them" if information < 0.1 else "partly differ" if information < 0.5 else "use different ones"
             words += f"; tasks {way}"
         return words
 

@@ -47,4 +47,4 @@ def _sizes(tasks: dict[str, TaskData]) -> str:
 def _length(config: Config, sizes: dict[str, int]) -> str:
     if config.train.optimizer == "lbfgs":
         return f"only the heads, by L-BFGS on features computed once ({config.train.penalty} penalty)"
-    return f"{length.told(config, sizes)} of {config.train.batch_size} images ({config.sampler.kind})"
+    return f"{length.described(config, sizes)} of {config.train.batch_size} images ({config.sampler.kind})"

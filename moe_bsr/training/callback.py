@@ -198,7 +198,7 @@ class Callbacks:
             if name not in self._muted:
                 self._muted.add(name)
                 warnings.warn(
-                    f"callback {name!r} failed in {hook}: {_told(error)}; it is not called any more, and training "
+                    f"callback {name!r} failed in {hook}: {_described(error)}; it is not called any more, and training "
                     "goes on without it",
                     stacklevel=4,
                 )
@@ -208,7 +208,7 @@ def _essential(callback: Callback) -> bool:
     return getattr(callback, "essential", False)
 
 
-def _told(error: BaseException) -> str:
+def _described(error: BaseException) -> str:
     """Format an exception in one line."""
     try:
         said = " ".join(str(error).split())

@@ -68,7 +68,7 @@ def images_per_update(config: Config, sizes: dict[str, int]) -> int:
     return config.train.batch_size * len(first)
 
 
-def told(config: Config, sizes: dict[str, int]) -> str:
+def described(config: Config, sizes: dict[str, int]) -> str:
     """Return a run's length in words."""
     steps, train = updates_of(config, sizes), config.train
     if train.minutes is not None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moe_bsr.evaluation.features import Features
 
 PENALTIES = tuple(10 ** (-k / 2) for k in range(11))  # 1 to 1e-5
-PATIENCE = 3  # the path ends after so many penalties in a row without improvement
+PATIENCE = 3  # the path ends after this many penalties in a row without improvement
 ITERATIONS, HISTORY = 200, 10
 
 

@@ -14,7 +14,7 @@ from moe_bsr.training.failures import NonFiniteLoss
 from moe_bsr.training.trainer import Trainer
 
 SMOOTHING = 0.7  # decay of the moving average of a task's loss, bias-corrected as in Adam
-DIVERGED = 4.0  # the search ends when the curve exceeds so many times its lowest value
+DIVERGED = 4.0  # the search ends when the curve exceeds this multiple of its lowest value
 
 
 @dataclass(frozen=True)

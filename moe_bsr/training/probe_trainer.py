@@ -98,7 +98,7 @@ class ProbeTrainer(Trainer):
                 self.model.heads[task].weight.copy_(probe.weight)
                 self.model.heads[task].bias.copy_(probe.bias)
         self.state.step += 1
-        self.penalties.told = {
+        self.penalties.results = {
             task: {
                 "chosen": probe.chosen.penalty,
                 "images": self.used[task],
@@ -176,8 +176,8 @@ class ProbeTrainer(Trainer):
     def _progress(self) -> dict[str, dict[str, float]]:
         """Return the progress: every used image was seen once."""
         done, sizes = self.state.step, {task: len(data.train) for task, data in self.tasks.items()}
-        for task, told in self.penalties.told.items():
-            sizes[task] = told["images"]
+        for task, result in self.penalties.results.items():
+            sizes[task] = result["images"]
         return {
             task: {"updates": done, "images": done * sizes[task], "epochs": done * sizes[task] / len(data.train)}
             for task, data in self.tasks.items()
@@ -196,13 +196,13 @@ class Penalties(Callback):
     name = "penalties"
 
     def __init__(self) -> None:
-        self.told: dict[str, Any] = {}
+        self.results: dict[str, Any] = {}
 
     def state(self) -> dict[str, Any]:
-        return self.told
+        return self.results
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.told = state
+        self.results = state
 
     def on_end(self, report: Any) -> dict[str, Any]:
-        return {"penalties": self.told} if self.told else {}
+        return {"penalties": self.results} if self.results else {}
