@@ -1,6 +1,6 @@
-"""The library's front: train a configuration, evaluate a run, let it learn to reject. (`moe_bsr.load` is in `runs`.)
+"""Public functions: train a configuration, find a learning rate, evaluate a run, and let it reject foreign images.
 
-Everything is put together here: data, model, predicted cost, callbacks and trainer.
+They assemble data, model, predicted cost, callbacks and trainer. `moe_bsr.load` is in `runs`.
 """
 
 import contextlib
@@ -49,24 +49,25 @@ def train(
     callbacks: list[Callback] | None = None,
     features: FeatureCache | None = None,
 ) -> dict[str, Any]:
-    """Train as the configuration says, into a run folder, and return its report.
+    """Train a configuration in a run folder, and return its report.
 
         config = moe_bsr.config.load("quickstart.yaml", ["train.steps=100"])
         report = moe_bsr.train(config, "runs/mine")
         report["tasks"]["petals"]["top1"]
 
     Args:
-        resume: go on from the newest sound checkpoint of the folder, or start if there is none.
-        callbacks: in place of the console, TensorBoard and the expert views; metrics.jsonl is always written, and what
-            train.log_to names. `moe_bsr.callbacks` has Csv, WandB and MLflow.
-            With `mode: single_task` they see one run after the other.
-        features: kept by a run of the same images and frozen blocks, in place of a data.feature_cache_mb of its own.
+        resume: continue from the newest intact checkpoint of the folder, or start if there is none.
+        callbacks: replace the console, TensorBoard and the expert views. metrics.jsonl and the loggers in train.log_to
+            are always written. `moe_bsr.callbacks` has Csv, WandB and MLflow.
+            With `mode: single_task`, they receive one run after the other.
+        features: feature cache of a run with the same images and frozen blocks, to use instead of a new one.
     Raises:
-        ConfigError: an impossible configuration, a folder that holds another run or that a process trains in.
-        CheckpointError: no checkpoint to resume from is sound. ValueError: two callbacks of one name.
-        TrainingFailed: a run that had begun could not go on: no room on the disk, no memory, or (NonFiniteLoss) the
-            loss or the gradient became infinite or NaN.
-        FloatingPointError: an evaluation met logits that are. UnreadableImage: an image could not be decoded.
+        ConfigError: an invalid configuration, or the folder holds another run or is in use by a process.
+        CheckpointError: no intact checkpoint to resume from. ValueError: two callbacks have the same name.
+        TrainingFailed: a started run could not go on: the disk is full, memory ran out, or (NonFiniteLoss) the loss or
+            the gradient became infinite or NaN.
+        FloatingPointError: logits became infinite or NaN in an evaluation.
+        UnreadableImage: an image could not be decoded.
     """
     run_dir = Path(run_dir)
     with joined(find_device(config.runtime.device), config.train.exchange) as ranks, contextlib.ExitStack() as held:
@@ -78,7 +79,7 @@ def train(
             parts = [run_dir / name for name in config.task_names()] if config.mode == "single_task" else []
             for place in (run_dir, *parts):
                 held.enter_context(locked(place))
-        ranks.by_first(lambda: run.check_folder(config, run_dir, resume))  # who held it before us may have finished
+        ranks.by_first(lambda: run.check_folder(config, run_dir, resume))  # the lock's last holder may have finished
         return _train(config, run_dir, resume, callbacks, runtime, features)
 
 
@@ -90,7 +91,7 @@ def _train(
     runtime: Runtime,
     features: FeatureCache | None = None,
 ) -> dict[str, Any]:
-    """`train`, in a folder that is locked and checked."""
+    """Do the work of `train`, in a folder that is checked and locked."""
     ranks = runtime.ranks
     if resume and (done := ranks.by_first(lambda: report.complete(run_dir, config))) is not None:
         return done
@@ -100,9 +101,9 @@ def _train(
     chosen = default_callbacks(run_dir) if callbacks is None else [Jsonl(run_dir), *callbacks]
     chosen += loggers(config.train.log_to, run_dir)
     with runtime.in_effect():
-        model, told = build_model(config, tasks, run_dir, resume)
+        model, origin = build_model(config, tasks, run_dir, resume)
         require_alike(ranks, model, tasks)
-        notes += told
+        notes += origin
         chosen = chosen if ranks.first else []
         trainer = make_trainer(config, runtime.place(model), tasks, runtime, run_dir, chosen, features)
         trainer.about += notes
@@ -112,7 +113,10 @@ def _train(
 def build_model(
     config: Config, tasks: dict[str, TaskData], run_dir: Path, resume: bool
 ) -> tuple[MultitaskViT, list[str]]:
-    """The model of a run as it starts, and what was taken from another run. One that goes on needs no other run."""
+    """Return the model of a run at its start, and notes on what it took from the run `train.init_from`.
+
+    A resumed run does not need that other run.
+    """
     kept = {name: about["classes"] for name, about in kept_tasks.records(config, run_dir, resume).items()}
     opened = {name: list(data.class_names) for name, data in tasks.items()}
     classes = {name: (kept | opened)[name] for name in config.task_names()}
@@ -122,11 +126,11 @@ def build_model(
 
 
 def check(config: Config) -> None:
-    """Refuse what cannot be before data are opened or weights are read.
+    """Check a configuration before data are opened or weights are read.
 
     Raises:
-        ConfigError: an impossible plan, an unknown kind of storage, adapter, router, sampler or backbone, or a package
-            that train.log_to needs and that is not installed.
+        ConfigError: an impossible plan; an unknown storage, adapter, router, sampler or backbone; a package in
+            train.log_to that is not installed; or parameters that do not fit into memory.
     """
     SAMPLERS.choose(config.sampler.kind)
     require_loggers(config.train.log_to)
@@ -139,7 +143,7 @@ def check(config: Config) -> None:
 def _train_each_task(
     config: Config, run_dir: Path, resume: bool, callbacks: list[Callback] | None, runtime: Runtime
 ) -> dict[str, Any]:
-    """One complete run per task; finished ones are not repeated on resume."""
+    """Train one complete run per task. On resume, finished runs are not repeated."""
     ranks = runtime.ranks
     ranks.by_first(lambda: write_whole(run_dir / "config.yaml", configuration.dump(config)))
     parts: dict[str, dict[str, Any]] = {}
@@ -163,18 +167,18 @@ def make_trainer(
     callbacks: list[Callback],
     features: FeatureCache | None = None,
 ) -> Trainer:
-    """The trainer of one run, with what it is fed and what is known of the run beforehand.
+    """Return the trainer of one run, with its inputs, its predicted cost and the lines about it.
 
     Args:
-        model: on its device already (`runtime.place`).
+        model: already on its device (`runtime.place`).
     """
     transforms = run.make_transforms(config, model, runtime.ranks.local)
     inputs = make_inputs(config, model, tasks, transforms, runtime, features)
     predicted = _predict(config, model, runtime) if runtime.ranks.first else None
     if predicted is not None:
         _warn_of_memory(config, inputs, predicted)
-    told = predicted.summary(_micro_batch(config)) if predicted else "no predicted cost for a part of this model"
-    lines = about(config, model, tasks, runtime, run_dir, told) + inputs.summary()
+    prediction = predicted.summary(_micro_batch(config)) if predicted else "no predicted cost for a part of this model"
+    lines = about(config, model, tasks, runtime, run_dir, prediction) + inputs.summary()
     costs = {
         "predicted_peak_mb": predicted and predicted.peak / 2**20,
         "gflops_per_image": predicted and predicted.forward_flops / _micro_batch(config) / 1e9,
@@ -184,7 +188,7 @@ def make_trainer(
 
 
 def _check_parameters(model: MultitaskViT, device: torch.device) -> None:
-    """Refuse a model whose parameters alone do not fit."""
+    """Raise ConfigError if the model's parameters alone do not fit into memory."""
     needed = sum(parameter.nbytes for parameter in model.parameters())
     free = memory.available(device)
     if free is not None and needed > free[0]:
@@ -195,7 +199,7 @@ def _check_parameters(model: MultitaskViT, device: torch.device) -> None:
 
 
 def _warn_of_memory(config: Config, inputs: Inputs, predicted: Cost) -> None:
-    """Warn of a run whose predicted peak is more than the memory there is; the model itself is in memory already."""
+    """Warn if the predicted peak, beside the model that is loaded already, exceeds the free memory."""
     free = memory.available(inputs.runtime.device)
     step = predicted.peak - predicted.parameters
     images = inputs.cached_bytes()
@@ -214,7 +218,7 @@ def _warn_of_memory(config: Config, inputs: Inputs, predicted: Cost) -> None:
 def _predict(config: Config, model: MultitaskViT, runtime: Runtime) -> Cost | None:
     try:
         return predict(model, config, batch=_micro_batch(config), precision=runtime.precision, all_tasks=True)
-    except Exception as error:  # whatever a tracer meets, it must not keep anybody from training
+    except Exception as error:  # a failed prediction must not stop training
         warnings.warn(f"the cost of this run could not be predicted: {type(error).__name__}: {error}", stacklevel=2)
         return None
 
@@ -224,17 +228,21 @@ def _micro_batch(config: Config) -> int:
 
 
 def find_lr(config: Config, steps: int | None = None, low: float = 1e-6, high: float = 1.0) -> dict[str, Any]:
-    """Look for a learning rate: the loss while the rate rises from `low` to `high` (`training.lr_finder`).
+    """Search for a learning rate: record the loss while the rate rises from `low` to `high` (`training.lr_finder`).
+
+    No file is written.
 
     Args:
-        steps: updates; by default 100, or 30 for each task where that is more.
+        steps: number of updates; by default 100, or 30 per task if that is more.
     Returns:
-        suggestion (a train.lr, where the loss falls fastest; None where it never falls), lowest (where it is lowest),
-        diverged (whether the search ended before `high`) and curve, [{lr, loss, smoothed}, ...]. No file is written.
+        suggestion: a value for train.lr, the rate at which the loss falls fastest; None if it never falls.
+        lowest: the rate with the lowest loss.
+        diverged: whether the search ended before `high`.
+        curve: [{lr, loss, smoothed}, ...], one entry per update.
     Raises:
-        ConfigError: an impossible configuration, one of several models, or one that is solved and not stepped.
+        ConfigError: an invalid configuration, one with a model per task, or one with train.optimizer = lbfgs.
     """
-    require(config.mode == "multitask", "mode", config.mode, "multitask, with one of the tasks: a rate is of one model")
+    require(config.mode == "multitask", "mode", config.mode, "multitask, with one task: it tunes one model")
     solver = config.train.optimizer
     require(solver != "lbfgs", "train.optimizer", solver, "adamw, adamw8 or sgd: a solver has no learning rate")
     steps = steps or max(100, 30 * len(config.tasks))
@@ -268,20 +276,22 @@ def evaluate(
     on_task: Callable[[str, int], None] = lambda task, images: None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Accuracy, calibration, tokens kept and experts used of each task of a run.
+    """Return accuracy, calibration, tokens kept and experts used for each task of a run.
 
     Args:
-        run_dir: a run folder, or what `load` returned. split: "val" or "test"; tests are counted in the run.
-        tasks: only these. on_task: called with the name and the number of images before a task is evaluated.
-        options: of `load`, for a folder: checkpoint_name, data_root, device, weights.
+        run_dir: a run folder, or what `load` returned.
+        split: "val" or "test". The run counts its test evaluations.
+        tasks: evaluate only these tasks.
+        on_task: called before each task with its name and number of images.
+        options: arguments of `load` for a folder: checkpoint_name, data_root, device, weights.
     Returns:
-        run, step, split, mean_top1, tasks ({name: numbers}), data_changes ({name: how its images of this split
-        differ from what the run began with}, empty where none do) and, for the test split, test_evaluations.
+        run, step, split, mean_top1, tasks ({name: numbers}), data_changes ({name: how its images of this split differ
+        from those at the start of the run}, only tasks that differ) and, for the test split, test_evaluations.
     Raises:
-        ValueError: no such split, or a task the run does not have.
-        ConfigError: validation images are no longer what they were when the run began.
-        ConfigError: not a run folder. CheckpointError: a missing or damaged checkpoint.
-        FloatingPointError: logits that are not finite.
+        ValueError: the split or a task does not exist.
+        ConfigError: not a run folder, or validation images differ from those at the start of the run.
+        CheckpointError: a missing or damaged checkpoint.
+        FloatingPointError: logits are not finite.
     """
     if split not in ("val", "test"):
         raise ValueError(f"split: {split!r} is neither 'val' nor 'test'")
@@ -289,7 +299,7 @@ def evaluate(
         trained = run_dir if tasks is None else dataclasses.replace(run_dir, models=_chosen(run_dir, tasks))
     else:
         trained = load(run_dir, tasks=tasks, **options)
-    data = {task: trained.data(task, split) for task in trained.models}  # if missing, nothing is counted
+    data = {task: trained.data(task, split) for task in trained.models}  # may fail: not counted yet
     changes = {task: str(changed) for task in data if (changed := trained.changes[task][split])}
     result: dict[str, Any] = {"run": str(trained.run), "step": trained.step, "split": split, "data_changes": changes}
     if split == "test":
@@ -308,22 +318,24 @@ def reject(
     on_task: Callable[[str, int], None] = lambda task, images: None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Let a run learn what belongs to none of its tasks: `TrainedRun.predict` says it from then on.
+    """Teach a run to reject images that belong to none of its tasks; `TrainedRun.predict` does so from then on.
 
-    One pass over training images (5,000 of a task at most) and validation images. The score is the one of
-    `evaluation.rejection.SCORES` that tells the tasks' validation images apart best; 95 % of a task's own are accepted.
+    This takes one pass over training images (at most 5,000 per task) and validation images. It selects the score in
+    `evaluation.rejection.SCORES` that best separates the tasks' validation images, with a threshold that accepts 95 %
+    of a task's own.
 
     Args:
-        run_dir: a run folder, or what `load` returned. on_task: called with the name and the number of images before a
-            task's images are looked at.
-        options: of `load`, for a folder: checkpoint_name, data_root, device, weights.
+        run_dir: a run folder, or what `load` returned.
+        on_task: called before each task with its name and number of images.
+        options: arguments of `load` for a folder: checkpoint_name, data_root, device, weights.
     Returns:
         run, step, score (its name), accepted (the share), mean_auroc {score: number}, tasks {name: train_images,
-        val_images and, in a run of several tasks, auroc, rejected, named, foreign (`runs.rejection`)}. The same is
-        `rejection` in the run's report.
+        val_images and, in a run of several tasks, auroc, rejected, named, foreign (`runs.rejection`)}. The run's report
+        gets the same values under `rejection`.
     Raises:
-        ConfigError: not a run folder, or images that are no longer the run's. CheckpointError: a missing or damaged
-        checkpoint. FloatingPointError: features that are not finite.
+        ConfigError: not a run folder, or the images differ from the run's.
+        CheckpointError: a missing or damaged checkpoint.
+        FloatingPointError: features are not finite.
     """
     trained = run_dir if isinstance(run_dir, TrainedRun) else load(run_dir, **options)
     return rejection.learn(trained, batch_size, on_task)
@@ -331,5 +343,5 @@ def reject(
 
 def _chosen(trained: TrainedRun, tasks: list[str]) -> dict[str, MultitaskViT]:
     if unknown := [task for task in tasks if task not in trained.models]:
-        raise ValueError(f"tasks: {unknown[0]!r} is none of the run's: {', '.join(trained.models)}")
+        raise ValueError(f"tasks: {unknown[0]!r} is not a task of the run: {', '.join(trained.models)}")
     return {task: trained.models[task] for task in trained.models if task in tasks}

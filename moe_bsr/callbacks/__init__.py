@@ -1,6 +1,6 @@
-"""What follows a training run: the console, metrics.jsonl, TensorBoard, views of experts and mistakes.
+"""Callbacks that record a training run: console, metrics.jsonl, TensorBoard, pictures of experts and mistakes.
 
-`Csv`, `WandB` and `MLflow` are there for who asks for them: `train(..., callbacks=[...])`, or `train.log_to`.
+`Csv`, `WandB` and `MLflow` are optional: pass them with `train(..., callbacks=[...])`, or name them in `train.log_to`.
 """
 
 from importlib.util import find_spec
@@ -14,7 +14,7 @@ __all__ = ["Csv", "MLflow", "WandB", "default_callbacks", "loggers", "require_lo
 
 
 def default_callbacks(run_dir: Path) -> list[Callback]:
-    """Those of a run for which none are named; without matplotlib (the extra `views`) no pictures are drawn."""
+    """Return the callbacks used if none are given. Without matplotlib (the extra `views`) no pictures are drawn."""
     from moe_bsr.callbacks.console import Console
     from moe_bsr.callbacks.expert_views import ExpertViews
     from moe_bsr.callbacks.jsonl import Jsonl
@@ -28,15 +28,16 @@ def default_callbacks(run_dir: Path) -> list[Callback]:
 
 
 def loggers(names: list[str], run_dir: Path) -> list[Callback]:
-    """Those that `train.log_to` names."""
+    """Return the callbacks that `train.log_to` names."""
     made = {"csv": lambda: Csv(run_dir), "wandb": WandB, "mlflow": MLflow}
     return [made[name]() for name in names]
 
 
 def require_loggers(names: list[str]) -> None:
-    """
+    """Check that the packages for these loggers are installed.
+
     Raises:
-        ConfigError: a package of one of these is not installed.
+        ConfigError: one is not.
     """
     for name in set(names) - {"csv"}:
         require(name)

@@ -1,7 +1,7 @@
-"""The console: a table with a row for each twentieth of a run and for each evaluation; on a terminal a bar below it.
+"""Console output: a table with a row for each twentieth of a run and each evaluation, and a progress bar on a terminal.
 
-A row has every task's mean loss and accuracy over the updates since the row before, so a task shows whether or not
-its turn comes at the row's update. Many tasks are summed up by their mean, the worst and the best.
+A row shows the mean loss and accuracy of every task over the updates since the previous row, even if the row's own
+update trained another task. If there are many tasks, it shows their mean and the worst and best tasks.
 """
 
 import sys
@@ -14,10 +14,10 @@ from moe_bsr.runtime.names import pad, printable, shorten
 from moe_bsr.runtime.top_list import worst_and_best
 from moe_bsr.training.callback import Callback, EvalEvent, StartEvent, StepEvent
 
-ROWS = 20  # of training, over a run
-MANY = 8  # tasks that have a column each
-EXTREMES = 2  # worst and best tasks named, where there are more
-CELL = 11  # letters of a task's column: "  2.31  12%"
+ROWS = 20  # training rows over a run
+MANY = 8  # up to this many tasks have a column each
+EXTREMES = 2  # worst and best tasks to name if there are more
+CELL = 11  # characters of a task's column: "  2.31  12%"
 
 
 class Console(Callback):
@@ -35,7 +35,7 @@ class Console(Callback):
             self.bar = tqdm(total=self.steps, initial=start.step, unit="update", dynamic_ncols=True, smoothing=0.05)
 
     def on_step(self, step: StepEvent) -> None:
-        """Rows come with the last task of an update."""
+        """Collect metrics. A row is printed when the next update begins, after all tasks of its own update."""
         if self.bar is not None:
             self.bar.update(step.step - self.bar.n)
         if self.due and step.step > self.due.step:
@@ -82,7 +82,7 @@ class Console(Callback):
         self._begin_row()
 
     def _row(self, step: int, cells: list[str], of_tasks: dict[str, float], rest: str = "") -> None:
-        """Args: of_tasks: percent by task, of which the extremes are named."""
+        """Print a row. of_tasks: percent by task; the worst and best ones are named."""
         if not self.has_header:
             self._header()
         words = [pad(f"{step}/{self.steps}", self._width(), right=True)]
@@ -120,11 +120,11 @@ class Console(Callback):
 
 
 def _cell(means: list[float] | None) -> str:
-    """Loss and accuracy in percent; a dash for a task that had no turn."""
+    """Format loss and accuracy in percent, or a dash for a task without updates."""
     return "-" if means is None else f"{means[0]:6.2f} {means[1]:3.0f}%"
 
 
 def _epochs(step: StepEvent) -> str:
-    """Epochs of the tasks so far: the fewest and the most."""
+    """Format the fewest and the most epochs of a task so far."""
     done = sorted({f"{progress['epochs']:.1f}" for progress in step.progress.values()}, key=float)
     return done[0] if len(done) == 1 else f"{done[0]}-{done[-1]}"

@@ -1,4 +1,4 @@
-"""`metrics.csv`: a row for each update of a task and each evaluation, for spreadsheets and pandas."""
+"""Write `metrics.csv`: one row per task for each update and each evaluation, for spreadsheets and pandas."""
 
 import csv
 import io
@@ -13,7 +13,7 @@ COLUMNS = ("step", "task", "split", *TRAINING, *(name for name in SCORES if name
 
 
 class Csv(Callback):
-    """Writes `metrics.csv` into the run folder; split is train, val or test, and what a row has not stays empty."""
+    """Writes `metrics.csv` into the run folder. `split` is train, val or test; missing values stay empty."""
 
     name = "csv"
 

@@ -1,9 +1,8 @@
-"""Expert and token views during training: routing is counted at every step, told at evaluations, drawn at a few.
+"""Expert and token views during training: count routing in each update, log it at evaluations, draw it at some of them.
 
-What is said of the experts is of the tokens of all updates since the last evaluation. The images of the token
-strips are a fixed handful of each task's validation images, seen by the weights as they are then (not their moving
-average); they also tell how much of the routing is still changing. Pictures of one step are comparable with
-those of another.
+The expert statistics cover the tokens of all updates since the last evaluation. The token strips show a few fixed
+validation images of each task, so pictures of different steps are comparable. These images run through the current
+weights, not their moving average. They also measure how much the routing still changes.
 """
 
 import time
@@ -20,21 +19,21 @@ from moe_bsr.training.callback import Callback, EvalEvent, StartEvent, StepEvent
 from moe_bsr.visualize import routing_log, theme
 from moe_bsr.visualize.tokens import make_views, strip
 
-IMAGES = 8  # probe images per task, of which
-DRAWN = 2  # are drawn, of
-TASKS = 8  # tasks at most
-DRAWINGS = 3  # over a run, the last at its end: drawing takes seconds
-COLORS = 256  # of a picture: a third of the bytes
-EXPERTS, PATCHES = "which experts work", "where patches go"  # sections of TensorBoard's page, after val/
+IMAGES = 8  # probe images per task
+DRAWN = 2  # of them in a picture
+TASKS = 8  # most tasks with a picture
+DRAWINGS = 3  # drawings per run, the last at its end: drawing takes seconds
+COLORS = 256  # colors of a picture: a third of the bytes
+EXPERTS, PATCHES = "which experts work", "where patches go"  # TensorBoard sections; sorted after val/
 
 ByBlock = dict[int, RoutingStatistics]
 
 
 class ExpertViews(Callback):
-    """Draws into the run's events; adds `expert_use` and `views` to the report.
+    """Writes statistics and pictures into the run's TensorBoard events; adds `expert_use` and `views` to the report.
 
-    expert_use: {block: {task: share of each expert in the whole run's choices, summing to 1}}.
-    views: recording_seconds (inside training steps), drawing_seconds (at evaluations), events_bytes.
+    expert_use: {block: {task: share of each expert in the assignments of the whole run; they sum to 1}}.
+    views: recording_seconds (in training steps), drawing_seconds (at evaluations), events_bytes.
     """
 
     name = "expert_views"
@@ -108,8 +107,8 @@ class ExpertViews(Callback):
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.whole = _from_json(state.get("whole", {}))  # up to the last evaluation
-        self.window = _from_json(state.get("window", {}))  # since then
+        self.whole = _from_json(state.get("whole", {}))  # counts up to the last evaluation
+        self.window = _from_json(state.get("window", {}))  # counts since then
         self.since: int = state.get("since", 0)
         self.before = {  # experts of the probe images' tokens at the last evaluation, by task and block
             task: {int(block): probe.unpack(packed) for block, packed in blocks.items()}
@@ -152,7 +151,7 @@ class ExpertViews(Callback):
         return f"training, updates {self.since + 1:,} to {step:,}"
 
     def _stability(self, probed: dict[str, probe.ProbeResult]) -> dict[int, float]:
-        """By block, how much of the probe images' routing is as it was at the last evaluation."""
+        """Return by block the share of the probe images' routing that is unchanged since the last evaluation."""
         vit = self.start.model.vit
         now = {
             task: probe.expert_map(result.records, vit.num_prefix_tokens, vit.patch_embed.num_patches)
@@ -167,7 +166,7 @@ class ExpertViews(Callback):
 
 
 def drawing_due(since: int, step: int, steps: int) -> bool:
-    """Whether an evaluation is one to draw at: the first after each third of the run, and the last."""
+    """Return whether to draw at this evaluation: the first after each third of the run, and the last."""
     return step * DRAWINGS // steps > since * DRAWINGS // steps
 
 

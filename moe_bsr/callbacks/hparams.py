@@ -1,7 +1,7 @@
-"""A run's row in TensorBoard's HParams tab: what was chosen, and what came of it on the validation split.
+"""Write a run's row in TensorBoard's HParams tab: its settings, and its results on the validation split.
 
-The three messages of the tab go through the run's own writer. (`SummaryWriter.add_hparams` would open a
-second, time-stamped run beside it.)
+The tab's three messages go through the run's own writer, because `SummaryWriter.add_hparams` would create a second,
+time-stamped run.
 """
 
 from collections.abc import Mapping
@@ -15,14 +15,15 @@ from moe_bsr.config import Config
 from moe_bsr.runtime.names import printable
 from moe_bsr.runtime.top_list import are_many
 
-SECTION = "with what result"  # of the scalars; after all others
+SECTION = "with what result"  # section of the scalars; sorted after all others
 
 
 def write(writer: Writer, config: Config, report: Mapping[str, Any], top1: Mapping[str, float]) -> None:
     """Add the row of a finished run.
 
     Args:
-        report: as `runs.report.make` returns it. top1: validation top-1 in percent of the weights selected, by task.
+        report: as `runs.report.make` returns it.
+        top1: validation top-1 of the selected weights in percent, by task.
     """
     results, step = outcomes(report, top1), report["selected_step"]
     columns, *messages = hparams(choices(config, report), {f"{SECTION}/{name}": 0.0 for name in results})
@@ -34,9 +35,9 @@ def write(writer: Writer, config: Config, report: Mapping[str, Any], top1: Mappi
 
 
 def choices(config: Config, report: Mapping[str, Any]) -> dict[str, str | float]:
-    """The columns by which runs are told apart; lists as text, because the tab knows no lists.
+    """Return the settings that distinguish runs, by column. Lists become text, because the tab has no list type.
 
-    TensorBoard sorts columns by name and shows five at first: the names put the plan there.
+    TensorBoard sorts the columns by name and shows five at first. The names are chosen so that the plan is among them.
     """
     plan, moe, data = config.plan, config.moe, config.data
     keeps = plan.keep_rate if isinstance(plan.keep_rate, list) else [plan.keep_rate] * bool(plan.drop_blocks)
@@ -65,18 +66,18 @@ def choices(config: Config, report: Mapping[str, Any]) -> dict[str, str | float]
 
 
 def outcomes(report: Mapping[str, Any], top1: Mapping[str, float]) -> dict[str, float]:
-    """The tab's results by name, the first five shown: runs are ranked by what one may choose by, never by the test."""
+    """Return the results by column; the tab shows the first five. No test scores: runs are selected by validation."""
     results = {
         "mean val top-1 %": report["selected_mean_val_top1"],
         "peak MB": report["measured_peak_mb"],
         "GFLOPs per image": report["gflops_per_image"],
         "train seconds": report["train_seconds"],
     } | {f"{task} val top-1 %": value for task, value in top1.items()}
-    return {name: value for name, value in results.items() if value is not None}  # the cost may be unknown
+    return {name: value for name, value in results.items() if value is not None}  # the predicted cost may be unknown
 
 
 def _name_columns(message: Any) -> None:
-    """Show each result by its name alone, without the section that its tag begins with."""
+    """Set the display name of each result to its tag without the section."""
     content = message.value[0].metadata.plugin_data
     data = HParamsPluginData.FromString(content.content)
     for metric in data.experiment.metric_infos:
@@ -85,13 +86,13 @@ def _name_columns(message: Any) -> None:
 
 
 def _listed_parts(parts: str | dict[str, Any] | list | None) -> str:
-    """Storages or adapters, as the configuration names them: "recompute 3, 4; int8 5"."""
+    """Format storages or adapters as the configuration names them: "recompute 3, 4; int8 5"."""
     each = parts if isinstance(parts, list) else [parts]
     return "; ".join("none" if part is None else _described(part) for part in each)
 
 
 def _described(part: str | dict[str, Any]) -> str:
-    """A kind, its options and its blocks: "recompute 3, 4"."""
+    """Format a kind, its options and its blocks: "recompute 3, 4"."""
     if isinstance(part, str):
         return part
     options = [f"{key}={value}" for key, value in part.items() if key not in ("kind", "blocks")]

@@ -1,7 +1,7 @@
-"""`metrics.jsonl`: one object a line with step, task and named numbers.
+"""Write `metrics.jsonl`: one object per line, with step, task and numbers by name.
 
-It holds nothing measured by a clock, so that a resumed run's file equals an uninterrupted one's. It is the run's own
-record: where it cannot be written the run ends. The lines that found no room go into the checkpoint.
+It holds no timings, so the file of a resumed run equals that of an uninterrupted one. It is the run's own record: if it
+cannot be written, the run ends. Lines that did not fit on the disk go into the checkpoint.
 """
 
 import json
@@ -18,6 +18,12 @@ SCORES = ("top1", "top5", "mean_class_accuracy", "ece", "loss", "n")
 
 
 class Jsonl(Callback):
+    """Writes `metrics.jsonl` into the run folder.
+
+    Attributes:
+        unwritten: lines that could not be written yet. checksum: CRC-32 of the file.
+    """
+
     name = "jsonl"
     essential = True
 
@@ -25,30 +31,31 @@ class Jsonl(Callback):
         self.path = run_dir / "metrics.jsonl"
         self.stream: IO[bytes] | None = None
         self.unwritten = b""
-        self.checksum = 0  # of the file
+        self.checksum = 0
 
     def restore(self, state: dict) -> None:
-        """
+        """Cut the file back to its length at the checkpoint, and append the unwritten lines.
+
         Raises:
-            ValueError: no state of this callback.
+            ValueError: `state` is not a state of this callback.
         """
         length, unwritten = state.get("bytes", 0), state.get("unwritten", "")
         if type(length) is not int or length < 0 or not isinstance(unwritten, str):
-            raise ValueError(f"no length of {self.path.name}: {state!a:.80}")
+            raise ValueError(f"no state of {self.path.name}: {state!a:.80}")
         self.unwritten = unwritten.encode()
         self.stream = files.open_file(self.path, "ab")
         there = self.path.stat().st_size
         is_cut = there < length
         if is_cut:
             warnings.warn(
-                f"{self.path} has {there} bytes of the {length} it had at the checkpoint: lines before it are lost",
+                f"{self.path} has {there} bytes of the {length} it had at the checkpoint: earlier lines are lost",
                 stacklevel=2,
             )
-            length = files.read_bytes(self.path).rfind(b"\n") + 1  # a line cut in two would spoil the next one
+            length = files.read_bytes(self.path).rfind(b"\n") + 1  # drop an incomplete last line
         self.stream.truncate(length)
         self.checksum = zlib.crc32(files.read_bytes(self.path))
         if not is_cut and state.get("crc32", self.checksum) != self.checksum:
-            warnings.warn(f"{self.path} was changed: lines in it are not those written", stacklevel=2)
+            warnings.warn(f"{self.path} was changed by somebody else", stacklevel=2)
         self._write_out()
 
     def on_step(self, step: StepEvent) -> None:
@@ -79,7 +86,7 @@ class Jsonl(Callback):
         self._write_out()
 
     def _write_out(self) -> None:
-        while self.unwritten:  # one call may write a part, as when the disk is filling up
+        while self.unwritten:  # a call may write only a part, for example if the disk is nearly full
             count = self.stream.write(self.unwritten)
             self.checksum = zlib.crc32(self.unwritten[:count], self.checksum)
             self.unwritten = self.unwritten[count:]

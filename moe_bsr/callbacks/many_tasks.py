@@ -1,6 +1,6 @@
-"""TensorBoard's curves of many tasks: their mean and spread, and a list of the worst, in place of a curve for each.
+"""TensorBoard curves for many tasks: mean, spread and a list of the worst tasks, instead of one curve per task.
 
-A sub-run for each task would stall the page (some hundred sub-runs do), and nobody reads a chart of two hundred curves.
+About a hundred sub-runs stall TensorBoard's page, and a chart of two hundred curves is unreadable.
 """
 
 from typing import Any
@@ -11,31 +11,36 @@ from moe_bsr.runtime.text_tables import as_markdown
 from moe_bsr.runtime.top_list import spread, worst_and_best
 from moe_bsr.training.callback import EvalEvent, StepEvent
 
-RUNS = list(spread([0.0]))  # the sub-runs of the curves in val/
-POINTS = 200  # of a training curve: each is the mean over all updates since the point before
+RUNS = list(spread([0.0]))  # sub-runs of the curves in val/
+POINTS = 200  # points of a training curve: each is the mean over all updates since the previous point
 LARGE_IS_BAD = ("loss", "ece")
 
 
 class Curves:
-    """What a run of many tasks writes about them.
+    """Writes the curves of a run with many tasks.
 
     Attributes:
-        sums: of each number of training since the last point, their count under "n", the point's step under "until".
-        top1: in percent by task, at the last evaluation.
+        sums: sum of each training metric since the last point, with their count under "n" and the next point's step
+            under "until".
+        top1: top-1 in percent by task, at the last evaluation.
     """
 
     def __init__(self, writer: Writer, state: dict[str, Any]) -> None:
-        """Args: state: what `state` returned at the checkpoint; {} at a fresh start."""
+        """Args: state: the `state` saved in the checkpoint; {} in a new run."""
         self.writer = writer
         self.sums: dict[str, float] = state.get("sums", {})
         self.top1: dict[str, float] = state.get("top1", {})
 
     def state(self) -> dict[str, Any]:
-        """JSON values; {} as long as nothing was told."""
+        """Return JSON values; {} before the first event."""
         return {"sums": self.sums, "top1": self.top1} if self.sums or self.top1 else {}
 
     def on_step(self, step: StepEvent, steps: int) -> None:
-        """Count one task's share of an update of a run of so many; points come with the update after them."""
+        """Add one task's metrics of an update. A point is written when the next update begins.
+
+        Args:
+            steps: number of updates of the run.
+        """
         if self.sums and step.step > self.sums["until"]:
             self._point()
         if not self.sums:
@@ -47,7 +52,7 @@ class Curves:
         self.sums["images_per_second"] = self.sums.get("images_per_second", 0.0) + step.images_per_second
 
     def on_evaluate(self, evaluation: EvalEvent, names: tuple[str, ...]) -> None:
-        """The spread of each number, and the tasks of the lowest accuracy with what has changed."""
+        """Write the spread of each number over the tasks, and a list of the tasks with the lowest accuracy."""
         if self.sums:
             self._point(evaluation.step)
         for name in names:
@@ -66,10 +71,10 @@ class Curves:
 
 
 def worst_list(top1: dict[str, float], before: dict[str, float]) -> str:
-    """Markdown: the tasks of the lowest validation top-1, those of the highest, and those that fell the most.
+    """Return Markdown tables of the tasks with the lowest and the highest validation top-1, and the largest drops.
 
     Args:
-        before: of the evaluation before; {} at the first.
+        before: top-1 at the previous evaluation; {} at the first.
     """
     worst, best = worst_and_best(top1)
     change = {task: value - before[task] for task, value in top1.items() if task in before}

@@ -1,4 +1,4 @@
-"""At the end of a run, what the weights selected take for what, and the images they are most wrong about."""
+"""Draw confusion matrices and the worst mistakes of the selected weights at the end of a run."""
 
 import time
 from collections.abc import Mapping
@@ -11,14 +11,14 @@ from moe_bsr.training.callback import Callback, StartEvent
 from moe_bsr.visualize import mistakes as figures
 from moe_bsr.visualize import theme
 
-IMAGES = 500  # validation images of a task at most: another evaluation of all of them would take its time
-TASKS = 8  # drawn at most: those of the lowest accuracy
-# Sections of TensorBoard's page, after the curves; the first two of its Images tab, and the ones it opens.
+IMAGES = 500  # most validation images per task, to keep this short
+TASKS = 8  # most tasks with a picture: those with the lowest accuracy
+# TensorBoard sections, sorted after the curves. They are the first in the Images tab, which opens with them.
 ERRORS, CONFUSIONS = "what is most wrong", "what is taken for what"
 
 
 class MistakeViews(Callback):
-    """Draws into the run's events; adds `mistakes_seconds` to the report."""
+    """Writes pictures into the run's TensorBoard events; adds `mistakes_seconds` to the report."""
 
     name = "mistakes"
 
@@ -29,7 +29,7 @@ class MistakeViews(Callback):
         self.start = start
 
     def on_end(self, report: Mapping[str, Any]) -> dict[str, Any]:
-        """The model has the weights that the report is of."""
+        """Draw the pictures. The model has the weights that the report describes."""
         start, began = self.start, time.perf_counter()
         if not start.config.train.pictures or report["status"] != "finished":
             return {}

@@ -1,4 +1,4 @@
-"""What events come to as named numbers, for loggers that know neither tasks nor splits.
+"""Flatten events into numbers by name, for loggers without a notion of tasks and splits.
 
 train/<task>/loss, train/<task>/accuracy, ...   of one update
 val/<task>/top1, val/mean/top1, ...             of an evaluation, and the mean over the tasks
@@ -12,13 +12,13 @@ SCORES = ("top1", "top5", "mean_class_accuracy", "ece", "loss")
 
 
 def of_step(step: StepEvent) -> dict[str, float]:
-    """The numbers of one task's share of an update."""
+    """Return the metrics of one task in an update."""
     numbers = step.metrics | {"epochs": step.progress[step.task]["epochs"]}
     return {f"train/{step.task}/{name}": value for name, value in numbers.items() if value is not None}
 
 
 def of_evaluation(evaluation: EvalEvent) -> dict[str, float]:
-    """The numbers of all tasks, and their means."""
+    """Return the scores of all tasks, and their means."""
     scores, split = evaluation.scores, evaluation.split
     found = {f"{split}/{task}/{name}": of_task[name] for task, of_task in scores.items() for name in SCORES}
     return found | {f"{split}/mean/{name}": fmean(each[name] for each in scores.values()) for name in SCORES}

@@ -1,18 +1,18 @@
-"""TensorBoard: curves that can be read side by side, the report, and the run's row in the HParams tab.
+"""Write a run's curves, its report and its row in the HParams tab for TensorBoard.
 
-Sections come in the order of their names, so these are chosen for it:
+TensorBoard sorts sections by name. The names are chosen to give this order:
 
-    accuracy/<task>, loss/<task>   a chart for each task, training against validation
-    train/..., val/...             a chart for each number, a curve for each task; val/top1 has the mean, by which the
-                                   checkpoint is chosen, and a dot for the one that was
+    accuracy/<task>, loss/<task>   a chart per task, training against validation
+    train/..., val/...             a chart per number with a curve per task; val/top1 also has the mean, which selects
+                                   the checkpoint, and a dot at the selected one
     what .../<task>, where ...     pictures (`mistakes`, `expert_views`)
-    which experts work/...         a chart for each number, a curve for each block (`expert_views`)
-    with what result/...           what the HParams tab shows
+    which experts work/...         a chart per number with a curve per block (`expert_views`)
+    with what result/...           values of the HParams tab
 
-Of many tasks (`runtime.top_list`) train/... is their mean, val/... their spread, and the text `tasks` has the worst:
-`many_tasks.py`. Charts of single tasks are accuracy/<task> alone, which the page filters by name.
+With many tasks (`runtime.top_list`), train/... shows their mean, val/... their spread, and the text `tasks` lists the
+worst ones (`many_tasks.py`). Then single tasks have only the chart accuracy/<task>, which the page can filter by name.
 
-The test split is in the report alone: what stands in a chart is what one chooses by.
+Test scores appear only in the report, because charts are used to choose between runs.
 """
 
 import math
@@ -30,9 +30,9 @@ from moe_bsr.training.callback import Callback, EvalEvent, StartEvent, StepEvent
 SCORES = ("top1", "top5", "mean_class_accuracy", "ece", "loss")
 MAX_POINTS = 2000  # training points per task and number; TensorBoard itself shows 1000
 
-# Sub-runs beside the tasks'; no task can have such a name.
+# Sub-runs besides those of the tasks. No task can have such a name.
 SELECTED, TRAINING, VALIDATION = "selected step", "in training", "on validation"
-ALL = "(mean of tasks)"  # comes before every task's name
+ALL = "(mean of tasks)"  # sorted before every task's name
 
 
 class TensorBoard(Callback):
@@ -43,9 +43,9 @@ class TensorBoard(Callback):
 
     def restore(self, state: dict[str, Any]) -> None:
         self.writer.restore(state)
-        # By task since the last evaluation: sums of loss and accuracy in percent, and how many updates.
+        # By task, since the last evaluation: sum of losses, sum of accuracies in percent, number of updates.
         self.window: dict[str, list[float]] = state.get("window", {})
-        # The evaluation that would be selected now: its step, and top-1 in percent by task.
+        # The best evaluation so far: its step, mean top-1, and top-1 by task, in percent.
         self.best: dict[str, Any] = state.get("best", {})
         self.many = many_tasks.Curves(self.writer, state.get("many", {}))
 

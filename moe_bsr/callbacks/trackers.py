@@ -1,7 +1,7 @@
-"""Weights & Biases and MLflow: a run's numbers, configuration and report, where others keep theirs.
+"""Log a run's numbers, configuration and report to Weights & Biases or MLflow.
 
-Neither is needed to install this package; a run that asks for one that is not there is refused before it begins. What
-they do wrong later costs a warning, never training. A resumed run goes on in the same run of theirs.
+Both packages are optional. A run that asks for a missing one is refused before it begins. Later errors in them become
+warnings and do not stop training. A resumed run continues the same W&B or MLflow run.
 """
 
 import math
@@ -20,16 +20,17 @@ MAX_POINTS = 2000  # training points per task and number
 
 
 def require(package: str) -> None:
-    """
+    """Check that a package is installed.
+
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: it is not.
     """
     if find_spec(package) is None:
         raise ConfigError(f"train.log_to: {package} is not installed: pip install {package}, or leave it out")
 
 
 class Tracker(Callback):
-    """What both have in common: which numbers, how often, and the id under which a run goes on."""
+    """Base class of both: selects the numbers and how often they are logged, and saves the run's id for resuming."""
 
     def __init__(self, package: str) -> None:
         require(package)
@@ -54,7 +55,7 @@ class Tracker(Callback):
         self.log(numbers.of_evaluation(evaluation), evaluation.step)
 
     def begin(self, name: str, folder: os.PathLike, config: dict[str, Any]) -> None:
-        """Open a run, or go on with `run_id`."""
+        """Open a new run, or the run `run_id` if it is set."""
         raise NotImplementedError
 
     def log(self, values: dict[str, float], step: int) -> None:
@@ -62,11 +63,11 @@ class Tracker(Callback):
 
 
 class WandB(Tracker):
-    """Logs to Weights & Biases: `wandb.init` with these arguments, beside the run's own name and configuration.
+    """Logs to Weights & Biases. The arguments go to `wandb.init`, in addition to the run's name and configuration.
 
         moe_bsr.train(config, "runs/mine", callbacks=[WandB(project="flowers", tags=["first"])])
 
-    Charts have the update as their x-axis, `update`, for a resumed run may log some updates twice.
+    The x-axis of charts is `update`, because a resumed run may log some updates twice.
     """
 
     name = "wandb"
@@ -74,7 +75,7 @@ class WandB(Tracker):
     def __init__(self, project: str | None = None, **init: Any) -> None:
         """
         Args:
-            project: by default WANDB_PROJECT of the environment, or moe_bsr.
+            project: default: the environment variable WANDB_PROJECT, or moe_bsr.
         """
         super().__init__("wandb")
         self.init = {"project": project or os.environ.get("WANDB_PROJECT") or "moe_bsr", **init}
@@ -100,7 +101,7 @@ class WandB(Tracker):
 
 
 class MLflow(Tracker):
-    """Logs to MLflow, at the tracking server and experiment that its environment variables or the program have set."""
+    """Logs to MLflow, with the tracking server and experiment set by its environment variables or the program."""
 
     name = "mlflow"
     status = "FAILED"
@@ -108,7 +109,7 @@ class MLflow(Tracker):
     def __init__(self, experiment: str | None = None) -> None:
         """
         Args:
-            experiment: by default MLFLOW_EXPERIMENT_NAME of the environment, or MLflow's own default.
+            experiment: default: the environment variable MLFLOW_EXPERIMENT_NAME, or MLflow's default.
         """
         super().__init__("mlflow")
         self.experiment = experiment
@@ -117,10 +118,10 @@ class MLflow(Tracker):
         if self.experiment is not None:
             self.api.set_experiment(self.experiment)
         going_on = self.run_id is not None
-        # Nested, so that a run which the program itself has open is left as it is.
+        # Nested, so that a run opened by the program itself stays open.
         run = self.api.start_run(run_id=self.run_id, run_name=name, nested=self.api.active_run() is not None)
         self.run_id, self.open = run.info.run_id, True
-        if not going_on:  # MLflow refuses other values for a parameter it has
+        if not going_on:  # MLflow refuses to change a logged parameter
             self.api.log_params({key: str(value)[:500] for key, value in _flat(config).items()})
 
     def log(self, values: dict[str, float], step: int) -> None:
@@ -136,7 +137,7 @@ class MLflow(Tracker):
 
 
 def _results(report: Mapping[str, Any]) -> dict[str, float]:
-    """The report's main numbers."""
+    """Return the report's main numbers."""
     found = {f"result/{task}/top1": about.get("top1") for task, about in report["tasks"].items()}
     names = ("mean_top1", "train_seconds", "measured_peak_mb", "predicted_peak_mb", "gflops_per_image")
     found |= {f"result/{name}": report[name] for name in names}
@@ -144,7 +145,7 @@ def _results(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _flat(tree: dict[str, Any], place: str = "") -> dict[str, Any]:
-    """Dotted keys."""
+    """Flatten a nested dictionary to dotted keys."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= _flat(value, f"{place}{key}.") if isinstance(value, dict) and value else {f"{place}{key}": value}

@@ -1,9 +1,9 @@
-"""Writes a run's TensorBoard events, cut back on resume, in one file for each of its sub-runs.
+"""Write a run's TensorBoard events, one file per sub-run, and cut them back on resume.
 
-TensorBoard gives every sub-run (a folder) a color and a line in the legend, so what is to be compared in one chart, as
-tasks are, goes by one tag into different sub-runs. There is one file for each, however often the run is resumed, and
-none is held open: hundreds of tasks need neither threads nor file handles. A resumed run writes the same bytes where
-the interrupted one had written them, so a TensorBoard that is looking on goes on.
+TensorBoard gives each sub-run (a folder) a color and an entry in the legend. So values to compare in one chart, such as
+those of the tasks, have the same tag in different sub-runs. Each sub-run has a single file, however often the run is
+resumed. No file is held open, so hundreds of tasks need neither threads nor file handles. A resumed run rewrites the
+events after the checkpoint at the same positions in the file, so a running TensorBoard keeps reading it.
 """
 
 import contextlib
@@ -27,14 +27,14 @@ from moe_bsr.runtime.files import open_file
 from moe_bsr.runtime.names import printable
 
 FILE = "events.out.tfevents.0"
-BUDGET = 20_000_000  # bytes of events for every hour of training begun: beyond it no picture is written
-SECONDS = 10  # between writes at most, for those who look on
+BUDGET = 20_000_000  # bytes of events per started hour of training; beyond it no picture is written
+SECONDS = 10  # most seconds between writes, for live viewing
 
 
 class Writer:
-    """Events of one run. The `TensorBoard` callback keeps its state in the checkpoints and closes it.
+    """Event files of one run. The `TensorBoard` callback saves its state in the checkpoints, and flushes it at the end.
 
-    `run` names a sub-run; "" is the run itself.
+    In the methods, `run` names a sub-run; "" is the run itself.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,28 +43,28 @@ class Writer:
         self._start(0.0, False)
 
     def begin(self, runs: Iterable[str]) -> None:
-        """Sub-runs in the order in which TensorBoard shall give out its few colors."""
+        """Create the files of sub-runs, in the order in which TensorBoard assigns its few colors."""
         for run in runs:
             self._waiting.setdefault(run, [])
         self.flush()
 
     def add(self, message: Summary, step: int, run: str = "") -> None:
-        """Any summary; the others below are made for the kinds we have."""
+        """Write any summary."""
         self._waiting.setdefault(run, []).append(_event(step=step, summary=message))
         if time.monotonic() - self._written > SECONDS:
             self.flush()
 
     def scalar(self, tag: str, value: float, step: int, run: str = "") -> None:
-        """A point of a curve; a number that is not defined (NaN) is left out."""
+        """Write a point of a curve, unless the value is NaN."""
         if not math.isnan(value):
             self.add(Summary(value=[Summary.Value(tag=tag, simple_value=value)]), step, run)
 
     def text(self, tag: str, markdown: str, step: int) -> None:
-        """A text card."""
+        """Write a text card."""
         self.add(summary.text(tag, markdown), step)
 
     def picture(self, tag: str, png: bytes, step: int) -> None:
-        """The bytes of a PNG file, if the budget allows; the first time it does not, a text says so."""
+        """Write the bytes of a PNG file if the budget allows. The first time it does not, write a text that says so."""
         if self.size() + len(png) <= BUDGET * max(1, math.ceil(self._trained() / 3600)):
             width, height = Image.open(io.BytesIO(png)).size
             image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
@@ -79,12 +79,12 @@ class Writer:
             )
 
     def size(self) -> int:
-        """Bytes of all event files."""
+        """Return the bytes of all event files."""
         self.flush()
         return sum(file.stat().st_size for file in self._files())
 
     def state(self) -> dict[str, Any]:
-        """JSON values; see `Callback.state`."""
+        """Return JSON values; see `Callback.state`."""
         self.flush()
         return {
             "bytes": {file.relative_to(self.folder).as_posix(): file.stat().st_size for file in self._files()},
@@ -106,7 +106,7 @@ class Writer:
         self._start(state.get("seconds", 0.0), state.get("full", False))
 
     def flush(self) -> None:
-        """Append what waits to the files. Where that fails, one warning is given and no more is written."""
+        """Append the waiting events to the files. After a failure, warn once and write nothing more."""
         for run, events in self._waiting.items():
             if not self._failed:
                 try:
@@ -127,7 +127,7 @@ class Writer:
         return self._seconds + time.monotonic() - self._started
 
     def _files(self) -> list[Path]:
-        """Event files, of this run and its sub-runs; nothing is reached through a link."""
+        """Return the event files of this run and its sub-runs, without following links."""
         if self.folder.is_symlink():
             return []
         places = [self.folder, *(place for place in self.folder.glob("*/") if not place.is_symlink())]
@@ -143,13 +143,13 @@ def _is_plain(file: Path) -> bool:
 
 
 def _append(file: Path, events: list[bytes]) -> None:
-    """Write records to the end of an event file, all or none.
+    """Append records to an event file, all or none.
 
     Raises:
-        OSError: a link, a folder or a device where the file belongs (a resumed run must not write elsewhere); no room.
+        OSError: the disk is full, or the path is a link, a folder or a device (a run must not write elsewhere).
     """
     if file.parent.is_symlink() or file.parent.parent.is_symlink() or os.path.lexists(file) and not _is_plain(file):
-        raise OSError(f"{file}: a link or no file where events are written; remove it")
+        raise OSError(f"{file}: a link or no regular file where events belong; remove it")
     file.parent.mkdir(parents=True, exist_ok=True)
     before = file.stat().st_size if file.exists() else 0
     try:

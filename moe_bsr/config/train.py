@@ -42,6 +42,7 @@ class TrainConfig:
     warmup_fraction: float = 0.05
     warmup_steps: int | None = None
     grad_clip_norm: float | None = 1.0
+    grad_clip_per: Literal["model", "block", "parameter"] = "model"
     label_smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -125,23 +126,23 @@ class TrainConfig:
             self.grad_clip_norm,
             "null or above 0",
         )
-        for key, alone in (("grad_clip_norm", None), ("grad_accumulation_steps", 1)):
-            value = getattr(self, key)
-            require(
-                not self.step_in_backward or value == alone,
-                f"train.{key}",
-                value,
-                f"{'null' if alone is None else alone} with train.step_in_backward = true: gradients are not kept",
-            )
+        clips_all = self.grad_clip_norm is not None and self.grad_clip_per == "model"
+        for key, fits, needed in (
+            ("grad_clip_norm", not clips_all, "null, or train.grad_clip_per = block or parameter,"),
+            ("grad_accumulation_steps", self.grad_accumulation_steps == 1, "1"),
+        ):
+            only = f"{needed} with train.step_in_backward = true, which uses and frees gradients before all are there"
+            require(not self.step_in_backward or fits, f"train.{key}", getattr(self, key), only)
         require(0 < self.mezo_distance <= 1, "train.mezo_distance", self.mezo_distance, "above 0, at most 1")
         for key, refused, without in (
-            ("step_in_backward", True, "false"),
-            ("task_weighting", "pcgrad", "fixed or uncertainty"),
-            ("expert_decay", "mean", "null, zero or none"),
+            ("step_in_backward", (True,), "false"),
+            ("grad_clip_per", ("block", "parameter"), "model"),
+            ("task_weighting", ("pcgrad",), "fixed or uncertainty"),
+            ("expert_decay", ("mean",), "null, zero or none"),
         ):
             value = getattr(self, key)
             only = f"{without} with train.optimizer = {self.optimizer}, which has no gradients"
-            require(self.differentiates or value != refused, f"train.{key}", value, only)
+            require(self.differentiates or value not in refused, f"train.{key}", value, only)
         require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "[0, 1)")
         for key in ("mixup", "cutmix"):
             value = getattr(self, key)

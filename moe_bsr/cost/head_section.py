@@ -100,7 +100,14 @@ def _head_update(
     labels = empty((setting.batch,), torch.int64, setting.runtime.device)
     update = multitask_update(
         _BehindBlocks(setting.model, [(tokens, records)]),
-        replace(setting.config.train, task_weighting="fixed", optimizer="sgd"),  # learned weights are a few bytes
+        # Learned task weights are a few bytes; the section's own stepper clips.
+        replace(
+            setting.config.train,
+            task_weighting="fixed",
+            optimizer="sgd",
+            step_in_backward=False,
+            grad_clip_per="model",
+        ),
         setting.runtime,
         torch.optim.SGD(traced.parameters.values(), lr=1.0),
     )

@@ -68,7 +68,8 @@ class Setting:
         for p in trained:
             state = state_of(optimizer, p)
             optimizer.state[p] = {key: empty(t.shape, t.dtype, self.runtime.device) for key, t in state.items()}
-        return StepInBackward(optimizer)
+        by_block = settings.grad_clip_per == "block"  # a section has the parameters of one group
+        return StepInBackward(optimizer, settings.grad_clip_norm, (lambda parameter: 0) if by_block else id)
 
 
 @dataclass(slots=True)
@@ -86,7 +87,7 @@ class Traced:
     stepper: StepInBackward | None
 
     def backward(self, result: Tensor) -> None:
-        with contextlib.nullcontext() if self.stepper is None else self.stepper.active():
+        with contextlib.nullcontext() if self.stepper is None else self.stepper.active(result):
             torch.autograd.backward(result, torch.empty_like(result))
 
     def gradients(self) -> tuple[list[Allocation], frozenset[str]]:

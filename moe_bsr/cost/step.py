@@ -64,8 +64,9 @@ class Step:
         self.modules = modules_of_sections(model)
         self._fingerprints: dict[tuple[str, str, str], tuple[dict[str, str], tuple]] = {}
         kernels = ops.is_reference(), cpu.mkl_is_slow(), cpu.bf16_instructions(), cpu.onednn_has_bf16()
+        train = config.train
         moves = not self.setting.differentiates or (
-            config.train.step_in_backward and (config.train.optimizer, config.train.momentum)
+            train.step_in_backward and (train.optimizer, train.momentum, train.grad_clip_norm, train.grad_clip_per)
         )
         self.key = (batch, device, precision, threads, scratch, kernels, repr(config.tokens), moves)
 

@@ -13,7 +13,7 @@ from moe_bsr.cost.model_sections import Setting
 from moe_bsr.cost.operators import empty
 from moe_bsr.cost.trace import Tracer
 from moe_bsr.training import adamw8
-from moe_bsr.training.optim import MovingAverage, make_optimizer
+from moe_bsr.training.optim import MovingAverage, clip_groups, make_optimizer
 from moe_bsr.training.step_in_backward import StepInBackward
 from moe_bsr.training.update import multitask_update
 
@@ -52,7 +52,9 @@ def trace_update(setting: Setting, stepped: Collection[str], with_gradient: Coll
             tracer.phase = "outside"
             if phase == "optimizer" and settings.step_in_backward:  # gradients are gone by then, but for their norms
                 update.stepper = StepInBackward(optimizer)
-                update.stepper.norms = [empty((), torch.float32, setting.runtime.device) for _ in names]
+                group_of = (settings.grad_clip_norm and clip_groups(model, settings)) or id
+                groups = {group_of(parameters[name]) for name in names}
+                update.stepper.norms = [empty((), torch.float32, setting.runtime.device) for _ in groups]
                 names = ()
             for name in names:
                 parameters[name].grad = torch.empty_like(parameters[name])

@@ -1,1 +1,1 @@
-"""What a trained model does: its accuracy, the tokens it keeps, the experts it uses."""
+"""Evaluation of trained models: accuracy, calibration, tokens kept, experts used, ablations, rejection scores."""

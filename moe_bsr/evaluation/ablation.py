@@ -1,8 +1,8 @@
-"""Expert ablation: the accuracy each task loses when one expert of one block is masked.
+"""Expert ablation: measure how much accuracy each task loses if one expert of one block is masked.
 
-How often an expert is chosen says what the router does, not what the expert is good for. Here an
-expert's logit becomes minus infinity, so that the token's next expert steps in, and the same images are
-classified again. Only what comes after the cached input of the MoE block is run again.
+How often an expert is chosen describes the router, not the value of the expert. Here one expert's router logit is set
+to minus infinity, so that the token's next best expert replaces it, and the same images are classified again. The
+inputs of the MoE blocks are cached, so only the blocks from the changed one on run again.
 """
 
 from contextlib import contextmanager
@@ -21,11 +21,11 @@ from moe_bsr.runtime.device import Runtime
 
 @dataclass(slots=True)
 class Ablation:
-    """What each of E changes (masking one of the experts of a block) does to each of T tasks; counts of images.
+    """Effect of E changes (such as masking each expert of a block) on T tasks, as counts of images.
 
     Attributes:
-        images, right: (T,) int64 images of the task, and those right without a change.
-        lost, gained: (T, E) int64 images right before and wrong after a change, and the reverse.
+        images, right: (T,) int64 images of each task, and how many of them are right without a change.
+        lost, gained: (T, E) int64 images that are right before a change and wrong after it, and the reverse.
     """
 
     tasks: list[str]
@@ -35,15 +35,15 @@ class Ablation:
     gained: np.ndarray
 
     def points(self) -> np.ndarray:
-        """(T, E) accuracy lost, in percentage points; negative where masking helps."""
+        """Return the accuracy lost, (T, E) in percentage points; negative if the change helps."""
         return 100 * (self.lost - self.gained) / self.images[:, None]
 
     def p_values(self) -> np.ndarray:
-        """(T, E) of the exact McNemar test: how often chance does as much to as many changed answers; above 1 is 1."""
+        """Return p-values (T, E) of the exact two-sided McNemar test. They may exceed 1; read those as 1."""
         return 2 * bdtr(np.minimum(self.lost, self.gained), self.lost + self.gained, 0.5)
 
     def clear(self) -> np.ndarray:
-        """(T, E) bool: more than chance does, at 5 % for each cell by itself."""
+        """Return (T, E) bool: whether the effect is significant at 5 %, without correction for several tests."""
         return self.p_values() <= 0.05
 
 
@@ -57,9 +57,9 @@ def ablate(
     """Mask every expert of every MoE block in turn, on all validation images of `datasets`.
 
     Args:
-        model: in evaluation mode. datasets: by task.
+        model: in evaluation mode. datasets: data by task.
     Returns:
-        By MoE block; empty for a model without experts, or with a single one, which nothing can replace.
+        Results by MoE block. Empty for a model without experts, or with a single one, which cannot be replaced.
     """
     experts = model.balance.importance.shape[2]
     blocks = model.balance.blocks if experts > 1 else []
@@ -91,7 +91,7 @@ def ablate(
 
 
 def _first_pass(model: MultitaskViT, images: Tensor, task: str) -> tuple[dict[int, Tokens], Tensor]:
-    """What enters each MoE block, and the logits with all experts."""
+    """Return the input of each MoE block, and the logits with all experts."""
     tokens, _ = model.forward_features(images)
     start, inputs = model.path_start, {}
     for index in model.balance.blocks:  # all on the gradient path: experts are trained
@@ -102,7 +102,7 @@ def _first_pass(model: MultitaskViT, images: Tensor, task: str) -> tuple[dict[in
 
 
 def _rest(model: MultitaskViT, tokens: Tokens, start: int, task: str) -> Tensor:
-    """Logits (B, classes) float32 from the tokens that enter block `start`."""
+    """Return logits (B, classes) float32 from the tokens that enter block `start`."""
     for index in range(start, len(model.plan)):
         tokens = model.run_block(index, tokens, task)
     return model.logits(tokens, task)
@@ -110,7 +110,7 @@ def _rest(model: MultitaskViT, tokens: Tokens, start: int, task: str) -> Tensor:
 
 @contextmanager
 def masked(model: MultitaskViT, index: int, expert: int):
-    """Within, block `index` never chooses `expert`: its router logit is minus infinity."""
+    """Context in which block `index` never chooses `expert`: its router logit is minus infinity."""
 
     def mask(router: torch.nn.Module, inputs: tuple, logits: Tensor) -> Tensor:
         return logits.index_fill(1, torch.tensor([expert], device=logits.device), -torch.inf)

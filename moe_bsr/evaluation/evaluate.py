@@ -1,10 +1,10 @@
-"""Evaluation of one task: the only place where its numbers are made, for the trainer and for the command line.
+"""Evaluation of one task. The trainer and the command line both use this code.
 
 Each batch is reduced at once to a few numbers per image (`metrics.score_batch`) and a few counts per block
-(`usage.TokenAndExpertUsage`); no logits, tokens or routes are collected. Accuracies, chance and calibration
-are in percent; shares lie between 0 and 1.
+(`usage.TokenAndExpertUsage`). Logits, tokens and routing are not collected. Accuracies, chance and calibration error
+are in percent; shares are in [0, 1].
 
-Several processes share the batches, each of which is what it would be in one: the numbers have the same bits.
+Several processes share the batches. Each batch is the same as with one process, so the numbers have the same bits.
 """
 
 import contextlib
@@ -36,17 +36,17 @@ def evaluate(
     batch_size: int = BATCH,
     ranks: Alone | None = None,
 ) -> dict:
-    """All numbers of one task on a split ("train", "val" or "test"), as plain JSON types.
+    """Return all numbers of one task on a split ("train", "val" or "test"), as JSON types.
 
-    The numbers of `summarize` and `TokenAndExpertUsage.summary`, and `images_per_second` of the network
-    (normalization and forward pass, median over batches; reading images is left out). All but that
-    one depend on the arguments alone, on `batch_size` only by rounding.
+    These are the numbers of `summarize` and `TokenAndExpertUsage.summary`, and `images_per_second` of the network
+    (normalization and forward pass without loading images; median over batches). All except that speed depend only on
+    the arguments, and on `batch_size` only by rounding.
 
     Args:
         runtime: its `device` and `autocast()` are used, as in training.
-        ranks: processes that all call this and share the images; all get the numbers.
+        ranks: processes that all call this function and share the images. All of them get the numbers.
     Raises:
-        ValueError: no images, or not as many classes as the head has.
+        ValueError: there are no images, or the head has another number of classes.
         FloatingPointError: a logit is NaN or infinite.
         Interrupted: a signal reached one of the `ranks`.
     """
@@ -70,7 +70,7 @@ def evaluate(
 
 @contextlib.contextmanager
 def scoring(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, and afterwards as it was. Who evaluates many tasks switches it once for all."""
+    """Context with the model in evaluation mode. Use it around several evaluations to switch the mode only once."""
     if not model.training:
         yield
         return
@@ -90,16 +90,16 @@ def predict(
     batch_size: int = BATCH,
     watch: Callable[[Any, int, float], None] = lambda output, images, seconds: None,
 ) -> Predictions:
-    """What the model makes of each image of a split, in the split's order; otherwise as `evaluate`.
+    """Return the predictions for a split, in its order. Arguments and errors are those of `evaluate`.
 
     Args:
-        watch: told the output, the number of images and the seconds (see `evaluate`) of each batch.
+        watch: called for each batch with the output, the number of images and the seconds (without loading).
     """
     return _whole(data, split, [_predict(model, data, split, transforms, runtime, batch_size, watch, Alone())])
 
 
 def _whole(data: TaskData, split: str, parts: list[Predictions]) -> Predictions:
-    """All parts together, in their order."""
+    """Concatenate the parts in order; raises ValueError if there are no predictions."""
     predictions = Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
     if len(predictions.label) == 0:
         size = len(getattr(data, split))
@@ -117,7 +117,7 @@ def _predict(
     watch: Callable[[Any, int, float], None],
     ranks: Alone,
 ) -> Predictions:
-    """Of the batches that are this process's, without those images that were skipped."""
+    """Return the predictions for this process's batches, without images that could not be read."""
     size, done = len(getattr(data, split)), 0
     if size == 0:
         raise ValueError(f"task {data.name}: its {split} split has no images to evaluate")
@@ -144,7 +144,7 @@ def _check(logits: Tensor, data: TaskData) -> None:
             f"task {data.name}: its data have {len(data.class_names)} classes, the "
             f"model's head {logits.shape[1]}; it was trained on other data"
         )
-    if not logits.isfinite().all():  # nothing compares above NaN: it would score 100 %
+    if not logits.isfinite().all():  # comparisons with NaN are false, so its rank would be 0: 100 % accuracy
         raise FloatingPointError(
-            f"task {data.name}: logits that are not finite; the weights are broken, go back to an earlier checkpoint"
+            f"task {data.name}: logits are not finite; the weights are broken, use an earlier checkpoint"
         )

@@ -1,4 +1,4 @@
-"""What a network makes of all images of a split, in one pass: features for whoever fits something to them."""
+"""Compute the features of all images of a split in one pass."""
 
 import math
 import time
@@ -13,7 +13,7 @@ from moe_bsr.runtime.device import Runtime
 
 
 class Features(NamedTuple):
-    """Of the N images of a split that can be read, in its order; both on the CPU.
+    """Features of the N readable images of a split, in its order, on the CPU.
 
     Attributes:
         x: (N, ...) float32. labels: (N,) int64.
@@ -23,13 +23,13 @@ class Features(NamedTuple):
     labels: Tensor
 
     def checked(self, task: str) -> "Features":
-        """These.
+        """Return these features unchanged.
 
         Raises:
             FloatingPointError: one is NaN or infinite.
         """
         if not self.x.isfinite().all():
-            raise FloatingPointError(f"task {task}: features that are not finite; check backbone.weights, or fp32")
+            raise FloatingPointError(f"task {task}: features are not finite; check backbone.weights, or try fp32")
         return self
 
 
@@ -42,14 +42,14 @@ def split_features(
     batch_size: int = 64,
     until: float = math.inf,
 ) -> Features:
-    """The images as evaluation sees them, batch by batch.
+    """Compute features batch by batch, with evaluation transforms.
 
     Args:
-        make: (B, 3, S, S) normalized images on the runtime's device -> (B, ...) float32; runs without a graph, in the
-            runtime's precision.
-        until: no further batch is made at this time of `time.monotonic`; one always is.
+        make: maps (B, 3, S, S) normalized images on the runtime's device to (B, ...) float32. It is called in inference
+            mode, in the runtime's precision.
+        until: stop before the next batch at this `time.monotonic` time. At least one batch is done.
     Raises:
-        ValueError: no image, or none that can be read. FloatingPointError: a feature is NaN or infinite.
+        ValueError: no image can be read. FloatingPointError: a feature is NaN or infinite.
     """
     made, labels = [], []
     with torch.inference_mode(), runtime.autocast():

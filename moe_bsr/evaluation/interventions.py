@@ -1,15 +1,15 @@
-"""Does routing matter? What becomes of a trained mixture when its experts or its routers' choices are taken away.
+"""Test whether routing matters: change the experts or the routing of a trained model and measure its accuracy.
 
-Three changes of a finished model, in all its MoE blocks at once, each for the price of an evaluation:
+There are three changes, each applied to all MoE blocks at once, and each as expensive as an evaluation:
 
-    merged    the experts of a block are replaced by their mean: one FFN, whatever the routers say. Experts that are
-              slices of an FFN are averaged slice by slice. Of low-rank experts the gates are replaced, by their mean
-              over the batch: one adapter for the task
-    swapped   a task is routed as another task would be: the next one, in their order
-    shuffled  each token gets the experts and gates of another token of the batch, by lot
+    merged    The experts of a block are replaced by their mean: one FFN, whatever the routers choose. Experts that are
+              slices of an FFN are averaged slice by slice. For low-rank experts, the gates are replaced by their mean
+              over the batch: one adapter for the task.
+    swapped   Each task uses the routers of another task, the next one in order.
+    shuffled  Each token gets the experts and gates of a random token of the batch.
 
-If merging costs nothing, the mixture is one FFN. If it costs and swapping does not, experts differ but tasks share them
-alike. If shuffling costs and swapping does not, what matters is the token and not the task.
+If merging costs no accuracy, the mixture acts as one FFN. If merging does and swapping does not, the experts differ but
+all tasks use them alike. If shuffling does and swapping does not, routing depends on the token and not on the task.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,12 +39,12 @@ def intervene(
     runtime: Runtime,
     batch_size: int = 64,
 ) -> Ablation | None:
-    """The answers of validation images with each change, beside those without.
+    """Compare the answers on validation images with and without each change.
 
     Args:
-        model: in evaluation mode; it is left as it was. datasets: by task.
+        model: in evaluation mode. It is unchanged afterwards. datasets: data by task.
     Returns:
-        One column for each of `KINDS`. With a single task nothing is swapped: no answer changes. None for a model
+        A result with one column for each of `KINDS`. With a single task, swapping changes nothing. None for a model
         without experts, or with a single one.
     """
     if not model.balance.blocks or model.balance.importance.shape[2] == 1:
@@ -55,7 +55,7 @@ def intervene(
     with torch.inference_mode(), runtime.autocast():
         for row, task in enumerate(tasks):
             for images, labels in transforms.eval_batches(datasets[task], "val", batch_size):
-                stem, labels = model.forward_features(transforms.normalize(images, device=runtime.device)), labels
+                stem = model.forward_features(transforms.normalize(images, device=runtime.device))
                 labels = labels.to(runtime.device)
 
                 def right(stem=stem, labels=labels, task=task) -> Tensor:
@@ -74,22 +74,22 @@ def intervene(
 
 @contextmanager
 def changed(model: MultitaskViT, kind: str) -> Iterator[None]:
-    """Within, all MoE blocks of the model compute with one of `KINDS`."""
+    """Context in which one of `KINDS` is applied to all MoE blocks."""
     layers = [model.vit.blocks[index].mlp for index in model.balance.blocks]
     with ExitStack() as stack:
         for layer in layers:
             if kind == "merged":
-                stack.enter_context(_instead(layer.experts, "forward", _merged(layer)))
+                stack.enter_context(_replaced(layer.experts, "forward", _merged(layer)))
             else:
                 route = _swapped(layer, model.tasks) if kind == "swapped" else _shuffled(layer)
-                stack.enter_context(_instead(layer, "route", route))
+                stack.enter_context(_replaced(layer, "route", route))
         yield
 
 
 def _merged(layer: MoE) -> Callable[..., Tensor]:
     experts = layer.experts
     if isinstance(experts, LowRankExperts):
-        return _alike(experts)
+        return _with_mean_gates(experts)
 
     def mean(name: str, part: int) -> Tensor | None:
         value = getattr(experts, name)
@@ -105,7 +105,7 @@ def _merged(layer: MoE) -> Callable[..., Tensor]:
     return forward
 
 
-def _alike(experts: LowRankExperts) -> Callable[..., Tensor]:
+def _with_mean_gates(experts: LowRankExperts) -> Callable[..., Tensor]:
     def forward(x: Tensor, gates: Tensor, chosen: Tensor, needs_output: bool = True) -> Tensor:
         mean = gates.new_zeros(len(experts.fc1_weight)).index_add(0, chosen.flatten(), gates.flatten()) / len(x)
         return experts.of_gates(x, mean.expand(len(x), -1), needs_output)
@@ -130,8 +130,8 @@ def _shuffled(layer: MoE) -> Callable[..., Routing]:
 
 
 @contextmanager
-def _instead(module: torch.nn.Module, name: str, function: Callable) -> Iterator[None]:
-    """Within, the module's method is that function."""
+def _replaced(module: torch.nn.Module, name: str, function: Callable) -> Iterator[None]:
+    """Context in which a method of the module is replaced by a function."""
     setattr(module, name, function)
     try:
         yield

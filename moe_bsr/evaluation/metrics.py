@@ -1,6 +1,6 @@
-"""Accuracy, calibration and confusions from predictions. Percent, but for shares, which are between 0 and 1.
+"""Accuracy, calibration and confusions from predictions. Values are in percent, except shares, which are in [0, 1].
 
-Logits are reduced to a few numbers per image at once (`score_batch`), so that any number of images fits.
+`score_batch` reduces the logits of a batch to a few numbers per image, so memory allows any number of images.
 """
 
 import math
@@ -19,11 +19,11 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 
 
 
 class Predictions(NamedTuple):
-    """What is left of the logits of N images; each an array (N,).
+    """Numbers computed from the logits of N images, as arrays (N,).
 
     Attributes:
-        label, predicted: int64 classes; among equal logits the lower class is predicted.
-        rank: int64 number of classes ahead of the label: image is right in the top k if rank < k.
+        label, predicted: int64 classes. Among equal logits, the lower class is predicted.
+        rank: int64 number of classes ranked above the label. The top-k answer is right if rank < k.
         confidence: float64 probability of the predicted class.
         loss: float64 cross-entropy in nats.
     """
@@ -36,10 +36,10 @@ class Predictions(NamedTuple):
 
     @classmethod
     def empty(cls, size: int) -> "Predictions":
-        """Room for `size` images, taken at once.
+        """Allocate the arrays for `size` images at once.
 
-        A small array kept from each batch would pin the heap between two batches' large tensors, which
-        glibc then cannot reuse: an evaluation of 18,000 images grew to 14 GB.
+        If a small array of each batch were kept instead, it would lie on the heap between the large tensors of two
+        batches, and glibc could not reuse that memory: an evaluation of 18,000 images grew to 14 GB.
         """
         return cls(*(np.zeros(size, np.int64) for _ in range(3)), *(np.zeros(size) for _ in range(2)))
 
@@ -49,7 +49,7 @@ class Predictions(NamedTuple):
 
 
 def score_batch(logits: Tensor, labels: Tensor) -> Predictions:
-    """Reduce finite logits (N, C) and labels (N,) int64, both on the CPU, to numbers per image."""
+    """Reduce finite logits (N, C) and labels (N,) int64, both on the CPU, to a few numbers per image."""
     log_probabilities = logits.double().log_softmax(1)
     label = labels.unsqueeze(1)
     own = logits.gather(1, label)
@@ -64,11 +64,12 @@ def score_batch(logits: Tensor, labels: Tensor) -> Predictions:
 
 
 def summarize(predictions: Predictions, class_names: list[str]) -> dict:
-    """Accuracy, calibration, loss and confusions of N >= 1 images.
+    """Return accuracy, calibration, loss and confusions of N >= 1 images.
 
-    top1, top5 (or all classes, where there are fewer), `top1_low` and `top1_high` (95 % interval),
-    `mean_class_accuracy` over the classes that the split has, `ece`, `chance` (share of the largest
-    class: what naming it always would score), `loss`, `n`, `confusions` (see `largest_confusions`).
+    Returns:
+        `top1`; `top5` (100 with fewer than six classes); `top1_low` and `top1_high` (95 % interval);
+        `mean_class_accuracy` over the classes in the split; `ece`; `chance` (share of the largest class, the score of
+        always predicting it); `loss`; `n`; `confusions` (see `largest_confusions`).
     """
     n, right = len(predictions.label), predictions.rank == 0
     of_class = np.bincount(predictions.label, minlength=len(class_names))
@@ -90,7 +91,7 @@ def summarize(predictions: Predictions, class_names: list[str]) -> dict:
 
 
 def wilson_interval(hits: int, n: int) -> tuple[float, float]:
-    """Wilson score interval of a share: (low, high), 95 %."""
+    """Return the 95 % Wilson score interval (low, high) of the share hits / n."""
     share, z = hits / n, NORMAL_975
     spread = z * z / n
     half = z * (share * (1 - share) / n + spread / (4 * n)) ** 0.5
@@ -100,7 +101,11 @@ def wilson_interval(hits: int, n: int) -> tuple[float, float]:
 
 
 def half_width(top1: dict[str, float], images: dict[str, int]) -> float:
-    """Half the 95 % interval of the mean of tasks' accuracies, all in percent, of so many images each."""
+    """Return half the width of the 95 % interval of the mean accuracy over tasks, all in percent.
+
+    Args:
+        top1: accuracy by task. images: number of images by task.
+    """
     variance = sum(share * (100 - share) / images[task] for task, share in top1.items())
     return NORMAL_975 * variance**0.5 / len(top1)
 
@@ -119,10 +124,10 @@ def over_seeds(values: list[float]) -> dict[str, Any]:
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
-    """Expected calibration error (Guo et al. 2017): mean |accuracy - confidence|, 15 equal bins.
+    """Return the expected calibration error (Guo et al. 2017): mean |accuracy - confidence| over 15 equal bins.
 
     Args:
-        confidence: (N,) in (0, 1]; a bin holds its upper edge. right: (N,) bool.
+        confidence: (N,) in (0, 1]; a bin includes its upper edge. right: (N,) bool.
     """
     place = np.digitize(confidence, np.arange(1, ECE_BINS) / ECE_BINS, right=True)
     return float(np.abs(np.bincount(place, weights=right - confidence)).sum() / len(right))
@@ -131,9 +136,10 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
 def largest_confusions(
     label: np.ndarray, predicted: np.ndarray, class_names: list[str], limit: int = CONFUSIONS
 ) -> list[dict]:
-    """The most frequent wrong answers, as {true, predicted, count, share}.
+    """Return the most frequent wrong answers, as {true, predicted, count, share}.
 
-    `share` is that of the true class's images. Ties go to the lower true, then predicted class.
+    `share` is relative to the images of the true class. Ties go to the lower true class, then to the lower predicted
+    class.
     """
     of_class = np.bincount(label, minlength=len(class_names))
     wrong = label != predicted

@@ -1,4 +1,4 @@
-"""What a model takes for what, and the images it is most wrong about."""
+"""Find a model's mistakes: its confusion matrix, and the wrong answers with the largest loss."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from moe_bsr.runtime.device import Runtime
 
 @dataclass(slots=True)
 class Mistake:
-    """One image that was named wrongly.
+    """One misclassified image.
 
     Attributes:
-        image: (3, S, S) uint8, as the model saw it. true, predicted: class names.
-        confidence: probability of the class predicted. loss: cross-entropy in nats.
+        image: (3, S, S) uint8, as given to the model. true, predicted: class names.
+        confidence: probability of the predicted class. loss: cross-entropy in nats.
     """
 
     image: np.ndarray
@@ -32,11 +32,11 @@ class Mistake:
 
 @dataclass(slots=True)
 class Mistakes:
-    """A task's answers on its validation images, and the worst of them.
+    """Answers for a task's validation images.
 
     Attributes:
-        class_names: C of them. counts: (C, C) int64 images by true class (row) and answer (column).
-        worst: the wrong answers of the largest loss, worst first.
+        class_names: names of the C classes. counts: (C, C) int64 images by true class (row) and answer (column).
+        worst: wrong answers with the largest loss, largest first.
     """
 
     class_names: list[str]
@@ -47,7 +47,7 @@ class Mistakes:
 def find_mistakes(
     model: nn.Module, data: TaskData, transforms: ImageTransforms, runtime: Runtime, worst: int, batch_size: int = 64
 ) -> Mistakes:
-    """All validation images of `data` once through the model; at most `worst` of the wrong ones are kept."""
+    """Classify all validation images of `data`, and return at most `worst` wrong answers with their images."""
     found, names = predict(model, data, "val", transforms, runtime, batch_size), data.class_names
     counts = np.zeros((len(names), len(names)), np.int64)
     np.add.at(counts, (found.label, found.predicted), 1)

@@ -1,7 +1,7 @@
-"""Probes: a fixed handful of validation images of each task, watched on their way through the network.
+"""Probe images: a few fixed validation images of each task, whose tokens and routing are recorded.
 
-The same images at every evaluation, so that pictures of different times show the same patches, and so
-that one can say how much of the routing has changed between two of them.
+The images are the same at every evaluation. So pictures of different steps show the same patches, and the change of
+routing between two evaluations can be measured.
 """
 
 import base64
@@ -21,16 +21,16 @@ from moe_bsr.model.tokens import FUSED
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.runtime.rng import key, stream
 
-ABSENT = -1  # in place of experts: the token was dropped or fused before
+ABSENT = -1  # stands for an expert if the token was dropped or fused before
 
 
 @dataclass(slots=True)
 class ProbeResult:
-    """What the network made of N images of a task, on the CPU.
+    """Result of running N images of a task through the network, on the CPU.
 
     Attributes:
         images: (N, 3, S, S) uint8. labels, predicted: (N,) int64.
-        records: what each block that drops or routes did, by block index, for the N images together.
+        records: records of the N images by block, for blocks that drop or route.
     """
 
     images: Tensor
@@ -40,16 +40,16 @@ class ProbeResult:
 
 
 def pick_probe_images(data: TaskData, count: int, seed: int = 0) -> TaskData:
-    """The task with at most `count` of its validation images: always the same ones, a longer list adds."""
+    """Return the task with at most `count` validation images, drawn with a fixed seed; a larger count adds images."""
     order = stream(key(seed, data.name, "probe")).permutation(len(data.val))[:count]
     chosen = Split(data.val.source, data.val.index[order], data.val.labels[order])
     return dataclasses.replace(data, val=chosen)
 
 
 def run_probe(model: MultitaskViT, data: TaskData, transforms: ImageTransforms, runtime: Runtime) -> ProbeResult:
-    """All validation images of `data` (see `pick_probe_images`) in one batch, as an evaluation sees them.
+    """Run all validation images of `data` (see `pick_probe_images`) in one batch, with evaluation transforms.
 
-    Draws no random number and leaves the model in the mode it was in.
+    It draws no random numbers, and restores the model's mode.
     """
     images, labels = next(transforms.eval_batches(data, "val", len(data.val)))
     was_training = model.training
@@ -64,7 +64,7 @@ def run_probe(model: MultitaskViT, data: TaskData, transforms: ImageTransforms, 
 
 
 def _to_cpu(record: Record) -> Record:
-    """The same record with its tensors on the CPU."""
+    """Return the record with its tensors on the CPU."""
     parts = {}
     for name in ("dropped", "routing"):
         part = getattr(record, name)
@@ -84,10 +84,10 @@ def _to_cpu(record: Record) -> Record:
 
 
 def expert_map(records: dict[int, Record], prefix: int, patches: int) -> dict[int, np.ndarray]:
-    """The experts of every token at every MoE block: (N, prefix + patches, K), ABSENT if it is gone.
+    """Return the experts of every token at every MoE block: (N, prefix + patches, K), ABSENT for dropped tokens.
 
     Args:
-        prefix: number of prefix tokens. patches: of the whole image.
+        prefix: number of prefix tokens. patches: number of patches of the image.
     """
     found, origin, merged = {}, None, None
     for block, record in sorted(records.items()):
@@ -101,17 +101,19 @@ def expert_map(records: dict[int, Record], prefix: int, patches: int) -> dict[in
             here = np.broadcast_to(np.arange(patches), (images, patches)) if origin is None else origin
             image, token = np.nonzero(here != FUSED)
             place[image, prefix + here[image, token]] = experts[image, prefix + token]
-            if merged is not None:  # all patches of a token have its experts
+            if merged is not None:  # all patches of a merged token have its experts
                 place[:, prefix:] = np.take_along_axis(experts[:, prefix:], merged.numpy()[:, :, None], 1)
             found[block] = place
     return found
 
 
 def expert_overlap(now: np.ndarray, before: np.ndarray) -> float:
-    """Mean share of a token's experts that it had before too, over tokens present both times.
+    """Return the mean share of a token's experts that it also had before, over tokens present both times.
 
     Args:
-        now, before: (..., K) experts of the same tokens, as `expert_map` gives them. NaN if none is in both.
+        now, before: (..., K) experts of the same tokens, from `expert_map`.
+    Returns:
+        A share in [0, 1]; NaN if no token is present both times.
     """
     both = (now[..., 0] != ABSENT) & (before[..., 0] != ABSENT)
     if not both.any():
@@ -121,7 +123,7 @@ def expert_overlap(now: np.ndarray, before: np.ndarray) -> float:
 
 
 def pack(array: np.ndarray) -> dict:
-    """An int16 array as JSON values, compressed; `unpack` reads them."""
+    """Compress an int16 array into JSON values, which `unpack` reads."""
     return {"shape": array.shape, "int16": base64.b64encode(zlib.compress(array.tobytes())).decode()}
 
 

@@ -1,8 +1,8 @@
-"""How much an image looks like those of a task: scores on what the task's head reads, and a threshold on them.
+"""Out-of-distribution scores on the features of a task's head, and a threshold that rejects foreign images.
 
-A head answers every image. Whether the image is one for it is told by a score, the larger the more at home, compared
-with the scores of the task's own validation images. `SCORES` are the ones in use in the literature; which is taken is
-decided by measurement (`auroc` on other tasks' images), not here.
+A head classifies any image. A score, which is larger for images that resemble the task's, is compared with the scores
+of the task's own validation images. `SCORES` has scores from the literature. `runs.rejection` selects one of them by
+its AUROC on images of other tasks.
 """
 
 from collections.abc import Callable
@@ -17,35 +17,42 @@ SHRINKAGE = 0.05  # of a covariance towards a multiple of the identity
 
 
 def softmax(tensors: dict[str, Tensor], features: Tensor, logits: Tensor) -> Tensor:
-    """Largest probability (Hendrycks & Gimpel 2017)."""
+    """Return the largest probability (Hendrycks & Gimpel 2017)."""
     return logits.softmax(1).amax(1)
 
 
 def energy(tensors: dict[str, Tensor], features: Tensor, logits: Tensor) -> Tensor:
-    """log sum exp of the logits (Liu et al. 2020)."""
+    """Return the log-sum-exp of the logits (Liu et al. 2020)."""
     return logits.logsumexp(1)
 
 
 def cosine(tensors: dict[str, Tensor], features: Tensor, logits: Tensor) -> Tensor:
-    """Largest cosine with a class mean, both seen from the mean of all training images."""
+    """Return the largest cosine with a class mean, after subtracting the mean of all training images from both."""
     directions = normalize(features - tensors["mean"], dim=1)
     return (directions @ normalize(tensors["class_means"] - tensors["mean"], dim=1).T).amax(1)
 
 
 def mahalanobis(tensors: dict[str, Tensor], features: Tensor, logits: Tensor) -> Tensor:
-    """Minus the squared distance to the nearest class mean, in the covariance within classes (Lee et al. 2018)."""
+    """Return minus the squared Mahalanobis distance to the nearest class mean (Lee et al. 2018).
+
+    The covariance is the one within classes.
+    """
     return -_nearest(features @ tensors["within"], tensors["class_means"] @ tensors["within"])
 
 
 def unit_mahalanobis(tensors: dict[str, Tensor], features: Tensor, logits: Tensor) -> Tensor:
-    """The same of features of length 1 (Mueller & Hein 2025)."""
+    """Return the same for features scaled to length 1 (Mueller & Hein 2025)."""
     unit = normalize(features, dim=1)
     return -_nearest(unit @ tensors["unit_within"], tensors["unit_class_means"] @ tensors["unit_within"])
 
 
 @dataclass(frozen=True)
 class Score:
-    """A score: `of` (tensors, features (N, D), logits (N, C)) -> (N,), all float32, and the tensors that it needs."""
+    """A score and the names of the statistics it needs.
+
+    Attributes:
+        of: maps (statistics, features (N, D), logits (N, C)) to scores (N,), all float32.
+    """
 
     of: Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]
     needs: tuple[str, ...] = ()
@@ -61,13 +68,14 @@ SCORES = {
 
 
 def statistics(features: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """What the scores need to know of a task's training images, float32.
+    """Compute the statistics of a task's training images that the scores need, in float32.
 
     Args:
-        features: (N, D). labels: (N,) int64. Classes without an image have no mean.
+        features: (N, D). labels: (N,) int64. Classes without images have no mean.
     Returns:
-        mean (D,); class_means (classes with images, D); within (D, D), which maps differences to ones whose squared
-        length is the squared Mahalanobis distance; and the last two of the features at length 1: unit_...
+        mean (D,); class_means (classes with images, D); within (D, D), a whitening matrix: the squared length of a
+        difference times `within` is its squared Mahalanobis distance; unit_class_means and unit_within, the same for
+        features scaled to length 1.
     """
     x = features.double()
     present, place = labels.unique(return_inverse=True)
@@ -79,7 +87,7 @@ def statistics(features: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 
 def auroc(own: Tensor, others: Tensor) -> float:
-    """Probability that an own image scores higher than one of the others, ties counted half; of (N,) and (M,)."""
+    """Return the probability that an own image (N,) scores higher than another (M,); ties count half."""
     ordered = others.double().sort().values
     own = own.double()
     below, up_to = torch.searchsorted(ordered, own), torch.searchsorted(ordered, own, right=True)
@@ -87,18 +95,18 @@ def auroc(own: Tensor, others: Tensor) -> float:
 
 
 def threshold(own: Tensor, accepted: float = ACCEPTED) -> float:
-    """The score from which on an image is accepted: the highest at which at least this share of (N,) own scores is."""
+    """Return the highest threshold at which at least the share `accepted` of the own scores (N,) is accepted."""
     ordered = own.double().sort(descending=True).values
     return float(ordered[max(1, -int(-len(ordered) * accepted // 1)) - 1])
 
 
 def _nearest(x: Tensor, means: Tensor) -> Tensor:
-    """Squared distance of each row of (N, D) to the nearest of (C, D)."""
+    """Return the squared distance of each row of x (N, D) to the nearest of the means (C, D)."""
     return torch.cdist(x, means, compute_mode="donot_use_mm_for_euclid_dist").square().amin(1)
 
 
 def _whitening(centered: Tensor) -> Tensor:
-    """(D, D) W with W W^T the inverse of the covariance of (N, D) rows of mean 0, shrunk so that there is one."""
+    """Return W (D, D) such that W W^T is the inverse covariance of centered rows (N, D), with shrinkage."""
     covariance = centered.T @ centered / len(centered)
     size = len(covariance)
     scale = covariance.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)

@@ -1,8 +1,7 @@
-"""Routing statistics of one MoE block: what its router did, summed up as counts, and what they tell.
+"""Routing statistics of one MoE block: sums over its router's decisions, and measures computed from them.
 
-Only sums are kept, so that a training step costs little and any number of tokens the same memory:
-
-    T tasks, E experts, K experts chosen for each token
+Only sums are stored. So a training step costs little, and memory does not depend on the number of tokens.
+T is the number of tasks, E the number of experts, and K the number of experts chosen for each token.
 """
 
 from __future__ import annotations
@@ -14,20 +13,20 @@ import torch
 
 from moe_bsr.model.moe import Routing
 
-DEAD = 0.01  # of an equal share: who gets less is as good as never chosen
+DEAD = 0.01  # an expert with less than this part of an equal share (1 / E) counts as dead
 
 
 class RoutingStatistics:
     """Sums over all tokens that entered one MoE block.
 
     Attributes:
-        tasks: their names, in the order of the rows.
-        experts: E.
+        tasks: names of the tasks, in the order of the rows.
+        experts: number of experts, E.
 
     The sums (see `total`):
-        tokens: (T,) int64. counts: (T, E) int64 how often an expert was among the chosen.
-        gates: (T, E) float64 sums of the kept gates. probabilities: (T, E) float64 sums of the softmax.
-        entropy: (T,) float64 sums of the entropies of single tokens' softmax, in nats.
+        tokens: (T,) int64 number of tokens. counts: (T, E) int64 how often an expert was chosen.
+        gates: (T, E) float64 sums of the chosen experts' gates. probabilities: (T, E) float64 sums of the softmax.
+        entropy: (T,) float64 sums of the entropy of each token's softmax, in nats.
     """
 
     def __init__(self, tasks: list[str], experts: int) -> None:
@@ -42,62 +41,62 @@ class RoutingStatistics:
         }
 
     def total(self, name: str) -> np.ndarray:
-        """One of the sums: tokens, counts, gates, probabilities or entropy."""
+        """Return one of the sums: tokens, counts, gates, probabilities or entropy."""
         return self._sums[name].cpu().numpy()
 
     @torch.no_grad()
     def add(self, task: str, routing: Routing) -> None:
-        """Count one forward pass of images of one task. Nothing is fetched from a GPU."""
+        """Add one forward pass of images of one task, without synchronizing a GPU."""
         row, sums = self.tasks.index(task), self._sums
         probabilities = routing.probabilities.detach().flatten(0, -2)
         device = probabilities.device
         if sums["counts"].device != device:
             self._sums = sums = {name: value.to(device) for name, value in sums.items()}
-        # Marks of who is chosen, summed exactly in float32 up to 2^24 tokens.
+        # 1 for chosen experts; float32 sums them exactly up to 2^24 tokens.
         used = (routing.gates.detach().flatten(0, -2) > 0).to(probabilities.dtype)
         marks = torch.zeros_like(probabilities).scatter_(1, routing.experts.flatten(0, -2), used)
         sums["tokens"][row] += len(marks)
         sums["counts"][row] += marks.sum(0, dtype=torch.float32).long()
         sums["gates"][row] += routing.importance.detach()
         sums["probabilities"][row] += probabilities.sum(0)
-        # A third of the time of torch.special.entr; the bound keeps 0 log 0 at 0.
+        # A third of the time of torch.special.entr. The clamp makes 0 log 0 = 0.
         sums["entropy"][row] -= (probabilities * probabilities.clamp_min(1e-30).log()).sum()
 
     def merge(self, other: RoutingStatistics) -> None:
-        """Add what another one counted of the same tasks and experts."""
+        """Add the sums of another instance with the same tasks and experts."""
         for name, value in other._sums.items():
             self._sums[name] = self._sums[name].to(value.device) + value
 
     def to_cpu(self) -> None:
-        """Keep the sums there, for whoever sends them to another process."""
+        """Move the sums to the CPU, to send them to another process."""
         self._sums = {name: value.cpu() for name, value in self._sums.items()}
 
     @property
     def seen(self) -> np.ndarray:
-        """(T,) bool: tasks with any tokens."""
+        """(T,) bool: which tasks have tokens."""
         return self.total("tokens") > 0
 
     @property
     def top_k(self) -> float:
-        """K; NaN before any token."""
+        """K, the experts per token; NaN before the first token."""
         return float(_ratio(self.total("counts").sum(), self.total("tokens").sum()))
 
     def shares(self, of: Literal["count", "gate"] = "count") -> np.ndarray:
-        """(T, E) share of each expert in its task's choices or gate weight: rows sum to 1.
+        """Return (T, E) shares of the experts in each task's assignments or gate weight. Rows sum to 1.
 
-        The row of a task never seen is NaN.
+        The row of a task without tokens is NaN.
         """
         sums = {"count": self.total("counts"), "gate": self.total("gates")}[of]
         return _ratio(sums, sums.sum(1, keepdims=True))
 
     def load(self) -> np.ndarray:
-        """(E,) share of each expert in all choices, of all tasks together; NaN before any token."""
+        """Return (E,) shares of the experts in the assignments of all tasks together; NaN before the first token."""
         return _ratio(self.total("counts").sum(0), self.total("counts").sum())
 
     def distances(self) -> np.ndarray:
-        """(T, T) Jensen-Shannon distance between two tasks' count shares: 0 the same, 1 no expert in common.
+        """Return (T, T) Jensen-Shannon distances between the tasks' count shares: 0 if equal, 1 with no common expert.
 
-        The square root of the divergence in bits. NaN where a task was never seen.
+        It is the square root of the divergence in bits, and NaN for tasks without tokens.
         """
         rows = self.shares("count")
         own = entropy_bits(rows)
@@ -107,14 +106,14 @@ class RoutingStatistics:
         return distance
 
     def used(self) -> float:
-        """As how many experts used alike the load is spread: 2 to the power of its entropy; NaN before any token."""
+        """Return the effective number of experts, 2 to the power of the load's entropy; NaN before the first token."""
         return 2 ** float(entropy_bits(self.load()))
 
     def mutual_information(self) -> float:
-        """Between task and expert, every seen task alike: bits / log2(min(tasks seen, E)), in [0, 1].
+        """Return the normalized mutual information between task and expert: bits / log2(min(tasks, E)), in [0, 1].
 
-        0: all tasks use the experts alike. 1: the expert tells the task, or the task the expert where
-        experts are fewer. NaN with one task or one expert, where there is nothing to tell.
+        All tasks with tokens have equal weight. 0: all tasks use the experts alike. 1: the expert determines the task,
+        or, with fewer experts than tasks, the task determines the expert. NaN with one task or one expert.
         """
         rows = self.shares("count")[self.seen]
         most = min(len(rows), self.experts)
@@ -124,12 +123,13 @@ class RoutingStatistics:
         return float(np.clip(bits / np.log2(most), 0, 1))
 
     def numbers(self) -> dict[str, float]:
-        """The block in a few numbers, over the tokens of all tasks; NaN where nothing can be said.
+        """Return a few numbers over the tokens of all tasks; NaN if undefined.
 
-        load_cv: standard deviation over mean of how often the experts were chosen. mean_entropy: of the
-        mean of the tokens' softmax, / log E (1: balanced). token_entropy: mean of the single tokens', / log
-        E (0: the router is sure). dead_experts: with less than 1 % of an equal share. largest_share: of all
-        choices. mutual_information: see there.
+        load_cv: coefficient of variation (standard deviation / mean) of the experts' load.
+        mean_entropy: entropy of the mean softmax / log E (1: balanced).
+        token_entropy: mean entropy of a token's softmax / log E (0: the router is certain).
+        dead_experts: number of experts with less than 1 % of an equal share. largest_share: the largest load.
+        mutual_information: see the method.
         """
         load = self.load()
         nats = np.log(self.experts) if self.experts > 1 else np.nan
@@ -144,7 +144,7 @@ class RoutingStatistics:
         }
 
     def reading(self) -> str:
-        """The numbers in words: how many experts carry the load, and whether tasks go different ways."""
+        """Describe in words how many experts are used, and whether the tasks use different ones."""
         if not self.seen.any():
             return "no tokens yet"
         if self.experts == 1:
@@ -154,15 +154,15 @@ class RoutingStatistics:
             balance = "collapsed"
         else:
             balance = "even" if used > 0.9 * self.experts else "uneven"
-        words = f"{balance}: the load is that of {used:.1f} of {self.experts} experts used alike"
-        told = self.mutual_information()
-        if not np.isnan(told):
-            way = "share them" if told < 0.1 else "partly differ" if told < 0.5 else "use different ones"
+        words = f"{balance}: the load is effectively spread over {used:.1f} of {self.experts} experts"
+        information = self.mutual_information()
+        if not np.isnan(information):
+            way = "share them" if information < 0.1 else "partly differ" if information < 0.5 else "use different ones"
             words += f"; tasks {way}"
         return words
 
     def state(self) -> dict[str, Any]:
-        """JSON values for `from_state`; floats survive exactly."""
+        """Return JSON values for `from_state`; floats are restored exactly."""
         return {
             "tasks": self.tasks,
             "experts": self.experts,
@@ -179,11 +179,11 @@ class RoutingStatistics:
 
 
 def entropy_bits(shares: np.ndarray) -> np.ndarray:
-    """Entropy of distributions (..., E) in bits; NaN where they are."""
+    """Return the entropy of distributions (..., E) in bits; NaN for NaN."""
     return -(shares * np.log2(np.where(shares > 0, shares, 1.0))).sum(-1)
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """part / whole, NaN where the whole is 0."""
+    """Return part / whole; NaN if the whole is 0."""
     whole = np.asarray(whole, float)
     return part / np.where(whole > 0, whole, np.nan)

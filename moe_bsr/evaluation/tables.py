@@ -1,4 +1,4 @@
-"""Results of `evaluate` as a table for people."""
+"""Format the results of `evaluate` as a text table."""
 
 import statistics
 
@@ -22,9 +22,9 @@ COLUMNS = (
 
 
 def table(results: dict[str, dict]) -> str:
-    """Results of `evaluate` by task, as aligned text: a row each, their mean, the confusions.
+    """Format results by task as aligned text: one row per task, their mean, and the largest confusions.
 
-    Of many tasks only the lowest and the highest top-1 have a row, and the lowest their confusions.
+    With many tasks, only those with the lowest and the highest top-1 have a row, and only the lowest list confusions.
     """
     top1 = {task: result["top1"] for task, result in results.items()}
     listed = shown(top1)

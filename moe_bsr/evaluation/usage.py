@@ -1,4 +1,4 @@
-"""How many patches are kept and how the experts are used, summed over an evaluation of one task."""
+"""Count the patches kept and the experts used in an evaluation of one task."""
 
 from torch import Tensor
 
@@ -9,7 +9,7 @@ USED_SHARE = 0.01  # an expert with at least this share of the assignments count
 
 
 class TokenAndExpertUsage:
-    """What the blocks did with the images of one task. No number is fetched from a GPU before `summary`."""
+    """Counts of tokens and experts for the images of one task. A GPU is not synchronized before `summary`."""
 
     def __init__(self, task: str) -> None:
         self.task = task
@@ -18,13 +18,13 @@ class TokenAndExpertUsage:
         self._routing: dict[int, RoutingStatistics] = {}
 
     def add(self, records: dict[int, Record]) -> None:
-        """Count one forward pass in evaluation mode."""
+        """Add the records of one forward pass in evaluation mode."""
         for block, record in records.items():
             if (dropped := record.dropped) is not None:
                 self._entering[block] = self._entering.get(block, 0) + dropped.origin_in.numel()
                 kept = (dropped.origin >= 0).sum()
                 if block in self._kept:
-                    self._kept[block] += kept  # in place, see `Predictions.empty`
+                    self._kept[block] += kept  # in place: no small tensor per batch, see `Predictions.empty`
                 else:
                     self._kept[block] = kept
             if (routing := record.routing) is not None:
@@ -33,7 +33,7 @@ class TokenAndExpertUsage:
                 self._routing[block].add(self.task, routing)
 
     def merge(self, other: "TokenAndExpertUsage") -> None:
-        """Add what another one counted of other images of the same task."""
+        """Add the counts of another instance, for other images of the same task."""
         for block, count in other._entering.items():
             self._entering[block] = self._entering.get(block, 0) + count
             self._kept[block] = self._kept.get(block, 0) + other._kept[block]
@@ -44,19 +44,20 @@ class TokenAndExpertUsage:
                 self._routing[block] = routing
 
     def to_cpu(self) -> None:
-        """For whoever sends the counts to another process."""
+        """Move the counts to the CPU, to send them to another process."""
         self._kept = {block: count.cpu() for block, count in self._kept.items()}
         for routing in self._routing.values():
             routing.to_cpu()
 
     def summary(self) -> dict:
-        """Block indices are strings, as in JSON.
+        """Return the totals. Block indices are strings, as in JSON.
 
-        tokens_kept: mean share of the image's patches that reach the end, fused ones not counted; where patches are
-        merged, the tokens that are left of them.
-        tokens_kept_after: the same after each drop block. expert_share: share of the assignments
-        that each expert got, by MoE block. experts_used: how many experts got at least 1 % (with
-        more than 50 experts: half of an equal share).
+        tokens_kept: mean share of the image's patches that are left after the last drop block, without fused tokens.
+        With merging, the number of tokens left relative to the patches.
+        tokens_kept_after: the same after each drop block.
+        expert_share: each expert's share of the assignments, by MoE block.
+        experts_used: number of experts with at least 1 % of the assignments (with more than 50 experts: at least half
+        of an equal share).
         """
         kept = {
             str(block): int(count) / self._entering[min(self._entering)] for block, count in sorted(self._kept.items())

@@ -1,4 +1,4 @@
-"""What a person is told when a run starts."""
+"""Compose the lines that a user sees when a run starts."""
 
 from pathlib import Path
 
@@ -15,10 +15,10 @@ from moe_bsr.training.doubts import doubts
 def about(
     config: Config, model: MultitaskViT, tasks: dict[str, TaskData], runtime: Runtime, run_dir: Path, cost: str
 ) -> list[str]:
-    """Lines about a run.
+    """Return the lines that describe a run.
 
     Args:
-        cost: its predicted cost in a line.
+        cost: one line with its predicted cost.
     """
     counts = {name: len(data.train) for name, data in tasks.items()}
     return [
@@ -46,5 +46,5 @@ def _sizes(tasks: dict[str, TaskData]) -> str:
 
 def _length(config: Config, sizes: dict[str, int]) -> str:
     if config.train.optimizer == "lbfgs":
-        return f"the heads alone, by L-BFGS on features computed once ({config.train.penalty} penalty)"
-    return f"{length.told(config, sizes)} of {config.train.batch_size} images ({config.sampler.kind})"
+        return f"only the heads, by L-BFGS on features computed once ({config.train.penalty} penalty)"
+    return f"{length.described(config, sizes)} of {config.train.batch_size} images ({config.sampler.kind})"

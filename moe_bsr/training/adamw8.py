@@ -1,12 +1,14 @@
-"""AdamW whose two moments take one byte each (after Dettmers et al. 2022, block-wise quantization, arXiv 2110.02861).
+"""AdamW with both moments in 8 bits (block-wise quantization after Dettmers et al. 2022, arXiv 2110.02861).
 
-A parameter's values are cut into blocks of 256, and a block's moments are codes times its largest magnitude, so that an
-outlier spoils one block. Codes are dense near zero: the first moment is the square of its code, the second the fourth
-power, whose root an update divides by. No code of the second stands for zero, so that no update is far too large.
+A parameter's values are split into blocks of 256. Each moment is stored as a code times the largest magnitude of its
+block, so an outlier affects one block only. Codes are dense near zero: the first moment is the square of its code, the
+second moment the fourth power of its code, because an update divides by its square root. No code of the second moment
+means zero, so that no update becomes far too large.
 
-Rounding to the nearest code would freeze the second moment, which moves by a thousandth in an update. So codes are
-rounded down after adding a number from [0, 1) that runs through a golden-ratio sequence with the updates: over some of
-them they are right in the mean. It depends on the number of the update alone, and a resumed run is the same to the bit.
+Rounding to the nearest code would freeze the second moment, which changes by a thousandth per update. So the code is
+rounded down after adding an offset in [0, 1), which follows a golden-ratio sequence over the updates: on average over
+several updates the codes are right. The offset depends only on the number of the update, so a resumed run has the same
+bits.
 """
 
 import math
@@ -17,15 +19,18 @@ import torch
 from torch import Tensor, nn
 
 BLOCK = 256  # values that share a scale
-CHUNK = 256  # blocks that are updated at a time: few enough for the cache, and no copy is as large as a parameter
+CHUNK = 256  # blocks updated at a time: they fit the cache, and no temporary is as large as a parameter
 GOLDEN = (math.sqrt(5) - 1) / 2
 FIRST, SECOND = 127.0, 255.0  # the largest codes of the moments
 TINY = 1e-30
 
 
 class AdamW8(torch.optim.Optimizer):
-    """State of a parameter of n values: `exp_avg` (blocks, 256) int8, `exp_avg_sq` the same in uint8, a float32 scale
-    for each block of either, and the number of updates."""
+    """AdamW with quantized state.
+
+    State of one parameter: `exp_avg` (blocks, 256) int8, `exp_avg_sq` (blocks, 256) uint8, one float32 scale per block
+    for each of them, and the number of updates, `step`.
+    """
 
     def __init__(
         self,
@@ -72,12 +77,12 @@ class AdamW8(torch.optim.Optimizer):
 
 
 def starts(blocks: int) -> Sequence[int]:
-    """The first block of each chunk."""
+    """Return the index of the first block of each chunk."""
     return range(0, blocks, CHUNK)
 
 
 def layout(parameter: Tensor) -> list[tuple[str, Tensor]]:
-    """The state of a parameter: names, and tensors without values of its shapes and types."""
+    """Return the names of a parameter's state tensors, with meta tensors of their shapes and types."""
     blocks = -(-parameter.numel() // BLOCK)
     shapes = {
         "step": ((), torch.float32),
@@ -90,15 +95,16 @@ def layout(parameter: Tensor) -> list[tuple[str, Tensor]]:
 
 
 def in_blocks(x: Tensor) -> Tensor:
-    """(values,) -> (blocks, 256) float32, zeros behind the last."""
+    """Reshape (values,) to (blocks, 256) float32, padded with zeros."""
     return nn.functional.pad(x.float(), (0, -len(x) % BLOCK)).view(-1, BLOCK)
 
 
 def encode_first(average: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """(blocks, 256) first moments and (blocks, 1) magnitudes to scale by -> int8.
+    """Quantize first moments to int8 codes.
 
     Args:
-        offset: from [0, 1), added before rounding down.
+        average: (blocks, 256). scale: (blocks, 1), the largest magnitude of each block.
+        offset: in [0, 1), added before rounding down.
     """
     root = (average / scale.clamp_min(TINY)).abs_().sqrt_().copysign_(average)
     return root.mul_(FIRST).add_(offset).floor_().clamp_(-FIRST, FIRST).to(torch.int8)
@@ -110,7 +116,7 @@ def decode_first(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def encode_second(square: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """(blocks, 256) second moments and (blocks, 1) to scale by -> uint8, at least 1; the conversion rounds down."""
+    """Quantize second moments likewise, to uint8 codes of at least 1. The conversion to uint8 rounds down."""
     root = (square / scale.clamp_min(TINY)).sqrt_().sqrt_()
     return root.mul_(SECOND).add_(offset).clamp_(1, SECOND).to(torch.uint8)
 

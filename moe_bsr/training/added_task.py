@@ -1,8 +1,8 @@
-"""One more task for a trained run: its head trains (`train.only`), everything else stays as it is.
+"""Configure a run that adds one task to a trained run: only the new head trains (`train.only`).
 
-Its routers are the mean of the other tasks' (`warm_start.py`), so every feature is known, and the head is solved at
-once as that of a linear probe. Training router and head by updates came to the same accuracy in ten times the time
-(docs/share.md).
+The new task's routers start as the mean of the other tasks' routers (`warm_start.py`) and stay fixed. So the features
+are fixed too, and the head is solved in one go, as in a linear probe. Training router and head with gradient updates
+reached the same accuracy in ten times the time (docs/share.md).
 """
 
 from dataclasses import replace
@@ -17,14 +17,14 @@ from moe_bsr.training.probe_trainer import unaugmented
 
 
 def added_task_config(run: Path, task: str) -> Config:
-    """The configuration of a run that has one task more.
+    """Return the configuration of a run that has one more task than `run`.
 
     Args:
-        run: finished, with one model for all its tasks; a folder, or a zip file of a shared one.
-        task: name of the new one, its YAML file, or a configuration whose one task it is.
+        run: a finished run with one model for all its tasks: its folder, or the zip file of a shared run.
+        task: the new task's name, its YAML file, or a configuration with this single task.
     Raises:
-        ConfigError: no such run, one that has this task already, or one with a model for each task; a configuration
-            of several tasks.
+        ConfigError: the run does not exist, already has this task, or has one model per task; or `task` is a
+            configuration with several tasks.
     """
     task = _of_configuration(task)
     with archive.opened(run) as folder:
@@ -55,7 +55,7 @@ def added_task_config(run: Path, task: str) -> Config:
 
 
 def _of_configuration(task: str) -> str:
-    """Of a configuration file, such as lies beside the task files, its one task; anything else as it is."""
+    """Return the single task of a configuration file; return anything else unchanged."""
     file = Path(task)
     tree = read_yaml(file, task) if file.suffix in (".yaml", ".yml") and file.is_file() else None
     if not isinstance(tree, dict) or "source" in tree or not {"tasks", "extends"} & tree.keys():

@@ -1,16 +1,17 @@
-"""Adaptive layer selection (ALaST, Devoto et al. 2024, arXiv 2408.08670): few blocks train in an update, on few tokens.
+"""Adaptive layer selection (ALaST, Devoto et al. 2024, arXiv 2408.08670): each update trains few blocks on few tokens.
 
-Each block has a budget b in (0, 1]. An update draws K blocks, without replacement and in proportion to their budgets;
-these train, and so does the embedding with block 0. The other blocks have no gradient, so neither momentum nor weight
-decay moves them. Behind its attention a block leaves the share b of its patch tokens, those the class token attends to
-most; the others are dropped, in training alone. A budget follows how far its block moves the class token:
+Each block has a budget b in (0, 1]. An update draws K blocks without replacement, with probabilities proportional to
+their budgets. These blocks train, and the embedding trains together with block 0. The other blocks get no gradient, so
+neither momentum nor weight decay moves them. After its attention, each block keeps the share b of its patch tokens that
+the class token attends to most, and drops the others (in training only). A budget follows the distance D by which its
+block moves the class token:
 
-    b <- b + rate x (D - D of the task's update before),   D = mean over the images of |class token after - before|^2
+    b <- b + rate x (D - D in the task's previous update),   D = mean over the images of |class token after - before|^2
 
-So b is what it was at first, and the rate times what D has grown since, as long as it stays within its limits.
+So b is its initial value plus the rate times the growth of D since then, as long as b stays within its limits.
 
-Each task has budgets of its own: D of two tasks differs by their images, and in alternating updates that difference
-would be all that moves a budget they share. And a task's step then depends on no other task's budgets.
+Each task has its own budgets. D differs between tasks because their images differ; if tasks with alternating updates
+shared a budget, that difference alone would move it. Also, a task's update then depends on no other task's budgets.
 """
 
 import contextlib
@@ -31,13 +32,13 @@ LARGEST = torch.finfo(torch.float32).max
 
 
 class Alast(Callback):
-    """The budgets of a run, what they make of an update, and what it makes of them.
+    """Budgets of a run: selects the blocks of each update, and adapts the budgets after it.
 
-    It hears of updates as a callback does, so that its state is in every checkpoint; what only tries updates out
-    (`pace`, `lr_finder`) leaves no trace in it.
+    It is a callback, so its state is in every checkpoint. Trial updates (`pace`, `lr_finder`) emit no events and thus
+    leave its budgets unchanged.
 
     Attributes:
-        budgets: of each block, by task. moved: D of each block in the task's last update, by task.
+        budgets: one per block, by task. moved: D of each block in the task's last update, by task.
     """
 
     name = "alast"
@@ -46,7 +47,7 @@ class Alast(Callback):
     def __init__(self, model: MultitaskViT, config: Config) -> None:
         """
         Args:
-            config: with `train.alast.blocks`.
+            config: one that sets `train.alast.blocks`.
         """
         self.model, self.settings, self.seed = model, config.train.alast, config.seed
         own = self.settings.budget_lr
@@ -55,21 +56,21 @@ class Alast(Callback):
 
     @contextlib.contextmanager
     def update(self, step: int, task: str) -> Iterator[None]:
-        """The model for one task's update, which is number `step` from 0: forward and backward passes belong in it."""
+        """Context for one task's forward and backward passes in update `step` (from 0): only the drawn blocks train."""
         with following(self.model) as self._seen, drawn(self.model, self.draw(step, task), self.budgets[task]):
             yield
 
     def draw(self, step: int, task: str) -> list[int]:
-        """The blocks that train in this update: a function of the seed, the step and the budgets."""
+        """Return the blocks that train in this update, a function of the seed, the step and the budgets."""
         weights = torch.tensor(self.budgets[task], dtype=torch.float64)
         return torch.multinomial(weights, self.settings.blocks, generator=generator(self.seed, "alast", step)).tolist()
 
     def numbers(self, task: str) -> dict[str, float]:
-        """The task's budgets, for the record of an update."""
+        """Return the task's budgets by name, for the metrics of an update."""
         return {f"budget_{index}": budget for index, budget in enumerate(self.budgets[task])}
 
     def on_step(self, step: StepEvent) -> None:
-        """The budgets of the task learn from the update that was just taken."""
+        """Adapt the task's budgets to the update that was just taken."""
         moved = [float(torch.stack(batches).mean()) for batches in self._seen]
         if (before := self.moved.get(step.task)) is not None:
             least = self.settings.min_budget
@@ -85,7 +86,7 @@ class Alast(Callback):
     def restore(self, state: dict[str, Any]) -> None:
         """
         Raises:
-            ValueError: no budgets of these tasks and blocks.
+            ValueError: the state does not hold budgets for exactly these tasks and blocks.
         """
         tasks, depth, least = set(self.model.tasks), len(self.model.plan), self.settings.min_budget
         budgets = state.get("budgets", {task: [self.settings.budget] * depth for task in self.model.tasks})
@@ -99,28 +100,28 @@ class Alast(Callback):
 
 
 def _are_lists(table: Any, count: int, least: float, most: float) -> bool:
-    """Whether it has lists of so many numbers within these limits."""
+    """Return whether all values of the table are lists of `count` floats within these limits."""
     lists = list(table.values()) if isinstance(table, dict) else [None]
     whole = all(isinstance(each, list) and len(each) == count for each in lists)
     return whole and all(type(x) is float and least <= x <= most for each in lists for x in each)
 
 
 def schedule_of(model: MultitaskViT, config: Config, ranks: Alone) -> Alast | None:
-    """Of a run, if it is trained so.
+    """Return the ALaST schedule of a run, or None if `train.alast.blocks` is null.
 
     Raises:
-        ConfigError: several processes share it.
+        ConfigError: several processes train the run.
     """
     blocks = config.train.alast.blocks
     if blocks is None:
         return None
-    only = "null with several processes, each of which would see another part of the images; start it without torchrun"
+    only = "null with several processes, because each would see another part of the images; start it without torchrun"
     require(ranks.world == 1, "train.alast.blocks", blocks, only)
     return Alast(model, config)
 
 
 def check(model: MultitaskViT, config: Config) -> None:
-    """Refuse more blocks than there are, and a backbone without the class token that budgets are about.
+    """Check that the backbone has enough blocks, and a class token, from which the budgets are computed.
 
     Raises:
         ConfigError: naming the key.

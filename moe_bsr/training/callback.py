@@ -1,8 +1,8 @@
-"""Callbacks: whoever wants to know what a training run does. The trainer emits events and knows no more.
+"""Callbacks: objects that receive the events of a training run. The trainer only emits events.
 
-A callback overrides what it needs of `Callback`. What it wrote is part of the run: `state` goes into every
-checkpoint, and `restore` brings the callback's files back to exactly that point. A callback only looks on: one that
-fails is named once and left out from then on (`Callbacks`).
+A callback overrides the hooks of `Callback` that it needs. Its output is part of the run: its `state` goes into every
+checkpoint, and `restore` resets its files to exactly that point. A callback cannot stop training: after its first
+exception it is named in a warning and no longer called (`Callbacks`).
 """
 
 import copy
@@ -22,12 +22,12 @@ from moe_bsr.runtime.device import Runtime
 
 @dataclass(slots=True)
 class StartEvent:
-    """The run about to start or go on.
+    """A run is about to start or to resume.
 
     Attributes:
-        folder: of the run. step: updates done before.
-        about: lines worth telling a person.
-        model, data, transforms, runtime: the trainer's own, to look at and leave as they are.
+        folder: the run folder. step: updates done before.
+        about: lines that describe the run to a user.
+        model, data, transforms, runtime: the trainer's own objects. Callbacks must not change them.
     """
 
     folder: Path
@@ -46,11 +46,11 @@ class StepEvent:
     """One task's share of one optimizer update.
 
     Attributes:
-        step: updates done, this one included.
-        metrics: named numbers, a function of the configuration alone.
+        step: number of updates done, including this one.
+        metrics: numbers by name, without timings: the same configuration gives the same values.
         progress: updates, images and epochs of each task so far.
-        outputs: what the model returned for each micro-batch (graphs already freed).
-        images_per_second: of this update alone.
+        outputs: the model's output for each micro-batch (graphs already freed).
+        images_per_second: speed of this update alone.
     """
 
     step: int
@@ -63,7 +63,7 @@ class StepEvent:
 
 @dataclass(slots=True)
 class EvalEvent:
-    """Scores of every task on one split, as `evaluation.evaluate` returns them."""
+    """Scores of every task on one split, as `evaluation.evaluate` returns them. step: number of updates done."""
 
     step: int
     split: str
@@ -71,45 +71,44 @@ class EvalEvent:
 
 
 class Callback:
-    """Does nothing; the base of all callbacks.
+    """Base class of all callbacks; its hooks do nothing.
 
     Attributes:
-        name: under which its state is in a checkpoint; the class's name where it is empty. Two callbacks of one
-            run need different names.
-        essential: the run's own record. Its failure ends training, with everything saved that can be.
+        name: key of its state in a checkpoint; if empty, the class name is used. The names within a run must differ.
+        essential: True for the run's own record. Its failure ends training, after saving what can be saved.
     """
 
     name: str = ""
     essential: bool = False
 
     def on_start(self, start: StartEvent) -> None:
-        """Before the first update."""
+        """Called before the first update."""
 
     def on_step(self, step: StepEvent) -> None:
-        """After each update, once per task trained in it."""
+        """Called after each update, once for each task trained in it."""
 
     def on_evaluate(self, evaluation: EvalEvent) -> None:
-        """After each evaluation."""
+        """Called after each evaluation."""
 
     def on_end(self, report: Mapping[str, Any]) -> dict[str, Any] | None:
-        """After the last event. What is returned (JSON values by name) is added to the report."""
+        """Called after the last event. Returns JSON values by name to add to the report, or None."""
 
     def close(self) -> None:
-        """Always called at the end, also when training failed."""
+        """Called at the end in any case, also when training failed."""
 
     def state(self) -> dict[str, Any]:
-        """JSON values from which `restore` can undo what is written later; everything is on disk."""
+        """Write everything to disk, and return JSON values from which `restore` can undo later writes."""
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Called before `on_start` with what `state` returned at the checkpoint; {} at a fresh start."""
+        """Called before `on_start` with the `state` saved in the checkpoint, or with {} in a new run."""
 
 
 def by_name(callbacks: Iterable[Callback]) -> dict[str, Callback]:
-    """Callbacks by the names under which their states are kept.
+    """Return the callbacks by the names under which their states are saved.
 
     Raises:
-        ValueError: two have one name.
+        ValueError: two callbacks have the same name.
     """
     named: dict[str, Callback] = {}
     for callback in callbacks:
@@ -124,29 +123,29 @@ def by_name(callbacks: Iterable[Callback]) -> dict[str, Callback]:
 
 
 class Callbacks:
-    """A run's callbacks behind one guard: what only looks at training cannot stop it.
+    """Calls all callbacks of a run, and keeps their exceptions from stopping it.
 
-    The first exception of a callback becomes a warning; from then on it is called no more, but to close. An essential
-    one's goes through.
+    The first exception of a callback becomes a warning, and only its `close` is called from then on. Exceptions of
+    essential callbacks are raised.
 
     Attributes:
         named: the callbacks by name.
-        failed: an essential one's OSError (a full disk) in `on_step` or `on_evaluate`. It is kept until all have been
-            told, so that the trainer can save a state in which they agree.
+        failed: an OSError (a full disk) of an essential callback in `on_step` or `on_evaluate`. It is stored until all
+            callbacks have received the event, so that the trainer can save a consistent state before raising it.
     """
 
     def __init__(self, callbacks: Iterable[Callback]) -> None:
         """
         Raises:
-            ValueError: two callbacks of one name.
+            ValueError: two callbacks have the same name.
         """
         self.named = by_name(callbacks)
         self.failed: OSError | None = None
-        self._silent: set[str] = set()
-        self._states: dict[str, dict[str, Any]] = {}  # as last known; a silent callback's is kept
+        self._muted: set[str] = set()
+        self._states: dict[str, dict[str, Any]] = {}  # the last state of each, failed callbacks included
 
     def tell(self, hook: str, event: StartEvent | StepEvent | EvalEvent) -> None:
-        """Call that hook of every callback."""
+        """Call the named hook of every callback with this event."""
         for name, callback in self._listening():
             with self._guard(name, hook):
                 try:
@@ -157,37 +156,37 @@ class Callbacks:
                     self.failed = self.failed or error
 
     def end(self, report: Mapping[str, Any]) -> dict[str, Any]:
-        """What the callbacks add to a report."""
+        """Return the values that the callbacks add to the report."""
         added: dict[str, Any] = {}
         for name, callback in self._listening():
             with self._guard(name, "on_end"):
                 values = dict(callback.on_end(copy.deepcopy(report)) or {})
-                json.dumps(values)  # what is no JSON must not cost the report
+                json.dumps(values)  # raises here, inside the guard, if a value is not JSON
                 added |= values
         return added
 
     def state(self) -> dict[str, dict[str, Any]]:
-        """The callbacks' states by name; of a silent one, the last it gave."""
+        """Return the callbacks' states by name; for a failed callback, its last state."""
         for name, callback in self._listening():
             with self._guard(name, "state"):
                 self._states[name] = json.loads(json.dumps(dict(callback.state())))
         return dict(self._states)
 
     def restore(self, states: dict[str, dict[str, Any]]) -> None:
-        """Bring the callbacks back to these states; one that has none starts afresh."""
+        """Reset the callbacks to these states. A callback without a state starts anew."""
         self._states = {name: states[name] for name in self.named if name in states}
         for name, callback in self._listening():
             with self._guard(name, "restore"):
                 callback.restore(copy.deepcopy(states.get(name, {})))
 
     def close(self) -> None:
-        """Close all of them, the silent ones too."""
+        """Close all callbacks, including those that failed."""
         for name, callback in self.named.items():
             with self._guard(name, "close", essential=False):
                 callback.close()
 
     def _listening(self) -> list[tuple[str, Callback]]:
-        return [(name, callback) for name, callback in self.named.items() if name not in self._silent]
+        return [(name, callback) for name, callback in self.named.items() if name not in self._muted]
 
     @contextmanager
     def _guard(self, name: str, hook: str, essential: bool = True) -> Iterator[None]:
@@ -196,10 +195,10 @@ class Callbacks:
         except (Exception, SystemExit) as error:
             if essential and _essential(self.named[name]):
                 raise
-            if name not in self._silent:
-                self._silent.add(name)
+            if name not in self._muted:
+                self._muted.add(name)
                 warnings.warn(
-                    f"callback {name!r} failed in {hook}: {_told(error)}; it is left out from here on, and training "
+                    f"callback {name!r} failed in {hook}: {_described(error)}; it is not called any more, and training "
                     "goes on without it",
                     stacklevel=4,
                 )
@@ -209,8 +208,8 @@ def _essential(callback: Callback) -> bool:
     return getattr(callback, "essential", False)
 
 
-def _told(error: BaseException) -> str:
-    """An exception in one line."""
+def _described(error: BaseException) -> str:
+    """Format an exception in one line."""
     try:
         said = " ".join(str(error).split())
     except Exception:

@@ -1,4 +1,4 @@
-"""Weights of a task's classes in its loss, for tasks whose classes have unequal numbers of images."""
+"""Class weights in the loss, for tasks whose classes have unequal numbers of images."""
 
 import numpy as np
 import torch
@@ -6,10 +6,10 @@ from torch import Tensor
 
 
 def balanced(labels: np.ndarray, classes: int) -> Tensor:
-    """Images / (classes with images x images of the class), as scikit-learn's "balanced": (C,) float32.
+    """Return scikit-learn's "balanced" weights: images / (classes with images x images of the class), (C,) float32.
 
-    Every class counts alike in the sum over the training images, and the mean weight of these is 1. A class without
-    an image has weight 0.
+    Every class has the same total weight over the training images, and the mean weight of an image is 1. A class
+    without images has weight 0.
 
     Args:
         labels: int64 (N,), of the training images.

@@ -1,7 +1,8 @@
-"""Legal settings that still spoil a run's result: said with their numbers before it starts.
+"""Warnings about valid settings that are likely to spoil a run, given before it starts.
 
-What can never be right is refused by the configuration (`config/schema.py`). This is what may be meant, and is
-usually a slip: a rate of another optimizer, a warm-up as long as the run, a task that hardly gets an update.
+The configuration (`config/schema.py`) refuses settings that can never be right. The settings warned about here may be
+intended but are usually mistakes: a learning rate for another optimizer, a warm-up as long as the run, a task that gets
+almost no updates.
 """
 
 from collections.abc import Iterator
@@ -14,12 +15,12 @@ from moe_bsr.runtime.top_list import condensed
 from moe_bsr.training.length import in_updates, updates_of
 from moe_bsr.training.optim import learning_rate
 
-LEAST_SHARE = 0.02  # of the updates, below which a task is called starved
+LEAST_SHARE = 0.02  # share of the updates below which a task gets a warning
 LARGEST_RATE = {"adamw": 0.1, "adamw8": 0.1, "sgd": 10.0, "mezo": 10.0}
 
 
 def doubts(config: Config, sizes: dict[str, int]) -> list[str]:
-    """Lines for a person; none for settings that hold together.
+    """Return one line for each doubtful setting.
 
     Args:
         sizes: number of training images by task.
@@ -27,7 +28,7 @@ def doubts(config: Config, sizes: dict[str, int]) -> list[str]:
     if config.train.optimizer == "lbfgs":
         return list(_learning_signal(config))
     steps = updates_of(config, sizes)
-    if steps is None:  # measured later
+    if steps is None:  # train.minutes: the number of updates is measured later
         return [*_learning_signal(config), *_storage(config)]
     config = in_updates(config, steps)
     found = [*_optimization(config), *_learning_signal(config), *_storage(config), *_data(config, sizes)]
@@ -40,8 +41,8 @@ def _optimization(config: Config) -> Iterator[str]:
     mean_rate, highest = sum(rates) / len(rates), train.lr * max(1.0, train.head_lr_scale)
     if highest > LARGEST_RATE[train.optimizer]:
         yield (
-            f"train.lr = {train.lr:g} (heads: x {train.head_lr_scale:g}) is very large for {train.optimizer}; usual "
-            f"are at most {LARGEST_RATE[train.optimizer]:g}"
+            f"train.lr = {train.lr:g} (heads: x {train.head_lr_scale:g}) is very large for {train.optimizer}; "
+            f"usual rates are at most {LARGEST_RATE[train.optimizer]:g}"
         )
     if train.optimizer in ("adamw", "adamw8") and (moved := mean_rate * train.steps) < 1e-4:
         yield (
@@ -61,7 +62,7 @@ def _optimization(config: Config) -> Iterator[str]:
         yield f"train.grad_clip_norm = {train.grad_clip_norm:g} scales nearly every gradient down to almost nothing"
     if train.layer_decay < 0.3:
         left = f"{train.layer_decay**4:.1g}"
-        yield f"train.layer_decay = {train.layer_decay:g}: four blocks down, {left} of the rate is left"
+        yield f"train.layer_decay = {train.layer_decay:g}: the rate four blocks below is {left} times the upper one"
     if train.ema_decay is not None and (reached := train.steps / (9 + train.steps)) < train.ema_decay:
         needed = (10 * train.ema_decay - 1) / (1 - train.ema_decay)
         yield (
@@ -83,10 +84,10 @@ def _learning_signal(config: Config) -> Iterator[str]:
         if moe.gate_noise > moe.num_experts:
             yield (
                 f"moe.gate_noise = {moe.gate_noise:g} is noise of {moe.gate_noise / moe.num_experts:.3g} on router "
-                "logits that start below 1: experts are drawn by lot"
+                "logits that start below 1: experts are chosen almost at random"
             )
         if moe.init_noise > 0.5:
-            yield f"moe.init_noise = {moe.init_noise:g} drowns the pretrained FFN that experts are copies of"
+            yield f"moe.init_noise = {moe.init_noise:g} drowns out the pretrained FFN that the experts are copied from"
         if moe.balance_loss != "none" and moe.balance_loss_weight > 1:
             yield f"moe.balance_loss_weight = {moe.balance_loss_weight:g} outweighs the loss of the tasks"
     if (crop := config.data.crop_scale) is not None and crop[1] < 0.05:
@@ -105,7 +106,7 @@ def _storage(config: Config) -> Iterator[str]:
     plain = ({k: v for k, v in e.items() if k != "blocks"} if isinstance(e, dict) else e for e in entries)
     folders = (choice.options.place for choice in map(STORAGES.choose, plain) if choice.kind == "offload")
     for folder in dict.fromkeys(filter(memory.holds, folders)):
-        yield f"storage = offload writes to {folder}, which is in memory itself (tmpfs); name storage.folder on a disk"
+        yield f"storage = offload writes to {folder}, which is in memory (tmpfs); set storage.folder to one on a disk"
 
 
 def _data(config: Config, sizes: dict[str, int]) -> Iterator[str]:
@@ -113,8 +114,8 @@ def _data(config: Config, sizes: dict[str, int]) -> Iterator[str]:
     for task, size in sizes.items():
         if train.batch_size > size:
             yield (
-                f"train.batch_size = {train.batch_size}, but {task} has {size} training images: each is in an update "
-                f"{train.batch_size / size:.3g} times; take at most {size}"
+                f"train.batch_size = {train.batch_size}, but {task} has {size} training images: each is used "
+                f"{train.batch_size / size:.3g} times in an update; take at most {size}"
             )
     runs = [sizes] if config.mode == "multitask" else [{task: size} for task, size in sizes.items()]
     for run in runs:

@@ -1,6 +1,6 @@
-"""The model for one update in which some blocks train (`alast.py`), and each leaves its share of the tokens.
+"""Change the model for one ALaST update (`alast.py`): some blocks train, and each keeps its share of the tokens.
 
-Nothing of it outlasts the update. The optimizer knows all blocks: it steps what has a gradient.
+The change is undone after the update. The optimizer has the parameters of all blocks and steps those with a gradient.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from moe_bsr.training.optim import state_of
 
 @contextlib.contextmanager
 def drawn(model: MultitaskViT, blocks: Collection[int], budgets: list[float]) -> Iterator[None]:
-    """While the context lasts these blocks train alone, and each leaves its share of the tokens."""
+    """Context in which only these blocks train, and each block keeps the share of its tokens given by its budget."""
     contexts, rates = model.contexts, _rates(budgets, model.vit.patch_embed.num_patches)
     model.contexts = [
         replace(each, plan=replace(each.plan, keep_rate=rate)) for each, rate in zip(contexts, rates, strict=True)
@@ -33,8 +33,8 @@ def drawn(model: MultitaskViT, blocks: Collection[int], budgets: list[float]) ->
 
 
 def _rates(budgets: list[float], patches: int) -> list[float]:
-    """Keep rates: the budgets, or 1 where a block has too few tokens left to drop one, and in the last block, behind
-    which nothing would profit."""
+    """Return the keep rates: the budgets, but 1 where a block has too few tokens left to drop one, and in the last
+    block, after which dropping saves nothing."""
     rates = []
     for budget in budgets[:-1]:
         kept = count_kept(patches, budget)
@@ -44,7 +44,7 @@ def _rates(budgets: list[float], patches: int) -> list[float]:
 
 
 def _train(model: MultitaskViT, blocks: Collection[int]) -> None:
-    """Let these blocks train alone, with the first one the embedding, and what comes behind the blocks."""
+    """Train only these blocks, the layers after the last block and, if block 0 is among them, the embedding."""
     layers, top = model.layers(), len(model.plan) + 1
     trained = {top, *(index + 1 for index in blocks), *([0] if 0 in blocks else [])}
     for parameter in model.parameters():
@@ -54,7 +54,7 @@ def _train(model: MultitaskViT, blocks: Collection[int]) -> None:
 
 @contextlib.contextmanager
 def following(model: MultitaskViT) -> Iterator[list[list[Tensor]]]:
-    """While the context lasts, how far each block moves the class token in each pass: scalars, means over images."""
+    """Context that records how far each block moves the class token: a list of scalars per block, means over images."""
     run_block = model.run_block
     seen: list[list[Tensor]] = [[] for _ in model.plan]
 
@@ -72,14 +72,15 @@ def following(model: MultitaskViT) -> Iterator[list[list[Tensor]]]:
         del model.run_block
 
 
-# --- the costliest update, for whoever predicts or measures ---
+# --- the costliest update, for cost prediction and measurement ---
 
 
 def costliest(model: MultitaskViT, config: Config) -> list[int]:
-    """The blocks whose update takes most memory: the first, which puts all others on the gradient path, and the last
-    ones, whose gradients are there while most is kept. No token is dropped then, for budgets may rise to 1.
+    """Return the blocks whose update takes the most memory.
 
-    In bf16, where a block that trains keeps a little more, another draw may take half a percent more.
+    These are the first block, which puts all others on the gradient path, and the last ones, whose gradients exist
+    while most activations are still saved. The prediction assumes that no token is dropped, because budgets may rise
+    to 1. In bf16 a trained block saves slightly more, so another draw may take half a percent more.
     """
     depth = len(model.plan)
     return [0, *range(depth - (config.train.alast.blocks or depth) + 1, depth)]
@@ -87,8 +88,11 @@ def costliest(model: MultitaskViT, config: Config) -> list[int]:
 
 @contextlib.contextmanager
 def costliest_update(model: MultitaskViT, config: Config) -> Iterator[set[str]]:
-    """The model for that update while the context lasts, if it is trained so; yields the names of what does not train
-    in it and does in others, whose optimizer state is there all the same."""
+    """Context in which the model is set up for its costliest update, if it trains with ALaST.
+
+    Yields the names of the parameters that do not train in this update but in others: their optimizer state takes
+    memory all the same.
+    """
     if config.train.alast.blocks is None:
         yield set()
         return
@@ -97,7 +101,7 @@ def costliest_update(model: MultitaskViT, config: Config) -> Iterator[set[str]]:
 
 
 def settle(model: MultitaskViT, config: Config, optimizer: torch.optim.Optimizer) -> None:
-    """Leave a model in that update for good, as it comes after others: every weight has its optimizer state."""
+    """Set the model up for its costliest update, with optimizer state for every parameter as after earlier updates."""
     if config.train.alast.blocks is None:
         return
     _train(model, costliest(model, config))

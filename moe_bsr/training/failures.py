@@ -1,4 +1,4 @@
-"""How a run that had begun is told to have failed: what happened, which checkpoint is good, how to go on."""
+"""Error messages of a run that failed after its start: what happened, the last good checkpoint, and how to go on."""
 
 from pathlib import Path
 
@@ -7,18 +7,18 @@ from moe_bsr.runtime import files, memory
 
 
 class TrainingFailed(RuntimeError):
-    """A run that had begun cannot go on. One line says what happened, which checkpoint is good and what to do."""
+    """A started run cannot go on. Its one-line message says what happened, which checkpoint is good and what to do."""
 
 
 class NonFiniteLoss(TrainingFailed):
-    """Training diverged; the message names the step, the task and the last good checkpoint."""
+    """Training diverged. The message names the step, the task and the last good checkpoint."""
 
 
 def explained(folder: Path, step: int, error: Exception) -> str | None:
-    """What ended training and how to go on, in a line; None for what is no trouble of the machine's.
+    """Return one line on what ended training and how to go on, or None if memory and files were not the cause.
 
     Args:
-        folder: of the run. step: updates done.
+        folder: the run folder. step: updates done.
     """
     ended, good = f"{folder}: training ended at step {step}", last_good(folder)
     if memory.is_short(error):
@@ -33,16 +33,16 @@ def explained(folder: Path, step: int, error: Exception) -> str | None:
 
 
 def lost(folder: Path, step: int, error: Exception, first: bool) -> str:
-    """Which other process was lost and how to go on, in a line.
+    """Return one line that says which process was lost and how to go on.
 
     Args:
-        first: whether this process writes the checkpoints; the disk of another may not have them.
+        first: whether this process writes the checkpoints. Another process may not see them on its disk.
     """
-    good = last_good(folder) if first or checkpoint.steps(folder) else "checkpoints are where rank 0 ran"
+    good = last_good(folder) if first or checkpoint.steps(folder) else "the checkpoints are where rank 0 ran"
     return f"{folder}: training ended at step {step}: {error}; {good}; go on with resume=True"
 
 
 def last_good(folder: Path) -> str:
-    """Which checkpoint of a run is good."""
+    """Return a phrase that names the newest checkpoint of a run."""
     saved = checkpoint.steps(folder)
     return f"last good checkpoint: {folder / 'checkpoint' / str(saved[-1]) if saved else 'none was written yet'}"

@@ -1,8 +1,8 @@
-"""Outputs of the frozen blocks before the gradient path, kept for all training images and computed once.
+"""Cache of the features that the frozen blocks before the gradient path compute for all training images.
 
-Without augmentation an image comes back the same in every epoch, and with `data.views` it comes back in so many
-augmented views; so does what the frozen blocks make of it. Once a view has been seen, neither is the image decoded nor
-do these blocks run.
+Without augmentation an image is the same in every epoch, and with `data.views` it comes in a fixed number of augmented
+views. So its features repeat as well. Once a view is cached, the image is not decoded and these blocks do not run
+again.
 """
 
 import dataclasses
@@ -26,38 +26,38 @@ from moe_bsr.runtime.device import Runtime
 from moe_bsr.training.inputs import Inputs
 
 Features = tuple[Tokens, dict[int, Record]]
-TINY = 1e-30  # a channel of zeros has this scale
+TINY = 1e-30  # the scale of a channel of zeros
 
 
 class FeatureCache:
-    """What the frozen blocks before `start` make of each view of each training image of each task.
+    """Outputs of the frozen blocks before block `start` for each view of each training image of each task.
 
-    Runs of the same frozen blocks and images can have one, one after the other (`api.train`).
+    Successive runs with the same frozen blocks and images can share one cache (`api.train`).
 
     Attributes:
-        start: the first block that is not run.
-        bytes: of everything kept, when every view has been seen.
-        views: of each image.
+        start: index of the first block that is not run.
+        bytes: size of the cache with all views.
+        views: number of views of each image.
     """
 
     def __init__(self, model: MultitaskViT, sizes: dict[str, int], settings: DataConfig) -> None:
         """
         Args:
-            model: on its device, under the autocast it will run in. sizes: training images of each task.
-            settings: feature_cache_mb (10**6 bytes that may be used), feature_cache, feature_cache_dir and views.
+            model: already on its device; call under the autocast context of training. sizes: training images by task.
+            settings: uses feature_cache_mb (limit in 10**6 bytes), feature_cache, feature_cache_dir and views.
         Raises:
-            ConfigError: there is no room for all views, or nothing before the gradient path stays the same.
+            ConfigError: the limit is too small for all views, the embedding trains, or the folder does not exist.
         """
         megabytes = settings.feature_cache_mb
         require(
             not model.embedding_trains,
             "data.feature_cache_mb",
             megabytes,
-            "null (off): the embedding trains under this plan, so nothing stays the same",
+            "null (off): the embedding trains under this plan, so no features stay the same",
         )
         self.model, self.views = model, (settings.views or 1) if settings.augment else 1
         self.start = model.path_start
-        # After the last block the head reads the class token alone, and that is all the block leaves.
+        # A frozen last block returns only the class token if the head reads nothing else.
         self.class_token_only = self.start == len(model.plan) and model.vit.global_pool == "token"
         self.kind = "exact" if self.class_token_only else settings.feature_cache
         side, self.device = model.image_size, next(model.parameters()).device
@@ -86,17 +86,17 @@ class FeatureCache:
         self.seen = {task: torch.zeros(self.views, count, dtype=torch.bool) for task, count in sizes.items()}
 
     def take_over(self, model: MultitaskViT, sizes: dict[str, int]) -> None:
-        """Serve another model, on the same device, whose blocks before `start` are the same and frozen too.
+        """Use this cache for another model on the same device, with the same frozen blocks before `start`.
 
         Args:
-            sizes: training images of each task.
+            sizes: training images by task.
         Raises:
-            ValueError: they are not, or these are not as many images.
+            ValueError: the blocks or the numbers of images differ.
         """
         if self.model.features_key(self.start) != model.features_key(self.start):
-            raise ValueError(f"blocks 0 to {self.start - 1} of this model are not those whose features are kept")
+            raise ValueError(f"blocks 0 to {self.start - 1} of this model are not those whose features are cached")
         if sizes != (kept := {task: seen.shape[1] for task, seen in self.seen.items()}):
-            raise ValueError(f"features are kept of {kept} training images, and these are {sizes}")
+            raise ValueError(f"features are cached for {kept} training images, and these are {sizes}")
         self.model = model
 
     def compute(self, images: Tensor, task: str) -> Features:
@@ -104,20 +104,24 @@ class FeatureCache:
 
     def __str__(self) -> str:
         images, blocks = sum(seen.shape[1] for seen in self.seen.values()), self.start
-        source = f"blocks 0 to {blocks - 1} make" if blocks else "the embedding makes"
+        source = f"blocks 0 to {blocks - 1}" if blocks else "the embedding"
         what = f"{self.views} views of {images}" if self.views > 1 else str(images)
         when = "once seen" if self.views > 1 else "from an image's second epoch on"
         return (
-            f"{self.bytes / 1e6:.0f} MB{self.where} for what {source} of {what} training images ({self.kind}), {when} "
-            "not computed again"
+            f"feature cache: {self.bytes / 1e6:.0f} MB{self.where} for outputs of {source} on {what} training images "
+            f"({self.kind}), reused {when}"
         )
 
     def contains(self, task: str, positions: np.ndarray, views: np.ndarray) -> bool:
-        """Whether the features of all these views of images of the task's training split are here."""
+        """Return whether the cache has these views of all these images of the task's training split.
+
+        Args:
+            positions, views: int64 (B,).
+        """
         return bool(self.seen[task][torch.from_numpy(views), torch.from_numpy(positions)].all())
 
     def get(self, task: str, positions: np.ndarray, views: np.ndarray) -> Features:
-        """The features of views that the cache contains, as `forward_features` returned them, up to the kind."""
+        """Return cached features as `forward_features` returned them, up to the precision of `kind`."""
         rows = self._places(task, positions, views)
         parts = iter([kept[rows.to(kept.device)].to(self.device) for kept in self.kept[task]])
         x = next(parts).to(self.dtype)
@@ -136,7 +140,7 @@ class FeatureCache:
         return tokens, records
 
     def add(self, task: str, positions: np.ndarray, views: np.ndarray, features: Features) -> None:
-        """Keep the features of these views."""
+        """Store the features of these views."""
         rows = self._places(task, positions, views)
         for kept, part in zip(self.kept[task], self._parts(*features), strict=True):
             kept[rows.to(kept.device)] = part.to(kept.device)
@@ -146,14 +150,14 @@ class FeatureCache:
         return torch.from_numpy(views * self.seen[task].shape[1] + positions)
 
     def _parts(self, tokens: Tokens, records: dict[int, Record]) -> list[Tensor]:
-        """All of the features that has a row for each image, as it is kept.
+        """Return the tensors to store, each with one row per image.
 
-        int8 has one scale for each channel of an image: a few channels of the residual stream are far larger than the
-        others, and would drown them under a scale for each token.
+        int8 uses one scale per channel of an image. A few channels of the residual stream are far larger than the
+        others, so one scale per token would round the small channels to zero.
         """
         x = tokens.x
         if self.kind == "int8":
-            places = (2, 3) if x.ndim == 4 else 1  # of maps, and of tokens
+            places = (2, 3) if x.ndim == 4 else 1  # of a ResNet's maps, and of tokens
             scale = (x.float().abs().amax(places, keepdim=True) / 127).clamp_(min=TINY)
             parts = [(x / scale).round_().to(torch.int8), scale]
         else:
@@ -169,16 +173,16 @@ class FeatureCache:
 
 
 def _reported(record: Record) -> dict[str, Tensor]:
-    """What a block tells of dropping or merging, by name."""
+    """Return the tensors in which a block recorded its dropping or merging, by name."""
     names = (field.name for field in dataclasses.fields(Dropped))
     return {name: part for name in names if (part := getattr(record.dropped, name)) is not None}
 
 
 def _rows(count: int, like: Tensor, folder: str | None) -> Tensor:
-    """Room for so many rows like the first of `like`: on its device, or in a file without a name that is mapped.
+    """Allocate `count` rows shaped like the first row of `like`: on its device, or memory-mapped to an unnamed file.
 
     Raises:
-        OSError: the folder has no room for it.
+        OSError: not enough space in the folder.
     """
     shape = (count, *like.shape[1:])
     if folder is None:
@@ -189,7 +193,7 @@ def _rows(count: int, like: Tensor, folder: str | None) -> Tensor:
 
 
 class CachedInputs(Inputs):
-    """Feeds features in place of images: from the cache, or into it when a view is new."""
+    """Inputs that replace images by features from the cache, and add the features of new views to it."""
 
     def __init__(self, inputs: Inputs, cache: FeatureCache) -> None:
         super().__init__(inputs.tasks, inputs.transforms, inputs.runtime, inputs.prefetch)
@@ -207,7 +211,7 @@ class CachedInputs(Inputs):
                 cache.add(*place, cache.compute(images, task))
         tokens, records = cache.get(*place)
         with torch.no_grad(), self.runtime.autocast():
-            for index in range(cache.start, cache.model.path_start):  # of a model that has more frozen blocks
+            for index in range(cache.start, cache.model.path_start):  # if this model has more frozen blocks
                 tokens = cache.model.run_block(index, tokens, task, None, records)
         return dataclasses.replace(batch, images=None, labels=labels, features=(tokens, records))
 
@@ -232,7 +236,11 @@ def make_inputs(
     runtime: Runtime,
     features: FeatureCache | None = None,
 ) -> Inputs:
-    """What a trainer of this model is fed: images, or what is kept of them."""
+    """Return the inputs for training this model: images, or cached features if `data.feature_cache_mb` is set.
+
+    Args:
+        features: a cache to share with earlier runs; None: make one if the configuration asks for it.
+    """
     inputs = Inputs(tasks, transforms, runtime, config.data.prefetch)
     sizes = {name: len(data.train) for name, data in tasks.items()}
     if features is not None:

@@ -1,6 +1,6 @@
-"""How long a run is, in updates: `train.steps` says it, `train.epochs` and `train.minutes` come to it.
+"""Length of a run in updates, computed from `train.steps` or `train.epochs`.
 
-Epochs are of all training images of all tasks together. What minutes come to is measured (`pace`).
+An epoch is one pass over all training images of all tasks together. `pace` converts `train.minutes` by measuring.
 """
 
 import math
@@ -10,16 +10,16 @@ from typing import Any
 from moe_bsr.config import Config
 from moe_bsr.data.sampler import MultitaskSampler
 
-UNKNOWN = 1000  # updates that a run of minutes is taken for until they are measured
+UNKNOWN = 1000  # assumed updates of a run of `train.minutes` until its speed is measured
 
 
 @dataclass(slots=True)
 class Length:
-    """How long a run is planned to be, and was.
+    """Planned length of a run, and its earlier plans.
 
     Attributes:
-        steps: updates; 0 before it is decided. minutes: that they were decided for, if they were.
-        earlier: (step, steps): up to the update `step` the run was to have `steps`.
+        steps: number of updates; 0 before it is decided. minutes: the `train.minutes` that `steps` was measured for.
+        earlier: pairs (step, steps): until update `step` the planned length was `steps`.
     """
 
     steps: int = 0
@@ -35,26 +35,26 @@ class Length:
 
 
 def in_updates(config: Config, steps: int) -> Config:
-    """The same run with its length given in updates.
+    """Return the configuration with its length given in updates.
 
     Raises:
-        ConfigError: train.warmup_steps are more than these.
+        ConfigError: train.warmup_steps is larger.
     """
     return replace(config, train=replace(config.train, steps=steps, epochs=None, minutes=None))
 
 
 def updates_of(config: Config, sizes: dict[str, int]) -> int | None:
-    """Updates of a run; None if that is to be measured.
+    """Return the number of updates of a run; None if it has to be measured (`train.minutes`).
 
     Args:
         sizes: training images by task.
     Raises:
-        ConfigError: more than a run may have.
+        ConfigError: more updates than a run may have.
     """
     train = config.train
-    if train.optimizer == "lbfgs":  # however many images its minutes allow
+    if train.optimizer == "lbfgs":  # its minutes limit the images, not the updates
         return 1
-    if config.mode == "single_task" and len(sizes) > 1:  # each has a run of its own
+    if config.mode == "single_task" and len(sizes) > 1:  # each task has its own run
         counts = [updates_of(config, {task: size}) for task, size in sizes.items()]
         return None if None in counts else max(counts)
     if train.epochs is None:
@@ -68,9 +68,9 @@ def images_per_update(config: Config, sizes: dict[str, int]) -> int:
     return config.train.batch_size * len(first)
 
 
-def told(config: Config, sizes: dict[str, int]) -> str:
-    """A run's length in words."""
+def described(config: Config, sizes: dict[str, int]) -> str:
+    """Return a run's length in words."""
     steps, train = updates_of(config, sizes), config.train
     if train.minutes is not None:
-        return f"updates for {train.minutes:g} minutes, as many as this machine takes"
+        return f"{train.minutes:g} minutes of updates"
     return f"{steps} updates" if train.epochs is None else f"{steps} updates ({train.epochs:g} epochs)"

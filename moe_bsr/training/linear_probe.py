@@ -1,10 +1,10 @@
-"""The linear probe: multinomial logistic regression on features, solved to its optimum.
+"""Linear probe: multinomial logistic regression on features, solved to its optimum.
 
     minimize  mean cross-entropy of  W (x - m) / s + b  +  penalty / 2 |W|^2
 
-m and s standardize each feature over the training images; they are folded into the weight and the bias of the head.
-The problem is convex, so L-BFGS finds the optimum whatever the start: the penalties come from large to small, each
-from the solution of the one before, and validation chooses among them.
+m and s are each feature's mean and standard deviation over the training images. They are folded into the weight and the
+bias of the head. The problem is convex, so L-BFGS finds the optimum from any start. It is solved for penalties from
+large to small, each starting from the previous solution, and the validation split selects one of them.
 """
 
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from moe_bsr.evaluation.features import Features
 
 PENALTIES = tuple(10 ** (-k / 2) for k in range(11))  # 1 to 1e-5
-PATIENCE = 3  # penalties in a row that are no better, after which the path ends
+PATIENCE = 3  # the path ends after this many penalties in a row without improvement
 ITERATIONS, HISTORY = 200, 10
 
 
 @dataclass(frozen=True)
 class Solved:
-    """The optimum at one penalty, and how good it is. Accuracies in percent, losses in nats.
+    """Scores of the optimum at one penalty. Accuracies are in percent, losses in nats.
 
     Attributes:
-        iterations: of L-BFGS.
+        iterations: number of L-BFGS iterations.
     """
 
     penalty: float
@@ -41,7 +41,7 @@ class Probe(NamedTuple):
 
     Attributes:
         weight: (C, D) float32. bias: (C,) float32.
-        chosen: the penalty it was solved at. path: all that were, large to small.
+        chosen: the penalty of this head. path: all penalties that were tried, from large to small.
     """
 
     weight: Tensor
@@ -51,14 +51,14 @@ class Probe(NamedTuple):
 
 
 def fit(train: Features, val: Features, classes: int, penalty: str | float = "best", smoothing: float = 0.0) -> Probe:
-    """The probe of one task.
+    """Solve the probe of one task.
 
     Args:
-        train, val: x (N, D), computed in its own type. classes: of the task; those without a training image get a
-            head that predicts them nowhere.
-        penalty: "best": of the highest validation top-1, among equals of the lowest loss. "mild": the largest one
-            whose validation top-1 is within one standard error of the best. A number: that one.
-        smoothing: of the labels.
+        train, val: features x (N, D); the solver computes in their dtype.
+        classes: number of classes of the task. A class without training images is never predicted.
+        penalty: "best" selects the highest validation top-1, and among equals the lowest loss. "mild" selects the
+            largest penalty whose validation top-1 is within one standard error of the best. A number is used as it is.
+        smoothing: label smoothing in [0, 1).
     """
     mean, scale = standardization(train.x)
     x, val_x = (train.x - mean) / scale, (val.x - mean) / scale
@@ -79,19 +79,19 @@ def fit(train: Features, val: Features, classes: int, penalty: str | float = "be
 
 
 def best(path: list[Solved]) -> Solved:
-    """The highest validation top-1; among equals the lowest validation loss, then the largest penalty."""
+    """Return the entry with the highest validation top-1; ties: lowest validation loss, then largest penalty."""
     return min(path, key=lambda each: (-each.val_top1, each.val_loss, -each.penalty))
 
 
 def mild(path: list[Solved], images: int) -> Solved:
-    """The largest penalty whose top-1 on so many validation images is within one standard error of the best."""
+    """Return the largest penalty whose top-1 on `images` validation images is within one standard error of the best."""
     share = best(path).val_top1 / 100
     error = 100 * (share * (1 - share) / images) ** 0.5
     return max((each for each in path if each.val_top1 >= 100 * share - error), key=lambda each: each.penalty)
 
 
 def standardization(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (D,) of the columns of (N, D); 1 where a column hardly varies."""
+    """Return mean and standard deviation (D,) of the columns of x (N, D); a deviation near zero is replaced by 1."""
     mean, scale = x.mean(0), x.std(0, correction=0)
     return mean, torch.where(scale > 1e-6 * (1 + mean.abs()), scale, torch.ones_like(scale))
 
@@ -99,7 +99,7 @@ def standardization(x: Tensor) -> tuple[Tensor, Tensor]:
 def objective(
     x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, penalty: float, smoothing: float = 0.0
 ) -> Tensor:
-    """What is minimized, a scalar."""
+    """Return the penalized loss, a scalar."""
     loss = nn.functional.cross_entropy(nn.functional.linear(x, weight, bias), labels, label_smoothing=smoothing)
     return loss + penalty / 2 * weight.square().sum()
 
@@ -107,7 +107,7 @@ def objective(
 def minimize(
     x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, penalty: float, smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor, int]:
-    """The optimum from a start: weight (C, D), bias (C,) and the iterations it took."""
+    """Solve from a start; returns weight (C, D), bias (C,) and the number of iterations."""
     weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
     solver = torch.optim.LBFGS(
         [weight, bias],
@@ -130,10 +130,10 @@ def minimize(
 
 
 def whole(x: Tensor, weight: Tensor, bias: Tensor, present: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """The head of all classes, from that of the classes present in training.
+    """Extend a head for the classes present in training to all classes.
 
-    Of an absent class nothing is known but that it is rare: on no training image is it more probable than 1 / (N + 1).
-    Its own optimum would be a bias of minus infinity.
+    An absent class gets weight 0, and a bias that makes it at most 1 / (N + 1) probable on every training image. Its
+    optimal bias would be minus infinity.
     """
     lowest = nn.functional.linear(x, weight, bias).logsumexp(1).min() - torch.tensor(float(len(x))).log()
     all_weights, all_biases = weight.new_zeros(classes, weight.shape[1]), lowest.repeat(classes).to(bias)
@@ -142,14 +142,14 @@ def whole(x: Tensor, weight: Tensor, bias: Tensor, present: Tensor, classes: int
 
 
 def folded(weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The same head for features that are not standardized, in float32."""
+    """Return the equivalent float32 head for features that are not standardized."""
     weight, bias, mean, scale = (part.double() for part in (weight, bias, mean, scale))
     weight = weight / scale
     return weight.float(), (bias - weight @ mean).float()
 
 
 def _scores(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> tuple[float, float]:
-    """Cross-entropy and top-1 in percent."""
+    """Return cross-entropy, and top-1 in percent."""
     logits = nn.functional.linear(x, weight, bias)
     right = (logits.argmax(1) == labels).double().mean()
     return float(nn.functional.cross_entropy(logits, labels)), 100 * float(right)

@@ -1,8 +1,8 @@
-"""A learning-rate finder (Smith 2017, as fastai and Lightning have it): the loss while the rate rises exponentially.
+"""Learning-rate finder (Smith 2017, as in fastai and Lightning): record the loss while the rate rises exponentially.
 
-Each update has a larger learning rate than the one before. Where the loss falls fastest is a rate to train with; soon
-after, it rises and training would diverge. Tasks have losses of their own size, so each one's is told relative to its
-first, smoothed over its own updates, and the curve is their mean.
+Each update has a larger learning rate than the one before. The rate at which the loss falls fastest is suitable for
+training; at higher rates the loss rises and training would diverge. The sizes of the losses differ between tasks, so
+each task's loss is divided by its first value and smoothed over the task's updates. The curve is the mean over tasks.
 """
 
 import math
@@ -13,13 +13,13 @@ from moe_bsr.training import prototypes
 from moe_bsr.training.failures import NonFiniteLoss
 from moe_bsr.training.trainer import Trainer
 
-SMOOTHING = 0.7  # of a task's loss; corrected for the start as Adam's moments are
-DIVERGED = 4.0  # times the lowest value, at which the search ends
+SMOOTHING = 0.7  # decay of the moving average of a task's loss, bias-corrected as in Adam
+DIVERGED = 4.0  # the search ends when the curve exceeds this multiple of its lowest value
 
 
 @dataclass(frozen=True)
 class Point:
-    """One update: its learning rate, the mean loss of its batches in nats, and the curve up to there."""
+    """One update: its learning rate, the mean loss of its batches in nats, and the curve's value."""
 
     lr: float
     loss: float
@@ -27,15 +27,15 @@ class Point:
 
 
 def ramp(low: float, high: float, steps: int) -> list[float]:
-    """So many rates from low to high, in equal ratios."""
+    """Return `steps` rates from low to high, equally spaced on a log scale."""
     return [low * (high / low) ** (step / (steps - 1)) for step in range(steps)]
 
 
 def curve(trainer: Trainer, rates: list[float]) -> list[Point]:
-    """The updates of a run that has not begun, with these rates, as far as it does not diverge. The model is changed.
+    """Take updates with these rates until the loss diverges. This changes the model.
 
     Args:
-        trainer: of at least as many updates.
+        trainer: one that has not started, of at least `len(rates)` updates.
     """
     prototypes.place(trainer.model, trainer.inputs, trainer.config.seed)
     relative, points = Smoothed(), []
@@ -58,7 +58,7 @@ def curve(trainer: Trainer, rates: list[float]) -> list[Point]:
 
 
 class Smoothed:
-    """Mean over the tasks seen so far of their smoothed losses, each relative to its first."""
+    """Mean over the tasks seen so far of their smoothed losses, each divided by its first loss."""
 
     def __init__(self) -> None:
         self._first: dict[str, float] = {}
@@ -73,9 +73,10 @@ class Smoothed:
 
 
 def steepest(points: list[Point]) -> float | None:
-    """The rate at which the curve falls fastest before its lowest point; None where it never falls.
+    """Return the rate at which the curve falls fastest before its lowest point, or None if it never falls.
 
-    Measured over a tenth of the curve, for neighbors differ by noise; the rate is the one in the middle.
+    The slope is taken over a tenth of the curve, because adjacent points differ by noise, and the rate is in the middle
+    of that interval.
     """
     window = max(1, len(points) // 10)
     lowest = min(range(len(points)), key=lambda i: points[i].smoothed, default=0)

@@ -1,16 +1,17 @@
-"""Training without a backward pass: the loss on both sides of the weights, along one random direction (MeZO, Malladi et
-al. 2023, arXiv 2305.17333).
+"""Training without a backward pass: MeZO (Malladi et al. 2023, arXiv 2305.17333).
+
+An update evaluates the loss on both sides of the weights, along one random direction:
 
     g = (L(w + e z) - L(w - e z)) / 2 e,  z ~ N(0, 1),      w <- w - lr (g z + decay w)
 
-g z is the gradient in the mean over z, and in a single update the gradient hidden in noise that grows with the number
-of weights: train few of them (biases, small LoRA, heads), for many updates. Nothing is kept for a backward pass, and no
-gradient or moment: an update's memory is that of inference, and a copy of the weights that train, from which they come
-back to the bit (w + e z - e z does not). z is drawn again from the run's seed, the update and the parameter's name
-wherever it is wanted, one parameter at a time.
+The mean of g z over z is the gradient. A single estimate has noise that grows with the number of weights, so train few
+weights (biases, small LoRA, heads) for many updates. No activations, gradients or moments are stored. An update takes
+the memory of inference plus a copy of the trained weights. The copy restores them to the bit, which w + e z - e z would
+not. z is not stored either: it is drawn again, one parameter at a time, from the run's seed, the number of the update
+and the parameter's name.
 
-Both sides see the same images, and the first decides for both which tokens are kept and which experts are chosen.
-Only what takes part in a task's loss moves: the other tasks' heads and routers stay.
+Both forward passes use the same images, and the second one replays the first one's kept tokens and chosen experts. Only
+parameters that the task's loss depends on move; the heads and routers of the other tasks stay.
 """
 
 import math
@@ -25,15 +26,15 @@ from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.model.replay import deciding_once
 from moe_bsr.runtime.rng import generator
 
-UPDATE_KEY = 2  # integers of a noise key that name an update: the seed and its number
-Pass = tuple[Any, tuple[Tensor, ...]]  # what the model returned, and the terms of its loss
+UPDATE_KEY = 2  # the first integers of a noise key identify an update: the seed and the update's number
+Pass = tuple[Any, tuple[Tensor, ...]]  # the model's output and the terms of its loss
 
 
 class MeZO:
-    """The estimates of one update, and its step.
+    """Gradient estimates of one update, and the step along them.
 
     Attributes:
-        slopes: by the parameter: g, summed over the micro-batches and tasks that it took part in.
+        slopes: g by parameter, summed over the micro-batches and tasks whose loss depends on it.
     """
 
     def __init__(
@@ -41,8 +42,8 @@ class MeZO:
     ) -> None:
         """
         Args:
-            optimizer: whose groups say what trains, by which names, rates and decays; it never steps itself.
-            distance: e. takes_part: the inputs of a pass -> the parameters that its loss depends on.
+            optimizer: its groups give the trained parameters, names, rates and decays. Its `step` is never called.
+            distance: e. takes_part: maps the inputs of a pass to the parameters that its loss depends on.
         """
         self.optimizer, self.distance, self._takes_part = optimizer, distance, takes_part
         self.names = {p: n for g in optimizer.param_groups for p, n in zip(g["params"], g["names"], strict=True)}
@@ -51,11 +52,14 @@ class MeZO:
 
     @torch.no_grad()
     def look(self, run: Callable[[], Pass], inputs: tuple, share: float) -> Pass:
-        """Pass on both sides of the weights, which afterwards are what they were; returns the one side's output, and
-        the terms of the loss in the middle.
+        """Run a forward pass on both sides of the weights, restore the weights, and add to the estimates.
 
         Args:
-            run: one pass of these inputs, the last of which is a noise key. share: of the loss in that of the update.
+            run: does one forward pass with these inputs.
+            inputs: inputs of the pass; the last one is the noise key.
+            share: weight of this loss in the loss of the update.
+        Returns:
+            The output at w + e z, and the loss terms averaged over both sides.
         """
         self._key = inputs[-1][:UPDATE_KEY]
         parameters = [p for p in self._takes_part(*inputs) if p in self.names]
@@ -77,7 +81,7 @@ class MeZO:
         return output, tuple((a + b) / 2 for a, b in zip(above, below, strict=True))
 
     def clip(self, limit: float) -> float:
-        """Scale the estimate down to a norm; returns its norm before: the root of its mean square over directions."""
+        """Clip the estimate to a norm. Returns its previous norm, the root mean square over random directions."""
         norm = math.sqrt(sum(slope**2 * p.numel() for p, slope in self.slopes.items()))
         if norm > limit:
             self.slopes = {p: slope * limit / norm for p, slope in self.slopes.items()}
@@ -85,7 +89,7 @@ class MeZO:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Move every parameter that took part by its estimate, and forget the estimates."""
+        """Update every parameter that has an estimate, and reset the estimates."""
         for group in self.optimizer.param_groups:
             rate, decay = group["lr"], group["weight_decay"]
             for parameter in group["params"]:
@@ -99,13 +103,13 @@ class MeZO:
             parameter.add_(self._direction(parameter), alpha=distance)
 
     def _direction(self, parameter: nn.Parameter) -> Tensor:
-        """z of one parameter."""
+        """Draw z of one parameter."""
         draws = torch.randn(parameter.shape, generator=generator("mezo", *self._key, self.names[parameter]))
         return draws.to(parameter.device, parameter.dtype)
 
 
 def estimator_of(model: MultitaskViT, config: TrainConfig, optimizer: torch.optim.Optimizer) -> MeZO | None:
-    """Of a run of our model, if it is trained so; the inputs of a pass are a batch and a noise key."""
+    """Return the estimator if `train.optimizer` is mezo, else None. A pass has a batch and a noise key as inputs."""
     if config.differentiates:
         return None
     return MeZO(optimizer, config.mezo_distance, lambda batch, noise_key: model.parameters_of(batch.task))

@@ -1,7 +1,7 @@
-"""Mixup and cutmix by timm's code: two images of a task in one, and their labels in the same shares.
+"""Mixup and cutmix with timm's code: mix pairs of images of a task, and their labels in the same proportion.
 
-Mixup (Zhang et al. 2018) averages pixels, cutmix (Yun et al. 2019) pastes a rectangle; where both are asked for, a coin
-decides for each micro-batch. What is mixed is a function of the seed, the update and the micro-batch.
+Mixup (Zhang et al. 2018) averages pixels, and cutmix (Yun et al. 2019) pastes a rectangle. If both are on, one of them
+is drawn at random for each micro-batch. The mixture depends on the seed, the update and the micro-batch only.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from moe_bsr.runtime.rng import key, stream
 
 
 class Mixing:
-    """Mixes the images of micro-batches, each with the one as far from the end as it is from the start."""
+    """Mixes the images of a micro-batch: image i with image B - 1 - i."""
 
     def __init__(self, config: TrainConfig, classes: dict[str, int]) -> None:
         """
@@ -28,11 +28,12 @@ class Mixing:
         }
 
     def __call__(self, batch: Batch, noise_key: tuple[int, ...]) -> Batch:
-        """A prepared micro-batch of even size with mixed images (changed in place) and `targets`.
+        """Return the micro-batch with mixed images (changed in place) and `targets` (B, C).
 
-        Its `labels` are those with the larger shares.
+        Each entry of `labels` becomes the class with the larger share.
 
         Args:
+            batch: a prepared micro-batch of even size.
             noise_key: integers that seed the mixture.
         """
         with seeded(stream(key("mixing", *noise_key))):

@@ -1,6 +1,7 @@
-"""The optimizer, its schedule and the moving average of the weights."""
+"""Optimizer, parameter groups, learning-rate schedule, gradient clipping and the moving average of the weights."""
 
 import math
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor, nn
@@ -9,13 +10,15 @@ from moe_bsr.config import TrainConfig
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.training.adamw8 import AdamW8, layout
 
+GroupOf = Callable[[nn.Parameter], Hashable]
+
 
 def parameter_groups(model: MultitaskViT, config: TrainConfig) -> list[dict]:
-    """Trained parameters by learning-rate scale and weight decay; frozen ones are in no group.
+    """Group the trained parameters by learning-rate scale, weight decay and hold. Frozen ones are in no group.
 
-    Layer-wise decay as in BEiT and MAE: embeddings 0, block i is i + 1, and experts belong to their block;
-    routers, final norm, heads and log variances learn at full rate. No decay for biases, norms, positions and tokens.
-    A group's "hold" is the number of updates in which it does not move.
+    Layer-wise decay is as in BEiT and MAE: the embeddings are layer 0, block i with its experts is layer i + 1, and
+    routers, final norm, heads and log variances train at the full rate. Biases, norms, position embeddings and class
+    and register tokens have no weight decay. A group's "hold" is the number of first updates in which it does not move.
     """
     groups: dict[tuple, dict] = {}
     top = len(model.plan) + 1
@@ -37,7 +40,7 @@ def parameter_groups(model: MultitaskViT, config: TrainConfig) -> list[dict]:
 
 
 def _scales(model: MultitaskViT, config: TrainConfig) -> dict[int, float]:
-    """What heads, experts and routers learn by, relative to their layer's rate, by a parameter's id."""
+    """Return the rates of heads, log variances, experts and routers relative to their layer's rate, by parameter id."""
     scaled = [(part, config.head_lr_scale) for part in (model.heads, model.log_variances)]
     for moe in model.mixtures():
         own = moe.experts.LR_SCALE if config.expert_lr_scale is None else config.expert_lr_scale
@@ -46,14 +49,14 @@ def _scales(model: MultitaskViT, config: TrainConfig) -> dict[int, float]:
 
 
 def _undecayed_experts(model: MultitaskViT, config: TrainConfig) -> set[int]:
-    """Ids of the experts' parameters that do not decay towards zero."""
+    """Return the ids of the experts' parameters that do not decay towards zero."""
     all_experts = [moe.experts for moe in model.mixtures()]
     to_zero = [e for e in all_experts if config.expert_decay == "zero" or config.expert_decay is None and e.DECAYS]
     return {id(p) for experts in all_experts if experts not in to_zero for p in experts.parameters()}
 
 
 def _decay_towards_mean(model: MultitaskViT, config: TrainConfig, optimizer: torch.optim.Optimizer) -> None:
-    """Before each step, move experts towards the mean of those that started as copies of the same units."""
+    """Register a hook that, before each step, moves experts towards the mean of those copied from the same units."""
     slices = {id(p): moe.experts.slices for moe in model.mixtures() for p in moe.experts.parameters()}
     undecayed = _undecayed(model)
 
@@ -69,8 +72,8 @@ def _decay_towards_mean(model: MultitaskViT, config: TrainConfig, optimizer: tor
 
 
 def _undecayed(model: MultitaskViT) -> set[int]:
-    """Ids of the parameters without weight decay."""
-    # The backbone's own parameters, in no module of it, are its positions and its class and register tokens.
+    """Return the ids of the parameters without weight decay."""
+    # Parameters that belong to the backbone itself and to none of its modules: positions, class and register tokens.
     found = {id(p) for p in model.vit.parameters(recurse=False)}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -80,7 +83,7 @@ def _undecayed(model: MultitaskViT) -> set[int]:
 
 
 def make_optimizer(model: MultitaskViT, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer of a run; for "lbfgs" one without state, for that run's only update is the solver's."""
+    """Return the optimizer of a run. For "lbfgs" and "mezo", its `step` is never called."""
     optimizer = optimizer_of(parameter_groups(model, config), config)
     if config.expert_decay == "mean" and config.weight_decay:
         _decay_towards_mean(model, config, optimizer)
@@ -88,8 +91,8 @@ def make_optimizer(model: MultitaskViT, config: TrainConfig) -> torch.optim.Opti
 
 
 def optimizer_of(groups: list[dict], config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer of a run for some of its parameters."""
-    if config.optimizer in ("lbfgs", "mezo"):  # another takes the steps
+    """Return an optimizer of the run's kind for these parameter groups."""
+    if config.optimizer in ("lbfgs", "mezo"):  # holds the groups only
         return torch.optim.SGD(groups, lr=config.lr)
     if config.optimizer == "sgd":
         # Not fused: that one fails where some parameters have momentum and others are new (another task).
@@ -100,7 +103,7 @@ def optimizer_of(groups: list[dict], config: TrainConfig) -> torch.optim.Optimiz
 
 
 def state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """What the optimizer keeps of a parameter once it has moved: tensors without values of these shapes and types."""
+    """Return the optimizer state of a parameter after its first step, as meta tensors of the right shapes and types."""
     if isinstance(optimizer, AdamW8):
         return dict(layout(parameter))
     whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
@@ -109,14 +112,14 @@ def state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[
     return {"momentum_buffer": whole} if optimizer.defaults["momentum"] else {}
 
 
-DECAY_SHARE = 0.2  # of the updates, over which constant_then_decay decays
+DECAY_SHARE = 0.2  # share of the updates over which constant_then_decay decays
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Learning rate of update `step` (from 0): linear warm-up, then the schedule, towards min_lr.
+    """Return the learning rate of update `step` (from 0): linear warm-up, then the schedule towards min_lr.
 
-    A function of the step and the length alone: a run whose steps are raised goes on at the rate that the longer
-    schedule has at that step.
+    It depends only on the step and the length of the run. If a resumed run gets more steps, it continues at the rate
+    that the longer schedule has at that step.
     """
     warmup = config.warmup_steps
     if warmup is None:
@@ -130,11 +133,36 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def clip_gradients(parameters: list[nn.Parameter], limit: float | None) -> float:
-    """The norm of all their gradients, which are scaled down to `limit` if it is larger.
+def clip_groups(model: MultitaskViT, config: TrainConfig) -> GroupOf | None:
+    """Return the function that maps parameters to groups for `train.grad_clip_per`; None if all are one group.
 
-    Not `clip_grad_norm_`: that multiplies every gradient by 1 where there is nothing to clip.
+    The groups per block are the embedding, each block with its experts, routers and adapters, and everything after the
+    blocks.
     """
+    if config.grad_clip_per == "model":
+        return None
+    if config.grad_clip_per == "parameter":
+        return id
+    groups = model.layers()
+    for index, layer in enumerate(model.vit.blocks):  # the layer of a router is the top
+        groups |= {id(parameter): index + 1 for parameter in layer.parameters()}
+    return lambda parameter: groups[id(parameter)]
+
+
+def clip_gradients(parameters: list[nn.Parameter], limit: float | None, group_of: GroupOf | None = None) -> float:
+    """Clip the gradients of these parameters, and return their global norm before clipping.
+
+    Unlike `clip_grad_norm_`, this does not multiply every gradient by 1 if there is nothing to clip.
+
+    Args:
+        limit: largest norm. None or inf: clip nothing.
+        group_of: maps parameters to groups, each of which is clipped by its own norm; None: all are one group.
+    """
+    if group_of is not None and limit is not None and limit < math.inf:
+        groups: dict[Hashable, list[nn.Parameter]] = {}
+        for parameter in parameters:
+            groups.setdefault(group_of(parameter), []).append(parameter)
+        return float(nn.utils.get_total_norm([nn.utils.clip_grad_norm_(each, limit) for each in groups.values()]))
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
     value = float(norm)
     if limit is not None and value > limit:
@@ -143,13 +171,14 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float | None) -> float
 
 
 class MovingAverage:
-    """Exponential moving average of the trained parameters, in float32; frozen ones need none.
+    """Exponential moving average of the trained parameters, in float32.
 
-    The decay rises to `decay`: after t updates it is (1 + t) / (10 + t) at most. Otherwise a run of few updates would
-    mostly average the weights it started from.
+    After t updates the decay is min(`decay`, (1 + t) / (10 + t)). Otherwise the average of a short run would mostly
+    consist of its initial weights.
 
     Attributes:
-        updates: how many there were; who restores an average restores this too.
+        average: tensors by parameter name.
+        updates: number of updates so far; restore it together with the average.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -165,7 +194,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
-        """Exchange the average with the live weights; a second call exchanges them back."""
+        """Exchange the average with the model's weights. A second call exchanges them back."""
         for name, parameter in model.named_parameters():
             if name in self.average:
                 held = self.average[name]

@@ -1,8 +1,9 @@
-"""What `train.minutes` come to: how many updates this machine takes in a time.
+"""Convert `train.minutes` into a number of updates by timing a few of them.
 
-A few updates at a learning rate of 0 tell, once with images that are new and once with the same ones again, which are
-cached then. Nothing of them is left but their time, which counts. So a run of minutes is, bit for bit, the run of as
-many steps. Minutes are those of the updates; evaluations and the start of a run come on top.
+The timed updates have a learning rate of 0. They run once with new images and once again with the same images, which
+are cached by then. They leave no trace in the model, but their time counts as training time. So a run of
+`train.minutes` has the same bits as a run of that many `train.steps`. The minutes cover the updates; evaluations and
+the start of the run come on top.
 """
 
 import math
@@ -17,15 +18,15 @@ from moe_bsr.training.length import images_per_update, updates_of
 if TYPE_CHECKING:
     from moe_bsr.training.trainer import Trainer
 
-MEASURED = 20  # updates at most that are measured, and then again
-SHARE = 0.02  # of the time, that either may take
+MEASURED = 20  # most updates that are timed, in each of the two passes
+SHARE = 0.02  # share of the minutes that each pass may take
 
 
 def updates_decided(trainer: "Trainer") -> tuple[int, list[str]]:
-    """How many updates a run has, and what a person should know about it.
+    """Return how many updates a run has, and notes for the user about it.
 
     Raises:
-        CheckpointError: it goes on from a later one.
+        CheckpointError: the run resumes from a later update.
     """
     state, minutes, before = trainer.state, trainer.config.train.minutes, trainer.state.length.steps
     steps, notes = updates_of(trainer.config, trainer.sizes), []
@@ -36,17 +37,17 @@ def updates_decided(trainer: "Trainer") -> tuple[int, list[str]]:
             steps = state.step + max(0, int((60 * minutes - state.seconds) * state.step / state.seconds))
         else:
             steps = updates_within(60 * minutes, trainer)
-        notes.append(f"train.minutes = {minutes:g}: {steps} updates at this machine's pace")
+        notes.append(f"train.minutes = {minutes:g}: {steps} updates at this machine's speed")
     if state.step > steps:
         place = trainer.folder / "checkpoint" / str(state.step)
-        raise CheckpointError(f"{place} is of a step after the run's last, train.steps = {steps}")
+        raise CheckpointError(f"{place} is after the run's last step, train.steps = {steps}")
     if before not in (0, steps):
-        notes.append(f"the run was to have {before} updates, now it has {steps}")
+        notes.append(f"planned length changed from {before} to {steps} updates")
     return steps, notes
 
 
 def updates_within(seconds: float, trainer: "Trainer") -> int:
-    """How many updates of a run that has not begun take so long; what measuring takes is in the run's seconds."""
+    """Measure how many updates fit into `seconds`, in a run that has not begun. The time spent counts as the run's."""
     state, model = trainer.state, trainer.model
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     began = time.monotonic()
@@ -65,17 +66,17 @@ def updates_within(seconds: float, trainer: "Trainer") -> int:
 
 
 def _within(seconds: float, new: int, first: float, later: float) -> int:
-    """Updates in so many seconds, of which the first `new` take `first` seconds each and the others `later`."""
+    """Return the updates in `seconds`, if the first `new` updates take `first` seconds each, and the others `later`."""
     steps = seconds / first if seconds < new * first else new + (seconds - new * first) / later
     return min(MOST_STEPS, max(1, int(steps)))
 
 
 def _mean(times: list[float]) -> float:
-    return sum(times[1:]) / len(times[1:])  # kernels are chosen in the first
+    return sum(times[1:]) / len(times[1:])  # the first update also selects kernels
 
 
 def _seconds_each(trainer: "Trainer", count: int, limit: float) -> list[float]:
-    """Seconds of each of the first updates: two at least, and `count` at most, for as long as `limit` lasts."""
+    """Return the seconds of each of the first updates: at least two, at most `count`, within `limit` seconds."""
     updates, times = _idle_updates(trainer), [time.monotonic()]
     while trainer.ranks.share(len(times) < 3 or (len(times) <= count and times[-1] - times[0] < limit)):
         next(updates)
@@ -89,7 +90,7 @@ def _idle_updates(trainer: "Trainer") -> Iterator[None]:
     try:
         for step in range(trainer.planned.train.steps):
             trainer.take(batches, step, 0.0)
-            trainer.ranks.numbers()  # of an update that is none of the run's
+            trainer.ranks.numbers()  # discard the exchange statistics of this update
             yield
     finally:
         batches.close()

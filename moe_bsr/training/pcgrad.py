@@ -1,8 +1,9 @@
-"""Projecting conflicting gradients (PCGrad, Yu et al. 2020): tasks that share parameters do not undo each other's work.
+"""PCGrad (projecting conflicting gradients, Yu et al. 2020), for parameters shared by several tasks.
 
-Each task's gradient loses its part against another task's, one after the other in random order, wherever the two point
-away from each other; the update takes the sum. All of it is arithmetic of the tasks' inner products, so the projected
-gradients are never held: only one gradient for each task.
+Each task's gradient is compared with those of the other tasks, in random order. If their inner product is negative, the
+component along the other gradient is removed. The update uses the sum of the projected gradients. Its coefficients
+follow from the inner products of the original gradients, so only one gradient per task is in memory, and no projected
+ones.
 """
 
 import torch
@@ -12,21 +13,21 @@ from moe_bsr.runtime.rng import key, stream
 
 
 class PCGrad:
-    """Gathers the gradients of the tasks of one joint update, and writes what they come to."""
+    """Collects each task's gradient in one joint update, and combines them."""
 
     def __init__(self) -> None:
         self._tasks: list[dict[nn.Parameter, Tensor]] = []
 
     def keep(self, parameters: list[nn.Parameter]) -> None:
-        """Take the gradients of one task away from its parameters."""
+        """Store the gradients of one task, and reset those of the parameters."""
         self._tasks.append({parameter: parameter.grad for parameter in parameters})
         for parameter in parameters:
             parameter.grad = None
 
     def combine(self, noise_key: tuple[int, ...]) -> list[nn.Parameter]:
-        """Give all parameters their gradients of the update, and return these parameters.
+        """Set the combined gradient of every parameter, and return these parameters.
 
-        Parameters of one task alone (heads, routers) keep its gradient.
+        Parameters that only one task uses (heads, routers) get that task's gradient unchanged.
 
         Args:
             noise_key: integers that seed the order.
@@ -46,7 +47,7 @@ class PCGrad:
         return every
 
     def _products(self, shared: list[nn.Parameter]) -> Tensor:
-        """(T, T) inner products of the tasks' gradients, float64."""
+        """Return the inner products of the tasks' gradients, (T, T) float64."""
         count = len(self._tasks)
         products = torch.zeros(count, count, dtype=torch.float64)
         for parameter in shared:
@@ -57,13 +58,13 @@ class PCGrad:
 
 
 def projected(products: Tensor, noise_key: tuple[int, ...]) -> list[float]:
-    """By how much each task's gradient counts in the sum of the projected ones.
+    """Return the coefficient of each task's gradient in the sum of the projected gradients.
 
     Args:
         products: (T, T) inner products of the gradients.
     """
     count = len(products)
-    parts = torch.eye(count, dtype=torch.float64)  # row i: what the i-th projected gradient is made of
+    parts = torch.eye(count, dtype=torch.float64)  # row i: coefficients of the i-th projected gradient
     for i in range(count):
         for j in stream(key("pcgrad", *noise_key), i).permutation(count).tolist():
             against = float(parts[i] @ products[:, j])

@@ -1,7 +1,8 @@
-"""Training by `train.optimizer: lbfgs`: a linear probe of each task, which is the one update of its run.
+"""Training with `train.optimizer: lbfgs`: the only update of the run solves a linear probe for each task.
 
-The rest is the trainer's: the run folder, evaluation, the one test, the report. So a probe is a run like any other.
-With `train.minutes` it takes as many training images as their features take so long, equally many of each class.
+Everything else is inherited from the trainer: run folder, evaluation, the single test, report. So a probe is a run like
+any other. With `train.minutes` it uses as many training images as it can compute features for in that time, taken
+equally from all classes.
 """
 
 import contextlib
@@ -29,20 +30,20 @@ from moe_bsr.training.feature_cache import CachedInputs
 from moe_bsr.training.linear_probe import Probe, fit
 from moe_bsr.training.trainer import Trainer
 
-# What says how training images are seen, and what is kept of them.
+# Keys of `data` that set how training images are augmented, and what is cached of them.
 FORM_KEYS = ("views", "crop_scale", "hflip", "feature_cache_mb", "feature_cache", "feature_cache_dir", *AUGMENT_KEYS)
 
 
 def probe_config(config: Config, head_blocks: Iterable[int] | None = None) -> Config:
-    """The linear probe of a configuration: its backbone, tasks and dropping; no block trains, none has experts.
+    """Return the linear probe of a configuration: same backbone, tasks and dropping, but no trained blocks or experts.
 
     Args:
-        head_blocks: in place of the configuration's `plan.head_blocks`.
+        head_blocks: replaces the configuration's `plan.head_blocks`.
     """
     blocks = config.plan.head_blocks if head_blocks is None else list(head_blocks)
     return replace(
         config,
-        mode="multitask",  # heads know nothing of each other, so one model is as good
+        mode="multitask",  # heads are independent, so one model for all tasks is equivalent
         storage="exact",
         adapter=None,
         plan=replace(config.plan, train_blocks=[], moe_blocks=[], head_blocks=blocks),
@@ -71,29 +72,33 @@ def probe_config(config: Config, head_blocks: Iterable[int] | None = None) -> Co
 
 
 def unaugmented(data: DataConfig) -> DataConfig:
-    """The same data, each image always seen as for evaluation, and nothing kept of it."""
+    """Return the data settings with evaluation transforms for training images, and without a feature cache."""
     changes = {key: field.default for key, field in DataConfig.__dataclass_fields__.items() if key in FORM_KEYS}
     return replace(data, **changes | {"augment": False})
 
 
 class ProbeTrainer(Trainer):
-    """A trainer whose one update solves all heads."""
+    """Trainer whose only update solves all heads.
+
+    Attributes:
+        used: number of training images used, by task. validating: seconds spent on features of validation images.
+    """
 
     def __init__(self, *arguments: Any, callbacks: Iterable[Callback] = (), **keywords: Any) -> None:
-        self.penalties, self.used, self.validating = Penalties(), {}, 0.0  # seconds for validation images
+        self.penalties, self.used, self.validating = Penalties(), {}, 0.0
         super().__init__(*arguments, callbacks=[*callbacks, self.penalties], **keywords)
 
     def _update(self, batches: Iterator[Batch]) -> None:
         settings, began = self.config.train, time.monotonic()
         self.model.eval()
-        with self.stop.at_once():  # no head changes before all are known
+        with self.stop.at_once():  # a signal may interrupt: no head has changed yet
             probes = self._solve_all()
         with torch.no_grad():
             for task, probe in probes.items():
                 self.model.heads[task].weight.copy_(probe.weight)
                 self.model.heads[task].bias.copy_(probe.bias)
         self.state.step += 1
-        self.penalties.told = {
+        self.penalties.results = {
             task: {
                 "chosen": probe.chosen.penalty,
                 "images": self.used[task],
@@ -114,15 +119,15 @@ class ProbeTrainer(Trainer):
             self.callbacks.tell("on_step", StepEvent(self.state.step, task, metrics, progress, [], speed))
 
     def _decide_length(self) -> list[str]:
-        """One update, however long."""
+        """Plan a single update, whatever `train.minutes` is."""
         self.state.plan(1, self.config.train.minutes)
         self._plan(1)
         return []
 
     def _solve_all(self) -> dict[str, Probe]:
-        """Every task's probe. Of the minutes each task has its share, and what smaller ones leave over.
+        """Solve every task's probe. Each task gets an equal share of the minutes, plus what smaller tasks left over.
 
-        Validation images come on top: in a short time they would leave none for those that train.
+        The time for validation images comes on top. In a short run it would otherwise leave none for training images.
         """
         minutes, began = self.config.train.minutes, time.monotonic()
         order = sorted(self.tasks, key=lambda task: len(self.tasks[task].train))
@@ -155,13 +160,13 @@ class ProbeTrainer(Trainer):
         return self.model.features(tokens)
 
     def _kept_features(self, inputs: CachedInputs, task: str, order: np.ndarray, until: float) -> Features:
-        """The features of training images by way of the feature cache, which has them from then on."""
+        """Return the features of training images through the feature cache, which stores them."""
         size, made, labels = self.config.train.batch_size, [], []
         parts = [order[start : start + size] for start in range(0, len(order), size)]
         plan = ((task, part, np.zeros_like(part)) for part in parts)
         with contextlib.closing(inputs.batches(plan)) as batches, torch.inference_mode(), self.runtime.autocast():
             for part, batch in zip(parts, map(inputs.prepare, batches), strict=False):
-                own = torch.from_numpy(batch.positions == part)  # another stands for one that was skipped
+                own = torch.from_numpy(batch.positions == part)  # leave out images that replace unreadable ones
                 made.append(self.model.features_from(batch.features[0], task).cpu()[own])
                 labels.append(batch.labels.cpu()[own])
                 if time.monotonic() >= until:
@@ -169,10 +174,10 @@ class ProbeTrainer(Trainer):
         return Features(torch.cat(made), torch.cat(labels)).checked(task)
 
     def _progress(self) -> dict[str, dict[str, float]]:
-        """Each image that was used was seen once."""
+        """Return the progress: every used image was seen once."""
         done, sizes = self.state.step, {task: len(data.train) for task, data in self.tasks.items()}
-        for task, told in self.penalties.told.items():
-            sizes[task] = told["images"]
+        for task, result in self.penalties.results.items():
+            sizes[task] = result["images"]
         return {
             task: {"updates": done, "images": done * sizes[task], "epochs": done * sizes[task] / len(data.train)}
             for task, data in self.tasks.items()
@@ -186,18 +191,18 @@ def _reordered(split: Split, order: np.ndarray) -> Split:
 
 
 class Penalties(Callback):
-    """Puts the penalties that were tried, and what each came to, into the report."""
+    """Adds the penalties that were tried, with their scores, to the report."""
 
     name = "penalties"
 
     def __init__(self) -> None:
-        self.told: dict[str, Any] = {}
+        self.results: dict[str, Any] = {}
 
     def state(self) -> dict[str, Any]:
-        return self.told
+        return self.results
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.told = state
+        self.results = state
 
     def on_end(self, report: Any) -> dict[str, Any]:
-        return {"penalties": self.told} if self.told else {}
+        return {"penalties": self.results} if self.results else {}

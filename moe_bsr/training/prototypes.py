@@ -1,9 +1,9 @@
-"""Routers that start at prototypes: with `moe.gate: prototype` an expert is for the tokens near one center.
+"""Initialize routers with prototypes (`moe.gate: prototype`): each expert serves the tokens near one cluster center.
 
-Before the first update, training images of all tasks run through the model once. What enters each block's routers is
-clustered by direction (spherical k-means: the tokens come from a LayerNorm, so that all have about one length), and
-every task's router becomes the centers, scaled so that a token's logits have a standard deviation of 2. Choices then
-mean something, and are decided, before any gradient. Tokens are told apart by what they are, not by their task.
+Before the first update, training images of all tasks run through the model once. The tokens that enter each block's
+routers are clustered by direction (spherical k-means; the tokens come from a LayerNorm, so their norms are similar).
+The centers become the weights of every task's router, scaled so that a token's logits have a standard deviation of 2.
+So routing is meaningful and decisive from the first update. Tokens are distinguished by content, not by task.
 """
 
 import contextlib
@@ -19,20 +19,20 @@ from moe_bsr.runtime.rng import generator
 from moe_bsr.training.inputs import Inputs
 from moe_bsr.training.optim import MovingAverage
 
-IMAGES = 2_000  # of all tasks together
-TOKENS = 20_000  # of them, at most, for each block
-ROUNDS = 15
+IMAGES = 2_000  # images of all tasks together
+TOKENS = 20_000  # most tokens per block
+ROUNDS = 15  # k-means iterations
 BATCH = 50
 SPREAD = 2.0  # standard deviation of a token's logits
 
 
 def place(model: MultitaskViT, inputs: Inputs, seed: int, average: MovingAverage | None = None) -> list[str]:
-    """Put prototypes into those routers that have none: they are zero.
+    """Initialize the prototype routers that are still zero.
 
     Args:
-        inputs: of the tasks whose images are looked at. average: of the parameters, which starts there too.
+        inputs: provides training images of all tasks. average: moving average, which gets the same initial values.
     Returns:
-        A line about it, if there was anything to do.
+        A line for the user, or nothing if there were no such routers.
     """
     waiting = {
         index: moe
@@ -54,10 +54,10 @@ def place(model: MultitaskViT, inputs: Inputs, seed: int, average: MovingAverage
 
 
 def prototypes(tokens: Tensor, count: int, seed: tuple) -> Tensor:
-    """The router weights (count, D) that spherical k-means of (T, D) tokens gives.
+    """Return router weights (count, D) from spherical k-means of (T, D) tokens.
 
     Args:
-        seed: of the tokens that the centers start from. Empty clusters start again at a token.
+        seed: seeds the choice of tokens that the centers start from. An empty cluster restarts at another token.
     """
     directions, draws = F.normalize(tokens.float(), dim=1), generator(*seed)
     start = torch.randint(len(directions), (ROUNDS + 1, count), generator=draws).to(tokens.device)
@@ -73,9 +73,9 @@ def prototypes(tokens: Tensor, count: int, seed: tuple) -> Tensor:
 
 @torch.no_grad()
 def _tokens(model: MultitaskViT, inputs: Inputs, layers: dict[int, MoE], seed: int) -> dict[int, Tensor]:
-    """By block, (T, D) tokens as they enter it, drawn from all images alike."""
+    """Return (T, D) MoE input tokens by block, a random sample over all images."""
     found: dict[int, list[Tensor]] = {index: [] for index in layers}
-    each = max(BATCH, TOKENS * BATCH // IMAGES)  # tokens of a batch
+    each = max(BATCH, TOKENS * BATCH // IMAGES)  # tokens per batch
     training = model.training
 
     def keep(index: int, x: Tensor) -> None:
@@ -94,7 +94,7 @@ def _tokens(model: MultitaskViT, inputs: Inputs, layers: dict[int, MoE], seed: i
 
 
 def _images(inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
-    """Batches of training images, as many of each task, as evaluation sees them, normalized."""
+    """Yield task names and normalized training images, equally many of each task, with evaluation transforms."""
     for task, data in inputs.tasks.items():
         some = data.thinned("train", max(1, IMAGES // len(inputs.tasks)))
         for images, _ in inputs.transforms.eval_batches(some, "train", BATCH):

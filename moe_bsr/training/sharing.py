@@ -1,4 +1,4 @@
-"""What must hold before several processes train one model together."""
+"""Checks before several processes train one model together."""
 
 import hashlib
 
@@ -12,11 +12,12 @@ from moe_bsr.runtime.version import __version__
 
 
 def check_sharing(config: Config, ranks: Alone) -> None:
-    """Refuse what several processes cannot do together.
+    """Check that several processes can train with this configuration.
 
     Raises:
-        ConfigError: the micro-batches cannot be shared out, a probe (solved, not stepped), steps within the backward
-            pass, a download, or a process has another configuration.
+        ConfigError: a process has another configuration or version; the micro-batches cannot be divided among the
+            processes; or the run has an optimizer without exchange (lbfgs, mezo), steps in the backward pass, or a
+            download.
     """
     if ranks.world == 1:
         return
@@ -27,7 +28,7 @@ def check_sharing(config: Config, ranks: Alone) -> None:
         not settings.step_in_backward,
         "train.step_in_backward",
         settings.step_in_backward,
-        "false with several processes, whose gradients are summed before a parameter moves",
+        "false with several processes, whose gradients are summed before a parameter is updated",
     )
     require(
         not config.data.download,
@@ -45,7 +46,7 @@ def check_sharing(config: Config, ranks: Alone) -> None:
 
 
 def check_shared_optimizer(settings: TrainConfig) -> None:
-    """Refuse what is not exchanged between processes."""
+    """Refuse optimizers whose updates are not exchanged between processes."""
     require(
         settings.optimizer not in ("lbfgs", "mezo"),
         "train.optimizer",
@@ -56,9 +57,10 @@ def check_shared_optimizer(settings: TrainConfig) -> None:
 
 
 def require_alike(ranks: Alone, model: MultitaskViT, tasks: dict[str, TaskData]) -> None:
-    """
+    """Check that all processes have the same backbone and images.
+
     Raises:
-        ConfigError: a process has another backbone or other images than the first.
+        ConfigError: a process differs from the first.
     """
     if ranks.world > 1:
         values = {"backbone": model.backbone_sha256}

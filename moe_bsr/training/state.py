@@ -1,4 +1,4 @@
-"""The state of a training run: everything that a resumed one needs, how it is saved, and how it comes back."""
+"""State of a training run: everything needed to resume it, and how it is saved and restored."""
 
 import warnings
 from collections.abc import Iterable
@@ -21,11 +21,12 @@ from moe_bsr.training.optim import MovingAverage, state_of
 
 @dataclass(slots=True)
 class Best:
-    """The evaluation whose weights are reported.
+    """Evaluation whose weights are reported.
 
     Attributes:
-        mean_top1: over the tasks, on the validation split; None if these weights were not evaluated on it.
-        scores: by task; None likewise.
+        step: number of updates of these weights.
+        mean_top1: mean over the tasks on the validation split; None if these weights were not evaluated.
+        scores: scores by task; None likewise.
     """
 
     step: int
@@ -35,23 +36,24 @@ class Best:
 
 @dataclass(slots=True)
 class Lost:
-    """The best evaluation of a run, whose checkpoint is lost. reason: what is wrong with it."""
+    """Best evaluation of a run whose checkpoint cannot be read. reason: the error."""
 
     best: Best
     reason: str
 
 
 class TrainState:
-    """What changes while a run trains.
+    """Everything that changes while a run trains.
 
     Attributes:
-        step: updates done. seconds: spent in them. best: None before the first evaluation.
-        length: how many updates it is to have. stale: evaluations in a row that raised no best.
-        pending_evaluation: whether the evaluation due at this step is not yet done.
-        untold_scores: of the evaluation at this step, of which the callbacks have not been told.
+        step: number of updates done. seconds: time spent in them.
+        best: best evaluation so far; None before the first.
+        length: planned number of updates. stale: evaluations in a row without a new best.
+        pending_evaluation: whether the evaluation due at this step is not done yet.
+        untold_scores: scores of the evaluation at this step, until the callbacks have received them.
         lost: the best evaluation, if its weights could not be read again.
-        skipped: images that could not be read, by task and split: name -> why.
-        saved_step: of the newest checkpoint; -1 before the first.
+        skipped: unreadable images by task and split: name -> reason.
+        saved_step: step of the newest checkpoint; -1 before the first.
     """
 
     def __init__(
@@ -66,9 +68,10 @@ class TrainState:
     ) -> None:
         """
         Args:
-            selection: `train.checkpoint_selection`. saved_weights: `train.save`. skipped: filled by somebody else.
+            selection: `train.checkpoint_selection`. saved_weights: `train.save`.
+            skipped: unreadable images, a dictionary that the transforms fill.
         Raises:
-            ValueError: two callbacks of one name.
+            ValueError: two callbacks have the same name.
         """
         self.model, self.optimizer, self.average = model, optimizer, average
         self.callbacks = Callbacks(callbacks)
@@ -84,7 +87,7 @@ class TrainState:
         self.saved_step = -1
 
     def add_evaluation(self, scores: dict[str, dict[str, Any]]) -> None:
-        """Take the scores of all tasks on the validation split for the best so far, if they are; a tie is not."""
+        """Record validation scores of all tasks. They become `best` if their mean top-1 is higher; a tie is not."""
         mean = sum(s["top1"] for s in scores.values()) / len(scores)
         if self.selection == "last" or self.best is None or mean > self.best.mean_top1:
             self.best, self.stale = Best(self.step, mean, scores), 0
@@ -93,26 +96,26 @@ class TrainState:
         self.pending_evaluation, self.untold_scores = False, scores
 
     def add_skipped(self, skipped: dict[str, dict[str, dict[str, str]]]) -> None:
-        """Know of more images that could not be read: those of an earlier process, or of another one."""
+        """Add unreadable images found by an earlier process, or by another one."""
         for task, splits in skipped.items():
             for split, images in splits.items():
                 self.skipped.setdefault(task, {}).setdefault(split, {}).update(images)
 
     def plan(self, steps: int, minutes: float | None = None) -> None:
-        """Let the run have so many updates. Where it was to have others, it takes up patience anew.
+        """Set the planned number of updates. If it changes, patience starts anew.
 
         Args:
-            minutes: that these updates were measured to take.
+            minutes: the `train.minutes` that this number was measured for.
         """
         earlier = self.length.earlier
         if self.length.steps not in (0, steps):
             earlier, self.stale = [*earlier, (self.step, self.length.steps)], 0
         self.length = Length(steps, minutes, earlier)
 
-    # --- as values ---
+    # --- as dictionaries ---
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Tensors under "weights", "optimizer" and, if there is one, "average"; JSON values under "progress"."""
+        """Return tensors under "weights", "optimizer" and, with a moving average, "average"; JSON under "progress"."""
         state = self._tensors()
         state["progress"] = {
             "step": self.step,
@@ -131,8 +134,8 @@ class TrainState:
         return state
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
-        """Take over what `state_dict` returned; the callbacks' files go back to that moment too."""
-        self.model.load_state_dict(state["weights"], strict=False)  # the unchanged backbone is not among them
+        """Restore what `state_dict` returned, and reset the callbacks' files to that point."""
+        self.model.load_state_dict(state["weights"], strict=False)  # an unchanged backbone is not saved
         self._load_average(state)
         parameters = dict(self.model.named_parameters())
         for name, value in state["optimizer"].items():
@@ -150,10 +153,10 @@ class TrainState:
         self.callbacks.restore(progress["callbacks"])
 
     def follow_first(self, ranks: Alone) -> None:
-        """Take over what the first process has, from its memory: the others need not see its disk.
+        """Copy the state of the first process over the network: the other processes need not see its disk.
 
         Raises:
-            RankLost: see `distributed`.
+            RankLost: another process was lost.
         """
         if ranks.world == 1:
             return
@@ -170,7 +173,7 @@ class TrainState:
             self.load_state_dict({**groups, "progress": progress})
 
     def _tensors(self) -> dict[str, dict[str, Any]]:
-        """By the file they are saved in."""
+        """Return the tensors to save, by file."""
         weights = self.model.state_dict()
         if self.saved_weights == "trainable":
             unchanged = self.model.unchanged_backbone_names()
@@ -181,7 +184,7 @@ class TrainState:
         return tensors
 
     def _moments(self) -> dict[str, Tensor]:
-        """The optimizer's state by the parameter's name and its own: heads.pets.weight/exp_avg."""
+        """Return the optimizer's state tensors by parameter name and key, such as heads.pets.weight/exp_avg."""
         names = {
             parameter: name
             for group in self.optimizer.param_groups
@@ -216,23 +219,23 @@ class TrainState:
         self.saved_step = self.step
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file of a checkpoint, by name, once every parameter has its moments."""
+        """Return the bytes of each checkpoint file, by name, once every parameter has its optimizer state."""
         sizes = {name: sum(tensor.nbytes for tensor in group.values()) for name, group in self._tensors().items()}
         trained = [p for p in self.model.parameters() if p.requires_grad]
         moments = [tensor for p in trained for tensor in state_of(self.optimizer, p).values()]
         return sizes | {"optimizer": sum(tensor.nbytes for tensor in moments)}
 
     def begin(self) -> None:
-        """Start at the first step: the callbacks forget what an earlier run left in the folder."""
+        """Start at the first step. The callbacks discard the files of an earlier run in the folder."""
         self.callbacks.restore({})
 
     def resume(self, folder: Path, tasks: Iterable[str], runtime: Runtime) -> list[str]:
-        """Go on from the newest sound checkpoint of a run folder, or begin if there is none.
+        """Resume from the newest intact checkpoint of a run folder, or begin if there is none.
 
         Returns:
-            Notes for a person: what was resumed from, and why it may not be bit-exact.
+            Notes for the user: the checkpoint, and why the run may not be bit-exact.
         Raises:
-            CheckpointError: none is sound, or none fits.
+            CheckpointError: no checkpoint is intact, or the newest does not fit the run.
         """
         checkpoint.recover(folder)
         if not checkpoint.steps(folder):
@@ -247,7 +250,7 @@ class TrainState:
         run.restore_weights(self.model, tensors["weights"], resolved["backbone_sha256"], place)
         try:
             self.load_state_dict({**tensors, "progress": progress})
-        except ValueError as error:  # of an essential callback
+        except ValueError as error:  # an essential callback refused its state
             raise checkpoint.CheckpointError(f"checkpoint refused: {place / checkpoint.STATE}: {error}") from error
         self.saved_step = self.step
         notes.append(f"resumed from {place}")
@@ -260,7 +263,11 @@ class TrainState:
         return notes
 
     def _check(self, place: Path, tensors: dict[str, dict[str, Tensor]], progress: Any, tasks: list[str]) -> None:
-        """Refuse a checkpoint that no trainer of this run can have written."""
+        """Check that a checkpoint fits this run.
+
+        Raises:
+            CheckpointError: it does not.
+        """
         contents.check_state(place, progress, tasks)
         if "optimizer" not in tensors:
             raise checkpoint.CheckpointError(
@@ -278,7 +285,7 @@ class TrainState:
         contents.check_average(place, tensors.get("average"), self.model, self.average is not None)
 
     def load_best(self, folder: Path) -> None:
-        """Put the best evaluation's weights into the model; if they were lost the last ones stay, with a warning."""
+        """Load the weights of the best evaluation. If they cannot be read, keep the last weights and warn."""
         if self.best.step == self.step:
             return
         place = folder / "checkpoint" / str(self.best.step)
@@ -289,7 +296,7 @@ class TrainState:
             )
             contents.check_average(place, tensors.get("average"), self.model, self.average is not None)
         except checkpoint.CheckpointError as error:
-            warnings.warn(f"{error}; the last weights are reported in place of the best", stacklevel=2)
+            warnings.warn(f"{error}; the last weights are reported instead of the best", stacklevel=2)
             self.lost, self.best = Lost(self.best, str(error)), Best(self.step, None)
             return
         self.model.load_state_dict(tensors["weights"], strict=False)

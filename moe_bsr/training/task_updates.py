@@ -1,7 +1,7 @@
-"""An optimizer update over a batch of one task or of several: each one's gradient, and how they become one.
+"""Optimizer updates on a batch of one task, or on one batch per task whose gradients are combined.
 
-Several processes share each batch. What they exchange comes before the optimizer's step, so an update in which one of
-them is lost has changed nothing.
+If several processes train, they share each batch. They exchange everything before the optimizer's step, so an update in
+which a process is lost changes nothing.
 """
 
 import contextlib
@@ -23,14 +23,16 @@ from moe_bsr.training.update import BatchResult, accumulate, multitask_update, t
 
 
 class NotFinite(FloatingPointError):
-    """A loss or a gradient is infinite or NaN; the message says which, and of which task."""
+    """A loss or a gradient is infinite or NaN. The message names it and the task."""
 
 
 class TaskUpdates:
-    """The updates of one model, as the configuration weighs tasks, classes and images.
+    """Takes the updates of one model, with the configured weighting of tasks, classes and images.
 
     Attributes:
-        schedule: what trains in an update, where not all of it does in each. callbacks: what must hear of each update.
+        names: parameter names by parameter. weights: relative loss weights by task.
+        schedule: selects the blocks that train in an update (ALaST), or None.
+        callbacks: callbacks that the trainer must call for each update.
     """
 
     def __init__(
@@ -38,7 +40,7 @@ class TaskUpdates:
     ) -> None:
         """
         Args:
-            inputs: of all tasks of the model.
+            inputs: training data of all tasks of the model.
         """
         self.config, self.inputs = config, inputs
         settings, tasks = config.train, inputs.tasks
@@ -59,16 +61,17 @@ class TaskUpdates:
         self.pcgrad = PCGrad() if settings.task_weighting == "pcgrad" else None
 
     def take(self, batches: list[Batch], step: int) -> tuple[list[BatchResult], float | None]:
-        """One update; returns what each batch came to and the gradient's norm, if that is clipped or measured.
+        """Take one update. Returns the result of each batch, and the gradient norm before clipping if it is measured.
 
         Args:
-            batches: this process's shares of batches of different tasks.
-            step: updates done before, which seeds gate noise, mixtures and order.
+            batches: this process's shares of the batches, each of a different task.
+            step: number of updates done before. It seeds gate noise, mixtures and the order of PCGrad.
         Raises:
-            NotFinite, RankLost: nothing has been updated then.
+            NotFinite: nothing has been updated, except with steps in the backward pass.
+            RankLost: nothing has been updated.
         """
         before = {}
-        if self.ranks.world > 1:  # only another process can be lost
+        if self.ranks.world > 1:  # to undo the update if another process is lost
             running = self.update.model.balance.state_dict()
             before = {name: value.clone() for name, value in running.items()}
         results = []
@@ -93,13 +96,13 @@ class TaskUpdates:
         return results, norm
 
     def learned(self, task: str) -> dict[str, float]:
-        """The weight of a task's loss, and its blocks' budgets, where these are learned."""
+        """Return the learned loss weight of a task, and the budgets of its blocks (ALaST), if there are any."""
         log_variances = self.update.model.log_variances
         weight = {"task_weight": math.exp(-log_variances[task].item())} if task in log_variances else {}
         return weight if self.schedule is None else weight | self.schedule.numbers(task)
 
     def _backward(self, batch: Batch, place: int, tasks: int, step: int) -> BatchResult:
-        """The gradient of the batch that is number `place` of so many tasks' in this update."""
+        """Compute the gradient of batch number `place` out of `tasks` in this update."""
         micro_batches = self.config.train.grad_accumulation_steps
         with contextlib.nullcontext() if self.schedule is None else self.schedule.update(step, batch.task):
             result = accumulate(
@@ -120,7 +123,7 @@ class TaskUpdates:
         return result
 
     def _commit(self, result: BatchResult, task: str) -> None:
-        """Fold all micro-batches into the running shares, in their order. Their own row is in no loss of theirs."""
+        """Fold all micro-batches into the balance loss's running shares, in order and after their own losses."""
         balance = self.update.model.balance
         if balance.kind == "across_tasks" and balance.blocks:
             mine = torch.stack([balance.shares(output.routing) for output in result.outputs])

@@ -1,7 +1,7 @@
-"""The one training loop: it draws batches, takes optimizer updates, evaluates, saves and emits events.
+"""The training loop: draws batches, takes optimizer updates, evaluates, saves checkpoints and emits events.
 
-It knows no method: what trains, drops or routes is the model's business, which task comes next the sampler's,
-what the model is fed the inputs', and what becomes of the numbers the callbacks'.
+It is independent of the method. The model determines what trains, drops or routes, the sampler the order of tasks, the
+inputs what the model receives, and the callbacks what is done with the metrics.
 """
 
 import contextlib
@@ -34,11 +34,11 @@ from moe_bsr.training.update import BatchResult
 
 
 class Trainer:
-    """One model, its tasks and one run folder.
+    """Trains one model on its tasks, in one run folder.
 
     Attributes:
-        state: what changes while training, and is saved.
-        config: as it was asked for. planned: the same with its length in updates.
+        state: everything that changes while training, and is saved in checkpoints.
+        config: the configuration as given. planned: the same with its length in updates.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class Trainer:
     ) -> None:
         """
         Args:
-            model: on the device already (`runtime.place`). inputs: of all its tasks.
-            about: lines about the run that a person is told when it starts.
-            costs: numbers for the report that are known beforehand: predicted_peak_mb, gflops_per_image.
+            model: already on the device (`runtime.place`). inputs: training data of all its tasks.
+            about: lines that describe the run to the user at its start.
+            costs: predicted numbers for the report: predicted_peak_mb, gflops_per_image.
         Raises:
-            ValueError: two callbacks of one name.
+            ValueError: two callbacks have the same name.
         """
         self.config, self.model, self.inputs, self.runtime, self.folder = config, model, inputs, runtime, folder
         self.tasks, self.transforms = inputs.tasks, inputs.transforms
@@ -78,7 +78,7 @@ class Trainer:
         self._plan(length.updates_of(config, self.sizes) or max(length.UNKNOWN, settings.warmup_steps or 0))
 
     def _plan(self, steps: int) -> None:
-        """Take the run to have so many updates."""
+        """Set the number of updates, and make the sampler for it."""
         config, earlier = self.config, self.state.length.earlier
         self.planned = length.in_updates(config, steps)
         labels = {name: data.train.labels for name, data in self.tasks.items()}
@@ -87,12 +87,12 @@ class Trainer:
         )
 
     def fit(self, resume: bool = False) -> dict[str, Any]:
-        """Train to the last step (or a signal), test once, write and return the report.
+        """Train to the last step or until a signal, test once, and write and return the report.
 
         Args:
-            resume: go on from the folder's newest sound checkpoint, if there is one.
+            resume: continue from the folder's newest intact checkpoint, if there is one.
         Raises:
-            ConfigError, CheckpointError: refused, nothing was trained. TrainingFailed, UnreadableImage: later.
+            ConfigError, CheckpointError: refused before training. TrainingFailed, UnreadableImage: during it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.runtime.reset_peak()
@@ -107,7 +107,7 @@ class Trainer:
             except RankLost as error:
                 raise TrainingFailed(lost(self.folder, self.state.step, error, self.ranks.first)) from error
             except (UnreadableImage, OSError, MemoryError, RuntimeError) as error:
-                if isinstance(error, UnreadableImage | LostData):  # nothing of this update or evaluation has been done
+                if isinstance(error, UnreadableImage | LostData):  # the state is from before this update or evaluation
                     self._save()
                 if (line := explained(self.folder, self.state.step, error)) is None:
                     raise
@@ -116,7 +116,7 @@ class Trainer:
             self.callbacks.close()
 
     def _begin(self, resume: bool) -> list[str]:
-        """Go on or begin; returns what a person should know about it."""
+        """Resume or begin; returns notes for the user."""
         if not resume:
             self.state.begin()
         notes = self.state.resume(self.folder, self.tasks, self.runtime) if resume else []
@@ -133,11 +133,11 @@ class Trainer:
         self._start()
         with self.stop:
             try:
-                with contextlib.suppress(Interrupted):  # in an evaluation, before which everything was saved
+                with contextlib.suppress(Interrupted):  # raised in an evaluation, and everything was saved before
                     self._loop()
                 try:
                     scores = self._final_scores()
-                except Interrupted:  # while testing, when everything had been saved
+                except Interrupted:  # raised while testing, and everything was saved before
                     scores = None
             except RankLost:
                 self._save()
@@ -145,14 +145,14 @@ class Trainer:
         return self.ranks.by_first(lambda: self._end(self._report(scores)))
 
     def _decide_length(self) -> list[str]:
-        """Settle how many updates the run has; returns what a person should know about it."""
+        """Decide how many updates the run has; returns notes for the user."""
         steps, notes = updates_decided(self)
         self.state.plan(steps, self.config.train.minutes)
         self._plan(steps)
         return notes
 
     def _check_room(self) -> None:
-        """Refuse a run whose checkpoints, three at times, have no room where they are to be kept."""
+        """Raise an error if the disk has no space for the run's checkpoints, of which up to three exist at a time."""
         there = checkpoint.steps(self.folder)
         left = self.planned.train.steps - (there[-1] if there else 0)
         if left > 0:
@@ -202,7 +202,7 @@ class Trainer:
             self._save()
 
     def batches(self, step: int = 0) -> Iterator[Batch]:
-        """This process's shares of all batches from an update on; close the iterator when done."""
+        """Return this process's shares of all batches from update `step` on. Close the iterator when done."""
         settings = self.config.train
         mine, size = self.ranks.mine(settings.grad_accumulation_steps), settings.batch_size
         size //= settings.grad_accumulation_steps
@@ -212,12 +212,12 @@ class Trainer:
         )
 
     def _is_over(self) -> bool:
-        """Whether the last update is done, or evaluations have not risen for as long as train.patience allows."""
+        """Return whether the last update is done, or `train.patience` evaluations in a row had no new best."""
         patience = self.config.train.patience
         return self.state.step >= self.planned.train.steps or (patience is not None and self.state.stale >= patience)
 
     def _update(self, batches: Iterator[Batch]) -> None:
-        """One optimizer update, and its events."""
+        """Take one optimizer update, and emit its events."""
         began, settings, state = time.monotonic(), self.planned.train, self.state
         rate, tasks = learning_rate(settings, state.step), self.sampler.tasks(state.step)
         results, norm = self.take(batches, state.step, rate)
@@ -238,15 +238,15 @@ class Trainer:
             self.callbacks.tell("on_step", event)
 
     def _progress(self) -> dict[str, dict[str, float]]:
-        """Updates, images and epochs of each task so far."""
+        """Return updates, images and epochs of each task so far."""
         return self.sampler.progress(self.state.step)
 
     def take(self, batches: Iterator[Batch], step: int, rate: float) -> tuple[list[BatchResult], float | None]:
-        """Update `step`: a batch of one task, or of each when sampling jointly; returns the gradient's norm too."""
+        """Take update `step` on a batch of one task, or of each task with joint sampling (see `TaskUpdates.take`)."""
         self.model.train()
         for group in self.state.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"] * (step >= group["hold"])
-        drawn = [next(batches) for _ in self.sampler.tasks(step)]  # before anything is done: one may be unreadable
+        drawn = [next(batches) for _ in self.sampler.tasks(step)]  # all before the update: one may be unreadable
         try:
             return self.updates.take(drawn, self.state.step)
         except NotFinite as error:
@@ -256,7 +256,7 @@ class Trainer:
             ) from None
 
     def _evaluate(self, split: str) -> dict[str, dict[str, Any]]:
-        """Scores of every task; the averaged weights are scored if there are any."""
+        """Return scores of every task, with the averaged weights if there are any."""
         average = self.state.average
         if average is not None:
             average.swap(self.model)
@@ -274,9 +274,9 @@ class Trainer:
         return scores
 
     def _evaluate_and_save(self) -> None:
-        """Evaluate, saved before and after: neither an image that cannot be read nor a callback costs anything."""
+        """Evaluate, and save before and after it, so that an unreadable image or a failing callback loses nothing."""
         state = self.state
-        if not state.pending_evaluation:  # otherwise it was saved so, and resumed
+        if not state.pending_evaluation:  # otherwise this state was saved already, and the run resumed from it
             state.pending_evaluation = True
             self._save()
         state.add_evaluation(self._evaluate("val"))
@@ -284,18 +284,18 @@ class Trainer:
         self._tell_scores()
 
     def _tell_scores(self) -> None:
-        """Tell the callbacks of the evaluation at this step, if they have not been told."""
+        """Send the scores of the evaluation at this step to the callbacks, unless they have received them."""
         if (scores := self.state.untold_scores) is not None:
             self._emit(EvalEvent(self.state.step, "val", scores))
             self.state.untold_scores = None
 
     def _emit(self, evaluation: EvalEvent) -> None:
         self.callbacks.tell("on_evaluate", evaluation)
-        if self.callbacks.failed is not None:  # what was saved last does not hold them as told
+        if self.callbacks.failed is not None:  # the last checkpoint still has these scores as not sent
             raise self.callbacks.failed
 
     def _final_scores(self) -> dict[str, Any] | None:
-        """Scores for the report, with the weights selected; None of a run that did not reach its end."""
+        """Return the scores of the selected weights for the report, or None if the run was interrupted."""
         state = self.state
         if self.ranks.signal:
             return None
@@ -335,9 +335,9 @@ class Trainer:
         )
 
     def _end(self, result: dict[str, Any]) -> dict[str, Any]:
-        """Let the callbacks add their values, and write the report."""
+        """Add the callbacks' values to the report, and write it."""
         average = self.state.average
-        if average is not None:  # who looks at the model now sees the weights that were scored
+        if average is not None:  # callbacks that look at the model see the weights that were scored
             average.swap(self.model)
         try:
             result = self.callbacks.end(result) | result

@@ -1,7 +1,7 @@
-"""The one optimizer update: micro-batches forward and backward, then clipping, the optimizer, the moving average.
+"""One optimizer update: forward and backward passes of the micro-batches, clipping, optimizer step, moving average.
 
-The trainer runs it, and so does whoever traces, measures or times a training step: there is no second copy.
-It runs phase by phase, so that each phase can be looked at alone:
+The trainer, the cost tracer, the memory measurement and the benchmark all run this code. It is divided into phases,
+which can be traced and measured one by one:
 
     for micro_batch in micro_batches:
         update.forward(micro_batch, share=1 / len(micro_batches))
@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ from moe_bsr.runtime.device import Runtime
 from moe_bsr.runtime.distributed import Alone
 from moe_bsr.training.drawn_blocks import settle
 from moe_bsr.training.mezo import MeZO, estimator_of
-from moe_bsr.training.optim import MovingAverage, clip_gradients, make_optimizer
+from moe_bsr.training.optim import MovingAverage, clip_gradients, clip_groups, make_optimizer
 from moe_bsr.training.step_in_backward import StepInBackward
 
 
@@ -38,11 +38,11 @@ class OptimizerUpdate:
     """One optimizer update of any model, in phases.
 
     Attributes:
-        output: what the model returned in the last forward phase.
-        terms: the terms of its loss, scalars. loss: their sum; both are None after the backward phase.
+        output: the model's output in the last forward phase.
+        terms: the terms of its loss, scalars. loss: their sum. Both are None after the backward phase.
         trained: parameters with a gradient after the last backward phase; `step` clips these.
-        stepper: takes the optimizer's step in the backward phase, if that is asked for.
-        estimator: estimates gradients without a backward pass, if that is asked for.
+        stepper: takes the optimizer step in the backward phase; None without `in_backward`.
+        estimator: estimates gradients without a backward pass (MeZO), or None.
     """
 
     def __init__(
@@ -55,26 +55,29 @@ class OptimizerUpdate:
         loss: Callable[..., Tensor | tuple[Tensor, ...]],
         commit: Callable[..., None] | None = None,
         clip_norm: float | None = None,
+        clip_group: Callable[[nn.Parameter], Hashable] | None = None,
         average: MovingAverage | None = None,
         in_backward: bool = False,
         estimator: MeZO | None = None,
     ) -> None:
         """
         Args:
-            optimizer: None for whoever runs the forward and backward phases alone.
-            output: the model's forward pass of the inputs given to `forward`; called under autocast.
-            loss: of that output and the same inputs, called outside autocast: a scalar, or several to be added.
-            commit: what else is done with the output and the inputs, once, after the backward pass.
-            clip_norm: largest norm of all gradients together. inf only measures the norm, None not even that.
-            average: of the weights, updated after each step.
-            in_backward: whether the backward phase takes the optimizer's step too; then nothing can be clipped.
-            estimator: in place of a backward pass; the last of the inputs is then the noise key.
+            optimizer: None if only the forward and backward phases are run.
+            output: runs the model's forward pass on the inputs given to `forward`, under autocast.
+            loss: maps that output and the inputs to a scalar, or to several terms to add. Called outside autocast.
+            commit: called once with the output and the inputs after the backward pass.
+            clip_norm: largest global norm of the gradients. inf: only measure the norm. None: do not measure it.
+            clip_group: maps parameters to groups, each of which is clipped by itself. None: all are one group.
+            average: moving average of the weights, updated after each step.
+            in_backward: whether the backward phase also takes the optimizer step. It clips `clip_group`s only.
+            estimator: replaces the backward pass. The last of the inputs must then be the noise key.
         """
         self.model, self.runtime, self.optimizer = model.train(), runtime, optimizer
         self._output, self._loss, self._commit = output, loss, commit
-        self._clip_norm, self._average = clip_norm, average
-        self.stepper = StepInBackward(optimizer) if in_backward and optimizer is not None else None
-        self.estimator = estimator
+        self._clip_norm, self._clip_group, self._average = clip_norm, clip_group, average
+        self.estimator, self.stepper = estimator, None
+        if in_backward and optimizer is not None:
+            self.stepper = StepInBackward(optimizer, clip_norm, clip_group or id)
         self._inputs: tuple = ()
         self._share = 1.0
         self.output: Any = None
@@ -83,24 +86,25 @@ class OptimizerUpdate:
         self.trained: list[nn.Parameter] = []
 
     def forward(self, *inputs: Any, share: float = 1.0) -> None:
-        """One micro-batch up to its loss, which counts `share` in the loss of the update."""
+        """Run one micro-batch up to its loss, which has the weight `share` in the loss of the update."""
         run = functools.partial(self._pass, *inputs)
         self.output, self.terms = run() if self.estimator is None else self.estimator.look(run, inputs, share)
         self.loss = functools.reduce(operator.add, self.terms)
         self._inputs, self._share = inputs, share
 
     def _pass(self, *inputs: Any) -> tuple[Any, tuple[Tensor, ...]]:
-        """What the model returns, and the terms of its loss."""
+        """Return the model's output and the terms of its loss."""
         with self.runtime.autocast():
             output = self._output(*inputs)
         terms = self._loss(output, *inputs)
         return output, terms if isinstance(terms, tuple) else (terms,)
 
     def backward(self) -> None:
-        """Add this micro-batch's gradient to those before it."""
+        """Run the backward pass, which adds this micro-batch's gradient to those before it."""
         if self.estimator is None:
-            with contextlib.nullcontext() if self.stepper is None else self.stepper.active():
-                (self._share * self.loss).backward()
+            loss = self._share * self.loss
+            with contextlib.nullcontext() if self.stepper is None else self.stepper.active(loss):
+                loss.backward()
         self.loss = self.terms = None
         if self._commit is not None:
             self._commit(self.output, *self._inputs)
@@ -109,12 +113,12 @@ class OptimizerUpdate:
         self.trained = [p for group in groups for p in group["params"] if p.grad is not None]
 
     def step(self) -> float | None:
-        """Clip, step, forget the gradients, move the average.
+        """Clip the gradients, take the optimizer step, reset the gradients, and update the moving average.
 
         Returns:
-            The gradient's norm before clipping; None if `clip_norm` is.
+            The global gradient norm before clipping; None if `clip_norm` is None.
         Raises:
-            FloatingPointError: that norm is not finite; nothing has been changed then, unless in the backward phase.
+            FloatingPointError: that norm is not finite. No weight has changed, except with `in_backward`.
         """
         norm = None
         if self._clip_norm is not None:
@@ -131,18 +135,20 @@ class OptimizerUpdate:
         return norm
 
     def _norm(self) -> float:
-        """Of the gradient, which is clipped."""
+        """Clip the gradients; returns their global norm before that."""
         if self.estimator is not None:
             return self.estimator.clip(self._clip_norm)
-        return clip_gradients(self.trained, self._clip_norm) if self.stepper is None else self.stepper.norm()
+        if self.stepper is not None:
+            return self.stepper.norm()
+        return clip_gradients(self.trained, self._clip_norm, self._clip_group)
 
     def clear(self) -> None:
-        """Let go of the last micro-batch's output."""
+        """Release the last micro-batch's output."""
         self.output = self.loss = self.terms = None
         self._inputs = ()
 
 
-# --- of our model, as it is trained ---
+# --- the update of our model ---
 
 
 def multitask_update(
@@ -154,11 +160,11 @@ def multitask_update(
     class_weights: dict[str, Tensor] | None = None,
     commits: bool = True,
 ) -> OptimizerUpdate:
-    """The update of our model; the inputs of its forward phase are a prepared `Batch` and a noise key.
+    """Return the update of our model. Its forward phase takes a prepared `Batch` and a noise key.
 
     Args:
-        class_weights: (classes of the task,) by task, on the device; none where all count 1.
-        commits: whether running statistics take in each micro-batch; if not, that is left to the caller.
+        class_weights: (classes of the task,) by task, on the device; None: all classes count 1.
+        commits: whether each micro-batch updates the running statistics; if not, the caller does it.
     """
     parts = _multitask_parts(model, config, optimizer, class_weights) | ({} if commits else {"commit": None})
     return OptimizerUpdate(model, runtime, optimizer, average=average, **parts)
@@ -173,7 +179,7 @@ def _multitask_parts(
         targets = batch.labels if batch.targets is None else batch.targets
         if class_weights is None:
             return criterion(logits, targets)
-        # Over the number of images: torch's mean divides by their weights, and would depend on the micro-batches.
+        # Divide by the number of images. torch's mean divides by the sum of weights, which depends on the micro-batch.
         total = nn.functional.cross_entropy(
             logits, targets, class_weights[batch.task], reduction="sum", label_smoothing=config.label_smoothing
         )
@@ -189,8 +195,8 @@ def _multitask_parts(
         entropy = cross_entropy(output.logits.float(), batch)
         if config.task_weighting != "uncertainty":
             return entropy, output.auxiliary_loss
-        # Kendall et al. 2018, of classification: L / variance + log of the standard deviation. The first two terms
-        # are what is told of a batch, so the weighing comes as one of its own.
+        # Kendall et al. 2018, for classification: L / variance + log of the standard deviation. The first two terms
+        # are reported as they are, so the weighting is added as a term of its own.
         log_variance = model.log_variances[batch.task]
         return entropy, output.auxiliary_loss, entropy * torch.expm1(-log_variance) + log_variance / 2
 
@@ -201,22 +207,23 @@ def _multitask_parts(
         "in_backward": config.step_in_backward,
         "estimator": estimator_of(model, config, optimizer),
         "clip_norm": math.inf if config.grad_clip_norm is None else config.grad_clip_norm,
+        "clip_group": clip_groups(model, config),
     }
 
 
 def task_weights(tasks: list[str], config: TrainConfig) -> dict[str, float]:
-    """Each task's `train.task_weights` (1 where there is none) over their mean."""
+    """Return each task's `train.task_weights` (default 1), divided by their mean."""
     weights = [config.task_weights.get(task, 1.0) for task in tasks]
     mean = sum(weights) / len(tasks)
     return {task: weight / mean for task, weight in zip(tasks, weights, strict=True)}
 
 
 class BatchResult(NamedTuple):
-    """What is known of a batch after its backward phases: means over its micro-batches, and what the model returned.
+    """Result of a batch after its backward phases: means over its micro-batches, and the model's outputs.
 
     Attributes:
         accuracy: share of images whose largest logit was the label's, in [0, 1].
-        outputs: of the micro-batches of this process.
+        outputs: one per micro-batch of this process.
     """
 
     loss: float
@@ -237,13 +244,14 @@ def accumulate(
     mix: Callable[[Batch, tuple[int, ...]], Batch] | None = None,
     ranks: Alone | None = None,
 ) -> BatchResult:
-    """Forward and backward of a batch in micro-batches of equal size; of an update from `multitask_update`.
+    """Run the forward and backward phases of a batch in micro-batches of equal size (gradient accumulation).
 
     Args:
-        batch: this process's share of it. micro_batches: of the whole.
-        share: of the batch in the loss of the update.
-        noise_key: of the update; the number of the micro-batch is added to it, which is `first` for the first.
-        prepare: makes a micro-batch as the loader has it into what the model takes, on its device.
+        update: one from `multitask_update`.
+        batch: this process's share of the batch. micro_batches: number for the whole batch.
+        share: weight of the batch in the loss of the update.
+        noise_key: noise key of the update, to which the number of the micro-batch is appended. first: the first number.
+        prepare: turns a micro-batch from the loader into what the model takes, on its device.
         mix: mixes the images and labels of a prepared micro-batch.
         ranks: the processes that share the batch.
     """
@@ -260,7 +268,7 @@ def accumulate(
         update.backward()
         outputs.append(output)
         right = (output.logits.detach().argmax(1) == part.labels).sum()
-        # In one tensor: a GPU is waited for once.
+        # One tensor, so that a GPU is synchronized once.
         sums += torch.stack([loss.detach(), auxiliary.detach(), right.float()]).tolist()
     loss, auxiliary, correct = ranks.total(sums).tolist()
     images = len(batch) * ranks.world
@@ -268,7 +276,7 @@ def accumulate(
 
 
 def split(batch: Batch, parts: int) -> Iterator[Batch]:
-    """A batch from the loader in parts of equal size."""
+    """Split a batch from the loader into parts of equal size."""
     size = len(batch) // parts
     for start in range(0, parts * size, size):
         part = slice(start, start + size)
@@ -281,18 +289,18 @@ def split(batch: Batch, parts: int) -> Iterator[Batch]:
         )
 
 
-# --- on fixed inputs, for whoever measures ---
+# --- an update on fixed inputs, for measurements ---
 
 
 class TrainingStep(OptimizerUpdate):
-    """An update of one micro-batch that is the same every time; `run` does all its phases."""
+    """An update of one fixed micro-batch. `run` runs all its phases."""
 
     def __init__(
         self, model: nn.Module, runtime: Runtime, optimizer: Optimizer | None, *, inputs: tuple = (), **parts: Any
     ) -> None:
         """
         Args:
-            inputs: of every forward phase. parts: see `OptimizerUpdate`.
+            inputs: inputs of every forward phase. parts: see `OptimizerUpdate`.
         """
         super().__init__(model, runtime, optimizer, **parts)
         self.inputs = inputs
@@ -308,27 +316,25 @@ class TrainingStep(OptimizerUpdate):
 
     @torch.no_grad()
     def infer(self) -> None:
-        """The forward pass alone, as evaluation runs it."""
+        """Run only the forward pass, as evaluation does."""
         with self.runtime.autocast():
             self._output(*self.inputs)
 
 
 def random_batch(images: int, size: int, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(B, 3, S, S) standard normal images and (B,) labels, the same ones every time."""
+    """Return (B, 3, S, S) standard normal images and (B,) labels, with a fixed seed."""
     draws = torch.Generator().manual_seed(0)
-    return (
-        torch.randn(images, 3, size, size, generator=draws).to(device),
-        torch.randint(classes, (images,), generator=draws).to(device),
-    )
+    pixels = torch.randn(images, 3, size, size, generator=draws)
+    return pixels.to(device), torch.randint(classes, (images,), generator=draws).to(device)
 
 
 def training_step(
     model: MultitaskViT, config: Config, runtime: Runtime, *, batch: int, task: str | None = None
 ) -> TrainingStep:
-    """A step of one of our models the way the trainer takes it, on random images; the costliest, where steps differ.
+    """Return an update of our model as the trainer takes it, on random images. With ALaST it is the costliest one.
 
     Args:
-        model: on the device already (`runtime.place`). batch: images of the micro-batch.
+        model: already on the device (`runtime.place`). batch: number of images in the micro-batch.
         task: the first one by default.
     """
     task = task or model.tasks[0]

@@ -104,7 +104,7 @@ def test_nothing_is_written_through_a_link_or_into_what_is_no_file(tmp_path, kin
         writer.scalar("loss", 1.0, step, "pets")
         with contextlib.ExitStack() as said:
             if step == 1:
-                said.enter_context(pytest.warns(UserWarning, match="a link or no file where events are written"))
+                said.enter_context(pytest.warns(UserWarning, match="a link or no regular file where events belong"))
             writer.flush()
     assert (outside / FILE if outside.is_dir() else outside).read_bytes() == b"kept"
 

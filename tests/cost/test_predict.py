@@ -95,6 +95,7 @@ IN_BACKWARD = [
     {"train__step_in_backward": True, "train__grad_clip_norm": None, "train__optimizer": optimizer, "storage": storage}
     for optimizer, storage in (("sgd", "recompute"), ("adamw8", "int8"))
 ]
+IN_BACKWARD += [{"train__step_in_backward": True, "train__grad_clip_per": per} for per in ("block", "parameter")]
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def test_a_step_after_the_last_is_refused(config, newest):
         (beyond / name).write_text(json.dumps(content | {key: 30}))
     make_hashes_fit(beyond)
     (beyond.parent.parent / "report.json").unlink()
-    with pytest.raises(CheckpointError, match=r"30 is of a step after the run's last, train\.steps = 2"):
+    with pytest.raises(CheckpointError, match=r"30 is after the run's last step, train\.steps = 2"):
         moe_bsr.train(config, beyond.parent.parent, resume=True, callbacks=[])
 
 

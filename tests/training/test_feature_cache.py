@@ -163,7 +163,7 @@ def test_features_serve_another_run_of_the_same_frozen_blocks(tmp_path):
     for changes in ({"plan__train_blocks": [4]}, {"plan__drop_blocks": [2]}, {"plan__train_blocks": [5], "seed": 1}):
         with pytest.raises(ValueError, match="blocks 0 to 4 of this model are not those"):
             cache.take_over(make_trainer(make_config(tmp_path, **plan | changes), tmp_path).model, SIZES)
-    with pytest.raises(ValueError, match="features are kept of .*'shapes': 23"):
+    with pytest.raises(ValueError, match="features are cached for .*'shapes': 23"):
         cache.take_over(other.model, SIZES | {"shapes": 22})
 
 
@@ -181,7 +181,7 @@ def test_kept_features_serve_a_model_with_more_frozen_blocks(tmp_path):
 def test_the_last_layer_keeps_one_token(kept_of):
     trainer, _ = kept_of("last layer")
     assert trainer.inputs.cache.kept["shapes"][0].shape[1] == 1
-    assert "blocks 0 to 5 make of 74 training images" in str(trainer.inputs.cache)
+    assert "outputs of blocks 0 to 5 on 74 training images" in str(trainer.inputs.cache)
 
 
 @pytest.mark.parametrize(
@@ -217,4 +217,4 @@ def test_how_to_augment_is_refused_where_nothing_is_augmented(tmp_path):
 
 def test_features_of_the_embedding_alone_are_called_so(kept_of):
     trainer, _ = kept_of("from the first block")
-    assert "the embedding makes of 74 training images" in str(trainer.inputs.cache)
+    assert "outputs of the embedding on 74 training images" in str(trainer.inputs.cache)

@@ -190,6 +190,7 @@ def test_an_update_takes_what_was_predicted_and_keeps_nothing(changes):
     ("changes", "message"),
     [
         ({"train__step_in_backward": True, "train__grad_clip_norm": None}, "train.step_in_backward = True: false with"),
+        ({"train__grad_clip_per": "parameter"}, "train.grad_clip_per = 'parameter': model with train.optimizer = mezo"),
         (
             {"train__task_weighting": "pcgrad", "sampler__kind": "joint"},
             "train.task_weighting = 'pcgrad': fixed or uncertainty with",

@@ -245,3 +245,14 @@ def test_gradients_are_clipped_as_by_torch_and_else_left_alone(limit):
     assert norm == float(torch.nn.utils.clip_grad_norm_(theirs, math.inf if limit is None else limit))
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))
     assert (before == [p.grad._version for p in ours]) == (limit != 0.5)
+
+
+@pytest.mark.parametrize("limit", [None, math.inf, 2.5])
+def test_each_gradient_is_clipped_by_its_own_norm(limit):
+    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 5)]
+    gradients = [torch.tensor([0.0, 2.0, 0.0]), torch.tensor([3.0, 0.0, 4.0, 0.0, 0.0])]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    assert clip_gradients(parameters, limit, id) == pytest.approx(29**0.5)
+    torch.testing.assert_close(parameters[0].grad, gradients[0])
+    torch.testing.assert_close(parameters[1].grad, gradients[1] * (0.5 if limit == 2.5 else 1))

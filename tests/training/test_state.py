@@ -78,7 +78,7 @@ def test_scores_of_weights_that_were_lost_are_not_reported(tmp_path, monkeypatch
         load_best(folder)
 
     monkeypatch.setattr(trainer.state, "load_best", damage_first)
-    with pytest.warns(UserWarning, match="last weights are reported in place of the best"):
+    with pytest.warns(UserWarning, match="last weights are reported instead of the best"):
         report = trainer.fit()
     assert (report["selected_step"], report["selected_mean_val_top1"]) == (8, None)
     assert report["mean_top1"] == 17.0 and len(seen) == 5
