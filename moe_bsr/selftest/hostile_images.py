@@ -1,4 +1,4 @@
-"""Images, names and places that somebody hostile made."""
+"""Cases for `hostile`: images, names of classes and tasks, and run folders made by an attacker."""
 
 import json
 import os
@@ -27,12 +27,12 @@ from moe_bsr.selftest.hostile_parts import (
 
 
 def _png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and has no pixels."""
+    """Return a PNG file that claims a size and has no pixels."""
     body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
 
 
-def images(chance: random.Random) -> Iterator[Case]:
+def images(rng: random.Random) -> Iterator[Case]:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
     jpeg, png = encoded(noise, "JPEG"), encoded(noise, "PNG")
     files = {
@@ -40,7 +40,7 @@ def images(chance: random.Random) -> Iterator[Case]:
         "cut.jpg": jpeg[: len(jpeg) // 2],
         "cut.png": png[: len(png) // 2],
         "flipped.png": png[:100] + bytes([png[100] ^ 255]) + png[101:],
-        "random.jpg": chance.randbytes(3000),
+        "random.jpg": rng.randbytes(3000),
         "postscript.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(executed) (w) file\nshowpage\n",
         "svg.png": b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>",
         "page.jpg": b"<!DOCTYPE html><html></html>",
@@ -135,7 +135,7 @@ def _class_case(name: str, command: str) -> Callable[[Path], list[str]]:
 
 
 def places() -> Iterator[Case]:
-    """Run folders that are none."""
+    """Yield cases whose run folder is a special file."""
     for kind in ("FIFO", "device", "broken link", "link to itself", "socket"):
         yield f"run folders: {kind}", _run_case(kind)
 
