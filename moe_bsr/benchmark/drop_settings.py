@@ -145,8 +145,8 @@ def equal_flops(
 def candidates(model: MultitaskViT, own: DropSetting) -> list[DropSetting]:
     """Return the settings to compare with `own`.
 
-    These are: nothing dropped; `own` and milder versions of it; other ways to fuse and rank; merging; and other blocks
-    with equal FLOPs.
+    These are no dropping, `own` and milder versions of it, other ways to fuse and rank, merging, and other blocks with
+    equal FLOPs.
     """
     depth, blocks = len(model.plan), [at for at, _ in own.rates]
     how, target = own.tokens, relative_flops(model, own)

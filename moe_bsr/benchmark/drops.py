@@ -46,8 +46,15 @@ class Row:
     error: float
 
     def as_dict(self) -> dict[str, Any]:
-        told = {"setting": str(self.setting), "overrides": self.setting.overrides(), "relative_flops": self.flops}
-        return told | {"val_top1": self.top1, "mean": fmean(self.top1.values()), "lost": self.lost, "error": self.error}
+        return {
+            "setting": str(self.setting),
+            "overrides": self.setting.overrides(),
+            "relative_flops": self.flops,
+            "val_top1": self.top1,
+            "mean": fmean(self.top1.values()),
+            "lost": self.lost,
+            "error": self.error,
+        }
 
 
 def frozen(config: Config) -> Config:
