@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moe_bsr.cost.operators import empty
 from moe_bsr.cost.trace import Allocation, Tracer
 
-PHASES = ("forward", "handover", "backward", "after", "clear")
+PHASES = ("forward", "handover", "backward", "after")  # others are not recorded
 
 
 @dataclass(slots=True)

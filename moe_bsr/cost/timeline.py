@@ -41,10 +41,6 @@ class Placed:
     def at(self, slots: Iterable[int]) -> list[Shared]:
         return [self.shared[slot] for slot in slots]
 
-    def reported(self) -> list[Shared]:
-        """Return the memory of this section that the model's output holds."""
-        return [shared for shared, about in zip(self.shared, self.section.slots, strict=True) if about.reported]
-
 
 class Timeline:
     """Memory of a step over time, in bytes relative to its start.
@@ -123,11 +119,3 @@ class Timeline:
             self.play("backward", place, "backward")
             arriving = place.at(section.gradient_out)
         self.play("backward", head, "after")
-
-    def clear(self, places: list[Placed]) -> None:
-        """Drop the model's output, and with it the graph, which its logits hold."""
-        for place in places:
-            for shared in place.reported():
-                self.release(shared)
-            for part in ("clear",) if place is places[-1] else ("after", "clear"):
-                self.play("optimizer", place, part)
