@@ -271,7 +271,7 @@ def _kind(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> t
             values.extend((value.dtype, value.fake_device, rules.layout(value), stride.count(0), stride[-1:] == (1,)))
         elif isinstance(value, list | tuple):
             values.append(len(value))
-            for part in value[:1] if value and not isinstance(value[0], bool) else value:
+            for part in value:
                 add(part)
         else:
             values.append(type(value) if isinstance(value, float | torch.Generator) or type(value) is int else value)
