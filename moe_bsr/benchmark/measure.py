@@ -181,7 +181,8 @@ def _cuda_history(device: torch.device) -> Iterator[list[dict[str, Any]]]:
     try:
         yield history
     finally:
-        history += torch.cuda.memory._snapshot(device)["device_traces"][device.index or torch.cuda.current_device()]
+        index = torch.cuda.current_device() if device.index is None else device.index
+        history += torch.cuda.memory._snapshot(device)["device_traces"][index]
         torch.cuda.memory._record_memory_history(enabled=None)
 
 
