@@ -337,7 +337,7 @@ class Ladder:
         sure = "outside" if ahead > math.hypot(best.interval, second.interval) else "within"
         return (
             f"{best.name} has the highest validation top-1, {best.val_top1:.1f} %. It is {ahead:.1f} points ahead of "
-            f"{second.name}, which is {sure} the 95 % interval of the difference"
+            f"{second.name}, {sure} the 95 % interval of the difference"
         )
 
 

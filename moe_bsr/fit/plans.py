@@ -117,7 +117,7 @@ class Catalog:
         return min(found, key=lambda plan: plan.costs, default=None)
 
     def _first_that_fits(self, changes: dict[str, Any]) -> Plan | None:
-        """Return the first form that fits: exact storage, micro-batches, int8 storage, recomputation."""
+        """Return the first form that fits: storages from fastest to leanest, each in ever more micro-batches."""
         batch, beside = self.config.train.batch_size, 0
         for storage in STORAGES:
             parts = 1

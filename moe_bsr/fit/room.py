@@ -50,7 +50,9 @@ class Fitted:
 
 
 def fitted(config: Config, classes: dict[str, int], memory: Memory, precision: str, decoded: int) -> Fitted:
-    """Return the fastest form of a run that fits: exact storage, micro-batches, int8 storage, recomputation.
+    """Return the fastest form of a run that fits.
+
+    Storages are tried from the fastest to the leanest, each in ever more micro-batches.
 
     Args:
         classes: number of classes by task.

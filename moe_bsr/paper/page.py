@@ -11,15 +11,15 @@ INTRODUCTION = """\
 Made by `python tools/reproduce.py --markdown`; do not edit.
 
 This page has every memory and FLOPs figure printed in Tables 1 to 8 and Figure 1 of *Block Selective
-Reprogramming for On-device Training of Vision Transformers* ([arXiv
-2405.10951](https://arxiv.org/abs/2405.10951)). Each is recomputed from shapes by the rule that produced it. MB
-are 2^20 bytes. "GMacs" are 1e9 multiply-adds of the forward pass (one multiply-add is two floating-point
+Reprogramming for On-device Training of Vision Transformers*
+([arXiv 2405.10951](https://arxiv.org/abs/2405.10951)). Each is recomputed from shapes by the rule that produced
+it. MB are 2^20 bytes. "GMacs" are 1e9 multiply-adds of the forward pass (one multiply-add is two floating-point
 operations). No figure of the paper counts the backward pass. Blocks are counted from 0. Images have 224 px,
 patches 16, which gives 197 tokens. The batch is 128 unless a table says otherwise.
 
 A figure counts as reproduced within 0.3 %, or within half a unit of its last printed digit. A **corrected** row
-is recomputed for the setting that the paper describes. An **other rule** row is recomputed by the rule of the
-rows beside it. A **not reproduced** row says what was tried.
+has the correct value for the setting as described. An **other rule** row has the value by the rule of the rows
+beside it. A **not reproduced** row says what was tried.
 """
 
 RULES_INTRODUCTION = """

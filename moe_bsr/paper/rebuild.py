@@ -124,8 +124,8 @@ class Figure:
     Attributes:
         published: the digits as printed.
         rule: a key of RULES, or None if there is nothing to compute it from.
-        status: "reproduced" (`moe-bsr reproduce` fails if it is not), "corrected" (recomputed for the setting that the
-            paper describes), "other rule" (recomputed by the rule of the neighboring rows), or "not reproduced".
+        status: "reproduced" (`moe-bsr reproduce` fails if it is not), "corrected" (the correct value for the setting as
+            described), "other rule" (the value by the rule of the neighboring rows), or "not reproduced".
     """
 
     table: str
