@@ -1,7 +1,7 @@
-"""Side-by-side timings: every case in a process of its own, in interleaved runs on one machine.
+"""Benchmarks: side-by-side timings, measured memory, cost sweeps, and methods compared on one machine.
 
-A case is a model with its precision, allocator and storage (`cases`); its process stays alive and runs a
-step or two when asked (`workers`), so that all cases meet the same machine at the same time and only ratios
-within one run are compared. `matmuls` times the step's own matrix products alone, the bound of any
-implementation; `targets` says what was aimed at and whether it was reached, `tables` shows all of it.
+A case is a model with its precision, allocator and storage (`cases`). Each case has a process of its own, which stays
+alive and runs a few steps on request (`workers`). Cases take turns, so that all of them see the same state of the
+machine. Only ratios within one run are compared. `matmuls` times a step's matrix products alone, which bounds the speed
+of any implementation. `targets` has the goals and judges whether they are reached. `tables` formats all of it.
 """

@@ -1,4 +1,4 @@
-"""What is compared: baselines, our plans and storages, and the expert layer against a dense one."""
+"""Cases of the benchmark: baselines, our plans and storages, and an expert layer next to a dense one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -36,10 +36,10 @@ class Case:
     """One model to be timed.
 
     Attributes:
-        subject: timm (stock modules), explicit (the public form of BSR), moe_ffn and dense_ffn (one
-            layer, forward and backward), or a plan of `PLANS`.
-        tuned: with our allocator settings; otherwise the process stays as Python started it.
-        changes: dotted keys of the configuration, written as `moe__num_experts`.
+        subject: timm (stock modules), explicit (the public form of BSR), moe_ffn and dense_ffn (one layer, forward and
+            backward), or a plan of `PLANS`.
+        tuned: whether our allocator settings apply. Otherwise the process stays as Python started it.
+        changes: further keys of the configuration, with __ in place of dots: `moe__num_experts`.
     """
 
     subject: str
@@ -65,13 +65,13 @@ class Case:
 
 
 def suite(storages: list[str] | None = None, precisions: Sequence[str] = PRECISIONS, **shared) -> dict[str, list[Case]]:
-    """The groups of cases that run side by side; each holds what the table of targets compares.
+    """Return the groups of cases that run side by side. Cases that a target compares are in one group.
 
     All cases at once would not fit into memory.
 
     Args:
-        storages: of the BSR cases; by default all whose gradients are faithful.
-        shared: backbone, batch, device and so on, for every case.
+        storages: of the BSR cases; by default all with faithful gradients.
+        shared: fields of every case: backbone, batch, device and so on.
     """
     storages = [s for s in STORAGES if not STORAGES[s].coarse] if storages is None else storages
 
@@ -94,14 +94,14 @@ def suite(storages: list[str] | None = None, precisions: Sequence[str] = PRECISI
             *plans("moe_ffn", precision),
             *plans("dense_ffn", precision),
         ]
-    # What one pays for fewer bytes, beside what a user has by default: stock timm in float32.
+    # All storages are compared with what a user has by default: stock timm in float32.
     leanest = groups.get("fp32", groups[precisions[0]])
     leanest += [case for case in plans("bsr", precisions[-1], storages) if case not in leanest]
     return groups
 
 
 def make(case: Case) -> TrainingStep:
-    """The case's step, on random weights and images; call it in a process of its own."""
+    """Make the case's step, with random weights and images. To be called in a process of its own."""
     config = configuration.from_dict(
         {
             "tasks": [f"task{i}" for i in range(case.tasks)],
@@ -129,7 +129,7 @@ def make(case: Case) -> TrainingStep:
 
 
 def _plain_step(case: Case, config: Config, runtime: Runtime) -> TrainingStep:
-    """timm's model, or the explicit BSR, in the loop a user writes first: AdamW as torch offers it."""
+    """timm's model, or the explicit BSR, in the simplest training loop, with torch's AdamW."""
     size = {} if case.image_size is None else {"img_size": case.image_size}
     model = timm.create_model(case.backbone, num_classes=CLASSES, **size)
     images, labels = random_batch(case.batch, model.patch_embed.img_size[0], CLASSES, runtime.device)
@@ -147,7 +147,7 @@ def _plain_step(case: Case, config: Config, runtime: Runtime) -> TrainingStep:
 
 
 def _layer_step(case: Case, config: Config, runtime: Runtime) -> TrainingStep:
-    """One FFN on the tokens of a batch: experts, or a dense one of as many multiplications."""
+    """One FFN on the tokens of a batch: experts, or a dense FFN with the same number of multiplications."""
     vit = timm.create_model(case.backbone, num_classes=0)
     width, tokens = vit.embed_dim, vit.patch_embed.num_patches + vit.num_prefix_tokens
     draws = torch.Generator().manual_seed(0)
@@ -157,7 +157,7 @@ def _layer_step(case: Case, config: Config, runtime: Runtime) -> TrainingStep:
     if case.subject == "moe_ffn":
         model = MoE(vit.blocks[0].mlp, config.moe, config.task_names(), (0,)).to(runtime.device)
         for weight in model.router.parameters():
-            weight.data.mul_(10)  # trained routers are decided
+            weight.data.mul_(10)  # as trained routers, whose logits are farther apart
 
         def output() -> Tensor:
             return model(x, config.task_names()[0], Replay())[0]
@@ -171,10 +171,14 @@ def _layer_step(case: Case, config: Config, runtime: Runtime) -> TrainingStep:
 
 
 class LayerStep(TrainingStep):
-    """One layer's forward and backward, no optimizer: that would count the experts' size, not their work."""
+    """Forward and backward pass of one layer, without an optimizer step, whose time grows with the experts' size."""
 
     def __init__(self, model: nn.Module, runtime: Runtime, x: Tensor, gradient: Tensor, output) -> None:
-        """Args: x: (B, N, D) input, whose gradient is computed. gradient: (B, N, D) of the output."""
+        """Make a step.
+
+        Args:
+            x: (B, N, D) input, whose gradient is computed. gradient: (B, N, D) gradient of the output.
+        """
         super().__init__(
             model, runtime, torch.optim.SGD([x, *model.parameters()], lr=0.0), output=output, loss=lambda y: y
         )

@@ -1,4 +1,4 @@
-"""Predicted against measured: for one configuration, and swept over plans, precisions and storages."""
+"""Compare predicted with measured cost, for one configuration and in sweeps over plans, precisions and storages."""
 
 import copy
 import dataclasses
@@ -23,7 +23,7 @@ TOLERANCES = {"parameters": 0.0, "gradients": 0.0, "optimizer": 0.0, "kept": 0.0
 
 
 def plans(depth: int) -> dict[str, dict[str, Any]]:
-    """The six plans at any depth, as keys of `plan`; at depth 12 BSR is the paper's 3, 7, 11 / 3, 6, 9."""
+    """Return the six plans for a depth, as keys of `plan`. At depth 12, BSR is the paper's 3, 7, 11 / 3, 6, 9."""
     trained = [depth // 4, 7 * depth // 12, depth - 1]
     drops = [depth // 4, depth // 2, 3 * depth // 4]
     none = {"drop_blocks": [], "moe_blocks": [], "keep_rate": 0.5}
@@ -45,15 +45,16 @@ def run(
     vit: nn.Module | None = None,
     micro_batches: int = 1,
 ) -> tuple[Cost, Measured]:
-    """The prediction for a step of the task with most classes, and its measurement, on random weights.
+    """Predict and measure a step of the task with the most classes, with random weights.
 
-    What a step allocates depends on shapes alone; only the sizes of the experts' groups depend on values,
-    and the largest of each layer is taken from the step that is measured.
+    A step's allocations depend only on shapes, except for the sizes of the experts' groups. The largest group of each
+    layer is taken from the measured step.
 
     Args:
         batch: images of a micro-batch.
-        vit: the backbone if it was made before; a copy is used.
-        micro_batches: of an update, where that is measured as a whole: as many as the configuration has, of one task.
+        vit: a backbone made earlier, of which a copy is used; None: make one.
+        micro_batches: if above 1, a whole update with this many micro-batches of one task is measured. It must be the
+            number that the configuration has.
     """
     if vit is None:
         vit = random_backbone(config)
@@ -69,7 +70,7 @@ def run(
             shares[index] = float(load.max() / load.mean())
 
     with model.register_forward_hook(note_shares), runtime.in_effect():
-        seen = measure(step, micro_batches)  # its last forward pass is that of the step it traces
+        seen = measure(step, micro_batches)  # the last forward pass belongs to the traced step
     about = {"batch": batch, "precision": runtime.precision, "task": task, "shares": shares}
     return predict(model, config, **about, all_tasks=micro_batches > 1), seen
 
@@ -79,10 +80,10 @@ def random_backbone(config: Config) -> Any:
 
 
 def compare(cost: Cost, seen: Measured) -> dict[str, dict[str, float]]:
-    """{quantity: {"predicted", "measured", "difference" (relative to the measured)}}, in bytes.
+    """Return {quantity: {"predicted", "measured", "difference" (relative to the measured)}}, in bytes.
 
-    The peak is that of everything alive over what lived before the step, gradients included; "without gradients"
-    the same of each phase but for these.
+    "peak" is relative to the start of the step and includes gradients. "PHASE, without gradients" is the peak of one
+    phase without them.
     """
     before = cost.parameters + cost.optimizer + cost.average
     pairs = {
@@ -102,7 +103,7 @@ def compare(cost: Cost, seen: Measured) -> dict[str, dict[str, float]]:
 
 
 def compare_blocks(cost: Cost, seen: Measured) -> dict[str, dict[str, int]]:
-    """{section: {"predicted", "measured"}} bytes kept for the backward pass."""
+    """Return {section: {"predicted", "measured"}}: bytes kept for the backward pass."""
     sections = list(dict.fromkeys([*cost.kept_by_block, *seen.kept_by_block]))
     return {
         name: {"predicted": sum(cost.kept_by_block.get(name, {}).values()), "measured": seen.kept_by_block.get(name, 0)}
@@ -120,7 +121,7 @@ def sweep(
     storages: list[str] | None = None,
     precisions: Sequence[str] = ("fp32", "bf16"),
 ) -> Iterator[dict[str, Any]]:
-    """One record for each backbone x plan x precision x batch x storage; `config` gives the rest."""
+    """Yield one record for each backbone x plan x precision x batch x storage. `config` sets everything else."""
     for name in backbones:
         config = configuration.replace(
             config,
@@ -151,7 +152,7 @@ def sweep(
 
 
 def summary(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Worst and median size of the relative difference by quantity, and which record was worst."""
+    """Return, by quantity, the worst and the median absolute relative difference, and where the worst occurred."""
     result = {}
     for quantity in records[0]["quantities"]:
         sizes = [abs(r["quantities"][quantity]["difference"]) for r in records]

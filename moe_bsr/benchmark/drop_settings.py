@@ -1,7 +1,7 @@
-"""Settings of token dropping and merging, and the features that each makes of the same images: shared blocks run once.
+"""Settings of token dropping and merging, and the features that they give for the same images.
 
-Two settings that have done the same up to some block hold the same tokens there, so the blocks before their first
-difference are computed for both at once.
+Settings that agree up to some block have the same tokens there. The blocks before their first difference are therefore
+computed once for both.
 """
 
 import math
@@ -17,16 +17,16 @@ from moe_bsr.model.plan import token_counts
 from moe_bsr.model.replay import Replay
 from moe_bsr.model.tokens import Tokens
 
-KEYS = ("reduce", "fuse", "protect_fused", "rank_by")  # of `tokens`: what changes the tokens that are left
-MOST_MERGED = 0.5  # the least share that merging leaves
+KEYS = ("reduce", "fuse", "protect_fused", "rank_by")  # options in `tokens` that change which tokens are left
+MOST_MERGED = 0.5  # the smallest keep rate that merging allows
 
 
 @dataclass(frozen=True)
 class DropSetting:
-    """Where, how much and how tokens are dropped or merged.
+    """Where, how many and how tokens are dropped or merged.
 
     Attributes:
-        rates: keep rate by block, ascending; () drops nothing.
+        rates: (block, keep rate) by ascending block; () drops nothing.
     """
 
     rates: tuple[tuple[int, float], ...] = ()
@@ -45,11 +45,11 @@ class DropSetting:
         return " ".join([f"keep {','.join(shares)} at {','.join(str(at) for at, _ in self.rates)}", *changed])
 
     def at(self, index: int) -> float:
-        """The keep rate at a block."""
+        """Return the keep rate of a block; 1 if it drops nothing."""
         return dict(self.rates).get(index, 1.0)
 
     def overrides(self) -> list[str]:
-        """As key=value of a configuration."""
+        """Return the setting as key=value overrides of a configuration."""
         blocks, rates = [at for at, _ in self.rates], [rate for _, rate in self.rates]
         keep = rates if len(set(rates)) > 1 else rates[0] if rates else 0.5
         found = [f"plan.drop_blocks={blocks}", f"plan.keep_rate={keep}"]
@@ -61,17 +61,18 @@ class DropSetting:
 
 
 def setting_of(config: Config) -> DropSetting:
-    """The dropping of a configuration."""
+    """Return the drop setting of a configuration."""
     plan = config.plan
     rates = plan.keep_rate if isinstance(plan.keep_rate, list) else [plan.keep_rate] * len(plan.drop_blocks)
     return DropSetting(tuple(sorted(zip(plan.drop_blocks, rates, strict=True))), config.tokens)
 
 
 def features_of_settings(model: MultitaskViT, images: Tensor, settings: list[DropSetting]) -> dict[DropSetting, Tensor]:
-    """What the frozen backbone makes of (B, 3, S, S) normalized images under each setting: (B, D) float32.
+    """Compute the frozen backbone's features under each setting: (B, D) float32.
 
     Args:
-        model: dense, with every block frozen and nothing dropped; in evaluation mode.
+        model: dense, with every block frozen and nothing dropped, in evaluation mode.
+        images: (B, 3, S, S), normalized.
     """
     tokens, _ = model.forward_features(images, upto=0)
     return dict(_walk(model, tokens, 0, settings))
@@ -80,14 +81,14 @@ def features_of_settings(model: MultitaskViT, images: Tensor, settings: list[Dro
 def _walk(
     model: MultitaskViT, tokens: Tokens, index: int, settings: list[DropSetting]
 ) -> Iterator[tuple[DropSetting, Tensor]]:
-    """From the tokens that enter block `index`, which all these settings share."""
+    """Yield the features of settings that share the tokens entering block `index`."""
     if index == len(model.plan):
         features = model.features(tokens)
         yield from ((setting, features) for setting in settings)
         return
     groups: dict[tuple, list[DropSetting]] = {}
     for setting in settings:
-        begun = any(at <= index for at, _ in setting.rates)  # before that it is of no matter how it drops
+        begun = any(at <= index for at, _ in setting.rates)  # before its first drop, the way of dropping is irrelevant
         groups.setdefault((setting.at(index), repr(setting.tokens) if begun else ""), []).append(setting)
     for members in groups.values():
         rate, how = members[0].at(index), members[0].tokens
@@ -98,7 +99,7 @@ def _walk(
 
 
 def relative_flops(model: MultitaskViT, setting: DropSetting) -> float:
-    """FLOPs of the blocks under this setting over those with all tokens; norms and softmax are left out."""
+    """Return the FLOPs of the blocks relative to those with all tokens. Norms and softmax are left out."""
     return _block_flops(model, setting) / _block_flops(model, DropSetting())
 
 
@@ -119,17 +120,18 @@ def _block_flops(model: MultitaskViT, setting: DropSetting) -> float:
 
 
 def _matrices(layer: nn.Module) -> int:
-    """Multiply-adds of its matrices for one token."""
+    """Return the multiply-adds per token of a layer's matrices."""
     return sum(parameter.numel() for parameter in layer.parameters() if parameter.ndim == 2)
 
 
 def equal_flops(
     model: MultitaskViT, target: float, at_rate: Callable[[float], DropSetting], low: float = 0.02
 ) -> DropSetting | None:
-    """The dearest setting `at_rate(rate)` whose relative FLOPs are at most `target`; None where none is so cheap.
+    """Return the most expensive setting `at_rate(rate)` with relative FLOPs of at most `target`; None if there is none.
 
     Args:
-        at_rate: by a rate in (0, 1), ever dearer with it. low: the least rate that makes sense.
+        at_rate: makes a setting from a keep rate in (0, 1); FLOPs increase with the rate.
+        low: the smallest rate to consider.
     """
     if relative_flops(model, at_rate(low)) > target:
         return None
@@ -141,8 +143,10 @@ def equal_flops(
 
 
 def candidates(model: MultitaskViT, own: DropSetting) -> list[DropSetting]:
-    """What to try beside a setting: nothing dropped, the setting itself and milder, its other ways to drop, merging,
-    and other places at its FLOPs.
+    """Return the settings to compare with `own`.
+
+    These are no dropping, `own` and milder versions of it, other ways to fuse and rank, merging, and other blocks with
+    equal FLOPs.
     """
     depth, blocks = len(model.plan), [at for at, _ in own.rates]
     how, target = own.tokens, relative_flops(model, own)
@@ -162,7 +166,7 @@ def candidates(model: MultitaskViT, own: DropSetting) -> list[DropSetting]:
             found.append(DropSetting(own.rates, replace(how, rank_by=other)))
         if all(rate >= MOST_MERGED for _, rate in own.rates):
             found.append(DropSetting(own.rates, TokensConfig(reduce="merge")))
-        strides = (1, 2, 3, 4, depth)  # the last: once
+        strides = (1, 2, 3, 4, depth)  # `depth` gives a single drop
         places = [range(first, depth - 1, stride) for first in range(depth // 3) for stride in strides]
         places = [each for each in places if list(each) != blocks]
         equal = (equal_flops(model, target, lambda rate, at=at: everywhere(at, rate), least) for at in places)

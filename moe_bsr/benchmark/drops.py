@@ -1,7 +1,8 @@
-"""What dropping tokens costs before anything is trained: the accuracy of a linear probe against FLOPs.
+"""Compare token-dropping settings before training: accuracy of a linear probe against FLOPs.
 
-Training gives back a part of what dropping takes, and the more there was to begin with the less it has to. So settings
-are compared by what a probe finds on the untrained backbone's features, on the same validation images.
+Training recovers a part of the accuracy that dropping costs. The less a setting loses at the start, the less there is
+to recover. Settings are therefore compared by linear probes on the pretrained backbone's features, all with the same
+validation images.
 """
 
 from collections.abc import Callable
@@ -24,18 +25,18 @@ from moe_bsr.runtime.rng import key, stream
 from moe_bsr.training.linear_probe import fit
 from moe_bsr.training.probe_trainer import probe_config
 
-SAME = 1.01  # FLOPs that are called equal
+SAME = 1.01  # largest ratio of FLOPs that counts as equal
 
 
 @dataclass(frozen=True)
 class Row:
-    """One setting.
+    """Result of one setting.
 
     Attributes:
-        flops: of the blocks, relative to all tokens.
-        top1: validation accuracy of a probe by task, percent.
-        lost: points lost to the setting that drops nothing, mean over the tasks.
-        error: half the 95 % interval of `lost`, from the images that only one of the two has right.
+        flops: FLOPs of the blocks relative to those without dropping.
+        top1: validation accuracy of the probe by task, percent.
+        lost: percentage points lost compared with no dropping, mean over the tasks.
+        error: half-width of the 95 % interval of `lost`, from the paired differences between images.
     """
 
     setting: DropSetting
@@ -45,12 +46,19 @@ class Row:
     error: float
 
     def as_dict(self) -> dict[str, Any]:
-        told = {"setting": str(self.setting), "overrides": self.setting.overrides(), "relative_flops": self.flops}
-        return told | {"val_top1": self.top1, "mean": fmean(self.top1.values()), "lost": self.lost, "error": self.error}
+        return {
+            "setting": str(self.setting),
+            "overrides": self.setting.overrides(),
+            "relative_flops": self.flops,
+            "val_top1": self.top1,
+            "mean": fmean(self.top1.values()),
+            "lost": self.lost,
+            "error": self.error,
+        }
 
 
 def frozen(config: Config) -> Config:
-    """A configuration's backbone as all settings share it: nothing trains, nothing is dropped."""
+    """Return the configuration of the shared backbone: nothing trains and nothing is dropped."""
     probe = probe_config(config)
     return replace(probe, plan=replace(probe.plan, drop_blocks=[], keep_rate=1.0, head_blocks=[]))
 
@@ -62,11 +70,12 @@ def study(
     images: int,
     on_task: Callable[[str, int, int], None] = lambda task, train, val: None,
 ) -> list[Row]:
-    """A row for each setting; the first drops nothing.
+    """Return a row for each setting.
 
     Args:
-        config: as `frozen` makes it. images: of each task's training split at most, and half as many for validation.
-        on_task: told a task and its images before they are looked at.
+        config: as returned by `frozen`. settings: the first one must drop nothing.
+        images: the most training images per task; half as many are used for validation.
+        on_task: called with each task's name and numbers of training and validation images before its probes.
     """
     right: dict[DropSetting, dict[str, Tensor]] = {setting: {} for setting in settings}
     for name, file in config.task_files().items():
@@ -81,7 +90,7 @@ def study(
 
 
 def _some(data: TaskData, split: str, count: int) -> Any:
-    """The same images of a split every time, `count` at most."""
+    """Return a fixed random subset of a split, with at most `count` images."""
     whole = getattr(data, split)
     places = stream(key(0, data.name, "drops", split)).permutation(len(whole))[:count]
     return replace(whole, index=whole.index[places], labels=whole.labels[places])
@@ -90,7 +99,7 @@ def _some(data: TaskData, split: str, count: int) -> Any:
 def _right(
     config: Config, runtime: Runtime, model: MultitaskViT, data: TaskData, settings: list[DropSetting]
 ) -> dict[DropSetting, Tensor]:
-    """Which validation images a probe has right under each setting: (N,) float64 of 0 and 1."""
+    """Return, for each setting, which validation images its probe classifies correctly: (N,) float64 of 0 and 1."""
 
     def make(images: Tensor) -> Tensor:
         made = features_of_settings(model, images, settings)
@@ -122,13 +131,13 @@ def _row(setting: DropSetting, flops: float, right: dict[str, Tensor], whole: di
 
 
 def cheapest_loss(rows: list[Row], own: DropSetting) -> Row:
-    """The setting that loses least at no more FLOPs than `own`."""
+    """Return the row that loses least among those with no more FLOPs than the setting `own`."""
     limit = SAME * next(row.flops for row in rows if row.setting == own)
     return min((row for row in rows if row.flops <= limit), key=lambda row: row.lost)
 
 
 def on_the_front(rows: list[Row]) -> list[Row]:
-    """Those that no other setting beats in both accuracy and FLOPs."""
+    """Return the rows on the Pareto front of accuracy and FLOPs."""
     return [row for row in rows if not any(_beats(other, row) for other in rows)]
 
 

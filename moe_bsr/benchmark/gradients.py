@@ -1,7 +1,7 @@
-"""What each storage keeps, and how near its gradients come to the exact ones: one batch of real images, no training.
+"""Compare storages on one batch of real images: bytes kept, and how close the gradients are to the exact ones.
 
-The heads are fitted to the batch first, on frozen features: of random ones the gradients would say little. All
-storages then see the same network, images and decisions, so that every difference is the storage's.
+The head is first fitted to the batch on frozen features, because gradients behind a random head say little. All
+storages then see the same network, images and decisions. Every difference is therefore due to the storage.
 """
 
 import math
@@ -31,12 +31,13 @@ HEAD_STEPS, HEAD_RATE = 20, 0.01
 
 @dataclass(frozen=True)
 class Row:
-    """One storage against `exact`.
+    """One storage compared with the first one, usually `exact`.
 
     Attributes:
-        kept: bytes an image for the backward pass, measured; copies of weights included.
-        cosine, error, norm: of all gradients together; the length of the difference and their own are relative.
-        seconds: of one forward and backward pass.
+        kept: measured bytes per image that are kept for the backward pass, copies of weights included.
+        cosine: similarity to the exact gradient, all parameters concatenated.
+        error, norm: lengths of the difference and of the gradient, relative to that of the exact gradient.
+        seconds: median time of a forward and backward pass; NaN if not timed.
     """
 
     storage: str
@@ -51,7 +52,7 @@ class Row:
 
 
 def prepare(config: Config, runtime: Runtime) -> tuple[Batch, MultitaskViT]:
-    """The first batch of the first task, and the model that would be trained with it, both on the device."""
+    """Return the first batch of the first task, and the model to train with it, both on the device."""
     name, file = next(iter(config.task_files().items()))
     data = run.open_task(config, file)
     model = runtime.place(build(config, {name: len(data.class_names)}))
@@ -64,21 +65,21 @@ def prepare(config: Config, runtime: Runtime) -> tuple[Batch, MultitaskViT]:
 def compare(
     config: Config, runtime: Runtime, model: MultitaskViT, batch: Batch, storages: Sequence[Choice], rounds: int
 ) -> list[Row]:
-    """A row for each storage, the first of which the others are compared with.
+    """Return a row for each storage, compared with the first one.
 
     Args:
-        model: on the device, of whatever storage. batch: of one task, prepared.
-        rounds: in each of which every storage takes its turn; their median time is told, of none NaN.
+        model: on the device, with any storage. batch: of one task, prepared.
+        rounds: how many times each storage is timed, in turn with the others. 0: no timing.
     """
     _fit_head(model, runtime, batch)
-    if not config.train.differentiates:  # a run without gradients; its storages have some all the same
+    if not config.train.differentiates:  # the comparison needs gradients even if the run does not
         config = replace(config, train=replace(config.train, optimizer="sgd"))
     step = training_step(model, config, runtime, batch=len(batch.labels), task=batch.task)
     step.inputs = (batch, (config.seed, 0, 0))
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
 
     def choose(storage: Choice) -> None:
-        """The model as it was, with this storage."""
+        """Give the model this storage, and restore its buffers."""
         model.contexts = [replace(c, plan=replace(c.plan, storage=storage)) for c in model.contexts]
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
@@ -110,7 +111,7 @@ def compare(
 
 
 def _fit_head(model: MultitaskViT, runtime: Runtime, batch: Batch) -> None:
-    """A few steps of Adam on the features of the batch."""
+    """Fit the head with a few steps of Adam on the features of the batch."""
     with torch.no_grad(), runtime.autocast():
         tokens, _ = model.forward_features(batch.images, batch.task)
         features = model.features_from(tokens, batch.task)
@@ -123,7 +124,7 @@ def _fit_head(model: MultitaskViT, runtime: Runtime, batch: Batch) -> None:
 
 
 def _gradients(step: TrainingStep) -> Tensor:
-    """Of all that trains, in one."""
+    """Return the gradients of all trained parameters as one float64 vector."""
     step.forward()
     step.backward()
     found = torch.cat([p.grad.flatten().double() for p in step.trained])

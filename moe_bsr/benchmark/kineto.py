@@ -1,4 +1,4 @@
-"""torch's profiler without the complaints of its library."""
+"""Silence the library behind torch's profiler."""
 
 import contextlib
 import os
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet_kineto() -> Iterator[None]:
-    """The profiler's library complains on stderr about absent GPUs, past Python's own streams."""
+    """Context without stderr. The library writes warnings about absent GPUs directly to the file descriptor."""
     saved = os.dup(2)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)

@@ -1,7 +1,7 @@
-"""The matrix products of a step, and how long each would take alone at its best.
+"""Find the matrix products of a step, and time each of them alone at its best.
 
-Their sum is what any implementation with these products has to spend: the step's other time is
-elementwise work, copies and calls. The fused attention's products count as the products they replace.
+The sum of these times is a lower bound for any implementation with the same products. The rest of a step's time is
+elementwise work, copies and call overhead. Fused attention counts as the products that it replaces.
 """
 
 import math
@@ -38,7 +38,7 @@ class Product:
 
 
 def step_products(step: TrainingStep) -> Counter[Product]:
-    """The products of one step, forward and backward, with how often each is computed."""
+    """Return the products of one step, forward and backward, and how often each is computed."""
     step.run()
     with quiet_kineto(), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         step.run()
@@ -71,13 +71,13 @@ def _linear(x: tuple, weight: tuple) -> list[tuple]:
 
 
 def _grouped(a: tuple, b: tuple) -> list[tuple]:
-    if len(b) == 3:  # every row with its own expert's matrix
+    if len(b) == 3:  # each row times the matrix of its expert
         return [(1, a[0], a[1], b[2])]
-    return [(1, a[0], a[1], b[1])]  # every row in one expert's outer product
+    return [(1, a[0], a[1], b[1])]  # the experts' weight gradients
 
 
 def _convolution(x: tuple, weight: tuple) -> list[tuple]:
-    """Of a patch embedding, whose patches do not overlap."""
+    """The product that replaces a patch embedding. Its patches do not overlap."""
     patches = x[0] * (x[2] // weight[2]) * (x[3] // weight[3])
     return [(1, patches, math.prod(weight[1:]), weight[0])]
 
@@ -87,7 +87,7 @@ def _attention(q: tuple, products: int) -> list[tuple]:
     return ([(batch, n, d, n), (batch, n, n, d)] * 3)[:products]
 
 
-# Operators that multiply matrices themselves, and the products they stand for.
+# Operators that multiply matrices, and the products (batch, m, k, n) they compute, from the sizes of their arguments.
 SHAPES: dict[str, Any] = {
     "aten::mm": lambda s: _mm(s[0], s[1]),
     "aten::addmm": lambda s: _mm(s[1], s[2]),
@@ -98,20 +98,20 @@ SHAPES: dict[str, Any] = {
     "mkldnn::_linear_pointwise": lambda s: _linear(s[0], s[1]),
     "aten::mkldnn_convolution": lambda s: _convolution(s[0], s[1]),
     "aten::cudnn_convolution": lambda s: _convolution(s[0], s[1]),
-    # The weight gradient alone: nothing needs the images' gradient.
+    # Only the weight's gradient: the images need none.
     "aten::convolution_backward": lambda s: _convolution(s[1], s[2]),
 }
-# Fused attention, named by the kernel: two products forward. The backward computes the map again: five products.
+# Fused attention by kernel: two products in the forward pass. The backward pass recomputes the map: five products.
 for _kernel in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"):
     SHAPES[f"aten::_scaled_dot_product_{_kernel}"] = lambda s: _attention(s[0], 2)  # s[0], s[1]: the queries
     SHAPES[f"aten::_scaled_dot_product_{_kernel}_backward"] = lambda s: _attention(s[1], 5)
 
 
 def time_products(products: Iterable[Product], device: torch.device, budget: float = 0.1) -> dict[Product, float]:
-    """Best seconds of each product alone, over the layouts its operands may have and the kernels there are.
+    """Return the shortest time of each product in seconds, over layouts of its operands and available kernels.
 
     Args:
-        budget: seconds spent on each kernel and layout of each product.
+        budget: seconds to spend on each combination of product, layout and kernel.
     """
     return {product: _best(product, device, budget) for product in products}
 

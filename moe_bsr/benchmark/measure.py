@@ -1,11 +1,11 @@
-"""The meter: what a training step truly allocates, from the allocator's own events, on any device.
+"""Measure the memory of a training step from the allocator's own events, on any device.
 
-torch's profiler reports every allocation and every release of the CPU's and CUDA's allocators in time
-order, kernel scratch included, with the operator that asked for it. Adding them up gives the bytes alive
-at any moment over what lived before; what is alive after the forward pass is what the backward pass
-keeps, however a storage keeps it. Saved-tensor hooks, the usual meter, see shapes and types as well, but
-are blind to storages that install hooks of their own (`saved_storages`). What no torch allocator hands
-out (code, libraries' private buffers, freed memory not yet returned) is in the process's resident memory.
+torch's profiler reports every allocation and release of the CPU's and CUDA's allocators in time order, with the
+operator that caused it, including kernels' scratch memory. Their running sum is the number of bytes alive, relative to
+the start. The memory alive after the forward pass is what is kept for the backward pass, however a storage keeps it.
+Saved-tensor hooks, the usual way to measure, also see shapes and dtypes, but not the tensors of storages that install
+hooks of their own (`saved_storages`). Memory outside torch's allocators (code, private buffers of libraries, freed
+memory that was not returned) shows up only in the process's resident memory.
 """
 
 import contextlib
@@ -30,11 +30,11 @@ PASSES = ("forward", "backward")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Allocation:
-    """One block of memory and where it came from; equal only to itself, for addresses are used again.
+    """One block of memory and its origin. It is equal only to itself, because addresses are reused.
 
     Attributes:
-        bytes: as the allocator counts them (CUDA's rounds up to multiples of 512).
-        section: the last `mark` before it in its phase.
+        bytes: as counted by the allocator (CUDA's rounds up to multiples of 512).
+        section: name of the last `mark` before it in its phase.
         operators: the operators running at the time, outermost first.
     """
 
@@ -46,28 +46,28 @@ class Allocation:
 
     @property
     def maker(self) -> str:
-        """The autograd node, or else the outermost operator, that asked for it."""
+        """Name of the autograd node or, outside a backward pass, of the outermost operator that allocated it."""
         return self.operators[0].removeprefix(ENGINE) if self.operators else "python"
 
 
 @dataclass(slots=True)
 class Trace:
-    """What was allocated while phases ran.
+    """Record of the allocations during some phases.
 
     Attributes:
-        alive: the allocations alive at the end of each phase.
-        changes: every allocation (True) and release (False), in time order.
+        alive: allocations alive at the end of each phase.
+        changes: every allocation (True) and release (False) in time order, with its phase.
     """
 
     alive: dict[str, list[Allocation]] = field(default_factory=dict)
     changes: list[tuple[str, bool, Allocation]] = field(default_factory=list)
 
     def at_peak(self, phase: str | None = None, without: Collection[Allocation] = ()) -> list[Allocation]:
-        """What was alive when most was, over what lived before the first phase; largest first.
+        """Return the allocations alive at the peak, made since the first phase began; largest first.
 
         Args:
-            phase: look at this one alone; what is alive when it begins counts in it.
-            without: allocations not to count (gradients).
+            phase: find the peak of this phase. Memory that is alive when it begins counts.
+            without: allocations that do not count (gradients).
         """
         without = set(without)
         live, most, best = 0, 0, 0
@@ -84,19 +84,20 @@ class Trace:
         return sorted(alive - without, key=lambda a: -a.bytes)
 
     def peak(self, phase: str | None = None, without: Collection[Allocation] = ()) -> int:
+        """Return the bytes of `at_peak`."""
         return sum(a.bytes for a in self.at_peak(phase, without))
 
 
 def mark(section: str) -> None:
-    """Name the section of what is allocated from here on, until the next mark or phase."""
+    """Set the section of all following allocations, until the next mark or phase."""
     with record_function(SECTION + section):
         pass
 
 
 def trace(phases: dict[str, Callable[[], Any]], device: torch.device) -> Trace:
-    """Run each phase once, in order, and record what is allocated on `device`.
+    """Run each phase once, in order, and record the allocations on `device`.
 
-    Releases of what lived before the first phase are not seen. A phase's result is dropped at once.
+    Releases of memory allocated before the first phase are not recorded. Return values of phases are dropped at once.
     """
     recording = contextlib.nullcontext([]) if device.type == "cpu" else _cuda_history(device)
     with (
@@ -107,7 +108,7 @@ def trace(phases: dict[str, Callable[[], Any]], device: torch.device) -> Trace:
         for name, run in phases.items():
             with record_function(PHASE + name):
                 if device.type == "cuda":
-                    torch.empty(1, dtype=torch.int8, device=device)  # a mark in the allocator's history
+                    torch.empty(1, dtype=torch.int8, device=device)  # marks the phase in the allocator's history
             run()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
@@ -117,9 +118,9 @@ def trace(phases: dict[str, Callable[[], Any]], device: torch.device) -> Trace:
 
 
 def _made(events: list, device: str) -> Iterator[tuple[str, int, Allocation]]:
-    """(phase, bytes, allocation) of every event of the device's allocator, in order: negative bytes are released.
+    """Yield (phase, bytes, allocation) for every event of the device's allocator, in order.
 
-    The start of a phase comes as an allocation of 0 bytes.
+    Bytes are negative for a release. The start of a phase is an allocation of 0 bytes.
     """
     phase = section = ""
     for _, operators, event in events:
@@ -152,7 +153,7 @@ def _on_cpu(made: Iterable[tuple[str, int, Allocation]]) -> Trace:
 
 
 def _on_cuda(made: Iterable[tuple[str, int, Allocation]], history: list[dict[str, Any]]) -> Trace:
-    """The profiler hears of what CUDA's allocator hands out alone; the allocator's history has the releases too."""
+    """Combine the profiler's allocations with the history of CUDA's allocator. Only the latter has the releases."""
     result, live, phase = Trace(), {}, ""
     made = (allocation for _, size, allocation in made if size > 0)
     for entry in history:
@@ -174,13 +175,14 @@ def _on_cuda(made: Iterable[tuple[str, int, Allocation]], history: list[dict[str
 
 @contextlib.contextmanager
 def _cuda_history(device: torch.device) -> Iterator[list[dict[str, Any]]]:
-    """What CUDA's allocator hands out and takes back while the context lasts; filled at its end."""
+    """Context that records allocations and releases of CUDA's allocator. The list is filled at its end."""
     history: list[dict[str, Any]] = []
     torch.cuda.memory._record_memory_history(context=None, stacks="python", clear_history=True)
     try:
         yield history
     finally:
-        history += torch.cuda.memory._snapshot(device)["device_traces"][device.index or torch.cuda.current_device()]
+        index = torch.cuda.current_device() if device.index is None else device.index
+        history += torch.cuda.memory._snapshot(device)["device_traces"][index]
         torch.cuda.memory._record_memory_history(enabled=None)
 
 
@@ -192,10 +194,10 @@ def _walk(events: list, operators: tuple[str, ...]) -> Iterator[tuple[int, tuple
 
 
 def saved_storages(run: Callable[[], Any], exclude: list[Tensor]) -> list[Tensor]:
-    """Tensors handed to autograd's saved-tensor hooks while `run` runs, one for each storage.
+    """Return the tensors that reach autograd's saved-tensor hooks while `run` runs, one per storage.
 
     Args:
-        exclude: tensors whose storages somebody else holds (parameters, buffers, the images).
+        exclude: tensors whose storages are held anyway (parameters, buffers, the images).
     """
     saved: dict[int, Tensor] = {}
     known = {t.untyped_storage().data_ptr() for t in exclude}
@@ -208,24 +210,24 @@ def saved_storages(run: Callable[[], Any], exclude: list[Tensor]) -> list[Tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = run()
-    del result  # held until here, so that no pointer was used twice
+    del result  # held until here, so that no address was reused
     return list(saved.values())
 
 
 @dataclass(slots=True)
 class Measured:
-    """A training step as it was; everything in bytes.
+    """Memory of a measured training step, in bytes.
 
     Attributes:
-        kept: alive after the forward pass for the backward pass, the images not counted.
-        kept_by_block: the same by the section that made it ("embedding", "block 0" ..., "head"); a block's
-            input was made by the one before.
-        kept_by_maker: the same by block and by the operator that made it.
-        records: alive after the forward pass only because the caller holds the model's `Output`.
-        peaks: most bytes alive over what lived before the step, by phase (forward, backward, optimizer).
-        transients: the same without the gradients of the parameters.
+        kept: held after the forward pass for the backward pass, without the images.
+        kept_by_block: `kept` by the section that allocated it ("embedding", "block 0" ..., "head"). A block's input
+            belongs to the section before.
+        kept_by_maker: `kept` by section and by the operator that allocated it.
+        records: held after the forward pass only because the caller holds the model's `Output`.
+        peaks: peak relative to the start of the step, by phase (forward, backward, optimizer).
+        transients: the same without the parameters' gradients.
         at_peak: the largest allocations alive at the highest of these peaks.
-        process_peak: during a step: resident memory of the process (CPU) or CUDA's allocated bytes.
+        process_peak: during a step, the process's resident memory (CPU) or the bytes allocated by CUDA's allocator.
     """
 
     parameters: int
@@ -243,9 +245,13 @@ class Measured:
 
 
 def measure(step: TrainingStep, micro_batches: int = 1) -> Measured:
-    """Measure a training step of so many micro-batches. Two are run before: optimizer state and run-time copies exist.
+    """Measure a training step. Two steps run before, so that optimizer state and run-time copies exist.
 
-    `kept` and its parts are of one micro-batch; gradients of earlier ones are in the peaks, and not in `transients`.
+    `kept` and its parts refer to one micro-batch. `peaks` include the gradients of earlier micro-batches, `transients`
+    do not.
+
+    Args:
+        micro_batches: how many the step consists of.
     """
     model, device = step.model, step.runtime.device
     for _ in range(2):
@@ -295,7 +301,7 @@ def measure(step: TrainingStep, micro_batches: int = 1) -> Measured:
 
 
 def kept_for_backward(step: TrainingStep) -> tuple[list[Allocation], int]:
-    """What is alive after the forward pass because the loss holds it, and the bytes the `Output` holds."""
+    """Return the allocations that the loss holds after the forward pass, and the bytes that only `Output` holds."""
 
     def drop_output() -> None:
         step.output = None
@@ -309,14 +315,14 @@ def kept_for_backward(step: TrainingStep) -> tuple[list[Allocation], int]:
 
 
 def inference_peak(step: TrainingStep) -> int:
-    """Most bytes alive over what lived before in the step's forward pass alone, under no_grad."""
+    """Return the peak in bytes of the step's forward pass under no_grad, relative to its start."""
     step.infer()
     return trace({"forward": step.infer}, step.runtime.device).peak()
 
 
 @contextlib.contextmanager
 def _marked_blocks(model: nn.Module) -> Iterator[None]:
-    """Name the sections of the forward pass of our model while the context lasts; others have none."""
+    """Context in which our model's forward pass marks its sections. Other models have none."""
     if not isinstance(model, MultitaskViT):
         yield
         return
@@ -340,5 +346,5 @@ def _marked_blocks(model: nn.Module) -> Iterator[None]:
 
 
 def held(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the tensors' storages, each counted once."""
+    """Return the bytes of the tensors' storages, counting each storage once."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

@@ -1,6 +1,6 @@
-"""What a method costs in a model of one task: predicted, measured, and timed in turns with a reference.
+"""Measure a method's cost in a model of one task: predicted and measured memory, and time in turn with a reference.
 
-Weights and images are random but for the gradients, which are of real ones.
+Weights and images are random, except in `fidelity`, which compares gradients of real images.
 """
 
 import gc
@@ -27,13 +27,15 @@ Sizes = dict[str, dict[str, float | None]]
 
 
 def cost(method: Method, base: Config, classes: int) -> dict[str, Any]:
-    """Bytes, parameters and FLOPs, of one task with so many classes.
+    """Return bytes, parameters and FLOPs of training one task with `classes` classes.
 
     Returns:
-        parameters, trained_parameters, gradient_bytes, optimizer_bytes; task_bytes: what a task more adds to the model,
-        or of plain code, which has no experts, its head; step_flops: of an image; kept_bytes: for the backward pass,
-        of an image, copies of weights included; peak_bytes: of a whole update, weights and all that it holds but the
-        images. The last two are {"predicted", "measured"}: bytes, or None of what nobody can predict.
+        parameters, trained_parameters, gradient_bytes, optimizer_bytes.
+        task_bytes: size of what one more task adds to the model.
+        step_flops: training FLOPs per image.
+        kept_bytes: saved for the backward pass, per image, copies of weights included.
+        peak_bytes: of a whole update, with weights and everything else but the images.
+        The last two are {"predicted", "measured"} in bytes; predicted is None for plain timm code.
     """
     if method.code == "timm":
         return _plain_cost(base, classes)
@@ -55,7 +57,7 @@ def cost(method: Method, base: Config, classes: int) -> dict[str, Any]:
 
 
 def _sizes(predicted: Cost | None, seen: Measured, batch: int) -> Sizes:
-    """Without the average of the weights, which a measured step has not."""
+    """Both sizes leave out the moving average of the weights, which a measured step does not have."""
     peak = seen.parameters + seen.buffers + seen.optimizer + max(seen.peaks.values())
     return {
         "kept_bytes": {"predicted": predicted and predicted.kept / batch, "measured": seen.kept / batch},
@@ -79,7 +81,7 @@ def _plain_cost(base: Config, classes: int) -> dict[str, Any]:
 
 
 def _plain_step(base: Config, classes: int) -> TrainingStep:
-    """timm's own network in the loop a user writes first: AdamW as torch offers it."""
+    """timm's own network in the simplest training loop, with torch's AdamW."""
     runtime, model = prepare(base.runtime), cost_check.random_backbone(base)
     model.reset_classifier(classes)
     model = model.to(runtime.device)
@@ -94,7 +96,7 @@ def _plain_step(base: Config, classes: int) -> TrainingStep:
 
 
 def times(method: Method, reference: Method, base: Config, classes: int, rounds: int) -> dict[str, float]:
-    """Seconds of a whole update of the method and of the reference, medians of rounds in which both take their turn."""
+    """Return the median seconds of a whole update of the method and of the reference, timed in turn."""
     steps = [_timed_step(each, base, classes) for each in (method, reference)]
     runtime = prepare(base.runtime)
     seconds: list[list[float]] = [[], []]
@@ -130,11 +132,11 @@ def _update(step: TrainingStep, micro_batches: int) -> None:
 
 
 def fidelity(method: Method, base: Config) -> dict[str, float] | None:
-    """How near the method's gradients of a batch of real images come to those of its plan with storage exact.
+    """Compare the method's gradients on a batch of real images with those of the same plan under exact storage.
 
     Returns:
-        cosine, error, norm as `gradients.Row` has them; None of plain code, of storages that differ by block, and
-        where there is no gradient.
+        cosine, error and norm as in `gradients.Row`. None for plain code, for storages that differ by block, and for
+        methods without gradients.
     """
     config, _ = _of_one_task(method.of(base))
     if method.code == "timm" or isinstance(config.storage, list) or not config.train.differentiates:
@@ -152,7 +154,7 @@ def fidelity(method: Method, base: Config) -> dict[str, float] | None:
 
 
 def _of_one_task(config: Config) -> tuple[Config, str]:
-    """Its first one."""
+    """Return the configuration for its first task, and the task's name."""
     task = config.task_names()[0]
-    gc.collect()  # of the method before
+    gc.collect()  # free the models of the previous method
     return config.of_task(task), task

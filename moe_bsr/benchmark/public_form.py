@@ -1,7 +1,7 @@
-"""BSR as its public code computes it: the attention map explicit, everything kept by autograd.
+"""BSR as its public code computes it: with an explicit attention map, and everything saved by autograd.
 
-A baseline for the benchmark, so that engineering is not mistaken for method: timm's modules, a softmax
-over the whole N x N map, `torch.gather` for the tokens (which keeps its source), no fused attention.
+This baseline of the benchmark separates the gain of the method from that of its implementation. It has timm's modules,
+a softmax over the whole N x N map, and `torch.gather` for the tokens (which saves its source), no fused attention.
 """
 
 import math
@@ -15,7 +15,7 @@ from moe_bsr.model.plan import freeze
 
 
 class ExplicitBSR(nn.Module):
-    """A timm VisionTransformer with a class token and its head, under a plan without experts."""
+    """A timm VisionTransformer with class token and head, trained under a plan without experts."""
 
     def __init__(self, vit: VisionTransformer, plan: PlanConfig) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class ExplicitBSR(nn.Module):
         vit.head.requires_grad_(True)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) -> (B, classes)."""
+        """Map (B, 3, S, S) images to (B, classes) logits."""
         vit = self.vit
         x = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
         for index, block in enumerate(vit.blocks):

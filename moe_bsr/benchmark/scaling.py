@@ -1,4 +1,4 @@
-"""How cost grows: step time and peak of MoE-BSR against tokens, batch, experts and tasks."""
+"""Measure how step time and peak memory of MoE-BSR grow with image size, batch, experts and tasks."""
 
 import statistics
 from collections.abc import Callable
@@ -16,15 +16,18 @@ SWEEPS: dict[str, tuple[list[int], Callable[[int], dict[str, Any]]]] = {
     "experts": ([1, 2, 4, 8, 16, 32, 64], lambda n: {"changes": {"moe__num_experts": n, "moe__top_k": min(4, n)}}),
     "tasks": ([1, 2, 5, 10, 20], lambda n: {"tasks": n}),
 }
-NOTES = {"image size": "px; tokens grow with its square", "experts": "of which min(4, n) are active"}
+NOTES = {"image size": "px; tokens grow with its square", "experts": "min(4, n) of them active"}
 
 
 def measure(
     shared: dict[str, Any], precision: str, rounds: int, steps: int, note: Callable[[str], None]
 ) -> dict[str, Any]:
-    """{sweep: [{"at": n, "seconds": raw times, "peak": bytes, "kept": bytes}, ...]}.
+    """Return {"scaling": {sweep: [{"at": n, "seconds": raw times, "peak": bytes, "kept": bytes}, ...]}}.
 
-    The points of a sweep are interleaved, as everything compared here is.
+    The points of a sweep are timed in turn.
+
+    Args:
+        shared: fields of `Case` for all points. note: called with a line before each sweep.
     """
     result = {}
     for name, (points, change) in SWEEPS.items():
@@ -41,7 +44,7 @@ def measure(
 
 
 def draw(result: dict[str, Any], file: Path) -> None:
-    """One picture: a panel a sweep, time on the left axis and peak on the right, both from zero."""
+    """Draw one panel per sweep, with time on the left axis and peak memory on the right, both from zero."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 3.2), layout="constrained")

@@ -1,4 +1,4 @@
-"""The measurements of a benchmark as rows of tables, the first of them titles; memory in MiB."""
+"""Format the measurements of a benchmark as tables. The first row of a table has the titles. Memory is in MiB."""
 
 import statistics
 from typing import Any
@@ -9,7 +9,7 @@ MIB = 2**20
 
 
 def of_cases(results: Results, group: str, batch: int) -> list[list[str]]:
-    """Each case of a group: its step, what it keeps, its peak over what lived before the step."""
+    """Return one row per case of a group: time, bytes kept for backward, and peaks relative to the step's start."""
     rows = [[group, "step ms", "images/s", "kept MiB/image", "peak MiB", "inference MiB", "process MiB"]]
     for name, about in results[group].items():
         seconds, memory = step_seconds(results, group, name), about["memory"]
@@ -45,7 +45,7 @@ def of_targets(judged: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def of_scaling(points: list[dict[str, Any]], name: str) -> list[list[str]]:
-    """One sweep: median step, its fastest and slowest, peak and what is kept."""
+    """Return one row per point of a sweep: median, fastest and slowest step, peak, and bytes kept for backward."""
     rows = [[name, "step ms", "fastest", "slowest", "peak MiB", "kept MiB"]]
     for point in points:
         taken = point["seconds"]

@@ -1,4 +1,4 @@
-"""Targets of the benchmark: for each measurement the published gain, the bound, and the limit ours must reach."""
+"""Targets of the benchmark: for each ratio the published value, the bound, and the limit that ours must reach."""
 
 import statistics
 from collections.abc import Callable
@@ -10,10 +10,11 @@ Results = dict[str, dict[str, dict[str, Any]]]  # group -> case -> {"seconds": .
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """A ratio measured, what it is of, and the same ratio for the other cases, baselines among them.
+    """A measured ratio.
 
     Attributes:
-        holds: whether what the target asks for beside the ratio is so.
+        detail: the cases that are compared, for the table. others: the same ratio for all other cases, by name.
+        holds: whether the target's other conditions are met.
     """
 
     value: float
@@ -24,12 +25,13 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One row.
+    """One target, a row of the table.
 
     Attributes:
-        value: the measurement, from the results of one benchmark run.
-        at_least: whether `limit` must be reached from below (a gain) or not be exceeded (a cost).
-        bound: what no implementation can pass, where there is one.
+        what: title. published: value from the literature, or "".
+        bound: limit that no implementation can pass, or "".
+        limit: the goal. at_least: True if the ratio must not be below it (a gain), False if not above it (a cost).
+        value: computes the measurement from the results of a benchmark run.
     """
 
     what: str
@@ -41,12 +43,15 @@ class Target:
 
 
 def step_seconds(results: Results, group: str, case: str) -> float:
-    """Median over all steps of all rounds."""
+    """Return the median time of a step in seconds, over all rounds."""
     return statistics.median(t for of_round in results[group][case]["seconds"] for t in of_round)
 
 
 def gain(group: str, slow: str, fast: str) -> Callable[[Results], Measurement]:
-    """Ratio of the medians, the range of the ratios of single rounds, and how every other case compares."""
+    """Return a function that computes the ratio of two median step times.
+
+    Its detail has the range of the ratios of single rounds. `others` compares all other cases with `fast`.
+    """
 
     def value(results: Results) -> Measurement:
         cases = results[group]
@@ -64,7 +69,11 @@ def gain(group: str, slow: str, fast: str) -> Callable[[Results], Measurement]:
 
 
 def memory_gain(least_speed: float) -> Callable[[Results], Measurement]:
-    """Bytes kept per image, stock timm in fp32 against the leanest storage that is fast enough."""
+    """Return a function that compares bytes kept per image: stock timm in fp32 over our leanest fast storage.
+
+    Args:
+        least_speed: the least speed-up over stock timm for a storage to qualify.
+    """
 
     def value(results: Results) -> Measurement:
         group, stock = results["fp32"], "timm fp32 stock"
@@ -87,7 +96,10 @@ def memory_gain(least_speed: float) -> Callable[[Results], Measurement]:
 
 
 def peak_ratio(group: str, plan: str) -> Callable[[Results], Measurement]:
-    """Weights and transients of a step over weights and transients of inference; the leanest storage."""
+    """Return a function that computes the peak of a step over the peak of inference, weights in both.
+
+    It takes the storage with the smallest ratio among the cases whose names begin with `plan`.
+    """
 
     def value(results: Results) -> Measurement:
         ratios = {
@@ -103,6 +115,8 @@ def peak_ratio(group: str, plan: str) -> Callable[[Results], Measurement]:
 
 
 def products_share(group: str, case: str) -> Callable[[Results], Measurement]:
+    """Return a function that computes the isolated time of a step's matrix products over the step's time."""
+
     def value(results: Results) -> Measurement:
         products = results[group][case]["products"]
         share = products["seconds"] / step_seconds(results, group, case)
@@ -188,7 +202,7 @@ TARGETS = [
 
 
 def judge(results: Results) -> list[dict[str, Any]]:
-    """A row for each target whose cases were run."""
+    """Return a row for each target whose cases were run."""
     rows = []
     for target in TARGETS:
         try:

@@ -1,4 +1,4 @@
-"""Interleaved runs: one process per case, which works only when asked, so that all meet the same machine."""
+"""Run cases in turn, each in a process that works only on request, so that all see the same state of the machine."""
 
 import dataclasses
 import multiprocessing
@@ -19,7 +19,7 @@ from moe_bsr.training.update import TrainingStep
 
 
 class BenchmarkWorker:
-    """A case in a process of its own (spawned, so that nobody inherits another's allocator)."""
+    """A case in a process of its own. It is spawned rather than forked, to have a fresh allocator."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -29,10 +29,10 @@ class BenchmarkWorker:
         theirs.close()
 
     def ask(self, job: str, *arguments: Any) -> Any:
-        """Have a job of `JOBS` done and return its result.
+        """Run a job of `JOBS` in the process and return its result.
 
         Raises:
-            RuntimeError: it failed there, or the process died (out of memory).
+            RuntimeError: the job failed, or the process died (out of memory).
         """
         try:
             self._pipe.send((job, arguments))
@@ -40,8 +40,8 @@ class BenchmarkWorker:
         except (EOFError, BrokenPipeError) as error:
             self._process.join()
             raise RuntimeError(
-                f"{self.case.name}: its process died with status {self._process.exitcode}; if "
-                "memory ran out, take a smaller batch"
+                f"{self.case.name}: its process died with status {self._process.exitcode}. If memory ran out, use a "
+                "smaller batch"
             ) from error
         if failed:
             raise RuntimeError(f"{self.case.name}: {result}")
@@ -54,7 +54,7 @@ class BenchmarkWorker:
 
 @contextmanager
 def workers(cases: list[Case]) -> Iterator[list[BenchmarkWorker]]:
-    """One process per case, warmed up one after the other; closed at the end."""
+    """Context with one process per case, warmed up one after the other and closed at the end."""
     started = [BenchmarkWorker(case) for case in cases]
     try:
         for worker in started:
@@ -66,9 +66,9 @@ def workers(cases: list[Case]) -> Iterator[list[BenchmarkWorker]]:
 
 
 def interleave(group: list[BenchmarkWorker], rounds: int, steps: int) -> list[list[list[float]]]:
-    """Seconds of every step, by worker and round: in each round each takes `steps` steps in turn.
+    """Run `steps` steps of each worker in turn, `rounds` times. Return seconds by worker, round and step.
 
-    Its first step in a round finds other processes' data in the caches; it is timed like the others.
+    A worker's first step in a round has cold caches. It is timed like the others.
     """
     by_round = [[worker.ask("seconds", steps) for worker in group] for _ in range(rounds)]
     return [list(of_worker) for of_worker in zip(*by_round, strict=True)]
@@ -94,7 +94,7 @@ def _serve(pipe: Connection, case: Case) -> None:
 
 
 def seconds(case: Case, step: TrainingStep, steps: int) -> list[float]:
-    """Wall-clock seconds of each of `steps` whole steps."""
+    """Return the wall-clock seconds of each of `steps` whole steps."""
     taken = []
     for _ in range(steps):
         began = time.perf_counter()
@@ -106,10 +106,10 @@ def seconds(case: Case, step: TrainingStep, steps: int) -> list[float]:
 
 
 def memory(case: Case, step: TrainingStep) -> dict[str, Any]:
-    """What a step holds, in bytes (see `Measured`), and the peak of a forward pass under no_grad.
+    """Measure the memory of a step in bytes (see `Measured`), and the peak of a forward pass under no_grad.
 
-    `kept_per_image` is the growth of what is kept from half the batch to all of it: copies of weights are
-    no activations. `weights` counts every parameter in the type it is computed with.
+    `kept_per_image` is the difference between half the batch and all of it, per image, which excludes copies of
+    weights. `weights` counts every parameter in the dtype of the computation.
     """
     seen = dataclasses.asdict(measure(step))
     del seen["at_peak"], seen["kept_by_maker"]
@@ -125,7 +125,7 @@ def memory(case: Case, step: TrainingStep) -> dict[str, Any]:
 
 
 def products(case: Case, step: TrainingStep) -> dict[str, Any]:
-    """The step's matrix products: their FLOPs and the sum of their best isolated times in seconds."""
+    """Return the FLOPs of the step's matrix products, and the sum of their best isolated times in seconds."""
     counted = step_products(step)
     best = time_products(counted, step.runtime.device)
     return {
@@ -139,7 +139,7 @@ def products(case: Case, step: TrainingStep) -> dict[str, Any]:
 
 
 def hot_spots(case: Case, step: TrainingStep, rows: int = 10) -> list[tuple[str, float, int]]:
-    """Operators by the time spent in themselves: (name, milliseconds a step, calls a step)."""
+    """Return the operators with the largest self time: (name, milliseconds per step, calls per step)."""
     step.run()
     with quiet_kineto(), profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(3):

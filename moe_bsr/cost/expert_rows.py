@@ -1,23 +1,30 @@
-"""How many rows each expert gets, which values decide: a stated largest share, the others alike."""
+"""Assume how many tokens (rows) each expert receives, which depends on values that a trace does not have.
+
+The largest group is set by an assumed or measured share. The other experts get equal groups.
+"""
 
 import itertools
 from collections.abc import Callable
 
 
 def largest_share(width: int, experts: int, k: int) -> float:
-    """The largest expert's group over an equal one, as fresh routers make it: the spread of their logits, and
-    with it this, grows with sqrt(width). Measured with random weights: 1.3, 1.5, 1.9 for DeiT-Ti, DeiT-S, ViT-B."""
+    """Estimate the size of the largest expert's group relative to an equal split, for untrained routers.
+
+    The spread of the router logits grows with sqrt(width), and so does this ratio. Measured with random weights: 1.3,
+    1.5 and 1.9 for DeiT-Ti, DeiT-S and ViT-B.
+    """
     return min(1 + 0.03 * width**0.5, experts / k)
 
 
 def unequal_rows(share: float) -> Callable[[int, int, int], list[int]]:
-    """Rows of each expert where values are not known: the first has the largest share, the others equal ones.
+    """Return a function (assignments, experts, multiple) -> padded rows of each expert.
 
-    Rows are padded to a multiple. The others' are spread over one multiple, so that as much is padding as is on
-    average.
+    The first expert has the largest group, the others have about equal ones. Kernels pad each group to a multiple.
+    The equal groups are therefore spread over the width of one multiple, so that the padding is that of an average
+    batch.
 
     Args:
-        share: the largest group over an equal one.
+        share: size of the largest group relative to an equal split.
     """
 
     def rows(assignments: int, experts: int, multiple: int) -> list[int]:

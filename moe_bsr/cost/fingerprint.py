@@ -1,4 +1,4 @@
-"""When two modules are alike: what they allocate is the same for the same input."""
+"""Decide when two modules are alike: for the same input they allocate the same memory."""
 
 import dataclasses
 from collections.abc import Callable, Hashable
@@ -13,10 +13,14 @@ from moe_bsr.model.layers import has_hooks
 def fingerprint(
     modules: dict[str, nn.Module], task: str, tasks: list[str], dtype: Callable[[Tensor], torch.dtype]
 ) -> tuple[dict[str, str], tuple]:
-    """What distinguishes modules that may allocate differently.
+    """Return a key that differs between modules that may allocate differently.
+
+    Args:
+        modules: by name. task: the task that is traced; parameters of other tasks are left out.
+        dtype: function that returns the dtype of a parameter or buffer while training.
 
     Returns:
-        Their parameters' names, with a name in which the task's own does not occur, and a key.
+        A dictionary from each parameter's name to the same name without the task's, and the key.
     """
     key: list[Any] = []
     names: dict[str, str] = {}
@@ -37,7 +41,7 @@ def fingerprint(
 
 
 def _plain(value: Any) -> Hashable:
-    """An attribute of a module as part of a key: values as they are, objects by their type."""
+    """Return a module's attribute as part of a key: plain values as they are, objects by their type."""
     if value is None or isinstance(value, bool | int | float | str | torch.dtype | type):
         return value
     if isinstance(value, tuple | list):

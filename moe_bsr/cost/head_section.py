@@ -1,4 +1,4 @@
-"""The section behind the last block: traced with the very code that the trainer runs."""
+"""Trace the section behind the last block, by running the trainer's own update on fake tensors."""
 
 from collections import Counter
 from collections.abc import Collection
@@ -28,11 +28,12 @@ def trace_head(
     streams: list[Stream],
     with_gradient: Collection[str],
 ) -> Section:
-    """Side network, final norm, pooling, the task's head, the balance loss and the loss, and back to the last block.
+    """Trace side network, final norm, pooling, the task's head and the losses, and their backward pass.
 
     Args:
-        routing: of each block that routes: whether its importance and load require a gradient.
-        streams: that leave the embedding and each block.
+        routing: for each block that routes, whether its importance and load require a gradient.
+        streams: the tokens that leave the embedding and each block.
+        with_gradient: names of the parameters that have a gradient already.
     """
     with setting.tracing(modules) as traced:
         tracer = traced.tracer
@@ -44,7 +45,7 @@ def trace_head(
         reported = [tracer.allocation(tensor) for tensor in held if tensor is not None]
         for allocation in set(tracer.alive).difference(border.imported, reported):
             kept[allocation.maker] += allocation.bytes
-        # Slots are numbered in the order in which they were brought.
+        # Imported allocations have the first slots, in the order of the calls of `bring`.
         kept_slots = tuple(i for i, a in enumerate(border.imported) if a in tracer.alive)
         update.clear()
     with setting.tracing(modules, with_gradient) as traced:
@@ -87,7 +88,10 @@ def _head_update(
     streams: list[Stream],
     routing: list[tuple[bool, ...]],
 ) -> tuple[OptimizerUpdate, Batch, list[Tensor | None]]:
-    """The trainer's update of a model that begins behind the last block, its inputs, and what records go on holding."""
+    """Return the trainer's update for a model that begins behind the last block, its batch, and the rungs' scores.
+
+    The model's output goes on holding these scores (None: a rung without).
+    """
     tokens, stream = bring_tokens(border, streams[-1]), streams[-1]
     tokens.rungs = empty_rungs(setting.model, streams, setting.runtime.device)
     if width := setting.model.extra_features:
@@ -116,10 +120,10 @@ def _head_update(
 
 
 class _BehindBlocks(nn.Module):
-    """What is left of a model when its blocks have run.
+    """The part of a model behind its blocks.
 
     Args:
-        start: their tokens and records; emptied by the call, which alone may hold them.
+        start: the blocks' tokens and records. The call empties the list, so that nothing else holds them.
     """
 
     def __init__(self, model: MultitaskViT, start: list[tuple[Tokens, dict[int, Record]]]) -> None:

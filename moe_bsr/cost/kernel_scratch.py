@@ -1,9 +1,9 @@
-"""Scratch memory of kernels: what they allocate for themselves while they run, and no dispatcher sees.
+"""Predict the scratch memory that kernels allocate while they run, which a torch dispatch mode cannot see.
 
-One row for a kernel and the CPUs it was measured on, by torch's profiler, which reports what a kernel asks of torch's
-allocator. Rows are fits, right to some ten percent; the few large ones (patch convolutions, bf16 products without
-bf16 instructions, flash attention's packed keys and values) are exact where they were measured. A kernel without a
-row takes nothing. A GPU's kernels have no rows.
+The table `FITS` has one row per kernel and kind of CPU. The sizes were measured with torch's profiler, which reports
+what a kernel requests from torch's allocator. The rows are fits, accurate to about ten percent. The few large ones
+(patch convolutions, bf16 products without bf16 instructions, packed keys and values of flash attention) are exact
+where they were measured. A kernel without a row counts as 0 bytes. There are no rows for GPU kernels.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,9 +26,11 @@ ZEN3 = "Zen 3, torch 2.14.1, 2026-11-26"
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Attributes:
-    kernels: operators, by name. cpus: kinds of CPU (`cpu_kind`); empty: all.
-    size: (threads, arguments, result) -> bytes. measured: CPU, torch and day.
+    """Fitted scratch memory of some kernels for one dtype.
+
+    Attributes:
+        kernels: names of the operators. cpus: kinds of CPU (`cpu_kind`) to which the fit applies; empty: all.
+        size: (threads, arguments, result) -> bytes. measured: CPU, torch version and date of the measurement.
     """
 
     kernels: tuple[str, ...]
@@ -39,19 +41,19 @@ class Fit:
 
 
 def cpu_kind() -> str:
-    """What oneDNN chooses its kernels by: matrix tiles for bf16, vectors for bf16, AVX-512, or none of these."""
+    """Return the CPU feature by which oneDNN chooses its kernels: bf16 tiles, bf16 vectors, AVX-512 or AVX2."""
     return cpu.bf16_instructions() or (AVX512 if "avx512bw" in cpu.flags() else AVX2)
 
 
 def on(device: torch.device, threads: int) -> Callable[[str, Sequence[Any], Any], int]:
-    """Scratch bytes of an operator on this device: (name, arguments, result) -> bytes."""
+    """Return a function (operator name, arguments, result) -> scratch bytes for this device."""
     if device.type != "cpu":
         return nothing
     return partial(_bytes, _fits(cpu_kind()), threads)
 
 
 def nothing(name: str, args: Sequence[Any], result: Any) -> int:
-    """Where no scratch memory is known, or none is to count."""
+    """Return 0, for devices without fits and for predictions that leave scratch memory out."""
     return 0
 
 
@@ -66,20 +68,20 @@ def _bytes(fits: dict[tuple[str, torch.dtype], Fit], threads: int, name: str, ar
 
 
 def _operands(args: Sequence[Any]) -> tuple[Tensor, Tensor]:
-    """Of a product, without its bias."""
+    """Return the two matrices of a matrix product, without its bias."""
     first, second, *rest = args
     return (second, rest[0]) if rest and isinstance(rest[0], Tensor) and first.ndim < 2 else (first, second)
 
 
 def _relaid_rows(threads: int, args: Sequence[Any], result: Any) -> float:
-    """oneDNN's float32 product copies rows of the first operand, panel by panel; of a transposed weight nothing."""
+    """oneDNN's float32 product copies rows of the first operand panel by panel, unless the weight is transposed."""
     x, weight, *_ = args
     inputs = x.shape[-1]
     return 640 * threads + 256 if not weight.is_contiguous() else threads * (256 * min(inputs, 1024) + 768) + 128
 
 
 def _wide_rows(threads: int, args: Sequence[Any], result: Any) -> float:
-    """The same with AVX-512, where few rows go another way."""
+    """The same as `_relaid_rows` with AVX-512, where products with few rows use a kernel without copies."""
     x, weight, *_ = args
     inputs, rows = x.shape[-1], x.numel() // x.shape[-1]
     if not weight.is_contiguous() or rows < 256 and inputs < 384:
@@ -93,8 +95,8 @@ def _is_weight_gradient(args: Sequence[Any]) -> bool:
 
 
 def _tiles(threads: int, args: Sequence[Any], result: Any) -> float:
-    """With matrix tiles each thread copies some rows of the first operand, or the weight is laid out anew, by version;
-    of a weight's gradient both operands are, up to a point."""
+    """bf16 products with matrix tiles. Depending on torch's version, each thread copies some rows of the first operand,
+    or the weight is copied into another layout. For a weight's gradient both operands are copied, up to a limit."""
     a, b = _operands(args)
     if _is_weight_gradient(args):
         rows, width = a.shape[1], min(a.shape[0], b.shape[1])
@@ -105,7 +107,7 @@ def _tiles(threads: int, args: Sequence[Any], result: Any) -> float:
 
 
 def _vectors(threads: int, args: Sequence[Any], result: Any) -> float:
-    """With vector instructions parts of the operands are."""
+    """bf16 products with vector instructions copy parts of the operands into another layout."""
     a, b = _operands(args)
     if _is_weight_gradient(args):
         rows, width = a.shape[1], min(a.shape[0], b.shape[1])
@@ -114,7 +116,7 @@ def _vectors(threads: int, args: Sequence[Any], result: Any) -> float:
 
 
 def _wide_result(threads: int, args: Sequence[Any], result: Any) -> float:
-    """Without bf16 instructions the product is accumulated in a float32 result."""
+    """Without bf16 instructions, the product is accumulated in a float32 copy of the result."""
     return 4 * result.numel()
 
 
@@ -124,12 +126,12 @@ def _batched_tiles(threads: int, args: Sequence[Any], result: Any) -> float:
 
 
 def _batched_wide(threads: int, args: Sequence[Any], result: Any) -> float:
-    """Of each thread's product of the batch, the result in float32."""
+    """Each thread holds the float32 result of the one product of the batch that it computes."""
     return threads * 4 * prod(result.shape[1:])
 
 
 def _attention(threads: int, args: Sequence[Any], result: Any) -> float:
-    """Flash attention on a CPU: blocks of the map and of the output for each thread, in bf16 a second map."""
+    """Flash attention on a CPU: one block of the attention map and of the output per thread; in bf16 a second map."""
     q = args[0]
     tokens, width, keys = q.shape[2], q.shape[3], min(args[1].shape[2], 512)
     block = _query_block(tokens)
@@ -138,7 +140,7 @@ def _attention(threads: int, args: Sequence[Any], result: Any) -> float:
 
 
 def _packed_attention(threads: int, args: Sequence[Any], result: Any) -> float:
-    """With matrix tiles also keys and values, packed; short sequences are not worth it."""
+    """With matrix tiles, flash attention also packs keys and values, except for short sequences."""
     q, k, v, *_ = args
     size = _attention(threads, args, result)
     block, keys = _query_block(q.shape[2]), min(k.shape[2], 512)
@@ -146,7 +148,7 @@ def _packed_attention(threads: int, args: Sequence[Any], result: Any) -> float:
 
 
 def _attention_backward(threads: int, args: Sequence[Any], result: Any) -> float:
-    """Two maps for each thread, in bf16 with a copy of each; and a sum for each query."""
+    """Two blocks of the attention map per thread, in bf16 with a copy of each, and one sum per query."""
     q = args[1]
     block, keys = _query_block(q.shape[2]), min(args[2].shape[2], 512)
     size = threads * block * keys * 8 + 4 * block
@@ -158,14 +160,14 @@ def _query_block(tokens: int) -> int:
 
 
 def _patches(threads: int, args: Sequence[Any], result: Any) -> float:
-    """The result in oneDNN's layout, after the weight in the same."""
+    """Patch embedding: the weight and then the result in oneDNN's layout, one after the other."""
     return max(args[1].numel(), result.numel()) * result.element_size()
 
 
 def _patches_backward(threads: int, args: Sequence[Any], result: Any) -> float:
-    """Of the weight's gradient: for each thread a padded copy of it and of an image, where patches are 16 wide.
+    """Gradient of the patch embedding's weight: for patches of 16 pixels, each thread pads a copy of it and an image.
 
-    The output's gradient comes from a transposition, and is copied first.
+    The output's gradient is usually a transposed view and is copied first.
     """
     grad, images, weight, *_ = args
     copy = 0 if grad.is_contiguous() else 4 * grad.numel()
@@ -175,7 +177,7 @@ def _patches_backward(threads: int, args: Sequence[Any], result: Any) -> float:
 
 
 def _convolution(threads: int, args: Sequence[Any], result: Any) -> float:
-    """The weight and the larger of input and result in oneDNN's layout; it takes three channels as they are."""
+    """The weight and the larger of input and result in oneDNN's layout. Inputs of three channels are not copied."""
     x, weight, _, stride, padding, *_ = args
     if _is_patches(weight, stride, padding) or x.shape[1] < 8:
         return _patches(threads, args, result)
@@ -183,9 +185,9 @@ def _convolution(threads: int, args: Sequence[Any], result: Any) -> float:
 
 
 def _convolution_backward(threads: int, args: Sequence[Any], result: Any) -> float:
-    """The input's gradient first, then the weight's, each from both operands in oneDNN's layout.
+    """First the input's gradient, then the weight's. Each needs both operands in oneDNN's layout.
 
-    An input that is asked for its shape alone is filled all the same.
+    An input that was expanded from one value, because only its shape is needed, is materialized nevertheless.
     """
     grad, x, weight, _, stride, padding, *_, wanted = args
     if _is_patches(weight, stride, padding):
@@ -207,13 +209,13 @@ def _is_product(weight: Tensor, stride: Sequence[int]) -> bool:
 
 
 def _layer_norm_backward(threads: int, args: Sequence[Any], result: Any) -> float:
-    """Partial sums for the two parameters, where they train."""
+    """Partial sums of the gradients of weight and bias, if either trains."""
     mask = args[7]
     return 2 * threads * prod(args[2]) * args[1].element_size() if mask[1] or mask[2] else 0
 
 
 def _stable_sort(threads: int, args: Sequence[Any], result: Any) -> float:
-    """A copy of one row of values and positions at a time, for each thread that works on it."""
+    """A copy of the row that is being sorted, of its values or its positions."""
     return args[0].shape[-1] * (args[0].element_size() if args[0].ndim > 1 else 8)
 
 

@@ -1,6 +1,7 @@
-"""What a side network finds when the backbone has run: tensors without values, for the section in which it is traced.
+"""Make the fake inputs of a side network, which is traced in the head's section.
 
-The blocks' sections make what it reads and never let it go; the head's section, which does not make it, does.
+The blocks' sections allocate these tensors and do not release them. The head's section releases them without having
+allocated them.
 """
 
 import torch
@@ -11,8 +12,10 @@ from moe_bsr.model.tokens import Rung, count_kept
 
 
 def empty_rungs(model: MultitaskViT, streams: list[Stream], device: torch.device) -> tuple[Rung, ...]:
-    """Args:
-    streams: that leave the embedding and each block.
+    """Return the rungs that the backbone leaves for the side network; empty if the model has none.
+
+    Args:
+        streams: the tokens that leave the embedding and each block.
     """
     ladder = model.ladder
     if ladder is None:
@@ -25,7 +28,7 @@ def empty_rungs(model: MultitaskViT, streams: list[Stream], device: torch.device
     rungs, protects = [Rung(read(streams[ladder.first]))], model.tokens_config.protect_fused
     for index in range(ladder.first, len(model.plan)):
         before = streams[index]
-        # The last block, which drops nothing, hands on less than the ladder reads: the class token alone.
+        # The last block drops nothing. It may return only the class token, and the ladder reads all tokens.
         leaving = streams[index + 1] if index + 1 < len(model.plan) else before
         rung = Rung(read(leaving) if ladder.reads(index) else None)
         batch, candidates = before.origin[0]

@@ -1,4 +1,4 @@
-"""What a block's backward pass takes at least: enough to see that a step does not fit, without tracing the others."""
+"""Bound the peak memory of a step from below by tracing one block, to reject plans that do not fit early."""
 
 from moe_bsr.config import Config
 from moe_bsr.cost.sections import Run
@@ -7,13 +7,13 @@ from moe_bsr.model.multitask import MultitaskViT
 
 
 def least_beside_gradients(model: MultitaskViT, config: Config, *, batch: int, precision: str) -> int:
-    """A lower bound of the bytes alive in an update of several micro-batches, beside weights, state and all gradients.
+    """Return a lower bound of the peak in bytes, without weights, optimizer state and gradients.
 
-    In the last micro-batch every gradient is there already when the first block of the gradient path has its backward
-    pass. What crosses that block's borders does not count.
+    The bound holds for an update of several micro-batches. In its last micro-batch all gradients already exist when
+    the first block of the gradient path runs its backward pass. Tensors that cross the block's border do not count.
 
     Args:
-        As of `predict`.
+        model, config, batch, precision: as for `predict`.
     """
     if not config.train.differentiates or config.train.step_in_backward or model.path_start >= len(model.plan):
         return 0

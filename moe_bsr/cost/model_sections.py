@@ -1,4 +1,4 @@
-"""The sections of a model's training step up to its last block: each is traced with the very code the trainer runs."""
+"""Trace the embedding and the blocks of a training step, by running the trainer's own code on fake tensors."""
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -25,11 +25,12 @@ NOISE_KEY = (0, 0, 0)
 
 @dataclass(slots=True)
 class Setting:
-    """What all sections of one prediction have in common.
+    """Settings that all sections of one prediction have in common.
 
     Attributes:
-        batch: images of a micro-batch. dtype: of a parameter or buffer while training.
-        rows: of a block's experts: (assignments, experts, multiple) -> rows of each.
+        batch: images of a micro-batch. dtype: function that returns a parameter's or buffer's dtype while training.
+        scratch: (operator, arguments, result) -> scratch bytes of its kernel.
+        rows: index of a block -> (assignments, experts, multiple) -> rows of each of its experts.
     """
 
     model: MultitaskViT
@@ -46,21 +47,21 @@ class Setting:
 
     @contextlib.contextmanager
     def tracing(self, modules: dict[str, nn.Module], with_gradient: Collection[str] = ()) -> Iterator["Traced"]:
-        """A region in which the modules are fake and memory is followed.
+        """Context in which the modules' parameters are fake and a tracer is active.
 
         Args:
-            with_gradient: names of parameters that have a gradient already.
+            with_gradient: names of the parameters that have a gradient already.
         """
         fake = fake_parameters(modules, self.runtime.device, self.dtype)
         with torch.set_grad_enabled(self.differentiates), fake_tensors(), fake as parameters:
             for name in with_gradient:
                 parameters[name].grad = empty(parameters[name].shape, parameters[name].dtype, self.runtime.device)
-            stepper = self._stepper(parameters.values())  # with state, which is no part of what follows
+            stepper = self._stepper(parameters.values())  # made before the tracer, which then leaves out its state
             with Tracer(self.runtime.device, self.scratch, parameters.values()) as tracer:
                 yield Traced(tracer, parameters, with_gradient, stepper)
 
     def _stepper(self, parameters: Iterable[nn.Parameter]) -> StepInBackward | None:
-        """What takes the optimizer's steps within a section's backward pass, as in a run that has begun."""
+        """Return the object that takes optimizer steps in the backward pass, with the state of an earlier update."""
         trained, settings = [p for p in parameters if p.requires_grad], self.config.train
         if not settings.step_in_backward or not trained:
             return None
@@ -78,7 +79,7 @@ class Traced:
 
     Attributes:
         parameters: by name. with_gradient: names of those that had a gradient before.
-        stepper: updates them in the backward pass, if that is how the run does it.
+        stepper: updates the parameters in the backward pass; None without `train.step_in_backward`.
     """
 
     tracer: Tracer
@@ -91,7 +92,7 @@ class Traced:
             torch.autograd.backward(result, torch.empty_like(result))
 
     def gradients(self) -> tuple[list[Allocation], frozenset[str]]:
-        """Gradients that are new and there, and the names of all parameters that have or had one."""
+        """Return the allocations of new gradients, and the names of all parameters that have or had a gradient."""
         if self.stepper is not None:
             moved = set(map(id, self.stepper.stepped))
             return [], frozenset(name for name, p in self.parameters.items() if id(p) in moved)
@@ -104,7 +105,7 @@ Modules = dict[str, nn.Module]
 
 
 def modules_of_sections(model: MultitaskViT) -> dict[str, Modules]:
-    """All modules by section ("embedding", "block 0" ..., "head") and by name: in a block, of the block."""
+    """Return all modules by section ("embedding", "block 0" ..., "head") and name (within a block: its own)."""
     result: dict[str, Modules] = {"embedding": {}, "head": {}}
     for name, module in model.named_modules():
         root, _, rest = name.partition(".")
@@ -120,7 +121,7 @@ def modules_of_sections(model: MultitaskViT) -> dict[str, Modules]:
 
 
 def of_task(modules: Modules, tasks: Collection[str], task: str) -> Modules:
-    """Without the heads of the other tasks."""
+    """Return the modules without the heads of other tasks."""
     others = {f"heads.{name}" for name in tasks if name != task}
     return {name: module for name, module in modules.items() if name not in others}
 
@@ -129,7 +130,7 @@ _BEHIND_BLOCKS = ("norm", "fc_norm", "head_drop", "head", "attn_pool")
 
 
 def trace_embedding(setting: Setting, modules: Modules, with_gradient: Collection[str]) -> Section:
-    """From images to the first block's tokens, and back if the embedding trains."""
+    """Trace the embedding from images to tokens, and its backward pass if it trains."""
     model, side = setting.model, setting.model.image_size
     with setting.tracing(modules, with_gradient) as traced:
         tracer = traced.tracer
@@ -144,7 +145,7 @@ def trace_embedding(setting: Setting, modules: Modules, with_gradient: Collectio
 def trace_block(
     setting: Setting, modules: Modules, index: int, task: str, stream: Stream, with_gradient: Collection[str]
 ) -> Section:
-    """One block's forward pass, and its backward if the gradient path goes through it."""
+    """Trace one block's forward pass, and its backward pass if it is on the gradient path."""
     model, on_path = setting.model, setting.differentiates and index >= setting.model.path_start
     with (
         setting.tracing(modules, with_gradient) as traced,
@@ -159,7 +160,7 @@ def trace_block(
         with torch.set_grad_enabled(on_path), setting.runtime.autocast():
             tokens = model.run_block(index, tokens, task, NOISE_KEY if on_path else None, records)
         end = [tokens, records.pop(index, None)]
-        rungs = tokens.rungs  # held until this section is summed up: `ladder_section`
+        rungs = tokens.rungs  # held until this section is summed up, see `ladder_section`
         del tokens
         balances = model.balance.kind != "none"
         section = _finish_block(traced, border, end, inputs, balances)
@@ -168,7 +169,7 @@ def trace_block(
 
 
 def bring_tokens(border: Border, stream: Stream) -> Tokens:
-    """The tokens that enter a section."""
+    """Make the tokens that enter a section."""
     x = border.bring(stream.shape, stream.dtype, stream.requires_grad)
     found = []
     for layout in (stream.origin, stream.place):
@@ -184,11 +185,11 @@ def _finish_block(
     inputs: list[Allocation],
     balances: bool = False,
 ) -> Section:
-    """Let go of what a section returned, run its backward pass, and sum up.
+    """Release the outputs of a section, run its backward pass, and sum up.
 
     Args:
-        end: the tokens and the record; emptied, so that nobody else holds them.
-        balances: whether the loss looks at what a block's routers did.
+        end: the tokens and the record. The list is emptied, so that nothing else holds them.
+        balances: whether the balance loss depends on this block's routing.
     """
     tracer, record, tokens = traced.tracer, end.pop(), end.pop()
     routing = None if record is None else record.routing
@@ -232,7 +233,7 @@ def _finish_block(
 
 @contextlib.contextmanager
 def starting_at(model: MultitaskViT, block: int) -> Iterator[None]:
-    """The gradient path starts at another block while the context lasts: none lies before it."""
+    """Context in which the model's gradient path starts at another block."""
     before, model.path_start = model.path_start, block
     try:
         yield

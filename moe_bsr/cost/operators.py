@@ -1,8 +1,8 @@
-"""Operators on fake tensors: what one returns, how many FLOPs it takes, how much scratch memory its kernel uses.
+"""Run operators on fake tensors fast: their outputs and their FLOPs.
 
-`FakeTensorMode` knows the outputs of every operator, but needs 0.3 ms for each call. A training step repeats a
-few hundred calls thousands of times, so each is answered from a table after the first: by operator and by shape,
-layout, type and device of its tensors.
+`FakeTensorMode` computes the outputs of every operator, but needs 0.3 ms per call. A training step consists of a few
+hundred different calls, each repeated many times. A call is therefore answered from a table after the first. The key is
+the operator with the shapes, strides, dtypes and devices of its tensors and the values of its other arguments.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from moe_bsr.cost import rules
 
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
-"""One for the process: fake tensors of two modes do not mix."""
+"""The only mode of the process, because fake tensors of different modes do not mix."""
 
 
 def _linear_flops(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
@@ -27,7 +27,7 @@ def _linear_flops(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
 
 
 def _grouped_flops(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
-    """Of every row with its group's matrix, or of every group's outer product: rows x inner x outer width."""
+    """Each row times its group's matrix, or one product per group for a weight's gradient: 2 x rows x inner x outer."""
     return 2 * a.numel() * b.shape[-1]
 
 
@@ -43,7 +43,7 @@ def _batched_flops(matrix: Tensor, vector: Tensor, *_: Any, **__: Any) -> int:
     return 2 * prod(matrix.shape)
 
 
-# Operators that torch's counter does not know. They get the arguments and the output (`out_val`).
+# Operators that torch's counter lacks. Formulas are called with the arguments and the output (`out_val`).
 FLOPS: dict[str, Callable[..., int]] = {
     "mkldnn::_linear_pointwise": _linear_flops,
     "aten::_scaled_dot_product_flash_attention_for_cpu": _attention_flops,
@@ -66,14 +66,14 @@ class _New:
 
 @dataclass(slots=True, eq=False)
 class Effect:
-    """What an operator does with arguments of these shapes; there is one object for equal arguments.
+    """Result of an operator for arguments of certain shapes. Equal arguments share one object.
 
     Attributes:
-        outputs: for each output a `_New`, the index of the tensor argument that is returned, or None. None as a
-            whole: the outputs are views of arguments, or of other kinds.
-        several: the type of the sequence that is returned, or None for a single output.
-        news: positions of outputs with memory of their own.
-        name: of the operator, without namespace and overload.
+        outputs: for each output a `_New`, the index of the tensor argument that is returned, or None. The whole list
+            is None if an output is a view of an argument or cannot be described in this way.
+        several: type of the returned sequence; None for a single output.
+        news: positions of the outputs that have memory of their own.
+        name: the operator's, without namespace and overload.
     """
 
     outputs: list[_New | int | None] | None
@@ -87,18 +87,18 @@ VIEW = Effect(None, None, (), 0, "view")
 PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
 MAX_EFFECTS = 100_000
 _effects: dict[tuple, Effect] = {}
-_kinds: dict[tuple, tuple["Effect", list] | None] = {}  # by types and layouts; None: the operator's rule was wrong
-_attributes: dict[torch.device, dict[str, Any]] = {}  # of a fake tensor
+_kinds: dict[tuple, tuple["Effect", list] | None] = {}  # by dtypes and layouts; None: the operator's rule was wrong
+_attributes: dict[torch.device, dict[str, Any]] = {}  # attributes of a fake tensor by device
 _operators: dict[OpOverload, "_Operator"] = {}
 
 
 @dataclass(slots=True, eq=False)
 class _Operator:
-    """What an operator does with any arguments. In keys it stands for the operator, whose own hash is slow.
+    """Properties of an operator for any arguments. It replaces the operator in keys, whose own hash is slow.
 
     Attributes:
-        is_view: whether all that it returns are views of its arguments.
-        returned: if it returns nothing but arguments it wrote to, their positions and names.
+        is_view: whether all its results are views of its arguments.
+        returned: positions and names of the arguments it returns, if it returns only arguments it wrote to; else None.
     """
 
     is_view: bool
@@ -109,7 +109,8 @@ def run(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tup
     """Run an operator on fake tensors, within `FAKE`.
 
     Returns:
-        What it returns, its effect, and whether that is of equal arguments alone.
+        The operator's result, its effect, and whether this `Effect` object is shared only by calls with equal
+        arguments, so that it can be a key.
     """
     operator = _operators.get(func) or _operators.setdefault(func, _Operator(_is_view(func), _returned_arguments(func)))
     tensors: list[Tensor] = []
@@ -154,14 +155,14 @@ def run(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tup
 
 
 def empty(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> FakeTensor:
-    """A fake tensor, made past all modes."""
+    """Return a fake tensor. No dispatch mode sees its allocation."""
     with torch._C._DisableTorchDispatch():
         made = torch.empty(size, dtype=dtype, device="meta")
     return _fake(made, device)
 
 
 def _fake(memory: Tensor, device: torch.device) -> FakeTensor:
-    """`FakeTensor(FAKE, memory, device)` in a fifth of the time: its attributes are the same for all of a device."""
+    """`FakeTensor(FAKE, memory, device)` in a fifth of the time: its attributes are the same for a whole device."""
     attributes = _attributes.get(device)
     if attributes is None:
         made = FakeTensor(FAKE, memory, device)
@@ -189,7 +190,10 @@ def _is_view(func: OpOverload) -> bool:
 
 
 def _returned_arguments(func: OpOverload) -> list[tuple[int, str]] | None:
-    """Of an operator that returns nothing but arguments it wrote to: (position, name) of these; None of others."""
+    """Return (position, name) of the arguments that an operator returns, if it returns only arguments it wrote to.
+
+    None for all other operators.
+    """
     arguments = {
         frozenset(a.alias_info.before_set): (i, a.name)
         for i, a in enumerate(func._schema.arguments)
@@ -202,7 +206,7 @@ def _returned_arguments(func: OpOverload) -> list[tuple[int, str]] | None:
 
 
 def _correct_layer_norm(effect: Effect, args: Sequence[Any]) -> None:
-    """On a CPU, the statistics of a bf16 input are float32 if its parameters are; torch's fake ones are bf16."""
+    """On a CPU, the statistics of a bf16 input are float32 if the parameters are. torch's fake kernel says bf16."""
     x, _, weight, *_ = args
     if x.fake_device.type == "cpu" and weight is not None:
         for statistics in effect.outputs[1:]:
@@ -216,7 +220,7 @@ def _name(func: OpOverload) -> str:
 def _by_rule(
     func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: list[Tensor], key: tuple
 ) -> Effect | None:
-    """The effect of arguments in new sizes, if the operator has a rule that held for their types before."""
+    """Return the effect for arguments of new sizes, if the operator's rule was right for their dtypes and layouts."""
     if func in rules.OWN:
         first = tensors[0]
         outputs = [
@@ -245,7 +249,7 @@ def _check_rule(
     effect: Effect,
     outputs: list[Tensor | None],
 ) -> None:
-    """Compare an operator's rule, if it has one, with what the operator really returned, and learn the layout."""
+    """Compare an operator's rule, if it has one, with what the operator returned, and learn the results' layouts."""
     sizes = rules.sizes(func, args, kwargs, tensors)
     if sizes is None or effect.outputs is None or any(isinstance(o, int) for o in effect.outputs):
         return
@@ -258,7 +262,7 @@ def _check_rule(
 
 
 def _kind(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple:
-    """A key of types without sizes and numbers."""
+    """Return a key of dtypes, devices and layouts, without sizes and numbers."""
     values: list[Any] = [func]
 
     def add(value: Any) -> None:
@@ -267,7 +271,7 @@ def _kind(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> t
             values.extend((value.dtype, value.fake_device, rules.layout(value), stride.count(0), stride[-1:] == (1,)))
         elif isinstance(value, list | tuple):
             values.append(len(value))
-            for part in value[:1] if value and not isinstance(value[0], bool) else value:
+            for part in value:
                 add(part)
         else:
             values.append(type(value) if isinstance(value, float | torch.Generator) or type(value) is int else value)
@@ -278,7 +282,7 @@ def _kind(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> t
 
 
 def _add_to_key(key: list[Any], tensors: list[Tensor], values: Sequence[Any]) -> bool:
-    """Extend the key by arguments; False if there is one whose effect is not known by its shape."""
+    """Extend the key by arguments. False if one of them is a tensor that is not fake, whose values may matter."""
     for value in values:
         kind = type(value)
         if kind is FakeTensor:
@@ -302,7 +306,7 @@ def _add_to_key(key: list[Any], tensors: list[Tensor], values: Sequence[Any]) ->
 def _learn(
     func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: list[Tensor], result: Any
 ) -> Effect:
-    """The effect of a call that was run."""
+    """Return the effect of a call that has been run."""
     outputs = list(result) if isinstance(result, tuple | list) else [] if result is None else [result]
     flops = _flops(func, args, kwargs, result)
     storages = {t.untyped_storage()._cdata for t in tensors}

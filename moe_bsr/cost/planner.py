@@ -1,6 +1,6 @@
-"""A budget answers back: does it fit, with how many images, and which single change would help most.
+"""Check a configuration against a memory budget: does it fit, with how many images, and which change saves most.
 
-Everything comes from `predict`; nothing is run.
+All numbers come from `predict`. Nothing is run.
 """
 
 import dataclasses
@@ -15,16 +15,17 @@ from moe_bsr.model.multitask import build_on_meta
 from moe_bsr.model.storage import STORAGES
 
 UNITS = {"B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30}
-MAX_IMAGES = 2**12  # of a micro-batch that is looked for
+MAX_IMAGES = 2**12  # upper limit of the search for the largest micro-batch
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One alteration of a configuration and what it buys.
+    """One change to a configuration and its effect.
 
     Attributes:
-        overrides: as on the command line.
-        bytes: saved of the step's peak. flops: more of them a step than before (negative: fewer).
+        what: the change in words. overrides: the same as on the command line.
+        bytes: reduction of the step's peak. flops: additional FLOPs per step (negative: fewer).
+        fits: whether the changed configuration fits the budget.
     """
 
     what: str
@@ -35,17 +36,19 @@ class Change:
 
     @property
     def worth(self) -> tuple[bool, float]:
-        """Changes that cost no compute come first, by their bytes; then by bytes per extra FLOP."""
+        """Sort key: changes without extra compute come first, by bytes; then the others, by bytes per extra FLOP."""
         return self.flops <= 0, self.bytes if self.flops <= 0 else self.bytes / self.flops
 
 
 @dataclass(frozen=True, slots=True)
 class BudgetReport:
-    """Attributes:
-    floor: bytes of the parameters, which any budget must exceed.
-    least: bytes at the peak with one image a micro-batch.
-    largest_batch: images in a micro-batch that fit; 0 if not even one does.
-    changes: those that save anything, the best first.
+    """A configuration compared with a memory budget. All sizes are in bytes.
+
+    Attributes:
+        peak: with the configured micro-batch. floor: the parameters, which any budget must exceed.
+        least: peak with one image per micro-batch.
+        largest_batch: the largest number of images per micro-batch that fits; 0 if not even one does.
+        changes: all single changes that save memory, the best first.
     """
 
     budget: int
@@ -61,10 +64,10 @@ class BudgetReport:
 
 
 def parse_bytes(text: str) -> int:
-    """ "600MB", "1.5GB" or a number of bytes; MB = 2^20 bytes.
+    """Parse "600MB", "1.5GB" or a number of bytes. MB = 2^20 bytes.
 
     Raises:
-        ConfigError: anything else.
+        ConfigError: the text is anything else.
     """
     number = text.strip().upper()
     unit = next((u for u in ("KB", "MB", "GB", "B") if number.endswith(u)), "")
@@ -77,15 +80,15 @@ def parse_bytes(text: str) -> int:
 
 
 def digits(size: int) -> str:
-    """Bytes for a person, exact: so that what does not fit never reads as equal to the budget."""
+    """Format bytes exactly, so that a peak above the budget never looks equal to it."""
     return f"{size:,} B ({size / 2**20:.3f} MB)"
 
 
 def answer(config: Config, classes: dict[str, int], budget: int, *, batch: int, precision: str) -> BudgetReport:
-    """What `budget` bytes mean for a configuration that trains micro-batches of `batch` images.
+    """Compare a configuration that trains with micro-batches of `batch` images with a budget of `budget` bytes.
 
     Raises:
-        ConfigError: the budget is below the parameters alone.
+        ConfigError: the budget is smaller than the parameters alone.
     """
     model = build_on_meta(config, classes)
 
@@ -116,10 +119,10 @@ def answer(config: Config, classes: dict[str, int], budget: int, *, batch: int, 
 
 
 def largest(peak: Callable[[int], int], budget: int) -> int:
-    """The largest n up to MAX_IMAGES with peak(n) <= budget; 0 if there is none.
+    """Return the largest n up to MAX_IMAGES with peak(n) <= budget; 0 if there is none.
 
     Args:
-        peak: never falls. It is nearly a straight line, so that few n are asked for.
+        peak: a non-decreasing function. It is nearly linear, so interpolation needs few calls.
     """
     low, below, high, above = 0, 0, 1, peak(1)
     while above <= budget:
@@ -143,10 +146,10 @@ def largest(peak: Callable[[int], int], budget: int) -> int:
 def _alternatives(
     config: Config, classes: dict[str, int], batch: int, precision: str
 ) -> Iterator[tuple[str, str, Cost]]:
-    """(what, overrides, cost) of every single change that is possible here."""
+    """Yield (what, overrides, cost) for every single change that applies to the configuration."""
     plan, depth = config.plan, len(build_on_meta(config, classes).plan)
     options: list[tuple[str, dict[str, Any]]] = []
-    # A list of rates belongs to the blocks as they are written: each block moves, no rate changes place.
+    # Keep rates in a list belong to the blocks in the order given. Each block moves in place and keeps its rate.
     place = {block: max(i, block - 1) for i, block in enumerate(sorted(plan.drop_blocks))}
     earlier = [place[block] for block in plan.drop_blocks]
     if earlier != plan.drop_blocks:

@@ -1,7 +1,7 @@
-"""What a training step truly holds, predicted by tracing the code that the trainer runs.
+"""Predict the memory and FLOPs of a training step by tracing the code that the trainer runs.
 
-`predict` traces each kind of section of a model once, with fake tensors, and puts a step together from them.
-The network is never run; a model on the meta device will do.
+`predict` traces each kind of section of a model once, with fake tensors, and puts a step together from these traces.
+The network never computes anything, so a model on the meta device is enough.
 """
 
 import dataclasses
@@ -18,20 +18,21 @@ from moe_bsr.training.drawn_blocks import costliest_update
 
 @dataclass(slots=True)
 class Cost:
-    """Bytes and FLOPs of one micro-batch's training step and the update after it.
+    """Bytes and FLOPs of the training step of one micro-batch and the update after it.
 
     Attributes:
-        parameters: weights and buffers as they are kept while training (frozen matrices in the compute dtype).
-        copies: of trained weights in the compute dtype, alive from the forward to the backward; part of `kept`.
-        gradients, optimizer: at the end of the backward and from the first update on.
+        parameters: weights and buffers in the dtypes of training (frozen matrices in the compute dtype).
+        copies: copies of trained weights in the compute dtype, held from the forward to the backward pass; part of
+            `kept`.
+        gradients: at the end of the backward pass. optimizer: state from the first update on.
         average: the copy of the trained parameters that `train.ema_decay` keeps.
-        written: kept on disk for the backward pass, in place of memory; no part of `kept`.
-        kept: for the backward pass. kept_by_block: the same by the section and the operator that made it.
-        transients: most bytes alive in forward, backward and optimizer over what lived before the step,
-            `kept` included, gradients not.
-        peak: of everything but the images and what `data.feature_cache_mb` keeps of them.
-        forward_flops, step_flops: of the micro-batch; two for a multiply-add.
-        flops_by_block: those of the step by section.
+        kept: saved for the backward pass. kept_by_block: the same by section and by the operator that allocated it.
+        written: saved on disk for the backward pass instead of in memory; not part of `kept`.
+        transients: peak in the forward pass, the backward pass and the optimizer, relative to the start of the step;
+            with `kept`, without gradients.
+        peak: of everything except the images and the features that `data.feature_cache_mb` caches.
+        forward_flops, step_flops: of the micro-batch. A multiply-add counts as two.
+        flops_by_block: `step_flops` by section.
     """
 
     parameters: int
@@ -49,7 +50,7 @@ class Cost:
     written: int = 0
 
     def summary(self, batch: int) -> str:
-        """In one line, for a person who starts a run with these micro-batches."""
+        """Return one line for the log of a run with micro-batches of `batch` images."""
         disk = f", {self.written / 2**20:.0f} MB more on disk" if self.written else ""
         return (
             f"predicted: {self.peak / 2**20:.0f} MB of tensors at the peak of a step ({self.kept / 2**20:.0f} MB kept "
@@ -71,16 +72,17 @@ def predict(
     shares: dict[int, float] | None = None,
     scratch: bool = True,
 ) -> Cost:
-    """The cost of training steps of one task's micro-batches of `batch` images.
+    """Predict the cost of a training step of one task with micro-batches of `batch` images.
 
     Args:
-        model: on any device, `build_on_meta`'s included. precision: "fp32" or "bf16".
+        model: on any device, including "meta" (`build_on_meta`). precision: "fp32" or "bf16".
         task: by default the one with the most classes.
-        all_tasks: as in a run in which every task had its turn: optimizer state of all heads and routers, with
-            joint sampling their gradients, and at the peak what earlier micro-batches of an update left.
-        shares: by block with experts, the largest expert's group over an equal one, once it is known: values
-            decide it.
-        scratch: whether kernels' scratch memory counts; without it the numbers are the same on every CPU.
+        all_tasks: assume that every task has been trained before. This adds the optimizer state of all heads and
+            routers, with joint sampling also their gradients, and to the peak what an update's earlier micro-batches
+            left in memory.
+        shares: by index of a block with experts, the measured size of the largest expert's group relative to an equal
+            split. It depends on the data, and is estimated for blocks that are missing.
+        scratch: whether kernels' scratch memory counts. Without it the numbers are the same on every CPU.
     """
     with as_trained(model, device_of(config), precision):
         return _predict(Step(model, config, batch, precision, shares or {}, scratch), config, task, all_tasks)

@@ -1,7 +1,7 @@
-"""Sizes of what common operators return, from the sizes of their arguments.
+"""Compute the output sizes of common operators from the sizes of their arguments.
 
-Only a shortcut: each rule is compared with `FakeTensorMode` whenever it meets arguments of new types or layouts, and
-not used for them if it is wrong. The layouts of results are learned on the same occasion.
+The rules are only a shortcut. `operators` compares a rule with `FakeTensorMode` whenever it meets arguments of new
+dtypes or layouts, and does not use it for them if it is wrong. It learns the layouts of the results at the same time.
 """
 
 from collections.abc import Callable, Sequence
@@ -143,10 +143,12 @@ RULES: dict[Any, Callable[..., Sizes | None]] = {
 
 
 def sizes(func: Any, args: Sequence[Any], kwargs: dict[str, Any], tensors: Sequence[Tensor]) -> Sizes | None:
-    """Sizes of an operator's outputs (None in place of one that is not returned), or None: there is no rule.
+    """Return the sizes of an operator's outputs, or None if there is no rule.
+
+    An output that the operator returns as None has None in place of its size.
 
     Args:
-        tensors: all among the arguments.
+        tensors: all tensors among the arguments.
     """
     rule = RULES.get(func)
     if rule is None:
@@ -156,7 +158,7 @@ def sizes(func: Any, args: Sequence[Any], kwargs: dict[str, Any], tensors: Seque
         args, kwargs = tensors, {}
     try:
         return rule(*args, **({} if rule in _WITHOUT_NAMES else kwargs))
-    except TypeError:  # called in a way that the rule does not know
+    except TypeError:  # a form of call that the rule does not cover
         return None
 
 
@@ -166,20 +168,20 @@ def _grouped(a: Tensor, b: Tensor, offsets: Tensor | None = None, *_: Any) -> Si
     return [(*a.shape[:-1], b.shape[-1])]
 
 
-# Where `FakeTensorMode` refuses what kernels do: grouped products of float32.
+# Operators that `FakeTensorMode` refuses although their kernels work: grouped products of float32.
 OWN: dict[Any, Callable[..., Sizes]] = {torch.ops.aten._grouped_mm.default: _grouped}
 
-_WITHOUT_NAMES = {_broadcast, _same, _sized, _new_sized, _reduced}  # their named arguments decide no size
+_WITHOUT_NAMES = {_broadcast, _same, _sized, _new_sized, _reduced}  # keyword arguments have no influence on the sizes
 
 
 def layout(tensor: Tensor) -> tuple[int, ...]:
-    """A tensor's dimensions from the outermost in memory to the innermost."""
+    """Return a tensor's dimensions from the outermost in memory to the innermost."""
     strides = tensor.stride()
     return tuple(sorted(range(tensor.ndim), key=lambda i: -strides[i]))
 
 
 def strides(size: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
-    """Strides of a dense tensor whose dimensions lie in memory in this order."""
+    """Return the strides of a dense tensor whose dimensions lie in memory in this order, outermost first."""
     result, step = [0] * len(size), 1
     for dimension in reversed(order):
         result[dimension] = step

@@ -1,8 +1,8 @@
-"""What several processes would gain: bytes of an update, and the share of the time that is not spent exchanging them.
+"""Estimate data-parallel scaling: bytes exchanged per update, and the share of time that is spent computing.
 
-A model, not a measurement. An update is its computation and then the exchange, one after the other, as it is done
-(`runtime/exchange.py`). A ring moves 2 (n - 1) / n of the bytes over the slowest link of n: first within each machine,
-then between machines, each with one such link.
+This is a model, not a measurement. As in `runtime/exchange.py`, an update first computes and then exchanges gradients,
+without overlap. A ring all-reduce among n moves 2 (n - 1) / n of the bytes over the slowest link: first within each
+machine, then between machines, which have one link each.
 """
 
 import dataclasses
@@ -13,20 +13,20 @@ from moe_bsr.config import Config, ConfigError
 from moe_bsr.cost.predict import predict
 from moe_bsr.model.multitask import MultitaskViT, build_on_meta
 
-WITHIN = {"NVLink": 300e9, "PCIe 4": 12e9}  # bytes a second between the GPUs of a machine, as data sheets allow
-OF_NOMINAL = 0.85  # what is left of a network's rate
+WITHIN = {"NVLink": 300e9, "PCIe 4": 12e9}  # bytes per second between the GPUs of a machine, after data sheets
+OF_NOMINAL = 0.85  # usable share of a network's nominal rate
 BETWEEN = {f"{rate} Gb/s": OF_NOMINAL * rate * 1e9 / 8 for rate in (1, 10, 25, 100, 400, 3200)}
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One configuration among several processes.
+    """Estimate for one configuration on several processes.
 
     Attributes:
-        overrides: of the configuration that was asked about, as on the command line.
-        exchanged: bytes that a process gives into the sum of an update. experts: of these, the experts'.
-        compute: seconds of a process for its share of an update.
-        efficiency: compute over compute and exchange, by link.
+        overrides: changes to the given configuration, as on the command line.
+        exchanged: bytes that each process contributes to the all-reduce of an update. experts: the experts' part.
+        compute: seconds that a process needs for its share of an update.
+        efficiency: by link, compute / (compute + exchange).
     """
 
     overrides: str
@@ -49,16 +49,17 @@ def ways(
     tflops: float,
     seconds: float | None = None,
 ) -> list[Way]:
-    """The configuration and what would send less, the most bytes first.
+    """Return the estimate for the configuration, then for variants that exchange less, by decreasing bytes.
 
     Args:
-        tflops: 10**12 operations a second of a process. seconds: measured, of one process' share of an update of the
-            configuration; it counts in place of `tflops`, and other configurations' by their operations.
+        tflops: 10**12 operations per second of a process.
+        seconds: measured time of a process for its share of an update of the configuration. It replaces `tflops`, and
+            is scaled by the number of operations for the variants.
     """
     share = config.train.batch_size / processes
     found: list[Way] = []
     first = 0.0  # operations of the plan as it is configured
-    for overrides in _cures(config):
+    for overrides in _variants(config):
         try:
             changed = configuration.replace(config, **{k.replace(".", "__"): v for k, v in overrides.items()})
             model = build_on_meta(changed, classes)
@@ -77,7 +78,7 @@ def ways(
 
 
 def exchanged(model: MultitaskViT, config: Config) -> tuple[int, int]:
-    """Bytes of the gradients of an update as they travel, the mean over tasks, and the experts' among them."""
+    """Return the bytes of an update's gradients in the exchanged dtype, mean over tasks, and the experts' part."""
     width = 2 if config.train.exchange == "bf16" else 4
     parts = model.mixtures()
     of_experts = {id(p) for part in parts for p in part.parameters()} - {
@@ -94,33 +95,41 @@ def exchanged(model: MultitaskViT, config: Config) -> tuple[int, int]:
 
 
 def exchange_seconds(size: int, rate: float, processes: int, machines: int = 1) -> float:
-    """Of `size` bytes; `rate` is in bytes a second within the machine, or between machines if there are several."""
+    """Return the time in seconds of the all-reduce of `size` bytes.
+
+    Args:
+        rate: bytes per second within the machine, or between machines if there are several.
+    """
     local = processes // machines
     within = rate if machines == 1 else WITHIN["NVLink"]
     return 2 * size * ((local - 1) / local / within + (machines - 1) / machines / rate)
 
 
-def _cures(config: Config) -> list[dict[str, object]]:
-    """Nothing, then what makes the exchange smaller, alone and together."""
-    cures: list[dict[str, object]] = [{}]
+def _variants(config: Config) -> list[dict[str, object]]:
+    """Return the overrides of all variants: none, then changes that reduce the exchange, alone and combined."""
+    variants: list[dict[str, object]] = [{}]
     bf16: dict[str, object] = {} if config.train.exchange == "bf16" else {"train.exchange": "bf16"}
     if bf16:
-        cures.append(bf16)
+        variants.append(bf16)
     if config.plan.moe_blocks and config.moe.experts != "low_rank":
         if config.moe.mlp_ratio > 1:
-            cures += [{"moe.mlp_ratio": 1}, {"moe.mlp_ratio": 1} | bf16]
-        cures += [{"moe.experts": "low_rank"}, {"moe.experts": "low_rank"} | bf16]
-    return [cure for place, cure in enumerate(cures) if cure not in cures[:place]]
+            variants += [{"moe.mlp_ratio": 1}, {"moe.mlp_ratio": 1} | bf16]
+        variants += [{"moe.experts": "low_rank"}, {"moe.experts": "low_rank"} | bf16]
+    return [variant for place, variant in enumerate(variants) if variant not in variants[:place]]
 
 
 def table(found: list[Way], processes: int, machines: int, images: float) -> list[str]:
-    """For a person, in lines."""
+    """Return the estimates as lines of text.
+
+    Args:
+        images: images per process in an update.
+    """
     own, links = found[0], list(found[0].efficiency)
     where = "one machine" if machines == 1 else f"{machines} machines"
     lines = [
-        f"{processes} processes on {where}, {images:g} images each in an update, computed in {own.compute * 1e3:.1f} ms"
-        " (a model: computing, then exchanging)",
-        f"{'exchanged in an update':<46}  {'10^6 B':>8}  {'experts':>8}  efficiency at "
+        f"{processes} processes on {where}, {images:g} images per process and update, {own.compute * 1e3:.1f} ms of"
+        " computation (estimate: exchange follows computation)",
+        f"{'exchanged per update':<46}  {'10^6 B':>8}  {'experts':>8}  efficiency at "
         + ("links" if machines == 1 else "a machine's network")
         + " of",
         " " * 66 + "".join(f"{link:>11}" for link in links),
@@ -131,5 +140,5 @@ def table(found: list[Way], processes: int, machines: int, images: float) -> lis
         lines.append(f"  {name:<44}  {way.exchanged / 1e6:>8.1f}  {way.experts / 1e6:>8.1f}{shown}".rstrip())
     share = own.experts / own.exchanged if own.exchanged else 0
     if share > 0.5:
-        lines.append(f"{share:.0%} of it are the experts', which saturate a network first")
+        lines.append(f"{share:.0%} of it comes from experts, which saturate a network first")
     return lines

@@ -1,8 +1,8 @@
-"""One section of a training step traced alone: the embedding, a block, the head with the loss, the optimizer update.
+"""Describe one traced section of a training step: the embedding, a block, or the head with the loss.
 
-Alike blocks allocate alike, so each kind is traced once and a step is put together from such traces (`timeline`).
-What crosses a section's border (tokens, their gradient, the record a block reports) is made by one section and freed
-by another; it becomes a `Slot`, everything else a sum.
+Blocks of the same kind allocate the same memory. Each kind is therefore traced once, and `timeline` puts a step
+together from these traces. Tensors that cross a section's border (tokens, their gradient, the record that a block
+reports) are allocated by one section and released by another. They become `Slot`s. All other memory is summed up.
 """
 
 import contextlib
@@ -18,15 +18,16 @@ from torch import Tensor, nn
 from moe_bsr.cost.operators import empty
 from moe_bsr.cost.trace import Allocation, Tracer
 
-PHASES = ("forward", "handover", "backward", "after", "clear")
+PHASES = ("forward", "handover", "backward", "after")  # others are not recorded
 
 
 @dataclass(slots=True)
 class Run:
-    """A stretch of a section in which nothing crosses its border; bytes, and the same without gradients.
+    """Consecutive allocations and releases of a section that do not concern its slots, summed up. All in bytes.
 
     Attributes:
-        rise: most bytes alive over those at its start. net: how many more at its end.
+        rise: peak relative to the start of the run. net: difference between its end and its start.
+        rise_without, net_without: the same without gradients of parameters.
     """
 
     rise: int = 0
@@ -44,7 +45,7 @@ class Run:
 
 @dataclass(slots=True)
 class Event:
-    """A slot is made, or let go by this section."""
+    """The section allocates a slot's memory (`made`) or gives up its reference to it."""
 
     slot: int
     made: bool
@@ -55,7 +56,7 @@ class Slot:
     """Memory that crosses the section's border.
 
     Attributes:
-        reported: part of what the model's output holds until the end of the update.
+        maker: the operator that allocated it. reported: whether the model's output holds it until the update ends.
     """
 
     bytes: int
@@ -65,11 +66,13 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """The tokens between two blocks, as far as they decide what the next one allocates.
+    """Properties of the tokens between two blocks that decide what the next block allocates.
 
     Attributes:
-        shape: (B, N, D) of the features, or (B, C, H, W). origin: shape and strides of the original positions. place:
-            the same of the tokens that patches were merged into.
+        shape: (B, N, D) of the features, or (B, C, H, W). dtype, requires_grad: of the features.
+        origin: shape and strides of `Tokens.origin`, the original patch indices; None for maps.
+        fused: whether the last token is a fused one.
+        place: shape and strides of `Tokens.place`, the token that each patch was merged into; None without merging.
     """
 
     shape: tuple[int, ...]
@@ -82,19 +85,22 @@ class Stream:
 
 @dataclass(slots=True)
 class Section:
-    """Attributes:
-    phases: what happens in each of PHASES: runs and events, in order.
-    inputs, outputs: slots of the tokens' features and traces, entering and leaving.
-    reports: slots of what the balance loss looks at (importance and load), which are inputs of the head.
-    gradient_in, gradient_out: slots of the tokens' gradient that arrives, and of the one that leaves.
-    routing_in: slots of the gradients that arrive from the balance loss; of the head: those that leave to
-        each block that routes.
-    stream: the tokens that leave.
-    routing: of importance and load, if they are reported: whether each requires a gradient.
-    kept: bytes that the graph alone holds after the forward pass, slots apart, by maker.
-    kept_slots: slots that the graph holds then.
-    written: bytes that are kept on disk in place of memory.
-    gradients: bytes of the parameters' gradients made here. trained: names of the parameters that got one.
+    """Trace of one section. Tuples of integers are indices into `slots`.
+
+    Attributes:
+        phases: for each of PHASES, the runs and events in order.
+        kept: by maker, bytes that only the graph holds after the forward pass, without slots.
+        kept_slots: slots that the graph holds after the forward pass.
+        gradients: bytes of the parameters' gradients that are allocated here.
+        inputs, outputs: slots of the tokens (features, origin, place) that enter and leave.
+        reports: slots of importance and load, from which the head computes the balance loss.
+        gradient_in, gradient_out: slots of the tokens' gradient that arrives and of the one that is passed on.
+        routing_in: slots of the balance loss's gradients that arrive. In the head: of those it sends to each block
+            that routes.
+        stream: the tokens that leave.
+        routing: whether importance and load require a gradient; empty if the block does not route.
+        trained: names of the parameters that have a gradient after the backward pass.
+        written: bytes that are kept on disk instead of in memory.
     """
 
     phases: dict[str, list[Run | Event]]
@@ -117,7 +123,12 @@ class Section:
 
 
 class Border:
-    """The tensors at a section's border while it is traced, as allocations."""
+    """Tensors at a section's border while it is traced.
+
+    Attributes:
+        imported: allocations of the tensors that entered in the forward pass. arrived: of the gradients that entered.
+        left: for each call of `bring`, the gradient that left; None if there was none.
+    """
 
     def __init__(self, tracer: Tracer) -> None:
         self.tracer = tracer
@@ -127,7 +138,7 @@ class Border:
         self.anchor = torch.empty(0, requires_grad=True)
 
     def bring(self, shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool) -> Tensor:
-        """A tensor that another section made; its gradient is kept in `left`, at the place this call had."""
+        """Return a tensor that stands for another section's output. Its gradient is put into `left`."""
         place = len(self.left)
         self.left.append(None)
         if requires_grad:
@@ -138,7 +149,7 @@ class Border:
         return tensor
 
     def take(self, tensors: list[Tensor]) -> Tensor:
-        """An empty tensor whose backward pass starts with gradients of these, made by other sections."""
+        """Return an empty tensor whose backward pass gives these tensors gradients as if from other sections."""
         return _Output.apply(self, *tensors)
 
 
@@ -151,7 +162,7 @@ class _Input(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         ctx.border.left[ctx.place] = grad
-        if ctx.place == 0:  # of the tokens: the engine's last call
+        if ctx.place == 0:  # the tokens: the last node of the backward pass
             ctx.border.tracer.phase = "after"
         return None, None, None, None, None
 
@@ -178,12 +189,12 @@ def summarize(
     kept: list[Allocation],
     **about: Any,
 ) -> Section:
-    """A section from a finished trace.
+    """Make a section from a finished trace.
 
     Args:
-        gradients: of parameters, made here. reported: held by the model's output. left: outputs, and gradients of
-            inputs. kept: alive after the forward pass because the graph holds it.
-        about: the section's other attributes; slots are given as allocations.
+        gradients: parameters' gradients that were allocated here. reported: allocations that the model's output holds.
+        left: outputs and gradients of inputs. kept: allocations that the graph holds after the forward pass.
+        about: other attributes of `Section`, with allocations in place of slots.
     """
     outside = dict.fromkeys([*border.imported, *border.arrived])
     crossing = list(dict.fromkeys([*outside, *reported, *left]))
@@ -223,7 +234,7 @@ def summarize(
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
-    """All tensors within dataclasses, dictionaries, lists and tuples."""
+    """Yield all tensors in nested dataclasses, dictionaries, lists and tuples."""
     if isinstance(value, Tensor):
         yield value
     elif dataclasses.is_dataclass(value):
@@ -239,12 +250,13 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
 
 @contextlib.contextmanager
 def standing_in(modules: dict[str, nn.Module], make: Callable[[Tensor], Tensor]) -> Iterator[dict[str, nn.Parameter]]:
-    """While the context lasts, the modules' own parameters and buffers are others, made from them.
+    """Context in which the modules' own parameters and buffers are replaced by tensors made from them.
 
     Args:
-        modules: by name; their submodules are not looked at.
+        modules: by name; submodules are ignored. make: returns the replacement of a tensor.
+
     Yields:
-        The parameters that stand in, by name.
+        The replaced parameters, by name.
     """
     made: dict[int, Tensor] = {}
     parameters: dict[str, nn.Parameter] = {}
@@ -272,9 +284,9 @@ def standing_in(modules: dict[str, nn.Module], make: Callable[[Tensor], Tensor])
 def fake_parameters(
     modules: dict[str, nn.Module], device: torch.device, dtype: Callable[[Tensor], torch.dtype]
 ) -> contextlib.AbstractContextManager[dict[str, nn.Parameter]]:
-    """`standing_in` of fake tensors of the same shapes; to be entered within `fake_tensors`.
+    """Return `standing_in` with fake tensors of the same shapes. To be entered within `fake_tensors`.
 
     Args:
-        dtype: of each tensor.
+        dtype: function that returns the dtype of a parameter or buffer while training.
     """
     return standing_in(modules, lambda tensor: empty(tensor.shape, dtype(tensor), device))

@@ -1,4 +1,4 @@
-"""The sections of one model's training step, each kind traced once in a process; `predict.py` puts them together."""
+"""Trace the sections of one model's training step, each kind once per process. `predict.py` puts them together."""
 
 import contextlib
 import dataclasses
@@ -25,14 +25,15 @@ from moe_bsr.runtime.device import Runtime, find_device
 
 MAX_SECTIONS = 10_000
 _sections: dict[Hashable, Any] = {}
-"""What has been traced in this process, by everything that it depends on."""
+"""All traces of this process. A key holds everything that a trace depends on."""
 
 
 class Step:
-    """The sections of one model's step, each kind traced once.
+    """Sections of one model's training step. Sections of the same kind share one trace.
 
     Attributes:
         trained: names of the parameters that have a gradient so far.
+        key: the settings on which every trace depends, hashable.
     """
 
     def __init__(
@@ -75,10 +76,10 @@ class Step:
         return self.shares.get(index) or largest_share(self.model.vit.embed_dim, moe.num_experts, moe.top_k)
 
     def places(self, task: str, blocks: int | None = None) -> list[Placed]:
-        """The sections of one micro-batch of a task; what trains in them has a gradient from here on.
+        """Return the sections of one micro-batch of a task, and add the parameters they train to `trained`.
 
         Args:
-            blocks: only the embedding and so many of the first; None: all, and the head.
+            blocks: return only the embedding and this many blocks. None: all blocks and the head.
         """
         model, setting = self.model, self.setting
         section = self._section(
@@ -152,11 +153,14 @@ class Step:
         about: tuple,
         trace: Callable[[dict[str, nn.Module], set[str]], Section],
     ) -> Section:
-        """Args:
-        prefix: of the modules' parameters' names in the model.
+        """Return the trace of a section, from the cache if an equal one exists.
+
+        Args:
+            prefix: in the model, of the names of the modules' parameters.
+            about: hashable; everything besides the modules and `key` that the trace depends on.
         """
         place = kind, prefix, task
-        if place not in self._fingerprints:  # of micro-batches before
+        if place not in self._fingerprints:
             self._fingerprints[place] = fingerprint(modules, task, self.model.tasks, self.setting.dtype)
         names, about_modules = self._fingerprints[place]
         has_gradient = {name for name in names if prefix + name in self.trained}
@@ -172,13 +176,13 @@ class Step:
         return section
 
     def copy(self, task: str) -> int:
-        """Bytes of the weights that a step without gradients changes for a while and brings back."""
+        """Return the bytes of the weights that a gradient-free step copies, perturbs and restores; otherwise 0."""
         if self.setting.differentiates:
             return 0
         return sum(p.nbytes for p in self.model.parameters_of(task) if p.requires_grad)
 
     def update(self, stepped: set[str]) -> Update:
-        """Of blocks that train it matters which parameters they have, not which blocks they are.
+        """Return the traced optimizer update. Models that differ only in which blocks train share one trace.
 
         Args:
             stepped: names of the parameters that had an update before.
@@ -196,10 +200,10 @@ class Step:
 
 
 def device_of(config: Config) -> torch.device:
-    """The device of a run, which need not be here; "auto" is the best that is.
+    """Return the device of a run, which this machine need not have. "auto" is the best one that it has.
 
     Raises:
-        ConfigError: no such kind of device.
+        ConfigError: there is no such kind of device.
     """
     name = config.runtime.device
     if name == "auto":
@@ -212,7 +216,7 @@ def device_of(config: Config) -> torch.device:
 
 @contextlib.contextmanager
 def as_trained(model: MultitaskViT, device: torch.device, precision: str) -> Iterator[None]:
-    """The model in training mode, its norms as `Runtime.place` sets them, while the context lasts."""
+    """Context in which the model is in training mode and its norms are as `Runtime.place` sets them."""
     modes = {module: (module.training, getattr(module, "_fast_norm", None)) for module in model.modules()}
     for module, (_, fast_norm) in modes.items():
         module.training = True
@@ -228,7 +232,7 @@ def as_trained(model: MultitaskViT, device: torch.device, precision: str) -> Ite
 
 
 def cast_parameters(model: MultitaskViT) -> set[int]:
-    """The ids of the parameters that `cast_frozen_` keeps in the compute dtype alone."""
+    """Return the ids of the parameters that `cast_frozen_` keeps only in the compute dtype."""
     with standing_in(dict(model.named_modules()), lambda tensor: tensor.new_empty(0, device="cpu")) as parameters:
         model.cast_frozen_(torch.bfloat16)
         cast = {name for name, parameter in parameters.items() if parameter.dtype == torch.bfloat16}

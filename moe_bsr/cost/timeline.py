@@ -1,4 +1,4 @@
-"""A whole training step from the traces of its sections: bytes alive at every moment."""
+"""Put a training step together from the traces of its sections, and track the bytes alive at every moment."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from moe_bsr.cost.sections import Event, Section
 
 @dataclass(slots=True, eq=False)
 class Shared:
-    """Memory that crosses borders, and how many sections (and the model's output) hold it."""
+    """Memory that crosses borders. `holders` counts the sections that hold it, and the model's output."""
 
     bytes: int
     maker: str
@@ -18,7 +18,7 @@ class Shared:
 
 
 class Placed:
-    """A section at its place in a step; `shared` is the memory in its slots."""
+    """A section at its place in a step. `shared` has the memory of each slot, None before it is allocated."""
 
     __slots__ = ("name", "section", "shared")
 
@@ -32,7 +32,7 @@ class Placed:
         return self.shared[slot]
 
     def take(self, slots: Iterable[int], memory: Iterable[Shared]) -> None:
-        """Hold what other sections made."""
+        """Put memory that other sections allocated into the section's slots."""
         for slot, shared in zip(slots, memory, strict=True):
             if self.shared[slot] is None:  # one storage may be behind two tensors
                 self.shared[slot] = shared
@@ -41,15 +41,13 @@ class Placed:
     def at(self, slots: Iterable[int]) -> list[Shared]:
         return [self.shared[slot] for slot in slots]
 
-    def reported(self) -> list[Shared]:
-        """What the model's output holds of it."""
-        return [shared for shared, about in zip(self.shared, self.section.slots, strict=True) if about.reported]
-
 
 class Timeline:
-    """Attributes:
-    live, live_without: bytes alive now over what lived before the step; without gradients of parameters.
-    peaks, peaks_without: the most of these by phase (forward, backward, optimizer).
+    """Memory of a step over time, in bytes relative to its start.
+
+    Attributes:
+        live: bytes alive now. live_without: the same without gradients of parameters.
+        peaks, peaks_without: their maxima by phase (forward, backward, optimizer).
     """
 
     def __init__(self) -> None:
@@ -58,7 +56,7 @@ class Timeline:
         self.peaks_without: Counter[str] = Counter()
 
     def play(self, phase: str, place: Placed, part: str) -> None:
-        """Let one of a section's PHASES happen in a phase of the step."""
+        """Replay one of a section's PHASES (`part`) as a part of a phase of the step."""
         self._note(phase)
         for event in place.section.phases[part]:
             if isinstance(event, Event):
@@ -73,7 +71,7 @@ class Timeline:
                 self.live_without += event.net_without
 
     def release(self, shared: Shared) -> None:
-        """One of its holders lets it go."""
+        """Remove one holder; the memory is released with the last one."""
         shared.holders -= 1
         if not shared.holders:
             self.add(-shared.bytes)
@@ -87,7 +85,7 @@ class Timeline:
         self.peaks_without[phase] = max(self.peaks_without[phase], self.live_without + rise_without)
 
     def forward(self, places: list[Placed]) -> dict[str, dict[str, int]]:
-        """The forward pass of one micro-batch; returns the bytes kept for backward, by section and maker.
+        """Replay the forward pass of a micro-batch, and return the bytes kept for backward by section and operator.
 
         Args:
             places: the embedding, the blocks, the head.
@@ -106,7 +104,7 @@ class Timeline:
         return {name: dict(makers) for name, makers in kept.items()}
 
     def backward(self, places: list[Placed]) -> None:
-        """The backward pass of the same micro-batch, to where no gradient is wanted."""
+        """Replay the backward pass of the same micro-batch, down to the first section of the gradient path."""
         *before, head = places
         self.play("backward", head, "backward")
         arriving, balance = head.at(head.section.gradient_out), head.at(head.section.routing_in)
@@ -117,15 +115,7 @@ class Timeline:
             mine = [balance.pop() for _ in section.routing_in][::-1]
             place.take((*section.gradient_in, *section.routing_in), [*arriving, *mine])
             for shared in (*arriving, *mine):
-                self.release(shared)  # by the section that made it
+                self.release(shared)  # the section that allocated it no longer holds it
             self.play("backward", place, "backward")
             arriving = place.at(section.gradient_out)
         self.play("backward", head, "after")
-
-    def clear(self, places: list[Placed]) -> None:
-        """The model's output is dropped, and with it the graph, which its logits hold."""
-        for place in places:
-            for shared in place.reported():
-                self.release(shared)
-            for part in ("clear",) if place is places[-1] else ("after", "clear"):
-                self.play("optimizer", place, part)

@@ -1,12 +1,12 @@
-"""The tracer: which memory a piece of code allocates and frees, and when, without running it.
+"""Trace which memory a piece of code allocates and releases, and when, without computing anything.
 
-The code runs on fake tensors, which have shapes, types and a device but no memory. The tracer sees every operator,
-notes the storages that are born and, by a weak reference to each, the moment at which they die: for autograd's
-saved tensors as for all others. FLOPs are counted on the way.
+The code runs on fake tensors, which have shapes, dtypes and a device but no memory. The tracer is a dispatch mode. It
+sees every operator, records each storage that is allocated, and notices its release through a weak reference. This
+covers autograd's saved tensors as well as all others. FLOPs are counted at the same time.
 
-Two things differ between fake and real tensors and are mended here. Where autograd adds a second gradient to
-a first one that nobody else holds, or puts one into zeros, it does so in place, but not for fake tensors. And kernels'
-scratch memory is seen by no dispatcher: `kernel_scratch` has a table of it.
+Fake tensors differ from real ones in two ways, which are corrected here. Autograd accumulates a second gradient into
+a first one that nothing else holds, or writes one into zeros, in place; for fake tensors it allocates. And a
+dispatch mode cannot see the scratch memory of kernels, which comes from the table in `kernel_scratch`.
 """
 
 import contextlib
@@ -31,11 +31,11 @@ from moe_bsr.cost import operators
 from moe_bsr.cost.operators import FAKE
 from moe_bsr.model.storage import offload
 
-VALUE = 1e6  # of every loss and norm that Python reads: finite, and large enough for gradients to be clipped
-IN_PLACE = {torch.ops.aten.add.Tensor, torch.ops.aten.index_put.default}  # of real tensors, within autograd's engine
+VALUE = 1e6  # what `.item()` returns for every loss and norm: finite, and large enough for gradients to be clipped
+IN_PLACE = {torch.ops.aten.add.Tensor, torch.ops.aten.index_put.default}  # in autograd's engine, with real tensors
 WEIGHT_COPY = "weight copy"
-ABSENT_GPU = (9, 0)  # the compute capability that a GPU is taken to have that is not here
-CUDA_BLOCK = 512  # bytes: CUDA's allocator rounds up to multiples of it
+ABSENT_GPU = (9, 0)  # the compute capability that is assumed for a GPU that this machine does not have
+CUDA_BLOCK = 512  # bytes: torch's CUDA allocator rounds sizes up to multiples of it
 
 
 @dataclass(slots=True, eq=False)
@@ -43,8 +43,9 @@ class Allocation:
     """One block of memory.
 
     Attributes:
-        bytes: as the allocator counts them. size: of the tensor alone.
-        maker: the operator that asked for it, in a backward pass with the autograd node before it.
+        bytes: as rounded up by the allocator. size: bytes of the tensor itself.
+        phase, section: `Tracer.phase` and `Tracer.section` at the time of the allocation.
+        maker: name of the operator that allocated it, or `WEIGHT_COPY`.
     """
 
     bytes: int
@@ -56,19 +57,21 @@ class Allocation:
 
 @dataclass(slots=True)
 class Trace:
-    """Attributes:
-    changes: every allocation (True) and release (False) in order, with the phase in which it happened.
-    flops: by (phase, section).
+    """Record of what a tracer saw.
+
+    Attributes:
+        changes: every allocation (True) and release (False) in order, with the phase in which it happened.
+        flops: FLOPs by (phase, section).
     """
 
     changes: list[tuple[str, bool, Allocation]] = field(default_factory=list)
     flops: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def peak(self, phase: str | None = None, without: Collection[Allocation] = ()) -> int:
-        """Most bytes alive at one moment (of a phase) over what lived before the trace.
+        """Return the peak of the bytes allocated since the trace began and not yet released.
 
         Args:
-            without: allocations that do not count.
+            phase: consider only moments of this phase. without: allocations that do not count.
         """
         without, live, most = set(without), 0, 0
         for within, made, allocation in self.changes:
@@ -85,17 +88,17 @@ class Trace:
 
 
 class Tracer(TorchDispatchMode):
-    """Follows the storages of one device while it is active, within `FAKE`.
+    """Dispatch mode that follows the storages of one device. To be entered within `fake_tensors`.
 
     Attributes:
-        phase, section: names for what is allocated from here on; set them as the traced code goes on.
-        alive: what has been allocated and not freed yet.
+        phase, section: labels of all allocations from now on. The caller sets them as the traced code proceeds.
+        alive: allocations that have not been released yet.
         written: bytes that the traced code would write to disk.
     """
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """A wrapper that protects from `torch.compile` would take as long as the tracer itself."""
+        """Do without the wrapper that guards against `torch.compile`: it takes as long as the tracer itself."""
         return False
 
     def __init__(
@@ -104,14 +107,17 @@ class Tracer(TorchDispatchMode):
         scratch: Callable[[str, tuple, Any], int] = lambda name, args, result: 0,
         parameters: Iterable[Tensor] = (),
     ) -> None:
-        """Args:
-        device: the one whose memory is followed. scratch: bytes a kernel uses for itself (`kernel_scratch`).
-        parameters: whose copies in another type are told apart from other copies.
+        """Make a tracer.
+
+        Args:
+            device: the device whose memory is followed.
+            scratch: function (operator, arguments, result) -> scratch bytes of its kernel (`kernel_scratch`).
+            parameters: tensors whose copies in another dtype are labeled `WEIGHT_COPY`.
         """
         super().__init__()
         self._parameters = {p.untyped_storage()._cdata for p in parameters}
         self.device, self._place, self.trace = device.type, device, Trace()
-        # What torch's own code is told, which would look for the device: autograd's engine for its streams.
+        # For a GPU that is absent, tensors report "meta": autograd's engine would look for the streams of a GPU.
         self._absent = torch.device("meta") if device.type == "cuda" and not torch.cuda.is_available() else None
         self.phase, self.section, self.written = "", "", 0
         self._scratch, self._known_scratch = scratch, {}
@@ -136,7 +142,7 @@ class Tracer(TorchDispatchMode):
         self.written += size
 
     def allocation(self, tensor: Tensor) -> Allocation | None:
-        """The memory of a tensor; None if it was not allocated while the tracer was active."""
+        """Return the allocation behind a tensor; None if it was not made while the tracer was active."""
         return self._alive.get(tensor.untyped_storage()._cdata)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -177,7 +183,7 @@ class Tracer(TorchDispatchMode):
         return known
 
     def _follow(self, tensor: Tensor, maker: str) -> None:
-        """Note the birth of a storage, and arrange to be told of its death."""
+        """Record the allocation of a storage, and watch for its release."""
         storage = tensor.untyped_storage()
         size = taken = storage.nbytes()
         if tensor.device.type != self.device or not size:
@@ -186,24 +192,24 @@ class Tracer(TorchDispatchMode):
             taken = (size + CUDA_BLOCK - 1) // CUDA_BLOCK * CUDA_BLOCK
         key = storage._cdata
         self._alive[key] = allocation = Allocation(taken, size, self.phase, self.section, maker)
-        self._watched[key] = weakref.ref(storage, partial(self._died, key))
+        self._watched[key] = weakref.ref(storage, partial(self._released, key))
         self.trace.changes.append((self.phase, True, allocation))
 
-    def _died(self, key: int, _: weakref.ref) -> None:
+    def _released(self, key: int, _: weakref.ref) -> None:
         del self._watched[key]
         allocation = self._alive.pop(key)
         if self._sum is not None and key == self._sum[0]:
-            # Nobody else held the first term: with real tensors the second is added in place.
-            _, total, birth = self._sum
+            # Nothing else held the first term. With real tensors the second would be added to it in place.
+            _, total, position = self._sum
             self._sum = None
             if total in self._alive:
-                del self.trace.changes[birth]
+                del self.trace.changes[position]
                 self._alive[total] = allocation
                 return
         self.trace.changes.append((self.phase, False, allocation))
 
     def _note_sum(self, first: Tensor, result: Tensor) -> None:
-        """Autograd's engine adds two gradients of one tensor."""
+        """Note that autograd's engine added two gradients of one tensor, which it may do in place."""
         key, total = (t.untyped_storage()._cdata for t in (first, result))
         dense = first.is_contiguous() or first.numel() == first.untyped_storage().nbytes() // first.element_size()
         if key in self._alive and total in self._alive and dense and first.dtype == result.dtype:
@@ -211,7 +217,7 @@ class Tracer(TorchDispatchMode):
 
 
 def _engine_calls(frame: Any) -> bool:
-    """Whether autograd's engine asked for an operator itself, and no Python code within a backward."""
+    """Whether autograd's engine itself called the operator, rather than Python code of a backward function."""
     for _ in range(3):
         if frame is None:
             return False
@@ -225,21 +231,21 @@ def _engine_calls(frame: Any) -> bool:
 
 @contextlib.contextmanager
 def fake_tensors() -> Iterator[None]:
-    """A region whose tensors are fake, of any device; they have addresses, as different tensors have different ones."""
+    """Context in which all tensors made are fake, on any device. `data_ptr` is distinct for distinct memory."""
 
     def address(tensor: Tensor) -> int:
         return tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size()
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(FakeTensor, "data_ptr", address))
-        # Optimizers take all parameters at once on a GPU, but only if they know their type.
+        # On a GPU, optimizers update all parameters at once, but only if their type is in this list.
         known = optimizer._foreach_supported_types
         stack.enter_context(mock.patch.object(optimizer, "_foreach_supported_types", [*known, FakeTensor]))
-        if not torch.cuda.is_available():  # or autocast for it would be switched off
+        if not torch.cuda.is_available():  # otherwise autocast for CUDA would be switched off
             stack.enter_context(mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", bool))
             stack.enter_context(mock.patch.object(torch.cuda, "is_bf16_supported", lambda *_: True))
             stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", lambda *_: ABSENT_GPU))
-        # In one thread: the engine's threads belong to devices, which may not be here.
+        # In one thread: autograd's threads belong to devices, which may be absent.
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(FAKE)
         yield

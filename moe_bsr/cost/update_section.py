@@ -1,4 +1,4 @@
-"""The optimizer's part of a training step, traced: what its state takes, and what an update needs for a moment."""
+"""Trace the optimizer's part of a training step: the size of its state and the temporary memory of an update."""
 
 import contextlib
 from collections.abc import Collection, Iterator
@@ -17,14 +17,16 @@ from moe_bsr.training.optim import MovingAverage, clip_groups, make_optimizer
 from moe_bsr.training.step_in_backward import StepInBackward
 from moe_bsr.training.update import multitask_update
 
-CHUNKS = 3  # of a parameter under adamw8: those after them take what these do, and there may be a thousand
+CHUNKS = 3  # traced per parameter under adamw8. There may be a thousand, and later ones allocate what these do.
 
 
 @dataclass(slots=True)
 class Update:
-    """Attributes:
-    state, average: bytes of the optimizer's state and of the parameters' moving average.
-    rise: most bytes alive in an update over those at its start.
+    """Memory of an optimizer update, in bytes.
+
+    Attributes:
+        state, average: the optimizer's state and the parameters' moving average.
+        rise: peak during an update relative to its start.
     """
 
     state: int
@@ -33,10 +35,10 @@ class Update:
 
 
 def trace_update(setting: Setting, stepped: Collection[str], with_gradient: Collection[str]) -> Update:
-    """Clipping, the optimizer, the moving average.
+    """Trace gradient clipping, the optimizer and the moving average.
 
     Args:
-        stepped: names of parameters that had an update before. with_gradient: of those that have a gradient now.
+        stepped: names of the parameters that had an update before. with_gradient: of those that have a gradient now.
     """
     model, settings, starts = setting.model, setting.config.train, adamw8.starts
     few = mock.patch.object(adamw8, "starts", lambda blocks: starts(blocks)[:CHUNKS])
@@ -44,13 +46,13 @@ def trace_update(setting: Setting, stepped: Collection[str], with_gradient: Coll
         tracer, parameters, changes = traced.tracer, traced.parameters, traced.tracer.trace.changes
         average = None if settings.ema_decay is None else MovingAverage(model, settings.ema_decay)
         held = sum(a.size for a in tracer.alive)
-        if not setting.differentiates:  # one parameter's direction at a time
+        if not setting.differentiates:  # the perturbation of one parameter at a time
             return Update(0, held, max(p.nbytes for p in parameters.values() if p.requires_grad))
         optimizer = make_optimizer(model, settings)
         update = multitask_update(model, replace(settings, step_in_backward=False), setting.runtime, optimizer, average)
         for phase, names in (("first", stepped), ("optimizer", with_gradient)):
             tracer.phase = "outside"
-            if phase == "optimizer" and settings.step_in_backward:  # gradients are gone by then, but for their norms
+            if phase == "optimizer" and settings.step_in_backward:  # only the gradients' norms are left by then
                 update.stepper = StepInBackward(optimizer)
                 group_of = (settings.grad_clip_norm and clip_groups(model, settings)) or id
                 groups = {group_of(parameters[name]) for name in names}
@@ -75,7 +77,7 @@ def trace_update(setting: Setting, stepped: Collection[str], with_gradient: Coll
 
 @contextlib.contextmanager
 def _once_for_alike(tracer: Tracer) -> Iterator[None]:
-    """`AdamW8` updates one parameter after the other: what the first of a shape takes is noted again for the others."""
+    """Context in which `AdamW8`, which updates parameters in turn, is traced once per shape and then replayed."""
     update, changes = adamw8.AdamW8._update, tracer.trace.changes
     first: dict[tuple, tuple[nn.Parameter, int, int]] = {}
 

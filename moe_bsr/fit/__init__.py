@@ -1,4 +1,4 @@
-"""The best model for a time and a memory: a ladder of runs, each a run like any other."""
+"""Find the best model for a time and a memory, by a ladder of ordinary training runs."""
 
 from moe_bsr.fit.ladder import Budget, Ladder
 

@@ -1,7 +1,8 @@
-"""Climbs: a probe, then trials of what else could train in the time that is left, then the best of them for the rest.
+"""Run the ladder: a linear probe, then short trials of plans that train blocks, then the best trial for the rest.
 
-Every rung is a run in a folder of its own and begins from the weights of the one before. All have the same splits, so
-that their validation accuracies compare. A budget counts everything from opening the images on but the one test.
+Every rung is a training run in a folder of its own, and may start from the weights of an earlier rung. All rungs have
+the same data splits, so their validation accuracies are comparable. The time budget starts when the images are opened
+and covers everything except the single test at the end.
 """
 
 import dataclasses
@@ -29,20 +30,22 @@ from moe_bsr.training.callback import Callback
 from moe_bsr.training.failures import NonFiniteLoss
 from moe_bsr.training.feature_cache import FeatureCache
 
-FOR_VALIDATION = 0.03  # of the time, that one evaluation of all tasks may take
-LEAST_VALIDATION = 20  # images of a task
-FOR_PROBE = 0.85  # of the time at most: an image not seen yet brings more than training blocks on those seen
-FOR_FEATURES = 0.75  # of the probe's, to see images; the rest is to solve
-FOR_START = 0.1  # of what is left then
-FOR_TRIAL = 0.08  # the same, for each of them
-RATES = (1 / 3, 3.0)  # of the learning rate of the best trial, which are tried as well
-LEAST_TRIAL = 20.0  # seconds; what is shorter decides nothing
+FOR_VALIDATION = 0.03  # share of the budget for one evaluation of all tasks
+LEAST_VALIDATION = 20  # images per task
+FOR_PROBE = 0.85  # largest share of the budget: new images bring more than training blocks on those seen
+FOR_FEATURES = 0.75  # share of the probe's time for computing features. The rest is for solving.
+FOR_START = 0.1  # share of the time left after the probe
+FOR_TRIAL = 0.08  # the same, for each trial
+RATES = (1 / 3, 3.0)  # factors on the best trial's learning rate that are tried as well
+LEAST_TRIAL = 20.0  # seconds. The result of a shorter trial would be meaningless.
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Attributes:
-    minutes: for everything but the test. memory: bytes of the whole process; None: what the machine has free.
+    """What `fit` may spend.
+
+    Attributes:
+        minutes: for everything but the test. memory: bytes for the whole process; None: most of the free memory.
     """
 
     minutes: float
@@ -51,12 +54,13 @@ class Budget:
 
 @dataclass(slots=True)
 class Rung:
-    """What a rung came to.
+    """Result of a rung.
 
     Attributes:
-        val_top1: mean over the tasks, percent. interval: half of its 95 % interval.
-        seconds: of everything. training: of training alone. planned: what that was given at most.
-        peak_mb: of the process, measured. predicted_mb: what was predicted for it.
+        run: its folder.
+        val_top1: mean over the tasks, percent. interval: half-width of its 95 % interval. tasks: top-1 by task.
+        seconds: in total. training: of training alone. planned: the limit for training.
+        peak_mb: measured peak of the process. predicted_mb: its prediction.
     """
 
     name: str
@@ -77,7 +81,9 @@ class Ladder:
     """The runs of one `fit`.
 
     Attributes:
-        rungs: those that are finished, in their order.
+        rungs: results of the finished runs, in order.
+        overhead: seconds that a run takes besides training.
+        interrupted: number of the signal that ended a run, or 0. left_out: whether a rung did not fit.
     """
 
     def __init__(
@@ -88,39 +94,39 @@ class Ladder:
         say: Callable[[str], None] = lambda line: None,
         callbacks: list[Callback] | None = None,
     ) -> None:
-        """
+        """Make a ladder.
+
         Args:
-            config: its tasks, backbone and plan; its length is not used. folder: for the runs, empty or new.
-            say: told what is decided, a line each. callbacks: of every run, as of `api.train`.
+            config: tasks, backbone and plan. Its training length is ignored. folder: for the runs, empty or new.
+            say: called with a line for each decision. callbacks: for every run, as in `api.train`.
+
         Raises:
-            ConfigError: the folder holds something, or the configuration has a model for each task.
+            ConfigError: the folder is not empty, or the configuration has a model for each task.
         """
         require_tokens(config.backbone, "fit")
         if config.mode != "multitask":
-            raise ConfigError(f"mode = {config.mode!r}: fit looks for one model of all tasks; multitask")
+            raise ConfigError(f"mode = {config.mode!r}: multitask, because fit trains one model for all tasks")
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(f"{folder} is there already; name another folder for the runs")
+            raise ConfigError(f"{folder} already exists; name another folder for the runs")
         settings = {"evaluate_test": False, "pictures": False, "eval_every": None, "patience": None, "init_from": None}
         train = dataclasses.replace(config.train, **settings, steps=1000, epochs=None, minutes=None)
         self.config = dataclasses.replace(config, train=train)
         self.folder, self.budget, self.say, self.callbacks = folder, budget, say, callbacks
         self.runtime = prepare(config.runtime)
-        self.shared: FeatureCache | None = None  # of the probe and of late
-        self.began, self.rungs, self.overhead = time.monotonic(), [], 0.0  # of a run: seconds beside its updates
+        self.shared: FeatureCache | None = None  # shared by probe and late
+        self.began, self.rungs, self.overhead = time.monotonic(), [], 0.0
         self.interrupted, self.left_out = 0, False
 
-    # --- the climb ---
-
     def climb(self) -> dict[str, Any]:
-        """Run the rungs; returns what `fit.json` holds.
+        """Run the rungs, write `fit.json`, and return its content.
 
         Raises:
-            ConfigError: nothing fits into the memory. Otherwise as `api.train`.
+            ConfigError: nothing fits into the memory. Other errors are those of `api.train`.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.runtime.in_effect():
             self.speed, self.memory = measure(self.config, self.runtime, self.budget.memory, self.left())
-        self.overhead = self.speed.opening  # until a run has shown more
+        self.overhead = self.speed.opening  # an estimate until a run has finished
         self._limit_validation()
         speed, config = self.speed, self.config
         shape = (speed.depth, speed.has_class_token)
@@ -133,11 +139,11 @@ class Ladder:
         return self._conclude()
 
     def left(self) -> float:
-        """Seconds of the budget that are left."""
+        """Return the remaining seconds of the budget."""
         return 60 * self.budget.minutes - (time.monotonic() - self.began)
 
     def _train_the_best(self, late: Config) -> None:
-        """Try each plan for a while, then the best one's learning rate, then give that the time that is left."""
+        """Try each plan briefly, then other learning rates for the best plan, then train it for the remaining time."""
         rest = self.left()
         trial = FOR_TRIAL * rest
         arms, own = {"late": (late, "probe", True)}, rungs.own_rungs(self.config)
@@ -163,23 +169,17 @@ class Ladder:
                 return
             if (rung := self._of(name)) and rung.val_top1 > most:
                 best, most, config = name, rung.val_top1, _at(config, rate * factor)
-        self.say(f"{chosen} did best in the trials ({best}); it goes on from there for the time that is left")
+        self.say(f"{chosen} did best in the trials; it continues from {best} for the remaining time")
         if not shares:
-            self.shared = None  # its memory is free again
+            self.shared = None  # frees its memory
         self._go(chosen, config, self.left(), best, shares)
 
-    def _go(
-        self,
-        name: str,
-        config: Config,
-        seconds: float,
-        start: str | None = None,
-        shares: bool = False,
-    ) -> bool:
-        """Run a rung within so many seconds, all in all, if it fits; whether the climb goes on.
+    def _go(self, name: str, config: Config, seconds: float, start: str | None = None, shares: bool = False) -> bool:
+        """Run a rung if it fits, and add its result to `rungs`. Return False if a signal interrupted it.
 
         Args:
-            start: the rung whose weights it begins from. shares: whether it reads the features that are kept.
+            seconds: limit for the whole run. start: the rung whose weights it starts from.
+            shares: whether it reads the shared feature cache.
         """
         began, solved = time.monotonic(), config.train.optimizer == "lbfgs"
         minutes = max(0.5, min(seconds, self.left()) - 1.1 * self.overhead) / 60
@@ -193,16 +193,16 @@ class Ladder:
             self.say(f"{name} is left out: {error}")
             self.left_out = True
             return True
-        config, told = fitted.config, f"storage {fitted.config.storage}"
+        config, form = fitted.config, f"storage {fitted.config.storage}"
         if not solved:
-            told += f", micro-batches of {config.train.batch_size // config.train.grad_accumulation_steps}"
-        of_whole = f"{minutes:.1f} minutes" if minutes >= 1 else f"{60 * minutes:.0f} seconds"
-        self.say(f"{name}: {of_whole}, {told}, {fitted.bytes / 2**20:.0f} MB predicted for the process")
+            form += f", micro-batches of {config.train.batch_size // config.train.grad_accumulation_steps}"
+        length = f"{minutes:.1f} minutes" if minutes >= 1 else f"{60 * minutes:.0f} seconds"
+        self.say(f"{name}: {length}, {form}, {fitted.bytes / 2**20:.0f} MB predicted for the process")
         try:
             report = api.train(
                 config, self.folder / name, callbacks=self.callbacks, features=self.shared if shares else None
             )
-        except NonFiniteLoss as error:  # at this learning rate; a rung that is out
+        except NonFiniteLoss as error:  # the learning rate is too high: the rung counts with an accuracy of 0
             self.say(f"{name}: {error}")
             self.rungs.append(self._diverged(name, time.monotonic() - began, minutes, config))
             return True
@@ -231,11 +231,11 @@ class Ladder:
                 {"lr": config.train.lr, "storage": config.storage, "init_from": origin},
             )
         )
-        self.say(f"{name}: {mean:.2f} % on validation, {took:.0f} s in all, {self.left():.0f} s left")
+        self.say(f"{name}: {mean:.2f} % validation top-1, {took:.0f} s in total, {self.left():.0f} s left")
         return True
 
     def _fitted(self, config: Config, shares: bool) -> room.Fitted:
-        """In what form it fits: beside the features that are kept for others, or in their place."""
+        """Return the form in which the run fits. If needed, the shared feature cache is given up for it."""
 
         def within(memory: room.Memory) -> room.Fitted:
             return room.fitted(config, self.speed.classes, memory, self.runtime.precision, self.speed.decoded)
@@ -244,24 +244,21 @@ class Ladder:
             try:
                 return within(dataclasses.replace(self.memory, base=self.memory.base + self.shared.bytes))
             except ConfigError:
-                self.say("the features kept for late are given up for memory; it computes them again")
+                self.say("the cached features do not fit beside this run and are dropped; late will recompute them")
                 self.shared = None
         return within(self.memory)
 
     def _diverged(self, name: str, took: float, minutes: float, config: Config) -> Rung:
-        nothing = dict.fromkeys(self.speed.classes, 0.0)
+        zero, place = dict.fromkeys(self.speed.classes, 0.0), str(self.folder / name)
         settings = {"lr": config.train.lr, "storage": config.storage, "init_from": config.train.init_from}
-        place = str(self.folder / name)
-        return Rung(name, place, 0.0, 0.0, nothing, took, took, 60 * minutes, 0, self.runtime.peak_mb(), 0.0, settings)
+        return Rung(name, place, 0.0, 0.0, zero, took, took, 60 * minutes, 0, self.runtime.peak_mb(), 0.0, settings)
 
     def _of(self, name: str) -> Rung | None:
-        """None where it was left out."""
+        """Return the rung's result; None if it was left out."""
         return next((rung for rung in self.rungs if rung.name == name), None)
 
-    # --- what is known before ---
-
     def _limit_validation(self) -> None:
-        """As many validation images as one evaluation may take of the time."""
+        """Set `data.val_images` so that one evaluation takes at most its share of the budget."""
         speed, asked = self.speed, self.config.data.val_images
         seconds = FOR_VALIDATION * 60 * self.budget.minutes
         count = max(LEAST_VALIDATION, int(seconds / speed.forward / len(speed.classes)))
@@ -269,37 +266,37 @@ class Ladder:
         self.config = configuration.replace(self.config, data__val_images=count)
         images = sum(speed.images.values())
         self.say(
-            f"{1000 * speed.forward:.1f} ms for the backbone on an image, {images} training images: "
-            f"{images * speed.forward:.0f} s to see each once; validation on {count} images of a task at most"
+            f"{1000 * speed.forward:.1f} ms per image for the backbone, {images} training images: "
+            f"{images * speed.forward:.0f} s for one pass over all; validation on at most {count} images per task"
         )
 
     def _with_fewer_images(self, config: Config, seconds: float) -> Config:
-        """As many training images of each task as the backbone sees in so long, those of the validation beside them."""
+        """Set `data.train_images` so that the backbone can process training and validation images in `seconds`."""
         speed, asked = self.speed, config.data.train_images
         validation = config.data.val_images * len(speed.classes)
-        room_for = max(len(speed.classes), int(seconds / speed.forward) - validation)
+        affordable = max(len(speed.classes), int(seconds / speed.forward) - validation)
         count, sizes = 0, sorted(speed.images.values())
         for place, size in enumerate(sizes):
-            count = max(count, (room_for - sum(sizes[:place])) // (len(sizes) - place))
+            count = max(count, (affordable - sum(sizes[:place])) // (len(sizes) - place))
             if count <= size:
                 break
         least = max(speed.classes.values())
         if max(count, least) >= sizes[-1] or (asked is not None and asked <= count):
             return config
         if count < least:
-            self.say(f"the time is too short for one image of each class; it takes {least} of each task nevertheless")
+            self.say(f"the time is too short for one image per class; {least} images per task are used nevertheless")
         else:
-            self.say(f"in {seconds:.0f} s it sees {count} images of each task: probe and late train on these")
+            self.say(f"{seconds:.0f} s are enough for {count} images per task: probe and late train on these")
         return configuration.replace(config, data__train_images=max(least, count))
 
     def _share_features(self, late: Config) -> Config:
-        """Have what the frozen blocks make of the images of `late` kept from the probe on, if there is room for it."""
+        """Return `late` with a feature cache, which the probe fills already, if the memory allows one."""
         tasks = {name: open_task(late, file) for name, file in late.task_files().items()}
         sizes = {name: len(data.train) for name, data in tasks.items()}
         itemsize = 2 if self.runtime.precision == "bf16" else 4
         try:
             left, speed = self._fitted(late, shares=True).left, self.speed
-        except ConfigError:  # its rung says so
+        except ConfigError:  # reported when the rung is run
             return late
         kept = room.with_feature_cache(late, left, sum(sizes.values()), speed.tokens, speed.width, itemsize)
         if kept.data.feature_cache_mb:
@@ -307,8 +304,6 @@ class Ladder:
                 model = self.runtime.place(build(kept, speed.classes))
                 self.shared = FeatureCache(model, sizes, kept.data)
         return kept
-
-    # --- what came of it ---
 
     def _conclude(self) -> dict[str, Any]:
         best = max(self.rungs, key=lambda rung: rung.val_top1, default=None)
@@ -333,16 +328,16 @@ class Ladder:
         return result
 
     def _reason(self, best: Rung) -> str:
-        """Why this one, in a sentence."""
+        """Return a sentence that says why this rung was chosen."""
         others = sorted((r for r in self.rungs if r is not best and r.name != "start"), key=lambda r: -r.val_top1)
         if not others:
-            return f"{best.name} is all " + ("that fits into the memory" if self.left_out else "there was time for")
+            return f"only {best.name} " + ("fits into the memory" if self.left_out else "fits into the time")
         second = others[0]
         ahead = best.val_top1 - second.val_top1
         sure = "outside" if ahead > math.hypot(best.interval, second.interval) else "within"
         return (
-            f"{best.name} has the highest validation top-1, {best.val_top1:.1f} %: {ahead:.1f} points more than "
-            f"{second.name}, {sure} the 95 % interval of {len(best.tasks)} tasks' validation images"
+            f"{best.name} has the highest validation top-1, {best.val_top1:.1f} %. It is {ahead:.1f} points ahead of "
+            f"{second.name}, {sure} the 95 % interval of the difference"
         )
 
 

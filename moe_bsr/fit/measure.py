@@ -1,4 +1,4 @@
-"""What this machine and these data are: seconds of a forward pass, images, and the memory there is."""
+"""Measure the machine and the data: seconds of a forward pass, numbers of images, and available memory."""
 
 import dataclasses
 import time
@@ -17,18 +17,22 @@ from moe_bsr.runs import folder as run
 from moe_bsr.runtime import memory
 from moe_bsr.runtime.device import Runtime
 
-IMAGES = 128  # of all tasks together at most, from which the speed is taken
-FOR_IMAGES = 0.03  # of the time, in which these are seen
-FIRST = 8  # of each task: from them it is known how many more there is time for
-EVALUATED = 64  # images at once in an evaluation
+IMAGES = 128  # the most images to measure the speed with, over all tasks
+FOR_IMAGES = 0.03  # share of the budget for this measurement
+FIRST = 8  # images per task of a first measurement, which decides how many more the time allows
+EVALUATED = 64  # batch size of an evaluation
 
 
 @dataclass(slots=True)
 class Speed:
-    """Attributes:
-    forward: seconds for the frozen backbone on one image, read and decoded.
-    opening: seconds that opening the tasks and building a model took, as every run does.
-    images: for training, by task. decoded: bytes of all images for training and validation.
+    """Speed of the machine, and sizes of data and backbone.
+
+    Attributes:
+        forward: seconds of the frozen backbone for one image, including reading and decoding it.
+        opening: seconds for opening the tasks and building a model, which every run does.
+        images, classes: numbers of training images and classes by task.
+        decoded: bytes of all decoded images for training and validation.
+        tokens, width, depth: of the backbone, prefix tokens included.
     """
 
     forward: float
@@ -43,13 +47,14 @@ class Speed:
 
 
 def measure(config: Config, runtime: Runtime, limit: int | None, seconds: float) -> tuple[Speed, Memory]:
-    """Open the tasks, and let the frozen backbone see some images of each.
+    """Open the tasks, and time the frozen backbone on some images of each.
 
     Args:
-        limit: bytes that the process may take; None: nine tenths of what is free.
-        seconds: that there are for everything.
+        limit: bytes that the process may use; None: what it uses already and nine tenths of the free memory.
+        seconds: the whole time budget.
+
     Raises:
-        ConfigError: not even the heads alone fit into the memory.
+        ConfigError: not even training only the heads fits into the memory.
     """
     began = time.monotonic()
     tasks = {name: run.open_task(config, file) for name, file in config.task_files().items()}
@@ -70,13 +75,13 @@ def measure(config: Config, runtime: Runtime, limit: int | None, seconds: float)
     base = max(0, resident - parameters) + (0 if runtime.device.type == "cuda" else SPARE)
     there = Memory(limit, base, evaluation, reason)
     probe = rungs.probe(config, len(model.plan), model.vit.has_class_token)
-    # What does not fit at all is refused before anything takes long.
+    # Raises before anything slow if not even the probe fits.
     fitted(probe, classes, there, runtime.precision, 0)
     most = max(1, IMAGES // len(tasks))
     forward, decoded = 0.0, 0
     for data in tasks.values():
         part, start, count = data, 0, min(FIRST, most)
-        # The second time is taken: kernels are chosen by then. Of images not read before: those are kept decoded.
+        # The second time counts, because kernels are chosen by then. It needs other images: the first ones are cached.
         for _ in range(2):
             part = _some(data, start, count)
             if not len(part.train):

@@ -1,8 +1,8 @@
-"""Which plans of a backbone fit into a memory: what trains, where tokens are dropped, which experts, in which form.
+"""List the plans of a backbone that fit into a memory: trained blocks, token dropping, experts, storage.
 
-Everything is predicted but the memory of this process with its libraries, which is measured, and the rates of `Rates`.
-Nothing is known of accuracy. So a plan is worth telling if no other is as good in all that is known: seconds, memory,
-weights that train, patches that the last block sees.
+Costs are predicted, except for the memory of this process with its libraries and the block times of `Rates`, which are
+measured. Accuracy is unknown. The list is therefore the Pareto front of the known quantities: seconds, memory, number
+of trained weights, and patches that the last block sees.
 """
 
 import copy
@@ -27,16 +27,16 @@ from moe_bsr.runtime import memory
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.training.trainer import BATCH
 
-MOST = 15  # plans that are told
-NEARER = 0.05  # step of the share within which two plans are taken for alike, where there are more
-LEAST_IMAGES = 4  # of a micro-batch; smaller ones waste more time than leaner storages
+MOST = 15  # plans in the list
+NEARER = 0.05  # step by which the tolerance of the comparison grows while the front has more than `MOST` plans
+LEAST_IMAGES = 4  # per micro-batch. Smaller ones cost more time than leaner storages.
 FULL = {"moe.experts": "full", "moe.gate": "token"}
 EXPERTS = ({"moe.experts": "low_rank"}, FULL | {"moe.mlp_ratio": 4}, FULL | {"moe.mlp_ratio": 1})
-MOST_WITH_EXPERTS = 3  # blocks
+MOST_WITH_EXPERTS = 3  # largest number of trained blocks for which variants with experts are tried
 PLAIN = {
     "plan.moe_blocks": [],
     "plan.head_blocks": [],
-    "data.feature_cache_mb": None,  # of another plan's frozen blocks
+    "data.feature_cache_mb": None,  # the configured cache belongs to another plan's frozen blocks
     "data.feature_cache": "exact",
     "data.feature_cache_dir": None,
 }
@@ -47,10 +47,10 @@ class Plan:
     """A plan in its fastest form that fits.
 
     Attributes:
-        changes: of the configuration, by key.
-        bytes: of the whole process at its peak, decoded images left out.
-        flops: of an update. seconds: the same; None where nothing was timed.
-        trained: weights. patches: share of the image's that the last block still sees.
+        changes: to the configuration, by key.
+        bytes: peak of the whole process, without decoded images.
+        flops: FLOPs of an update. seconds: time of an update; None without timing.
+        trained: number of trained weights. patches: share of the image's patches that the last block sees.
     """
 
     changes: dict[str, Any]
@@ -62,22 +62,26 @@ class Plan:
 
     @property
     def costs(self) -> tuple[float, ...]:
-        """What a plan is judged by; all the better the smaller."""
+        """The quantities by which plans are compared. Smaller is better for each."""
         return self.seconds or self.flops, self.bytes, 1 / self.trained, 1 / self.patches
 
 
 class Catalog:
-    """The plans of one backbone and some tasks for a memory.
+    """Search for the plans of one backbone and some tasks that fit into a memory.
 
     Attributes:
-        base: bytes of a process without a model.
-        least: bytes of the leanest plan, once `plans` has looked.
+        base: bytes of the process without a model.
+        least: bytes of the leanest plan; None before `plans` has run.
     """
 
     def __init__(self, config: Config, classes: dict[str, int], limit: int, runtime: Runtime, timed: bool) -> None:
-        """
+        """Make a catalog.
+
         Args:
-            limit: bytes of the whole process. timed: whether blocks are timed here.
+            limit: bytes for the whole process. timed: whether to time blocks on this machine.
+
+        Raises:
+            ConfigError: the optimizer cannot train blocks, or the backbone has no tokens.
         """
         require(config.train.optimizer != "lbfgs", "train.optimizer", "lbfgs", "adamw, adamw8 or sgd: blocks train")
         require_tokens(config.backbone, "a list of plans")
@@ -90,16 +94,19 @@ class Catalog:
         self._models: dict[str, MultitaskViT] = {}
 
     def plans(self) -> list[Plan]:
-        """All that fit."""
+        """Return all plans that fit."""
         heads = self._cost(*self._configured(PLAIN | {"plan.train_blocks": [], **_dropping([], 1.0)}), BATCH)
-        self._evaluation = heads.transients["forward"]  # as much as one takes beside the parameters
-        # Heads alone first: what needs more than the leanest plan so far need not be known exactly.
+        self._evaluation = heads.transients["forward"]  # peak of an evaluation without the parameters
+        # Plans that train only heads come first. Once `least` is small, a lower bound suffices to reject most others.
         looked = sorted(candidates(self.config, self.vit), key=lambda changes: bool(changes["plan.train_blocks"]))
         forms = (self._fastest(changes) for changes in looked)
         return [plan for plan in forms if plan is not None]
 
     def _fastest(self, changes: dict[str, Any]) -> Plan | None:
-        """A plan with the optimizer of the configuration if it fits at once, else with moments in 8 bits if faster."""
+        """Return the plan's fastest form that fits, or None.
+
+        With adamw, 8-bit moments are also tried, unless the plan fits with exact storage and without micro-batches.
+        """
         found = []
         for optimizer in ("adamw", "adamw8") if self.config.train.optimizer == "adamw" else (None,):
             own = changes if optimizer is None else changes | {"train.optimizer": optimizer}
@@ -110,7 +117,7 @@ class Catalog:
         return min(found, key=lambda plan: plan.costs, default=None)
 
     def _first_that_fits(self, changes: dict[str, Any]) -> Plan | None:
-        """Saved exactly, else in micro-batches, else packed, else computed again."""
+        """Return the first form that fits: storages from fastest to leanest, each in ever more micro-batches."""
         batch, beside = self.config.train.batch_size, 0
         for storage in STORAGES:
             parts = 1
@@ -122,7 +129,7 @@ class Catalog:
                         parts *= 2
                         continue
                     cost = self._cost(config, model, batch // parts)
-                except ConfigError:  # what this backbone cannot be, or this configuration in so many micro-batches
+                except ConfigError:  # impossible for this backbone, or with this many micro-batches
                     break
                 always = self.base + cost.parameters + cost.optimizer + cost.average
                 needed = max(self.base + cost.peak, always + self._evaluation)
@@ -130,10 +137,10 @@ class Catalog:
                 if needed <= self.limit:
                     return self._plan(form, config, model, cost, needed)
                 beside = always + cost.gradients
-                room = self.limit - beside
-                if room <= 0 or always + self._evaluation > self.limit:
-                    return None  # in no form
-                wanted = parts * (needed - beside) / room  # what a step keeps shrinks with its images
+                available = self.limit - beside
+                if available <= 0 or always + self._evaluation > self.limit:
+                    return None  # no form fits
+                wanted = parts * (needed - beside) / available  # a step's activations shrink with its images
                 parts *= 2
                 while parts < wanted:
                     parts *= 2
@@ -157,10 +164,10 @@ class Catalog:
         )
 
     def _is_too_much(self, config: Config, model: MultitaskViT, beside: int) -> bool:
-        """Whether a form of several micro-batches neither fits nor is the leanest so far, as one block shows.
+        """Whether a lower bound shows that a form with several micro-batches neither fits nor is the leanest so far.
 
         Args:
-            beside: bytes of the process, weights, state and gradients.
+            beside: bytes of the process, weights, optimizer state and gradients.
         """
         images = config.train.batch_size // config.train.grad_accumulation_steps
         least = least_beside_gradients(model, config, batch=images, precision=self.precision)
@@ -174,7 +181,7 @@ class Catalog:
         return predict(model, config, batch=images, precision=self.precision, all_tasks=True)
 
     def _model(self, config: Config) -> MultitaskViT:
-        """Models that differ in dropping and storage alone are one, whose plan changes."""
+        """Return the model of a configuration. One model serves all that differ only in dropping and storage."""
         key = repr((config.plan.train_blocks, config.plan.moe_blocks, config.moe))
         if key not in self._models:
             self._models[key] = MultitaskViT(copy.deepcopy(self.vit), config, self.classes)
@@ -185,15 +192,15 @@ class Catalog:
 
 
 def candidates(config: Config, vit: VisionTransformer) -> Iterator[dict[str, Any]]:
-    """Changes of a configuration, by key: every plan that is looked at, the configuration's own first."""
+    """Yield the changes to the configuration, by key, for every plan to consider. Its own plan comes first."""
     depth, plan = len(vit.blocks), config.plan
     late = [list(range(depth - count, depth)) for count in (0, 2, depth // 3)]
-    thirds = [depth * part // 3 - 1 for part in (1, 2, 3)]  # 3, 7, 11 of 12
-    early = [depth * part // 4 - depth // 6 for part in (1, 2, 3)]  # 1, 4, 7 of 12
+    thirds = [depth * part // 3 - 1 for part in (1, 2, 3)]  # 3, 7, 11 at depth 12
+    early = [depth * part // 4 - depth // 6 for part in (1, 2, 3)]  # 1, 4, 7 at depth 12
     trained = [*late, thirds, "all", plan.train_blocks]
     drops = [([], 1.0), (early, 0.66), (plan.drop_blocks, plan.keep_rate)]
     own = _dropping(plan.drop_blocks, plan.keep_rate) | {"plan.train_blocks": plan.train_blocks}
-    experts = {key: getattr(config.moe, key.removeprefix("moe.")) for key in EXPERTS[1]}  # where a plan says none
+    experts = {key: getattr(config.moe, key.removeprefix("moe.")) for key in EXPERTS[1]}  # defaults of a plan
     first = PLAIN | own | {"plan.moe_blocks": plan.moe_blocks}
     seen = [experts | first]
     yield first
@@ -212,10 +219,11 @@ def _dropping(blocks: list[int], rates: float | list[float]) -> dict[str, Any]:
 
 
 def front(plans: list[Plan], most: int = MOST) -> tuple[list[Plan], float]:
-    """Those that no other plan is as good as in all its costs, the fastest first.
+    """Return the Pareto front of the plans, the fastest first.
 
     Returns:
-        The plans, and the share within which costs were taken for equal, the smallest that leaves at most `most`.
+        The plans, and the relative tolerance within which costs count as equal: the smallest that leaves at most
+        `most` plans.
     """
     ordered, near = sorted(plans, key=lambda plan: plan.costs), 0.0
     while True:

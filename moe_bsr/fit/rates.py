@@ -1,9 +1,9 @@
-"""How long this machine takes for an update of a plan: each kind of block is timed once, with the tokens it gets.
+"""Estimate the time of an update under a plan on this machine, from the times of its kinds of blocks.
 
-The embedding, a block and the head know nothing of the rest of a network, and blocks of one backbone are alike. So a
-kind of block (frozen, on the gradient path, trained, with experts, dropping, by storage and number of tokens) is run
-alone on random tokens, in a network of two blocks with random weights, and an update is the sum of its blocks. Each is
-timed when it is first asked for.
+The times of the embedding, a block and the head do not depend on the rest of the network. Blocks of one backbone differ
+only in kind: frozen, on the gradient path, trained, with experts, dropping tokens, storage, number of tokens. Each kind
+is timed once, when it is first needed, on random tokens in a network of two blocks with random weights. The time of an
+update is the sum over its blocks.
 """
 
 import copy
@@ -25,14 +25,16 @@ from moe_bsr.model.tokens import Tokens
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.training.update import random_batch, training_step
 
-FLOPS = 3e9  # about as many has a block's forward pass that is timed on a CPU; a GPU gets the whole micro-batch
-REPEATS = 2  # after one that chooses kernels
+FLOPS = 3e9  # approximate size of a block's timed forward pass on a CPU. A GPU is timed with the whole micro-batch.
+REPEATS = 2  # timed runs, after one in which kernels are chosen
 
 
 @dataclass(slots=True)
 class Rates:
-    """Attributes:
-    vit: the backbone, on the meta device. classes: by task.
+    """Times of the kinds of blocks of one backbone on this machine.
+
+    Attributes:
+        vit: the backbone, on the meta device. classes: number of classes by task.
     """
 
     config: Config
@@ -43,7 +45,11 @@ class Rates:
     _networks: dict[Hashable, MultitaskViT] = field(default_factory=dict)
 
     def seconds(self, config: Config, model: MultitaskViT) -> float:
-        """Of an update of `config`, whose plan `model` has; it may be on the meta device."""
+        """Return the estimated seconds of an update.
+
+        Args:
+            model: has the plan of `config`; may be on the meta device.
+        """
         parts = config.train.grad_accumulation_steps
         images = config.train.batch_size // parts
         few = images if self.runtime.device.type == "cuda" else min(images, self._images())
@@ -63,7 +69,7 @@ class Rates:
         return max(1, int(FLOPS / (24 * tokens * self.vit.embed_dim**2)))
 
     def _tokens(self, model: MultitaskViT, config: Config) -> list[int]:
-        """That enter each block."""
+        """Return the number of tokens that enter each block."""
         prefix, tokens = self.vit.num_prefix_tokens, config.tokens
         whole = self.vit.patch_embed.num_patches + prefix
         return [entering for entering, _ in token_counts(model.plan, whole, prefix, tokens.fuses, tokens.protect_fused)]
@@ -71,11 +77,11 @@ class Rates:
     def _block(
         self, plan: BlockPlan, tokens: int, gradients: bool | None, alone: bool, config: Config, images: int
     ) -> float:
-        """Seconds of a block for so many images.
+        """Return the seconds of a block for `images` images, forward and backward.
 
         Args:
-            gradients: whether the tokens that enter it have some; None: it lies before the gradient path.
-            alone: whether it leaves the class token alone.
+            gradients: whether the entering tokens require gradients; None: the block is before the gradient path.
+            alone: whether the block computes only the class token.
         """
 
         def timed() -> float:
@@ -86,7 +92,7 @@ class Rates:
             entering = self._entering(images, tokens, config)
 
             def run() -> None:
-                x = entering.x.clone().requires_grad_(bool(gradients))  # a leaf: nobody else's gradient
+                x = entering.x.clone().requires_grad_(bool(gradients))  # a new leaf, without a gradient
                 with torch.set_grad_enabled(gradients is not None), self.runtime.autocast():
                     taken = dataclasses.replace(entering, x=x)
                     y = network.run_block(int(alone), taken, network.tasks[0], (0, 0, 0)).x
@@ -99,7 +105,7 @@ class Rates:
         return self._once(key, timed)
 
     def _ends(self, trains: bool, config: Config, images: int) -> float:
-        """Seconds of the embedding, and of pooling, a head and the loss."""
+        """Return the seconds of the embedding, pooling, one head and the loss, forward and backward."""
 
         def timed() -> float:
             network = self._network("all" if trains else False, False, False, config)
@@ -124,7 +130,10 @@ class Rates:
         return self._once(("ends", trains, images), timed)
 
     def _weight(self, experts: bool, config: Config) -> float:
-        """Seconds of the optimizer's step for a weight that trains; experts' are few large tensors."""
+        """Return the seconds per trained weight of the optimizer's step.
+
+        Experts are timed separately: their weights are in a few large tensors.
+        """
 
         def timed() -> float:
             network = self._network(True, experts, False, config)
@@ -144,7 +153,7 @@ class Rates:
         return self._once(("weight", experts and repr(config.moe), config.train.optimizer), timed)
 
     def _entering(self, images: int, tokens: int, config: Config) -> Tokens:
-        """Random tokens; where tokens were merged before, each stands for several patches."""
+        """Return random tokens that enter a block. After merging, each of them represents several patches."""
         vit, device = self.vit, self.runtime.device
         prefix, patches = vit.num_prefix_tokens, vit.patch_embed.num_patches
         x = torch.randn(images, tokens, vit.embed_dim, device=device)
@@ -156,10 +165,11 @@ class Rates:
         return Tokens(x, origin, place=place)
 
     def _network(self, trains: bool | Literal["all"], experts: bool, last: bool, config: Config) -> MultitaskViT:
-        """Two blocks with random weights, the first or last of which trains or has experts.
+        """Return a network of two blocks with random weights, made once per kind.
 
         Args:
-            trains: "all": the embedding and both.
+            trains: whether one block trains; "all": the embedding and both blocks do. experts: whether it has experts.
+            last: whether that block is the last one rather than the first.
         """
 
         def made() -> MultitaskViT:
@@ -196,7 +206,7 @@ class Rates:
     def _time(
         self, work: Callable[[], object], network: MultitaskViT, before: Callable[[], object] = lambda: None
     ) -> float:
-        """The least of some runs, each from a network without gradients."""
+        """Return the shortest time of some runs, each starting without gradients. `before` is not timed."""
         took = []
         with self.runtime.in_effect():
             for _ in range(1 + REPEATS):

@@ -1,4 +1,4 @@
-"""What of the memory a run may use: how its backward pass is stored, in how many micro-batches, with which caches."""
+"""Fit a run into a memory: choose its storage, number of micro-batches and caches."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,8 +14,8 @@ from moe_bsr.model.multitask import build_on_meta
 STORAGES = ("exact", "int8", "recompute", "recompute_int8")  # from the fastest to the leanest
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 LEAST_IMAGE_CACHE = 16  # MB
-# Beside the libraries of a process that has not trained yet, a run has those that load on first use, checkpoints, and
-# freed memory that the heap keeps: 47 and 69 MB were measured in two runs.
+# What a run needs beyond the memory of a process that has not trained yet: libraries that load on first use,
+# checkpoints, and freed memory that the heap keeps. 47 and 69 MB were measured in two runs.
 SPARE = 70 * 2**20
 PLAIN = {key: DataConfig.__dataclass_fields__[key].default for key in (*AUGMENT_KEYS, "views")}
 
@@ -25,8 +25,8 @@ class Memory:
     """Memory of this process, in bytes.
 
     Attributes:
-        limit: that it may take. base: what it takes without a model: libraries and data, and on a CPU `SPARE`.
-        evaluation: most that an evaluation takes beside the parameters.
+        limit: the most it may use. base: use without a model: libraries and data, on a CPU also `SPARE`.
+        evaluation: peak of an evaluation without the parameters.
         reason: where the limit comes from.
     """
 
@@ -41,7 +41,7 @@ class Fitted:
     """A configuration that fits.
 
     Attributes:
-        bytes: predicted for the whole process at its peak, caches included. left: of the limit.
+        bytes: predicted peak of the whole process, caches included. left: bytes up to the limit.
     """
 
     config: Config
@@ -50,13 +50,16 @@ class Fitted:
 
 
 def fitted(config: Config, classes: dict[str, int], memory: Memory, precision: str, decoded: int) -> Fitted:
-    """The fastest form of a run that fits: saved exactly, else in micro-batches, else packed, else computed again.
+    """Return the fastest form of a run that fits.
+
+    Storages are tried from the fastest to the leanest, each in ever more micro-batches.
 
     Args:
-        classes: by task. decoded: bytes of all decoded images, which half of what is left may hold.
+        classes: number of classes by task.
+        decoded: bytes of all decoded images. Their cache gets at most half of the remaining memory.
 
     Raises:
-        ConfigError: none does.
+        ConfigError: no form fits.
     """
     least = None
     for candidate in _forms(config):
@@ -73,8 +76,9 @@ def fitted(config: Config, classes: dict[str, int], memory: Memory, precision: s
             return Fitted(configuration.replace(candidate, data__image_cache_mb=images), needed + images * 10**6, left)
         least = min(needed, least or needed)
     raise ConfigError(
-        f"memory: {memory.limit / 2**20:.0f} MB ({memory.reason}), and this needs {ceil(least / 2**20) + 16} MB at "
-        f"least, {memory.base / 2**20:.0f} of them for libraries; give more, or take a smaller backbone.name"
+        f"memory: {memory.limit / 2**20:.0f} MB ({memory.reason}), but this run needs at least "
+        f"{ceil(least / 2**20) + 16} MB, {memory.base / 2**20:.0f} of them for libraries; allow more memory, or choose "
+        "a smaller backbone.name"
     )
 
 
@@ -83,22 +87,23 @@ def _forms(config: Config) -> Iterator[Config]:
     frozen = config.train.optimizer == "lbfgs"
     for storage in own or (STORAGES[:1] if frozen else STORAGES):
         for parts in MICRO_BATCHES[:1] if frozen else MICRO_BATCHES:
-            with contextlib.suppress(ConfigError):  # a batch that is not to be split so, or not at all
+            with contextlib.suppress(ConfigError):  # a batch that cannot be split in this way
                 yield configuration.replace(config, storage=storage, train__grad_accumulation_steps=parts)
 
 
-def with_feature_cache(config: Config, room: int, images: int, tokens: int, width: int, itemsize: int) -> Config:
-    """The run with what its frozen blocks make of each image kept, unaugmented, if there is room for that.
+def with_feature_cache(config: Config, available: int, images: int, tokens: int, width: int, itemsize: int) -> Config:
+    """Return the run with a cache of the frozen blocks' features of unaugmented images, if it fits.
 
-    A run that mixes images has nothing to keep, and one with augmentation of its own would lose it.
+    The run is returned unchanged if it mixes images, which leaves nothing to cache, or if its configuration sets
+    augmentations, which a cache would disable.
 
     Args:
-        room: bytes. images: for training, of all tasks. tokens, width: of the stream where the first block trains.
-        itemsize: bytes of one of its values.
+        available: bytes for the cache. images: training images of all tasks.
+        tokens, width: size of the features where the first block trains. itemsize: bytes of one value.
     """
     each = tokens * 8 + len(config.plan.head_blocks) * width * itemsize  # origins, and class tokens for the heads
     sizes = {"exact": tokens * width * itemsize + each, "int8": tokens * width + 4 * width + each}
-    fits = [kind for kind, size in sizes.items() if 1.02 * images * size <= room]
+    fits = [kind for kind, size in sizes.items() if 1.02 * images * size <= available]
     own = any(getattr(config.data, key) != default for key, default in PLAIN.items())
     if not fits or own or config.train.mixup or config.train.cutmix:
         return config

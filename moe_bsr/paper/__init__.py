@@ -1,5 +1,6 @@
-"""The cost figures that the BSR paper prints (arXiv 2405.10951), and each of them rebuilt by a rule.
+"""Recompute the cost figures printed in the BSR paper (arXiv 2405.10951), each by the rule that produced it.
 
-`tables` holds what is printed, `settings` the networks that are meant, `bsr_rule`, `backrazor_rule` and
-`autograd_rule` the accounts, `rebuild` applies them, `page` makes pages of it. No training run uses any of this.
+`tables` has the printed figures and `settings` the networks behind them. `bsr_rule`, `backrazor_rule` and
+`autograd_rule` are the accounting rules. `rebuild` applies them, and `page` formats the result. Training uses none of
+this.
 """

@@ -1,11 +1,11 @@
-"""What autograd keeps of the published forward pass in plain PyTorch, by closed form.
+"""Closed form of the memory that autograd keeps for the published forward pass in plain PyTorch.
 
-This is what a user gets who writes the method down as the papers do: timm's block with the attention map
-computed, tokens taken with `gather` (which keeps its source), the fused token a sum of products, experts one
-after the other on gathered rows. float32, two images or more (with one, q and k need no copy of their own
-and the whole of qkv is kept instead). Bytes of the distinct storages that the saved-tensor hooks see,
-parameters excluded, the images included where the patch embedding trains; without the loss. Blocks of the
-classic form only: norms of q and k, layer scale and gates are not in here, nor blocks beside one that drops tokens.
+It describes a direct implementation of the papers: timm's block with an explicit attention map, token selection by
+`gather` (which saves its source), a fused token computed as a sum of products, and experts that run one after the other
+on gathered rows. It holds for float32 and at least two images. (With one image, q and k need no copies, and the whole
+qkv tensor is kept instead.) It counts the distinct storages that the saved-tensor hooks see, without parameters and
+without the loss. The images count if the patch embedding trains. Only blocks of the classic form are covered: no norms
+of q and k, no layer scale, no gates, and no blocks beside one that drops tokens.
 """
 
 from moe_bsr.paper.bsr_rule import FLOAT
@@ -15,29 +15,29 @@ INDEX = 8  # bytes of an int64
 
 
 def kept(shape: Shape) -> dict[str, int]:
-    """Bytes of one image kept for the backward pass, by section ("embedding", "block 0" ..., "head")."""
+    """Return the bytes kept per image for the backward pass, by section ("embedding", "block 0" ..., "head")."""
     flows = any(leaf.trained for leaf in shape.embedding)  # whether the residual stream requires a gradient
     result = {"embedding": sum(FLOAT * leaf.input for leaf in shape.embedding if leaf.trained)}
     entered = flows
     for block in shape.blocks:
         before = flows
         size, flows = _block(block, shape, flows)
-        if block.name.startswith("beside") and entered:  # the block keeps their common input already
+        if block.name.startswith("beside") and entered:  # both have the same input, which the block keeps already
             size -= FLOAT * block.norm1[0].input
         entered = before
         result[block.name] = size
     norm, head = shape.head
     size, flows = _layers((norm,), flows)
-    result["head"] = size + FLOAT * norm.output  # the head's input is a view into all of the norm's output
+    result["head"] = size + FLOAT * norm.output  # the head's input is a view of the norm's whole output
     return result
 
 
 def _block(block: BlockShape, shape: Shape, flows: bool) -> tuple[int, bool]:
-    """Bytes, and whether what comes out requires a gradient; `flows`: whether what goes in does."""
+    """Return a block's bytes, and whether its output requires a gradient. `flows`: whether its input does."""
     qkv, proj = block.attention
     ffn_tokens = block.norm2[0].rows
     size, branch = _layers((*block.norm1, qkv), flows)
-    if branch:  # q, k and v are copied for the batched products; the map is softmax's result
+    if branch:  # q, k and v are copied for the batched products. The map is the result of softmax.
         size += FLOAT * (block.heads * block.tokens**2 + 3 * block.tokens * block.width)
     more, branch = _layers((proj,), branch)
     size, flows = size + more, flows or branch
@@ -50,27 +50,33 @@ def _block(block: BlockShape, shape: Shape, flows: bool) -> tuple[int, bool]:
 
 
 def _selection(block: BlockShape, shape: Shape, left: int) -> int:
-    """Gathering keeps the tokens and the indices; fusing also dropped tokens, scores and weights."""
+    """Return the bytes of token selection.
+
+    Gathering keeps all tokens and the indices. Fusing also keeps the dropped tokens, the scores and the weights.
+    """
     width, candidates = block.norm1[0].inputs, block.tokens - shape.prefix
     taken = left - shape.prefix - shape.fuses
     size = FLOAT * block.tokens * width + INDEX * taken
-    if shape.fuses:  # the places of the dropped are a part of all candidates' places, sorted
+    if shape.fuses:  # the indices of the dropped tokens are a view of the sorted indices of all candidates
         dropped = candidates - taken
         size += INDEX * candidates + FLOAT * (candidates + dropped + dropped * width)
     return size
 
 
 def _routing(leaves: tuple[Leaf, ...]) -> int:
-    """Probabilities and choices of each token; of each of its rows the output, before and after the gate, the
-    gate and two indices (`index_add` keeps what it adds)."""
+    """Return the bytes of routing.
+
+    Each token keeps its probabilities and choices. Each of its rows keeps the expert's output before and after the gate
+    (`index_add` keeps what it adds), the gate and two indices.
+    """
     router, first, _, second = leaves
     return FLOAT * (router.output + 2 * second.output + first.rows) + 3 * INDEX * first.rows
 
 
 def _layers(leaves: tuple[Leaf, ...], flows: bool) -> tuple[int, bool]:
-    """Kept by leaves one after the other, and whether what comes out requires a gradient.
+    """Return the bytes kept by consecutive leaves, and whether their output requires a gradient.
 
-    A norm keeps its input, mean and deviation also when frozen: the gradient that passes needs them.
+    A norm keeps its input, mean and deviation even if it is frozen, because its input's gradient needs them.
     """
     size = 0
     for leaf in leaves:

@@ -1,14 +1,14 @@
-"""The accounting of Back Razor (Jiang et al. 2022), the ancestor of the BSR paper's rule.
+"""The memory accounting of Back Razor (Jiang et al. 2022), from which the BSR paper's rule was derived.
 
-As `bsr_rule`, with four differences. The inputs of q, k and v are charged three times, once for each of three
-separate layers. The FFN is charged as the attention is: its activation function on entry, and one token
-tensor as a residual while inside. There is no gradient path: attention and activation function are charged
-in every block. Where only the head trains, the running sum is set to 0 on entering an attention or an FFN.
+It differs from `bsr_rule` in four points. The input of q, k and v is charged three times, once for each of three
+separate layers. The FFN is charged like the attention: its activation function on entry, and one token tensor as the
+residual while inside. There is no gradient path: attention and activation function are charged in every block. If only
+the head trains, the running sum is reset to 0 on entering an attention or an FFN.
 
-With `prune` = p, the share of values set aside, what the blocks keep is sparse: a bit mask over all values
-and the 1 - p largest in float16 (in float32 for the norms, whose layer knows no half precision). The input
-of the activation function is not pruned but kept dense in float16. Patch embedding, final norm and head are
-exact.
+With pruning, a share `prune` = p of the kept values is dropped. Tensors kept by the blocks are then sparse: a bit mask
+over all values, and the largest 1 - p of them in float16 (in float32 for norms, whose layer has no half precision). The
+input of the activation function is not pruned, but kept dense in float16. Patch embedding, final norm and head keep
+their inputs exactly.
 """
 
 from dataclasses import replace
@@ -20,13 +20,13 @@ MASK = 1 / 8  # bytes a value
 
 
 def memory(shape: Shape, batch: int = 1, prune: float | None = None, half: bool = True) -> Estimate:
-    """Back Razor's training memory by its released estimator.
+    """Return Back Razor's training memory according to its released estimator.
 
     Args:
-        prune: share of the kept values that is set aside, in [0, 1]; None keeps everything in float32.
-        half: whether the pruned values that are left are kept in float16.
+        prune: share of the kept values that is dropped, in [0, 1]; None keeps everything in float32.
+        half: whether the remaining values are kept in float16.
     """
-    dense = pruned = pruned_norm = 1.0  # bytes kept of a float32 value, over 4
+    dense = pruned = pruned_norm = 1.0  # bytes kept per value, relative to float32
     if prune is not None:
         dense = 0.5
         pruned_norm = (MASK + (1 - prune) * FLOAT) / FLOAT
@@ -60,7 +60,7 @@ def memory(shape: Shape, batch: int = 1, prune: float | None = None, half: bool 
 
 
 def _separate(leaf: Leaf) -> list[Leaf]:
-    """A leaf, or the three layers in place of the fused one of q, k and v."""
+    """Return the leaf itself, or three layers in place of the fused layer of q, k and v."""
     if leaf.name != "attn.qkv":
         return [leaf]
     return [replace(leaf, name=f"attn.{name}", outputs=leaf.outputs // 3) for name in ("query", "key", "value")]

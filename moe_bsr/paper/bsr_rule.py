@@ -1,25 +1,24 @@
-"""The accounting of the BSR paper, "Train Mem." and "FLOPs": its released estimator, derived from TinyTL's.
+"""The BSR paper's accounting of "Train Mem." and "FLOPs": its released estimator, derived from TinyTL's.
 
-Memory = batch x (peak activations of an image) + 4 bytes for each trainable + 1 byte for each frozen
-parameter; no gradients, no optimizer state, and frozen weights in 8 bits whatever the run keeps. MB are
-2^20 bytes. Activations are float32. Walking over the leaf modules in the order of the forward pass with
-the running sum g of what is kept, before each leaf
+Memory = batch x (peak activations of an image) + 4 bytes for each trainable + 1 byte for each frozen parameter. It
+leaves out gradients and optimizer state, and assumes frozen weights in 8 bits whatever the run has. MB are 2^20 bytes.
+Activations are float32. The rule visits the leaf modules in the order of the forward pass, and adds up in g what is
+kept. Before each leaf
 
     peak = max(peak, g + tmp + res)
 
-where tmp is the leaf's input and output for a linear layer, its input for a norm or an activation, and
-res one token tensor while inside an attention; after it g grows by what the leaf keeps: its input, if it
-is a linear layer or a norm whose weight trains, or an activation function on the gradient path. An
-attention on the gradient path keeps its map and q, k and v, charged on entry. What that leaves out: the
-inputs of frozen norms, which autograd does keep, and every temporary of the backward pass.
+Here tmp is the input and output of a linear layer, or the input of a norm or an activation function. res is one token
+tensor while inside an attention. After each leaf, g grows by the leaf's input, if the leaf is a linear layer or a norm
+with a trained weight, or an activation function on the gradient path. An attention on the gradient path keeps its map
+and q, k and v, which are charged on entry. The rule leaves out the inputs of frozen norms, which autograd does keep,
+and all temporaries of the backward pass.
 
-Where only the head trains, g is set to 0 on entering an attention - after its own charge, and the rule
-knows no path then, so that every block is charged its activation function.
+If only the head trains, g is reset to 0 on entering an attention, after its own charge. There is no gradient path then,
+and the activation functions of all blocks are charged.
 
-Mixture-of-experts layers are unknown to the released estimator (their layers are none of torch's, so it
-counts nothing of them but the activation function between, and the paper prints no estimate for them).
-Here the rule is applied to them as it stands: router and experts are linear layers, the experts' on
-top_k rows for each token.
+The released estimator does not cover mixture-of-experts layers. They are not torch's own layers, so that it counts only
+the activation function between them, and the paper prints no estimate for them. Here the same rule is applied to them:
+router and experts are linear layers, and the experts' have top_k rows for each token.
 
 "FLOPs" in the paper are multiply-adds of the forward pass alone, in units of 1e9 ("GMacs").
 """
@@ -34,12 +33,12 @@ MB = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a published rule says of a training step; bytes.
+    """Memory of a training step according to a published rule, in bytes.
 
     Attributes:
-        kept: of one image, by section ("embedding", "block 0" ..., "head").
-        peak: activations of one image at the worst moment of the forward pass.
-        parameters: 4 bytes for each trainable one, 1 for each frozen one.
+        kept: per image, by section ("embedding", "block 0" ..., "head").
+        peak: activations of one image at the peak of the forward pass.
+        parameters: 4 bytes for each trainable parameter and 1 for each frozen one.
     """
 
     kept: dict[str, float]
@@ -61,7 +60,7 @@ class Estimate:
 
 
 class RunningSum:
-    """The estimators' walk: g (`kept`), `peak` and res (`residual`), all in bytes of one image."""
+    """State of an estimator while it visits the leaves: g (`kept`), `peak` and res (`residual`), in bytes per image."""
 
     def __init__(self) -> None:
         self.kept = self.peak = self.residual = 0.0
@@ -81,7 +80,7 @@ class RunningSum:
 
 
 def memory(shape: Shape, batch: int = 1) -> Estimate:
-    """The paper's "Train Mem." by its released estimator, step by step."""
+    """Return the paper's "Train Mem." according to its released estimator."""
     walk = RunningSum()
     for leaf in shape.embedding:
         walk.visit("embedding", leaf, kept(leaf, False))
@@ -105,19 +104,19 @@ def memory(shape: Shape, batch: int = 1) -> Estimate:
 
 
 def kept(leaf: Leaf, on_path: bool) -> float:
-    """Bytes that a leaf keeps of one image."""
+    """Return the bytes that a leaf keeps per image."""
     return FLOAT * leaf.input * (on_path if leaf.kind == "activation" else leaf.trained)
 
 
 def attention_kept(block: BlockShape) -> float:
-    """Bytes of the attention map and of q, k and v: H n^2 and 3 n D elements."""
+    """Return the bytes of the attention map and of q, k and v: H n^2 and 3 n D elements."""
     return FLOAT * (block.heads * block.tokens**2 + 3 * block.tokens * block.width)
 
 
 def forward_macs(shape: Shape) -> int:
-    """Multiply-adds of one image's forward pass: 4 D^2 n + 2 D n^2 + 8 D^2 m a block, embedding and head.
+    """Return the multiply-adds of one image's forward pass: 4 D^2 n + 2 D n^2 + 8 D^2 m per block, embedding and head.
 
-    Experts and router are counted. (The class token's second row of scores, a millionth, is not.)
+    Experts and router count. The second row of scores for the class token, a millionth of the total, does not.
     """
     layers = sum(
         leaf.input * leaf.outputs for leaves in shape.sections.values() for leaf in leaves if leaf.kind == "linear"
@@ -126,10 +125,9 @@ def forward_macs(shape: Shape) -> int:
 
 
 def thop_count(shape: Shape) -> int:
-    """What the counter behind the paper's MoE rows sees: torch's layers, and four times each norm's input.
+    """Return the count behind the paper's MoE rows, that of the thop library: torch's layers and 4 x each norm's input.
 
-    Neither the products within the attention, which are no layers, nor router and experts, which are none
-    of torch's layers.
+    It misses the products within the attention, which are not layers, and router and experts, which are not torch's.
     """
     total = 0
     for leaf in (leaf for leaves in shape.sections.values() for leaf in leaves):

@@ -1,4 +1,4 @@
-"""The rebuilt figures as text for a terminal and as `docs/paper_tables.md`."""
+"""Format the recomputed figures as text for a terminal and as `docs/paper_tables.md`."""
 
 from moe_bsr.paper.bsr_rule import MB
 from moe_bsr.paper.rebuild import BATCH, KEPT, RULES, STEP_MEMORY, Result
@@ -10,22 +10,23 @@ INTRODUCTION = """\
 
 Made by `python tools/reproduce.py --markdown`; do not edit.
 
-Every memory and FLOPs figure printed in Tables 1 to 8 and Figure 1 of *Block Selective Reprogramming for
-On-device Training of Vision Transformers* ([arXiv 2405.10951](https://arxiv.org/abs/2405.10951)), recomputed
-from shapes alone by the rule that produced it. MB are 2^20 bytes. "GMacs" are 1e9 multiply-adds of the
-forward pass (one multiply-add is two floating-point operations); no figure of the paper counts the backward
-pass. Blocks are counted from 0; 224 px, patch 16, 197 tokens; batch 128 unless a table says otherwise.
+This page has every memory and FLOPs figure printed in Tables 1 to 8 and Figure 1 of *Block Selective
+Reprogramming for On-device Training of Vision Transformers*
+([arXiv 2405.10951](https://arxiv.org/abs/2405.10951)). Each is recomputed from shapes by the rule that produced
+it. MB are 2^20 bytes. "GMacs" are 1e9 multiply-adds of the forward pass (one multiply-add is two floating-point
+operations). No figure of the paper counts the backward pass. Blocks are counted from 0. Images have 224 px,
+patches 16, which gives 197 tokens. The batch is 128 unless a table says otherwise.
 
-A figure counts as reproduced within 0.3 %, or within half of its last printed digit. **Corrected** rows say
-what the same words cost when computed rightly; **other rule** rows what they cost by the rule of the rows
-beside them; **not reproduced** rows say what was tried.
+A figure counts as reproduced within 0.3 %, or within half a unit of its last printed digit. A **corrected** row
+has the correct value for the setting as described. An **other rule** row has the value by the rule of the rows
+beside it. A **not reproduced** row says what was tried.
 """
 
 RULES_INTRODUCTION = """
 ## What each rule charges
 
-For the 197 tokens of a full-length block, with T one token tensor (197 x width x 4 bytes) and A the attention
-map (heads x 197 x 197 x 4 bytes):
+For the 197 tokens of a full-length block, with one token tensor T (197 x width x 4 bytes) and the attention
+map A (heads x 197 x 197 x 4 bytes):
 
 | | trained block | frozen block on the gradient path | frozen block before it |
 | --- | --- | --- | --- |
@@ -33,27 +34,27 @@ map (heads x 197 x 197 x 4 bytes):
 | Back Razor's rule | 18 T + A | 7 T + A | 7 T + A |
 | autograd, plain PyTorch | 16 T + A | 9 T + A | 0 |
 
-and for autograd 16 bytes a token for the statistics of the two norms. What the paper's rule leaves out: the
+Autograd keeps 16 more bytes per token for the statistics of the two norms. The paper's rule leaves out the
 inputs of frozen norms, what `gather` keeps at a drop, gradients, optimizer state and all temporaries of the
-backward pass. It charges a frozen parameter one byte, though the runs keep four. The released estimators do
-not know expert layers; where such a model appears below, router and experts are charged as the linear layers
-they are, the experts' on four rows for each token.
+backward pass. It charges one byte for a frozen parameter, although the runs keep four. The released estimators
+do not cover expert layers. Below, router and experts are charged as linear layers, and the experts' have four
+rows for each token.
 """
 
 KEPT_INTRODUCTION = """
 ## What these settings really keep
 
-Activations kept for the backward pass, MB of one image, float32. *Autograd, plain PyTorch*: every distinct
-storage that the saved-tensor hooks see, parameters excluded, when the method is written down as published
-(timm's block with the attention map computed, `gather` at the drops); a closed form, which the tests compare
-with the hooks. *Our code*: what `tools/cost.py --mode exact` predicts at storage `exact`, the images not
-counted; the last column is the highest moment of its whole training step at batch 128 with SGD and momentum,
-parameters included, in MB.
+The table has the activations kept for the backward pass in MB per image, float32. *Autograd, plain PyTorch*
+counts every distinct storage that the saved-tensor hooks see, without parameters, in a direct implementation of
+the method (timm's block with an explicit attention map, `gather` at the drops). It is a closed form, which the
+tests compare with the hooks. *Our code* is what `tools/cost.py --mode exact` predicts for storage `exact`,
+without the images. The last column is the peak of our whole training step in MB, at batch 128 with SGD and
+momentum, parameters included.
 """
 
 
 def as_text(results: list[Result]) -> str:
-    """Plain tables, one for each published one."""
+    """Return plain tables, one for each published table."""
     width = max(len(r.row) for r in results)
     lines = []
     for table, rows in _by_table(results).items():
@@ -76,7 +77,7 @@ def as_text(results: list[Result]) -> str:
 
 
 def as_markdown(results: list[Result]) -> str:
-    """The page, of all tables or of those asked for."""
+    """Return the page in Markdown, for all tables that occur in the results."""
     parts = [INTRODUCTION, RULES_INTRODUCTION, _rules({r.rule for r in results})]
     for table, rows in _by_table(results).items():
         parts += [

@@ -1,4 +1,4 @@
-"""The rules that produced the published figures, and a figure rebuilt: published, ours, the difference."""
+"""Recompute the published figures by the rules that produced them, and compare."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -14,9 +14,11 @@ BATCH = 128
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Attributes:
-    text: what it charges, for the page.
-    rebuild: a figure's value from its setting and arguments.
+    """A way to compute figures.
+
+    Attributes:
+        text: description of what the rule counts, for the page.
+        rebuild: computes a figure from its setting and arguments.
     """
 
     text: str
@@ -28,7 +30,7 @@ def kept_by_ours(setting: Setting) -> float | None:
     return None if cost is None else cost.kept / BATCH / MB
 
 
-# What a setting keeps of one image for the backward pass, in MB, by each account (None: does not cover it).
+# MB that a setting keeps per image for the backward pass, by way of counting. None: the setting is not covered.
 KEPT: dict[str, Callable[[Setting], float | None]] = {
     "paper's rule": lambda setting: bsr_rule.memory(shape(setting)).activations_mb,
     "autograd, plain PyTorch": lambda setting: sum(autograd_rule.kept(shape(setting)).values()) / MB,
@@ -47,7 +49,7 @@ def on_device(setting: Setting, batch: int) -> float:
 
 
 def tensor(setting: Setting, which: str, times: int = 1) -> float:
-    """One kept tensor of a full-length block (Table 1), or what a block keeps in all."""
+    """Return the MB of one kept tensor of a full-length block (Table 1), or of all that the block keeps."""
     block = shape(setting).blocks[-1]
     token = FLOAT * block.leaves[0].input
     sizes = {
@@ -78,9 +80,9 @@ RULES = {
     ),
     "paper, one tensor": Rule("One of the charges of `paper` on 197 tokens, or their sum over a block.", tensor),
     "backrazor": Rule(
-        "Back Razor's released estimator, ancestor of `paper`: the input of q, k and v is charged three "
-        "times, the FFN carries a residual, every block counts as on the gradient path; pruned values cost "
-        "a bit each and the remaining ones 2 bytes (4 in the norms), GELU inputs 2 bytes.",
+        "Back Razor's released estimator, from which `paper` was derived: the input of q, k and v is charged "
+        "three times, the FFN carries a residual, and every block counts as on the gradient path. With pruning, "
+        "each value costs a bit and each remaining one 2 bytes more (4 in the norms), a GELU input 2 bytes.",
         lambda setting, **given: backrazor_rule.memory(shape(setting), **given).total_mb,
     ),
     "macs": Rule(
@@ -89,21 +91,21 @@ RULES = {
         lambda setting, batch=1: giga(batch * bsr_rule.forward_macs(shape(setting))),
     ),
     "thop": Rule(
-        "What the thop counter sees: torch's own linear layers and convolutions, and four times the "
-        "elements that enter norms. Attention products, router and experts count zero.",
+        "The count of the thop library: torch's own linear layers and convolutions, and four times the "
+        "elements that enter norms. Attention products, router and experts count as zero.",
         lambda setting, batch: giga(batch * bsr_rule.thop_count(shape(setting))),
     ),
     "memory ratio": Rule("`paper` of full fine-tuning over `paper` of the setting.", memory_ratio),
     "on-device model": Rule(
-        "No rule produced these: they were measured on a GPU. For orientation, what must live at least: "
+        "No rule produced these figures: they were measured on a GPU. Ours is a lower bound for orientation: "
         "batch x what autograd keeps in plain PyTorch + 4 bytes for each parameter and 8 more for each "
-        "trainable one (gradient and momentum). Buffers that live for a moment come on top.",
+        "trainable one (gradient and momentum). Temporary buffers come on top.",
         on_device,
     ),
     "paper, ResNet-50": Rule(
-        "`paper, activations` on torchvision's ResNet-50, in MB of 10^6 bytes: inputs of what trains, a bit for each "
-        "value of a ReLU behind it, and at the worst moment a convolution's input and output and the block's input. "
-        "The blocks that BSR trains keep their norms frozen.",
+        "`paper, activations` on torchvision's ResNet-50, in MB of 10^6 bytes: the inputs of trained layers, a bit for "
+        "each value of a ReLU behind the first of them, and at the peak a convolution's input and output and the "
+        "block's input. In the blocks that BSR trains, norms are frozen.",
         lambda setting, trained=None: resnet.activations(trained) / 1e6,
     ),
     "macs, ResNet-50": Rule(
@@ -117,14 +119,13 @@ STEP_MEMORY = ("paper", "paper, activations", "backrazor", "on-device model")
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A figure as printed, and how it is rebuilt.
+    """A printed figure and how to recompute it.
 
     Attributes:
         published: the digits as printed.
-        rule: a key of RULES, or None where nothing could be tried.
-        status: "reproduced" (and a run of the tool fails if it no longer is), "corrected" (what the same
-            words cost when computed rightly), "other rule" (what they cost by the rule of the rows beside
-            them), or "not reproduced".
+        rule: a key of RULES, or None if there is nothing to compute it from.
+        status: "reproduced" (`moe-bsr reproduce` fails if it is not), "corrected" (the correct value for the setting as
+            described), "other rule" (the value by the rule of the neighboring rows), or "not reproduced".
     """
 
     table: str
@@ -140,13 +141,14 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A figure rebuilt.
+    """A recomputed figure.
 
     Attributes:
-        ours: None where nothing was tried.
+        ours: our value; None without a rule.
         relative_difference: (ours - published) / published.
-        off: whether a reproducible figure is missed by more than 0.3 % and by more than half its last digit.
-        kept_mb: KEPT of its setting, for figures that are the memory of a training step.
+        off: whether a figure with status "reproduced" differs by more than 0.3 % and by more than half a unit of its
+            last digit.
+        kept_mb: values of KEPT for its setting, if the figure is the memory of a training step; else empty.
     """
 
     table: str
@@ -166,6 +168,7 @@ class Result:
 
 
 def rebuild(figure: Figure) -> Result:
+    """Recompute a figure and compare it with the printed one."""
     published = float(figure.published)
     ours = difference = None
     off, kept = False, {}

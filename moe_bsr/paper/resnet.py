@@ -1,13 +1,14 @@
-"""ResNet-50 by the paper's memory rule (Table 5), which for this network counts in MB of 10^6 bytes.
+"""ResNet-50 by the paper's memory rule (Table 5). For this network the paper's MB are 10^6 bytes.
 
-Walking over the leaf modules in the order of the forward pass with the running sum g of what is kept, before each leaf
+The rule visits the leaf modules in the order of the forward pass and adds up what is kept in g. Before each leaf
 
     peak = max(peak, g + tmp + res)
 
-where tmp is the input and output of a convolution or the head and the input of a norm (ReLUs work in place), and res
-the block's input while inside a block, unless it is kept already. After it g grows by what the leaf keeps: its input
-if it trains, and behind the first that trains a bit for each value of a ReLU. Full fine-tuning trains all. BSR trains
-the convolutions of three blocks and the head, no norm: its peak lies before the first of them, where nothing is kept.
+Here tmp is the input and output of a convolution or the head, or the input of a norm; ReLUs work in place. res is the
+block's input while inside a block, unless it is kept already. After each leaf, g grows by what the leaf keeps: its
+input for a trained layer, one bit per value for a ReLU behind the first trained layer. Full fine-tuning trains
+everything. BSR trains the convolutions of three blocks and the head, no norm. Its peak lies before the first of them,
+while g is 0.
 """
 
 from functools import lru_cache
@@ -22,7 +23,7 @@ FLOAT = 4
 
 @lru_cache
 def leaves() -> tuple[tuple[str, nn.Module, int, int], ...]:
-    """(name, module, input elements, output elements) of each leaf on one 224 px image, in forward order."""
+    """Return (name, module, input elements, output elements) of each leaf for one 224 px image, in forward order."""
     with torch.device("meta"):
         network = resnet50(num_classes=10)
         found: list[tuple[str, nn.Module, int, int]] = []
@@ -36,10 +37,10 @@ def leaves() -> tuple[tuple[str, nn.Module, int, int], ...]:
 
 
 def activations(trained: tuple[str, ...] | None) -> float:
-    """Peak bytes of one image.
+    """Return the peak bytes of one image's activations.
 
     Args:
-        trained: names of the blocks and layers that train, their norms apart; None trains everything.
+        trained: name prefixes of the blocks and layers that train, except for their norms; None trains everything.
     """
     kept = peak = residual = 0.0
     inside, on_path = "", False
@@ -57,7 +58,7 @@ def activations(trained: tuple[str, ...] | None) -> float:
 
 
 def forward_macs() -> int:
-    """Multiply-adds of one image: each output of a convolution costs one filter."""
+    """Return the multiply-adds for one image: the size of a filter for each output of a convolution."""
     return sum(
         out * module.weight[0].numel() for _, module, _, out in leaves() if isinstance(module, nn.Conv2d | nn.Linear)
     )

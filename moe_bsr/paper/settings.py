@@ -1,4 +1,4 @@
-"""The networks behind the published figures, as plans of our own on backbones without values."""
+"""The networks behind the published figures, as our own plans on backbones on the meta device."""
 
 import copy
 from dataclasses import dataclass
@@ -20,10 +20,11 @@ class Setting:
     """One fine-tuning setting of the paper.
 
     Attributes:
-        tasks: name and number of classes of each.
-        beside: blocks beside which another one trains, as published.
-        substring: choose trained parameters as the released scripts did: a parameter trains if the text of
-            a block's index occurs anywhere in its name, so that "2" also trains every fc2 and norm2.
+        tasks: (name, number of classes) of each task.
+        trainable, drop, experts: indices of the blocks that train, drop tokens, and have experts. keep: keep rate.
+        beside: indices of the blocks that get a trained block beside them, as published.
+        substring: select trained parameters as the released scripts do: a parameter trains if a block's index occurs
+            anywhere in its name, so that "2" also trains every fc2 and norm2.
     """
 
     backbone: str
@@ -51,7 +52,7 @@ def _text(blocks: tuple[int, ...]) -> str:
 
 
 def config(setting: Setting) -> Config:
-    """The setting as a configuration of ours, in float32."""
+    """Return the setting as a configuration of ours, in float32."""
     trainable = "all" if setting.trainable == "all" else list(setting.trainable)
     beside = [{"kind": "repnet", "published": True, "blocks": list(setting.beside)}]
     return configuration.from_dict(
@@ -75,7 +76,7 @@ def config(setting: Setting) -> Config:
 
 @lru_cache
 def network(setting: Setting) -> MultitaskViT:
-    """Of the setting, without values; nobody changes it."""
+    """Return the setting's model on the meta device. It is cached and must not be changed."""
     model = build_on_meta(config(setting), dict(setting.tasks))
     if setting.substring:
         select_by_substring(model, setting.trainable)
@@ -84,8 +85,9 @@ def network(setting: Setting) -> MultitaskViT:
 
 @lru_cache
 def shape(setting: Setting) -> Shape:
+    """Return the setting's model as the published estimators see it."""
     model = network(setting)
-    if setting.beside:  # the released selection has the final norm in it whatever else trains
+    if setting.beside:  # the released scripts always train the final norm
         model = copy.deepcopy(model)
         model.vit.norm.requires_grad_(True)
     return shapes.from_model(model)
@@ -93,14 +95,17 @@ def shape(setting: Setting) -> Shape:
 
 @lru_cache
 def ours(setting: Setting, batch: int) -> Cost | None:
-    """The cost of a step of our own code; None for the substring selection, which it does not do."""
+    """Return the cost of a step of our own code; None for the substring selection, which it does not have."""
     if setting.substring:
         return None
     return predict(network(setting), config(setting), batch=batch, precision="fp32", scratch=False)
 
 
 def select_by_substring(model: MultitaskViT, blocks: tuple[int, ...]) -> None:
-    """The released selection; the estimator took its gradient path from the first index all the same."""
+    """Select the trained parameters as the released scripts do.
+
+    The released estimator nevertheless lets the gradient path start at the first of the given blocks.
+    """
     for name, parameter in model.vit.named_parameters():
         parameter.requires_grad_(any(str(i) in name for i in blocks) or name.startswith("norm."))
     model.path_start = min(blocks)

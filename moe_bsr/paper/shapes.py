@@ -1,8 +1,8 @@
-"""A model as the published estimators see it: leaf modules with their shapes, nothing else.
+"""Describe a model as the published estimators see it: by its leaf modules and their shapes.
 
-The estimators of TinyTL, Back Razor and BSR walk over the leaf modules of a network (linear layers,
-norms, activations) in the order of the forward pass and add up what each of them would keep. Everything
-such a rule may look at is here; the rules are `bsr_rule` and `backrazor_rule`.
+The estimators of TinyTL, Back Razor and BSR visit the leaf modules of a network (linear layers, norms, activation
+functions) in the order of the forward pass, and add up what each of them would keep. This module has all that such a
+rule depends on. The rules are in `bsr_rule` and `backrazor_rule`.
 """
 
 from dataclasses import dataclass, replace
@@ -20,10 +20,11 @@ EXPERTS = "mlp.experts"
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """A leaf module applied to `rows` vectors of one image. A patch convolution is a linear layer of patches.
+    """A leaf module applied to `rows` vectors of one image. A patch embedding is a linear layer on patches.
 
     Attributes:
-        name: as timm names it within its block.
+        name: timm's name for it within its block.
+        inputs, outputs: width of a vector that enters and leaves.
         trained: whether its weight requires a gradient.
     """
 
@@ -36,22 +37,22 @@ class Leaf:
 
     @property
     def input(self) -> int:
-        """Elements that come in."""
+        """Number of elements of the input."""
         return self.rows * self.inputs
 
     @property
     def output(self) -> int:
-        """Elements that go out."""
+        """Number of elements of the output."""
         return self.rows * self.outputs
 
 
 @dataclass(frozen=True, slots=True)
 class BlockShape:
-    """One block: norm1 | attention | norm2 | FFN or experts, each as leaves in order.
+    """One block: norm1, attention, norm2, and FFN or experts, each as leaves in order.
 
     Attributes:
-        name: "block 3", or "beside block 3" of one that an adapter put there.
-        width: inner width of the attention, heads x head width.
+        name: "block 3", or "beside block 3" for a block that an adapter added.
+        tokens: number of tokens that enter. width: inner width of the attention, heads x head width.
         on_path: whether its backward pass must run.
     """
 
@@ -72,12 +73,12 @@ class BlockShape:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A planned model with the head of one task, on one image.
+    """A model under a plan, with the head of one task, for one image.
 
     Attributes:
-        trainable, frozen: numbers of parameters, all tasks' heads and routers included.
-        prefix: tokens that are never dropped. fuses: whether the dropped ones become one token.
-        head_only: nothing but heads trains.
+        trainable, frozen: numbers of parameters, including the heads and routers of all tasks.
+        prefix: number of tokens that are never dropped. fuses: whether dropped tokens are fused into one.
+        head_only: whether only heads train.
     """
 
     embedding: tuple[Leaf, ...]
@@ -97,7 +98,7 @@ class Shape:
 
 
 def from_model(model: MultitaskViT, task: str | None = None) -> Shape:
-    """The shape of one of our models (on any device, the meta device too), for the first task by default."""
+    """Return the shape of a model on any device, including "meta", for a task or, by default, the first one."""
     vit = model.vit
     patches, prefix = vit.patch_embed.num_patches, vit.num_prefix_tokens
     counts = describe.counts(model)
@@ -116,7 +117,7 @@ def from_model(model: MultitaskViT, task: str | None = None) -> Shape:
     blocks: list[BlockShape] = []
     for index, (block, (n, m)) in enumerate(zip(vit.blocks, counts, strict=True)):
         side = getattr(block, BESIDE_BLOCK, None)
-        # Through the first block on the path a gradient goes only if it trains itself, not the one beside it.
+        # The path's first block counts only if its own parameters train, not just those of the block beside it.
         own = any(p.requires_grad for name, p in block.named_parameters() if not name.startswith(BESIDE_BLOCK))
         on_path = index > model.path_start or index == model.path_start and (own or side is None)
         blocks.append(_block(f"block {index}", block, n, m, on_path))
@@ -124,7 +125,7 @@ def from_model(model: MultitaskViT, task: str | None = None) -> Shape:
             blocks.append(_block(f"beside block {index}", side, m, m, index >= model.path_start))
     last = counts[-1][1]
     head = _leaves(vit.norm, last, "norm")
-    if vit.attn_pool is not None:  # one latent token attends to all
+    if vit.attn_pool is not None:  # its query is one latent token
         head += tuple(
             leaf if leaf.name.endswith(".kv") else replace(leaf, rows=1)
             for leaf in _leaves(vit.attn_pool, last, "attn_pool")
@@ -160,9 +161,9 @@ def _block(name: str, block: nn.Module, tokens: int, ffn_tokens: int, on_path: b
 
 
 def _leaves(module: nn.Module, rows: int, name: str) -> tuple[Leaf, ...]:
-    """The linear layers, norms and activations in a module, in the order they were registered."""
+    """Return the linear layers, norms and activation functions in a module, in the order of registration."""
     found: list[Leaf] = []
-    width = 0  # of what goes into the next linear layer, which is what an activation sees
+    width = 0  # input width of the next linear layer, which is the width of the activation before it
     for inner, leaf in reversed(list(module.named_modules(prefix=name))):
         if isinstance(leaf, nn.Linear):
             found.append(Leaf(inner, "linear", rows, leaf.in_features, leaf.out_features, leaf.weight.requires_grad))
@@ -179,13 +180,13 @@ def _leaves(module: nn.Module, rows: int, name: str) -> tuple[Leaf, ...]:
 
 
 def _moe(moe: MoE, tokens: int) -> tuple[Leaf, ...]:
-    """Router and experts as the linear layers they are: a token is one row there, top_k rows here."""
+    """Return router and experts as linear layers. A token is one row of the router and top_k rows of the experts."""
     experts, hidden, width = moe.experts.fc1_weight.shape
     trained = moe.experts.fc1_weight.requires_grad
     rows = moe.top_k * tokens
     router = any(p.requires_grad for p in moe.router.parameters())
     shared: tuple[Leaf, ...] = ()
-    if moe.shared is not None:  # all of them on every token, side by side, and the FFN
+    if moe.shared is not None:  # the FFN, and all experts side by side on every token
         shared, rows, hidden = _leaves(moe.shared, tokens, "mlp.shared"), tokens, experts * hidden
     return (
         *shared,

@@ -1,6 +1,6 @@
 """Every memory and FLOPs figure printed in Tables 1 to 8 and Figure 1 of the BSR paper (arXiv 2405.10951).
 
-Blocks are counted from 0. All at 224 px, patch 16, and batch 128 unless told otherwise; MB are 2^20 bytes.
+Blocks are counted from 0. Images have 224 px, patches 16, and the batch is 128 unless stated. MB are 2^20 bytes.
 """
 
 from dataclasses import replace
@@ -30,18 +30,18 @@ TITLES = {
 }
 
 REMARKS = {
-    "4": "The rows for BSR and full fine-tuning come from one rule, those for the head alone and for Back "
-    "Razor from another: the printed reductions are not like for like.",
-    "6": 'The public launch script ran the MoE of the row "Ours" with keep rate 0.7 and no fused token; '
-    "the text describes 0.5 and a fused one.",
-    "7": "The caption puts the drops at the 4th, 7th and 11th block; the figures come out with 4th, 7th and "
-    "10th, as everywhere else in the paper. Four rows are of a different selection than they say: a "
-    'parameter was trained if the digits of an index occurred in its name, so "2" trained fc2 and '
-    'norm2 of every block, and "0" block 10.',
-    "Figure 1": "The 2.43 times shorter training time there is a measurement, no accounting.",
+    "4": "The rows for BSR and full fine-tuning come from one rule, those for FT-Last and Back Razor from "
+    "another. The printed reductions therefore do not compare like with like.",
+    "6": 'The public launch script ran the MoE of the row "Ours" with keep rate 0.7 and no fused token. '
+    "The text describes keep rate 0.5 and a fused token.",
+    "7": "The caption places the drops at the 4th, 7th and 11th block. The figures come out with the 4th, 7th and "
+    "10th, as everywhere else in the paper. Four rows have another selection than stated: a parameter "
+    'trained if the digits of an index occurred in its name, so that "2" also trained fc2 and norm2 of '
+    'every block, and "0" also trained block 10.',
+    "Figure 1": "The 2.43 times shorter training time in this figure is measured, not computed.",
 }
 
-MEASURED = "measured on an RTX A6000; ours is what must live at least"
+MEASURED = "measured on an RTX A6000; ours is a lower bound"
 
 
 def _table_2() -> list[Figure]:
@@ -93,7 +93,7 @@ def _table_3() -> list[Figure]:
             last,
             {"which": "token", "times": 10 * 128},
             "not reproduced",
-            "ten token tensors of each image and no parameters: close, but no rule says so",
+            "ten token tensors of each image and no parameters: close, but not a rule",
         ),
         Figure("3", "FT-Last", flops, "589", "macs", last, B128),
         Figure("3", "Ours", memory, "1433", "paper", bsr, B128),
@@ -104,7 +104,7 @@ def _table_3() -> list[Figure]:
 def _table_4() -> list[Figure]:
     memory, device, flops = "Train Mem. (MB)", "On-device Mem. (MB)", "FLOPs (GMacs)"
     last, bsr = replace(BASE, **LAST), replace(BASE, **BSR)
-    theirs = "Back Razor's own measurement of its GPU extension; nothing to compute it from"
+    theirs = "Back Razor's own measurement of its GPU extension, which cannot be computed"
     return [
         Figure("4", "FT-Full", memory, "17388", "paper", BASE, B128),
         Figure("4", "FT-Full", device, "19098", "on-device model", BASE, B128, "not reproduced", MEASURED),
@@ -131,7 +131,7 @@ def _table_4() -> list[Figure]:
             last,
             B128,
             "not reproduced",
-            MEASURED + ", and without a graph the forward pass's temporaries are most",
+            MEASURED + ", and without a graph the temporaries of the forward pass, which it lacks, dominate",
         ),
         Figure("4", "FT-Last", flops, "2249", "macs", last, B128),
         Figure(
@@ -142,7 +142,7 @@ def _table_4() -> list[Figure]:
             "backrazor",
             BASE,
             B128 | {"prune": 0.9, "half": False},
-            note="comes out at 90 % and values left in float32, not at 80 %",
+            note="reproduced with 90 % pruned and the rest in float32, not with 80 %",
         ),
         Figure(
             "4",
@@ -153,7 +153,7 @@ def _table_4() -> list[Figure]:
             BASE,
             B128 | {"prune": 0.8},
             "corrected",
-            "80 % and float16, as the 95 % row is computed",
+            "with 80 % pruned and the rest in float16, as in the 95 % row",
         ),
         Figure("4", "BackRazor@80 %", device, "8501", None, status="not reproduced", note=theirs),
         Figure("4", "BackRazor@80 %", flops, "2249", "macs", BASE, B128),
@@ -169,7 +169,7 @@ def _table_4() -> list[Figure]:
 
 def _table_5() -> list[Figure]:
     memory, flops = "Activation Mem. (MB)", "FLOPs (GMacs)"
-    ours, unknown = {"trained": resnet.TRAINED}, "the shapes of Rep-Net's side modules are not in the paper"
+    ours, unknown = {"trained": resnet.TRAINED}, "the paper does not give the shapes of Rep-Net's side modules"
     bsr, rep_net = replace(SMALL, trainable=(3, 7, 11)), replace(SMALL, trainable=(), beside=(3, 7, 11))
     trained = "blocks beside 3, 7 and 11, the final norm and the head train"
     return [
@@ -278,7 +278,7 @@ def _table_7() -> list[Figure]:
                 B128,
                 note="parameters chosen by substring",
             ),
-            Figure("7", f"{row}, corrected", column, printed, "paper", meant, B128, "corrected", "these blocks alone"),
+            Figure("7", f"{row}, corrected", column, printed, "paper", meant, B128, "corrected", "only these blocks"),
         ]
     return figures
 

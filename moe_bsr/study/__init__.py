@@ -1,1 +1,1 @@
-"""Studies: arms trained at equally many images with several seeds, and what differs between them."""
+"""Studies: compare configurations, methods and plain timm at equal numbers of images or equal minutes."""

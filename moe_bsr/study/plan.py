@@ -1,8 +1,8 @@
-"""A sweep file: which arms there are, what each changes, and what they have in common.
+"""Read a sweep file, which lists the arms of a comparison, their changes, and what they have in common.
 
 config: conflict_scene.yaml        # a configuration, packaged or a path
 set: [data.views=1]                # for every arm
-updates: 150                       # of each task, in every arm
+updates: 150                       # per task, in every arm
 seeds: [0, 1, 2]
 baseline: shared
 arms:
@@ -21,10 +21,10 @@ from moe_bsr.config.reader import convert, read_tree
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One thing that is compared.
+    """One of the configurations that are compared.
 
     Attributes:
-        set: `key=value`, as on the command line. config: in place of the sweep's. title: for the table.
+        set: `key=value` overrides, as on the command line. config: replaces the sweep's. title: for the table.
     """
 
     set: list[str] = field(default_factory=list)
@@ -34,10 +34,10 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """Values of one key, each tried by every arm in a short run, before the seeds: the best on validation is taken.
+    """Values of one key that every arm tries in short runs first. It then uses the best one on validation.
 
     Attributes:
-        updates: of each task. seed: of these runs, none of the sweep's own.
+        updates: per task. seed: for these runs; must not be one of the sweep's seeds.
     """
 
     key: str
@@ -46,16 +46,17 @@ class Tuning:
     seed: int = 100
 
     def __post_init__(self) -> None:
-        require(len(self.values) > 0, "tune.values", self.values, "one value at least")
+        require(len(self.values) > 0, "tune.values", self.values, "at least one value")
 
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """What a sweep file says.
+    """Content of a sweep file.
 
     Attributes:
-        updates: of each task; the same number of images for all arms. baseline: what the others are set against.
-        split: that is scored: `val`, or `test` once for each run.
+        updates: per task, so that all arms see the same number of images.
+        baseline: the arm with which the others are compared; None: the first one.
+        split: the split that is scored: `val`, or `test` once per run.
     """
 
     arms: dict[str, Arm]
@@ -68,42 +69,43 @@ class Sweep:
     tune: Tuning | None = None
 
     def __post_init__(self) -> None:
-        require(len(self.arms) > 0, "arms", self.arms, "one arm at least")
+        require(len(self.arms) > 0, "arms", self.arms, "at least one arm")
         require(self.updates >= 1, "updates", self.updates, "at least 1")
-        require(len(set(self.seeds)) == len(self.seeds) > 0, "seeds", self.seeds, "different numbers, one at least")
+        require(len(set(self.seeds)) == len(self.seeds) > 0, "seeds", self.seeds, "at least one, all different")
         require(self.split in ("val", "test"), "split", self.split, "val or test")
         named = self.baseline is None or self.baseline in self.arms
         require(named, "baseline", self.baseline, f"one of {', '.join(self.arms)}")
         if self.tune is not None:
             apart = self.tune.seed not in self.seeds
-            require(apart, "tune.seed", self.tune.seed, "none of the seeds, so that no run is chosen by itself")
-            for name, arm in self.arms.items():  # what an arm sets holds over what is tried
+            require(apart, "tune.seed", self.tune.seed, "not one of the seeds, so that no scored run is used to tune")
+            for name, arm in self.arms.items():  # an arm's `set` would override the values that are tried
                 fixed = any(each.split("=")[0].strip() == self.tune.key for each in arm.set)
                 require(not fixed, f"arms.{name}.set", arm.set, f"without {self.tune.key}, which tune.key tries")
 
     def against(self) -> str:
-        """The arm that the others are compared with."""
+        """Return the name of the arm with which the others are compared."""
         return self.baseline or next(iter(self.arms))
 
 
 def read(path: str | Path) -> Sweep:
-    """The sweep of a file, or of one that comes with the package.
+    """Read a sweep file, given by its path or by the name of a packaged one.
 
     Raises:
-        ConfigError: no such file, an unknown key or an impossible value.
+        ConfigError: there is no such file, or it has an unknown key or an impossible value.
     """
     path = Path(path)
     return convert(read_tree(path if path.is_file() else packaged.find("configs/sweeps", path) or path), Sweep, "")
 
 
 def config_of(sweep: Sweep, arm: str, seed: int, overrides: list[str], updates: int | None = None) -> Config:
-    """The configuration of one run.
+    """Return the configuration of one run.
 
     Args:
-        overrides: of the command line, over the sweep's `set`; an arm's own holds over them.
-        updates: of each task, in place of the sweep's.
+        overrides: from the command line. They take precedence over the sweep's `set`, and an arm's `set` over them.
+        updates: per task; None: those of the sweep.
+
     Raises:
-        ConfigError: neither the sweep nor the arm names a configuration, or it is impossible.
+        ConfigError: neither the sweep nor the arm names a configuration, or the configuration is impossible.
     """
     about = sweep.arms[arm]
     file = about.config or sweep.config

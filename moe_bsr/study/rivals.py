@@ -1,7 +1,7 @@
-"""What somebody would write without this package: timm's network, a head for each task, AdamW and a cosine.
+"""Baselines without this package: timm's network, one head per task, AdamW and a cosine schedule.
 
-The whole network trains, or LoRA by peft beside it. Images, splits and crops are those of our runs. The rest is as
-plain as in a tutorial: no kernel, storage or cache of ours, one task after the other.
+Either the whole network trains, or LoRA adapters from peft do. Images, splits and crops are the same as in our runs.
+The rest is a plain training loop that takes the tasks in turn, without our kernels, storages and caches.
 """
 
 import itertools
@@ -20,9 +20,9 @@ from moe_bsr.model.backbones import family_of, require_tokens
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.runtime.rng import key, stream
 
-RATES = {"timm_full": 1.0, "timm_lora": 2.0}  # times train.lr; heads learn train.head_lr_scale times as fast
+RATES = {"timm_full": 1.0, "timm_lora": 2.0}  # factors on train.lr. Heads have train.head_lr_scale on top.
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["qkv", "proj", "fc1", "fc2"]}  # all linear layers of the blocks
-WARMUP = 0.05  # of the time
+WARMUP = 0.05  # share of the training time
 
 
 def train(
@@ -34,17 +34,20 @@ def train(
     seconds: float,
     most: int | None = None,
 ) -> tuple[nn.Module, nn.ModuleDict, int]:
-    """Train for so many seconds, the learning rate falling along a cosine of that length.
+    """Train for `seconds`, with a cosine learning-rate schedule of that length.
 
     Args:
-        method: of RATES. config: its backbone, batch size, weight decay, clipping and seed are used.
-        most: the length in updates, in place of the seconds.
+        method: a key of RATES. config: its backbone, batch size, learning rates, weight decay, clipping and seed are
+            used.
+        most: length in updates; replaces `seconds`.
+
     Returns:
-        The network, which gives (B, D) features, the heads by task, and the updates there was time for.
+        The network, which returns (B, D) features, the heads by task, and the number of updates.
+
     Raises:
-        ConfigError: timm_lora without peft.
+        ConfigError: timm_lora without peft, or a backbone without tokens.
     """
-    require_tokens(config.backbone, "plain timm beside it")
+    require_tokens(config.backbone, "the comparison with plain timm")
     began = time.monotonic()
     network: nn.Module = family_of(config.backbone).load(config.backbone, config.seed)
     network.reset_classifier(0)
@@ -79,7 +82,7 @@ def train(
 def top1(
     network: nn.Module, heads: nn.ModuleDict, data: TaskData, split: str, transforms: ImageTransforms, runtime: Runtime
 ) -> float:
-    """Percent of a split's images."""
+    """Return the top-1 accuracy on a split in percent."""
     right = count = 0
     with torch.inference_mode(), runtime.autocast():
         for images, labels in transforms.eval_batches(data, split, 64):
@@ -98,7 +101,7 @@ def _with_lora(network: nn.Module) -> nn.Module:
 
 
 def _batches(data: TaskData, config: Config) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Positions and epochs of one batch after the other, every image once an epoch."""
+    """Yield the positions and epochs of each batch. An epoch has each image at most once, in full batches."""
     size, order = min(config.train.batch_size, len(data.train)), key(config.seed, data.name, "rival")
     for epoch in itertools.count():
         positions = stream(order, epoch).permutation(len(data.train))

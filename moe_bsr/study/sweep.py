@@ -1,7 +1,7 @@
-"""Trains the arms of a sweep, seed by seed, and sets each against the baseline in pairs of equal seeds.
+"""Train the arms of a sweep with several seeds, and compare each with the baseline in pairs of equal seeds.
 
-A pair has the same images in the same order and the same first heads, so that what differs is the arm. The interval is
-Student's, over the seeds: what another seed would move. With one seed there is none.
+The runs of a pair have the same images in the same order and the same initial heads, so that they differ only in the
+arm. Intervals are Student's t intervals over the seeds. With one seed there is none.
 """
 
 import json
@@ -23,18 +23,21 @@ from moe_bsr.training.failures import NonFiniteLoss
 
 
 class Interrupted(Exception):
-    """By a signal, which is its argument; what is finished is kept."""
+    """A signal interrupted the sweep. Its number is the argument. Finished runs are kept."""
 
 
 def run(
     sweep: Sweep, folder: Path, overrides: list[str], say: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
-    """Train what is not trained yet, each run in FOLDER/ARM/SEED; returns what FOLDER/sweep.json then holds.
+    """Train all unfinished runs, each in FOLDER/ARM/SEED. Write FOLDER/sweep.json and return its content.
 
     Args:
-        overrides: `key=value` for every run, over the sweep's own. say: told of each run as it ends.
+        overrides: `key=value` for every run, with precedence over the sweep's `set`.
+        say: called with a line after each run.
+
     Raises:
-        ConfigError: an impossible run, all of which are checked before the first begins. Interrupted: by a signal.
+        ConfigError: a run is impossible. All runs are checked before the first one starts.
+        Interrupted: a signal arrived.
     """
     order = [(arm, seed) for seed in sweep.seeds for arm in sweep.arms]
     tasks = config_of(sweep, sweep.against(), sweep.seeds[0], overrides).task_names()
@@ -42,7 +45,7 @@ def run(
         config = config_of(sweep, arm, seed, overrides)
         api.check(config)
         same = set(config.task_names()) == set(tasks)
-        require(same, f"arms.{arm}: tasks", config.task_names(), f"those of {sweep.against()}, {', '.join(tasks)}")
+        require(same, f"arms.{arm}: tasks", config.task_names(), f"those of {sweep.against()}: {', '.join(tasks)}")
     chosen = {arm: _tuned(sweep, arm, folder, overrides, say) for arm in sweep.arms} if sweep.tune else {}
     runs: dict[str, dict[str, Any]] = {arm: {} for arm in sweep.arms}
     for arm, seed in order:
@@ -57,7 +60,7 @@ def run(
             "predicted_peak_mb": report["predicted_peak_mb"],
             "gflops_per_image": report["gflops_per_image"],
         }
-        say(f"{arm}, seed {seed}: {runs[arm][str(seed)]['mean_top1']:.2f} % in the mean")
+        say(f"{arm}, seed {seed}: {runs[arm][str(seed)]['mean_top1']:.2f} % mean top-1")
         result = _result(sweep, overrides, chosen, {name: about for name, about in runs.items() if about})
         result |= {"command": command(), "commit": commit(), "environment": environment(prepare(config.runtime))}
         write_whole(folder / "sweep.json", json.dumps(result, indent=1))
@@ -65,9 +68,11 @@ def run(
 
 
 def differences(runs: dict[str, dict[str, Any]], baseline: str) -> dict[str, dict[str, Any]]:
-    """{arm: {task or "mean": {"mean", "low", "high", "each"}}} in points over the baseline, by pairs of equal seeds.
+    """Return the differences to the baseline in percentage points, from pairs of equal seeds.
 
-    `low` and `high` are of the 95 % interval, None with one seed.
+    Returns:
+        {arm: {task or "mean": {"mean", "low", "high", "each"}}}. `low` and `high` are the limits of the 95 % interval,
+        None with one seed. Arms without a pair are left out.
     """
     found: dict[str, dict[str, Any]] = {}
     for arm, seeds in runs.items():
@@ -83,33 +88,33 @@ def differences(runs: dict[str, dict[str, Any]], baseline: str) -> dict[str, dic
 
 
 def rows(result: dict[str, Any]) -> list[list[str]]:
-    """A table: a row for each arm, its mean over the seeds, and the difference in the mean with its interval.
+    """Return a table with a row for each arm: means over the seeds, and the difference of the mean with its interval.
 
-    Of many tasks the mean alone has a column.
+    With many tasks, only their mean has a column.
     """
     runs, baseline = result["runs"], result["baseline"]
-    tasks = list(next(iter(next(iter(runs.values())).values()))["top1"])  # of an unfinished sweep the baseline may lack
+    tasks = list(next(iter(next(iter(runs.values())).values()))["top1"])  # an unfinished sweep may lack the baseline
     tasks = [] if are_many(tasks) else tasks
     table = [["top-1 %", *tasks, "mean", f"points over {baseline}", "train s", "peak MB", "GFLOPs"]]
     for arm, seeds in runs.items():
-        told = list(seeds.values())
-        means = [fmean(seed["top1"][task] for seed in told) for task in tasks]
-        cells = [f"{value:.1f}" for value in (*means, fmean(seed["mean_top1"] for seed in told))]
-        seconds = fmean(seed["train_seconds"] for seed in told)
-        peak, flops = _number(told[0]["predicted_peak_mb"], 0), _number(told[0]["gflops_per_image"], 2)
+        found = list(seeds.values())
+        means = [fmean(seed["top1"][task] for seed in found) for task in tasks]
+        cells = [f"{value:.1f}" for value in (*means, fmean(seed["mean_top1"] for seed in found))]
+        seconds = fmean(seed["train_seconds"] for seed in found)
+        peak, flops = _number(found[0]["predicted_peak_mb"], 0), _number(found[0]["gflops_per_image"], 2)
         gain = in_words(result["differences"][arm]["mean"]) if arm in result["differences"] else ""
         table.append([arm, *cells, gain, f"{seconds:.0f}", peak, flops])
     return table
 
 
 def in_words(difference: dict[str, Any]) -> str:
-    """`+6.1 [4.0, 8.2]`; with one seed `+6.1`."""
+    """Format a difference as `+6.1 [+4.0, +8.2]`, or with one seed as `+6.1`."""
     interval = "" if difference["low"] is None else f" [{difference['low']:+.1f}, {difference['high']:+.1f}]"
     return f"{difference['mean']:+.1f}{interval}"
 
 
 def _number(value: float | None, digits: int) -> str:
-    """A prediction, or a dash where none was made."""
+    """Format a prediction; a dash if there is none."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
@@ -126,7 +131,7 @@ def _result(sweep: Sweep, overrides: list[str], chosen: dict[str, Any], runs: di
 
 
 def _tuned(sweep: Sweep, arm: str, folder: Path, overrides: list[str], say: Callable[[str], None]) -> dict[str, Any]:
-    """What each value came to on validation, and the best one as `key=value`."""
+    """Return the validation accuracy of each value of the tuned key, and the best value as `key=value`."""
     tuning, scores = sweep.tune, {}
     assert tuning is not None
     for value in tuning.values:
@@ -135,7 +140,7 @@ def _tuned(sweep: Sweep, arm: str, folder: Path, overrides: list[str], say: Call
         try:
             report = train(config, folder / "tune" / f"{arm}_{value:g}")
             scores[f"{value:g}"] = fmean(about["top1"] for about in report["tasks"].values())
-        except NonFiniteLoss:  # a value that is out
+        except NonFiniteLoss:  # a value with which training diverges
             scores[f"{value:g}"] = 0.0
     best = max(scores, key=lambda value: scores[value])
     say(f"{arm}: {tuning.key}={best} of {', '.join(f'{value} ({score:.1f} %)' for value, score in scores.items())}")
@@ -143,10 +148,10 @@ def _tuned(sweep: Sweep, arm: str, folder: Path, overrides: list[str], say: Call
 
 
 def train(config: Config, folder: Path) -> dict[str, Any]:
-    """The report of a run, trained from where it stopped; a finished one is kept.
+    """Train or resume a run and return its report. A finished run is not trained again.
 
     Raises:
-        Interrupted: by a signal. NonFiniteLoss: it diverged.
+        Interrupted: a signal arrived. NonFiniteLoss: training diverged.
     """
     report = api.train(config, folder, resume=True, callbacks=[])
     if report["status"] == "interrupted":
@@ -155,6 +160,6 @@ def train(config: Config, folder: Path) -> dict[str, Any]:
 
 
 def _top1(report: dict[str, Any], folder: Path, split: str) -> dict[str, float]:
-    """By task; an evaluation where a finished run was scored on the other split."""
+    """Return the top-1 accuracy by task. A finished run that was scored on the other split is evaluated again."""
     tasks = report["tasks"] if report["split"] == split else api.evaluate(folder, split)["tasks"]
     return {task: about["top1"] for task, about in tasks.items()}

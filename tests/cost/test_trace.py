@@ -138,6 +138,15 @@ def test_rules_for_sizes_say_what_the_operators_do(name):
             assert (found.shape, found.stride(), found.dtype) == (expected.shape, expected.stride(), expected.dtype)
 
 
+def test_joining_tensors_of_two_types_gives_the_wider_one():
+    """After a join of equal types, whose rule was learned."""
+    with fake_tensors():
+        for size, other in ((4, torch.bfloat16), (6, torch.float32)):
+            parts = [operators.empty((size, 3), dtype, CPU) for dtype in (torch.bfloat16, other)]
+            joined, *_ = operators.run(torch.ops.aten.cat.default, (parts,), {})
+            assert joined.dtype == other
+
+
 def test_a_rule_that_is_wrong_is_not_used(monkeypatch):
     monkeypatch.setitem(rules.RULES, torch.ops.aten.relu.default, lambda x: [(1,)])
     monkeypatch.setattr(operators, "_kinds", {})

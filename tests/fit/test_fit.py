@@ -91,7 +91,7 @@ def test_a_short_budget_is_the_probe_alone_on_images_of_every_class(tmp_path):
     config = make_config(tmp_path)
     found = Ladder(config, tmp_path / "fit", Budget(0.02), callbacks=[]).climb()
     assert [rung["name"] for rung in found["rungs"]] == ["probe"]
-    assert found["reason"] == "probe is all there was time for"
+    assert found["reason"] == "only probe fits into the time"
 
 
 def test_the_leanest_form_is_taken_only_where_it_must_be(tmp_path, monkeypatch):
@@ -105,7 +105,7 @@ def test_the_leanest_form_is_taken_only_where_it_must_be(tmp_path, monkeypatch):
         try:
             form = fitted(config, CLASSES, Memory(limits[-1], HUGE.base, 0, "asked for"), "fp32", MANY)
         except ConfigError as error:
-            assert "this needs" in str(error) and "of them for libraries" in str(error)
+            assert "this run needs" in str(error) and "of them for libraries" in str(error)
             break
         assert form.bytes <= limits[-1] < limits[0] + 1
         forms.append((form.config.storage, form.config.train.grad_accumulation_steps))
@@ -238,7 +238,7 @@ def test_as_many_images_train_as_are_seen_in_time(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"), [({"mode": "single_task"}, "mode = 'single_task'.*multitask"), ({}, "is there already")]
+    ("changes", "says"), [({"mode": "single_task"}, "mode = 'single_task'.*multitask"), ({}, "already exists")]
 )
 def test_refused(tmp_path, changes, says):
     (tmp_path / "fit").mkdir()
@@ -249,7 +249,7 @@ def test_refused(tmp_path, changes, says):
 
 def test_too_little_memory_names_what_is_needed_before_an_image_is_seen(tmp_path, monkeypatch):
     monkeypatch.setattr("moe_bsr.fit.measure._seconds", None)
-    with pytest.raises(ConfigError, match=r"memory: 50 MB \(asked for\), and this needs \d+ MB at least"):
+    with pytest.raises(ConfigError, match=r"memory: 50 MB \(asked for\), but this run needs at least \d+ MB"):
         Ladder(make_config(tmp_path), tmp_path / "fit", Budget(0.1, 50 * 2**20)).climb()
 
 
@@ -267,7 +267,7 @@ def test_what_does_not_fit_is_left_out_and_the_probe_stands(tmp_path, monkeypatc
     told = []
     found = Ladder(make_config(tmp_path), tmp_path / "fit", Budget(0.02), told.append, callbacks=[]).climb()
     assert [rung["name"] for rung in found["rungs"]] == ["probe", "start"]
-    assert found["best"] != "probe" or found["reason"] == "probe is all that fits into the memory"
+    assert found["best"] != "probe" or found["reason"] == "only probe fits into the memory"
     assert all(f"trial_{name} is left out: memory: too little" in told for name in ("late", "bsr", "experts"))
 
 

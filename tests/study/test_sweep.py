@@ -134,7 +134,7 @@ def test_what_cannot_be_is_refused_in_a_line(file, change, said):
 
 def test_arms_of_other_tasks_are_refused_before_any_run(file, tmp_path):
     arms = {"one": {"set": [f"tasks=[{tmp_path}/shapes.yaml]"]}, "both": {}}
-    with pytest.raises(ConfigError, match="arms.both: tasks = .* those of one, shapes"):
+    with pytest.raises(ConfigError, match="arms.both: tasks = .* those of one: shapes"):
         sweep.run(plan.read(file(arms=arms)), tmp_path / "out", [])
 
 
