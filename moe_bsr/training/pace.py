@@ -72,13 +72,18 @@ def _within(seconds: float, new: int, first: float, later: float) -> int:
 
 
 def _mean(times: list[float]) -> float:
-    return sum(times[1:]) / len(times[1:])  # the first update also selects kernels
+    """Return the mean without the first update, which also selects kernels, and without the slowest of the others.
+
+    Few updates are timed, so that a single stall of the machine would halve the length of a run.
+    """
+    typical = sorted(times[1:])[:-1]
+    return sum(typical) / len(typical)
 
 
 def _seconds_each(trainer: "Trainer", count: int, limit: float) -> list[float]:
-    """Return the seconds of each of the first updates: at least two, at most `count`, within `limit` seconds."""
+    """Return the seconds of each of the first updates: at least three, at most `count`, within `limit` seconds."""
     updates, times = _idle_updates(trainer), [time.monotonic()]
-    while trainer.ranks.share(len(times) < 3 or (len(times) <= count and times[-1] - times[0] < limit)):
+    while trainer.ranks.share(len(times) < 4 or (len(times) <= count and times[-1] - times[0] < limit)):
         next(updates)
         times.append(time.monotonic())
     updates.close()

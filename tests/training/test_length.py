@@ -202,6 +202,11 @@ def test_images_that_are_cached_cost_less_from_the_second_epoch_on(seconds, upda
     assert pace._within(seconds, new=10, first=0.2, later=0.1) == updates
 
 
+def test_one_stall_while_timing_does_not_shorten_a_run():
+    first_has_more_to_do = [9.0, 1.0, 50.0, 1.2]
+    assert pace._mean(first_has_more_to_do) == pytest.approx(1.1)
+
+
 # --- patience ---
 
 
