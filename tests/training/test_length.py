@@ -14,7 +14,7 @@ from moe_bsr.data.sampler import MultitaskSampler
 from moe_bsr.runs import report
 from moe_bsr.selftest import kills
 from moe_bsr.training import pace
-from moe_bsr.training.length import Length, told, updates_of
+from moe_bsr.training.length import Length, described, updates_of
 from moe_bsr.training.optim import learning_rate
 
 pytestmark = pytest.mark.usefixtures("bare")
@@ -50,7 +50,7 @@ def rows(folder: Path) -> list[dict]:
 def test_epochs_are_of_all_images_together(tmp_path, changes, updates):
     config = make_config(tmp_path, **changes)
     assert updates_of(config, SIZES) == updates
-    assert str(updates or "2 minutes") in told(config, SIZES)
+    assert str(updates or "2 minutes") in described(config, SIZES)
 
 
 def test_one_unit_takes_the_place_of_another(tmp_path):
