@@ -8,7 +8,7 @@ from tiny_runs import TASKS, make_config
 
 import moe_bsr
 from moe_bsr.cli import export as command
-from moe_bsr.cli.export import tell
+from moe_bsr.cli.export import print_result
 from moe_bsr.cli.main import main
 
 pytest.importorskip("onnx", reason="the extra export")
@@ -30,7 +30,7 @@ def test_json_is_all_that_is_on_stdout_and_the_table_tells_the_same(run, tmp_pat
     report = json.loads(told.out)
     assert report["bundle"] == str(out) and "fractals: comparing with the run" in told.err
     assert all(report["tasks"][task]["n"] == 5 for task in TASKS)
-    tell(report)
+    print_result(report)
     text = capsys.readouterr().out
     assert all(f"\n{task} " in "\n" + text for task in TASKS) and f"{out}/predict.py --check" in text
     assert "with all experts %" in text and "float32 %" in text and "int8, step 4" in text
