@@ -1,1 +1,1 @@
-"""The command line, one file a command; `main` says what a command is."""
+"""The command line: one module per command. `main` describes what such a module must have."""

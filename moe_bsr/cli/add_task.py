@@ -1,15 +1,18 @@
-"""Teach a finished run one task more: one head, and one router for each layer of experts; all else is frozen.
+"""Add a task to a finished run: train one head, and one router per layer of experts. All other weights stay frozen.
 
-    moe-bsr add-task runs/photos birds                         # runs/photos_birds
+    moe-bsr add-task runs/photos birds                         # writes runs/photos_birds
     moe-bsr add-task runs/photos tasks/birds.yaml --out runs/more --data-root data
     moe-bsr add-task runs/photos birds train.optimizer=adamw train.epochs=10
     moe-bsr add-task runs/photos birds --resume
 
-RUN stays as it is, and so do the answers of its tasks, to the bit. Only images of the new task are read, each once.
-The new routers are the mean of the others; the head is solved at once, as by moe-bsr probe. With train.optimizer=adamw
-both learn by updates. The new folder is a run like any other; its report has all tasks.
+Only images of the new task are read, each once. Its routers are the mean of the other tasks' routers, and its head is
+solved to the optimum, as by `moe-bsr probe`. With train.optimizer=adamw, head and routers are trained by gradient steps
+instead.
 
-Exit status: as of moe-bsr train.
+Writes a new run folder with all tasks; its report has the new and the old ones. RUN does not change, and the answers
+for its tasks stay the same to the bit.
+
+Exit status: as of `moe-bsr train`.
 """
 
 import argparse
@@ -19,17 +22,17 @@ from moe_bsr.cli import train
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="RUN", help="run folder, with one model for all its tasks")
-    parser.add_argument(
-        "task", metavar="TASK", help="a task's name (moe-bsr tasks), its YAML file, or a configuration of it"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.penalty=mild")
-    parser.add_argument("--out", dest="run", type=Path, metavar="NEWRUN", help="the new run folder (RUN_TASK)")
-    parser.add_argument("--data-root", metavar="DIR", help="where data lie (where RUN found its own)")
-    parser.add_argument("--weights", metavar="FILE", help="where the backbone's weights are (RUN's backbone.weights)")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of NEWRUN")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, exit")
-    parser.add_argument("--decode", action="store_true", help="with --dry-run: read every image, as moe-bsr check does")
+    parser.add_argument("config", metavar="RUN", help="run folder with one model for all its tasks")
+    help = "name of the new task (see moe-bsr tasks), its YAML file, or a configuration with this one task"
+    parser.add_argument("task", metavar="TASK", help=help)
+    help = "change a value of the configuration, such as train.penalty=mild"
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=help)
+    parser.add_argument("--out", dest="run", type=Path, metavar="NEWRUN", help="new run folder (default: RUN_TASK)")
+    parser.add_argument("--data-root", metavar="DIR", help="folder of the datasets (default: that of RUN)")
+    help = "weights of the backbone (default: RUN's backbone.weights)"
+    parser.add_argument("--weights", metavar="FILE", help=help)
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of NEWRUN")
+    train.add_dry_run(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,16 +1,17 @@
-"""Side-by-side timings and memory of one training step: stock timm, the public form of BSR, and ours.
+"""Measure time and memory of one training step: stock timm, the public form of BSR, and this package.
 
     moe-bsr benchmark                                     # DeiT-S, 224 px, batch 32: 40 minutes; with AMX, 10
-    moe-bsr benchmark --backbone vit_base_patch16_224 --batch 8 --storages exact   # 20 GB
-    moe-bsr benchmark --cases bsr full --rounds 3 --profile # some cases, and where their time goes
+    moe-bsr benchmark --backbone vit_base_patch16_224 --batch 8 --storages exact   # needs 20 GB
+    moe-bsr benchmark --cases bsr full --rounds 3 --profile    # some cases, and the operators that take longest
     moe-bsr benchmark --scaling                           # against tokens, batch, experts and tasks
     moe-bsr benchmark --json > benchmark.json
-    moe-bsr benchmark --from-json benchmark.json --markdown    # its tables again
+    moe-bsr benchmark --from-json benchmark.json --markdown    # print its tables again
 
-Every case is a process of its own and all take turns, so only compare figures of one run. Weights and images
-are random; data loading is not timed. --json prints everything, the raw times of every step included.
+Each case runs in a process of its own, and all cases take turns, so compare figures only within one run. Weights and
+images are random. Data loading is not timed. --json prints everything, including the raw times of every step.
+--scaling also writes a picture.
 
-Exit status: 0 done, 1 a measurement failed, 2 refused.
+Exit status: 0 done, 1 a measurement failed, 2 invalid arguments.
 """
 
 import argparse
@@ -28,34 +29,37 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", default="deit_small_patch16_224", help="a timm VisionTransformer")
-    parser.add_argument("--image-size", type=int, help="pixels (default: the backbone's own)")
-    parser.add_argument("--batch", "--batch-size", type=int, default=32)
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, auto (cpu)")
-    parser.add_argument("--threads", type=int, help="compute threads (default: torch's choice)")
+    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the images (default: the backbone's)")
+    parser.add_argument(
+        "--batch", "--batch-size", type=int, default=32, metavar="N", help="images per step, at least 2 (default: 32)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or auto (default: cpu)")
+    parser.add_argument("--threads", type=int, metavar="N", help="compute threads (default: torch's choice)")
     parser.add_argument(
         "--precisions",
         nargs="+",
         choices=("bf16", "fp32"),
-        help="default: both; fp32 where the device has no bf16 instructions",
+        help="default: both, or only fp32 where the device has no bf16 instructions",
     )
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=2, help="steps of a case in a round")
-    parser.add_argument("--storages", nargs="+", help="of the BSR cases (default: all)")
+    parser.add_argument("--rounds", type=int, default=6, metavar="N", help="turns of each case (default: 6)")
+    parser.add_argument("--steps", type=int, default=2, metavar="N", help="steps of a case per turn (default: 2)")
+    parser.add_argument("--storages", nargs="+", metavar="NAME", help="storages of the BSR cases (default: all)")
     parser.add_argument(
         "--cases",
         "--only",
         nargs="+",
         metavar="SUBJECT",
-        help="timm, explicit, full, bsr, moe_full, moe_bsr, moe_ffn, dense_ffn; targets that need others are left out",
+        help="only these: timm, explicit, full, bsr, moe_full, moe_bsr, moe_ffn, dense_ffn. A target that needs "
+        "another case is left out (default: all)",
     )
-    parser.add_argument("--profile", action="store_true", help="the ten costliest operators of each case")
-    parser.add_argument("--scaling", action="store_true", help="how step time and peak grow")
-    parser.add_argument("--picture", type=Path, default=Path("scaling.png"), help="of --scaling")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument(
-        "--from-json", "--read", type=Path, metavar="FILE", help="of an earlier --json: measure nothing, show that"
-    )
-    parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="list the ten slowest operators of each case")
+    parser.add_argument("--scaling", action="store_true", help="measure how step time and peak memory grow, instead")
+    help = "picture of --scaling (default: scaling.png)"
+    parser.add_argument("--picture", type=Path, default=Path("scaling.png"), metavar="FILE", help=help)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    help = "measure nothing, and show the output of an earlier --json"
+    parser.add_argument("--from-json", "--read", type=Path, metavar="FILE", help=help)
+    parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -74,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def measure(arguments: argparse.Namespace) -> dict:
-    """Run the cases; what --json prints."""
+    """Run the cases, and return what --json prints."""
     from moe_bsr.benchmark import scaling
     from moe_bsr.benchmark.cases import PRECISIONS, suite
     from moe_bsr.config import RuntimeConfig, require
@@ -110,7 +114,7 @@ def measure(arguments: argparse.Namespace) -> dict:
 
 
 def compare(groups: "dict[str, list[Case]]", arguments: argparse.Namespace) -> dict:
-    """Time and measure every case of every group, and hold the figures against the targets."""
+    """Measure time and memory of every case of every group, and compare the figures with the targets."""
     from moe_bsr.benchmark.targets import judge
     from moe_bsr.config import require
 
@@ -119,7 +123,7 @@ def compare(groups: "dict[str, list[Case]]", arguments: argparse.Namespace) -> d
         note(f"{name}: {len(cases)} cases")
         try:
             results[name] = run_group(cases, arguments)
-        except RuntimeError as error:  # most likely out of memory; what the other groups say still holds
+        except RuntimeError as error:  # most likely out of memory; the other groups are still valid
             note(f"{name}: left out: {error}")
             results[name] = {}
     require(any(results.values()), "--cases", arguments.cases, "no group of cases could be run, see above")
@@ -127,7 +131,7 @@ def compare(groups: "dict[str, list[Case]]", arguments: argparse.Namespace) -> d
 
 
 def run_group(cases: "list[Case]", arguments: argparse.Namespace) -> dict[str, dict]:
-    """{case: times and memory} of the cases of one group, all alive at once and taking turns."""
+    """Return {case: times and memory} of one group. All its processes are alive at once, and take turns."""
     from moe_bsr.benchmark.workers import interleave, workers
 
     results: dict[str, dict] = {}
@@ -143,7 +147,7 @@ def run_group(cases: "list[Case]", arguments: argparse.Namespace) -> dict[str, d
 
 
 def tables(result: dict, markdown: bool) -> str:
-    """What a run of this tool found, read from its JSON."""
+    """Format a result of this command as tables."""
     from moe_bsr.benchmark.tables import of_cases, of_scaling, of_targets
     from moe_bsr.benchmark.targets import judge
     from moe_bsr.runtime.text_tables import as_markdown, as_text

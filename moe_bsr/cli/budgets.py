@@ -1,19 +1,21 @@
-"""Accuracy after so many minutes: of fit, and of what somebody would train in its place.
+"""Measure accuracy after a given number of minutes: `moe-bsr fit` against what one would usually train.
 
     moe-bsr budgets configs/deit_tiny_moe_bsr.yaml data.root=data --minutes 1 2 5 --seeds 0 1 2
     moe-bsr budgets configs/deit_tiny_moe_bsr.yaml data.root=data --minutes 2 --methods fit timm_full --json
     moe-bsr budgets runs/deit_tiny_moe_bsr_budgets/budgets.json --show --picture minutes.png
 
-Each run is a process of its own, one after the other, scheduled for its budget. A budget counts everything from opening
-the images on but the test, which is scored once. Nothing is tuned: all train at the configuration's rates, LoRA at
-twice them. timm_lora needs peft. Let the machine do nothing else meanwhile.
+Methods: fit; probe (heads on the class token of the last block); timm_full and timm_lora (plain code without the
+kernels of this package; timm_lora needs peft); and those of configs/methods/all.yaml, such as bsr and moe_bsr (the plan
+of the configuration) or full (every block trains, nothing is dropped).
 
-Methods: fit, probe (the last block's class token), timm_full and timm_lora (plain code without kernels of ours), and
-those of configs/methods/all.yaml, such as bsr and moe_bsr (the configuration's plan) or full (every block, nothing
-dropped).
+The runs follow one another, each in a process of its own whose schedule fits the budget. A budget covers everything
+from opening the images, except the final test, which is scored once. No method is tuned: all use the learning rates of
+the configuration, LoRA twice these. Leave the machine otherwise idle.
 
-RUN/budgets.json has everything. Finished runs are kept: the same command goes on, and budgets, methods and seeds can be
-added.
+Writes RUN/budgets.json with all results. Finished runs are kept: repeat the command to continue after an interruption,
+or with more budgets, methods or seeds.
+
+Exit status: 0 done, 1 a run failed, 2 invalid arguments or input.
 """
 
 import argparse
@@ -28,16 +30,18 @@ METHODS = ["fit", "probe", "bsr", "moe_bsr", "timm_full", "timm_lora"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     run_arguments.add_overrides(parser)
-    parser.add_argument("--minutes", type=float, nargs="+", default=[1.0, 2.0, 5.0], metavar="N", help="(1 2 5)")
-    help = f"in this order ({' '.join(METHODS)})"
+    help = "budgets (default: 1 2 5)"
+    parser.add_argument("--minutes", type=float, nargs="+", default=[1.0, 2.0, 5.0], metavar="N", help=help)
+    help = f"run these, in this order (default: {' '.join(METHODS)})"
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="NAME", help=help)
-    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="(the configuration's)")
-    parser.add_argument("--run", "--run-dir", type=Path, metavar="DIR", help="for the runs (runs/NAME_budgets)")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="(default: the configuration's)")
+    help = "folder for the runs (default: runs/NAME_budgets)"
+    parser.add_argument("--run", "--run-dir", type=Path, metavar="DIR", help=help)
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="JSON instead of the table")
-    form.add_argument("--markdown", action="store_true", help="a Markdown table")
+    form.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    form.add_argument("--markdown", action="store_true", help="print a Markdown table")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw accuracy over minutes; needs matplotlib")
-    parser.add_argument("--show", action="store_true", help="run nothing: CONFIG is a budgets.json")
+    parser.add_argument("--show", action="store_true", help="run nothing; CONFIG is a budgets.json to show")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,13 +1,13 @@
-"""Open and decode all images of tasks, and list at once what cannot be read and what is odd.
+"""Open and decode all images of tasks, and list those that cannot be read or look wrong.
 
     moe-bsr check pets --root data
     moe-bsr check tasks/birds.yaml tasks/cars.yaml --json
 
-TASK is a name in `tasks/` or a path to a task file. All cores work. Every image that cannot be read is listed with
-the reason; named besides are files that are not used, images of a single color, images of less than 8 pixels, and
-images with the very pixels of one in another split or another class.
+Every image that cannot be read is listed with the reason. Also listed are unused files, images of a single color,
+images of less than 8 pixels on a side, and images with the same pixels as one of another split or class. All CPU cores
+are used. Nothing is written.
 
-Exit status: 0 all images can be read, 1 some cannot, 2 refused.
+Exit status: 0 all images can be read, 1 some cannot, 2 invalid arguments or task.
 """
 
 import argparse
@@ -27,9 +27,10 @@ EXAMPLES = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("tasks", metavar="TASK", nargs="+", help="a name in tasks/, or a task file")
-    parser.add_argument("--root", "--data-root", type=Path, default=Path("data"), help="data root (data)")
-    parser.add_argument("--json", action="store_true", help="a list of objects on stdout instead of text")
+    parser.add_argument("tasks", metavar="TASK", nargs="+", help="name of a task (see moe-bsr tasks), or a task file")
+    help = "folder of the datasets (default: data)"
+    parser.add_argument("--root", "--data-root", type=Path, default=Path("data"), metavar="DIR", help=help)
+    parser.add_argument("--json", action="store_true", help="print a list of JSON objects instead of text")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -47,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def decode_all(tasks: Iterable["TaskData"]) -> Iterable[dict[str, Any]]:
-    """The report of `check_task` on each task, with a progress bar where a person looks on."""
+    """Yield the report of `check_task` on each task, with a progress bar if stderr is a terminal."""
     from tqdm import tqdm
 
     from moe_bsr.data.check import check_task
@@ -60,7 +61,7 @@ def decode_all(tasks: Iterable["TaskData"]) -> Iterable[dict[str, Any]]:
 
 
 def lines(report: dict[str, Any]) -> list[str]:
-    """What a person is told of a task's images."""
+    """Format a report of `check_task` as text."""
     told = [f"{report['task']}: {report['classes']} classes ({report['origin']})"]
     told += [f"  {note}" for note in report["notes"]]
     for name, split in report["splits"].items():

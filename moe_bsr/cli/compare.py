@@ -1,13 +1,17 @@
-"""Set finished runs side by side, from their report.json files.
+"""Compare finished runs in one table, from their report.json files.
 
     moe-bsr compare runs/quickstart_last runs/quickstart --experts
     moe-bsr compare runs/*/ --markdown > table.md
 
-Per task top-1 in percent with its 95 % interval (of the finite test set, not of the training), then the
-mean over tasks, the images seen per task, training seconds, peak memory and forward GFLOPs an image.
-Of more than 12 tasks: their mean and spread, and those of which the last run does worse and better than the first one;
---json has all.
-A run goes by the name of its folder; runs whose folders have equal names go by their paths.
+Columns: top-1 accuracy of each task in percent, the mean over tasks, images seen per task, training seconds, peak
+memory, and GFLOPs of a forward pass per image. --markdown adds 95 % intervals, which account for the finite test set
+and not for the randomness of training.
+
+For more than 12 tasks the table has mean and spread over tasks, and a second one lists the tasks on which the last run
+is worse and better than the first. --json has all tasks. A run is named by its folder, or by its path if two folders
+have the same name.
+
+Exit status: 0 done, 2 a run has no valid report.
 """
 
 import argparse
@@ -19,11 +23,11 @@ from moe_bsr.cli.terminal import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder with a report.json")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--markdown", action="store_true", help="a Markdown table, intervals in every cell")
-    form.add_argument("--json", action="store_true", help="the reports by name, as one JSON object")
-    parser.add_argument("--experts", action="store_true", help="also: share of the last run's experts by task")
+    form.add_argument("--markdown", action="store_true", help="print a Markdown table, with intervals in its cells")
+    form.add_argument("--json", action="store_true", help="print the reports by run, as one JSON object")
+    parser.add_argument("--experts", action="store_true", help="also print how often the last run's tasks use experts")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -43,10 +47,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def read_reports(paths: list[Path]) -> dict[str, dict[str, Any]]:
-    """The reports by the name of their run: its folder's, or its path where two folders have one name.
+    """Return the reports by run name: that of the folder, or the path if two folders have the same name.
 
     Raises:
-        ConfigError: a report that is missing, cut or damaged.
+        ConfigError: a report is missing, cut or damaged.
     """
     from moe_bsr.config import ConfigError
     from moe_bsr.runs import report

@@ -2,9 +2,11 @@
 
     moe-bsr configs
 
-Train one by its name from any directory, moe-bsr train configs/quickstart.yaml; the file of that path is used
-where there is one. `moe-bsr copy quickstart` copies one here, to change it. Without names, `base` is meant
-to be read: it lists every key with its default and what it means.
+Train one from any directory by this path: `moe-bsr train configs/quickstart.yaml`. A file of that path in the current
+directory comes first. `moe-bsr copy quickstart` copies one here, to change it. `base` is for reading: it lists every
+key with its default and its meaning.
+
+Exit status: 0.
 """
 
 import argparse
@@ -29,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def summary(text: str) -> str:
-    """The first sentence of the comment that a file starts with; lines that are a command are passed over."""
+    """Return the first sentence of the comment at the start of a file, without the lines that show a command."""
     lines = []
     for line in text.splitlines():
         if not line.startswith("#"):

@@ -5,8 +5,10 @@
     moe-bsr copy quickstart mine.yaml            # under another name
     moe-bsr copy pets tasks                      # a task; in tasks/ it is found by its name
 
-`moe-bsr configs` and `moe-bsr tasks` list the names. What a configuration extends is copied beside it, but for
-base.yaml: its values are the defaults, which hold without it. Files that are there are kept; --force replaces them.
+`moe-bsr configs` and `moe-bsr tasks` list the names. The files that a configuration extends are copied beside it,
+except base.yaml, whose values are the defaults anyway. Existing files are replaced only with --force.
+
+Exit status: 0 copied, 2 no such name, or a file exists (nothing is written).
 """
 
 import argparse
@@ -19,9 +21,10 @@ from moe_bsr.cli.terminal import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", help="of a configuration or a task")
-    parser.add_argument("dest", nargs="?", type=Path, default=Path(), metavar="DEST", help="a folder, or a .yaml file")
-    parser.add_argument("--force", action="store_true", help="replace files that are there")
+    parser.add_argument("name", metavar="NAME", help="name of a configuration or a task")
+    help = "folder or .yaml file to write (default: the current folder)"
+    parser.add_argument("dest", nargs="?", type=Path, default=Path(), metavar="DEST", help=help)
+    parser.add_argument("--force", action="store_true", help="replace existing files")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -52,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def with_what_it_extends(source: Path, target: Path) -> dict[Path, str]:
-    """The text of each file to write: the source as the target, and what it extends beside that."""
+    """Return the text of each file to write: the target, and beside it the files that the source extends."""
     text = source.read_text(encoding="utf-8")
     extended = re.search(r"^extends: *(\S+).*\n", text, re.MULTILINE)
     if extended is None:

@@ -1,23 +1,24 @@
-"""What a configuration costs before anyone trains it, and the measured truth beside it.
+"""Predict memory and FLOPs of a configuration before training, and measure them on request.
 
     moe-bsr cost configs/deit_tiny_moe_bsr.yaml                   # block by block, and in total
     moe-bsr cost configs/deit_tiny_moe_bsr.yaml storage=recompute --measure
-    moe-bsr cost configs/vit_base_stl_bsr.yaml --budget 600MB     # does it fit, what would help
-    moe-bsr cost configs/deit_small_moe_bsr.yaml --budget 1500MB --plans  # what else of this backbone fits
+    moe-bsr cost configs/vit_base_stl_bsr.yaml --budget 600MB     # does it fit, and which changes would help?
+    moe-bsr cost configs/deit_small_moe_bsr.yaml --budget 1500MB --plans  # which plans of this backbone fit?
     moe-bsr cost --budget 900MB backbone.name=deit_tiny_patch16_224 tasks=[birds.yaml]
-    moe-bsr cost configs/vit_base_stl_bsr.yaml --mode paper               # as the paper counts
+    moe-bsr cost configs/vit_base_stl_bsr.yaml --mode paper               # by the rule of the BSR paper
     moe-bsr cost configs/vit_base_moe_bsr.yaml --processes 512 --machines 64 train.batch_size=65536
     moe-bsr cost configs/deit_tiny_moe_bsr.yaml --sweep --image-size 96 --batches 2 4
 
-Modes: exact (what a training step of this code holds), paper and backrazor (the published rules). MB is 2^20
-bytes, a multiply-add is two FLOPs. The micro-batch is train.batch_size / train.grad_accumulation_steps images.
+Modes: exact (what a training step of this code holds), paper and backrazor (the published rules). MB is 2^20 bytes, and
+a multiply-add counts as two FLOPs. The micro-batch is train.batch_size / train.grad_accumulation_steps images.
 
---budget SIZE asks about the tensors of a step. With --plans, or without CONFIG (then configs/fit.yaml is the
-configuration), SIZE is for the whole process, and plans that fit are listed, the fastest first: which blocks train,
-where tokens are dropped, which experts, each in its fastest form that fits, and only if no other is as good in
-seconds, memory, trained weights and patches. Seconds come from a few blocks that are timed here.
+--budget SIZE compares SIZE with the tensors of a step. With --plans, or without CONFIG (which then is
+configs/fit.yaml), SIZE is the memory of the whole process, and the plans that fit are listed, the fastest first. A plan
+says which blocks train, where tokens are dropped, and which blocks have experts; each is in the fastest form that fits.
+A plan is left out if another one is as good in seconds, memory, trained weights and patches. The seconds are
+extrapolated from a few blocks that are timed on this machine.
 
-Exit status: 0, 1 if the budget does not hold or a sweep is out of tolerance, 2 if refused.
+Exit status: 0 done, 1 the budget does not suffice or a sweep is out of tolerance, 2 invalid arguments or input.
 """
 
 import argparse
@@ -34,28 +35,32 @@ BASE = "configs/fit.yaml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    help = f"{CONFIG}; and key=value, such as train.batch_size=8"
+    help = f"{CONFIG}; key=value changes a value of it, such as train.batch_size=8"
     parser.add_argument("what", nargs="*", metavar="CONFIG|key=value", help=help)
-    parser.add_argument("--mode", choices=["exact", "paper", "backrazor"], default="exact")
-    parser.add_argument("--classes", type=int, help="of every task whose file does not say")
-    parser.add_argument("--measure", action="store_true", help="run a step and show the difference")
-    parser.add_argument("--budget", metavar="SIZE", help="such as 600MB: does it fit, and what would help")
+    parser.add_argument("--mode", choices=["exact", "paper", "backrazor"], default="exact", help="(default: exact)")
+    parser.add_argument("--classes", type=int, metavar="N", help="classes of tasks whose file does not say")
+    parser.add_argument("--measure", action="store_true", help="run a step, and compare prediction and measurement")
+    parser.add_argument("--budget", metavar="SIZE", help="such as 600MB: does it fit, and what would help?")
     parser.add_argument("--plans", action="store_true", help="with --budget: list the plans that fit")
-    parser.add_argument("--no-measure", action="store_true", help="of plans: FLOPs alone, nothing is timed")
-    several = parser.add_argument_group("several processes: bytes exchanged, efficiency, what would send less")
-    several.add_argument("--processes", type=at_least(1), metavar="W", help="in all; they share train.batch_size")
-    several.add_argument("--machines", type=at_least(1), default=1, metavar="N", help="that these are on (1)")
-    several.add_argument("--tflops", type=float, default=200.0, help="10^12 operations a second of one (200)")
-    several.add_argument("--step-seconds", type=float, metavar="S", help="measured, of one's share of an update")
-    parser.add_argument("--sweep", action="store_true", help="predicted against measured over everything")
-    parser.add_argument("--backbones", nargs="+", help="of the sweep (default: the configuration's)")
-    parser.add_argument("--image-size", type=int, help="of the sweep, in pixels")
-    parser.add_argument("--batches", type=int, nargs="+", default=[2, 5], help="of the sweep")
-    parser.add_argument("--storages", nargs="+", help="of the sweep (default: all)")
-    parser.add_argument(
-        "--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"], help="of the sweep"
+    parser.add_argument("--no-measure", action="store_true", help="with --plans: compare FLOPs, and time nothing")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    several = parser.add_argument_group("several processes: bytes exchanged, efficiency, ways to send less")
+    help = "number in all; they share train.batch_size"
+    several.add_argument("--processes", type=at_least(1), metavar="W", help=help)
+    several.add_argument("--machines", type=at_least(1), default=1, metavar="N", help="number of machines (default: 1)")
+    help = "speed of one process, in 10^12 operations per second (default: 200)"
+    several.add_argument("--tflops", type=float, default=200.0, metavar="T", help=help)
+    help = "measured time that one process computes in an update, instead of --tflops"
+    several.add_argument("--step-seconds", type=float, metavar="S", help=help)
+    sweep = parser.add_argument_group("sweep: predicted against measured, over many configurations")
+    sweep.add_argument("--sweep", action="store_true", help="run it")
+    sweep.add_argument("--backbones", nargs="+", metavar="NAME", help="(default: the configuration's)")
+    sweep.add_argument("--image-size", type=int, metavar="PIXELS", help="(default: the backbone's)")
+    sweep.add_argument("--batches", type=int, nargs="+", default=[2, 5], metavar="N", help="(default: 2 5)")
+    sweep.add_argument("--storages", nargs="+", metavar="NAME", help="(default: all)")
+    sweep.add_argument(
+        "--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"], help="(default: both)"
     )
-    parser.add_argument("--json", action="store_true")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -104,10 +109,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def classes_of(config: "Config", given: int | None) -> dict[str, int]:
-    """Number of classes by task, as the task files say or as given; no data is opened.
+    """Return the number of classes of each task. No data is opened.
 
+    Args:
+        given: classes of a task whose file does not say; None if unknown.
     Raises:
-        ConfigError: neither says.
+        ConfigError: a task's number is unknown.
     """
     from moe_bsr.config import require
     from moe_bsr.data import load_spec

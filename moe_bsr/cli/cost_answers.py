@@ -1,4 +1,4 @@
-"""The answers of `moe-bsr cost` about one configuration: as values for JSON, as lines, and the exit status."""
+"""Answer `moe-bsr cost` about one configuration: as values for JSON, as lines of text, and with an exit status."""
 
 import argparse
 import sys
@@ -28,14 +28,20 @@ RULES = {"paper": paper.memory, "backrazor": backrazor.memory}
 def answer(
     config: Config, classes: dict[str, int], arguments: argparse.Namespace
 ) -> tuple[dict[str, Any], list[str], int]:
-    """What was asked for: as JSON values, as lines, and the exit status."""
+    """Answer what the arguments ask.
+
+    Args:
+        classes: number of classes by task.
+    Returns:
+        JSON values, lines of text, and the exit status.
+    """
     notes = []
     if (arguments.processes or 1) > 1:
         check_shared_optimizer(config.train)
-    if config.mode == "single_task":  # one model per task: tell the one with the largest head
+    if config.mode == "single_task":  # one model per task: take the one with the largest head
         task = max(classes, key=classes.get)
         config, classes = config.of_task(task), {task: classes[task]}
-        notes = [f"one model per task; this is the one of {task}"]
+        notes = [f"one model per task; this is the model of {task}"]
     if arguments.sweep:
         return sweep_answer(config, classes, arguments)
     batch = config.train.batch_size // config.train.grad_accumulation_steps
@@ -53,11 +59,11 @@ def answer(
     ]
     if config.data.feature_cache_mb:
         lines.append(
-            f"data.feature_cache_mb: up to {config.data.feature_cache_mb} MB of kept stems (10^6 bytes) come on top"
+            f"data.feature_cache_mb: up to {config.data.feature_cache_mb} MB (10^6 bytes) of cached features are extra"
         )
     status = 0
     if arguments.measure:
-        cost, seen = cost_check.run(config, classes, batch=batch)  # of one task's step: its own, smaller prediction
+        cost, seen = cost_check.run(config, classes, batch=batch)  # a step of one task, with its smaller prediction
         result["measured"] = {
             "quantities": cost_check.compare(cost, seen),
             "process_peak": seen.process_peak,
@@ -66,7 +72,7 @@ def answer(
         }
         lines += ["", *measured_table(result["measured"], runtime.device.type)]
         if config.plan.moe_blocks:
-            lines.append("predicted here with the largest expert's group as it was in this step: values decide it")
+            lines.append("the prediction takes the largest group of an expert from this step: it depends on the data")
     if arguments.budget is not None:
         size = budget.parse_bytes(arguments.budget)
         told = budget.answer(config, classes, size, batch=batch, precision=runtime.precision)
@@ -90,7 +96,7 @@ def answer(
 
 
 def rule_answer(config: Config, model: MultitaskViT, batch: int, mode: str) -> tuple[dict[str, Any], list[str], int]:
-    """The cost by a published rule: float32, activations and 8-bit frozen weights, nothing else."""
+    """Answer by a published rule: activations in float32, parameters with the frozen ones in 8 bits, nothing else."""
     require_tokens(config.backbone, f"--mode {mode}")
     shape = from_model(model)
     estimate = RULES[mode](shape, batch)
@@ -162,7 +168,7 @@ def sweep_answer(
 
 
 def table(cost: Cost, batch: int) -> list[str]:
-    """What each section keeps for the backward pass, and everything else a step holds."""
+    """Format a prediction: what each section saves for the backward pass, and all else a step holds."""
     lines = [f"{'kept for backward, MB':<22}  {'total':>10}  of which"]
     for section, kinds in cost.kept_by_block.items():
         parts = ", ".join(

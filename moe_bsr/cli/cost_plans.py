@@ -1,4 +1,4 @@
-"""The answer of `moe-bsr cost --budget SIZE --plans`: what fits into so much memory, and the command that runs it."""
+"""Answer `moe-bsr cost --budget SIZE --plans`: the plans that fit into a memory size, and how to run them."""
 
 import dataclasses
 import json
@@ -20,16 +20,22 @@ MB = 2**20
 def answer(
     config: Config, classes: dict[str, int], budget: str, file: str, timed: bool
 ) -> tuple[dict[str, Any], list[str], int]:
-    """As JSON values (of all plans that fit), as lines (of those worth telling), and the exit status: 1 if none fits.
+    """List the plans that fit into `budget`.
 
     Args:
-        file: of the configuration. timed: whether blocks are timed on this machine.
+        classes: number of classes by task.
+        budget: memory of the whole process, such as "900MB".
+        file: name of the configuration, for the command that is printed.
+        timed: whether blocks are timed on this machine.
+    Returns:
+        JSON values of all plans that fit, lines of text of those on the Pareto front, and the exit status: 1 if no plan
+        fits.
     """
     limit, notes = parse_bytes(budget), []
-    if config.mode == "single_task":  # one model per task: tell the one with the largest head
+    if config.mode == "single_task":  # one model per task: take the one with the largest head
         task = max(classes, key=lambda name: classes[name])
         config, classes = config.of_task(task), {task: classes[task]}
-        notes = [f"one model per task; this is the one of {task}"]
+        notes = [f"one model per task; this is the model of {task}"]
     if is_absent_gpu(config):
         runtime, timed = absent_gpu(config), False
     else:
@@ -56,7 +62,7 @@ def answer(
 
 
 def lines(config: Config, plans: list[Plan], result: dict[str, Any], file: str) -> list[str]:
-    """A plan a line."""
+    """Format the plans, one per line."""
     timed = plans[0].seconds is not None
     alike = f" (alike within {result['alike_within']:.0%})" if result["alike_within"] else ""
     cells = [["s/update" if timed else "TFLOPs", "MB", "trained M", "patches %", "key=value"]]
@@ -69,14 +75,14 @@ def lines(config: Config, plans: list[Plan], result: dict[str, Any], file: str) 
         f"{config.backbone.name}, updates of {result['batch']} images in {result['precision']}: "
         f"{len(result['plans'])} plans fit into {result['budget'] / MB:.0f} MB, {result['libraries'] / MB:.0f} of them "
         "for libraries.",
-        f"The fastest first; left out is whatever another plan equals or beats in all four columns{alike}.",
+        f"The fastest first; plans that another one equals or beats in all four columns are left out{alike}.",
         *(f"{row}  {cell[-1]}" for row, cell in zip(table, cells, strict=True)),
         f"Run one: {program('train')} {file} KEY=VALUE ...",
     ]
 
 
 def overrides(config: Config, plan: Plan) -> str:
-    """What differs from the configuration, as on the command line."""
+    """Return the plan's differences from the configuration, as key=value for the command line."""
     tree = configuration.to_dict(config)
     changed = {
         key: value for key, value in plan.changes.items() if value != reduce(dict.__getitem__, key.split("."), tree)

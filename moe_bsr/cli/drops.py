@@ -1,12 +1,16 @@
-"""What dropping tokens costs before training: the accuracy of a linear probe against FLOPs, setting by setting.
+"""Measure what dropping tokens costs in accuracy before training: a linear probe's accuracy against FLOPs, by setting.
 
     moe-bsr drops configs/deit_tiny_moe_bsr.yaml tasks=[cifar100] data.root=data
     moe-bsr drops configs/deit_tiny_moe_bsr.yaml --images 4000 --at 6,9:0.5 4,6,8:0.7,0.5,0.5 --json > drops.json
 
-CONFIG's own dropping is compared with none, with milder ones, with the other ways to rank and fuse, with merging
-(where keep rates are 0.5 or more), and with other places at the same FLOPs. --at tries these BLOCKS:KEEP_RATES alone,
-beside none and CONFIG's own, with tokens.reduce=merge merging. Scores are on validation images, the same for all
-settings; no test image is opened. Blocks that settings share run once.
+The dropping of CONFIG is compared with none, with milder dropping, with the other ways to rank and fuse tokens, with
+merging (where keep rates are 0.5 or more), and with other blocks at the same FLOPs. With --at only these
+BLOCKS:KEEP_RATES are tried, beside none and the dropping of CONFIG; with tokens.reduce=merge they merge tokens instead.
+
+All settings are scored on the same validation images. No test image is opened, and nothing is written. Blocks that
+several settings share are computed once.
+
+Exit status: 0 done, 2 invalid arguments or input.
 """
 
 import argparse
@@ -26,15 +30,15 @@ Places = tuple[tuple[int, float], ...]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     run_arguments.add_overrides(parser)
-    help = "training images of each task, and half as many for validation, at most (2000)"
+    help = "use at most N training images of each task, and half as many for validation (default: 2000)"
     parser.add_argument("--images", type=run_arguments.at_least(2), default=2000, metavar="N", help=help)
-    help = "only these, such as 6,9:0.5 or 3,6:0.7,0.5"
+    help = "try only these, such as 6,9:0.5 or 3,6:0.7,0.5"
     parser.add_argument("--at", type=places, nargs="+", action="extend", metavar="BLOCKS:RATES", help=help)
-    parser.add_argument("--json", action="store_true", help="JSON instead of the table")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
 
 def places(text: str) -> Places:
-    """An argument type: blocks and their keep rates."""
+    """Parse blocks and their keep rates, such as "3,6:0.7,0.5" (an argument type)."""
     try:
         blocks, rates = ([*part.split(",")] for part in text.split(":"))
         rates = rates * len(blocks) if len(rates) == 1 else rates
@@ -83,7 +87,7 @@ def announce(task: str, train: int, val: int) -> None:
 
 
 def table(rows: "list[Row]", front: "list[Row]") -> str:
-    """The settings, the most accurate first; a star for those that none beats in accuracy and FLOPs."""
+    """Format the settings, the most accurate first. A star marks the Pareto front of accuracy and FLOPs."""
     from moe_bsr.runtime.text_tables import as_text
 
     tasks = list(rows[0].top1)
@@ -96,7 +100,7 @@ def table(rows: "list[Row]", front: "list[Row]") -> str:
 
 
 def conclusion(rows: "list[Row]", best: "Row", own: "DropSetting") -> str:
-    """Which setting loses least at the FLOPs of the configuration's own, and how to set it."""
+    """Say which setting loses least at the FLOPs of the configuration's own, and how to set it."""
     mine = next(row for row in rows if row.setting == own)
     if best.setting == own:
         return f"At {mine.flops:.1%} of the FLOPs nothing tried loses less than the configuration's {own}."

@@ -1,12 +1,15 @@
-"""Evaluate a run, task by task: accuracy with its interval, calibration, tokens kept, experts used.
+"""Measure the accuracy of a run, task by task: top-1 with its interval, calibration, tokens kept, experts used.
 
     moe-bsr evaluate runs/quickstart
     moe-bsr evaluate runs/real --task flowers102 pets --split test --json > test.json
 
-RUN is a folder that `moe-bsr train` wrote, of one model for all tasks or of one model per task. The
-numbers are those of the trainer's own evaluation; data, backbone and device are the run's, unless an
-option says where they are now. With --json stdout holds one JSON object and nothing else. Every
-evaluation of the test split is counted in the run; choose by val.
+RUN is the folder of a run, with one model for all tasks or one per task, or what `moe-bsr share` made of a run. The
+evaluation is the one that training uses. Data, backbone and device are those of the run, unless an option gives others.
+
+Every evaluation of the test split is counted in RUN/test_evaluations.log, so choose between models by the validation
+split. With --json, stdout is one JSON object.
+
+Exit status: 0 done, 2 invalid arguments or input.
 """
 
 import argparse
@@ -20,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run_arguments.add_run(parser)
     run_arguments.add_tasks(parser)
     run_arguments.add_data(parser)
-    parser.add_argument("--split", choices=("val", "test"), default="val", help="(val)")
-    parser.add_argument("--json", action="store_true", help="JSON instead of the table")
+    parser.add_argument("--split", choices=("val", "test"), default="val", help="images to use (default: val)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -45,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     say()
     say(table(report["tasks"]))
     if are_many(report["tasks"]):
-        say(f"\nall {len(report['tasks'])} tasks: --json; some of them: --task NAME ...")
+        say(f"\n--json prints all {len(report['tasks'])} tasks, --task NAME ... the tasks you name")
     return 0
 
 

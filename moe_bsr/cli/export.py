@@ -1,15 +1,15 @@
-"""Export a trained run for a device: ONNX graphs, shared weights, labels, a model card, and a program without torch.
+"""Export a run for a device: ONNX graphs, shared weights, labels, a model card, and a program that needs no torch.
 
     moe-bsr export runs/quickstart
     moe-bsr export runs/quickstart --task petals shapes --int8 --out petals-int8
     moe-bsr export runs/quickstart --task petals --experts 8
     moe-bsr export runs/quickstart --format executorch
 
-The folder is written only if its graphs compute what the run computes in float32, on validation images of the run.
-There, `python predict.py photo.jpg` needs numpy, Pillow and onnxruntime alone, and `--check` tells whether
-the device computes the same. --int8 and --experts cost accuracy: the table says how much.
+Writes the folder only if its graphs compute the same as the run in float32, on validation images of the run. In that
+folder, `python predict.py photo.jpg` needs only numpy, Pillow and onnxruntime, and `python predict.py --check` tells
+whether the device computes the same. --int8 and --experts cost some accuracy; the printed table says how much.
 
-Exit status: 0 written, 2 refused.
+Exit status: 0 written, 2 invalid arguments or input, or the graphs differ (nothing is written).
 """
 
 import argparse
@@ -27,15 +27,15 @@ FORMATS = ("onnx", "executorch", "litert")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     run_arguments.add_run(parser)
     run_arguments.add_tasks(parser)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="the folder to write (RUN/export)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: RUN/export)")
     parser.add_argument("--int8", action="store_true", help="weights in int8: a third of the size, nearly as accurate")
-    help = "keep the N experts of each layer that a task uses most (all)"
+    help = "keep only the N experts of each layer that a task uses most (default: all)"
     parser.add_argument("--experts", type=run_arguments.at_least(1), metavar="N", help=help)
-    help = "validation images of each task to prove it on, at most (512)"
+    help = "compare graphs and run on at most N validation images of each task (default: 512)"
     parser.add_argument("--images", type=run_arguments.at_least(1), default=512, metavar="N", help=help)
-    parser.add_argument("--data-root", metavar="DIR", help="where data lie (the run's data.root)")
-    parser.add_argument("--format", choices=FORMATS, default="onnx", help="(onnx)")
-    parser.add_argument("--json", action="store_true", help="JSON instead of the table")
+    parser.add_argument("--data-root", metavar="DIR", help="folder of the datasets (default: the run's data.root)")
+    parser.add_argument("--format", choices=FORMATS, default="onnx", help="kind of the graphs (default: onnx)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -66,14 +66,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def refusal(name: str) -> str | None:
-    """Why a format cannot be written here, and what to do."""
+    """Return why a format cannot be written here, and what to do; None if it can."""
     if name == "litert":
         return (
             "this version does not write it. To lower a model yourself: pip install litert-torch in an environment of "
             "its own, and torch.export the model under moe_bsr.ops.reference(), see docs/export.md"
         )
     if name == "executorch" and find_spec("executorch") is None:
-        return "it is lowered by a package that is not installed: pip install executorch"
+        return "it needs a package that is not installed: pip install executorch"
     return None
 
 
@@ -89,7 +89,10 @@ def tell(result: dict[str, Any]) -> None:
 
 
 def rows(result: dict[str, Any]) -> list[list[str]]:
-    """A line a task: accuracy beside that before weights were rounded or experts left out, and how equal it is."""
+    """Return the rows of the table, one per task.
+
+    Each has the accuracy, that before rounding weights or leaving out experts, and how well graphs and run agree.
+    """
     first = next(iter(result["tasks"].values()))
     header = ["task", "images", "val top-1 %", "95 % interval"]
     header += ["with all experts %"] if "whole" in first else []

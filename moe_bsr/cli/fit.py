@@ -1,24 +1,25 @@
-"""The best model of some tasks for a time and a memory, on this machine.
+"""Find the best model of some tasks for a given time and memory on this machine.
 
     moe-bsr fit photos.yaml --minutes 10
     moe-bsr fit birds flowers --minutes 5 --memory 900MB
     moe-bsr fit configs/deit_tiny_moe_bsr.yaml --minutes 20 data.root=data --run runs/best
 
-Give it a configuration, or the names or files of tasks (then configs/fit.yaml is the configuration). It measures how
-fast the backbone is here, and climbs as far as the time allows:
+Give it a configuration, or names or files of tasks; with tasks, the configuration is configs/fit.yaml. It measures the
+speed of the backbone on this machine, and trains as many of these models as the time allows:
 
-    probe         the heads alone on frozen features of several blocks, solved to their optimum
-    late          the last two blocks train behind that probe
-    bsr, experts  the configuration's own blocks and token dropping, without and with experts
+    probe         only the heads, on frozen features of several blocks, solved to their optimum
+    late          the last two blocks, starting from that probe
+    bsr, experts  the blocks and token dropping of the configuration, without and with experts
 
-Where there is time for it, each is tried for a while, the best one at other learning rates too, and it gets the time
-that is left. Each run begins from the weights of the one before and is stored in the form that fits into --memory (of
-the whole process). The run of the highest validation accuracy is named, with the reason, and tested once. The minutes
-count everything from opening the images on, but that test.
+If there is time, late, bsr and experts are each tried for a while, the best of them also at other learning rates. It
+then gets the remaining time, and continues from the weights of its trial. Each run is trained in a form that fits into
+--memory. The run with the highest validation accuracy is named, with the reason, and tested once. --minutes cover
+everything from opening the images, except this test.
 
-Each rung is a run folder in --run, for predict, evaluate, views and train --resume. fit.json has the whole table.
+Writes one run folder per model in --run, for `predict`, `evaluate`, `views` and `train --resume`, and the table of all
+in fit.json.
 
-Exit status: 0 done, 1 training failed, 2 refused before it began, 128 + signal if interrupted.
+Exit status: 0 done, 1 training failed, 2 invalid arguments or input, 128 + signal if interrupted.
 """
 
 import argparse
@@ -36,14 +37,15 @@ BASE = "configs/fit.yaml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    help = "a configuration, or tasks; and key=value, such as backbone.weights=FILE"
+    help = "a configuration, or one or more tasks; key=value changes a value, such as backbone.weights=FILE"
     parser.add_argument("what", nargs="+", metavar="CONFIG|TASK|key=value", help=help)
-    parser.add_argument("--minutes", type=_minutes, required=True, metavar="N", help="for everything but the test")
-    help = "of the whole process, such as 900MB or 2GB (nine tenths of what is free)"
+    parser.add_argument("--minutes", type=_minutes, required=True, metavar="N", help="time for everything but the test")
+    help = "memory of the whole process, such as 900MB or 2GB (default: nine tenths of what is free)"
     parser.add_argument("--memory", metavar="SIZE", help=help)
-    parser.add_argument("--run", "--run-dir", type=Path, metavar="DIR", help="new folder for the runs (runs/NAME_fit)")
+    help = "new folder for the runs (default: runs/NAME_fit)"
+    parser.add_argument("--run", "--run-dir", type=Path, metavar="DIR", help=help)
     parser.add_argument("--no-test", action="store_true", help="do not score the test split")
-    parser.add_argument("--json", action="store_true", help="JSON instead of the table")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
 
 def _minutes(text: str) -> float:
@@ -78,16 +80,16 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(result, indent=1))
         return 0
     say(table(result))
-    say(f"\n{result['reason']}. All of it took {result['seconds']:.0f} s of {60 * result['minutes']:.0f}.")
+    say(f"\n{result['reason']}. Everything took {result['seconds']:.0f} s of {60 * result['minutes']:.0f}.")
     if "test" in result:
         tasks = ", ".join(f"{task} {about['top1']:.1f}" for task, about in result["test"]["tasks"].items())
-        say(f"Test: {result['test']['mean_top1']:.1f} % in the mean ({tasks}).")
+        say(f"Test: {result['test']['mean_top1']:.1f} % top-1 on average ({tasks}).")
     say(f"Use it: {program('predict')} {result['run']} IMAGE")
     return 0
 
 
 def configuration(what: list[str]) -> "tuple[Config, str]":
-    """The configuration that is meant, and a name for its runs."""
+    """Return the configuration that the arguments mean, and a name for its runs."""
     from moe_bsr.config import ConfigError, load, packaged
     from moe_bsr.data import load_spec
 
@@ -106,7 +108,7 @@ def configuration(what: list[str]) -> "tuple[Config, str]":
 
 
 def table(result: dict[str, Any]) -> str:
-    """The rungs, in the order they were climbed; a star for the best."""
+    """Format the models in the order of training. A star marks the best."""
     from moe_bsr.runtime.text_tables import as_text
 
     tasks = list(result["rungs"][0]["tasks"]) if result["rungs"] else []

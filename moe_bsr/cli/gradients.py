@@ -1,15 +1,18 @@
-"""What each storage keeps for the backward pass, how near its gradients come to the exact ones, and its time.
+"""Measure what each storage saves for the backward pass, how far its gradients are from the exact ones, and its time.
 
     moe-bsr gradients configs/deit_tiny_stl_bsr.yaml tasks=[pets] data.root=data
     moe-bsr gradients photos.yaml --storages int8 segments_int8 "{kind: back_razor, sparsity: 0.95}" --batch 32
     moe-bsr gradients photos.yaml runtime.precision=bf16 --json > gradients.json
 
-One batch of the first task's training images; its head is fitted to them first, and nothing else is trained. `exact`
-is what the others are compared with. Cosine, relative error and length are those of all gradients together: a length
-of 0.6 means that gradients shrink, and that the learning rate wants another look. Time is of forward and backward, the
-median of rounds in which all storages take turns.
+A storage is the form in which a block saves activations for its backward pass. All are compared with `exact`, on one
+batch of training images of the first task. The head is fitted to these images first; nothing else is trained, and
+nothing is written.
 
-Exit status: 0 done, 2 refused.
+Cosine, relative error and length are those of all gradients taken as one vector. A length of 0.6 means that gradients
+are too short, so the learning rate may need a change. Time is that of a forward and a backward pass relative to
+`exact`: the median over rounds in which all storages take turns.
+
+Exit status: 0 done, 2 invalid arguments or input.
 """
 
 import argparse
@@ -29,11 +32,13 @@ COARSE += [f"{{kind: subspace, rank: {rank}}}" for rank in (0.5, 0.25, 0.125)]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     run_arguments.add_overrides(parser)
-    help = "names, or mappings with kind and options (default: all, coarse ones with several of their options)"
+    help = "names, or mappings with kind and options (default: all, those of coarse gradients with several options)"
     parser.add_argument("--storages", nargs="+", metavar="STORAGE", help=help)
-    parser.add_argument("--batch", type=run_arguments.at_least(1), default=16, metavar="N", help="images (16)")
-    parser.add_argument("--rounds", type=run_arguments.at_least(1), default=5, metavar="N", help="of timing (5)")
-    parser.add_argument("--json", action="store_true", help="JSON instead of the table")
+    help = "images in the batch (default: 16)"
+    parser.add_argument("--batch", type=run_arguments.at_least(1), default=16, metavar="N", help=help)
+    help = "rounds of timing (default: 5)"
+    parser.add_argument("--rounds", type=run_arguments.at_least(1), default=5, metavar="N", help=help)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
 
 def run(arguments: argparse.Namespace) -> int:

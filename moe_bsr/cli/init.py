@@ -1,18 +1,20 @@
-"""Look at image folders, and write the task files and the configuration to train on them.
+"""Write the task files and the configuration to train on your image folders.
 
     moe-bsr init photos
     moe-bsr init photos --out project --test-fraction 0.3
 
-DIR is one dataset or a folder of several. A dataset is
+DIR is one dataset, or a folder of several. A dataset looks like one of these:
 
-    train/CLASS/IMAGE     with val/ and test/ beside train/ where there are such splits
+    train/CLASS/IMAGE     with val/ and test/ beside train/ if there are such splits
     CLASS/IMAGE           a folder of classes
 
-A split that is not there is set aside from the training images: always the same ones, whatever else is added. No image
-is moved or copied. Writes tasks/NAME.yaml for each dataset and NAME.yaml, the configuration, into the current folder,
-and says what to do next. Files that are there are kept; --force replaces them.
+A split that does not exist is set aside from the training images. Adding images later does not move any from one split
+to another.
 
-Exit status: 0 written, 2 refused (nothing is written).
+Writes tasks/NAME.yaml for each dataset, and the configuration NAME.yaml, and prints what to do next. Images are not
+moved or copied. Existing files are replaced only with --force.
+
+Exit status: 0 written, 2 no dataset found, or a file exists (nothing is written).
 """
 
 import argparse
@@ -31,10 +33,10 @@ CONFIG = """\
 # Made by {made_by}. Fine-tunes the bundled backbone (64 x 64 pixels) in blocks 3, 7 and 11, with a mixture
 # of experts, and drops three tenths of the patches at blocks 6 and 9. moe-bsr copy base writes a file with all keys.
 #
-# Measure first what the heads alone reach, in less time: add to the command
+# To see first what training only the heads reaches, in less time, add to the command
 #   plan.train_blocks=[] plan.drop_blocks=[] plan.moe_blocks=[] train.lr=2e-2 train.head_lr_scale=1
 #   --run runs/{name}_heads
-# A backbone pretrained on photographs does far better on photographs (23 MB, downloaded once; slower):
+# A backbone pretrained on photographs is much more accurate on photographs (23 MB, downloaded once; slower):
 #   backbone.name=deit_tiny_patch16_224.fb_in1k backbone.weights=hub train.lr=5e-4
 tasks: {tasks}
 plan: {{drop_blocks: [6, 9], keep_rate: 0.7}}
@@ -43,7 +45,7 @@ train:
   steps: {steps}
   eval_every: {eval_every}
   lr: 1.0e-3
-  head_lr_scale: 10              # heads start from nothing
+  head_lr_scale: 10              # heads start untrained
 """
 
 TASK = """\
@@ -52,7 +54,7 @@ title: {title}
 source: folder
 path: {path}{test_fraction}
 # license: how others may use these images
-# flip: false                    # where a mirrored image would be another class: letters, signs, left and right
+# flip: false                    # if a mirrored image could be of another class: letters, signs, left and right
 """
 
 EPOCHS, BATCH = 12, 32
@@ -60,15 +62,11 @@ EPOCHS, BATCH = 12, 32
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="a dataset, or a folder of several")
-    parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="where to write (here)")
-    parser.add_argument(
-        "--test-fraction",
-        type=float,
-        default=0.2,
-        metavar="F",
-        help="share of the images, where there is no test split (0.2)",
-    )
-    parser.add_argument("--force", action="store_true", help="replace files that are there")
+    help = "folder to write to (default: the current one)"
+    parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help=help)
+    help = "share of the images to use as a test split, if there is none (default: 0.2)"
+    parser.add_argument("--test-fraction", type=float, default=0.2, metavar="F", help=help)
+    parser.add_argument("--force", action="store_true", help="replace existing files")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -84,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     for line in left_out:
         say(f"not used: {line}")
     if not datasets:
-        raise ConfigError(f"{folder}: no dataset in it; moe-bsr init --help shows the folders that are understood")
+        raise ConfigError(f"{folder} has no dataset; moe-bsr init --help shows how the folders have to look")
     name = folder_name(folder)
     config = out / f"{name}.yaml"
     command = f"{program('train')} {config}"
@@ -103,19 +101,19 @@ def run(arguments: argparse.Namespace) -> int:
     for path, text in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    load(config)  # what was written can be read
+    load(config)  # check that what was written can be read
     for data in datasets:
         say(
             f"{data.name}: {len(data.class_names)} classes, {len(data.train)} training, {len(data.val)} validation and "
             f"{len(data.test)} test images" + "".join(f"\n  {note}" for note in data.notes)
         )
     say("written: " + ", ".join(map(str, files)))
-    say(f"next:\n  {command} --dry-run    every dataset opened, the plan block by block\n  {command}")
+    say(f"next:\n  {command} --dry-run    opens every dataset, prints the plan block by block\n  {command}")
     return 0
 
 
 def look(folder: Path, test_fraction: float) -> tuple[list["TaskData"], list[str]]:
-    """The datasets in a folder, and a line for everything in it that is none."""
+    """Return the datasets in a folder, and a line of text for everything in it that is not a dataset."""
     found: list[TaskData] = []
     left_out = []
     for place in [folder] if is_dataset(folder) else subfolders(folder):
@@ -135,7 +133,7 @@ def look(folder: Path, test_fraction: float) -> tuple[list["TaskData"], list[str
 
 
 def is_dataset(folder: Path) -> bool:
-    """Whether a folder itself has splits or classes: in it are folders that hold images, and no folders of images."""
+    """Return whether a folder is a dataset: it has a training split, or class folders, which hold images directly."""
     from moe_bsr.data.class_names import split_named
 
     return any(
@@ -145,10 +143,10 @@ def is_dataset(folder: Path) -> bool:
 
 
 def dataset_in(place: Path, test_fraction: float) -> "TaskData":
-    """The dataset that a folder is, as training will open it.
+    """Open the dataset in a folder as training will open it.
 
     Raises:
-        ValueError, FileNotFoundError: training on it would be refused.
+        ValueError, FileNotFoundError: training would not accept it.
     """
     from dataclasses import replace
 
@@ -190,6 +188,6 @@ def task_file(data: "TaskData") -> str:
 
 
 def steps(datasets: list["TaskData"]) -> int:
-    """Updates for about a dozen epochs, within what is bearable for a first try."""
+    """Return the number of updates for about a dozen epochs, limited to what is bearable for a first run."""
     images = sum(len(data.train) for data in datasets)
     return min(max(EPOCHS * images // BATCH // 10 * 10, 100), 2000)

@@ -1,15 +1,17 @@
-"""Look for a learning rate: train a little while the rate rises, and see where the loss falls fastest.
+"""Search for a learning rate: train a little while the rate rises, and see where the loss falls fastest.
 
     moe-bsr lr configs/quickstart.yaml
     moe-bsr lr photos.yaml train.optimizer=sgd --high 10
     moe-bsr lr photos.yaml --csv > curve.csv
 
-Every update has a larger rate than the one before, from --low to --high in equal ratios; the search ends where the loss
-has risen to four times its lowest. The loss is relative to each task's first, smoothed, and the mean of the tasks.
-Layer decay and head_lr_scale hold as in training; warm-up and schedule do not. The rate suggested is where the loss
-falls fastest: a train.lr to begin with. No run folder is written, and the test images are not looked at.
+The rate rises with every update, from --low to --high in equal ratios. The search ends early if the loss has risen to
+four times its minimum. The loss of each task is divided by its first one and smoothed, and the tasks are averaged.
+Layer decay and head_lr_scale apply as in training; warm-up and schedule do not.
 
-Exit status: 0 a rate was found, 1 the loss never fell, 2 refused.
+Prints the curve, and a value of train.lr to start with: the rate at which the loss falls fastest. Nothing is written,
+and no test image is opened.
+
+Exit status: 0 a rate was found, 1 the loss never fell, 2 invalid arguments or input.
 """
 
 import argparse
@@ -22,17 +24,18 @@ from moe_bsr.cli import run_arguments
 from moe_bsr.cli.main import FAILED
 from moe_bsr.cli.terminal import say
 
-ROWS, WIDTH = 24, 50  # of the curve as text
+ROWS, WIDTH = 24, 50  # lines of the curve as text, and characters of the longest bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     run_arguments.add_overrides(parser)
-    parser.add_argument("--steps", type=run_arguments.at_least(10), metavar="N", help="updates (100, or 30 a task)")
-    parser.add_argument("--low", type=float, default=1e-6, metavar="RATE", help="the first rate (1e-6)")
-    parser.add_argument("--high", type=float, default=1.0, metavar="RATE", help="the last one (1)")
+    help = "updates (default: 100, or 30 per task if that is more)"
+    parser.add_argument("--steps", type=run_arguments.at_least(10), metavar="N", help=help)
+    parser.add_argument("--low", type=float, default=1e-6, metavar="RATE", help="first rate (default: 1e-6)")
+    parser.add_argument("--high", type=float, default=1.0, metavar="RATE", help="last rate (default: 1)")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="JSON on stdout instead of text")
-    form.add_argument("--csv", action="store_true", help="the curve alone, as lr,loss,smoothed")
+    form.add_argument("--json", action="store_true", help="print JSON instead of text")
+    form.add_argument("--csv", action="store_true", help="print only the curve, as lr,loss,smoothed")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -53,11 +56,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def told(found: dict[str, Any]) -> list[str]:
-    """The curve as bars, and the suggestion."""
+    """Format the curve as bars, and the suggestion."""
     curve, rate = found["curve"], found["suggestion"]
     shown = curve[:: max(1, -(-len(curve) // ROWS))]
     values = [point["smoothed"] for point in shown]
-    top = max(min(max(values), 2.0), min(values))  # where it diverges it would flatten everything else
+    top = max(min(max(values), 2.0), min(values))  # a divergence would make all other bars short
     lines = ["      lr  relative loss"]
     nearest = min(range(len(shown)), key=lambda i: abs(shown[i]["lr"] / rate - 1)) if rate else None
     for i, (point, value) in enumerate(zip(shown, values, strict=True)):
@@ -67,4 +70,4 @@ def told(found: dict[str, Any]) -> list[str]:
     if rate is None:
         return [*lines, "the loss never fell: try other rates (--low, --high), or look at the data"]
     ended = "; then it diverged" if found["diverged"] else ""
-    return [*lines, f"train.lr={rate:.1e}  (falls fastest; lowest at {found['lowest']:.1e}{ended})"]
+    return [*lines, f"train.lr={rate:.1e}  (the loss falls fastest; lowest at {found['lowest']:.1e}{ended})"]

@@ -1,15 +1,14 @@
-"""Pack a task's images into one file per split, smaller and quicker to read.
+"""Pack the images of a task into one file per split, which is smaller and faster to read.
 
     moe-bsr pack food101 --root data --download          # 101,000 images, about 2 GB
     moe-bsr pack cifar10 --root data --out packs         # lossless
 
-TASK is a name in `tasks/` or a path to a task file. Writes `<out>/<task>/` with train.npz, classes.txt and so on;
-training uses it in place of the originals when `<out>` is its data root, which is the default here; where the
-originals lie in `<root>/<task>/` themselves, name another. Images above the short side are shrunk to JPEGs; the
-others keep their bytes, or become lossless PNGs where they come as pixels. Images that cannot be read are listed,
-all at once, and nothing is written. The format is described in docs/data.md.
+Writes OUT/TASK/ with train.npz, classes.txt and so on. Training with OUT as its data root then uses the pack instead of
+the originals. OUT is by default the data root; if the originals are in TASK/ of the data root, give another OUT. Images
+larger than --short-side are resized and stored as JPEG. Smaller ones keep their bytes, or become lossless PNG if they
+are not files. Images that cannot be read are listed, and then nothing is written. docs/data.md describes the format.
 
-Exit status: 0 packed, 2 refused (nothing is left behind).
+Exit status: 0 packed, 2 invalid arguments, a pack exists, or an image cannot be read (nothing is written).
 """
 
 import argparse
@@ -26,18 +25,19 @@ from moe_bsr.cli.terminal import say
 if TYPE_CHECKING:
     from moe_bsr.data import TaskSpec
 
-IMAGES_AT_ONCE = 256  # encoded images in memory
+IMAGES_AT_ONCE = 256  # encoded images that are in memory at a time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("task", metavar="TASK", help="a name in tasks/, or a task file")
-    parser.add_argument("--root", "--data-root", type=Path, default=Path("data"), help="data root (data)")
-    parser.add_argument("--out", type=Path, help="where to write (the data root)")
-    parser.add_argument("--short-side", type=at_least(1), default=256, help="pixels (256)")
-    parser.add_argument(
-        "--quality", type=int, default=90, choices=range(1, 96), metavar="1..95", help="of shrunk JPEGs (90)"
-    )
-    parser.add_argument("--download", action="store_true", help="fetch what is missing")
+    parser.add_argument("task", metavar="TASK", help="name of a task (see moe-bsr tasks), or a task file")
+    help = "folder of the datasets (default: data)"
+    parser.add_argument("--root", "--data-root", type=Path, default=Path("data"), metavar="DIR", help=help)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write to (default: the data root)")
+    help = "resize images whose shorter side is longer than this (default: 256)"
+    parser.add_argument("--short-side", type=at_least(1), default=256, metavar="PIXELS", help=help)
+    help = "JPEG quality of resized images (default: 90)"
+    parser.add_argument("--quality", type=int, default=90, choices=range(1, 96), metavar="1..95", help=help)
+    parser.add_argument("--download", action="store_true", help="download what is missing")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def pack_split(source: Any, path: Path, short_side: int, quality: int) -> list[str]:
-    """Write one split; returns what is wrong with the images that cannot be read, which are left out."""
+    """Write one split without the images that cannot be read; returns what is wrong with each of these."""
     from moe_bsr.data import UnreadableImage
     from moe_bsr.data.packed import PackWriter, encode
 
@@ -96,12 +96,12 @@ def pack_split(source: Any, path: Path, short_side: int, quality: int) -> list[s
 
 
 def refuse_existing(target: Path, spec: "TaskSpec", root: Path) -> None:
-    """Never advise to remove originals: only what is a pack, and not the one to be packed again."""
+    """Raise ValueError if `target` exists, but never advise to remove it unless it is a pack and not the original."""
     if not target.exists():
         return
     originals = spec.folder(root)
     if originals is not None and originals.resolve().is_relative_to(target.resolve()):
-        raise ValueError(f"{target}: that is where the originals lie; name another --out")
+        raise ValueError(f"{target} is the folder of the originals; name another --out")
     if not (target / "train.npz").is_file():
-        raise ValueError(f"{target} exists and is no pack; name another --out")
+        raise ValueError(f"{target} exists and is not a pack; name another --out")
     raise ValueError(f"{target} is a pack already; remove it to pack again, or name another --out")

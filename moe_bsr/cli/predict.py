@@ -1,15 +1,16 @@
-"""Name what is on images, for all tasks of a run at once.
+"""Name what images show, for all tasks of a run at once.
 
     moe-bsr predict runs/quickstart photo.jpg
     moe-bsr predict runs/real *.jpg holiday/ --task pets --top 5 --json
 
-IMAGE is an image file, or a folder: all images in it and below. The frozen blocks at the start of a model are
-the same for every task: they run once per image, and each task continues from there, also when the run has one
-model per task over the same frozen blocks. After moe-bsr reject RUN a star marks the task that an image belongs to,
-or it is said that it belongs to none. With --json stdout holds one JSON object and nothing else. An image
-that cannot be read is named on stderr and left out.
+RUN is the folder of a run, or what `moe-bsr share` made of a run. IMAGE is an image file, or a folder, which stands for
+all images in it and below. The frozen blocks at the start of the network are the same for all tasks, so they run once
+per image, and each task continues from there. This also holds for runs with one model per task.
 
-Exit status: 0 all images were read, 1 some were not, 2 refused.
+After `moe-bsr reject RUN`, a star marks the task that an image belongs to, and an image of none of the tasks is
+reported as such. With --json, stdout is one JSON object. An image that cannot be read is skipped, and named on stderr.
+
+Exit status: 0 all images were read, 1 some were not, 2 invalid arguments or input.
 """
 
 import argparse
@@ -24,10 +25,11 @@ from moe_bsr.runtime.names import printable
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     run_arguments.add_run(parser)
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="image file, or a folder of them")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="image file, or folder of images")
     run_arguments.add_tasks(parser)
-    parser.add_argument("--top", type=run_arguments.at_least(1), default=3, metavar="N", help="names per task (3)")
-    parser.add_argument("--json", action="store_true", help="JSON on stdout instead of text")
+    help = "number of names per task (default: 3)"
+    parser.add_argument("--top", type=run_arguments.at_least(1), default=3, metavar="N", help=help)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,18 +1,19 @@
-"""Make the bundled backbone: train a small ViT on the generated `source` family, write its weights.
+"""Train the bundled backbone again: a small ViT, on the generated `source` family of images.
 
     moe-bsr pretrain         # a quarter of an hour on one core of a CPU with AMX
     moe-bsr pretrain --images 2000 --pool 1000 --out /tmp/smoke.safetensors  # < 1 minute
 
-Images are drawn once into a pool in memory; every batch crops its images anew, and after each
-pass a fifth of the pool is redrawn. A batch sees a random half of the patches until the last
-tenth of the training: half the cost, and a network used to missing tokens. Beside the class,
-every patch token predicts the edges inside its own patch. Colors tell nothing in these images,
-and without that second task the network is slow to find this out: after 16,000 images the class
-loss stood at 5.46 without it and at 5.09 with it (ln 240 = 5.48).
+Images are drawn into a pool in memory. Every batch takes new crops of them, and after each pass a fifth of the pool is
+drawn again. Until the last tenth of the training, a batch sees a random half of the patches: this halves the cost, and
+the network gets used to missing tokens. The class token predicts the class, and every patch token the edges inside its
+patch. Without this second task the network is slow to learn that colors carry no information in these images: after
+16,000 images the class loss was 5.46 without it and 5.09 with it (ln 240 = 5.48).
 
-The file holds timm's VisionTransformer parameters in float16, without the head; its metadata
-holds `architecture` (the keyword arguments, JSON), `mean`, `std` (JSON) and `source`: all it
-takes to use the network.
+Writes the parameters of timm's VisionTransformer in float16, without the head. The metadata of the file has
+`architecture` (the keyword arguments as JSON), `mean`, `std` (JSON) and `source`: all that is needed to use the
+network.
+
+Exit status: 0 written, 2 invalid arguments.
 """
 
 import argparse
@@ -26,13 +27,16 @@ BUNDLED = Path(__file__).resolve().parents[1] / "weights" / "vit_pico_patch8_64.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=BUNDLED, help="(the bundled file)")
-    parser.add_argument("--images", type=int, default=180_000, help="seen in all")
-    parser.add_argument("--pool", type=int, default=30_000, help="images in memory, 12 kB each")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
+    help = "file to write (default: the bundled one)"
+    parser.add_argument("--out", type=Path, default=BUNDLED, metavar="FILE", help=help)
+    help = "images seen in all, repeated ones included (default: 180000)"
+    parser.add_argument("--images", type=int, default=180_000, metavar="N", help=help)
+    help = "images in memory, 12 kB each (default: 30000)"
+    parser.add_argument("--pool", type=int, default=30_000, metavar="N", help=help)
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="images per batch (default: 64)")
+    parser.add_argument("--lr", type=float, default=2e-3, metavar="RATE", help="peak learning rate (default: 0.002)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all random numbers (default: 0)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="compute threads (default: 1)")
 
 
 def run(arguments: argparse.Namespace) -> int:

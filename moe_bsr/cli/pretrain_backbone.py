@@ -1,4 +1,4 @@
-"""The training of the bundled backbone: classes of generated images, and the edges inside each patch."""
+"""Train the bundled backbone to predict the classes of generated images, and the edges inside each patch."""
 
 import json
 import math
@@ -16,12 +16,12 @@ from moe_bsr.data.generated import Generated
 ARCHITECTURE = {"img_size": 64, "patch_size": 8, "embed_dim": 128, "depth": 12, "num_heads": 4, "mlp_ratio": 4.0}
 MEAN, STD = [0.5] * 3, [0.5] * 3
 PATCHES = 64
-REDRAWN = 0.2  # share of the pool, after each pass
+REDRAWN = 0.2  # share of the pool that is replaced after each pass
 WEIGHT_DECAY = 0.05
 
 
 def draw(source, start, count):
-    """Images from `start` on, and labels: uint8 (count, 3, 64, 64), int64 (count,)."""
+    """Return `count` images from number `start` on, uint8 (count, 3, 64, 64), and their labels, int64 (count,)."""
     chosen = np.arange(start, start + count)
     bar = tqdm(chosen, desc="draw", leave=False, disable=None)
     images = torch.from_numpy(np.stack([source.image(i) for i in bar]))
@@ -29,7 +29,7 @@ def draw(source, start, count):
 
 
 def crop(images, generator):
-    """One random crop per image (60 to 100 % of the area), normalized: uint8 to float32."""
+    """Take one random crop per image (60 to 100 % of the area), and normalize it: uint8 to float32."""
     area, aspect, x, y = torch.rand(4, len(images), generator=generator)
     side, ratio = (0.6 + 0.4 * area).sqrt(), torch.exp((aspect - 0.5) * math.log(4 / 3))
     wide, high = (side * ratio).clamp(max=1), (side / ratio).clamp(max=1)
@@ -42,25 +42,25 @@ def crop(images, generator):
 
 
 def edges(images):
-    """What patches predict: edge strength and direction in 2 x 2 cells, (B, patches, 12)."""
+    """Return the targets of the patch tokens: edge strength and direction in 2 x 2 cells, (B, patches, 12)."""
     gray = F.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
     x = gray[:, :, 1:-1, 2:] - gray[:, :, 1:-1, :-2]
     y = gray[:, :, 2:, 1:-1] - gray[:, :, :-2, 1:-1]
     size = (x.square() + y.square() + 1e-6).sqrt()
-    maps = torch.cat((size, (x * x - y * y) / size, 2 * x * y / size), 1)  # the doubled angle
+    maps = torch.cat((size, (x * x - y * y) / size, 2 * x * y / size), 1)  # strength, cos and sin of twice the angle
     maps = maps / size.mean((1, 2, 3), keepdim=True)
     return F.pixel_unshuffle(F.avg_pool2d(maps, 4).clamp(-4, 4), 2).flatten(2).transpose(1, 2)
 
 
 def tokens_of(model, images, keep):
-    """The normalized tokens of the patches `keep`, class token first: (B, 1 + keep, dim)."""
+    """Return the normalized tokens of the patches with indices `keep`, class token first: (B, 1 + len(keep), dim)."""
     patches = (model.patch_embed(images) + model.pos_embed[:, 1:])[:, keep]
     first = (model.cls_token + model.pos_embed[:, :1]).expand(len(images), -1, -1)
     return model.norm(model.blocks(torch.cat((first, patches), 1)))
 
 
 def optimizers(model, edge_head, lr):
-    """Muon for the matrices of the blocks, AdamW for the rest; only matrices decay."""
+    """Return Muon for the matrices of the blocks, and AdamW for the rest. Only matrices have weight decay."""
     inner = [p for p in model.blocks.parameters() if p.ndim == 2]
     taken = {id(p) for p in inner}
     rest = [p for p in (*model.parameters(), *edge_head.parameters()) if id(p) not in taken]
@@ -89,8 +89,8 @@ def pretrain(options, command):
     """Train and write the backbone.
 
     Args:
-        options: out (path), images, pool, batch, lr, seed, threads, as `moe-bsr pretrain` takes them.
-        command: what a person typed, for the file's metadata.
+        options: out (path), images, pool, batch, lr, seed, threads: the arguments of `moe-bsr pretrain`.
+        command: the command line, for the metadata of the file.
     """
     torch.manual_seed(options.seed)
     torch.set_num_threads(options.threads)
@@ -99,7 +99,7 @@ def pretrain(options, command):
     classes = len(source.class_names)
     model = VisionTransformer(**ARCHITECTURE, num_classes=classes, weight_init="jax")
     for block in model.blocks:
-        block.attn.fused_attn = False  # plain attention is far faster backwards on the CPU here
+        block.attn.fused_attn = False  # the backward pass of plain attention is much faster on the CPU here
     edge_head = torch.nn.Linear(model.embed_dim, 12)
     steppers = optimizers(model, edge_head, options.lr)
 

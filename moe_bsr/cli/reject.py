@@ -1,18 +1,22 @@
-"""Let a run learn what belongs to none of its tasks. moe-bsr predict says it from then on.
+"""Teach a run to tell images that belong to none of its tasks. `moe-bsr predict` then says so.
 
     moe-bsr reject runs/quickstart
     moe-bsr predict runs/quickstart holiday/
 
-Every task answers every image. So that predict can say which task an image belongs to, and whether to any, this looks
-once at training images (5,000 of a task at most) and at the validation images, and tries five scores: the largest
-probability, the energy of the logits, the cosine with the means of the classes, and the Mahalanobis distance to these,
-with features as they are and at length 1. The one that tells the tasks' validation images apart best is kept, with the
-threshold that 95 % of a task's own validation images reach. It is small, lies in RUN/rejection.safetensors and is of
-the weights it was made with: after more training, or for another --checkpoint, run it again.
+Each task answers for every image, so something else must say which task an image belongs to, if any. This command reads
+training images (at most 5,000 per task) and the validation images once, and tries five scores: the largest probability,
+the energy of the logits, the cosine with the class means, and the Mahalanobis distance to these, with features as they
+are and normalized to length 1. It keeps the score that best separates the validation images of the tasks, with the
+threshold that 95 % of a task's own validation images reach.
 
-AUROC: how often an own image scores higher than another task's (50 % is chance). "others rejected": of other tasks'
-images. "own named": own images that predict gives to this task. "as none": own images that all other tasks reject, what
-a task that the run does not know would get.
+Writes RUN/rejection.safetensors, a small file that belongs to the weights of one checkpoint. Run the command again
+after more training, or for another --checkpoint.
+
+Columns of the table: AUROC, how often an image of the task scores higher than one of another task (50 % is chance);
+"others rejected", images of other tasks that this task rejects; "own named", images of the task that predict assigns to
+it; "as none", images of the task that all other tasks reject, as an estimate for tasks that the run does not have.
+
+Exit status: 0 written, 2 invalid arguments or input.
 """
 
 import argparse
@@ -25,7 +29,7 @@ from moe_bsr.cli.terminal import say
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     run_arguments.add_run(parser)
     run_arguments.add_data(parser)
-    parser.add_argument("--json", action="store_true", help="JSON instead of the table")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -43,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     say(f"{found['run']}, step {found['step']}: {100 * found['accepted']:.0f} % of a task's own images are accepted")
     if not found["mean_auroc"]:
-        say(f"score: {found['score']}. With one task there are no other images to measure it by.")
+        say(f"score: {found['score']}. It cannot be measured, because the run has only one task.")
         return 0
     every = ", ".join(f"{name} {100 * value:.1f}" for name, value in found["mean_auroc"].items())
     say(f"score: {found['score']} (mean AUROC in %: {every})")

@@ -1,12 +1,13 @@
-"""Take tasks out of a finished run: a new run folder without their heads and routers.
+"""Remove tasks from a finished run: write a new run folder without their heads and routers.
 
-    moe-bsr remove-task runs/photos birds                      # runs/photos_without_birds
+    moe-bsr remove-task runs/photos birds                      # writes runs/photos_without_birds
     moe-bsr remove-task runs/photos birds cars --out runs/pets
 
-RUN stays as it is. What the other tasks answer does not change by a bit. The new folder has the best weights alone:
-it is for evaluate, predict, share and add-task, or to start another run from (train.init_from), and not resumed.
+RUN does not change. The answers for the other tasks stay the same to the bit. The new folder has only the best weights:
+use it with `evaluate`, `predict`, `share` and `add-task`, or as the start of another run (train.init_from). Its
+training cannot be resumed.
 
-Exit status: 0 written, 2 refused.
+Exit status: 0 written, 2 invalid arguments or input.
 """
 
 import argparse
@@ -17,10 +18,10 @@ from moe_bsr.cli.terminal import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder, with one model for all its tasks")
-    parser.add_argument("tasks", nargs="+", metavar="TASK", help="name of a task to leave out")
-    parser.add_argument("--out", type=Path, metavar="NEWRUN", help="the new run folder (RUN_without_TASK)")
-    parser.add_argument("--json", action="store_true", help="JSON on stdout instead of text")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder with one model for all its tasks")
+    parser.add_argument("tasks", nargs="+", metavar="TASK", help="name of a task to remove")
+    parser.add_argument("--out", type=Path, metavar="NEWRUN", help="new run folder (default: RUN_without_TASK)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
 def run(arguments: argparse.Namespace) -> int:

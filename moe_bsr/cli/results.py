@@ -1,8 +1,10 @@
-"""Write results/README.md anew from the reports in results/.
+"""Write results/README.md from the reports in results/.
 
     moe-bsr results [FOLDER]
 
-The tables there are never typed: every figure comes from a file beside them.
+Every number in its tables comes from a file in that folder; none is typed by hand.
+
+Exit status: 0 written, 2 a report cannot be read.
 """
 
 import argparse
@@ -10,7 +12,8 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("results"), metavar="FOLDER", help="(results)")
+    help = "folder of the reports (default: results)"
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("results"), metavar="FOLDER", help=help)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Arguments that several commands share, so that they are spelled and explained once."""
+"""Arguments that several commands share."""
 
 import argparse
 import json
@@ -8,39 +8,42 @@ from typing import Any
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    """RUN, and where its parts are now: --checkpoint, --weights, --device."""
+    """Add RUN, --checkpoint, --weights and --device."""
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--checkpoint", default="best", help="best, last or a step (best)")
+    parser.add_argument("--checkpoint", default="best", metavar="STEP", help="best, last or a step (default: best)")
     add_weights(parser)
-    parser.add_argument("--device", help="where to compute: cpu, cuda, ... (the run's runtime.device)")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: the run's runtime.device)")
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
-    help = "where the backbone's weights are (the run's backbone.weights)"
+    help = "weights of the backbone (default: the run's backbone.weights)"
     parser.add_argument("--weights", metavar="FILE", help=help)
 
 
 def add_tasks(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--task", nargs="+", action="extend", metavar="NAME", help="only these (all)")
+    parser.add_argument("--task", nargs="+", action="extend", metavar="NAME", help="only these tasks (default: all)")
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
-    """--data-root and --batch-size."""
-    parser.add_argument("--data-root", metavar="DIR", help="where data lie (the run's data.root)")
-    parser.add_argument("--batch-size", type=at_least(1), default=64, metavar="N", help="images at once (64)")
+    """Add --data-root and --batch-size."""
+    parser.add_argument("--data-root", metavar="DIR", help="folder of the datasets (default: the run's data.root)")
+    parser.add_argument(
+        "--batch-size", type=at_least(1), default=64, metavar="N", help="images per batch (default: 64)"
+    )
 
 
-CONFIG = "a YAML file, or a run folder; configs/NAME.yaml is also found in the package"
+CONFIG = "configuration: a YAML file, or a run folder. configs/NAME.yaml is also looked up in the package"
+OVERRIDES = "change a value of the configuration, such as train.steps=200"
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """CONFIG and the key=value after it."""
+    """Add CONFIG, and key=value for values that replace those of CONFIG."""
     parser.add_argument("config", metavar="CONFIG", help=CONFIG)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.steps=200")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """An argument type: whole numbers from `least` on."""
+    """Return an argument type that accepts whole numbers from `least` on."""
 
     def number(text: str) -> int:
         value = int(text)
@@ -48,17 +51,18 @@ def at_least(least: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{value}: at least {least}")
         return value
 
-    number.__name__ = "whole number"  # argparse names the type by it
+    number.__name__ = "whole number"  # argparse shows it in errors
     return number
 
 
 def read_result(file: Path, keys: set[str], kind: str) -> dict[str, Any]:
-    """What an earlier call of this command wrote, for --show.
+    """Read the JSON that an earlier call of this command wrote, for --show.
 
     Args:
-        keys: that it has. kind: what such a file is called.
+        keys: keys that the file must have.
+        kind: name of such files, for errors.
     Raises:
-        ConfigError: it cannot be read, or is none.
+        ConfigError: the file cannot be read, or is of another kind.
     """
     from moe_bsr.config import ConfigError
 
@@ -67,5 +71,5 @@ def read_result(file: Path, keys: set[str], kind: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: {error}; --show takes a {kind} that this command wrote") from error
     if not isinstance(result, dict) or not keys <= result.keys():
-        raise ConfigError(f"{file} is no {kind}: it lacks one of {', '.join(sorted(keys))}")
+        raise ConfigError(f"{file} is not a {kind}: it lacks one of {', '.join(sorted(keys))}")
     return result

@@ -1,22 +1,13 @@
-"""Attack the product as bad days and strangers would: kills, damaged runs, mutated configurations, hostile files.
+"""Test the package against kills, damaged runs, broken configurations and hostile files.
 
-    moe-bsr selftest                                                     a minute or two
-    moe-bsr selftest --kills 200 --damage 500 --configs 2000 --hostile --json > results/selftest.json      hours
-    moe-bsr selftest --ranks 20 --json > results/selftest/ranks.json                                       minutes
+    moe-bsr selftest                                                 # a few trials of each kind: a minute or two
+    moe-bsr selftest --kills 200 --damage 500 --configs 2000 --hostile --json > results/selftest.json     # hours
+    moe-bsr selftest --ranks 20 --json > results/selftest/ranks.json                                      # minutes
 
---kills N      SIGKILL a training at N random moments and before every disk operation of a save; each resume has to end
-               with the bits of the run that was never killed
---ranks N      SIGKILL one of two processes that torchrun started, in N runs; each has to end with a word, and
-               resumed or started again with the bits of the run that nobody disturbed (Linux)
---damage N     damage or forge a run folder in N ways; each is refused in clear words, or right
---configs N    change configurations, task files and overrides in N ways; each is refused in a line that names the key
-               or the file, or trains
---hostile      weights, images, packs and names that somebody hostile made; nothing is executed, written outside or left
-               hanging
+All random choices come from --seed. Each trial is a process of its own with limits on time and memory, in a temporary
+folder. POSIX only.
 
-Everything is drawn from --seed. Each trial is a process of its own with limits on time and memory. POSIX only.
-
-Exit status: 0 nothing failed, 1 something did.
+Exit status: 0 no trial failed, 1 some failed, 2 invalid arguments.
 """
 
 import argparse
@@ -29,15 +20,27 @@ from typing import Any
 
 from moe_bsr.cli.run_arguments import at_least
 
+PARTS = {
+    "kills": "SIGKILL a training N times at random moments, and before every disk operation of a save. Resumed to its "
+    "end, it must have the same bits as a run that was never killed",
+    "ranks": "SIGKILL one of the two processes of a torchrun, in N runs. The run must end with a message. Resumed or "
+    "restarted, it must have the same bits as an undisturbed run (Linux)",
+    "damage": "damage or forge a run folder in N ways. It must be refused with a clear message, or give right results",
+    "configs": "change configurations, task files and overrides in N ways. They must be refused with one line that "
+    "names the key or the file, or train",
+}
+HOSTILE = (
+    "try weights, images, packs and names made by an attacker. Nothing may be executed or written outside of the "
+    "folder, and no command may hang"
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    counted = {"kills": "kills", "ranks": "kills of one process among two", "damage": "damages"}
-    for name, what in (counted | {"configs": "configurations"}).items():
-        help = f"so many {what} (a few, if no part is named)"
+    for name, help in PARTS.items():
         parser.add_argument(f"--{name}", type=at_least(0), metavar="N", help=help)
-    parser.add_argument("--hostile", action="store_true", help="all hostile files (a few, if no part is named)")
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of all that is drawn (0)")
-    parser.add_argument("--json", action="store_true", help="JSON on stdout instead of the table")
+    parser.add_argument("--hostile", action="store_true", help=HOSTILE)
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="seed of all choices (default: 0)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -48,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     from moe_bsr.selftest import configs, damage, hostile, kills, ranks
 
     torch.set_num_threads(1)
-    asked = {name: getattr(arguments, name) for name in ("kills", "ranks", "damage", "configs")}
+    asked = {name: getattr(arguments, name) for name in PARTS}
     asked["hostile"] = 10_000 if arguments.hostile else None
     if all(count is None for count in asked.values()):
         asked = {"kills": 3, "ranks": 2, "damage": 15, "configs": 40, "hostile": 15}

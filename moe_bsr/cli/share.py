@@ -1,15 +1,16 @@
-"""Give a run to somebody: a zip file or folder with all they need, a repository on a hub, or a plain timm model.
+"""Write a run for somebody else: a zip file or folder with all they need, a repository on a hub, or a plain timm model.
 
-    moe-bsr share runs/photos                                  # runs/photos.zip
-    moe-bsr share runs/photos --out photos --with-backbone     # a folder, with the backbone's own weights
+    moe-bsr share runs/photos                                  # writes runs/photos.zip
+    moe-bsr share runs/photos --out photos --with-backbone     # a folder, with the weights of the backbone
     moe-bsr share runs/photos --push me/photos --private
     moe-bsr share runs/photos_full --timm photos_timm --task pets
 
-What is written: the weights that training changed (of a linear probe some kilobytes), what the run is, its report and a
-model card. Left out: the optimizer's state, names of images, paths and commands of this machine. moe_bsr.load,
-moe-bsr predict and evaluate take the folder or the zip file as they take a run. Nothing is replaced.
+Writes the weights that training changed (for a linear probe some kilobytes), a description of the run, its report, and
+a model card. The state of the optimizer, names of images, and paths and commands of this machine are left out.
+moe_bsr.load, `moe-bsr predict` and `moe-bsr evaluate` accept the folder or the zip file in place of a run folder.
+Existing files are never replaced.
 
-Exit status: 0 written, 2 refused.
+Exit status: 0 written, 2 invalid arguments or input.
 """
 
 import argparse
@@ -24,17 +25,21 @@ from moe_bsr.cli.terminal import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder, with one model for all its tasks")
-    parser.add_argument("--out", type=Path, metavar="DIR|ZIP", help="where to (RUN.zip)")
-    help = "the backbone's weights too; without them a user needs those the run was trained from"
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder with one model for all its tasks")
+    parser.add_argument("--out", type=Path, metavar="DIR|ZIP", help="folder or .zip file to write (default: RUN.zip)")
+    help = "include the weights of the backbone; otherwise the user needs those that the run was trained from"
     parser.add_argument("--with-backbone", action="store_true", help=help)
-    parser.add_argument("--push", metavar="OWNER/NAME", help="to this repository of the Hugging Face hub")
-    parser.add_argument("--private", action="store_true", help="with --push: a repository that only its owner sees")
-    help = "a folder that timm.create_model('local-dir:DIR') loads; of a run without dropped tokens and experts"
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload to this repository of the Hugging Face hub")
+    help = "with --push: make the repository visible only to its owner"
+    parser.add_argument("--private", action="store_true", help=help)
+    help = (
+        "instead, write a folder that timm.create_model('local-dir:DIR') loads; only for runs whose network timm has: "
+        "without dropped tokens, experts and adapters"
+    )
     parser.add_argument("--timm", type=Path, metavar="DIR", help=help)
-    parser.add_argument("--task", metavar="NAME", help="with --timm: of this task")
+    parser.add_argument("--task", metavar="NAME", help="with --timm: the task whose head is used")
     run_arguments.add_weights(parser)
-    parser.add_argument("--json", action="store_true", help="JSON on stdout instead of text")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -45,9 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     if (arguments.private and not arguments.push) or (arguments.task and not arguments.timm):
         raise ConfigError("--private goes with --push, and --task with --timm")
     if arguments.timm is not None and (arguments.push or arguments.out or arguments.with_backbone):
-        raise ConfigError(
-            "--timm writes a timm model, which holds everything: leave --out, --push, --with-backbone out"
-        )
+        raise ConfigError("--timm writes a complete timm model to its DIR: leave out --out, --push and --with-backbone")
     if arguments.timm is not None:
         told = write_timm(arguments.run, arguments.timm, arguments.task, arguments.weights)
         result: dict[str, Any] = {"run": str(arguments.run), "out": str(arguments.timm), **told}

@@ -1,6 +1,7 @@
-"""What a process of our own does with its streams: a terminal that is gone or cannot show a letter ends no work.
+"""Set up the standard streams of a process, so that output problems do not end its work.
 
-Called once, at a program's start; a library that did this would change the program it is used in.
+Examples are a terminal that has gone, and one that cannot show a character. Only a program of our own calls this, once
+at its start: a library must not change the streams of the program that uses it.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from moe_bsr.runtime.heard import is_heard
 
 
 class Quiet:
-    """A stream on which writing never fails: what cannot be written is lost."""
+    """Stream on which writing never fails: text that cannot be written is lost."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -33,13 +34,14 @@ class Quiet:
 
 
 def set_up(prog: str, quiet_output: bool) -> None:
-    """Prepare stdout, stderr, warnings and what threads say.
+    """Set up stdout, stderr, warnings, and the reports of exceptions in threads.
 
     Args:
-        prog: named in warnings. quiet_output: whether stdout may go quiet too; not where it carries the result.
+        prog: name of the program, for warnings.
+        quiet_output: True if errors in writing to stdout are ignored too. False where stdout carries the result.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:  # closed; the next file opened would get its number, and what is printed
+        if getattr(sys, name) is None:  # closed: the next opened file would get its number, and receive the output
             with contextlib.suppress(OSError):
                 os.fstat(number)
                 continue
@@ -57,14 +59,18 @@ def set_up(prog: str, quiet_output: bool) -> None:
         print(f"{prog}: warning: {' '.join(str(message).split())}", file=file or sys.stderr)
 
     def of_thread(arguments: Any) -> None:
-        if not isinstance(arguments.exc_value, OSError):  # whoever waits for the thread says it
+        if not isinstance(arguments.exc_value, OSError):  # an OSError is reported by the code that joins the thread
             threading.__excepthook__(arguments)
 
     warnings.showwarning, threading.excepthook = show, of_thread
 
 
 def finish() -> str | None:
-    """Write out what is left for stdout; returns why that was not possible, and then nothing fails at exit."""
+    """Flush stdout, and keep a failure from being raised again at exit.
+
+    Returns:
+        None if all was written, "" if the reader has closed the pipe, else the error message.
+    """
     try:
         sys.stdout.flush()
         return None

@@ -1,12 +1,16 @@
-"""Compare arms at equally many images, with several seeds: differences in pairs, with their intervals.
+"""Compare configurations ("arms") at equally many updates over several seeds: paired differences with intervals.
 
-    moe-bsr sweep experts_scene                      a sweep that comes with the package
-    moe-bsr sweep conflict --config photos.yaml      do my tasks get in each other's way, and do experts help?
+    moe-bsr sweep experts_scene                      # a sweep that comes with the package
+    moe-bsr sweep conflict --config photos.yaml      # do my tasks interfere with each other, and do experts help?
     moe-bsr sweep mine.yaml data.root=data --run runs/mine --seeds 0 1 2 3
 
-A sweep file has arms; each is a configuration with changes. All arms train for equally many updates of each task, with
-the same seeds. key=value holds for all of them. Finished runs are kept, so that the same command goes on, and more
-seeds or arms can be added. RUN/sweep.json has everything.
+A sweep file lists the arms; each is a configuration with changes, and one of them is the baseline. All arms train for
+equally many updates of each task, with the same seeds. key=value holds for all arms.
+
+Writes RUN/sweep.json with all results. Finished runs are kept: repeat the command to continue after an interruption, or
+with more seeds or arms.
+
+Exit status: 0 done, 1 training failed, 2 invalid arguments or input, 128 + signal if interrupted.
 """
 
 import argparse
@@ -21,18 +25,21 @@ from moe_bsr.cli.terminal import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("sweep", metavar="FILE", help="a sweep file; configs/sweeps/NAME.yaml is found in the package")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all arms, such as data.root=DIR")
-    parser.add_argument("--config", metavar="FILE", help="the configuration of all arms that name none of their own")
-    parser.add_argument("--run", "--run-dir", type=Path, metavar="DIR", help="for the runs (runs/NAME_sweep)")
-    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="in place of the file's")
-    parser.add_argument("--arms", nargs="+", metavar="NAME", help="only these, the baseline among them")
-    updates = "of each task, in place of the file's"
+    help = "a sweep file, or NAME for the package's configs/sweeps/NAME.yaml"
+    parser.add_argument("sweep", metavar="FILE", help=help)
+    help = "change a value in all arms, such as data.root=DIR"
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=help)
+    parser.add_argument("--config", metavar="FILE", help="configuration of the arms that do not name one")
+    help = "folder for the runs (default: runs/NAME_sweep)"
+    parser.add_argument("--run", "--run-dir", type=Path, metavar="DIR", help=help)
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="(default: those of the file)")
+    parser.add_argument("--arms", nargs="+", metavar="NAME", help="only these, with the baseline (default: all)")
+    updates = "updates of each task (default: those of the file)"
     parser.add_argument("--updates", type=run_arguments.at_least(1), metavar="N", help=updates)
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="JSON instead of the table")
-    form.add_argument("--markdown", action="store_true", help="a Markdown table")
-    parser.add_argument("--show", action="store_true", help="train nothing: FILE is a sweep.json")
+    form.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    form.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    parser.add_argument("--show", action="store_true", help="train nothing; FILE is a sweep.json to show")
 
 
 def run(arguments: argparse.Namespace) -> int:

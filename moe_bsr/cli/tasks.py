@@ -1,16 +1,17 @@
-"""List the tasks there are: files of ./tasks, and those that come with the package; or those of a run.
+"""List the available tasks, or those of a run.
 
     moe-bsr tasks
     moe-bsr tasks runs/photos
     moe-bsr tasks --json
 
-A task is used by its name, tasks=[pets, food101], or by the path of its file. Where both folders have one of
-the same name, the one of ./tasks is used. `moe-bsr copy pets` copies a packaged one, to change it.
+Without RUN: the task files in ./tasks and those of the package. Use a task by its name, tasks=[pets, food101], or by
+the path of its file. If both folders have one of the same name, that of ./tasks is used. `moe-bsr copy pets` copies a
+packaged one here, to change it.
 
-Of a run: when each task was added, the images it was trained on (a hash of their names, sizes and labels), and its
-accuracy. RUN may be a zip file that was shared.
+With RUN, a run folder or the zip file of a shared run: when each task was added, the number of its images, a hash of
+their names, sizes and labels, and its accuracy.
 
-Exit status: 0, or 1 if a task file cannot be used (it is named on stderr).
+Exit status: 0 done, 1 a task file is invalid (it is named on stderr), 2 invalid run.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from moe_bsr.cli.terminal import say
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="list the tasks of this run")
-    parser.add_argument("--json", action="store_true", help="a list of objects")
+    parser.add_argument("--json", action="store_true", help="print a list of JSON objects")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Printing: what holds names that people gave is printed as it is on any terminal, and commands none."""
+"""Print text that contains names given by users, such that any terminal shows it and none is controlled by it."""
 
 import sys
 
@@ -7,7 +7,7 @@ from moe_bsr.runtime.names import printable
 
 
 def say(text: object = "", error: bool = False) -> None:
-    """Print lines of text, on stderr with `error`; of several processes the first one does."""
+    """Print lines of text, to stderr if `error`. Of several processes of a run only the first prints."""
     if not is_heard():
         return
     print("\n".join(map(printable, str(text).split("\n"))), file=sys.stderr if error else sys.stdout)

@@ -2,16 +2,21 @@
 
     moe-bsr train configs/quickstart.yaml
     moe-bsr train configs/deit_tiny_moe_bsr.yaml data.root=data train.steps=2000 --run runs/mine
-    moe-bsr train runs/mine --resume
-    moe-bsr train runs/mine --resume train.steps=3000
+    moe-bsr train runs/mine --resume                       # continue after an interruption
+    moe-bsr train runs/mine --resume train.steps=3000      # train longer
     moe-bsr train configs/quickstart.yaml --dry-run --decode
     torchrun --nproc-per-node 2 -m moe_bsr train configs/quickstart.yaml train.grad_accumulation_steps=2
 
-CONFIG is the file of that path, or else the one of that name in the package (moe-bsr configs lists them); or a run
-folder, for the configuration of that run. --run is then by default that folder.
+CONFIG is a YAML file. If there is no file of that path, the configuration of that name in the package is used (`moe-bsr
+configs` lists them). It may also be a run folder: then the configuration is that of the run, and --run is by default
+that folder.
 
-Exit status: 0 finished, 1 training failed, 2 refused before it began, 128 + signal if interrupted (saved; --resume
-goes on). SIGINT, SIGTERM, SIGHUP, SIGXCPU, SIGUSR1 and SIGUSR2 interrupt.
+Writes config.yaml (all values, also those chosen automatically), metrics.jsonl, checkpoint/, tensorboard/, report.json
+and report.md to the run folder.
+
+Exit status: 0 finished, 1 training failed, 2 invalid arguments or input (training did not start), 128 + signal if
+interrupted by SIGINT, SIGTERM, SIGHUP, SIGXCPU, SIGUSR1 or SIGUSR2. An interrupted run is saved; continue it with
+--resume.
 """
 
 import argparse
@@ -31,13 +36,17 @@ if TYPE_CHECKING:
     from moe_bsr.data import TaskData
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, folder: str = "runs/NAME, or CONFIG if a run folder") -> None:
+    """Add the arguments of `moe-bsr train`. `folder` is the default of --run, for the help text."""
     run_arguments.add_overrides(parser)
-    parser.add_argument(
-        "--run", "--run-dir", metavar="DIR", type=Path, help="the run folder (CONFIG, or runs/<its name>)"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, exit")
+    parser.add_argument("--run", "--run-dir", metavar="DIR", type=Path, help=f"run folder (default: {folder})")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
+    add_dry_run(parser)
+
+
+def add_dry_run(parser: argparse.ArgumentParser) -> None:
+    """Add --dry-run and --decode."""
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, and write nothing")
     parser.add_argument("--decode", action="store_true", help="with --dry-run: read every image, as moe-bsr check does")
 
 
@@ -48,11 +57,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def train(arguments: argparse.Namespace, config: "Config", command: str = "train", ending: str = "") -> int:
-    """Train as a configuration says, and tell about it.
+    """Train as a configuration says, print the report, and return the exit status.
 
     Args:
-        arguments: of `add_arguments`. command: as it is called.
-        ending: of the name of the run folder, where none was given.
+        arguments: parsed arguments of `add_arguments`.
+        command: name of the command, for messages.
+        ending: appended to the name of the run folder if --run is not given.
     """
     import moe_bsr
     from moe_bsr.config import ConfigError
@@ -70,12 +80,12 @@ def train(arguments: argparse.Namespace, config: "Config", command: str = "train
     try:
         report = moe_bsr.train(config, folder, arguments.resume)
     except (TrainingFailed, FloatingPointError, UnreadableImage) as error:
-        # A diverged model, a full disk, too little memory or a damaged image ends a training that had begun.
+        # Training had started: the model diverged, the disk is full, memory is short, or an image is damaged.
         say(f"{program(command)}: {printable(in_flags(told(error)))}", error=True)
         return FAILED
     except KeyboardInterrupt:
         say(
-            f"{program(command)}: interrupted outside of training; a run that had begun goes on with --resume",
+            f"{program(command)}: interrupted outside of training; continue a run that had started with --resume",
             error=True,
         )
         return INTERRUPTED
@@ -88,7 +98,7 @@ def train(arguments: argparse.Namespace, config: "Config", command: str = "train
 
 
 def dry_run(config: "Config", folder: Path, resume: bool, decode: bool) -> int:
-    """Open every dataset (with `decode` every image) and the backbone, print the plan; write nothing."""
+    """Open every dataset (if `decode`, every image) and the backbone, and print the plan. Write nothing."""
     from moe_bsr.api import build_model, check
     from moe_bsr.model import summary
     from moe_bsr.runs.folder import check_folder, open_tasks
@@ -97,7 +107,7 @@ def dry_run(config: "Config", folder: Path, resume: bool, decode: bool) -> int:
     from moe_bsr.training.feature_cache import FeatureCache
 
     runtime = prepare(config.runtime)
-    check(config)  # what cannot be is refused before any download
+    check(config)  # raises for an impossible configuration before anything is downloaded
     tasks, notes = open_tasks(config, folder, resume)
     for name, data in tasks.items():
         for split in (data.train, data.val, data.test):
@@ -125,7 +135,7 @@ def dry_run(config: "Config", folder: Path, resume: bool, decode: bool) -> int:
 
 
 def decoded(tasks: Iterable["TaskData"]) -> int:
-    """Read every image and tell about them; returns how many cannot be read."""
+    """Read every image and print a report; return how many cannot be read."""
     reports = []
     for report in decode_all(tasks):
         reports.append(report)

@@ -1,13 +1,14 @@
-"""Draw what a trained run does with experts and patches, and open TensorBoard on it.
+"""Draw how a trained run uses experts and patches, and open TensorBoard on it.
 
     moe-bsr views runs/quickstart
     moe-bsr views runs/real --no-serve --images 8 --ablation-images 0
 
-RUN is a folder that `moe-bsr train` wrote. The checkpoint is run on the validation split; the pictures go
-into RUN/views/ (PNG files, and index.html that says what they come to, shows and explains all of them and needs
-no server). Of more than 12 tasks the worst and the best are drawn; --task names
-others. Then TensorBoard starts on what training wrote, until Ctrl-C; with --no-serve it does not. Drawing again
-replaces what was drawn before.
+Runs the checkpoint on the validation split. Writes PNG files and index.html to RUN/views/, replacing earlier ones. The
+page needs no server; it begins with conclusions in words, and explains each picture. For more than 12 tasks it shows
+the worst and the best; --task names others. Then TensorBoard starts on what training wrote, until Ctrl-C, unless
+--no-serve is given. Needs the extra `views`.
+
+Exit status: 0 done, 2 invalid arguments or input; otherwise that of TensorBoard.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import sys
 from moe_bsr.cli import run_arguments
 from moe_bsr.cli.terminal import say
 
-SAMPLES = "images=100,text=100"  # steps kept of each picture; TensorBoard's own 10 would hide a run's history
+SAMPLES = "images=100,text=100"  # steps shown of each picture; TensorBoard's default of 10 would hide most of a run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,17 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run_arguments.add_tasks(parser)
     run_arguments.add_data(parser)
     at_least = run_arguments.at_least
-    parser.add_argument("--no-serve", action="store_true", help="only write; start no TensorBoard")
-    parser.add_argument("--images", type=at_least(1), default=4, metavar="N", help="strips per task (4)")
-    parser.add_argument(
-        "--ablation-images",
-        "--ablate",
-        type=at_least(0),
-        default=256,
-        metavar="N",
-        help="images per task for masking experts; 0 leaves it out (256)",
-    )
-    parser.add_argument("--port", default="default", help="TensorBoard's (6006 or the next free one)")
+    parser.add_argument("--no-serve", action="store_true", help="write the files only, and do not start TensorBoard")
+    help = "images per task whose patches are drawn (default: 4)"
+    parser.add_argument("--images", type=at_least(1), default=4, metavar="N", help=help)
+    help = "images per task for masking experts; 0 leaves this out (default: 256)"
+    parser.add_argument("--ablation-images", "--ablate", type=at_least(0), default=256, metavar="N", help=help)
+    parser.add_argument("--port", default="default", help="port of TensorBoard (default: 6006 or the next free one)")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -145,7 +145,7 @@ def test_the_prediction_told_is_that_of_a_run(ask, tmp_path):
     trainer = make_trainer(config, tmp_path / "run")
     assert json.loads(ask("--json", "train.ema_decay=0.9")[1])["peak"] / 2**20 == trainer.costs["predicted_peak_mb"]
     assert "weights' average" in ask("train.ema_decay=0.9")[1]
-    assert "10 MB of kept stems" in ask("data.augment=false", "data.feature_cache_mb=10")[1]
+    assert "10 MB (10^6 bytes) of cached features" in ask("data.augment=false", "data.feature_cache_mb=10")[1]
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_one_model_per_task_tells_the_largest(ask):
     one = json.loads(ask("--json", "mode=single_task")[1])
     both = json.loads(ask("--json")[1])
     assert one["parameters"] < both["parameters"]
-    assert "this is the one of fractals" in ask("mode=single_task")[1]
+    assert "this is the model of fractals" in ask("mode=single_task")[1]
 
 
 def test_a_task_without_a_number_of_classes_needs_one(ask, tmp_path):

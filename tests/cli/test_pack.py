@@ -55,7 +55,7 @@ def test_it_never_advises_to_remove_originals(tmp_path, capsys, path):
     assert main(call) == 2
     refusal = capsys.readouterr().err
     assert "name another --out" in refusal and "remove" not in refusal
-    assert ("where the originals lie" in refusal) == (path != "elsewhere")
+    assert ("the folder of the originals" in refusal) == (path != "elsewhere")
     assert main([*call, "--out", str(tmp_path / "packs")]) == 0
     assert (tmp_path / "packs" / "bugs" / "train.npz").is_file()
     assert (tmp_path / path / "train" / "ant" / "0.png").is_file()
