@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.mode == "exact" or not needs_exact,
         "--mode",
         arguments.mode,
-        "a published rule is no measure of this code; --measure, --budget and --sweep need exact",
+        "exact, for --measure, --budget and --sweep: the published rules do not describe this code",
     )
     require(min(arguments.batches) >= 1, "--batches", arguments.batches, "at least 1 image each")
     require(arguments.classes is None or arguments.classes >= 1, "--classes", arguments.classes, "at least 1")
@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     if len(named) > 1:
         raise ConfigError(f"{' '.join(named)}: one configuration at a time")
     if arguments.budget is None and (arguments.plans or not named):
-        raise ConfigError("name a configuration, or give --budget SIZE for the plans that fit into so much memory")
+        raise ConfigError("name a configuration, or give --budget SIZE to list the plans that fit into it")
     file = named[0] if named else BASE
     config = configuration.load(packaged.find_config(file), overrides)
     if arguments.processes is not None:

@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             result = _run(arguments)
         except sweep.Interrupted as stop:
-            print(f"{program('sweep')}: interrupted; the same command goes on", file=sys.stderr)
+            print(f"{program('sweep')}: interrupted; repeat the command to continue", file=sys.stderr)
             return 128 + int(stop.args[0])
     if arguments.json:
         say(json.dumps(result, indent=1))

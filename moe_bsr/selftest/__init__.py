@@ -1,1 +1,1 @@
-"""The product tried on itself: what people, disks and strangers do to it, each case in a process of its own."""
+"""Tests of the package against kills, damage and attacks, each case in a process of its own."""

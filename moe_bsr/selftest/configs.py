@@ -1,10 +1,10 @@
-"""Configurations, task files and overrides, broken at random: each is refused clearly, or is a right run.
+"""Break configurations, task files and overrides at random. Each must be refused clearly, or train correctly.
 
     for mutant in mutants(seed=0, count=500):
-        kind = judge(mutant, try_mutant(mutant, folder, main))
+        verdict = judge(mutant, try_mutant(mutant, folder, main))
 
-A clear refusal has status 2 and one line of at most 700 characters that names the key or the file. Everything is
-drawn from the seed, so a mutant can be had again by its number.
+A clear refusal has status 2 and one line of at most 700 characters that names the key or the file. All random choices
+come from the seed, so a mutant can be made again from its number.
 """
 
 import random
@@ -87,10 +87,12 @@ FILES = {
 
 
 class Mutant(NamedTuple):
-    """A configuration with its task files and overrides.
+    """Broken configuration with its task files and overrides.
 
     Attributes:
-        description: what was changed. words: one of them has to be in a refusal: a key or a file that was touched.
+        description: what was changed.
+        files: content by file name.
+        words: names of the keys and files that were changed. A refusal must contain one of them.
     """
 
     description: str
@@ -100,7 +102,7 @@ class Mutant(NamedTuple):
 
 
 def mutants(seed: int, count: int) -> Iterator[Mutant]:
-    """That many mutants, each of one to three changes, the same for the same seed."""
+    """Yield `count` mutants with one to three changes each, the same ones for the same seed."""
     for number in range(count):
         draw = random.Random(f"{seed}/{number}")
         files = {name: text.encode() for name, text in FILES.items()}
@@ -116,10 +118,10 @@ def mutants(seed: int, count: int) -> Iterator[Mutant]:
 def campaign(
     folder: Path, count: int, seed: int, main: Main, progress: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
-    """Try `count` mutants; of those that a dry run accepts, every tenth is really trained.
+    """Try `count` mutants in a dry run. If it accepts one whose number is a multiple of 10, train that.
 
     Returns:
-        Plain values: tried, failed, how they ended {verdict: number}, trained, and each failure in words.
+        Plain values: tried, failed, ended {verdict: number}, trained, and each failure in words.
     """
     ended: dict[str, int] = {}
     failures, trained = [], 0
@@ -143,7 +145,7 @@ def campaign(
 
 
 def try_mutant(mutant: Mutant, folder: Path, main: Main, train: bool = False) -> Outcome:
-    """Run the command line on a mutant, in an empty folder below `folder`; `train` in place of a dry run."""
+    """Run `moe-bsr train` on a mutant, in an empty folder below `folder`; as a dry run unless `train`."""
     place = folder / "mutant"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
@@ -154,7 +156,7 @@ def try_mutant(mutant: Mutant, folder: Path, main: Main, train: bool = False) ->
 
 
 def judge(mutant: Mutant, outcome: Outcome) -> str:
-    """One of `GOOD`, or what is wrong with how it ended."""
+    """Return one of `GOOD`, or what is wrong with the outcome."""
     if outcome.trouble:
         return outcome.trouble
     if not outcome.refused:

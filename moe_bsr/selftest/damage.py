@@ -1,7 +1,7 @@
-"""Damage and forge run folders, then resume and evaluate them: each is refused in clear words, or right.
+"""Damage and forge run folders, then evaluate and resume them. Each must be refused clearly, or give right results.
 
-Right means: a resumed run ends with the bits of the run that was never damaged, an evaluation gives the numbers of one
-of its sound checkpoints. Nothing outside the run folder may change, and nothing may hang.
+Right results are: a resumed run ends with the bits of the run that was never damaged, and an evaluation gives the
+numbers of one of its sound checkpoints. Nothing outside the run folder may change, and no command may hang.
 """
 
 import json
@@ -15,13 +15,17 @@ from moe_bsr.selftest import sandbox, tiny
 from moe_bsr.selftest.injuries import CANARY, KINDS, remove, steps
 from moe_bsr.selftest.sandbox import Main
 
-MOST_BYTES = 2**26  # of a file of the tiny run
+MOST_BYTES = 2**26  # a larger file is not one of the tiny run
 
 
 def campaign(
     folder: Path, count: int, seed: int, main: Main, progress: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
-    """Try `count` damages; returns plain values: tried, by kind {tried, refused, right}, and each failure in words."""
+    """Damage `count` copies of a run, and evaluate and resume each.
+
+    Returns:
+        Plain values: tried, failed, kinds {kind: {tried, refused, right}}, and each failure in words.
+    """
     _, file = tiny.write_config(folder, train__pictures=False)
     whole, sound = folder / "whole", folder / "sound"
     for run, last in ((whole, tiny.STEPS), (sound, 6)):
@@ -54,7 +58,7 @@ def campaign(
 def _try(
     main: Main, file: Path, run: Path, expected: dict[str, bytes], allowed: set[str], found: dict[str, int]
 ) -> str | None:
-    """What went wrong with a damaged run, or None."""
+    """Return what went wrong with a damaged run, or None. Count in `found` whether its resumption was refused."""
     evaluation = sandbox.run(lambda: main(["evaluate", str(run), "--json"]))
     if wrong := evaluation.trouble:
         return f"evaluate: {wrong}"
@@ -67,7 +71,7 @@ def _try(
         except ValueError:
             return f"evaluate: no JSON on stdout but {evaluation.stdout[:80]!r}"
         if json.dumps(value, sort_keys=True) not in allowed:
-            return "evaluate: numbers of no sound checkpoint"
+            return "evaluate: the numbers are not those of a sound checkpoint"
     resumed = sandbox.run(lambda: main(["train", str(file), "--run", str(run), "--resume"]), seconds=120)
     if wrong := resumed.trouble:
         return f"resume: {wrong}"
@@ -81,12 +85,12 @@ def _try(
     except (OSError, ValueError) as error:
         return f"resume: finished without its files ({error})"
     if differing == ["metrics.jsonl"] and "metrics.jsonl" in resumed.stdout + resumed.stderr:
-        return None  # lines that were lost, and it said so
+        return None  # lines of it were lost, and the command said so
     return f"resume: other bits in {', '.join(differing)}" if differing else None
 
 
 def _train_until(main: Main, file: Path, run: Path, last: int) -> Callable[[], int]:
-    """Train in the sandbox; before the end, stop as a signal would after update `last`."""
+    """Return a command that trains. If `last` is not the final update, it stops after `last`, as by a signal."""
 
     def command() -> int:
         from moe_bsr.training.trainer import Trainer
@@ -107,14 +111,14 @@ def _train_until(main: Main, file: Path, run: Path, last: int) -> Callable[[], i
 
 def _must(outcome: sandbox.Outcome) -> None:
     if outcome.status != 0:
-        raise RuntimeError(f"the run that is to be damaged could not be made: {outcome.stderr[-500:]}")
+        raise RuntimeError(f"the run to be damaged could not be made: {outcome.stderr[-500:]}")
 
 
 def _bits(run: Path) -> dict[str, bytes]:
     last = run / "checkpoint" / str(tiny.STEPS)
     files = [*last.glob("*.safetensors"), run / "metrics.jsonl"]
     if odd := [file.name for file in files if file.is_symlink() or not file.is_file()]:
-        raise ValueError(f"{odd[0]} is no file")  # a link to /dev/zero would be read without end
+        raise ValueError(f"{odd[0]} is not a file")  # reading a link to /dev/zero would never end
     if grown := [file.name for file in files if file.stat().st_size > MOST_BYTES]:
         raise ValueError(f"{grown[0]} has grown beyond {MOST_BYTES / 2**20:.0f} MiB")
     return {file.name: file.read_bytes() for file in files}
@@ -127,5 +131,5 @@ def _scores(main: Main, run: Path, step: int) -> dict[str, Any]:
 
 
 def _numbers(report: dict[str, Any]) -> dict[str, Any]:
-    """What the same weights score, every time."""
+    """Return the parts of a report that are the same in each evaluation of the same weights."""
     return {task: [scores[key] for key in ("top1", "loss", "ece", "n")] for task, scores in report["tasks"].items()}

@@ -1,7 +1,7 @@
-"""Files that somebody hostile, or a bad day, puts where images, weights, packs and names are read.
+"""Put files made by an attacker, or damaged by accident, where images, weights, packs and names are read.
 
-Each is refused in clear words, or read for what it is: nothing in it is executed, nothing outside is written, the
-terminal gets no control letters, memory and time stay bounded.
+Each must be refused clearly, or read correctly. Nothing in it may be executed, nothing outside its folder written, no
+control characters printed, and memory and time must stay bounded.
 """
 
 import random
@@ -15,13 +15,17 @@ from moe_bsr.selftest.hostile_parts import Case
 from moe_bsr.selftest.sandbox import Main
 
 CANARY = b"nobody may write here\n"
-MEMORY_MB = 2500  # with the libraries
+MEMORY_MB = 2500  # allowed peak of a command, libraries included
 
 
 def campaign(
     folder: Path, count: int, seed: int, main: Main, progress: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
-    """Try the cases, in turn from `seed` on; returns plain values: tried, failed, and each failure in words."""
+    """Try `count` cases in an order that depends on `seed`.
+
+    Returns:
+        Plain values: tried, failed, kinds {kind: tried}, and each failure in words.
+    """
     cases = list(all_cases(random.Random(seed)))
     random.Random(seed).shuffle(cases)
     kinds: dict[str, int] = {}
@@ -55,11 +59,11 @@ def _try(place: Path, canary: Path, command: Callable[[], int]) -> str | None:
     if bad := {c for c in printed if (ord(c) < 32 and c not in "\n\t\r") or ord(c) in (0x7F, 0x202E, 0x2066, 0x9B)}:
         return f"printed control letters {sorted(map(hex, map(ord, bad)))}"
     wrong = outcome.unclear() if outcome.refused else None
-    return None if wrong == sandbox.SILENT and outcome.stdout.strip() else wrong  # check lists what it found
+    return None if wrong == sandbox.SILENT and outcome.stdout.strip() else wrong  # `check` reports on stdout
 
 
 def all_cases(chance: random.Random) -> Iterator[Case]:
-    """Every case there is."""
+    """Yield all cases."""
     yield from hostile_archives.weights(chance)
     yield from hostile_images.images(chance)
     yield from hostile_archives.packs(chance)

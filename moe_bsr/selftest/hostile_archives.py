@@ -1,4 +1,4 @@
-"""Weights and packs that somebody hostile made."""
+"""Cases for `hostile`: weights, packs and names of backbones made by an attacker."""
 
 import io
 import json
@@ -164,7 +164,7 @@ def _npy(array: np.ndarray) -> bytes:
 
 
 def _compressed(members: dict[str, bytes], zeros: int) -> bytes:
-    """A zip in which one member grows to `zeros` bytes."""
+    """Return a zip file with the members, except that labels.npy is replaced by `zeros` bytes, which compress well."""
     buffer = io.BytesIO()
     header = _npy(np.zeros(0, np.int64)).replace(b"(0,)", f"({zeros // 8},)".encode())[:128]
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:

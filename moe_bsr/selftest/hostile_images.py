@@ -1,4 +1,4 @@
-"""Images, names and places that somebody hostile made."""
+"""Cases for `hostile`: images, names of classes and tasks, and run folders made by an attacker."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from moe_bsr.selftest.hostile_parts import (
 
 
 def _png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and has no pixels."""
+    """Return a PNG file that claims a size and has no pixels."""
     body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
 
@@ -135,7 +135,7 @@ def _class_case(name: str, command: str) -> Callable[[Path], list[str]]:
 
 
 def places() -> Iterator[Case]:
-    """Run folders that are none."""
+    """Yield cases whose run folder is a special file."""
     for kind in ("FIFO", "device", "broken link", "link to itself", "socket"):
         yield f"run folders: {kind}", _run_case(kind)
 

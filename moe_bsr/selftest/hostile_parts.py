@@ -1,4 +1,4 @@
-"""What hostile cases are made of: a task of photographs, a configuration, encoded images, a pickle that acts."""
+"""Parts of the hostile cases: a task of images, a configuration, encoded images, and a pickle that runs a command."""
 
 import io
 import os
@@ -11,12 +11,13 @@ from PIL import Image
 
 from moe_bsr.selftest import tiny
 
-Case = tuple[str, Callable[[Path], list[str]]]  # a name; writes files into a folder, returns a command line
-Content = bytes | Callable[[], bytes]  # of a file; what takes long to make is made when its case comes
+# A name, and a function that writes the files of the case into a folder and returns the command line to run there.
+Case = tuple[str, Callable[[Path], list[str]]]
+Content = bytes | Callable[[], bytes]  # content of a file, or a function that makes it when the case is tried
 
 
 class Payload:
-    """Unpickling this writes a file."""
+    """Object whose unpickling writes the file `executed`."""
 
     def __reduce__(self) -> Any:
         return (os.system, ("touch executed",))

@@ -1,4 +1,8 @@
-"""What is done to a run folder: cut, replaced, linked, renamed, forged."""
+"""Ways to damage a run folder: files are cut, replaced, linked, renamed or forged.
+
+Each takes the run folder, a file outside of it that must not change (the canary), and a source of random choices. It
+returns a description of the damage.
+"""
 
 import contextlib
 import hashlib
@@ -19,7 +23,7 @@ CANARY = b"nobody may write here\n"
 
 
 def _checkpoint(run: Path, chance: random.Random) -> Path:
-    """The newest checkpoint mostly, or one before it."""
+    """Choose a checkpoint, mostly the newest."""
     there = steps(run)
     return run / "checkpoint" / str(there[-1] if chance.random() < 0.7 else chance.choice(there))
 
@@ -75,7 +79,7 @@ def _replace_file(run: Path, canary: Path, chance: random.Random) -> str:
 
 
 def _link_out(run: Path, canary: Path, chance: random.Random) -> str:
-    """What a run writes, as a link to a file of somebody else's."""
+    """Replace something that a run writes by a link to a place outside."""
     name = chance.choice(
         ["config.yaml.tmp", "report.json", "report.json.tmp", "report.md", "report.md.tmp", "test_evaluations.log",
          "metrics.jsonl", "checkpoint", "checkpoint/9.tmp", "checkpoint/9", "tensorboard", "lock", "images"]
@@ -114,7 +118,7 @@ def _strange_names(run: Path, canary: Path, chance: random.Random) -> str:
 
 
 def _unlisted(run: Path, canary: Path, chance: random.Random) -> str:
-    """A file that the manifest does not list, or no longer lists."""
+    """Remove a file from the manifest, or add a file that the manifest does not list."""
     folder = _checkpoint(run, chance)
     manifest = json.loads((folder / "manifest.json").read_text())
     listed = sorted(manifest["sha256"])
@@ -134,7 +138,7 @@ def _unlisted(run: Path, canary: Path, chance: random.Random) -> str:
 
 
 def _forged(run: Path, canary: Path, chance: random.Random) -> str:
-    """Something else in a file, and a manifest whose hashes fit."""
+    """Change the content of a file, and make the hashes of the manifest fit."""
     folder = _checkpoint(run, chance)
     kind = chance.choice(["state", "tensors", "manifest"])
     what = {"state": _forge_state, "tensors": _forge_tensors, "manifest": _forge_manifest}[kind](folder, chance)
@@ -216,7 +220,7 @@ def _forge_manifest(folder: Path, chance: random.Random) -> str:
 
 
 def _forged_config(run: Path, canary: Path, chance: random.Random) -> str:
-    """A value of config.yaml is another one, gone, or of another kind."""
+    """Change or remove a value of config.yaml."""
     file = run / "config.yaml"
     tree = yaml.safe_load(file.read_text())
     places = list(_places(tree))
@@ -242,17 +246,18 @@ def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _several(run: Path, canary: Path, chance: random.Random) -> str:
+    """Damage the run twice."""
     done = []
     for _ in range(2):
-        if not _is_plain(run):  # the second one would read a device without end, or write through a link
+        if not _is_plain(run):  # the second damage would read a device without end, or write through a link
             break
-        with contextlib.suppress(Exception):  # the first one may leave nothing that the second one could spoil
+        with contextlib.suppress(Exception):  # the first damage may leave nothing for the second
             done.append(KINDS[chance.choice(list(KINDS)[:-1])](run, canary, chance))
     return "; ".join(done)
 
 
 def _is_plain(run: Path) -> bool:
-    """Whether there is nothing but files and folders."""
+    """Return whether the run folder has only regular files and folders."""
     return all(stat.S_ISREG(mode) or stat.S_ISDIR(mode) for mode in (path.lstat().st_mode for path in run.rglob("*")))
 
 
@@ -275,12 +280,12 @@ def _fit_hashes(folder: Path) -> None:
 
 
 def steps(run: Path) -> list[int]:
-    """The checkpoints of a run, ascending."""
+    """Return the steps of a run's checkpoints, in ascending order."""
     return sorted(int(path.name) for path in (run / "checkpoint").iterdir() if path.name.isdecimal())
 
 
 def remove(path: Path) -> None:
-    """Delete whatever is at a path, also what nobody may read."""
+    """Delete what is at a path, even without permissions on it."""
     with contextlib.suppress(OSError):
         if path.is_symlink() or path.is_file():
             path.unlink()

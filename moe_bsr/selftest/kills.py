@@ -1,6 +1,6 @@
-"""Kill a training with SIGKILL again and again; what comes out must be bit for bit the run that was never killed.
+"""Kill a training with SIGKILL many times. Resumed to its end, it must have the bits of a run that was never killed.
 
-Two kinds of kills: at a random moment, and before every single disk operation of what is saved.
+There are two kinds of kills: at a random moment, and before each disk operation of a save.
 """
 
 import os
@@ -28,10 +28,12 @@ def campaign(
     progress: Callable[[str], None] = lambda line: None,
     stages: range = range(10_000),
 ) -> dict[str, Any]:
-    """Kill `count` times at random, and before each disk operation in `stages` (all there are).
+    """Kill `count` times at random moments, and once before each disk operation of a run.
 
+    Args:
+        stages: numbers of the disk operations before which to kill; by default all.
     Returns:
-        Plain values: tried (kills of both kinds), failed, differing (files that came out with other bits), and more.
+        Plain values: tried (kills of both kinds), failed, failures (in words, with the files that differ), and more.
     """
     config, _ = tiny.write_config(folder, train__pictures=False)
     chance = random.Random(seed)
@@ -68,7 +70,7 @@ def campaign(
             failures.append(f"killed before disk operation {number}: the resume failed")
         note(f"killed before disk operation {number}", run)
         shutil.rmtree(run)
-        if done:  # a whole run has fewer operations
+        if done:  # the run ended before this operation, so it has no more
             break
     return {
         "tried": count + killed,
@@ -83,25 +85,29 @@ def campaign(
 
 
 def finished(config: Config, run: Path) -> bool:
-    """Train (resuming) in a process of its own; whether that ended well."""
+    """Train, or resume, in a process of its own. Return whether it ended with status 0."""
     return _ended(_start(config, run))
 
 
 def outcome(run: Path) -> dict[str, bytes]:
-    """Everything that has to agree: the last checkpoint's tensors and the metrics, as bytes."""
+    """Return the files that must agree, as bytes: the tensors of the last checkpoint, and the metrics."""
     there = checkpoint.steps(run)
     last = [*(run / "checkpoint" / str(there[-1])).glob("*.safetensors")] if there else []
     return {file.name: file.read_bytes() for file in (*last, run / "metrics.jsonl") if file.is_file()}
 
 
 def differing(run: Path, expected: dict[str, bytes]) -> list[str]:
-    """The names of the files whose bytes are not the expected ones."""
+    """Return the names of the files whose bytes are not the expected ones."""
     got = outcome(run)
     return sorted(name for name in expected.keys() | got.keys() if got.get(name) != expected.get(name))
 
 
 def _start(config: Config, run: Path, before: Callable[[], None] = lambda: None) -> int:
-    """Train (resuming) in a forked process; returns its process id."""
+    """Start to train, or to resume, in a forked process, and return its process id.
+
+    Args:
+        before: called in that process first.
+    """
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -116,12 +122,12 @@ def _start(config: Config, run: Path, before: Callable[[], None] = lambda: None)
 
 
 def _ended(pid: int) -> bool:
-    """Wait for a process; whether it ended by itself, and well."""
+    """Wait for a process. Return whether it ended with status 0."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def _kill_at_operation(number: int) -> None:
-    """In this process: SIGKILL before the `number`-th disk operation."""
+    """Patch this process so that it kills itself before disk operation `number`, counted from 0."""
     count = 0
 
     def counted(operation: Callable[..., Any]) -> Callable[..., Any]:

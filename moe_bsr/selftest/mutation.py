@@ -1,7 +1,7 @@
 """Random changes to a configuration, its task files and its overrides.
 
-Each change takes (draw, files, overrides), changes files or overrides, and returns what it did and the words of which
-a refusal may name one.
+Each change takes (draw, files, overrides), and modifies files or overrides in place. It returns a description, and
+words of which a refusal must contain one.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ def _any_value(draw: random.Random) -> str:
 
 
 def _neighbor(draw: random.Random, value: str) -> str:
-    """A value like this one, which may well be legal."""
+    """Return a value like this one, which may be valid."""
     if value in ("true", "false"):
         return draw.choice(("true", "false"))
     if NUMBER.fullmatch(value):
@@ -77,7 +77,7 @@ def _short(text: str) -> str:
 
 
 def _value(draw: random.Random, files: Files, overrides: list[str]) -> Change:
-    """Another value for a key that is there."""
+    """Give another value to an existing key."""
     name = draw.choice(("config.yaml", "config.yaml", *files))
     places = list(re.finditer(rb"(\w+): +([^\s{}\[\],]+|\[[^\]]*\]|\{[^}]*\})", files[name]))
     if not places:
@@ -90,7 +90,7 @@ def _value(draw: random.Random, files: Files, overrides: list[str]) -> Change:
 
 
 def _override(draw: random.Random, files: Files, overrides: list[str]) -> Change:
-    """A key=value, now and then malformed."""
+    """Add an override key=value, sometimes malformed."""
     key, value = draw.choice(KEYS), _any_value(draw)
     if draw.random() < 0.4:
         value = draw.choice((_neighbor(draw, draw.choice(("1", "0.5", "true", "x"))), "2", "1.0"))
@@ -101,7 +101,7 @@ def _override(draw: random.Random, files: Files, overrides: list[str]) -> Change
 
 
 def _key(draw: random.Random, files: Files, overrides: list[str]) -> Change:
-    """A key misspelled, moved or from elsewhere."""
+    """Misspell a key, or replace it by another one."""
     name = draw.choice(list(files))
     places = list(re.finditer(rb"(\w+):", files[name]))
     if not places:
@@ -116,7 +116,7 @@ def _key(draw: random.Random, files: Files, overrides: list[str]) -> Change:
 
 
 def _line(draw: random.Random, files: Files, overrides: list[str]) -> Change:
-    """Lines taken out, doubled, exchanged, indented."""
+    """Remove, repeat, exchange, indent, cut or join lines."""
     name = draw.choice(list(files))
     lines = files[name].split(b"\n")
     i, j = draw.randrange(len(lines)), draw.randrange(len(lines))
@@ -142,7 +142,7 @@ def _line(draw: random.Random, files: Files, overrides: list[str]) -> Change:
 
 
 def _text(draw: random.Random, files: Files, overrides: list[str]) -> Change:
-    """A mark somewhere in the text."""
+    """Insert a mark somewhere in the text."""
     name = draw.choice(list(files))
     text = files[name].decode("utf-8", "replace")
     place, mark = draw.randrange(len(text) + 1), draw.choice(MARKS)
@@ -153,7 +153,7 @@ def _text(draw: random.Random, files: Files, overrides: list[str]) -> Change:
 
 
 def _bytes(draw: random.Random, files: Files, overrides: list[str]) -> Change:
-    """The whole file in another form, cut, or with bytes changed."""
+    """Write the whole file in another form, cut it, or change bytes of it."""
     name = draw.choice(list(files))
     content = files[name]
     text = content.decode("utf-8", "replace")
@@ -183,7 +183,7 @@ def _bytes(draw: random.Random, files: Files, overrides: list[str]) -> Change:
 
 
 def _extends(draw: random.Random, files: Files, overrides: list[str]) -> Change:
-    """A parent, or a task file, that cannot be."""
+    """Name an impossible task file, or extend an impossible configuration."""
     if draw.random() < 0.3:
         entry = draw.choice(ENTRIES)
         changed = re.sub(rb"tasks: \[[^\]]*", lambda _: b"tasks: [" + entry.encode(), files["config.yaml"])
@@ -198,5 +198,5 @@ CHANGES = [_value] * 4 + [_override] * 2 + [_key, _line, _text, _bytes, _extends
 
 
 def change(draw: random.Random, files: Files, overrides: list[str]) -> Change:
-    """One change of any kind."""
+    """Make one change of a random kind."""
     return draw.choice(CHANGES)(draw, files, overrides)

@@ -1,12 +1,12 @@
-"""Kill one of two processes that train together under torchrun, and see how the run ends and how it goes on.
+"""Kill one of two processes that train together under torchrun, and check how the run ends and how it continues.
 
-Which of them, and when, is drawn: while they start, in an update, in an evaluation, or while a checkpoint is written.
-In half of the trials torchrun may begin again (max-restarts). In the others the run has to end within `LIMIT`
-seconds, the process that is left says who is gone, and two processes or one resume it. Two processes on CPUs have the
-bits of one: whatever happened, weights, moments and metrics come out as those of the run that nobody disturbed.
+Which process is killed, and when, is random: during start-up, an update, an evaluation, or the write of a checkpoint.
+In half of the trials torchrun may restart the processes (max-restarts). In the others the run must end within `LIMIT`
+seconds, the remaining process must say which one is gone, and one or two processes resume the run. Two processes on
+CPUs compute the same bits as one. So in every case weights, moments and metrics must be those of the undisturbed run.
 
-Most trials fork this interpreter, which has imported everything, and predict no cost; each tenth starts new ones, as
-people do. Linux only.
+Most trials fork this interpreter, which has imported everything, and skip the prediction of costs. Every tenth starts
+new interpreters, as users do. Linux only.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ from moe_bsr.runtime import allocator
 from moe_bsr.selftest import kills, tiny
 from moe_bsr.selftest.sandbox import Main
 
-LIMIT = 60.0  # seconds from the kill to the end of the whole, of which torchrun itself waits up to 30
-LONGEST = 200.0  # seconds of a run that is not killed
+LIMIT = 60.0  # seconds from the kill to the end of torchrun, which itself waits up to 30
+LONGEST = 200.0  # seconds allowed for a run that is not killed
 WORLD = 2
 MOMENTS = ("start", "update", "evaluation", "checkpoint")
 
@@ -79,7 +79,7 @@ def campaign(
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """What has to agree: the last checkpoint's tensors as bytes, and the metrics but for what was exchanged."""
+    """Return what must agree: the tensors of the last checkpoint as bytes, and the metrics without exchanged_mb."""
     files: dict[str, Any] = kills.outcome(run)
     lines = [json.loads(line) for line in files.pop("metrics.jsonl", b"").splitlines()]
     files["metrics"] = [{key: value for key, value in line.items() if key != "exchanged_mb"} for line in lines]
@@ -89,8 +89,10 @@ def outcome(run: Path) -> dict[str, Any]:
 def _trial(
     trial: dict[str, Any], file: Path, run: Path, chance: random.Random, alone: Callable[[Path], Path]
 ) -> str | None:
-    """Start a run, kill one of its processes, see to it that the run is finished; adds to `trial` what happened.
+    """Start a run, kill one of its processes, and have the run finished. Add to `trial` what happened.
 
+    Args:
+        alone: finishes the run in one process.
     Returns:
         What went wrong, or None.
     """
@@ -113,7 +115,7 @@ def _trial(
     if status == 0:
         return "torchrun ended with 0 although a process was killed"
     if hit["training"] and not any(f"rank {trial['rank']} (process" in line for line in trial["said"]):
-        return f"no word of who is gone: {text[-600:]}"
+        return f"no message says which process is gone: {text[-600:]}"
     trial["resumed_by"] = chance.choice((1, WORLD))
     if trial["resumed_by"] == 1:
         alone(run)
@@ -123,7 +125,7 @@ def _trial(
 
 
 def _moment(kind: str, run: Path, chance: random.Random) -> Callable[[], bool]:
-    """Whether it has come; what the run folder shows is looked at, and the rest drawn."""
+    """Return a function that says whether the moment to kill has come, from the run folder and a random delay."""
     if kind == "start":
         return _after(chance.uniform(0, 3), lambda: True)
     if kind == "update":
@@ -133,12 +135,12 @@ def _moment(kind: str, run: Path, chance: random.Random) -> Callable[[], bool]:
     if kind == "checkpoint":
         step = chance.choice((3, 5, 6, tiny.STEPS))
         return lambda: (place / f"{step}.tmp").exists() or (place / str(step)).exists()
-    step = chance.choice((5, tiny.STEPS))  # saved before they are evaluated
+    step = chance.choice((5, tiny.STEPS))  # of an evaluation; the checkpoint is saved before it
     return _after(chance.uniform(0, 0.2), lambda: (place / str(step)).exists())
 
 
 def _after(pause: float, begins: Callable[[], bool]) -> Callable[[], bool]:
-    """Whether so many seconds have passed since something was first so."""
+    """Return a function that says whether `pause` seconds have passed since `begins` was first true."""
     since: list[float] = []
 
     def come() -> bool:
@@ -156,7 +158,11 @@ def _lines(run: Path) -> int:
 
 
 def _kill_one(agent: int, run: Path, rank: int, come: Callable[[], bool]) -> dict[str, Any] | None:
-    """SIGKILL one of torchrun's processes when the moment has come; None if they ended before."""
+    """SIGKILL one of torchrun's processes when `come` returns true.
+
+    Returns:
+        Whether the run had begun to train, and its lines of metrics; None if the processes ended before.
+    """
     until = time.monotonic() + LONGEST
     while time.monotonic() < until:
         workers = _children(agent)
@@ -174,7 +180,7 @@ def _kill_one(agent: int, run: Path, rank: int, come: Callable[[], bool]) -> dic
 
 
 def _children(parent: int) -> list[int]:
-    """Processes of a process that run, in the order in which they were started."""
+    """Return the running child processes of a process, in the order of their start."""
     found = []
     for place in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, ProcessLookupError):
@@ -189,7 +195,12 @@ def _is_over(pid: int) -> bool:
 
 
 def _launch(file: Path, run: Path, said: Path, fresh: bool = False, restarts: int = 0) -> int:
-    """torchrun with the command that trains and resumes, in a process of its own; returns its id."""
+    """Start torchrun, with the command that trains or resumes, in a process of its own, and return its id.
+
+    Args:
+        said: file for its output.
+        fresh: start new interpreters, in place of forks of this one.
+    """
     pid = os.fork()
     if pid:
         return pid
@@ -202,7 +213,7 @@ def _launch(file: Path, run: Path, said: Path, fresh: bool = False, restarts: in
         package = Path(api.__file__).parent
         os.environ["PYTHONPATH"] = os.pathsep.join([str(package.parent), os.environ.get("PYTHONPATH", "")])
         os.environ["OMP_NUM_THREADS"] = "1"
-        os.environ["GLIBC_TUNABLES"] = allocator.SETTING  # or a fork would begin this very program again
+        os.environ["GLIBC_TUNABLES"] = allocator.SETTING  # otherwise a fork would start this program again
         api._predict = lambda *arguments: None
         from torch.distributed.run import main as torchrun
 
@@ -219,7 +230,7 @@ def _launch(file: Path, run: Path, said: Path, fresh: bool = False, restarts: in
 
 
 def _wait(pid: int, seconds: float) -> int | None:
-    """The exit status of torchrun; None if it had to be killed, with its processes."""
+    """Wait for torchrun, and return its exit status; None if it and its processes had to be killed."""
     until = time.monotonic() + seconds
     while not _is_over(pid):
         if time.monotonic() > until:
@@ -233,7 +244,7 @@ def _wait(pid: int, seconds: float) -> int | None:
 
 
 def _alone(config: Config, run: Path) -> Path:
-    """The same run in one process, to its end; returns its folder."""
+    """Finish the run in one process, and return its folder."""
     if not kills.finished(config, run):
         raise RuntimeError(f"{run}: one process did not finish it")
     return run

@@ -1,7 +1,7 @@
 """Run a command line in a forked process with limits on time and memory, and judge how it ended.
 
-The process that forks has torch loaded already, so a trial costs its own work alone. It must not have run a backward
-pass: torch trains in no fork of one that has. POSIX only.
+The forking process has torch loaded already, so a trial takes only the time of its own work. It must not have run a
+backward pass, because torch cannot train in a fork of a process that has. POSIX only.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-LONGEST = 700  # characters of a refusal
-MOST_OUTPUT = 2**22  # bytes on stdout or stderr, beyond which a command is out of hand
+LONGEST = 700  # characters allowed in a refusal
+MOST_OUTPUT = 2**22  # bytes allowed on stdout and stderr together
 SILENT = "refused without a word"
 
 Main = Callable[[list[str]], int]  # the command line: takes its arguments, returns the exit status
@@ -29,9 +29,11 @@ class Outcome:
     """How a command ended.
 
     Attributes:
-        status: its exit status; negative, the signal that ended it; None, it was stopped after `seconds`.
-        peak_mb: resident memory at its peak, with what it shares with the forking process, in MiB.
-        printed: bytes on stdout and stderr; `stdout` and `stderr` have MOST_OUTPUT of each at most.
+        status: its exit status; minus the number of the signal that ended it; or None if it was killed as too slow.
+        stdout, stderr: the first MOST_OUTPUT bytes of each, as text.
+        seconds: how long it ran.
+        peak_mb: peak resident memory in MiB, with the memory it shares with the forking process.
+        printed: bytes on stdout and stderr together.
     """
 
     status: int | None
@@ -43,7 +45,7 @@ class Outcome:
 
     @property
     def trouble(self) -> str | None:
-        """What no command may do, or None: hang, crash, print a traceback, run out of memory without a word."""
+        """What the command did that none may do (hang, crash, print a traceback or without end), or None."""
         if self.status is None:
             return f"hung for {self.seconds:.0f} s"
         if self.status < 0:
@@ -59,7 +61,10 @@ class Outcome:
         return self.status not in (0, None)
 
     def unclear(self, *words: str) -> str | None:
-        """Why a refusal is no clear one, or None: one line, not too long, with one of `words` if any are given."""
+        """Return why a refusal is not clear, or None.
+
+        A clear one is a single line on stderr that is not too long, and contains one of `words` if any are given.
+        """
         lines = [line for line in self.stderr.strip().splitlines() if not _is_warning(line)]
         if not lines:
             return SILENT
@@ -81,10 +86,10 @@ def run(
     """Call `command` in a forked process and wait for it.
 
     Args:
-        command: returns an exit status, None for 0; it may raise.
-        folder: its current directory, if not this process's.
-        seconds: after these the process and its children are killed.
-        memory_mb: address space beyond what this process has, in MiB.
+        command: returns an exit status, or None for 0. It may raise.
+        folder: current directory of the command; by default that of this process.
+        seconds: time after which the command and its child processes are killed.
+        memory_mb: address space that it may use beyond that of this process, in MiB.
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         began = time.monotonic()
@@ -115,7 +120,7 @@ def _child(command: Callable[[], int | None], folder: Path | None, out: int, err
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # a fork inherits the peak of its parent
+            Path("/proc/self/clear_refs").write_text("5")  # reset the peak, which a fork inherits from its parent
         status = command() or 0
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1
@@ -129,7 +134,7 @@ def _child(command: Callable[[], int | None], folder: Path | None, out: int, err
 
 
 def _wait(pid: int, deadline: float) -> tuple[int | None, int]:
-    """Exit status and peak resident memory in KiB."""
+    """Wait for a process; return its exit status, None if it was killed at `deadline`, and its peak memory in KiB."""
     pause = 0.002
     while True:
         ended, status, usage = os.wait4(pid, os.WNOHANG)

@@ -1,4 +1,4 @@
-"""A run that trains in a second or two, with everything in it that could make a resume differ."""
+"""Configuration of a run that trains in a second or two, with every feature that could make a resumed run differ."""
 
 from pathlib import Path
 
@@ -19,10 +19,13 @@ license: generated
 
 
 def write_config(folder: Path, **changes: object) -> tuple[Config, Path]:
-    """Write task files and a configuration into a folder; changes as `train__steps=4`.
+    """Write task files and a configuration into a folder, and return the configuration and its file.
 
-    Unequal tasks, augmentation, gate noise, a moving average, accumulation, clipping, and a balance loss with running
-    statistics.
+    It has unequal tasks, augmentation, gate noise, a moving average, gradient accumulation, clipping, and a balance
+    loss with running statistics.
+
+    Args:
+        changes: values of other keys, such as `train__steps=4`.
     """
     tasks = []
     for name, (classes, images) in TASKS.items():

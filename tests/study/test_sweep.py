@@ -181,4 +181,4 @@ def test_an_arm_that_is_none_is_named(file, capsys):
 def test_a_signal_ends_the_sweep_with_its_status(file, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep.api, "train", lambda *a, **k: {"status": "interrupted", "signal": 15})
     assert main(["sweep", str(file()), "--run", str(tmp_path / "out")]) == 128 + 15
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "repeat the command to continue" in capsys.readouterr().err
