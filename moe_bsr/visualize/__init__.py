@@ -1,1 +1,1 @@
-"""Views: what a run did with experts and patches, as statistics, pictures and pages."""
+"""Pictures and pages of how a run uses experts and patches."""

@@ -1,4 +1,4 @@
-"""Tables of colored cells: what the pictures of experts and of mistakes are made of. Coordinates are pixels."""
+"""Draw tables of colored cells, of which the pictures of experts and mistakes are made. Coordinates are pixels."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH, MARGIN, GAP = theme.WIDTH, 18, 28
-TITLE = 78  # pixels of heading and subtitle
-BAR_GAP, BAR_ROOM = 42, 110  # pixels from the cells to the color bar, and to the end of the paper
+TITLE = 78  # height of heading and subtitle
+BAR_GAP, BAR_ROOM = 42, 110  # from the cells to the color bar, and to the lower end of the picture
 NUMBER = 15  # font size of the experts' numbers
-MAX_LETTERS = 13  # of a row's or column's name
-LETTER = 10.4  # pixels of a letter at most, at the usual size
+MAX_LETTERS = 13  # of the name of a row or column
+LETTER = 10.4  # largest width of a letter at the usual size
 
 
 def title(axes: Axes, words: str, when: str) -> None:
-    """The two lines at the top of every picture."""
+    """Write the two lines at the top of a picture: its heading, and which images and step it shows."""
     theme.text(axes, MARGIN, 28, words, size=theme.HEADING, weight="bold")
     theme.text(axes, MARGIN, 58, when, color=theme.MUTED)
 
 
 def subtitle(split: str, step: int | None) -> str:
-    """Which images were counted, and when."""
+    """Return the text that says which images were counted, and at which step."""
     return split if step is None else f"{split}, step {step:,}"
 
 
@@ -44,7 +44,16 @@ def cells(
     size: float = theme.SMALL,
     bold: np.ndarray | None = None,
 ) -> None:
-    """Colored cells from (x, y) on; values (R, C) as `scale` takes them. NaN has no number."""
+    """Draw colored cells, with the upper left corner at (x, y).
+
+    Args:
+        width, height: of one cell.
+        values: (R, C) as `scale` takes them. A cell of NaN gets no number.
+        numbers: texts of the cells; an empty one is left out.
+        scale: maps `values` to RGB in [0, 1].
+        size: largest font size of the numbers.
+        bold: (R, C) bool, cells whose number is bold.
+    """
     rows, columns = values.shape[:2]
     colors = scale(values)
     axes.imshow(
@@ -74,18 +83,18 @@ def cells(
 
 
 def row_labels(axes: Axes, x: float, y: float, height: float, names: Sequence[str], size: float = theme.SMALL) -> None:
-    """Names left of their rows."""
+    """Write names left of their rows."""
     for index, name in enumerate(names):
         theme.text(axes, x - 10, y + (index + 0.5) * height, theme.shorten(name, MAX_LETTERS), ha="right", size=size)
 
 
 def label_interval(width: float) -> int:
-    """How many experts share a number beside their cells: one, or four where there is no room."""
+    """Return the step between the expert numbers that are written: 1, or 4 if cells are narrow."""
     return 1 if width >= 20 else 4
 
 
 def column_labels(axes: Axes, x: float, y: float, width: float, experts: int) -> None:
-    """The experts' numbers above their columns; every one, or every fourth where there is no room."""
+    """Write the experts' numbers above their columns; only every fourth one if columns are narrow."""
     for expert in range(0, experts, label_interval(width)):
         theme.text(axes, x + (expert + 0.5) * width, y - 14, str(expert), ha="center", color=theme.MUTED, size=NUMBER)
 
@@ -93,7 +102,12 @@ def column_labels(axes: Axes, x: float, y: float, width: float, experts: int) ->
 def color_bar(
     axes: Axes, y: float, uniform: float | None, end: float, x: float, low: str = "0", high: str = ""
 ) -> None:
-    """The color scale from 0 to `end`, the uniform level marked on it."""
+    """Draw the color scale from 0 to `end`, with a mark at the uniform level.
+
+    Args:
+        uniform: share of an expert if all are used equally; None draws no mark.
+        low, high: labels of the two ends; by default 0, and `end` in percent.
+    """
     width = WIDTH - x - MARGIN
     axes.imshow(theme.sequential(np.linspace(0, 1, 256))[None], extent=(x, x + width, y + 16, y), aspect="auto")
     axes.plot([x, x + width, x + width, x, x], [y, y, y + 16, y + 16, y], color=theme.MUTED, linewidth=1)
@@ -110,7 +124,7 @@ def color_bar(
 def slanted_labels(
     axes: Axes, x: float, y: float, width: float, names: Sequence[str], size: float = theme.SMALL
 ) -> None:
-    """Names above their columns, so steep that neighbors do not touch."""
+    """Write names above their columns, at an angle at which neighbors do not touch."""
     for index, name in enumerate(names):
         theme.text(
             axes,
@@ -126,7 +140,7 @@ def slanted_labels(
 
 
 def slanted_height(names: Sequence[str], width: float) -> float:
-    """Room above the cells for `slanted_labels`."""
+    """Return the height that `slanted_labels` needs above the cells."""
     return label_width(names) * np.sin(np.radians(_slant(width)))
 
 
@@ -135,5 +149,5 @@ def _slant(width: float) -> float:
 
 
 def label_width(names: Sequence[str]) -> float:
-    """Room for row names in pixels, the gap to the cells included."""
+    """Return the width that row names need, with the gap to the cells."""
     return 14 + LETTER * max(letters(theme.shorten(name, MAX_LETTERS)) for name in names)

@@ -1,4 +1,4 @@
-"""What the numbers of a run's views come to, in sentences: said first, with what is significant in bold."""
+"""State in sentences what the numbers of a run's views mean. The page begins with them; notable ones are bold."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from moe_bsr.model.tokens import FUSED
 if TYPE_CHECKING:
     from moe_bsr.evaluation.ablation import Ablation
 
-SHARED, SEPARATE = 0.1, 0.5  # mutual information of tasks that share experts, and of tasks that have their own
-PREFERRED = 1.25  # times as often: what counts as a preference for a part of the image
-NAMED = 3  # experts named at most
+SHARED, SEPARATE = 0.1, 0.5  # mutual information: below, tasks share experts; from here on, each has its own
+PREFERRED = 1.25  # a part of the image is preferred if its patches are kept this many times as often
+NAMED = 3  # most experts that are named
 
 
 @dataclass(slots=True)
 class Claim:
-    """A sentence that says what is, and the numbers that it rests on.
+    """Conclusion, and the numbers that support it.
 
     Attributes:
-        notable: whether it says more than that nothing stands out.
+        notable: False if it only says that nothing stands out.
     """
 
     verdict: str
@@ -34,10 +34,12 @@ class Claim:
 
 @dataclass(slots=True)
 class KeptPatches:
-    """How often each patch of the image was still there at the end, over the images of one task.
+    """Counts of how often each patch of the image is kept to the end, over the images of one task.
 
     Attributes:
-        grid: rows and columns of patches. left: (rows * columns,) int64 images in which the patch was left.
+        grid: rows and columns of patches.
+        left: (rows * columns,) int64, number of images in which the patch was kept.
+        images: number of images counted.
     """
 
     grid: tuple[int, int]
@@ -48,7 +50,11 @@ class KeptPatches:
         self.left = np.zeros(self.grid[0] * self.grid[1], np.int64)
 
     def add(self, records: dict[int, Record]) -> None:
-        """Count a batch's last drop."""
+        """Count the patches that the last drop of a batch has kept.
+
+        Args:
+            records: by block, from the forward pass.
+        """
         drops = [record.dropped for record in records.values() if record.dropped is not None]
         if drops:
             origin = drops[-1].origin.cpu().numpy()
@@ -56,29 +62,29 @@ class KeptPatches:
             self.images += len(origin)
 
     def share(self, part: np.ndarray | None = None) -> float:
-        """Share of the patches that are left: of all, or of those where `part` (rows, columns) is true."""
+        """Return the share of patches that are kept: of all, or of those where `part` (rows, columns) is true."""
         left = self.left if part is None else self.left[part.ravel()]
         return float(left.mean() / self.images)
 
     def middle(self) -> np.ndarray:
-        """(rows, columns) bool: the inner half of each side."""
+        """Return (rows, columns) bool, true for the inner half of each side."""
         inner = [np.abs((np.arange(n) + 0.5) / n - 0.5) < 0.25 for n in self.grid]
         return inner[0][:, None] & inner[1]
 
     def border(self) -> np.ndarray:
-        """(rows, columns) bool: the outermost patches."""
+        """Return (rows, columns) bool, true for the outermost patches."""
         found = np.ones(self.grid, bool)
         found[1:-1, 1:-1] = False
         return found
 
 
 def of_load(statistics: dict[int, RoutingStatistics]) -> Claim:
-    """Whether experts are used evenly."""
+    """Conclude whether experts are used evenly; statistics by MoE block."""
     used = {block: s.used() for block, s in statistics.items()}
     experts = max(s.experts for s in statistics.values())
     uneven = {block: s.reading() for block, s in statistics.items() if not s.reading().startswith("even")}
     if not uneven:
-        load = f"The load is that of {_range(used.values(), 1)} of {experts} used alike."
+        load = f"The load is as if {_range(used.values(), 1)} of {experts} experts were used equally."
         return Claim("Experts are used evenly.", load, False)
     return Claim(
         f"Experts are not used evenly in {_blocks(uneven)}.",
@@ -88,7 +94,7 @@ def of_load(statistics: dict[int, RoutingStatistics]) -> Claim:
 
 
 def of_tasks(statistics: dict[int, RoutingStatistics]) -> Claim | None:
-    """Whether tasks share experts; None for one task."""
+    """Conclude whether tasks share experts; None for a single task."""
     told = {block: s.mutual_information() for block, s in statistics.items()}
     if any(np.isnan(value) for value in told.values()):
         return None
@@ -105,15 +111,15 @@ def of_tasks(statistics: dict[int, RoutingStatistics]) -> Claim | None:
     one, other = np.unravel_index(np.nanargmax(apart), apart.shape)
     return Claim(
         verdict,
-        f"Mutual information between task and expert, of 0 to 1: {_range(told.values(), 2)}. Farthest apart are "
-        f"{names[one]} and {names[other]}, at block {block} (distance {apart[one, other]:.2f}, where 1 is no expert "
+        f"Mutual information between task and expert, from 0 to 1: {_range(told.values(), 2)}. Farthest apart are "
+        f"{names[one]} and {names[other]}, at block {block} (distance {apart[one, other]:.2f}, where 1 means no expert "
         "in common).",
         most >= SHARED,
     )
 
 
 def of_ablation(results: dict[int, Ablation]) -> Claim:
-    """Whether any expert matters by itself, corrected for how many were tried."""
+    """Conclude whether any expert matters by itself, with a correction for the number of tests."""
     tests = sum(result.lost.size for result in results.values())
     found = sorted(
         (
@@ -135,14 +141,21 @@ def of_ablation(results: dict[int, Ablation]) -> Claim:
     bold = int(sum(result.clear().sum() for result in results.values()))
     return Claim(
         "No expert matters by itself.",
-        f"Masking any one of them changes no task's accuracy more than chance does ({corrected}). Uncorrected, {bold} "
-        f"of the {tests} cells below are bold; about {round(0.05 * tests)} would be by luck at most.",
+        f"Masking any one of them changes no task's accuracy more than chance does ({corrected}). Without this "
+        f"correction, {bold} of the {tests} cells below are bold; chance alone makes up to about "
+        f"{round(0.05 * tests)} bold.",
         False,
     )
 
 
 def of_drops(kept: dict[str, KeptPatches]) -> Claim | None:
-    """Which part of the images the drops keep; None where nothing is dropped, or too few patches have a middle."""
+    """Conclude which part of the images the drops keep.
+
+    Args:
+        kept: by task.
+    Returns:
+        None if nothing is dropped, or the grid is too small to have a middle.
+    """
     if not all(each.images and each.middle().any() for each in kept.values()):
         return None
     shares = {
@@ -161,7 +174,7 @@ def of_drops(kept: dict[str, KeptPatches]) -> Claim | None:
     return Claim(
         verdict,
         f"{100 * left:.0f} % of the patches are left at the end: {100 * shares['middle']:.0f} % of those in the middle "
-        f"(the inner half of each side) and {100 * shares['border']:.0f} % of the outermost.",
+        f"(the inner half of each side), and {100 * shares['border']:.0f} % of the outermost ones.",
         not 1 / PREFERRED <= ratio <= PREFERRED,
     )
 

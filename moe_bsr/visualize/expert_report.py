@@ -1,4 +1,4 @@
-"""All views of a trained run, drawn from its checkpoint on the validation split, explained and written."""
+"""Draw all views of a trained run from its checkpoint and validation split, explain them, and write them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -20,16 +20,17 @@ from moe_bsr.visualize import interventions as intervention_views
 from moe_bsr.visualize.html import Picture, Section, Table, page
 from moe_bsr.visualize.tokens import make_views, strip
 
-MISTAKES = 2000  # images of a task at most whose mistakes are counted
+MISTAKES = 2000  # most images of a task on which mistakes are counted
 
 
 @dataclass(slots=True)
 class Observed:
-    """What the whole validation split shows.
+    """Counts over the whole validation split.
 
     Attributes:
-        statistics: of the routing, by MoE block. kept: patches, by task.
-        scores: (right, all) images by task.
+        statistics: routing, by MoE block.
+        kept: patches that the drops keep, by task.
+        scores: number of images classified correctly and in all, by task.
     """
 
     statistics: dict[int, RoutingStatistics] = field(default_factory=dict)
@@ -40,13 +41,14 @@ class Observed:
 def sections(
     trained: TrainedRun, images: int, ablated: int, batch_size: int, say: Callable[[str], None]
 ) -> list[Section]:
-    """Run the model over the validation splits and draw.
+    """Run the model over the validation splits, and draw the sections of the page.
+
+    For many tasks, shares and accuracy include all; masking, mistakes and strips show the worst and the best tasks.
 
     Args:
-        images: strips per task. ablated: images per task for masking experts; 0 leaves it out.
-        say: told what is being done.
-
-    Of many tasks, all count in the shares and the accuracy; masking, mistakes and strips are of the worst and the best.
+        images: number of strips per task.
+        ablated: images per task for masking experts; 0 leaves this out.
+        say: called with a line of text at each stage.
     """
     reason, seen, results, taken = no_experts(trained), observe(trained, batch_size, say), {}, None
     drawn = shown({task: right / count for task, (right, count) in seen.scores.items()})
@@ -58,7 +60,7 @@ def sections(
         results = ablation.ablate(model, data, trained.transforms, trained.runtime, batch_size)
         say("merging the experts, swapping the routers, shuffling the choices")
         taken = interventions.intervene(model, data, trained.transforms, trained.runtime, batch_size)
-    say("what is taken for what, and the most wrong answers")
+    say("confusion matrices, and the most wrong answers")
     found = [_conclusions(seen, results, taken, reason), accuracy.section(seen.scores)]
     found.append(_mistakes_section(trained, batch_size))
     if not reason:
@@ -73,22 +75,22 @@ def sections(
 
 
 def no_experts(trained: TrainedRun) -> str:
-    """Why a run has no expert views; empty if it has."""
+    """Return why a run has no expert views; empty if it has."""
     if not trained.config.plan.moe_blocks:
         return (
-            "This run has no mixture of experts: plan.moe_blocks is empty, so every block has one FFN that "
-            "serves all tokens, and there is no routing to look at. The token views are below."
+            "This run has no mixture of experts: plan.moe_blocks is empty, so every block has one FFN for all "
+            "tokens, and there is no routing to show. The token views are below."
         )
     if trained.config.mode == "single_task":
         return (
-            "This run trained one model per task. Each has experts of its own, so which experts tasks "
-            "share is no question here. The token views are below."
+            "This run trained one model per task. Each model has its own experts, so tasks cannot share any, and "
+            "there are no expert views. The token views are below."
         )
     return ""
 
 
 def observe(trained: TrainedRun, batch_size: int, say: Callable[[str], None]) -> Observed:
-    """Once through the whole validation split of each task."""
+    """Run the model once over the whole validation split of each task, and count."""
     seen, many = Observed(), are_many(trained.models)
     if many:
         say(f"{len(trained.models)} tasks: {sum(len(trained.data(t).val) for t in trained.models)} validation images")
@@ -101,7 +103,7 @@ def observe(trained: TrainedRun, batch_size: int, say: Callable[[str], None]) ->
             for images, labels in trained.transforms.eval_batches(data, "val", batch_size):
                 output = model(trained.transforms.normalize(images, device=trained.runtime.device), task)
                 right += int((output.logits.argmax(1).cpu() == labels).sum())
-                if not trained.config.tokens.merges:  # then all patches are left, in some token
+                if not trained.config.tokens.merges:  # merging keeps all patches, each in some token
                     kept.add(output.records)
                 for block, routing in output.routing.items():
                     if block not in seen.statistics:
@@ -112,7 +114,7 @@ def observe(trained: TrainedRun, batch_size: int, say: Callable[[str], None]) ->
 
 
 def write(trained: TrainedRun, sections: list[Section]) -> Path:
-    """PNG files and the page into RUN/views; what was there before is replaced. Returns the page's path."""
+    """Write PNG files and the page to RUN/views, in place of earlier ones. Return the path of the page."""
     folder = trained.run / "views"
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.png"):
@@ -139,7 +141,7 @@ def _conclusions(
     claims.append(conclusions.of_drops(seen.kept))
     said = [claim for claim in claims if claim is not None]
     plain = ["Nothing stands out."] if not any(claim.notable for claim in said) else []
-    return Section("In short", [*plain, *said, *[reason] * bool(reason)])
+    return Section("Summary", [*plain, *said, *[reason] * bool(reason)])
 
 
 def _mistakes_section(trained: TrainedRun, batch_size: int) -> Section:
@@ -150,18 +152,18 @@ def _mistakes_section(trained: TrainedRun, batch_size: int) -> Section:
         found = find_mistakes(model, data, trained.transforms, trained.runtime, mistakes.WORST, batch_size)
         note = f"{when}, {len(data.val):,} images"
         pictures.append(
-            _picture(f"confusion_{task}", mistakes.confusion(task, found, note), f"{task}: what is taken for what.")
+            _picture(f"confusion_{task}", mistakes.confusion(task, found, note), f"{task}: confusion matrix.")
         )
         if (worst := mistakes.worst(task, found, note)) is None:
             lines.append(f"{task}: no answer is wrong.")
         else:
-            pictures.append(_picture(f"worst_{task}", worst, f"{task}: the images of the most wrong answers."))
+            pictures.append(_picture(f"worst_{task}", worst, f"{task}: images with the most wrong answers."))
     return Section(
-        "What is taken for what",
+        "Which classes are confused",
         [
-            "A row is a true class, a column an answer; right answers are blue, mistakes red. Beside it the images "
-            "that were answered most wrongly (those of the largest loss): the true class in bold, the answer in red. "
-            "Look there for wrong labels too.",
+            "In the confusion matrix a row is a true class, and a column an answer; right answers are blue, and wrong "
+            "ones red. Beside it are the images with the most wrong answers (the largest loss), the true class in "
+            "bold and the answer in red. Wrong labels of the dataset show up there too.",
             *condensed(lines, trained.models),
         ],
         pictures,
@@ -179,13 +181,13 @@ def _numbers_section(statistics: dict[int, RoutingStatistics]) -> Section:
         "All numbers",
         [
             *(f"Block {block}: {s.reading()}." for block, s in statistics.items()),
-            "Load CV: standard deviation over mean of how often the experts are chosen; 0 is perfectly even, "
-            "and with E experts sqrt(E - 1) is one expert for everything. Entropies are divided by log E: of "
-            "the mean distribution, 1 means that all experts are used alike; of single tokens, 0 means a router "
-            "that is sure of each token, 1 one that cannot tell. Both high: undecided. Mean high and tokens "
-            "low: confident and balanced. Both low: collapsed.",
-            "Mutual information between task and expert: 0 when all tasks use the experts alike, 1 when "
-            "knowing the expert tells the task (or the task the expert, where experts are fewer).",
+            "Load CV: standard deviation of how often the experts are chosen, divided by the mean. 0 is perfectly "
+            "even; with E experts, sqrt(E - 1) means that one expert gets everything. Entropies are divided by log E. "
+            "Mean entropy is that of the mean distribution: 1 means that all experts are used equally. Token entropy "
+            "is that of single tokens: 0 means that the router is sure of each token, 1 that it cannot decide. Both "
+            "high: undecided. Mean high and token low: confident and balanced. Both low: collapsed.",
+            "Mutual information between task and expert: 0 if all tasks use the experts in the same way, 1 if the "
+            "expert determines the task (or the task the expert, if there are fewer experts than tasks).",
         ],
         tables=[Table(rows)],
     )
@@ -217,12 +219,11 @@ def _usage_section(statistics: dict[int, RoutingStatistics], step: int) -> Secti
     return Section(
         "Which experts each task uses",
         [
-            "A row is a task, a column an expert, and a row sums to 100 %. Rows that look alike: the tasks share "
-            "experts. Rows that light up in different places: experts have become specialists of tasks. A "
-            "column that stays empty everywhere is a dead expert. Count share asks how often an expert was among "
-            "the chosen; gate share how much weight it then got.",
-            "Expert numbers mean nothing across blocks: expert 3 of one block and expert 3 of another have "
-            "nothing to do with one another.",
+            "A row is a task, a column an expert, and a row sums to 100 %. If rows look alike, the tasks share "
+            "experts. If rows are dark in different columns, experts have specialized in tasks. A column that is "
+            "empty in all rows is a dead expert. The share of choices is how often an expert was among the top k, "
+            "and the share of gate weight how much weight it got.",
+            "Experts of different blocks are unrelated, even if they have the same number.",
         ],
         pictures,
         tables,
@@ -233,8 +234,8 @@ def _distances_section(statistics: dict[int, RoutingStatistics], step: int) -> S
     return Section(
         "How far apart tasks route",
         [
-            "The Jensen-Shannon distance between the rows of two tasks above: 0 is the same use of experts, 1 no "
-            "expert in common.",
+            "The Jensen-Shannon distance between the rows of two tasks above: 0 means the same use of experts, 1 no "
+            "common expert.",
         ],
         [
             _picture(
@@ -248,7 +249,7 @@ def _distances_section(statistics: dict[int, RoutingStatistics], step: int) -> S
 
 
 def _only_class_token(model: MultitaskViT) -> bool:
-    """Whether the last block routes, and of what it computes the heads read the class token alone."""
+    """Return whether the last block has experts, and the heads read only the class token of its output."""
     return model.plan[-1].moe and model.vit.global_pool == "token"
 
 
@@ -259,7 +260,7 @@ def _ablation_section(results: dict[int, ablation.Ablation], step: int, only_cla
             _picture(
                 f"ablation_block{block}",
                 expert_figures.ablation(result, block, "validation", step),
-                f"Block {block}: accuracy each task loses when an expert is masked.",
+                f"Block {block}: accuracy that each task loses if an expert is masked.",
             )
         )
         rows = [["points lost", "top-1 %", "images", *map(str, range(result.lost.shape[1]))]]
@@ -274,19 +275,18 @@ def _ablation_section(results: dict[int, ablation.Ablation], step: int, only_cla
         ]
         tables.append(Table(rows, f"block {block} as numbers", folded=True))
     last = [
-        f"Block {max(results)} is the last, and the heads read the class token alone: there only the "
-        "class token's experts can matter, while the shares above count all tokens."
+        f"Block {max(results)} is the last one, and the heads read only its class token. So there only the experts "
+        "of the class token can matter, while the shares above count all tokens."
     ] * only_class_token
     least = 100 / min(int(r.images.min()) for r in results.values())
     return Section(
         "What each expert is worth",
         [
-            "One expert at a time is masked: its router logit becomes minus infinity, and each token's next "
-            "expert steps in. A cell is the accuracy the task loses by that, in percentage points; negative "
-            "means that it gains. An expert that is often chosen and costs nothing when masked can be "
-            "replaced by the others.",
-            f"One image is up to {least:.1f} points here. Cells in bold are more than chance does to as many "
-            "changed answers (McNemar's test at 5 %); of many cells one in twenty is bold by luck.",
+            "One expert at a time is masked: its router logit becomes minus infinity, and each token gets its next "
+            "best expert instead. A cell is the accuracy that the task loses by this, in percentage points; negative "
+            "values are gains. If an expert is often chosen and nothing is lost without it, the others can replace it.",
+            f"One image is up to {least:.1f} points here. Bold cells differ from 0 by more than chance explains "
+            "(McNemar's test at 5 %). Of many cells, one in twenty is bold by chance.",
             *last,
         ],
         pictures,
@@ -295,7 +295,7 @@ def _ablation_section(results: dict[int, ablation.Ablation], step: int, only_cla
 
 
 def _token_section(trained: TrainedRun, count: int) -> Section:
-    """Strips of the same few images of each task, whenever they are drawn."""
+    """Return strips of a few images of each task, the same ones every time."""
     experts = trained.config.moe.num_experts if trained.config.plan.moe_blocks else 0
     when = "validation" if trained.config.mode == "single_task" else f"validation, step {trained.step:,}"
     pictures = []
@@ -306,25 +306,24 @@ def _token_section(trained: TrainedRun, count: int) -> Section:
         shown = make_views(result, trained.class_names[task], model.vit.patch_embed.grid_size)
         figure = strip(task, shown, experts, when)
         pictures.append(
-            _picture(f"tokens_{task}", figure, f"{task}: what became of the patches of {len(shown)} images.")
+            _picture(f"tokens_{task}", figure, f"{task}: what happens to the patches of {len(shown)} images.")
         )
-    what = ["Images chosen by lot, the same ones whenever this page is made."]
+    what = ["The images are chosen at random, and are the same ones whenever this page is made."]
     if trained.config.plan.drop_blocks and trained.config.tokens.merges:
         what.append("After a block: patches that were merged into one token have their mean color.")
     elif trained.config.plan.drop_blocks:
         fate = "dropped" if trained.config.tokens.fuse == "none" else "fused into one token"
         what.append(
-            "Score: the attention paid to each patch at the first drop (by the class token where "
-            "there is one), mean over heads; dark is much. After a block: the patches that its drop "
-            f"kept; the pale ones were {fate}."
+            "Score: the attention that each patch gets at the first drop (from the class token if there is one), as "
+            "the mean over heads; dark is high. After a block: the patches that its drop kept; the pale ones were "
+            f"{fate}."
         )
     else:
         what.append("This run drops no patches.")
     if experts:
         what.append(
-            "Experts: the best expert of each patch that was still there, by color and, where there "
-            "is room, by number. Other experts of the same patch, and those of the class token and "
-            "of fused tokens, are not shown. Numbers of different blocks have nothing to do with one "
-            "another."
+            "Experts: the best expert of each remaining patch, by color and, if there is room, by number. The other "
+            "experts of a patch, and those of the class token and of fused tokens, are not shown. Experts of different "
+            "blocks are unrelated, even if they have the same number."
         )
-    return Section("What becomes of the patches", what, pictures)
+    return Section("What happens to the patches", what, pictures)

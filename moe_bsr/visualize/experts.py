@@ -1,7 +1,7 @@
-"""Pictures of routing statistics and ablations: tasks x experts, tasks x tasks, blocks x experts.
+"""Draw routing statistics and ablations: tasks x experts, tasks x tasks, blocks x experts.
 
-All are tables of colored cells. Shares are colored on one scale, from 0 to four times the uniform
-level and the same at every step, so that pictures of different blocks and times can be compared.
+All pictures are tables of colored cells. Shares have one color scale, from 0 to four times the uniform level, which is
+the same at every step. So pictures of different blocks and times can be compared.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ if TYPE_CHECKING:
     from moe_bsr.evaluation.ablation import Ablation
 
 ROW, LOW_ROW = 38, 23  # height of a row with and without numbers
-MAX_CELL = 64  # width of a cell
-MAX_NUMBERED = (10, 16)  # tasks and experts up to which cells carry numbers
-SCALE_END = 4  # times the uniform level: the end of the scale of shares
-MIN_SCALE = 5.0  # points lost that get full color at the least: noise should look like noise
+MAX_CELL = 64  # largest width of a cell
+MAX_NUMBERED = (10, 16)  # tasks and experts up to which cells have numbers
+SCALE_END = 4  # end of the scale of shares, as a multiple of the uniform level
+MIN_SCALE = 5.0  # the scale of lost points ends here or higher, so that noise does not get full color
 
 
 def has_room_for_numbers(tasks: int, experts: int) -> bool:
-    """Whether cells have room for numbers; where not, a table belongs beside the picture."""
+    """Return whether cells have room for numbers. If not, a table should stand beside the picture."""
     return tasks <= MAX_NUMBERED[0] and experts <= MAX_NUMBERED[1]
 
 
 def heatmap(statistics: RoutingStatistics, block: int, split: str, step: int | None = None) -> Figure:
-    """Task x expert: share of the choices and share of the gate weight; rows sum to 1.
+    """Draw task x expert: share of the choices and share of the gate weight. Rows sum to 1.
 
     Args:
         split: which tokens were counted, such as "training since step 20" or "validation".
+        step: of the weights; None to leave it out.
     """
     tasks, experts = statistics.tasks, statistics.experts
     numbers = has_room_for_numbers(len(tasks), experts)
@@ -73,7 +74,7 @@ def heatmap(statistics: RoutingStatistics, block: int, split: str, step: int | N
 
 
 def distances(statistics: RoutingStatistics, block: int, split: str, step: int | None = None) -> Figure:
-    """Task x task: Jensen-Shannon distance between the tasks' shares of choices."""
+    """Draw task x task: Jensen-Shannon distance between the tasks' shares of choices."""
     tasks, apart = statistics.tasks, statistics.distances()
     numbers = len(tasks) <= MAX_NUMBERED[0]
     left = MARGIN + cells.label_width(tasks)
@@ -86,13 +87,13 @@ def distances(statistics: RoutingStatistics, block: int, split: str, step: int |
     cells.row_labels(axes, left, top, cell, tasks)
     cells.slanted_labels(axes, left, top, cell, tasks)
     cells.color_bar(
-        axes, top + cell * len(tasks) + BAR_GAP, None, 1.0, left, "0: same use of experts", "1: none in common"
+        axes, top + cell * len(tasks) + BAR_GAP, None, 1.0, left, "0: same use of experts", "1: no common expert"
     )
     return figure
 
 
 def overview(by_block: dict[int, RoutingStatistics], split: str = "validation", step: int | None = None) -> Figure:
-    """Block x expert: share of all choices, each task counting alike, and each block's numbers beside it."""
+    """Draw block x expert: share of all choices, with equal weight for each task, and each block's numbers."""
     experts = max(s.experts for s in by_block.values())
     left, right = MARGIN + 92, 3 * 82
     column = min(MAX_CELL, (WIDTH - left - right - MARGIN) / experts)
@@ -130,7 +131,7 @@ def overview(by_block: dict[int, RoutingStatistics], split: str = "validation", 
 
 
 def ablation(result: Ablation, block: int, split: str, step: int | None = None) -> Figure:
-    """Task x expert: percentage points of accuracy lost when the expert is masked."""
+    """Draw task x expert: percentage points of accuracy lost when the expert is masked."""
     points, (tasks, experts) = result.points(), result.lost.shape
     numbers = has_room_for_numbers(tasks, experts)
     left, top, row = MARGIN + 130, TITLE + 30, 44 if tasks <= MAX_NUMBERED[0] else 26
@@ -155,7 +156,7 @@ def ablation(result: Ablation, block: int, split: str, step: int | None = None) 
         theme.TINY + 1,
         result.clear(),
     )
-    words = f"blue: loss, at most {max(0, points.max()):.1f}; brown: gain, at most {max(0, -points.min()):.1f}"
+    words = f"blue: loss, up to {max(0, points.max()):.1f}; brown: gain, up to {max(0, -points.min()):.1f}"
     theme.text(
         axes, WIDTH - MARGIN, bottom + 24, words + "; bold: more than chance" * numbers, color=theme.MUTED, ha="right"
     )
@@ -163,7 +164,7 @@ def ablation(result: Ablation, block: int, split: str, step: int | None = None) 
 
 
 def _scale_end(experts: int) -> float:
-    """Where the scale of shares ends, in multiples of the uniform level."""
+    """Return the end of the scale of shares, as a multiple of the uniform level."""
     return min(SCALE_END, experts)
 
 

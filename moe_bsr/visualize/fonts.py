@@ -1,6 +1,6 @@
-"""Which fonts a text is drawn with: DejaVu Sans, and for letters it lacks the first font of this machine that has them.
+"""Choose the fonts of a text: DejaVu Sans, and for characters it lacks, the first font of this machine that has them.
 
-A letter that no font has becomes a box, without a warning for each.
+A character that no font has is drawn as a box. matplotlib would warn about each of these.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ BOX = "\N{WHITE SQUARE}"
 
 
 def drawable(content: object) -> tuple[str, list[str]]:
-    """A text as it can be drawn on one line, and the font families to draw it with."""
+    """Return a text as it can be drawn on one line, and the font families to draw it with."""
     text, families = printable(content), [BASE]
     for letter in set(text) - _of_base():
         if (family := _family_with(letter)) is None:
@@ -33,7 +33,7 @@ def _of_base() -> frozenset[str]:
 
 @cache
 def _family_with(letter: str) -> str | None:
-    """The family of a font of this machine that has the letter; upright and of usual weight before others."""
+    """Return the family of a font of this machine that has the character, preferably upright and of regular weight."""
     for font in sorted(_installed(), key=lambda font: (font.style != "normal", font.weight != 400, font.name)):
         if letter in _letters(font.fname):
             return font.name
@@ -41,7 +41,7 @@ def _family_with(letter: str) -> str | None:
 
 
 def _installed() -> Iterable:
-    """Entries of matplotlib's list but its own fonts, which are for formulas, and those of colored pictures."""
+    """Return matplotlib's list of fonts without its own ones, which are for formulas, and without color emoji."""
     from matplotlib import font_manager, get_data_path
 
     own = Path(get_data_path())
@@ -58,5 +58,5 @@ def _letters(file: str) -> frozenset[str]:
 
     try:
         return frozenset(map(chr, FT2Font(file).get_charmap()))
-    except (OSError, RuntimeError):  # gone since the list was made, or no font
+    except (OSError, RuntimeError):  # removed since the list was made, or not a font
         return frozenset()

@@ -1,4 +1,4 @@
-"""One HTML page without a server or any other file: pictures inline, numbers as tables, words for both."""
+"""Write one HTML page that needs no server and no other file: pictures are inline, and numbers are tables."""
 
 import base64
 from dataclasses import dataclass, field
@@ -31,12 +31,12 @@ details summary { cursor: pointer; color: #1f5a94; font-size: 14px; }
 @media print { nav { display: none; } figure { break-inside: avoid; } }
 """
 
-WIDTH = 480  # pixels of a picture on the page: fewer than were drawn, so that it is sharp on every screen
+WIDTH = 480  # width of a picture on the page; it has more pixels, so that it is sharp on every screen
 
 
 @dataclass(slots=True)
 class Picture:
-    """A PNG with the name of its file and a text for those who cannot see it."""
+    """PNG with the name of its file, and a description for people who cannot see it."""
 
     name: str
     png: bytes
@@ -45,7 +45,7 @@ class Picture:
 
 @dataclass(slots=True)
 class Table:
-    """Rows of texts, the first one the head."""
+    """Rows of texts. The first row is the header; a folded table opens on a click."""
 
     rows: list[list[str]]
     caption: str = ""
@@ -54,7 +54,7 @@ class Table:
 
 @dataclass(slots=True)
 class Section:
-    """A heading, what it comes to and how to read it, then pictures, two in a row, and tables."""
+    """Heading, paragraphs of conclusions and explanations, pictures (two in a row), and tables."""
 
     title: str
     paragraphs: list[str | Claim]
@@ -63,15 +63,15 @@ class Section:
 
 
 def escape(text: str) -> str:
-    """Any text as HTML that shows it and does nothing else, in text and in quoted attributes."""
+    """Return HTML that shows the text and does nothing else, for use in text and in quoted attributes."""
     return escape_markup(printable(text), quote=True)
 
 
 def page(title: str, about: list[str], sections: list[Section]) -> str:
-    """The whole page.
+    """Return the whole page.
 
     Args:
-        about: lines below the title: which run, which weights, which images.
+        about: lines below the title that name the run, the weights and the images.
     """
     links = "".join(f'<a href="#{_anchor(s.title)}">{escape(s.title)}</a>' for s in sections)
     return (

@@ -1,4 +1,4 @@
-"""Whether routing matters, in a table and a sentence."""
+"""Say whether routing matters, in a table and a sentence."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from moe_bsr.evaluation.ablation import Ablation
 
 WHAT = (  # in the order of `interventions.KINDS`
-    "its experts merged into one FFN",
-    "each task with the next one's router",
-    "each token with another one's experts",
+    "the experts merged into one FFN",
+    "the router of the next task",
+    "the experts of another token",
 )
 
 
 def mean_points(result: Ablation) -> tuple[np.ndarray, np.ndarray]:
-    """Points lost in the mean over tasks by each change, (E,), and half the 95 % interval of each.
+    """Return the points that each change loses, as the mean over tasks, and half the 95 % interval of each; both (E,).
 
-    From the images that only one of the two has right (paired).
+    The intervals are paired: they follow from the images that only one of the two models classifies correctly.
     """
     images = result.images[:, None]
     changed, net = result.lost + result.gained, result.lost - result.gained
@@ -33,19 +33,20 @@ def mean_points(result: Ablation) -> tuple[np.ndarray, np.ndarray]:
 
 
 def claim(result: Ablation) -> Claim:
-    """Whether the mixture does what one FFN would not."""
+    """Conclude whether the mixture computes something that a single FFN would not."""
     points, half = mean_points(result)
-    said = [f"with {what} it loses {_signed(p, h)}" for what, p, h in zip(WHAT, points, half, strict=True)]
+    said = [f"with {what} {_signed(p, h)}" for what, p, h in zip(WHAT, points, half, strict=True)]
     if len(result.tasks) == 1:
         del said[1]
     matters = bool(points[0] > half[0])
     verdict = "Routing matters." if matters else "The mixture acts as one FFN."
-    why = "" if matters else "Merging the experts costs nothing that these images can show: "
-    return Claim(verdict, f"{why}{'; '.join(said)} points in the mean over tasks (95 % intervals, paired).", matters)
+    why = "" if matters else "Merging the experts costs nothing that these images can show. "
+    lost = "Points lost, as the mean over tasks (95 % intervals, paired)"
+    return Claim(verdict, f"{why}{lost}: {'; '.join(said)}.", matters)
 
 
 def section(result: Ablation) -> Section:
-    """Accuracy of each task with each change."""
+    """Return the table: accuracy of each task with each change."""
     columns = [i for i in range(len(WHAT)) if i != 1 or len(result.tasks) > 1]
     rows = [["top-1 %, and points lost", "as trained", *(WHAT[i] for i in columns), "images"]]
     for row, (task, lost) in enumerate(zip(result.tasks, result.points(), strict=True)):
@@ -57,10 +58,10 @@ def section(result: Ablation) -> Section:
     return Section(
         "Does routing matter",
         [
-            "The same images, with one thing taken from all blocks of the trained mixture at once; nothing is trained "
-            "again. Where merging costs nothing, the mixture is one FFN by now, and a dense model would do as well in "
-            "less time. Where merging costs and another task's router does not, experts differ, and all tasks share "
-            "them alike. Where another token's experts cost most, it is the token that decides, not the task."
+            "The same images, with one change to all blocks of the trained mixture at once. Nothing is trained again. "
+            "If merging costs nothing, the mixture has become one FFN, and a dense model would be as good in less "
+            "time. If merging costs accuracy and another task's router does not, experts differ, and all tasks use "
+            "them in the same way. If another token's experts cost most, routing depends on the token, not the task."
         ],
         tables=[Table(rows)],
     )

@@ -1,7 +1,7 @@
-"""One picture of many tasks' routing: the ten that stand out with their names, and all of them as thin lines.
+"""Draw the routing of many tasks in one picture: the ten that stand out with their names, and all as thin lines.
 
-Lines are sorted by the expert that a task uses most, so tasks that go the same way lie together, and how many there are
-stands beside them.
+Lines are sorted by the expert that a task uses most. So tasks that route alike are next to each other, and the number
+of tasks in each group is written beside it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROW = 28  # height of a row with a name
-LINES = 640  # pixels of all thin lines together, at most
+LINES = 640  # largest height of all thin lines together
 LEAST, MOST = 1, 10  # height of one of them
-LABEL_ROOM = 20  # pixels between two labels beside them
+LABEL_ROOM = 20  # smallest distance of two labels beside them
 
 
 def heatmap(statistics: RoutingStatistics, block: int, split: str, step: int | None = None) -> Figure:
-    """Task x expert: share of the choices; rows sum to 1. Of few tasks, `experts.heatmap`."""
+    """Draw task x expert: share of the choices. Rows sum to 1. Few tasks are drawn by `experts.heatmap`."""
     if not are_many(statistics.tasks):
         return experts.heatmap(statistics, block, split, step)
     tasks, count, shares = statistics.tasks, statistics.experts, statistics.shares("count")
@@ -71,14 +71,14 @@ def heatmap(statistics: RoutingStatistics, block: int, split: str, step: int | N
 
 
 def sorted_rows(shares: np.ndarray) -> np.ndarray:
-    """(T,) rows by the expert that each uses most, and among these by how much; rows without data (NaN) last."""
+    """Return the order (T,) of rows by the expert that each uses most, then by its share; rows of NaN come last."""
     seen = ~np.isnan(shares[:, 0])
     filled = np.nan_to_num(shares)
     return np.lexsort((-filled.max(1), np.where(seen, filled.argmax(1), shares.shape[1])))
 
 
 def outstanding(shares: np.ndarray) -> list[int]:
-    """At most ten rows, those whose shares are farthest from the mean of all (Jensen-Shannon), the farthest first."""
+    """Return the ten rows, or fewer, whose Jensen-Shannon divergence from the mean of all is largest, largest first."""
     seen = np.flatnonzero(~np.isnan(shares[:, 0]))
     if not len(seen):
         return []
@@ -88,7 +88,7 @@ def outstanding(shares: np.ndarray) -> list[int]:
 
 
 def groups(ordered: np.ndarray) -> list[tuple[int, int, int]]:
-    """Of sorted rows: (expert, first row, row after the last) of each group of one most used expert; -1 for no data."""
+    """Group sorted rows by their most used expert: (expert, first row, row after the last); expert -1 is no data."""
     best = [-1 if np.isnan(row[0]) else int(row.argmax()) for row in ordered]
     starts = [i for i, label in enumerate(best) if i == 0 or label != best[i - 1]]
     return [(best[i], i, j) for i, j in zip(starts, [*starts[1:], len(best)], strict=True)]

@@ -1,4 +1,4 @@
-"""Pictures of what a model takes for what: a confusion matrix, and the images it is most wrong about."""
+"""Draw the mistakes of a model: a confusion matrix, and the images of the most wrong answers."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from moe_bsr.visualize.cells import MARGIN, TITLE, WIDTH
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CLASSES = 20  # of a matrix; of more, those with the most mistakes
+CLASSES = 20  # most classes of a matrix; of more classes, those with the most mistakes are drawn
 MAX_CELL = 46
 COLUMNS, IMAGE_GAP, CAPTION = 4, 16, 76
-WORST = 2 * COLUMNS  # images
+WORST = 2 * COLUMNS  # most images of wrong answers
 MAX_LETTERS = 17  # of a class name below an image
 OTHERS = "others"
 
 
 def confusion(task: str, found: Mistakes, note: str) -> Figure:
-    """True class x answer: counts of images, colored by their share of the true class; mistakes stand out in red.
+    """Draw true class x answer: numbers of images, colored by their share of the true class. Mistakes are red.
 
     Args:
-        note: which images and weights.
+        note: text that says which images and weights were used.
     """
     names, counts, which = _most_confused(found)
     left = MARGIN + cells.label_width(names)
@@ -33,7 +33,7 @@ def confusion(task: str, found: Mistakes, note: str) -> Figure:
     top = TITLE + 46 + cells.slanted_height(names, cell)
     bottom = top + cell * len(counts)
     figure, axes = theme.canvas(WIDTH, round(bottom + 46))
-    cells.title(axes, f"{task}: what is taken for what", note + which)
+    cells.title(axes, f"{task}: confusion matrix", note + which)
     theme.text(axes, MARGIN, TITLE + 12, "row: true class; column: answer; numbers of images")
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     right = np.eye(*counts.shape, dtype=bool)
@@ -43,13 +43,17 @@ def confusion(task: str, found: Mistakes, note: str) -> Figure:
     cells.cells(axes, left, top, cell, cell, colors, numbers, scale=lambda colors: colors, size=size)
     cells.row_labels(axes, left, top, cell, names[: len(counts)], size=min(theme.SMALL, 0.62 * cell))
     cells.slanted_labels(axes, left, top, cell, names, size=min(theme.SMALL, 0.62 * cell))
-    words = "blue: right; red: mistaken; darker: a larger share of the row"
+    words = "blue: right; red: wrong; darker: a larger share of the row"
     theme.text(axes, MARGIN, bottom + 24, words, color=theme.MUTED)
     return figure
 
 
 def _most_confused(found: Mistakes) -> tuple[list[str], np.ndarray, str]:
-    """Names of the columns, counts (rows, columns) and what to say of it: all classes, or the most confused ones."""
+    """Choose the classes to draw: all, or those with the most mistakes.
+
+    Returns:
+        Names of the columns, counts (rows, columns), and a text that says which classes they are.
+    """
     counts, names = found.counts, list(found.class_names)
     if len(names) <= CLASSES:
         return names, counts, ""
@@ -57,12 +61,12 @@ def _most_confused(found: Mistakes) -> tuple[list[str], np.ndarray, str]:
     chosen = np.sort(np.argsort(-wrong, kind="stable")[:CLASSES])
     inner = counts[np.ix_(chosen, chosen)]
     others = counts[chosen].sum(1) - inner.sum(1)
-    words = f"; the {CLASSES} most mistaken of {len(names)} classes"
+    words = f"; the {CLASSES} most confused of {len(names)} classes"
     return [*(names[i] for i in chosen), OTHERS], np.column_stack([inner, others]), words
 
 
 def worst(task: str, found: Mistakes, note: str) -> Figure | None:
-    """The images of the largest loss with their true name and the answer; None where nothing was wrong."""
+    """Draw the wrong answers with the largest loss: image, true class and answer. None if no answer is wrong."""
     if not found.worst:
         return None
     side = (WIDTH - 2 * MARGIN - (COLUMNS - 1) * IMAGE_GAP) / COLUMNS

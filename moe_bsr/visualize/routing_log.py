@@ -1,4 +1,4 @@
-"""What a training run writes about its routing at each evaluation: figures, and a table in Markdown."""
+"""Report the routing of a training run at each evaluation: figures, and a Markdown table."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ if TYPE_CHECKING:
 
 
 def no_experts(drops: bool) -> str:
-    """Why a run without MoE blocks has no expert views, and without drops no token views either."""
+    """Say why a run without MoE blocks has no expert views, and without drops no token views either."""
     text = (
         "There are no expert views: plan.moe_blocks is empty, so every block has one FFN that serves all "
         "tokens, and nothing is routed."
     )
     if not drops:
-        text += " There are no token views either: plan.drop_blocks is empty, so every patch stays to the end."
+        text += " There are no token views either: plan.drop_blocks is empty, so every patch is kept to the end."
     return text
 
 
 def figures(by_block: dict[int, RoutingStatistics], updates: str) -> Iterator[tuple[str, Figure]]:
-    """(name, figure) of what was counted in training; `updates` says in which."""
+    """Yield (name, figure) for the routing counted in training; `updates` says in which updates."""
     yield "all blocks", experts.overview(by_block, updates)
     for block, statistics in sorted(by_block.items()):
         yield f"block {block}", many_tasks.heatmap(statistics, block, updates)
 
 
 def table(by_block: dict[int, RoutingStatistics], when: str) -> str:
-    """Markdown: every block's numbers and what they say; the shares too, where the figures have no room for them.
+    """Return Markdown: the numbers of every block and their meaning, and the shares if the figures cannot show them.
 
-    Of many tasks the shares are left to the report (`expert_use`).
+    For many tasks, the shares are only in the report (`expert_use`).
     """
     names = list(next(iter(by_block.values())).numbers())
     head = " | ".join(name.replace("_", " ") for name in names)

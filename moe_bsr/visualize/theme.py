@@ -1,8 +1,8 @@
-"""The one visual language of all pictures: sizes, colors, and how a figure becomes pixels.
+"""The common style of all pictures: sizes, colors, and how a figure becomes pixels.
 
-Figures are drawn at twice the width that TensorBoard's cards give them, in pixels (a font size of 17 is
-17 pixels high), dark on white. Colors alone never carry a meaning: numbers or labels stand beside them.
-matplotlib is loaded by the first call that draws, and its pyplot never.
+Figures are drawn dark on white, at twice the width of TensorBoard's cards. Units are pixels: a font size of 17 is 17
+pixels high. Color is never the only carrier of a meaning; numbers or labels stand beside it. matplotlib is imported by
+the first call that draws. pyplot is never imported.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 WIDTH = 760  # pixels
 HEADING, LABEL, SMALL, TINY = 25, 19, 17, 12  # font sizes in pixels
 INK, MUTED, FAINT = "#1a1a1a", "#595959", "#d9d9d9"  # text, less important text, lines
-EMPTY = "#f0f0f0"  # where there are no data
+EMPTY = "#f0f0f0"  # cells without data
 WRONG = "#b3261e"
 
-# White to dark blue, darker throughout: equal steps also in gray print, and for every kind of color vision.
+# White to dark blue. Lightness falls steadily, so steps are equal in gray print and for every kind of color vision.
 _SEQUENTIAL = ("#ffffff", "#dbe9f4", "#b0d2e7", "#78b3d6", "#4590c0", "#2169a8", "#10467f", "#08264d")
 _REDDISH = ("#ffffff", "#fbe3dd", "#f6b9ac", "#ea8573", "#d65443", "#b3261e", "#7f1310", "#4a0604")
-# Brown below, white at zero, blue above; alike in darkness on both sides.
+# Brown below zero, white at zero, blue above; equally dark on both sides.
 _DIVERGING = ("#53300a", "#95591a", "#c28f4c", "#ecd3a8", "#ffffff", "#b9d7ea", "#5f9fcc", "#2169a8", "#0b3766")
-# Colors of the experts: Okabe and Ito's seven (2008, without black), then always the color farthest from all before,
-# for normal, protanopic and deuteranopic eyes alike. Printed by `python tests/color_vision.py`.
+# Colors of the experts: the seven of Okabe and Ito (2008, without black), then each time the color farthest from all
+# before it, for normal, protanopic and deuteranopic vision. `python tests/color_vision.py` prints them.
 _EXPERTS = """
     #0072b2 #e69f00 #009e73 #cc79a7 #56b4e9 #d55e00 #f0e442 #960f00
     #4b4b69 #5a87f0 #96c396 #3c3ca5 #696969 #b43c00 #d2e196 #5ad2ff
@@ -45,14 +45,14 @@ _EXPERTS = """
     #a52d00 #f0b400 #4bc3ff #d29687 #4b69d2 #c3e1b4 #965a3c #b496c3
     #e1d22d #0f5a4b #3c4bb4 #696987 #d29600 #d27800 #784b2d #a5c378
 """.split()
-MAX_EXPERTS = len(_EXPERTS)  # with a color of their own
+MAX_EXPERTS = len(_EXPERTS)  # experts that have different colors
 
-# By figure: what is written on it by Pillow, as `number` takes it.
+# Arguments of the calls of `number`, by figure. Pillow draws them.
 _numbers: WeakKeyDictionary[Figure, list[tuple[float, float, str, float, str, bool]]] = WeakKeyDictionary()
 
 
 def figure(width: int, height: int) -> Figure:
-    """An empty white figure of so many pixels; a font size or line width of 1 is one of them."""
+    """Return an empty white figure of this size in pixels. A font size or line width of 1 is one pixel."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -62,7 +62,7 @@ def figure(width: int, height: int) -> Figure:
 
 
 def canvas(width: int, height: int) -> tuple[Figure, Axes]:
-    """A figure and axes that fill it: coordinates are pixels from its upper left corner."""
+    """Return a figure, and axes that fill it. Coordinates are pixels from the upper left corner."""
     whole = figure(width, height)
     axes = whole.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     axes.set_axis_off()
@@ -71,29 +71,29 @@ def canvas(width: int, height: int) -> tuple[Figure, Axes]:
 
 
 def text(axes: Axes, x: float, y: float, content: object, size: float = SMALL, **how) -> None:
-    """Words as they are: no formulas in them, no line breaks, no letter that only warnings would stand for."""
+    """Write a text on one line, as it is: it is not read as a formula, and missing characters become boxes."""
     words, families = drawable(content)
     style = {"va": "center", "color": INK, "size": size, "zorder": 4} | how  # above cells and lines
     axes.text(x, y, words, family=families, parse_math=False, usetex=False, **style)
 
 
 def number(axes: Axes, x: float, y: float, digits: str, size: float, color: str, bold: bool = False) -> None:
-    """A number in the middle of its cell. Hundreds of them are drawn in a tenth of the time that `text` takes."""
+    """Write a number centered at (x, y). Hundreds of them take a tenth of the time of `text`."""
     _numbers.setdefault(axes.figure, []).append((x, y, digits, size, color, bold))
 
 
 def numbers(drawn: Figure) -> list[str]:
-    """All that `number` was given for a figure."""
+    """Return the texts that `number` was given for a figure."""
     return [digits for _, _, digits, *_ in _numbers.get(drawn, ())]
 
 
 def shorten(name: str, width: int) -> str:
-    """A name in at most so many letters' widths; a wide letter counts twice."""
+    """Shorten a name to `width` columns; a wide letter takes two."""
     return names.shorten(names.printable(name), width)
 
 
 def pixels(drawn: Figure) -> np.ndarray:
-    """(H, W, 3) uint8 pixels."""
+    """Draw a figure as (H, W, 3) uint8 pixels."""
     drawn.canvas.draw()
     image = Image.fromarray(np.asarray(drawn.canvas.buffer_rgba())[..., :3])
     pen = ImageDraw.Draw(image)
@@ -111,41 +111,42 @@ def _number_font(size: int, bold: bool) -> ImageFont.FreeTypeFont:
 
 
 def png(drawn: Figure, colors: int | None = None) -> bytes:
-    """The figure as a PNG file.
+    """Return the figure as a PNG file.
 
     Args:
-        colors: reduce to so many, at most 256: a third of the size, hardly to be seen at a card's size.
+        colors: reduce to this number of colors, at most 256. This takes a third of the bytes, and is hardly visible at
+            the size of TensorBoard's cards. None keeps all colors.
     """
     stream, picture = io.BytesIO(), Image.fromarray(pixels(drawn))
     if colors is not None:
-        # A tenth of the time of the median cut.
+        # The octree takes a tenth of the time of the median cut.
         picture = picture.quantize(colors, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     picture.save(stream, "png")
     return stream.getvalue()
 
 
 def sequential(values: np.ndarray) -> np.ndarray:
-    """(...) from 0 (white) to 1 (dark blue), clipped -> (..., 3) RGB in [0, 1]; NaN becomes EMPTY."""
+    """Map values (...) from 0 (white) to 1 (dark blue), clipped, to (..., 3) RGB in [0, 1]; NaN becomes EMPTY."""
     return _between(_SEQUENTIAL, np.asarray(values, float))
 
 
 def reddish(values: np.ndarray) -> np.ndarray:
-    """As `sequential`, from white to dark red: for what is wrong."""
+    """Map values like `sequential`, but from white to dark red, for mistakes."""
     return _between(_REDDISH, np.asarray(values, float))
 
 
 def diverging(values: np.ndarray) -> np.ndarray:
-    """(...) from -1 (brown) over 0 (white) to 1 (blue), clipped -> (..., 3) RGB in [0, 1]; NaN as above."""
+    """Map values (...) from -1 (brown) over 0 (white) to 1 (blue), clipped, to (..., 3) RGB in [0, 1]; NaN: EMPTY."""
     return _between(_DIVERGING, (np.asarray(values, float) + 1) / 2)
 
 
 def expert_colors(count: int) -> np.ndarray:
-    """(count, 3) RGB in [0, 1]: a color for each expert, the same whatever the count; repeated after 64."""
+    """Return (count, 3) RGB in [0, 1]: a color for each expert, which does not depend on `count`; repeated after 64."""
     return np.array([_rgb(_EXPERTS[expert % MAX_EXPERTS]) for expert in range(count)]).reshape(-1, 3)
 
 
 def text_color_on(color: np.ndarray) -> str:
-    """INK or white, whichever reads better on the color (RGB in [0, 1])."""
+    """Return INK or white, whichever is more legible on the color (RGB in [0, 1])."""
     luminance = _linear(np.asarray(color, float)) @ (0.2126, 0.7152, 0.0722)
     return INK if luminance > 0.2 else "white"
 

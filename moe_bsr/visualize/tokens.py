@@ -1,8 +1,8 @@
-"""Token strips: what became of one image's patches - scored, dropped, fused, and sent to which expert.
+"""Draw token strips: how the patches of an image are scored, dropped, fused or merged, and routed to experts.
 
-A strip has the image at its left; beside it the score of every patch at the first drop and what each drop
-kept, or the mean colors of what was merged; below, at each MoE block, the patches that were still there in the
-color of their best expert. What was dropped is grayed. Everything is drawn from the records of the forward pass.
+A strip has the image on the left. Beside it are the score of each patch at the first drop, and what each drop kept, or
+the mean colors of merged patches. Below, for each MoE block, the remaining patches have the color of their best expert.
+Dropped patches are grayed. All data come from the records of the forward pass.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ WIDTH = theme.WIDTH
 GAP, HEADER, CLASS_NAMES, CAPTION = 12, 46, 40, 56  # pixels
 COLUMNS = 4
 LEGEND_COLUMNS, LEGEND_SQUARE, LEGEND_TITLE = 32, 40, 32
-MIN_NUMBERED = 17  # patches of at least so many pixels carry their expert's number
-MAX_LETTERS = 24  # letters of a class name
-FADING = 0.82  # how far dropped patches go towards the paper's white
+MIN_NUMBERED = 17  # side in pixels from which patches have their expert's number
+MAX_LETTERS = 24  # of a class name
+FADING = 0.82  # how far dropped patches are faded, from 0 (not) to 1 (white)
 
 
 @dataclass(slots=True)
 class TokenTrace:
-    """One image's way through the network, as arrays; G = number of patches of the image.
+    """What happens to the G patches of one image in the network.
 
     Attributes:
-        scores: (G,) float, what the first drop ranked the patches by; None without drops.
-        kept: by drop block, ((G,) bool patch still there, number of fused tokens beside them).
-        merged: by block that merges, (G,) int the token that each patch is part of behind it.
-        experts: by MoE block, (G,) int best expert of each patch, -1 where the patch was dropped.
+        scores: (G,) float, by which the first drop ranks the patches; None without drops.
+        kept: by drop block, ((G,) bool patch is kept, number of fused tokens beside the patches).
+        merged: by block that merges, (G,) int, the token to which each patch then belongs.
+        experts: by MoE block, (G,) int, the best expert of each patch; -1 if the patch was dropped before.
     """
 
     scores: np.ndarray | None = None
@@ -49,11 +49,11 @@ class TokenTrace:
 
 
 def trace_tokens(records: dict[int, Record], place: int, patches: int) -> TokenTrace:
-    """The way of image `place` of a batch.
+    """Return the trace of image `place` of a batch.
 
     Args:
-        records: of the forward pass, by block, as `multitask.Output` has them.
-        patches: G, of the whole image.
+        records: records of the forward pass by block (`multitask.Output.records`).
+        patches: G, number of patches of the image.
     """
     found, origin, merged = TokenTrace(), np.arange(patches), None
     for index in sorted(records):
@@ -78,10 +78,11 @@ def trace_tokens(records: dict[int, Record], place: int, patches: int) -> TokenT
 
 @dataclass(slots=True)
 class View:
-    """An image with its trace and its names.
+    """Image with its trace and its class names.
 
     Attributes:
-        image: (3, S, S) uint8. grid: rows and columns of patches.
+        image: (3, S, S) uint8.
+        grid: rows and columns of patches.
         true, predicted: class names.
     """
 
@@ -93,7 +94,7 @@ class View:
 
 
 def make_views(result: ProbeResult, class_names: Sequence[str], grid: tuple[int, int]) -> list[View]:
-    """What to draw of the images of a probe; `grid` is the rows and columns of patches."""
+    """Return a view of each image of a probe; `grid` is the rows and columns of patches."""
     return [
         View(
             image.numpy(),
@@ -109,11 +110,11 @@ def make_views(result: ProbeResult, class_names: Sequence[str], grid: tuple[int,
 
 
 def strip(task: str, views: Sequence[View], experts: int = 0, note: str = "") -> Figure:
-    """One picture of a task: a strip for each image, one below the other.
+    """Draw one picture of a task, with a strip for each image below each other.
 
     Args:
-        experts: E of the model, whose colors the legend explains; 0 for a dense one.
-        note: said beside the task's name, such as step and split.
+        experts: number of experts E, whose colors the legend shows; 0 for a dense model.
+        note: text beside the task's name, such as step and split.
     """
     places, columns = _layout(views[0].trace)
     side = (WIDTH - GAP) // columns - GAP
@@ -131,11 +132,11 @@ def strip(task: str, views: Sequence[View], experts: int = 0, note: str = "") ->
 
 
 def _layout(trace: TokenTrace) -> tuple[dict[tuple, tuple[int, int]], int]:
-    """Row and column of every panel, by ("image",), ("score",), ("kept", block) and ("experts", block);
-    and the number of columns.
+    """Return row and column of every panel, and the number of columns.
 
-    With drops and experts the image and the score stand left, the drops right of the one and the experts
-    right of the other; otherwise all stand in a row, in which five are welcome.
+    Panels are ("image",), ("score",), ("kept", block), ("merged", block) and ("experts", block). With drops and
+    experts, image and score are on the left, the drops right of the image, and the experts right of the score.
+    Otherwise all panels follow each other, five in a row if there are five.
     """
     kept = [("kept", block) for block in trace.kept] + [("merged", block) for block in trace.merged]
     score = [("score",)] * (trace.scores is not None)
@@ -157,7 +158,7 @@ def _layout(trace: TokenTrace) -> tuple[dict[tuple, tuple[int, int]], int]:
 def _draw_image(
     axes: Axes, view: View, places: dict[tuple, tuple[int, int]], side: int, top: float, experts: int
 ) -> None:
-    """One image's names and panels, each panel with two lines of words below."""
+    """Draw the class names and the panels of one image, each panel with two lines of text below."""
     wrong = view.true != view.predicted
     theme.text(
         axes, GAP, top + CLASS_NAMES / 2, f"true: {theme.shorten(view.true, MAX_LETTERS)}", theme.LABEL, weight="bold"
@@ -192,7 +193,7 @@ def _draw_image(
             chosen = view.trace.experts[block[0]]
             picture = _color_by_expert(view, chosen, experts)
             words = f"experts, block {block[0]}", f"{len(np.unique(chosen[chosen >= 0]))} different"
-        sharp = "nearest" if len(picture) <= side else "auto"  # the latter smooths what is made smaller
+        sharp = "nearest" if len(picture) <= side else "auto"  # "auto" smooths a picture that is made smaller
         axes.imshow(picture, extent=(x, x + side, y + side, y), interpolation=sharp, aspect="auto")
         axes.plot([x, x + side, x + side, x, x], [y, y, y + side, y + side, y], color=theme.FAINT)
         theme.text(axes, x, y + side + 0.26 * CAPTION, words[0], theme.SMALL)
@@ -202,7 +203,7 @@ def _draw_image(
 
 
 def _fade_dropped(view: View, kept: np.ndarray) -> np.ndarray:
-    """The image, its dropped patches faded."""
+    """Return the image with its dropped patches faded."""
     picture = view.image.transpose(1, 2, 0).astype(float)
     there = _upsample(kept.reshape(view.grid), picture.shape[0])[..., None]
     faded = FADING * 255 + (1 - FADING) * picture.mean(-1, keepdims=True)
@@ -210,7 +211,7 @@ def _fade_dropped(view: View, kept: np.ndarray) -> np.ndarray:
 
 
 def _mean_of_merged(view: View, place: np.ndarray) -> np.ndarray:
-    """The image, all patches of a token in their mean color where it has several."""
+    """Return the image with the patches of each merged token in their mean color."""
     picture = view.image.transpose(1, 2, 0)
     token = _upsample(place.reshape(view.grid), picture.shape[0])
     pixels = np.bincount(token.ravel())
@@ -220,7 +221,7 @@ def _mean_of_merged(view: View, place: np.ndarray) -> np.ndarray:
 
 
 def _color_by_expert(view: View, chosen: np.ndarray, experts: int) -> np.ndarray:
-    """Patches in the colors of their experts, over the faded image where they were dropped."""
+    """Return the patches in the colors of their experts, and dropped ones as in the faded image."""
     picture = _fade_dropped(view, np.zeros(len(chosen), bool))
     there = _upsample((chosen >= 0).reshape(view.grid), picture.shape[0])
     colors = _upsample(theme.expert_colors(experts)[chosen].reshape(*view.grid, 3), picture.shape[0])
@@ -228,7 +229,7 @@ def _color_by_expert(view: View, chosen: np.ndarray, experts: int) -> np.ndarray
 
 
 def _write_expert_numbers(axes: Axes, chosen: np.ndarray, x: float, y: float, side: float, experts: int) -> None:
-    """Write each patch's expert on it, if the patches' sides are long enough."""
+    """Write its expert on each patch, if the patches are large enough."""
     if side < MIN_NUMBERED:
         return
     colors = theme.expert_colors(experts)
@@ -239,14 +240,14 @@ def _write_expert_numbers(axes: Axes, chosen: np.ndarray, x: float, y: float, si
 
 
 def _legend_grid(experts: int) -> tuple[int, int, float]:
-    """Columns, rows and the side in pixels of the legend's squares."""
+    """Return the number of columns and rows of the legend, and the side of its squares in pixels."""
     rows = -(-experts // LEGEND_COLUMNS)
     columns = -(-experts // max(1, rows))
     return columns, rows, min(LEGEND_SQUARE, (WIDTH - 2 * GAP) / max(1, columns))
 
 
 def _legend(axes: Axes, columns: int, rows: int, side: float, experts: int) -> None:
-    """What the colors of the patches mean."""
+    """Draw the legend of the experts' colors."""
     theme.text(
         axes,
         GAP,
@@ -263,6 +264,6 @@ def _legend(axes: Axes, columns: int, rows: int, side: float, experts: int) -> N
 
 
 def _upsample(patches: np.ndarray, size: int) -> np.ndarray:
-    """(rows, columns, ...) to (size, size, ...): each pixel takes its patch's value."""
+    """Enlarge (rows, columns, ...) to (size, size, ...): each pixel gets the value of its patch."""
     rows, columns = (np.arange(size) * n // size for n in patches.shape[:2])
     return patches[rows[:, None], columns]

@@ -135,4 +135,4 @@ def test_the_run_has_its_row_of_choices_and_results(address, browser):
 def test_the_page_opens_without_a_server(address, run, browser):
     pictures, words = look(browser, (run / "views" / "index.html").as_uri(), lambda pictures, _: len(pictures) > 10)
     assert len(pictures) == len(list((run / "views").glob("*.png")))
-    assert {"What becomes of the patches", "What each expert is worth"} <= set(words)
+    assert {"What happens to the patches", "What each expert is worth"} <= set(words)

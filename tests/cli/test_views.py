@@ -91,14 +91,14 @@ def test_the_page_needs_nothing_else_and_says_why_there_are_no_expert_views(draw
     assert ("no mixture of experts" in words) == (kind == "dense, no drops")
     assert ("one model per task" in words) == (kind == "stl")
     assert ("drops no patches" in words) == (kind == "dense, no drops")
-    assert ("read the class token alone" in words) == (kind == "experts")
+    assert ("read only its class token" in words) == (kind == "experts")
 
 
 def test_the_page_says_first_what_it_comes_to(drawn):
     kind, run = drawn
     html = (run / "views" / "index.html").read_text(encoding="utf-8")
     heading, words = re.search(r"<main><h2 id=[^>]*>(.*?)</h2>(.*?)<h2", html, re.S).groups()
-    assert heading == "In short"
+    assert heading == "Summary"
     for said in ("xperts are ", "Mutual information", "by itself"):
         assert (said in words) == (kind == "experts")
     assert {"dense, no drops": "no mixture of experts", "stl": "one model per task"}.get(kind, "") in words

@@ -27,7 +27,7 @@ COLLAPSED = routed(a=to(4, [2]), b=to(4, [2]))
 
 def test_even_and_shared_use_is_said_and_is_nothing_notable():
     load, tasks = conclusions.of_load({3: EVEN, 5: EVEN}), conclusions.of_tasks({3: EVEN, 5: EVEN})
-    assert load.verdict == "Experts are used evenly." and "that of 4.0 of 4" in load.reasons and not load.notable
+    assert load.verdict == "Experts are used evenly." and "4.0 of 4 experts" in load.reasons and not load.notable
     assert tasks.verdict == "Tasks share the experts." and not tasks.notable
 
 

@@ -38,7 +38,7 @@ def test_cells_are_counts_and_of_many_classes_the_most_mistaken_are_shown():
     shown = [t.get_text() for t in mistakes.confusion("pets", many, "").axes[0].texts]
     chosen = {f"class {i}" for i in np.argsort(-wrong, kind="stable")[: mistakes.CLASSES]}
     assert {text for text in shown if text.startswith("class ")} == chosen and mistakes.OTHERS in shown
-    assert any("20 most mistaken of 40 classes" in text for text in shown)
+    assert any("20 most confused of 40 classes" in text for text in shown)
     rows = sorted(np.argsort(-wrong, kind="stable")[: mistakes.CLASSES])
     assert sum(map(int, mistakes_numbers(many))) == many.counts[rows].sum()  # no image of a row is lost
 
