@@ -1,4 +1,4 @@
-"""`moe-bsr benchmark` for a clone of the repository; the code is in moe_bsr/cli/benchmark.py."""
+"""Run `moe-bsr benchmark` from a clone of the repository. The code is in moe_bsr/cli/benchmark.py."""
 
 from moe_bsr.cli.main import start
 

@@ -1,4 +1,4 @@
-"""`moe-bsr compare` for a clone of the repository; the code is in moe_bsr/cli/compare.py."""
+"""Run `moe-bsr compare` from a clone of the repository. The code is in moe_bsr/cli/compare.py."""
 
 from moe_bsr.cli.main import start
 

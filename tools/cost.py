@@ -1,4 +1,4 @@
-"""`moe-bsr cost` for a clone of the repository; the code is in moe_bsr/cli/cost.py."""
+"""Run `moe-bsr cost` from a clone of the repository. The code is in moe_bsr/cli/cost.py."""
 
 from moe_bsr.cli.main import start
 

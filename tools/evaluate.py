@@ -1,4 +1,4 @@
-"""`moe-bsr evaluate` for a clone of the repository; the code is in moe_bsr/cli/evaluate.py."""
+"""Run `moe-bsr evaluate` from a clone of the repository. The code is in moe_bsr/cli/evaluate.py."""
 
 from moe_bsr.cli.main import start
 

@@ -1,4 +1,4 @@
-"""`moe-bsr views` for a clone of the repository; the code is in moe_bsr/cli/views.py."""
+"""Run `moe-bsr views` from a clone of the repository. The code is in moe_bsr/cli/views.py."""
 
 from moe_bsr.cli.main import start
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: set up if need be, run what only a GPU can tell, and write gpu_check.json.
-# Under nine minutes after the set-up.  tools/gpu_check.sh [pytest arguments]
+# On a machine with a GPU: set up .venv if needed, run the tests and the benchmark that need a GPU, and write
+# gpu_check.json. Takes under nine minutes after the set-up.  tools/gpu_check.sh [pytest arguments]
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" dev
 "$python" -c 'import torch; assert torch.cuda.is_available(), "torch sees no CUDA device here"'
 place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
-# A test that was to run and was skipped is told too.
+# -rs also lists the tests that were skipped.
 timeout 300 "$python" -m pytest -rs -p no:xdist tests/gpu --junitxml "$place/tests.xml" "$@" && tests=0 || tests=$?
 timeout 220 "$python" -m moe_bsr benchmark --device cuda --batch 128 --rounds 3 --cases timm full bsr moe_bsr --json \
     > "$place/benchmark.json" && benchmark=0 || benchmark=$?
@@ -37,5 +37,5 @@ told = {
 }
 print(json.dumps(told, indent=1))
 PYTHON
-echo "gpu_check.json: tests $tests, benchmark $benchmark (0 is good)"
+echo "gpu_check.json written; exit status of the tests: $tests, of the benchmark: $benchmark"
 exit $((tests || benchmark))

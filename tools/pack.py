@@ -1,4 +1,4 @@
-"""`moe-bsr pack` for a clone of the repository; the code is in moe_bsr/cli/pack.py."""
+"""Run `moe-bsr pack` from a clone of the repository. The code is in moe_bsr/cli/pack.py."""
 
 from moe_bsr.cli.main import start
 

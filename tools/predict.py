@@ -1,4 +1,4 @@
-"""`moe-bsr predict` for a clone of the repository; the code is in moe_bsr/cli/predict.py."""
+"""Run `moe-bsr predict` from a clone of the repository. The code is in moe_bsr/cli/predict.py."""
 
 from moe_bsr.cli.main import start
 

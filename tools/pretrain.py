@@ -1,4 +1,4 @@
-"""`moe-bsr pretrain` for a clone of the repository; the code is in moe_bsr/cli/pretrain.py."""
+"""Run `moe-bsr pretrain` from a clone of the repository. The code is in moe_bsr/cli/pretrain.py."""
 
 from moe_bsr.cli.main import start
 

@@ -1,4 +1,4 @@
-"""`moe-bsr reproduce` for a clone of the repository; the code is in moe_bsr/cli/reproduce.py."""
+"""Run `moe-bsr reproduce` from a clone of the repository. The code is in moe_bsr/cli/reproduce.py."""
 
 from moe_bsr.cli.main import start
 

@@ -1,5 +1,5 @@
-# Sourced by quickstart.sh and test.sh with the extra they need, `views` or `dev`: makes .venv when absent and installs
-# the project with that extra into it. With MOE_BSR_PYTHON set to an interpreter that has all of it, that one is used.
+# Sourced by the other scripts with the extra that they need, `views` or `dev`. Makes .venv if it does not exist, and
+# installs the project with that extra into it. If MOE_BSR_PYTHON names an interpreter that has both, it is used instead.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -17,12 +17,12 @@ else
                 break
             fi
         done
-        [ -n "$base" ] || { echo "Python 3.11 or newer is needed; none found" >&2; exit 1; }
+        [ -n "$base" ] || { echo "Python 3.11 or newer is needed, and none was found" >&2; exit 1; }
         "$base" -m venv .venv
     fi
-    # Reinstall only when the dependencies changed: a second run starts at once.
+    # Reinstall only if the dependencies have changed, so that a second run starts at once.
     if ! cmp -s pyproject.toml "$stamp"; then
-        echo "installing moe_bsr[$extra] and what it needs into .venv (torch is large: one to three minutes) ..."
+        echo "installing moe_bsr[$extra] and its dependencies into .venv (torch is large: one to three minutes) ..."
         "$python" -m pip install --quiet --disable-pip-version-check -e ".[$extra]" 2> >(grep -v '^WARNING: Location' >&2)
         cp pyproject.toml "$stamp"
     fi

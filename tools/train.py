@@ -1,4 +1,4 @@
-"""`moe-bsr train` for a clone of the repository; the code is in moe_bsr/cli/train.py."""
+"""Run `moe-bsr train` from a clone of the repository. The code is in moe_bsr/cli/train.py."""
 
 from moe_bsr.cli.main import start
 
