@@ -55,8 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
         config = load(packaged.find_config(arguments.config), arguments.overrides)
         folder = arguments.run or Path("runs") / f"{Path(arguments.config).stem}_budgets"
         seeds = arguments.seeds or [config.seed]
-        told = lambda line: say(line, error=True)  # noqa: E731
-        result = budgets.race(config, folder, arguments.minutes, arguments.methods, seeds, told)
+        progress = lambda line: say(line, error=True)  # noqa: E731
+        result = budgets.race(config, folder, arguments.minutes, arguments.methods, seeds, progress)
     if arguments.picture:
         from moe_bsr.study import budgets_picture
 

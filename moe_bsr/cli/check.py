@@ -62,22 +62,22 @@ def decode_all(tasks: Iterable["TaskData"]) -> Iterable[dict[str, Any]]:
 
 def lines(report: dict[str, Any]) -> list[str]:
     """Format a report of `check_task` as text."""
-    told = [f"{report['task']}: {report['classes']} classes ({report['origin']})"]
-    told += [f"  {note}" for note in report["notes"]]
+    text = [f"{report['task']}: {report['classes']} classes ({report['origin']})"]
+    text += [f"  {note}" for note in report["notes"]]
     for name, split in report["splits"].items():
         sides = " to ".join("{} x {}".format(*split[which]) for which in ("smallest", "largest") if which in split)
-        told.append(f"  {name}: {split['images']} images" + (f", {sides} pixels" if sides else ""))
-    told += [f"  {image['split']}: {image['reason']}" for image in report["broken"]]
+        text.append(f"  {name}: {split['images']} images" + (f", {sides} pixels" if sides else ""))
+    text += [f"  {image['split']}: {image['reason']}" for image in report["broken"]]
     for key, what in (("constant", "of a single color"), ("tiny", "with less than 8 pixels on a side")):
         if images := report[key]:
             names = ", ".join(f"{image['split']}: {image['image']}" for image in images[:EXAMPLES])
-            told.append(f"  {len(images)} {what}: {names}{', ...' if len(images) > EXAMPLES else ''}")
+            text.append(f"  {len(images)} {what}: {names}{', ...' if len(images) > EXAMPLES else ''}")
     for shared in report["shared"]:
         first, second = shared["splits"]
         pairs = ", ".join(" = ".join(pair) for pair in shared["examples"])
-        told.append(f"  {shared['images']} images of {second} are in {first} as well: {pairs}")
+        text.append(f"  {shared['images']} images of {second} are in {first} as well: {pairs}")
     if report["two_labels"]["images"]:
         pairs = ", ".join(" = ".join(pair) for pair in report["two_labels"]["examples"])
-        told.append(f"  {report['two_labels']['images']} images are in two classes: {pairs}")
+        text.append(f"  {report['two_labels']['images']} images are in two classes: {pairs}")
     broken = len(report["broken"])
-    return [*told, f"  {broken} cannot be read" if broken else "  all can be read"]
+    return [*text, f"  {broken} cannot be read" if broken else "  all can be read"]

@@ -75,12 +75,12 @@ def answer(
             lines.append("the prediction takes the largest group of an expert from this step: it depends on the data")
     if arguments.budget is not None:
         size = budget.parse_bytes(arguments.budget)
-        told = budget.answer(config, classes, size, batch=batch, precision=runtime.precision)
-        result["budget"] = told.as_dict()
-        lines += ["", *budget_lines(told, batch)]
-        status = 0 if told.fits else 1
+        report = budget.answer(config, classes, size, batch=batch, precision=runtime.precision)
+        result["budget"] = report.as_dict()
+        lines += ["", *budget_lines(report, batch)]
+        status = 0 if report.fits else 1
     if arguments.processes is not None:
-        told_ways = scaling.ways(
+        ways = scaling.ways(
             config,
             classes,
             processes=arguments.processes,
@@ -89,9 +89,9 @@ def answer(
             tflops=arguments.tflops,
             seconds=arguments.step_seconds,
         )
-        result["several_processes"] = [way.as_dict() for way in told_ways]
+        result["several_processes"] = [way.as_dict() for way in ways]
         images = config.train.batch_size / arguments.processes
-        lines += ["", *scaling.table(told_ways, arguments.processes, arguments.machines, images)]
+        lines += ["", *scaling.table(ways, arguments.processes, arguments.machines, images)]
     return result, lines, status
 
 
@@ -224,20 +224,20 @@ def measured_table(measured: dict[str, Any], device: str) -> list[str]:
     ]
 
 
-def budget_lines(told: budget.BudgetReport, batch: int) -> list[str]:
-    verdict = "fits" if told.fits else "does not fit"
+def budget_lines(report: budget.BudgetReport, batch: int) -> list[str]:
+    verdict = "fits" if report.fits else "does not fit"
     room = (
-        f"at most {told.largest_batch} images fit"
-        if told.largest_batch
-        else f"not even one image fits, which takes {budget.digits(told.least)}"
+        f"at most {report.largest_batch} images fit"
+        if report.largest_batch
+        else f"not even one image fits, which takes {budget.digits(report.least)}"
     )
     lines = [
-        f"budget {budget.digits(told.budget)}: a micro-batch of {batch} takes {budget.digits(told.peak)} and "
+        f"budget {budget.digits(report.budget)}: a micro-batch of {batch} takes {budget.digits(report.peak)} and "
         f"{verdict}; {room}",
         f"{'single changes, the best first':<42}  saved MB  extra GFLOPs  fits  key=value",
     ]
     lines += [
         f"  {c.what:<40}  {c.bytes / MB:>8.3f}  {c.flops / 1e9:>+12.1f}  {'yes' if c.fits else '-':<4}  {c.overrides}"
-        for c in told.changes
+        for c in report.changes
     ]
     return lines

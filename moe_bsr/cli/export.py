@@ -58,10 +58,10 @@ def run(arguments: argparse.Namespace) -> int:
         on_step=lambda text: say(text, error=True),
     )
     if arguments.json:
-        told = {"command": command(), "commit": commit(), "environment": environment(trained.runtime)}
-        print(json.dumps(told | result, indent=1, allow_nan=False))
+        about = {"command": command(), "commit": commit(), "environment": environment(trained.runtime)}
+        print(json.dumps(about | result, indent=1, allow_nan=False))
     else:
-        tell(result)
+        print_result(result)
     return 0
 
 
@@ -77,7 +77,7 @@ def refusal(name: str) -> str | None:
     return None
 
 
-def tell(result: dict[str, Any]) -> None:
+def print_result(result: dict[str, Any]) -> None:
     from moe_bsr.runtime.text_tables import as_text
 
     say(as_text(rows(result)))
@@ -98,19 +98,19 @@ def rows(result: dict[str, Any]) -> list[list[str]]:
     header += ["with all experts %"] if "whole" in first else []
     header += ["float32 %"] if "int8" in first else []
     table = [[*header, "equal predictions", "float32 difference", "allowed"]]
-    for task, told in result["tasks"].items():
-        compared = told.get("int8") or told.get("whole") or told["parity"]
+    for task, scores in result["tasks"].items():
+        compared = scores.get("int8") or scores.get("whole") or scores["parity"]
         table.append(
             [
                 task,
-                str(told["n"]),
-                f"{told['top1']:.1f}",
-                f"{told['top1_low']:.1f} - {told['top1_high']:.1f}",
-                *([f"{told['whole']['top1']:.1f}"] if "whole" in told else []),
-                *([f"{told['float32']['top1']:.1f}"] if "int8" in told else []),
-                f"{compared['equal']} of {told['n']}",
-                f"{told['parity']['difference']:.1e}",
-                f"{told['parity']['tolerance']:.1e}",
+                str(scores["n"]),
+                f"{scores['top1']:.1f}",
+                f"{scores['top1_low']:.1f} - {scores['top1_high']:.1f}",
+                *([f"{scores['whole']['top1']:.1f}"] if "whole" in scores else []),
+                *([f"{scores['float32']['top1']:.1f}"] if "int8" in scores else []),
+                f"{compared['equal']} of {scores['n']}",
+                f"{scores['parity']['difference']:.1e}",
+                f"{scores['parity']['tolerance']:.1e}",
             ]
         )
     return table

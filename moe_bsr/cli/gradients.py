@@ -59,9 +59,9 @@ def run(arguments: argparse.Namespace) -> int:
         say(f"{arguments.batch} images of {batch.task}, {runtime.precision}, {runtime.device}", error=True)
         rows = gradients.compare(config, runtime, model, batch, list(dict.fromkeys(choices)), arguments.rounds)
     if arguments.json:
-        told = {"command": command(), "commit": commit(), "environment": environment(runtime)}
-        told |= {"task": batch.task, "batch": arguments.batch, "precision": runtime.precision}
-        print(json.dumps(told | {"storages": [row.as_dict() for row in rows]}, indent=1))
+        about = {"command": command(), "commit": commit(), "environment": environment(runtime)}
+        about |= {"task": batch.task, "batch": arguments.batch, "precision": runtime.precision}
+        print(json.dumps(about | {"storages": [row.as_dict() for row in rows]}, indent=1))
     else:
         say(table(rows))
     return 0

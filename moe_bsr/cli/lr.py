@@ -51,11 +51,11 @@ def run(arguments: argparse.Namespace) -> int:
         writer.writeheader()
         writer.writerows(found["curve"])
     else:
-        say("\n".join(told(found)))
+        say("\n".join(text_lines(found)))
     return 0 if found["suggestion"] else FAILED
 
 
-def told(found: dict[str, Any]) -> list[str]:
+def text_lines(found: dict[str, Any]) -> list[str]:
     """Format the curve as bars, and the suggestion."""
     curve, rate = found["curve"], found["suggestion"]
     shown = curve[:: max(1, -(-len(curve) // ROWS))]

@@ -41,7 +41,7 @@ GROUPS = {  # of `moe-bsr --help`
     "use a trained run": {
         "evaluate": "measure the accuracy of a run, task by task",
         "predict": "name what images show, for all tasks of a run at once",
-        "reject": "teach a run to tell images that belong to none of its tasks; predict then says so",
+        "reject": "teach a run to recognize images that belong to none of its tasks; predict then says so",
         "views": "draw how a run uses experts and patches, and open TensorBoard on it",
         "compare": "compare finished runs in one table",
         "export": "write a run for a device: ONNX graphs, labels, and a program that needs no torch",
@@ -166,7 +166,7 @@ def _run(name: str, rest: list[str], own_process: bool) -> int:
     except BrokenPipeError:  # the reader of stdout has closed it
         return 0
     except _expected_errors() as error:
-        say(f"{parser.prog}: {printable(in_flags(told(error)))}", error=True)
+        say(f"{parser.prog}: {printable(in_flags(message_of(error)))}", error=True)
         return REFUSED
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
@@ -198,7 +198,7 @@ def _out_of_memory(prog: str, said: str) -> int:
     return FAILED
 
 
-def told(error: Exception) -> str:
+def message_of(error: Exception) -> str:
     """Return the message of an exception on one line; that of an OSError begins with the file."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"

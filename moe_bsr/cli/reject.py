@@ -1,4 +1,4 @@
-"""Teach a run to tell images that belong to none of its tasks. `moe-bsr predict` then says so.
+"""Teach a run to recognize images that belong to none of its tasks. `moe-bsr predict` then says so.
 
     moe-bsr reject runs/quickstart
     moe-bsr predict runs/quickstart holiday/

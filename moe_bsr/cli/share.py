@@ -52,8 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.timm is not None and (arguments.push or arguments.out or arguments.with_backbone):
         raise ConfigError("--timm writes a complete timm model to its DIR: leave out --out, --push and --with-backbone")
     if arguments.timm is not None:
-        told = write_timm(arguments.run, arguments.timm, arguments.task, arguments.weights)
-        result: dict[str, Any] = {"run": str(arguments.run), "out": str(arguments.timm), **told}
+        about = write_timm(arguments.run, arguments.timm, arguments.task, arguments.weights)
+        result: dict[str, Any] = {"run": str(arguments.run), "out": str(arguments.timm), **about}
     else:
         result = {"run": str(arguments.run)}
         with tempfile.TemporaryDirectory(prefix="moe_bsr_") as place:
@@ -70,11 +70,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(result, indent=1))
     else:
-        tell(result)
+        print_result(result)
     return 0
 
 
-def tell(result: dict[str, Any]) -> None:
+def print_result(result: dict[str, Any]) -> None:
     places = [result[key] for key in ("out", "pushed") if key in result]
     say(f"written: {', '.join(places)}")
     for name, size in result["files"].items():

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from moe_bsr.cli import run_arguments
 from moe_bsr.cli.check import decode_all, lines
-from moe_bsr.cli.main import FAILED, INTERRUPTED, in_flags, program, told
+from moe_bsr.cli.main import FAILED, INTERRUPTED, in_flags, message_of, program
 from moe_bsr.cli.terminal import say
 from moe_bsr.runtime.names import printable
 
@@ -81,7 +81,7 @@ def train(arguments: argparse.Namespace, config: "Config", command: str = "train
         report = moe_bsr.train(config, folder, arguments.resume)
     except (TrainingFailed, FloatingPointError, UnreadableImage) as error:
         # Training had started: the model diverged, the disk is full, memory is short, or an image is damaged.
-        say(f"{program(command)}: {printable(in_flags(told(error)))}", error=True)
+        say(f"{program(command)}: {printable(in_flags(message_of(error)))}", error=True)
         return FAILED
     except KeyboardInterrupt:
         say(
@@ -118,9 +118,9 @@ def dry_run(config: "Config", folder: Path, resume: bool, decode: bool) -> int:
             f"test {len(data.test)} ({data.origin})"
         )
     print(*notes, sep="\n", end="\n" if notes else "")
-    model, told = build_model(config, tasks, folder, resume)
+    model, notes = build_model(config, tasks, folder, resume)
     model = runtime.place(model)
-    say("\n".join(told))
+    say("\n".join(notes))
     print("\n".join([*summary.summary(model, config), *summary.table(model, config)]))
     for doubt in doubts(config, {name: len(data.train) for name, data in tasks.items()}):
         print(f"warning: {doubt}")
@@ -129,12 +129,12 @@ def dry_run(config: "Config", folder: Path, resume: bool, decode: bool) -> int:
             sizes = {name: len(data.train) for name, data in tasks.items()}
             print(FeatureCache(model, sizes, config.data))
     check_folder(config, folder, resume)
-    broken = decoded(tasks.values()) if decode else 0
+    broken = count_broken(tasks.values()) if decode else 0
     say(f"run folder {folder}; {runtime.precision} on {runtime.device} ({runtime.precision_reason})")
     return FAILED if broken else 0
 
 
-def decoded(tasks: Iterable["TaskData"]) -> int:
+def count_broken(tasks: Iterable["TaskData"]) -> int:
     """Read every image and print a report; return how many cannot be read."""
     reports = []
     for report in decode_all(tasks):

@@ -34,14 +34,14 @@ def campaign(
     scores = {step: _scores(main, sound, step) for step in steps(sound)}
     scores |= {step: _scores(main, whole, step) for step in steps(whole)}
     allowed = {json.dumps(value, sort_keys=True) for value in scores.values()}
-    chance, kinds, failures = random.Random(seed), {}, []
+    rng, kinds, failures = random.Random(seed), {}, []
     for number in range(count):
-        kind = chance.choice(list(KINDS))
+        kind = rng.choice(list(KINDS))
         run, canary = folder / "run", folder / "canary"
         canary.write_bytes(CANARY)
         shutil.copytree(sound, run, symlinks=True)
         try:
-            what = KINDS[kind](run, canary, chance)
+            what = KINDS[kind](run, canary, rng)
             found = kinds.setdefault(kind, {"tried": 0, "refused": 0, "right": 0})
             found["tried"] += 1
             wrong = _try(main, file, run, expected, allowed, found)

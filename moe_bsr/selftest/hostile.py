@@ -62,10 +62,10 @@ def _try(place: Path, canary: Path, command: Callable[[], int]) -> str | None:
     return None if wrong == sandbox.SILENT and outcome.stdout.strip() else wrong  # `check` reports on stdout
 
 
-def all_cases(chance: random.Random) -> Iterator[Case]:
+def all_cases(rng: random.Random) -> Iterator[Case]:
     """Yield all cases."""
-    yield from hostile_archives.weights(chance)
-    yield from hostile_images.images(chance)
-    yield from hostile_archives.packs(chance)
+    yield from hostile_archives.weights(rng)
+    yield from hostile_images.images(rng)
+    yield from hostile_archives.packs(rng)
     yield from hostile_images.names()
     yield from hostile_images.places()

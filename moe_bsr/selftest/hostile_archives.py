@@ -40,7 +40,7 @@ def _zip(members: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def weights(chance: random.Random) -> Iterator[Case]:
+def weights(rng: random.Random) -> Iterator[Case]:
     payload = pickle.dumps(Payload())
     entry = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
     files = {
@@ -66,11 +66,11 @@ def weights(chance: random.Random) -> Iterator[Case]:
         "page": b"<!DOCTYPE html><html><body>404</body></html>",
         "text": b"hello\n",
         "gzip bomb": zlib.compress(bytes(10**7)) * 3,
-        "random": chance.randbytes(5000),
+        "random": rng.randbytes(5000),
     }  # fmt: skip
     for name, content in files.items():
         for ending in ("safetensors", "pth", "npz", "bin"):
-            if chance.random() < 0.6 or name in ("pickle", "zip with a pickle", "object array"):
+            if rng.random() < 0.6 or name in ("pickle", "zip with a pickle", "object array"):
                 yield f"weights: {name}.{ending}", _weights_case(content, ending)
     for ending in ("safetensors", "pth"):
         yield f"weights: FIFO.{ending}", _special_weights(ending, os.mkfifo)
@@ -111,7 +111,7 @@ def _special_weights(ending: str, make: Callable[[Path], None]) -> Callable[[Pat
     return prepare
 
 
-def packs(chance: random.Random) -> Iterator[Case]:
+def packs(rng: random.Random) -> Iterator[Case]:
     png = encoded(Image.new("RGB", (8, 8), "blue"), "PNG")
     images = np.frombuffer(png * 4, np.uint8)
     offsets, labels = np.arange(5) * len(png), np.array([0, 1, 0, 1])
@@ -144,7 +144,7 @@ def packs(chance: random.Random) -> Iterator[Case]:
         for which in ("jpeg", "labels"):
             content = {f"{key}.npy": _npy(value) for key, value in good.items()} | {f"{which}.npy": member}
             yield f"packs: header {name} in {which}", _pack_case(_zip(content))
-    yield "packs: no zip", _pack_case(chance.randbytes(500))
+    yield "packs: no zip", _pack_case(rng.randbytes(500))
     yield "packs: pickle", _pack_case(pickle.dumps(Payload()))
     members = {f"{key}.npy": _npy(value) for key, value in good.items()}
     yield "packs: bomb", _pack_case(lambda: _compressed(members, 2**30))

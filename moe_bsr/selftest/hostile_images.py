@@ -32,7 +32,7 @@ def _png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
 
 
-def images(chance: random.Random) -> Iterator[Case]:
+def images(rng: random.Random) -> Iterator[Case]:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
     jpeg, png = encoded(noise, "JPEG"), encoded(noise, "PNG")
     files = {
@@ -40,7 +40,7 @@ def images(chance: random.Random) -> Iterator[Case]:
         "cut.jpg": jpeg[: len(jpeg) // 2],
         "cut.png": png[: len(png) // 2],
         "flipped.png": png[:100] + bytes([png[100] ^ 255]) + png[101:],
-        "random.jpg": chance.randbytes(3000),
+        "random.jpg": rng.randbytes(3000),
         "postscript.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(executed) (w) file\nshowpage\n",
         "svg.png": b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>",
         "page.jpg": b"<!DOCTYPE html><html></html>",

@@ -22,41 +22,41 @@ from safetensors.torch import load_file, save_file
 CANARY = b"nobody may write here\n"
 
 
-def _checkpoint(run: Path, chance: random.Random) -> Path:
+def _checkpoint(run: Path, rng: random.Random) -> Path:
     """Choose a checkpoint, mostly the newest."""
     there = steps(run)
-    return run / "checkpoint" / str(there[-1] if chance.random() < 0.7 else chance.choice(there))
+    return run / "checkpoint" / str(there[-1] if rng.random() < 0.7 else rng.choice(there))
 
 
-def _file(run: Path, chance: random.Random) -> Path:
-    files = sorted(path for path in _checkpoint(run, chance).iterdir() if path.is_file())
-    return chance.choice([*files, *files, run / "config.yaml", run / "metrics.jsonl"])
+def _file(run: Path, rng: random.Random) -> Path:
+    files = sorted(path for path in _checkpoint(run, rng).iterdir() if path.is_file())
+    return rng.choice([*files, *files, run / "config.yaml", run / "metrics.jsonl"])
 
 
-def _change_bytes(run: Path, canary: Path, chance: random.Random) -> str:
-    file = _file(run, chance)
+def _change_bytes(run: Path, canary: Path, rng: random.Random) -> str:
+    file = _file(run, rng)
     data = bytearray(file.read_bytes())
-    how = chance.choice(["truncated", "a bit flipped", "emptied", "grown", "zeroed", "half of it random"])
-    at = chance.randrange(max(1, len(data)))
+    how = rng.choice(["truncated", "a bit flipped", "emptied", "grown", "zeroed", "half of it random"])
+    at = rng.randrange(max(1, len(data)))
     if how == "truncated":
         data = data[:at]
     elif how == "a bit flipped" and data:
-        data[at] ^= 1 << chance.randrange(8)
+        data[at] ^= 1 << rng.randrange(8)
     elif how == "emptied":
         data = bytearray()
     elif how == "grown":
-        data += chance.randbytes(chance.choice([1, 4096]))
+        data += rng.randbytes(rng.choice([1, 4096]))
     elif how == "zeroed":
         data = bytearray(len(data))
     else:
-        data[at:] = chance.randbytes(len(data) - at)
+        data[at:] = rng.randbytes(len(data) - at)
     file.write_bytes(data)
     return f"{file.relative_to(run)} {how}"
 
 
-def _replace_file(run: Path, canary: Path, chance: random.Random) -> str:
-    file = _file(run, chance)
-    how = chance.choice(
+def _replace_file(run: Path, canary: Path, rng: random.Random) -> str:
+    file = _file(run, rng)
+    how = rng.choice(
         ["gone", "a folder", "a FIFO", "a link out", "a broken link", "a device", "no permission", "itself"]
     )
     if how == "no permission":
@@ -78,9 +78,9 @@ def _replace_file(run: Path, canary: Path, chance: random.Random) -> str:
     return f"{file.relative_to(run)} is {how}"
 
 
-def _link_out(run: Path, canary: Path, chance: random.Random) -> str:
+def _link_out(run: Path, canary: Path, rng: random.Random) -> str:
     """Replace something that a run writes by a link to a place outside."""
-    name = chance.choice(
+    name = rng.choice(
         ["config.yaml.tmp", "report.json", "report.json.tmp", "report.md", "report.md.tmp", "test_evaluations.log",
          "metrics.jsonl", "checkpoint", "checkpoint/9.tmp", "checkpoint/9", "tensorboard", "lock", "images"]
     )  # fmt: skip
@@ -98,12 +98,12 @@ def _link_out(run: Path, canary: Path, chance: random.Random) -> str:
     return f"{name} is a link out"
 
 
-def _strange_names(run: Path, canary: Path, chance: random.Random) -> str:
-    name = chance.choice(
+def _strange_names(run: Path, canary: Path, rng: random.Random) -> str:
+    name = rng.choice(
         ["notes.tmp", "7.tmp", "seven", "007", "-1", "9" * 30, "6.before.tmp", "٣", ".tmp", "5 ", "1e3", "6.tmp.tmp"]
     )
     path = run / "checkpoint" / name
-    how = chance.choice(["a file", "an empty folder", "a copy", "a link"])
+    how = rng.choice(["a file", "an empty folder", "a copy", "a link"])
     if path.exists():
         return f"{name} was there"
     if how == "a file":
@@ -117,43 +117,43 @@ def _strange_names(run: Path, canary: Path, chance: random.Random) -> str:
     return f"checkpoint/{name!r} is {how}"
 
 
-def _unlisted(run: Path, canary: Path, chance: random.Random) -> str:
+def _unlisted(run: Path, canary: Path, rng: random.Random) -> str:
     """Remove a file from the manifest, or add a file that the manifest does not list."""
-    folder = _checkpoint(run, chance)
+    folder = _checkpoint(run, rng)
     manifest = json.loads((folder / "manifest.json").read_text())
     listed = sorted(manifest["sha256"])
-    if chance.random() < 0.5:
-        name = chance.choice(listed)
+    if rng.random() < 0.5:
+        name = rng.choice(listed)
         del manifest["sha256"][name]
         (folder / "manifest.json").write_text(json.dumps(manifest))
         tensors = folder / name
-        if tensors.suffix == ".safetensors" and chance.random() < 0.7:
+        if tensors.suffix == ".safetensors" and rng.random() < 0.7:
             save_file({key: value + 1 for key, value in load_file(tensors).items()}, tensors)
         return f"{name} is no longer listed"
-    name = chance.choice(["average.safetensors", "other.safetensors", "x.safetensors", "weights2.safetensors"])
+    name = rng.choice(["average.safetensors", "other.safetensors", "x.safetensors", "weights2.safetensors"])
     if name in listed:
         return f"{name} is listed"
     save_file({key: value + 7 for key, value in load_file(folder / "weights.safetensors").items()}, folder / name)
     return f"{name} is not listed"
 
 
-def _forged(run: Path, canary: Path, chance: random.Random) -> str:
+def _forged(run: Path, canary: Path, rng: random.Random) -> str:
     """Change the content of a file, and make the hashes of the manifest fit."""
-    folder = _checkpoint(run, chance)
-    kind = chance.choice(["state", "tensors", "manifest"])
-    what = {"state": _forge_state, "tensors": _forge_tensors, "manifest": _forge_manifest}[kind](folder, chance)
+    folder = _checkpoint(run, rng)
+    kind = rng.choice(["state", "tensors", "manifest"])
+    what = {"state": _forge_state, "tensors": _forge_tensors, "manifest": _forge_manifest}[kind](folder, rng)
     return f"{folder.name}: {what}"
 
 
-def _forge_state(folder: Path, chance: random.Random) -> str:
+def _forge_state(folder: Path, rng: random.Random) -> str:
     file = folder / "state.json"
     state = json.loads(file.read_text())
-    value = chance.choice([None, [], {}, "x", -1, 1.5, True, "../../elsewhere", 10**30, [[]]])
-    if chance.random() < 0.2:
+    value = rng.choice([None, [], {}, "x", -1, 1.5, True, "../../elsewhere", 10**30, [[]]])
+    if rng.random() < 0.2:
         state, key = value, "all of it"
     else:
-        key = chance.choice(sorted(set(state) - {"seconds"}))
-        if chance.random() < 0.3:
+        key = rng.choice(sorted(set(state) - {"seconds"}))
+        if rng.random() < 0.3:
             del state[key]
             value = "gone"
         elif state[key] == value:
@@ -165,11 +165,11 @@ def _forge_state(folder: Path, chance: random.Random) -> str:
     return f"state.json, {key} is {value!r}"
 
 
-def _forge_tensors(folder: Path, chance: random.Random) -> str:
-    file = folder / chance.choice(["weights.safetensors", "optimizer.safetensors", "average.safetensors"])
+def _forge_tensors(folder: Path, rng: random.Random) -> str:
+    file = folder / rng.choice(["weights.safetensors", "optimizer.safetensors", "average.safetensors"])
     tensors = load_file(file)
-    name = chance.choice(sorted(tensors))
-    how = chance.choice(
+    name = rng.choice(sorted(tensors))
+    how = rng.choice(
         ["gone", "renamed", "another shape", "flat", "integers", "NaN", "infinite", "one more", "empty", "none at all"]
     )
     value = tensors[name]
@@ -196,10 +196,10 @@ def _forge_tensors(folder: Path, chance: random.Random) -> str:
     return f"{file.name}, {name} {how}"
 
 
-def _forge_manifest(folder: Path, chance: random.Random) -> str:
+def _forge_manifest(folder: Path, rng: random.Random) -> str:
     file = folder / "manifest.json"
     manifest = json.loads(file.read_text())
-    how = chance.choice(["step", "path", "absolute path", "device", "list", "no hashes", "number", "hash of nothing"])
+    how = rng.choice(["step", "path", "absolute path", "device", "list", "no hashes", "number", "hash of nothing"])
     if how == "step":
         manifest["step"] = 1
     elif how in ("path", "absolute path", "device"):
@@ -219,18 +219,18 @@ def _forge_manifest(folder: Path, chance: random.Random) -> str:
     return f"manifest.json, {how}"
 
 
-def _forged_config(run: Path, canary: Path, chance: random.Random) -> str:
+def _forged_config(run: Path, canary: Path, rng: random.Random) -> str:
     """Change or remove a value of config.yaml."""
     file = run / "config.yaml"
     tree = yaml.safe_load(file.read_text())
     places = list(_places(tree))
-    owner, key = chance.choice(places)
+    owner, key = rng.choice(places)
     name, old = key, owner[key]
-    if chance.random() < 0.4:
+    if rng.random() < 0.4:
         del owner[key]
         value: Any = "gone"
     else:
-        value = chance.choice([None, [], {}, "x", "../../x", -1, 0, 10**20, 1e400, True, [[1]], {"a": 1}])
+        value = rng.choice([None, [], {}, "x", "../../x", -1, 0, 10**20, 1e400, True, [[1]], {"a": 1}])
         if value == old:
             value = "y"
         owner[key] = value
@@ -245,14 +245,14 @@ def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
             yield from _places(value)
 
 
-def _several(run: Path, canary: Path, chance: random.Random) -> str:
+def _several(run: Path, canary: Path, rng: random.Random) -> str:
     """Damage the run twice."""
     done = []
     for _ in range(2):
         if not _is_plain(run):  # the second damage would read a device without end, or write through a link
             break
         with contextlib.suppress(Exception):  # the first damage may leave nothing for the second
-            done.append(KINDS[chance.choice(list(KINDS)[:-1])](run, canary, chance))
+            done.append(KINDS[rng.choice(list(KINDS)[:-1])](run, canary, rng))
     return "; ".join(done)
 
 

@@ -36,7 +36,7 @@ def campaign(
         Plain values: tried (kills of both kinds), failed, failures (in words, with the files that differ), and more.
     """
     config, _ = tiny.write_config(folder, train__pictures=False)
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     began = time.monotonic()
     if not _ended(_start(config, folder / "reference")):
         raise RuntimeError("the run that is not killed failed")
@@ -52,7 +52,7 @@ def campaign(
     run, runs = folder / "timed", 1
     for _ in range(count):
         pid = _start(config, run)
-        time.sleep(chance.uniform(0, 1.1 * seconds))
+        time.sleep(rng.uniform(0, 1.1 * seconds))
         os.kill(pid, signal.SIGKILL)
         if _ended(pid):
             note(f"run {runs}, killed at random moments", run)

@@ -42,7 +42,7 @@ def campaign(
         Plain values: tried, failed, failures, trials (what was killed, when, and what was said), and more.
     """
     config, file = tiny.write_config(folder, train__pictures=False)
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     reference, began = folder / "reference", time.monotonic()
     if _wait(_launch(file, reference, folder / "reference.txt"), LONGEST) != 0:
         raise RuntimeError(f"the run that is not killed failed: {(folder / 'reference.txt').read_text()[-2000:]}")
@@ -54,12 +54,12 @@ def campaign(
     for number in range(count):
         trial = {
             "moment": MOMENTS[number % len(MOMENTS)],
-            "rank": chance.randrange(WORLD),
+            "rank": rng.randrange(WORLD),
             "restarts": number // len(MOMENTS) % 2 == 1,
             "fresh": number % 10 == 9,
         }
         run = folder / f"run{number}"
-        wrong = _trial(trial, file, run, chance, lambda run: _alone(config, run))
+        wrong = _trial(trial, file, run, rng, lambda run: _alone(config, run))
         if not wrong and outcome(run) != expected:
             wrong = "other bits than the undisturbed run's"
         trials.append(trial | {"failed": wrong})
@@ -87,7 +87,7 @@ def outcome(run: Path) -> dict[str, Any]:
 
 
 def _trial(
-    trial: dict[str, Any], file: Path, run: Path, chance: random.Random, alone: Callable[[Path], Path]
+    trial: dict[str, Any], file: Path, run: Path, rng: random.Random, alone: Callable[[Path], Path]
 ) -> str | None:
     """Start a run, kill one of its processes, and have the run finished. Add to `trial` what happened.
 
@@ -99,7 +99,7 @@ def _trial(
     said = run.with_suffix(".txt")
     fresh, restarts = trial["fresh"], 2 if trial["restarts"] else 0
     agent = _launch(file, run, said, fresh, restarts)
-    hit = _kill_one(agent, run, trial["rank"], _moment(trial["moment"], run, chance))
+    hit = _kill_one(agent, run, trial["rank"], _moment(trial["moment"], run, rng))
     began = time.monotonic()
     status = _wait(agent, LONGEST if restarts and hit else LIMIT)
     text = said.read_text(errors="replace")
@@ -116,7 +116,7 @@ def _trial(
         return "torchrun ended with 0 although a process was killed"
     if hit["training"] and not any(f"rank {trial['rank']} (process" in line for line in trial["said"]):
         return f"no message says which process is gone: {text[-600:]}"
-    trial["resumed_by"] = chance.choice((1, WORLD))
+    trial["resumed_by"] = rng.choice((1, WORLD))
     if trial["resumed_by"] == 1:
         alone(run)
     elif (status := _wait(_launch(file, run, said, fresh), LONGEST)) != 0:
@@ -124,19 +124,19 @@ def _trial(
     return None
 
 
-def _moment(kind: str, run: Path, chance: random.Random) -> Callable[[], bool]:
+def _moment(kind: str, run: Path, rng: random.Random) -> Callable[[], bool]:
     """Return a function that says whether the moment to kill has come, from the run folder and a random delay."""
     if kind == "start":
-        return _after(chance.uniform(0, 3), lambda: True)
+        return _after(rng.uniform(0, 3), lambda: True)
     if kind == "update":
-        step = chance.randrange(1, tiny.STEPS)
-        return _after(chance.uniform(0, 0.2), lambda: _lines(run) >= step)
+        step = rng.randrange(1, tiny.STEPS)
+        return _after(rng.uniform(0, 0.2), lambda: _lines(run) >= step)
     place = run / "checkpoint"
     if kind == "checkpoint":
-        step = chance.choice((3, 5, 6, tiny.STEPS))
+        step = rng.choice((3, 5, 6, tiny.STEPS))
         return lambda: (place / f"{step}.tmp").exists() or (place / str(step)).exists()
-    step = chance.choice((5, tiny.STEPS))  # of an evaluation; the checkpoint is saved before it
-    return _after(chance.uniform(0, 0.2), lambda: (place / str(step)).exists())
+    step = rng.choice((5, tiny.STEPS))  # of an evaluation; the checkpoint is saved before it
+    return _after(rng.uniform(0, 0.2), lambda: (place / str(step)).exists())
 
 
 def _after(pause: float, begins: Callable[[], bool]) -> Callable[[], bool]:

@@ -73,7 +73,7 @@ def test_a_configuration_stands_for_its_one_task(tiny_run, petals, tmp_path, cap
         (["share", "{run}", "--private"], "--private goes with --push"),
         (["share", "{run}", "--timm", "x"], "has the tasks shapes, fractals"),
         (["share", "{run}", "--timm", "x", "--task", "shapes"], r"blocks [3, 5] have experts"),
-        (["share", "{run}", "--timm", "x", "--out", "y"], "leave --out"),
+        (["share", "{run}", "--timm", "x", "--out", "y"], "leave out --out"),
         (["add-task", "{run}", "shapes"], "has a task shapes already"),
         (["add-task", "nowhere", "pets"], "nowhere is not a run folder"),
         (["remove-task", "{run}", "pets"], "no task 'pets'"),

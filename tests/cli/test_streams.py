@@ -13,7 +13,7 @@ from moe_bsr import config as configuration
 from moe_bsr.api import train
 from moe_bsr.cli import main as main_module
 from moe_bsr.cli import streams
-from moe_bsr.cli.main import in_flags, main, told
+from moe_bsr.cli.main import in_flags, main, message_of
 from moe_bsr.runs import folder as run
 from moe_bsr.runs import report
 
@@ -84,7 +84,7 @@ def test_warnings_are_one_line_with_the_commands_name(damaged):
     ],
 )
 def test_an_error_is_told_in_one_line(error, line):
-    assert told(error) == line
+    assert message_of(error) == line
 
 
 def test_the_last_checkpoint_is_asked_for_by_a_flag():
