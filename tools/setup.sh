@@ -1,5 +1,5 @@
 # Sourced by the other scripts with the extra that they need, `views` or `dev`. Makes .venv if it does not exist, and
-# installs the project with that extra into it. If MOE_BSR_PYTHON names an interpreter that has both, it is used instead.
+# installs the project with that extra into it. If MOE_BSR_PYTHON names an interpreter that has both, that one is used.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
