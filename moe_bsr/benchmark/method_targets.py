@@ -10,24 +10,31 @@ BACKBONE, BATCH = "deit_small_patch16_224", 32
 
 
 def judge(results: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """Return one row per target whose methods were measured, below a row of titles; empty without any.
+    """Return one row per target and precision whose methods were measured, below a row of titles; empty without any.
 
-    Anchors are measured in fp32. Methods measured in another precision have it in their name, as "bsr (bf16)".
+    What a method is compared with was always measured in fp32.
     """
-    methods: dict[str, dict[str, Any]] = {}
+    methods: dict[str, dict[str, dict[str, Any]]] = {"fp32": {}}  # train_info by precision and method
     for result in results.values():
         base, precision = result["base"], result["environment"]["precision"]
         if base["backbone"]["name"].partition(".")[0] == BACKBONE and base["train"]["batch_size"] == BATCH:
-            suffix = "" if precision == "fp32" else f" ({precision})"
-            methods |= {name + suffix: row["train_info"] for name, row in result["methods"].items()}
-    rows = [row for target in TARGETS if (row := _row(methods, *target)) is not None]
-    titles = ["what", "beside", "must reach", "reaches", "by", "predicted", "time", "reached"]
+            of_precision = methods.setdefault(precision, {})
+            of_precision |= {name: row["train_info"] for name, row in result["methods"].items()}
+    rows = [
+        [what, precision, *row]
+        for what, *target in TARGETS
+        for precision, measured in methods.items()
+        # In bf16 the kept bytes also contain copies of weights, whatever the number of images.
+        if (precision == "fp32" or "peak_bytes" in target)
+        and (row := _row(measured, methods["fp32"], *target)) is not None
+    ]
+    titles = ["what", "in", "beside", "must reach", "reaches", "by", "predicted", "time", "reached"]
     return [titles, *rows] if rows else []
 
 
 def _row(
     methods: dict[str, dict[str, Any]],
-    what: str,
+    anchors: dict[str, dict[str, Any]],
     anchor: str | None,
     ours: Callable[[str], bool],
     of: str,
@@ -35,7 +42,7 @@ def _row(
     slowest: float | None,
 ) -> list[str] | None:
     fast = [name for name in methods if ours(name) and _counts(methods[name], slowest)]
-    if not fast or anchor is not None and anchor not in methods:
+    if not fast or anchor is not None and anchor not in anchors:
         return None
     best = min(fast, key=lambda name: methods[name]["cost"][of]["measured"])
     sizes, time = methods[best]["cost"][of], methods[best].get("time")
@@ -44,10 +51,10 @@ def _row(
         value, reached = f"{sizes['measured'] / MIB:.2f} MiB", sizes["measured"] <= limit * MIB
         asked = f"at most {limit:g} MiB"
     else:
-        ratio = methods[anchor]["cost"][of]["measured"] / sizes["measured"]
+        ratio = anchors[anchor]["cost"][of]["measured"] / sizes["measured"]
         value, reached, asked = f"{ratio:.1f}x", ratio >= limit, f"{limit:g}x less"
     told = f"{time['ratio']:.2f}" if time else "-"
-    return [what, anchor or "-", asked, value, best, off, told, "yes" if reached else "no"]
+    return [anchor or "-", asked, value, best, off, told, "yes" if reached else "no"]
 
 
 def _counts(info: dict[str, Any], slowest: float | None) -> bool:

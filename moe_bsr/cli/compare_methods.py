@@ -36,12 +36,20 @@ Stages = dict[tuple[str, ...], Callable[[], Any]]  # keys: where the result goes
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="?", metavar="CONFIG", help=run_arguments.CONFIG)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.batch_size=8")
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="methods to compare (all of the file)")
-    parser.add_argument("--file", type=Path, metavar="FILE", help="definitions of methods (configs/methods/all.yaml)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file to which rows are added")
-    parser.add_argument("--reference", default="bsr", metavar="NAME", help="method that times are divided by (bsr)")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="methods to compare (default: all of the file)")
     parser.add_argument(
-        "--rounds", type=run_arguments.at_least(0), default=3, metavar="N", help="rounds of timing, 0 for none (3)"
+        "--file", type=Path, metavar="FILE", help="definitions of methods (default: configs/methods/all.yaml)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file to which rows are added")
+    parser.add_argument(
+        "--reference", default="bsr", metavar="NAME", help="method that times are divided by (default: bsr)"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=run_arguments.at_least(0),
+        default=3,
+        metavar="N",
+        help="rounds of timing, 0 for none (default: 3)",
     )
     parser.add_argument(
         "--no-gradients", action="store_true", help="skip the comparison of gradients, which needs images"
@@ -52,16 +60,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=run_arguments.at_least(1),
         default=400,
         metavar="N",
-        help="updates for each learning rate of --train (400)",
+        help="updates for each learning rate of --train (default: 400)",
     )
-    parser.add_argument("--minutes", type=float, default=2.0, metavar="N", help="of each timed run of --train (2)")
-    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="of the timed runs of --train (the base's)")
+    parser.add_argument(
+        "--minutes", type=float, default=2.0, metavar="N", help="of each timed run of --train (default: 2)"
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", metavar="N", help="of the timed runs of --train (default: the base's)"
+    )
     parser.add_argument(
         "--run",
         type=Path,
         default=Path("runs/methods"),
         metavar="DIR",
-        help="folder of the runs of --train (runs/methods)",
+        help="folder of the runs of --train (default: runs/methods)",
     )
     parser.add_argument("--from-json", type=Path, nargs="+", metavar="FILE", help="measure nothing, show these files")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the Pareto fronts into this file")
