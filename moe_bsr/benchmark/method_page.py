@@ -65,9 +65,8 @@ def as_markdown(results: Results) -> str:
         parts.append(f"## {heading(result)}\n\n{made}\n\n{markdown_table(rows(result))}\n")
         parts.append(_legend(result))
     if targets := judge(results):
-        parts.append(
-            f"## Targets\n\nDeiT-S, 224 px, 32 images, measured. Methods are compared with figures in fp32, also those in bf16.\n\n{markdown_table(targets)}\n"
-        )
+        about = "DeiT-S, 224 px, 32 images, measured. Methods are compared with figures in fp32, also those in bf16."
+        parts.append(f"## Targets\n\n{about}\n\n{markdown_table(targets)}\n")
     parts.append(f"{PUBLISHED.strip()}\n\n{markdown_table(_published(results))}")
     return "\n".join(parts)
 

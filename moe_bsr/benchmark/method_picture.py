@@ -2,8 +2,8 @@
 
 Without accuracies the panels are peak against time, peak against FLOPs, and kept bytes against the error of the
 gradients. With them: test accuracy after equal time against peak, and validation accuracy after equal updates against
-peak and FLOPs. Empty panels are left out. Names that would overlap are not drawn; those on the front come first.
-Published points are hollow: each counts memory by a rule of its own.
+peak and FLOPs. Empty panels are left out, and results with a single panel. Names that would overlap are not drawn;
+those on the front come first. Published points are hollow: each counts memory by a rule of its own.
 """
 
 from pathlib import Path
@@ -22,6 +22,9 @@ def draw(results: list[dict[str, Any]], file: Path) -> None:
     from matplotlib.figure import Figure
 
     panels_of = [[panel for panel in _panels(result) if panel[2]] for result in results]
+    if any(len(panels) > 1 for panels in panels_of):  # leave out results that are only a supplement to others
+        results = [result for result, panels in zip(results, panels_of, strict=True) if len(panels) > 1]
+        panels_of = [panels for panels in panels_of if len(panels) > 1]
     columns = max(map(len, panels_of))
     figure = Figure(figsize=(5.4 * columns, 5.2 * len(results)), layout="constrained")
     rows = zip(figure.subplots(len(results), columns, squeeze=False), results, panels_of, strict=True)
