@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_runs import Crash, act_at, make_config
+from tiny_runs import LATE, Crash, act_at, make_config
 
 import moe_bsr
 from moe_bsr.config import Config, ConfigError, replace
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("bare")
 
 
 def config_of(folder: Path) -> Config:
-    return make_config(folder, train__steps=4, train__checkpoint_every=1, train__evaluate_test=False)
+    return make_config(folder, **LATE, train__steps=4, train__checkpoint_every=1, train__evaluate_test=False)
 
 
 @pytest.fixture
