@@ -6,7 +6,10 @@ import pytest
 from tiny_runs import LATE, TASKS, make_config
 
 import moe_bsr
+from moe_bsr import api
 from moe_bsr.callbacks import default_callbacks
+from moe_bsr.model import multitask
+from moe_bsr.model.multitask import build_on_meta
 from moe_bsr.training.callback import Callback
 
 pytestmark = pytest.mark.usefixtures("light")
@@ -62,6 +65,15 @@ def test_callbacks_follow_one_task_after_the_other(tmp_path):
     config = make_config(tmp_path, **LATE, mode="single_task", train__steps=1, train__evaluate_test=False)
     moe_bsr.train(config, tmp_path / "run", callbacks=[recorder])
     assert recorder.folders == list(TASKS) and recorder.events.count("close") == 2
+
+
+def test_a_run_checks_its_model_once_and_before_weights_are_read(tmp_path, monkeypatch):
+    built = []
+    for module in (api, multitask):
+        monkeypatch.setattr(module, "build_on_meta", lambda *given: built.append("meta") or build_on_meta(*given))
+    monkeypatch.setattr(multitask, "digest", lambda state: built.append("weights") or "")
+    moe_bsr.train(make_config(tmp_path, **LATE, train__steps=1), tmp_path / "run", callbacks=[])
+    assert built == ["meta", "weights"]
 
 
 def test_the_default_callbacks_have_names_of_their_own(tmp_path):
