@@ -11,10 +11,10 @@ import pytest
 # The files that take most CPU time, longest first. They start first: a long file at the end would keep one worker busy
 # while the others have nothing left.
 LONG = (
-    "predict registries campaigns fit cost_check warm_start expert_views interrupt cost feature_cache browser plans "
-    "views folder resume trainer added_task contents data_record probe_trainer several_processes tables load "
-    "compare_methods benchmark length bundle share multitask weights_files step_in_backward callbacks positive_control "
-    "reproduce layers ordinary mezo state experts export"
+    "predict registries campaigns fit cost_check plans expert_views interrupt cost network warm_start feature_cache "
+    "browser bundle folder resume trainer added_task views contents data_record probe_trainer several_processes tables "
+    "compare_methods benchmark length multitask weights_files load step_in_backward callbacks share export "
+    "positive_control reproduce layers ordinary budgets mezo state experts"
 ).split()
 
 
