@@ -121,7 +121,7 @@ def build_model(
     opened = {name: list(data.class_names) for name, data in tasks.items()}
     classes = {name: (kept | opened)[name] for name in config.task_names()}
     if config.train.init_from is None or (resume and checkpoint.steps(run_dir)):
-        return build(config, {name: len(names) for name, names in classes.items()}), []
+        return build(config, {name: len(names) for name, names in classes.items()}, checked=True), []
     return warm_start.build_from(config.train.init_from, config, classes)
 
 

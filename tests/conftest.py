@@ -1,18 +1,20 @@
-"""One compute thread: the tests' tensors are tiny, and spinning threads would slow everything down.
+"""Tests compute in one thread: their tensors are tiny, and threads that wait actively would slow everything down.
 
-Nothing that takes long is imported here: the process that starts the workers of pytest-xdist reads this file too.
+Nothing that takes long is imported here, because the process that starts the workers of pytest-xdist reads this file.
 """
 
 import gc
-import os
 
+import cheap
 import pytest
 
-# The files that take longest, longest first. They start first: whichever came last would keep one process busy and
-# the others idle.
+# The files that take most CPU time, longest first. They start first: a long file at the end would keep one worker busy
+# while the others have nothing left.
 LONG = (
-    "predict cost_check campaigns interrupt cost several_processes fit trainer data_record probe_trainer benchmark "
-    "feature_cache resume browser registries added_task callbacks views warm_start configs"
+    "predict registries campaigns fit cost_check plans expert_views interrupt cost network warm_start feature_cache "
+    "browser bundle folder resume trainer added_task views contents data_record probe_trainer several_processes tables "
+    "compare_methods benchmark length multitask weights_files load step_in_backward callbacks share export "
+    "positive_control reproduce layers ordinary budgets mezo state experts"
 ).split()
 
 
@@ -26,7 +28,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection():
-    """What is imported stays, 400,000 objects: nobody looks for garbage among them, neither now nor later."""
+    """Keep the 400,000 objects that imports create out of all garbage collections."""
     gc.disable()
     try:
         return (yield)
@@ -37,7 +39,7 @@ def pytest_collection():
 
 @pytest.fixture(params=["fast", "reference"])
 def kernels(request):
-    """An oracle test with this fixture runs on the fast kernels and on their plain references."""
+    """Run a test on the fast kernels and on their plain references."""
     from moe_bsr import ops
 
     if request.param == "fast":
@@ -49,40 +51,18 @@ def kernels(request):
 
 @pytest.fixture(scope="module")
 def undrawn():
-    """Runs draw no pictures, for tests of anything else: they take longer than everything else in a small run."""
-    from moe_bsr.callbacks import expert_views, mistakes
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(expert_views, "drawing_due", lambda *arguments: False)
-        patch.setattr(mistakes.MistakeViews, "on_end", lambda self, report: None)
+    """Runs draw no pictures: see `cheap.undrawn`."""
+    with cheap.undrawn():
         yield
 
 
 @pytest.fixture(scope="module")
 def light():
-    """Runs do not predict their cost, nor wait for the disk, and each image of a generated task is drawn once."""
-    from moe_bsr import api
-    from moe_bsr.data.generated import Generated
-
-    draw = Generated.image
-
-    def drawn_once(source: Generated, index: int):
-        """An image is a function of its stream (family or suite, split, seed) and its position."""
-        key = source._stream, index, len(source)
-        if key not in _drawn:
-            _drawn[key] = draw(source, index)
-        return _drawn[key].copy()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "_predict", lambda *arguments: None)
-        patch.setattr(os, "fsync", lambda file: None)
-        patch.setattr(Generated, "image", drawn_once)
+    """Runs predict no cost, do not wait for the disk and draw each image once: see `cheap.light`."""
+    with cheap.light():
         yield
-
-
-_drawn: dict = {}
 
 
 @pytest.fixture(scope="module")
 def bare(undrawn, light):
-    """For tests of anything but what these two leave out."""
+    """Both, for tests of anything else."""

@@ -1,17 +1,19 @@
-"""Processes of their own for tests that need one: with their own streams, signals and exit status.
+"""Run code in a process of its own, for tests that need separate streams, signals and an exit status.
 
-One interpreter for each worker imports everything and forks them all: starting each anew takes longer than what they
-do. (torch trains in no fork of a process that has run a backward pass, so the tests' own process cannot be their
-parent.) What a command imports at its start, and that it sets its process up anew, is no business of these.
+One interpreter imports everything and forks all these processes, because starting each of them anew takes longer than
+what they do. The workers of pytest-xdist share it. (torch cannot train in a fork of a process that has run a backward
+pass, so a test process cannot be the parent.) These processes do not show what a command imports at its start, nor that
+it sets up its process.
 """
 
 import array
-import atexit
 import contextlib
+import fcntl
 import gc
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -38,34 +40,34 @@ from moe_bsr import api
 from moe_bsr.cli import main
 
 api._predict = lambda *arguments: None
-main._set_up_process = lambda: None  # it would start the program again
+main._set_up_process = lambda: None  # it would start the interpreter anew
 main.start()
 """
 
 
 def in_fresh_process(folder, call: str) -> Any:
-    """What an expression comes to there; it may use `folder`, `main` and the modules of the campaigns."""
+    """Return the value of an expression, which may use `folder`, `main` and the modules of the campaigns."""
     done = run(CAMPAIGN, folder, call)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def run(code: str, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess:
-    """As `subprocess.run([sys.executable, "-c", code, *arguments])`, which waits for the end."""
+    """Do what `subprocess.run([sys.executable, "-c", code, *arguments])` does."""
     with Process(code, *arguments, **environment) as process:
         status = process.wait()
         return subprocess.CompletedProcess(arguments, status, process.output(), process.output(2))
 
 
 def in_shell(redirected: str, code: str, *arguments: str | Path) -> subprocess.CompletedProcess:
-    """The same with its streams redirected as a shell writes it; the exit status is the last line of `stdout`."""
+    """Do the same with the redirections of a shell. The exit status is the last line of `stdout`."""
     client = [sys.executable, "-I", "-S", __file__, _server(), code, *arguments]
     line = f'exec 3>&1; ( "$@" 3>&- ; echo $? >&3 ) {redirected}'
     return subprocess.run(["bash", "-c", line, "bash", *client], capture_output=True, text=True, check=False)
 
 
 class Process:
-    """One that has been started: `pid`, and what it has written so far."""
+    """A process that has been started, with its `pid` and what it has written so far."""
 
     def __init__(self, code: str, *arguments: str | Path, **environment: str) -> None:
         self._streams = [tempfile.TemporaryFile() for _ in range(3)]
@@ -74,11 +76,11 @@ class Process:
         self.pid = json.loads(self._ended.readline())
 
     def output(self, number: int = 1) -> str:
-        """Of stdout (1) or stderr (2)."""
+        """Return what it has written to stdout (1) or stderr (2)."""
         return os.pread(self._streams[number].fileno(), 2**24, 0).decode()
 
     def wait(self) -> int:
-        """Its exit status; of a signal that ended it, minus its number."""
+        """Wait for its end; returns its exit status, or minus the number of the signal that ended it."""
         return json.loads(self._ended.readline())
 
     def __enter__(self) -> "Process":
@@ -89,36 +91,48 @@ class Process:
             stream.close()
 
 
-_started: dict[int, str] = {}  # by the process that asked: a fork of it asks another
+_users: dict[int, int] = {}  # by process: its end of the pipe that keeps the server alive
 
 
 def _server() -> str:
-    """The socket of this worker's interpreter, which ends when the worker does."""
-    if os.getpid() not in _started:
-        folder = tempfile.TemporaryDirectory(prefix="fresh")  # a socket's path has to be short
-        path = f"{folder.name}/socket"
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-        listening = socket.socket(socket.AF_UNIX)
-        listening.bind(path)
+    """Return the socket of the interpreter that the workers share, which the first of them starts.
+
+    It ends when every process that has asked for it has ended.
+    """
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", f"{os.getpid()}")
+    folder = Path(tempfile.gettempdir(), f"fresh-{os.getuid()}-{run}")  # a socket's path has to be short
+    if os.getpid() not in _users:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        with open(folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                _users[os.getpid()] = os.open(folder / "users", os.O_WRONLY | os.O_NONBLOCK)
+            except OSError:  # there is no pipe yet, or nobody reads it
+                _users[os.getpid()] = _start(folder)
+    return str(folder / "socket")
+
+
+def _start(folder: Path) -> int:
+    """Start a server; returns an end of the pipe `users`, which it reads until all other ends are closed."""
+    for name in ("socket", "users"):
+        (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / "users")
+    both = os.open(folder / "users", os.O_RDWR)  # or opening one end would wait for the other
+    with open(folder / "users", "rb") as users, socket.socket(socket.AF_UNIX) as listening:
+        own = os.open(folder / "users", os.O_WRONLY)
+        os.close(both)
+        listening.bind(str(folder / "socket"))
         listening.listen()
-        call = [sys.executable, __file__, str(listening.fileno())]
-        server = subprocess.Popen(call, stdin=subprocess.PIPE, env=environment, pass_fds=[listening.fileno()])
-        listening.close()
-        _started[os.getpid()] = path
-
-        atexit.register(_stop, os.getpid(), server, folder)
-    return _started[os.getpid()]
-
-
-def _stop(owner: int, server: subprocess.Popen, folder: tempfile.TemporaryDirectory) -> None:
-    if os.getpid() == owner:
-        server.kill()
-        server.wait()
-        folder.cleanup()
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+        listening.set_inheritable(True)
+        call = [sys.executable, __file__, str(listening.fileno()), str(folder)]
+        stdin = (os.POSIX_SPAWN_DUP2, users.fileno(), 0)
+        os.posix_spawn(sys.executable, call, environment, file_actions=[stdin])  # `Popen` would warn that it still runs
+    return own
 
 
 def _ask(path: str, code: str, arguments: Any, files: dict[int, int], environment: Any) -> Any:
-    """Have a process started; the two lines that come back are its id and its exit status."""
+    """Ask the server for a process; the two lines that come back are its id and its exit status."""
     asked = {"code": code, "arguments": list(map(str, arguments)), "cwd": os.getcwd(), "files": list(files)}
     asking = socket.socket(socket.AF_UNIX)
     asking.connect(path)
@@ -130,12 +144,13 @@ def _ask(path: str, code: str, arguments: Any, files: dict[int, int], environmen
 
 
 def _serve(listening: socket.socket) -> tuple[str, list[str]]:
-    """Fork a process for whoever asks; returns in each of these alone, with its code and arguments."""
+    """Fork a process for each request; returns only in these processes, with their code and arguments."""
     while True:
-        if sys.stdin in select.select([listening, sys.stdin], [], [])[0]:  # at its end: the worker is gone
+        if sys.stdin in select.select([listening, sys.stdin], [], [])[0]:  # at its end: all workers are gone
+            shutil.rmtree(sys.argv[2])
             sys.exit()
         connection, _ = listening.accept()
-        if os.fork() == 0:  # this one waits for the process itself
+        if os.fork() == 0:  # the fork waits for the process that it starts
             break
         connection.close()
     listening.close()
@@ -146,14 +161,14 @@ def _serve(listening: socket.socket) -> tuple[str, list[str]]:
         connection.close()
         _become(asked, dict(zip(asked["files"], given, strict=True)))
         return asked["code"], asked["arguments"]
-    with contextlib.suppress(BrokenPipeError):  # nobody asks how it ended
+    with contextlib.suppress(BrokenPipeError):  # the client is gone
         connection.sendall(f"{pid}\n".encode())
         connection.sendall(f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n".encode())
     os._exit(0)
 
 
 def _become(asked: dict[str, Any], files: dict[int, int]) -> None:
-    """Take over directory, environment and streams, as an interpreter does at its start."""
+    """Set up directory, environment and streams, as an interpreter does at its start."""
     os.chdir(asked["cwd"])
     os.environ.clear()
     os.environ.update(asked["environment"])
@@ -186,9 +201,9 @@ def _client(path: str, code: str, *arguments: str) -> int:
 if __name__ == "__main__":
     if not sys.argv[1].isdigit():
         sys.exit(_client(*sys.argv[1:]))
-    gc.disable()  # what is imported stays: looking for garbage there takes a third of the time
+    gc.disable()  # garbage collections take a third of the time of the imports, and find nothing
     import torch
-    import torch._dynamo  # which the first optimizer imports
+    import torch._dynamo  # the first optimizer would import it
 
     import moe_bsr.api
     import moe_bsr.callbacks.tensorboard
@@ -200,8 +215,8 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     gc.enable()
-    gc.freeze()  # or a collection in a fork would touch, and so copy, every page of the parent's
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait
+    gc.freeze()  # or a collection in a fork would write to every page of the parent, and so copy it
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # this process waits for no child
     code, arguments = _serve(socket.socket(fileno=int(sys.argv[1])))
     sys.argv = ["-c", *arguments]
     exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})

@@ -1,7 +1,7 @@
-"""Several processes that train together, as torchrun starts them.
+"""Groups of processes that train together, as torchrun starts them.
 
-A fresh process (`fresh.py`) forks them all. The stores by which they find each other are in the tests' process, as
-torchrun's is in its own: a store survives its group, and no port has to be guessed.
+A fresh process (`fresh.py`) forks them all. The stores by which they find each other are in the test process, as
+torchrun's store is in torchrun: a store outlives its group, and no port has to be guessed.
 """
 
 import importlib.util
@@ -17,12 +17,18 @@ from typing import Any
 import fresh
 
 CODE = "import json, pathlib, sys, ranks; ranks.start(sys.argv[1], pathlib.Path(sys.argv[2]), json.loads(sys.argv[3]))"
-LIMIT = 500  # seconds for a group; it is there for one that hangs
+LIMIT = 500  # seconds after which a group that hangs is killed
 
 
 @dataclass(frozen=True)
 class Ended:
-    """status: as of `os.waitstatus_to_exitcode`. said: on stdout and stderr. result: None if there is none."""
+    """How a process ended.
+
+    Attributes:
+        status: as `os.waitstatus_to_exitcode` returns it.
+        said: what it wrote to stdout and stderr.
+        result: what its function returned, None if it did not return.
+    """
 
     status: int
     said: str
@@ -33,7 +39,7 @@ def run_groups(file: str, folder: Path, groups: dict[str, int]) -> dict[str, lis
     """Call functions of a test file in several processes, one group after the other.
 
     Args:
-        groups: how many processes, by the name of a `function(folder, rank)`, whose result is JSON.
+        groups: number of processes by the name of a `function(folder, rank)`, which returns JSON values.
     """
     import torch.distributed as dist
 
@@ -58,7 +64,7 @@ def start(file: str, folder: Path, plan: list[tuple[str, int, int]]) -> None:
     expert_views.drawing_due = lambda *arguments: False
     mistakes.MistakeViews.on_end = lambda self, report: None
     api._predict = lambda *arguments: None
-    api.check = lambda config: None  # the tests' process has made the same checks
+    api.check = lambda config: None  # the test process has made the same checks
     spec = importlib.util.spec_from_file_location("functions", file)
     functions = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(functions)
@@ -100,7 +106,7 @@ def _start(functions: Any, name: str, rank: int, world: int, port: int, folder: 
 
 
 def _wait(children: list[int]) -> dict[int, int]:
-    """The exit status of each; those that take too long are killed."""
+    """Return the exit status of each, and kill those that take too long."""
     statuses: dict[int, int] = {}
     until = time.monotonic() + LIMIT
     while len(statuses) < len(children):

@@ -1,17 +1,18 @@
 """The library's front: callbacks handed in, values they add to the report, evaluation of a run."""
 
 import json
-import shutil
 
 import pytest
-from tiny_runs import TASKS, make_config, make_trainer
+from tiny_runs import LATE, TASKS, make_config
 
 import moe_bsr
+from moe_bsr import api
 from moe_bsr.callbacks import default_callbacks
-from moe_bsr.config import ConfigError
-from moe_bsr.runs import checkpoint
-from moe_bsr.runtime import memory
+from moe_bsr.model import multitask
+from moe_bsr.model.multitask import build_on_meta
 from moe_bsr.training.callback import Callback
+
+pytestmark = pytest.mark.usefixtures("light")
 
 
 class Recorder(Callback):
@@ -42,7 +43,7 @@ class Recorder(Callback):
 
 def test_callbacks_are_handed_in_and_metrics_are_written_all_the_same(tmp_path, capsys):
     recorder = Recorder("mine", answer=42, status="overwritten?")
-    report = moe_bsr.train(make_config(tmp_path, train__steps=2), tmp_path / "run", callbacks=[recorder])
+    report = moe_bsr.train(make_config(tmp_path, **LATE, train__steps=2), tmp_path / "run", callbacks=[recorder])
     assert recorder.events == ["start", "step", "step", "val", "test", "end", "close"]
     assert report["answer"] == 42 and report["status"] == "finished"  # nothing of the trainer's is overwritten
     assert report == json.loads((tmp_path / "run" / "report.json").read_text())
@@ -53,7 +54,7 @@ def test_callbacks_are_handed_in_and_metrics_are_written_all_the_same(tmp_path, 
 def test_what_callbacks_add_does_not_depend_on_their_order(tmp_path):
     for place, order in enumerate(([0, 1], [1, 0])):
         callbacks = [Recorder("a"), Recorder("b")]
-        config = make_config(tmp_path, train__steps=1, train__evaluate_test=False)
+        config = make_config(tmp_path, **LATE, train__steps=1, train__evaluate_test=False)
         report = moe_bsr.train(config, tmp_path / str(place), callbacks=[callbacks[i] for i in order])
         assert report["a saw"] == report["b saw"]
         assert "a saw" not in report["b saw"] and "mean_top1" in report["a saw"]
@@ -61,9 +62,18 @@ def test_what_callbacks_add_does_not_depend_on_their_order(tmp_path):
 
 def test_callbacks_follow_one_task_after_the_other(tmp_path):
     recorder = Recorder("mine")
-    config = make_config(tmp_path, mode="single_task", train__steps=1, train__evaluate_test=False)
+    config = make_config(tmp_path, **LATE, mode="single_task", train__steps=1, train__evaluate_test=False)
     moe_bsr.train(config, tmp_path / "run", callbacks=[recorder])
     assert recorder.folders == list(TASKS) and recorder.events.count("close") == 2
+
+
+def test_a_run_checks_its_model_once_and_before_weights_are_read(tmp_path, monkeypatch):
+    built = []
+    for module in (api, multitask):
+        monkeypatch.setattr(module, "build_on_meta", lambda *given: built.append("meta") or build_on_meta(*given))
+    monkeypatch.setattr(multitask, "digest", lambda state: built.append("weights") or "")
+    moe_bsr.train(make_config(tmp_path, **LATE, train__steps=1), tmp_path / "run", callbacks=[])
+    assert built == ["meta", "weights"]
 
 
 def test_the_default_callbacks_have_names_of_their_own(tmp_path):
@@ -73,7 +83,7 @@ def test_the_default_callbacks_have_names_of_their_own(tmp_path):
 
 @pytest.mark.parametrize("mode", ["multitask", "single_task"])
 def test_a_run_is_evaluated_as_the_trainer_evaluated_it(tmp_path, mode):
-    report = moe_bsr.train(make_config(tmp_path, mode=mode, train__steps=2), tmp_path / "run", callbacks=[])
+    report = moe_bsr.train(make_config(tmp_path, **LATE, mode=mode, train__steps=2), tmp_path / "run", callbacks=[])
     told = []
     result = moe_bsr.evaluate(tmp_path / "run", "test", on_task=lambda *event: told.append(event))
     assert result["mean_top1"] == pytest.approx(report["mean_top1"]) and result["test_evaluations"] == 2
@@ -85,41 +95,3 @@ def test_a_run_is_evaluated_as_the_trainer_evaluated_it(tmp_path, mode):
         moe_bsr.evaluate(loaded, tasks=["nothing"])
     with pytest.raises(ValueError, match="split: 'train'"):
         moe_bsr.evaluate(loaded, "train")
-
-
-# --- memory ---
-
-
-def test_a_run_that_may_not_fit_is_warned_of_and_one_that_does_is_not(tmp_path, monkeypatch, recwarn):
-    config = make_config(tmp_path, train__steps=1, train__evaluate_test=False)
-    moe_bsr.train(config, tmp_path / "fits", callbacks=[])
-    assert not [each for each in recwarn if "memory" in str(each.message)]
-    monkeypatch.setattr(memory, "available", lambda device: (3 * 2**20, "this machine"))
-    with pytest.warns(
-        UserWarning, match="may run out of memory: .* this machine has 3 MB free; lower train.batch_size"
-    ):
-        assert moe_bsr.train(config, tmp_path / "tight", callbacks=[])["status"] == "finished"
-
-
-def test_a_model_whose_parameters_do_not_fit_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "available", lambda device: (2**20, "this machine"))
-    with pytest.raises(ConfigError, match="parameters alone take 2 MB, and this machine has 1 MB free; take a smaller"):
-        moe_bsr.train(make_config(tmp_path), tmp_path / "run", callbacks=[])
-    assert not (tmp_path / "run").exists()
-
-
-def test_checkpoints_without_room_are_refused_before_the_first_update(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda run: shutil._ntuple_diskusage(0, 0, 2**20))
-    with pytest.raises(ConfigError, match="no room for the run's checkpoints: 3 of 3.2 MB each need 9.5 MB, 1.0 MB"):
-        moe_bsr.train(make_config(tmp_path), tmp_path / "run", callbacks=[])
-    assert not (tmp_path / "run").exists()
-
-
-def test_the_size_of_a_checkpoint_is_foreseen(tmp_path):
-    config = make_config(tmp_path, train__steps=2, train__ema_decay=0.5, train__evaluate_test=False)
-    trainer = make_trainer(config, tmp_path / "run")
-    foreseen = trainer.state.sizes()
-    trainer.fit()
-    for name, size in foreseen.items():
-        written = (tmp_path / "run" / "checkpoint" / "2" / f"{name}.safetensors").stat().st_size
-        assert size == pytest.approx(written, rel=0.03)

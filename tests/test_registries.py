@@ -1,7 +1,7 @@
-"""One sweep over everything that is registered, in timm's manner: whoever adds an entry is tested here at once.
+"""One sweep over everything that is registered, as timm tests its models: a new entry is tested at once.
 
-Every entry is chosen in a tiny run of two tasks, which takes one update, is saved and loaded again. What the plan
-and the entry declare as trained moves, and nothing else does.
+A tiny run of two tasks chooses the entry, takes one update, and is saved and loaded again. Only those parameters move
+that plan and entry declare as trained. The predicted cost of the entry is compared with the measured one.
 """
 
 from pathlib import Path
@@ -26,9 +26,10 @@ pytestmark = pytest.mark.usefixtures("light")
 
 # A small network of each family of backbones: name and input side in pixels.
 SMALLEST = {"resnet": ("resnet10t", 32), "vit": ("test_vit", 32)}
-MAPS = {"plan__train_blocks": [1], "plan__drop_blocks": [], "plan__moe_blocks": []}  # of what has no tokens
+PLAN = {"plan__train_blocks": [3, 5], "plan__drop_blocks": [3], "plan__moe_blocks": [5]}
+MAPS = {"plan__train_blocks": [1], "plan__drop_blocks": [], "plan__moe_blocks": []}  # for backbones without tokens
 
-# What a configuration says to choose an entry; a function of the entry's name.
+# Changes of a configuration that choose an entry, as a function of the entry's name.
 CHOICES = {
     "storage": (STORAGES, lambda kind: {"storage": kind}),
     "router": (ROUTERS, lambda kind: {"moe__router": kind}),
@@ -53,10 +54,9 @@ IN_THE_MODEL = [entry for entry in ENTRIES if entry[0] not in ("sampler", "sourc
 
 
 def configuration(registry: str, kind: str, folder: Path, **changes) -> Config:
-    """One update of a small model with experts and token dropping, with the entry chosen."""
-    config = make_config(
-        folder, train__steps=1, train__evaluate_test=False, moe__init_noise=0.1, **CHOICES[registry][1](kind) | changes
-    )
+    """Return a run of one update of a small model with experts and token dropping that uses the entry."""
+    settings = PLAN | {"train__steps": 1, "train__evaluate_test": False, "moe__init_noise": 0.1}
+    config = make_config(folder, **settings | CHOICES[registry][1](kind) | changes)
     if registry == "source":
         tasks = [str(TASK_FILES[kind](folder)), config.tasks[1]]
         config = moe_bsr.config.replace(config, tasks=tasks, data__root=str(folder))
@@ -64,12 +64,12 @@ def configuration(registry: str, kind: str, folder: Path, **changes) -> Config:
 
 
 def belongs_to(name: str, tasks: set[str]) -> bool:
-    """Whether a parameter is one of these tasks' own, by a part of its name."""
+    """Return whether a parameter belongs to one of these tasks alone, by a part of its name."""
     return bool(tasks & set(name.split(".")))
 
 
 def declared(model: MultitaskViT, visited: list[str]) -> set[str]:
-    """What one update with batches of these tasks may move: trained parameters but other tasks' heads and routers."""
+    """Return what an update for these tasks may move: trained parameters except other tasks' heads and routers."""
     others = set(model.tasks) - set(visited)
     return {name for name, p in model.named_parameters() if p.requires_grad and not belongs_to(name, others)}
 
@@ -85,7 +85,7 @@ def test_an_update_moves_what_was_declared_and_the_checkpoint_gives_it_back(regi
     after = state_of(trainer.model)
     assert after.keys() == before.keys()
     moved = {name for name in parameters if not torch.equal(before[name], after[name])}
-    # Behind zeros nothing has a gradient yet, and biases do not decay.
+    # Parameters behind zeros have no gradient yet, and biases do not decay.
     behind_zeros = ("beside_ffn.down.", "beside_block.", "ladder.side.", "ladder.norm.", "vit.blocks.1.bn1.")
     still = {name for name, p in parameters.items() if p.ndim < 2 and any(each in name for each in behind_zeros)}
     assert moved | still == declared(trainer.model, trainer.sampler.tasks(0))
@@ -105,7 +105,7 @@ def test_the_cost_predicted_is_the_cost_measured(registry, kind, tmp_path):
 
 
 class AnotherTasksRouter(ROUTERS["per_task"]):
-    """Wrong: it routes a task's tokens by another task's weights."""
+    """A wrong router: it routes a task's tokens by another task's weights."""
 
     def forward(self, x, task):
         return super().forward(x, next(name for name in self.weight if name != task))

@@ -1,4 +1,4 @@
-"""Runs that train in about a second: two drawn tasks of unequal size and a backbone of six narrow blocks."""
+"""Runs that take about a second: two generated tasks of unequal size and a backbone of six narrow blocks."""
 
 from pathlib import Path
 
@@ -20,11 +20,13 @@ from moe_bsr.training.trainer import Trainer
 
 TASKS = {"shapes": (10, 30), "fractals": (12, 60)}  # classes, images before some are held out for validation
 SIZES = {"shapes": 23, "fractals": 51}  # training images left
+# Only the last block trains, and it alone has experts: cheap updates, for tests of anything but the model.
+LATE = {"plan__train_blocks": [5], "plan__drop_blocks": [3], "plan__moe_blocks": [5]}
 TASK = "{{title: {0}, source: generated, family: {0}, classes: {1}, train: {2}, test: {1}, license: none}}\n"
 
 
 def make_config(folder: Path, **changes) -> Config:
-    """Eight updates of eight images with experts and token dropping; changes as `train__steps=4`."""
+    """Return a run of eight updates of eight images with experts and token dropping; changes as `train__steps=4`."""
     paths = []
     for name, (classes, count) in TASKS.items():
         paths.append(folder / f"{name}.yaml")
@@ -43,12 +45,12 @@ def make_config(folder: Path, **changes) -> Config:
 
 
 def replace_task(config: Config, task: str) -> Config:
-    """The same run of one other task."""
+    """Return the same run of one other task."""
     return configuration.replace(config, tasks=[task])
 
 
 def make_trainer(config: Config, folder: Path, callbacks: list[Callback] | None = None) -> Trainer:
-    """What `train` builds, with callbacks of one's own."""
+    """Return the trainer that `train` would build, with these callbacks."""
     tasks = {name: run.open_task(config, file) for name, file in config.task_files().items()}
     model = build(config, {name: len(data.class_names) for name, data in tasks.items()})
     return api.make_trainer(config, model, tasks, prepare(config.runtime), folder, callbacks or [])
@@ -59,7 +61,7 @@ def state_of(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 class Snapshots(Callback):
-    """Keeps the whole state after every update, and the task it was for."""
+    """Keeps the model's whole state after every update, and the task of the update."""
 
     def __init__(self) -> None:
         self.trainer: Trainer | None = None
@@ -72,7 +74,7 @@ class Snapshots(Callback):
 
 
 def watch(config: Config, folder: Path, *callbacks: Callback) -> tuple[Trainer, Snapshots]:
-    """A trainer whose states are kept; the first is the one before any update."""
+    """Return a trainer whose states are kept, the first of them from before any update."""
     snapshots = Snapshots()
     snapshots.trainer = make_trainer(config, folder, [snapshots, *callbacks])
     snapshots.states.append(state_of(snapshots.trainer.model))
@@ -80,7 +82,7 @@ def watch(config: Config, folder: Path, *callbacks: Callback) -> tuple[Trainer, 
 
 
 def script_scores(monkeypatch, means: list[float]) -> list[tuple[str, Tensor]]:
-    """Replace validation top-1 by `means` in turn, test top-1 by 50; returns (split, scored head)."""
+    """Replace validation top-1 by `means` in turn and test top-1 by 50; returns (split, scored head) of each."""
     seen, turns = [], iter(means)
 
     def scripted(model, data, split, *arguments):
@@ -94,7 +96,7 @@ def script_scores(monkeypatch, means: list[float]) -> list[tuple[str, Tensor]]:
 
 
 class Crash(Exception):
-    """Stands for whatever ends a process in the middle."""
+    """Stands for anything that ends a process in the middle."""
 
 
 def act_at(monkeypatch, step: int, action) -> None:
@@ -114,7 +116,7 @@ def crash() -> None:
 
 
 def crashed_and_resumed(monkeypatch, config: Config, folder: Path, resumed: Config | None = None) -> Trainer:
-    """The trainer of a run that crashed in its third update and went on, as `resumed` says if that is given."""
+    """Return the trainer of a run that crashed in its third update and was resumed (with another configuration)."""
     with monkeypatch.context() as patch:
         act_at(patch, 3, crash)
         with pytest.raises(Crash):
@@ -122,3 +124,20 @@ def crashed_and_resumed(monkeypatch, config: Config, folder: Path, resumed: Conf
     trainer = make_trainer(resumed or config, folder)
     trainer.fit(resume=True)
     return trainer
+
+
+def finished(config: Config, folder: Path) -> Trainer:
+    """Return the trainer of a finished run."""
+    trainer = make_trainer(config, folder)
+    trainer.fit()
+    return trainer
+
+
+def assert_resumed_is_whole(monkeypatch, whole: Trainer, folder: Path) -> Trainer:
+    """Crash and resume the run of `whole`; assert that all weights and optimizer states are the same."""
+    resumed = crashed_and_resumed(monkeypatch, whole.config, folder)
+    for group in ("weights", "optimizer"):
+        ours, theirs = resumed.state.state_dict()[group], whole.state.state_dict()[group]
+        assert ours.keys() == theirs.keys()
+        assert [name for name, value in ours.items() if not torch.equal(value, theirs[name])] == [], group
+    return resumed

@@ -1,4 +1,4 @@
-"""A training step traced in one piece: the slow and obvious way, which `predict` must agree with."""
+"""A training step traced in one piece: the slow and obvious way, with which `predict` must agree."""
 
 import contextlib
 from collections import Counter, defaultdict
@@ -39,7 +39,7 @@ class Whole:
 def trace_whole(
     model: MultitaskViT, config: Config, *, batch: int, precision: str, task: str, share: float, device: str = "cpu"
 ) -> Whole:
-    """Run the step that is measured on fake tensors: once for what the graph keeps, once for everything else."""
+    """Run the step that is measured on fake tensors twice: for what the graph keeps, and for everything else."""
     place = torch.device(device)
     runtime = Runtime(place, precision, torch.get_num_threads(), "")
     with (
@@ -53,18 +53,19 @@ def trace_whole(
         held = [*parameters.values(), *model.buffers()]
         step = training_step(model, config, runtime, batch=batch, task=task)
         average = None if config.train.ema_decay is None else MovingAverage(model, config.train.ema_decay)
-        with Tracer(place):
-            step.run()  # the optimizer's state exists from here on
-
         tracer = Tracer(place, kernel_scratch.on(place, torch.get_num_threads()), parameters.values())
         sections.append(tracer)
+        commit, step._commit = step._commit, None  # it reads the output, which no longer exists then
         with tracer:
             step.forward()
             step.output = None
             kept: dict[str, Counter[str]] = defaultdict(Counter)
             for allocation in tracer.alive:
                 kept[allocation.section][allocation.maker] += allocation.bytes
-        step.clear()
+            step.backward()
+            step.step()  # the optimizer's state exists from here on
+            step.clear()
+        step._commit = commit
         sections.pop()
 
         tracer = Tracer(place, kernel_scratch.on(place, torch.get_num_threads()), parameters.values())
@@ -101,7 +102,7 @@ def bytes_of(tensors) -> int:
 
 @contextlib.contextmanager
 def marked_sections(model: nn.Module):
-    """Name what is allocated in a forward pass by its section; yields a list whose last tracer is told."""
+    """Name the section of each allocation in a forward pass; yields a list, whose last tracer is used."""
     tracers: list[Tracer] = []
     features, block = model.forward_features, model.run_block
 

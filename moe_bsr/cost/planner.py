@@ -4,6 +4,7 @@ All numbers come from `predict`. Nothing is run.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -92,6 +93,7 @@ def answer(config: Config, classes: dict[str, int], budget: int, *, batch: int, 
     """
     model = build_on_meta(config, classes)
 
+    @functools.cache
     def cost_of(images: int) -> Cost:
         return predict(model, config, batch=images, precision=precision, all_tasks=True)
 

@@ -75,8 +75,9 @@ class MultitaskViT(nn.Module):
         self.vit = vit
         self.family = family_of(config.backbone)
         self.image_size = self.family.image_side(vit)
+        has_values = next(vit.parameters()).device.type != "meta"
         if backbone_sha256 is None:
-            backbone_sha256 = digest(vit.state_dict()) if _has_values(vit) else ""
+            backbone_sha256 = digest(vit.state_dict()) if has_values else ""
         self.backbone_sha256 = backbone_sha256
         self.replaced: set[str] = set()
         self.init_from: dict[str, Any] | None = None
@@ -92,7 +93,7 @@ class MultitaskViT(nn.Module):
         for index in config.plan.moe_blocks:
             mlp = vit.blocks[index].mlp
             moe = MoE(mlp, config.moe, self.tasks, seed=(config.seed, "block", index))
-            if _has_values(vit):
+            if has_values:
                 self.upcycling_errors[index] = upcycling_error(moe, mlp, vit.blocks[index].norm2, self.tasks[0])
             vit.blocks[index].mlp = moe
         freeze(vit, config.plan)
@@ -315,24 +316,24 @@ class MultitaskViT(nn.Module):
         return {f"vit.{name}" for name, t in tensors if not t.requires_grad and id(t) not in new}
 
 
-def _has_values(vit: nn.Module) -> bool:
-    return next(vit.parameters()).device.type != "meta"
-
-
 def build_on_meta(config: Config, classes: dict[str, int]) -> MultitaskViT:
     """Build the model on the meta device, which is instant. This makes all checks that need no weights."""
     return MultitaskViT(family_of(config.backbone).create_on_meta(config.backbone), config, classes)
 
 
-def build(config: Config, classes: dict[str, int], change: Callable[[Any, str], None] | None = None) -> MultitaskViT:
+def build(
+    config: Config, classes: dict[str, int], change: Callable[[Any, str], None] | None = None, checked: bool = False
+) -> MultitaskViT:
     """Build the model on the CPU in float32. The configuration is checked before weights are read.
 
     Args:
         change: called with the loaded backbone and its sha256, before the plan is applied; it may replace weights.
+        checked: whether the caller has checked the configuration with `build_on_meta`.
     Raises:
         ConfigError: impossible plan, unknown backbone, weights that do not fit it, or too little memory.
     """
-    size = sum(parameter.numel() for parameter in build_on_meta(config, classes).parameters())
+    if not checked:
+        build_on_meta(config, classes)
     try:
         vit = family_of(config.backbone).load(config.backbone, config.seed)
         sha256 = digest(vit.state_dict())
@@ -342,6 +343,7 @@ def build(config: Config, classes: dict[str, int], change: Callable[[Any, str], 
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
             raise
+        size = sum(parameter.numel() for parameter in build_on_meta(config, classes).parameters())
         raise ConfigError(
             f"not enough memory for the {4 * size / 2**20:,.0f} MB of this model's parameters: take fewer "
             "moe.num_experts or plan.moe_blocks, or a smaller backbone.name"

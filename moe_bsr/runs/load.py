@@ -190,7 +190,7 @@ def _load(
     elif weights is not None:
         config.backbone.weights = weights
     try:
-        model = build(config, classes)
+        model = build(config, classes, checked=True)
     except ConfigError as error:  # the plan was checked by build_on_meta, so this is about the backbone's weights
         raise ConfigError(
             f"{run}: {error}. The run needs the weights it was trained from: weights=FILE says where they are now"

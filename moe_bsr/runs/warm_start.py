@@ -88,7 +88,7 @@ def build_from(run: str, config: Config, classes: dict[str, list[str]]) -> tuple
         replaced.update(f"vit.{name}" for name in dense)
         vit.load_state_dict(dense, strict=False)
 
-    model = build(config, counts, put_dense)
+    model = build(config, counts, put_dense, checked=True)
     model.replaced = {name for name in model.unchanged_backbone_names() if name.replace(".base.", ".") in replaced}
     parts = _put_parts(model, source, adapters)
     if config.train.only is not None:

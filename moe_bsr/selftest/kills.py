@@ -8,7 +8,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ def campaign(
     seed: int,
     main: Main,
     progress: Callable[[str], None] = lambda line: None,
-    stages: range = range(10_000),
+    stages: Iterable[int] = range(10_000),
 ) -> dict[str, Any]:
     """Kill `count` times at random moments, and once before each disk operation of a run.
 

@@ -34,7 +34,7 @@ def train(
     seconds: float,
     most: int | None = None,
 ) -> tuple[nn.Module, nn.ModuleDict, int]:
-    """Train for `seconds`, with a cosine learning-rate schedule of that length.
+    """Train for `seconds`, but for one update at least, with a cosine learning-rate schedule of that length.
 
     Args:
         method: a key of RATES. config: its backbone, batch size, learning rates, weight decay, clipping and seed are
@@ -63,7 +63,9 @@ def train(
     optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=config.train.weight_decay)
     names, batches, updates = list(tasks), {name: _batches(data, config) for name, data in tasks.items()}, 0
     network.train()
-    while (progress := (time.monotonic() - began) / seconds if most is None else updates / most) < 1:
+    seconds = max(seconds, 1e-3)  # or a time that is over already would never end
+    while (progress := (time.monotonic() - began) / seconds if most is None else updates / most) < 1 or not updates:
+        progress = min(progress, 1.0)
         factor = min(1.0, progress / WARMUP) * 0.5 * (1 + math.cos(math.pi * progress))
         for group in optimizer.param_groups:
             group["lr"] = rate * factor * group["scale"]

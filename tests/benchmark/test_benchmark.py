@@ -1,4 +1,4 @@
-"""The benchmark: what it counts, whether its baseline is BSR, that it judges honestly."""
+"""The benchmark: the products it counts, its baseline, the targets it judges."""
 
 import multiprocessing
 import os
@@ -69,7 +69,7 @@ def test_fused_attention_counts_the_products_it_replaces():
 
 
 def test_fused_attention_is_counted_whatever_the_device():
-    """Its queries are the first argument forward and the second backward, in every kernel torch has."""
+    """In every kernel of torch the queries are the first argument forward and the second backward."""
     names = [name.removeprefix("aten::") for name in SHAPES if "attention" in name]
     assert len(names) == 8
     for name in names:
@@ -154,7 +154,7 @@ def test_the_leanest_storage_counts_only_if_it_is_fast_enough():
 
 
 class InThread(threading.Thread):
-    """Stands for a worker's process: starting one takes seconds, and the test of the tool does."""
+    """Stands for a worker's process, which takes seconds to start. `cli/test_benchmark.py` starts one."""
 
     def __init__(self, target, args, daemon) -> None:
         pipe, *rest = args
@@ -178,7 +178,9 @@ def test_scaling_keeps_every_time_and_memory_grows_with_the_batch_but_not_with_t
     workers_are_threads, monkeypatch, tmp_path
 ):
     monkeypatch.setattr(scaling, "SWEEPS", {name: ([2, 4], scaling.SWEEPS[name][1]) for name in ("batch", "tasks")})
-    shared = {"backbone": "vit_pico_patch8_64", "batch": 2, "threads": 1, "changes": {"moe__num_experts": 4}}
+    changes = {"plan__train_blocks": [3, 5], "plan__drop_blocks": [3], "plan__moe_blocks": [5]}
+    changes |= {"moe__num_experts": 4, "moe__top_k": 2, "moe__mlp_ratio": 3}
+    shared = {"backbone": "test_vit", "image_size": 64, "batch": 2, "threads": 1, "changes": changes}
     result = scaling.measure(shared, "fp32", rounds=2, steps=1, note=lambda line: None)
     small, large = result["scaling"]["batch"]
     assert [small["at"], large["at"]] == [2, 4]

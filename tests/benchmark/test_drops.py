@@ -22,6 +22,8 @@ from moe_bsr.model.multitask import build, build_on_meta
 from moe_bsr.runtime.device import prepare
 from moe_bsr.training.probe_trainer import probe_config
 
+pytestmark = pytest.mark.usefixtures("light")
+
 SETTINGS = [
     DropSetting(),
     DropSetting(((1, 0.5), (3, 0.5))),

@@ -5,7 +5,7 @@ import sys
 import types
 
 import pytest
-from tiny_runs import Crash, act_at, crash, make_config
+from tiny_runs import LATE, Crash, act_at, crash, make_config
 
 import moe_bsr
 from moe_bsr.callbacks import Csv, MLflow, WandB, trackers
@@ -69,7 +69,9 @@ def fakes(monkeypatch):
 
 
 def test_an_interrupted_run_and_its_resumption_are_one_in_all_of_them(tmp_path, fakes, monkeypatch):
-    config = make_config(tmp_path, train__steps=4, train__checkpoint_every=1, train__log_to=["csv", "wandb", "mlflow"])
+    config = make_config(
+        tmp_path, **LATE, train__steps=4, train__checkpoint_every=1, train__log_to=["csv", "wandb", "mlflow"]
+    )
     run = tmp_path / "mine"
     with monkeypatch.context() as patch, pytest.raises(Crash):
         act_at(patch, 3, crash)
@@ -114,7 +116,7 @@ def test_what_is_not_installed_is_refused_before_anything_is_done(tmp_path, monk
 
 def test_a_tracker_that_fails_costs_a_warning(tmp_path, fakes, monkeypatch):
     monkeypatch.setattr(fakes.wandb, "init", lambda **given: 1 / 0)
-    config = make_config(tmp_path, train__steps=1, train__evaluate_test=False)
+    config = make_config(tmp_path, **LATE, train__steps=1, train__evaluate_test=False)
     seen = []
     watcher = type("Watcher", (Callback,), {"on_step": lambda self, step: seen.append(step.step)})()
     with pytest.warns(UserWarning, match="callback 'wandb' failed in on_start: ZeroDivisionError"):

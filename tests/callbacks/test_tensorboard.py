@@ -6,7 +6,7 @@ from statistics import fmean
 import pytest
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 from tensorboard.plugins.hparams.metadata import PLUGIN_NAME, parse_experiment_plugin_data
-from tiny_runs import TASKS, make_config
+from tiny_runs import LATE, TASKS, make_config
 
 from moe_bsr.api import train
 from moe_bsr.callbacks import tensorboard as tensorboard_module
@@ -15,8 +15,8 @@ from moe_bsr.config import replace
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory, undrawn):
-    return make_config(tmp_path_factory.mktemp("tasks"), train__eval_every=2)
+def config(tmp_path_factory, bare):
+    return make_config(tmp_path_factory.mktemp("tasks"), **LATE, train__eval_every=2)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,8 @@ from moe_bsr import config as configuration
 from moe_bsr.benchmark import drops
 from moe_bsr.cli.main import main
 
+pytestmark = pytest.mark.usefixtures("light")
+
 
 @pytest.fixture
 def file(tmp_path):

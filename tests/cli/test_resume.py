@@ -1,4 +1,4 @@
-"""A run folder as the configuration of a command: to go on, to make longer, to begin again elsewhere."""
+"""A run folder as the configuration of a command: to resume, to make longer, to train again elsewhere."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ import signal
 import pytest
 import yaml
 from tiny_data import folder_task
-from tiny_runs import act_at, make_config
+from tiny_runs import LATE, act_at, make_config
 
 from moe_bsr import config as configuration
 from moe_bsr.api import train
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("bare")
 
 def test_a_run_goes_on_by_its_folder_alone_and_is_made_longer(tmp_path, monkeypatch, capsys):
     file, run = tmp_path / "tiny.yaml", tmp_path / "my run"
-    file.write_text(configuration.dump(make_config(tmp_path)))
+    file.write_text(configuration.dump(make_config(tmp_path, **LATE)))
     changes = ["train.lr=0.02", "train.steps=3", "train.evaluate_test=false"]
     with monkeypatch.context() as patch:
         act_at(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -36,9 +36,11 @@ def test_a_run_goes_on_by_its_folder_alone_and_is_made_longer(tmp_path, monkeypa
 
 
 def test_a_run_goes_on_from_another_directory(tmp_path, monkeypatch):
-    """Its task files and its data are named as seen from where it began."""
+    """Its task files and data are named relative to the directory where it began."""
     folder_task(tmp_path, each=4)
-    config = configuration.replace(make_config(tmp_path), tasks=["pictures.yaml"], data__root=".", train__steps=1)
+    config = configuration.replace(
+        make_config(tmp_path, **LATE), tasks=["pictures.yaml"], data__root=".", train__steps=1
+    )
     monkeypatch.chdir(tmp_path)
     train(config, "run", callbacks=[])
     (tmp_path / "elsewhere").mkdir()
@@ -47,16 +49,17 @@ def test_a_run_goes_on_from_another_directory(tmp_path, monkeypatch):
     assert report.read(tmp_path / "run")["step"] == 2
 
 
-@pytest.mark.parametrize("named", ["", "config.yaml"])
-def test_a_runs_configuration_is_one(tiny_run, tmp_path, capsys, named):
+def test_a_runs_configuration_is_one(tiny_run, tmp_path, capsys):
+    """It is named by the folder or by its file."""
     again = tmp_path / "again"
-    assert main(["train", str(tiny_run / named), "--run", str(again)]) == 0
+    assert main(["train", str(tiny_run / "config.yaml"), "--run", str(again)]) == 0
     assert not kills.differing(again, kills.outcome(tiny_run))
-    assert main(["cost", str(tiny_run / named)]) == 0
+    assert load(tiny_run) == load(tiny_run / "config.yaml")
+    assert main(["cost", str(tiny_run)]) == 0
 
 
 def test_what_a_configuration_led_to_is_not_read(tmp_path):
-    """Class names by the hundred thousand make a file larger than any configuration."""
+    """A hundred thousand class names make the file larger than any configuration may be."""
     tree = {"seed": 5, "train": {"steps": 3}}
     text = yaml.safe_dump(tree, sort_keys=False) + "resolved:\n  classes:\n" + 100_000 * f"  - {'x' * 20}\n"
     (tmp_path / "config.yaml").write_text(text)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from fresh import COMMAND, in_shell
-from tiny_runs import make_config
+from tiny_runs import LATE, make_config
 
 from moe_bsr import config as configuration
 from moe_bsr.api import train
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("bare")
 
 @pytest.fixture
 def written(tmp_path) -> str:
-    (tmp_path / "tiny.yaml").write_text(configuration.dump(make_config(tmp_path, train__steps=2)))
+    (tmp_path / "tiny.yaml").write_text(configuration.dump(make_config(tmp_path, **LATE, train__steps=2)))
     return str(tmp_path / "tiny.yaml")
 
 
@@ -57,7 +57,7 @@ def test_a_letter_that_cannot_be_shown_is_escaped(monkeypatch):
 def damaged(tmp_path_factory) -> Path:
     """A run whose newest checkpoint is damaged: the one before is evaluated, and stderr says so."""
     folder = tmp_path_factory.mktemp("damaged")
-    train(make_config(folder, train__steps=2, train__checkpoint_every=1), folder / "run", callbacks=[])
+    train(make_config(folder, **LATE, train__steps=2, train__checkpoint_every=1), folder / "run", callbacks=[])
     (folder / "run" / "checkpoint" / "2" / "weights.safetensors").write_bytes(b"")
     return folder / "run"
 

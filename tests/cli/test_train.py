@@ -7,7 +7,7 @@ import signal
 import pytest
 from fresh import run as run_fresh
 from PIL import Image
-from tiny_runs import act_at, make_config
+from tiny_runs import LATE, act_at, make_config
 
 from moe_bsr import config as configuration
 from moe_bsr.api import train
@@ -66,14 +66,14 @@ def test_training_prints_the_report_and_runs_are_set_side_by_side(written, tmp_p
 def test_an_interrupted_run_stands_in_the_comparison_with_a_dash(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         act_at(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert train(make_config(tmp_path), tmp_path / "run")["status"] == "interrupted"
+        assert train(make_config(tmp_path, **LATE), tmp_path / "run")["status"] == "interrupted"
     capsys.readouterr()
     assert main(["compare", str(tmp_path / "run"), "--markdown"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("| run | - | - | - |")
 
 
 def test_runs_in_folders_of_equal_names_go_by_their_paths(tmp_path, monkeypatch, capsys):
-    train(make_config(tmp_path, train__steps=2), tmp_path / "a" / "run")
+    train(make_config(tmp_path, **LATE, train__steps=2), tmp_path / "a" / "run")
     for copy in ("b/run", "c"):
         shutil.copytree(tmp_path / "a" / "run", tmp_path / copy)
     monkeypatch.chdir(tmp_path)
@@ -100,7 +100,7 @@ def test_a_damaged_report_is_refused_by_name(written, tmp_path, capsys):
 
 
 def test_of_an_unfinished_series_the_tasks_that_are_trained_are_used(tmp_path, capsys):
-    config = make_config(tmp_path, mode="single_task", train__steps=2)
+    config = make_config(tmp_path, **LATE, mode="single_task", train__steps=2)
     train(config, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "fractals")
     capsys.readouterr()

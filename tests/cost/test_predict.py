@@ -1,4 +1,4 @@
-"""A step put together from its sections equals the step traced in one piece, to the byte."""
+"""The cost of a step summed over its sections equals that of the step traced in one piece, to the byte."""
 
 import pytest
 import torch
@@ -24,15 +24,9 @@ PLANS = {
 
 def make_config(plan: str, **changes) -> Config:
     keys = {"train_blocks": [], "drop_blocks": [], "moe_blocks": []} | PLANS[plan]
-    return configuration.replace(
-        Config(),
-        moe__num_experts=4,
-        moe__top_k=2,
-        runtime__device="cpu",
-        runtime__threads=torch.get_num_threads(),
-        **{f"plan__{key}": value for key, value in keys.items()},
-        **changes,
-    )
+    settings = {"moe__num_experts": 4, "moe__top_k": 2, "runtime__device": "cpu"}
+    settings |= {f"plan__{key}": value for key, value in keys.items()}
+    return configuration.replace(Config(), runtime__threads=torch.get_num_threads(), **settings | changes)
 
 
 def both(config: Config, kind: str = "class-token", precision: str = "fp32", batch: int = 5):
@@ -51,21 +45,6 @@ def assert_equal(cost, whole) -> None:
     assert {k: v for k, v in cost.kept_by_block.items() if v} == whole.kept_by_block
 
 
-@pytest.mark.parametrize(
-    ("plan", "precision", "storage"),
-    [
-        *(("mixed", "fp32", storage) for storage in STORAGES),
-        ("full", "fp32", "segments"),
-        ("full", "bf16", "exact"),
-        ("bsr", "fp32", "exact"),
-        ("moe-bsr", "bf16", "int8"),
-        ("last", "fp32", "exact"),  # stores nothing, in any way
-    ],
-)
-def test_sections_add_up_to_the_step(plan, precision, storage):
-    assert_equal(*both(make_config(plan, storage=storage), precision=precision))
-
-
 # What a backbone may be, several kinds in one where they can be.
 COMBINED = [
     ["class-token"],
@@ -78,57 +57,69 @@ COMBINED = [
 
 
 @pytest.mark.parametrize(
-    ("plan", "kinds"),
-    [("bsr", kinds) for kinds in COMBINED] + [("full", COMBINED[4])],
+    ("plan", "precision", "storage", "kinds"),
+    [
+        *(("mixed", "fp32", storage, COMBINED[i % len(COMBINED)]) for i, storage in enumerate(STORAGES)),
+        ("full", "fp32", "segments", COMBINED[4]),
+        ("full", "bf16", "exact", COMBINED[0]),
+        ("bsr", "fp32", "exact", COMBINED[5]),
+        ("last", "fp32", "exact", COMBINED[0]),  # stores nothing, in any way
+    ],
     ids=lambda value: value if isinstance(value, str) else "+".join(value),
 )
-def test_sections_of_every_kind_of_backbone_add_up(plan, kinds, monkeypatch):
+def test_sections_add_up_to_the_step(plan, precision, storage, kinds, monkeypatch):
+    """Every storage, and every kind of backbone with one or two of them."""
     monkeypatch.setitem(KINDS, "these", {key: value for kind in kinds for key, value in KINDS[kind].items()})
-    assert_equal(*both(make_config(plan), "these"))
+    assert_equal(*both(make_config(plan, storage=storage, moe__num_experts=3), "these", precision))
 
 
 def test_every_kind_of_backbone_is_among_them():
-    assert {kind for kinds in COMBINED for kind in kinds} == KINDS.keys()
+    assert {kind for kinds in COMBINED for kind in kinds} == KINDS.keys() and len(COMBINED) <= len(list(STORAGES))
 
 
-IN_BACKWARD = [
-    {"train__step_in_backward": True, "train__grad_clip_norm": None, "train__optimizer": optimizer, "storage": storage}
-    for optimizer, storage in (("sgd", "recompute"), ("adamw8", "int8"))
-]
-IN_BACKWARD += [{"train__step_in_backward": True, "train__grad_clip_per": per} for per in ("block", "parameter")]
+IN_BACKWARD = {"train__step_in_backward": True, "train__grad_clip_norm": None}
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("precision", "changes"),
     [
-        {"adapter": {"kind": "lora", "rank": 2}, "train__optimizer": "adamw8", "train__ema_decay": 0.9},
-        {
-            "adapter": [{"kind": "lora", "layers": ["attn.proj", "mlp.fc2"], "freeze_a": True, "blocks": [0, 2]}],
-            "train__optimizer": "sgd",
-            "train__ema_decay": 0.9,
-            "tokens__fuse": "none",
-        },
-        {
-            "adapter": {"kind": "adaptformer", "width": 4},
-            "runtime__precision": "bf16",
-            "moe__balance_loss": "none",
-        },
-        {"adapter": "repnet", "storage": "recompute"},
-        {"adapter": {"kind": "repnet", "published": True}, "tokens__reduce": "merge", "runtime__precision": "bf16"},
-        *IN_BACKWARD,
-        {"moe__router": "task_conditioned", "tokens__protect_fused": True, "tokens__fuse": "normalized"},
-        {"moe__gate_noise": 1.0, "storage": "recompute"},
-        {"tokens__reduce": "merge"},
-        {"tokens__reduce": "merge", "storage": "recompute", "runtime__precision": "bf16"},
+        (
+            "fp32",
+            {
+                "adapter": {"kind": "lora", "rank": 2},
+                "train__optimizer": "adamw8",
+                "train__ema_decay": 0.9,
+                "moe__router": "task_conditioned",
+                "tokens__protect_fused": True,
+                "tokens__fuse": "normalized",
+            },
+        ),
+        (
+            "fp32",
+            {
+                "adapter": [{"kind": "lora", "layers": ["attn.proj", "mlp.fc2"], "freeze_a": True, "blocks": [0, 2]}],
+                "train__optimizer": "sgd",
+                "train__ema_decay": 0.9,
+                "tokens__fuse": "none",
+            },
+        ),
+        ("bf16", {"adapter": {"kind": "adaptformer", "width": 4}, "moe__balance_loss": "none", "storage": "int8"}),
+        ("fp32", {"adapter": "repnet", "storage": "recompute", "moe__gate_noise": 1.0}),
+        ("bf16", {"adapter": {"kind": "repnet", "published": True}, "tokens__reduce": "merge"}),
+        ("fp32", IN_BACKWARD | {"train__optimizer": "sgd", "storage": "recompute"}),
+        ("fp32", IN_BACKWARD | {"train__optimizer": "adamw8", "storage": "int8"}),
+        *(("fp32", {"train__step_in_backward": True, "train__grad_clip_per": per}) for per in ("block", "parameter")),
+        ("bf16", {"tokens__reduce": "merge", "storage": "recompute"}),
+        ("fp32", {"tokens__reduce": "merge"}),
     ],
-    ids=lambda changes: ",".join(changes),
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else value,
 )
-def test_sections_add_up_whatever_is_configured(changes):
-    assert_equal(*both(make_config("moe-bsr", **changes)))
+def test_sections_add_up_whatever_is_configured(precision, changes):
+    assert_equal(*both(make_config("moe-bsr", **changes, moe__num_experts=3), precision=precision))
 
 
 def kept(adapter, weights: str | None = None) -> int:
-    """Bytes kept by blocks 1 and 2, if the adapters or some of their weights train; 1 drops tokens."""
+    """Return the bytes that blocks 1 and 2 keep if adapters or some of their weights train; block 1 drops tokens."""
     only = {"train_blocks": [] if weights is None else [0, 1, 2, 3], "drop_blocks": [1], "moe_blocks": []}
     changes = {f"plan__{key}": value for key, value in only.items()} | {"plan__train_weights": weights or "all"}
     config = configuration.replace(Config(), runtime__device="cpu", adapter=adapter, **changes)
@@ -137,7 +128,7 @@ def kept(adapter, weights: str | None = None) -> int:
 
 
 def test_adapters_and_chosen_weights_keep_little_beyond_the_path():
-    """Beside what is kept anyway an update costs tokens x rank values."""
+    """They keep tokens x rank values more than blocks on the gradient path keep anyway."""
     n, m, rank = 17 + 10, 10 + 10, 3
 
     def lora(*layers: str, freeze_a: bool = False) -> int:
@@ -164,9 +155,9 @@ def test_adapters_and_chosen_weights_keep_little_beyond_the_path():
 
 
 def test_a_block_beside_another_keeps_nine_values_of_its_width_for_a_token():
-    """Ten as any block that trains, and its input is kept once for both; statistics of its norms, and log-sums. Of the
-    first block beside which one stands nothing is kept but its input and what it leaves, which are one of those ten
-    and the next block's."""
+    """A Rep-Net block keeps ten values as any trained block does, statistics of its norms and log-sums, and shares its
+    input with the block beside it. The block beside the first one is off the gradient path: only its input and output
+    are kept, which count among those ten and for the next block."""
     width, heads, tokens = 16, 2, 5 * 10
     alone, second = ([{"kind": "repnet", "blocks": blocks}] for blocks in ([2], [1, 2]))
     assert kept(alone) == 4 * tokens * (11 * width + heads + 4)
@@ -182,7 +173,7 @@ def test_a_block_beside_another_keeps_nine_values_of_its_width_for_a_token():
     ],
 )
 def test_a_side_network_is_predicted_to_the_byte(changes, kind, precision):
-    """All of it counts as the head's, where it runs; in one piece what it reads is its block's."""
+    """All of its cost counts for the head, where it runs. Traced in one piece, its inputs count for their blocks."""
     adapter = [{"kind": "ladder", "reduction": 2, "blocks": [1, 2, 3]}]
     config = configuration.replace(make_config("last"), adapter=adapter, **changes)
     cost, whole = both(config, kind, precision)
@@ -192,7 +183,7 @@ def test_a_side_network_is_predicted_to_the_byte(changes, kind, precision):
 
 
 def test_a_side_block_keeps_twelve_values_of_its_width_for_a_token():
-    """Ten as any block that trains, and the two inputs of its gate; statistics of the norms, log-sums, and mu."""
+    """It keeps ten as any trained block, the two inputs of its gate, statistics of the norms, log-sums and mu."""
     config, kept = make_config("last"), []
     for blocks in ([1, 3], [1, 2, 3]):
         changed = configuration.replace(config, adapter=[{"kind": "ladder", "reduction": 2, "blocks": blocks}])
@@ -218,28 +209,27 @@ def test_a_prediction_leaves_the_model_as_it_was():
 
 
 def test_it_does_not_matter_what_was_predicted_before():
-    """Alike sections are traced once; what makes them differ is all in their keys."""
-    exact, lean = ("exact", "adamw"), ("recompute", "sgd")
-    configs = [
-        make_config(plan, storage=storage, train__optimizer=optimizer)
-        for plan, (storage, optimizer) in zip(
-            ("full", "bsr", "moe-bsr", "moe-bsr"), (exact, lean, exact, lean), strict=True
-        )
+    """Equal sections are traced once. Whatever makes them differ is in their keys."""
+    cases = [
+        ("bsr", "exact", "adamw", "fp32"),
+        ("moe-bsr", "exact", "adamw", "fp32"),
+        ("moe-bsr", "recompute", "sgd", "fp32"),
+        ("moe-bsr", "recompute", "sgd", "bf16"),
     ]
-    models = [MultitaskViT(make_vit(), config, CLASSES) for config in configs]
 
-    shared = {
-        (i, precision): predict(models[i], configs[i], batch=4, precision=precision, all_tasks=True)
-        for i in range(len(configs))
-        for precision in ("fp32", "bf16")[: 1 + (i > 1)]
-    }
-    for (i, precision), cost in shared.items():
+    def cost(plan, storage, optimizer, precision):
+        config = make_config(plan, storage=storage, train__optimizer=optimizer)
+        model = MultitaskViT(make_vit(), config, CLASSES)
+        return predict(model, config, batch=4, precision=precision, all_tasks=True)
+
+    shared = [cost(*case) for case in cases]
+    for case, expected in zip(cases, shared, strict=True):
         sections_of_a_step._sections.clear()
-        assert predict(models[i], configs[i], batch=4, precision=precision, all_tasks=True) == cost
+        assert cost(*case) == expected
 
 
 def test_alike_blocks_are_traced_once():
-    """All but the last, which computes the class token alone."""
+    """All but the last block, which computes only the class token."""
     config = make_config("full")
     sections_of_a_step._sections.clear()
     predict(MultitaskViT(make_vit(), config, CLASSES), config, batch=2, precision="fp32")
@@ -247,7 +237,7 @@ def test_alike_blocks_are_traced_once():
 
 
 def test_every_task_and_micro_batch_of_an_update_counts():
-    """Joint sampling: gradients and state of every head; what one micro-batch's output holds, for each of them."""
+    """Joint sampling takes gradients and states of all heads. Each micro-batch adds what its output holds."""
     model = MultitaskViT(make_vit(), make_config("moe-bsr"), CLASSES)
     heads = [4 * sum(p.numel() for p in head.parameters()) for head in model.heads.values()]
     routers = 4 * 2 * 4 * 16  # of each task: two layers, four experts, width 16

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_data import folder_task, save
-from tiny_runs import Crash, act_at, crash, make_config, make_trainer, state_of
+from tiny_runs import LATE, Crash, act_at, crash, make_config, make_trainer, state_of
 
 from moe_bsr.callbacks.jsonl import Jsonl
 from moe_bsr.config import replace
@@ -114,8 +114,8 @@ def test_nothing_readable_is_an_error(data):
         batches(data, ImageTransforms(**FIELDS, unreadable="skip"), [[0]])
 
 
-def test_a_run_that_skips_is_the_same_after_a_crash(tmp_path, monkeypatch, undrawn):
-    config = make_config(tmp_path, train__steps=4, train__checkpoint_every=1, train__batch_size=12)
+def test_a_run_that_skips_is_the_same_after_a_crash(tmp_path, monkeypatch, bare):
+    config = make_config(tmp_path, **LATE, train__steps=4, train__checkpoint_every=1, train__batch_size=12)
     file = folder_task(tmp_path)
     config = replace(
         config, tasks=[str(file), config.tasks[1]], data__root=str(tmp_path), data__unreadable="skip",

@@ -1,4 +1,4 @@
-"""The ladder: rungs that begin where the last one ended, forms that fit into memory, and what is said of it."""
+"""The ladder: rungs that begin where the last one ended, forms that fit into memory, and their report."""
 
 import json
 import weakref
@@ -30,12 +30,12 @@ HUGE = Memory(2**40, 100 * 2**20, 0, "asked for")
 
 @pytest.fixture(scope="module")
 def climbed(tmp_path_factory):
-    """A ladder climbed in seconds: the configuration, its folder, and what came of it."""
+    """A ladder climbed in about a second: configuration, folder, result and messages."""
     folder = tmp_path_factory.mktemp("fit")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ladder, "LEAST_TRIAL", -1e6)  # however little time is left
         config, told = make_config(folder), []
-        found = Ladder(config, folder / "fit", Budget(0.05), told.append, callbacks=[]).climb()
+        found = Ladder(config, folder / "fit", Budget(0.02), told.append, callbacks=[]).climb()
     return config, folder / "fit", found, told
 
 
@@ -96,7 +96,7 @@ def test_a_short_budget_is_the_probe_alone_on_images_of_every_class(tmp_path):
 
 def test_the_leanest_form_is_taken_only_where_it_must_be(tmp_path, monkeypatch):
     monkeypatch.setattr(room, "MICRO_BATCHES", (1, 4))
-    config = make_config(tmp_path, train__batch_size=64, data__image_cache_mb=0)
+    config = make_config(tmp_path, train__batch_size=64, data__image_cache_mb=0, plan__moe_blocks=[])
     config = rungs.bsr(config)
     whole = fitted(config, CLASSES, HUGE, "fp32", MANY)
     assert (whole.config.storage, whole.config.train.grad_accumulation_steps) == ("exact", 1)
@@ -171,7 +171,7 @@ def test_late_trains_on_what_was_kept_for_the_probe(climbed, tmp_path):
     assert rung["probe"].data.feature_cache_mb == rung["trial_late"].data.feature_cache_mb > 0
     late = replace(rungs.late(config, 6, True), data__augment=False, data__feature_cache_mb=100)
     cache = FeatureCache(build(late, CLASSES), SIZES, late.data)
-    alone = rungs.probe(config, 6, True)
+    alone = replace(rungs.probe(config, 6, True), train__penalty=0.5)
     moe_bsr.train(alone, tmp_path / "alone", callbacks=[])
     moe_bsr.train(rungs.with_features_of(alone, late), tmp_path / "kept", callbacks=[], features=cache)
     heads = [load(tmp_path / name).models["shapes"].heads["shapes"].weight for name in ("alone", "kept")]
@@ -254,7 +254,7 @@ def test_too_little_memory_names_what_is_needed_before_an_image_is_seen(tmp_path
 
 
 def test_what_does_not_fit_is_left_out_and_the_probe_stands(tmp_path, monkeypatch):
-    """`late` and what trains blocks does not fit in any form, and there is time for all."""
+    """There is time for all rungs, but no form of `late` or of another plan with trained blocks fits."""
     monkeypatch.setattr(ladder, "LEAST_TRIAL", -1e6)
     whole = room.fitted
 
@@ -265,14 +265,14 @@ def test_what_does_not_fit_is_left_out_and_the_probe_stands(tmp_path, monkeypatc
 
     monkeypatch.setattr(room, "fitted", narrow)
     told = []
-    found = Ladder(make_config(tmp_path), tmp_path / "fit", Budget(0.02), told.append, callbacks=[]).climb()
+    found = Ladder(make_config(tmp_path), tmp_path / "fit", Budget(0.01), told.append, callbacks=[]).climb()
     assert [rung["name"] for rung in found["rungs"]] == ["probe", "start"]
     assert found["best"] != "probe" or found["reason"] == "only probe fits into the memory"
     assert all(f"trial_{name} is left out: memory: too little" in told for name in ("late", "bsr", "experts"))
 
 
 def test_images_are_timed_for_a_share_of_a_short_budget(tmp_path, monkeypatch):
-    """A few of each task, then as many as there is time for."""
+    """A few images of each task are timed, then as many as there is time for."""
     seen = []
 
     def slow(model, data, transforms, runtime, batch):

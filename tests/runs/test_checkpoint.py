@@ -1,6 +1,7 @@
-"""Checkpoints: what is saved comes back, what is damaged is refused by name, what counts is kept."""
+"""Checkpoints: what is saved comes back whatever interrupts a write, and the newest two and the best are kept."""
 
 import errno
+import itertools
 import json
 import resource
 import shutil
@@ -9,26 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from tiny_checkpoints import save_steps, tensors
 
 from moe_bsr.config import ConfigError
 from moe_bsr.runs import checkpoint
-from moe_bsr.runs.checkpoint import CheckpointError, check_room, damage, latest, read, recover, save, save_state, steps
+from moe_bsr.runs.checkpoint import check_room, damage, latest, read, recover, save, save_state, steps
 from moe_bsr.runtime import files as disk
-
-
-def tensors(step: int = 0) -> dict[str, dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(step)
-    return {
-        "weights": {"a.weight": torch.randn(3, 4, generator=generator), "a.bias": torch.zeros(0)},
-        "optimizer": {"a.weight/step": torch.tensor(float(step)), "n": torch.tensor([2**40, -1])},
-    }
-
-
-def save_steps(run: Path, *bests: int | None) -> None:
-    """Checkpoints 1, 2, ... with the best step known at each."""
-    for step, best in enumerate(bests, 1):
-        save(run, step, tensors(step), {"step": step, "best_step": best})
-
 
 # --- round trip ---
 
@@ -124,61 +111,53 @@ def test_an_unfinished_write_of_the_same_step_is_no_obstacle(tmp_path):
     assert damage(tmp_path / "checkpoint" / "1") is None and not unfinished.exists()
 
 
+def crash_at_sync(monkeypatch, number: int, write) -> bool:
+    """Call `write`, which crashes at the sync of that number; returns whether it has so many.
+
+    Each sync ends one stage of a write.
+    """
+    sync, count = disk.sync, 0
+
+    def crashing(path):
+        nonlocal count
+        if count == number:
+            raise Crash
+        count += 1
+        sync(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "sync", crashing)
+        try:
+            write()
+        except Crash:
+            return True
+    return False
+
+
 def test_a_crash_at_any_moment_of_a_save_leaves_a_sound_checkpoint(tmp_path, monkeypatch):
-    """Counted by syncs: each marks the end of one stage of the write."""
-    sync, crashed_at = disk.sync, 0
-    while True:
-        run, count = tmp_path / str(crashed_at), 0
+    for number in itertools.count():
+        run = tmp_path / str(number)
         save_steps(run, None, None)
-
-        def crashing(path, last=crashed_at):
-            nonlocal count
-            if count == last:
-                raise Crash
-            count += 1
-            sync(path)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(disk, "sync", crashing)
-            try:
-                save(run, 3, tensors(3), {"step": 3, "best_step": None})
-            except Crash:
-                pass
-            else:
-                break
+        arguments = run, 3, tensors(3), {"step": 3, "best_step": None}
+        if not crash_at_sync(monkeypatch, number, lambda arguments=arguments: save(*arguments)):
+            break
         assert latest(run, warn=pytest.fail).name in ("2", "3")
-        save(run, 3, tensors(3), {"step": 3, "best_step": None})
+        save(*arguments)
         assert read(latest(run))[1]["step"] == 3 and not list(run.rglob("*.tmp"))
-        crashed_at += 1
-    assert crashed_at == 6  # two tensor files, the state, the manifest, both folders
+    assert number == 6  # two tensor files, the state, the manifest, both folders
 
 
 def test_a_crash_at_any_moment_of_a_new_state_leaves_a_sound_checkpoint_of_the_step(tmp_path, monkeypatch):
-    sync, crashed_at = disk.sync, 0
-    while True:
-        run, count = tmp_path / str(crashed_at), 0
+    for number in itertools.count():
+        run = tmp_path / str(number)
         save(run, 2, tensors(2), {"step": 2, "best_step": None, "turn": 1})
-
-        def crashing(path, last=crashed_at):
-            nonlocal count
-            if count == last:
-                raise Crash
-            count += 1
-            sync(path)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(disk, "sync", crashing)
-            try:
-                save_state(run, 2, {"step": 2, "best_step": 2, "turn": 2})
-            except Crash:
-                pass
-            else:
-                break
+        arguments = run, 2, {"step": 2, "best_step": 2, "turn": 2}
+        if not crash_at_sync(monkeypatch, number, lambda arguments=arguments: save_state(*arguments)):
+            break
         recover(run)
         loaded, state = read(latest(run, warn=pytest.fail))
         assert state["turn"] in (1, 2) and torch.equal(loaded["weights"]["a.weight"], tensors(2)["weights"]["a.weight"])
-        crashed_at += 1
-    assert read(latest(run))[1]["turn"] == 2 and crashed_at == 6 and not list(run.rglob("*.tmp"))
+    assert read(latest(run))[1]["turn"] == 2 and number == 6 and not list(run.rglob("*.tmp"))
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["hard links", "copies"])
@@ -254,89 +233,6 @@ def test_a_limit_of_a_files_size_is_seen_beforehand(tmp_path, monkeypatch):
     check_room(tmp_path, {"weights": 2**20, "optimizer": 2**19}, 3)
     with pytest.raises(ConfigError, match="optimizer.safetensors needs 2.0 MB, and a file may have at most 1.0 MB"):
         check_room(tmp_path, {"weights": 2**20, "optimizer": 2**21}, 3)
-
-
-# --- damage ---
-
-
-def truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-1])
-
-
-def flip(file: Path, position: int = -1) -> None:
-    content = bytearray(file.read_bytes())
-    content[position] ^= 1
-    file.write_bytes(content)
-
-
-def write(text: str):
-    return lambda file: file.write_text(text)
-
-
-def replace_by_folder(file: Path) -> None:
-    file.unlink()
-    file.mkdir()
-
-
-FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
-DAMAGE = [
-    *[(name, harm) for name in FILES for harm in (truncate, flip, Path.unlink, write(""))],
-    ("weights.safetensors", lambda file: flip(file, 0)),
-    *[("manifest.json", harm) for harm in (truncate, Path.unlink, write(""), write("null"), write("[]"), write("{}"))],
-    ("manifest.json", lambda file: file.write_bytes(b"\xff\xfe")),
-    ("manifest.json", write('{"sha256": null}')),
-    ("manifest.json", write('{"sha256": {}}')),
-    ("weights.safetensors", replace_by_folder),
-]
-
-
-@pytest.mark.parametrize("name, harm", DAMAGE)
-def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(tmp_path, name, harm):
-    save_steps(tmp_path, None, None)
-    folder, warnings = tmp_path / "checkpoint" / "2", []
-    harm(folder / name)
-    assert latest(tmp_path, warn=warnings.append) == tmp_path / "checkpoint" / "1"
-    assert len(warnings) == 1 and str(folder / name) in warnings[0]
-    with pytest.raises(CheckpointError, match="refused") as error:
-        read(folder)
-    assert str(folder / name) in str(error.value)
-
-
-def test_a_flipped_bit_anywhere_in_the_weights_is_found(tmp_path):
-    folder = save(tmp_path, 1, {"weights": {"a": torch.ones(2)}}, {})
-    file = folder / "weights.safetensors"
-    for position in range(file.stat().st_size):
-        flip(file, position)
-        assert "weights.safetensors" in damage(folder)
-        flip(file, position)
-    assert damage(folder) is None
-
-
-def test_without_a_sound_checkpoint_there_is_an_error(tmp_path):
-    with pytest.raises(CheckpointError, match="no usable checkpoint"):
-        latest(tmp_path)
-    save_steps(tmp_path, None, None)
-    for step in (1, 2):
-        truncate(tmp_path / "checkpoint" / str(step) / "weights.safetensors")
-    warnings = []
-    with pytest.raises(CheckpointError, match="no usable checkpoint"):
-        latest(tmp_path, warn=warnings.append)
-    assert len(warnings) == 2
-
-
-def test_every_file_is_hashed_once(tmp_path, monkeypatch):
-    save_steps(tmp_path, None)
-    hashed, sha256 = [], checkpoint.sha256_of
-    monkeypatch.setattr(checkpoint, "sha256_of", lambda file: hashed.append(file.name) or sha256(file))
-    read(latest(tmp_path), verified=True)
-    assert set(hashed) == {"weights.safetensors", "optimizer.safetensors", "state.json"}
-    assert len(hashed) == len(set(hashed))
-
-
-def test_steps_are_ordered_as_numbers(tmp_path):
-    for step in (9, 10):
-        save(tmp_path, step, tensors(), {"best_step": None})
-    assert steps(tmp_path) == [9, 10] and latest(tmp_path).name == "10"
 
 
 # --- what is kept ---

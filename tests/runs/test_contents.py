@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_runs import make_config, make_trainer
+from tiny_runs import LATE, make_config, make_trainer
 
 import moe_bsr
 from moe_bsr.config import Config
@@ -23,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("bare")
 def config(tmp_path_factory) -> Config:
     return make_config(
         tmp_path_factory.mktemp("tasks"),
+        **LATE,
         train__steps=2,
         train__checkpoint_every=1,
         train__ema_decay=0.5,

@@ -1,4 +1,4 @@
-"""A run knows which images it means: what changed is told, and nothing changes its split."""
+"""A run records its images: it reports what changed, and no change alters its splits."""
 
 import gzip
 import json
@@ -14,7 +14,8 @@ from tiny_data import save
 from tiny_runs import make_config, replace_task
 
 import moe_bsr
-from moe_bsr.api import evaluate, train
+from moe_bsr import api
+from moe_bsr.api import evaluate
 from moe_bsr.cli.main import main
 from moe_bsr.config import Config, ConfigError
 from moe_bsr.data import UnreadableImage, load_spec, load_task
@@ -26,12 +27,18 @@ CLASSES = ("ant", "bee", "cat")
 
 
 def config_of(place: Path) -> Config:
-    return replace_task(make_config(place, train__steps=4, train__checkpoint_every=2, train__eval_every=2), "bugs")
+    plan = {"plan__train_blocks": [5], "plan__drop_blocks": [], "plan__moe_blocks": []}
+    config = make_config(place, train__steps=4, train__checkpoint_every=2, train__eval_every=2, **plan)
+    return replace_task(config, "bugs")
+
+
+def train(config: Config, folder: Path, resume: bool = False) -> dict:
+    return api.train(config, folder, resume, callbacks=[])
 
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory) -> Path:
-    """A place to be copied, with a run that has a checkpoint at its second of four updates."""
+    """A folder to be copied, with data and a run that has a checkpoint at its second of four updates."""
     place = tmp_path_factory.mktemp("template")
     for k, kind in enumerate(CLASSES):
         for n in range(14):
@@ -63,7 +70,7 @@ def config(place) -> Config:
 
 @pytest.fixture
 def stopped(template, place) -> Path:
-    """A run in its own place, stopped after its second of four updates."""
+    """A copy of the run in this test's folder, stopped after its second of four updates."""
     shutil.copytree(template / "run", place / "run")
     file = place / "run/config.yaml"
     before = file.read_text()
@@ -78,7 +85,7 @@ def of(data, split):
 
 
 def first_of(split: str) -> Path:
-    """A training or validation image's file."""
+    """Return the file of the first training or validation image."""
     data = load_task(load_spec("bugs"), root=Path("data"))
     return Path("data/bugs/train") / of(data, split)[0]
 
@@ -114,7 +121,7 @@ def test_a_changed_image_bars_resume_and_is_named(config, stopped, change, split
     assert (stopped / "config.yaml").read_bytes() == before
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", ["gone", "contents", "classes exchanged"])
 def test_changed_validation_images_bar_their_evaluation_but_not_the_test(stopped, change):
     CHANGES[change]("val")
     with pytest.raises(ConfigError, match="val images of task bugs are not those of the run"):
@@ -152,28 +159,28 @@ def test_a_readable_copy_put_in_a_broken_image_s_place_is_taken(config, place):
 
 
 def test_a_run_that_met_a_broken_image_goes_on_without_it(config, place):
-    """As the message says; the others keep their positions, so that the rest of the run is what it would have been."""
+    """The other images keep their positions, so the rest of the run is what it would have been."""
     name = first_of("train")
     name.write_bytes(b"broken")
-    config = moe_bsr.config.replace(config, train__steps=6, train__eval_every=None)
+    config = moe_bsr.config.replace(config, train__eval_every=None)
     with pytest.raises(UnreadableImage, match="put a readable copy in its place, or .* data.unreadable=skip"):
         train(config, place / "broken")
     shutil.copytree(place / "broken", place / "removed")
     skip = moe_bsr.config.replace(config, data__unreadable="skip")
     with pytest.warns(UserWarning, match="it is skipped"):
         train(skip, place / "whole")
-    whole = checkpoint.read(place / "whole/checkpoint/6")[0]["weights"]
+    whole = checkpoint.read(place / "whole/checkpoint/4")[0]["weights"]
     for how in ("broken", "removed"):
         if how == "removed":
             name.unlink()
         with pytest.warns(UserWarning, match="it is skipped"):
             report = train(skip, place / how, resume=True)
-        assert report["status"] == "finished" and report["step"] == 6
+        assert report["status"] == "finished" and report["step"] == 4
         assert len(report["tasks"]["bugs"]["skipped"]["train"]) == 1
         assert (
             "Images skipped because they could not be read: bugs 1 of train" in (place / how / "report.md").read_text()
         )
-        weights = checkpoint.read(place / how / "checkpoint/6")[0]["weights"]
+        weights = checkpoint.read(place / how / "checkpoint/4")[0]["weights"]
         assert all((weights[key] == whole[key]).all() for key in whole)
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
-from tiny_runs import SIZES, TASKS, Crash, act_at, crash, make_config
+from tiny_runs import LATE, SIZES, TASKS, Crash, act_at, crash, make_config
 
 import moe_bsr
+from moe_bsr import api
 from moe_bsr.api import train
 from moe_bsr.callbacks import hparams
 from moe_bsr.config import Config, ConfigError
@@ -24,7 +25,7 @@ ACCURACIES = ("top1", "top5", "chance", "mean_class_accuracy", "ece", "loss", "n
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Config:
-    return make_config(tmp_path_factory.mktemp("tasks"), train__ema_decay=0.7, train__eval_every=3)
+    return make_config(tmp_path_factory.mktemp("tasks"), **LATE, train__ema_decay=0.7, train__eval_every=3)
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,21 @@ def finished(config, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "run"
     moe_bsr.train(config, folder)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def predicted_once():
+    """Runs of this file have the same cost, so only the first predicts it."""
+    predict, known = api._predict, []
+
+    def once(*arguments):
+        if not known:
+            known.append(predict(*arguments))
+        return known[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "_predict", once)
+        yield
 
 
 def report_of(folder: Path) -> dict:
@@ -70,7 +86,7 @@ def test_the_report_has_what_people_script_against(finished):
 
 def test_the_report_says_which_experts_each_task_used(finished):
     use = report_of(finished)["expert_use"]
-    assert list(use) == ["3", "5"]
+    assert list(use) == ["5"]
     for shares in (use[block][task] for block in use for task in TASKS):
         assert len(shares) == 4 and sum(shares) == pytest.approx(1, abs=1e-3)
 
@@ -195,10 +211,9 @@ def test_metrics_are_one_object_a_line(finished):
         }
 
 
-@pytest.mark.parametrize("prefetch", [0, 3])
-def test_another_run_is_the_same_to_the_byte(config, finished, tmp_path, prefetch):
-    """Nothing measured by a clock is in metrics.jsonl, and preparing batches ahead changes nothing."""
-    train(moe_bsr.config.replace(config, data__prefetch=prefetch), tmp_path / "again")
+def test_another_run_is_the_same_to_the_byte(config, finished, tmp_path):
+    """metrics.jsonl holds nothing that a clock measured, and preparing batches ahead changes nothing."""
+    train(moe_bsr.config.replace(config, data__prefetch=3), tmp_path / "again")
     places = ["metrics.jsonl", *(f"checkpoint/8/{name}.safetensors" for name in ("weights", "optimizer", "average"))]
     for place in places:
         assert (tmp_path / "again" / place).read_bytes() == (finished / place).read_bytes(), place

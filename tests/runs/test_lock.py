@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_runs import Crash, act_at, make_config
+from tiny_runs import LATE, Crash, act_at, make_config
 
 import moe_bsr
 from moe_bsr.config import Config, ConfigError, replace
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("bare")
 
 
 def config_of(folder: Path) -> Config:
-    return make_config(folder, train__steps=4, train__checkpoint_every=1, train__evaluate_test=False)
+    return make_config(folder, **LATE, train__steps=4, train__checkpoint_every=1, train__evaluate_test=False)
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_a_lock_file_that_says_nothing_still_locks(tmp_path, text):
             pass
 
 
-@pytest.mark.parametrize("ends", [Crash, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("ends", [Crash, SystemExit])
 def test_however_training_ends_the_lock_goes(config, tmp_path, monkeypatch, ends):
     def end() -> None:
         raise ends

@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from tiny_runs import make_config
+from tiny_runs import LATE, make_config
 
 import moe_bsr
 from moe_bsr.config import Config, ConfigError
@@ -32,7 +32,7 @@ def no_waiting():
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Config:
-    return make_config(tmp_path_factory.mktemp("tasks"), train__steps=2, train__checkpoint_every=1)
+    return make_config(tmp_path_factory.mktemp("tasks"), **LATE, train__steps=2, train__checkpoint_every=1)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import make_config
+from tiny_runs import LATE, make_config
 
 import moe_bsr
 from moe_bsr.cli.main import main
@@ -22,9 +22,9 @@ pytestmark = pytest.mark.usefixtures("bare")
 def runs(tmp_path_factory, bare):
     """One model for both tasks, that has learned to reject; and a model for each."""
     folder = tmp_path_factory.mktemp("rejection")
-    config = make_config(folder, train__steps=3, train__evaluate_test=False)
+    config = make_config(folder, **LATE, train__steps=3, train__evaluate_test=False)
     moe_bsr.train(config, folder / "one", callbacks=[])
-    alone = make_config(folder, mode="single_task", train__steps=2, train__evaluate_test=False)
+    alone = make_config(folder, **LATE, mode="single_task", train__steps=2, train__evaluate_test=False)
     moe_bsr.train(alone, folder / "each", callbacks=[])
     return {name: (folder / name, moe_bsr.reject(folder / name)) for name in ("one", "each")}
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from tiny_names import AWKWARD
-from tiny_runs import make_config
+from tiny_runs import LATE, make_config
 
 import moe_bsr
 from moe_bsr import config as configuration
@@ -47,7 +47,7 @@ def make(tmp_path, **changes) -> dict:
 
 def test_a_report_holds_its_configuration_machine_code_and_command(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "orig_argv", ["python", "/somewhere/bin/moe-bsr", "train", "my config.yaml"])
-    config = make_config(tmp_path, train__steps=2)
+    config = make_config(tmp_path, **LATE, train__steps=2)
     moe_bsr.train(config, tmp_path / "run")
     written = report.read(tmp_path / "run")
     assert configuration.from_dict(written["config"]) == config
@@ -60,7 +60,7 @@ def test_a_report_holds_its_configuration_machine_code_and_command(tmp_path, mon
 
 
 def test_so_does_the_report_of_one_model_per_task(tmp_path):
-    config = make_config(tmp_path, mode="single_task", train__steps=2)
+    config = make_config(tmp_path, **LATE, mode="single_task", train__steps=2)
     whole = moe_bsr.train(config, tmp_path / "run")
     assert configuration.from_dict(whole["config"]) == config
     part = report.read(tmp_path / "run" / "shapes")
@@ -117,7 +117,7 @@ def test_so_it_does_where_the_last_step_is_asked_for(tmp_path):
 
 
 def test_one_model_per_task_has_a_step_for_each(tmp_path):
-    config = make_config(tmp_path, mode="single_task", train__steps=2, train__evaluate_test=False)
+    config = make_config(tmp_path, **LATE, mode="single_task", train__steps=2, train__evaluate_test=False)
     text = report.markdown(moe_bsr.train(config, tmp_path / "run"))
     assert "each with the weights of its own step: shapes 2, fractals 2" in text
 

@@ -68,7 +68,7 @@ def test_importing_changes_nothing():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.usefixtures("undrawn", "no_mallopt")
+@pytest.mark.usefixtures("bare", "no_mallopt")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_training_and_loading_leave_the_process_as_it_was(tmp_path, precision):
     config = make_config(tmp_path, train__steps=2, runtime__threads=2, runtime__precision=precision)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("bare")
 def test_a_method_fills_its_budget_and_is_tested(tmp_path, method):
     if method == "timm_lora":
         pytest.importorskip("peft", reason="LoRA is peft's")
-    found = budgets.run(method, make_config(tmp_path), tmp_path / "run", 0.02)
+    found = budgets.run(method, make_config(tmp_path), tmp_path / "run", 0.005)
     assert found["method"] == method and found["tasks"].keys() == SIZES.keys() and found["updates"] >= 1
     assert found["mean_top1"] == pytest.approx(sum(found["tasks"].values()) / len(SIZES))
 
@@ -36,6 +36,14 @@ def test_the_plain_network_learns_what_it_is_shown(tmp_path, monkeypatch):
     network, heads, updates = rivals.train("timm_full", config, tasks, transforms, runtime, 1.0)
     assert len(seen) == updates and seen == sorted(seen) and seen[-1] < math.pi
     assert not network.training and isinstance(heads, torch.nn.ModuleDict) and set(heads) == set(SIZES)
+
+
+def test_a_time_that_is_over_before_the_first_update_ends(tmp_path):
+    config = make_config(tmp_path)
+    tasks = {name: budgets.open_task(config, file) for name, file in config.task_files().items()}
+    transforms = budgets.make_transforms(config, budgets.build(config, dict.fromkeys(tasks, 12)))
+    for seconds in (-1.0, 0.0):
+        assert rivals.train("timm_full", config, tasks, transforms, budgets.prepare(config.runtime), seconds)[2] == 1
 
 
 def test_a_batch_has_every_image_once_an_epoch(tmp_path):

@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 import yaml
-from tiny_runs import TASKS, make_config
+from tiny_runs import LATE, TASKS, make_config
 
 from moe_bsr import api
 from moe_bsr import config as configuration
@@ -22,7 +22,7 @@ ARMS = {"shared": {"set": ["plan.moe_blocks=[]"]}, "apart": {"set": ["plan.moe_b
 @pytest.fixture
 def file(tmp_path):
     """A sweep file of two arms on two tiny tasks."""
-    (tmp_path / "tiny.yaml").write_text(configuration.dump(make_config(tmp_path)))
+    (tmp_path / "tiny.yaml").write_text(configuration.dump(make_config(tmp_path, **LATE)))
 
     def write(**changes):
         path = tmp_path / "pair.yaml"

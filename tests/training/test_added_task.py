@@ -1,5 +1,6 @@
 """One task more on a finished run, and one fewer: what the other tasks compute stays, to the bit."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -60,13 +61,15 @@ def runs(tmp_path_factory):
     return make
 
 
+@functools.cache
 def logits(run: Path) -> dict[str, torch.Tensor]:
-    """By task, of the same images, as the run computes them."""
+    """Return the logits of the same images by task, as the run computes them."""
     loaded, images = moe_bsr.load(run), torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(), loaded.runtime.autocast():
         return {task: model(images, task).logits for task, model in loaded.models.items()}
 
 
+@functools.cache
 def weights_of(run: Path) -> dict[str, torch.Tensor]:
     tensors = checkpoint.read(checkpoint.latest(run))[0]
     return tensors["weights"] | tensors.get("average", {})

@@ -7,7 +7,7 @@ import zlib
 
 import pytest
 import torch
-from tiny_runs import TASKS, make_config, make_trainer
+from tiny_runs import LATE, TASKS, make_config, make_trainer
 
 from moe_bsr.api import train
 from moe_bsr.callbacks.jsonl import Jsonl
@@ -78,7 +78,7 @@ class Witness(Callback):
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    return make_config(tmp_path_factory.mktemp("tasks"), train__steps=4, train__eval_every=2)
+    return make_config(tmp_path_factory.mktemp("tasks"), **LATE, train__steps=4, train__eval_every=2)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from tiny_data import folder_task
-from tiny_runs import act_at, make_config, make_trainer, state_of
+from tiny_runs import LATE, act_at, make_config, make_trainer, state_of
 from tiny_shards import served, shards_of
 
 from moe_bsr import config as configuration
@@ -45,7 +45,7 @@ def far_config(root, server, place, cache_gb=1):
 def config_of(root, file):
     folder = file.parent
     changes = {"train__steps": 7, "train__checkpoint_every": 3, "train__eval_every": 4, "data__image_cache_mb": 0}
-    config = make_config(folder, **changes)
+    config = make_config(folder, **LATE, **changes)
     return configuration.replace(config, tasks=[str(file)], data__root=str(root))
 
 

@@ -1,9 +1,8 @@
-"""Runs with a side network: resumed they are the same to the bit, the frozen network runs once for an image that is
-kept, and what has no place for it says so."""
+"""Runs with a side network: resumed to the same bits, trained from kept features, refused where it has no place."""
 
 import pytest
 import torch
-from tiny_runs import crashed_and_resumed, make_config, make_trainer, state_of
+from tiny_runs import assert_resumed_is_whole, finished, make_config, make_trainer, state_of
 
 import moe_bsr
 from moe_bsr.config import ConfigError, replace
@@ -26,35 +25,26 @@ LADDER = {
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nobody interrupted: its configuration and trainer."""
+    """A run without interruption: its configuration and trainer."""
     folder = tmp_path_factory.mktemp("ladder")
-    trainer = make_trainer(config := make_config(folder, **LADDER), folder / "run")
-    trainer.fit()
-    return config, trainer
-
-
-def assert_alike(mine, theirs) -> None:
-    assert mine.keys() == theirs.keys()
-    assert [name for name, value in mine.items() if not torch.equal(value, theirs[name])] == []
+    config = make_config(folder, **LADDER)
+    return config, finished(config, folder / "run")
 
 
 def test_resumed_it_is_the_run_that_was_not_interrupted(whole, tmp_path, monkeypatch):
-    config, trainer = whole
-    resumed = crashed_and_resumed(monkeypatch, config, tmp_path / "run")
+    resumed = assert_resumed_is_whole(monkeypatch, whole[1], tmp_path / "run")
     assert any("resumed from" in line for line in resumed.about)
-    for group in ("weights", "optimizer"):
-        assert_alike(trainer.state.state_dict()[group], resumed.state.state_dict()[group])
 
 
 def test_from_kept_features_it_is_the_same_run(whole, tmp_path, monkeypatch):
-    """All that the ladder reads is kept, and once all images were seen no block of the backbone runs again."""
+    """The cache keeps everything that the ladder reads. No block of the backbone runs again for a kept image."""
     config, trainer = whole
     cached = make_trainer(replace(config, data__feature_cache_mb=100), tmp_path / "run")
     assert isinstance(cached.inputs, CachedInputs) and cached.inputs.cache.start == len(cached.model.plan)
     cached.fit()
-    assert_alike(state_of(trainer.model), state_of(cached.model))
-    seen = cached.inputs.cache.seen["shapes"]
-    assert seen.all()
+    expected, found = state_of(trainer.model), state_of(cached.model)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert cached.inputs.cache.seen["shapes"].all()
 
 
 def test_a_run_that_starts_from_it_takes_it_all(whole):

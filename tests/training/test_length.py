@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from tiny_runs import SIZES, act_at, make_config, make_trainer, script_scores
+from tiny_runs import LATE, SIZES, act_at, make_config, make_trainer, script_scores
 
 from moe_bsr.api import train
 from moe_bsr.config import Config, ConfigError, SamplerConfig, TrainConfig, from_dict, load, replace
@@ -19,7 +19,7 @@ from moe_bsr.training.optim import learning_rate
 
 pytestmark = pytest.mark.usefixtures("bare")
 
-QUIET = {"train__evaluate_test": False, "train__warmup_steps": 1}
+QUIET = LATE | {"train__evaluate_test": False, "train__warmup_steps": 1}
 
 
 def stop_at(monkeypatch, step: int, config: Config, folder: Path, resume: bool = False) -> None:

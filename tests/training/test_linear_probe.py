@@ -20,8 +20,9 @@ def problem(images=40, width=5, classes=3, seed=0, dtype=torch.float64) -> Featu
     return Features((x @ mixing) * torch.logspace(-2, 2, width, dtype=dtype) + 7, labels)
 
 
-def descend(x, labels, classes, penalty, steps=4000, rate=0.5):
-    """Plain gradient descent from zero."""
+def descend(x, labels, classes, penalty, rate=0.5):
+    """Plain gradient descent from zero: the error falls by rate * penalty in a step, or faster."""
+    steps = max(300, int(30 / (rate * penalty)))
     weight = torch.zeros(classes, x.shape[1], dtype=x.dtype, requires_grad=True)
     bias = torch.zeros(classes, dtype=x.dtype, requires_grad=True)
     for _ in range(steps):

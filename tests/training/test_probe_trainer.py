@@ -1,4 +1,4 @@
-"""A probe is a run like any other."""
+"""A linear probe is a run like any other: report, evaluation, resume, refusals."""
 
 import shutil
 from pathlib import Path
@@ -29,7 +29,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory, bare):
-    """The folder of a probe, and its report."""
+    """The folder of a probe and its report."""
     folder = tmp_path_factory.mktemp("run") / "probe"
     return folder, train(config, folder)
 
@@ -67,6 +67,7 @@ def test_the_heads_alone_are_saved(finished):
 
 
 def test_the_heads_are_those_of_the_features_with_the_plans_dropping(config, tmp_path):
+    config = replace(config, train__penalty=0.5)
     dropped, whole = (
         make_trainer(config, tmp_path / "a"),
         make_trainer(replace(config, plan__drop_blocks=[]), tmp_path / "b"),
@@ -77,7 +78,7 @@ def test_the_heads_are_those_of_the_features_with_the_plans_dropping(config, tmp
 
 
 def test_heads_read_the_class_tokens_of_more_blocks(config, tmp_path):
-    config = replace(config, plan__head_blocks=[4, 2])
+    config = replace(config, plan__head_blocks=[4, 2], train__penalty=0.5)
     report = train(config, tmp_path / "run")
     assert moe_bsr.evaluate(tmp_path / "run", "test")["mean_top1"] == pytest.approx(report["mean_top1"])
     run = moe_bsr.load(tmp_path / "run")
@@ -111,6 +112,7 @@ def test_killed_before_it_was_saved_it_begins_again_and_ends_alike(config, finis
 
 
 def test_resumed_after_the_solution_it_is_not_solved_again(config, tmp_path, monkeypatch):
+    config = replace(config, train__penalty=0.5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("moe_bsr.training.trainer.evaluate", lambda *given: crash())
         with pytest.raises(Crash):
@@ -172,11 +174,11 @@ def test_whatever_was_set_becomes_a_probe(tmp_path):
 
 
 def test_images_that_are_skipped_are_no_others_twice(config, tmp_path, monkeypatch):
-    """By way of kept features too, where another image stands for one that cannot be read."""
+    """The same with kept features, where another image stands in for one that cannot be read."""
     monkeypatch.setattr(DecodedCache, "image", unreadable_third(DecodedCache.image))
     solved = []
     for megabytes in (None, 100):
-        settings = {"data__unreadable": "skip", "data__feature_cache_mb": megabytes}
+        settings = {"data__unreadable": "skip", "data__feature_cache_mb": megabytes, "train__penalty": 0.5}
         trainer = make_trainer(replace(config, **settings), tmp_path / str(megabytes))
         data = trainer.tasks["shapes"]
         with pytest.warns(UserWarning, match="it is skipped"):
@@ -203,5 +205,5 @@ def test_validation_images_take_nothing_of_the_minutes(config, tmp_path, monkeyp
 
     monkeypatch.setattr(probe_trainer, "split_features", slow)
     monkeypatch.setattr(probe_trainer.time, "monotonic", lambda: clock[0])
-    report = train(replace(config, train__minutes=0.5, train__steps=None), tmp_path / "run")
+    report = train(replace(config, train__minutes=0.5, train__steps=None, train__penalty=0.5), tmp_path / "run")
     assert {task: about["images"] for task, about in report["penalties"].items()} == SIZES

@@ -1,8 +1,8 @@
-"""A run with blocks beside blocks: resumed it is the same to the bit, loaded it answers the same, and they go on."""
+"""Runs with Rep-Net blocks: resumed to the same bits, loaded with the same answers, passed on to another run."""
 
 import pytest
 import torch
-from tiny_runs import crashed_and_resumed, make_config, make_trainer, state_of
+from tiny_runs import assert_resumed_is_whole, finished, make_config, state_of
 
 import moe_bsr
 from moe_bsr.model.summary import table
@@ -22,19 +22,14 @@ BESIDE = {
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nobody interrupted: its configuration and trainer."""
+    """A run without interruption: its configuration and trainer."""
     folder = tmp_path_factory.mktemp("repnet")
-    trainer = make_trainer(config := make_config(folder, **BESIDE), folder / "run")
-    trainer.fit()
-    return config, trainer
+    config = make_config(folder, **BESIDE)
+    return config, finished(config, folder / "run")
 
 
 def test_resumed_it_is_the_run_that_was_not_interrupted(whole, tmp_path, monkeypatch):
-    config, trainer = whole
-    resumed = crashed_and_resumed(monkeypatch, config, tmp_path / "run")
-    for group in ("weights", "optimizer"):
-        mine, theirs = trainer.state.state_dict()[group], resumed.state.state_dict()[group]
-        assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert_resumed_is_whole(monkeypatch, whole[1], tmp_path / "run")
 
 
 def test_loaded_it_answers_the_same_and_another_run_takes_its_blocks(whole):

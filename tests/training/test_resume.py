@@ -1,4 +1,4 @@
-"""Stopped by a signal = saved and resumable (killed: tests/selftest)."""
+"""The program as a person starts it: a signal stops it with everything saved. `tests/selftest` kills it."""
 
 import json
 import os
@@ -18,8 +18,8 @@ TRAIN = Path(__file__).parents[2] / "tools" / "train.py"
 
 @pytest.mark.usefixtures("bare")
 def test_sigterm_saves_and_resume_finishes_the_same_run(tmp_path):
-    """The one that is stopped is the program as a person starts it."""
-    config, file = tiny.write_config(tmp_path, train__eval_every=None, train__pictures=False)
+    short = {"train__steps": 4, "train__eval_every": None, "train__pictures": False, "plan__moe_blocks": [5]}
+    config, file = tiny.write_config(tmp_path, **short)
     train(config, tmp_path / "whole", callbacks=[])
 
     run = tmp_path / "stopped"

@@ -5,7 +5,7 @@ import os
 import signal
 
 import pytest
-from tiny_runs import TASKS, Crash, act_at, crash, make_config
+from tiny_runs import LATE, TASKS, Crash, act_at, crash, make_config
 
 import moe_bsr
 from moe_bsr.api import train
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("bare")
 
 @pytest.fixture
 def stl(tmp_path) -> Config:
-    return make_config(tmp_path, mode="single_task", train__steps=3, train__task_weights={"shapes": 2.0})
+    return make_config(tmp_path, **LATE, mode="single_task", train__steps=3, train__task_weights={"shapes": 2.0})
 
 
 def test_single_task_runs_are_complete_and_their_parent_adds_up(stl, tmp_path):

@@ -1,4 +1,4 @@
-"""Several processes compute what one does, and what happens to one of them ends all, with nothing lost."""
+"""Several processes compute what one does, and if one of them ends, all end with everything saved."""
 
 import json
 import os
@@ -34,17 +34,19 @@ from moe_bsr.training.task_updates import TaskUpdates
 from moe_bsr.training.trainer import TrainingFailed
 
 pytestmark = pytest.mark.usefixtures("bare")
-BATCH = 4  # of evaluations, so that there are batches to share
+BATCH = 4  # images of an evaluation batch, so that processes have batches to share
 
 
 def config_of(folder: Path, **changes) -> Config:
-    """With everything that could make processes differ."""
+    """Return a configuration with everything that could make processes differ."""
     settings = {
         "train__steps": 4,
         "train__grad_accumulation_steps": 2,
         "train__grad_clip_norm": 0.5,
         "train__ema_decay": 0.7,
         "train__eval_every": 2,
+        "train__evaluate_test": False,
+        "plan__moe_blocks": [5],
         "moe__gate_noise": 1.0,
         "moe__balance_loss": "across_tasks",
     }
@@ -57,7 +59,7 @@ def in_backward(folder: Path) -> Config:
 
 
 def joint_of(folder: Path) -> Config:
-    """All tasks in an update, four micro-batches, features kept; two updates, for differences grow."""
+    """All tasks in an update, four micro-batches, kept features. Two updates only, because differences grow."""
     more = {"sampler__kind": "joint", "train__grad_accumulation_steps": 4, "train__steps": 2, "train__eval_every": None}
     more |= {"moe__gate": "prototype"}
     return config_of(folder, **more, data__augment=False, data__feature_cache_mb=100)
@@ -69,7 +71,7 @@ def metrics(run: Path) -> list[dict]:
 
 
 def assert_close(run: Path, other: Path) -> None:
-    """Another order of addition: 1e-7 in a gradient, which AdamW makes larger where that is near zero."""
+    """Sums in another order differ by 1e-7 in a gradient, and AdamW enlarges that where gradients are near zero."""
     for ours, theirs in zip(metrics(run), metrics(other), strict=True):
         assert (ours.pop("task"), ours.pop("split", "")) == (theirs.pop("task"), theirs.pop("split", ""))
         assert ours == pytest.approx(theirs, rel=1e-4)
@@ -82,7 +84,7 @@ def assert_close(run: Path, other: Path) -> None:
 
 
 def at_update(number: int, act: Callable[[], None]) -> None:
-    """Do something in this process before the backward pass of an update."""
+    """Call `act` in this process before the backward pass of an update."""
     backward = TaskUpdates._backward
 
     def acting(self, batch, place, tasks, step):
@@ -94,7 +96,7 @@ def at_update(number: int, act: Callable[[], None]) -> None:
 
 
 def two(folder: Path, rank: int) -> dict:
-    """What is refused, what is exchanged, and a run that a signal to one of them stops after its first update."""
+    """Try refusals and exchanges, then train until a signal to one process stops the run after its first update."""
     trainer_module.BATCH = BATCH
     told = {}
 
@@ -125,7 +127,7 @@ def unequal(ranks, rank: int) -> None:
 
 
 def exchanged(ranks, rank: int) -> dict:
-    """Sums of both kinds: bytes, errors, and whether both processes have the same bits."""
+    """Sum in both precisions; returns bytes, error and whether both processes have the same bits."""
     parts = [torch.randn(1001, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
     told, true = {}, sum(parts)
     for kind in ("fp32", "bf16"):
@@ -138,7 +140,7 @@ def exchanged(ranks, rank: int) -> dict:
 
 
 def killed(folder: Path, rank: int) -> dict:
-    """The same run goes on, until one of them, which sees no run folder, is killed in its third update."""
+    """Resume that run until one process, which does not see the run folder, is killed in its third update."""
     trainer_module.BATCH = BATCH
     if rank == 1:
         at_update(3, lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -150,7 +152,7 @@ def killed(folder: Path, rank: int) -> dict:
 def four(folder: Path, rank: int) -> dict:
     trainer_module.BATCH = BATCH
     if rank:
-        prototypes.place = None  # the first one's are everybody's: clusters may differ by a bit elsewhere
+        prototypes.place = None  # only the first process finds clusters, because they may differ by a bit
     report = train(joint_of(folder), folder / "four", callbacks=[])
     for task in report["tasks"].values():
         del task["images_per_second"]
@@ -158,7 +160,7 @@ def four(folder: Path, rank: int) -> dict:
 
 
 def failing(folder: Path, rank: int) -> str:
-    """One fails where the others wait for it."""
+    """One process fails while the others wait for it."""
     with pytest.raises((RankLost, UnreadableImage)) as caught, joined(torch.device("cpu")) as ranks:
         if rank == 1:
             raise UnreadableImage("bee.png: not a readable image")
@@ -171,7 +173,7 @@ def failing(folder: Path, rank: int) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """With what one process computes."""
+    """A folder with the runs of one process."""
     place = tmp_path_factory.mktemp("processes")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer_module, "BATCH", BATCH)
@@ -199,7 +201,7 @@ def test_a_signal_to_one_stops_all_with_everything_saved(folder, told):
 
 
 def test_a_killed_process_costs_no_update_and_all_bits_are_those_of_one_process(folder, told, ended, monkeypatch):
-    """Stopped by a signal, resumed by two, one killed, resumed by one."""
+    """The run is stopped by a signal, resumed by two processes of which one is killed, and resumed by one."""
     survivor, gone = ended["killed"]
     assert gone.status == -signal.SIGKILL
     assert survivor.status == 0, survivor.said
@@ -283,7 +285,7 @@ def test_what_is_exchanged_while_a_pace_is_measured_is_told_of_no_update(tmp_pat
 
 
 def test_a_round_reads_nothing_of_the_dead(monkeypatch):
-    """A launcher's store outlives the processes: names and confirmations of an older round are in it."""
+    """A launcher's store outlives the processes, so it holds names and confirmations of an older round."""
     store = torch.distributed.HashStore()
     for key, value in {"round": "old", "old/1": "dead", "old/all": "dead", "old/address": "nowhere"}.items():
         store.set(key, value)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_runs import make_config, make_trainer, script_scores, state_of
+from tiny_runs import LATE, make_config, make_trainer, script_scores, state_of
 
 from moe_bsr.api import train
 from moe_bsr.runs import checkpoint
@@ -31,7 +31,7 @@ class Counter(Callback):
 
 
 def test_a_state_dict_loaded_is_the_state_it_was_taken_of(tmp_path):
-    config = make_config(tmp_path, train__ema_decay=0.7, train__evaluate_test=False)
+    config = make_config(tmp_path, **LATE, train__ema_decay=0.7, train__evaluate_test=False)
     first = make_trainer(config, tmp_path / "first", [Counter()])
     first.fit()
     second = make_trainer(config, tmp_path / "second", [Counter()])
@@ -47,7 +47,7 @@ def test_a_state_dict_loaded_is_the_state_it_was_taken_of(tmp_path):
 
 
 def test_callbacks_are_restored_by_their_names(tmp_path):
-    config = make_config(tmp_path, train__evaluate_test=False)
+    config = make_config(tmp_path, **LATE, train__evaluate_test=False)
     make_trainer(config, tmp_path / "run", [Counter("a"), Counter("b")]).fit()
     saved = json.loads((tmp_path / "run" / "checkpoint" / "8" / "state.json").read_text())["callbacks"]
     assert saved == {"a": {"updates": 8}, "b": {"updates": 8}}
@@ -67,7 +67,7 @@ def test_two_callbacks_of_one_name_are_refused(tmp_path):
 def test_scores_of_weights_that_were_lost_are_not_reported(tmp_path, monkeypatch, ema):
     """The best checkpoint is damaged: the last weights are evaluated anew, and say so."""
     seen = script_scores(monkeypatch, [30.0, 10.0, 20.0, 15.0, 17.0])
-    config = make_config(tmp_path, train__eval_every=2, train__evaluate_test=False, train__ema_decay=ema)
+    config = make_config(tmp_path, **LATE, train__eval_every=2, train__evaluate_test=False, train__ema_decay=ema)
     trainer = make_trainer(config, tmp_path / "run")
     load_best = trainer.state.load_best
 
@@ -94,7 +94,7 @@ def test_scores_of_weights_that_were_lost_are_not_reported(tmp_path, monkeypatch
 
 def test_a_sound_best_checkpoint_is_reported_without_another_evaluation(tmp_path, monkeypatch):
     seen = script_scores(monkeypatch, [30.0, 10.0, 20.0, 15.0])
-    config = make_config(tmp_path, train__eval_every=2, train__evaluate_test=False)
+    config = make_config(tmp_path, **LATE, train__eval_every=2, train__evaluate_test=False)
     report = train(config, tmp_path / "run", callbacks=[])
     assert (report["selected_step"], report["mean_top1"], len(seen)) == (2, 30.0, 4)
     assert report["lost_best"] is None and report["step"] == 8
@@ -109,7 +109,7 @@ def test_a_sound_best_checkpoint_is_reported_without_another_evaluation(tmp_path
 def test_a_resumed_run_knows_the_scores_of_its_best_step(tmp_path, monkeypatch):
     """They are in the checkpoint: nothing is evaluated twice, and nothing is lost with the best checkpoint."""
     seen = script_scores(monkeypatch, [30.0, 10.0, 20.0, 15.0])
-    config = make_config(tmp_path, train__eval_every=2, train__evaluate_test=False)
+    config = make_config(tmp_path, **LATE, train__eval_every=2, train__evaluate_test=False)
     first = train(config, tmp_path / "run", callbacks=[])
     (tmp_path / "run" / "report.json").unlink()
     again = train(config, tmp_path / "run", resume=True, callbacks=[])
@@ -118,7 +118,7 @@ def test_a_resumed_run_knows_the_scores_of_its_best_step(tmp_path, monkeypatch):
 
 def test_a_test_stands_beside_the_step_of_the_weights_tested(tmp_path, monkeypatch):
     script_scores(monkeypatch, [30.0, 10.0, 20.0, 15.0])
-    train(make_config(tmp_path, train__eval_every=2), tmp_path / "run", callbacks=[])
+    train(make_config(tmp_path, **LATE, train__eval_every=2), tmp_path / "run", callbacks=[])
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {line["step"] for line in lines if line.get("split") == "test"} == {2}
 

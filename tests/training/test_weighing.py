@@ -192,8 +192,9 @@ EVERYTHING = {
     "train__task_weighting": "uncertainty",
     "train__checkpoint_every": 1,
     "sampler__classes": "balanced",
-    "train__steps": 4,
+    "train__steps": 3,
     "train__evaluate_test": False,
+    "plan__moe_blocks": [5],
 }
 
 

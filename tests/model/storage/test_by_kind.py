@@ -2,21 +2,15 @@
 
 import pytest
 import torch
-from tiny_models import CLASSES, gradients, make_model, make_vit, normal, plain_autograd, saved_for_backward
+from tiny_models import gradients, make_model, normal, plain_autograd, saved_for_backward
+from tiny_storages import MODELS, forward, kept_by, kept_by_block, predicted_and_step
 from torch import nn
-from torch.nn import functional as F
 
-from moe_bsr import config as configuration
-from moe_bsr.benchmark.measure import kept_for_backward
-from moe_bsr.config import Config
-from moe_bsr.cost.predict import predict
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.model.storage.by_kind import Table, run_by_kind
 from moe_bsr.ops import keep
 from moe_bsr.ops.linear import activated_linear, linear
 from moe_bsr.ops.norm import layer_norm
-from moe_bsr.runtime.device import prepare
-from moe_bsr.training.update import training_step
 
 IMAGES, SIDE, WIDTH, HEADS, TOKENS = 5, 16, 16, 2, 17
 T = IMAGES * TOKENS * WIDTH  # values of one activation of a token's width
@@ -26,10 +20,9 @@ SCALES = 2 * IMAGES * WIDTH  # of the scales of one activation in int8
 
 
 def outcome(model, bf16: bool = False) -> dict[str, torch.Tensor]:
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        output = model(normal(6, 3, SIDE, SIDE), "one")
-    (F.cross_entropy(output.logits, torch.arange(6) % 3) + output.auxiliary_loss).backward()
-    return gradients(model) | {"logits": output.logits.detach()}
+    loss, logits = forward(model, 6, bf16)
+    loss.backward()
+    return gradients(model) | {"logits": logits.detach()}
 
 
 def hooked(model) -> MultitaskViT:
@@ -42,15 +35,7 @@ def hooked(model) -> MultitaskViT:
     return model
 
 
-MODELS = {
-    "dense": {},
-    "experts": {"moe_blocks": (1, 3), "init_noise": 0.1},
-    "lora": {"adapter": {"kind": "lora", "rank": 2}, "train_blocks": ()},
-    "qk-norm": {"kind": "qk-norm"},
-    "layer-scale": {"kind": "layer-scale"},
-    "no class token": {"kind": "average-pool"},
-    "hooks": {"change": hooked},
-}
+MODELS = MODELS | {"layer-scale": {"kind": "layer-scale"}, "hooks": {"change": hooked}}
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
@@ -64,25 +49,6 @@ def test_what_is_computed_again_is_the_same_to_the_bit(name, bf16):
         found = outcome(change(make_model(storage=storage, **options)), bf16)
         assert found.keys() == expected.keys()
         assert [n for n, value in expected.items() if not torch.equal(found[n], value)] == [], storage
-
-
-def kept(storage, batch: int = IMAGES, **plan) -> tuple[dict[str, int], int, int]:
-    """Predicted bytes by section; all of them, predicted and measured."""
-    config = configuration.replace(
-        Config(),
-        storage=storage,
-        runtime__device="cpu",
-        runtime__precision="fp32",
-        runtime__threads=1,
-        plan__train_blocks=plan.get("train", "all"),
-        plan__drop_blocks=[],
-        plan__moe_blocks=[],
-    )
-    model = MultitaskViT(make_vit(), config, CLASSES)
-    cost = predict(model, config, batch=batch, precision="fp32", task="two")
-    step = training_step(model, config, prepare(config.runtime), batch=batch, task="two")
-    measured = sum(allocation.bytes for allocation in kept_for_backward(step)[0])
-    return {name: sum(makers.values()) for name, makers in cost.kept_by_block.items()}, cost.kept, measured
 
 
 def pruned(groups: int, values: int, sparsity: float) -> int:
@@ -103,15 +69,16 @@ BY_FORMULA = {
 @pytest.mark.parametrize("storage", BY_FORMULA)
 def test_a_trained_block_keeps_what_its_formula_says(storage):
     """Of exact: inputs of two norms, queries, keys and values, the attention's result, four widths of hidden values."""
-    by_block, predicted, measured = kept(storage)
+    cost, step = predicted_and_step(storage, IMAGES)
+    by_block = kept_by_block(cost)
     assert by_block["block 1"] == by_block["block 2"] == BY_FORMULA[storage]
-    assert predicted == pytest.approx(measured, abs=64)
+    assert cost.kept == pytest.approx(kept_by(step), abs=64)
 
 
 def test_a_frozen_block_on_the_path_keeps_as_much_as_one_that_trains():
-    by_block, predicted, measured = kept("exact", train=[0])
-    assert by_block["block 1"] == BY_FORMULA["exact"]
-    assert predicted == pytest.approx(measured, abs=64)
+    cost, step = predicted_and_step("exact", IMAGES, train_blocks=[0])
+    assert kept_by_block(cost)["block 1"] == BY_FORMULA["exact"]
+    assert cost.kept == pytest.approx(kept_by(step), abs=64)
 
 
 def test_operations_name_all_that_they_keep():

@@ -1,4 +1,4 @@
-"""Offloaded activations: the same gradients to the bit, files without a name that go, and what a full disk says."""
+"""Offloaded activations: the same gradients to the bit, unnamed files that disappear, and the error of a full disk."""
 
 import os
 import re
@@ -7,29 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import gradients, make_model, make_vit, normal
+from tiny_models import gradients, make_model, normal
 from tiny_runs import make_config, make_trainer
-from torch.nn import functional as F
+from tiny_storages import MODELS, forward, kept_by, kept_by_block, predicted_and_step
 
-from moe_bsr import config as configuration
-from moe_bsr.benchmark.measure import kept_for_backward
-from moe_bsr.config import Config, ConfigError
+from moe_bsr.config import ConfigError
 from moe_bsr.cost.predict import predict
-from moe_bsr.model.multitask import MultitaskViT, build_on_meta
+from moe_bsr.model.multitask import build_on_meta
 from moe_bsr.model.storage.offload import InFile
 from moe_bsr.runtime import memory
-from moe_bsr.runtime.device import prepare
 from moe_bsr.training.doubts import doubts
 from moe_bsr.training.trainer import TrainingFailed
-from moe_bsr.training.update import training_step
 
 IMAGES = 6
-
-
-def loss_of(model, bf16: bool = False) -> torch.Tensor:
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        output = model(normal(IMAGES, 3, 16, 16), "one")
-    return F.cross_entropy(output.logits, torch.arange(IMAGES) % 3) + output.auxiliary_loss
 
 
 def open_files(folder: Path) -> list[int]:
@@ -41,24 +31,15 @@ def open_files(folder: Path) -> list[int]:
     return found
 
 
-PLANS = {
-    "dense": {},
-    "experts": {"moe_blocks": (1, 3), "init_noise": 0.1},
-    "lora": {"adapter": {"kind": "lora", "rank": 2}, "train_blocks": ()},
-    "qk-norm": {"kind": "qk-norm"},
-    "no class token": {"kind": "average-pool"},
-}
-
-
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", MODELS)
 def test_gradients_are_the_same_to_the_bit_and_no_file_is_left(name, bf16, tmp_path):
     exact, model = (
-        make_model(**PLANS[name]),
-        make_model(storage={"kind": "offload", "folder": str(tmp_path)}, **PLANS[name]),
+        make_model(**MODELS[name]),
+        make_model(storage={"kind": "offload", "folder": str(tmp_path)}, **MODELS[name]),
     )
-    loss_of(exact, bf16).backward()
-    loss = loss_of(model, bf16)
+    forward(exact, IMAGES, bf16)[0].backward()
+    loss, _ = forward(model, IMAGES, bf16)
     assert len(open_files(tmp_path)) == len(model.plan) - model.path_start
     assert not list(tmp_path.iterdir())  # no name
     loss.backward()
@@ -68,7 +49,7 @@ def test_gradients_are_the_same_to_the_bit_and_no_file_is_left(name, bf16, tmp_p
 
 
 def test_files_go_with_the_graph(tmp_path):
-    loss = loss_of(make_model(storage={"kind": "offload", "folder": str(tmp_path)}))
+    loss, _ = forward(make_model(storage={"kind": "offload", "folder": str(tmp_path)}), IMAGES)
     assert sum(open_files(tmp_path)) > 0
     del loss
     assert open_files(tmp_path) == []
@@ -87,26 +68,12 @@ def test_values_come_back_in_any_layout(tmp_path):
 
 
 def test_what_is_on_disk_is_predicted_and_hardly_anything_is_kept(tmp_path):
-    storage = {"kind": "offload", "folder": str(tmp_path)}
-    config = configuration.replace(
-        Config(),
-        storage=storage,
-        runtime__device="cpu",
-        runtime__precision="fp32",
-        runtime__threads=1,
-        plan__train_blocks="all",
-        plan__drop_blocks=[],
-        plan__moe_blocks=[],
-    )
-    model = MultitaskViT(make_vit(), config, {"one": 3})
-    cost = predict(model, config, batch=IMAGES, precision="fp32")
-    config = configuration.replace(config, storage="exact")
-    exact = predict(MultitaskViT(make_vit(), config, {"one": 3}), config, batch=IMAGES, precision="fp32")
-    step = training_step(model, config, prepare(config.runtime), batch=IMAGES)
-    assert cost.kept == pytest.approx(sum(each.bytes for each in kept_for_backward(step)[0]), abs=64)
+    cost, step = predicted_and_step({"kind": "offload", "folder": str(tmp_path)}, IMAGES)
+    exact, _ = predicted_and_step("exact", IMAGES)
+    assert cost.kept == pytest.approx(kept_by(step), abs=64)
     step.forward()
     assert cost.written == sum(open_files(tmp_path))
-    block = {name: sum(makers.values()) for name, makers in cost.kept_by_block.items()}["block 1"]
+    block = kept_by_block(cost)["block 1"]
     rows = IMAGES * 17
     assert block == 4 * (2 * 2 * rows + 2 * rows)  # statistics of two norms, log-sums of two heads
     ten = 4 * 10 * rows * 16  # activations of a token's width; the last block has the class token's alone

@@ -2,17 +2,12 @@
 
 import pytest
 import torch
-from tiny_models import gradients, make_model, make_vit, normal
+from tiny_models import gradients, make_model, normal
+from tiny_storages import MODELS, forward, kept_by, kept_by_block, predicted_and_step
 from torch.nn import functional as F
 
-from moe_bsr import config as configuration
-from moe_bsr.benchmark.measure import kept_for_backward
-from moe_bsr.config import Config, ConfigError
-from moe_bsr.cost.predict import predict
-from moe_bsr.model.multitask import MultitaskViT
+from moe_bsr.config import ConfigError, TokensConfig
 from moe_bsr.model.storage.subspace import InSubspace
-from moe_bsr.runtime.device import prepare
-from moe_bsr.training.update import training_step
 
 
 def spectrum(*shape: int, decay: float = 0.5) -> torch.Tensor:
@@ -50,21 +45,15 @@ def test_what_takes_no_less_room_stays_as_it_is(x):
 
 def step(storage, bf16: bool = False, **plan):
     model = make_model(storage=storage, **plan).train()
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        output = model(normal(12, 3, 16, 16), "one")
-    (F.cross_entropy(output.logits, torch.arange(12) % 3) + output.auxiliary_loss).backward()
-    return torch.cat([g.flatten() for g in gradients(model).values()]), output.logits
+    loss, logits = forward(model, 12, bf16)
+    loss.backward()
+    return torch.cat([g.flatten() for g in gradients(model).values()]), logits
 
 
-PLANS = {
-    "dense": {},
-    "experts": {"moe_blocks": (1, 3), "init_noise": 0.1},
+PLANS = MODELS | {
     "grouped": {"moe_blocks": (1, 3), "init_noise": 0.1, "backend": "grouped"},
     "low-rank experts": {"moe_blocks": (1, 3), "experts": "low_rank", "rank": 4},
-    "merging": {"tokens": configuration.TokensConfig(reduce="merge")},
-    "lora": {"adapter": {"kind": "lora", "rank": 2}, "train_blocks": ()},
-    "no class token": {"kind": "average-pool"},
-    "qk-norm": {"kind": "qk-norm"},
+    "merging": {"tokens": TokensConfig(reduce="merge")},
 }
 
 
@@ -100,25 +89,12 @@ IMAGES, TOKENS, WIDTH, HEADS, RANK = 5, 17, 16, 2, 4
 
 def test_a_trained_block_keeps_what_its_formula_says():
     """Three matrices of coefficients, bases and first tokens, and the two norms' statistics."""
-    config = configuration.replace(
-        Config(),
-        storage={"kind": "subspace", "rank": RANK / WIDTH},
-        runtime__device="cpu",
-        runtime__precision="fp32",
-        runtime__threads=1,
-        plan__train_blocks="all",
-        plan__drop_blocks=[],
-        plan__moe_blocks=[],
-    )
-    model = MultitaskViT(make_vit(), config, {"two": 5})
-    cost = predict(model, config, batch=IMAGES, precision="fp32")
-    step = training_step(model, config, prepare(config.runtime), batch=IMAGES)
-    measured = sum(allocation.bytes for allocation in kept_for_backward(step)[0])
+    cost, step = predicted_and_step({"kind": "subspace", "rank": RANK / WIDTH}, IMAGES)
     rows = IMAGES * TOKENS
     formula = 3 * 4 * (rows * RANK + WIDTH * RANK + IMAGES * WIDTH) + 4 * 4 * rows
-    by_block = {name: sum(makers.values()) for name, makers in cost.kept_by_block.items()}
+    by_block = kept_by_block(cost)
     assert by_block["block 1"] == by_block["block 2"] == formula
-    assert cost.kept == pytest.approx(measured, abs=64)
+    assert cost.kept == pytest.approx(kept_by(step), abs=64)
 
 
 @pytest.mark.parametrize("rank", [0, 1.5, -1.0])
