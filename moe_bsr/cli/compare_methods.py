@@ -103,11 +103,11 @@ def measure(arguments: argparse.Namespace) -> None:
     """Compute the rows and stages that the file lacks, and add them."""
     from moe_bsr.benchmark import methods as cost
     from moe_bsr.cli.cost import classes_of
-    from moe_bsr.config import load, methods, packaged, to_dict
+    from moe_bsr.config import load, methods, to_dict
     from moe_bsr.model.backbones import require_tokens
     from moe_bsr.study import equal
 
-    base = load(packaged.find_config(arguments.config), arguments.overrides)
+    base = load(arguments.config, arguments.overrides)
     require_tokens(base.backbone, "compare-methods")
     every = methods.read(arguments.file)
     chosen = methods.read(arguments.file, arguments.methods)

@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from moe_bsr import config as configuration
-    from moe_bsr.config import ConfigError, packaged, require
+    from moe_bsr.config import ConfigError, require
 
     needs_exact = arguments.measure or arguments.budget is not None or arguments.sweep
     require(
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.budget is None and (arguments.plans or not named):
         raise ConfigError("name a configuration, or give --budget SIZE to list the plans that fit into it")
     file = named[0] if named else BASE
-    config = configuration.load(packaged.find_config(file), overrides)
+    config = configuration.load(file, overrides)
     if arguments.processes is not None:
         require(
             arguments.processes % arguments.machines == 0,

@@ -53,13 +53,13 @@ def places(text: str) -> Places:
 def run(arguments: argparse.Namespace) -> int:
     from moe_bsr.benchmark import drops
     from moe_bsr.benchmark.drop_settings import DropSetting, candidates, setting_of
-    from moe_bsr.config import load, packaged, require
+    from moe_bsr.config import load, require
     from moe_bsr.model.backbones import require_tokens
     from moe_bsr.model.multitask import build_on_meta
     from moe_bsr.runtime.device import prepare
     from moe_bsr.runtime.provenance import command, commit, environment
 
-    config = load(packaged.find_config(arguments.config), arguments.overrides)
+    config = load(arguments.config, arguments.overrides)
     require_tokens(config.backbone, "drops")
     own, config = setting_of(config), drops.frozen(config)
     model = build_on_meta(config, dict.fromkeys(config.task_names(), 2))

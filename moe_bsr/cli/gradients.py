@@ -43,12 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from moe_bsr.benchmark import gradients
-    from moe_bsr.config import load, packaged, replace
+    from moe_bsr.config import load, replace
     from moe_bsr.model.storage import STORAGES
     from moe_bsr.runtime.device import prepare
     from moe_bsr.runtime.provenance import command, commit, environment
 
-    file, overrides = packaged.find_config(arguments.config), arguments.overrides
+    file, overrides = arguments.config, arguments.overrides
     asked = arguments.storages or [*(name for name in STORAGES if not STORAGES[name].coarse), *COARSE]
     choices = [STORAGES.choose(load(file, [*overrides, f"storage={text}"]).storage) for text in ("exact", *asked)]
     config = replace(load(file, overrides), train__batch_size=arguments.batch, train__grad_accumulation_steps=1)

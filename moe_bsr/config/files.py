@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from moe_bsr.config import packaged
 from moe_bsr.config.errors import ConfigError, show
 from moe_bsr.config.reader import convert, make_way, read_tree, set_dotted
 from moe_bsr.config.schema import Config
@@ -19,11 +20,14 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     """Read a YAML configuration and the files that it extends, then apply `a.b=value` overrides.
 
     Args:
-        path: a YAML file, or a run folder, whose configuration is read.
+        path: a YAML file, or a run folder, whose configuration is read. A file that is not there is taken from the
+            package, as `configs/quickstart.yaml` is.
     Raises:
         ConfigError: the file cannot be read, or a key is unknown, or a value is invalid.
     """
     path = Path(path)
+    if not os.path.isfile(path) and not os.path.isfile(path / "config.yaml"):
+        path = packaged.find("configs", path) or path
     if os.path.isfile(path / "config.json") and not os.path.lexists(path / "config.yaml"):
         raise ConfigError(
             f"{path} is a shared run, which cannot be trained further; start a new run from it with "
