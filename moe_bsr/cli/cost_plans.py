@@ -1,7 +1,6 @@
 """Answer `moe-bsr cost --budget SIZE --plans`: the plans that fit into a memory size, and how to run them."""
 
 import dataclasses
-import json
 from functools import reduce
 from typing import Any
 
@@ -87,8 +86,4 @@ def overrides(config: Config, plan: Plan) -> str:
     changed = {
         key: value for key, value in plan.changes.items() if value != reduce(dict.__getitem__, key.split("."), tree)
     }
-    return " ".join(f"{key}={_yaml(value)}" for key, value in changed.items())
-
-
-def _yaml(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+    return " ".join(configuration.as_overrides(changed))

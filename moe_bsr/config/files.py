@@ -1,8 +1,10 @@
 """Read a configuration from a YAML file and `a.b=value` overrides, check it, and write it as YAML."""
 
 import dataclasses
+import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +70,14 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
+def as_overrides(values: Mapping[str, Any]) -> list[str]:
+    """Return the values of dotted keys as `a.b=value` overrides, in the form that `load` accepts."""
+    texts = {key: v if isinstance(v, str) else json.dumps(v, separators=(",", ":")) for key, v in values.items()}
+    return [f"{key}={text}" for key, text in texts.items()]
+
+
 def replace(config: Config, **changes: Any) -> Config:
-    """Return a checked copy with changed values. A key such as `train__steps=10` reaches into a section."""
+    """Return a checked copy with changed values. `train__steps=10` or `**{"train.steps": 10}` reach into a section."""
     return from_dict(_changed(to_dict(config), {key.replace("__", "."): value for key, value in changes.items()}))
 
 

@@ -61,7 +61,7 @@ def ways(
     first = 0.0  # operations of the plan as it is configured
     for overrides in _variants(config):
         try:
-            changed = configuration.replace(config, **{k.replace(".", "__"): v for k, v in overrides.items()})
+            changed = configuration.replace(config, **overrides)
             model = build_on_meta(changed, classes)
         except ConfigError:
             continue  # an expert ratio that this backbone does not divide
@@ -73,7 +73,7 @@ def ways(
             link: compute / (compute + exchange_seconds(sent, rate, processes, machines))
             for link, rate in (WITHIN if machines == 1 else BETWEEN).items()
         }
-        found.append(Way(" ".join(f"{k}={v}" for k, v in overrides.items()), sent, experts, compute, links))
+        found.append(Way(" ".join(configuration.as_overrides(overrides)), sent, experts, compute, links))
     return found[:1] + sorted(found[1:], key=lambda way: -way.exchanged)
 
 

@@ -174,7 +174,7 @@ class Catalog:
         return beside + least > max(self.limit, self.least or 0)
 
     def _configured(self, changes: dict[str, Any]) -> tuple[Config, MultitaskViT]:
-        config = configuration.replace(self.config, **{key.replace(".", "__"): value for key, value in changes.items()})
+        config = configuration.replace(self.config, **changes)
         return config, self._model(config)
 
     def _cost(self, config: Config, model: MultitaskViT, images: int) -> Cost:

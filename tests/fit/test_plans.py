@@ -61,7 +61,7 @@ def tight(config, roomy):
 
 
 def changed(config, plan: Plan):
-    return replace(config, **{key.replace(".", "__"): value for key, value in plan.changes.items()})
+    return replace(config, **plan.changes)
 
 
 def test_with_room_every_plan_is_saved_exactly_in_one_batch(config, roomy):
