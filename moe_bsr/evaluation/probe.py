@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from moe_bsr.data import ImageTransforms, TaskData
-from moe_bsr.data.task import Split
 from moe_bsr.model.block import Record
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.model.tokens import FUSED
@@ -42,8 +41,7 @@ class ProbeResult:
 def pick_probe_images(data: TaskData, count: int, seed: int = 0) -> TaskData:
     """Return the task with at most `count` validation images, drawn with a fixed seed; a larger count adds images."""
     order = stream(key(seed, data.name, "probe")).permutation(len(data.val))[:count]
-    chosen = Split(data.val.source, data.val.index[order], data.val.labels[order])
-    return dataclasses.replace(data, val=chosen)
+    return data.select("val", order)
 
 
 def run_probe(model: MultitaskViT, data: TaskData, transforms: ImageTransforms, runtime: Runtime) -> ProbeResult:

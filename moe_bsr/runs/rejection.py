@@ -7,7 +7,6 @@ other tasks' validation images. The file is valid only for the weights it was ma
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import statistics
 from collections.abc import Callable
@@ -168,8 +167,7 @@ def _thinned(data: TaskData, count: int) -> TaskData:
     each, labels = -(-count // len(data.class_names)), data.train.labels
     order = stream(key(data.name, "rejection")).permutation(len(labels))
     chosen = np.sort(np.concatenate([order[labels[order] == label][:each] for label in np.unique(labels)]))
-    split = dataclasses.replace(data.train, index=data.train.index[chosen], labels=labels[chosen])
-    return dataclasses.replace(data, train=split)
+    return data.select("train", chosen)
 
 
 def _detectors(
