@@ -209,7 +209,7 @@ def fill(result: dict[str, Any], name: str, method: "Method", base: "Config", st
 
     from moe_bsr.runtime.device import prepare
     from moe_bsr.runtime.files import write_whole
-    from moe_bsr.runtime.provenance import command, commit, environment
+    from moe_bsr.runtime.provenance import commit, environment, made_by
 
     runtime = prepare(base.runtime)
     about = dataclasses.asdict(method)
@@ -228,6 +228,6 @@ def fill(result: dict[str, Any], name: str, method: "Method", base: "Config", st
         row["run_info"]["total_seconds"] += time.monotonic() - began
         row["run_info"]["created_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         row["meta_info"][stage] = {"commit": commit(), **environment(runtime)}
-        result |= {"command": command(), "commit": commit(), "environment": environment(runtime)}
+        result |= made_by(runtime)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(result, indent=1) + "\n")

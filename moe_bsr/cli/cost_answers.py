@@ -18,7 +18,7 @@ from moe_bsr.paper import backrazor_rule as backrazor
 from moe_bsr.paper import bsr_rule as paper
 from moe_bsr.paper.shapes import from_model
 from moe_bsr.runtime.device import prepare
-from moe_bsr.runtime.provenance import command, commit, environment
+from moe_bsr.runtime.provenance import made_by
 from moe_bsr.training.sharing import check_shared_optimizer
 
 MB = 2**20
@@ -154,9 +154,7 @@ def sweep_answer(
         lines.append(f"{name:<22}  {about['worst']:>8.3%}  {about['median']:>8.3%}  {allowed:>8}  {where}")
     return (
         {
-            "command": command(),
-            "commit": commit(),
-            "environment": environment(prepare(config.runtime)),
+            **made_by(prepare(config.runtime)),
             "config": configuration.to_dict(config),
             "summary": total,
             "within_tolerance": held,

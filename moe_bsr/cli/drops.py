@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     from moe_bsr.model.backbones import require_tokens
     from moe_bsr.model.multitask import build_on_meta
     from moe_bsr.runtime.device import prepare
-    from moe_bsr.runtime.provenance import command, commit, environment
+    from moe_bsr.runtime.provenance import made_by
 
     config = load(arguments.config, arguments.overrides)
     require_tokens(config.backbone, "drops")
@@ -73,9 +73,9 @@ def run(arguments: argparse.Namespace) -> int:
         rows = drops.study(config, runtime, settings, arguments.images, announce)
     best, front = drops.cheapest_loss(rows, own), drops.on_the_front(rows)
     if arguments.json:
-        about = {"command": command(), "commit": commit(), "environment": environment(runtime)}
-        about |= {"images": arguments.images, "own": str(own), "best": str(best.setting)}
-        print(json.dumps(about | {"settings": [row.as_dict() for row in rows]}, indent=1))
+        told = made_by(runtime)
+        told |= {"images": arguments.images, "own": str(own), "best": str(best.setting)}
+        print(json.dumps(told | {"settings": [row.as_dict() for row in rows]}, indent=1))
         return 0
     say(table(rows, front))
     say(conclusion(rows, best, own))

@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--device {arguments.device}: a run is exported on the CPU; leave it out")
     from moe_bsr.export.bundle import export
     from moe_bsr.runs.load import load
-    from moe_bsr.runtime.provenance import command, commit, environment
+    from moe_bsr.runtime.provenance import made_by
 
     trained = load(arguments.run, arguments.checkpoint, arguments.data_root, "cpu", arguments.weights, arguments.task)
     result = export(
@@ -58,8 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         on_step=lambda text: say(text, error=True),
     )
     if arguments.json:
-        about = {"command": command(), "commit": commit(), "environment": environment(trained.runtime)}
-        print(json.dumps(about | result, indent=1, allow_nan=False))
+        print(json.dumps(made_by(trained.runtime) | result, indent=1, allow_nan=False))
     else:
         print_result(result)
     return 0

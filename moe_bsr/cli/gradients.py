@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     from moe_bsr.config import load, replace
     from moe_bsr.model.storage import STORAGES
     from moe_bsr.runtime.device import prepare
-    from moe_bsr.runtime.provenance import command, commit, environment
+    from moe_bsr.runtime.provenance import made_by
 
     file, overrides = arguments.config, arguments.overrides
     asked = arguments.storages or [*(name for name in STORAGES if not STORAGES[name].coarse), *COARSE]
@@ -59,9 +59,9 @@ def run(arguments: argparse.Namespace) -> int:
         say(f"{arguments.batch} images of {batch.task}, {runtime.precision}, {runtime.device}", error=True)
         rows = gradients.compare(config, runtime, model, batch, list(dict.fromkeys(choices)), arguments.rounds)
     if arguments.json:
-        about = {"command": command(), "commit": commit(), "environment": environment(runtime)}
-        about |= {"task": batch.task, "batch": arguments.batch, "precision": runtime.precision}
-        print(json.dumps(about | {"storages": [row.as_dict() for row in rows]}, indent=1))
+        told = made_by(runtime)
+        told |= {"task": batch.task, "batch": arguments.batch, "precision": runtime.precision}
+        print(json.dumps(told | {"storages": [row.as_dict() for row in rows]}, indent=1))
     else:
         say(table(rows))
     return 0
