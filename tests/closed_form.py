@@ -11,7 +11,6 @@ from moe_bsr.model.layers import Mlp
 from moe_bsr.model.moe import MoE
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.model.plan import BlockPlan, token_counts
-from moe_bsr.model.storage import STORAGES
 
 
 def forward_flops(model: MultitaskViT, task: str) -> int:
@@ -39,7 +38,7 @@ def step_flops(model: MultitaskViT, task: str) -> int:
         if index < model.path_start:
             continue
         total += sum(backward_macs(block, plan, n, m, vit.has_class_token, model.tokens_config.attached, q))
-        if STORAGES[plan.storage.kind].recomputes:
+        if plan.storage.kind.startswith("recompute"):
             total += forward - skipped_macs(block, m)
     return 2 * total
 

@@ -3,6 +3,7 @@
 import argparse
 import sys
 import textwrap
+from dataclasses import asdict
 from typing import Any
 
 from moe_bsr import config as configuration
@@ -51,7 +52,7 @@ def answer(
         return result, [*notes, *lines], status
     runtime = prepare(config.runtime) if arguments.measure or not is_absent_gpu(config) else absent_gpu(config)
     cost = predict(model, config, batch=batch, precision=runtime.precision, all_tasks=True)
-    result = {"mode": arguments.mode, "batch": batch, "precision": runtime.precision, **cost.as_dict()}
+    result = {"mode": arguments.mode, "batch": batch, "precision": runtime.precision, **asdict(cost)}
     lines = [
         *notes,
         f"micro-batch {batch}, {runtime.precision} ({runtime.precision_reason}), storage {config.storage}",
@@ -76,7 +77,7 @@ def answer(
     if arguments.budget is not None:
         size = budget.parse_bytes(arguments.budget)
         report = budget.answer(config, classes, size, batch=batch, precision=runtime.precision)
-        result["budget"] = report.as_dict()
+        result["budget"] = asdict(report)
         lines += ["", *budget_lines(report, batch)]
         status = 0 if report.fits else 1
     if arguments.processes is not None:
@@ -89,7 +90,7 @@ def answer(
             tflops=arguments.tflops,
             seconds=arguments.step_seconds,
         )
-        result["several_processes"] = [way.as_dict() for way in ways]
+        result["several_processes"] = [asdict(way) for way in ways]
         images = config.train.batch_size / arguments.processes
         lines += ["", *scaling.table(ways, arguments.processes, arguments.machines, images)]
     return result, lines, status

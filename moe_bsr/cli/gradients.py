@@ -16,6 +16,7 @@ Exit status: 0 done, 2 invalid arguments or input.
 """
 
 import argparse
+import dataclasses
 import json
 from typing import TYPE_CHECKING
 
@@ -61,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         told = made_by(runtime)
         told |= {"task": batch.task, "batch": arguments.batch, "precision": runtime.precision}
-        print(json.dumps(told | {"storages": [row.as_dict() for row in rows]}, indent=1))
+        print(json.dumps(told | {"storages": [dataclasses.asdict(row) for row in rows]}, indent=1))
     else:
         say(table(rows))
     return 0

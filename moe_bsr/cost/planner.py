@@ -3,7 +3,6 @@
 All numbers come from `predict`. Nothing is run.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -58,9 +57,6 @@ class BudgetReport:
     fits: bool
     largest_batch: int
     changes: list[Change]
-
-    def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 def parse_bytes(text: str) -> int:

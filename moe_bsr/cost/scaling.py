@@ -5,7 +5,6 @@ without overlap. A ring all-reduce among n moves 2 (n - 1) / n of the bytes over
 machine, then between machines, which have one link each.
 """
 
-import dataclasses
 from dataclasses import dataclass
 
 from moe_bsr import config as configuration
@@ -34,9 +33,6 @@ class Way:
     experts: int
     compute: float
     efficiency: dict[str, float]
-
-    def as_dict(self) -> dict[str, object]:
-        return dataclasses.asdict(self)
 
 
 def ways(

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from closed_form import macs
+from saved_tensors import saved_storages
 from timm.layers import Attention
 from tiny_models import KINDS, make_model, normal
 from torch import nn
 
-from moe_bsr.benchmark.measure import saved_storages
 from moe_bsr.model.layers import ADOPTED
 from moe_bsr.model.moe import MoE
 from moe_bsr.model.plan import token_counts
