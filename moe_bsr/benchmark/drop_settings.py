@@ -61,9 +61,7 @@ class DropSetting:
 
 def setting_of(config: Config) -> DropSetting:
     """Return the drop setting of a configuration."""
-    plan = config.plan
-    rates = plan.keep_rate if isinstance(plan.keep_rate, list) else [plan.keep_rate] * len(plan.drop_blocks)
-    return DropSetting(tuple(sorted(zip(plan.drop_blocks, rates, strict=True))), config.tokens)
+    return DropSetting(tuple(sorted(config.plan.keep_rates.items())), config.tokens)
 
 
 def features_of_settings(model: MultitaskViT, images: Tensor, settings: list[DropSetting]) -> dict[DropSetting, Tensor]:
