@@ -42,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from moe_bsr.data import load_spec, open_images
-    from moe_bsr.data.packed import SPLITS, write_classes, write_splits
+    from moe_bsr.data.packed import write_classes, write_splits
+    from moe_bsr.data.splits import SPLITS
 
     spec = load_spec(arguments.task)
     target = (arguments.out or arguments.root) / spec.name

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from moe_bsr.data.image_files import UnreadableImage
+from moe_bsr.data.splits import SPLITS
 from moe_bsr.data.task import Split, TaskData
 
-SPLITS = ("train", "val", "test")
 TINY = 8  # images with a shorter side below this many pixels are reported
 AT_ONCE = 1024  # images handed to the threads at a time
 EXAMPLES = 5  # pairs of equal images that are named in the result

@@ -16,7 +16,7 @@ from moe_bsr.runtime.device import Runtime
 from moe_bsr.runtime.distributed import Alone
 from moe_bsr.training.callback import Callback, Callbacks
 from moe_bsr.training.length import Length
-from moe_bsr.training.optim import MovingAverage, state_of
+from moe_bsr.training.optim import MovingAverage, names_of, state_of
 
 
 @dataclass(slots=True)
@@ -185,11 +185,7 @@ class TrainState:
 
     def _moments(self) -> dict[str, Tensor]:
         """Return the optimizer's state tensors by parameter name and key, such as heads.pets.weight/exp_avg."""
-        names = {
-            parameter: name
-            for group in self.optimizer.param_groups
-            for parameter, name in zip(group["params"], group["names"], strict=True)
-        }
+        names = names_of(self.optimizer)
         return {
             f"{names[parameter]}/{key}": value
             for parameter, values in self.optimizer.state.items()
