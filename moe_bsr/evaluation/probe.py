@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_bsr.data import ImageTransforms, TaskData
+from moe_bsr.evaluation.evaluate import scoring
 from moe_bsr.model.block import Record
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.model.tokens import FUSED
@@ -50,13 +51,8 @@ def run_probe(model: MultitaskViT, data: TaskData, transforms: ImageTransforms, 
     It draws no random numbers, and restores the model's mode.
     """
     images, labels = next(transforms.eval_batches(data, "val", len(data.val)))
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode(), runtime.autocast():
-            output = model(transforms.normalize(images, device=runtime.device), data.name)
-    finally:
-        model.train(was_training)
+    with scoring(model), torch.inference_mode(), runtime.autocast():
+        output = model(transforms.normalize(images, device=runtime.device), data.name)
     records = {block: _to_cpu(record) for block, record in output.records.items()}
     return ProbeResult(images, labels, output.logits.argmax(1).cpu(), records)
 

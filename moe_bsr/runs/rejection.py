@@ -142,19 +142,11 @@ def _features_and_logits(
     trained: TrainedRun, data: TaskData, split: str, tasks: list[str], batch_size: int
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
     """Compute features and logits of a split's images for each of these tasks, and return them with the labels."""
-    groups: dict[tuple, list[str]] = {}
-    for task in tasks:
-        groups.setdefault(trained.models[task].features_key(), []).append(task)
-    ordered = [task for members in groups.values() for task in members]
+    groups = trained.grouped(tasks)
+    ordered = [task for members in groups for task in members]
 
     def make(images: Tensor) -> Tensor:
-        parts = []
-        for members in groups.values():
-            tokens, _ = trained.models[members[0]].forward_features(images)
-            for task in members:
-                features = trained.models[task].features_from(tokens, task)
-                parts += [features, trained.models[task].classify(features, task)]
-        return torch.cat(parts, 1)
+        return torch.cat([part for _, *parts in trained.outputs(images, groups) for part in parts], 1)
 
     found = split_features(make, data, split, trained.transforms, trained.runtime, batch_size)
     heads = [trained.models[task].heads[task] for task in ordered]
