@@ -93,7 +93,11 @@ def run(arguments: argparse.Namespace) -> int:
         )
         for flag, value in (("--tflops", arguments.tflops), ("--step-seconds", arguments.step_seconds)):
             require(value is None or 0 < value < float("inf"), flag, value, "a number above 0")
-    classes = classes_of(config, arguments.classes)
+    classes, notes = classes_of(config, arguments.classes), []
+    if config.mode == "single_task":  # one model per task: take the one with the largest head
+        task = max(classes, key=lambda name: classes[name])
+        config, classes = config.of_task(task), {task: classes[task]}
+        notes = [f"one model per task; this is the model of {task}"]
     if arguments.plans or not named:
         other = [f"--{key}" for key in ("measure", "sweep", "processes") if getattr(arguments, key)]
         require(not other, "--plans", " ".join(other), "none of these: it answers about many configurations")
@@ -104,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
         from moe_bsr.cli import cost_answers
 
         result, lines, status = cost_answers.answer(config, classes, arguments)
-    say(json.dumps(result, indent=1) if arguments.json else "\n".join(lines))
+    say(json.dumps(result, indent=1) if arguments.json else "\n".join([*notes, *lines]))
     return status
 
 

@@ -36,25 +36,18 @@ def answer(
     Returns:
         JSON values, lines of text, and the exit status.
     """
-    notes = []
     if (arguments.processes or 1) > 1:
         check_shared_optimizer(config.train)
-    if config.mode == "single_task":  # one model per task: take the one with the largest head
-        task = max(classes, key=classes.get)
-        config, classes = config.of_task(task), {task: classes[task]}
-        notes = [f"one model per task; this is the model of {task}"]
     if arguments.sweep:
         return sweep_answer(config, classes, arguments)
     batch = config.train.batch_size // config.train.grad_accumulation_steps
     model = build_on_meta(config, classes)
     if arguments.mode != "exact":
-        result, lines, status = rule_answer(config, model, batch, arguments.mode)
-        return result, [*notes, *lines], status
+        return rule_answer(config, model, batch, arguments.mode)
     runtime = prepare(config.runtime) if arguments.measure or not is_absent_gpu(config) else absent_gpu(config)
     cost = predict(model, config, batch=batch, precision=runtime.precision, all_tasks=True)
     result = {"mode": arguments.mode, "batch": batch, "precision": runtime.precision, **asdict(cost)}
     lines = [
-        *notes,
         f"micro-batch {batch}, {runtime.precision} ({runtime.precision_reason}), storage {config.storage}",
         *table(cost, batch),
     ]
