@@ -21,7 +21,7 @@ from typing import Any
 from moe_bsr.cli import run_arguments
 from moe_bsr.cli.terminal import say
 
-FORMATS = ("onnx", "executorch", "litert")
+FORMATS = ("onnx", "executorch")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if refused := refusal(arguments.format):
-        raise ValueError(f"--format {arguments.format}: {refused}")
+    if arguments.format == "executorch" and find_spec("executorch") is None:
+        raise ValueError("--format executorch: it needs a package that is not installed: pip install executorch")
     if arguments.device not in (None, "cpu"):
         raise ValueError(f"--device {arguments.device}: a run is exported on the CPU; leave it out")
     from moe_bsr.export.bundle import export
@@ -62,18 +62,6 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print_result(result)
     return 0
-
-
-def refusal(name: str) -> str | None:
-    """Return why a format cannot be written here, and what to do; None if it can."""
-    if name == "litert":
-        return (
-            "this version does not write it. To lower a model yourself: pip install litert-torch in an environment of "
-            "its own, and torch.export the model under moe_bsr.ops.reference(), see docs/export.md"
-        )
-    if name == "executorch" and find_spec("executorch") is None:
-        return "it needs a package that is not installed: pip install executorch"
-    return None
 
 
 def print_result(result: dict[str, Any]) -> None:
