@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from tiny_runs import Crash, crash
 
 from moe_bsr.config import ConfigError
 from moe_bsr.runs import checkpoint
@@ -31,14 +32,6 @@ def save_steps(run: Path, *bests: int | None) -> None:
 
 
 # --- round trip ---
-
-
-class Crash(Exception):
-    pass
-
-
-def crash() -> None:
-    raise Crash
 
 
 def test_what_is_saved_comes_back_to_the_bit(tmp_path):
