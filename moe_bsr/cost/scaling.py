@@ -90,7 +90,7 @@ def exchanged(model: MultitaskViT, config: Config) -> tuple[int, int]:
     return width * total, width * experts
 
 
-def exchange_seconds(size: int, rate: float, processes: int, machines: int = 1) -> float:
+def exchange_seconds(size: int, rate: float, processes: int, machines: int) -> float:
     """Return the time in seconds of the all-reduce of `size` bytes.
 
     Args:

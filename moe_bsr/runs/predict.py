@@ -35,7 +35,7 @@ def predict_images(
     images: Images | Iterable[Images],
     tasks: list[str],
     top: int,
-    detectors: dict[str, Detector] | None = None,
+    detectors: dict[str, Detector] | None,
 ) -> dict[str, Any]:
     """Compute the result of `TrainedRun.predict`. Images are read batch by batch, so a folder may have any size."""
     if top < 1:
@@ -111,9 +111,7 @@ def _bits(run: TrainedRun, tasks: list[str]) -> int | None:
     return said.pop() if len(said) == 1 else None
 
 
-def _as_input(
-    run: TrainedRun, name: str | int, image: Path | Image.Image | np.ndarray, bits: int | None = None
-) -> Tensor:
+def _as_input(run: TrainedRun, name: str | int, image: Path | Image.Image | np.ndarray, bits: int | None) -> Tensor:
     """Return an image as uint8 (3, S, S), transformed as in evaluation.
 
     Raises:

@@ -67,9 +67,7 @@ class Detector:
         return (scores - self.threshold) / self.spread
 
 
-def learn(
-    trained: TrainedRun, batch_size: int = 64, on_task: Callable[[str, int], None] = lambda task, images: None
-) -> dict[str, Any]:
+def learn(trained: TrainedRun, batch_size: int, on_task: Callable[[str, int], None]) -> dict[str, Any]:
     """Choose the score, fit a detector per task, and write them to the run's file and the results to its report.
 
     Args:

@@ -60,11 +60,11 @@ class TrainState:
         self,
         model: MultitaskViT,
         optimizer: torch.optim.Optimizer,
-        average: MovingAverage | None = None,
-        callbacks: Iterable[Callback] = (),
-        selection: str = "best",
-        saved_weights: str = "trainable",
-        skipped: dict[str, dict[str, dict[str, str]]] | None = None,
+        average: MovingAverage | None,
+        callbacks: Iterable[Callback],
+        selection: str,
+        saved_weights: str,
+        skipped: dict[str, dict[str, dict[str, str]]],
     ) -> None:
         """
         Args:
@@ -83,7 +83,7 @@ class TrainState:
         self.pending_evaluation = False
         self.untold_scores: dict[str, dict[str, Any]] | None = None
         self.lost: Lost | None = None
-        self.skipped = {} if skipped is None else skipped
+        self.skipped = skipped
         self.saved_step = -1
 
     def add_evaluation(self, scores: dict[str, dict[str, Any]]) -> None:
