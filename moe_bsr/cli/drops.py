@@ -73,9 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
         rows = drops.study(config, runtime, settings, arguments.images, announce)
     best, front = drops.cheapest_loss(rows, own), drops.on_the_front(rows)
     if arguments.json:
-        told = made_by(runtime)
-        told |= {"images": arguments.images, "own": str(own), "best": str(best.setting)}
-        print(json.dumps(told | {"settings": [row.as_dict() for row in rows]}, indent=1))
+        about = made_by(runtime) | {"images": arguments.images, "own": str(own), "best": str(best.setting)}
+        print(json.dumps(about | {"settings": [row.as_dict() for row in rows]}, indent=1))
         return 0
     say(table(rows, front))
     say(conclusion(rows, best, own))

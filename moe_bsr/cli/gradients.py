@@ -60,9 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
         say(f"{arguments.batch} images of {batch.task}, {runtime.precision}, {runtime.device}", error=True)
         rows = gradients.compare(config, runtime, model, batch, list(dict.fromkeys(choices)), arguments.rounds)
     if arguments.json:
-        told = made_by(runtime)
-        told |= {"task": batch.task, "batch": arguments.batch, "precision": runtime.precision}
-        print(json.dumps(told | {"storages": [dataclasses.asdict(row) for row in rows]}, indent=1))
+        about = made_by(runtime) | {"task": batch.task, "batch": arguments.batch, "precision": runtime.precision}
+        print(json.dumps(about | {"storages": [dataclasses.asdict(row) for row in rows]}, indent=1))
     else:
         say(table(rows))
     return 0
