@@ -7,11 +7,11 @@ path goes on, and once more for dW, where W trains. Elementwise work (norms, sof
 from timm.layers import AttentionPoolLatent
 from timm.models.vision_transformer import Block
 
+from moe_bsr.model import summary
 from moe_bsr.model.layers import Mlp
 from moe_bsr.model.moe import MoE
 from moe_bsr.model.multitask import MultitaskViT
-from moe_bsr.model.plan import BlockPlan, token_counts
-from moe_bsr.model.storage import STORAGES
+from moe_bsr.model.plan import BlockPlan
 
 
 def forward_flops(model: MultitaskViT, task: str) -> int:
@@ -39,18 +39,15 @@ def step_flops(model: MultitaskViT, task: str) -> int:
         if index < model.path_start:
             continue
         total += sum(backward_macs(block, plan, n, m, vit.has_class_token, model.tokens_config.attached, q))
-        if STORAGES[plan.storage.kind].recomputes:
+        if plan.storage.kind.startswith("recompute"):
             total += forward - skipped_macs(block, m)
     return 2 * total
 
 
 def counts(model: MultitaskViT) -> list[tuple[int, int]]:
     """(tokens in attention, tokens in FFN) of each block."""
-    vit, tokens = model.vit, model.tokens_config
-    entering = vit.patch_embed.num_patches + vit.num_prefix_tokens
-    found = token_counts(model.plan, entering, vit.num_prefix_tokens, tokens.fuses, tokens.protect_fused)
     alone = [context.class_token_alone for context in model.contexts]
-    return [(n, 1 if one else m) for (n, m), one in zip(found, alone, strict=True)]
+    return [(n, 1 if one else m) for (n, m), one in zip(summary.counts(model), alone, strict=True)]
 
 
 def queries(model: MultitaskViT) -> list[int | None]:

@@ -1,6 +1,7 @@
 """Models of a few thousand parameters that several test files share."""
 
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,3 +129,13 @@ def plain_autograd():
         plain = Storage(lambda forward, tokens, parameters, options: forward(tokens))
         patch.setitem(STORAGES._entries, "exact", (plain, NoOptions))
         yield
+
+
+class Unsafe:
+    """Runs code when it is unpickled without care."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)

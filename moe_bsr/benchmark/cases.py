@@ -129,12 +129,18 @@ def make(case: Case) -> TrainingStep:
 
 
 def _plain_step(case: Case, config: Config, runtime: Runtime) -> TrainingStep:
-    """timm's model, or the explicit BSR, in the simplest training loop, with torch's AdamW."""
+    """timm's model, or the explicit BSR, in the simplest training loop."""
     size = {} if case.image_size is None else {"img_size": case.image_size}
     model = timm.create_model(case.backbone, num_classes=CLASSES, **size)
-    images, labels = random_batch(case.batch, model.patch_embed.img_size[0], CLASSES, runtime.device)
+    side = model.patch_embed.img_size[0]
     if case.subject == "explicit":
         model = ExplicitBSR(model, config.plan)
+    return plain_step(model, runtime, case.batch, side, CLASSES)
+
+
+def plain_step(model: nn.Module, runtime: Runtime, batch: int, side: int, classes: int) -> TrainingStep:
+    """Return the simplest training step, with torch's AdamW, on random images."""
+    images, labels = random_batch(batch, side, classes, runtime.device)
     model = model.to(runtime.device)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
     return TrainingStep(

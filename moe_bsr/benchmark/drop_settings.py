@@ -7,10 +7,11 @@ computed once for both.
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor, nn
 
-from moe_bsr.config import Config, TokensConfig
+from moe_bsr.config import Config, TokensConfig, as_overrides
 from moe_bsr.model import block
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.model.plan import token_counts
@@ -38,11 +39,8 @@ class DropSetting:
         shares = list(dict.fromkeys(f"{rate:g}" for _, rate in self.rates))
         if len(shares) > 1:
             shares = [f"{rate:g}" for _, rate in self.rates]
-        usual, changed = TokensConfig(), []
-        for key in KEYS:
-            if (value := getattr(self.tokens, key)) != getattr(usual, key):
-                changed.append(f"{key}={value}".replace("=True", "=true"))
-        return " ".join([f"keep {','.join(shares)} at {','.join(str(at) for at, _ in self.rates)}", *changed])
+        places = f"keep {','.join(shares)} at {','.join(str(at) for at, _ in self.rates)}"
+        return " ".join([places, *as_overrides(self._changed())])
 
     def at(self, index: int) -> float:
         """Return the keep rate of a block; 1 if it drops nothing."""
@@ -52,19 +50,18 @@ class DropSetting:
         """Return the setting as key=value overrides of a configuration."""
         blocks, rates = [at for at, _ in self.rates], [rate for _, rate in self.rates]
         keep = rates if len(set(rates)) > 1 else rates[0] if rates else 0.5
-        found = [f"plan.drop_blocks={blocks}", f"plan.keep_rate={keep}"]
-        usual = TokensConfig()
-        for key in KEYS:
-            if (value := getattr(self.tokens, key)) != getattr(usual, key):
-                found.append(f"tokens.{key}={str(value).lower()}")
-        return [each.replace(" ", "") for each in found]
+        tokens = {f"tokens.{key}": value for key, value in self._changed().items()}
+        return as_overrides({"plan.drop_blocks": blocks, "plan.keep_rate": keep} | tokens)
+
+    def _changed(self) -> dict[str, Any]:
+        """Return the keys of `tokens` that differ from their defaults."""
+        usual, own = TokensConfig(), {key: getattr(self.tokens, key) for key in KEYS}
+        return {key: value for key, value in own.items() if value != getattr(usual, key)}
 
 
 def setting_of(config: Config) -> DropSetting:
     """Return the drop setting of a configuration."""
-    plan = config.plan
-    rates = plan.keep_rate if isinstance(plan.keep_rate, list) else [plan.keep_rate] * len(plan.drop_blocks)
-    return DropSetting(tuple(sorted(zip(plan.drop_blocks, rates, strict=True))), config.tokens)
+    return DropSetting(tuple(sorted(config.plan.keep_rates.items())), config.tokens)
 
 
 def features_of_settings(model: MultitaskViT, images: Tensor, settings: list[DropSetting]) -> dict[DropSetting, Tensor]:

@@ -80,7 +80,7 @@ def study(
     right: dict[DropSetting, dict[str, Tensor]] = {setting: {} for setting in settings}
     for name, file in config.task_files().items():
         data = run.open_task(config, file)
-        data = replace(data, train=_some(data, "train", images), val=_some(data, "val", images // 2))
+        data = _some(_some(data, "train", images), "val", images // 2)
         on_task(name, len(data.train), len(data.val))
         model = runtime.place(build(config, {name: len(data.class_names)})).eval()
         flops = {setting: relative_flops(model, setting) for setting in settings}
@@ -89,11 +89,10 @@ def study(
     return [_row(setting, flops[setting], right[setting], right[settings[0]]) for setting in settings]
 
 
-def _some(data: TaskData, split: str, count: int) -> Any:
-    """Return a fixed random subset of a split, with at most `count` images."""
-    whole = getattr(data, split)
-    places = stream(key(0, data.name, "drops", split)).permutation(len(whole))[:count]
-    return replace(whole, index=whole.index[places], labels=whole.labels[places])
+def _some(data: TaskData, split: str, count: int) -> TaskData:
+    """Return the task with a fixed random subset of a split, with at most `count` images."""
+    places = stream(key(0, data.name, "drops", split)).permutation(len(getattr(data, split)))[:count]
+    return data.select(split, places)
 
 
 def _right(

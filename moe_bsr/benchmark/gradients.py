@@ -8,8 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,9 +45,6 @@ class Row:
     error: float
     norm: float
     seconds: float
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def prepare(config: Config, runtime: Runtime) -> tuple[Batch, MultitaskViT]:

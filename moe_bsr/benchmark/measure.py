@@ -4,12 +4,12 @@ torch's profiler reports every allocation and release of the CPU's and CUDA's al
 operator that caused it, including kernels' scratch memory. Their running sum is the number of bytes alive, relative to
 the start. The memory alive after the forward pass is what is kept for the backward pass, however a storage keeps it.
 Saved-tensor hooks, the usual way to measure, also see shapes and dtypes, but not the tensors of storages that install
-hooks of their own (`saved_storages`). Memory outside torch's allocators (code, private buffers of libraries, freed
-memory that was not returned) shows up only in the process's resident memory.
+hooks of their own. Memory outside torch's allocators (code, private buffers of libraries, freed memory that was not
+returned) shows up only in the process's resident memory.
 """
 
 import contextlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -193,27 +193,6 @@ def _walk(events: list, operators: tuple[str, ...]) -> Iterator[tuple[int, tuple
             yield from _walk(event.children, (*operators, event.name))
 
 
-def saved_storages(run: Callable[[], Any], exclude: list[Tensor]) -> list[Tensor]:
-    """Return the tensors that reach autograd's saved-tensor hooks while `run` runs, one per storage.
-
-    Args:
-        exclude: tensors whose storages are held anyway (parameters, buffers, the images).
-    """
-    saved: dict[int, Tensor] = {}
-    known = {t.untyped_storage().data_ptr() for t in exclude}
-
-    def pack(tensor: Tensor) -> Tensor:
-        pointer = tensor.untyped_storage().data_ptr()
-        if pointer not in known:
-            saved.setdefault(pointer, tensor.detach())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = run()
-    del result  # held until here, so that no address was reused
-    return list(saved.values())
-
-
 @dataclass(slots=True)
 class Measured:
     """Memory of a measured training step, in bytes.
@@ -222,7 +201,6 @@ class Measured:
         kept: held after the forward pass for the backward pass, without the images.
         kept_by_block: `kept` by the section that allocated it ("embedding", "block 0" ..., "head"). A block's input
             belongs to the section before.
-        kept_by_maker: `kept` by section and by the operator that allocated it.
         records: held after the forward pass only because the caller holds the model's `Output`.
         peaks: peak relative to the start of the step, by phase (forward, backward, optimizer).
         transients: the same without the parameters' gradients.
@@ -236,7 +214,6 @@ class Measured:
     optimizer: int
     kept: int
     kept_by_block: dict[str, int]
-    kept_by_maker: dict[str, dict[str, int]]
     records: int
     peaks: dict[str, int]
     transients: dict[str, int]
@@ -278,10 +255,9 @@ def measure(step: TrainingStep, micro_batches: int = 1) -> Measured:
             },
             device,
         )
-    by_block, by_maker = Counter(), defaultdict(Counter)
+    by_block: Counter[str] = Counter()
     for allocation in kept:
         by_block[allocation.section] += allocation.bytes
-        by_maker[allocation.section][allocation.maker] += allocation.bytes
     apart = [a for a in whole.alive["backward"] if a.pointer in gradients]
     again = {phase: [f"{n} {phase}" for n in range(1, micro_batches)] for phase in PASSES} | {"optimizer": []}
     return Measured(
@@ -291,7 +267,6 @@ def measure(step: TrainingStep, micro_batches: int = 1) -> Measured:
         optimizer=held(v for state in step.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)),
         kept=by_block.total(),
         kept_by_block=dict(by_block),
-        kept_by_maker={block: dict(makers) for block, makers in by_maker.items()},
         records=records,
         peaks={phase: max(map(whole.peak, (phase, *more))) for phase, more in again.items()},
         transients={phase: max(whole.peak(p, apart) for p in (phase, *more)) for phase, more in again.items()},

@@ -9,9 +9,9 @@ import time
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from moe_bsr.benchmark import cost_check, gradients
+from moe_bsr.benchmark.cases import plain_step
 from moe_bsr.benchmark.matmuls import step_products
 from moe_bsr.benchmark.measure import Measured, measure
 from moe_bsr.config import Config, replace
@@ -21,7 +21,7 @@ from moe_bsr.cost.predict import Cost
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.model.storage import STORAGES
 from moe_bsr.runtime.device import prepare
-from moe_bsr.training.update import TrainingStep, random_batch, training_step
+from moe_bsr.training.update import TrainingStep, training_step
 
 Sizes = dict[str, dict[str, float | None]]
 
@@ -81,18 +81,10 @@ def _plain_cost(base: Config, classes: int) -> dict[str, Any]:
 
 
 def _plain_step(base: Config, classes: int) -> TrainingStep:
-    """timm's own network in the simplest training loop, with torch's AdamW."""
+    """timm's own network in the simplest training loop."""
     runtime, model = prepare(base.runtime), cost_check.random_backbone(base)
     model.reset_classifier(classes)
-    model = model.to(runtime.device)
-    images, labels = random_batch(base.train.batch_size, model.patch_embed.img_size[0], classes, runtime.device)
-    return TrainingStep(
-        model,
-        runtime,
-        torch.optim.AdamW(model.parameters(), lr=1e-4),
-        output=lambda: model(images),
-        loss=lambda logits: functional.cross_entropy(logits.float(), labels),
-    )
+    return plain_step(model, runtime, base.train.batch_size, model.patch_embed.img_size[0], classes)
 
 
 def times(method: Method, reference: Method, base: Config, classes: int, rounds: int) -> dict[str, float]:

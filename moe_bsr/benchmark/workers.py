@@ -112,7 +112,7 @@ def memory(case: Case, step: TrainingStep) -> dict[str, Any]:
     weights. `weights` counts every parameter in the dtype of the computation.
     """
     seen = dataclasses.asdict(measure(step))
-    del seen["at_peak"], seen["kept_by_maker"]
+    del seen["at_peak"]
     half = case.batch // 2
     kept, _ = kept_for_backward(make(dataclasses.replace(case, batch=half)))
     growth = seen["kept"] - sum(a.bytes for a in kept)

@@ -11,10 +11,9 @@ import zlib
 from pathlib import Path
 from typing import IO
 
+from moe_bsr.callbacks.numbers import SCORES
 from moe_bsr.runtime import files
 from moe_bsr.training.callback import Callback, EvalEvent, StepEvent
-
-SCORES = ("top1", "top5", "mean_class_accuracy", "ece", "loss", "n")
 
 
 class Jsonl(Callback):
@@ -67,7 +66,7 @@ class Jsonl(Callback):
         self._write(
             [
                 {"step": evaluation.step, "task": task, "split": evaluation.split}
-                | {name: scores[name] for name in SCORES}
+                | {name: scores[name] for name in (*SCORES, "n")}
                 for task, scores in evaluation.scores.items()
             ]
         )

@@ -21,13 +21,13 @@ from statistics import fmean
 from typing import Any
 
 from moe_bsr.callbacks import hparams, many_tasks
+from moe_bsr.callbacks.numbers import SCORES
 from moe_bsr.callbacks.writer import Writer
 from moe_bsr.runs.report import markdown, selection
 from moe_bsr.runtime.names import printable
 from moe_bsr.runtime.top_list import MEAN, are_many
 from moe_bsr.training.callback import Callback, EvalEvent, StartEvent, StepEvent
 
-SCORES = ("top1", "top5", "mean_class_accuracy", "ece", "loss")
 MAX_POINTS = 2000  # training points per task and number; TensorBoard itself shows 1000
 
 # Sub-runs besides those of the tasks. No task can have such a name.

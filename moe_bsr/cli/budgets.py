@@ -45,14 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from moe_bsr.config import load, packaged
+    from moe_bsr.config import load
     from moe_bsr.runtime.text_tables import as_markdown, as_text
     from moe_bsr.study import budgets
 
     if arguments.show:
         result = run_arguments.read_result(Path(arguments.config), {"environment", "runs"}, "budgets.json")
     else:
-        config = load(packaged.find_config(arguments.config), arguments.overrides)
+        config = load(arguments.config, arguments.overrides)
         folder = arguments.run or Path("runs") / f"{Path(arguments.config).stem}_budgets"
         seeds = arguments.seeds or [config.seed]
         progress = lambda line: say(line, error=True)  # noqa: E731

@@ -115,11 +115,11 @@ def measure(arguments: argparse.Namespace) -> None:
     """Compute the rows and stages that the file lacks, and add them."""
     from moe_bsr.benchmark import methods as cost
     from moe_bsr.cli.cost import classes_of
-    from moe_bsr.config import load, methods, packaged, to_dict
+    from moe_bsr.config import load, methods, to_dict
     from moe_bsr.model.backbones import require_tokens
     from moe_bsr.study import equal
 
-    base = load(packaged.find_config(arguments.config), arguments.overrides)
+    base = load(arguments.config, arguments.overrides)
     require_tokens(base.backbone, "compare-methods")
     every = methods.read(arguments.file)
     chosen = methods.read(arguments.file, arguments.methods)
@@ -221,7 +221,7 @@ def fill(result: dict[str, Any], name: str, method: "Method", base: "Config", st
 
     from moe_bsr.runtime.device import prepare
     from moe_bsr.runtime.files import write_whole
-    from moe_bsr.runtime.provenance import command, commit, environment
+    from moe_bsr.runtime.provenance import commit, environment, made_by
 
     runtime = prepare(base.runtime)
     about = dataclasses.asdict(method)
@@ -240,6 +240,6 @@ def fill(result: dict[str, Any], name: str, method: "Method", base: "Config", st
         row["run_info"]["total_seconds"] += time.monotonic() - began
         row["run_info"]["created_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         row["meta_info"][stage] = {"commit": commit(), **environment(runtime)}
-        result |= {"command": command(), "commit": commit(), "environment": environment(runtime)}
+        result |= made_by(runtime)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(result, indent=1) + "\n")

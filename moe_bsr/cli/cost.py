@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from moe_bsr import config as configuration
-    from moe_bsr.config import ConfigError, packaged, require
+    from moe_bsr.config import ConfigError, require
 
     needs_exact = arguments.measure or arguments.budget is not None or arguments.sweep
     require(
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.budget is None and (arguments.plans or not named):
         raise ConfigError("name a configuration, or give --budget SIZE to list the plans that fit into it")
     file = named[0] if named else BASE
-    config = configuration.load(packaged.find_config(file), overrides)
+    config = configuration.load(file, overrides)
     if arguments.processes is not None:
         require(
             arguments.processes % arguments.machines == 0,
@@ -93,7 +93,11 @@ def run(arguments: argparse.Namespace) -> int:
         )
         for flag, value in (("--tflops", arguments.tflops), ("--step-seconds", arguments.step_seconds)):
             require(value is None or 0 < value < float("inf"), flag, value, "a number above 0")
-    classes = classes_of(config, arguments.classes)
+    classes, notes = classes_of(config, arguments.classes), []
+    if config.mode == "single_task":  # one model per task: take the one with the largest head
+        task = max(classes, key=lambda name: classes[name])
+        config, classes = config.of_task(task), {task: classes[task]}
+        notes = [f"one model per task; this is the model of {task}"]
     if arguments.plans or not named:
         other = [f"--{key}" for key in ("measure", "sweep", "processes") if getattr(arguments, key)]
         require(not other, "--plans", " ".join(other), "none of these: it answers about many configurations")
@@ -104,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
         from moe_bsr.cli import cost_answers
 
         result, lines, status = cost_answers.answer(config, classes, arguments)
-    say(json.dumps(result, indent=1) if arguments.json else "\n".join(lines))
+    say(json.dumps(result, indent=1) if arguments.json else "\n".join([*notes, *lines]))
     return status
 
 

@@ -3,6 +3,7 @@
 import argparse
 import sys
 import textwrap
+from dataclasses import asdict
 from typing import Any
 
 from moe_bsr import config as configuration
@@ -18,7 +19,7 @@ from moe_bsr.paper import backrazor_rule as backrazor
 from moe_bsr.paper import bsr_rule as paper
 from moe_bsr.paper.shapes import from_model
 from moe_bsr.runtime.device import prepare
-from moe_bsr.runtime.provenance import command, commit, environment
+from moe_bsr.runtime.provenance import made_by
 from moe_bsr.training.sharing import check_shared_optimizer
 
 MB = 2**20
@@ -35,25 +36,18 @@ def answer(
     Returns:
         JSON values, lines of text, and the exit status.
     """
-    notes = []
     if (arguments.processes or 1) > 1:
         check_shared_optimizer(config.train)
-    if config.mode == "single_task":  # one model per task: take the one with the largest head
-        task = max(classes, key=classes.get)
-        config, classes = config.of_task(task), {task: classes[task]}
-        notes = [f"one model per task; this is the model of {task}"]
     if arguments.sweep:
         return sweep_answer(config, classes, arguments)
     batch = config.train.batch_size // config.train.grad_accumulation_steps
     model = build_on_meta(config, classes)
     if arguments.mode != "exact":
-        result, lines, status = rule_answer(config, model, batch, arguments.mode)
-        return result, [*notes, *lines], status
+        return rule_answer(config, model, batch, arguments.mode)
     runtime = prepare(config.runtime) if arguments.measure or not is_absent_gpu(config) else absent_gpu(config)
     cost = predict(model, config, batch=batch, precision=runtime.precision, all_tasks=True)
-    result = {"mode": arguments.mode, "batch": batch, "precision": runtime.precision, **cost.as_dict()}
+    result = {"mode": arguments.mode, "batch": batch, "precision": runtime.precision, **asdict(cost)}
     lines = [
-        *notes,
         f"micro-batch {batch}, {runtime.precision} ({runtime.precision_reason}), storage {config.storage}",
         *table(cost, batch),
     ]
@@ -76,7 +70,7 @@ def answer(
     if arguments.budget is not None:
         size = budget.parse_bytes(arguments.budget)
         report = budget.answer(config, classes, size, batch=batch, precision=runtime.precision)
-        result["budget"] = report.as_dict()
+        result["budget"] = asdict(report)
         lines += ["", *budget_lines(report, batch)]
         status = 0 if report.fits else 1
     if arguments.processes is not None:
@@ -89,7 +83,7 @@ def answer(
             tflops=arguments.tflops,
             seconds=arguments.step_seconds,
         )
-        result["several_processes"] = [way.as_dict() for way in ways]
+        result["several_processes"] = [asdict(way) for way in ways]
         images = config.train.batch_size / arguments.processes
         lines += ["", *scaling.table(ways, arguments.processes, arguments.machines, images)]
     return result, lines, status
@@ -154,9 +148,7 @@ def sweep_answer(
         lines.append(f"{name:<22}  {about['worst']:>8.3%}  {about['median']:>8.3%}  {allowed:>8}  {where}")
     return (
         {
-            "command": command(),
-            "commit": commit(),
-            "environment": environment(prepare(config.runtime)),
+            **made_by(prepare(config.runtime)),
             "config": configuration.to_dict(config),
             "summary": total,
             "within_tolerance": held,

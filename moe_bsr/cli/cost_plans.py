@@ -1,7 +1,6 @@
 """Answer `moe-bsr cost --budget SIZE --plans`: the plans that fit into a memory size, and how to run them."""
 
 import dataclasses
-import json
 from functools import reduce
 from typing import Any
 
@@ -31,11 +30,7 @@ def answer(
         JSON values of all plans that fit, lines of text of those on the Pareto front, and the exit status: 1 if no plan
         fits.
     """
-    limit, notes = parse_bytes(budget), []
-    if config.mode == "single_task":  # one model per task: take the one with the largest head
-        task = max(classes, key=lambda name: classes[name])
-        config, classes = config.of_task(task), {task: classes[task]}
-        notes = [f"one model per task; this is the model of {task}"]
+    limit = parse_bytes(budget)
     if is_absent_gpu(config):
         runtime, timed = absent_gpu(config), False
     else:
@@ -57,8 +52,8 @@ def answer(
     }
     if not plans:
         least = f"the leanest plan takes {catalog.least / MB:.1f} MB, {catalog.base / MB:.0f} of them for libraries"
-        return result, [*notes, f"nothing of {config.backbone.name} fits into {limit / MB:.1f} MB: {least}"], 1
-    return result, [*notes, *lines(config, plans, result, file)], 0
+        return result, [f"nothing of {config.backbone.name} fits into {limit / MB:.1f} MB: {least}"], 1
+    return result, lines(config, plans, result, file), 0
 
 
 def lines(config: Config, plans: list[Plan], result: dict[str, Any], file: str) -> list[str]:
@@ -87,8 +82,4 @@ def overrides(config: Config, plan: Plan) -> str:
     changed = {
         key: value for key, value in plan.changes.items() if value != reduce(dict.__getitem__, key.split("."), tree)
     }
-    return " ".join(f"{key}={_yaml(value)}" for key, value in changed.items())
-
-
-def _yaml(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+    return " ".join(configuration.as_overrides(changed))

@@ -53,13 +53,13 @@ def places(text: str) -> Places:
 def run(arguments: argparse.Namespace) -> int:
     from moe_bsr.benchmark import drops
     from moe_bsr.benchmark.drop_settings import DropSetting, candidates, setting_of
-    from moe_bsr.config import load, packaged, require
+    from moe_bsr.config import load, require
     from moe_bsr.model.backbones import require_tokens
     from moe_bsr.model.multitask import build_on_meta
     from moe_bsr.runtime.device import prepare
-    from moe_bsr.runtime.provenance import command, commit, environment
+    from moe_bsr.runtime.provenance import made_by
 
-    config = load(packaged.find_config(arguments.config), arguments.overrides)
+    config = load(arguments.config, arguments.overrides)
     require_tokens(config.backbone, "drops")
     own, config = setting_of(config), drops.frozen(config)
     model = build_on_meta(config, dict.fromkeys(config.task_names(), 2))
@@ -73,8 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         rows = drops.study(config, runtime, settings, arguments.images, announce)
     best, front = drops.cheapest_loss(rows, own), drops.on_the_front(rows)
     if arguments.json:
-        about = {"command": command(), "commit": commit(), "environment": environment(runtime)}
-        about |= {"images": arguments.images, "own": str(own), "best": str(best.setting)}
+        about = made_by(runtime) | {"images": arguments.images, "own": str(own), "best": str(best.setting)}
         print(json.dumps(about | {"settings": [row.as_dict() for row in rows]}, indent=1))
         return 0
     say(table(rows, front))

@@ -21,7 +21,7 @@ from typing import Any
 from moe_bsr.cli import run_arguments
 from moe_bsr.cli.terminal import say
 
-FORMATS = ("onnx", "executorch", "litert")
+FORMATS = ("onnx", "executorch")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,13 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if refused := refusal(arguments.format):
-        raise ValueError(f"--format {arguments.format}: {refused}")
+    if arguments.format == "executorch" and find_spec("executorch") is None:
+        raise ValueError("--format executorch: it needs a package that is not installed: pip install executorch")
     if arguments.device not in (None, "cpu"):
         raise ValueError(f"--device {arguments.device}: a run is exported on the CPU; leave it out")
     from moe_bsr.export.bundle import export
     from moe_bsr.runs.load import load
-    from moe_bsr.runtime.provenance import command, commit, environment
+    from moe_bsr.runtime.provenance import made_by
 
     trained = load(arguments.run, arguments.checkpoint, arguments.data_root, "cpu", arguments.weights, arguments.task)
     result = export(
@@ -58,23 +58,10 @@ def run(arguments: argparse.Namespace) -> int:
         on_step=lambda text: say(text, error=True),
     )
     if arguments.json:
-        about = {"command": command(), "commit": commit(), "environment": environment(trained.runtime)}
-        print(json.dumps(about | result, indent=1, allow_nan=False))
+        print(json.dumps(made_by(trained.runtime) | result, indent=1, allow_nan=False))
     else:
         print_result(result)
     return 0
-
-
-def refusal(name: str) -> str | None:
-    """Return why a format cannot be written here, and what to do; None if it can."""
-    if name == "litert":
-        return (
-            "this version does not write it. To lower a model yourself: pip install litert-torch in an environment of "
-            "its own, and torch.export the model under moe_bsr.ops.reference(), see docs/export.md"
-        )
-    if name == "executorch" and find_spec("executorch") is None:
-        return "it needs a package that is not installed: pip install executorch"
-    return None
 
 
 def print_result(result: dict[str, Any]) -> None:

@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def configuration(what: list[str]) -> "tuple[Config, str]":
     """Return the configuration that the arguments mean, and a name for its runs."""
-    from moe_bsr.config import ConfigError, load, packaged
+    from moe_bsr.config import ConfigError, load
     from moe_bsr.data import load_spec
 
     overrides = [item for item in what if "=" in item]
@@ -102,9 +102,9 @@ def configuration(what: list[str]) -> "tuple[Config, str]":
     except (FileNotFoundError, ValueError):
         if len(named) > 1:
             raise
-        return load(packaged.find_config(named[0]), overrides), Path(named[0]).stem
+        return load(named[0], overrides), Path(named[0]).stem
     listed = f"tasks=[{', '.join(json.dumps(item) for item in named)}]"
-    return load(packaged.find_config(BASE), [listed, *overrides]), "_".join(tasks[:3])
+    return load(BASE, [listed, *overrides]), "_".join(tasks[:3])
 
 
 def table(result: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ Exit status: 0 done, 2 invalid arguments or input.
 """
 
 import argparse
+import dataclasses
 import json
 from typing import TYPE_CHECKING
 
@@ -43,12 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from moe_bsr.benchmark import gradients
-    from moe_bsr.config import load, packaged, replace
+    from moe_bsr.config import load, replace
     from moe_bsr.model.storage import STORAGES
     from moe_bsr.runtime.device import prepare
-    from moe_bsr.runtime.provenance import command, commit, environment
+    from moe_bsr.runtime.provenance import made_by
 
-    file, overrides = packaged.find_config(arguments.config), arguments.overrides
+    file, overrides = arguments.config, arguments.overrides
     asked = arguments.storages or [*(name for name in STORAGES if not STORAGES[name].coarse), *COARSE]
     choices = [STORAGES.choose(load(file, [*overrides, f"storage={text}"]).storage) for text in ("exact", *asked)]
     config = replace(load(file, overrides), train__batch_size=arguments.batch, train__grad_accumulation_steps=1)
@@ -59,9 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
         say(f"{arguments.batch} images of {batch.task}, {runtime.precision}, {runtime.device}", error=True)
         rows = gradients.compare(config, runtime, model, batch, list(dict.fromkeys(choices)), arguments.rounds)
     if arguments.json:
-        about = {"command": command(), "commit": commit(), "environment": environment(runtime)}
-        about |= {"task": batch.task, "batch": arguments.batch, "precision": runtime.precision}
-        print(json.dumps(about | {"storages": [row.as_dict() for row in rows]}, indent=1))
+        about = made_by(runtime) | {"task": batch.task, "batch": arguments.batch, "precision": runtime.precision}
+        print(json.dumps(about | {"storages": [dataclasses.asdict(row) for row in rows]}, indent=1))
     else:
         say(table(rows))
     return 0

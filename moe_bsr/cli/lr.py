@@ -40,9 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     import moe_bsr
-    from moe_bsr.config import load, packaged
+    from moe_bsr.config import load
 
-    config = load(packaged.find_config(arguments.config), arguments.overrides)
+    config = load(arguments.config, arguments.overrides)
     found = moe_bsr.find_lr(config, arguments.steps, arguments.low, arguments.high)
     if arguments.json:
         print(json.dumps(found, indent=1, allow_nan=False))

@@ -12,7 +12,6 @@ Exit status: 0 packed, 2 invalid arguments, a pack exists, or an image cannot be
 """
 
 import argparse
-import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from moe_bsr.data import load_spec, open_images
-    from moe_bsr.data.packed import SPLITS, write_classes, write_splits
+    from moe_bsr.data.packed import write_classes, write_splits
+    from moe_bsr.data.splits import SPLITS
 
     spec = load_spec(arguments.task)
     target = (arguments.out or arguments.root) / spec.name
@@ -76,6 +76,7 @@ def pack_split(source: Any, path: Path, short_side: int, quality: int) -> list[s
     """Write one split without the images that cannot be read; returns what is wrong with each of these."""
     from moe_bsr.data import UnreadableImage
     from moe_bsr.data.packed import PackWriter, encode
+    from moe_bsr.runtime.device import cores
 
     def encoded(i: int) -> bytes | str:
         try:
@@ -84,7 +85,7 @@ def pack_split(source: Any, path: Path, short_side: int, quality: int) -> list[s
             return str(error)
 
     broken = []
-    with PackWriter(path) as writer, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with PackWriter(path) as writer, ThreadPoolExecutor(cores()) as pool:
         for start in range(0, len(source), IMAGES_AT_ONCE):
             part = range(start, min(start + IMAGES_AT_ONCE, len(source)))
             for i, image in zip(part, pool.map(encoded, part), strict=True):

@@ -33,6 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def list_tasks_of(run: Path, as_json: bool) -> int:
     from moe_bsr.runs.listing import tasks_of
+    from moe_bsr.runtime.text_tables import as_text
 
     found = tasks_of(run)
     if as_json:
@@ -44,13 +45,14 @@ def list_tasks_of(run: Path, as_json: bool) -> int:
         images = "/".join(map(str, task["images"].values())) or "-"
         added = (task["added"] or "-")[:10]
         rows.append([task["name"], str(task["classes"]), images, added, (task["data_sha256"] or "-")[:12], *scores])
-    say(left_aligned(rows))
+    say(as_text(rows, right=False))
     return 0
 
 
 def list_tasks(arguments: argparse.Namespace) -> int:
     from moe_bsr.config import packaged
     from moe_bsr.data import load_spec
+    from moe_bsr.runtime.text_tables import as_text
 
     here = {path.stem: path for path in sorted(Path("tasks").glob("*.yaml"))}
     files = here | {n: packaged.find("tasks", n) for n in packaged.names("tasks") if n not in here}
@@ -79,10 +81,5 @@ def list_tasks(arguments: argparse.Namespace) -> int:
         columns = ("name", "classes", "source", "file", "license")
         rows = [["task", *columns[1:]]]
         rows += [[str(task[column] or "-") for column in columns] for task in found]
-        say(left_aligned(rows))
+        say(as_text(rows, right=False))
     return FAILED if failed else 0
-
-
-def left_aligned(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

@@ -51,9 +51,9 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from moe_bsr.config import load, packaged
+    from moe_bsr.config import load
 
-    return train(arguments, load(packaged.find_config(arguments.config), arguments.overrides))
+    return train(arguments, load(arguments.config, arguments.overrides))
 
 
 def train(arguments: argparse.Namespace, config: "Config", command: str = "train", ending: str = "") -> int:

@@ -1,7 +1,7 @@
 """Typed configuration of a run (`schema`), read strictly from YAML (`yaml_text`, `reader`, `files`)."""
 
 from moe_bsr.config.errors import ConfigError, require
-from moe_bsr.config.files import dump, from_dict, load, override, replace, to_dict
+from moe_bsr.config.files import as_overrides, dump, from_dict, load, override, replace, to_dict
 from moe_bsr.config.schema import (
     BackboneConfig,
     Config,
@@ -26,6 +26,7 @@ __all__ = [
     "SamplerConfig",
     "TokensConfig",
     "TrainConfig",
+    "as_overrides",
     "dump",
     "from_dict",
     "is_crop_range",

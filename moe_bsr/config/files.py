@@ -1,13 +1,16 @@
 """Read a configuration from a YAML file and `a.b=value` overrides, check it, and write it as YAML."""
 
 import dataclasses
+import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from moe_bsr.config import packaged
 from moe_bsr.config.errors import ConfigError, show
 from moe_bsr.config.reader import convert, make_way, read_tree, set_dotted
 from moe_bsr.config.schema import Config
@@ -19,11 +22,14 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     """Read a YAML configuration and the files that it extends, then apply `a.b=value` overrides.
 
     Args:
-        path: a YAML file, or a run folder, whose configuration is read.
+        path: a YAML file, or a run folder, whose configuration is read. A file that is not there is taken from the
+            package, as `configs/quickstart.yaml` is.
     Raises:
         ConfigError: the file cannot be read, or a key is unknown, or a value is invalid.
     """
     path = Path(path)
+    if not os.path.isfile(path) and not os.path.isfile(path / "config.yaml"):
+        path = packaged.find("configs", path) or path
     if os.path.isfile(path / "config.json") and not os.path.lexists(path / "config.yaml"):
         raise ConfigError(
             f"{path} is a shared run, which cannot be trained further; start a new run from it with "
@@ -64,8 +70,14 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
+def as_overrides(values: Mapping[str, Any]) -> list[str]:
+    """Return the values of dotted keys as `a.b=value` overrides, in the form that `load` accepts."""
+    texts = {key: v if isinstance(v, str) else json.dumps(v, separators=(",", ":")) for key, v in values.items()}
+    return [f"{key}={text}" for key, text in texts.items()]
+
+
 def replace(config: Config, **changes: Any) -> Config:
-    """Return a checked copy with changed values. A key such as `train__steps=10` reaches into a section."""
+    """Return a checked copy with changed values. `train__steps=10` or `**{"train.steps": 10}` reach into a section."""
     return from_dict(_changed(to_dict(config), {key.replace("__", "."): value for key, value in changes.items()}))
 
 

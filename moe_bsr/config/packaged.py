@@ -4,6 +4,7 @@ In a clone (and after `pip install -e`) they are in `tasks/` and `configs/` besi
 inside the package, where setup.py puts them.
 """
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -29,10 +30,4 @@ def find(kind: Kind, name: str | Path) -> Path | None:
     if path.parent not in (Path(), Path(kind)) or path.suffix not in ("", ".yaml"):
         return None
     found = folder(kind) / f"{path.stem if path.suffix else path.name}.yaml"
-    return found if found.is_file() else None
-
-
-def find_config(path: str | Path) -> Path:
-    """Return `path` if it is a configuration file or run folder; else the packaged file of that name; else `path`."""
-    path = Path(path)
-    return path if path.is_file() or (path / "config.yaml").is_file() else find("configs", path) or path
+    return found if os.path.isfile(found) else None  # of a name that no file can have, `Path.is_file` raises

@@ -69,9 +69,6 @@ class Registry(Generic[Entry]):
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
-    def __contains__(self, kind: object) -> bool:
-        return kind in self._entries
-
     def choose(self, value: Any) -> Choice:
         """Convert a configuration value, the name of a kind or {kind: NAME, option: value, ...}, to a choice.
 

@@ -42,6 +42,12 @@ class PlanConfig:
     moe_blocks: list[int] = field(default_factory=lambda: [3, 7, 11])
     head_blocks: list[int] = field(default_factory=list)
 
+    @property
+    def keep_rates(self) -> dict[int, float]:
+        """The keep rate of each block of `drop_blocks`."""
+        rates = self.keep_rate if isinstance(self.keep_rate, list) else [self.keep_rate] * len(self.drop_blocks)
+        return dict(zip(self.drop_blocks, rates, strict=True))
+
     def __post_init__(self) -> None:
         for key in ("train_blocks", "drop_blocks", "moe_blocks", "head_blocks"):
             blocks = getattr(self, key)

@@ -3,7 +3,6 @@
 All numbers come from `predict`. Nothing is run.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -59,9 +58,6 @@ class BudgetReport:
     fits: bool
     largest_batch: int
     changes: list[Change]
-
-    def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 def parse_bytes(text: str) -> int:
@@ -185,7 +181,7 @@ def _alternatives(
         options.append(("narrower experts", {"moe.mlp_ratio": config.moe.mlp_ratio // 2}))
     for what, keys in options:
         try:
-            changed = configuration.replace(config, **{k.replace(".", "__"): v for k, v in keys.items()})
+            changed = configuration.replace(config, **keys)
             bf16 = "runtime.precision" in keys
             cost = predict(
                 build_on_meta(changed, classes),
@@ -198,9 +194,4 @@ def _alternatives(
             continue  # impossible for this backbone (an expert ratio that does not divide its FFN)
         if cost.written:
             what += f", {cost.written / 2**20:.0f} MB of disk"
-        yield what, " ".join(f"{k}={_yaml(v)}" for k, v in keys.items()), cost
-
-
-def _yaml(value: Any) -> str:
-    named = {True: "true", None: "null"}
-    return named[value] if value is None or value is True else str(value).replace(" ", "")
+        yield what, " ".join(configuration.as_overrides(keys)), cost

@@ -4,9 +4,7 @@
 The network never computes anything, so a model on the meta device is enough.
 """
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 from moe_bsr.config import Config
 from moe_bsr.cost.step import Step, as_trained, device_of
@@ -56,9 +54,6 @@ class Cost:
             f"predicted: {self.peak / 2**20:.0f} MB of tensors at the peak of a step ({self.kept / 2**20:.0f} MB kept "
             f"for backward{disk}), {self.step_flops / batch / 1e9:.2f} GFLOPs an image to train"
         )
-
-    def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 def predict(

@@ -5,7 +5,6 @@ without overlap. A ring all-reduce among n moves 2 (n - 1) / n of the bytes over
 machine, then between machines, which have one link each.
 """
 
-import dataclasses
 from dataclasses import dataclass
 
 from moe_bsr import config as configuration
@@ -35,9 +34,6 @@ class Way:
     compute: float
     efficiency: dict[str, float]
 
-    def as_dict(self) -> dict[str, object]:
-        return dataclasses.asdict(self)
-
 
 def ways(
     config: Config,
@@ -61,7 +57,7 @@ def ways(
     first = 0.0  # operations of the plan as it is configured
     for overrides in _variants(config):
         try:
-            changed = configuration.replace(config, **{k.replace(".", "__"): v for k, v in overrides.items()})
+            changed = configuration.replace(config, **overrides)
             model = build_on_meta(changed, classes)
         except ConfigError:
             continue  # an expert ratio that this backbone does not divide
@@ -73,7 +69,7 @@ def ways(
             link: compute / (compute + exchange_seconds(sent, rate, processes, machines))
             for link, rate in (WITHIN if machines == 1 else BETWEEN).items()
         }
-        found.append(Way(" ".join(f"{k}={v}" for k, v in overrides.items()), sent, experts, compute, links))
+        found.append(Way(" ".join(configuration.as_overrides(overrides)), sent, experts, compute, links))
     return found[:1] + sorted(found[1:], key=lambda way: -way.exchanged)
 
 
@@ -94,7 +90,7 @@ def exchanged(model: MultitaskViT, config: Config) -> tuple[int, int]:
     return width * total, width * experts
 
 
-def exchange_seconds(size: int, rate: float, processes: int, machines: int = 1) -> float:
+def exchange_seconds(size: int, rate: float, processes: int, machines: int) -> float:
     """Return the time in seconds of the all-reduce of `size` bytes.
 
     Args:

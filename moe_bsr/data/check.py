@@ -1,7 +1,6 @@
 """Decode every image of a task, to find unreadable and suspicious ones before training."""
 
 import hashlib
-import os
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from moe_bsr.data.image_files import UnreadableImage
+from moe_bsr.data.splits import SPLITS
 from moe_bsr.data.task import Split, TaskData
+from moe_bsr.runtime.device import cores
 
-SPLITS = ("train", "val", "test")
 TINY = 8  # images with a shorter side below this many pixels are reported
 AT_ONCE = 1024  # images handed to the threads at a time
 EXAMPLES = 5  # pairs of equal images that are named in the result
@@ -50,7 +50,7 @@ def check_task(data: TaskData, on_image: Callable[[], Any] = lambda: None) -> di
         `two_labels`: {images, examples}: how many images have the same pixels as an earlier one of another class.
     """
     found: list[_Image] = []
-    with ThreadPoolExecutor(_cores()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         for name in SPLITS:
             split: Split = getattr(data, name)
             for start in range(0, len(split), AT_ONCE):
@@ -71,10 +71,6 @@ def check_task(data: TaskData, on_image: Callable[[], Any] = lambda: None) -> di
         "tiny": _listed([image for image in sound if min(image.width, image.height) < TINY]),
         **_repeated([image for image in sound if not image.constant], data.class_names),
     }
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _look(split: Split, split_name: str, position: int) -> _Image:

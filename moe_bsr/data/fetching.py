@@ -30,15 +30,15 @@ def submit(work: Callable[..., Value], *arguments: Any) -> "Future[Value]":
     return future
 
 
-def in_threads(work: Callable[[Item], Value], items: Iterable[Item], what: str) -> list[Value]:
-    """Return `work(item)` for every item, computed in several threads, with a progress bar. The first error is raised.
+def in_threads(work: Callable[[Item], Value], items: Iterable[Item]) -> list[Value]:
+    """Return `work(item)` for every shard, computed in several threads, with a progress bar.
 
-    Args:
-        what: name of one item, for the progress bar.
+    Raises:
+        Exception: the first error of `work`.
     """
     waiting = [submit(work, item) for item in items]
     try:
-        shown = tqdm(waiting, unit=what, leave=False, delay=2, disable=None if is_heard() else True)
+        shown = tqdm(waiting, unit="shard", leave=False, delay=2, disable=None if is_heard() else True)
         return [future.result() for future in shown]
     finally:
         for future in waiting:

@@ -29,10 +29,10 @@ from PIL import Image
 
 from moe_bsr.data.image_files import decode
 from moe_bsr.data.spec import ImageSource, TaskImages
+from moe_bsr.data.splits import SPLITS
 
 MEMBERS = ("jpeg", "offsets", "labels")
 DTYPES = dict.fromkeys(("jpeg", "names"), np.dtype(np.uint8)) | dict.fromkeys(("offsets", "labels"), np.dtype(np.int64))
-SPLITS = ("train", "val", "test")
 # A compressed member may unpack to UNPACKED bytes, or to EXPANSION times its size in the file (images hardly shrink).
 UNPACKED = 2**26
 EXPANSION = 20

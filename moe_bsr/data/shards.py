@@ -161,13 +161,13 @@ def open_shards(
         LostData: a shard cannot be reached.
         OSError: the cache cannot be written.
     """
-    found = in_threads(lambda address: open_address(address, root), addresses, "shard")
+    found = in_threads(lambda address: open_address(address, root), addresses)
     columns = f"{image_column}\n{label_column}"
     try:
         cache.folder.mkdir(parents=True, exist_ok=True)
         with cache.locked():
             _require_space(found, columns, cache)
-            return in_threads(lambda file: _open(file, columns, cache, image_column, label_column), found, "shard")
+            return in_threads(lambda file: _open(file, columns, cache, image_column, label_column), found)
     except PermissionError as error:
         said = files.reason(error)
         raise OSError(f"{cache.folder}: {said}, or set another folder with the key cache of the task file") from error

@@ -13,6 +13,8 @@ import numpy as np
 
 from moe_bsr.data.spec import ImageSource
 
+SPLITS = ("train", "val", "test")
+
 
 def held_out(
     labels: np.ndarray, names: Sequence[str], fraction: float, seed: int, purpose: str

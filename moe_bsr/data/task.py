@@ -52,6 +52,11 @@ class Split:
             raise UnreadableImage(f"{self.gone.get(position, f'image {position}')}: gone since the run began")
         return index
 
+    def select(self, positions: np.ndarray) -> "Split":
+        """Return the images at these positions, int64 (M,), in this order."""
+        gone = {new: self.gone[old] for new, old in enumerate(positions.tolist()) if old in self.gone}
+        return Split(self.source, self.index[positions], self.labels[positions], gone)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskData:
@@ -72,15 +77,15 @@ class TaskData:
     spec: TaskSpec
     notes: list[str] = field(default_factory=list)
 
+    def select(self, name: str, positions: np.ndarray) -> "TaskData":
+        """Return a copy whose split `name` has the images at these positions alone, in this order."""
+        changed: dict[str, Any] = {name: getattr(self, name).select(positions)}
+        return replace(self, **changed)
+
     def thinned(self, name: str, most: int) -> "TaskData":
         """Return a copy with at most `most` images in split `name`, at evenly spaced positions."""
-        split: Split = getattr(self, name)
-        if len(split) <= most:
-            return self
-        chosen = np.linspace(0, len(split) - 1, most).round().astype(int)
-        gone = {new: split.gone[old] for new, old in enumerate(chosen.tolist()) if old in split.gone}
-        changed: dict[str, Any] = {name: Split(split.source, split.index[chosen], split.labels[chosen], gone)}
-        return replace(self, **changed)
+        count = len(getattr(self, name))
+        return self if count <= most else self.select(name, np.linspace(0, count - 1, most).round().astype(int))
 
 
 def load_task(

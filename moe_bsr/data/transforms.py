@@ -15,7 +15,7 @@ from moe_bsr.data.augment import Augment
 from moe_bsr.data.cache import DecodedCache
 from moe_bsr.data.image_files import UnreadableImage, rgb_pixels
 from moe_bsr.data.resize import resized, resized_part
-from moe_bsr.data.splits import image_key
+from moe_bsr.data.splits import SPLITS, image_key
 from moe_bsr.data.task import Split, TaskData
 from moe_bsr.runtime.rng import key, stream
 
@@ -161,7 +161,7 @@ class ImageTransforms:
         Args:
             batches: numbers of the batches to yield; None for all.
         """
-        if split_name not in ("train", "val", "test"):
+        if split_name not in SPLITS:
             raise ValueError(f"split: {split_name!r} is not train, val or test")
         split: Split = getattr(data, split_name)
         parts = [

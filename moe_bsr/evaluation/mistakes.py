@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
 
 from moe_bsr.data import ImageTransforms, TaskData
-from moe_bsr.data.task import Split
 from moe_bsr.evaluation.evaluate import predict
 from moe_bsr.runtime.device import Runtime
 
@@ -56,8 +54,7 @@ def find_mistakes(
     if not len(chosen):
         return Mistakes(names, counts, [])
     places = transforms.readable(data, "val")[chosen]
-    split = Split(data.val.source, data.val.index[places], data.val.labels[places])
-    images, _ = next(transforms.eval_batches(dataclasses.replace(data, val=split), "val", len(chosen)))
+    images, _ = next(transforms.eval_batches(data.select("val", places), "val", len(chosen)))
     return Mistakes(
         names,
         counts,

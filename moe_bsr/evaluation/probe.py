@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_bsr.data import ImageTransforms, TaskData
-from moe_bsr.data.task import Split
+from moe_bsr.evaluation.evaluate import scoring
 from moe_bsr.model.block import Record
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.model.tokens import FUSED
@@ -39,11 +39,10 @@ class ProbeResult:
     records: dict[int, Record]
 
 
-def pick_probe_images(data: TaskData, count: int, seed: int = 0) -> TaskData:
+def pick_probe_images(data: TaskData, count: int) -> TaskData:
     """Return the task with at most `count` validation images, drawn with a fixed seed; a larger count adds images."""
-    order = stream(key(seed, data.name, "probe")).permutation(len(data.val))[:count]
-    chosen = Split(data.val.source, data.val.index[order], data.val.labels[order])
-    return dataclasses.replace(data, val=chosen)
+    order = stream(key(0, data.name, "probe")).permutation(len(data.val))[:count]
+    return data.select("val", order)
 
 
 def run_probe(model: MultitaskViT, data: TaskData, transforms: ImageTransforms, runtime: Runtime) -> ProbeResult:
@@ -52,13 +51,8 @@ def run_probe(model: MultitaskViT, data: TaskData, transforms: ImageTransforms, 
     It draws no random numbers, and restores the model's mode.
     """
     images, labels = next(transforms.eval_batches(data, "val", len(data.val)))
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode(), runtime.autocast():
-            output = model(transforms.normalize(images, device=runtime.device), data.name)
-    finally:
-        model.train(was_training)
+    with scoring(model), torch.inference_mode(), runtime.autocast():
+        output = model(transforms.normalize(images, device=runtime.device), data.name)
     records = {block: _to_cpu(record) for block, record in output.records.items()}
     return ProbeResult(images, labels, output.logits.argmax(1).cpu(), records)
 

@@ -115,8 +115,7 @@ def _parts(run: TrainedRun, experts: int | None, on_step: Callable[[str], None])
     models = list(run.models.values())
     shared = None
     if run.config.mode == "single_task":
-        alike = len({model.features_key() for model in models}) == 1
-        shared = models[0].path_start if alike else 0
+        shared = models[0].path_start if len(run.grouped(run.models)) == 1 else 0
     parts = {}
     for task, model in run.models.items():
         part = Part(model, task, shared)

@@ -25,7 +25,7 @@ from moe_bsr.model.multitask import build
 from moe_bsr.runs.folder import open_task
 from moe_bsr.runtime.device import prepare
 from moe_bsr.runtime.files import write_whole
-from moe_bsr.runtime.provenance import command, commit, environment
+from moe_bsr.runtime.provenance import made_by
 from moe_bsr.training.callback import Callback
 from moe_bsr.training.failures import NonFiniteLoss
 from moe_bsr.training.feature_cache import FeatureCache
@@ -308,9 +308,7 @@ class Ladder:
     def _conclude(self) -> dict[str, Any]:
         best = max(self.rungs, key=lambda rung: rung.val_top1, default=None)
         result = {
-            "command": command(),
-            "commit": commit(),
-            "environment": environment(self.runtime),
+            **made_by(self.runtime),
             "minutes": self.budget.minutes,
             "memory_bytes": self.memory.limit,
             "memory_reason": self.memory.reason,

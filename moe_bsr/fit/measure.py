@@ -1,9 +1,9 @@
 """Measure the machine and the data: seconds of a forward pass, numbers of images, and available memory."""
 
-import dataclasses
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from moe_bsr.config import Config
@@ -83,7 +83,7 @@ def measure(config: Config, runtime: Runtime, limit: int | None, seconds: float)
         part, start, count = data, 0, min(FIRST, most)
         # The second time counts, because kernels are chosen by then. It needs other images: the first ones are cached.
         for _ in range(2):
-            part = _some(data, start, count)
+            part = data.select("train", np.arange(len(data.train))[start : start + count])
             if not len(part.train):
                 break
             each = _seconds(model, part, transforms, runtime, most) / len(part.train)
@@ -103,13 +103,6 @@ def measure(config: Config, runtime: Runtime, limit: int | None, seconds: float)
         vit.has_class_token,
     )
     return speed, there
-
-
-def _some(data: TaskData, start: int, count: int) -> TaskData:
-    part = slice(start, start + count)
-    return dataclasses.replace(
-        data, train=dataclasses.replace(data.train, index=data.train.index[part], labels=data.train.labels[part])
-    )
 
 
 def _seconds(model: MultitaskViT, data: TaskData, transforms: ImageTransforms, runtime: Runtime, batch: int) -> float:

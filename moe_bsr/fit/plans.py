@@ -22,7 +22,8 @@ from moe_bsr.fit.room import MICRO_BATCHES, SPARE, STORAGES
 from moe_bsr.model.backbones import family_of, require_tokens
 from moe_bsr.model.block import contexts
 from moe_bsr.model.multitask import MultitaskViT
-from moe_bsr.model.plan import make_plan, token_counts
+from moe_bsr.model.plan import make_plan
+from moe_bsr.model.summary import counts
 from moe_bsr.runtime import memory
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.training.trainer import BATCH
@@ -149,10 +150,6 @@ class Catalog:
     def _plan(self, changes: dict[str, Any], config: Config, model: MultitaskViT, cost: Cost, needed: int) -> Plan:
         parts = config.train.grad_accumulation_steps
         tasks = len(model.trained_tasks) if config.sampler.kind == "joint" else 1
-        tokens = self.vit.patch_embed.num_patches + self.vit.num_prefix_tokens
-        counts = token_counts(
-            model.plan, tokens, self.vit.num_prefix_tokens, config.tokens.fuses, config.tokens.protect_fused
-        )
         images = min(config.data.image_cache_mb, (self.limit - needed) // 2 // 10**6)
         return Plan(
             changes | {"data.image_cache_mb": images},
@@ -160,7 +157,7 @@ class Catalog:
             tasks * parts * cost.step_flops,
             self.rates and self.rates.seconds(config, model),
             sum(p.numel() for p in model.parameters() if p.requires_grad),
-            (counts[-1][0] - self.vit.num_prefix_tokens) / self.vit.patch_embed.num_patches,
+            (counts(model)[-1][0] - self.vit.num_prefix_tokens) / self.vit.patch_embed.num_patches,
         )
 
     def _is_too_much(self, config: Config, model: MultitaskViT, beside: int) -> bool:
@@ -174,7 +171,7 @@ class Catalog:
         return beside + least > max(self.limit, self.least or 0)
 
     def _configured(self, changes: dict[str, Any]) -> tuple[Config, MultitaskViT]:
-        config = configuration.replace(self.config, **{key.replace(".", "__"): value for key, value in changes.items()})
+        config = configuration.replace(self.config, **changes)
         return config, self._model(config)
 
     def _cost(self, config: Config, model: MultitaskViT, images: int) -> Cost:

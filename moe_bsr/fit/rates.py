@@ -20,7 +20,8 @@ from moe_bsr import config as configuration
 from moe_bsr.config import Config
 from moe_bsr.model.block import contexts
 from moe_bsr.model.multitask import MultitaskViT
-from moe_bsr.model.plan import BlockPlan, token_counts
+from moe_bsr.model.plan import BlockPlan
+from moe_bsr.model.summary import counts
 from moe_bsr.model.tokens import Tokens
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.training.update import random_batch, training_step
@@ -56,7 +57,7 @@ class Rates:
         path, last, differentiates = model.path_start, len(model.plan) - 1, config.train.differentiates
         alone = model.contexts[-1].class_token_alone
         pass_ = self._ends(model.embedding_trains, config, few)
-        for index, (plan, tokens) in enumerate(zip(model.plan, self._tokens(model, config), strict=True)):
+        for index, (plan, (tokens, _)) in enumerate(zip(model.plan, counts(model), strict=True)):
             gradients = None if index < path or not differentiates else index > path or model.embedding_trains
             pass_ += self._block(plan, tokens, gradients, alone and index == last, config, few)
         passes = parts if differentiates else 2 * parts
@@ -67,12 +68,6 @@ class Rates:
     def _images(self) -> int:
         tokens = self.vit.patch_embed.num_patches + self.vit.num_prefix_tokens
         return max(1, int(FLOPS / (24 * tokens * self.vit.embed_dim**2)))
-
-    def _tokens(self, model: MultitaskViT, config: Config) -> list[int]:
-        """Return the number of tokens that enter each block."""
-        prefix, tokens = self.vit.num_prefix_tokens, config.tokens
-        whole = self.vit.patch_embed.num_patches + prefix
-        return [entering for entering, _ in token_counts(model.plan, whole, prefix, tokens.fuses, tokens.protect_fused)]
 
     def _block(
         self, plan: BlockPlan, tokens: int, gradients: bool | None, alone: bool, config: Config, images: int
@@ -109,7 +104,7 @@ class Rates:
 
         def timed() -> float:
             network = self._network("all" if trains else False, False, False, config)
-            task, tokens = network.tasks[0], self._tokens(network, config)[0]
+            task, tokens = network.tasks[0], counts(network)[0][0]
             pixels, labels = random_batch(
                 images, network.image_size, network.heads[task].out_features, self.runtime.device
             )

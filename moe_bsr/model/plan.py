@@ -55,8 +55,7 @@ def make_plan(config: Config, depth: int) -> list[BlockPlan]:
         blocks = getattr(plan, key)
         if blocks != "all":
             _require_blocks(f"plan.{key}", blocks, blocks, depth)
-    rates = plan.keep_rate if isinstance(plan.keep_rate, list) else [plan.keep_rate] * len(plan.drop_blocks)
-    keep = dict(zip(plan.drop_blocks, rates, strict=True))
+    keep = plan.keep_rates
     require(
         keep.get(depth - 1, 1.0) == 1.0,
         "plan.drop_blocks",
@@ -64,7 +63,7 @@ def make_plan(config: Config, depth: int) -> list[BlockPlan]:
         f"block {depth - 1} is the last: no later block would gain from a drop there; drop earlier",
     )
     require(
-        not config.tokens.merges or all(rate >= 0.5 for rate in rates),
+        not config.tokens.merges or all(rate >= 0.5 for rate in keep.values()),
         "plan.keep_rate",
         plan.keep_rate,
         "at least 0.5 with tokens.reduce = merge: a block can merge at most half of its tokens",

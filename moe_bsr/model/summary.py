@@ -4,6 +4,7 @@ from moe_bsr.config import Config
 from moe_bsr.model.adapters import is_beside
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.model.plan import token_counts
+from moe_bsr.runtime.text_tables import as_text
 
 
 def counts(model: MultitaskViT) -> list[tuple[int, int]]:
@@ -44,8 +45,7 @@ def table(model: MultitaskViT, config: Config) -> list[str]:
                 f"{total:>11,} ({trained:,})",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return as_text(rows, right=False).split("\n")
 
 
 def summary(model: MultitaskViT, config: Config) -> list[str]:

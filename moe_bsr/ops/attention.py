@@ -51,12 +51,7 @@ def attention(
 
 
 def attention_reference(
-    qkv: Tensor,
-    heads: int,
-    scale: float,
-    scores: bool = False,
-    attached: bool = True,
-    bias: Tensor | None = None,
+    qkv: Tensor, heads: int, scale: float, scores: bool, attached: bool, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     mask = None if bias is None else bias[:, None, None].to(qkv.dtype)
     y = join_heads(F.scaled_dot_product_attention(*split_heads(qkv, heads), mask, scale=scale))

@@ -97,8 +97,8 @@ class Shape:
         return {"embedding": self.embedding} | blocks | {"head": self.head}
 
 
-def from_model(model: MultitaskViT, task: str | None = None) -> Shape:
-    """Return the shape of a model on any device, including "meta", for a task or, by default, the first one."""
+def from_model(model: MultitaskViT) -> Shape:
+    """Return the shape of a model on any device, including "meta", with the head of its first task."""
     vit = model.vit
     patches, prefix = vit.patch_embed.num_patches, vit.num_prefix_tokens
     counts = describe.counts(model)
@@ -130,7 +130,7 @@ def from_model(model: MultitaskViT, task: str | None = None) -> Shape:
             leaf if leaf.name.endswith(".kv") else replace(leaf, rows=1)
             for leaf in _leaves(vit.attn_pool, last, "attn_pool")
         )
-    head += _leaves(vit.fc_norm, 1, "fc_norm") + _leaves(model.heads[task or model.tasks[0]], 1, "head")
+    head += _leaves(vit.fc_norm, 1, "fc_norm") + _leaves(model.heads[model.tasks[0]], 1, "head")
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return Shape(
         embedding,

@@ -19,12 +19,11 @@ import numpy as np
 from moe_bsr.config import ConfigError
 from moe_bsr.data import Split, TaskData, TaskSpec
 from moe_bsr.data.spec import ImageSource, spec_from
-from moe_bsr.data.splits import image_key
+from moe_bsr.data.splits import SPLITS, image_key
 from moe_bsr.runs import checkpoint
 from moe_bsr.runtime import files
 from moe_bsr.runtime.files import write_whole
 
-SPLITS = ("train", "val", "test")
 SHOWN = 3  # names in a message
 READ = 1000  # at most so many images of a split are compared by checksum, the others by size
 

@@ -4,6 +4,8 @@
 cannot be resumed from it. Another run can start from it (`train.init_from`).
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -110,28 +112,24 @@ def write_run(finished: Finished, source: Path, run: Path) -> None:
             report.write(folder, finished.report | {"config": configuration.to_dict(config)})
 
 
-class appearing:
+@contextlib.contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
     """Context in which a folder is filled under a temporary name. It is renamed if no error occurs, else deleted.
 
     Raises:
         ConfigError: a file or folder of that name exists already.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.temporary = folder, folder.with_name(folder.name + ".tmp")
-
-    def __enter__(self) -> Path:
-        if files.kind(self.folder) is not None:
-            raise ConfigError(f"{self.folder} exists already; remove it, or name another place")
-        files.remove(self.temporary)
-        self.temporary.mkdir(parents=True)
-        return self.temporary
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
-        if kind is None:
-            self.temporary.rename(self.folder)
-        else:
-            files.remove(self.temporary)
+    if files.kind(folder) is not None:
+        raise ConfigError(f"{folder} exists already; remove it, or name another place")
+    temporary = folder.with_name(folder.name + ".tmp")
+    files.remove(temporary)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    except BaseException:
+        files.remove(temporary)
+        raise
+    temporary.rename(folder)
 
 
 def _config_for(config: Config, tasks: list[str]) -> Config:

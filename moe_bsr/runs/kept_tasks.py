@@ -11,11 +11,11 @@ from typing import Any
 from moe_bsr.config import Config, ConfigError
 from moe_bsr.runs import archive, checkpoint, data_record
 from moe_bsr.runs.config_file import read_config
+from moe_bsr.runs.contents import SCORED
 from moe_bsr.runtime import files
 
 SOURCE_REPORT = "source_report.json"
 COUNTS = {"images": 0, "epochs": 0.0, "updates": 0}  # a task's counts if there is no report
-SCORES = ("top1", "top1_low", "top1_high", "top5", "mean_class_accuracy", "ece", "chance", "loss", "n", "confusions")
 
 
 def records(config: Config, run: Path, resume: bool = False) -> dict[str, dict[str, Any]]:
@@ -83,7 +83,7 @@ def entries(config: Config, run: Path, split: str) -> dict[str, dict[str, Any]]:
     kept = {}
     for name in _kept(config):
         entry = reported.get(name, {})
-        kept[name] = COUNTS | {key: value for key, value in entry.items() if same or key not in SCORES}
+        kept[name] = COUNTS | {key: value for key, value in entry.items() if same or key not in (*SCORED, "confusions")}
     return kept
 
 

@@ -8,7 +8,7 @@ Loading changes no settings of the program that loads, such as its threads or me
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,25 @@ class TrainedRun:
                 f"({self._data[task].origin}): {changed}; put them back, or evaluate the test split"
             )
         return self._data[task]
+
+    def grouped(self, tasks: Iterable[str]) -> list[list[str]]:
+        """Group tasks whose models have the same frozen blocks. Such blocks run once for the group, see `outputs`."""
+        groups: dict[tuple, list[str]] = {}
+        for task in tasks:
+            groups.setdefault(self.models[task].features_key(), []).append(task)
+        return list(groups.values())
+
+    def outputs(self, images: Tensor, groups: list[list[str]]) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield for each task its name, the inputs of its head (B, D) and its logits (B, classes).
+
+        Args:
+            images: (B, 3, S, S), normalized. groups: see `grouped`.
+        """
+        for tasks in groups:
+            tokens, _ = self.models[tasks[0]].forward_features(images)
+            for task in tasks:
+                features = self.models[task].features_from(tokens, task)
+                yield task, features, self.models[task].classify(features, task)
 
     def predict(
         self,

@@ -35,14 +35,12 @@ def predict_images(
     images: Images | Iterable[Images],
     tasks: list[str],
     top: int,
-    detectors: dict[str, Detector] | None = None,
+    detectors: dict[str, Detector] | None,
 ) -> dict[str, Any]:
     """Compute the result of `TrainedRun.predict`. Images are read batch by batch, so a folder may have any size."""
     if top < 1:
         raise ValueError(f"top = {top}: at least 1")
-    groups: dict[tuple, list[str]] = {}
-    for task in tasks:
-        groups.setdefault(run.models[task].features_key(), []).append(task)
+    groups = run.grouped(tasks)
     found: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
 
@@ -57,7 +55,7 @@ def predict_images(
     inputs = readable()
     while batch := list(islice(inputs, BATCH)):
         names, pixels = zip(*batch, strict=True)
-        probabilities, margins = _forward(run, list(groups.values()), torch.stack(pixels), detectors)
+        probabilities, margins = _forward(run, groups, torch.stack(pixels), detectors)
         for row, name in enumerate(names):
             answers = {task: _best(probabilities[task][row], run.class_names[task], top) for task in tasks}
             of_image = {task: margins[task][row].item() for task in tasks if margins}
@@ -71,7 +69,7 @@ def predict_images(
                 "blocks": len(run.models[members[0]].plan),
                 "shared_blocks": run.models[members[0]].path_start if len(members) > 1 else 0,
             }
-            for members in groups.values()
+            for members in groups
         ],
         "images": found,
         "skipped": skipped,
@@ -113,9 +111,7 @@ def _bits(run: TrainedRun, tasks: list[str]) -> int | None:
     return said.pop() if len(said) == 1 else None
 
 
-def _as_input(
-    run: TrainedRun, name: str | int, image: Path | Image.Image | np.ndarray, bits: int | None = None
-) -> Tensor:
+def _as_input(run: TrainedRun, name: str | int, image: Path | Image.Image | np.ndarray, bits: int | None) -> Tensor:
     """Return an image as uint8 (3, S, S), transformed as in evaluation.
 
     Raises:
@@ -146,24 +142,20 @@ def _forward(
     """Return probabilities (B, classes), float32 on the CPU, and margins (B,) by task for uint8 images (B, 3, S, S).
 
     Args:
-        groups: groups of tasks whose models have the same frozen blocks, which run once per group.
+        groups: see `TrainedRun.grouped`.
         detectors: None leaves the margins empty.
     """
     probabilities, margins = {}, {}
     with run.runtime.autocast():
         inputs = run.transforms.normalize(images, device=run.runtime.device)
-        for tasks in groups:
-            tokens, _ = run.models[tasks[0]].forward_features(inputs)
-            for task in tasks:
-                features = run.models[task].features_from(tokens, task)
-                logits = run.models[task].classify(features, task)
-                if not logits.isfinite().all():
-                    raise FloatingPointError(
-                        f"task {task}: logits that are not finite; the weights are broken, use an earlier checkpoint"
-                    )
-                probabilities[task] = logits.float().softmax(1).cpu()
-                if detectors is not None:
-                    margins[task] = detectors[task].margins(features, logits)
+        for task, features, logits in run.outputs(inputs, groups):
+            if not logits.isfinite().all():
+                raise FloatingPointError(
+                    f"task {task}: logits that are not finite; the weights are broken, use an earlier checkpoint"
+                )
+            probabilities[task] = logits.float().softmax(1).cpu()
+            if detectors is not None:
+                margins[task] = detectors[task].margins(features, logits)
     return probabilities, margins
 
 

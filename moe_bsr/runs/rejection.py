@@ -7,7 +7,6 @@ other tasks' validation images. The file is valid only for the weights it was ma
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import statistics
 from collections.abc import Callable
@@ -68,9 +67,7 @@ class Detector:
         return (scores - self.threshold) / self.spread
 
 
-def learn(
-    trained: TrainedRun, batch_size: int = 64, on_task: Callable[[str, int], None] = lambda task, images: None
-) -> dict[str, Any]:
+def learn(trained: TrainedRun, batch_size: int, on_task: Callable[[str, int], None]) -> dict[str, Any]:
     """Choose the score, fit a detector per task, and write them to the run's file and the results to its report.
 
     Args:
@@ -143,19 +140,11 @@ def _features_and_logits(
     trained: TrainedRun, data: TaskData, split: str, tasks: list[str], batch_size: int
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
     """Compute features and logits of a split's images for each of these tasks, and return them with the labels."""
-    groups: dict[tuple, list[str]] = {}
-    for task in tasks:
-        groups.setdefault(trained.models[task].features_key(), []).append(task)
-    ordered = [task for members in groups.values() for task in members]
+    groups = trained.grouped(tasks)
+    ordered = [task for members in groups for task in members]
 
     def make(images: Tensor) -> Tensor:
-        parts = []
-        for members in groups.values():
-            tokens, _ = trained.models[members[0]].forward_features(images)
-            for task in members:
-                features = trained.models[task].features_from(tokens, task)
-                parts += [features, trained.models[task].classify(features, task)]
-        return torch.cat(parts, 1)
+        return torch.cat([part for _, *parts in trained.outputs(images, groups) for part in parts], 1)
 
     found = split_features(make, data, split, trained.transforms, trained.runtime, batch_size)
     heads = [trained.models[task].heads[task] for task in ordered]
@@ -168,8 +157,7 @@ def _thinned(data: TaskData, count: int) -> TaskData:
     each, labels = -(-count // len(data.class_names)), data.train.labels
     order = stream(key(data.name, "rejection")).permutation(len(labels))
     chosen = np.sort(np.concatenate([order[labels[order] == label][:each] for label in np.unique(labels)]))
-    split = dataclasses.replace(data.train, index=data.train.index[chosen], labels=labels[chosen])
-    return dataclasses.replace(data, train=split)
+    return data.select("train", chosen)
 
 
 def _detectors(

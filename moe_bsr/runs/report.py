@@ -233,7 +233,7 @@ def _skipped(report: dict[str, Any]) -> list[str]:
     )
 
 
-def _lost(lost: dict[str, Any], place: str = "") -> str:
+def _lost(lost: dict[str, Any], place: str) -> str:
     scores = ", ".join(f"{task} {each['top1']:.1f}" for task, each in (lost["scores"] or {}).items())
     return (
         f"{place}The best evaluation was at step {lost['step']}, mean validation top-1 {lost['mean_top1']:.2f} % "

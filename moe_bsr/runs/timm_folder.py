@@ -88,12 +88,11 @@ def write_timm(run: Path, out: Path, task: str | None = None, weights: str | Non
 def beyond_timm(config: Config) -> str | None:
     """Return what timm's networks lack to compute this run, with the key that asks for it. None if nothing."""
     plan = config.plan
-    rates = plan.keep_rate if isinstance(plan.keep_rate, list) else [plan.keep_rate]
     if not family_of(config.backbone).of_tokens:
         return f"{config.backbone.name} is not a Vision Transformer (backbone.name)"
     if plan.moe_blocks:
         return f"blocks {plan.moe_blocks} have experts (plan.moe_blocks)"
-    if plan.drop_blocks and min(rates) < 1:
+    if min(plan.keep_rates.values(), default=1) < 1:
         how = "merged" if config.tokens.merges else "dropped"
         return f"tokens are {how} in blocks {plan.drop_blocks} (plan.drop_blocks)"
     if config.adapter is not None:

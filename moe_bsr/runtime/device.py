@@ -133,8 +133,12 @@ def _threads(ranks: Alone) -> int:
     """Return torch's choice, or this process's share of the cores if torchrun has set that choice to 1."""
     if ranks.local == 1 or torch.get_num_threads() > 1:
         return torch.get_num_threads()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // ranks.local)
+    return max(1, cores() // ranks.local)
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def most_threads() -> int:

@@ -22,6 +22,11 @@ from moe_bsr.runtime.device import Runtime
 CODE = Path(__file__).resolve().parents[2]  # the folder that holds moe_bsr/
 
 
+def made_by(runtime: Runtime) -> dict[str, Any]:
+    """Return command, commit and environment: the first keys of a file of results."""
+    return {"command": command(), "commit": commit(), "environment": environment(runtime)}
+
+
 def environment(runtime: Runtime) -> dict[str, Any]:
     """Return all facts of the machine and software that may change the bits or the speed of a computation.
 

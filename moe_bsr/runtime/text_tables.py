@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from moe_bsr.runtime.names import columns, pad, printable
 
 
-def as_text(rows: Sequence[Sequence[str]]) -> str:
-    """Pad columns to equal width. The first column is aligned to the left, the others to the right."""
+def as_text(rows: Sequence[Sequence[str]], right: bool = True) -> str:
+    """Pad columns to equal width. The first is aligned to the left, the others to the right, or all to the left."""
     shown = [list(map(printable, row)) for row in rows]
     widths = [max(map(columns, column)) for column in zip(*shown, strict=True)]
     return "\n".join(
         "  ".join(
-            pad(cell, width, right=i > 0) for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            pad(cell, width, right=right and i > 0) for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in shown
     )

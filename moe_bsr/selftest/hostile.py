@@ -12,9 +12,9 @@ from typing import Any
 
 from moe_bsr.selftest import hostile_archives, hostile_images, sandbox
 from moe_bsr.selftest.hostile_parts import Case
+from moe_bsr.selftest.injuries import CANARY
 from moe_bsr.selftest.sandbox import Main
 
-CANARY = b"nobody may write here\n"
 MEMORY_MB = 2500  # allowed peak of a command, libraries included
 
 

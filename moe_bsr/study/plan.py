@@ -116,8 +116,6 @@ def config_of(sweep: Sweep, arm: str, seed: int, overrides: list[str], updates: 
         "train.pictures=false",
         f"train.evaluate_test={str(sweep.split == 'test').lower()}",
     ]
-    config = configuration.load(
-        packaged.find_config(file), [*fixed, *sweep.set, *overrides, *about.set, f"seed={seed}"]
-    )
+    config = configuration.load(file, [*fixed, *sweep.set, *overrides, *about.set, f"seed={seed}"])
     times = 1 if config.mode == "single_task" else len(config.task_names())
     return configuration.replace(config, train__steps=times * (updates or sweep.updates))

@@ -16,7 +16,7 @@ from moe_bsr.config import Config, require
 from moe_bsr.evaluation.metrics import over_seeds
 from moe_bsr.runtime.device import prepare
 from moe_bsr.runtime.files import write_whole
-from moe_bsr.runtime.provenance import command, commit, environment
+from moe_bsr.runtime.provenance import made_by
 from moe_bsr.runtime.top_list import are_many
 from moe_bsr.study.plan import Sweep, config_of
 from moe_bsr.training.failures import NonFiniteLoss
@@ -62,7 +62,7 @@ def run(
         }
         say(f"{arm}, seed {seed}: {runs[arm][str(seed)]['mean_top1']:.2f} % mean top-1")
         result = _result(sweep, overrides, chosen, {name: about for name, about in runs.items() if about})
-        result |= {"command": command(), "commit": commit(), "environment": environment(prepare(config.runtime))}
+        result |= made_by(prepare(config.runtime))
         write_whole(folder / "sweep.json", json.dumps(result, indent=1))
     return result
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from moe_bsr.config import Config
 from moe_bsr.data import TaskData
+from moe_bsr.data.splits import SPLITS
 from moe_bsr.model import summary
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.runtime.device import Runtime
@@ -36,7 +37,7 @@ def _sizes(tasks: dict[str, TaskData]) -> str:
     each = {n: f"{len(d.train)}/{len(d.val)}/{len(d.test)}" for n, d in tasks.items()}
     if not are_many(tasks):
         return ", ".join(f"{name} {size}" for name, size in each.items())
-    totals = (sum(len(getattr(data, split)) for data in tasks.values()) for split in ("train", "val", "test"))
+    totals = (sum(len(getattr(data, split)) for data in tasks.values()) for split in SPLITS)
     order = sorted(tasks, key=lambda name: len(tasks[name].train))
     return (
         f"{'/'.join(map(str, totals))} in {len(tasks)} tasks, from {order[0]} {each[order[0]]} to {order[-1]} "

@@ -77,9 +77,8 @@ def _learning_signal(config: Config) -> Iterator[str]:
         yield f"train.label_smoothing = {train.label_smoothing:g} leaves the right class less than half of the target"
     if config.backbone.weights == "random" and config.plan.train_blocks != "all":
         yield "backbone.weights = random with plan.train_blocks not all: the frozen blocks stay random"
-    rates = config.plan.keep_rate if isinstance(config.plan.keep_rate, list) else [config.plan.keep_rate]
-    if config.plan.drop_blocks and min(rates) < 0.05:
-        yield f"plan.keep_rate = {min(rates):g} keeps {min(rates):.2%} of the tokens at a block"
+    if (rate := min(config.plan.keep_rates.values(), default=1.0)) < 0.05:
+        yield f"plan.keep_rate = {rate:g} keeps {rate:.2%} of the tokens at a block"
     if config.plan.moe_blocks:
         if moe.gate_noise > moe.num_experts:
             yield (

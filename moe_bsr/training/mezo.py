@@ -25,6 +25,7 @@ from moe_bsr.config import TrainConfig
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.model.replay import deciding_once
 from moe_bsr.runtime.rng import generator
+from moe_bsr.training.optim import names_of
 
 UPDATE_KEY = 2  # the first integers of a noise key identify an update: the seed and the update's number
 Pass = tuple[Any, tuple[Tensor, ...]]  # the model's output and the terms of its loss
@@ -46,7 +47,7 @@ class MeZO:
             distance: e. takes_part: maps the inputs of a pass to the parameters that its loss depends on.
         """
         self.optimizer, self.distance, self._takes_part = optimizer, distance, takes_part
-        self.names = {p: n for g in optimizer.param_groups for p, n in zip(g["params"], g["names"], strict=True)}
+        self.names = names_of(optimizer)
         self.slopes: dict[nn.Parameter, float] = {}
         self._key: tuple[int, ...] = ()
 

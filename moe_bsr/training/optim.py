@@ -39,6 +39,11 @@ def parameter_groups(model: MultitaskViT, config: TrainConfig) -> list[dict]:
     return list(groups.values())
 
 
+def names_of(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, str]:
+    """Return the name of each trained parameter, from the optimizer's groups (see `parameter_groups`)."""
+    return {p: n for group in optimizer.param_groups for p, n in zip(group["params"], group["names"], strict=True)}
+
+
 def _scales(model: MultitaskViT, config: TrainConfig) -> dict[int, float]:
     """Return the rates of heads, log variances, experts and routers relative to their layer's rate, by parameter id."""
     scaled = [(part, config.head_lr_scale) for part in (model.heads, model.log_variances)]

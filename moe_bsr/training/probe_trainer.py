@@ -22,7 +22,6 @@ from moe_bsr.config.schema import AUGMENT_KEYS
 from moe_bsr.data import TaskData
 from moe_bsr.data.loader import Batch
 from moe_bsr.data.splits import class_by_class
-from moe_bsr.data.task import Split
 from moe_bsr.evaluation.features import Features, split_features
 from moe_bsr.runtime.rng import key, stream
 from moe_bsr.training.callback import Callback, StepEvent
@@ -147,7 +146,7 @@ class ProbeTrainer(Trainer):
         if isinstance(self.inputs, CachedInputs):
             train = self._kept_features(self.inputs, data.name, order, until)
         else:
-            data = replace(data, train=_reordered(split, order))
+            data = data.select("train", order)
             train = split_features(read, data, "train", self.transforms, self.runtime, settings.batch_size, until)
         began = time.monotonic()
         val = split_features(read, data, "val", self.transforms, self.runtime, settings.batch_size)
@@ -182,12 +181,6 @@ class ProbeTrainer(Trainer):
             task: {"updates": done, "images": done * sizes[task], "epochs": done * sizes[task] / len(data.train)}
             for task, data in self.tasks.items()
         }
-
-
-def _reordered(split: Split, order: np.ndarray) -> Split:
-    places = {int(position): place for place, position in enumerate(order)}
-    gone = {places[position]: name for position, name in split.gone.items()}
-    return replace(split, index=split.index[order], labels=split.labels[order], gone=gone)
 
 
 class Penalties(Callback):

@@ -6,6 +6,7 @@ import numpy as np
 
 from moe_bsr.config import Config, TrainConfig, dump, require
 from moe_bsr.data import TaskData
+from moe_bsr.data.splits import SPLITS
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.runtime.distributed import Alone
 from moe_bsr.runtime.version import __version__
@@ -65,7 +66,7 @@ def require_alike(ranks: Alone, model: MultitaskViT, tasks: dict[str, TaskData])
     if ranks.world > 1:
         values = {"backbone": model.backbone_sha256}
         for name, data in tasks.items():
-            for split in ("train", "val", "test"):
+            for split in SPLITS:
                 values[f"{split} split of task {name}"] = _split(data, split)
         ranks.require_same(values)
 

@@ -16,7 +16,7 @@ from moe_bsr.runtime.device import Runtime
 from moe_bsr.runtime.distributed import Alone
 from moe_bsr.training.callback import Callback, Callbacks
 from moe_bsr.training.length import Length
-from moe_bsr.training.optim import MovingAverage, state_of
+from moe_bsr.training.optim import MovingAverage, names_of, state_of
 
 
 @dataclass(slots=True)
@@ -60,11 +60,11 @@ class TrainState:
         self,
         model: MultitaskViT,
         optimizer: torch.optim.Optimizer,
-        average: MovingAverage | None = None,
-        callbacks: Iterable[Callback] = (),
-        selection: str = "best",
-        saved_weights: str = "trainable",
-        skipped: dict[str, dict[str, dict[str, str]]] | None = None,
+        average: MovingAverage | None,
+        callbacks: Iterable[Callback],
+        selection: str,
+        saved_weights: str,
+        skipped: dict[str, dict[str, dict[str, str]]],
     ) -> None:
         """
         Args:
@@ -83,7 +83,7 @@ class TrainState:
         self.pending_evaluation = False
         self.untold_scores: dict[str, dict[str, Any]] | None = None
         self.lost: Lost | None = None
-        self.skipped = {} if skipped is None else skipped
+        self.skipped = skipped
         self.saved_step = -1
 
     def add_evaluation(self, scores: dict[str, dict[str, Any]]) -> None:
@@ -185,11 +185,7 @@ class TrainState:
 
     def _moments(self) -> dict[str, Tensor]:
         """Return the optimizer's state tensors by parameter name and key, such as heads.pets.weight/exp_avg."""
-        names = {
-            parameter: name
-            for group in self.optimizer.param_groups
-            for parameter, name in zip(group["params"], group["names"], strict=True)
-        }
+        names = names_of(self.optimizer)
         return {
             f"{names[parameter]}/{key}": value
             for parameter, values in self.optimizer.state.items()

@@ -17,7 +17,7 @@ from moe_bsr.training.alast import schedule_of
 from moe_bsr.training.class_weights import balanced
 from moe_bsr.training.inputs import Inputs
 from moe_bsr.training.mixing import Mixing
-from moe_bsr.training.optim import MovingAverage
+from moe_bsr.training.optim import MovingAverage, names_of
 from moe_bsr.training.pcgrad import PCGrad
 from moe_bsr.training.update import BatchResult, accumulate, multitask_update, task_weights
 
@@ -51,9 +51,7 @@ class TaskUpdates:
             of_classes = {task: balanced(data.train.labels, classes[task]).to(device) for task, data in tasks.items()}
         self.ranks = inputs.runtime.ranks
         self.update = multitask_update(model, settings, inputs.runtime, optimizer, average, of_classes, commits=False)
-        self.names = {
-            p: n for group in optimizer.param_groups for p, n in zip(group["params"], group["names"], strict=True)
-        }
+        self.names = names_of(optimizer)
         self.weights = task_weights(list(tasks), settings)
         self.mixing = Mixing(settings, classes) if settings.mixup or settings.cutmix else None
         self.schedule = schedule_of(model, config, self.ranks)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from moe_bsr.cli.main import main
-from moe_bsr.config import load, packaged, to_dict
+from moe_bsr.config import ConfigError, load, packaged, to_dict
 
 OWN_TASK = "title: Mine\nsource: folder\npath: mine\nclasses: 3\nlicense: none\n"
 
@@ -27,11 +27,14 @@ def test_packaged_files_are_found_by_name_by_file_name_and_by_path():
 
 def test_the_file_of_a_path_comes_before_the_packaged_one(tmp_path):
     name = "configs/quickstart.yaml"
-    assert packaged.find_config(name) == packaged.folder("configs") / "quickstart.yaml"
+    assert load(name) == load(packaged.folder("configs") / "quickstart.yaml")
     (tmp_path / "configs").mkdir()
     (tmp_path / name).write_text("seed: 3\n")
-    assert load(packaged.find_config(name)).seed == 3
-    assert str(packaged.find_config("configs/quickstrt.yaml")) == "configs/quickstrt.yaml"
+    assert load(name).seed == 3
+    with pytest.raises(ConfigError, match="no configuration file configs/quickstrt.yaml"):
+        load("configs/quickstrt.yaml")
+    with pytest.raises(ConfigError, match="too long"):
+        load("x" * 300)
 
 
 def test_tasks_of_this_folder_come_first_and_hide_packaged_ones_of_their_name(tmp_path, capsys):

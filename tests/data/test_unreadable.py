@@ -78,6 +78,14 @@ def test_cached_features_are_asked_for_by_the_image_taken(data):
     assert asked == [4] and batch.positions.tolist() == [4] and batch.labels.tolist() == [data.train.labels[4]]
 
 
+def test_a_selection_keeps_the_names_of_the_images_that_are_gone(data):
+    split = dataclasses.replace(data.train, index=np.array([-1, 4, -1]), labels=np.zeros(3, int), gone={0: "a", 2: "c"})
+    some = split.select(np.array([2, 1]))
+    assert some.index.tolist() == [-1, 4]
+    with pytest.raises(UnreadableImage, match="^c: gone"):
+        some.place(0)
+
+
 def test_an_image_that_is_gone_is_skipped_too(data):
     index = data.train.index.copy()
     index[2] = -1

@@ -19,7 +19,7 @@ from moe_bsr.fit import plans, rates
 from moe_bsr.fit.plans import Catalog, Plan, candidates, front
 from moe_bsr.fit.room import STORAGES
 from moe_bsr.model.multitask import build_on_meta
-from moe_bsr.model.plan import token_counts
+from moe_bsr.model.summary import counts
 from moe_bsr.runtime.device import prepare
 from moe_bsr.training import adamw8
 
@@ -61,7 +61,7 @@ def tight(config, roomy):
 
 
 def changed(config, plan: Plan):
-    return replace(config, **{key.replace(".", "__"): value for key, value in plan.changes.items()})
+    return replace(config, **plan.changes)
 
 
 def test_with_room_every_plan_is_saved_exactly_in_one_batch(config, roomy):
@@ -222,7 +222,7 @@ def test_seconds_are_the_sum_over_blocks_of_their_kinds(config, roomy, monkeypat
     own = replace(config, plan__train_blocks=[3], plan__drop_blocks=[1], plan__keep_rate=0.5, plan__moe_blocks=[3])
     own = replace(own, train__grad_accumulation_steps=2)
     model = build_on_meta(own, CLASSES)
-    tokens = [n for n, _ in token_counts(model.plan, 1 + roomy[0].vit.patch_embed.num_patches, 1, True, False)]
+    tokens = [n for n, _ in counts(model)]
     kinds = [1, 1, 1, 110, 20, 20.5]
     assert tokens[0] == tokens[1] > tokens[2] == tokens[5]
     per_image = 1000 + sum(kind * count for kind, count in zip(kinds, tokens, strict=True))

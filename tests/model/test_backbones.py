@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.layers import SwiGLUPacked, resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
+from tiny_models import Unsafe
 
 from moe_bsr.config import BackboneConfig, Config, ConfigError, MoEConfig, PlanConfig
 from moe_bsr.model import multitask
@@ -363,16 +364,6 @@ def test_weights_of_another_architecture_are_refused(tmp_path, state):
     message = refusal(BackboneConfig(name="vit_tiny_patch16_224", weights=path))
     assert "does not fit vit_tiny_patch16_224" in message
     assert "missing blocks.6." in message and "expected (" in message  # deeper, and wider
-
-
-class Unsafe:
-    """Runs code when it is unpickled without care."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self):
-        return Path.touch, (self.marker,)
 
 
 def test_a_pickle_that_runs_code_does_not_run_it(tmp_path, state):

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from tiny_models import Unsafe
 
 from moe_bsr.config import BackboneConfig, ConfigError, from_dict
 from moe_bsr.model.backbones import pretrained
@@ -85,16 +86,6 @@ def test_the_ending_does_not_decide_what_a_file_is(tmp_path, state):
     torch.save(state, tmp_path / "w.safetensors")
     assert digest(loaded(tmp_path / "w.pth").state_dict()) == digest(state)
     assert digest(loaded(tmp_path / "w.safetensors").state_dict()) == digest(state)
-
-
-class Unsafe:
-    """Runs code when it is unpickled without care."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self):
-        return Path.touch, (self.marker,)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

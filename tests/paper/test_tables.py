@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 from closed_form import macs
+from saved_tensors import saved_storages
 from timm.layers import Attention
 from tiny_models import KINDS, make_model, normal
 from torch import nn
 
-from moe_bsr.benchmark.measure import saved_storages
 from moe_bsr.model.layers import ADOPTED
 from moe_bsr.model.moe import MoE
-from moe_bsr.model.plan import token_counts
+from moe_bsr.model.summary import counts
 from moe_bsr.paper import autograd_rule, backrazor_rule, bsr_rule, rebuild
 from moe_bsr.paper.settings import Setting, shape
 from moe_bsr.paper.shapes import from_model
@@ -149,11 +149,9 @@ def test_every_kind_of_model_has_its_price(kind, experts):
     model = make_model(kind, moe_blocks=experts)
     whole = from_model(model)
     assert bsr_rule.memory(whole, 4).total > 0 and backrazor_rule.memory(whole, 4, prune=0.5).total > 0
-    patches, prefix = model.vit.patch_embed.num_patches, model.vit.num_prefix_tokens
-    counts = token_counts(model.plan, patches + prefix, prefix, True, False)
     blocks = sum(
         macs(b, replace(p, keep_rate=1.0), *n, model.vit.has_class_token)  # the row of scores is not the paper's
-        for b, p, n in zip(model.vit.blocks, model.plan, counts, strict=True)
+        for b, p, n in zip(model.vit.blocks, model.plan, counts(model), strict=True)
     )
     outside = whole.embedding + whole.head
     assert bsr_rule.forward_macs(whole) == blocks + sum(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from tiny_checkpoints import save_steps, tensors
+from tiny_runs import Crash, crash
 
 from moe_bsr.config import ConfigError
 from moe_bsr.runs import checkpoint
@@ -18,14 +19,6 @@ from moe_bsr.runs.checkpoint import check_room, damage, latest, read, recover, s
 from moe_bsr.runtime import files as disk
 
 # --- round trip ---
-
-
-class Crash(Exception):
-    pass
-
-
-def crash() -> None:
-    raise Crash
 
 
 def test_what_is_saved_comes_back_to_the_bit(tmp_path):

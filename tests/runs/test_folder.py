@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
-from tiny_runs import LATE, SIZES, TASKS, Crash, act_at, crash, make_config
+from tiny_runs import SIZES, TASKS, Crash, act_at, crash
 
 import moe_bsr
 from moe_bsr import api
 from moe_bsr.api import train
 from moe_bsr.callbacks import hparams
-from moe_bsr.config import Config, ConfigError
+from moe_bsr.config import ConfigError
 from moe_bsr.runs import checkpoint
 from moe_bsr.runs import folder as run
 from moe_bsr.runs.report import markdown
@@ -21,18 +21,6 @@ from moe_bsr.runs.report import markdown
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 ACCURACIES = ("top1", "top5", "chance", "mean_class_accuracy", "ece", "loss", "n")
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory) -> Config:
-    return make_config(tmp_path_factory.mktemp("tasks"), **LATE, train__ema_decay=0.7, train__eval_every=3)
-
-
-@pytest.fixture(scope="module")
-def finished(config, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    moe_bsr.train(config, folder)
-    return folder
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_runs import LATE, Crash, act_at, crash, make_config, script_scores, state_of
+from tiny_runs import Crash, act_at, crash, script_scores, state_of
 
 import moe_bsr
 from moe_bsr.api import train
@@ -18,18 +18,6 @@ from moe_bsr.runs.checkpoint import CheckpointError
 from moe_bsr.runs.load import chosen_tasks
 
 pytestmark = pytest.mark.usefixtures("bare")
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory) -> Config:
-    return make_config(tmp_path_factory.mktemp("tasks"), **LATE, train__ema_decay=0.7, train__eval_every=3)
-
-
-@pytest.fixture(scope="module")
-def finished(config, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    moe_bsr.train(config, folder)
-    return folder
 
 
 @pytest.mark.parametrize("ema", [None, 0.7])

@@ -71,7 +71,7 @@ def raced(monkeypatch):
             self.Pool = lambda processes: contextlib.nullcontext(self)
 
         def apply(self, work, arguments):
-            method, config, folder, minutes, _ = arguments
+            method, config, folder, minutes = arguments
             asked.append((method, minutes, config.seed))
             if method == "stops":
                 raise RuntimeError("stopped")
@@ -83,11 +83,11 @@ def raced(monkeypatch):
     return asked
 
 
-def test_a_race_goes_on_where_it_was_stopped_and_takes_more_seeds(tmp_path, raced):
+def test_a_race_goes_on_where_it_was_stopped_and_takes_more_seeds(tmp_path, raced, monkeypatch):
     def race(seeds, methods=("fit", "bsr"), folder=tmp_path / "race"):
-        known = dict.fromkeys(("bsr", "stops"))
-        return budgets.race(config, folder, [1.0, 2.0], list(methods), seeds, lambda line: None, known)
+        return budgets.race(config, folder, [1.0, 2.0], list(methods), seeds, lambda line: None)
 
+    monkeypatch.setattr(budgets, "read_methods", lambda: dict.fromkeys(("bsr", "stops")))
     config = make_config(tmp_path)
     with pytest.raises(RuntimeError, match="stopped"):
         race([0], ["fit", "stops", "bsr"])

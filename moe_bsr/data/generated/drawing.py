@@ -27,7 +27,7 @@ class Pose:
         stretch: largest ratio between the scales along a random axis and across it.
     """
 
-    def __init__(self, rng, size=(0.5, 0.85), turn=np.pi, shift=0.2, stretch=1.3):
+    def __init__(self, rng, *, size, shift, stretch, turn=np.pi):
         self.scale = rng.uniform(*size)
         squeeze = stretch ** rng.uniform(0, 0.5)
         rotation = self.scale * np.exp(1j * rng.uniform(-turn, turn))
@@ -83,7 +83,7 @@ def strokes(lines, width):
     return _averaged(sheet)
 
 
-def dust(points, gain=1.0):
+def dust(points, gain):
     """Return the mask of a cloud of canvas points: `gain` times the share of each pixel's quarters that contain one."""
     column = ((points.real + 1) * SIZE).astype(np.int64)
     row = ((1 - points.imag) * SIZE).astype(np.int64)

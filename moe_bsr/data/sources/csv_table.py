@@ -17,6 +17,7 @@ from moe_bsr.data.class_names import LABEL_COLUMNS, SPLIT_NAMES, composed, look_
 from moe_bsr.data.formats import EXTENSIONS
 from moe_bsr.data.image_files import FileSource, file_kind
 from moe_bsr.data.spec import SOURCES, TaskImages, TaskSpec
+from moe_bsr.data.splits import SPLITS
 from moe_bsr.data.unused import Unused
 
 # Usual names of the columns, the most likely first.
@@ -80,8 +81,7 @@ class CsvTask(TaskSpec):
             what = "; ".join(unused.found()) or "no line"
             raise ValueError(f"{table}: no training images (paths start from {folder}, key images); found: {what}")
         train, val, test = (
-            self._source(rows[split], names, folder, f"{table}, {split}") if rows[split] else None
-            for split in ("train", "val", "test")
+            self._source(rows[split], names, folder, f"{table}, {split}") if rows[split] else None for split in SPLITS
         )
         assert train is not None
         return TaskImages(

@@ -17,6 +17,7 @@ from moe_bsr.data.image_files import decode
 from moe_bsr.data.packed import read_lines
 from moe_bsr.data.shards import Shard, ShardCache, open_shards
 from moe_bsr.data.spec import SOURCES, TaskImages, TaskSpec
+from moe_bsr.data.splits import SPLITS
 from moe_bsr.data.tar_index import TarIndex
 from moe_bsr.data.unused import Unused
 
@@ -42,7 +43,7 @@ class TarTask(TaskSpec):
         cache_gb: limit of the fetched images, in 10**9 bytes.
     """
 
-    may_change: ClassVar[tuple[str, ...]] = (*TaskSpec.may_change, "train", "val", "test", "cache", "cache_gb")
+    may_change: ClassVar[tuple[str, ...]] = (*TaskSpec.may_change, *SPLITS, "cache", "cache_gb")
 
     train: Patterns
     val: Patterns | None = None
@@ -65,7 +66,7 @@ class TarTask(TaskSpec):
         elif self.class_names:
             names = self.class_names
         unused, sources, told = Unused(), dict[str, TarSource](), []
-        for split in ("train", "val", "test"):
+        for split in SPLITS:
             if (patterns := getattr(self, split)) is None:
                 continue
             addresses = _addresses(patterns, root)

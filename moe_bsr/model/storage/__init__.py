@@ -25,12 +25,10 @@ class Storage:
 
     Attributes:
         run: runs a block's forward under this storage, see above.
-        recomputes: whether the block runs a second time, in the backward pass.
         coarse: whether its gradients are so inexact that it is used only if the user asks for it.
     """
 
     run: Callable[[Forward, Tokens, list[nn.Parameter], Any], tuple[Tokens, Any]]
-    recomputes: bool = False
     coarse: bool = False
 
 

@@ -76,6 +76,6 @@ def _run(pack, forward, tokens, parameters, options):
     return Tokens(x, *after.trace), record
 
 
-STORAGES.register("recompute")(Storage(partial(_run, None), recomputes=True))
-STORAGES.register("recompute_int8")(Storage(partial(_run, Int8Packed), recomputes=True))
-STORAGES.register("recompute_int4")(Storage(partial(_run, Int4Packed), recomputes=True, coarse=True))
+STORAGES.register("recompute")(Storage(partial(_run, None)))
+STORAGES.register("recompute_int8")(Storage(partial(_run, Int8Packed)))
+STORAGES.register("recompute_int4")(Storage(partial(_run, Int4Packed), coarse=True))
