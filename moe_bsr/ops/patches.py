@@ -1,5 +1,6 @@
 """Patch embedding, computed as a matrix product where timm's convolution would take more memory."""
 
+from einops import rearrange
 from timm.layers import PatchEmbed
 from torch import Tensor
 
@@ -20,7 +21,6 @@ def embed_patches(layer: PatchEmbed, images: Tensor) -> Tensor:
     if plain or unknown or ops.is_reference():
         return layer(images)
     height, width = layer.patch_size
-    cut = images.unflatten(3, (-1, width)).unflatten(2, (-1, height))  # (B, C, h, p, w, q)
-    x = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).to(dtype)
-    x = x.flatten(1, 2) if layer.flatten else x
+    pattern = "b (h w) (c p q)" if layer.flatten else "b h w (c p q)"
+    x = rearrange(images, f"b c (h p) (w q) -> {pattern}", p=height, q=width).to(dtype)
     return layer.norm(linear(x, layer.proj.weight.flatten(1), layer.proj.bias))
