@@ -1,4 +1,4 @@
-"""Adapters: nothing changes at the start, they alone train where the block is frozen, and they merge."""
+"""Adapters: no change at the start, the only trained weights of a frozen block, and merging into the layer."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_at_the_start_the_network_is_the_pretrained_one(adapter, layers):
 @pytest.mark.parametrize(
     "changes", [{}, {"moe_blocks": (1, 3)}, {"storage": "recompute"}], ids=["dense", "moe", "again"]
 )
-def test_beside_the_ffn_nothing_changes_at_the_start(changes, grad):
+def test_adaptformer_changes_nothing_at_the_start(changes, grad):
     images = normal(2, 3, 16, 16)
     plain, adapted = make_model(**changes), make_model(adapter={"kind": "adaptformer", "width": 3}, **changes)
     with torch.set_grad_enabled(grad):
@@ -41,8 +41,8 @@ def test_beside_the_ffn_nothing_changes_at_the_start(changes, grad):
 
 
 @pytest.mark.parametrize("storage", ["exact", "recompute"])
-def test_beside_the_ffn_it_is_the_sum_written_out(storage):
-    """On the tokens that a drop left, before the norm."""
+def test_adaptformer_equals_its_formula(storage):
+    """The adapter reads the tokens that remain after the drop, before the norm."""
     options = {"kind": "adaptformer", "width": 5, "scale": 0.7, "blocks": [1]}
     model = make_model(train_blocks=(), drop_blocks=(1,), adapter=[options], storage=storage)
     block = model.vit.blocks[1]
@@ -52,15 +52,15 @@ def test_beside_the_ffn_it_is_the_sum_written_out(storage):
     }
     for parameter in parameters.values():
         parameter.data.copy_(normal(*parameter.shape))
-    seen = {}
-    block.norm2.register_forward_hook(lambda _, inputs, __: seen.setdefault("x", inputs[0].detach()))
-    block.mlp.register_forward_hook(lambda _, __, y: seen.setdefault("ffn", y.detach()))
+    recorded = {}
+    block.norm2.register_forward_hook(lambda _, inputs, __: recorded.setdefault("x", inputs[0].detach()))
+    block.mlp.register_forward_hook(lambda _, __, y: recorded.setdefault("ffn", y.detach()))
     tokens, _ = model.forward_features(normal(2, 3, 16, 16))
     found = model.run_block(1, tokens, "one").x
     down, up = (p.detach().requires_grad_() for p in (parameters["down.weight"], parameters["up.weight"]))
-    middle = torch.relu(seen["x"] @ down.t() + parameters["down.bias"].detach())
+    middle = torch.relu(recorded["x"] @ down.t() + parameters["down.bias"].detach())
     added = 0.7 * (middle @ up.t() + parameters["up.bias"].detach())
-    torch.testing.assert_close(found, seen["x"] + seen["ffn"] + added)
+    torch.testing.assert_close(found, recorded["x"] + recorded["ffn"] + added)
     weights = normal(*found.shape, seed=1)
     (found * weights).sum().backward()
     for name, expected in zip(("down", "up"), torch.autograd.grad((added * weights).sum(), [down, up]), strict=True):
@@ -68,8 +68,8 @@ def test_beside_the_ffn_it_is_the_sum_written_out(storage):
 
 
 @pytest.mark.parametrize("freeze_a", [False, True])
-def test_beside_the_activation_it_is_the_same_as_behind_it(freeze_a):
-    """`mlp.fc2` is handed the activation's input, so that the activation need not be kept."""
+def test_lora_on_fc2_gives_the_same_from_the_activation_input_as_from_its_output(freeze_a):
+    """`mlp.fc2` gets the input of the activation, so the activation's output need not be kept."""
     options = {**EVERYWHERE, "blocks": [1], "layers": ["mlp.fc2"], "freeze_a": freeze_a}
     mlp = make_model(train_blocks=(), adapter=[options]).vit.blocks[1].mlp
     mlp.fc2.lora_b.data.copy_(normal(*mlp.fc2.lora_b.shape))
@@ -83,14 +83,14 @@ def test_beside_the_activation_it_is_the_same_as_behind_it(freeze_a):
         torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
 
 
-def test_a_factor_that_stays_random_is_saved_with_the_run():
+def test_a_frozen_random_factor_is_saved_with_the_run():
     model = make_model(adapter={**EVERYWHERE, "freeze_a": True})
     assert not any(layer.lora_a.requires_grad for layer in loras(model).values())
     assert not any("lora" in name for name in model.unchanged_backbone_names())
 
 
 def test_lora_of_another_library_trains_on_our_layers():
-    """peft wraps the layers that it finds: the same numbers as our own, and gradients for its factors alone."""
+    """Wrapping our layers with peft gives the same numbers as our own LoRA, and gradients only for its factors."""
     peft = pytest.importorskip("peft")
     options = {"kind": "lora", "rank": 2, "alpha": 4.0, "layers": ["attn.qkv", "mlp.fc1", "mlp.fc2"], "blocks": [1]}
     ours, theirs = make_model(adapter=[options]), make_model()
@@ -114,7 +114,7 @@ def test_lora_of_another_library_trains_on_our_layers():
     }
 
 
-def test_in_a_frozen_block_the_adapter_alone_trains():
+def test_only_the_adapter_trains_in_a_frozen_block():
     model = make_model(train_blocks=(), drop_blocks=(1,), adapter=[{**EVERYWHERE, "blocks": [1]}])
     assert model.path_start == 1
     for layer in loras(model).values():
@@ -125,7 +125,7 @@ def test_in_a_frozen_block_the_adapter_alone_trains():
     assert trained == expected and len(expected) == 8
 
 
-def test_gradients_are_those_of_the_sum_written_out():
+def test_lora_gradients_equal_those_of_the_formula():
     layer = make_model(adapter=[{"kind": "lora", "rank": 3, "blocks": [1]}]).vit.blocks[1].attn.qkv
     layer.lora_b.data.copy_(normal(*layer.lora_b.shape))
     x = normal(2, 5, 16)
@@ -137,7 +137,7 @@ def test_gradients_are_those_of_the_sum_written_out():
         torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
 
 
-def test_merged_it_is_one_layer_with_the_same_output():
+def test_a_merged_lora_layer_gives_the_same_output():
     layer = make_model(adapter="lora").vit.blocks[0].attn.qkv
     layer.lora_b.data.copy_(normal(*layer.lora_b.shape))
     x = normal(2, 5, 16)
@@ -157,19 +157,19 @@ def test_merged_it_is_one_layer_with_the_same_output():
         ([{"kind": "lora", "layers": ["mlp.fc1"], "blocks": [3]}], "this block has no such linear layer"),
     ],
 )
-def test_what_cannot_be_is_refused(adapter, message):
+def test_an_invalid_adapter_is_refused(adapter, message):
     with pytest.raises(ConfigError) as error:
         make_model(adapter=adapter, moe_blocks=(3,))
     assert message in str(error.value)
 
 
 class Doubled(nn.Module):
-    """A layer of a kind that the model does not know, as an adapter library would put in place."""
+    """Layer of an unknown type, as an adapter library would insert."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base_layer = base
-        self.weight = base.weight  # what a model that takes weights out of layers would use
+        self.weight = base.weight  # a model that reads weights directly would use this one
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 2 * self.base_layer(x)
@@ -177,7 +177,7 @@ class Doubled(nn.Module):
 
 @pytest.mark.parametrize("path", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
 @pytest.mark.parametrize("grad", [False, True])
-def test_an_unknown_layer_is_called_and_never_opened(path, grad):
+def test_a_layer_of_unknown_type_is_called_as_a_module(path, grad):
     images = normal(2, 3, 16, 16)
     wrapped, doubled = make_model(drop_blocks=()), make_model(vit=make_vit(), drop_blocks=())
     owner, _, name = path.rpartition(".")
@@ -194,8 +194,8 @@ def test_an_unknown_layer_is_called_and_never_opened(path, grad):
 
 
 def test_a_hook_on_a_layer_is_called():
-    model, seen = make_model(drop_blocks=()), []
+    model, called = make_model(drop_blocks=()), []
     for path in ("attn.qkv", "mlp", "mlp.fc2"):
-        model.vit.blocks[1].get_submodule(path).register_forward_hook(lambda *_, path=path: seen.append(path))
+        model.vit.blocks[1].get_submodule(path).register_forward_hook(lambda *_, path=path: called.append(path))
     model(normal(2, 3, 16, 16), "one")
-    assert seen == ["attn.qkv", "mlp.fc2", "mlp"]
+    assert called == ["attn.qkv", "mlp.fc2", "mlp"]

@@ -13,7 +13,7 @@ from moe_bsr.model.moe import Routing, smooth_load
 
 
 def routing(importance: list[float], load: list[float]) -> Routing:
-    """A record of which only the two statistics matter."""
+    """Return a record in which only the two statistics are set."""
     nothing = torch.zeros(0)
     return Routing(nothing, nothing, nothing, torch.tensor(importance, requires_grad=True), torch.tensor(load))
 
@@ -51,7 +51,7 @@ def test_per_task_is_the_weighted_mean_over_layers_of_both_variations():
     second = routing([1.0, 1.0, 1.0, 1.0], [3.0, 3.0, 1.0, 1.0])
     balance = make("per_task", [3, 7])
     loss = balance({3: first, 7: second}, "one")
-    # variances 1.5, 4, 0, 1 over squared means 4, 4, 1, 4
+    # variances 1.5, 4, 0, 1 divided by squared means 4, 4, 1, 4
     assert loss.item() == pytest.approx(0.1 * (1.5 / 4 + 4 / 4 + 0 + 1 / 4) / 2)
     loss.backward()
     assert first.importance.grad.abs().sum() > 0 and second.importance.grad.abs().sum() == 0
@@ -67,14 +67,14 @@ def test_no_balance_loss(kind, weight):
     assert make("per_task", [])({}, "one") == 0
 
 
-def test_across_tasks_adds_the_running_shares_of_the_other_tasks():
+def test_across_tasks_adds_the_running_shares_of_other_tasks():
     balance = make("across_tasks", [5])
     balance.update({5: routing([2.0, 2.0, 0.0, 0.0], [6.0, 2.0, 0.0, 0.0])}, "two")
     balance.update({5: routing([0.0, 0.0, 9.0, 1.0], [0.0, 0.0, 1.0, 1.0])}, "three")
     balance.update({5: routing([0.0, 0.0, 0.0, 8.0], [0.0, 0.0, 0.0, 8.0])}, "one")
     now = routing([1.0, 0.0, 0.0, 1.0], [3.0, 0.0, 0.0, 1.0])
     loss = balance({5: now}, "one")
-    # This task's share and the two others'; its own past does not count.
+    # The sum of this task's current shares and the running shares of the two others. Its own past does not count.
     importance = [0.5 + 0.5, 0.5, 0.9, 0.5 + 0.1]
     load = [0.75 + 0.75, 0.25, 0.5, 0.25 + 0.5]
     assert loss.item() == pytest.approx(0.1 * (cv2(importance) + cv2(load)), rel=1e-5)
@@ -83,7 +83,7 @@ def test_across_tasks_adds_the_running_shares_of_the_other_tasks():
     assert not balance.importance.requires_grad
 
 
-def test_running_shares_start_at_the_first_and_move_by_a_tenth():
+def test_running_shares_start_at_the_first_value_and_move_by_a_tenth():
     balance = make("across_tasks", [5, 8])
     first = {
         5: routing([4.0, 0.0, 0.0, 0.0], [2.0, 2.0, 0.0, 0.0]),
@@ -112,7 +112,7 @@ def test_across_tasks_lets_two_tasks_use_disjoint_halves():
     assert losses["per_task"] == pytest.approx(2 * 0.1 * 2), "half unused: each variation is 1"
 
 
-def test_across_tasks_punishes_tasks_on_the_same_half():
+def test_across_tasks_penalizes_tasks_that_use_the_same_half():
     left = {0: routing([2.0, 2.0, 0.0, 0.0], [2.0, 2.0, 0.0, 0.0])}
     balance = make("across_tasks", [0], ["one", "two"])
     balance.update(left, "two")
@@ -133,7 +133,7 @@ def test_with_one_task_both_kinds_agree():
 
 
 def slow_smooth_load(clean: torch.Tensor, noisy: torch.Tensor, k: int, std: float) -> torch.Tensor:
-    """Expert by expert: what its logit must beat is the k-th best of the others' noisy logits."""
+    """Compute the load per expert: its logit must exceed the k-th best of the other experts' noisy logits."""
     load = []
     for e in range(clean.shape[1]):
         expected = 0.0
@@ -146,7 +146,7 @@ def slow_smooth_load(clean: torch.Tensor, noisy: torch.Tensor, k: int, std: floa
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_smooth_load_and_its_gradient_against_a_slow_reference(k):
+def test_smooth_load_and_its_gradient_equal_a_slow_reference(k):
     noise = 0.5 * normal(6, 5, seed=1)
     results = []
     for function in (smooth_load, slow_smooth_load):
@@ -163,7 +163,7 @@ def test_smooth_load_and_its_gradient_against_a_slow_reference(k):
         torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
 
 
-def test_smooth_load_is_the_chance_to_be_chosen_if_the_noise_were_drawn_again():
+def test_smooth_load_is_the_probability_of_selection_under_fresh_noise():
     std, k, draws = 0.7, 2, 40_000
     clean = normal(4, 5, seed=3)
     noisy = clean + std * normal(4, 5, seed=4)
@@ -177,7 +177,7 @@ def test_smooth_load_is_the_chance_to_be_chosen_if_the_noise_were_drawn_again():
     assert (load - counted).abs().max() < 4 * math.sqrt(4 * 0.25 / draws)
 
 
-def test_smooth_load_of_all_experts_is_every_token():
+def test_smooth_load_with_all_experts_chosen_counts_every_token():
     clean = normal(6, 5)
     load = smooth_load(clean, clean, clean.topk(5).indices, 0.5)
     assert torch.equal(load, torch.full((5,), 6.0))

@@ -1,4 +1,4 @@
-"""Exporters take the reference path: plain operators, any number of images, the same logits."""
+"""Export uses the reference operators: plain operators only, any number of images, the same logits."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ class Classifier(torch.nn.Module):
     ("kinds", "reduce"), [(["registers", "layer-scale"], "drop"), (["average-pool"], "merge")], ids=["drop", "merge"]
 )
 def test_dense_bsr_is_exported_with_dynamic_batch(kinds, reduce, monkeypatch):
-    """A network of two blocks, because the export takes seconds."""
+    """The network has only two blocks, because the export takes seconds."""
     small = {key: value for kind in kinds for key, value in KINDS[kind].items()} | {"depth": 2}
     monkeypatch.setitem(KINDS, "small", small)
     model = make_model("small", tokens=TokensConfig(reduce=reduce), train_blocks=[1], drop_blocks=[0])
@@ -36,6 +36,6 @@ def test_dense_bsr_is_exported_with_dynamic_batch(kinds, reduce, monkeypatch):
             torch.testing.assert_close(program.module()(images), classifier(images), rtol=1e-4, atol=1e-5)
 
 
-def test_images_that_are_not_normalized_are_refused():
+def test_uint8_images_are_refused():
     with pytest.raises(TypeError, match="images are torch.uint8: normalize them first"):
         make_model()(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "one")

@@ -1,5 +1,4 @@
-"""The side network: at its start the frozen network's answers, no gradient through the backbone, and the sums written
-out."""
+"""The side network: the frozen network's logits at the start, no gradient in the backbone, and its formula."""
 
 from functools import partial
 
@@ -24,7 +23,7 @@ TOKENS = [
 
 
 def moved(adapter=LADDER, **changes) -> MultitaskViT:
-    """A ladder in the middle of its training."""
+    """Return a model with a ladder whose weights have moved from their initial values."""
     model = make_model(adapter=adapter, **FROZEN | changes)
     for i, parameter in enumerate(model.ladder.parameters()):
         parameter.data.add_(0.3 * normal(*parameter.shape, seed=i))
@@ -32,8 +31,8 @@ def moved(adapter=LADDER, **changes) -> MultitaskViT:
 
 
 @pytest.mark.parametrize("kind", ["class-token", "registers", "average-pool", "attention-pool", "no-bias", "qk-norm"])
-def test_at_the_start_heads_read_the_frozen_network_and_it_alone_trains(kind):
-    """To rounding: where heads read the class token alone, the last block leaves more for the ladder to read."""
+def test_logits_start_at_the_frozen_network_and_only_ladder_and_heads_train(kind):
+    """Equal up to rounding: if heads read only the class token, the ladder makes the last block compute more tokens."""
     images = normal(2, 3, 16, 16)
     model, plain = (make_model(kind, adapter=adapter, **FROZEN) for adapter in (LADDER, None))
     logits = model(images, "one").logits
@@ -44,9 +43,9 @@ def test_at_the_start_heads_read_the_frozen_network_and_it_alone_trains(kind):
     assert not any(name.startswith("ladder.") for name in model.unchanged_backbone_names())
 
 
-def test_a_graph_through_the_backbone_changes_nothing():
+def test_gradients_are_the_same_with_a_graph_through_the_backbone():
     images, found = normal(2, 3, 16, 16), []
-    for start in (4, 0):  # at 0 every block runs as on a gradient path
+    for start in (4, 0):  # at 0, every block runs as on a gradient path
         model = moved()
         model.path_start = start
         model(images, "one").logits.square().sum().backward()
@@ -56,8 +55,8 @@ def test_a_graph_through_the_backbone_changes_nothing():
         torch.testing.assert_close(gradient, found[1][name], rtol=1e-4, atol=1e-5)
 
 
-def written_out(model: MultitaskViT, images: torch.Tensor, tokens: TokensConfig, kinds_of_drop: list) -> torch.Tensor:
-    """Logits of task "one", image by image and token by token, from timm's own blocks."""
+def plain_logits(model: MultitaskViT, images: torch.Tensor, tokens: TokensConfig, kinds_of_drop: list) -> torch.Tensor:
+    """Compute the logits of task "one" image by image and token by token, with timm's own blocks."""
     ladder, vit = model.ladder, model.vit
     with torch.no_grad():
         stream, _ = model.forward_features(images, upto=0)
@@ -85,14 +84,14 @@ def written_out(model: MultitaskViT, images: torch.Tensor, tokens: TokensConfig,
 
 
 def plain(block) -> Block:
-    """The same block with timm's layers, sharing the parameters."""
+    """Return the same block as a timm layer that shares the parameters."""
     width = block.norm1.weight.shape[0]
     made = Block(width, block.attn.num_heads, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
     return lambda x: torch.func.functional_call(made, dict(block.named_parameters()), (x,))
 
 
 def whole_last(model: MultitaskViT, x: torch.Tensor, ladder) -> torch.Tensor:
-    """What the last block makes of all tokens, pooled; the model hands on the class token alone."""
+    """Return the pooled output of the last block for all tokens; the model returns only the class token."""
     with torch.no_grad():
         y = plain(model.vit.blocks[-1])(x)[0]
     return y.reshape(y.shape[0], -1, ladder.reduction).mean(2)
@@ -112,12 +111,12 @@ def follow(s: torch.Tensor, scores: torch.Tensor, tokens: TokensConfig, fused: b
 
 
 @pytest.mark.parametrize("tokens", TOKENS, ids=str)
-def test_it_is_the_sums_written_out_and_so_are_its_gradients(tokens, kernels):
+def test_logits_and_gradients_equal_a_plain_implementation(tokens, kernels):
     images, lengths = normal(2, 3, 16, 16), []
     model = moved(tokens=tokens)
     trained = [*model.ladder.parameters(), model.heads["one"].weight]
     found = model(images, "one").logits
-    expected = written_out(model, images, tokens, lengths)
+    expected = plain_logits(model, images, tokens, lengths)
     assert len(lengths) == 6
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     weights = normal(*found.shape, seed=9)
@@ -127,7 +126,7 @@ def test_it_is_the_sums_written_out_and_so_are_its_gradients(tokens, kernels):
 
 
 @pytest.mark.parametrize("storage", list(STORAGES))
-def test_every_storage_leaves_the_forward_pass_as_it_is(storage):
+def test_every_storage_leaves_the_forward_pass_unchanged(storage):
     images, logits, found = normal(2, 3, 16, 16), [], []
     for kind in ("exact", storage):
         model = moved(storage=kind, adapter={"kind": "ladder", "reduction": 2})
@@ -139,7 +138,7 @@ def test_every_storage_leaves_the_forward_pass_as_it_is(storage):
     assert torch.cosine_similarity(*found, dim=0) > (1 - 1e-6 if exact else 0.2 if STORAGES[storage].coarse else 0.99)
 
 
-def test_some_blocks_may_have_one_and_reading_begins_there():
+def test_only_some_blocks_may_have_a_side_block():
     model = moved([LADDER | {"blocks": [1, 3]}])
     images = normal(2, 3, 16, 16)
     tokens, _ = model.forward_features(images)
@@ -151,8 +150,8 @@ def test_some_blocks_may_have_one_and_reading_begins_there():
 
 
 @pytest.mark.parametrize("kind", ["class-token", "registers", "average-pool"])
-def test_what_is_dropped_behind_the_last_side_block_leaves_it_as_it_is(kind):
-    """Where heads read the class token alone, the side network has ended there; else it follows to the end."""
+def test_drops_after_the_last_side_block_do_not_change_the_start(kind):
+    """If heads read only the class token, the side network ends there. Otherwise it follows the drops to the end."""
     images = normal(2, 3, 16, 16)
     model = make_model(kind, adapter=[LADDER | {"blocks": [0, 1]}], **FROZEN)
     plain = make_model(kind, **FROZEN)
@@ -165,7 +164,7 @@ def test_what_is_dropped_behind_the_last_side_block_leaves_it_as_it_is(kind):
     assert any(".side.1." in name for name in gradients(model))
 
 
-def test_another_start_of_the_random_numbers_is_another_ladder():
+def test_initial_weights_depend_only_on_the_block():
     values = [make_model(adapter=LADDER, **FROZEN).ladder.side["2"].block.mlp.fc1.weight for _ in range(2)]
     assert torch.equal(*values)
     assert not torch.equal(values[0], make_model(adapter=LADDER, **FROZEN).ladder.side["1"].block.mlp.fc1.weight)
@@ -185,7 +184,7 @@ def test_another_start_of_the_random_numbers_is_another_ladder():
         ({"adapter": [LADDER | {"blocks": [0]}, {"kind": "ladder", "blocks": [1]}]}, "ladder with one reduction"),
     ],
 )
-def test_what_cannot_be_is_refused(changes, message):
+def test_an_invalid_ladder_is_refused(changes, message):
     with pytest.raises(ConfigError) as error:
         make_model(**{"adapter": LADDER} | FROZEN | changes)
     assert message in str(error.value)

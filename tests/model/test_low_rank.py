@@ -1,4 +1,4 @@
-"""Low-rank experts and covering slices against loops over experts, and the gates that must agree."""
+"""Low-rank experts and covering slices against loops over experts, and equivalences between gates."""
 
 import copy
 from functools import cache
@@ -20,7 +20,7 @@ SLICES = {"experts": "covering_slices", "num_experts": 6, "top_k": 2}
 
 
 def trained(moe: MoE) -> MoE:
-    """The same with experts that are no longer zero, and prototypes that were found."""
+    """Return the layer with random nonzero experts and, for gate "prototype", random prototypes."""
     with torch.no_grad():
         for seed, parameter in enumerate(moe.experts.parameters()):
             parameter.copy_(normal(*parameter.shape, seed=20 + seed))
@@ -31,7 +31,7 @@ def trained(moe: MoE) -> MoE:
 
 
 def one_by_one(moe: MoE, x: torch.Tensor, routing) -> torch.Tensor:
-    """FFN(x) + sum of gate x B act(A x + a), a token and an expert at a time."""
+    """Compute FFN(x) + sum of gate * B act(A x + a), one token and one expert at a time."""
     experts, y = moe.experts, []
     by_token = (t.flatten(0, 1) for t in (x, routing.experts, routing.gates))
     for token, chosen, gates in zip(*by_token, strict=True):
@@ -44,11 +44,11 @@ def one_by_one(moe: MoE, x: torch.Tensor, routing) -> torch.Tensor:
 
 
 def results(moe: MoE, x: torch.Tensor, run) -> list[torch.Tensor]:
-    """Output and all gradients, that of the input first."""
+    """Return the output and all gradients, the input's gradient first."""
     leaf = x.clone().requires_grad_()
     y = run(leaf)
-    wanted = [leaf, *(p for p in moe.parameters() if p.requires_grad)]
-    return [y, *torch.autograd.grad((y * normal(*y.shape, seed=9)).sum(), wanted, allow_unused=True)]
+    leaves = [leaf, *(p for p in moe.parameters() if p.requires_grad)]
+    return [y, *torch.autograd.grad((y * normal(*y.shape, seed=9)).sum(), leaves, allow_unused=True)]
 
 
 def assert_close(found: list, expected: list) -> None:
@@ -58,7 +58,7 @@ def assert_close(found: list, expected: list) -> None:
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_a_layer_is_the_loop_over_its_experts(kernels, gate):
+def test_a_layer_equals_a_loop_over_its_experts(kernels, gate):
     moe, x = trained(make_moe(**LOW_RANK, gate=gate)), normal(2, 5, WIDTH)
     for weight in moe.router.parameters():
         weight.requires_grad_(gate not in ("task", "constant", "random"))
@@ -70,12 +70,12 @@ def test_a_layer_is_the_loop_over_its_experts(kernels, gate):
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_a_fresh_layer_is_the_ffn_to_the_bit(gate):
+def test_a_new_layer_is_bitwise_equal_to_the_ffn(gate):
     moe, x = make_moe(**LOW_RANK, gate=gate), normal(2, 5, WIDTH)
     assert torch.equal(moe(x, "two", Replay())[0], make_mlp()(x))
 
 
-def test_constant_gates_make_one_adapter_of_rank_times_experts():
+def test_constant_gates_equal_one_adapter_of_rank_times_experts():
     moe, x = trained(make_moe(**LOW_RANK, gate="constant")), normal(2, 5, WIDTH)
     y, routing = moe(x, "one", Replay())
     first = moe.experts.fc1_weight.reshape(18, WIDTH)
@@ -85,7 +85,7 @@ def test_constant_gates_make_one_adapter_of_rank_times_experts():
     assert routing.experts.shape == (2, 5, 6) and torch.allclose(routing.gates, torch.tensor(1 / 6))
 
 
-def test_equal_learned_gates_of_all_experts_are_constant_gates():
+def test_learned_gates_that_are_equal_for_all_experts_equal_constant_gates():
     x, layers = normal(2, 5, WIDTH), []
     for options in ({"gate": "constant"}, {"gate": "token", "top_k": 6}):
         layers.append(trained(make_moe(**LOW_RANK | options)))
@@ -106,7 +106,7 @@ def test_task_gates_divide_the_experts_and_share_the_rest(experts, own, common):
     assert all(torch.allclose(r.gates.max(), torch.tensor(1 / (own + common))) for r in gates.values())
 
 
-def test_an_image_has_one_choice_and_prototypes_wait_for_theirs():
+def test_the_image_gate_makes_one_choice_per_image_and_prototypes_start_at_zero():
     moe, x = make_moe(**LOW_RANK, gate="image"), normal(3, 5, WIDTH)
     routing = moe(x, "one", Replay())[1]
     assert (routing.experts == routing.experts[:, :1]).all() and len(routing.experts[:, 0].unique(dim=0)) > 1
@@ -136,12 +136,12 @@ def test_every_storage_gives_the_gradients_of_the_exact_one(kind, gate):
         assert (found[name] - exact).norm() <= rounded * max(exact.norm(), 1e-3), name
 
 
-def test_gates_have_the_gradient_of_finite_differences():
+def test_gate_gradients_equal_finite_differences():
     h, gates, weight = (normal(*shape).double().requires_grad_() for shape in ((3, 6), (3, 2), (2, 4, 3)))
     assert torch.autograd.gradcheck(lambda *x: gated_linear(torch.nn.GELU(), *x), (h, gates, weight))
 
 
-def test_fixed_gates_have_no_balance_loss_and_random_routers_stay():
+def test_fixed_gates_have_no_balance_loss_and_no_trained_router():
     for gate in ("task", "constant", "random"):
         model = make_model(moe_blocks=(1, 3), **LOW_RANK, gate=gate)
         assert model(normal(2, 3, 16, 16), "one").auxiliary_loss == 0
@@ -152,7 +152,7 @@ def test_fixed_gates_have_no_balance_loss_and_random_routers_stay():
 # --- covering slices ---
 
 
-def test_covering_slices_are_the_ffn_at_the_start_whatever_is_chosen(kernels):
+def test_covering_slices_equal_the_ffn_at_the_start_for_any_choice(kernels):
     x = normal(2, 5, WIDTH)
     for seed in range(3):
         moe = make_moe(distinct=False, **SLICES)
@@ -186,7 +186,7 @@ def test_one_copy_of_each_slice_is_chosen_and_learns_by_its_log_probability(kern
     assert_close(results(moe, x, lambda leaf: moe(leaf, "one", Replay())[0]), results(moe, x, loop))
 
 
-def test_covering_slices_use_the_records_of_any_mixture():
+def test_covering_slices_fill_the_routing_record():
     routing = make_moe(**SLICES)(normal(2, 5, WIDTH), "one", Replay())[1]
     assert torch.allclose(routing.probabilities.sum(-1), torch.ones(2, 5)) and (routing.gates == 1).all()
     assert torch.equal(routing.load, torch.bincount(routing.experts.flatten(), minlength=6).float())
@@ -207,7 +207,7 @@ def test_covering_slices_use_the_records_of_any_mixture():
         ({"experts": "low_rank", "top_k": 1}, "moe.top_k"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(options, key):
+def test_an_invalid_setting_is_refused_with_its_key(options, key):
     with pytest.raises(ConfigError, match=rf"^{key} = "):
         MoEConfig(**options)
 
@@ -218,7 +218,7 @@ def test_slices_must_divide_the_ffn():
     MoEConfig(experts="covering_slices", top_k=1), MoEConfig(experts="low_rank", top_k=1, gate="constant")
 
 
-def test_the_plan_says_what_stands_in_a_block():
+def test_the_plan_table_names_the_experts_of_a_block():
     from moe_bsr.config import Config
     from moe_bsr.model.summary import table
 

@@ -1,4 +1,4 @@
-"""Merging tokens against loops over images and tokens, values and gradients, and in whole networks."""
+"""Token merging against loops over images and tokens (values and gradients), and in whole networks."""
 
 import math
 
@@ -23,7 +23,7 @@ MERGE = TokensConfig(reduce="merge")
 
 
 def stream(candidates: int, prefix: int, merged_before: bool, seed: int = 0) -> tuple[Tokens, torch.Tensor]:
-    """Random tokens, which stand for one patch each or for several, and keys; those of the first image are ties."""
+    """Return random tokens of one or several patches each, and keys. The keys of the first image have ties."""
     x, keys = normal(BATCH, prefix + candidates, WIDTH, seed=seed), normal(BATCH, prefix + candidates, 2, seed=seed + 1)
     keys[0] = F.one_hot(keys[0].abs().argmax(1), 2) * keys[0].sign()
     if not merged_before:
@@ -36,10 +36,10 @@ def stream(candidates: int, prefix: int, merged_before: bool, seed: int = 0) -> 
 
 
 def reference_merge(x, keys, patches, keep, prefix):
-    """One image by loops: its tokens, and the patches of each.
+    """Merge one image by loops; return its tokens and the patches of each.
 
     Args:
-        patches: by token after the prefix, the list of those that it is made of.
+        patches: for each token after the prefix, the list of patches it stands for.
     """
 
     def cosine(i, j):
@@ -68,7 +68,7 @@ def reference_merge(x, keys, patches, keep, prefix):
 @pytest.mark.parametrize("merged_before", [False, True])
 @pytest.mark.parametrize("candidates, keep", [(1, 0.5), (2, 0.5), (11, 0.5), (11, 0.8), (12, 0.5), (12, 0.9)])
 @pytest.mark.parametrize("prefix", [0, 1, 4])
-def test_merging_equals_plain_loops_in_value_and_gradient(prefix, candidates, keep, merged_before, reference):
+def test_merging_equals_loops_in_value_and_gradient(prefix, candidates, keep, merged_before, reference):
     tokens, keys = stream(candidates, prefix, merged_before)
     leaf, slow_leaf = (tokens.x.clone().requires_grad_() for _ in range(2))
     place = torch.arange(candidates).expand(BATCH, -1) if tokens.place is None else tokens.place
@@ -96,15 +96,15 @@ def test_merging_equals_plain_loops_in_value_and_gradient(prefix, candidates, ke
     torch.testing.assert_close(leaf.grad, slow_leaf.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_of_equal_tokens_the_first_merge_into_the_first():
+def test_among_equal_tokens_the_first_ones_merge_into_the_first_target():
     tokens, keys = stream(8, 1, False)
-    after, _ = merge(tokens, torch.ones_like(keys), 0.7, 1, Replay())  # six of eight are left
+    after, _ = merge(tokens, torch.ones_like(keys), 0.7, 1, Replay())  # six of eight remain
     assert after.place.tolist() == [[2, 2, 2, 3, 0, 4, 1, 5]] * BATCH
     assert log_sizes(after)[0].exp().round().tolist() == [1, 1, 1, 3, 1, 1, 1]
     torch.testing.assert_close(after.x[:, 3], tokens.x[:, 1:4].mean(1))
 
 
-def test_for_the_backward_pass_the_places_and_weights_alone_are_kept():
+def test_merging_saves_only_indices_and_weights_for_the_backward_pass():
     tokens, keys = stream(12, 1, False)
     tokens.x.requires_grad_()
     kept = saved_for_backward(lambda: merge(tokens, keys, 0.5, 1, Replay()))
@@ -115,7 +115,7 @@ def test_for_the_backward_pass_the_places_and_weights_alone_are_kept():
 
 
 def repeated(qkv, sizes):
-    """Attention by loops in which every key occurs as often as its size says; two heads."""
+    """Compute two-head attention by loops, with each key repeated as often as its size says."""
     found = []
     for image, counts in zip(qkv, sizes, strict=True):
         rows = image[[token for token, count in enumerate(counts) for _ in range(int(count))]]
@@ -127,8 +127,8 @@ def repeated(qkv, sizes):
 
 @pytest.mark.parametrize("first", [False, True], ids=["all", "first alone"])
 @pytest.mark.parametrize("dtype, fused", [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)])
-def test_a_token_of_several_patches_gets_the_attention_of_them_all(kernels, dtype, fused, first, monkeypatch):
-    """Also where the forward pass is made of products, as on CPUs without tiles for bf16."""
+def test_a_merged_token_gets_the_attention_of_all_its_patches(kernels, dtype, fused, first, monkeypatch):
+    """Also where the forward pass consists of matrix products, as on CPUs without tile instructions for bf16."""
     monkeypatch.setattr("moe_bsr.ops.attention.is_fused", lambda dtype: fused)
     counts = torch.tensor([[1, 2, 5, 1, 3, 1, 1], [1, 1, 1, 1, 7, 1, 2]])
     qkv = normal(2, 7, 24).to(dtype)
@@ -146,7 +146,7 @@ def test_a_token_of_several_patches_gets_the_attention_of_them_all(kernels, dtyp
     torch.testing.assert_close(fast.grad.float(), slow.grad, rtol=2 * tolerance, atol=2 * tolerance)
 
 
-def test_the_sizes_cost_the_attention_no_map():
+def test_attention_with_sizes_keeps_no_attention_map():
     qkv, bias = normal(2, 40, 24).requires_grad_(), normal(2, 40)
     kept = saved_for_backward(lambda: attention(qkv, 2, 0.5, bias=bias))
     assert {tuple(t.shape) for t in kept} == {(2, 40, 24), (2, 40, 1), (2, 40, 8), (2, 2, 40, 1)}
@@ -168,7 +168,7 @@ def assert_alike(found, expected, tolerance=1e-4):
 
 @pytest.mark.parametrize("kind", ["class-token", "registers", "average-pool", "attention-pool", "qk-norm"])
 def test_merging_equal_patches_changes_nothing(kernels, kind):
-    """Of an image whose patches are equal in fours, in neighboring columns, as are their position embeddings."""
+    """Groups of four neighboring patches are equal, and so are their position embeddings."""
     images = normal(3, 3, 16, 4).repeat_interleave(4, 3).unflatten(3, (4, 4)).transpose(3, 4).flatten(3)
     found = []
     for drop_blocks in ((0, 1), ()):
@@ -185,7 +185,7 @@ def test_merging_equal_patches_changes_nothing(kernels, kind):
 
 @pytest.fixture(scope="module")
 def everywhere():
-    """What a model does that merges in every block but the last."""
+    """A function that runs a model with merging in all blocks but the last, and its result with exact storage."""
 
     def run(storage="exact", **options):
         options = {"train_blocks": "all", "drop_blocks": (0, 1, 2), "keep_rate": [0.9, 0.7, 0.5]} | options
@@ -196,7 +196,7 @@ def everywhere():
 
 
 @pytest.mark.parametrize("storage", [name for name in STORAGES if name != "exact"])
-def test_each_storage_has_the_logits_to_the_bit_and_replays_what_was_merged(everywhere, storage, monkeypatch):
+def test_storages_give_bitwise_equal_logits_and_replay_the_merges(everywhere, storage, monkeypatch):
     run, exact = everywhere
     made = []
     match = merging.match
@@ -210,20 +210,20 @@ def test_each_storage_has_the_logits_to_the_bit_and_replays_what_was_merged(ever
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.99])
-def test_where_nothing_merges_all_is_as_without_to_the_bit(everywhere, keep):
+def test_without_merged_tokens_the_result_is_bitwise_that_of_no_merging(everywhere, keep):
     run, _ = everywhere
     found, expected = run(keep_rate=keep), run(drop_blocks=(), keep_rate=1.0)
     assert torch.equal(found[0], expected[0])
     assert all(torch.equal(grad, expected[1][name]) for name, grad in found[1].items())
 
 
-def test_in_frozen_blocks_the_same_tokens_merge(everywhere):
+def test_frozen_blocks_merge_the_same_tokens(everywhere):
     run, exact = everywhere
     assert torch.equal(run(train_blocks=(1, 3), drop_blocks=(0, 1, 2))[0], exact[0])
 
 
 @pytest.mark.parametrize("rates, counts", [([0.5] * 3, [99, 50, 26]), ([0.9, 0.8, 1.0], [178, 143, 143])])
-def test_as_many_tokens_are_left_as_dropping_keeps(rates, counts):
+def test_merging_leaves_as_many_tokens_as_dropping(rates, counts):
     plan = PlanConfig(train_blocks=[], moe_blocks=[], drop_blocks=[0, 1, 2], keep_rate=rates)
     rows = make_plan(Config(plan=plan, tokens=MERGE), 4)
     assert [m for _, m in token_counts(rows, 197, 1, MERGE.fuses, MERGE.protect_fused)] == [*counts, counts[-1]]
@@ -233,7 +233,7 @@ def test_as_many_tokens_are_left_as_dropping_keeps(rates, counts):
         assert tokens.x.shape[1] == count and sizes(tokens).sum() == 2 * 196
 
 
-def test_what_cannot_be_is_refused():
+def test_invalid_settings_for_merging_are_refused():
     with pytest.raises(ConfigError, match="plan.keep_rate = 0.4: at least 0.5 with tokens.reduce = merge"):
         make_model(keep_rate=0.4, tokens=MERGE)
     for key, value in {"fuse": "none", "protect_fused": True, "rank_by": "logits"}.items():

@@ -1,4 +1,4 @@
-"""The expert layer against dense and hand-made references: dispatch, combine, upcycling."""
+"""The expert layer (dispatch, combine, upcycling) against dense and explicit references."""
 
 import copy
 
@@ -20,7 +20,7 @@ ENGINES = ["loop", "grouped"]
 
 
 def every_expert_on_every_token(moe: MoE, x: torch.Tensor, routing) -> torch.Tensor:
-    """The dense reference: (B, N, D) -> (B, N, D), a masked sum of all the experts' outputs."""
+    """Compute the dense reference (B, N, D) -> (B, N, D): a masked sum over the outputs of all experts."""
     experts, count = moe.experts, routing.probabilities.shape[-1]
     outputs = []
     for e in range(count):
@@ -32,7 +32,7 @@ def every_expert_on_every_token(moe: MoE, x: torch.Tensor, routing) -> torch.Ten
 
 
 def gates_of(moe: MoE) -> list[torch.Tensor]:
-    """A list that will hold the gates of every later routing, their gradients retained."""
+    """Return a list that collects the gates of every later routing and retains their gradients."""
     gates, route = [], type(moe).route
 
     def routed(*arguments):
@@ -46,7 +46,7 @@ def gates_of(moe: MoE) -> list[torch.Tensor]:
 
 
 class Fixed(Replay):
-    """Decisions that already hold the experts of every token."""
+    """Replay that already holds the experts of every token."""
 
     def __init__(self, experts: torch.Tensor) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Fixed(Replay):
     ],
     ids=["plain", "raw-gates", "all-experts", "one-token", "one-expert", "mostly-empty", "ratio-1", "conditioned"],
 )
-def test_engines_equal_all_experts_on_all_tokens(kernels, engine, bias, shape, options):
+def test_backends_equal_the_dense_reference(kernels, engine, bias, shape, options):
     moe = make_moe(bias=bias, backend=engine, **options)
     x, weight = normal(*shape, WIDTH, seed=5), normal(*shape, WIDTH, seed=6)
     results = []
@@ -97,8 +97,8 @@ def test_engines_equal_all_experts_on_all_tokens(kernels, engine, bias, shape, o
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_an_expert_nobody_chose_reaches_nothing(engine):
-    """NaN parameters of experts 0, 3 and 5 (first, middle, last) must stay where they are."""
+def test_an_expert_that_no_token_chose_affects_nothing(engine):
+    """NaN parameters of experts 0, 3 and 5 (first, middle, last) must not affect any result."""
     chosen = torch.tensor([[1, 2], [2, 4], [4, 1], [2, 1]])
     x, results = normal(1, 4, WIDTH), []
     for poison in (False, True):
@@ -120,7 +120,7 @@ def test_an_expert_nobody_chose_reaches_nothing(engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_experts_run_in_the_type_of_the_autocast(engine):
+def test_experts_run_in_the_dtype_of_autocast(engine):
     moe = make_moe(backend=engine, scale=5000.0)
     x = normal(2, 4, WIDTH)
     exact, routing = moe(x, "one", Replay())
@@ -154,12 +154,12 @@ def test_upcycled_layer_equals_its_ffn_when_gates_are_renormalized(router, scale
         y, _ = make_moe(scale=scale, **options)(x, task, Replay())
         torch.testing.assert_close(y, mlp(x), rtol=1e-5, atol=2e-6)
     raw, _ = make_moe(scale=scale, renormalize_gates=False, **options)(x, "one", Replay())
-    if scale == 1.0:  # a saturated softmax gives its four best everything, renormalized or not
+    if scale == 1.0:  # with a saturated softmax the four largest gates sum to 1 in both cases
         assert (raw - mlp(x)).norm() > 0.5 * mlp(x).norm()
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
-def test_start_error_tells_an_exact_start_from_another(renormalize):
+def test_upcycling_error_distinguishes_exact_from_inexact_starts(renormalize):
     mlp, norm = make_mlp(), nn.LayerNorm(WIDTH)
     moe = MoE(mlp, MoEConfig(renormalize_gates=renormalize), TASKS, (0, 0)).train()
     error = upcycling_error(moe, mlp, norm, "one")
@@ -167,7 +167,7 @@ def test_start_error_tells_an_exact_start_from_another(renormalize):
     assert moe.training and all(p.grad is None for p in moe.parameters())
 
 
-def test_clone_noise_is_relative_seeded_and_leaves_the_ffn():
+def test_init_noise_is_relative_and_seeded_and_does_not_change_the_ffn():
     mlp = make_mlp()
     before = copy.deepcopy(mlp.state_dict())
     first, again, other = (Experts(mlp, MoEConfig(init_noise=0.01), seed) for seed in [(1, 2), (1, 2), (1, 3)])
@@ -205,7 +205,7 @@ def test_ratio_one_is_exact_for_equal_gates_that_cover_every_unit(cover):
     assert (partial - mlp(x)).norm() > 0.1 * mlp(x).norm(), "residues 0, 0, 0, 1 are no cover"
 
 
-def test_ratio_one_reports_its_start_error():
+def test_upcycling_error_of_ratio_one_is_large():
     mlp = make_mlp()
     moe = MoE(mlp, MoEConfig(mlp_ratio=1), TASKS, (0, 0))
     assert upcycling_error(moe, mlp, nn.LayerNorm(WIDTH), "one") > 0.1
@@ -216,7 +216,7 @@ def test_ratio_one_reports_its_start_error():
     [SwiGLUPacked(WIDTH, 32), GluMlp(WIDTH, 32), Mlp(WIDTH, 32, norm_layer=nn.LayerNorm)],
     ids=["swiglu", "glu", "normed"],
 )
-def test_only_a_plain_mlp_becomes_experts(mlp):
+def test_only_a_plain_mlp_can_become_experts(mlp):
     with pytest.raises(ConfigError, match=f"plan.moe_blocks = '{type(mlp).__name__}'"):
         MoE(mlp, MoEConfig(), TASKS, (0, 0))
 
@@ -231,7 +231,7 @@ def test_a_ratio_that_does_not_divide_the_ffn_is_refused(ratio):
 
 
 @pytest.mark.parametrize("multiple", [1, 4, 64])
-def test_every_assignment_has_a_row_of_its_expert_and_padding_has_none(multiple):
+def test_every_assignment_gets_its_own_row_among_those_of_its_expert(multiple):
     generator = torch.Generator().manual_seed(3)
     chosen = torch.stack([torch.randperm(5, generator=generator)[:2] for _ in range(23)])
     chosen[chosen == 3] = 4  # an expert without tokens (and tokens that chose one expert twice)
@@ -246,7 +246,7 @@ def test_every_assignment_has_a_row_of_its_expert_and_padding_has_none(multiple)
 
 
 def test_padding_changes_neither_value_nor_gradient():
-    """bf16 on the CPU pads rows; in float32 of the same numbers nothing is padded."""
+    """On a CPU, bf16 pads the rows of an expert; float32 with the same numbers does not."""
     moe = make_moe()
     x = normal(2, 5, 8)
     results = []
@@ -261,8 +261,8 @@ def test_padding_changes_neither_value_nor_gradient():
         assert (padded - exact).norm() <= 0.03 * exact.norm()
 
 
-def test_grouped_biases_in_bf16_have_the_loops_gradients():
-    """Thousands of rows add up: in bf16 the sum would stand still."""
+def test_bias_gradients_in_bf16_agree_between_grouped_and_loop():
+    """Thousands of rows are summed. A sum in bf16 would stop growing."""
     grads = {}
     for engine in ("loop", "grouped"):
         mlp = make_mlp()

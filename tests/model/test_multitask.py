@@ -25,28 +25,28 @@ from moe_bsr.model.moe import MoE
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.model.tokens import FUSED
 
-# --- keep rate 1.0 is timm's own network ---
+# --- with keep rate 1.0 the model equals timm's network ---
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_dropping_and_experts_it_is_timms_own_network(kind, training):
+def test_without_dropping_and_experts_the_model_equals_timms_network(kind, training):
     theirs, images = make_vit(kind, num_classes=5).train(training), normal(3, 3, 16, 16)
     ours = make_vit(kind)
     ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if "head." not in k})
     model = make_model(vit=ours, keep_rate=1.0).train(training)
     model.heads["two"].load_state_dict(theirs.head.state_dict())
     output = model(images, "two")
-    # The last block computes the class token alone, in products of another shape.
+    # The last block computes only the class token, in products of another shape.
     torch.testing.assert_close(output.logits, theirs(images), rtol=1e-5, atol=1e-5)
     assert output.records == {} and output.auxiliary_loss == 0
 
 
-# --- keep rate below 1 is a plain-loop reference ---
+# --- with keep rate below 1 it equals a plain-loop reference ---
 
 
 def reference_logits(model: MultitaskViT, images: torch.Tensor, task: str):
-    """Logits and traces, one image and one token at a time, by explicit attention maps."""
+    """Compute logits and traces, one image and one token at a time, with explicit attention maps."""
     vit, config, prefix = model.vit, model.tokens_config, model.vit.num_prefix_tokens
     logits, traces = [], []
     for image in images:
@@ -128,7 +128,7 @@ def test_dropping_equals_plain_loops_in_logits_trace_and_gradients(kernels, kind
         torch.testing.assert_close(gradient, exact[name], rtol=2e-3, atol=2e-5, msg=name)
 
 
-# --- upcycled experts are the dense network ---
+# --- upcycled experts equal the dense network ---
 
 
 @pytest.mark.parametrize("kind, router", [("class-token", "task_conditioned"), ("layer-scale", "per_task")])
@@ -146,13 +146,13 @@ def test_upcycled_model_equals_the_dense_one_while_dropping(kind, scale, router)
         assert output.routing[1].experts.shape == (4, 1 + 8 + 1, 2)
 
 
-def test_raw_gates_and_ratio_one_report_their_start_error():
+def test_raw_gates_and_ratio_one_report_their_upcycling_error():
     for options in ({"renormalize_gates": False}, {"mlp_ratio": 1}):
         errors = make_model(moe_blocks=(1, 3), **options).upcycling_errors
         assert set(errors) == {1, 3} and all(error > 0.05 for error in errors.values())
 
 
-# --- seeding: a task does not depend on which other tasks there are ---
+# --- seeding: a task does not depend on the other tasks ---
 
 
 def test_head_and_router_of_a_task_do_not_depend_on_the_others():
@@ -172,11 +172,11 @@ def test_images_do_not_depend_on_the_rest_of_the_batch():
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
 
 
-# --- stem and finish ---
+# --- forward pass in two parts ---
 
 
 @pytest.mark.parametrize("trainable", ["all", (), (2, 3), (3,)], ids=str)
-def test_stem_and_finish_are_the_forward_for_every_task(trainable):
+def test_the_two_parts_of_the_forward_pass_equal_the_whole(trainable):
     model, images = make_model(train_blocks=trainable), normal(3, 3, 16, 16)
     tokens, records = model.forward_features(images)
     for task in CLASSES:
@@ -199,7 +199,7 @@ def test_blocks_before_the_gradient_path_keep_nothing(storage):
     assert {name.split(".")[2] for name in gradients(model) if "blocks" in name} == {"2", "3"}
 
 
-def test_the_last_layer_alone_keeps_only_the_input_of_its_head():
+def test_training_only_the_heads_keeps_only_the_head_input():
     model, images = make_model(train_blocks=()), normal(3, 3, 16, 16)
     saved = saved_for_backward(lambda: model(images, "one"))
     assert model.path_start == 4
@@ -218,7 +218,7 @@ def test_a_trainable_embedding_gets_its_gradient_through_frozen_blocks():
     assert vit.pos_embed.grad.abs().sum() > 0
 
 
-# --- which parameters move ---
+# --- which parameters get gradients ---
 
 
 @pytest.mark.parametrize("router", ["per_task", "task_conditioned"])
@@ -226,23 +226,23 @@ def test_inactive_tasks_get_no_gradient(router):
     model = make_model(moe_blocks=(1, 3), router=router, init_noise=0.1)
     output = model(normal(2, 3, 16, 16), "two")
     (output.logits.square().sum() + output.auxiliary_loss).backward()
-    moved = set(gradients(model))
+    with_gradient = set(gradients(model))
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     others = {n for n in trained if n.startswith("heads.") and "two" not in n}
     others |= {n for n in trained if ".router.weight." in n and not n.endswith(".two")}
-    assert moved == trained - others and len(others) == (4 if router == "task_conditioned" else 8)
+    assert with_gradient == trained - others and len(others) == (4 if router == "task_conditioned" else 8)
 
 
-def test_frozen_routers_take_no_gradient_and_the_experts_still_do():
+def test_frozen_routers_get_no_gradient_but_experts_do():
     model = make_model(moe_blocks=(1, 3), train_router=False)
     output = model(normal(2, 3, 16, 16), "two")
     (output.logits.square().sum() + output.auxiliary_loss).backward()
-    moved = set(gradients(model))
-    assert not [n for n in moved if ".router." in n]
-    assert "vit.blocks.1.mlp.experts.fc1_weight" in moved
+    with_gradient = set(gradients(model))
+    assert not [n for n in with_gradient if ".router." in n]
+    assert "vit.blocks.1.mlp.experts.fc1_weight" in with_gradient
 
 
-def test_the_balance_loss_reaches_the_router_by_itself():
+def test_the_balance_loss_alone_gives_the_router_a_gradient():
     model = make_model(moe_blocks=(1, 3), balance_loss_weight=1.0)
     scale_routers(model, 30.0)
     output = model(normal(2, 3, 16, 16), "two")
@@ -266,7 +266,7 @@ def test_only_commit_moves_the_running_statistics():
         load = output.routing[index].load
         torch.testing.assert_close(model.balance.load[1, layer], load / load.sum())
     assert model.balance.load[[0, 2]].eq(0).all()
-    make_model().commit(make_model()(images, "one"), "one")  # nothing to fold in, no complaint
+    make_model().commit(make_model()(images, "one"), "one")  # no statistics to update, and no error
 
 
 def test_gate_noise_differs_between_blocks_and_follows_its_key():
@@ -309,13 +309,13 @@ def test_any_number_of_experts_and_tasks(experts, top_k, tasks):
     assert isinstance(model.vit.blocks[1].mlp, MoE) and copy.deepcopy(model).tasks == list(classes)
 
 
-def test_a_task_cannot_bear_a_name_of_torchs_modules():
+def test_task_names_that_are_attributes_of_torch_modules_are_refused():
     with pytest.raises(ConfigError, match="tasks = .'half', 'train'.: attributes of torch modules"):
         make_model(classes={"half": 2, "fine": 3, "train": 2})
 
 
-def test_heads_that_read_frozen_blocks_read_them_on_every_way_to_the_logits():
-    """At once, task by task from the frozen blocks' tokens, and from where an expert is taken away."""
+def test_heads_that_read_frozen_blocks_read_them_on_every_path_to_the_logits():
+    """In the whole forward pass, per task from the tokens of frozen blocks, and in the ablation of one expert."""
     plan = PlanConfig(train_blocks=[2, 3], drop_blocks=[], moe_blocks=[3], head_blocks=[0, 1])
     model = MultitaskViT(make_vit(), Config(plan=plan, moe=MoEConfig(num_experts=4, top_k=2)), CLASSES).eval()
     images = normal(3, 3, 16, 16)

@@ -1,4 +1,4 @@
-"""The plan: which blocks train, drop and route, by exact index; where the gradient path starts."""
+"""The plan: which blocks train, drop and route, by index, and where the gradient path starts."""
 
 import math
 
@@ -32,7 +32,7 @@ def plan_config(**options) -> PlanConfig:
     return PlanConfig(**{"drop_blocks": [], "moe_blocks": []} | options)
 
 
-# --- what each block is ---
+# --- settings of each block ---
 
 
 def test_plan_of_the_paper():
@@ -101,7 +101,7 @@ def test_all_trains_everything_and_an_empty_list_nothing():
     assert trained(vit) == everything
 
 
-def test_freezing_again_forgets_the_plan_before():
+def test_freezing_again_replaces_the_previous_plan():
     vit = make_vit()
     freeze(vit, plan_config(train_blocks=[4]))
     freeze(vit, plan_config(train_blocks=[5]))
@@ -129,7 +129,7 @@ def test_a_trainable_embedding_alone_puts_every_block_on_the_path(name):
     assert embedding_trains(vit) and gradient_path_start(vit) == 0
 
 
-def test_whatever_trains_inside_a_block_puts_it_on_the_path():
+def test_any_trained_parameter_puts_its_block_on_the_path():
     vit = make_vit()
     freeze(vit, plan_config(train_blocks=[7]))
     vit.blocks[2].attn.adapter = torch.nn.Linear(8, 8)
@@ -143,7 +143,7 @@ def test_the_final_norm_alone_needs_no_block():
     assert gradient_path_start(vit) == DEPTH and not embedding_trains(vit)
 
 
-# --- how many tokens each block sees ---
+# --- token counts of each block ---
 
 
 def test_token_counts_of_the_paper():
@@ -164,7 +164,7 @@ def test_token_counts_after_each_drop(fuse, protect, after):
 @pytest.mark.parametrize("options", [{}, {"fuse": "none"}, {"protect_fused": True}], ids=["fuse", "none", "protect"])
 @pytest.mark.parametrize("tokens, prefix", [(197, 1), (65, 1), (50, 5), (16, 0), (4, 1), (2, 1)])
 @pytest.mark.parametrize("keep", [[0.5, 0.5, 0.5], [0.9, 1.0, 0.3], [0.01, 0.01, 0.99]])
-def test_token_counts_are_what_dropping_leaves(tokens, prefix, keep, options):
+def test_token_counts_equal_those_of_dropping(tokens, prefix, keep, options):
     config = TokensConfig(**options)
     plan = make_plan(Config(plan=plan_config(train_blocks=[1], drop_blocks=[1, 2, 4], keep_rate=keep)), 6)
     stream = Tokens(torch.randn(1, tokens, 2), torch.arange(tokens - prefix).view(1, -1))
@@ -180,7 +180,7 @@ def test_token_counts_are_what_dropping_leaves(tokens, prefix, keep, options):
     assert token_counts(plan, tokens, prefix, config.fuse != "none", config.protect_fused) == expected
 
 
-def test_a_fused_token_may_make_a_stream_no_shorter():
+def test_with_the_fused_token_a_drop_may_not_shorten_the_sequence():
     plan = make_plan(Config(plan=plan_config(train_blocks=[0], drop_blocks=[0], keep_rate=0.9)), 2)
     assert token_counts(plan, 1 + 10, 1, fuse=True, protect=False)[0] == (11, 1 + math.ceil(9) + 1)
 
@@ -190,10 +190,10 @@ def test_a_fused_token_may_make_a_stream_no_shorter():
 
 @pytest.mark.parametrize("which", ["proj", "bias", "norm"])
 @pytest.mark.parametrize("indices", [[1, 10], "all"])
-def test_of_a_block_only_the_weights_chosen_train(which, indices):
+def test_only_the_chosen_weights_of_a_block_train(which, indices):
     vit = make_vit(init_values=0.1, qk_norm=True, reg_tokens=2, pre_norm=True)
     freeze(vit, plan_config(train_blocks=indices, train_weights=which))
-    wanted = {
+    names = {
         "proj": ["attn.proj.weight", "attn.proj.bias"],
         "bias": [f"{name}.bias" for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "norm1", "norm2")]
         + ["attn.q_norm.bias", "attn.k_norm.bias"],
@@ -203,16 +203,16 @@ def test_of_a_block_only_the_weights_chosen_train(which, indices):
     }[which]
     blocks = range(DEPTH) if indices == "all" else indices
     final = {"norm.bias"} if which == "bias" else {"norm.weight", "norm.bias"}
-    assert trained(vit) == {f"blocks.{i}.{name}" for i in blocks for name in wanted} | final
+    assert trained(vit) == {f"blocks.{i}.{name}" for i in blocks for name in names} | final
     assert gradient_path_start(vit) == blocks[0] and not embedding_trains(vit)
 
 
-def test_weights_of_no_block_are_none():
+def test_chosen_weights_of_no_block_train_nothing():
     vit = make_vit()
     freeze(vit, plan_config(train_blocks=[], train_weights="norm"))
     assert trained(vit) == set()
 
 
-def test_experts_beside_chosen_weights_are_refused():
+def test_experts_with_chosen_weights_are_refused():
     with pytest.raises(ConfigError, match=r"plan\.train_weights = 'norm': all with plan\.moe_blocks = \[1\]"):
         plan_config(train_blocks=[1], moe_blocks=[1], train_weights="norm")

@@ -1,7 +1,7 @@
-"""A conflict that only the task resolves: one head for two tasks whose labels are y and y + 1 on the same images.
+"""Two tasks with one shared head and conflicting labels: y and y + 1 on the same images.
 
-Without experts both tasks have the same answer, so that no training brings their mean above one half. Routers and gates
-know the task: if the machinery works, they do.
+Without experts both tasks get the same prediction, so no training raises their mean accuracy above one half. Routers
+and gates depend on the task: if they work, the accuracy is higher.
 """
 
 import pytest
@@ -26,16 +26,16 @@ def mean_accuracy(updates: int = 30, **options) -> float:
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
-        right = [model(IMAGES, task).logits.argmax(1) == labels for task, labels in OF_TASK.items()]
-    return float(torch.cat(right).float().mean())
+        correct = [model(IMAGES, task).logits.argmax(1) == labels for task, labels in OF_TASK.items()]
+    return float(torch.cat(correct).float().mean())
 
 
-def test_shared_blocks_cannot_have_more_than_half():
+def test_without_experts_the_mean_accuracy_is_at_most_half():
     assert mean_accuracy() <= 0.5
 
 
 @pytest.mark.parametrize(
     "options", [{}, {"experts": "low_rank", "rank": 4}, {"experts": "low_rank", "rank": 4, "gate": "task"}]
 )
-def test_routers_and_gates_know_the_task(options):
+def test_routers_and_gates_separate_the_tasks(options):
     assert mean_accuracy(moe_blocks=(2, 3), balance_loss="none", **options) > 0.75

@@ -1,4 +1,4 @@
-"""Fresh blocks beside frozen ones: nothing changes at the start, and the sums written out."""
+"""Rep-Net side blocks beside frozen blocks: no change at the start, and values and gradients by their formula."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def beside(blocks=(1, 3), published: bool = False) -> list[dict]:
 
 
 def moved(published: bool = False, **changes) -> MultitaskViT:
-    """Side blocks in the middle of their training, beside a block that drops and the last."""
+    """Return a model with side blocks whose weights have moved, beside a block that drops and beside the last block."""
     model = make_model(**{"adapter": beside(published=published)} | FROZEN | changes)
     for side in (module for module in model.modules() if isinstance(module, SideBlock)):
         for i, parameter in enumerate(side.parameters()):
@@ -39,7 +39,7 @@ def test_at_the_start_the_network_is_the_pretrained_one(kind, changes):
     assert sum(isinstance(layer, SideBlock) for layer in adapted.modules()) == 4
 
 
-def test_side_blocks_and_heads_alone_train_and_the_path_begins_at_the_first():
+def test_only_side_blocks_and_heads_train_and_the_path_starts_at_the_first():
     model = moved()
     assert model.path_start == 1
     model(IMAGES, "one").logits.square().sum().backward()
@@ -53,8 +53,8 @@ def side_of(model: MultitaskViT, block: int) -> SideBlock:
     return model.vit.blocks[block].beside_block
 
 
-def written_out(model: MultitaskViT, published: bool) -> torch.Tensor:
-    """Logits of task "one", image by image, every token to the end, by torch's functions alone."""
+def plain_logits(model: MultitaskViT, published: bool) -> torch.Tensor:
+    """Compute the logits of task "one" image by image, with all tokens up to the end, by plain torch functions."""
     with torch.no_grad():
         stream, _ = model.forward_features(IMAGES, upto=0)
     rows = []
@@ -64,7 +64,7 @@ def written_out(model: MultitaskViT, published: bool) -> torch.Tensor:
             y, scores = attention(block, x)
             x = x + y
             if plan.keep_rate < 1:
-                x, entering = shorter(x, scores), shorter(entering, scores)
+                x, entering = drop_half(x, scores), drop_half(entering, scores)
             x = x + ffn(block, x)
             if index in (1, 3):
                 side = side_of(model, index)
@@ -75,7 +75,7 @@ def written_out(model: MultitaskViT, published: bool) -> torch.Tensor:
 
 
 def attention(block, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, D) -> (N, D), and the class token's attention to the others, mean over heads."""
+    """Map (N, D) to (N, D); also return the class token's attention to the other tokens, mean over heads."""
     layer, (n, width) = block.attn, x.shape
     normed = F.layer_norm(x, (width,), block.norm1.weight, block.norm1.bias, block.norm1.eps)
     q, k, v = F.linear(normed, layer.qkv.weight, layer.qkv.bias).view(n, 3, layer.num_heads, -1).permute(1, 2, 0, 3)
@@ -90,8 +90,8 @@ def ffn(block, x: torch.Tensor) -> torch.Tensor:
     return F.linear(hidden, block.mlp.fc2.weight, block.mlp.fc2.bias)
 
 
-def shorter(x: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """Half of the tokens, the others summed up by their scores."""
+def drop_half(x: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Keep half of the tokens and sum the others, weighted by their scores."""
     order = sorted(range(len(scores)), key=lambda i: (-scores[i].item(), i))
     kept = sorted(order[: -(-len(scores) // 2)])
     fused = sum(scores[i] * x[1 + i] for i in range(len(scores)) if i not in kept)
@@ -99,10 +99,10 @@ def shorter(x: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("published", [False, True], ids=["identity once", "published"])
-def test_it_is_the_sums_written_out_and_so_are_its_gradients(published, kernels):
+def test_logits_and_gradients_equal_a_plain_implementation(published, kernels):
     model = moved(published, tokens=TokensConfig(fuse="raw"))
     trained = [p for i in (1, 3) for p in side_of(model, i).parameters()] + [model.heads["one"].weight]
-    found, expected = model(IMAGES, "one").logits, written_out(model, published)
+    found, expected = model(IMAGES, "one").logits, plain_logits(model, published)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     weights = normal(*found.shape, seed=9)
     have, want = (torch.autograd.grad((y * weights).sum(), trained) for y in (found, expected))
@@ -110,7 +110,7 @@ def test_it_is_the_sums_written_out_and_so_are_its_gradients(published, kernels)
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_as_published_the_stream_is_doubled_and_the_start_is_another_network():
+def test_the_published_variant_doubles_the_tokens_and_so_changes_the_start():
     published = make_model(adapter=beside([0], published=True), drop_blocks=())
     side, plain = side_of(published, 0), make_model(drop_blocks=())
     assert side.attn.proj.weight.std() > 0.01 and side.mlp.fc2.weight.std() > 0.01
@@ -124,7 +124,7 @@ def test_as_published_the_stream_is_doubled_and_the_start_is_another_network():
 
 @pytest.mark.parametrize("reduce", ["drop", "merge"])
 @pytest.mark.parametrize("storage", list(STORAGES))
-def test_every_storage_leaves_the_forward_pass_as_it_is(storage, reduce):
+def test_every_storage_leaves_the_forward_pass_unchanged(storage, reduce):
     logits, found = [], []
     for kind in ("exact", storage):
         model = moved(storage=kind, tokens=TokensConfig(reduce=reduce), train_blocks=(3,))

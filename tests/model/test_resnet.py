@@ -1,4 +1,4 @@
-"""ResNets as a backbone: timm's own results and gradients, what moves and what never does, and what is refused."""
+"""ResNet backbones: the same results and gradients as timm, what changes in training, and refused settings."""
 
 import copy
 
@@ -25,7 +25,7 @@ KINDS = {
 
 
 def make_resnet(kind: str = "bottleneck") -> ResNet:
-    """A small ResNet with statistics that a change would show in."""
+    """Return a small ResNet with random norm statistics, so that a change of them is visible."""
     block, layers, options = KINDS[kind]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1)
@@ -47,14 +47,14 @@ def make_model(kind: str = "bottleneck", storage="exact", **plan) -> MultitaskVi
 
 
 def step(model: MultitaskViT) -> torch.Tensor:
-    """A loss' gradients for two images of task one; returns the logits."""
+    """Run a backward pass for two images of task "one"; return the logits."""
     logits = model(normal(2, 3, 32, 32), "one").logits
     torch.nn.functional.cross_entropy(logits, torch.tensor([0, 2])).backward()
     return logits.detach()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_and_gradients_are_those_of_timms_network_in_evaluation_mode(kind):
+def test_logits_and_gradients_equal_timms_in_evaluation_mode(kind):
     model, resnet = make_model(kind, train_blocks="all"), make_resnet(kind)
     logits = step(model)
     theirs = torch.nn.functional.linear(
@@ -71,7 +71,7 @@ def test_logits_and_gradients_are_those_of_timms_network_in_evaluation_mode(kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_maps_are_of_the_sizes_that_are_told(kind):
+def test_feature_maps_have_the_announced_sizes(kind):
     model = make_model(kind, train_blocks=[])
     with torch.no_grad():
         found = [model.forward_features(normal(1, 3, 32, 32), upto=n + 1)[0].x for n in range(len(model.plan))]
@@ -102,7 +102,7 @@ def test_only_the_named_blocks_change_and_no_statistics_do(weights):
 
 
 @pytest.mark.parametrize("blocks", [[1, 3], "all"])
-def test_recomputation_has_the_gradients_of_exact_to_the_bit(blocks):
+def test_recomputation_gives_bitwise_equal_gradients(blocks):
     models = [make_model(storage=storage, train_blocks=blocks) for storage in ("exact", "recompute")]
     logits = [step(model) for model in models]
     assert torch.equal(*logits)
@@ -110,14 +110,14 @@ def test_recomputation_has_the_gradients_of_exact_to_the_bit(blocks):
     assert exact.keys() == again.keys() and all(torch.equal(exact[name], again[name]) for name in exact)
 
 
-def test_a_checkpoint_has_what_trained_alone():
+def test_a_checkpoint_holds_only_trained_weights():
     model = make_model()
     saved = model.state_dict().keys() - model.unchanged_backbone_names()
     assert {name for name in saved if "running" in name} == set()
     assert all(name.startswith(("vit.blocks.1.", "vit.blocks.3.", "heads.", "balance.")) for name in saved)
 
 
-def test_resnet_50_is_counted_as_in_the_paper():
+def test_flops_and_memory_of_resnet_50_equal_the_papers():
     plan = PlanConfig(train_blocks=[6, 12, 15], drop_blocks=[], moe_blocks=[])
     config = Config(backbone=BackboneConfig(name="resnet50"), plan=plan)
     model = build_on_meta(config, {"cifar10": 10})
@@ -135,7 +135,7 @@ def test_resnet_50_is_counted_as_in_the_paper():
     assert [number for number, line in enumerate(lines[1:]) if " yes     yes" in line] == [6, 12, 15]
 
 
-def test_a_file_is_read_by_timms_names_whatever_wrapped_them(tmp_path):
+def test_a_weights_file_is_read_by_timms_names_with_or_without_prefix(tmp_path):
     resnet = timm.create_model(NAME, num_classes=7)
     file = tmp_path / "resnet.pth"
     torch.save({"state_dict": {f"module.{name}": value for name, value in resnet.state_dict().items()}}, file)
@@ -153,7 +153,7 @@ def test_a_file_is_read_by_timms_names_whatever_wrapped_them(tmp_path):
     ("name", "word"),
     [("seresnet50", "SEModule"), ("resnet50_gn", "GroupNorm"), ("resnetaa50", "pools within"), ("resnet50.x", "tag")],
 )
-def test_other_resnets_are_refused_by_what_they_have(name, word):
+def test_other_resnets_are_refused_with_the_unsupported_part(name, word):
     with pytest.raises(ConfigError, match=word) as error:
         create_on_meta(BackboneConfig(name=name))
     assert str(error.value).startswith(f"backbone.name = '{name}': ")
@@ -171,7 +171,7 @@ def test_other_resnets_are_refused_by_what_they_have(name, word):
         ({"adapter": "lora"}, "adapter"),
     ],
 )
-def test_what_is_made_for_tokens_is_refused_by_its_key(changes, key):
+def test_settings_for_tokens_are_refused_with_their_key(changes, key):
     plan = {"train_blocks": [1], "drop_blocks": [], "moe_blocks": []}
     plan |= {name: value for name, value in changes.items() if name not in ("storage", "adapter")}
     rest = {name: value for name, value in changes.items() if name in ("storage", "adapter")}
@@ -181,7 +181,7 @@ def test_what_is_made_for_tokens_is_refused_by_its_key(changes, key):
     assert str(error.value).startswith(f"{key} = ")
 
 
-def test_commands_for_tokens_say_so():
+def test_commands_that_need_tokens_refuse_a_resnet():
     require_tokens(BackboneConfig(), "export")
     assert family_of(BackboneConfig(name="resnet50.a1_in1k")).of_tokens is False
     with pytest.raises(ConfigError, match="backbone.name = 'resnet50.a1_in1k': is no Vision Transformer, and export"):

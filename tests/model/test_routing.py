@@ -1,4 +1,4 @@
-"""Which experts a token goes to: routers, the routing record, gate noise and replay."""
+"""The choice of experts for each token: routers, the routing record, gate noise and replay."""
 
 import itertools
 
@@ -20,7 +20,7 @@ ROUTERS = ["per_task", "task_conditioned"]
 # --- routers ---
 
 
-def test_a_task_has_the_same_router_whoever_else_is_there():
+def test_the_router_of_a_task_does_not_depend_on_the_other_tasks():
     alone = PerTaskRouter(WIDTH, 4, ["two"], (7, 1)).weight["two"]
     among = PerTaskRouter(WIDTH, 4, ["three", "two", "one"], (7, 1)).weight
     assert torch.equal(among["two"], alone)
@@ -42,7 +42,7 @@ def test_only_the_active_tasks_router_gets_a_gradient():
     assert moe.router.weight["one"].grad is None and moe.router.weight["three"].grad is None
 
 
-def test_task_conditioned_router_is_one_linear_map_of_token_beside_task_embedding():
+def test_task_conditioned_router_is_a_linear_map_of_token_and_task_embedding():
     router = TaskConditionedRouter(WIDTH, 5, TASKS, (0, 1))
     x = normal(7, WIDTH)
     for index, task in enumerate(TASKS):
@@ -68,7 +68,7 @@ def test_routing_is_float32_under_autocast(router):
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
-def test_routing_record_against_a_slow_loop(renormalize):
+def test_routing_record_equals_a_slow_loop(renormalize):
     moe = make_moe(renormalize_gates=renormalize, top_k=3)
     x = normal(2, 5, WIDTH)
     _, routing = moe(x, "one", Replay())
@@ -103,7 +103,7 @@ def test_importance_has_the_gradient_of_its_gates():
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-6)
 
 
-# --- every legal setting learns, and tells near logits apart ---
+# --- every legal setting trains the router, and close logits are ranked ---
 
 
 @pytest.mark.parametrize("router", sorted(REGISTERED))
@@ -138,7 +138,7 @@ def route(moe: MoE, key, replay=None, seed: int = 0):
     return moe.route(normal(40, WIDTH, seed=seed), "one", replay or Replay(), key)
 
 
-def test_gate_noise_depends_on_its_key_alone():
+def test_gate_noise_depends_only_on_its_key():
     moe = make_moe(gate_noise=6.0).train()
     torch.manual_seed(1)
     first = route(moe, (0, 5, 1, 3))
@@ -162,10 +162,10 @@ def test_gate_noise_is_added_to_the_logits_with_std_over_experts():
 
 def test_no_gate_noise_in_evaluation_and_a_missing_key_is_an_error():
     moe = make_moe(gate_noise=6.0).eval()
-    silent = route(make_moe(gate_noise=0.0).train(), None)
+    noiseless = route(make_moe(gate_noise=0.0).train(), None)
     for key in (None, (0, 1)):
-        assert torch.equal(route(moe, key).probabilities, silent.probabilities)
-        assert torch.equal(route(moe, key).load, silent.load)
+        assert torch.equal(route(moe, key).probabilities, noiseless.probabilities)
+        assert torch.equal(route(moe, key).load, noiseless.load)
     with pytest.raises(ValueError, match="noise_key"):
         route(moe.train(), None)
 
@@ -195,6 +195,6 @@ def test_replayed_decisions_keep_experts_and_noise_of_another_input():
     torch.testing.assert_close(again.gates.sum(1), torch.ones(40))
 
 
-def test_an_unknown_router_is_refused_with_the_nearest():
+def test_an_unknown_router_is_refused_with_the_closest_name():
     with pytest.raises(ConfigError, match="moe.router = 'pertask'.*did you mean 'per_task'"):
         make_moe(router="pertask")

@@ -1,4 +1,4 @@
-"""Token dropping against a reference of plain loops over a dense softmax, values and gradients."""
+"""Token dropping against loops over a dense softmax: values and gradients."""
 
 import itertools
 import math
@@ -30,7 +30,7 @@ def inputs(tokens: int, prefix: int, seed: int = 0, fused: bool = False):
 
 
 def reference_drop(x, q, k, origin, fused, keep, prefix, has_class_token, config):
-    """The whole drop by loops: returns the shorter stream, its origins and the scores."""
+    """Compute the whole drop by loops; return the shorter sequence, its origins and the scores."""
     logits = (q * SCALE) @ k.transpose(-2, -1)
     attention = logits.softmax(-1)
     rows = [0] if has_class_token else range(x.shape[1])
@@ -121,7 +121,7 @@ def test_drop_equals_plain_loops_in_value_and_gradient(config, prefix, has_class
 
 @pytest.mark.parametrize("kept", [1, 13, 39])
 def test_the_reference_selects_the_same_without_sorting(kept):
-    """Of scores half of which are ties."""
+    """Half of the scores are ties."""
     scores = (normal(5, 40) * 4).round()
     for fast, reference in zip(select(scores, kept), select_reference(scores, kept), strict=True):
         assert torch.equal(fast, reference)
@@ -150,8 +150,8 @@ def test_a_constant_image_keeps_its_first_tokens():
     assert tokens.origin.tolist() == [[10, 11, 12, 13, FUSED]] * BATCH
 
 
-def test_ranking_by_logits_is_another_ranking_but_fuses_probabilities():
-    # Patch 2 has most of head 1's attention but a hopeless logit in head 0; patch 1 is between.
+def test_ranking_by_logits_still_fuses_by_probabilities():
+    # Patch 2 has most of head 1's attention but a very low logit in head 0. Patch 1 is in between.
     logits = torch.tensor([[0.0, 10.0, 6.0, -20.0, 0.0], [0.0, 10.0, 6.0, 12.0, 0.0]])
     q = torch.zeros(1, 2, 5, 1)
     q[:, :, 0] = 1.0
@@ -222,7 +222,7 @@ def test_three_drops_of_197_tokens(config, counts):
 
 
 @pytest.mark.parametrize("candidates, keep", [(1, 0.5), (3, 0.7), (5, 1.0)])
-def test_when_all_would_be_kept_the_stream_stays(candidates, keep):
+def test_when_all_tokens_are_kept_nothing_is_copied(candidates, keep):
     x, q, k, origin = inputs(1 + candidates, 1)
     before = Tokens(x, origin, True)
     after, record = drop(before, *scores(q, k, True), keep_rate=keep, prefix=1, config=TokensConfig(), replay=Replay())
@@ -230,9 +230,9 @@ def test_when_all_would_be_kept_the_stream_stays(candidates, keep):
     assert record.scores.shape == origin.shape
 
 
-def test_a_protected_token_survives_the_weakest_score():
+def test_a_protected_token_is_kept_even_with_the_lowest_score():
     x, q, k, origin = inputs(10, 1, fused=True)
-    k[:, :, -1] = -100 * q[:, :, 0]  # the class token pays the fused token no attention at all
+    k[:, :, -1] = -100 * q[:, :, 0]  # the class token pays no attention to the fused token
     config = TokensConfig(protect_fused=True)
     tokens, _ = dropped_stream(x, q, k, origin, True, 0.5, 1, True, config)
     _, record = dropped_stream(x, q, k, origin, False, 0.5, 1, True, TokensConfig(fuse="none"))
@@ -241,7 +241,7 @@ def test_a_protected_token_survives_the_weakest_score():
     assert tokens.x.shape[1] == 1 + 4 + 1
 
 
-def test_register_tokens_are_never_dropped_nor_scored():
+def test_register_tokens_are_neither_dropped_nor_scored():
     x, q, k, origin = inputs(5 + 8, 5)
     k[:, :, 1:5] = -100 * q[:, :, :1]
     tokens, record = dropped_stream(x, q, k, origin, False, 0.25, 5, True, TokensConfig())
@@ -258,7 +258,7 @@ def test_without_a_class_token_a_score_is_the_mean_attention_received(chunk):
     torch.testing.assert_close(raw, logits.mean((1, 2)))
 
 
-def test_the_attention_received_has_the_gradient_of_the_whole_map_and_keeps_none_of_it():
+def test_received_attention_has_the_right_gradient_and_keeps_no_attention_map():
     _, q, k, _ = inputs(12, 2)
     weights = torch.randn(BATCH, 12, generator=torch.Generator().manual_seed(3))
     grads, kept = [], []
@@ -275,7 +275,7 @@ def test_the_attention_received_has_the_gradient_of_the_whole_map_and_keeps_none
     assert set(kept) == {q.shape}
 
 
-def test_scores_are_float32_under_autocast_and_the_stream_keeps_its_type():
+def test_scores_are_float32_under_autocast_and_tokens_keep_their_dtype():
     x, q, k, origin = inputs(10, 1)
     expected = scores(q.bfloat16().float(), k.bfloat16().float(), True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -285,7 +285,7 @@ def test_scores_are_float32_under_autocast_and_the_stream_keeps_its_type():
     assert tokens.x.dtype == x.dtype
 
 
-def test_replayed_decisions_keep_the_same_tokens_of_another_input():
+def test_replay_keeps_the_same_tokens_for_another_input():
     x, q, k, origin = inputs(12, 1)
     other_x, other_q, other_k, _ = inputs(12, 1, seed=9)
     replay = Replay()
@@ -314,7 +314,7 @@ def test_a_decision_is_made_once_and_outside_the_graph():
     assert not first.requires_grad and replay.record("b", lambda: 3) == 3
 
 
-def test_take_keeps_the_positions_and_not_its_source():
+def test_take_saves_the_positions_but_not_the_source():
     x = torch.randn(4, 20, 16, requires_grad=True)
     positions = torch.tensor([[1, 5, 7]] * 4)
     saved = saved_for_backward(lambda: take(x, positions))
@@ -326,7 +326,7 @@ def test_take_keeps_the_positions_and_not_its_source():
 @pytest.mark.parametrize(
     "config", [TokensConfig(fuse="none"), TokensConfig(detach_fusion_weights=True)], ids=["none", "detach"]
 )
-def test_without_gradient_through_the_scores_nothing_of_the_attention_is_kept(config):
+def test_without_gradient_through_the_scores_nothing_is_kept_for_them(config):
     x, q, k, origin = (t.requires_grad_() if t.is_floating_point() else t for t in inputs(12, 1))
     given = scores(q, k, True, attached=False)
     saved = saved_for_backward(

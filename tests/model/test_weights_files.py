@@ -1,4 +1,4 @@
-"""Weights files as they come: each is loaded, or said to be what it is; nothing in it is ever run."""
+"""Weights files of many kinds: each is loaded or refused with its kind named; code in a file never runs."""
 
 import argparse
 import gzip
@@ -42,7 +42,7 @@ def loaded(path: Path):
     return load(BackboneConfig(name=NAME, weights=str(path)))
 
 
-# --- what is no weights file ---
+# --- files that are not weights ---
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 22883404\n"
 FOREIGN = {
@@ -64,7 +64,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("ending", [".pth", ".safetensors", ".npz", ".bin"])
 @pytest.mark.parametrize("case", FOREIGN)
-def test_a_file_that_is_something_else_is_called_what_it_is(tmp_path, case, ending):
+def test_a_file_of_another_kind_is_refused_with_its_kind(tmp_path, case, ending):
     content, words = FOREIGN[case]
     (tmp_path / f"w{ending}").write_bytes(content)
     message = refusal(tmp_path / f"w{ending}")
@@ -73,7 +73,7 @@ def test_a_file_that_is_something_else_is_called_what_it_is(tmp_path, case, endi
 
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])
 @pytest.mark.parametrize("share", [0.001, 0.3, 0.99])
-def test_a_file_that_is_cut_off_says_so(tmp_path, state, ending, share):
+def test_a_truncated_file_is_refused_as_such(tmp_path, state, ending, share):
     path = tmp_path / f"w{ending}"
     (torch.save if ending == ".pth" else save_file)(state, path)
     content = path.read_bytes()
@@ -81,7 +81,7 @@ def test_a_file_that_is_cut_off_says_so(tmp_path, state, ending, share):
     assert "cut off or damaged" in refusal(path)
 
 
-def test_the_ending_does_not_decide_what_a_file_is(tmp_path, state):
+def test_the_file_extension_does_not_matter(tmp_path, state):
     save_file(state, tmp_path / "w.pth")
     torch.save(state, tmp_path / "w.safetensors")
     assert digest(loaded(tmp_path / "w.pth").state_dict()) == digest(state)
@@ -90,7 +90,7 @@ def test_the_ending_does_not_decide_what_a_file_is(tmp_path, state):
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("case", ["numpy", "path", "code", "model"])
-def test_a_pickle_of_more_than_tensors_names_the_types_and_the_way_out(tmp_path, state, monkeypatch, case, zipped):
+def test_a_pickle_with_other_objects_is_refused_with_types_and_a_remedy(tmp_path, state, monkeypatch, case, zipped):
     beside, words = {
         "numpy": (np.float64(81.2), "numpy"),
         "path": (Path("somewhere"), "pathlib"),
@@ -102,14 +102,14 @@ def test_a_pickle_of_more_than_tensors_names_the_types_and_the_way_out(tmp_path,
     message = refusal(path)
     assert "save only the tensors" in message and (words in message or not zipped), message
     assert not (tmp_path / "ran").exists()
-    if case == "numpy":  # the lines of the message, as they stand there
+    if case == "numpy":  # run the commands that the message gives
         lines = message.partition("tensors: ")[2].partition(" (use s")[0].replace("s.items()", "s['model'].items()")
         monkeypatch.chdir(tmp_path)
         exec(lines, {})
         assert digest(loaded(tmp_path / "tensors.pth").state_dict()) == digest(state)
 
 
-def test_a_torchscript_program_is_no_weights_file(tmp_path):
+def test_a_torchscript_file_is_refused(tmp_path):
     torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "w.pth")
     assert "TorchScript" in refusal(tmp_path / "w.pth")
 
@@ -124,7 +124,7 @@ def test_a_torchscript_program_is_no_weights_file(tmp_path):
         "student.", "teacher.backbone.", "module.backbone.", "vit.", "net.0.", "visual.trunk.",
     ],
 )  # fmt: skip
-def test_the_prefix_of_a_wrapper_is_taken_off_and_said(tmp_path, state, prefix):
+def test_a_wrapper_prefix_is_removed_and_reported(tmp_path, state, prefix):
     wrapped = {prefix + name: value for name, value in state.items()}
     save_file(wrapped | {"projector.weight": torch.ones(2)}, tmp_path / "w.safetensors")
     vit = loaded(tmp_path / "w.safetensors")
@@ -133,7 +133,7 @@ def test_the_prefix_of_a_wrapper_is_taken_off_and_said(tmp_path, state, prefix):
     assert repr(prefix) in note and "1 tensors without it" in note
 
 
-def test_a_prefix_that_hides_no_backbone_is_a_misfit(tmp_path, state):
+def test_a_prefix_around_an_incomplete_backbone_is_refused(tmp_path, state):
     wrapped = {"backbone." + name: value for name, value in state.items() if "blocks.2" not in name}
     save_file(wrapped, tmp_path / "w.safetensors")
     assert "missing blocks.2.norm1.weight" in refusal(tmp_path / "w.safetensors")
@@ -152,7 +152,7 @@ def test_a_prefix_that_hides_no_backbone_is_a_misfit(tmp_path, state):
         (["model", "optimizer"], "model"),
     ],
 )
-def test_of_a_checkpoints_parts_one_is_taken_and_said(tmp_path, state, parts, taken):
+def test_one_of_several_networks_in_a_checkpoint_is_chosen_and_reported(tmp_path, state, parts, taken):
     other = {name: torch.zeros_like(value) for name, value in state.items()}
     content = {part: state if part == taken else other for part in parts}
     torch.save(content | {"epoch": 3, "args": argparse.Namespace(lr=1)}, tmp_path / "w.pth")
@@ -162,7 +162,7 @@ def test_of_a_checkpoints_parts_one_is_taken_and_said(tmp_path, state, parts, ta
     assert note.startswith(f"{taken} was used") and all(part in note for part in parts)
 
 
-def test_parts_within_parts_and_prefixes_within_them_are_all_said(tmp_path, state):
+def test_nested_networks_and_prefixes_are_all_reported(tmp_path, state):
     inner = {f"module.backbone.{name}": value for name, value in state.items()}
     torch.save({"checkpoint": {"teacher": inner, "student": inner}}, tmp_path / "w.pth")
     config = from_dict({"backbone": {"name": NAME, "weights": str(tmp_path / "w.pth")}, "tasks": ["a"]} | SMALL)
@@ -173,13 +173,13 @@ def test_parts_within_parts_and_prefixes_within_them_are_all_said(tmp_path, stat
 SMALL = {"plan": {"train_blocks": [5], "drop_blocks": [], "moe_blocks": []}}
 
 
-def test_two_networks_of_one_file_are_not_guessed_between(tmp_path, state):
+def test_a_file_with_two_networks_is_refused(tmp_path, state):
     both = {f"{prefix}.{name}": value for prefix in ("left", "right") for name, value in state.items()}
     save_file({name: value.clone() for name, value in both.items()}, tmp_path / "w.safetensors")
     assert "left., right." in refusal(tmp_path / "w.safetensors")
 
 
-# --- numbers that are no weights ---
+# --- values that are not weights ---
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -212,12 +212,12 @@ def test_tensors_that_are_sparse_or_without_data_are_refused_by_name(tmp_path, s
     assert "dense" in (message := refusal(tmp_path / "w.pth")) and "blocks.0.mlp.fc1.weight" in message
 
 
-def test_files_of_nothing_are_called_that(tmp_path):
+def test_an_empty_checkpoint_is_refused_as_such(tmp_path):
     torch.save({}, tmp_path / "w.pth")
     assert "nothing at all" in refusal(tmp_path / "w.pth")
 
 
-def test_an_average_of_torch_is_taken_without_its_counter(tmp_path, state):
+def test_a_torch_averaged_model_is_loaded_without_its_counter(tmp_path, state):
     torch.save({f"module.{name}": v for name, v in state.items()} | {"n_averaged": torch.tensor(5)}, tmp_path / "w.pth")
     assert digest(loaded(tmp_path / "w.pth").state_dict()) == digest(state)
 
@@ -226,7 +226,7 @@ def test_an_average_of_torch_is_taken_without_its_counter(tmp_path, state):
 
 
 def flax(blocks: int, stacked: bool = False) -> dict[str, np.ndarray]:
-    """Names of the original release; only as many blocks matter here."""
+    """Return names as in the original release, with just enough entries to give the number of blocks."""
     if stacked:
         return {"params/Transformer/encoderblock/LayerNorm_0/scale": np.ones((blocks, 64), np.float32)}
     return {f"Transformer/encoderblock_{i}/LayerNorm_0/scale": np.ones(64, np.float32) for i in range(blocks)}
@@ -239,7 +239,7 @@ def test_an_npz_of_another_depth_is_refused(tmp_path, blocks, stacked):
     assert f"it has {blocks} blocks, the model 6" in refusal(tmp_path / "w.npz")
 
 
-def test_an_npz_of_whole_numbers_or_objects_is_refused(tmp_path):
+def test_an_npz_of_integers_or_objects_is_refused(tmp_path):
     name = "Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel"
     np.savez(tmp_path / "w.npz", **flax(6) | {name: np.ones((64, 192), np.int8)})
     assert f"{name} is int8: quantized" in refusal(tmp_path / "w.npz")
@@ -272,7 +272,7 @@ def test_an_npz_of_whole_numbers_or_objects_is_refused(tmp_path):
     ],
 )
 @pytest.mark.parametrize("size", [None, 64])
-def test_what_is_no_name_of_a_network_is_refused_as_such(name, nearest, size):
+def test_an_invalid_backbone_name_is_refused(name, nearest, size):
     with pytest.raises(ConfigError) as error:
         create_on_meta(BackboneConfig(name=name, image_size=size))
     message = str(error.value)

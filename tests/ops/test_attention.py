@@ -1,4 +1,4 @@
-"""Attention as products, forward and backward, against the softmax written out, in float32 and in bf16."""
+"""Attention by matrix products, forward and backward, against a plain softmax, in float32 and bf16."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ HEADS, SCALE = 3, 0.3
 
 
 def inputs(dtype: torch.dtype, tokens: int = 37) -> tuple[torch.Tensor, ...]:
-    """Projections, and gradients of the output and of the class token's probabilities."""
+    """Return projections, and gradients of the output and of the class token's probabilities."""
     draw = torch.Generator().manual_seed(0)
     return (
         torch.randn(4, tokens, 3 * HEADS * 16, generator=draw).to(dtype),
@@ -22,63 +22,63 @@ def inputs(dtype: torch.dtype, tokens: int = 37) -> tuple[torch.Tensor, ...]:
 
 
 def gradients(function, qkv, grad, grad_row) -> list[torch.Tensor]:
-    """Output, class row's probabilities and logits, and the gradient of the projections."""
+    """Return the output, the class token's probabilities and logits, and the gradient of the projections."""
     leaf = qkv.clone().requires_grad_()
     y, row, logits = function(leaf, HEADS, SCALE, True)
     torch.autograd.backward([y, row], [grad.to(y.dtype), grad_row.to(row.dtype)])
     return [y.detach(), row.detach(), logits.detach(), leaf.grad]
 
 
-def written_out(qkv, heads, scale, scores):
+def plain_attention(qkv, heads, scale, scores):
     q, k, v = split_heads(qkv, heads)
     logits = scale * q @ k.transpose(-2, -1)
     return (join_heads(logits.softmax(-1) @ v), logits.softmax(-1)[:, :, 0].mean(1), logits[:, :, 0].mean(1))
 
 
-def test_in_float32_value_and_gradients_are_the_softmaxs(kernels):
+def test_float32_values_and_gradients_equal_a_plain_softmax(kernels):
     tensors = inputs(torch.float32)
-    for have, want in zip(gradients(attention, *tensors), gradients(written_out, *tensors), strict=True):
+    for have, want in zip(gradients(attention, *tensors), gradients(plain_attention, *tensors), strict=True):
         torch.testing.assert_close(have, want)
 
 
 @pytest.mark.parametrize("bf16", ["amx_bf16", "avx512_bf16"])
 @pytest.mark.parametrize("map_bytes", [1, 3 * 37 * 37 * 4 * 3, 2**22], ids=["one", "three", "all"])
-def test_the_products_are_cut_into_images_without_a_trace(monkeypatch, map_bytes, bf16):
+def test_the_result_does_not_depend_on_the_number_of_images_per_product(monkeypatch, map_bytes, bf16):
     qkv, grad, grad_row = inputs(torch.float32)
     monkeypatch.setattr(module, "MAP_BYTES", map_bytes)
     monkeypatch.setattr(module, "is_explicit", lambda device, dtype: True)
     monkeypatch.setattr(cpu, "bf16_instructions", lambda: bf16)
     tensors = (qkv, grad, grad_row)
-    for have, want in zip(gradients(_Attention.apply, *tensors), gradients(written_out, *tensors), strict=True):
+    for have, want in zip(gradients(_Attention.apply, *tensors), gradients(plain_attention, *tensors), strict=True):
         torch.testing.assert_close(have, want)
 
 
-def test_in_bf16_products_are_as_good_as_attention_in_bf16_can_be(monkeypatch):
-    """The logits are rounded, where the fused forward keeps them in float32."""
+def test_the_error_of_bf16_products_is_of_the_order_of_bf16_rounding(monkeypatch):
+    """The logits are rounded to bf16; the fused forward pass keeps them in float32."""
     qkv, *_ = inputs(torch.bfloat16, tokens=197)
-    want, *_ = written_out(qkv.float(), HEADS, SCALE, True)
+    want, *_ = plain_attention(qkv.float(), HEADS, SCALE, True)
     errors = {}
     for bf16 in ("amx_bf16", "avx512_bf16"):
         monkeypatch.setattr(cpu, "bf16_instructions", lambda bf16=bf16: bf16)
-        graphless = attention(qkv, HEADS, SCALE)[0]
+        without_graph = attention(qkv, HEADS, SCALE)[0]
         y = attention(qkv.clone().requires_grad_(), HEADS, SCALE)[0].detach()
-        assert torch.equal(y, graphless) and y.dtype == torch.bfloat16
+        assert torch.equal(y, without_graph) and y.dtype == torch.bfloat16
         errors[bf16] = float((y.float() - want).norm() / want.norm())
     assert errors["avx512_bf16"] != errors["amx_bf16"] and max(errors.values()) < 2**-7
 
 
-def test_scores_alone_have_a_gradient():
+def test_a_gradient_of_the_scores_alone_is_right():
     leaf, _, grad_row = inputs(torch.float32)
     expected = leaf.clone().requires_grad_()
     attention(leaf.requires_grad_(), HEADS, SCALE, True)[1].backward(grad_row)
-    written_out(expected, HEADS, SCALE, True)[1].backward(grad_row)
+    plain_attention(expected, HEADS, SCALE, True)[1].backward(grad_row)
     torch.testing.assert_close(leaf.grad, expected.grad)
 
 
-def test_in_bf16_it_is_as_near_to_float32_as_the_fused_backward():
+def test_the_bf16_gradient_is_about_as_exact_as_that_of_the_fused_kernel():
     qkv, grad, _ = inputs(torch.bfloat16)
     no_row = torch.zeros(4, 37)
-    *_, expected = gradients(written_out, qkv.float(), grad.float(), no_row)
+    *_, expected = gradients(plain_attention, qkv.float(), grad.float(), no_row)
     *_, ours = gradients(attention, qkv, grad, no_row)
     leaf = qkv.clone().requires_grad_()
     join_heads(F.scaled_dot_product_attention(*split_heads(leaf, HEADS), scale=SCALE)).backward(grad)
@@ -86,12 +86,12 @@ def test_in_bf16_it_is_as_near_to_float32_as_the_fused_backward():
     assert error <= 1.5 * peer + 1e-3 * expected.norm()
 
 
-def test_in_bf16_the_class_row_is_float32_and_its_gradient_arrives():
+def test_in_bf16_scores_are_float32_and_their_gradient_is_right():
     qkv, grad, grad_row = inputs(torch.bfloat16)
     zero = torch.zeros_like(grad)
     with torch.autocast("cpu", torch.bfloat16):
         _, row, logits, ours = gradients(attention, qkv, zero, grad_row)
-    _, want_row, want_logits, expected = gradients(written_out, qkv.float(), zero.float(), grad_row)
+    _, want_row, want_logits, expected = gradients(plain_attention, qkv.float(), zero.float(), grad_row)
     assert row.dtype == logits.dtype == torch.float32
     torch.testing.assert_close(row, want_row)
     torch.testing.assert_close(logits, want_logits)
@@ -99,7 +99,7 @@ def test_in_bf16_the_class_row_is_float32_and_its_gradient_arrives():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_map_of_tokens_by_tokens_is_kept(dtype):
+def test_no_attention_map_is_kept(dtype):
     tokens, kept = 64, []
     qkv, *_ = inputs(dtype, tokens)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):

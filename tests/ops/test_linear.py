@@ -1,4 +1,4 @@
-"""Linear layers: the same numbers whichever kernel computes them, an activation and the layer behind it as one."""
+"""Linear layers: the same numbers from every kernel, also fused with the activation before them."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ ACTIVATIONS = {"gelu": nn.GELU(), "gelu-tanh": nn.GELU("tanh"), "silu": nn.SiLU(
 
 @pytest.fixture(params=[False, True], ids=["mkl", "onednn"], autouse=True)
 def slow_mkl(request, monkeypatch) -> bool:
-    """In float32 by either library, whichever this CPU would choose."""
+    """Run float32 products with either library, regardless of this CPU's own choice."""
     monkeypatch.setattr(cpu, "mkl_is_slow", lambda: request.param)
     return request.param
 
@@ -26,7 +26,7 @@ def call_activated(act: nn.Module, layer: nn.Linear, x: torch.Tensor) -> torch.T
 
 
 def outcome(run, layer: nn.Linear, x: torch.Tensor) -> list[torch.Tensor]:
-    """Value, and gradients of input, weight and bias."""
+    """Return the value, and the gradients of input, weight and bias."""
     x = x.clone().requires_grad_()
     layer.zero_grad()
     y = run(layer, x)
@@ -36,27 +36,27 @@ def outcome(run, layer: nn.Linear, x: torch.Tensor) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(3, 5, 24), (1, 24), (0, 24), (24,)])
-def test_equal_to_torchs_layer_in_value_and_gradients(kernels, bias, shape):
+def test_value_and_gradients_equal_torchs_layer(kernels, bias, shape):
     torch.manual_seed(0)
     layer, x = nn.Linear(24, 8, bias=bias), torch.randn(shape)
     for ours, theirs in zip(outcome(call, layer, x), outcome(nn.Linear.forward, layer, x), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_in_float32_onednn_multiplies_where_mkl_is_slow_and_shapes_come_again(slow_mkl):
+def test_onednn_computes_float32_products_if_mkl_is_slow_and_shapes_repeat(slow_mkl):
     x, weight, bias = torch.randn(6, 24), torch.randn(8, 24), torch.randn(8)
     for repeats in (False, True):
-        with torch.profiler.profile() as seen:
+        with torch.profiler.profile() as profile:
             y = product(x, weight, bias, repeats=repeats)
         torch.testing.assert_close(y, x @ weight.t() + bias)
-        by_onednn = any(event.key == "mkldnn::_linear_pointwise" for event in seen.key_averages())
+        by_onednn = any(event.key == "mkldnn::_linear_pointwise" for event in profile.key_averages())
         assert by_onednn == (slow_mkl and repeats)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_equal_to_two_operations_to_the_bit(kernels, name, dtype, bias):
+def test_the_fused_operation_is_bitwise_equal_to_two_operations(kernels, name, dtype, bias):
     torch.manual_seed(0)
     act, layer, x = ACTIVATIONS[name], nn.Linear(24, 8, bias=bias), torch.randn(3, 5, 24).to(dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -65,7 +65,7 @@ def test_equal_to_two_operations_to_the_bit(kernels, name, dtype, bias):
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-def test_only_the_values_before_the_activation_are_kept():
+def test_only_the_input_of_the_activation_is_kept():
     layer, kept = nn.Linear(24, 8), []
     x = torch.randn(3, 5, 24, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
@@ -73,7 +73,7 @@ def test_only_the_values_before_the_activation_are_kept():
     assert set(kept) == {x.data_ptr(), layer.weight.data_ptr()}
 
 
-def test_what_was_kept_is_left_as_it_was():
+def test_the_backward_pass_does_not_change_the_saved_input():
     x, before = torch.randn(3, 5, 24, requires_grad=True), []
     y = call_activated(nn.GELU(), nn.Linear(24, 8), x)
     before.append(x.detach().clone())

@@ -1,4 +1,4 @@
-"""Moments in eight bits: how far they are off, and how far that takes the weights from AdamW's."""
+"""AdamW with 8-bit moments: the error of the codes, and the distance of the weights from AdamW's."""
 
 import pytest
 import torch
@@ -21,8 +21,8 @@ OFFSETS = [0.0, 0.3, 0.999]
 
 
 @pytest.mark.parametrize("offset", OFFSETS)
-def test_a_moment_is_off_by_at_most_a_step_of_its_code(offset):
-    """Codes are roots, so a step of one is 1 / 127 of the square root, or 1 / 255 of the fourth root."""
+def test_the_error_of_a_moment_is_at_most_one_step_of_its_code(offset):
+    """The codes are of roots: one step is 1 / 127 of the square root, or 1 / 255 of the fourth root."""
     values = normal(3, BLOCK) * 10 ** normal(3, BLOCK, seed=1)
     scale, offset = values.abs().amax(1, keepdim=True), torch.tensor(offset)
     found = decode_first(encode_first(values, scale, offset), scale)
@@ -36,7 +36,7 @@ def test_a_moment_is_off_by_at_most_a_step_of_its_code(offset):
     assert found.min() > 0  # an update divides by its root
 
 
-def test_what_is_zero_stays_zero():
+def test_zeros_stay_zero():
     zeros, scale = torch.zeros(2, BLOCK), torch.zeros(2, 1)
     for offset in map(torch.tensor, OFFSETS):
         assert not decode_first(encode_first(zeros, scale, offset), scale).any()
@@ -44,7 +44,7 @@ def test_what_is_zero_stays_zero():
 
 
 def descend(kind: type, steps: int, decades: float, shape=(7, 100)) -> tuple[nn.Parameter, torch.Tensor]:
-    """Noisy descent on a quadratic whose gradients differ by so many decades; the parameter and how far it went."""
+    """Descend on a noisy quadratic with gradients over `decades` orders of magnitude; return parameter and change."""
     draws = torch.Generator().manual_seed(0)
     start, target, scale = (torch.randn(shape, generator=draws) for _ in range(3))
     parameter = nn.Parameter(start.clone())
@@ -57,13 +57,13 @@ def descend(kind: type, steps: int, decades: float, shape=(7, 100)) -> tuple[nn.
 
 
 @pytest.mark.parametrize(("steps", "decades", "bound"), [(1, 3, 1e-6), (20, 0, 0.02), (20, 2, 0.05), (300, 2, 0.05)])
-def test_weights_go_where_those_of_adamw_go(steps, decades, bound):
+def test_weights_stay_close_to_those_of_adamw(steps, decades, bound):
     (_, expected), (_, found) = (descend(kind, steps, decades) for kind in (torch.optim.AdamW, AdamW8))
     assert (found - expected).norm() <= bound * expected.norm()
 
 
-def test_the_second_moment_follows_gradients_that_cease():
-    """It moves by a thousandth in an update, where neighboring codes differ by several hundredths."""
+def test_the_second_moment_decays_when_gradients_become_zero():
+    """An update changes it by a thousandth; neighboring codes differ by several hundredths."""
     parameters = [nn.Parameter(torch.zeros(BLOCK)) for _ in range(2)]
     optimizers = [kind([p]) for kind, p in zip((torch.optim.AdamW, AdamW8), parameters, strict=True)]
     for step in range(900):
@@ -78,8 +78,8 @@ def test_the_second_moment_follows_gradients_that_cease():
     assert 0.75 < ratio.min() and ratio.max() < 1.25
 
 
-def test_parts_of_a_parameter_are_updated_alike_whatever_their_number():
-    """More values than are updated at a time, and a last block that is not full."""
+def test_an_update_does_not_depend_on_how_a_parameter_is_split():
+    """More values than one chunk of an update has, and a last block that is not full."""
     values = CHUNK * BLOCK + BLOCK + 10
     whole, parts = (nn.Parameter(normal(values)) for _ in range(2))
     pieces = [nn.Parameter(p.detach().clone()) for p in parts.split(BLOCK * 100)]
@@ -95,7 +95,7 @@ def test_parts_of_a_parameter_are_updated_alike_whatever_their_number():
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw8", "sgd", "lbfgs"])
-def test_the_state_told_beforehand_is_the_state_there_is(kind):
+def test_the_predicted_optimizer_state_is_the_actual_one(kind):
     model = make_model(moe_blocks=(1,))
     optimizer = make_optimizer(model, TrainConfig(optimizer=kind))
     for parameter in model.parameters():
@@ -104,7 +104,7 @@ def test_the_state_told_beforehand_is_the_state_there_is(kind):
     sizes = []
     for parameter in (p for p in model.parameters() if p.requires_grad):
         state = {key: value for key, value in optimizer.state[parameter].items() if isinstance(value, torch.Tensor)}
-        told = state_of(optimizer, parameter)
-        assert {k: (v.shape, v.dtype) for k, v in state.items()} == {k: (v.shape, v.dtype) for k, v in told.items()}
+        forecast = state_of(optimizer, parameter)
+        assert {k: (v.shape, v.dtype) for k, v in state.items()} == {k: (v.shape, v.dtype) for k, v in forecast.items()}
         sizes.append(sum(v.nbytes for v in state.values()) / (4 * -(-parameter.numel() // BLOCK) * BLOCK))
-    assert kind != "adamw8" or max(sizes) < 0.55  # of the padded parameter: two bytes for four
+    assert kind != "adamw8" or max(sizes) < 0.55  # of the padded float32 parameter: two bytes instead of four

@@ -1,4 +1,4 @@
-"""One task more on a finished run, and one fewer: what the other tasks compute stays, to the bit."""
+"""A task added to a finished run, and a task removed: outputs of the other tasks stay bitwise equal."""
 
 import functools
 import json
@@ -29,8 +29,8 @@ KINDS = {
 }
 
 
-def new_task(place: Path) -> str:
-    file = place / "petals.yaml"
+def new_task(folder: Path) -> str:
+    file = folder / "petals.yaml"
     file.write_text(TASK.format("petals", 24, 60))
     return str(file)
 
@@ -39,7 +39,7 @@ UPDATES = {"train__optimizer": "adamw", "train__steps": 3, "train__batch_size": 
 
 
 def shortened(config: Config, **changes) -> Config:
-    """As the command makes it, at one penalty; of a run with routers for each task by updates, which they learn by."""
+    """Shorten the command's configuration: one penalty, or a few updates if each task trains its own routers."""
     if config.plan.moe_blocks and config.moe.router == "per_task":
         return replace(config, **UPDATES | {"data__feature_cache_mb": 64} | changes)
     return replace(config, train__penalty=1e-2, **changes)
@@ -47,14 +47,14 @@ def shortened(config: Config, **changes) -> Config:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Makes (once) a run of two tasks and the same with a third; returns both folders."""
-    place, made = tmp_path_factory.mktemp("runs"), {}
+    """A function that makes (once) a run of two tasks and one with a third task, and returns both folders."""
+    folder, made = tmp_path_factory.mktemp("runs"), {}
 
     def make(kind: str) -> tuple[Path, Path]:
         if kind not in made:
-            before, after = place / kind, place / f"{kind}_petals"
-            moe_bsr.train(make_config(place, **SHORT, **KINDS[kind]), before, callbacks=[])
-            moe_bsr.train(shortened(added_task_config(before, new_task(place))), after, callbacks=[])
+            before, after = folder / kind, folder / f"{kind}_petals"
+            moe_bsr.train(make_config(folder, **SHORT, **KINDS[kind]), before, callbacks=[])
+            moe_bsr.train(shortened(added_task_config(before, new_task(folder))), after, callbacks=[])
             made[kind] = before, after
         return made[kind]
 
@@ -75,18 +75,18 @@ def weights_of(run: Path) -> dict[str, torch.Tensor]:
     return tensors["weights"] | tensors.get("average", {})
 
 
-def test_the_head_is_solved_behind_experts_that_are_told_the_task(runs, tmp_path):
-    """As the command makes it; the others are trained by updates here."""
+def test_the_head_is_solved_on_features_of_the_experts(runs, tmp_path):
+    """This is the command's own configuration. The other tests with experts train by updates instead."""
     before = runs("moe")[0]
     config = replace(added_task_config(before, new_task(tmp_path)), train__penalty=1e-2)
     report = moe_bsr.train(config, tmp_path / "after", callbacks=[])
     assert config.train.optimizer == "lbfgs" and report["tasks"]["petals"]["n"] > 0
-    expected, answers = logits(before), logits(tmp_path / "after")
-    assert all(torch.equal(answers[task], expected[task]) for task in expected)
+    expected, found = logits(before), logits(tmp_path / "after")
+    assert all(torch.equal(found[task], expected[task]) for task in expected)
 
 
 @pytest.mark.parametrize("change", [{"moe__gate": "image"}, {"plan__keep_rate": 0.7}, {"adapter": "adaptformer"}])
-def test_a_model_that_would_compute_something_else_keeps_no_tasks(runs, tmp_path, change):
+def test_a_change_of_the_model_is_refused_while_tasks_are_kept(runs, tmp_path, change):
     before = runs("moe")[0]
     config = replace(added_task_config(before, new_task(tmp_path)), **change)
     with pytest.raises(ConfigError, match=r"train.only = \['petals'\]: .*use its value"):
@@ -94,7 +94,7 @@ def test_a_model_that_would_compute_something_else_keeps_no_tasks(runs, tmp_path
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_other_tasks_answer_as_before_to_the_bit(runs, kind):
+def test_logits_of_the_other_tasks_stay_bitwise_equal(runs, kind):
     before, after = map(logits, runs(kind))
     assert list(after) == ["shapes", "fractals", "petals"] and after["petals"].shape == (5, 24)
     for task in before:
@@ -102,7 +102,7 @@ def test_the_other_tasks_answer_as_before_to_the_bit(runs, kind):
 
 
 @pytest.mark.parametrize("kind", ["moe", "lora"])
-def test_nothing_but_the_new_tasks_own_is_another_weight(runs, kind):
+def test_only_weights_of_the_new_task_are_added(runs, kind):
     before, after = map(weights_of, runs(kind))
     new = {name for name in after if ".petals" in name}
     assert after.keys() - new == before.keys() and len(new) == (2 if kind == "lora" else 4)
@@ -113,22 +113,22 @@ def test_nothing_but_the_new_tasks_own_is_another_weight(runs, kind):
     assert all(".petals" in name for name in moments)
 
 
-def test_its_routers_start_as_the_mean_of_the_others_and_learn(runs):
+def test_new_routers_start_at_the_mean_of_the_others_and_train(runs):
     before, after = map(weights_of, runs("moe"))
     mean = sum(before[f"vit.blocks.3.mlp.router.weight.{task}"] for task in ("shapes", "fractals")) / 2
     moved = (after["vit.blocks.3.mlp.router.weight.petals"] - mean).abs().max()
-    # Three updates of AdamW move a weight by at most three learning rates, and these differ by far more.
+    # Three updates of AdamW move a weight by at most three learning rates. The routers differ by far more.
     assert 0 < moved <= 0.031 and (before["vit.blocks.3.mlp.router.weight.shapes"] - mean).abs().max() > 0.031
 
 
-def test_a_router_that_is_told_the_task_takes_the_new_one_for_the_mean_of_the_others(runs):
+def test_a_task_conditioned_router_starts_the_new_task_at_the_mean_of_the_others(runs):
     before, after = map(weights_of, runs("conditioned"))
     name = "vit.blocks.5.mlp.router.embed.0.weight"
     assert torch.equal(after[name][:, :2], before[name]) and torch.equal(after[name][:, 2], before[name].mean(1))
 
 
-def test_a_head_alone_is_the_probe_of_the_features_that_the_run_makes(runs):
-    """Against the gradient: at the optimum of a convex problem there is none."""
+def test_a_head_trained_alone_is_the_linear_probe_of_the_runs_features(runs):
+    """The gradient is zero at the optimum of this convex problem."""
     _, after = runs("lora")
     loaded = moe_bsr.load(after)
     data, model = loaded.data("petals", "train"), loaded.models["petals"]
@@ -144,7 +144,7 @@ def test_a_head_alone_is_the_probe_of_the_features_that_the_run_makes(runs):
     assert weight.grad.abs().max() < 1e-3 and bias.grad.abs().max() < 1e-3
 
 
-def test_it_is_a_run_like_any_other(runs):
+def test_report_and_evaluation_cover_all_tasks(runs):
     before, after = runs("moe")
     report, then = (json.loads((run / "report.json").read_text()) for run in (after, before))
     assert list(report["tasks"]) == ["shapes", "fractals", "petals"]
@@ -169,7 +169,7 @@ def test_it_is_a_run_like_any_other(runs):
     assert listed["shapes"] == tasks_of(before)[0] and len(listed["petals"]["data_sha256"]) == 64
 
 
-def test_killed_it_goes_on_without_the_run_it_came_from_and_opens_no_image_of_other_tasks(runs, tmp_path, monkeypatch):
+def test_a_resume_needs_neither_the_source_run_nor_images_of_other_tasks(runs, tmp_path, monkeypatch):
     before, whole = runs("moe")
     source = shutil.copytree(before, tmp_path / "source")
     opened, load_task = [], folder.load_task
@@ -185,11 +185,11 @@ def test_killed_it_goes_on_without_the_run_it_came_from_and_opens_no_image_of_ot
     assert opened == ["petals", "petals"]
 
 
-# --- one fewer ---
+# --- one task removed ---
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_task_added_and_removed_leaves_what_was_there(runs, tmp_path, kind):
+def test_adding_and_removing_a_task_restores_the_run(runs, tmp_path, kind):
     before, after = runs(kind)
     write_run(read_finished(after, ["petals"]), after, tmp_path / "run")
     first, second = weights_of(before), weights_of(tmp_path / "run")
@@ -198,7 +198,7 @@ def test_a_task_added_and_removed_leaves_what_was_there(runs, tmp_path, kind):
     assert first.keys() == second.keys() and all(torch.equal(first[task], second[task]) for task in first)
 
 
-def test_without_another_task_the_added_one_answers_as_before(runs, tmp_path):
+def test_removing_another_task_does_not_change_the_added_one(runs, tmp_path):
     _, after = runs("conditioned")
     write_run(read_finished(after, ["shapes"]), after, tmp_path / "run")
     first, second = logits(after), logits(tmp_path / "run")
@@ -211,10 +211,10 @@ def test_without_another_task_the_added_one_answers_as_before(runs, tmp_path):
         moe_bsr.train(config, tmp_path / "run", resume=True, callbacks=[])
 
 
-# --- refused ---
+# --- refusals ---
 
 
-def test_what_cannot_be_added_or_removed_is_refused(runs, tmp_path):
+def test_invalid_additions_and_removals_are_refused(runs, tmp_path):
     before, after = runs("moe")
     with pytest.raises(ConfigError, match="has a task petals already"):
         added_task_config(after, new_task(tmp_path))
@@ -247,7 +247,7 @@ def test_only_names_tasks_and_needs_a_run(tmp_path, changes, message):
         make_config(tmp_path, **changes)
 
 
-def test_a_kept_task_is_one_of_the_runs(runs, tmp_path):
+def test_a_kept_task_must_be_in_the_source_run(runs, tmp_path):
     before, _ = runs("moe")
     config = make_config(tmp_path, train__init_from=str(before))
     config = replace(config, tasks=[new_task(tmp_path), config.tasks[0]], train__only=["shapes"])

@@ -1,5 +1,5 @@
-"""ALaST: with all blocks and all tokens it is full fine-tuning; a block that is not drawn does not move; budgets follow
-their definition, resume to the bit and are each task's own; no update takes more than what is predicted."""
+"""ALaST: full fine-tuning as a special case, which blocks move, budgets by their definition and per task, resumed runs
+that are bitwise equal, and predicted peak memory."""
 
 import json
 from collections import Counter
@@ -40,8 +40,8 @@ FULL = {
 ALAST = FULL | {"train__alast": {"blocks": 3, "budget": 0.8, "budget_lr": 0.02}}
 
 
-class Seen(Callback):
-    """What each update of a run did: its task, budgets, blocks drawn, parameters that moved, and tokens left."""
+class UpdateRecorder(Callback):
+    """Records each update of a run: task, budgets, drawn blocks, parameters that moved, and tokens left."""
 
     def __init__(self) -> None:
         self.updates: list[SimpleNamespace] = []
@@ -51,14 +51,14 @@ class Seen(Callback):
         self.before = self.values()
 
     def values(self) -> dict[str, torch.Tensor]:
-        """Of weights, and of the optimizer's state."""
+        """Return copies of the weights and of the optimizer's state."""
         state = self.trainer.state.state_dict()
         tensors = dict(self.model.named_parameters()) | state["optimizer"]
         return {name: value.detach().clone() for name, value in tensors.items()}
 
     def on_step(self, step) -> None:
         after, alast = self.values(), self.trainer.updates.schedule
-        budgets = list(alast.budgets[step.task])  # the list is changed behind this callback
+        budgets = list(alast.budgets[step.task])  # a copy, because the trainer changes the list later
         moved = {
             name for name, value in after.items() if not torch.equal(value, self.before.get(name, torch.tensor(0)))
         }
@@ -89,10 +89,10 @@ def run(config: Config, folder, callback: Callback):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nobody interrupted: its configuration, trainer and updates."""
+    """An uninterrupted run: its configuration, trainer and updates."""
     folder = tmp_path_factory.mktemp("alast")
     config = make_config(folder, **ALAST)
-    return config, run(config, folder / "run", seen := Seen()), seen.updates
+    return config, run(config, folder / "run", seen := UpdateRecorder()), seen.updates
 
 
 def assert_alike(ours: dict, theirs: dict) -> None:
@@ -100,20 +100,20 @@ def assert_alike(ours: dict, theirs: dict) -> None:
     assert [name for name, value in ours.items() if not torch.equal(value, theirs[name])] == []
 
 
-def test_all_blocks_and_all_tokens_are_full_fine_tuning(tmp_path):
+def test_with_all_blocks_and_all_tokens_it_equals_full_fine_tuning(tmp_path):
     small = {"train__steps": 3, "train__grad_accumulation_steps": 1, "backbone__image_size": 32}
     config = make_config(tmp_path, **FULL | small)
     everything = configuration.replace(config, train__alast={"blocks": 6, "min_budget": 1.0})
-    plain = run(config, tmp_path / "plain", told := Metrics()).state.state_dict()
-    alast = run(everything, tmp_path / "alast", also := Metrics()).state.state_dict()
+    plain = run(config, tmp_path / "plain", plain_metrics := Metrics()).state.state_dict()
+    alast = run(everything, tmp_path / "alast", alast_metrics := Metrics()).state.state_dict()
     for group in ("weights", "optimizer"):
         assert_alike(plain[group], alast[group])
     budgets = {f"budget_{block}": 1.0 for block in range(6)}
-    assert also.lines == [line | budgets for line in told.lines]
+    assert alast_metrics.lines == [line | budgets for line in plain_metrics.lines]
 
 
-def test_only_what_is_drawn_moves_and_neither_does_the_state_of_the_rest(whole):
-    """Weight decay would move weights, and momentum too."""
+def test_only_drawn_blocks_and_their_optimizer_state_change(whole):
+    """Any update would move a weight, if only by weight decay or momentum."""
     _, trainer, updates = whole
     layers, depth = trainer.model.layers(), len(trainer.model.plan)
     names = {name: layers[id(p)] for name, p in trainer.model.named_parameters()}
@@ -130,7 +130,7 @@ def test_only_what_is_drawn_moves_and_neither_does_the_state_of_the_rest(whole):
     assert all(p.grad is None and p.requires_grad for p in trainer.model.parameters())
 
 
-def test_budgets_follow_their_definition_and_are_each_tasks_own(whole):
+def test_budgets_follow_their_definition_per_task(whole):
     _, trainer, updates = whole
     limited = set()
     for task in trainer.tasks:
@@ -148,7 +148,7 @@ def test_budgets_follow_their_definition_and_are_each_tasks_own(whole):
     assert not set(one) & set(other) - limited
 
 
-def test_distances_are_those_of_plain_blocks_and_tokens_are_dropped_in_training_alone(whole):
+def test_distances_equal_those_of_plain_blocks_and_only_training_drops_tokens(whole):
     _, trainer, updates = whole
     for update in updates:
         left, expected = 16, {}
@@ -158,7 +158,7 @@ def test_distances_are_those_of_plain_blocks_and_tokens_are_dropped_in_training_
         assert update.left == [expected] * 2 and left < 16
     model, images = trainer.model.eval(), torch.randn(3, 3, 32, 32)
     with torch.no_grad():
-        assert model(images, "shapes").records == {}  # what evaluation runs
+        assert model(images, "shapes").records == {}  # evaluation drops no tokens
         with drawn_blocks.following(model) as seen:
             model(images, "shapes")
         x, expected = model.family.embed(model.vit, images).x, []
@@ -171,7 +171,7 @@ def test_distances_are_those_of_plain_blocks_and_tokens_are_dropped_in_training_
     assert "run_block" not in vars(model)
 
 
-def test_resumed_it_is_the_run_that_was_not_interrupted(whole, tmp_path, monkeypatch):
+def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(whole, tmp_path, monkeypatch):
     config, trainer, _ = whole
     resumed = crashed_and_resumed(monkeypatch, config, tmp_path / "run")
     assert any("resumed from" in line for line in resumed.about)
@@ -180,7 +180,7 @@ def test_resumed_it_is_the_run_that_was_not_interrupted(whole, tmp_path, monkeyp
     assert resumed.updates.schedule.state() == trainer.updates.schedule.state()
 
 
-def test_updates_that_are_only_tried_leave_no_trace_and_a_broken_state_is_refused(whole, tmp_path):
+def test_a_trial_update_leaves_the_budgets_and_an_invalid_state_is_refused(whole, tmp_path):
     trainer = make_trainer(whole[0], tmp_path / "run")
     alast, batches = trainer.updates.schedule, trainer.batches()
     before = json.dumps(alast.state())
@@ -200,7 +200,7 @@ def test_updates_that_are_only_tried_leave_no_trace_and_a_broken_state_is_refuse
             alast.restore(good | broken)
 
 
-def test_blocks_are_drawn_without_replacement_by_budget_as_a_function_of_seed_and_step(whole):
+def test_blocks_are_drawn_without_replacement_in_proportion_to_budgets(whole):
     alast = make_trainer(whole[0], whole[1].folder.parent / "draws").updates.schedule
     weights = [0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
     alast.budgets["shapes"] = weights
@@ -217,35 +217,35 @@ def test_blocks_are_drawn_without_replacement_by_budget_as_a_function_of_seed_an
     assert sum((counts[d] / 2000 - p) ** 2 for d, p in expected.items()) < 2 / 2000
 
 
-# --- what it takes ---
+# --- memory ---
 
 PLAN = {key: value for key, value in FULL.items() if key.startswith(("plan", "tokens"))}
 ALONE = {"runtime__device": "cpu", "runtime__precision": "fp32", "runtime__threads": 1}
 
 
-def test_the_prediction_is_of_the_costliest_draw_and_no_update_takes_more(monkeypatch):
+def test_the_predicted_peak_is_that_of_the_costliest_draw(monkeypatch):
     config = configuration.replace(Config(), **PLAN, **ALONE, train__alast__blocks=2)
     model, about = MultitaskViT(make_vit(), config, CLASSES), {"batch": 16, "precision": "fp32", "task": "two"}
-    told = prediction.predict(model, config, **about)
+    predicted = prediction.predict(model, config, **about)
     peaks = {}
     for blocks in combinations(range(4), 2):
         with monkeypatch.context() as patch:
             patch.setattr(drawn_blocks, "costliest", lambda *_, blocks=blocks: blocks)
             peaks[blocks] = prediction.predict(model, config, **about).peak
-    assert told.peak == max(peaks.values()) > min(peaks.values())
+    assert predicted.peak == max(peaks.values()) > min(peaks.values())
 
     step = training_step(model, config, prepare(config.runtime), batch=16, task="two")
-    seen = measure(step)
-    assert (told.gradients, told.optimizer, told.kept) == (seen.gradients, seen.optimizer, seen.kept)
-    limit = told.peak - told.parameters - told.optimizer
-    assert limit == pytest.approx(max(seen.peaks.values()), rel=0.03)
+    found = measure(step)
+    assert (predicted.gradients, predicted.optimizer, predicted.kept) == (found.gradients, found.optimizer, found.kept)
+    limit = predicted.peak - predicted.parameters - predicted.optimizer
+    assert limit == pytest.approx(max(found.peaks.values()), rel=0.03)
     for blocks, budgets in (([0, 3], [0.9] * 4), ([0, 1], [1.0, 0.99, 0.5, 0.5])):
         with drawn_blocks.drawn(model, blocks, budgets):
             assert max(measure(step).peaks.values()) <= limit
-    assert prediction.predict(model, config, **about) == told and all(p.requires_grad for p in model.parameters())
+    assert prediction.predict(model, config, **about) == predicted and all(p.requires_grad for p in model.parameters())
 
 
-# --- what is refused ---
+# --- refusals ---
 
 
 @pytest.mark.parametrize(
@@ -267,13 +267,13 @@ def test_the_prediction_is_of_the_costliest_draw_and_no_update_takes_more(monkey
         ({"train__alast__budget_lr": -1.0}, "train.alast.budget_lr = -1.0: null (train.lr) or above 0"),
     ],
 )
-def test_what_does_not_go_with_it_is_refused(changes, message):
+def test_incompatible_settings_are_refused(changes, message):
     with pytest.raises(ConfigError) as error:
         configuration.replace(Config(), **PLAN | {"train__alast__blocks": 2} | changes)
     assert message in str(error.value)
 
 
-def test_more_blocks_than_there_are_no_class_token_and_several_processes_are_refused():
+def test_too_many_blocks_no_class_token_and_several_processes_are_refused():
     config = configuration.replace(Config(), **PLAN, train__alast__blocks=5)
     with pytest.raises(ConfigError, match="train.alast.blocks = 5: at most the 4 blocks"):
         alast.check(MultitaskViT(make_vit(), config, CLASSES), config)
@@ -284,6 +284,6 @@ def test_more_blocks_than_there_are_no_class_token_and_several_processes_are_ref
         alast.schedule_of(None, config, SimpleNamespace(world=2))
 
 
-def test_a_probe_of_such_a_configuration_has_no_budgets():
+def test_a_probe_configuration_disables_alast():
     config = configuration.replace(Config(), **PLAN, train__alast__blocks=5)
     assert probe_config(config).train.alast.blocks is None

@@ -1,4 +1,4 @@
-"""What only looks at training cannot stop it; what is the run's own record ends it with everything saved."""
+"""Failing callbacks do not stop a run; a failure to write the run's own record ends it with everything saved."""
 
 import errno
 import json
@@ -41,7 +41,7 @@ ERRORS = [
 
 
 class Failing(Callback):
-    """Raises in one hook each time it is called, and notes every call."""
+    """Callback that raises in one hook at each call and records all calls."""
 
     def __init__(self, name: str, hook: str, error: BaseException) -> None:
         self.name, self.calls = name, []
@@ -58,22 +58,22 @@ class Failing(Callback):
         return call
 
 
-class Witness(Callback):
-    """Notes all it is told, and adds to the report."""
+class Recorder(Callback):
+    """Callback that records the events it gets and adds to the report."""
 
     name = "witness"
 
     def __init__(self) -> None:
-        self.told: list = []
+        self.log: list = []
 
     def on_step(self, step) -> None:
-        self.told.append((step.step, step.task, step.metrics))
+        self.log.append((step.step, step.task, step.metrics))
 
     def on_evaluate(self, evaluation) -> None:
-        self.told.append((evaluation.step, evaluation.split, {t: s["top1"] for t, s in evaluation.scores.items()}))
+        self.log.append((evaluation.step, evaluation.split, {t: s["top1"] for t, s in evaluation.scores.items()}))
 
     def on_end(self, report) -> dict:
-        return {"witness": len(self.told)}
+        return {"witness": len(self.log)}
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +83,9 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(config, tmp_path_factory):
-    folder, witness = tmp_path_factory.mktemp("alone") / "run", Witness()
-    train(config, folder, callbacks=[witness])
-    return folder, witness
+    folder, recorder = tmp_path_factory.mktemp("alone") / "run", Recorder()
+    train(config, folder, callbacks=[recorder])
+    return folder, recorder
 
 
 def record(folder) -> dict[str, bytes]:
@@ -93,13 +93,13 @@ def record(folder) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in names}
 
 
-def test_failing_callbacks_are_named_once_each_and_change_nothing(config, alone, tmp_path):
-    """One for each hook and one for each kind of error, all in one run."""
+def test_failing_callbacks_are_each_reported_once_and_change_nothing(config, alone, tmp_path):
+    """One failing callback for each hook and one for each kind of error, all in one run."""
     cases = [(hook, ERRORS[0]) for hook in HOOKS] + [("on_evaluate", error) for error in ERRORS[1:]]
-    failing, witness = [Failing(f"failing {n}", *case) for n, case in enumerate(cases)], Witness()
+    failing, recorder = [Failing(f"failing {n}", *case) for n, case in enumerate(cases)], Recorder()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        report = train(config, tmp_path / "run", callbacks=[*failing, witness])
+        report = train(config, tmp_path / "run", callbacks=[*failing, recorder])
     lines = [str(each.message) for each in caught if "callback" in str(each.message)]
     assert len(lines) == len(cases)
     for callback, (hook, error) in zip(failing, cases, strict=True):
@@ -109,11 +109,11 @@ def test_failing_callbacks_are_named_once_each_and_change_nothing(config, alone,
         after = callback.calls[callback.calls.index(hook) + 1 :]
         assert after == (["close"] if hook != "close" else []), hook
     assert record(tmp_path / "run") == record(alone[0])
-    assert witness.told == alone[1].told and report["witness"] == len(witness.told) and report["status"] == "finished"
+    assert recorder.log == alone[1].log and report["witness"] == len(recorder.log) and report["status"] == "finished"
 
 
-def test_what_is_no_json_costs_neither_checkpoint_nor_report(config, alone, tmp_path):
-    """A set, a tensor, no table; of the state and of the report: all in one run."""
+def test_values_that_are_not_json_prevent_neither_checkpoint_nor_report(config, alone, tmp_path):
+    """A set, a tensor, and a number instead of a mapping, from the state and from the report hook, all in one run."""
     cases = [(hook, value) for hook in ("state", "on_end") for value in ({"a": {1, 2}}, {"a": torch.ones(1)}, 5)]
     callbacks = [Callback() for _ in cases]
     for number, (callback, (hook, value)) in enumerate(zip(callbacks, cases, strict=True)):
@@ -127,18 +127,18 @@ def test_what_is_no_json_costs_neither_checkpoint_nor_report(config, alone, tmp_
     assert report["status"] == "finished" and record(tmp_path / "run") == record(alone[0])
 
 
-def test_a_callback_that_lacks_a_hook_is_left_out(config, tmp_path):
+def test_a_callback_without_a_hook_is_disabled(config, tmp_path):
     with pytest.warns(UserWarning, match="failed in restore: AttributeError"):
         assert train(config, tmp_path / "run", callbacks=[object()])["status"] == "finished"
 
 
-def test_a_report_is_not_changed_through_what_a_callback_is_given(config, tmp_path):
+def test_a_callback_cannot_change_the_report_it_gets(config, tmp_path):
     callback = Callback()
     callback.on_end = lambda report: report.clear()
     assert train(config, tmp_path / "run", callbacks=[callback])["status"] == "finished"
 
 
-def test_a_silent_callbacks_last_state_stays_in_the_checkpoint():
+def test_the_last_state_of_a_failed_callback_stays_in_the_checkpoint():
     callback = Callback()
     callback.state = iter([{"n": 1}]).__next__
     callbacks = Callbacks([callback])
@@ -151,28 +151,28 @@ def test_a_silent_callbacks_last_state_stays_in_the_checkpoint():
 # --- evaluations ---
 
 
-class Looking(Callback):
-    """Notes which checkpoint is there when it is told of an evaluation, and may end the process then."""
+class CheckpointRecorder(Callback):
+    """Callback that records the checkpoint present at each evaluation, and may then end the process."""
 
     def __init__(self, folder, end=lambda: None) -> None:
         self.folder, self.end, self.seen = folder, end, []
 
     def on_evaluate(self, evaluation) -> None:
         if evaluation.split == "val":
-            place = self.folder / "checkpoint" / str(evaluation.step)
-            self.seen.append((evaluation.step, checkpoint.damage(place), checkpoint.read(place)[1]["best_step"]))
+            folder = self.folder / "checkpoint" / str(evaluation.step)
+            self.seen.append((evaluation.step, checkpoint.damage(folder), checkpoint.read(folder)[1]["best_step"]))
             self.end()
 
 
-def test_an_evaluation_is_on_the_disk_before_a_callback_hears_of_it(config, tmp_path):
-    looking = Looking(tmp_path / "run")
-    report = train(config, tmp_path / "run", callbacks=[looking])
-    assert [(step, wrong) for step, wrong, _ in looking.seen] == [(2, None), (4, None)]
-    assert looking.seen[-1][2] == report["selected_step"]
+def test_an_evaluation_is_saved_before_callbacks_get_it(config, tmp_path):
+    recorder = CheckpointRecorder(tmp_path / "run")
+    report = train(config, tmp_path / "run", callbacks=[recorder])
+    assert [(step, wrong) for step, wrong, _ in recorder.seen] == [(2, None), (4, None)]
+    assert recorder.seen[-1][2] == report["selected_step"]
 
 
 class Killed(BaseException):
-    """Ends a process in the middle, as no exception of a callback's would."""
+    """Ends a run like a kill: unlike an exception of a callback, nothing catches it."""
 
 
 def killed() -> None:
@@ -180,13 +180,13 @@ def killed() -> None:
 
 
 @pytest.mark.parametrize("at", [2, 4])
-def test_killed_while_callbacks_hear_of_an_evaluation_it_is_not_repeated(config, alone, tmp_path, monkeypatch, at):
+def test_a_kill_in_a_callback_does_not_repeat_the_evaluation(config, alone, tmp_path, monkeypatch, at):
     folder = tmp_path / "run"
     with pytest.raises(Killed):
         train(
             config,
             folder,
-            callbacks=[Looking(folder, lambda: killed() if checkpoint.steps(folder)[-1] == at else None)],
+            callbacks=[CheckpointRecorder(folder, lambda: killed() if checkpoint.steps(folder)[-1] == at else None)],
         )
     evaluate, evaluated = trainer_module.evaluate, []
     monkeypatch.setattr(trainer_module, "evaluate", lambda *a: evaluated.append(a[2]) or evaluate(*a))
@@ -199,7 +199,7 @@ def fail(*arguments):
     raise FloatingPointError("logits that are not finite")
 
 
-def test_an_evaluation_that_fails_costs_no_update(config, alone, tmp_path, monkeypatch):
+def test_a_failed_evaluation_loses_no_update(config, alone, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(FloatingPointError):
         patch.setattr(trainer_module, "evaluate", fail)
         train(config, tmp_path / "run", callbacks=[])
@@ -212,9 +212,9 @@ def test_an_evaluation_that_fails_costs_no_update(config, alone, tmp_path, monke
 
 
 class Full(Jsonl):
-    """A disk with room for so many bytes of metrics."""
+    """Writer for a disk with space for a given number of bytes of metrics."""
 
-    room = 500
+    space = 500
 
     def restore(self, state) -> None:
         super().restore(state)
@@ -222,7 +222,7 @@ class Full(Jsonl):
 
         class Stream:
             def write(self, content: bytes) -> int:
-                left = full.room - file.tell()
+                left = full.space - file.tell()
                 if left <= 0:
                     raise OSError(errno.ENOSPC, "No space left on device", str(full.path))
                 return file.write(content[:left])
@@ -233,14 +233,14 @@ class Full(Jsonl):
         self.stream = Stream()
 
 
-@pytest.mark.parametrize(("kind", "room"), [("round_robin", 1), ("round_robin", 500), ("joint", 500)])
-def test_without_room_for_metrics_a_run_ends_saved_and_goes_on_to_the_same_bytes(config, alone, tmp_path, kind, room):
+@pytest.mark.parametrize(("kind", "space"), [("round_robin", 1), ("round_robin", 500), ("joint", 500)])
+def test_a_full_disk_ends_a_run_saved_and_a_resume_gives_the_same_bytes(config, alone, tmp_path, kind, space):
     whole = alone[0]
     if kind == "joint":
         config, whole = replace(config, sampler__kind=kind), tmp_path / "whole"
         make_trainer(config, whole, [Jsonl(whole)]).fit()
     full = Full(tmp_path / "cut")
-    full.room = room
+    full.space = space
     with pytest.raises(TrainingFailed) as failure:
         make_trainer(config, tmp_path / "cut", [full]).fit()
     line, saved = str(failure.value), checkpoint.steps(tmp_path / "cut")
@@ -251,7 +251,7 @@ def test_without_room_for_metrics_a_run_ends_saved_and_goes_on_to_the_same_bytes
 
 
 @pytest.mark.parametrize("left", [0, 100, 250])
-def test_a_shortened_record_is_noted_once_and_no_line_is_cut_in_two(config, tmp_path, left):
+def test_a_truncated_record_gives_one_warning_and_leaves_no_partial_line(config, tmp_path, left):
     jsonl, folder = Jsonl(tmp_path), tmp_path
     lines = [json.dumps({"step": step}) + "\n" for step in range(40)]
     jsonl.path.write_text("".join(lines)[:left])
@@ -261,7 +261,7 @@ def test_a_shortened_record_is_noted_once_and_no_line_is_cut_in_two(config, tmp_
     assert len(noted) == 1 and all(json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
 
 
-def test_a_changed_record_is_noted_and_an_unchanged_one_is_not(config, tmp_path):
+def test_only_a_changed_record_gives_a_warning(config, tmp_path):
     jsonl = Jsonl(tmp_path)
     jsonl.restore({})
     for step in range(5):

@@ -1,4 +1,4 @@
-"""Legal settings that spoil a result are named before the run, with their numbers; sound ones are not."""
+"""Valid settings that harm a result give a warning with their numbers before the run; sound settings do not."""
 
 from pathlib import Path
 
@@ -42,25 +42,25 @@ def make(changes: dict, sizes: dict[str, int] = SIZES):
 
 
 @pytest.mark.parametrize("changes, words", CASES)
-def test_a_setting_that_spoils_a_run_is_named_with_its_numbers(changes, words):
+def test_a_harmful_setting_gives_a_warning_with_its_numbers(changes, words):
     (line,) = doubts(make(changes), SIZES)
     assert all(word in line for word in words), line
 
 
-def test_a_batch_larger_than_a_tasks_images_says_how_often_each_is_shown():
+def test_a_batch_larger_than_a_task_gives_a_warning():
     (line,) = doubts(make({"train": {"batch_size": 4096}}), {"a": 21, "b": 5000})
     assert "train.batch_size = 4096" in line and "a has 21" in line and "195 times" in line
 
 
 @pytest.mark.parametrize("kind, lines", [("proportional", 1), ("temperature", 0), ("round_robin", 0), ("joint", 0)])
-def test_a_task_that_a_sampler_starves_is_named_with_its_share(kind, lines):
+def test_a_task_with_few_updates_gives_a_warning_with_its_share(kind, lines):
     sizes = {"a": 50_000, "b": 60}
     found = doubts(make({"sampler": {"kind": kind}, "train": {"steps": 500}}), sizes)
     assert len(found) == lines
     assert not lines or all(word in found[0] for word in ("b gets 1 of 500 updates", "0.2%", "epochs of its 60"))
 
 
-def test_a_task_that_gets_no_update_is_named():
+def test_a_task_without_updates_gives_a_warning():
     found = doubts(make({"train": {"steps": 1}}), SIZES)
     assert any("b gets 0 of 1 updates" in line for line in found)
     alone = make({"train": {"steps": 1}, "mode": "single_task"})
@@ -68,21 +68,21 @@ def test_a_task_that_gets_no_update_is_named():
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
-def test_the_shipped_configurations_give_no_cause_for_doubt(name):
+def test_the_configurations_in_the_repository_give_no_warning(name):
     config = load(CONFIGS / f"{name}.yaml")
     found = doubts(config, dict.fromkeys(config.task_names(), 5000))
     assert [line for line in found if not line.startswith("train.ema_decay")] == []
 
 
-class Told(Callback):
+class StartRecorder(Callback):
     def on_start(self, start) -> None:
         self.lines = start.about
 
 
-def test_doubts_are_told_in_a_dry_run_and_at_the_start(tmp_path, capsys):
+def test_warnings_are_shown_in_a_dry_run_and_at_the_start(tmp_path, capsys):
     config = make_config(tmp_path, train__batch_size=64, train__steps=2, train__evaluate_test=False)
     (tmp_path / "c.yaml").write_text(dump(config))
     assert main(["train", str(tmp_path / "c.yaml"), "--run", str(tmp_path / "run"), "--dry-run"]) == 0
-    train(config, tmp_path / "run", callbacks=[told := Told()])
-    for lines in (capsys.readouterr().out.splitlines(), told.lines):
+    train(config, tmp_path / "run", callbacks=[recorder := StartRecorder()])
+    for lines in (capsys.readouterr().out.splitlines(), recorder.lines):
         assert any(line.startswith("warning: train.batch_size = 64, but shapes has 23 training") for line in lines)

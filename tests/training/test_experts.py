@@ -1,4 +1,4 @@
-"""Training with low-rank experts: rates, prototypes, and runs that start from runs, resume, gain a task, leave."""
+"""Training with low-rank experts: learning rates, prototypes, warm starts, added tasks, merging and cost."""
 
 import functools
 
@@ -24,7 +24,7 @@ LOW_RANK = {"moe__experts": "low_rank", "moe__rank": 4}
 DENSE = {"plan__moe_blocks": []}
 
 
-# --- rates and decay ---
+# --- learning rates and decay ---
 
 
 def by_name(model, **settings) -> dict[str, dict]:
@@ -32,22 +32,20 @@ def by_name(model, **settings) -> dict[str, dict]:
     return {name: group for group in groups for name in group["names"]}
 
 
-def test_low_rank_experts_learn_ten_times_as_fast_without_decay_and_full_ones_as_their_block():
-    place = "vit.blocks.3.mlp."
+def test_low_rank_experts_have_ten_times_the_rate_and_no_weight_decay():
+    mlp = "vit.blocks.3.mlp."
     groups = by_name(make_model(moe_blocks=(1, 3), experts="low_rank"), layer_decay=0.5)
-    assert (groups[place + "experts.fc2_weight"]["lr_scale"], groups[place + "shared.fc2.weight"]["lr_scale"]) == (
+    assert (groups[mlp + "experts.fc2_weight"]["lr_scale"], groups[mlp + "shared.fc2.weight"]["lr_scale"]) == (
         5,
         0.5,
     )
-    assert (
-        groups[place + "experts.fc1_weight"]["weight_decay"] == 0 < groups[place + "shared.fc1.weight"]["weight_decay"]
-    )
+    assert groups[mlp + "experts.fc1_weight"]["weight_decay"] == 0 < groups[mlp + "shared.fc1.weight"]["weight_decay"]
     full = by_name(make_model(moe_blocks=(1, 3)), layer_decay=0.5)
-    assert full[place + "experts.fc1_weight"]["lr_scale"] == 0.5
-    assert full[place + "experts.fc1_weight"]["weight_decay"] == 0.05
+    assert full[mlp + "experts.fc1_weight"]["lr_scale"] == 0.5
+    assert full[mlp + "experts.fc1_weight"]["weight_decay"] == 0.05
 
 
-def test_experts_and_routers_have_rates_of_their_own_and_routers_may_be_held():
+def test_experts_and_routers_have_their_own_rates_and_routers_may_be_held():
     settings = {"expert_lr_scale": 4.0, "router_lr_scale": 7.0, "router_hold": 20, "expert_decay": "none"}
     groups = by_name(make_model(moe_blocks=(1, 3)), **settings)
     experts, router = (groups[f"vit.blocks.3.mlp.{name}"] for name in ("experts.fc1_weight", "router.weight.one"))
@@ -56,21 +54,21 @@ def test_experts_and_routers_have_rates_of_their_own_and_routers_may_be_held():
     assert groups["heads.one.weight"]["lr_scale"] == 1.0
 
 
-def test_held_routers_move_at_the_update_they_are_held_to(tmp_path):
+def test_held_routers_move_only_after_the_hold(tmp_path):
     trainer = make_trainer(make_config(tmp_path, train__router_hold=2, moe__init_noise=0.1), tmp_path / "run")
     batches = trainer.inputs.batches(trainer.sampler.batches())
-    seen = [state_of(trainer.model)]
+    states = [state_of(trainer.model)]
     for step in range(3):
         trainer.take(batches, step, 1e-2)
         trainer.state.step = step + 1
-        seen.append(state_of(trainer.model))
+        states.append(state_of(trainer.model))
     name = "vit.blocks.3.mlp.router.weight.shapes"
-    assert [torch.equal(a[name], b[name]) for a, b in zip(seen, seen[1:], strict=False)] == [True, True, False]
+    assert [torch.equal(a[name], b[name]) for a, b in zip(states, states[1:], strict=False)] == [True, True, False]
     batches.close()
 
 
 @pytest.mark.parametrize("options", [{}, {"experts": "covering_slices", "num_experts": 4}], ids=["full", "slices"])
-def test_decay_towards_the_mean_is_towards_that_of_the_copies(options):
+def test_decay_towards_the_mean_uses_the_mean_of_copies_of_the_same_slice(options):
     model = make_model(moe_blocks=(1, 3), init_noise=0.5, **options)
     experts = model.vit.blocks[3].mlp.experts
     before = experts.fc1_weight.detach().clone()
@@ -86,7 +84,7 @@ def test_decay_towards_the_mean_is_towards_that_of_the_copies(options):
 # --- prototypes ---
 
 
-def test_prototypes_are_the_directions_of_clusters_and_decided():
+def test_prototypes_are_the_scaled_directions_of_clusters():
     directions = torch.linalg.qr(normal(12, 12))[0][:3]
     which = torch.arange(300) % 3
     tokens = 3.0 * directions[which] + 0.1 * normal(300, 12)
@@ -102,18 +100,18 @@ def test_prototypes_are_the_directions_of_clusters_and_decided():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A dense run, one of low-rank experts at prototypes that starts from it, and that with one task more."""
-    place = tmp_path_factory.mktemp("experts")
+    """A dense run, a run of low-rank experts with prototypes that starts from it, and that run with an added task."""
+    folder = tmp_path_factory.mktemp("experts")
     short = {"train__steps": 4, "train__checkpoint_every": 4, "moe__balance_loss": "across_tasks"} | QUICK
-    moe_bsr.train(make_config(place, **DENSE, **short), place / "dense", callbacks=[])
+    moe_bsr.train(make_config(folder, **DENSE, **short), folder / "dense", callbacks=[])
     config = make_config(
-        place, moe__gate="prototype", train__ema_decay=0.9, **LOW_RANK, **short, train__init_from=str(place / "dense")
+        folder, moe__gate="prototype", train__ema_decay=0.9, **LOW_RANK, **short, train__init_from=str(folder / "dense")
     )
-    moe_bsr.train(config, place / "low_rank", callbacks=[])
-    (place / "petals.yaml").write_text(TASK.format("petals", 24, 60))
-    added = replace(added_task_config(place / "low_rank", str(place / "petals.yaml")), train__penalty=1e-2, **QUICK)
-    moe_bsr.train(added, place / "added", callbacks=[])
-    return place
+    moe_bsr.train(config, folder / "low_rank", callbacks=[])
+    (folder / "petals.yaml").write_text(TASK.format("petals", 24, 60))
+    added = replace(added_task_config(folder / "low_rank", str(folder / "petals.yaml")), train__penalty=1e-2, **QUICK)
+    moe_bsr.train(added, folder / "added", callbacks=[])
+    return folder
 
 
 @functools.cache
@@ -133,27 +131,27 @@ def logits(run) -> torch.Tensor:
 
 def test_low_rank_experts_start_from_a_dense_run_exactly(runs):
     config = make_config(runs, moe__gate="image", **LOW_RANK)
-    model, told = warm_start.build_from(str(runs / "dense"), config, loaded(runs / "dense").class_names)
+    model, notes = warm_start.build_from(str(runs / "dense"), config, loaded(runs / "dense").class_names)
     with torch.inference_mode():
-        # The dense last block computes the class token alone: sums of another shape.
+        # The dense last block computes only the class token: sums of another shape.
         started = model.eval()(normal(5, 3, 32, 32), "shapes").logits
         torch.testing.assert_close(started, logits(runs / "dense"), rtol=1e-5, atol=1e-5)
-    assert "low-rank experts of blocks 3, 5, from zero" in "\n".join(told)
+    assert "low-rank experts of blocks 3, 5, from zero" in "\n".join(notes)
 
 
 def test_a_dense_run_starts_from_the_ffn_beside_the_experts(runs):
-    model, told = warm_start.build_from(
+    model, notes = warm_start.build_from(
         str(runs / "low_rank"), make_config(runs, **DENSE), loaded(runs / "dense").class_names
     )
     trained = model_of(runs / "low_rank").vit.blocks[3].mlp.shared
     assert torch.equal(model.vit.blocks[3].mlp.fc1.weight, trained.fc1.weight)
-    assert told[-1] == "left: experts of blocks 3, 5"
+    assert notes[-1] == "left: experts of blocks 3, 5"
 
 
-def test_a_run_begins_at_prototypes_and_never_finds_them_again(runs):
+def test_a_run_starts_at_prototypes_and_does_not_replace_them_later(runs):
     model = model_of(runs / "low_rank")
     weights = model.vit.blocks[3].mlp.router.weight
-    # Both tasks' routers began at the same centers; drawn ones have nothing in common.
+    # Both tasks' routers started at the same centers; randomly drawn ones would be unrelated.
     assert torch.cosine_similarity(*(weight.flatten() for weight in weights.values()), dim=0) > 0.9
     assert not torch.equal(*weights.values())
     assert prototypes.place(model, None, 0) == []
@@ -165,7 +163,7 @@ def test_training_moves_experts_ffn_and_routers(runs):
     assert not torch.equal(logits(runs / "low_rank"), logits(runs / "dense"))
 
 
-def test_one_task_more_leaves_the_others_as_they_are_and_adds_head_and_routers(runs):
+def test_an_added_task_adds_head_and_routers_and_changes_no_other_task(runs):
     assert torch.equal(logits(runs / "added"), logits(runs / "low_rank"))
     model = model_of(runs / "added")
     own = {name for name, p in model.named_parameters() if any(p is q for q in model.own_parameters("petals"))}
@@ -174,7 +172,7 @@ def test_one_task_more_leaves_the_others_as_they_are_and_adds_head_and_routers(r
     }
 
 
-def test_merged_gates_are_one_adapter_for_the_task(runs):
+def test_merged_gates_equal_one_adapter_for_the_task(runs):
     model = model_of(runs / "low_rank")
     layer = model.vit.blocks[5].mlp
     x = normal(2, 6, layer.shared.fc1.in_features)
@@ -190,6 +188,6 @@ def test_merged_gates_are_one_adapter_for_the_task(runs):
 
 
 @pytest.mark.parametrize("gate", ["token", "task"])
-def test_the_cost_predicted_is_the_cost_measured(gate, tmp_path):
+def test_the_predicted_cost_is_the_measured_one(gate, tmp_path):
     config = make_config(tmp_path, moe__gate=gate, storage="bf16", **LOW_RANK)
     assert_predicted_is_measured(config)

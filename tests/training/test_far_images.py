@@ -1,4 +1,4 @@
-"""Training on shards behind a server: the run that the same images in a folder give, whatever happens to the server."""
+"""Training on shards from an HTTP server equals training on the same images in a folder, even if the server fails."""
 
 import numpy as np
 import pytest
@@ -32,14 +32,14 @@ def server(root, monkeypatch):
         yield server
 
 
-def far_config(root, server, place, cache_gb=1):
-    """Seven updates of eight images, 36 of which are an epoch, from the server."""
-    place.mkdir(exist_ok=True)
-    (place / "pictures.yaml").write_text(
+def far_config(root, server, folder, cache_gb=1):
+    """Return a configuration of seven updates of eight images from the server; an epoch has 36 images."""
+    folder.mkdir(exist_ok=True)
+    (folder / "pictures.yaml").write_text(
         f"title: Pictures\nsource: tar\ntrain: {server.url}/shards/train-{{000..005}}.tar\n"
-        f"test: {server.url}/shards/test-000.tar\ncache: {place / 'cache'}\ncache_gb: {cache_gb}\n"
+        f"test: {server.url}/shards/test-000.tar\ncache: {folder / 'cache'}\ncache_gb: {cache_gb}\n"
     )
-    return config_of(root, place / "pictures.yaml")
+    return config_of(root, folder / "pictures.yaml")
 
 
 def config_of(root, file):
@@ -61,17 +61,17 @@ def assert_same(one, other):
 
 
 @pytest.fixture(scope="module")
-def near(root, tmp_path_factory, bare):
-    """What a run on the folder gives."""
+def from_folder(root, tmp_path_factory, bare):
+    """The result of a run on the folder."""
     return trained(config_of(root, root / "pictures.yaml"), tmp_path_factory.mktemp("near"))
 
 
-def test_the_same_run_as_from_a_folder(root, server, near, tmp_path):
-    assert_same(trained(far_config(root, server, tmp_path / "far"), tmp_path / "run"), near)
+def test_a_run_from_the_server_equals_one_from_a_folder(root, server, from_folder, tmp_path):
+    assert_same(trained(far_config(root, server, tmp_path / "far"), tmp_path / "run"), from_folder)
 
 
-def test_a_server_that_dies_costs_nothing(root, server, near, tmp_path, monkeypatch):
-    """In the middle of an epoch, with nothing fetched ahead; the run goes on where it was, once the server is back."""
+def test_a_server_failure_loses_no_update(root, server, from_folder, tmp_path, monkeypatch):
+    """It fails in the middle of an epoch, with nothing prefetched. The run resumes once the server is back."""
     monkeypatch.setattr("moe_bsr.data.loader.AHEAD", 0)
     config = far_config(root, server, tmp_path / "far", cache_gb=0)
 
@@ -88,10 +88,10 @@ def test_a_server_that_dies_costs_nothing(root, server, near, tmp_path, monkeypa
     trainer = make_trainer(config, tmp_path / "run", [Jsonl(tmp_path / "run")])
     trainer.fit(resume=True)
     found = (tmp_path / "run" / "metrics.jsonl").read_bytes(), state_of(trainer.model)
-    assert_same(found, near)
+    assert_same(found, from_folder)
 
 
-def test_ranks_read_disjoint_shares_of_one_order(root, server, tmp_path):
+def test_ranks_read_disjoint_parts_of_one_order(root, server, tmp_path):
     config = configuration.replace(far_config(root, server, tmp_path / "far"), train__grad_accumulation_steps=2)
     whole = make_trainer(config, tmp_path / "run")
     expected = [batch.positions for batch in whole.batches()]
@@ -103,7 +103,7 @@ def test_ranks_read_disjoint_shares_of_one_order(root, server, tmp_path):
         before = len(server.asked)
         batches = list(trainer.batches())
         names = {trainer.tasks["pictures"].train.index[i] for batch in batches for i in batch.positions}
-        assert len(server.asked) - before <= len(names) + 12  # its own images alone, and what the shards are
+        assert len(server.asked) - before <= len(names) + 12  # only its own images, and the listing of the shards
         shares.append([batch.positions for batch in batches])
     assert len(expected) == 7
     for both, first, second in zip(expected, *shares, strict=True):

@@ -1,4 +1,4 @@
-"""Training from kept outputs of the frozen blocks is training, to the bit; what cannot be kept is refused."""
+"""Training from cached outputs of the frozen blocks is bitwise equal to training; invalid settings are refused."""
 
 import shutil
 
@@ -24,7 +24,7 @@ PLANS = {
     "last layer": {"train_blocks": [], "drop_blocks": [], "moe_blocks": []},
     "from the first block": {"train_blocks": [0, 3], "moe_blocks": [3]},
 }
-FRAMES = {
+CASES = {
     "float32": {},
     "bfloat16, ahead": {"runtime__precision": "bf16", "data__prefetch": 2},
     "joint, micro-batches": {"sampler__kind": "joint", "train__steps": 4, "train__grad_accumulation_steps": 2},
@@ -33,7 +33,7 @@ DROP = "a drop before the first trained block"
 
 
 def fit(folder, plan: dict, megabytes: int | None, **changes):
-    """A trainer after its run, and how many images went through the frozen blocks."""
+    """Return a trainer after its run, and the number of images that went through the frozen blocks."""
     settings = {
         "tokens__reduce": "merge" if plan.get("keep_rate") else "drop",
         "data__augment": False,
@@ -44,21 +44,21 @@ def fit(folder, plan: dict, megabytes: int | None, **changes):
     config = make_config(folder, **settings | plan | changes)
     trainer = make_trainer(config, folder / f"run{megabytes}")
     trainer.runtime.place(trainer.model)
-    seen, forward_features = [], trainer.model.forward_features
+    counts, forward_features = [], trainer.model.forward_features
 
     def counted(images, *arguments, **keywords):
         if trainer.model.training:
-            seen.append(len(images))
+            counts.append(len(images))
         return forward_features(images, *arguments, **keywords)
 
     trainer.model.forward_features = counted
     trainer.fit()
-    return trainer, sum(seen)
+    return trainer, sum(counts)
 
 
 @pytest.fixture(scope="module")
 def kept_of(tmp_path_factory):
-    """Makes (once) the run of a plan with kept features."""
+    """A function that makes (once) the run of a plan with cached features."""
     made: dict[str, tuple] = {}
 
     def make(plan: str):
@@ -70,16 +70,16 @@ def kept_of(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("plan", "frame"), [(plan, "float32") for plan in PLANS] + [(DROP, frame) for frame in FRAMES if frame != "float32"]
+    ("plan", "case"), [(plan, "float32") for plan in PLANS] + [(DROP, case) for case in CASES if case != "float32"]
 )
-def test_same_weights_to_the_bit(kept_of, tmp_path, plan, frame):
-    """Every plan, and every frame where records of drops are kept beside the tokens."""
-    plain, run_for_all = fit(tmp_path, PLANS[plan], None, **FRAMES[frame])
-    kept, run_once = kept_of(plan) if frame == "float32" else fit(tmp_path, PLANS[plan], 100, **FRAMES[frame])
+def test_weights_are_bitwise_equal_with_and_without_the_cache(kept_of, tmp_path, plan, case):
+    """All plans, and all other settings for the plan that caches records of drops beside the tokens."""
+    plain, run_for_all = fit(tmp_path, PLANS[plan], None, **CASES[case])
+    kept, run_once = kept_of(plan) if case == "float32" else fit(tmp_path, PLANS[plan], 100, **CASES[case])
     expected, got = state_of(plain.model), state_of(kept.model)
     assert all(torch.equal(got[name], value) for name, value in expected.items())
     assert run_for_all == 8 * 8
-    # Batches of eight walk through 23 and 51 images: only an image's first epoch runs the blocks.
+    # Batches of eight run over 23 and 51 images. Only in an image's first epoch do the frozen blocks run.
     assert run_once < run_for_all
     assert kept.inputs.cache.seen["shapes"].all()
 
@@ -87,12 +87,12 @@ def test_same_weights_to_the_bit(kept_of, tmp_path, plan, frame):
 AUGMENTED = {"data__augment": True, "data__views": 2, "train__steps": 16}
 
 
-def test_views_are_kept_as_they_would_be_computed_anew(tmp_path):
+def test_cached_views_give_the_same_weights(tmp_path):
     """In memory and in a file."""
     plain, run_for_all = fit(tmp_path, PLANS[DROP], None, **AUGMENTED)
     expected = state_of(plain.model)
-    for place in ({}, {"data__feature_cache_dir": str(tmp_path)}):
-        kept, run_once = fit(tmp_path, PLANS[DROP], 100, **AUGMENTED, **place)
+    for location in ({}, {"data__feature_cache_dir": str(tmp_path)}):
+        kept, run_once = fit(tmp_path, PLANS[DROP], 100, **AUGMENTED, **location)
         got = state_of(kept.model)
         assert all(torch.equal(got[name], value) for name, value in expected.items())
         assert run_once < run_for_all
@@ -105,7 +105,7 @@ def test_views_are_kept_as_they_would_be_computed_anew(tmp_path):
         shutil.rmtree(tmp_path / "run100")
 
 
-def test_int8_is_a_hundredth_off_and_the_same_when_seen_first_and_again(kept_of, tmp_path):
+def test_int8_features_are_within_one_percent_and_the_same_at_every_use(kept_of, tmp_path):
     trainer, _ = fit(tmp_path, PLANS[DROP], 100, data__feature_cache="int8")
     exact, _ = kept_of(DROP)
     position = torch.arange(8).numpy()
@@ -120,7 +120,7 @@ def test_int8_is_a_hundredth_off_and_the_same_when_seen_first_and_again(kept_of,
     assert torch.equal(trainer.inputs.prepare(batch).features[0].x, again)
 
 
-def test_heads_may_read_frozen_blocks_beside_what_trains(tmp_path):
+def test_heads_may_read_frozen_blocks(tmp_path):
     plan = {"train_blocks": [5], "drop_blocks": [1], "moe_blocks": [5], "head_blocks": [2, 4]}
     plain, _ = fit(tmp_path, plan, None, storage="recompute")
     kept, _ = fit(tmp_path, plan, 100, storage="recompute")
@@ -137,7 +137,7 @@ def test_heads_may_read_frozen_blocks_beside_what_trains(tmp_path):
         fit(tmp_path, plan | {"train_blocks": [3, 5], "head_blocks": [4]}, None)
 
 
-def test_what_was_kept_is_what_the_frozen_blocks_make(kept_of):
+def test_cached_features_equal_the_outputs_of_the_frozen_blocks(kept_of):
     trainer, _ = kept_of(DROP)
     data = trainer.tasks["shapes"]
     positions = torch.arange(0, SIZES["shapes"], 3).numpy()
@@ -153,7 +153,7 @@ def test_what_was_kept_is_what_the_frozen_blocks_make(kept_of):
         assert torch.allclose(getattr(records[1].dropped, name), getattr(drops[1].dropped, name), atol=1e-6)
 
 
-def test_features_serve_another_run_of_the_same_frozen_blocks(tmp_path):
+def test_a_cache_can_be_used_by_another_run_with_the_same_frozen_blocks(tmp_path):
     first, _ = fit(tmp_path, PLANS["last layer"] | {"train_blocks": [5]}, 100)
     cache = first.inputs.cache
     plan = {"plan__drop_blocks": [], "plan__moe_blocks": []}
@@ -167,7 +167,7 @@ def test_features_serve_another_run_of_the_same_frozen_blocks(tmp_path):
         cache.take_over(other.model, SIZES | {"shapes": 22})
 
 
-def test_kept_features_serve_a_model_with_more_frozen_blocks(tmp_path):
+def test_a_cache_can_be_used_by_a_model_with_more_frozen_blocks(tmp_path):
     late = make_config(tmp_path, plan__train_blocks=[4, 5], plan__drop_blocks=[], plan__moe_blocks=[])
     late = replace(late, data__augment=False, data__feature_cache_mb=100, plan__head_blocks=[2])
     cache = make_trainer(late, tmp_path / "late").inputs.cache
@@ -178,7 +178,7 @@ def test_kept_features_serve_a_model_with_more_frozen_blocks(tmp_path):
     assert cache.start == 4 and torch.allclose(plain.weight, kept.weight, atol=1e-5)
 
 
-def test_the_last_layer_keeps_one_token(kept_of):
+def test_training_only_the_heads_caches_one_token(kept_of):
     trainer, _ = kept_of("last layer")
     assert trainer.inputs.cache.kept["shapes"][0].shape[1] == 1
     assert "outputs of blocks 0 to 5 on 74 training images" in str(trainer.inputs.cache)
@@ -203,18 +203,18 @@ def test_the_last_layer_keeps_one_token(kept_of):
         ),
     ],
 )
-def test_refused(tmp_path, changes, says):
+def test_invalid_cache_settings_are_refused(tmp_path, changes, says):
     with pytest.raises(ConfigError, match=says):
         make_trainer(
             make_config(tmp_path, **{"data__augment": False, "data__feature_cache_mb": 100} | changes), tmp_path
         )
 
 
-def test_how_to_augment_is_refused_where_nothing_is_augmented(tmp_path):
+def test_augmentation_settings_without_augmentation_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="data.augment.*crop_scale"):
         make_config(tmp_path, data__augment=False, data__hflip=True)
 
 
-def test_features_of_the_embedding_alone_are_called_so(kept_of):
+def test_the_cache_description_names_the_embedding(kept_of):
     trainer, _ = kept_of("from the first block")
     assert "outputs of the embedding on 74 training images" in str(trainer.inputs.cache)

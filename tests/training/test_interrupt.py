@@ -1,4 +1,4 @@
-"""A run that a signal or a crash ends is saved, and resumed bit for bit or refused by name.
+"""A run ended by a signal or a crash is saved, and its resume is bitwise equal or refused with the reason.
 
 All of it happens in this process. `tests/selftest` tests SIGKILL.
 """
@@ -32,7 +32,7 @@ def train(config: Config, folder: Path, resume: bool = False) -> dict:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Config:
-    """A configuration with everything that could make a resume differ."""
+    """A configuration with everything that could make a resumed run differ."""
     return make_config(
         tmp_path_factory.mktemp("tasks"),
         **LATE,
@@ -58,9 +58,9 @@ def whole(config, tmp_path_factory) -> Path:
 def assert_same(folder: Path, whole: Path) -> None:
     last = checkpoint.steps(whole)[-1]
     names = ("weights", "optimizer", "average")
-    places = ["metrics.jsonl", *(f"checkpoint/{last}/{name}.safetensors" for name in names)]
-    for place in places:
-        assert (folder / place).read_bytes() == (whole / place).read_bytes(), place
+    files = ["metrics.jsonl", *(f"checkpoint/{last}/{name}.safetensors" for name in names)]
+    for file in files:
+        assert (folder / file).read_bytes() == (whole / file).read_bytes(), file
     ours, theirs = (json.loads((run / "report.json").read_text()) for run in (folder, whole))
     for changing in ("train_seconds", "measured_peak_mb", "config", "command"):
         del ours[changing], theirs[changing]
@@ -75,8 +75,8 @@ def send(number: int):
 
 
 @pytest.mark.parametrize("step", [1, 4])
-def test_a_crash_costs_only_the_updates_since_the_checkpoint(config, whole, tmp_path, monkeypatch, step):
-    """The failed run is still in memory when its resume begins in the same process."""
+def test_a_crash_loses_only_the_updates_since_the_checkpoint(config, whole, tmp_path, monkeypatch, step):
+    """The failed run is still in memory when it is resumed in the same process."""
     with monkeypatch.context() as patch, pytest.raises(Crash) as failed:
         act_at(patch, step, crash)
         train(config, tmp_path)
@@ -92,8 +92,8 @@ def test_a_crash_costs_only_the_updates_since_the_checkpoint(config, whole, tmp_
     [(signal.SIGTERM, 1), (signal.SIGTERM, 4), (signal.SIGHUP, 2), (signal.SIGINT, 1), (signal.SIGXCPU, 1)]
     + [(signal.SIGUSR1, 1), (signal.SIGUSR2, 1)],
 )
-def test_a_signal_saves_and_leaves(config, whole, tmp_path, monkeypatch, number, step):
-    """Resumes are the same after every signal, so one of them is resumed from each step."""
+def test_a_signal_saves_and_ends_the_run(config, whole, tmp_path, monkeypatch, number, step):
+    """A resumed run is the same after every signal, so each step is resumed after only one of them."""
     inherited = signal.getsignal(number)
     before = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL  # nohup ignores SIGHUP
     signal.signal(number, before)
@@ -108,7 +108,7 @@ def test_a_signal_saves_and_leaves(config, whole, tmp_path, monkeypatch, number,
     assert report["mean_top1"] is None and report["tasks"]["shapes"]["updates"] >= 0
     assert checkpoint.steps(tmp_path)[-1] == step
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["step"] == step and "split" not in last  # the resume makes up for the evaluation due at 2 and 4
+    assert last["step"] == step and "split" not in last  # the resumed run does the evaluation due at 2 and 4
     assert "interrupted" in (tmp_path / "report.md").read_text()
     if number not in (signal.SIGTERM, signal.SIGHUP):
         return
@@ -116,8 +116,8 @@ def test_a_signal_saves_and_leaves(config, whole, tmp_path, monkeypatch, number,
     assert_same(tmp_path, whole)
 
 
-def test_a_hangup_that_was_to_be_ignored_is(config, tmp_path, monkeypatch):
-    """This is how nohup starts a program."""
+def test_an_ignored_hangup_signal_stays_ignored(config, tmp_path, monkeypatch):
+    """nohup starts a program like this."""
     config = replace(config, train__steps=2, train__eval_every=None)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -127,8 +127,8 @@ def test_a_hangup_that_was_to_be_ignored_is(config, tmp_path, monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
-def test_signals_that_the_program_around_handles_stay_its_own(config, tmp_path, monkeypatch):
-    """submitit handles some to have Slurm start the job again."""
+def test_signals_with_a_handler_of_the_calling_program_are_left_to_it(config, tmp_path, monkeypatch):
+    """submitit handles some of them so that Slurm starts the job again."""
     config = replace(config, train__steps=2, train__eval_every=None)
     numbers, seen = [signal.SIGUSR1, signal.SIGUSR2], []
     before = [signal.signal(number, lambda number, frame: seen.append(number)) for number in numbers]
@@ -141,7 +141,7 @@ def test_signals_that_the_program_around_handles_stay_its_own(config, tmp_path, 
 
 
 def signal_at_evaluation(monkeypatch, number: int) -> None:
-    """Send SIGTERM at the start of the call of that number."""
+    """Send SIGTERM at the start of call `number` of `evaluate`."""
     evaluate, calls = trainer_module.evaluate, []
 
     def interrupted(*arguments):
@@ -155,9 +155,7 @@ def signal_at_evaluation(monkeypatch, number: int) -> None:
 
 
 @pytest.mark.parametrize("evaluation", [1, 4])
-def test_a_signal_leaves_an_evaluation_at_once_and_a_resume_repeats_it(
-    config, whole, tmp_path, monkeypatch, evaluation
-):
+def test_a_signal_ends_an_evaluation_at_once_and_a_resume_repeats_it(config, whole, tmp_path, monkeypatch, evaluation):
     """There are four calls: two tasks at updates 2 and 4."""
     with monkeypatch.context() as patch:
         signal_at_evaluation(patch, evaluation)
@@ -168,16 +166,16 @@ def test_a_signal_leaves_an_evaluation_at_once_and_a_resume_repeats_it(
     assert_same(tmp_path, whole)
 
 
-def test_a_test_that_was_begun_counts(config, tmp_path, monkeypatch):
+def test_an_interrupted_test_evaluation_is_counted(config, tmp_path, monkeypatch):
     config = replace(config, train__steps=1, train__evaluate_test=True)
     with monkeypatch.context() as patch:
-        signal_at_evaluation(patch, 4)  # two tasks' validation, then their test
+        signal_at_evaluation(patch, 4)  # validation of two tasks, then their test
         assert train(config, tmp_path)["test_evaluations"] == 1
 
 
 @pytest.mark.parametrize("call", [1, 2])
-def test_a_signal_while_weights_are_exchanged_for_their_average(config, whole, tmp_path, monkeypatch, call):
-    """Call 1 brings the average in for an evaluation, call 2 takes it out again."""
+def test_a_signal_while_weights_are_swapped_with_their_average(config, whole, tmp_path, monkeypatch, call):
+    """Call 1 swaps the average in for an evaluation, call 2 swaps it out again."""
     swap, calls = MovingAverage.swap, []
 
     def interrupted(self, model):
@@ -193,7 +191,7 @@ def test_a_signal_while_weights_are_exchanged_for_their_average(config, whole, t
     assert_same(tmp_path, whole)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(config, whole, tmp_path, monkeypatch, capsys):
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(config, whole, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(Crash):
         act_at(patch, 4, crash)
         train(config, tmp_path)
@@ -201,8 +199,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(config, whole, tm
     file.write_bytes(file.read_bytes()[:-1])
     capsys.readouterr()
     train(config, tmp_path, resume=True)
-    said = capsys.readouterr().out
-    assert str(file) in said and f"resumed from {tmp_path / 'checkpoint' / '2'}" in said
+    output = capsys.readouterr().out
+    assert str(file) in output and f"resumed from {tmp_path / 'checkpoint' / '2'}" in output
     assert_same(tmp_path, whole)
 
 
@@ -212,7 +210,7 @@ def test_a_finished_run_is_not_repeated(config, whole, monkeypatch):
     assert report == json.loads((whole / "report.json").read_text())
 
 
-def test_a_resume_elsewhere_says_that_it_is_not_bit_exact(config, tmp_path, monkeypatch, capsys):
+def test_a_resume_in_another_environment_reports_that_it_is_not_bit_exact(config, tmp_path, monkeypatch, capsys):
     config = replace(config, train__steps=2, train__eval_every=None)
     with monkeypatch.context() as patch:
         act_at(patch, 1, send(signal.SIGTERM))
@@ -247,7 +245,7 @@ def test_another_configuration_cannot_resume(config, whole, changes, words):
     assert words in str(error.value)
 
 
-def test_what_changes_no_result_may_change_on_resume(config, whole, tmp_path, monkeypatch):
+def test_settings_that_do_not_affect_results_may_change_on_resume(config, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         act_at(patch, 3, send(signal.SIGTERM))
         train(config, tmp_path)
@@ -257,8 +255,8 @@ def test_what_changes_no_result_may_change_on_resume(config, whole, tmp_path, mo
 
 
 @pytest.mark.parametrize("kind", ["temperature", "joint"])
-def test_an_unreadable_image_costs_no_update_that_was_done(config, whole, tmp_path, monkeypatch, kind):
-    """In the fourth batch: of joint updates that is the second one's second task."""
+def test_an_unreadable_image_loses_no_finished_update(config, whole, tmp_path, monkeypatch, kind):
+    """The fourth batch is unreadable. With joint sampling it belongs to the second task of the second update."""
 
     def some(*arguments):
         yield from itertools.islice(Loader(*arguments), 3)
@@ -275,7 +273,7 @@ def test_an_unreadable_image_costs_no_update_that_was_done(config, whole, tmp_pa
     assert_same(tmp_path / "cut", whole)
 
 
-def test_processes_that_cannot_find_each_other_and_work_of_one_are_refused(config, tmp_path, monkeypatch):
+def test_unconnected_processes_and_commands_for_one_process_are_refused(config, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="WORLD_SIZE = 2.*do not find each other.*torchrun"):
         train(config, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Runs with a side network: resumed to the same bits, trained from kept features, refused where it has no place."""
+"""Runs with a side network: bitwise equal resumed runs, cached features, warm starts, and refused export."""
 
 import pytest
 import torch
@@ -25,19 +25,19 @@ LADDER = {
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run without interruption: its configuration and trainer."""
+    """An uninterrupted run: its configuration and trainer."""
     folder = tmp_path_factory.mktemp("ladder")
     config = make_config(folder, **LADDER)
     return config, finished(config, folder / "run")
 
 
-def test_resumed_it_is_the_run_that_was_not_interrupted(whole, tmp_path, monkeypatch):
+def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(whole, tmp_path, monkeypatch):
     resumed = assert_resumed_is_whole(monkeypatch, whole[1], tmp_path / "run")
     assert any("resumed from" in line for line in resumed.about)
 
 
-def test_from_kept_features_it_is_the_same_run(whole, tmp_path, monkeypatch):
-    """The cache keeps everything that the ladder reads. No block of the backbone runs again for a kept image."""
+def test_a_run_with_cached_features_is_the_same(whole, tmp_path, monkeypatch):
+    """The cache keeps everything that the ladder reads. No block of the backbone runs again for a cached image."""
     config, trainer = whole
     cached = make_trainer(replace(config, data__feature_cache_mb=100), tmp_path / "run")
     assert isinstance(cached.inputs, CachedInputs) and cached.inputs.cache.start == len(cached.model.plan)
@@ -47,11 +47,11 @@ def test_from_kept_features_it_is_the_same_run(whole, tmp_path, monkeypatch):
     assert cached.inputs.cache.seen["shapes"].all()
 
 
-def test_a_run_that_starts_from_it_takes_it_all(whole):
+def test_a_warm_start_copies_the_whole_ladder(whole):
     config, trainer = whole
     classes = {name: data.class_names for name, data in trainer.tasks.items()}
-    model, told = build_from(str(trainer.folder), config, classes)
-    assert any("adapters of blocks 0, 1, 2, 3, 4, 5" in line for line in told)
+    model, notes = build_from(str(trainer.folder), config, classes)
+    assert any("adapters of blocks 0, 1, 2, 3, 4, 5" in line for line in notes)
     state = state_of(trainer.model)
     ladder = {name: value for name, value in state_of(model).items() if name.startswith("ladder.")}
     assert ladder and all(torch.equal(value, state[name]) for name, value in ladder.items())
@@ -65,7 +65,7 @@ def test_a_run_that_starts_from_it_takes_it_all(whole):
     }
 
 
-def test_all_tasks_are_answered_from_one_pass_and_a_graph_is_refused(whole, tmp_path):
+def test_all_tasks_share_one_forward_pass_and_export_is_refused(whole, tmp_path):
     run = moe_bsr.load(whole[1].folder, device="cpu")
     model = run.models["shapes"]
     images = torch.randn(3, 3, 32, 32)
@@ -83,6 +83,6 @@ def test_all_tasks_are_answered_from_one_pass_and_a_graph_is_refused(whole, tmp_
     assert not list(tmp_path.iterdir())
 
 
-def test_the_plan_told_before_training_counts_it(whole):
+def test_the_plan_table_includes_the_ladder(whole):
     lines = table(whole[1].model, whole[0])
     assert "beside" in lines[1] and "ladder" in lines[1] and "exact" in lines[1]

@@ -1,4 +1,4 @@
-"""How long a run is: its units, a length that grows, early stopping; each resumes to the same bits."""
+"""The length of a run: its units, a longer length on resume, and early stopping. Resumed runs are bitwise equal."""
 
 import json
 import os
@@ -40,20 +40,20 @@ def rows(folder: Path) -> list[dict]:
     "changes, updates",
     [
         ({"train__steps": 7}, 7),
-        ({"train__epochs": 2}, 19),  # of 74 images, by eights
+        ({"train__epochs": 2}, 19),  # 74 images in batches of eight
         ({"train__epochs": 0.001}, 1),
         ({"train__epochs": 2, "sampler__kind": "joint"}, 10),
         ({"train__epochs": 2, "mode": "single_task"}, 13),  # the longer of the two runs
         ({"train__minutes": 2}, None),
     ],
 )
-def test_epochs_are_of_all_images_together(tmp_path, changes, updates):
+def test_epochs_count_the_images_of_all_tasks(tmp_path, changes, updates):
     config = make_config(tmp_path, **changes)
     assert updates_of(config, SIZES) == updates
     assert str(updates or "2 minutes") in described(config, SIZES)
 
 
-def test_one_unit_takes_the_place_of_another(tmp_path):
+def test_one_unit_of_length_replaces_another(tmp_path):
     (tmp_path / "a.yaml").write_text("train: {steps: 5, lr: 0.5}")
     (tmp_path / "b.yaml").write_text("extends: a.yaml\ntrain: {epochs: 3}")
     lengths = [(c.train.steps, c.train.epochs, c.train.minutes, c.train.lr) for c in (
@@ -79,7 +79,7 @@ def test_one_unit_takes_the_place_of_another(tmp_path):
         ({"patience": 0, "eval_every": 3}, "train.patience = 0: at least 1"),
     ],
 )
-def test_lengths_that_cannot_be_are_refused_by_their_key(train, words):
+def test_invalid_lengths_are_refused_with_their_key(train, words):
     with pytest.raises(ConfigError) as refusal:
         from_dict({"train": train})
     assert words in str(refusal.value)
@@ -97,7 +97,7 @@ def test_the_constant_rate_decays_over_the_last_fifth():
 
 
 @pytest.mark.parametrize("kind", ["round_robin", "proportional", "temperature", "joint", "exhaust"])
-def test_a_sampler_keeps_the_order_of_the_time_before_and_skips_nothing(kind):
+def test_a_sampler_of_a_longer_run_keeps_the_earlier_order_and_skips_nothing(kind):
     sizes, config = {"a": 30, "b": 90, "c": 300}, SamplerConfig(kind=kind)
     short, middle = (MultitaskSampler(sizes, 4, steps, config, 0) for steps in (130, 250))
     grown = MultitaskSampler(sizes, 4, 400, config, 0, earlier=[(130, 130), (150, 250)])
@@ -113,7 +113,7 @@ def test_a_sampler_keeps_the_order_of_the_time_before_and_skips_nothing(kind):
 # --- a length that grows ---
 
 
-def test_a_run_made_longer_before_its_decay_is_the_longer_run(tmp_path, monkeypatch):
+def test_a_run_extended_before_its_decay_equals_the_longer_run(tmp_path, monkeypatch):
     config = make_config(tmp_path, **QUIET, train__schedule="constant_then_decay", train__ema_decay=0.5)
     longer = replace(config, train__steps=12)
     train(longer, tmp_path / "whole", callbacks=[])
@@ -122,7 +122,7 @@ def test_a_run_made_longer_before_its_decay_is_the_longer_run(tmp_path, monkeypa
     assert not kills.differing(tmp_path / "grown", kills.outcome(tmp_path / "whole"))
 
 
-def test_a_finished_run_goes_on_at_the_rate_of_the_longer_schedule(tmp_path, monkeypatch):
+def test_a_finished_run_continues_at_the_rate_of_the_longer_schedule(tmp_path, monkeypatch):
     config = make_config(tmp_path, **QUIET, train__steps=3, sampler__kind="temperature")
     longer = replace(config, train__steps=7)
     for folder in ("once", "twice"):
@@ -139,7 +139,7 @@ def test_a_finished_run_goes_on_at_the_rate_of_the_longer_schedule(tmp_path, mon
     assert not kills.differing(tmp_path / "twice", kills.outcome(tmp_path / "once"))
 
 
-def test_each_run_of_a_series_is_made_longer(tmp_path):
+def test_each_run_of_a_series_is_extended(tmp_path):
     config = make_config(tmp_path, **QUIET, mode="single_task", train__steps=1)
     train(config, tmp_path / "run", callbacks=[])
     grown = train(replace(config, train__steps=2), tmp_path / "run", resume=True, callbacks=[])
@@ -147,7 +147,7 @@ def test_each_run_of_a_series_is_made_longer(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def of_two_updates(tmp_path_factory):
+def two_update_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     config = make_config(folder, **QUIET, train__steps=2)
     train(config, folder / "run", callbacks=[])
@@ -164,8 +164,8 @@ def of_two_updates(tmp_path_factory):
         ({"train__patience": 2, "train__eval_every": 1}, "train.patience"),
     ],
 )
-def test_no_other_key_may_change_and_no_length_shrink(of_two_updates, changes, words):
-    config, folder = of_two_updates
+def test_other_keys_may_not_change_and_the_length_may_not_shrink(two_update_run, changes, words):
+    config, folder = two_update_run
     with pytest.raises(ConfigError, match="its length may grow") as refusal:
         train(replace(config, **changes), folder, resume=True, callbacks=[])
     assert words in str(refusal.value)
@@ -174,7 +174,7 @@ def test_no_other_key_may_change_and_no_length_shrink(of_two_updates, changes, w
 # --- minutes ---
 
 
-def test_a_run_of_minutes_is_the_run_of_the_steps_they_come_to(tmp_path, monkeypatch):
+def test_a_run_of_minutes_equals_the_run_of_as_many_steps(tmp_path, monkeypatch):
     config = make_config(
         tmp_path, **QUIET, train__ema_decay=0.5, moe__balance_loss="across_tasks", moe__gate_noise=1.0, train__steps=4
     )
@@ -184,13 +184,13 @@ def test_a_run_of_minutes_is_the_run_of_the_steps_they_come_to(tmp_path, monkeyp
         patch.setattr(pace, "MEASURED", 3)
         patch.setattr(pace, "_within", lambda *arguments: 4)
         stop_at(monkeypatch, 2, minutes, tmp_path / "minutes")
-        patch.setattr(pace, "updates_within", None)  # what was decided stays
+        patch.setattr(pace, "updates_within", None)  # the recorded number of updates is used
         done = train(minutes, tmp_path / "minutes", resume=True, callbacks=[])
     assert done["planned_steps"] == 4 and done["config"]["train"]["minutes"] == 3
     assert not kills.differing(tmp_path / "minutes", kills.outcome(tmp_path / "steps"))
 
 
-def test_more_minutes_are_more_updates_at_the_pace_so_far(tmp_path):
+def test_more_minutes_give_more_updates_at_the_measured_speed(tmp_path):
     trainer = make_trainer(make_config(tmp_path, train__minutes=1), tmp_path / "run")
     trainer.state.step, trainer.state.seconds, trainer.state.length = 10, 5.0, Length(60, 0.5)
     assert any("120 updates" in note for note in trainer._decide_length())
@@ -198,11 +198,11 @@ def test_more_minutes_are_more_updates_at_the_pace_so_far(tmp_path):
 
 
 @pytest.mark.parametrize("seconds, updates", [(1, 5), (2, 10), (4, 30), (0, 1), (1e12, 10**7)])
-def test_images_that_are_cached_cost_less_from_the_second_epoch_on(seconds, updates):
+def test_the_estimate_uses_the_faster_speed_after_the_first_epoch(seconds, updates):
     assert pace._within(seconds, new=10, first=0.2, later=0.1) == updates
 
 
-def test_one_stall_while_timing_does_not_shorten_a_run():
+def test_the_mean_time_leaves_out_the_first_and_the_slowest_update():
     first_has_more_to_do = [9.0, 1.0, 50.0, 1.2]
     assert pace._mean(first_has_more_to_do) == pytest.approx(1.1)
 
@@ -210,10 +210,10 @@ def test_one_stall_while_timing_does_not_shorten_a_run():
 # --- patience ---
 
 
-def test_evaluations_that_do_not_rise_end_a_run_also_across_a_resume(tmp_path, monkeypatch):
+def test_patience_counts_evaluations_across_a_resume(tmp_path, monkeypatch):
     config = make_config(tmp_path, **QUIET, train__eval_every=1, train__patience=2)
     script_scores(monkeypatch, [10.0, 20.0, 15.0, 20.0, 25.0, 1.0, 1.0])
-    stop_at(monkeypatch, 4, config, tmp_path / "run")  # in update 4, before its evaluation is counted or after
+    stop_at(monkeypatch, 4, config, tmp_path / "run")  # in update 4, before or after its evaluation is counted
     done = train(config, tmp_path / "run", resume=True, callbacks=[])
     assert (done["status"], done["step"], done["selected_step"], done["planned_steps"]) == ("finished", 4, 2, 8)
     assert "ended early (train.patience): 8 updates" in report.markdown(done)

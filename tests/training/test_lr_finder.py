@@ -1,4 +1,4 @@
-"""The learning-rate finder: its updates are the trainer's, its curve the formula's, its rate where it falls fastest."""
+"""The learning-rate finder: its updates equal the trainer's, and it suggests the rate of the steepest fall."""
 
 import csv
 import io
@@ -27,11 +27,11 @@ def found(config):
     return moe_bsr.find_lr(config, steps=12, low=1e-5, high=1e3)
 
 
-def test_rates_rise_in_equal_ratios():
+def test_rates_rise_geometrically():
     assert ramp(1e-4, 1.0, 5) == pytest.approx([1e-4, 1e-3, 1e-2, 1e-1, 1.0])
 
 
-def test_the_updates_are_the_trainers_with_these_rates(config, found, tmp_path):
+def test_the_updates_equal_the_trainers_at_these_rates(config, found, tmp_path):
     trainer = make_trainer(config, tmp_path)
     batches, first, losses = trainer.inputs.batches(trainer.sampler.batches()), {}, []
     for step, rate in enumerate(ramp(1e-5, 1e3, 12)[: len(found["curve"])]):
@@ -44,7 +44,7 @@ def test_the_updates_are_the_trainers_with_these_rates(config, found, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_each_task_is_relative_to_its_first_loss_and_smoothed_alone():
+def test_each_task_is_scaled_by_its_first_loss_and_smoothed_separately():
     smoothed = Smoothed()
     assert smoothed.add({"a": 4.0}) == pytest.approx(1.0)
     assert smoothed.add({"b": 0.5}) == pytest.approx(1.0)
@@ -52,7 +52,7 @@ def test_each_task_is_relative_to_its_first_loss_and_smoothed_alone():
     assert smoothed.add({"a": 2.0}) == pytest.approx((a + 1.0) / 2)
 
 
-def test_the_suggestion_is_where_a_known_curve_falls_fastest():
+def test_the_suggestion_is_the_rate_where_a_known_curve_falls_fastest():
     rates = ramp(1e-6, 1.0, 100)
     values = [1 - 0.8 / (1 + math.exp(-3 * (math.log10(rate) + 3))) + max(0.0, rate - 0.05) for rate in rates]
     points = [Point(rate, value, value) for rate, value in zip(rates, values, strict=True)]
@@ -60,13 +60,13 @@ def test_the_suggestion_is_where_a_known_curve_falls_fastest():
     assert steepest([Point(rate, 1.0, 1.0 + rate) for rate in rates]) is None
 
 
-def test_a_search_that_diverges_ends_there(config, tmp_path):
+def test_a_search_ends_when_the_loss_diverges(config, tmp_path):
     sgd = configuration.replace(config, train__optimizer="sgd", train__momentum=0.0, train__weight_decay=0.0)
     points = curve(make_trainer(sgd, tmp_path), ramp(1e-3, 1e8, 12))
     assert 1 < len(points) < 12 and all(math.isfinite(point.smoothed) for point in points)
 
 
-def test_the_command_tells_the_curve_in_three_forms(config, found, tmp_path, capsys, monkeypatch):
+def test_the_command_prints_the_curve_in_three_formats(config, found, tmp_path, capsys, monkeypatch):
     file = tmp_path / "tiny.yaml"
     file.write_text(configuration.dump(config))
     monkeypatch.setattr(moe_bsr, "find_lr", lambda config, steps, low, high: found)
@@ -82,9 +82,9 @@ def test_the_command_tells_the_curve_in_three_forms(config, found, tmp_path, cap
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [({"mode": "single_task"}, "mode = 'single_task': multitask"), ({}, "steps = 3: at least 10")],
 )
-def test_what_has_no_rate_to_be_found_is_refused(config, changes, said):
-    with pytest.raises(ConfigError, match=said):
+def test_invalid_searches_are_refused(config, changes, message):
+    with pytest.raises(ConfigError, match=message):
         moe_bsr.find_lr(configuration.replace(config, **changes), steps=3)

@@ -1,5 +1,5 @@
-"""Training without a backward pass: the estimate is the gradient in the mean, weights come back to the bit, both sides
-decide alike, and a run learns, resumes and takes what was predicted."""
+"""MeZO, training without a backward pass: unbiased estimates, restored weights, equal decisions in both passes, and
+runs that learn, resume and need the predicted memory."""
 
 import math
 from statistics import fmean
@@ -39,8 +39,8 @@ def estimator(*parameters: nn.Parameter, distance: float = 1e-2) -> MeZO:
     return MeZO(optimizer, distance, lambda key: list(parameters))
 
 
-def test_the_mean_of_the_steps_is_the_gradients():
-    """Of w^T A w + b^T w in double precision; the step of a quadratic has no error but that of the directions."""
+def test_the_mean_of_the_steps_is_the_gradient():
+    """For w^T A w + b^T w in double precision. For a quadratic the only error of a step is that of the direction."""
     w, b = (nn.Parameter(normal(n).double()) for n in (6, 3))
     matrix, mixed, linear = normal(6, 6, seed=2).double(), normal(6, 3, seed=3).double(), normal(3, seed=4).double()
 
@@ -52,18 +52,18 @@ def test_the_mean_of_the_steps_is_the_gradients():
     mezo = estimator(w, b)
     with torch.no_grad():
         for update in range(updates):
-            _, (middle,) = mezo.look(lambda: (None, (loss(),)), ((0, update, 7),), 1.0)
+            _, (mean_loss,) = mezo.look(lambda: (None, (loss(),)), ((0, update, 7),), 1.0)
             assert torch.equal(w, start[0]) and torch.equal(b, start[1])
             mezo.step()
             total += torch.cat([start[0] - w, start[1] - b])
             w.copy_(start[0])
             b.copy_(start[1])
-    spread = float(expected.norm()) / updates**0.5  # of each coordinate, about
+    spread = float(expected.norm()) / updates**0.5  # approximate standard error of each coordinate
     assert float((total / updates - expected).abs().max()) < 5 * spread < 0.2 * float(expected.norm())
-    assert middle.isfinite()
+    assert mean_loss.isfinite()
 
 
-def test_micro_batches_and_tasks_add_up_and_clipping_bounds_the_norm():
+def test_micro_batches_and_tasks_are_summed_and_clipping_bounds_the_norm():
     p, q = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(12))
     mezo = estimator(p, q, distance=0.5)
     mezo._takes_part = lambda only, key: [p] if only else [p, q]
@@ -76,7 +76,7 @@ def test_micro_batches_and_tasks_add_up_and_clipping_bounds_the_norm():
     assert mezo.clip(norm / 4) == pytest.approx(norm) and mezo.clip(10 * norm) == pytest.approx(norm / 4)
 
 
-def test_weights_are_what_they_were_though_a_pass_fails():
+def test_weights_are_restored_if_a_forward_pass_fails():
     p = nn.Parameter(normal(1000) * 1e-6)
     before, mezo = p.detach().clone(), estimator(p, distance=0.1)
 
@@ -89,19 +89,19 @@ def test_weights_are_what_they_were_though_a_pass_fails():
     assert torch.equal(p, before) and not mezo.slopes
 
 
-def test_both_sides_keep_the_same_tokens_and_choose_the_same_experts():
+def test_both_forward_passes_keep_the_same_tokens_and_experts():
     images, kept = normal(4, 3, 16, 16), []
     model = make_model(moe_blocks=(1, 3), gate_noise=1.0).train()
     scale_routers(model, 50.0)
     with torch.no_grad():
-        for alike in (True, False):
+        for shared in (True, False):
             with deciding_once():
                 first = model(images, "one", (0, 0, 0))
                 for parameter in model.vit.parameters():
                     parameter.mul_(1.3)
-                if alike:
+                if shared:
                     second = model(images, "one", (0, 0, 0))
-            if not alike:
+            if not shared:
                 second = model(images, "one", (0, 0, 0))
             for parameter in model.vit.parameters():
                 parameter.div_(1.3)
@@ -119,7 +119,7 @@ class Losses(Callback):
         self.values.append(step.metrics["loss"])
 
 
-def test_a_run_learns_and_another_tasks_head_stays(tmp_path):
+def test_a_run_learns_and_an_update_leaves_the_other_tasks_head(tmp_path):
     config = make_config(
         tmp_path,
         **MEZO | {"train__steps": 300, "train__checkpoint_every": 300},
@@ -130,7 +130,7 @@ def test_a_run_learns_and_another_tasks_head_stays(tmp_path):
         data__augment=False,
         data__feature_cache_mb=100,
     )
-    trainer = make_trainer(config, tmp_path / "run", [seen := Losses()])
+    trainer = make_trainer(config, tmp_path / "run", [losses := Losses()])
     before = state_of(trainer.model)
     batches = trainer.batches()
     trainer.take(batches, 0, 0.3)
@@ -141,12 +141,12 @@ def test_a_run_learns_and_another_tasks_head_stays(tmp_path):
     trainer.model.load_state_dict(before)
     report = trainer.fit()
     chance = (math.log(10) + math.log(12)) / 2
-    assert fmean(seen.values[:20]) == pytest.approx(chance, abs=0.05)
-    assert fmean(seen.values[-60:]) < chance - 0.08
+    assert fmean(losses.values[:20]) == pytest.approx(chance, abs=0.05)
+    assert fmean(losses.values[-60:]) < chance - 0.08
     assert report["status"] == "finished"
 
 
-def test_resumed_it_is_the_run_that_was_not_interrupted(tmp_path, monkeypatch):
+def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(tmp_path, monkeypatch):
     config = make_config(
         tmp_path, **MEZO, train__ema_decay=0.9, train__grad_accumulation_steps=2, sampler__kind="joint"
     )
@@ -173,7 +173,7 @@ def test_resumed_it_is_the_run_that_was_not_interrupted(tmp_path, monkeypatch):
     ],
     ids=["bias", "moe", "lora"],
 )
-def test_an_update_takes_what_was_predicted_and_keeps_nothing(changes):
+def test_an_update_needs_the_predicted_memory_and_keeps_nothing(changes):
     plan = {"plan__moe_blocks": [], "plan__drop_blocks": [1, 2], "moe__num_experts": 4, "moe__top_k": 2}
     settings = {"runtime__device": "cpu", "runtime__precision": "fp32", "runtime__threads": 1}
     config = configuration.replace(Config(), **plan | settings | changes, train__optimizer="mezo")
@@ -202,7 +202,7 @@ def test_an_update_takes_what_was_predicted_and_keeps_nothing(changes):
         ({"train__mezo_distance": 0.0}, "train.mezo_distance = 0.0: above 0"),
     ],
 )
-def test_what_needs_gradients_is_refused(changes, message):
+def test_settings_that_need_gradients_are_refused(changes, message):
     with pytest.raises(ConfigError) as error:
         configuration.replace(Config(), train__optimizer="mezo", **changes)
     assert message in str(error.value)

@@ -1,4 +1,4 @@
-"""The optimizer's groups, the schedule and the moving average, each against its definition."""
+"""Parameter groups, the learning-rate schedule, the moving average and clipping, each against its definition."""
 
 import math
 
@@ -68,7 +68,7 @@ def by_name(model: MultitaskViT, key: str, **settings) -> dict[str, float]:
         ("heads.two.bias", 1),
     ],
 )
-def test_layer_decay_scales_by_distance_from_the_top(name, scale):
+def test_layer_decay_scales_rates_by_the_distance_from_the_top(name, scale):
     assert by_name(make_model(), "lr_scale", layer_decay=0.75)[name] == pytest.approx(scale, abs=5e-5)
 
 
@@ -77,7 +77,7 @@ def test_routers_of_both_kinds_learn_at_full_rate():
     assert {scale for name, scale in scales.items() if ".router." in name} == {1.0}
 
 
-def test_embeddings_are_the_lowest_and_blocks_rise_one_by_one():
+def test_layer_decay_counts_embeddings_as_the_lowest_layer():
     scales = by_name(make_model(), "lr_scale", layer_decay=0.5)
     blocks = [scales[f"vit.blocks.{i}.attn.proj.weight"] for i in range(DEPTH)]
     assert blocks == [0.5 ** (DEPTH - i) for i in range(DEPTH)]
@@ -85,7 +85,7 @@ def test_embeddings_are_the_lowest_and_blocks_rise_one_by_one():
 
 
 def test_depth_and_role_do_not_depend_on_names():
-    """A module that is called like a router, a head or a bias is none."""
+    """Names do not matter: this "router" is no router, and this "heads_bias" is neither a head nor a bias."""
     model = make_model()
     model.vit.blocks[2].add_module("router", torch.nn.Linear(8, 8))
     model.vit.blocks[2].add_module("heads_bias", torch.nn.Linear(8, 8))
@@ -95,12 +95,12 @@ def test_depth_and_role_do_not_depend_on_names():
         assert scales[name] == scales["vit.blocks.2.attn.proj.weight"] and decays[name] == 0.3
 
 
-def test_without_layer_decay_all_learn_alike():
+def test_without_layer_decay_all_rates_are_equal():
     assert set(by_name(make_model(), "lr_scale").values()) == {1.0}
 
 
 @pytest.mark.parametrize("router", ["per_task", "task_conditioned"])
-def test_weight_decay_spares_biases_norms_positions_and_tokens(router):
+def test_weight_decay_applies_only_to_weight_matrices(router):
     model = make_model(router=router)
     decay = by_name(model, "weight_decay", weight_decay=0.3)
     matrices = (
@@ -126,7 +126,7 @@ def test_weight_decay_spares_biases_norms_positions_and_tokens(router):
 
 @pytest.mark.parametrize("trainable, experts", [([3, 7, 11], [3, 7, 11]), ([], []), ("all", [])])
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
-def test_every_trained_parameter_is_in_one_group_and_no_frozen_one(trainable, experts, kind):
+def test_every_trained_parameter_and_no_frozen_one_is_in_exactly_one_group(trainable, experts, kind):
     model = make_model(trainable, experts)
     optimizer = make_optimizer(model, TrainConfig(optimizer=kind, layer_decay=0.9))
     listed = [id(p) for group in optimizer.param_groups for p in group["params"]]
@@ -136,7 +136,7 @@ def test_every_trained_parameter_is_in_one_group_and_no_frozen_one(trainable, ex
     assert [id(dict(model.named_parameters())[name]) for name in names] == listed
 
 
-def test_the_optimizer_is_the_one_asked_for():
+def test_the_optimizer_follows_the_configuration():
     model = make_model([3], [3])
     sgd = make_optimizer(model, TrainConfig(optimizer="sgd", momentum=0.7, lr=0.2, layer_decay=0.5))
     assert type(sgd) is torch.optim.SGD
@@ -148,14 +148,14 @@ def test_the_optimizer_is_the_one_asked_for():
 # --- schedule ---
 
 
-def test_warm_up_rises_to_the_full_rate_then_a_cosine_falls():
+def test_the_rate_warms_up_linearly_and_then_falls_as_a_cosine():
     config = TrainConfig(steps=100, lr=0.5, min_lr=0.1, warmup_fraction=0.1)
     rates = [learning_rate(config, step) for step in range(100)]
     assert rates[:10] == pytest.approx([0.05 * (i + 1) for i in range(10)])
     cosine = [0.1 + 0.4 * (1 + math.cos(math.pi * i / 90)) / 2 for i in range(90)]
     assert rates[10:] == pytest.approx(cosine)
     assert rates[9] == rates[10] == pytest.approx(0.5) and rates[55] == pytest.approx(0.3)
-    assert 0.1 < rates[99] < 0.1002  # min_lr itself is where the update after the last would be
+    assert 0.1 < rates[99] < 0.1002  # min_lr itself would be reached one update later
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_warm_up_rises_to_the_full_rate_then_a_cosine_falls():
         (0.05, 4, [1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]),
     ],
 )
-def test_warm_up_is_a_share_of_the_steps_or_a_number_of_updates(warmup, steps, rates):
+def test_warmup_is_a_fraction_of_the_steps_or_a_number_of_updates(warmup, steps, rates):
     given = {"warmup_steps": warmup} if isinstance(warmup, int) else {"warmup_fraction": warmup}
     config = TrainConfig(steps=steps, lr=1.0, **given)
     assert [learning_rate(config, step) for step in range(steps)] == pytest.approx(rates)
@@ -190,12 +190,12 @@ def values(model: MultitaskViT) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def test_the_moving_average_is_its_recursion_over_the_trained_parameters():
+def test_the_moving_average_follows_its_recursion_for_trained_parameters():
     model, generator = make_model([3, 11], [3]), torch.Generator().manual_seed(0)
     average = MovingAverage(model, 0.8)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     expected = {name: value.double() for name, value in values(model).items() if name in trained}
-    for step in range(40):  # from the 36th on it is 0.8
+    for step in range(40):  # from the 36th on, the decay is 0.8
         perturb(model, generator)
         average.update(model)
         decay, now = min(0.8, (1 + step) / (10 + step)), values(model)
@@ -206,7 +206,7 @@ def test_the_moving_average_is_its_recursion_over_the_trained_parameters():
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.99, 0.9998, 0.999999])
-def test_after_sixty_updates_nothing_of_the_start_is_left_in_the_average(decay):
+def test_after_sixty_updates_the_average_no_longer_depends_on_the_start(decay):
     model = torch.nn.Linear(3, 2)
     average = MovingAverage(model, decay)
     with torch.no_grad():
@@ -216,7 +216,7 @@ def test_after_sixty_updates_nothing_of_the_start_is_left_in_the_average(decay):
     torch.testing.assert_close(average.average["weight"], model.weight.detach(), rtol=0, atol=1e-6)
 
 
-def test_swapping_exchanges_and_swapping_back_restores_every_bit():
+def test_swapping_twice_restores_weights_and_average_bitwise():
     model, generator = make_model([3, 11], [3]), torch.Generator().manual_seed(0)
     average = MovingAverage(model, 0.8)
     perturb(model, generator)
@@ -236,7 +236,7 @@ def test_swapping_exchanges_and_swapping_back_restores_every_bit():
 
 
 @pytest.mark.parametrize("limit", [None, 0.5, 100.0])
-def test_gradients_are_clipped_as_by_torch_and_else_left_alone(limit):
+def test_gradients_are_clipped_as_in_torch_or_not_touched(limit):
     ours, theirs = ([torch.nn.Parameter(torch.zeros(n)) for n in (3, 5)] for _ in range(2))
     for parameter in (*ours, *theirs):
         parameter.grad = torch.linspace(-1, 2, len(parameter))

@@ -1,4 +1,4 @@
-"""A linear probe is a run like any other: report, evaluation, resume, refusals."""
+"""Runs of the linear probe: report, evaluation, resume and refusals, as for any other run."""
 
 import shutil
 from pathlib import Path
@@ -29,7 +29,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory, bare):
-    """The folder of a probe and its report."""
+    """The folder of a probe run and its report."""
     folder = tmp_path_factory.mktemp("run") / "probe"
     return folder, train(config, folder)
 
@@ -38,35 +38,35 @@ def train(config, folder, resume=False):
     return moe_bsr.train(config, folder, resume, callbacks=[])
 
 
-def test_the_report_has_what_every_report_has(finished, tmp_path):
+def test_the_report_has_the_entries_of_every_report(finished, tmp_path):
     probe = finished[1]
     usual = train(make_config(tmp_path, train__steps=1), tmp_path / "usual")
     assert probe.keys() - {"penalties"} == usual.keys()
     assert probe["tasks"]["shapes"].keys() == usual["tasks"]["shapes"].keys()
     assert {task: about["images"] for task, about in probe["tasks"].items()} == SIZES
     assert (probe["status"], probe["split"], probe["test_evaluations"]) == ("finished", "test", 1)
-    for told in probe["penalties"].values():
-        assert told["chosen"] in PENALTIES and told["path"][0]["penalty"] == max(PENALTIES)
+    for penalties in probe["penalties"].values():
+        assert penalties["chosen"] in PENALTIES and penalties["path"][0]["penalty"] == max(PENALTIES)
     chosen = [next(p for p in t["path"] if p["penalty"] == t["chosen"]) for t in probe["penalties"].values()]
     assert sum(point["val_top1"] for point in chosen) / 2 == pytest.approx(probe["selected_mean_val_top1"])
 
 
-def test_the_run_is_evaluated_and_predicts_as_any_other(finished, tmp_path):
+def test_a_probe_run_can_be_evaluated_and_used_for_prediction(finished, tmp_path):
     folder, report = finished
     copy = tmp_path / "copy"
-    shutil.copytree(folder, copy)  # an evaluation of the test split is counted in it
+    shutil.copytree(folder, copy)  # a test evaluation is counted in the run's folder
     assert moe_bsr.evaluate(copy, "test")["mean_top1"] == pytest.approx(report["mean_top1"])
     found = moe_bsr.load(copy).predict(np.zeros((40, 40, 3), np.uint8))
     assert set(found["images"][0]["tasks"]) == set(SIZES)
 
 
-def test_the_heads_alone_are_saved(finished):
+def test_only_the_heads_are_saved(finished):
     saved = checkpoint.read(finished[0] / "checkpoint" / "1")[0]["weights"]
     heads = {f"heads.{task}.{part}" for task in SIZES for part in ("weight", "bias")}
     assert {name for name in saved if name.startswith(("heads.", "vit."))} == heads
 
 
-def test_the_heads_are_those_of_the_features_with_the_plans_dropping(config, tmp_path):
+def test_the_features_are_those_with_token_dropping(config, tmp_path):
     config = replace(config, train__penalty=0.5)
     dropped, whole = (
         make_trainer(config, tmp_path / "a"),
@@ -94,14 +94,14 @@ def test_heads_read_the_class_tokens_of_more_blocks(config, tmp_path):
     assert run.predict(np.zeros((40, 40, 3), np.uint8))["images"][0]["tasks"].keys() == SIZES.keys()
 
 
-def test_killed_before_it_was_saved_it_begins_again_and_ends_alike(config, finished, tmp_path, monkeypatch):
+def test_a_kill_before_or_after_saving_does_not_change_the_result(config, finished, tmp_path, monkeypatch):
     folder, whole = finished
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probe_trainer, "fit", lambda *given: crash())
         with pytest.raises(Crash):
             train(config, tmp_path / "run")
     assert checkpoint.steps(tmp_path / "run") == []
-    with monkeypatch.context() as patch:  # and after it was solved, before the evaluation
+    with monkeypatch.context() as patch:  # another crash after solving, before the evaluation
         act_at(patch, 1, crash)
         with pytest.raises(Crash):
             train(config, tmp_path / "run", resume=True)
@@ -111,7 +111,7 @@ def test_killed_before_it_was_saved_it_begins_again_and_ends_alike(config, finis
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
 
 
-def test_resumed_after_the_solution_it_is_not_solved_again(config, tmp_path, monkeypatch):
+def test_a_saved_solution_is_not_computed_again_on_resume(config, tmp_path, monkeypatch):
     config = replace(config, train__penalty=0.5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("moe_bsr.training.trainer.evaluate", lambda *given: crash())
@@ -122,17 +122,17 @@ def test_resumed_after_the_solution_it_is_not_solved_again(config, tmp_path, mon
     assert report["status"] == "finished" and report["penalties"].keys() == SIZES.keys()
 
 
-def test_one_model_per_task_is_the_same_probe(config, finished, tmp_path):
+def test_one_model_per_task_gives_the_same_probe(config, finished, tmp_path):
     together = finished[1]
     each = train(replace(config, mode="single_task"), tmp_path / "each")
     for task in SIZES:
         assert each["tasks"][task]["top1"] == together["tasks"][task]["top1"]
 
 
-def test_the_penalty_asked_for_is_the_one_taken(config, finished, tmp_path):
+def test_the_configured_penalty_is_used(config, finished, tmp_path):
     mild, fixed = (train(replace(config, train__penalty=p), tmp_path / str(p))["penalties"] for p in ("mild", 0.5))
     assert all(mild[task]["chosen"] >= finished[1]["penalties"][task]["chosen"] for task in SIZES)
-    assert {told["chosen"] for told in fixed.values()} == {0.5}
+    assert {entry["chosen"] for entry in fixed.values()} == {0.5}
 
 
 @pytest.mark.parametrize(
@@ -147,12 +147,12 @@ def test_the_penalty_asked_for_is_the_one_taken(config, finished, tmp_path):
         ("plan__head_blocks", [2, 2]),
     ],
 )
-def test_what_a_probe_cannot_have_is_refused(config, key, value):
+def test_incompatible_settings_are_refused(config, key, value):
     with pytest.raises(ConfigError, match=key.replace("__", ".")):
         replace(config, **{key: value})
 
 
-def test_heads_read_no_block_that_trains_or_is_not_there(config, tmp_path):
+def test_head_blocks_must_exist_and_be_frozen(config, tmp_path):
     with pytest.raises(ConfigError, match="plan.head_blocks"):
         make_trainer(replace(make_config(tmp_path), plan__head_blocks=[2]), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"plan.head_blocks.*\[6\]"):
@@ -160,11 +160,11 @@ def test_heads_read_no_block_that_trains_or_is_not_there(config, tmp_path):
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
-def test_every_configuration_here_becomes_a_probe(file):
+def test_every_configuration_in_the_repository_can_become_a_probe(file):
     assert probe_config(load(file)).train.optimizer == "lbfgs"
 
 
-def test_whatever_was_set_becomes_a_probe(tmp_path):
+def test_a_configuration_with_other_settings_can_become_a_probe(tmp_path):
     config = make_config(
         tmp_path, adapter="lora", train__ema_decay=0.9, train__warmup_steps=5, data__hflip=True, mode="single_task"
     )
@@ -173,8 +173,8 @@ def test_whatever_was_set_becomes_a_probe(tmp_path):
     assert probe_config(probe) == probe
 
 
-def test_images_that_are_skipped_are_no_others_twice(config, tmp_path, monkeypatch):
-    """The same with kept features, where another image stands in for one that cannot be read."""
+def test_skipped_images_are_not_replaced_in_the_features(config, tmp_path, monkeypatch):
+    """Also with cached features, where another image replaces an unreadable one."""
     monkeypatch.setattr(DecodedCache, "image", unreadable_third(DecodedCache.image))
     solved = []
     for megabytes in (None, 100):
@@ -196,7 +196,7 @@ def unreadable_third(read):
     return image
 
 
-def test_validation_images_take_nothing_of_the_minutes(config, tmp_path, monkeypatch):
+def test_time_for_validation_images_does_not_count_as_training_minutes(config, tmp_path, monkeypatch):
     clock, features = [0.0], probe_trainer.split_features
 
     def slow(make, data, split, *rest):

@@ -1,4 +1,4 @@
-"""Runs of a ResNet: resumed as if never interrupted, loaded and asked, features cached, its peak as predicted."""
+"""Runs of a ResNet: resume, loading and prediction, cached features, refused commands, and predicted peak memory."""
 
 import shutil
 
@@ -42,7 +42,7 @@ def finished(bare, tmp_path_factory):
     return config, folder / "run", state_of(trainer.model)
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(finished, tmp_path):
+def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(finished, tmp_path):
     config, run, state = finished
     again = tmp_path / "run"
     shutil.copytree(run, again)
@@ -54,7 +54,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(finished, tmp_path):
     assert [name for name in state if not torch.equal(state[name], resumed[name])] == []
 
 
-def test_a_finished_run_names_images(finished):
+def test_a_finished_run_classifies_images(finished):
     _, run, state = finished
     loaded = moe_bsr.load(run, "last")
     models = list(loaded.models.values())
@@ -66,7 +66,7 @@ def test_a_finished_run_names_images(finished):
 
 
 @pytest.mark.parametrize("kind", ["exact", "int8"])
-def test_maps_are_cached_as_tokens_are(finished, kind):
+def test_feature_maps_are_cached(finished, kind):
     config, _, _ = finished
     settings = configuration.replace(
         config, data__feature_cache_mb=10, data__feature_cache=kind, data__augment=False
@@ -99,19 +99,19 @@ def test_maps_are_cached_as_tokens_are(finished, kind):
         "compare-methods CONFIG --out OUT",
     ],
 )
-def test_commands_made_for_tokens_refuse_in_a_line(finished, command, tmp_path, capsys):
+def test_commands_that_need_tokens_refuse_with_a_one_line_error(finished, command, tmp_path, capsys):
     config, run, _ = finished
     file = tmp_path / "resnet.yaml"
     file.write_text(yaml.safe_dump(configuration.to_dict(config)))
     places = {"RUN": str(run), "CONFIG": str(file), "OUT": str(tmp_path / "out")}
     assert main([places.get(word, word) for word in command.split()]) == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1 and "resnet10t" in said[0] and "no Vision Transformer" in said[0], said
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and "resnet10t" in lines[0] and "no Vision Transformer" in lines[0], lines
 
 
 @pytest.mark.skipif(kernel_scratch.cpu_kind() != kernel_scratch.AVX2, reason="kernels measured on Zen 3 alone")
-def test_the_peak_of_a_step_is_predicted(tmp_path):
-    """The sweep over registries has the other quantities, on any CPU."""
+def test_the_predicted_peak_of_a_step_is_the_measured_one(tmp_path):
+    """The sweep over registries tests the other quantities, on any CPU."""
     config = make_config(tmp_path, **RESNET | {"backbone__image_size": 96, "storage": "recompute"})
     model = build(config, dict.fromkeys(config.task_names(), 10))
     predicted = predict(model, config, batch=4, precision="fp32", task="shapes")

@@ -1,4 +1,4 @@
-"""The program as a person starts it: a signal stops it with everything saved. `tests/selftest` kills it."""
+"""The training program in a subprocess: a signal stops it with everything saved. `tests/selftest` kills it."""
 
 import json
 import os
@@ -30,10 +30,10 @@ def test_sigterm_saves_and_resume_finishes_the_same_run(tmp_path):
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGTERM)
         output = process.stdout.read().decode()
-    if process.returncode != 0:  # it may have been past its last update
+    if process.returncode != 0:  # it may have passed its last update
         assert process.returncode == 128 + signal.SIGTERM, output
         assert "--resume" in output
         assert json.loads((run / "report.json").read_text())["status"] == "interrupted"
         assert train(config, run, resume=True, callbacks=[])["status"] == "finished"
-    wrong = kills.differing(run, kills.outcome(tmp_path / "whole"))
-    assert wrong == []  # and no megabytes are shown if there are any
+    differing = kills.differing(run, kills.outcome(tmp_path / "whole"))
+    assert differing == []  # compared above, so that a failure does not print megabytes

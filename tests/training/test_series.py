@@ -1,4 +1,4 @@
-"""One model per task: a series of runs, each complete, that stops and goes on as one."""
+"""One model per task: a series of complete runs that stops and resumes as one."""
 
 import json
 import os
@@ -16,13 +16,13 @@ pytestmark = pytest.mark.usefixtures("bare")
 
 
 @pytest.fixture
-def stl(tmp_path) -> Config:
+def config(tmp_path) -> Config:
     return make_config(tmp_path, **LATE, mode="single_task", train__steps=3, train__task_weights={"shapes": 2.0})
 
 
-def test_single_task_runs_are_complete_and_their_parent_adds_up(stl, tmp_path):
+def test_each_run_of_a_series_is_complete_and_the_report_combines_them(config, tmp_path):
     folder = tmp_path / "run"
-    report = train(stl, folder)
+    report = train(config, folder)
     assert report == json.loads((folder / "report.json").read_text())
     assert (folder / "report.md").is_file()
     parts = {name: json.loads((folder / name / "report.json").read_text()) for name in TASKS}
@@ -41,25 +41,25 @@ def test_single_task_runs_are_complete_and_their_parent_adds_up(stl, tmp_path):
     assert {task: len(names) for task, names in loaded.class_names.items()} == {"shapes": 10, "fractals": 12}
 
 
-def test_a_series_is_not_begun_again_over_its_first_part(stl, tmp_path, monkeypatch):
+def test_a_series_does_not_overwrite_its_first_run(config, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Crash):
         act_at(patch, 3, crash)
-        train(replace(stl, train__checkpoint_every=1), tmp_path / "run")
+        train(replace(config, train__checkpoint_every=1), tmp_path / "run")
     before = (tmp_path / "run" / "config.yaml").read_bytes()
     with pytest.raises(ConfigError, match="holds a run already"):
-        train(replace(stl, train__steps=9), tmp_path / "run")
+        train(replace(config, train__steps=9), tmp_path / "run")
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
 
 
-def test_a_task_alone_does_not_know_of_the_others(stl, tmp_path):
-    train(stl, tmp_path / "both")
-    train(replace(stl, mode="multitask", tasks=stl.tasks[1:], train__task_weights={}), tmp_path / "alone")
-    for place in ("metrics.jsonl", "checkpoint/3/weights.safetensors"):
-        both, alone = tmp_path / "both" / "fractals" / place, tmp_path / "alone" / place
+def test_a_run_of_a_series_does_not_depend_on_the_other_tasks(config, tmp_path):
+    train(config, tmp_path / "both")
+    train(replace(config, mode="multitask", tasks=config.tasks[1:], train__task_weights={}), tmp_path / "alone")
+    for file in ("metrics.jsonl", "checkpoint/3/weights.safetensors"):
+        both, alone = tmp_path / "both" / "fractals" / file, tmp_path / "alone" / file
         assert both.read_bytes() == alone.read_bytes()
 
 
-def test_an_interrupted_task_stops_the_series_and_a_resume_skips_finished_ones(stl, tmp_path, monkeypatch):
+def test_an_interrupted_task_stops_the_series_and_a_resume_skips_finished_ones(config, tmp_path, monkeypatch):
     started, fit = [], Trainer.fit
 
     def interrupted(self, resume):
@@ -70,18 +70,18 @@ def test_an_interrupted_task_stops_the_series_and_a_resume_skips_finished_ones(s
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "fit", interrupted)
-        assert train(stl, tmp_path / "run")["status"] == "interrupted"
+        assert train(config, tmp_path / "run")["status"] == "interrupted"
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "fit", interrupted)
-        report = train(stl, tmp_path / "run", resume=True)
+        report = train(config, tmp_path / "run", resume=True)
     assert started == [["shapes"], ["fractals"], ["fractals"]]
     assert report["status"] == "finished" and list(report["tasks"]) == list(TASKS)
 
 
-def test_a_series_killed_between_two_tasks_is_not_finished(stl, tmp_path, monkeypatch):
+def test_a_series_killed_between_two_tasks_is_not_finished(config, tmp_path, monkeypatch):
     fit = Trainer.fit
     with monkeypatch.context() as patch, pytest.raises(Crash):
         patch.setattr(Trainer, "fit", lambda self, resume: crash() if "fractals" in self.tasks else fit(self, resume))
-        train(stl, tmp_path / "run")
-    report = train(stl, tmp_path / "run", resume=True)
+        train(config, tmp_path / "run")
+    report = train(config, tmp_path / "run", resume=True)
     assert list(report["tasks"]) == list(TASKS) and report["status"] == "finished"

@@ -1,4 +1,4 @@
-"""Several processes compute what one does, and if one of them ends, all end with everything saved."""
+"""Several processes compute what one process does. If one of them ends, all end with everything saved."""
 
 import json
 import os
@@ -34,7 +34,7 @@ from moe_bsr.training.task_updates import TaskUpdates
 from moe_bsr.training.trainer import TrainingFailed
 
 pytestmark = pytest.mark.usefixtures("bare")
-BATCH = 4  # images of an evaluation batch, so that processes have batches to share
+BATCH = 4  # images per evaluation batch, so few that every process gets batches
 
 
 def config_of(folder: Path, **changes) -> Config:
@@ -59,7 +59,7 @@ def in_backward(folder: Path) -> Config:
 
 
 def joint_of(folder: Path) -> Config:
-    """All tasks in an update, four micro-batches, kept features. Two updates only, because differences grow."""
+    """Return a joint configuration: four micro-batches, cached features, and two updates, because differences grow."""
     more = {"sampler__kind": "joint", "train__grad_accumulation_steps": 4, "train__steps": 2, "train__eval_every": None}
     more |= {"moe__gate": "prototype"}
     return config_of(folder, **more, data__augment=False, data__feature_cache_mb=100)
@@ -71,7 +71,7 @@ def metrics(run: Path) -> list[dict]:
 
 
 def assert_close(run: Path, other: Path) -> None:
-    """Sums in another order differ by 1e-7 in a gradient, and AdamW enlarges that where gradients are near zero."""
+    """Another summation order changes a gradient by 1e-7, and AdamW enlarges that where gradients are near zero."""
     for ours, theirs in zip(metrics(run), metrics(other), strict=True):
         assert (ours.pop("task"), ours.pop("split", "")) == (theirs.pop("task"), theirs.pop("split", ""))
         assert ours == pytest.approx(theirs, rel=1e-4)
@@ -80,11 +80,11 @@ def assert_close(run: Path, other: Path) -> None:
         assert (value - theirs[name]).norm() <= 1e-3 * theirs[name].norm() + 1e-6, name
 
 
-# --- what each process does; runs in `ranks.py` ---
+# --- work of each process; runs in `ranks.py` ---
 
 
 def at_update(number: int, act: Callable[[], None]) -> None:
-    """Call `act` in this process before the backward pass of an update."""
+    """Call `act` in this process before the backward pass of update `number`."""
     backward = TaskUpdates._backward
 
     def acting(self, batch, place, tasks, step):
@@ -98,27 +98,27 @@ def at_update(number: int, act: Callable[[], None]) -> None:
 def two(folder: Path, rank: int) -> dict:
     """Try refusals and exchanges, then train until a signal to one process stops the run after its first update."""
     trainer_module.BATCH = BATCH
-    told = {}
+    results = {}
 
     def refused(call: Callable[[], object]) -> str:
         with pytest.raises(ConfigError) as caught:
             call()
         return str(caught.value)
 
-    with joined(torch.device("cpu")) as ranks:  # a group that is there already, for the runs below
-        told["refused"] = [
+    with joined(torch.device("cpu")) as ranks:  # an existing process group for the runs below
+        results["refused"] = [
             refused(lambda: train(config_of(folder, train__grad_accumulation_steps=1), folder / "no")),
             refused(lambda: train(probe_config(config_of(folder, train__grad_clip_norm=None)), folder / "no")),
             refused(lambda: train(in_backward(folder), folder / "no")),
             refused(lambda: train(config_of(folder, seed=rank), folder / "no")),
             refused(lambda: unequal(ranks, rank)),
         ]
-        told["exchange"] = exchanged(ranks, rank)
+        results["exchange"] = exchanged(ranks, rank)
         if rank == 1:
             at_update(1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         report = train(config_of(folder), folder / "two", callbacks=[])
-        told["stopped"] = [report[key] for key in ("status", "signal", "step", "exchanged_mb_per_update")]
-    return told
+        results["stopped"] = [report[key] for key in ("status", "signal", "step", "exchanged_mb_per_update")]
+    return results
 
 
 def unequal(ranks, rank: int) -> None:
@@ -127,16 +127,16 @@ def unequal(ranks, rank: int) -> None:
 
 
 def exchanged(ranks, rank: int) -> dict:
-    """Sum in both precisions; returns bytes, error and whether both processes have the same bits."""
+    """Sum in both precisions; return the bytes sent, the error, and whether both processes have the same bits."""
     parts = [torch.randn(1001, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
-    told, true = {}, sum(parts)
+    results, true = {}, sum(parts)
     for kind in ("fp32", "bf16"):
         tensors = [parts[rank][:1].clone(), parts[rank][1:].clone().view(10, 100)]
         sent = exchange.sum_all(tensors, kind)
         found = torch.cat([tensor.flatten() for tensor in tensors])
         bits = ranks.gather(found.tolist())
-        told[kind] = [sent, float((found - true).norm() / true.norm()), bits[0] == bits[1]]
-    return told
+        results[kind] = [sent, float((found - true).norm() / true.norm()), bits[0] == bits[1]]
+    return results
 
 
 def killed(folder: Path, rank: int) -> dict:
@@ -160,7 +160,7 @@ def four(folder: Path, rank: int) -> dict:
 
 
 def failing(folder: Path, rank: int) -> str:
-    """One process fails while the others wait for it."""
+    """Fail in one process while the others wait for it."""
     with pytest.raises((RankLost, UnreadableImage)) as caught, joined(torch.device("cpu")) as ranks:
         if rank == 1:
             raise UnreadableImage("bee.png: not a readable image")
@@ -174,12 +174,12 @@ def failing(folder: Path, rank: int) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A folder with the runs of one process."""
-    place = tmp_path_factory.mktemp("processes")
+    folder = tmp_path_factory.mktemp("processes")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer_module, "BATCH", BATCH)
-        train(config_of(place), place / "one", callbacks=[])
-        train(joint_of(place), place / "joint one", callbacks=[])
-    return place
+        train(config_of(folder), folder / "one", callbacks=[])
+        train(joint_of(folder), folder / "joint one", callbacks=[])
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -188,19 +188,19 @@ def ended(folder) -> dict[str, list]:
 
 
 @pytest.fixture(scope="module")
-def told(ended) -> list[dict]:
+def results(ended) -> list[dict]:
     assert [each.status for each in ended["two"]] == [0, 0], ended["two"]
     return [each.result for each in ended["two"]]
 
 
-def test_a_signal_to_one_stops_all_with_everything_saved(folder, told):
-    assert told[0]["stopped"] == told[1]["stopped"]
-    status, number, step, sent = told[0]["stopped"]
+def test_a_signal_to_one_process_stops_all_with_everything_saved(folder, results):
+    assert results[0]["stopped"] == results[1]["stopped"]
+    status, number, step, sent = results[0]["stopped"]
     assert (status, number, step) == ("interrupted", signal.SIGTERM, 1)
     assert f"by 2 processes that exchange {sent:.1f} MB an update" in (folder / "two" / "report.md").read_text()
 
 
-def test_a_killed_process_costs_no_update_and_all_bits_are_those_of_one_process(folder, told, ended, monkeypatch):
+def test_a_killed_process_loses_no_update_and_the_run_is_bitwise_equal(folder, results, ended, monkeypatch):
     """The run is stopped by a signal, resumed by two processes of which one is killed, and resumed by one."""
     survivor, gone = ended["killed"]
     assert gone.status == -signal.SIGKILL
@@ -215,11 +215,11 @@ def test_a_killed_process_costs_no_update_and_all_bits_are_those_of_one_process(
     assert any("not bit-exact" in line and "processes was 2, now 1" in line for line in lines)
     assert metrics(folder / "two") == metrics(folder / "one")
     for name in ("weights", "optimizer", "average"):
-        place = f"checkpoint/4/{name}.safetensors"
-        assert (folder / "two" / place).read_bytes() == (folder / "one" / place).read_bytes(), name
+        file = f"checkpoint/4/{name}.safetensors"
+        assert (folder / "two" / file).read_bytes() == (folder / "one" / file).read_bytes(), name
 
 
-def test_only_gradients_that_exist_are_exchanged(folder, told, ended):
+def test_only_gradients_that_exist_are_exchanged(folder, results, ended):
     sent = {}
     for line in (folder / "two" / "metrics.jsonl").read_text().splitlines():
         if "exchanged_mb" in (line := json.loads(line)):
@@ -242,8 +242,8 @@ def test_four_processes_joint_sampling_and_a_feature_cache(folder, ended):
     assert_close(folder / "four", folder / "joint one")
 
 
-def test_what_several_processes_cannot_do_is_refused(folder, told):
-    for accumulation, probe, backward, seeds, unequal in (each["refused"] for each in told):
+def test_incompatible_settings_are_refused(folder, results):
+    for accumulation, probe, backward, seeds, unequal in (each["refused"] for each in results):
         assert "train.grad_accumulation_steps = 1" in accumulation and "train.grad_accumulation_steps=2" in accumulation
         assert "train.optimizer = 'lbfgs'" in probe and "without torchrun" in probe
         assert "train.step_in_backward = True: false with several processes" in backward
@@ -252,19 +252,19 @@ def test_what_several_processes_cannot_do_is_refused(folder, told):
     assert not (folder / "no").exists()
 
 
-def test_both_exchanges(told):
-    for each in told:
-        (sent, error, alike), (halved, rounding, alike_too) = each["exchange"]["fp32"], each["exchange"]["bf16"]
-        assert alike and alike_too and error == 0
+def test_the_exchange_is_exact_in_fp32_and_half_as_large_in_bf16(results):
+    for each in results:
+        (sent, error, equal), (halved, rounding, equal_too) = each["exchange"]["fp32"], each["exchange"]["bf16"]
+        assert equal and equal_too and error == 0
         assert halved == sent / 2 and 1e-4 < rounding < 4e-3
 
 
-def test_what_ends_one_process_the_others_learn(ended):
+def test_an_error_in_one_process_is_reported_by_the_others(ended):
     first, other = (each.result for each in ended["failing"])
     assert "bee.png" in other and first.startswith("rank 1 (process") and "bee.png: not a readable image" in first
 
 
-def test_the_report_names_what_any_process_could_not_read(tmp_path, monkeypatch):
+def test_the_report_lists_unreadable_images_of_all_processes(tmp_path, monkeypatch):
     trainer = make_trainer(make_config(tmp_path), tmp_path / "run")
     trainer.transforms.skipped["shapes"] = {"val": {"a.png": "empty"}}
     elsewhere = {"shapes": {"val": {"b.png": "cut off"}}, "fractals": {"train": {"c.png": "empty"}}}
@@ -275,16 +275,16 @@ def test_the_report_names_what_any_process_could_not_read(tmp_path, monkeypatch)
     assert trainer.state.skipped == elsewhere | {"shapes": {"val": {"a.png": "empty", "b.png": "cut off"}}}
 
 
-def test_what_is_exchanged_while_a_pace_is_measured_is_told_of_no_update(tmp_path, monkeypatch):
+def test_exchange_statistics_are_discarded_while_speed_is_measured(tmp_path, monkeypatch):
     trainer = make_trainer(make_config(tmp_path, train__steps=None, train__minutes=0.01), tmp_path / "run")
-    taken, asked, take = [], [], trainer.take
-    monkeypatch.setattr(trainer, "take", lambda *arguments: taken.append(1) or take(*arguments))
-    monkeypatch.setattr(trainer.ranks, "numbers", lambda: asked.append(1) or {})
+    updates, discarded, take = [], [], trainer.take
+    monkeypatch.setattr(trainer, "take", lambda *arguments: updates.append(1) or take(*arguments))
+    monkeypatch.setattr(trainer.ranks, "numbers", lambda: discarded.append(1) or {})
     updates_within(0.1, trainer)
-    assert len(asked) == len(taken) > 0
+    assert len(discarded) == len(updates) > 0
 
 
-def test_a_round_reads_nothing_of_the_dead(monkeypatch):
+def test_a_new_round_ignores_entries_of_dead_processes(monkeypatch):
     """A launcher's store outlives the processes, so it holds names and confirmations of an older round."""
     store = torch.distributed.HashStore()
     for key, value in {"round": "old", "old/1": "dead", "old/all": "dead", "old/address": "nowhere"}.items():

@@ -1,4 +1,4 @@
-"""What a resumed run needs is saved, and comes back; what was lost is not reported."""
+"""The state of a run is saved and restored completely, and scores of lost weights are not reported."""
 
 import json
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("bare")
 
 
 class Counter(Callback):
-    """Counts updates."""
+    """Callback that counts updates."""
 
     def __init__(self, name: str = "") -> None:
         self.name, self.updates = name, 0
@@ -30,7 +30,7 @@ class Counter(Callback):
         self.updates = state.get("updates", 0)
 
 
-def test_a_state_dict_loaded_is_the_state_it_was_taken_of(tmp_path):
+def test_load_state_dict_restores_the_state(tmp_path):
     config = make_config(tmp_path, **LATE, train__ema_decay=0.7, train__evaluate_test=False)
     first = make_trainer(config, tmp_path / "first", [Counter()])
     first.fit()
@@ -56,7 +56,7 @@ def test_callbacks_are_restored_by_their_names(tmp_path):
     assert (b.updates, new.updates) == (8, 0)
 
 
-def test_two_callbacks_of_one_name_are_refused(tmp_path):
+def test_two_callbacks_with_the_same_name_are_refused(tmp_path):
     for pair in ([Counter(), Counter()], [Counter("x"), Counter("x")]):
         with pytest.raises(ValueError, match="callbacks: two are named '(Counter|x)'.*attribute `name`"):
             make_trainer(make_config(tmp_path), tmp_path / "run", pair)
@@ -64,9 +64,9 @@ def test_two_callbacks_of_one_name_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("ema", [None, 0.5])
-def test_scores_of_weights_that_were_lost_are_not_reported(tmp_path, monkeypatch, ema):
-    """The best checkpoint is damaged: the last weights are evaluated anew, and say so."""
-    seen = script_scores(monkeypatch, [30.0, 10.0, 20.0, 15.0, 17.0])
+def test_scores_of_lost_weights_are_not_reported(tmp_path, monkeypatch, ema):
+    """If the best checkpoint is damaged, the last weights are evaluated again, and the report says so."""
+    scored = script_scores(monkeypatch, [30.0, 10.0, 20.0, 15.0, 17.0])
     config = make_config(tmp_path, **LATE, train__eval_every=2, train__evaluate_test=False, train__ema_decay=ema)
     trainer = make_trainer(config, tmp_path / "run")
     load_best = trainer.state.load_best
@@ -81,7 +81,7 @@ def test_scores_of_weights_that_were_lost_are_not_reported(tmp_path, monkeypatch
     with pytest.warns(UserWarning, match="last weights are reported instead of the best"):
         report = trainer.fit()
     assert (report["selected_step"], report["selected_mean_val_top1"]) == (8, None)
-    assert report["mean_top1"] == 17.0 and len(seen) == 5
+    assert report["mean_top1"] == 17.0 and len(scored) == 5
     lost = report["lost_best"]
     assert (lost["step"], lost["mean_top1"], lost["scores"]["shapes"]["top1"]) == (2, 30.0, 30.0)
     assert "checkpoint/2/weights.safetensors" in lost["reason"]
@@ -89,34 +89,34 @@ def test_scores_of_weights_that_were_lost_are_not_reported(tmp_path, monkeypatch
     text = (tmp_path / "run" / "report.md").read_text()
     assert "best evaluation was at step 2, mean validation top-1 30.00 % (shapes 30.0, fractals 30.0)" in text
     assert "Weights: those of step 8, the last" in text and "checkpoint/2/weights.safetensors" in text
-    assert torch.equal(seen[-1][1], seen[-2][1])
+    assert torch.equal(scored[-1][1], scored[-2][1])
 
 
-def test_a_sound_best_checkpoint_is_reported_without_another_evaluation(tmp_path, monkeypatch):
-    seen = script_scores(monkeypatch, [30.0, 10.0, 20.0, 15.0])
+def test_an_intact_best_checkpoint_is_not_evaluated_again(tmp_path, monkeypatch):
+    scored = script_scores(monkeypatch, [30.0, 10.0, 20.0, 15.0])
     config = make_config(tmp_path, **LATE, train__eval_every=2, train__evaluate_test=False)
     report = train(config, tmp_path / "run", callbacks=[])
-    assert (report["selected_step"], report["mean_top1"], len(seen)) == (2, 30.0, 4)
+    assert (report["selected_step"], report["mean_top1"], len(scored)) == (2, 30.0, 4)
     assert report["lost_best"] is None and report["step"] == 8
     assert {task["scored_step"] for task in report["tasks"].values()} == {2}
     text = (tmp_path / "run" / "report.md").read_text()
     assert "Weights selected: those of step 2 of 8, for the highest mean validation top-1: 30.00 %." in text
     assert "Images seen, epochs and updates are counted up to step 8." in text
     best = checkpoint.read(tmp_path / "run" / "checkpoint" / "2")[0]["weights"]
-    assert torch.equal(best["heads.shapes.weight"], seen[0][1])
+    assert torch.equal(best["heads.shapes.weight"], scored[0][1])
 
 
-def test_a_resumed_run_knows_the_scores_of_its_best_step(tmp_path, monkeypatch):
-    """They are in the checkpoint: nothing is evaluated twice, and nothing is lost with the best checkpoint."""
-    seen = script_scores(monkeypatch, [30.0, 10.0, 20.0, 15.0])
+def test_a_resumed_run_restores_the_scores_of_its_best_step(tmp_path, monkeypatch):
+    """The checkpoint holds the scores: nothing is evaluated twice, even without the report."""
+    scored = script_scores(monkeypatch, [30.0, 10.0, 20.0, 15.0])
     config = make_config(tmp_path, **LATE, train__eval_every=2, train__evaluate_test=False)
     first = train(config, tmp_path / "run", callbacks=[])
     (tmp_path / "run" / "report.json").unlink()
     again = train(config, tmp_path / "run", resume=True, callbacks=[])
-    assert len(seen) == 4 and again["tasks"] == first["tasks"] and again["selected_step"] == 2
+    assert len(scored) == 4 and again["tasks"] == first["tasks"] and again["selected_step"] == 2
 
 
-def test_a_test_stands_beside_the_step_of_the_weights_tested(tmp_path, monkeypatch):
+def test_a_test_evaluation_is_recorded_with_the_step_of_its_weights(tmp_path, monkeypatch):
     script_scores(monkeypatch, [30.0, 10.0, 20.0, 15.0])
     train(make_config(tmp_path, **LATE, train__eval_every=2), tmp_path / "run", callbacks=[])
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

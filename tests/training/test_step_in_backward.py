@@ -1,4 +1,4 @@
-"""Updates within the backward pass: the same weights to the bit, no gradients in memory, and what is refused."""
+"""Optimizer steps within the backward pass: bitwise equal weights, no gradients in memory, and refused settings."""
 
 import re
 
@@ -50,14 +50,14 @@ class Norms(Callback):
 
 
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
-def test_weights_are_those_of_ordinary_updates_to_the_bit(changes, tmp_path):
+def test_weights_are_bitwise_equal_to_those_of_ordinary_updates(changes, tmp_path):
     states, norms = [], []
     for within in (False, True):
         config = make_config(tmp_path, **UNCLIPPED | changes, train__step_in_backward=within)
-        trainer = make_trainer(config, tmp_path / str(within), [seen := Norms()])
+        trainer = make_trainer(config, tmp_path / str(within), [recorder := Norms()])
         trainer.fit()
         states.append(state_of(trainer.model) | trainer.state.state_dict()["optimizer"])
-        norms.append(seen.values)
+        norms.append(recorder.values)
         assert all(p.grad is None for p in trainer.model.parameters())
         assert not any(p._post_accumulate_grad_hooks for p in trainer.model.parameters())
     assert states[0].keys() == states[1].keys()
@@ -66,14 +66,14 @@ def test_weights_are_those_of_ordinary_updates_to_the_bit(changes, tmp_path):
 
 
 def block_of(name: str) -> str:
-    """The clipping group of a parameter, told by its name."""
+    """Return the clipping group of a parameter, derived from its name."""
     block = re.match(r"vit\.blocks\.(\d+)\.", name)
     return block[1] if block else "top" if re.match(r"heads|vit\.norm|log_var", name) else "embedding"
 
 
 @pytest.mark.parametrize("per", ["block", "parameter"])
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8", "sgd"])
-def test_clipped_it_is_torch_on_each_group_after_a_plain_backward_pass(optimizer, per):
+def test_clipping_per_group_equals_torch_after_a_plain_backward_pass(optimizer, per):
     limit, clipped = {"block": 0.2, "parameter": 0.01}[per], []
     config = configuration.replace(Config(), train__optimizer=optimizer, train__lr=0.1, train__grad_clip_norm=limit)
     config = configuration.replace(config, train__grad_clip_per=per, train__step_in_backward=True)
@@ -108,7 +108,7 @@ def test_clipped_it_is_torch_on_each_group_after_a_plain_backward_pass(optimizer
 
 
 @pytest.mark.parametrize("clipping", [{}, CHANGES["clipped-blocks"]], ids=["unclipped", "clipped"])
-def test_resumed_it_is_the_run_that_was_not_interrupted(clipping, tmp_path, monkeypatch):
+def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(clipping, tmp_path, monkeypatch):
     changes = UNCLIPPED | clipping
     config = make_config(tmp_path, **changes, train__step_in_backward=True, train__optimizer="adamw8")
     whole = make_trainer(config, tmp_path / "whole")
@@ -121,8 +121,8 @@ def test_resumed_it_is_the_run_that_was_not_interrupted(clipping, tmp_path, monk
         assert [name for name, value in ours[group].items() if not torch.equal(value, theirs[group][name])] == []
 
 
-def test_gradients_and_moments_leave_the_memory_that_was_predicted():
-    """Experts in every block: nearly all of the memory is weights, gradients and moments."""
+def test_memory_without_gradients_and_with_8_bit_moments_is_as_predicted():
+    """With experts in every block, nearly all of the memory is weights, gradients and moments."""
     plan = {"plan__train_blocks": "all", "plan__drop_blocks": [], "plan__moe_blocks": [0, 1, 2, 3]}
     config = configuration.replace(
         Config(), **plan, runtime__device="cpu", runtime__precision="fp32", runtime__threads=1
@@ -159,6 +159,6 @@ def test_gradients_and_moments_leave_the_memory_that_was_predicted():
     ],
     ids=["clipping", "micro-batches", "tasks"],
 )
-def test_what_looks_at_all_gradients_first_is_refused(changes, message):
+def test_settings_that_need_all_gradients_first_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         configuration.replace(Config(), train__step_in_backward=True, **changes)

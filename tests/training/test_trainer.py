@@ -28,7 +28,7 @@ def of_task(name: str, task: str) -> bool:
     return f"heads.{task}." in name or name.endswith(f"router.weight.{task}")
 
 
-# --- what moves ---
+# --- which parameters move ---
 
 
 @pytest.mark.parametrize(
@@ -43,8 +43,8 @@ def of_task(name: str, task: str) -> bool:
     ],
     ids=["blocks", "sgd", "last layer", "all", "frozen routers", "joint"],
 )
-def test_frozen_parameters_keep_every_bit_and_trained_ones_move(tmp_path, changes):
-    config = make_config(tmp_path, train__steps=2, train__evaluate_test=False, **changes)  # an update of each task
+def test_only_trained_parameters_change(tmp_path, changes):
+    config = make_config(tmp_path, train__steps=2, train__evaluate_test=False, **changes)  # one update of each task
     trainer, snapshots = watch(config, tmp_path / "run")
     trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
     expected = {
@@ -67,7 +67,7 @@ def test_frozen_parameters_keep_every_bit_and_trained_ones_move(tmp_path, change
     ],
     ids=["momentum", "adamw"],
 )
-def test_the_other_tasks_head_and_routers_stand_still(tmp_path, changes):
+def test_head_and_routers_of_the_other_task_do_not_change(tmp_path, changes):
     """From the third update on, both tasks have moments that could move their parameters."""
     trainer, snapshots = watch(
         make_config(tmp_path, train__steps=4, train__evaluate_test=False, **changes), tmp_path / "run"
@@ -93,9 +93,9 @@ def loss_by_hand(model, trainer, weights: dict[str, float], smoothing: float) ->
     for task, positions, epochs in batches:
         images, labels = trainer.transforms.train_batch(trainer.tasks[task], positions, epochs)
         output = model(trainer.transforms.normalize(images), task)
-        logs = output.logits.log_softmax(1)
-        right = -logs[torch.arange(len(labels)), labels].mean()
-        total = total + weights[task] * ((1 - smoothing) * right - smoothing * logs.mean() + output.auxiliary_loss)
+        log_p = output.logits.log_softmax(1)
+        nll = -log_p[torch.arange(len(labels)), labels].mean()
+        total = total + weights[task] * ((1 - smoothing) * nll - smoothing * log_p.mean() + output.auxiliary_loss)
     return total / sum(weights.values())
 
 
@@ -122,7 +122,7 @@ def test_a_joint_update_follows_the_weighted_mean_of_the_tasks(tmp_path, weights
             torch.testing.assert_close(before[name] - after[name], parameter.grad, rtol=1e-3, atol=1e-6)
 
 
-def test_task_weights_scale_a_tasks_own_updates_relative_to_their_mean(tmp_path):
+def test_task_weights_scale_updates_relative_to_their_mean(tmp_path):
     changes = []
     for weights in ({}, {"shapes": 3.0, "fractals": 1.0}, {"shapes": 1.0, "fractals": 3.0}):
         config = make_config(tmp_path, train__steps=1, train__lr=1.0, **PLAIN_SGD, train__task_weights=weights)
@@ -136,7 +136,7 @@ def test_task_weights_scale_a_tasks_own_updates_relative_to_their_mean(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["round_robin", "joint"])
-def test_micro_batches_add_up_to_the_batch(tmp_path, kind):
+def test_micro_batches_give_the_update_of_the_whole_batch(tmp_path, kind):
     ends = []
     for accumulate in (1, 2):
         config = make_config(
@@ -157,7 +157,7 @@ def test_micro_batches_add_up_to_the_batch(tmp_path, kind):
     assert not torch.equal(ends[0]["heads.shapes.weight"], snapshots.states[0]["heads.shapes.weight"])
 
 
-def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_reported(tmp_path):
+def test_gradients_are_clipped_and_the_norm_before_clipping_is_reported(tmp_path):
     settings = PLAIN_SGD | {"train__steps": 1, "train__lr": 1.0}
     lengths, norms = [], []
     for clip in (None, 0.25):
@@ -177,22 +177,22 @@ def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_reported(tmp_p
 
 
 @pytest.mark.parametrize("select, step, mean, ema", [("best", 2, 30.0, 0.5), ("last", 4, 25.0, None)])
-def test_the_weights_tested_are_those_selected(tmp_path, monkeypatch, select, step, mean, ema):
-    """Two evaluations tie at 30, and the first of them counts."""
-    seen = script_scores(monkeypatch, [10.0, 30.0, 30.0, 25.0])
+def test_the_selected_weights_are_tested(tmp_path, monkeypatch, select, step, mean, ema):
+    """Two evaluations tie at 30; the first of them counts."""
+    scored = script_scores(monkeypatch, [10.0, 30.0, 30.0, 25.0])
     changes = {"train__checkpoint_selection": select, "train__ema_decay": ema}
     config = make_config(tmp_path, train__steps=4, train__eval_every=1, **changes)
     report = train(config, tmp_path / "run", callbacks=[])
-    assert [split for split, _ in seen] == ["val"] * 4 + ["test"]
-    assert torch.equal(seen[-1][1], seen[step - 1][1])
-    assert not torch.equal(seen[1][1], seen[3][1])
+    assert [split for split, _ in scored] == ["val"] * 4 + ["test"]
+    assert torch.equal(scored[-1][1], scored[step - 1][1])
+    assert not torch.equal(scored[1][1], scored[3][1])
     assert (report["selected_step"], report["selected_mean_val_top1"]) == (step, mean)
     assert report["mean_top1"] == 50.0 and report["weights"] == ("live" if ema is None else "average")
     assert checkpoint.steps(tmp_path / "run") == ([2, 3, 4] if select == "best" else [3, 4])
 
 
 def test_the_moving_average_is_scored_and_the_live_weights_train_on(tmp_path, monkeypatch):
-    seen = script_scores(monkeypatch, [10.0] * 4)
+    scored = script_scores(monkeypatch, [10.0] * 4)
     timing = {"train__steps": 4, "train__eval_every": 3}
     config = make_config(tmp_path, train__ema_decay=0.8, train__checkpoint_selection="last", **timing)
     trainer, snapshots = watch(config, tmp_path / "run")
@@ -205,11 +205,11 @@ def test_the_moving_average_is_scored_and_the_live_weights_train_on(tmp_path, mo
     for update, head in enumerate(heads[1:]):
         decay = min(0.8, (1 + update) / (10 + update))
         averages.append(decay * averages[-1] + (1 - decay) * head)
-    for (_, head), step in zip(seen[:3], (3, 4, 4), strict=True):
+    for (_, head), step in zip(scored[:3], (3, 4, 4), strict=True):
         torch.testing.assert_close(head, averages[step])
     saved = checkpoint.read(tmp_path / "run" / "checkpoint" / "4")[0]
     assert torch.equal(saved["weights"]["heads.shapes.weight"], heads[-1])
-    assert torch.equal(saved["average"]["heads.shapes.weight"], seen[1][1])
+    assert torch.equal(saved["average"]["heads.shapes.weight"], scored[1][1])
 
 
 # --- a run that diverges ---
@@ -235,7 +235,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, kind):
     assert checkpoint.latest(tmp_path / "run") == saved
 
 
-def test_a_run_that_diverges_at_once_says_that_nothing_was_saved(tmp_path):
+def test_a_run_that_diverges_at_once_reports_that_nothing_was_saved(tmp_path):
     trainer = make_trainer(make_config(tmp_path), tmp_path / "run")
     with torch.no_grad():
         trainer.model.heads["shapes"].bias.fill_(float("nan"))

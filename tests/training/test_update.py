@@ -1,4 +1,4 @@
-"""The one optimizer update: its phases are the definition, and all its users run the same."""
+"""The optimizer update: its phases by their definition, and the same result from all its users."""
 
 import math
 
@@ -35,7 +35,7 @@ def make_update(**options) -> tuple[nn.Module, OptimizerUpdate]:
     return model, OptimizerUpdate(model, RUNTIME, optimizer, output=model, loss=loss, **options)
 
 
-def test_micro_batches_with_their_shares_are_the_gradient_of_the_weighted_sum():
+def test_micro_batches_give_the_gradient_of_the_weighted_sum():
     model, update = make_update()
     expected, _ = make_update()
     parts, shares = [normal(4, 3, seed=1), normal(4, 3, seed=2)], [0.25, 0.75]
@@ -53,7 +53,7 @@ def test_micro_batches_with_their_shares_are_the_gradient_of_the_weighted_sum():
         assert ours.grad is None
 
 
-def test_terms_of_a_loss_are_added_and_kept_apart():
+def test_terms_of_a_loss_are_summed_and_kept_separately():
     _, update = make_update(loss=lambda output, x: (output.square().mean(), output.sum()))
     update.forward(normal(4, 3))
     assert update.loss == update.terms[0] + update.terms[1]
@@ -63,15 +63,15 @@ def test_terms_of_a_loss_are_added_and_kept_apart():
     assert update.output is None
 
 
-def test_what_is_to_be_committed_is_once_per_micro_batch_with_its_inputs():
-    seen = []
-    _, update = make_update(commit=lambda output, x: seen.append(x))
+def test_commit_is_called_once_per_micro_batch_with_its_inputs():
+    committed = []
+    _, update = make_update(commit=lambda output, x: committed.append(x))
     parts = [normal(4, 3, seed=seed) for seed in range(3)]
     for x in parts:
         update.forward(x)
         update.backward()
     update.step()
-    assert all(a is b for a, b in zip(seen, parts, strict=True))
+    assert all(a is b for a, b in zip(committed, parts, strict=True))
 
 
 @pytest.mark.parametrize("limit", [math.inf, 0.1])
@@ -86,7 +86,7 @@ def test_the_norm_before_clipping_is_returned(limit):
     assert float(moved) == pytest.approx(0.5 * min(expected, limit), rel=1e-4)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing():
+def test_a_non_finite_gradient_changes_nothing():
     model, update = make_update(clip_norm=1.0, loss=lambda output, x: output.sum() * math.inf)
     average = MovingAverage(model, 0.5)
     update._average = average
@@ -114,8 +114,8 @@ def make_batch(images: int = 6) -> Batch:
     return Batch("one", np.arange(images), normal(images, 3, 16, 16), torch.arange(images) % 3)
 
 
-def test_a_step_on_fixed_inputs_is_the_trainers_update():
-    """Two models that start alike end alike, to the bit: one by `accumulate`, one by a measured step."""
+def test_a_measured_step_equals_the_trainers_update():
+    """Two models with the same start stay bitwise equal: one runs `accumulate`, the other a measured step."""
     config = Config(train=TrainConfig(label_smoothing=0.1, grad_clip_norm=0.5))
     models = [make_model(moe_blocks=[1, 3]) for _ in range(2)]
     optimizer = make_optimizer(models[0], config.train)
@@ -132,7 +132,7 @@ def test_a_step_on_fixed_inputs_is_the_trainers_update():
         assert torch.equal(ours, theirs)
 
 
-def test_features_of_the_frozen_blocks_are_images_to_the_update():
+def test_cached_features_give_the_same_gradients_as_images():
     config = TrainConfig()
     results = []
     for cached in (False, True):
@@ -162,7 +162,7 @@ def test_task_weights_have_mean_one():
     assert weights == {"a": 2.0, "b": 0.5, "c": 0.5}
 
 
-def test_a_step_can_be_only_inferred():
+def test_infer_changes_no_weight():
     model = nn.Linear(3, 2)
     step = TrainingStep(
         model, RUNTIME, torch.optim.SGD(model.parameters(), lr=0.1), output=lambda: model(normal(4, 3)), loss=torch.sum

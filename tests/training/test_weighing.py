@@ -1,4 +1,4 @@
-"""Mixed images, weights of classes and of tasks: against slow formulas, and resumed as if never stopped."""
+"""Mixed images, class weights and task weights: against slow formulas, and in resumed runs."""
 
 import copy
 
@@ -31,7 +31,7 @@ def batch() -> Batch:
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
-def test_labels_are_mixed_in_the_shares_of_the_images(kind):
+def test_labels_are_mixed_in_the_proportions_of_the_images(kind):
     mixed = Mixing(TrainConfig(**{kind: 1.0}), {"one": 3})(batch(), (0, 5, 1))
     one_hot = torch.nn.functional.one_hot(LABELS, 3).float()
     if kind == "mixup":
@@ -47,7 +47,7 @@ def test_labels_are_mixed_in_the_shares_of_the_images(kind):
     assert torch.equal(mixed.labels, mixed.targets.argmax(1))
 
 
-def test_a_mixture_depends_on_its_key_alone():
+def test_mixing_depends_only_on_its_key():
     mixing = Mixing(TrainConfig(mixup=0.4, cutmix=1.0), {"one": 3})
     np.random.seed(7)
     first = mixing(batch(), (0, 5, 1))
@@ -56,7 +56,7 @@ def test_a_mixture_depends_on_its_key_alone():
     assert torch.equal(first.images, again.images) and torch.equal(first.targets, again.targets)
     assert not torch.equal(first.images, other.images)
     np.random.seed(7)
-    assert np.random.rand() == expected  # nobody else's numbers have changed
+    assert np.random.rand() == expected  # the global generator is unaffected
 
 
 # --- classes ---
@@ -67,17 +67,17 @@ def test_the_loss_is_the_weighted_smoothed_cross_entropy_of_mixed_labels(micro_b
     settings = TrainConfig(label_smoothing=0.1, mixup=0.5)
     weights, model = torch.tensor([0.5, 3.0, 1.25]), make_model()
     update = multitask_update(model, settings, RUNTIME, make_optimizer(model, settings), None, {"one": weights})
-    mix, seen = Mixing(settings, {"one": 3}), []
+    mix, mixed_parts = Mixing(settings, {"one": 3}), []
 
-    def watched(part, key):
-        seen.append(mix(part, key))
-        return seen[-1]
+    def recording_mix(part, key):
+        mixed_parts.append(mix(part, key))
+        return mixed_parts[-1]
 
     result = accumulate(
-        update, batch(), micro_batches, share=1.0, noise_key=(0, 0), prepare=lambda part: part, mix=watched
+        update, batch(), micro_batches, share=1.0, noise_key=(0, 0), prepare=lambda part: part, mix=recording_mix
     )
     total = 0.0
-    for part in seen:
+    for part in mixed_parts:
         logs = model(part.images, "one").logits.log_softmax(1)
         for row, targets in zip(logs.tolist(), part.targets.tolist(), strict=True):
             smooth = [0.9 * share + 0.1 / 3 for share in targets]
@@ -85,7 +85,7 @@ def test_the_loss_is_the_weighted_smoothed_cross_entropy_of_mixed_labels(micro_b
     assert result.loss == pytest.approx(total / 8, rel=1e-5)
 
 
-def test_balanced_weights_make_every_class_count_alike():
+def test_balanced_weights_give_every_class_the_same_total():
     labels = np.repeat([0, 1, 3], [1, 3, 8])
     weights = balanced(labels, 4).double().numpy()
     assert weights[2] == 0
@@ -99,15 +99,15 @@ def test_balanced_weights_make_every_class_count_alike():
 def slow_pcgrad(gradients: list[torch.Tensor], orders: list[list[int]]) -> torch.Tensor:
     total = torch.zeros_like(gradients[0])
     for i, order in enumerate(orders):
-        mine = gradients[i].clone()
+        own = gradients[i].clone()
         for j in order:
-            if j != i and mine @ gradients[j] < 0:
-                mine -= (mine @ gradients[j]) / (gradients[j] @ gradients[j]) * gradients[j]
-        total += mine
+            if j != i and own @ gradients[j] < 0:
+                own -= (own @ gradients[j]) / (gradients[j] @ gradients[j]) * gradients[j]
+        total += own
     return total
 
 
-def test_conflicting_gradients_are_projected_as_the_paper_says(monkeypatch):
+def test_conflicting_gradients_are_projected_as_in_the_paper(monkeypatch):
     orders = [[2, 1, 0, 3], [0, 3, 1, 2], [3, 0, 2, 1], [1, 2, 3, 0]]
 
     class Given:
@@ -127,7 +127,7 @@ def test_conflicting_gradients_are_projected_as_the_paper_says(monkeypatch):
     assert not torch.allclose(expected, sum(gradients))
 
 
-def test_gradients_that_agree_and_those_of_one_task_stay():
+def test_gradients_without_conflict_and_of_a_single_task_are_unchanged():
     shared, lone = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
     pcgrad = PCGrad()
     for values, parameters in (([1.0, 2.0, 0.0], [shared, lone]), ([2.0, -0.5, 0.0], [shared])):
@@ -151,7 +151,7 @@ def test_learned_weights_follow_the_gradient_of_kendalls_loss(tmp_path):
     expected = {task: torch.zeros((), requires_grad=True) for task in trainer.tasks}
     batches = list(trainer.inputs.batches(trainer.sampler.batches()))
     trainer.fit()
-    for step in range(2):  # of the model as it was before this update
+    for step in range(2):  # from the model before this update
         model.load_state_dict(snapshots.states[len(trainer.sampler.tasks(0)) * step])
         of_step = trainer.sampler.tasks(step)
         for drawn in batches[len(of_step) * step : len(of_step) * (step + 1)]:
@@ -166,7 +166,7 @@ def test_learned_weights_follow_the_gradient_of_kendalls_loss(tmp_path):
         torch.testing.assert_close(found, value.detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_pcgrad_without_conflict_is_the_joint_update(tmp_path, monkeypatch):
+def test_pcgrad_without_conflict_equals_the_joint_update(tmp_path, monkeypatch):
     ends = []
     monkeypatch.setattr("moe_bsr.training.pcgrad.projected", lambda products, key: [1.0] * len(products))
     for weighting in ("fixed", "pcgrad"):
@@ -178,7 +178,7 @@ def test_pcgrad_without_conflict_is_the_joint_update(tmp_path, monkeypatch):
         torch.testing.assert_close(ends[1][name], value, rtol=1e-5, atol=1e-6)
 
 
-# --- all of it, resumed ---
+# --- all of them in a resumed run ---
 
 EVERYTHING = {
     "data__auto_augment": "rand-m9-mstd0.5-inc1",
@@ -199,7 +199,7 @@ EVERYTHING = {
 
 
 @pytest.mark.parametrize("reduce", ["drop", "merge"])
-def test_resumed_is_uninterrupted_to_the_bit(tmp_path, monkeypatch, reduce):
+def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(tmp_path, monkeypatch, reduce):
     config = make_config(tmp_path, **EVERYTHING, tokens__reduce=reduce)
     whole = make_trainer(config, tmp_path / "whole")
     whole.fit()
@@ -210,7 +210,7 @@ def test_resumed_is_uninterrupted_to_the_bit(tmp_path, monkeypatch, reduce):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         (
             {"train__mixup": 0.2, "data__augment": False, "data__feature_cache_mb": 10},
@@ -224,6 +224,6 @@ def test_resumed_is_uninterrupted_to_the_bit(tmp_path, monkeypatch, reduce):
         ({"train__task_weighting": "uncertainty", "train__task_weights": {"shapes": 2.0}}, "which learns them"),
     ],
 )
-def test_what_cannot_hold_is_refused(tmp_path, changes, said):
-    with pytest.raises(ConfigError, match=said):
+def test_invalid_settings_are_refused(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
         make_config(tmp_path, **changes)

@@ -1,4 +1,4 @@
-"""Back Razor against its rule written down: which values are left, and what the gradients of a block then are."""
+"""Back Razor against a direct implementation of its rule: the values it keeps, and the gradients of a block."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ HEADS = 2
 
 
 def dense(x: Tensor, sparsity: float) -> Tensor:
-    """X * mask as the paper has it: per image, magnitudes from the k-th smallest on, in float16."""
+    """Return x * mask as in the paper: per image, the magnitudes from the k-th smallest on, in float16."""
     k = min(max(int(sparsity * x[0].numel()), 1), x[0].numel())
     threshold = x.flatten(1).abs().kthvalue(k, 1).values
     return (x * (x.abs() >= threshold.view(-1, *[1] * (x.ndim - 1)))).half().to(x.dtype)
@@ -22,31 +22,31 @@ def dense(x: Tensor, sparsity: float) -> Tensor:
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.8, 0.95, 0.999])
 @pytest.mark.parametrize("shape", [(3, 7, 24), (1, 1, 16), (2, 3, 5, 9)])
-def test_the_largest_magnitudes_of_each_image_are_left(shape, sparsity):
+def test_the_largest_magnitudes_of_each_image_are_kept(shape, sparsity):
     x = normal(*shape)
     assert torch.equal(Pruned(x, sparsity).restore(), dense(x, sparsity))
     assert Pruned(x.bfloat16(), sparsity).restore().dtype == torch.bfloat16
 
 
-def test_rows_of_no_image_are_pruned_as_a_whole():
+def test_a_matrix_without_image_dimension_is_pruned_as_a_whole():
     x = normal(20, 16)
     assert torch.equal(Pruned(x, 0.9).restore(), dense(x[None], 0.9)[0])
 
 
-def test_queries_keys_and_values_are_pruned_one_by_one():
+def test_queries_keys_and_values_are_pruned_separately():
     qkv = normal(3, 7, 24) * torch.tensor([1.0, 10.0, 100.0]).repeat_interleave(8)
     apart = torch.cat([dense(part, 0.8) for part in qkv.chunk(3, -1)], -1)
     assert torch.equal(Pruned(qkv, 0.8, parts=3).restore(), apart)
 
 
-def test_equal_values_take_no_more_room_than_others():
+def test_ties_take_no_more_memory_than_distinct_values():
     ties, others = Pruned(torch.ones(2, 5, 16), 0.9), Pruned(normal(2, 5, 16), 0.9)
     assert ties.values.shape == others.values.shape == (2, 80 + 1 - 72)
     assert (ties.restore() != 0).sum() == ties.values.numel()
 
 
 class PrunedNorm(torch.autograd.Function):
-    """The norm's backward with its input pruned and its statistics exact, by its formula."""
+    """Backward pass of the norm with a pruned input and exact statistics, from the formula."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps, sparsity):
@@ -63,14 +63,14 @@ class PrunedNorm(torch.autograd.Function):
 
 
 def at(function, x: Tensor, changed: Tensor) -> Tensor:
-    """The value of function(x), with the gradient that it has at `changed`."""
+    """Return function(x), with the gradient taken at `changed`."""
     changed = x + (changed - x).detach()
     y = function(changed)
     return y + (function(x) - y).detach()
 
 
-def written_down(block, x: Tensor, sparsity: float) -> Tensor:
-    """A block's forward, each operation with the gradient that Back Razor gives it."""
+def back_razor_block(block, x: Tensor, sparsity: float) -> Tensor:
+    """Compute a block's forward pass, each operation with the gradient that Back Razor gives it."""
 
     def norm(layer, x):
         return PrunedNorm.apply(x, layer.weight, layer.bias, layer.eps, sparsity)
@@ -92,10 +92,10 @@ def written_down(block, x: Tensor, sparsity: float) -> Tensor:
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.8])
-def test_gradients_of_a_network_are_those_of_the_rule(sparsity):
+def test_gradients_of_a_network_follow_the_rule(sparsity):
     images, labels = normal(6, 3, 16, 16), torch.arange(6) % 3
     storage = {"kind": "back_razor", "sparsity": sparsity}
-    kind = "class-token-average-pool"  # or the last block would compute, and prune, the class token alone
+    kind = "class-token-average-pool"  # so that the last block computes and prunes all tokens
     model = make_model(kind, storage=storage, train_blocks=(1, 3), drop_blocks=())
     output = model(images, "one")
     F.cross_entropy(output.logits, labels).backward()
@@ -106,7 +106,7 @@ def test_gradients_of_a_network_are_those_of_the_rule(sparsity):
     assert torch.equal(output.logits, twin(images, "one").logits)
     x = tokens.x
     for layer in twin.vit.blocks[twin.path_start :]:
-        x = written_down(layer, x, sparsity)
+        x = back_razor_block(layer, x, sparsity)
     tokens.x = x
     F.cross_entropy(twin.logits(tokens, "one"), labels).backward()
     expected = gradients(twin)
@@ -115,12 +115,12 @@ def test_gradients_of_a_network_are_those_of_the_rule(sparsity):
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
 
 
-def test_what_is_no_share_is_refused():
+def test_a_sparsity_outside_its_range_is_refused():
     with pytest.raises(ConfigError, match="storage.sparsity = 1.0: at least 0, below 1"):
         make_model(storage={"kind": "back_razor", "sparsity": 1.0})
 
 
-def test_low_rank_experts_keep_what_their_activation_reads_in_16_bits():
+def test_low_rank_experts_keep_the_input_of_their_activation_in_16_bits():
     plan = {"train_blocks": (3,), "moe_blocks": (3,), "drop_blocks": (), "experts": "low_rank", "rank": 4}
     found = []
     for storage in ("exact", {"kind": "back_razor", "sparsity": 0.0}):

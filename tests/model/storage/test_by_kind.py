@@ -1,4 +1,4 @@
-"""Named saves: what is kept by kind and what is computed again, against plain autograd and against closed forms."""
+"""Storage by kind of tensor: recomputed values against plain autograd, and kept bytes against closed forms."""
 
 import pytest
 import torch
@@ -13,10 +13,10 @@ from moe_bsr.ops.linear import activated_linear, linear
 from moe_bsr.ops.norm import layer_norm
 
 IMAGES, SIDE, WIDTH, HEADS, TOKENS = 5, 16, 16, 2, 17
-T = IMAGES * TOKENS * WIDTH  # values of one activation of a token's width
+T = IMAGES * TOKENS * WIDTH  # values of one activation of shape (images, tokens, width)
 STATISTICS = 4 * 4 * IMAGES * TOKENS  # bytes of the two norms' means and deviations
-SUMS = 4 * HEADS * IMAGES * TOKENS  # of the attention's log-sums
-SCALES = 2 * IMAGES * WIDTH  # of the scales of one activation in int8
+SUMS = 4 * HEADS * IMAGES * TOKENS  # bytes of the attention's log-sum-exps
+SCALES = 2 * IMAGES * WIDTH  # bytes of the scales of one int8 activation
 
 
 def outcome(model, bf16: bool = False) -> dict[str, torch.Tensor]:
@@ -26,7 +26,7 @@ def outcome(model, bf16: bool = False) -> dict[str, torch.Tensor]:
 
 
 def hooked(model) -> MultitaskViT:
-    """A layer with a hook in the place of one that we know, and one that nobody knows."""
+    """Add a forward hook to a known layer, and put a module of an unknown type in place of another layer."""
     model.vit.blocks[1].attn.qkv.register_forward_hook(lambda layer, inputs, y: 1.5 * y)
     model.vit.blocks[3].mlp.fc1 = nn.Sequential(model.vit.blocks[3].mlp.fc1, nn.Linear(4 * WIDTH, 4 * WIDTH))
     with torch.no_grad():
@@ -40,7 +40,7 @@ MODELS = MODELS | {"layer-scale": {"kind": "layer-scale"}, "hooks": {"change": h
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", MODELS)
-def test_what_is_computed_again_is_the_same_to_the_bit(name, bf16):
+def test_recomputed_values_give_bitwise_equal_results(name, bf16):
     options = dict(MODELS[name])
     change = options.pop("change", lambda model: model)
     with plain_autograd():
@@ -52,7 +52,7 @@ def test_what_is_computed_again_is_the_same_to_the_bit(name, bf16):
 
 
 def pruned(groups: int, values: int, sparsity: float) -> int:
-    """Bytes of groups of so many values: 16 bits for each that is left, a bit for every one."""
+    """Return the bytes of pruned groups: 16 bits for each value kept, and one mask bit for every value."""
     return groups * (2 * (values + 1 - max(1, int(sparsity * values))) + -(-values // 8))
 
 
@@ -67,25 +67,25 @@ BY_FORMULA = {
 
 
 @pytest.mark.parametrize("storage", BY_FORMULA)
-def test_a_trained_block_keeps_what_its_formula_says(storage):
-    """Of exact: inputs of two norms, queries, keys and values, the attention's result, four widths of hidden values."""
+def test_bytes_kept_by_a_trained_block_match_the_formula(storage):
+    """Exact keeps two norm inputs, queries, keys, values, the attention's result, and hidden values of four widths."""
     cost, step = predicted_and_step(storage, IMAGES)
     by_block = kept_by_block(cost)
     assert by_block["block 1"] == by_block["block 2"] == BY_FORMULA[storage]
     assert cost.kept == pytest.approx(kept_by(step), abs=64)
 
 
-def test_a_frozen_block_on_the_path_keeps_as_much_as_one_that_trains():
+def test_a_frozen_block_on_the_gradient_path_keeps_as_much_as_a_trained_one():
     cost, step = predicted_and_step("exact", IMAGES, train_blocks=[0])
     assert kept_by_block(cost)["block 1"] == BY_FORMULA["exact"]
     assert cost.kept == pytest.approx(kept_by(step), abs=64)
 
 
-def test_operations_name_all_that_they_keep():
-    """Whatever of a block is as wide as a token or wider is kept under one of the names."""
+def test_operations_name_every_wide_tensor_they_keep():
+    """Every saved tensor of a block that is at least as wide as a token is kept under one of the names."""
     named = []
 
-    class Seen:
+    class Recorder:
         reruns_products = False
         derive = is_coarse = lambda *_: None
 
@@ -96,7 +96,7 @@ def test_operations_name_all_that_they_keep():
             named.extend((kind, part.data_ptr()) for part in parts)
 
     model = make_model(train_blocks="all", drop_blocks=(), moe_blocks=(1,))
-    with plain_autograd(), keep.keeping(Seen()):
+    with plain_autograd(), keep.keeping(Recorder()):
         saved = saved_for_backward(lambda: model.run_block(1, model.run_block(0, *_tokens(model)), "one"))
         last = make_model(train_blocks="all", drop_blocks=(), moe_blocks=())
         saved += saved_for_backward(lambda: last.run_block(len(last.plan) - 1, *_tokens(last)))
@@ -116,7 +116,7 @@ def _tokens(model):
 
 
 class Halved:
-    """A codec whose mistake is plain to see."""
+    """Codec with an obvious error: it restores half of each value."""
 
     def __init__(self, x):
         self.kept = 0.5 * x
@@ -126,8 +126,8 @@ class Halved:
 
 
 @pytest.mark.parametrize("kind", [keep.NORM_INPUTS, keep.LINEAR_INPUTS, keep.ACTIVATION_INPUTS])
-def test_a_codec_is_used_for_its_kind_alone(kind):
-    """norm -> linear -> activation and linear: gradients of all, with one kind halved for the backward pass."""
+def test_a_codec_is_used_only_for_its_kind(kind):
+    """Compute all gradients of norm -> linear -> activation and linear, with one kind halved in the backward pass."""
     x, gamma = normal(3, 4, WIDTH).requires_grad_(), nn.Parameter(1 + normal(WIDTH, seed=1))
     first, second = (nn.Parameter(normal(WIDTH, WIDTH, seed=seed)) for seed in (2, 3))
 
@@ -153,7 +153,7 @@ def test_a_codec_is_used_for_its_kind_alone(kind):
         torch.testing.assert_close(halved[2], 0.5 * exact[2])
 
 
-def test_a_result_changed_in_place_is_kept_as_it_became():
+def test_an_output_changed_in_place_is_kept_with_its_new_values():
     x, weight = normal(3, 4, WIDTH).requires_grad_(), nn.Parameter(normal(WIDTH, WIDTH, seed=1))
 
     def forward(x):

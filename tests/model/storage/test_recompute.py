@@ -1,4 +1,4 @@
-"""Storage that runs blocks again: the same gradients to the bit, and no decision made twice."""
+"""Storage that recomputes blocks: bitwise equal gradients, and every decision made only once."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from moe_bsr.ops import linear as linear_module
 
 @pytest.fixture
 def decided(monkeypatch) -> list[str]:
-    """Names of the decisions made while the test runs, in order."""
+    """Names of the decisions made during the test, in order."""
     made = []
 
     class Counting(Replay):
@@ -29,7 +29,7 @@ def decided(monkeypatch) -> list[str]:
 def train_step(storage: str, images: torch.Tensor, noise: float, router: str, tokens: TokensConfig):
     vit = make_vit()
     if images.std() == 0:
-        vit.pos_embed.data[:, 1:] = 0.0  # with a constant image every patch ties with every other
+        vit.pos_embed.data[:, 1:] = 0.0  # with a constant image all patches tie
     model = make_model(
         vit=vit,
         storage=storage,
@@ -65,8 +65,8 @@ PROTECTED = TokensConfig(protect_fused=True, rank_by="logits")
         ("task_conditioned", 4.0, False, PROTECTED),
         ("task_conditioned", 4.0, True, TokensConfig()),
     ],
-)  # each pair of values
-def test_recomputation_is_exact_and_decides_nothing_again(decided, router, noise, ties, tokens):
+)  # covers each pair of values
+def test_recomputation_is_exact_and_repeats_no_decision(decided, router, noise, ties, tokens):
     images = torch.ones(3, 3, 16, 16) if ties else normal(3, 3, 16, 16)
     runs, counts = [], []
     for storage in ("exact", "recompute"):
@@ -114,8 +114,8 @@ def test_without_gradients_nothing_is_recomputed_and_the_result_is_the_same():
 
 
 @pytest.mark.parametrize("noise", [0.0, 4.0])
-def test_a_block_run_again_on_a_rounded_input_keeps_its_decisions(noise):
-    """What an int8 copy of the block input would do: close values, the same discrete choices."""
+def test_a_block_recomputed_from_a_rounded_input_keeps_its_decisions(noise):
+    """Imitate an int8 copy of the block input: values close to the first run, the same discrete choices."""
     model = make_model(moe_blocks=(1, 3), gate_noise=noise).train()
     scale_routers(model, 20.0)
     x = normal(8, 17, 16)
@@ -142,8 +142,8 @@ def test_a_block_run_again_on_a_rounded_input_keeps_its_decisions(noise):
 
 @pytest.mark.parametrize("experts", [(), (1, 3)], ids=["dense", "experts"])
 @pytest.mark.parametrize("kind", ["class-token", "layer-scale"])
-def test_the_last_product_is_computed_again_only_where_its_values_are_kept(kind, experts, monkeypatch):
-    """A LayerScale that trains keeps them for its own gradient."""
+def test_the_last_product_is_recomputed_only_where_its_values_are_kept(kind, experts, monkeypatch):
+    """A trained LayerScale keeps these values for its own gradient."""
     found, needs_output = [], []
     for storage in ("exact", "recompute"):
         model = make_model(kind, storage=storage, train_blocks=(1, 3), moe_blocks=experts).train()
@@ -162,5 +162,5 @@ def test_the_last_product_is_computed_again_only_where_its_values_are_kept(kind,
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[0].items():
         assert torch.equal(gradient, found[1][name]), name
-    again = 3 if kind == "class-token" else 1  # blocks 1, 2, 3; in the frozen one LayerScale is a constant
+    again = 3 if kind == "class-token" else 1  # blocks 1, 2, 3; LayerScale of the frozen block is a constant
     assert needs_output == ["recompute"] * again

@@ -1,4 +1,4 @@
-"""What storages keep: rounded activations give close gradients, and each block has its own storage."""
+"""All storages: rounded activations give close gradients, and each block can have its own storage."""
 
 from functools import cache
 
@@ -16,7 +16,7 @@ from moe_bsr.model.storage.codecs import BFloat16Packed, Int4Packed, Int8Packed
 
 
 def step(storage, experts=(1, 3)):
-    """Gradients and output of one training step on images of a small model."""
+    """Return the gradients and the output of one training step of a small model."""
     model = make_model(
         storage=storage, train_blocks=(1, 3), drop_blocks=(1, 2), moe_blocks=experts, init_noise=0.1
     ).train()
@@ -33,7 +33,7 @@ def exact_step(experts):
 
 @pytest.mark.parametrize("experts", [(), (1, 3)], ids=["dense", "experts"])
 @pytest.mark.parametrize("storage", sorted(STORAGES))
-def test_the_forward_is_exact_and_gradients_point_the_same_way(storage, experts):
+def test_the_forward_pass_is_exact_and_gradients_are_close(storage, experts):
     expected, exact = exact_step(experts)
     got, output = step(storage, experts)
     assert torch.equal(output.logits, exact.logits)
@@ -47,7 +47,7 @@ def test_the_forward_is_exact_and_gradients_point_the_same_way(storage, experts)
 
 
 @pytest.mark.parametrize("storage", sorted(STORAGES))
-def test_a_second_backward_gives_the_same_gradients_or_says_why_not(storage):
+def test_a_second_backward_pass_gives_the_same_gradients_or_a_clear_error(storage):
     model = make_model(storage=storage, train_blocks=(1, 3), drop_blocks=(1, 2), moe_blocks=(1,)).train()
     loss = F.cross_entropy(model(normal(6, 3, 16, 16), "one").logits, torch.arange(6) % 3)
     loss.backward(retain_graph=True)
@@ -63,7 +63,7 @@ def test_a_second_backward_gives_the_same_gradients_or_says_why_not(storage):
 
 @pytest.mark.parametrize("kind", [BFloat16Packed, Int8Packed])
 def test_statistics_and_weights_of_tokens_are_not_rounded(kind, monkeypatch):
-    """However many tokens or images there are; in float32, where attention keeps a log-sum a row."""
+    """Also with many tokens and images. In float32, attention keeps one log-sum-exp per row as well."""
     rounded = []
     monkeypatch.setattr(
         kind, "__init__", (lambda make: lambda self, x: rounded.append(x.shape) or make(self, x))(kind.__init__)
@@ -76,7 +76,7 @@ def test_statistics_and_weights_of_tokens_are_not_rounded(kind, monkeypatch):
     assert rounded and {shape[-1] for shape in rounded} <= widths
 
 
-def test_a_mixture_gives_each_block_its_own():
+def test_a_mixture_gives_each_block_its_own_storage():
     exact, int8, again = (STORAGES.choose(kind) for kind in ("exact", "int8", "recompute"))
     mixture = [{"kind": "recompute", "blocks": [1]}, {"kind": "int8", "blocks": [0, 2]}]
     assert choices_of_blocks(STORAGES, "int8", 3, exact) == [int8] * 3
@@ -103,7 +103,7 @@ def test_impossible_mixtures_are_refused(storage, message):
     assert message in str(error.value)
 
 
-def test_an_unknown_storage_is_refused_with_the_nearest():
+def test_an_unknown_storage_is_refused_with_the_closest_name():
     with pytest.raises(ConfigError, match="storage = 'recomptue'.*did you mean 'recompute'"):
         make_model(storage="recomptue")
 
@@ -130,13 +130,13 @@ def test_quantization_is_within_half_a_step_of_each_channel(dtype):
     assert packed.kept.itemsize == 1 and packed.kept.shape == (3, 40, 16)
     assert back.shape == x.shape and back.dtype == dtype
     step = x.float().abs().amax(1, keepdim=True) / 126
-    bound = 0.5 * step + 2**-7 * x.float().abs()  # and the rounding of the scale
+    bound = 0.5 * step + 2**-7 * x.float().abs()  # half a step, and the rounding of the scale
     assert ((back.float() - x.float()).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_four_bits_are_spread_over_each_channels_values_but_the_first_tokens(dtype):
-    """Whatever a channel's offset, and however far away the first token, which is kept in bfloat16."""
+def test_int4_spans_the_range_of_each_channel_without_the_first_token(dtype):
+    """For any offset of the channel and any size of the first token, which is kept in bfloat16."""
     x = normal(3, 40, 17) * torch.logspace(-3, 3, 17) + 100 * normal(17, seed=1)
     x[:, 0] *= 1000
     x = x.to(dtype)
@@ -146,7 +146,7 @@ def test_four_bits_are_spread_over_each_channels_values_but_the_first_tokens(dty
     assert back.shape == x.shape and back.dtype == dtype and torch.equal(back[:, 0], x[:, 0].bfloat16().to(dtype))
     span = others.amax(1, keepdim=True) - others.amin(1, keepdim=True)
     largest = span + others.abs().amax(1, keepdim=True)
-    rounding = (2**-8 + torch.finfo(dtype).eps) * largest + 2**-8 * span  # of the lowest, of the sum, of the scale
+    rounding = (2**-8 + torch.finfo(dtype).eps) * largest + 2**-8 * span  # of the lowest value, the sum, the scale
     assert ((back[:, 1:].float() - others).abs() <= span / 30 + rounding).all()
     for alone in (normal(2, 1, 16), torch.full((2, 5, 16), 0.3)):
         assert torch.equal(Int4Packed(alone).restore(), alone.bfloat16().float())
@@ -154,7 +154,7 @@ def test_four_bits_are_spread_over_each_channels_values_but_the_first_tokens(dty
 
 @cache
 def router_gradient(storage: str, renormalize: bool, **moe) -> torch.Tensor:
-    """Of experts that are equal copies, as at the start of a training; all routers' gradients in one."""
+    """Return all router gradients as one vector, for experts that are equal copies, as at the start of training."""
     model = make_model(
         storage=storage, moe_blocks=(1, 3), init_noise=0.0, renormalize_gates=renormalize, balance_loss="none", **moe
     ).train()
@@ -164,8 +164,8 @@ def router_gradient(storage: str, renormalize: bool, **moe) -> torch.Tensor:
 
 @pytest.mark.parametrize(("router", "backend"), list(zip(sorted(ROUTERS), ["loop", "grouped"], strict=True)))
 @pytest.mark.parametrize("storage", sorted(STORAGES))
-def test_equal_experts_stay_equal_to_the_router_however_activations_are_kept(storage, router, backend):
-    """To a router, copies of one FFN differ by rounding alone. Where it learns, this is its gradient's size."""
+def test_routers_of_equal_experts_get_no_spurious_gradient_from_any_storage(storage, router, backend):
+    """Copies of one FFN differ only by rounding. `size` is the norm of the gradient of a router that does learn."""
     size = router_gradient("exact", False, router=router).norm()
     options = {"renormalize": True, "router": router, "backend": backend}
     assert (router_gradient(storage, **options) - router_gradient("exact", **options)).norm() < 1e-5 * size
@@ -176,7 +176,7 @@ def test_zeros_stay_zeros():
         assert torch.equal(codec(torch.zeros(2, 64)).restore(), torch.zeros(2, 64))
 
 
-def test_a_tensor_kept_twice_is_packed_once_and_parameters_not_at_all():
+def test_a_tensor_saved_twice_is_packed_once_and_parameters_never():
     x = normal(4, 8, 16).requires_grad_()
     weight = torch.nn.Parameter(normal(16, 16))
     kept = []
@@ -184,7 +184,7 @@ def test_a_tensor_kept_twice_is_packed_once_and_parameters_not_at_all():
     class Counting(BFloat16Packed):
         def __init__(self, x):
             super().__init__(x)
-            kept.append(x)  # alive, so that no address is used twice
+            kept.append(x)  # keep it alive, so that no address is reused
 
     def forward(tokens):
         inner = (2 * tokens).sigmoid()
@@ -197,7 +197,7 @@ def test_a_tensor_kept_twice_is_packed_once_and_parameters_not_at_all():
 
 
 def test_copies_of_weights_are_not_packed():
-    """As autocast makes them in a part that is not ours; experts' stacks come transposed."""
+    """Autocast makes such copies in code that is not ours. The stacks of experts come transposed."""
     x, one, stack = normal(4, 8, 16).requires_grad_(), normal(24, 16), normal(3, 20, 16)
 
     def forward(tokens):
@@ -209,7 +209,7 @@ def test_copies_of_weights_are_not_packed():
     assert torch.equal(found, expected)
 
 
-def test_recomputation_saves_the_input_and_nothing_else():
+def test_recomputation_saves_only_the_block_input():
     model = make_model(storage="recompute", train_blocks=(1, 3), drop_blocks=(1,), moe_blocks=())
     saved = [
         t

@@ -1,4 +1,4 @@
-"""The subspace storage against singular values, against exact gradients, and in blocks of every kind."""
+"""Subspace storage against singular values, against exact gradients, and in all kinds of blocks."""
 
 import pytest
 import torch
@@ -11,26 +11,26 @@ from moe_bsr.model.storage.subspace import InSubspace
 
 
 def spectrum(*shape: int, decay: float = 0.5) -> torch.Tensor:
-    """Activations whose singular values fall by `decay` from one to the next, in no channel's direction."""
+    """Return activations with singular values that fall by `decay` each, in directions unrelated to the channels."""
     u, _, v = torch.linalg.svd(normal(torch.Size(shape[:-1]).numel(), shape[-1]), full_matrices=False)
     return (u * (10 * decay ** torch.arange(shape[-1]))) @ v
 
 
-def test_a_matrix_of_that_rank_comes_back():
+def test_a_matrix_of_the_kept_rank_is_restored():
     x = (normal(60, 8) @ normal(8, 32, seed=1)).view(3, 20, 32)
     packed = InSubspace(x, 0.25)
     assert packed.coefficients.shape == (60, 8) and packed.basis.shape == (32, 8)
     torch.testing.assert_close(packed.restore(), x, rtol=0, atol=1e-5 * float(x.abs().max()))
 
 
-def test_what_is_lost_is_what_the_best_subspace_loses():
+def test_the_error_is_close_to_that_of_the_best_subspace():
     x = spectrum(4 * 30, 32, decay=0.8).view(4, 30, 32)
     values = torch.linalg.svdvals(x.view(-1, 32))
     lost = (InSubspace(x, 0.25).restore() - x)[:, 1:].norm()
     assert 0.9 * values[8:].norm() < lost < 1.05 * values[8:].norm()
 
 
-def test_the_first_token_of_each_image_is_exact_and_the_memory_of_the_others_is_let_go():
+def test_first_tokens_are_exact_and_the_memory_of_the_others_is_freed():
     x = normal(4, 50, 32)
     packed = InSubspace(x, 0.25)
     assert torch.equal(packed.restore()[:, 0], x[:, 0]) and not torch.equal(packed.restore()[:, 1], x[:, 1])
@@ -39,7 +39,7 @@ def test_the_first_token_of_each_image_is_exact_and_the_memory_of_the_others_is_
 
 
 @pytest.mark.parametrize("x", [normal(6, 1, 16), normal(10, 16), normal(2, 50, 16)], ids=["first", "few", "full"])
-def test_what_takes_no_less_room_stays_as_it_is(x):
+def test_tensors_that_would_not_shrink_are_kept_unchanged(x):
     assert InSubspace(x, 1.0 if len(x) == 2 else 0.75).restore() is x
 
 
@@ -58,7 +58,7 @@ PLANS = MODELS | {
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_the_forward_is_exact_and_gradients_come_near_with_the_rank(name):
+def test_the_forward_pass_is_exact_and_gradients_improve_with_the_rank(name):
     exact, logits = step("exact", **PLANS[name])
     errors = []
     for rank in (0.25, 0.6, 1.0):
@@ -68,7 +68,7 @@ def test_the_forward_is_exact_and_gradients_come_near_with_the_rank(name):
     assert 1e-4 < errors[1] < errors[0] < 1 and errors[2] < 1e-5
 
 
-def test_bf16_is_kept_in_bf16_and_found_in_float32():
+def test_bf16_is_kept_in_bf16():
     exact, logits = step("exact", bf16=True)
     found, same = step({"kind": "subspace", "rank": 0.6}, bf16=True)
     assert torch.equal(same, logits) and F.cosine_similarity(found, exact, dim=0) > 0.9
@@ -76,8 +76,8 @@ def test_bf16_is_kept_in_bf16_and_found_in_float32():
     assert packed.coefficients.dtype == packed.basis.dtype == packed.restore().dtype == torch.bfloat16
 
 
-def test_a_basis_depends_on_its_micro_batch_alone():
-    """Not on what was drawn before: the same images give the same gradients to the bit."""
+def test_a_basis_depends_only_on_its_micro_batch():
+    """Earlier draws of random numbers have no effect: the same images give bitwise equal gradients."""
     first, _ = step({"kind": "subspace", "rank": 0.5})
     torch.rand(3)
     again, _ = step({"kind": "subspace", "rank": 0.5})
@@ -87,7 +87,7 @@ def test_a_basis_depends_on_its_micro_batch_alone():
 IMAGES, TOKENS, WIDTH, HEADS, RANK = 5, 17, 16, 2, 4
 
 
-def test_a_trained_block_keeps_what_its_formula_says():
+def test_bytes_kept_by_a_trained_block_match_the_formula():
     """Three matrices of coefficients, bases and first tokens, and the two norms' statistics."""
     cost, step = predicted_and_step({"kind": "subspace", "rank": RANK / WIDTH}, IMAGES)
     rows = IMAGES * TOKENS
@@ -98,6 +98,6 @@ def test_a_trained_block_keeps_what_its_formula_says():
 
 
 @pytest.mark.parametrize("rank", [0, 1.5, -1.0])
-def test_what_is_no_share_is_refused(rank):
+def test_a_rank_outside_its_range_is_refused(rank):
     with pytest.raises(ConfigError, match="storage.rank = .*: a share of the width, above 0 and at most 1"):
         make_model(storage={"kind": "subspace", "rank": rank})
