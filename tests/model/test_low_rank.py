@@ -215,7 +215,11 @@ def test_an_invalid_setting_is_refused_with_its_key(options, key):
 def test_slices_must_divide_the_ffn():
     with pytest.raises(ConfigError, match="moe.top_k = 3: must divide the FFN's hidden width 32"):
         MoE(make_mlp(), MoEConfig(experts="covering_slices", num_experts=6, top_k=3), TASKS, (0,))
-    MoEConfig(experts="covering_slices", top_k=1), MoEConfig(experts="low_rank", top_k=1, gate="constant")
+
+
+@pytest.mark.parametrize("options", [{"experts": "covering_slices"}, {"experts": "low_rank", "gate": "constant"}])
+def test_a_single_expert_per_token_is_allowed_where_its_gate_does_not_need_others(options):
+    assert MoEConfig(top_k=1, **options).top_k == 1
 
 
 def test_the_plan_table_names_the_experts_of_a_block():
