@@ -1,4 +1,4 @@
-"""One tiny run for the commands that read a run."""
+"""Provide one tiny run for the commands that read a run."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import moe_bsr
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> Path:
-    """A finished run of the tasks shapes and fractals with 4 updates. Tests must not write into it."""
+    """Train `shapes` and `fractals` for 4 updates and return the run folder. Tests must not write into it."""
     folder = tmp_path_factory.mktemp("tiny")
     with cheap.undrawn(), cheap.light():
         moe_bsr.train(make_config(folder, train__steps=4), folder / "run")

@@ -1,4 +1,4 @@
-"""moe-bsr add-task, remove-task, share and tasks RUN: what one types and sees."""
+"""Test the command line of moe-bsr add-task, remove-task, share and tasks RUN."""
 
 import json
 
@@ -22,9 +22,9 @@ def petals(tmp_path) -> str:
 def test_a_task_is_added_listed_shared_and_removed(tiny_run, petals, tmp_path, capsys):
     out, left, given = (str(tmp_path / name) for name in ("more", "left", "given.zip"))
     assert main(["add-task", str(tiny_run), petals, "--out", out, "train.pictures=false"]) == 0
-    said = capsys.readouterr().out
+    text = capsys.readouterr().out
     assert (
-        "only these tasks' own parameters train: petals (head 6.2 kB, routers 2.0 kB)" in said and "| petals |" in said
+        "only these tasks' own parameters train: petals (head 6.2 kB, routers 2.0 kB)" in text and "| petals |" in text
     )
     router = moe_bsr.load(out).models["petals"].vit.blocks[3].mlp.router.weight
     assert torch.equal(router["petals"], torch.stack([router["shapes"], router["fractals"]]).mean(0))
@@ -35,8 +35,8 @@ def test_a_task_is_added_listed_shared_and_removed(tiny_run, petals, tmp_path, c
     assert header.split() == ["task", "classes", "train/val/test", "added", "data", "val", "%", "test", "%"]
     assert [row.split()[0] for row in rows] == ["shapes", "fractals", "petals"] and "51/9/24" in rows[2]
     assert main(["share", out, "--out", given, "--with-backbone", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["out"] == given and told["files"]["model.safetensors"] > 10_000
+    result = json.loads(capsys.readouterr().out)
+    assert result["out"] == given and result["files"]["model.safetensors"] > 10_000
     assert main(["evaluate", given, "--json"]) == 0
     capsys.readouterr()
     assert main(["remove-task", given, "shapes", "fractals", "--out", left, "--json"]) == 0
@@ -44,19 +44,19 @@ def test_a_task_is_added_listed_shared_and_removed(tiny_run, petals, tmp_path, c
     assert list(moe_bsr.load(left).models) == ["petals"]
 
 
-def test_where_nothing_is_named_it_lies_beside_the_run(tiny_run, petals, tmp_path, capsys, monkeypatch):
+def test_outputs_are_written_beside_the_run_by_default(tiny_run, petals, tmp_path, capsys, monkeypatch):
     (tmp_path / "here").symlink_to(tiny_run)
     assert main(["add-task", str(tmp_path / "here"), petals, "--dry-run"]) == 0
-    said = capsys.readouterr().out
-    assert f"run folder {tmp_path / 'here_petals'}" in said and "petals: 24 classes, train 51, val 9, test 24" in said
+    text = capsys.readouterr().out
+    assert f"run folder {tmp_path / 'here_petals'}" in text and "petals: 24 classes, train 51, val 9, test 24" in text
     assert main(["remove-task", str(tmp_path / "here"), "shapes"]) == 0
     assert (tmp_path / "here_without_shapes/config.yaml").is_file()
     assert main(["share", str(tmp_path / "here")]) == 0
     assert (tmp_path / "here.zip").is_file() and "predict" in capsys.readouterr().out
 
 
-def test_a_configuration_stands_for_its_one_task(tiny_run, petals, tmp_path, capsys):
-    """What `moe-bsr init` says to train is what people name here too."""
+def test_add_task_accepts_a_configuration_of_one_task(tiny_run, petals, tmp_path, capsys):
+    """add-task accepts the configuration that `moe-bsr init` writes, because users pass it here too."""
     config = tmp_path / "garden.yaml"
     config.write_text(f"tasks: [{petals}]\n")
     out = str(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""moe-bsr benchmark: raw times as JSON, and its tables again from that."""
+"""Test moe-bsr benchmark: step times as JSON, and tables printed from that JSON."""
 
 import json
 
@@ -7,7 +7,7 @@ from moe_bsr.cli.main import main
 TINY = ["--backbone", "deit_tiny_patch16_224", "--image-size", "64", "--batch", "2", "--threads", "1"]
 
 
-def test_raw_times_of_every_turn_and_verdicts_as_json_and_the_tables_from_it(capsys, tmp_path):
+def test_json_has_the_step_times_of_every_round_and_tables_are_printed_from_it(capsys, tmp_path):
     call = ["benchmark", *TINY, "--precisions", "fp32", "--rounds", "2", "--steps", "3", "--cases", "dense_ffn"]
     assert main([*call, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""moe-bsr check, and the dry run that decodes: all broken images in one go."""
+"""Test moe-bsr check and train --dry-run --decode, which report all broken images at once."""
 
 import json
 from pathlib import Path
@@ -21,9 +21,9 @@ def task(tmp_path) -> Path:
     return file
 
 
-def test_sound_images_are_status_0(task, tmp_path, capsys):
+def test_readable_images_give_status_0(task, tmp_path, capsys):
     assert main(["check", str(task), "--root", str(tmp_path)]) == 0
-    told = capsys.readouterr()
+    captured = capsys.readouterr()
     for words in (
         "pictures: 3 classes",
         "12 x 10 to 12 x 10 pixels",
@@ -31,8 +31,8 @@ def test_sound_images_are_status_0(task, tmp_path, capsys):
         "all can be read",
         "in train as well",
     ):
-        assert words in told.out, words
-    assert not told.err  # no progress bar where nobody looks on
+        assert words in captured.out, words
+    assert not captured.err  # stderr is no terminal, so there is no progress bar
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -41,25 +41,25 @@ def test_all_broken_images_are_listed_at_once(task, tmp_path, capsys, as_json):
         (tmp_path / "pictures" / name).write_bytes(b"")
     Image.new("L", (20, 20), 7).save(tmp_path / "pictures" / "train" / "cat" / "blank.png")
     assert main(["check", str(task), str(task), "--root", str(tmp_path), *(["--json"] if as_json else [])]) == 1
-    told = capsys.readouterr().out
+    text = capsys.readouterr().out
     if as_json:
-        found = json.loads(told)
+        found = json.loads(text)
         assert len(found) == 2 and [image["image"] for image in found[0]["broken"]] == [
             name.split("/", 1)[1] for name in BROKEN
         ]
     else:
-        assert all(told.count(f"{name}: not a readable image (it is empty)") == 2 for name in BROKEN)
-        assert "3 cannot be read" in told and "1 of a single color" in told and "cat/blank.png" in told
+        assert all(text.count(f"{name}: not a readable image (it is empty)") == 2 for name in BROKEN)
+        assert "3 cannot be read" in text and "1 of a single color" in text and "cat/blank.png" in text
 
 
-def test_what_cannot_be_opened_is_status_2(tmp_path, capsys):
+def test_data_that_cannot_be_opened_gives_status_2(tmp_path, capsys):
     assert main(["check", "nothing", "--root", str(tmp_path)]) == 2
     (tmp_path / "mine.yaml").write_text("title: Mine\nsource: folder\npath: nowhere\n")
     assert main(["check", str(tmp_path / "mine.yaml"), "--root", str(tmp_path)]) == 2
     assert "nowhere: no such folder" in capsys.readouterr().err
 
 
-def test_a_dry_run_that_decodes(task, tmp_path, capsys):
+def test_a_dry_run_with_decode_reports_broken_images(task, tmp_path, capsys):
     config = replace(make_config(tmp_path), tasks=[str(task)], data__root=str(tmp_path))
     (tmp_path / "small.yaml").write_text(dump(config))
     call = ["train", str(tmp_path / "small.yaml"), "--run", str(tmp_path / "run"), "--decode"]
@@ -68,5 +68,5 @@ def test_a_dry_run_that_decodes(task, tmp_path, capsys):
     for name in BROKEN:
         (tmp_path / "pictures" / name).write_bytes(b"")
     assert main([*call, "--dry-run"]) == 1
-    told = capsys.readouterr().out
-    assert all(name in told for name in BROKEN) and not (tmp_path / "run").exists()
+    text = capsys.readouterr().out
+    assert all(name in text for name in BROKEN) and not (tmp_path / "run").exists()

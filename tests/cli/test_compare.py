@@ -1,11 +1,11 @@
-"""moe-bsr compare beside test_train.py's tables of trained runs: reports made up."""
+"""Test moe-bsr compare on made-up reports. test_train.py compares trained runs."""
 
 import json
 
 from moe_bsr.cli.main import main
 
 
-def test_json_holds_the_reports_by_the_names_of_the_table(tmp_path, capsys):
+def test_json_has_the_reports_under_the_names_of_the_table(tmp_path, capsys):
     for name in ("a/run", "b/run", "c"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "report.json").write_text(json.dumps({"tasks": {}, "from": name}))

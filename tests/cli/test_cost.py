@@ -1,4 +1,4 @@
-"""The `cost` command: predictions beside measurements, budgets, refusals."""
+"""Test moe-bsr cost: predictions, measurements, memory budgets and error messages."""
 
 import itertools
 import json
@@ -21,13 +21,13 @@ CLASSES = {"shapes": 10, "fractals": 12}
 
 
 def config_of(folder, **changes) -> Config:
-    """With one layer of experts, because each prediction traces every block."""
+    """Return a configuration with one layer of experts, because each prediction traces every block."""
     return make_config(folder, plan__moe_blocks=[5], **changes)
 
 
 @pytest.fixture
 def ask(tmp_path, capsys):
-    """Run the command on a tiny configuration with overrides; returns (exit status, stdout, stderr)."""
+    """Return a function that runs the command on a tiny configuration and returns (exit status, stdout, stderr)."""
     (tmp_path / "tiny.yaml").write_text(configuration.dump(config_of(tmp_path)))
 
     def run(*arguments: str) -> tuple[int, str, str]:
@@ -41,12 +41,12 @@ def ask(tmp_path, capsys):
     ("text", "expected"),
     [("600MB", 600 * 2**20), ("1.5 GB", 1536 * 2**20), ("12kb", 12288), ("4000000", 4000000), ("7B", 7)],
 )
-def test_sizes_are_read(text, expected):
+def test_byte_sizes_are_parsed(text, expected):
     assert parse_bytes(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "MB", "-3MB", "0", "6 0MB0", "nan", "inf", "600MiB"])
-def test_what_is_no_size_is_refused(text):
+def test_invalid_byte_sizes_are_refused(text):
     with pytest.raises(ConfigError, match="^--budget = .*600MB"):
         parse_bytes(text)
 
@@ -68,7 +68,7 @@ def test_the_table_adds_up_to_the_json(ask):
     assert status == 0 and f"{result['peak'] / 2**20:.3f}" in text
 
 
-def test_the_measurement_stands_beside_the_prediction(ask):
+def test_predictions_agree_with_measurements(ask):
     status, out, _ = ask("--measure", "--json", "storage=recompute")
     compared = json.loads(out)["measured"]["quantities"]
     assert status == 0
@@ -78,54 +78,54 @@ def test_the_measurement_stands_beside_the_prediction(ask):
 
 @pytest.fixture
 def two_storages(monkeypatch):
-    """Each that a change may name is traced: `test_registries` has them all."""
+    """Trace only two of the storages that a change may name. `test_registries` covers all."""
     monkeypatch.setattr(planner, "STORAGES", {name: STORAGES[name] for name in ("int8", "recompute")})
 
 
 @pytest.mark.usefixtures("two_storages")
-def test_a_budget_says_what_fits_and_every_change_keeps_its_word(tmp_path):
+def test_the_largest_batch_and_every_suggested_change_for_a_budget_are_exact(tmp_path):
     config = config_of(tmp_path)
     model = build_on_meta(config, CLASSES)
     peak = predict(model, config, batch=64, precision="fp32", all_tasks=True).peak
     one = predict(model, config, batch=1, precision="fp32", all_tasks=True).peak
-    told = answer(config, CLASSES, (one + peak) // 2, batch=64, precision="fp32")
-    assert not told.fits and told.peak == peak and 0 < told.largest_batch < 64
-    for images, fits in ((told.largest_batch, True), (told.largest_batch + 1, False)):
-        assert (predict(model, config, batch=images, precision="fp32", all_tasks=True).peak <= told.budget) == fits
-    assert {"drop one block earlier", "compute in bf16", "store recompute"} <= {c.what for c in told.changes}
-    for change in told.changes:
+    verdict = answer(config, CLASSES, (one + peak) // 2, batch=64, precision="fp32")
+    assert not verdict.fits and verdict.peak == peak and 0 < verdict.largest_batch < 64
+    for images, fits in ((verdict.largest_batch, True), (verdict.largest_batch + 1, False)):
+        assert (predict(model, config, batch=images, precision="fp32", all_tasks=True).peak <= verdict.budget) == fits
+    assert {"drop one block earlier", "compute in bf16", "store recompute"} <= {c.what for c in verdict.changes}
+    for change in verdict.changes:
         (tmp_path / "c.yaml").write_text(configuration.dump(config))
         changed = configuration.load(tmp_path / "c.yaml", change.overrides.split())
         cost = predict(
             build_on_meta(changed, CLASSES), changed, batch=64, precision=changed.runtime.precision, all_tasks=True
         )
-        assert (peak - cost.peak, cost.peak <= told.budget) == (change.bytes, change.fits)
-    free = [c.flops <= 0 for c in told.changes]
+        assert (peak - cost.peak, cost.peak <= verdict.budget) == (change.bytes, change.fits)
+    free = [c.flops <= 0 for c in verdict.changes]
     assert free == sorted(free, reverse=True)
-    rates = [c.bytes / c.flops for c in told.changes if c.flops > 0]
+    rates = [c.bytes / c.flops for c in verdict.changes if c.flops > 0]
     assert rates == sorted(rates, reverse=True)
 
 
 @pytest.fixture
 def one_image_at_most(monkeypatch):
-    """The largest batch is not looked for, where it is not asked for: each size is traced anew."""
+    """Skip the search for the largest batch, which would trace each size, in tests of other things."""
     monkeypatch.setattr(planner, "largest", lambda peak, budget: int(peak(1) <= budget))
 
 
 @pytest.fixture
 def one_change(monkeypatch):
-    """Only the first of the changes that a budget makes one think of is traced."""
+    """Trace only the first change that is suggested for a budget."""
     alternatives = planner._alternatives
     monkeypatch.setattr(planner, "_alternatives", lambda *arguments: itertools.islice(alternatives(*arguments), 1))
 
 
 def suggested(tmp_path, **changes) -> dict[str, str]:
-    """{what: overrides} of the changes that are tried for a configuration."""
+    """Return {description: overrides} of the changes that are tried for a configuration."""
     tried = planner._alternatives(make_config(tmp_path, **changes), CLASSES, 64, "fp32")
     return {what: overrides for what, overrides, _ in tried}
 
 
-def test_changes_do_what_their_names_say(tmp_path, monkeypatch):
+def test_suggested_changes_have_the_described_overrides(tmp_path, monkeypatch):
     monkeypatch.setattr(planner, "predict", lambda *_, **__: SimpleNamespace(written=0))
     changes = suggested(tmp_path, plan__drop_blocks=[4, 1, 2], plan__keep_rate=[0.9, 0.5, 0.7])
     assert changes["drop one block earlier"] == "plan.drop_blocks=[3,0,1]"
@@ -135,25 +135,25 @@ def test_changes_do_what_their_names_say(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("one_image_at_most", "one_change")
-def test_a_budget_just_missed_is_told_to_the_byte(ask):
-    """The exit status tells whether it holds."""
+def test_a_budget_missed_by_one_byte_does_not_fit(ask):
+    """The exit status says whether the configuration fits the budget."""
     status, out, _ = ask("--json", "--budget", "1GB")
-    told = json.loads(out)["budget"]
+    budget = json.loads(out)["budget"]
     assert status == 0
-    status, out, _ = ask("--budget", str(told["peak"] - 1))
+    status, out, _ = ask("--budget", str(budget["peak"] - 1))
     assert (
         status == 1
         and "does not fit" in out
-        and f"budget {told['peak'] - 1:,} B" in out
-        and f"takes {told['peak']:,} B" in out
+        and f"budget {budget['peak'] - 1:,} B" in out
+        and f"takes {budget['peak']:,} B" in out
     )
-    status, out, _ = ask("--budget", str(told["floor"]))
-    assert status == 1 and f"not even one image fits, which takes {told['least']:,} B" in out
+    status, out, _ = ask("--budget", str(budget["floor"]))
+    assert status == 1 and f"not even one image fits, which takes {budget['least']:,} B" in out
     status, _, error = ask("--budget", "1")
-    assert status == 2 and "--budget = '1 B (0.000 MB)'" in error and f"{told['floor']:,} B" in error
+    assert status == 2 and "--budget = '1 B (0.000 MB)'" in error and f"{budget['floor']:,} B" in error
 
 
-def test_the_prediction_told_is_that_of_a_run(ask, tmp_path):
+def test_the_predicted_peak_is_that_of_a_training_run(ask, tmp_path):
     config = config_of(tmp_path, train__ema_decay=0.9)
     trainer = make_trainer(config, tmp_path / "run")
     assert json.loads(ask("--json", "train.ema_decay=0.9")[1])["peak"] / 2**20 == trainer.costs["predicted_peak_mb"]
@@ -170,17 +170,17 @@ def test_numbers_below_one_are_refused(ask, arguments, named):
     assert status == 2 and f"cost: {named}: at least 1" in error
 
 
-def test_plans_are_of_no_one_configuration(ask):
+def test_plans_excludes_options_of_a_single_configuration(ask):
     status, _, error = ask("--plans", "--budget", "1GB", "--measure", "--processes", "2")
     assert status == 2 and "--plans = '--measure --processes': none of these" in error
 
 
-def test_a_budget_below_the_parameters_is_refused_with_the_floor(ask):
+def test_a_budget_below_the_size_of_the_parameters_is_refused(ask):
     status, _, error = ask("--budget", "100KB")
     assert status == 2 and "the parameters alone take" in error
 
 
-def test_one_model_per_task_tells_the_largest(ask):
+def test_single_task_mode_shows_the_cost_of_the_largest_model(ask):
     one = json.loads(ask("--json", "mode=single_task")[1])
     both = json.loads(ask("--json")[1])
     assert one["parameters"] < both["parameters"]
@@ -204,15 +204,15 @@ def test_a_task_without_a_number_of_classes_needs_one(ask, tmp_path):
         (["moe.mlp_ratio=7"], "moe.mlp_ratio"),
     ],
 )
-def test_what_cannot_be_costed_is_named(ask, arguments, named):
+def test_an_invalid_setting_is_named_in_one_line(ask, arguments, named):
     status, _, error = ask(*arguments)
     assert status == 2 and named in error and error.count("\n") == 1
 
 
-def test_the_published_rules_need_no_machine_of_ours(ask):
+def test_memory_by_the_published_rules(ask):
     paper, ancestor = (json.loads(ask("--mode", mode, "--json")[1]) for mode in ("paper", "backrazor"))
     assert paper["total"] == paper["batch"] * paper["peak_per_image"] + paper["parameters"]
-    assert ancestor["total"] > paper["total"]  # it charges q, k and v three times
+    assert ancestor["total"] > paper["total"]  # BackRazor's rule counts q, k and v three times
 
 
 @pytest.mark.parametrize("backbone", ["vit_base_patch16_clip_quickgelu_224", "vit_giant_patch14_dinov2"])
@@ -233,8 +233,8 @@ def test_grouped_experts_are_costed(ask):
     assert loop["parameters"] == grouped["parameters"] and loop["kept"] < grouped["kept"]
 
 
-def test_a_run_for_a_gpu_is_costed_where_there_is_none(ask):
-    """On a CPU's allocator the same step takes less: a GPU's hands out multiples of 512 bytes."""
+def test_the_cost_of_a_gpu_run_is_predicted_without_a_gpu(ask):
+    """The allocator of a GPU rounds sizes up to multiples of 512 bytes, so the same step takes less on a CPU."""
     gpu, cpu = (
         json.loads(ask("--json", f"runtime.device={device}", "runtime.precision=bf16")[1]) for device in ("cuda", "cpu")
     )
@@ -243,7 +243,7 @@ def test_a_run_for_a_gpu_is_costed_where_there_is_none(ask):
     assert all(size % 512 == 0 for kinds in gpu["kept_by_block"].values() for size in kinds.values())
 
 
-def test_a_sweep_says_where_it_comes_from(ask, monkeypatch):
+def test_a_sweep_records_its_configuration_and_environment(ask, monkeypatch):
     plan = cost_check.plans(6)["last"]
     monkeypatch.setattr(cost_check, "plans", lambda depth: {"last": plan})
     status, out, _ = ask(
@@ -254,11 +254,11 @@ def test_a_sweep_says_where_it_comes_from(ask, monkeypatch):
     assert result["config"]["backbone"]["name"] == "test_vit" and result["environment"]["threads"] == 1
 
 
-def test_several_processes_and_what_would_send_less(ask):
-    status, told, _ = ask("--processes", "4", "--machines", "2", "--step-seconds", "0.1", "--json")
-    own, *others = json.loads(told)["several_processes"]
+def test_communication_of_several_processes_and_ways_to_reduce_it(ask):
+    status, out, _ = ask("--processes", "4", "--machines", "2", "--step-seconds", "0.1", "--json")
+    own, *others = json.loads(out)["several_processes"]
     assert status == 0 and own["overrides"] == "" and own["compute"] == pytest.approx(0.1)
-    # 4 processes on 2 machines: half of twice the bytes within one, half of twice between the two.
+    # 4 processes on 2 machines: half of twice the bytes within a machine, half of twice the bytes between the two.
     waited = own["exchanged"] * (1 / 300e9 + 1 / (0.85 * 1e9 / 8))
     assert own["efficiency"]["1 Gb/s"] == pytest.approx(0.1 / (0.1 + waited))
     halved = next(way for way in others if way["overrides"] == "train.exchange=bf16")

@@ -1,4 +1,4 @@
-"""moe-bsr evaluate as a person and a script meet it."""
+"""Test the command line of moe-bsr evaluate."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from moe_bsr.evaluation.tables import table
 from moe_bsr.runtime.names import printable
 
 
-def test_its_numbers_are_those_of_the_trainers_evaluation(tiny_run, capsys):
+def test_the_command_reports_the_results_of_the_evaluate_function(tiny_run, capsys):
     assert main(["evaluate", str(tiny_run), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     loaded = moe_bsr.load(tiny_run)
@@ -29,7 +29,7 @@ def test_its_numbers_are_those_of_the_trainers_evaluation(tiny_run, capsys):
 
 def test_evaluations_of_the_test_split_are_counted_once_each(tiny_run, tmp_path, capsys):
     run = shutil.copytree(tiny_run, tmp_path / "run")
-    for count in (2, 3):  # the training's own was the first
+    for count in (2, 3):  # training made the first evaluation
         assert main(["evaluate", str(run), "--split", "test", "--task", "shapes"]) == 0
         out = capsys.readouterr().out
         assert f"test evaluation {count} of this run" in out and "fractals" not in out
@@ -43,7 +43,7 @@ def test_an_unknown_task_is_refused_and_nothing_counted(tiny_run, tmp_path, caps
 
 
 @pytest.mark.parametrize("name", AWKWARD.values(), ids=AWKWARD)
-def test_class_names_are_printed_as_they_are_and_command_no_terminal(name):
+def test_control_characters_in_class_names_are_escaped(name):
     confusion = {"true": name, "predicted": "b", "count": 2, "share": 0.5}
     numbers = dict.fromkeys(("top1", "top1_low", "top1_high", "top5", "mean_class_accuracy", "ece", "chance"), 1.0)
     result = numbers | {"n": 4, "images_per_second": 1.0, "tokens_kept": 1.0, "expert_share": {}, "experts_used": {}}
@@ -51,7 +51,7 @@ def test_class_names_are_printed_as_they_are_and_command_no_terminal(name):
     assert last == f"  shapes: {printable(name)} -> b 2x (50 %)"
 
 
-def test_a_terminal_without_a_letter_loses_no_evaluation(tiny_run, tmp_path):
+def test_characters_that_the_terminal_cannot_show_are_escaped(tiny_run, tmp_path):
     run = shutil.copytree(tiny_run, tmp_path / "été 日本")
     command = "evaluate", run, "--split", "test", "--task", "shapes"
     done = run_fresh(COMMAND, *command, PYTHONIOENCODING="ascii")

@@ -1,4 +1,4 @@
-"""moe-bsr export as a person and a script meet it."""
+"""Test the command line of moe-bsr export."""
 
 import json
 from pathlib import Path
@@ -22,13 +22,13 @@ def run(tmp_path_factory, bare) -> Path:
     return folder / "run"
 
 
-def test_json_is_all_that_is_on_stdout_and_the_table_tells_the_same(run, tmp_path, capsys):
+def test_stdout_has_only_the_json_and_the_table_agrees_with_it(run, tmp_path, capsys):
     out = tmp_path / "out"
     options = ["--out", str(out), "--int8", "--experts", "2", "--images", "5", "--json"]
     assert main(["export", str(run), *options]) == 0
-    told = capsys.readouterr()
-    report = json.loads(told.out)
-    assert report["bundle"] == str(out) and "fractals: comparing with the run" in told.err
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert report["bundle"] == str(out) and "fractals: comparing with the run" in captured.err
     assert all(report["tasks"][task]["n"] == 5 for task in TASKS)
     print_result(report)
     text = capsys.readouterr().out
@@ -44,8 +44,8 @@ def test_tasks_are_chosen_by_name(run, capsys):
 def test_a_format_that_cannot_be_written_is_refused_with_what_to_install(run, capsys, monkeypatch):
     monkeypatch.setattr(command, "find_spec", lambda module: None)
     assert main(["export", str(run), "--format", "executorch"]) == 2
-    told = capsys.readouterr().err
-    assert "--format executorch: " in told and "pip install executorch" in told
+    error = capsys.readouterr().err
+    assert "--format executorch: " in error and "pip install executorch" in error
 
 
 def test_another_device_is_refused(run, capsys):

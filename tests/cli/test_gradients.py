@@ -1,4 +1,4 @@
-"""moe-bsr gradients: the table, the JSON and what is refused."""
+"""Test moe-bsr gradients: the table, the JSON and error messages."""
 
 import json
 
@@ -20,9 +20,9 @@ def test_storages_are_compared_with_exact_on_the_same_batch(file, capsys):
     storages = ["recompute", "segments_int8", "{kind: back_razor, sparsity: 0.95}"]
     command = ["gradients", file, "--batch", "8", "--rounds", "1", "--storages", *storages]
     assert main([*command, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    exact, same, near, far = told["storages"]
-    assert told["task"] == "shapes" and told["batch"] == 8
+    result = json.loads(capsys.readouterr().out)
+    exact, same, near, far = result["storages"]
+    assert result["task"] == "shapes" and result["batch"] == 8
     assert [row["storage"] for row in (exact, same, near)] == ["exact", "recompute", "segments_int8"]
     assert far["storage"] == "back_razor(sparsity=0.95, activations=fp16)"
     assert exact["error"] == same["error"] == 0
@@ -34,6 +34,6 @@ def test_storages_are_compared_with_exact_on_the_same_batch(file, capsys):
 
 
 @pytest.mark.parametrize("storage", ["recomptue", "{kind: back_razor, sparsity: 2}", "[", "3"])
-def test_a_storage_that_is_none_is_refused_in_a_line(file, storage, capsys):
+def test_an_invalid_storage_is_refused_in_one_line(file, storage, capsys):
     assert main(["gradients", file, "--storages", storage]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1

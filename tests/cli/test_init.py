@@ -1,4 +1,4 @@
-"""moe-bsr init on the folders people have: what it writes can be trained, what it cannot use it says."""
+"""Test moe-bsr init on typical image folders: its files can be trained, and it reports what it cannot use."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("bare")
 
 
 def write(folder: Path, *counts: int, names: str = "abcdefgh") -> None:
-    """Class folders with so many images each, all of one color."""
+    """Write class folders with the given numbers of images, each image of one color."""
     for kind, count in zip(names, counts, strict=False):
         (folder / kind).mkdir(parents=True)
         for i in range(count):
@@ -59,7 +59,7 @@ def test_a_folder_of_datasets_of_every_kind_can_be_trained(tmp_path, here, capsy
     assert "| classes |" in capsys.readouterr().out and Path("runs/my_photos/report.json").is_file()
 
 
-def test_one_dataset_is_one_task_and_its_name_a_possible_one(tmp_path, here):
+def test_a_single_dataset_becomes_one_task(tmp_path, here):
     write(tmp_path / "test" / "train", 4, 4)
     write(tmp_path / "test" / "test", 1, 1)
     assert main(["init", str(tmp_path / "test"), "--out", "inner"]) == 0
@@ -69,7 +69,7 @@ def test_one_dataset_is_one_task_and_its_name_a_possible_one(tmp_path, here):
     ]
 
 
-def test_what_cannot_be_used_is_told(tmp_path, capsys):
+def test_files_and_folders_that_cannot_be_used_are_reported(tmp_path, capsys):
     data = tmp_path / "data"
     write(data / "mixed", 3, 3)
     (data / "mixed" / "a" / "notes.txt").write_text("")
@@ -81,7 +81,7 @@ def test_what_cannot_be_used_is_told(tmp_path, capsys):
     write(data / "hollow", 5, 5)
     (data / "hollow" / "c").mkdir()
     assert main(["init", str(data)]) == 0
-    told = [line for line in capsys.readouterr().out.splitlines() if "not used: " in line]
+    unused = [line for line in capsys.readouterr().out.splitlines() if "not used: " in line]
     for words in (
         "1 file that is not an image, such as a/notes.txt",
         "1 image outside of a class folder, such as loose.png",
@@ -89,8 +89,8 @@ def test_what_cannot_be_used_is_told(tmp_path, capsys):
         "task single: 1 class, but at least two are needed",
         "no images of class 'c'; found: nothing",
     ):
-        assert sum(words in line for line in told) == 1, words
-    assert len(told) == 5 and load("data.yaml").task_names() == ["mixed"]
+        assert sum(words in line for line in unused) == 1, words
+    assert len(unused) == 5 and load("data.yaml").task_names() == ["mixed"]
     assert sum(sizes("tasks/mixed.yaml")[1:]) == 8
 
 
@@ -105,7 +105,7 @@ def test_nothing_is_overwritten_without_force(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("fraction", ["0", "1", "-0.5"])
-def test_what_is_no_dataset_or_fraction_is_refused(tmp_path, capsys, fraction):
+def test_invalid_folders_and_test_fractions_are_refused(tmp_path, capsys, fraction):
     assert main(["init", str(tmp_path / "nowhere")]) == 2
     assert main(["init", "."]) == 2
     write(tmp_path / "set", 5, 5)

@@ -1,4 +1,4 @@
-"""moe-bsr tasks, configs and copy: what there is, here and in the package."""
+"""Test moe-bsr tasks, configs and copy on local and packaged files."""
 
 import json
 
@@ -12,7 +12,7 @@ OWN_TASK = "title: Mine\nsource: folder\npath: mine\nclasses: 3\nlicense: none\n
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """Whatever is found comes from the package, or was written by the test."""
+    """Run in an empty directory, so that every file found is packaged or written by the test."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -25,7 +25,7 @@ def test_packaged_files_are_found_by_name_by_file_name_and_by_path():
     assert packaged.find("tasks", "pets") == packaged.folder("tasks") / "pets.yaml"
 
 
-def test_the_file_of_a_path_comes_before_the_packaged_one(tmp_path):
+def test_a_local_file_takes_precedence_over_the_packaged_one(tmp_path):
     name = "configs/quickstart.yaml"
     assert load(name) == load(packaged.folder("configs") / "quickstart.yaml")
     (tmp_path / "configs").mkdir()
@@ -37,7 +37,7 @@ def test_the_file_of_a_path_comes_before_the_packaged_one(tmp_path):
         load("x" * 300)
 
 
-def test_tasks_of_this_folder_come_first_and_hide_packaged_ones_of_their_name(tmp_path, capsys):
+def test_local_tasks_come_first_and_hide_packaged_tasks_of_the_same_name(tmp_path, capsys):
     assert main(["tasks", "--json"]) == 0
     tasks = {task["name"]: task for task in json.loads(capsys.readouterr().out)}
     assert tasks.keys() == set(packaged.names("tasks"))
@@ -59,7 +59,7 @@ def test_a_task_file_that_cannot_be_used_is_named_and_the_others_listed(tmp_path
     assert "tasks/broken.yaml" in captured.err and "did you mean 'title'" in captured.err and "pets" in captured.out
 
 
-def test_configurations_are_listed_with_what_they_say_they_are(tmp_path, capsys):
+def test_configurations_are_listed_with_their_descriptions(tmp_path, capsys):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "mine.yaml").write_text("# moe-bsr train configs/mine.yaml\n# My own. More.\nseed: 1\n")
     assert main(["configs"]) == 0
@@ -70,20 +70,20 @@ def test_configurations_are_listed_with_what_they_say_they_are(tmp_path, capsys)
 
 
 @pytest.mark.parametrize("name", packaged.names("configs"))
-def test_a_copied_configuration_is_the_packaged_one(name, tmp_path, capsys):
+def test_a_copied_configuration_equals_the_packaged_one(name, tmp_path, capsys):
     assert main(["copy", name]) == 0
     assert f"written: {name}.yaml" in capsys.readouterr().out
     assert to_dict(load(tmp_path / f"{name}.yaml")) == to_dict(load(packaged.find("configs", name)))
 
 
-def test_a_copy_has_what_it_extends_beside_it_under_the_name_asked_for(tmp_path, capsys):
+def test_copy_also_writes_the_configuration_that_the_copy_extends(tmp_path, capsys):
     assert main(["copy", "configs/quickstart_last.yaml", "inner/mine.yaml"]) == 0
     assert sorted(path.name for path in (tmp_path / "inner").iterdir()) == ["mine.yaml", "quickstart.yaml"]
     assert "train inner/mine.yaml" in capsys.readouterr().out
     assert load("inner/mine.yaml").plan.train_blocks == []
 
 
-def test_a_copied_task_is_the_packaged_one(tmp_path, capsys):
+def test_a_copied_task_equals_the_packaged_one(tmp_path, capsys):
     assert main(["copy", "pets", "tasks"]) == 0
     assert (tmp_path / "tasks" / "pets.yaml").read_text() == packaged.find("tasks", "pets").read_text()
     assert main(["copy", "food101"]) == 0

@@ -1,4 +1,4 @@
-"""The command line as a whole: every command's help at once and without torch, refusals, fronts, the process."""
+"""Test the command line as a whole: help of all commands, error messages, scripts in tools/ and process setup."""
 
 import re
 import subprocess
@@ -65,7 +65,7 @@ def test_the_version_is_the_packages():
         (["evaluate", "runs/x", "--batch-size", "0"], "0: at least 1"),
     ],
 )
-def test_what_no_parser_knows_exits_with_2(arguments, words, capsys):
+def test_unknown_commands_and_invalid_arguments_exit_with_status_2(arguments, words, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert words in capsys.readouterr().err
@@ -91,7 +91,7 @@ def test_a_refusal_is_one_line_with_the_commands_name(command, tmp_path, capsys)
         ("tasks = ['a']: each task once", "tasks = ['a']: each task once"),
     ],
 )
-def test_what_the_library_calls_an_argument_is_a_flag_here(python, flags):
+def test_arguments_in_error_messages_become_flags(python, flags):
     assert in_flags(python) == flags
 
 
@@ -115,12 +115,12 @@ def test_an_interrupt_is_no_traceback(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tools").glob("*.py")), ids=lambda path: path.stem)
-def test_a_program_of_tools_is_the_front_of_a_command(path):
+def test_each_script_in_tools_starts_one_command(path):
     command = re.search(r'start\("(.+)"\)', path.read_text())[1]
     assert command in COMMANDS and command == FRONTS.get(path.stem, path.stem)
 
 
-def test_a_program_is_called_as_it_was_started(monkeypatch):
+def test_usage_shows_the_program_as_it_was_started(monkeypatch):
     for started, called in (
         ("/usr/bin/moe-bsr", "moe-bsr train"),
         ("tools/train.py", "python tools/train.py"),
@@ -140,7 +140,7 @@ def test_a_program_is_called_as_it_was_started(monkeypatch):
         ("glibc.malloc.tcache_count=3", "glibc.malloc.tcache_count=3"),
     ],
 )
-def test_a_program_starts_again_with_the_allocators_setting_and_its_arguments(tmp_path, before, after):
+def test_a_program_restarts_with_the_allocator_setting_and_the_same_arguments(tmp_path, before, after):
     file = tmp_path / "program.py"
     file.write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
@@ -151,7 +151,7 @@ def test_a_program_starts_again_with_the_allocators_setting_and_its_arguments(tm
     assert done.stdout == f"{after} ['a b', '--c'] 1\n"
 
 
-def test_only_computing_commands_of_a_process_of_their_own_change_it(monkeypatch):
+def test_only_computing_commands_with_their_own_process_set_it_up(monkeypatch):
     changed = []
     monkeypatch.setattr("moe_bsr.cli.main._set_up_process", lambda: changed.append(1))
     for module in ("evaluate", "compare"):

@@ -1,4 +1,4 @@
-"""moe-bsr pack: a pack takes the place of its originals, and never endangers them."""
+"""Test moe-bsr pack: a pack replaces its originals exactly, and the command never puts the originals at risk."""
 
 import shutil
 
@@ -15,12 +15,12 @@ def picture(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 20, 3), dtype=np.uint8))
 
 
-def write_images(place, train: int = 1, test: int = 1) -> None:
+def write_images(folder, train: int = 1, test: int = 1) -> None:
     for split, count in (("train", train), ("test", test)):
         for k, name in enumerate(["ant", "bee"]):
-            (place / split / name).mkdir(parents=True)
+            (folder / split / name).mkdir(parents=True)
             for n in range(count):
-                picture(100 * k + n).save(place / split / name / f"{n}.png")
+                picture(100 * k + n).save(folder / split / name / f"{n}.png")
 
 
 def write_task(tmp_path, name: str, path: str) -> str:
@@ -28,7 +28,7 @@ def write_task(tmp_path, name: str, path: str) -> str:
     return str(tmp_path / f"{name}.yaml")
 
 
-def test_a_folder_task_is_packed_and_the_pack_takes_its_place(tmp_path, capsys):
+def test_a_pack_replaces_its_folder_task(tmp_path, capsys):
     write_images(tmp_path / "bugs", 12, 3)
     file = write_task(tmp_path, "insects", "bugs")
     before = load_task(load_spec(file), root=tmp_path)
@@ -48,7 +48,7 @@ def test_a_folder_task_is_packed_and_the_pack_takes_its_place(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("path", ["bugs", "bugs/photos", "elsewhere"])
-def test_it_never_advises_to_remove_originals(tmp_path, capsys, path):
+def test_error_messages_never_advise_removing_the_originals(tmp_path, capsys, path):
     write_images(tmp_path / path)
     (tmp_path / "bugs").mkdir(exist_ok=True)
     call = ["pack", write_task(tmp_path, "bugs", path), "--root", str(tmp_path)]
@@ -67,9 +67,9 @@ def test_all_damaged_images_are_named_at_once_and_no_pack_is_left(tmp_path, caps
     for name in broken:
         (tmp_path / "bugs" / name).write_bytes(b"broken")
     assert main(["pack", write_task(tmp_path, "insects", "bugs"), "--root", str(tmp_path)]) == 2
-    told = capsys.readouterr().err
-    assert all(name in told for name in broken) and "3 images cannot be read" in told and "remove" not in told
-    assert sorted(place.name for place in tmp_path.iterdir()) == ["bugs", "insects.yaml"]
+    error = capsys.readouterr().err
+    assert all(name in error for name in broken) and "3 images cannot be read" in error and "remove" not in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bugs", "insects.yaml"]
 
 
 @pytest.mark.parametrize("splits", [("val", "test"), ("val",), ()])
@@ -94,7 +94,7 @@ def test_a_pack_has_the_splits_of_its_source(tmp_path, splits):
             load_task(load_spec(file), root=tmp_path)
 
 
-def test_bits_and_transparency_are_the_same_from_a_pack(tmp_path):
+def test_a_pack_preserves_bit_depth_and_transparency(tmp_path):
     write_images(tmp_path / "bugs", 4, 2)
     for n, values in enumerate((np.arange(64, dtype=np.uint16) * 64, np.full(64, 4095, np.uint16))):
         Image.fromarray(values.reshape(8, 8)).save(tmp_path / "bugs" / "train" / "ant" / f"{n}.png")
@@ -108,7 +108,7 @@ def test_bits_and_transparency_are_the_same_from_a_pack(tmp_path):
         assert np.abs(old[:8, :8].astype(int) - new[:8, :8]).max() <= 2 and new.max() >= 245
 
 
-def test_a_pack_of_a_torchvision_task_is_not_written_over(tmp_path, capsys):
+def test_a_pack_of_a_torchvision_task_is_not_overwritten(tmp_path, capsys):
     file = torchvision_task(tmp_path)
     assert main(["pack", str(file), "--root", str(tmp_path), "--out", str(tmp_path / "packs")]) == 0
     assert main(["pack", str(file), "--root", str(tmp_path), "--out", str(tmp_path / "packs")]) == 2

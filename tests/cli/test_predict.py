@@ -1,4 +1,4 @@
-"""moe-bsr predict: names for images, folders of them, and what cannot be read."""
+"""Test moe-bsr predict: class names for images and folders of images, and unreadable files."""
 
 import json
 
@@ -16,7 +16,7 @@ from moe_bsr.runtime.names import printable
 
 @pytest.fixture
 def images(tmp_path) -> list[str]:
-    """Three images of different sizes, one in a folder below."""
+    """Write three images of different sizes, one of them in a subfolder."""
     generator = torch.Generator().manual_seed(0)
     paths = [tmp_path / "a.png", tmp_path / "b.PNG", tmp_path / "inner" / "c.png"]
     for i, path in enumerate(paths):
@@ -26,7 +26,7 @@ def images(tmp_path) -> list[str]:
     return list(map(str, paths))
 
 
-def test_names_are_those_of_the_whole_forward(tiny_run, images, capsys):
+def test_predictions_are_those_of_the_full_forward_pass(tiny_run, images, capsys):
     assert main(["predict", str(tiny_run), *images, "--json", "--top", "11"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert [image["image"] for image in report["images"]] == images
@@ -42,7 +42,7 @@ def test_names_are_those_of_the_whole_forward(tiny_run, images, capsys):
             assert [n["probability"] for n in image["tasks"][task]] == pytest.approx(row[best].tolist(), abs=1e-6)
 
 
-def test_a_folder_stands_for_the_images_in_it_and_below(tiny_run, images, tmp_path, capsys):
+def test_a_folder_means_all_images_in_it_and_its_subfolders(tiny_run, images, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("no image")
     assert main(["predict", str(tiny_run), str(tmp_path), "--task", "shapes"]) == 0
     printed = capsys.readouterr().out
@@ -52,7 +52,7 @@ def test_a_folder_stands_for_the_images_in_it_and_below(tiny_run, images, tmp_pa
     assert "empty: no images below it" in capsys.readouterr().err
 
 
-def test_it_says_what_was_shared(tiny_run, images, capsys):
+def test_the_output_says_which_blocks_ran_once_for_all_tasks(tiny_run, images, capsys):
     assert main(["predict", str(tiny_run), images[0]]) == 0
     assert "2 tasks: 1 of 6 blocks ran once for all of them, 5 once for each task" in capsys.readouterr().out
     assert main(["predict", str(tiny_run), images[0], "--task", "shapes"]) == 0
@@ -67,7 +67,7 @@ def test_it_says_what_was_shared(tiny_run, images, capsys):
         (b"no image", "bad.png: not a readable image"),
     ],
 )
-def test_an_unreadable_image_is_named_and_the_others_go_on(tiny_run, images, tmp_path, capsys, content, words):
+def test_an_unreadable_image_is_named_and_the_others_are_predicted(tiny_run, images, tmp_path, capsys, content, words):
     good, bad = images[0], tmp_path / "bad.png"
     if content is not None:
         bad.write_bytes(content)
@@ -85,17 +85,17 @@ def test_an_unreadable_image_is_named_and_the_others_go_on(tiny_run, images, tmp
 
 
 @pytest.mark.parametrize("name", AWKWARD.values(), ids=AWKWARD)
-def test_names_are_printed_as_they_are_and_command_no_terminal(name, capsys):
+def test_control_characters_in_names_are_escaped(name, capsys):
     answer = {"image": f"photos/{name}.jpg", "tasks": {"pets": [{"name": name, "probability": 0.9}]}}
     print_report({"images": [answer], "groups": []})
     assert capsys.readouterr().out == f"photos/{printable(name)}.jpg\n  pets  {printable(name)} 90 %\n\n"
 
 
-def test_nor_does_an_error_that_holds_a_name(tiny_run, tmp_path, capsys):
+def test_control_characters_in_error_messages_are_escaped(tiny_run, tmp_path, capsys):
     assert main(["predict", str(tiny_run), str(tmp_path / "\x1b]0;x\x07\u202e.png")]) == 1
     (tmp_path / "a\x1b[2J\nb").mkdir()
     assert main(["predict", str(tiny_run), str(tmp_path / "a\x1b[2J\nb")]) == 2
     assert main(["evaluate", str(tmp_path / "a\x1b[2J\nb")]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and r"\x1b]0;x\x07\u202e.png: no such file" in lines[0]
-    assert all(r"a\x1b[2J b" in line for line in lines[1:])  # one line, whatever a name holds
+    assert all(r"a\x1b[2J b" in line for line in lines[1:])  # one line per error, even if a name contains a line break

@@ -1,4 +1,4 @@
-"""moe-bsr pretrain: the file it writes is a backbone that can be trained on."""
+"""Test moe-bsr pretrain: the file it writes is a backbone for training."""
 
 import json
 
@@ -7,7 +7,7 @@ from safetensors import safe_open
 from moe_bsr.cli.main import main
 
 
-def test_a_short_pretraining_writes_weights_and_what_they_are(tmp_path, capsys):
+def test_a_short_pretraining_writes_weights_with_metadata(tmp_path, capsys):
     out = tmp_path / "inner" / "small.safetensors"
     assert main(["pretrain", "--images", "4", "--pool", "4", "--batch", "4", "--out", str(out)]) == 0
     assert f"wrote {out}" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""moe-bsr probe: `train` of the configuration's linear probe."""
+"""Test moe-bsr probe, which trains the linear probe of a configuration."""
 
 import json
 
@@ -18,7 +18,7 @@ def file(tmp_path):
     return path
 
 
-def test_it_writes_a_run_that_compare_reads_and_resume_finds_finished(file, tmp_path, monkeypatch, capsys):
+def test_probe_writes_a_finished_run_that_compare_reads(file, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["probe", str(file), "--blocks", "2", "4"]) == 0
     assert "Weights selected: those of step 1 of 1" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What the command line says of settings and weights that cannot be, in the dry run too: status 2 and one line."""
+"""Test that invalid settings and weights end the command with status 2 and one line, also in the dry run."""
 
 import pytest
 import timm
@@ -25,7 +25,7 @@ def refuse(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("written", [["--train.steps", "100"], ["--train.steps=100"], ["--moe.top_k=2"]])
-def test_a_key_written_as_a_flag_is_answered_with_how_it_is_written(written, capsys):
+def test_a_key_written_as_a_flag_is_refused_with_the_right_form(written, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["train", "quickstart.yaml", *written, "--dry-run"])
     assert ended.value.code == 2
@@ -34,7 +34,7 @@ def test_a_key_written_as_a_flag_is_answered_with_how_it_is_written(written, cap
 
 
 @pytest.mark.parametrize("case", ["nan", "int8", "pointer", "short"])
-def test_weights_that_are_none_are_refused_before_training(tmp_path, refuse, case):
+def test_invalid_weight_files_are_refused_before_training(tmp_path, refuse, case):
     state = timm.create_model("test_vit", num_classes=0, img_size=32).state_dict()
     name = "blocks.5.mlp.fc1.weight"
     file = tmp_path / "w.safetensors"
@@ -67,5 +67,5 @@ def test_weights_that_are_none_are_refused_before_training(tmp_path, refuse, cas
         ("sampler.kind=rond_robin", "did you mean 'round_robin'"),
     ],
 )
-def test_a_setting_is_refused_by_its_own_key(refuse, override, words):
+def test_an_invalid_setting_is_refused_with_its_key(refuse, override, words):
     assert words in refuse(override)

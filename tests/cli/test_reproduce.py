@@ -1,4 +1,4 @@
-"""moe-bsr reproduce: figures as JSON, the page of the docs, a figure that is off."""
+"""Test moe-bsr reproduce: figures as JSON, the page in docs/, and the failure on a figure that is off."""
 
 import json
 from dataclasses import replace
@@ -33,6 +33,6 @@ def test_an_unknown_table_is_refused(capsys):
     assert "no table '9'; there are 1, 2" in capsys.readouterr().err
 
 
-def test_the_page_is_what_it_prints(capsys):
+def test_the_page_in_docs_is_up_to_date(capsys):
     assert main(["reproduce", "--markdown"]) == 0
     assert capsys.readouterr().out == PAGE.read_text(), "stale: moe-bsr reproduce --markdown makes it anew"

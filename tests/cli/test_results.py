@@ -1,4 +1,4 @@
-"""moe-bsr results: the page is the one in the repository."""
+"""Test moe-bsr results: it writes the same page as the one in the repository."""
 
 import shutil
 from pathlib import Path
@@ -12,7 +12,7 @@ RESULTS = Path(__file__).parents[2] / "results"
 pytest.importorskip("moe_bsr.runs.results")
 
 
-def test_the_page_is_what_it_writes(tmp_path):
+def test_the_page_in_results_is_up_to_date(tmp_path):
     shutil.copytree(RESULTS, tmp_path / "results")
     (tmp_path / "results" / "README.md").unlink()
     assert main(["results", str(tmp_path / "results")]) == 0

@@ -1,4 +1,4 @@
-"""A run folder as the configuration of a command: to resume, to make longer, to train again elsewhere."""
+"""Test a run folder as the configuration of a command: resume it, train it longer, train it again elsewhere."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ from moe_bsr.selftest import kills
 pytestmark = pytest.mark.usefixtures("bare")
 
 
-def test_a_run_goes_on_by_its_folder_alone_and_is_made_longer(tmp_path, monkeypatch, capsys):
+def test_a_run_is_resumed_and_extended_by_its_folder_alone(tmp_path, monkeypatch, capsys):
     file, run = tmp_path / "tiny.yaml", tmp_path / "my run"
     file.write_text(configuration.dump(make_config(tmp_path, **LATE)))
     changes = ["train.lr=0.02", "train.steps=3", "train.evaluate_test=false"]
@@ -35,8 +35,8 @@ def test_a_run_goes_on_by_its_folder_alone_and_is_made_longer(tmp_path, monkeypa
     assert report.read(run)["step"] == 4
 
 
-def test_a_run_goes_on_from_another_directory(tmp_path, monkeypatch):
-    """Its task files and data are named relative to the directory where it began."""
+def test_a_run_is_resumed_from_another_directory(tmp_path, monkeypatch):
+    """The task files and the data are named relative to the directory where the run started."""
     folder_task(tmp_path, each=4)
     config = configuration.replace(
         make_config(tmp_path, **LATE), tasks=["pictures.yaml"], data__root=".", train__steps=1
@@ -49,8 +49,8 @@ def test_a_run_goes_on_from_another_directory(tmp_path, monkeypatch):
     assert report.read(tmp_path / "run")["step"] == 2
 
 
-def test_a_runs_configuration_is_one(tiny_run, tmp_path, capsys):
-    """It is named by the folder or by its file."""
+def test_a_run_folder_serves_as_a_configuration(tiny_run, tmp_path, capsys):
+    """The run can be named by its folder or by its configuration file."""
     again = tmp_path / "again"
     assert main(["train", str(tiny_run / "config.yaml"), "--run", str(again)]) == 0
     assert not kills.differing(again, kills.outcome(tiny_run))
@@ -58,8 +58,8 @@ def test_a_runs_configuration_is_one(tiny_run, tmp_path, capsys):
     assert main(["cost", str(tiny_run)]) == 0
 
 
-def test_what_a_configuration_led_to_is_not_read(tmp_path):
-    """A hundred thousand class names make the file larger than any configuration may be."""
+def test_the_resolved_section_of_a_configuration_is_not_parsed(tmp_path):
+    """The file is larger than a configuration may be, because its `resolved` section holds 100,000 class names."""
     tree = {"seed": 5, "train": {"steps": 3}}
     text = yaml.safe_dump(tree, sort_keys=False) + "resolved:\n  classes:\n" + 100_000 * f"  - {'x' * 20}\n"
     (tmp_path / "config.yaml").write_text(text)
@@ -67,7 +67,7 @@ def test_what_a_configuration_led_to_is_not_read(tmp_path):
     assert (config.seed, config.train.steps) == (6, 3)
 
 
-def test_a_dry_run_says_what_is_taken_from_another_run(tiny_run, tmp_path, capsys):
+def test_a_dry_run_lists_the_weights_taken_from_another_run(tiny_run, tmp_path, capsys):
     call = [str(tiny_run), f"train.init_from={tiny_run}", "plan.moe_blocks=[]", "--run", str(tmp_path / "next")]
     assert main(["train", *call, "--dry-run"]) == 0
     printed = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Streams that are closed, full or cannot show a letter end no work, and the exit status stays right."""
+"""Test that closed, full or ASCII-only streams do not stop a command, and that its exit status is right."""
 
 import json
 import os
@@ -36,13 +36,13 @@ def test_training_does_not_need_its_streams(written, tmp_path, redirected):
 
 
 @pytest.mark.parametrize(("redirected", "fails"), [("| head -0 >&2", False), (">/dev/full", True)])
-def test_a_result_that_cannot_be_written_is_a_failure_unless_nobody_wants_it(redirected, fails):
+def test_a_full_disk_for_stdout_is_a_failure_and_a_closed_pipe_is_not(redirected, fails):
     done = in_shell(redirected, COMMAND, "configs")
     assert (done.stdout.split() != ["0"]) == ("No space left on device" in done.stderr) == fails
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
-def test_a_letter_that_cannot_be_shown_is_escaped(monkeypatch):
+def test_characters_that_a_stream_cannot_encode_raise_no_error(monkeypatch):
     stream = open(os.devnull, "w", encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
     monkeypatch.setattr(sys, "stderr", stream)
@@ -55,7 +55,7 @@ def test_a_letter_that_cannot_be_shown_is_escaped(monkeypatch):
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory) -> Path:
-    """A run whose newest checkpoint is damaged: the one before is evaluated, and stderr says so."""
+    """Return a run whose newest checkpoint is damaged. The one before is evaluated, with a warning on stderr."""
     folder = tmp_path_factory.mktemp("damaged")
     train(make_config(folder, **LATE, train__steps=2, train__checkpoint_every=1), folder / "run", callbacks=[])
     (folder / "run" / "checkpoint" / "2" / "weights.safetensors").write_bytes(b"")
@@ -83,23 +83,23 @@ def test_warnings_are_one_line_with_the_commands_name(damaged):
         (OSError("of our own"), "of our own"),
     ],
 )
-def test_an_error_is_told_in_one_line(error, line):
+def test_an_error_message_is_one_line(error, line):
     assert message_of(error) == line
 
 
-def test_the_last_checkpoint_is_asked_for_by_a_flag():
+def test_the_checkpoint_argument_becomes_a_flag():
     assert in_flags("checkpoint_name='last' takes the newest") == "--checkpoint last takes the newest"
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("could not create a primitive")])
-def test_too_little_memory_is_one_line_and_status_1(monkeypatch, capsys, error):
+def test_too_little_memory_gives_one_line_and_status_1(monkeypatch, capsys, error):
     def short(arguments):
         raise error
 
     monkeypatch.setattr("moe_bsr.cli.configs.run", short)
     assert main(["configs"]) == main_module.FAILED
-    said = capsys.readouterr().err
-    assert "out of memory" in said and "batch_size" in said and len(said.splitlines()) == 1
+    text = capsys.readouterr().err
+    assert "out of memory" in text and "batch_size" in text and len(text.splitlines()) == 1
 
 
 # --- exit statuses of training ---
@@ -112,7 +112,7 @@ def train_status(written: str, folder: Path, capsys, *overrides: str) -> tuple[i
     return status, error
 
 
-def test_no_memory_for_an_update_is_status_1_with_what_helps(written, tmp_path, monkeypatch, capsys):
+def test_too_little_memory_for_an_update_gives_status_1_with_advice(written, tmp_path, monkeypatch, capsys):
     from moe_bsr.training import task_updates
 
     def short(*arguments, **keywords):
@@ -124,7 +124,7 @@ def test_no_memory_for_an_update_is_status_1_with_what_helps(written, tmp_path, 
     assert all(word in error for word in ("train.batch_size", "train.grad_accumulation_steps", "storage"))
 
 
-def test_a_run_folder_that_vanishes_under_way_is_status_1(written, tmp_path, monkeypatch, capsys):
+def test_a_metrics_file_that_vanishes_during_training_gives_status_1(written, tmp_path, monkeypatch, capsys):
     from tiny_runs import act_at
 
     act_at(monkeypatch, 2, (tmp_path / "run" / "metrics.jsonl").unlink)
@@ -132,19 +132,19 @@ def test_a_run_folder_that_vanishes_under_way_is_status_1(written, tmp_path, mon
     assert status == 1 and "metrics.jsonl: No such file or directory" in error and "--resume" in error
 
 
-def test_a_folder_that_cannot_be_made_is_status_2(written, tmp_path, capsys):
+def test_a_folder_that_cannot_be_created_gives_status_2(written, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     status, error = train_status(written, tmp_path / "file" / "run", capsys)
     assert status == 2 and str(tmp_path / "file") in error
 
 
 @pytest.mark.parametrize("override", ["runtime.threads=10000", "runtime.device=meta"])
-def test_a_runtime_that_cannot_be_is_status_2(written, tmp_path, capsys, override):
+def test_an_invalid_runtime_gives_status_2(written, tmp_path, capsys, override):
     status, error = train_status(written, tmp_path / "run", capsys, override)
     assert status == 2 and override.partition("=")[0] in error and not (tmp_path / "run").exists()
 
 
-def test_a_full_disk_when_the_report_is_written_is_status_1(written, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_when_the_report_is_written_gives_status_1(written, tmp_path, monkeypatch, capsys):
     def full(folder, result):
         raise OSError(f"{folder / 'report.md'} cannot be written: No space left on device; make room there")
 

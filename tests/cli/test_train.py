@@ -1,4 +1,4 @@
-"""The training launcher and the comparison as a person meets them: what they print, how they exit."""
+"""Test the command line of moe-bsr train and compare: what they print and their exit statuses."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ def test_a_dry_run_prints_every_block_and_writes_nothing(written, tmp_path, caps
     printed = capsys.readouterr().out
     assert "shapes: 10 classes, train 23, val 7, test 10" in printed
     rows = {line.split()[0]: line for line in printed.splitlines() if line.strip()[:1].isdigit()}
-    assert "5 -> 4" in rows["1"] and "yes" in rows["1"]  # 4 patches: 2 kept, 1 fused, the class token
+    assert "5 -> 4" in rows["1"] and "yes" in rows["1"]  # 4 patches: 2 kept, 1 fused, and the class token
     assert "top-2 of 4 experts x3" in rows["3"] and "dense" in rows["0"] and "(0)" in rows["0"]
     assert not (tmp_path / "run").exists()
 
@@ -45,13 +45,13 @@ def test_a_dry_run_prints_every_block_and_writes_nothing(written, tmp_path, caps
         (["moe.top_k=5"], "moe.top_k = 5: 1 to moe.num_experts = 4"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line_with_status_2(written, tmp_path, capsys, arguments, words):
+def test_invalid_settings_are_refused_in_one_line_with_status_2(written, tmp_path, capsys, arguments, words):
     assert main(["train", written, *arguments, "--run", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert words in error and error.startswith("moe-bsr train: ") and len(error.splitlines()) == 1
 
 
-def test_training_prints_the_report_and_runs_are_set_side_by_side(written, tmp_path, capsys):
+def test_training_prints_the_report_and_compare_tabulates_runs(written, tmp_path, capsys):
     for name, change in (("moe", []), ("dense", ["plan.moe_blocks=[]"])):
         assert main(["train", written, "train.steps=2", *change, "--run", str(tmp_path / name)]) == 0
     assert "| shapes |" in capsys.readouterr().out
@@ -63,7 +63,7 @@ def test_training_prints_the_report_and_runs_are_set_side_by_side(written, tmp_p
     assert main(["compare", str(tmp_path)]) == 2
 
 
-def test_an_interrupted_run_stands_in_the_comparison_with_a_dash(tmp_path, monkeypatch, capsys):
+def test_compare_shows_an_interrupted_run_with_dashes(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         act_at(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert train(make_config(tmp_path, **LATE), tmp_path / "run")["status"] == "interrupted"
@@ -72,7 +72,7 @@ def test_an_interrupted_run_stands_in_the_comparison_with_a_dash(tmp_path, monke
     assert capsys.readouterr().out.splitlines()[-1].startswith("| run | - | - | - |")
 
 
-def test_runs_in_folders_of_equal_names_go_by_their_paths(tmp_path, monkeypatch, capsys):
+def test_compare_names_runs_in_folders_of_equal_names_by_path(tmp_path, monkeypatch, capsys):
     train(make_config(tmp_path, **LATE, train__steps=2), tmp_path / "a" / "run")
     for copy in ("b/run", "c"):
         shutil.copytree(tmp_path / "a" / "run", tmp_path / copy)
@@ -99,7 +99,7 @@ def test_a_damaged_report_is_refused_by_name(written, tmp_path, capsys):
     assert report.read(folder)["test_evaluations"] == 2
 
 
-def test_of_an_unfinished_series_the_tasks_that_are_trained_are_used(tmp_path, capsys):
+def test_evaluate_and_predict_use_the_trained_tasks_of_an_unfinished_series(tmp_path, capsys):
     config = make_config(tmp_path, **LATE, mode="single_task", train__steps=2)
     train(config, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "fractals")
@@ -123,7 +123,7 @@ def test_divergence_exits_with_1(written, tmp_path, capsys):
     assert "last good checkpoint" in capsys.readouterr().err
 
 
-def test_training_needs_none_of_the_extras(written, tmp_path):
+def test_training_works_without_optional_packages(written, tmp_path):
     code = f"""if True:
         import sys
         ours = [vars(module) for name, module in sys.modules.items() if name.startswith("moe_bsr")]

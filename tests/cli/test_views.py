@@ -1,4 +1,4 @@
-"""moe-bsr views as a person meets it: files, page, events; for runs with and without experts."""
+"""Test moe-bsr views on runs with and without experts: picture files, HTML page and TensorBoard events."""
 
 import base64
 import re
@@ -38,7 +38,7 @@ def draw(run: Path, *arguments: str) -> None:
 
 @pytest.fixture(scope="module", params=KINDS)
 def drawn(request, tmp_path_factory):
-    """A tiny run of each kind, trained and drawn."""
+    """Train a tiny run of each kind and draw its views. Returns (kind, run folder)."""
     folder = tmp_path_factory.mktemp("drawn")
     run = folder / "run"
     moe_bsr.train(make_config(folder, **SHORT, **KINDS[request.param]), run)
@@ -47,7 +47,7 @@ def drawn(request, tmp_path_factory):
 
 
 class Reader(HTMLParser):
-    """Sources of pictures, links to other files, the headings, all words, and whether tags close."""
+    """Parse a page: collect images, links and text, and check that tags are closed."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ def test_every_picture_is_a_file_and_in_the_page(drawn):
     assert sorted(shown) == sorted(written.values()) and all(image["alt"] for image in reader.images)
 
 
-def test_the_page_needs_nothing_else_and_says_why_there_are_no_expert_views(drawn):
+def test_the_page_is_self_contained_and_says_why_there_are_no_expert_views(drawn):
     kind, run = drawn
     reader = Reader((run / "views" / "index.html").read_text())
     assert reader.open == [] and all(link.startswith(("#", "data:")) for link in reader.links)
@@ -94,13 +94,13 @@ def test_the_page_needs_nothing_else_and_says_why_there_are_no_expert_views(draw
     assert ("read only its class token" in words) == (kind == "experts")
 
 
-def test_the_page_says_first_what_it_comes_to(drawn):
+def test_the_page_starts_with_a_summary(drawn):
     kind, run = drawn
     html = (run / "views" / "index.html").read_text(encoding="utf-8")
     heading, words = re.search(r"<main><h2 id=[^>]*>(.*?)</h2>(.*?)<h2", html, re.S).groups()
     assert heading == "Summary"
-    for said in ("xperts are ", "Mutual information", "by itself"):
-        assert (said in words) == (kind == "experts")
+    for phrase in ("xperts are ", "Mutual information", "by itself"):
+        assert (phrase in words) == (kind == "experts")
     assert {"dense, no drops": "no mixture of experts", "stl": "one model per task"}.get(kind, "") in words
 
 
@@ -135,7 +135,7 @@ def test_statistics_and_accuracy_are_those_of_the_whole_validation_split(drawn):
         (["--checkpoint", "99"], "no checkpoint 99"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused_in_one_line(tmp_path, capsys, arguments, words):
+def test_invalid_runs_and_checkpoints_are_refused_in_one_line(tmp_path, capsys, arguments, words):
     run = tmp_path / "run"
     if arguments[0].startswith("--"):
         moe_bsr.train(make_config(tmp_path, **SHORT), run)
@@ -144,7 +144,7 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(tmp_path, capsys, arguments
     assert words in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_words_are_escaped_and_tables_are_complete():
+def test_html_text_is_escaped_and_tables_are_complete():
     section = Section(
         "A & B",
         ["1 < 2"],
@@ -159,7 +159,7 @@ def test_words_are_escaped_and_tables_are_complete():
     assert re.search(r'href="#(.+?)"', html)[1] == re.search(r'h2 id="(.+?)"', html)[1]
 
 
-def test_hparams_line_runs_up_without_a_run_of_their_own(tmp_path):
+def test_hparams_are_written_without_a_tensorboard_run_of_their_own(tmp_path):
     config = make_config(
         tmp_path,
         plan__keep_rate=[0.5, 0.75],
@@ -195,8 +195,8 @@ def test_hparams_line_runs_up_without_a_run_of_their_own(tmp_path):
     assert scalars["peak MB"] == [(4, 300.0)] and len(scalars) == 6
 
 
-def test_a_run_with_any_class_names_is_trained_drawn_and_told(tmp_path, capsys):
-    """Formulas that are none, other scripts, a long one: as folders are named; the rest is tried on the pictures."""
+def test_a_run_with_unusual_class_names_is_trained_drawn_and_evaluated(tmp_path, capsys):
+    """Class names that look like broken formulas, use other scripts or are long do not stop training or drawing."""
     classes = ["$$", "$$$$", r"$\frac{$", "a$b$c", "été", "日本 語", "x" * 200]
     folder_task(tmp_path, classes, each=3)
     config = make_config(tmp_path, data__root=str(tmp_path), train__steps=2, plan__moe_blocks=[])

@@ -1,4 +1,4 @@
-"""The wheel, as somebody has it who has no clone: built, unpacked elsewhere, used from an empty directory."""
+"""Test the wheel without a clone: build it, unpack it elsewhere and use it from an empty directory."""
 
 import shutil
 import subprocess
@@ -17,25 +17,25 @@ pytest.importorskip("setuptools", reason="builds a wheel with the setuptools of 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """The folder that the wheel was unpacked into. It is built from a copy, beside which no old build/ lies."""
-    place = tmp_path_factory.mktemp("wheel")
-    (place / "source").mkdir()
+    """Return the folder of the unpacked wheel. The wheel is built from a copy that has no old build/ folder."""
+    folder = tmp_path_factory.mktemp("wheel")
+    (folder / "source").mkdir()
     for name in SOURCES:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, place / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            shutil.copy(ROOT / name, place / "source")
+            shutil.copy(ROOT / name, folder / "source")
     build = "from setuptools import build_meta; build_meta.build_wheel('..')"  # what pip calls
-    subprocess.run([sys.executable, "-c", build], cwd=place / "source", check=True, stdout=subprocess.DEVNULL)
-    (file,) = place.glob("*.whl")
+    subprocess.run([sys.executable, "-c", build], cwd=folder / "source", check=True, stdout=subprocess.DEVNULL)
+    (file,) = folder.glob("*.whl")
     with zipfile.ZipFile(file) as wheel:
-        wheel.extractall(place / "installed")
-    return place / "installed"
+        wheel.extractall(folder / "installed")
+    return folder / "installed"
 
 
-def run(installed: Path, place: Path, code: str, monkeypatch) -> str:
-    """Run Python with the wheel, and not with the clone, in a directory; returns what it printed."""
-    monkeypatch.chdir(place)
+def run(installed: Path, directory: Path, code: str, monkeypatch) -> str:
+    """Run Python code in a directory with the wheel's package instead of the clone's, and return its output."""
+    monkeypatch.chdir(directory)
     done = fresh.run(USE_THE_WHEEL + code, installed)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -52,7 +52,7 @@ assert Path(moe_bsr.__file__).parents[1] == Path(sys.argv[1])
 """
 
 
-def test_the_wheel_carries_every_file_and_the_console_command(installed):
+def test_the_wheel_contains_every_file_and_the_console_command(installed):
     package = installed / "moe_bsr"
     for kind in ("tasks", "configs"):
         assert sorted(p.name for p in (package / kind).iterdir()) == sorted(p.name for p in (ROOT / kind).iterdir())
@@ -64,9 +64,7 @@ def test_the_wheel_carries_every_file_and_the_console_command(installed):
     assert sorted(installed.iterdir()) == sorted([package, about])
 
 
-def test_the_quickstart_is_ready_to_train_from_any_directory_and_files_are_copied_and_listed(
-    installed, tmp_path, monkeypatch
-):
+def test_the_quickstart_dry_run_copy_and_lists_work_from_any_directory(installed, tmp_path, monkeypatch):
     code = """if True:
         import os
         from moe_bsr.cli.main import main

@@ -1,4 +1,4 @@
-"""RandAugment, color jitter and erasing equal timm's results, and depend on the image's random stream only."""
+"""Test that RandAugment, color jitter and erasing equal timm's results and use only the image's own random stream."""
 
 import random
 import threading
@@ -26,7 +26,7 @@ def stream(seed: int = 3) -> np.random.Generator:
 
 
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "augmix-m3-w3", "original-mstd0.5", "3a", None])
-def test_what_is_done_is_timms_own_at_the_same_seeds(policy):
+def test_augmentation_equals_timm_with_the_same_seeds(policy):
     augment = Augment(SIZE, MEAN, STD, "bicubic", policy, 0.4)
     _, timms, _ = transforms_imagenet_train(
         SIZE, color_jitter=0.4, force_color_jitter=True, auto_augment=policy, interpolation="bicubic", mean=MEAN,
@@ -41,7 +41,7 @@ def test_what_is_done_is_timms_own_at_the_same_seeds(policy):
         assert (expected != PIXELS).any()
 
 
-def test_erasing_is_timms_own_on_the_normalized_image():
+def test_erasing_equals_timm_on_the_normalized_image():
     augment = Augment(SIZE, MEAN, STD, erasing=1.0)
     erased = augment(PIXELS, stream())
     mean, std = (255 * torch.tensor(each).view(3, 1, 1) for each in (MEAN, STD))
@@ -55,7 +55,7 @@ def test_erasing_is_timms_own_on_the_normalized_image():
     assert 0.02 * SIZE**2 <= changed.sum() <= 0.4 * SIZE**2
 
 
-def test_nobody_elses_random_numbers_change_also_after_an_error():
+def test_global_random_states_are_restored_even_after_an_error():
     augment = Augment(SIZE, MEAN, STD, auto_augment="rand-m9-mstd0.5", color_jitter=0.4, erasing=0.5)
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     expected = numbers()
@@ -67,7 +67,7 @@ def test_nobody_elses_random_numbers_change_also_after_an_error():
     assert numbers() == expected
 
 
-def test_two_threads_that_augment_do_not_disturb_each_other():
+def test_augmentation_in_two_threads_is_deterministic():
     augment = Augment(SIZE, MEAN, STD, auto_augment="rand-m9-mstd0.5", erasing=1.0)
     expected = [augment(PIXELS, stream(seed)) for seed in range(20)]
     found = {}
@@ -84,6 +84,6 @@ def test_two_threads_that_augment_do_not_disturb_each_other():
 
 
 @pytest.mark.parametrize("policy", ["randm9", "rand-x9", "nonsense", "original-x3"])
-def test_a_policy_that_timm_does_not_know_is_refused(policy):
+def test_an_unknown_timm_policy_is_refused(policy):
     with pytest.raises(ConfigError, match=r"data\.auto_augment = .*: null, or a policy in timm's notation"):
         Augment(SIZE, MEAN, STD, auto_augment=policy)

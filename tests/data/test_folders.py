@@ -1,4 +1,4 @@
-"""A user's own folders: every image is used or reported, splits are found, names that look alike are reported."""
+"""Test folders of images: every file is used or reported, splits are found, and similar class names are reported."""
 
 import os
 import re
@@ -13,22 +13,22 @@ from moe_bsr.data.formats import EXTENSIONS
 from moe_bsr.data.sources.folder import FolderTask
 
 
-def write(folder: Path, *places: str, images: int = 3) -> None:
+def write(folder: Path, *folders: str, images: int = 3) -> None:
     """Write a few images to each of these folders."""
-    for number, place in enumerate(places):
+    for number, name in enumerate(folders):
         for n in range(images):
-            save(folder / place / f"{n}.png", 100 * number + n)
+            save(folder / name / f"{n}.png", 100 * number + n)
 
 
 def opened(folder: Path, **keys):
     return FolderTask(name="mine", title="Mine", path=str(folder), **keys).open(Path())
 
 
-def told(images) -> str:
+def report(images) -> str:
     return "\n".join(images.unused)
 
 
-def test_sub_folders_of_a_class_are_read_however_deep(tmp_path):
+def test_subfolders_of_a_class_are_read_at_any_depth(tmp_path):
     write(tmp_path, "train/a", "train/a/more", "train/a/more/x/y", "train/b", "test/a", "test/b/deep")
     images = opened(tmp_path)
     assert len(images.train) == 12 and len(images.test) == 6 and not images.unused
@@ -47,18 +47,18 @@ ODD = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_what_is_not_read_is_counted_by_kind_with_an_example(name, tmp_path):
+def test_unused_files_are_counted_by_kind_with_an_example(name, tmp_path):
     if Path(name).suffix.lower() in EXTENSIONS:
         pytest.skip("it is read here")
     write(tmp_path, "train/a", "train/b", "test/a")
     (tmp_path / "train" / "a" / name).write_bytes(b"?")
     images = opened(tmp_path)
-    assert len(images.train) == 6 and re.search(f"not used: {ODD[name]}", told(images))
+    assert len(images.train) == 6 and re.search(f"not used: {ODD[name]}", report(images))
     (tmp_path / "test" / "a" / f"zz{Path(name).suffix}").write_bytes(b"?")
-    assert len(opened(tmp_path).unused) == 1 and told(opened(tmp_path)).startswith("not used: 2 ")
+    assert len(opened(tmp_path).unused) == 1 and report(opened(tmp_path)).startswith("not used: 2 ")
 
 
-def test_every_other_thing_in_the_way_is_told(tmp_path):
+def test_unused_images_links_and_special_files_are_reported(tmp_path):
     write(tmp_path, "train/a", "train/b", "extra/c", "Test/a")
     save(tmp_path / "loose.png", 0)
     save(tmp_path / "train" / "loose.png", 0)
@@ -76,12 +76,12 @@ def test_every_other_thing_in_the_way_is_told(tmp_path):
         "is a link that leads nowhere, such as train/a/lost.png",
         "is a device, such as train/b/zero.png",
     ):
-        assert words in told(images), words
+        assert words in report(images), words
     notes = load_task(FolderTask(name="mine", title="Mine", path=str(tmp_path)), root=Path()).notes
-    assert set(images.unused) <= set(notes)  # shown at start and in the dry run
+    assert set(images.unused) <= set(notes)  # shown at the start of training and in the dry run
 
 
-def test_what_file_managers_leave_behind_is_no_news(tmp_path):
+def test_files_of_file_managers_are_ignored_silently(tmp_path):
     write(
         tmp_path,
         "train/a",
@@ -137,7 +137,7 @@ def test_a_plain_folder_of_classes(tmp_path):
         ([], "no class folders"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(places, words, tmp_path):
+def test_ambiguous_or_invalid_layouts_are_refused(places, words, tmp_path):
     write(tmp_path, *places)
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         opened(tmp_path)
@@ -145,12 +145,12 @@ def test_what_cannot_be_meant_is_refused(places, words, tmp_path):
 
 def test_an_empty_class_folder_is_absent_in_test_and_named_in_train(tmp_path):
     write(tmp_path, "train/a", "train/b", "test/a")
-    for place in ("test/b", "test/never", "val"):
-        (tmp_path / place).mkdir()
+    for name in ("test/b", "test/never", "val"):
+        (tmp_path / name).mkdir()
     images = opened(tmp_path)
     assert images.test.labels.tolist() == [0, 0, 0] and images.val is None
-    for place in ("val/a", "val/b"):
-        (tmp_path / place).mkdir()
+    for name in ("val/a", "val/b"):
+        (tmp_path / name).mkdir()
     assert opened(tmp_path).val is None
     (tmp_path / "train" / "c").mkdir()
     with pytest.raises(ValueError, match="no images of class 'c'; found: nothing"):
@@ -172,12 +172,12 @@ def test_a_class_in_another_unicode_form_is_the_same_class(name, form, tmp_path)
     images = opened(tmp_path)
     label = images.train.class_names.index(unicodedata.normalize("NFC", name))
     assert images.test.labels.tolist() == [label] * 3
-    write(tmp_path, f"train/{there}")  # a disk that keeps both
+    write(tmp_path, f"train/{there}")  # a file system may store both forms
     assert len(opened(tmp_path).train.class_names) == 2 and len(opened(tmp_path).train) == 9
 
 
 @pytest.mark.parametrize("near", ["Cat", "CAT", "cat ", " cat", "cat.", "ca\u200bt", "\ufeffcat", "cat\u00ad"])
-def test_a_class_that_looks_like_another_one_is_to_be_renamed(near, tmp_path):
+def test_a_class_name_that_looks_like_another_one_is_refused_or_reported(near, tmp_path):
     write(tmp_path, "train/cat", "train/dog", f"test/{near}")
     with pytest.raises(
         ValueError, match=rf"class {re.escape(repr(near))} .*differs from 'cat' only in case, .*: rename it"
@@ -185,23 +185,23 @@ def test_a_class_that_looks_like_another_one_is_to_be_renamed(near, tmp_path):
         opened(tmp_path)
     assert "remove" not in str(error.value)
     write(tmp_path, f"train/{near}")
-    assert f"{near!r}" in told(opened(tmp_path)) and "rename one" in told(opened(tmp_path))
+    assert f"{near!r}" in report(opened(tmp_path)) and "rename one" in report(opened(tmp_path))
 
 
-def test_links_are_followed_and_never_in_a_circle(tmp_path):
+def test_links_are_followed_without_cycles(tmp_path):
     write(tmp_path, "elsewhere/a", "data/train/b")
     (tmp_path / "data/train/a").symlink_to(tmp_path / "elsewhere/a")
     (tmp_path / "data/train/b/up").symlink_to(tmp_path / "data/train")
     (tmp_path / "data/train/b/self").symlink_to(tmp_path / "data/train/b")
     images = opened(tmp_path / "data")
     assert images.train.class_names == ["a", "b"]
-    assert len(images.train) < 20 and "link" in told(images)
+    assert len(images.train) < 20 and "link" in report(images)
 
 
-def test_opening_looks_at_no_file(tmp_path, monkeypatch):
+def test_opening_a_folder_reads_no_metadata_of_images(tmp_path, monkeypatch):
     write(tmp_path, "train/a", "train/b", "test/a", images=20)
-    seen = []
+    paths = []
     stat = os.stat
-    monkeypatch.setattr(os, "stat", lambda path, **keys: seen.append(str(path)) or stat(path, **keys))
+    monkeypatch.setattr(os, "stat", lambda path, **keys: paths.append(str(path)) or stat(path, **keys))
     opened(tmp_path)
-    assert not [path for path in seen if path.endswith(".png")]
+    assert not [path for path in paths if path.endswith(".png")]

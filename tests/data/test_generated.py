@@ -1,4 +1,4 @@
-"""The generated tasks: reproducible images, separate splits, balanced classes that differ."""
+"""Test the generated tasks: images are reproducible, splits are disjoint, and classes are balanced and distinct."""
 
 from pathlib import Path
 
@@ -13,14 +13,14 @@ TASKS = Path(__file__).resolve().parents[2] / "tasks"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_image_depends_on_its_index_alone(family):
+def test_an_image_depends_only_on_its_index(family):
     one = Generated(family, "train", 300)
     forward = [one.image(i) for i in range(0, 300, 37)]
-    another = Generated(family, "train", 900)  # another length, drawn backwards
+    another = Generated(family, "train", 900)  # another length, drawn in reverse order
     backward = [another.image(i) for i in reversed(range(0, 300, 37))][::-1]
     for a, b in zip(forward, backward, strict=True):
         assert a.dtype == np.uint8 and a.shape == (64, 64, 3)
-        assert a.std() > 2  # not a blank sheet
+        assert a.std() > 2  # the image is not blank
         np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(one.labels, another.labels[:300])
 
@@ -45,7 +45,7 @@ def test_classes_are_balanced_and_named(family):
     assert len(counts) == len(names) == len(set(names)) and np.ptp(counts) <= 1
 
 
-def test_the_source_holds_no_class_of_a_task():
+def test_the_source_family_has_no_class_of_a_task():
     names = {family: set(Generated(family, "train", 1).class_names) for family in FAMILIES}
     source = names.pop("source")
     assert FAMILIES[-1] == "source" and len(source) >= 200 and len(names) == 5
@@ -54,7 +54,7 @@ def test_the_source_holds_no_class_of_a_task():
         assert not classes & source
 
 
-def test_wrong_requests_are_named():
+def test_invalid_arguments_are_named():
     with pytest.raises(ValueError, match="'shape'.*shapes.*source"):
         Generated("shape", "train", 10)
     with pytest.raises(ValueError, match="count: 0"):
@@ -65,7 +65,7 @@ def test_wrong_requests_are_named():
 
 
 def _figure(family, label, seed):
-    """Return one drawing in gray, with zero mean."""
+    """Return one grayscale drawing (float32, H x W) with zero mean."""
     image = TASK_FAMILIES[family][1](label, np.random.default_rng(seed)).astype(np.float32).mean(2)
     return image - image.mean()
 
@@ -82,7 +82,7 @@ def test_the_class_changes_the_picture(family):
         assert squared.min() / 4096 > 1  # gray levels squared, per pixel
 
 
-def test_colors_do_not_tell_the_class():
+def test_colors_are_independent_of_the_class():
     """The mean color of each class equals that of all images, within the sampling error."""
     for family in ("shapes", "fractals"):
         source = Generated(family, "train", 240)
@@ -93,7 +93,7 @@ def test_colors_do_not_tell_the_class():
         assert (np.abs(means - colors.mean(0)) < 4.5 * error).all(), family
 
 
-def test_no_two_glyphs_are_alike():
+def test_all_glyphs_are_distinct():
     signs = alphabet()
     assert len(signs) == 40 and all(3 <= len(sign) <= 4 for sign in signs)
     looks = {b"".join(line.tobytes() for line in sign) for sign in signs}
@@ -101,7 +101,7 @@ def test_no_two_glyphs_are_alike():
 
 
 @pytest.mark.parametrize("family", list(TASK_FAMILIES))
-def test_the_task_files_say_the_truth(family):
+def test_the_task_files_agree_with_the_families(family):
     task = yaml.safe_load((TASKS / f"{family}.yaml").read_text())
     assert task["source"] == "generated" and task["family"] == family
     assert task["classes"] == len(TASK_FAMILIES[family][0])

@@ -1,4 +1,4 @@
-"""Packs are written and read back, memory-mapped, and refused if they are damaged."""
+"""Test packs: they are written, read back and memory-mapped, and refused if they are damaged."""
 
 import io
 import os
@@ -21,7 +21,7 @@ def picture(seed: int, width: int, height: int) -> Image.Image:
 
 
 class Pixels:
-    """A source of arrays without files."""
+    """Source of random square images in memory, with two classes."""
 
     class_names = ["even", "odd"]
     names = sizes = None
@@ -83,20 +83,20 @@ def test_plain_numpy_reads_a_pack(pack):
     assert sorted(p.name for p in pack.parent.iterdir()) == ["classes.txt", "train.npz"]
 
 
-def test_stored_images_are_mapped_where_they_lie(pack):
+def test_stored_images_are_memory_mapped(pack):
     source = PackedSource(pack)
     assert isinstance(source.jpeg, np.memmap) and Path(source.jpeg.filename) == pack
     content = bytearray(pack.read_bytes())
     start = source.jpeg.offset
     assert content[start : start + len(source.jpeg)] == source.jpeg.tobytes()
-    content[start] ^= 255  # one byte on disk, changed in place: a copy would not see it
+    content[start] ^= 255  # change one byte on disk in place: a copy in memory would not show it
     before = int(source.jpeg[0])
     with open(pack, "r+b") as file:
         file.write(content)
     assert int(source.jpeg[0]) == before ^ 255
 
 
-def test_names_of_classes_are_read_as_they_were_written(tmp_path):
+def test_class_names_are_read_as_written(tmp_path):
     names = ["tab\there", "\x1b[31m", "a\x85b", "a\u2028b", "a\x0bb", "a\rb", " spaces ", "caf\u00e9", "$$"]
     write_classes(tmp_path, names)
     source = Pixels(5, 8)
@@ -109,7 +109,7 @@ def test_names_of_classes_are_read_as_they_were_written(tmp_path):
             write_classes(tmp_path, ["a", name])
 
 
-def test_what_an_editor_makes_of_classes_txt(pack):
+def test_classes_txt_saved_by_text_editors(pack):
     names = pack.parent / "classes.txt"
     for text in (b"\xef\xbb\xbfeven\nodd\n", b"even\r\nodd\r\n", b"even\nodd"):
         names.write_bytes(text)
@@ -123,11 +123,11 @@ def test_what_an_editor_makes_of_classes_txt(pack):
             PackedSource(pack)
 
 
-def test_a_pack_says_which_splits_belong_to_it(pack):
+def test_a_pack_lists_its_splits(pack):
     for split in ("val", "test"):
         (pack.parent / f"{split}.npz").write_bytes(pack.read_bytes())
     images = open_pack(pack.parent)
-    assert images.val is None and len(images.test) == 5  # of an older version
+    assert images.val is None and len(images.test) == 5  # as in a pack of an older version
     for splits in (["train"], ["train", "val"], ["train", "val", "test"]):
         write_splits(pack.parent, splits)
         images = open_pack(pack.parent)
@@ -141,7 +141,7 @@ def test_a_pack_says_which_splits_belong_to_it(pack):
 
 
 def member(name: str, header: bytes | dict, content: bytes = b"") -> tuple[str, bytes]:
-    """Return a member of a pack with the given header."""
+    """Return a member of a pack with the given NumPy header."""
     if isinstance(header, dict):
         header = str({"descr": "<i8", "fortran_order": False} | header).encode()
     return f"{name}.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + content
@@ -176,14 +176,14 @@ FORGED = {
 
 @pytest.mark.parametrize("kind", FORGED)
 @pytest.mark.parametrize("compressed", [False, True])
-def test_what_is_forged_is_refused_before_memory_is_taken(kind, compressed, pack):
+def test_forged_members_are_refused_before_memory_is_allocated(kind, compressed, pack):
     forge(pack, FORGED[kind], compressed=compressed)
     with pytest.raises(ValueError) as refusal:
         PackedSource(pack)
     assert str(pack) in str(refusal.value)
 
 
-def test_a_member_that_unpacks_without_end_is_refused(pack, monkeypatch):
+def test_a_member_that_unpacks_to_too_many_bytes_is_refused(pack, monkeypatch):
     monkeypatch.setattr("moe_bsr.data.packed.UNPACKED", 1000)
     forge(pack, member("jpeg", {"descr": "|u1", "shape": (2**20,)}, bytes(2**20)), compressed=True)
     with pytest.raises(ValueError, match=r"would take \d+ bytes, unpacked from"):
@@ -193,16 +193,16 @@ def test_a_member_that_unpacks_without_end_is_refused(pack, monkeypatch):
 @pytest.mark.parametrize("field, value", [(6, 1), (8, 99)])
 def test_encrypted_members_and_unknown_compressions_are_refused(field, value, pack):
     content = bytearray(pack.read_bytes())
-    place = content.find(b"PK\x01\x02")
-    while place >= 0:
-        content[place + field + 2] = value  # flags, or the compression method, in the central directory
-        place = content.find(b"PK\x01\x02", place + 1)
+    start = content.find(b"PK\x01\x02")
+    while start >= 0:
+        content[start + field + 2] = value  # the flags or the compression method in the central directory
+        start = content.find(b"PK\x01\x02", start + 1)
     pack.write_bytes(content)
     with pytest.raises(ValueError, match="not a readable pack"):
         PackedSource(pack)
 
 
-def test_a_fifo_is_no_pack(pack):
+def test_a_fifo_is_refused(pack):
     pack.unlink()
     os.mkfifo(pack)
     with pytest.raises(FileNotFoundError, match="no such pack"):

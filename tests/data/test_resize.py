@@ -1,4 +1,4 @@
-"""Resizing a part equals the part of the resized image, bit for bit, and reads no more pixels than needed."""
+"""Test that resizing a crop equals cropping the resized image, bit for bit, and uses bounded memory."""
 
 import math
 
@@ -33,7 +33,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_part_is_cut_before_resizing_with_the_same_bits(shape, interpolation, monkeypatch):
+def test_resizing_a_crop_equals_cropping_the_resized_image(shape, interpolation, monkeypatch):
     image = np.random.default_rng(shape).integers(0, 256, (*shape, 3), dtype=np.uint8)
     monkeypatch.setattr(resize, "LARGE", 0)
     for size, crop_pct in ((8, 1.0), (24, 0.9), (33, 0.875)):
@@ -46,7 +46,7 @@ def test_a_part_is_cut_before_resizing_with_the_same_bits(shape, interpolation, 
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_a_large_image_is_resized_piece_by_piece_with_the_same_bits(interpolation, monkeypatch):
+def test_resizing_in_pieces_equals_resizing_the_whole_image(interpolation, monkeypatch):
     rng = np.random.default_rng(0)
     for _ in range(20):
         *shape, height, width = rng.integers(1, 120, 4).tolist()
@@ -57,7 +57,7 @@ def test_a_large_image_is_resized_piece_by_piece_with_the_same_bits(interpolatio
 
 @pytest.mark.parametrize("shape", [(20_000, 1), (1, 20_000), (60_000, 3), (1, 200_000)])
 @pytest.mark.parametrize("mode", ["center", "squash", "border"])
-def test_thin_images_cost_bounded_memory(shape, mode, monkeypatch):
+def test_thin_images_take_bounded_memory(shape, mode, monkeypatch):
     made = []
 
     def spy(image, height, width, interpolation):

@@ -1,4 +1,4 @@
-"""The multitask sampler equals slow, simple references, and has no state."""
+"""Test the multitask sampler against slow, simple references, and that it has no state."""
 
 from collections import Counter
 from fractions import Fraction
@@ -35,13 +35,13 @@ def test_round_robin_takes_turns():
     assert order(make("round_robin")) == [names[step % 3] for step in range(450)]
 
 
-def test_joint_updates_hold_every_task_once():
+def test_joint_updates_contain_every_task_once():
     sampler = make("joint", steps=20)
     assert [sampler.tasks(step) for step in range(20)] == [list(SIZES)] * 20
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "joint"])
-def test_every_other_update_is_one_task(kind):
+def test_updates_of_other_samplers_have_one_task(kind):
     sampler = make(kind)
     assert all(len(sampler.tasks(step)) == 1 for step in range(sampler.steps))
 
@@ -55,29 +55,29 @@ def paper_order(batches: dict[str, int], steps: int) -> list[str]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 12, 50, 400])
-def test_the_papers_order_is_zip_longest_over_loaders(batch_size):
+def test_the_order_of_the_paper_is_zip_longest_over_loaders(batch_size):
     batches = {task: -(-size // batch_size) for task, size in SIZES.items()}
     sampler = make("exhaust", batch_size=batch_size, steps=1000)
     assert order(sampler) == paper_order(batches, 1000)
 
 
-def test_the_papers_order_starves_small_tasks_as_published():
+def test_the_order_of_the_paper_gives_the_published_numbers_of_updates():
     """8000 rounds of its loop: 112 updates of Flowers, 406 of Pets, 5387 of each CIFAR, 8000 of Food.
 
-    A round is one turn of zip_longest. An epoch has 592 rounds (Food) and 391 + 391 + 29 + 8 + 592 = 1411
-    updates; 8000 rounds are 13 epochs and 304 rounds, 13 x 1411 + 3 x 304 + 29 + 8 = 19292 updates.
+    A round is one turn of zip_longest. An epoch has 592 rounds (Food) and 391 + 391 + 29 + 8 + 592 = 1411 updates; 8000
+    rounds are 13 epochs and 304 rounds, 13 x 1411 + 3 x 304 + 29 + 8 = 19292 updates.
     """
     sampler = make("exhaust", sizes=FIVE, batch_size=128, steps=19292)
     updates = {task: counts["updates"] for task, counts in sampler.progress(19292).items()}
     assert updates == {"cifar10": 5387, "cifar100": 5387, "pets": 406, "flowers": 112, "food": 8000}
-    # Flowers comes in the first 8 rounds of an epoch; its last 201 rounds are Food alone.
+    # Flowers occurs in the first 8 rounds of an epoch. The last 201 rounds have only Food.
     epoch = order(sampler)[:1411]
     assert [i for i, task in enumerate(epoch) if task == "flowers"] == [5 * turn + 3 for turn in range(8)]
     assert epoch[-204:] == ["cifar10", "cifar100", "food"] + ["food"] * 201
 
 
 def quotas(weights: list[Fraction], steps: int) -> list[list[int]]:
-    """Largest remainder, one update at a time. What a task lacks in a window it gets in the next."""
+    """Return the updates per window and task: largest remainders, with deficits carried over to the next window."""
     given, windows = [0] * len(weights), []
     for start in range(0, steps, WINDOW):
         end = min(start + WINDOW, steps)
@@ -110,7 +110,7 @@ def test_windows_of_a_hundred_fill_their_quotas(case):
 
 
 @pytest.mark.parametrize("case", RATES)
-def test_shares_are_exact_to_one_update_after_every_window(case):
+def test_shares_are_within_one_update_after_every_window(case):
     kind, temperature, weights = RATES[case]
     sampler = make(kind, temperature=temperature, steps=5000)
     for step in range(WINDOW, 5001, WINDOW):
@@ -119,13 +119,13 @@ def test_shares_are_exact_to_one_update_after_every_window(case):
         assert all(abs(u - w) < 1 for u, w in zip(updates, wanted, strict=True))
 
 
-def test_extreme_temperatures_are_the_largest_task_alone_and_uniform():
+def test_extreme_temperatures_give_only_the_largest_task_or_uniform_shares():
     assert set(order(make("temperature", temperature=1e-3))) == {"big"}
     assert Counter(order(make("temperature", temperature=1e6))) == dict.fromkeys(SIZES, 150)
 
 
 @pytest.mark.parametrize("kind", ["proportional", "temperature"])
-def test_windows_of_equal_quotas_are_shuffled_apart_by_the_seed(kind):
+def test_windows_of_equal_quotas_are_shuffled_differently_for_each_seed(kind):
     windows = []
     for seed in (3, 4):
         taken = order(make(kind, sizes={"a": 30, "b": 10}, temperature=1.0, steps=400, seed=seed))
@@ -135,7 +135,7 @@ def test_windows_of_equal_quotas_are_shuffled_apart_by_the_seed(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_longer_run_begins_as_the_shorter_one_in_whole_windows(kind):
+def test_a_longer_run_begins_like_a_shorter_one_of_whole_windows(kind):
     shorter, longer = make(kind, steps=200), make(kind, steps=450)
     assert plain(shorter.batches()) == plain(longer.batches())[: len(order(shorter))]
 
@@ -145,20 +145,20 @@ def test_a_longer_run_begins_as_the_shorter_one_in_whole_windows(kind):
 
 @pytest.mark.parametrize("batch_size", [1, 12, 50])
 @pytest.mark.parametrize("kind", KINDS)
-def test_visits_walk_through_one_permutation_after_another(kind, batch_size):
-    """The batch of 12 is larger than `small`, that of 50 spans eight of its epochs."""
-    seen = {task: ([], []) for task in SIZES}
+def test_each_epoch_of_a_task_is_a_new_permutation(kind, batch_size):
+    """A batch of 12 is larger than `small`, and a batch of 50 spans eight of its epochs."""
+    visits = {task: ([], []) for task in SIZES}
     for task, positions, epochs in make(kind, batch_size=batch_size).batches():
         assert positions.shape == epochs.shape == (batch_size,)
         assert positions.dtype == epochs.dtype == np.int64
-        seen[task][0].extend(positions.tolist())
-        seen[task][1].extend(epochs.tolist())
-    for task, (positions, epochs) in seen.items():
+        visits[task][0].extend(positions.tolist())
+        visits[task][1].extend(epochs.tolist())
+    for task, (positions, epochs) in visits.items():
         size = SIZES[task]
         assert epochs == [i // size for i in range(len(epochs))]
         whole = [positions[i : i + size] for i in range(0, len(positions) - size + 1, size)]
         assert all(sorted(epoch) == list(range(size)) for epoch in whole)
-        if size > 7:  # of 7 images two epochs may well have the same order
+        if size > 7:  # two epochs of only 7 images may have the same order by chance
             assert len(set(map(tuple, whole))) == len(whole)
         rest = positions[len(whole) * size :]
         assert len(set(rest)) == len(rest) and set(rest) <= set(range(size))
@@ -171,7 +171,7 @@ def test_permutations_differ_between_tasks_and_seeds():
     assert len(set(map(tuple, batches))) == 4
 
 
-def test_another_task_changes_no_permutation_of_the_others():
+def test_permutations_do_not_depend_on_the_other_tasks():
     few = make("round_robin")
     more = make("proportional", sizes={"new": 80, **dict(reversed(SIZES.items()))})
     for task in SIZES:
@@ -184,7 +184,7 @@ def test_another_task_changes_no_permutation_of_the_others():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_starting_late_gives_the_tail(kind):
+def test_batches_from_a_later_start_equal_the_rest_of_all_batches(kind):
     every = plain(make(kind, steps=130).batches())
     each = len(every) // 130
     for start in (0, 1, 37, 100, 129, 130):
@@ -192,7 +192,7 @@ def test_starting_late_gives_the_tail(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_progress_is_what_batches_gave(kind):
+def test_progress_counts_the_batches(kind):
     sampler, counted = make(kind, steps=130), Counter()
     batches = sampler.batches()
     for step in range(131):
@@ -219,7 +219,7 @@ def balanced(steps=400, batch_size=5, seed=3) -> MultitaskSampler:
     return MultitaskSampler(sizes, batch_size, steps, SamplerConfig(classes="balanced"), seed, labels=LABELS)
 
 
-def test_balanced_classes_come_alike_often_and_no_image_twice_before_all_of_its_class():
+def test_balanced_classes_have_equal_counts_and_visit_all_images_before_repeating():
     sampler = balanced()
     for task, labels in LABELS.items():
         drawn = [sampler.batch(task, visit) for visit in range(200)]
@@ -229,14 +229,14 @@ def test_balanced_classes_come_alike_often_and_no_image_twice_before_all_of_its_
             counts = np.bincount(labels[positions[epoch * size : (epoch + 1) * size]], minlength=3)
             assert counts.max() - counts.min() <= 1
         whole = np.bincount(labels[positions[: 1000 // size * size]], minlength=3)
-        assert whole.max() - whole.min() <= 1  # what is left over goes around
+        assert whole.max() - whole.min() <= 1  # left-over images rotate among the classes
         assert len(set(zip(positions.tolist(), times.tolist(), strict=True))) == 1000
         for label in range(3):
             mine = times[: 1000 // size * size][labels[positions[: 1000 // size * size]] == label]
             assert (np.bincount(mine)[:-1] == (labels == label).sum()).all()
 
 
-def test_balanced_batches_are_a_function_of_seed_and_visit_and_other_seeds_differ():
+def test_balanced_batches_depend_only_on_seed_and_visit():
     sampler, other = balanced(), balanced(seed=4)
     late = sampler.batch("big", 150)
     for ours, theirs in zip(late, balanced().batch("big", 150), strict=True):
@@ -245,7 +245,7 @@ def test_balanced_batches_are_a_function_of_seed_and_visit_and_other_seeds_diffe
 
 
 @pytest.mark.parametrize("kind", ["round_robin", "temperature"])
-def test_memory_grows_with_updates_and_hardly_with_tasks(kind):
+def test_memory_hardly_grows_with_the_number_of_tasks(kind):
     def kept(tasks: int) -> int:
         sizes = {f"t{n}": 50 + n for n in range(tasks)}
         sampler = MultitaskSampler(sizes, 8, 20_000, SamplerConfig(kind=kind), 0)

@@ -1,4 +1,4 @@
-"""Task files, sources in their official layouts, and splits."""
+"""Test task files, sources in their official directory layouts, and splits."""
 
 import shutil
 import sys
@@ -75,7 +75,7 @@ def test_half_unpacked_dataset_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "dataset, splits, word", [("CIFAR1", ["train"], "CIFAR10"), ("Food101", ["val"], "train, test")]
 )
-def test_unknown_dataset_or_split(dataset, splits, word, tmp_path):
+def test_an_unknown_dataset_or_split_is_refused(dataset, splits, word, tmp_path):
     with pytest.raises(ValueError, match=word):
         TorchvisionSource(dataset, tmp_path, splits)
 
@@ -108,7 +108,7 @@ def test_unreadable_image_is_named(tmp_path):
         source.image(13)
 
 
-def test_one_class_is_no_task(tmp_path):
+def test_a_task_with_one_class_is_refused(tmp_path):
     folder_task(tmp_path)
     for split in ("train", "test"):
         for other in sorted((tmp_path / "pictures" / split).iterdir())[1:]:
@@ -170,7 +170,7 @@ def test_generated_task_is_drawn_by_its_family(tmp_path, monkeypatch):
         ("title: [", "YAML"),
     ],
 )
-def test_impossible_task_files(text, word, tmp_path):
+def test_invalid_task_files_are_refused(text, word, tmp_path):
     file = tmp_path / "odd.yaml"
     file.write_text(text)
     with pytest.raises(ValueError, match=word):
@@ -186,13 +186,13 @@ def test_unknown_task_lists_the_known_ones(tmp_path, monkeypatch):
     assert load_spec("mine").title == "Mine"
 
 
-def test_a_task_file_may_lie_in_the_home_folder(tmp_path, monkeypatch):
+def test_a_task_file_may_be_in_the_home_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine.yaml").write_text("title: Mine\nsource: folder\npath: photos\n")
     assert load_spec("~/mine.yaml").title == "Mine"
 
 
-def test_torchvision_splits_may_make_a_validation_split(tmp_path, monkeypatch):
+def test_a_torchvision_split_may_serve_as_validation_split(tmp_path, monkeypatch):
     fake_flowers(tmp_path, monkeypatch)
     file = tmp_path / "flowers.yaml"
     splits = "{train: [train], val: [val], test: [test]}"

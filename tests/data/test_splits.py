@@ -1,4 +1,4 @@
-"""Whether an image is held out depends on its name only."""
+"""Test that whether an image is held out depends only on its name."""
 
 import unicodedata
 
@@ -11,7 +11,7 @@ from tests.tiny_data import folder_task, save
 
 
 def sides(names, fraction=0.2, seed=0, purpose="validation"):
-    """Return name -> whether it is held out. The class of a name is the part before the slash."""
+    """Return {name: whether it is held out}. The class of an image is the part of its name before the slash."""
     classes = sorted({name.split("/")[0] for name in names})
     labels = np.array([classes.index(name.split("/")[0]) for name in names])
     kept, out = held_out(labels, names, fraction, seed, purpose)
@@ -23,7 +23,7 @@ def sides(names, fraction=0.2, seed=0, purpose="validation"):
 NAMES = [f"{kind}/{n}.jpg" for kind in ("ant", "bee", "cat") for n in range(200)]
 
 
-def test_no_image_moves_when_others_are_added_removed_renamed_or_reordered():
+def test_changes_of_other_images_do_not_move_an_image_to_another_split():
     before, rng = sides(NAMES), np.random.default_rng(0)
     for _ in range(20):
         some = [str(name) for name in rng.permutation(NAMES)[:400]]
@@ -31,7 +31,7 @@ def test_no_image_moves_when_others_are_added_removed_renamed_or_reordered():
         assert {name: after[name] for name in some} == {name: before[name] for name in some}
 
 
-def test_the_share_held_out_is_the_one_asked_for_on_average():
+def test_the_held_out_share_is_the_requested_fraction_on_average():
     many = [f"a/{n}" for n in range(20_000)]
     for fraction in (0.05, 0.1, 0.45):
         assert abs(np.mean(list(sides(many, fraction).values())) - fraction) < 0.01
@@ -51,12 +51,12 @@ def test_a_name_in_another_unicode_form_is_the_same_name():
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_every_class_keeps_an_image_and_something_is_held_out(seed):
+def test_every_class_keeps_an_image_and_at_least_one_is_held_out(seed):
     held = sides(["a/0", "b/0", "b/1", "c/0"], fraction=0.1, seed=seed)
     assert not held["a/0"] and not held["c/0"] and held["b/0"] != held["b/1"]
 
 
-def test_single_images_alone_are_refused(tmp_path):
+def test_classes_of_single_images_are_refused(tmp_path):
     with pytest.raises(ValueError, match="single image"):
         sides(["a/0", "b/0"])
     file = folder_task(tmp_path, each=1)
@@ -64,7 +64,7 @@ def test_single_images_alone_are_refused(tmp_path):
         load_task(load_spec(file), root=tmp_path)
 
 
-def test_a_file_added_to_a_folder_moves_no_other_one(tmp_path):
+def test_adding_files_to_a_folder_moves_no_other_image(tmp_path):
     file = folder_task(tmp_path)
 
     def split():
@@ -81,7 +81,7 @@ def test_a_file_added_to_a_folder_moves_no_other_one(tmp_path):
     assert {data.val.source.names[i] for i in data.val.index} != after["val"]
 
 
-def test_validation_can_be_fewer_images_and_the_others_train(tmp_path):
+def test_val_images_limits_validation_and_the_others_train(tmp_path):
     spec = load_spec(folder_task(tmp_path, each=60))
     whole = load_task(spec, root=tmp_path, val_fraction=0.3)
     few, fewer = (load_task(spec, root=tmp_path, val_fraction=0.3, val_images=count) for count in (20, 5))
@@ -93,7 +93,7 @@ def test_validation_can_be_fewer_images_and_the_others_train(tmp_path):
         assert np.array_equal(data.test.index, whole.test.index)
 
 
-def test_fewer_images_can_train_equally_many_of_each_class(tmp_path):
+def test_train_images_limits_training_to_equally_many_images_of_each_class(tmp_path):
     spec = load_spec(folder_task(tmp_path, each=20))
     for n in range(30):
         save(tmp_path / f"pictures/train/ant/more{n}.png", n)
@@ -103,11 +103,11 @@ def test_fewer_images_can_train_equally_many_of_each_class(tmp_path):
     assert np.array_equal(few.val.index, whole.val.index) and np.array_equal(few.test.index, whole.test.index)
     assert any(f"14 of {len(whole.train)} training images are used (data.train_images)" in note for note in few.notes)
     rare = min(np.bincount(whole.train.labels))
-    most = load_task(spec, root=tmp_path, train_images=3 * rare + 5)  # what two classes do not have, the third gives
+    most = load_task(spec, root=tmp_path, train_images=3 * rare + 5)  # two classes are too small: the third fills up
     assert max(np.bincount(most.train.labels)) > rare and len(most.train) == 3 * rare + 5
 
 
-def test_of_the_datas_own_validation_images_some_can_be_used(tmp_path):
+def test_val_images_limits_the_validation_split_of_the_data(tmp_path):
     folder = folder_task(tmp_path)
     for kind in ("ant", "bee", "cat"):
         for n in range(6):
@@ -118,7 +118,7 @@ def test_of_the_datas_own_validation_images_some_can_be_used(tmp_path):
     assert any("18 images, 7 of them used (data.val_images)" in note for note in data.notes)
 
 
-def test_classes_without_validation_images_are_told(tmp_path):
+def test_classes_without_validation_images_are_reported(tmp_path):
     file = folder_task(tmp_path)
     save(tmp_path / "pictures/train/eel/0.png", 5)
     data = load_task(load_spec(file), root=tmp_path)

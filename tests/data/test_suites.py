@@ -1,4 +1,4 @@
-"""Suites of drawn tasks: the same images under independent, balanced labels."""
+"""Test suites of generated tasks: the same images with independent, balanced labels."""
 
 import itertools
 
@@ -14,7 +14,7 @@ def opened(suite: str, split: str = "train", count: int = 800) -> dict[str, Gene
 
 
 @pytest.mark.parametrize("suite", list(SUITES))
-def test_tasks_of_a_suite_have_the_same_images_and_labels_of_their_own(suite):
+def test_tasks_of_a_suite_have_the_same_images(suite):
     tasks = list(opened(suite).values())
     for index in (0, 7, 311):
         drawn = [task.image(index) for task in tasks]
@@ -40,7 +40,7 @@ def test_labels_are_balanced_and_independent(suite):
         assert ((table - expected) ** 2 / expected).sum() < degrees + 5 * (2 * degrees) ** 0.5
 
 
-def test_a_label_is_in_the_image():
+def test_labels_describe_the_image():
     """Check the factors that can be measured: more figures cover more pixels, and the hue is the figures' color."""
     tasks = opened("factor", count=60)
     covered, hues = {}, []
@@ -55,7 +55,7 @@ def test_a_label_is_in_the_image():
     assert all(seen == label for label, seen in hues if label in (0, 3, 5))
 
 
-def test_an_unknown_family_is_named_beside_those_there_are():
+def test_an_unknown_family_is_refused_with_the_known_ones():
     assert set(SUITE_FAMILIES) >= {"factor_hue", "scene_ground"}
     with pytest.raises(ValueError, match="'factor_colour' is unknown.*factor_hue.*scene_ground"):
         Generated("factor_colour", "train", 10)

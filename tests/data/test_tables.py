@@ -1,4 +1,4 @@
-"""Images listed in a table, and datasets of the Hugging Face library on disk."""
+"""Test images that are listed in a CSV table, and Hugging Face datasets on disk."""
 
 import os
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_usual_columns_and_delimiters_are_found(delimiter, header, photos):
     assert np.array_equal(images.train.image(2), np.asarray(picture(2))) and images.test is images.val is None
 
 
-def test_named_columns_quotes_a_mark_of_utf8_and_backslashes(photos):
+def test_named_columns_quotes_a_byte_order_mark_and_backslashes(photos):
     text = '\ufeffwhere,what\r\n"img\\0.png","cat, ""black"""\r\nimg/1.png,  dog \r\n\r\n'
     images = table(photos, text, image_column="where", label_column="what")
     assert images.train.class_names == ['cat, "black"', "dog"] and len(images.train) == 2
@@ -57,7 +57,7 @@ def test_named_columns_quotes_a_mark_of_utf8_and_backslashes(photos):
         ("\n  \n", "img/{0}.png,{1}"),
     ],
 )
-def test_spaces_beside_delimiters_and_lines_above_the_header_are_no_part_of_names(above, line, photos):
+def test_spaces_beside_delimiters_and_lines_above_the_header_are_ignored(above, line, photos):
     rows = [line.format(n, ("ant", "bee")[n % 2]) for n in range(4)]
     images = table(photos, above + "\n".join(["path, label", *rows, "img/9.png,bee"]))
     assert images.train.class_names == ["ant", "bee"] and len(images.train) == 4
@@ -65,12 +65,12 @@ def test_spaces_beside_delimiters_and_lines_above_the_header_are_no_part_of_name
     assert images.unused == [f"not used: 1 image that is not there, such as img/9.png (line {number})"]
 
 
-def test_excels_first_line_names_the_delimiter(photos):
+def test_the_first_line_of_excel_names_the_delimiter(photos):
     images = table(photos, "sep=;\npath;label, of whom\nimg/0.png;a\nimg/1.png;b\n", label_column="label, of whom")
     assert images.train.class_names == ["a", "b"]
 
 
-def test_lines_that_contradict_earlier_ones_are_told_apart(photos):
+def test_lines_that_contradict_earlier_ones_are_reported_by_kind(photos):
     lines = ["path,label,split", *(f"img/{n}.png,{'ab'[n % 2]},train" for n in range(4))]
     lines += ["img/0.png,a,train", "img/1.png,a,train", "img/2.png,a,test", "img/../img/3.png,b,test"]
     images = table(photos, "\n".join(lines))
@@ -94,7 +94,7 @@ def test_splits_of_the_table_are_used(photos):
         table(photos, lines + "\nimg/5.png,Cat,test")
 
 
-def test_paths_may_start_elsewhere_or_at_the_root(photos):
+def test_paths_may_be_relative_to_images_or_absolute(photos):
     (photos / "tables").mkdir()
     (photos / "tables" / "t.csv").write_text(f"path,label\n0.png,cat\n{photos}/img/1.png,dog\n")
     for images in ("img", str(photos / "img")):
@@ -102,8 +102,8 @@ def test_paths_may_start_elsewhere_or_at_the_root(photos):
         assert len(found.train) == 2 and not found.unused
 
 
-def test_names_do_not_depend_on_how_the_root_and_the_paths_are_written(photos, monkeypatch):
-    """Names decide on splits, and a run identifies its images by them."""
+def test_image_names_do_not_depend_on_the_form_of_the_root_and_the_paths(photos, monkeypatch):
+    """The names decide the splits, and a run identifies its images by name."""
     monkeypatch.chdir(photos.parent)
     for before in ("", "./", f"{photos}/"):
         (photos / "t.csv").write_text("path,label\n" + "".join(f"{before}{path},{label}\n" for path, label in ROWS))
@@ -119,7 +119,7 @@ def test_lines_that_cannot_be_used_are_counted_by_kind(photos):
     text += "img/0.png,dog\nimg/fifo.png,cat\nimg/a.cr2,cat\nimg,cat\n"
     images = table(photos, text)
     assert len(images.train) == 2
-    told = "\n".join(images.unused)
+    text = "\n".join(images.unused)
     for words in (
         "3 images, each of them not there, such as img/9.png (line 4)",
         "2 images without a label, such as img/2.png (line 6)",
@@ -128,7 +128,7 @@ def test_lines_that_cannot_be_used_are_counted_by_kind(photos):
         "1 image that is a folder",
         "1 .cr2 file",
     ):
-        assert words in told, words
+        assert words in text, words
 
 
 @pytest.mark.parametrize(
@@ -155,26 +155,26 @@ def test_lines_that_cannot_be_used_are_counted_by_kind(photos):
         ("path,label\nimg/0\0.png,cat\n", "line 2: .*zero byte"),
     ],
 )
-def test_impossible_tables_are_refused_by_name(text, words, photos):
+def test_invalid_tables_are_refused_by_name(text, words, photos):
     with pytest.raises(ValueError, match=words) as error:
         table(photos, text)
     assert "labels.csv" in str(error.value)
 
 
-def test_a_wrong_column_and_no_table(photos):
+def test_an_unknown_column_and_a_missing_table_are_refused(photos):
     with pytest.raises(ConfigError, match="label_column = 'lable': one of path, label .*did you mean 'label'"):
         table(photos, "path,label\nimg/0.png,cat\n", label_column="lable")
     with pytest.raises(FileNotFoundError, match="nothing.csv: no such table"):
         CsvTask(name="mine", title="Mine", path="nothing.csv").open(photos)
 
 
-def test_a_task_of_a_table(tmp_path):
+def test_a_csv_task(tmp_path):
     data = load_task(load_spec(csv_task(tmp_path)), root=tmp_path)
     assert len(data.train) + len(data.val) + len(data.test) == 24 and data.class_names == ["ant", "bee"]
     assert "table" in data.origin and len(data.test) >= 1
 
 
-def test_a_directory_that_datasets_saved(tmp_path):
+def test_a_directory_saved_by_datasets(tmp_path):
     datasets = pytest.importorskip("datasets")
     data = load_task(load_spec(huggingface_task(tmp_path)), root=tmp_path)
     assert len(data.train) + len(data.val) + len(data.test) == 24 and data.class_names == ["ant", "bee"]
@@ -190,7 +190,7 @@ def test_a_directory_that_datasets_saved(tmp_path):
 
 
 @pytest.mark.parametrize("labels", [["x", "y"], [7, 10]])
-def test_labels_may_be_text_or_numbers_and_missing(labels, tmp_path):
+def test_huggingface_labels_may_be_text_numbers_or_missing(labels, tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = {"image": [picture(n) for n in range(10)], "label": [labels[n % 2] for n in range(9)] + [None]}
     dataset = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
@@ -201,7 +201,7 @@ def test_labels_may_be_text_or_numbers_and_missing(labels, tmp_path):
     assert any("1 row without an image or a label" in note for note in data.notes)
 
 
-def test_a_directory_that_datasets_did_not_save(tmp_path):
+def test_a_directory_not_saved_by_datasets_is_refused(tmp_path):
     (tmp_path / "hub.yaml").write_text("title: Hub\nsource: huggingface\npath: saved\n")
     with pytest.raises(FileNotFoundError, match="save_to_disk"):
         load_task(load_spec(tmp_path / "hub.yaml"), root=tmp_path)

@@ -1,4 +1,4 @@
-"""Transforms agree with Pillow, augmentation depends on the image's name only, and the loader."""
+"""Test that transforms agree with Pillow and that augmentation depends only on the image's name; test the loader."""
 
 import threading
 
@@ -70,7 +70,7 @@ SIZES = [(40, 30), (30, 41), (100, 37), (24, 24), (65, 65), (200, 150), (20, 90)
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("crop_pct", [0.9, 1.0, 0.875])
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
-def test_evaluation_equals_timms_own_transform(interpolation, crop_pct, crop_mode):
+def test_evaluation_equals_the_transform_of_timm(interpolation, crop_pct, crop_mode):
     data = task(sizes=SIZES)
     how = {"interpolation": interpolation, "crop_pct": crop_pct, "crop_mode": crop_mode}
     theirs = timm.data.create_transform((3, 32, 32), mean=MEAN, std=STD, normalize=False, **how)
@@ -80,23 +80,23 @@ def test_evaluation_equals_timms_own_transform(interpolation, crop_pct, crop_mod
     assert labels.tolist() == data.test.labels.tolist()
     for image, index in zip(as_rows(images), data.test.index, strict=True):
         picture = Image.fromarray(data.test.source.pixels[index])
-        if picture.size != (24, 24):  # small squares are not cropped: below
+        if picture.size != (24, 24):  # small squares are not cropped: see the next test
             close(image, theirs(picture).permute(1, 2, 0))
 
 
 @pytest.mark.parametrize("size, resize", [((64, 64), "timm"), ((90, 30), "squash")])
-def test_small_squares_and_squashing_see_the_whole_image(size, resize):
+def test_small_squares_and_squashing_use_the_whole_image(size, resize):
     picture = Image.fromarray(Pixels([size]).pixels[0])
     image = make_transforms(resize=resize).eval_image(picture)
     expected = picture.resize((24, 24), Image.Resampling.BICUBIC)
     close(image.permute(1, 2, 0), expected)
 
 
-def test_one_image_and_a_batch_see_the_same():
+def test_one_image_and_a_batch_give_the_same_pixels():
     data, transforms = task(sizes=SIZES), make_transforms()
     batches = list(transforms.eval_batches(data, "val", 3))
     assert [len(labels) for _, labels in batches] == [3, 3, 1]
-    assert not list(transforms.eval_batches(data, "val", 3, range(0)))  # a process that has none of few batches
+    assert not list(transforms.eval_batches(data, "val", 3, range(0)))  # with few batches, a process may have none
     images = torch.cat([images for images, _ in batches])
     for image, index in zip(images, data.val.index, strict=True):
         alone = transforms.eval_image(Image.fromarray(data.val.source.pixels[index]))
@@ -119,7 +119,7 @@ def test_training_crops_equal_pillow_on_the_same_box(monkeypatch):
         close(image, Image.fromarray(crop).resize((24, 24), Image.Resampling.BICUBIC))
 
 
-def test_crop_boxes_are_distributed_as_torchvisions():
+def test_crop_boxes_have_the_distribution_of_torchvision():
     rng, torchs = np.random.default_rng(0), torch.empty(3, 60, 90)
     torch.manual_seed(0)
     crop = RandomResizedCrop.get_params
@@ -154,7 +154,7 @@ POLICY = {"auto_augment": "rand-m9-mstd0.5", "color_jitter": 0.4, "erasing": 0.5
 
 
 @pytest.mark.parametrize("policy", [{}, POLICY])
-def test_an_image_is_augmented_by_its_name_alone(policy):
+def test_augmentation_depends_only_on_seed_task_image_and_epoch(policy):
     data, transforms, epochs = task(), make_transforms(seed=3, **policy), np.zeros(12, dtype=int)
     whole, labels = transforms.train_batch(data, np.arange(12), epochs)
     order = np.random.default_rng(0).permutation(12)
@@ -217,7 +217,7 @@ def test_images_are_decoded_once_within_the_cap():
         {"crop_scale": (0, 1)},
     ],
 )
-def test_impossible_fields_are_refused_by_name(fields):
+def test_invalid_fields_are_refused_by_name(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         make_transforms(**fields)
 
@@ -227,7 +227,7 @@ def test_unknown_split():
         next(make_transforms().eval_batches(task(), "valid", 4))
 
 
-def test_without_augmentation_training_sees_what_evaluation_sees():
+def test_without_augmentation_training_images_equal_evaluation_images():
     data = task("dots", sizes=SIZES)
     transforms = make_transforms(augment=False)
     expected = torch.cat([images for images, _ in transforms.eval_batches(data, "train", 3)])
@@ -257,7 +257,7 @@ def test_batches_are_the_same_for_any_prefetch(prefetch):
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_images_nobody_will_look_at_are_not_made(prefetch):
+def test_batches_with_cached_features_have_no_images(prefetch):
     whole = list(Loader(TASKS, make_transforms(), plan()))
     for ours, theirs in zip(
         Loader(TASKS, make_transforms(), plan(), prefetch, lambda task, *_: task == "dots"), whole, strict=True
@@ -267,7 +267,7 @@ def test_images_nobody_will_look_at_are_not_made(prefetch):
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 3])
-def test_failure_surfaces_at_its_batch_and_the_thread_ends(prefetch):
+def test_an_error_is_raised_at_its_batch_and_the_thread_ends(prefetch):
     def broken():
         yield from plan(2)
         raise KeyError("plan broke")
@@ -294,7 +294,7 @@ def test_stopping_early_ends_the_thread_and_reads_no_further():
     assert not [t for t in threading.enumerate() if t.name == "loader"]
 
 
-def test_the_thread_leaves_the_compute_threads_alone():
+def test_the_thread_does_not_change_the_number_of_compute_threads():
     before = torch.get_num_threads()
     inside, later = [], []
 

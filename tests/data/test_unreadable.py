@@ -1,4 +1,4 @@
-"""Images that cannot be read: a run stops and says what works, or goes on without them, the same after a resume."""
+"""Test unreadable images: a run stops and says what to do, or skips them, with the same result after a resume."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def batches(data, transforms, positions, known=None, prefetch=0):
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", None])
-def test_stopping_names_the_image_and_what_works(data, content):
+def test_the_error_names_the_unreadable_image_and_says_what_to_do(data, content):
     bad = file_of(data.train, 3)
     bad.unlink() if content is None else bad.write_bytes(content)
     with pytest.raises(UnreadableImage) as stop:
@@ -47,7 +47,7 @@ def test_stopping_names_the_image_and_what_works(data, content):
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_the_next_readable_image_of_the_split_takes_the_place(data, prefetch):
+def test_the_next_readable_image_of_the_split_is_used_instead(data, prefetch):
     last = len(data.train) - 1
     for position in (3, 4, last):
         file_of(data.train, position).write_bytes(b"")
@@ -59,26 +59,26 @@ def test_the_next_readable_image_of_the_split_takes_the_place(data, prefetch):
         assert torch.equal(batch.labels, torch.from_numpy(data.train.labels[batch.positions]))
         expected, _ = ImageTransforms(**FIELDS).train_batch(data, batch.positions, np.zeros(len(batch), int))
         assert torch.equal(batch.images, expected)
-    assert len(warned) == 3 and len(transforms.skipped["pictures"]["train"]) == 3  # each named once
+    assert len(warned) == 3 and len(transforms.skipped["pictures"]["train"]) == 3  # each one is named once
     names = transforms.skipped["pictures"]["train"]
     assert all(Path(name).name in reason and "empty" in reason for name, reason in names.items())
-    # a pure rule: whoever begins later gets the same
+    # The replacement is deterministic, so a later start gives the same images.
     with pytest.warns(UserWarning):
         (late,) = batches(data, ImageTransforms(**FIELDS, unreadable="skip"), [[3, 3, 4]])
     assert torch.equal(late.images, found[2].images)
 
 
-def test_cached_features_are_asked_for_by_the_image_taken(data):
+def test_cached_features_are_looked_up_by_the_replacement_image(data):
     file_of(data.train, 3).write_bytes(b"")
     asked = []
     transforms = ImageTransforms(**FIELDS, unreadable="skip")
     with pytest.warns(UserWarning):
-        batches(data, transforms, [[3]], known=lambda *place: False)
+        batches(data, transforms, [[3]], known=lambda *_: False)
         (batch,) = batches(data, transforms, [[3]], known=lambda _, positions, __: asked.append(positions[0]) or True)
     assert asked == [4] and batch.positions.tolist() == [4] and batch.labels.tolist() == [data.train.labels[4]]
 
 
-def test_a_selection_keeps_the_names_of_the_images_that_are_gone(data):
+def test_a_selection_keeps_the_names_of_missing_images(data):
     split = dataclasses.replace(data.train, index=np.array([-1, 4, -1]), labels=np.zeros(3, int), gone={0: "a", 2: "c"})
     some = split.select(np.array([2, 1]))
     assert some.index.tolist() == [-1, 4]
@@ -86,7 +86,7 @@ def test_a_selection_keeps_the_names_of_the_images_that_are_gone(data):
         some.place(0)
 
 
-def test_an_image_that_is_gone_is_skipped_too(data):
+def test_a_missing_image_is_skipped(data):
     index = data.train.index.copy()
     index[2] = -1
     data = dataclasses.replace(data, train=Split(data.train.source, index, data.train.labels))
@@ -98,7 +98,7 @@ def test_an_image_that_is_gone_is_skipped_too(data):
     assert batch.positions.tolist() == [3, 0] and list(transforms.skipped["pictures"]["train"]) == ["image 2"]
 
 
-def test_evaluation_leaves_out_what_cannot_be_read(data):
+def test_evaluation_leaves_out_unreadable_images(data):
     whole = list(ImageTransforms(**FIELDS).eval_batches(data, "test", 4))
     images, labels = (torch.cat(part) for part in zip(*whole, strict=True))
     for position in (0, 4, 5):
@@ -115,14 +115,14 @@ def test_evaluation_leaves_out_what_cannot_be_read(data):
     assert list(transforms.skipped["pictures"]) == ["test"] and len(transforms.skipped["pictures"]["test"]) == 3
 
 
-def test_nothing_readable_is_an_error(data):
+def test_a_split_without_readable_images_is_an_error(data):
     for position in range(len(data.train)):
         file_of(data.train, position).write_bytes(b"")
     with pytest.warns(UserWarning), pytest.raises(UnreadableImage, match="not one of its .* can be read"):
         batches(data, ImageTransforms(**FIELDS, unreadable="skip"), [[0]])
 
 
-def test_a_run_that_skips_is_the_same_after_a_crash(tmp_path, monkeypatch, bare):
+def test_a_run_with_skipped_images_is_the_same_after_a_crash(tmp_path, monkeypatch, bare):
     config = make_config(tmp_path, **LATE, train__steps=4, train__checkpoint_every=1, train__batch_size=12)
     file = folder_task(tmp_path)
     config = replace(
@@ -146,7 +146,7 @@ def test_a_run_that_skips_is_the_same_after_a_crash(tmp_path, monkeypatch, bare)
     assert all(torch.equal(value, after[name]) for name, value in state_of(whole.model).items())
 
 
-def test_all_that_is_broken_or_odd_is_found_at_once(data, tmp_path):
+def test_check_task_finds_all_problems_at_once(data, tmp_path):
     train, test = data.train, data.test
     for position in range(len(test)):
         save(file_of(test, position), 5000 + position)
@@ -154,11 +154,11 @@ def test_all_that_is_broken_or_odd_is_found_at_once(data, tmp_path):
         file_of(train, position).write_bytes(content)
     file_of(test, 0).write_bytes(b"\0" * 40)
     file_of(test, 1).write_bytes(file_of(train, 1).read_bytes())
-    file_of(train, 2).write_bytes(file_of(train, len(train) - 1).read_bytes())  # of another class
+    file_of(train, 2).write_bytes(file_of(train, len(train) - 1).read_bytes())  # an image of another class
     Image.new("RGB", (6, 40), "red").save(file_of(train, 4))
-    told = []
-    found = check_task(data, lambda: told.append(1))
-    assert len(told) == len(data.train) + len(data.val) + len(data.test)
+    calls = []
+    found = check_task(data, lambda: calls.append(1))
+    assert len(calls) == len(data.train) + len(data.val) + len(data.test)
     assert [(image["split"], image["reason"].split("(")[1]) for image in found["broken"]] == [
         ("train", "it is empty)"), ("train", "it is a web page)"), ("test", "it begins with zeros)"),
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""A bundle holds what a device needs, computes what the run does, and refuses what is damaged or foreign."""
+"""Test export bundles: their files, the same results as the run, and the refusal of damaged or foreign files."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("bare")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A run that computed in bf16, so that its frozen matrices are kept in 16 bits."""
+    """Train a run in bf16, so that its frozen matrices are stored in 16 bits."""
     folder = tmp_path_factory.mktemp("run")
     config = make_config(folder, runtime__precision="bf16", train__steps=8, plan__train_blocks=[3, 5])
     moe_bsr.train(config, folder / "run", callbacks=[])
@@ -58,28 +58,28 @@ def copied(folder, tmp_path) -> Path:
 
 
 def answers_of_run(trained, task: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images of the validation split as inputs, and the model's logits in float32."""
+    """Return the validation images as input arrays, and the model's logits in float32."""
     inputs = torch.cat([inputs for inputs, _ in parity.batches(trained, task, "val", 100)])
     model = trained.models[task].float()
     with torch.no_grad():
         return inputs.numpy(), model(inputs, task).logits.numpy()
 
 
-def test_graphs_answer_as_the_run_does_in_float32_alone_and_together(run, folder, result):
+def test_graphs_give_the_float32_logits_of_the_run(run, folder, result):
     trained = loaded(run)
     together = Bundle(folder)
     for task in TASKS:
         inputs, expected = answers_of_run(trained, task)
         for found in (Bundle(folder, [task]).logits(inputs)[task], together.logits(inputs)[task]):
             assert np.abs(found - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
-        told = result["tasks"][task]
-        assert told["n"] == told["parity"]["images"] == len(expected) == told["parity"]["equal"]
+        info = result["tasks"][task]
+        assert info["n"] == info["parity"]["images"] == len(expected) == info["parity"]["equal"]
         labels = trained.data(task).val.labels
-        assert told["top1"] == pytest.approx(100 * (expected.argmax(1) == labels).mean())
-        assert told["top1_low"] <= told["top1"] <= told["top1_high"]
+        assert info["top1"] == pytest.approx(100 * (expected.argmax(1) == labels).mean())
+        assert info["top1_low"] <= info["top1"] <= info["top1_high"]
 
 
-def test_a_bundle_holds_these_files_and_says_what_they_are(run, folder, result):
+def test_the_files_of_a_bundle_and_their_descriptions(run, folder, result):
     assert folder == run / "export" and not list(run.glob(".export*"))
     of_tasks = {f"{task}.{end}" for task in TASKS for end in ("onnx", "data", "txt")}
     others = {"all_tasks.onnx", "weights.data", "config.json", "preprocessor_config.json", "parity.json"}
@@ -98,11 +98,11 @@ def test_a_bundle_holds_these_files_and_says_what_they_are(run, folder, result):
         metadata = {entry.key: entry.value for entry in model.metadata_props}
         hashes = {name: config["sha256"][name] for name in (f"{task}.data", "weights.data")}
         assert json.loads(metadata["data_sha256"]) == hashes and json.loads(metadata["tasks"]) == {task: names[task]}
-        assert max(len(tensor.raw_data) for tensor in model.graph.initializer) < 100  # shapes: no weights within
+        assert max(len(tensor.raw_data) for tensor in model.graph.initializer) < 100  # shapes, but no weights
 
 
-def test_what_tasks_share_does_not_depend_on_the_tasks(run, folder, tmp_path):
-    """The device that has one task already needs two small files more, and no new weights.data."""
+def test_files_of_a_task_do_not_depend_on_the_other_tasks(run, folder, tmp_path):
+    """A device with a bundle of other tasks needs only two small new files, and no new weights.data."""
     alone = Path(export(loaded(run, tasks=["fractals"]), tmp_path / "alone")["bundle"])
     for name in ("weights.data", "fractals.data", "fractals.onnx", "fractals.txt"):
         assert (alone / name).read_bytes() == (folder / name).read_bytes(), name
@@ -137,8 +137,8 @@ def test_a_damaged_or_missing_file_is_refused_by_name(copied, name):
         Bundle(copied, ["shapes"])
 
 
-def test_a_graph_over_the_weights_of_another_run_is_refused(copied):
-    """Even where config.json was made to fit."""
+def test_a_graph_with_the_weights_of_another_run_is_refused(copied):
+    """The graph has a hash of its weights, so an edited config.json does not help."""
     config = json.loads((copied / "config.json").read_text())
     (copied / "weights.data").write_bytes((copied / "weights.data").read_bytes()[::-1])
     config["sha256"]["weights.data"] = sha256(copied / "weights.data")
@@ -147,17 +147,17 @@ def test_a_graph_over_the_weights_of_another_run_is_refused(copied):
         Bundle(copied, ["shapes"])
 
 
-def test_the_check_fails_where_a_device_computes_something_else(copied, monkeypatch):
+def test_the_check_fails_if_a_device_computes_other_logits(copied, monkeypatch):
     bundle = Bundle(copied)
     assert bundle.check()["ok"]
     whole = bundle.logits
     monkeypatch.setattr(bundle, "logits", lambda inputs: {t: y + 0.01 * y[:, :1] for t, y in whole(inputs).items()})
     report = bundle.check()
-    assert not report["ok"] and all(told["equal"] == 8 for told in report["tasks"].values())
+    assert not report["ok"] and all(task["equal"] == 8 for task in report["tasks"].values())
 
 
-def test_predict_runs_alone_and_names_what_the_run_names(run, copied, tmp_path):
-    """In a fresh interpreter in which torch, timm and this package cannot be imported."""
+def test_predict_works_without_this_package_and_agrees_with_the_run(run, copied, tmp_path):
+    """Uses a new interpreter in which torch, timm and this package cannot be imported."""
     picture(3, (50, 40)).save(tmp_path / "a.png")
     Image.fromarray(np.random.default_rng(5).integers(0, 256, (32, 32, 4), np.uint8)).save(tmp_path / "b.png")
     (tmp_path / "c.jpg").write_bytes(b"no image")
@@ -185,7 +185,7 @@ def test_predict_runs_alone_and_names_what_the_run_names(run, copied, tmp_path):
     "options", [{}, {"crop_mode": "border"}, {"crop_mode": "squash"}, {"resize": "squash"}], ids=str
 )
 @pytest.mark.parametrize("size", [(90, 70), (70, 90), (40, 40), (20, 33)], ids=str)
-def test_pixels_are_those_of_an_evaluation(folder, options, size):
+def test_pixels_are_those_of_the_evaluation_transform(folder, options, size):
     from moe_bsr.data import ImageTransforms
 
     bundle = Bundle(folder, ["shapes"])
@@ -194,7 +194,7 @@ def test_pixels_are_those_of_an_evaluation(folder, options, size):
     fields = {key: about[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode", "resize")}
     image = picture(1, size)
     expected = ImageTransforms(size=32, **fields).eval_image(image).numpy()
-    apart = np.abs(bundle.pixels(image).astype(int) - expected)  # Pillow's and torch's kernels round otherwise
+    apart = np.abs(bundle.pixels(image).astype(int) - expected)  # Pillow and torch round differently
     assert apart.mean() < 0.5 and np.quantile(apart, 0.95) <= 2
     assert np.array_equal(bundle.normalize(expected[None])[0], _normalized(fields, expected))
 
@@ -205,14 +205,14 @@ def _normalized(fields: dict, pixels: np.ndarray) -> np.ndarray:
     return ImageTransforms(size=32, **fields).normalize(torch.from_numpy(pixels)[None])[0].numpy()
 
 
-def test_int8_is_smaller_and_says_what_it_costs(run, folder, result, tmp_path):
-    told = export(loaded(run), tmp_path / "int8", quantize=True)
-    assert told["precision"] == "int8" and told["files"]["weights.data"] < 0.5 * result["files"]["weights.data"]
+def test_int8_is_smaller_and_reports_its_accuracy(run, folder, result, tmp_path):
+    info = export(loaded(run), tmp_path / "int8", quantize=True)
+    assert info["precision"] == "int8" and info["files"]["weights.data"] < 0.5 * result["files"]["weights.data"]
     for task in TASKS:
-        numbers = told["tasks"][task]
+        numbers = info["tasks"][task]
         assert numbers["float32"] == {key: result["tasks"][task][key] for key in numbers["float32"]}
         assert 0.9 * numbers["n"] - 1 <= numbers["int8"]["equal"] <= numbers["n"]
-        # Routers and heads are not rounded: each task's own file is as it was.
+        # Routers and heads are not quantized, so each task's own file is unchanged.
         assert (tmp_path / "int8" / f"{task}.data").read_bytes() == (folder / f"{task}.data").read_bytes()
     model = onnx.load(tmp_path / "int8" / "shapes.onnx", load_external_data=False)
     assert max(len(tensor.raw_data) for tensor in model.graph.initializer) < 100
@@ -221,8 +221,8 @@ def test_int8_is_smaller_and_says_what_it_costs(run, folder, result, tmp_path):
 
 def test_fewer_experts_are_the_most_used_ones_and_computed_exactly(run, result, tmp_path):
     trained = loaded(run)
-    told = export(trained, tmp_path / "two", experts=2)
-    assert told["bytes"] <= told["whole_bytes"] == pytest.approx(result["bytes"], rel=0.05)
+    info = export(trained, tmp_path / "two", experts=2)
+    assert info["bytes"] <= info["whole_bytes"] == pytest.approx(result["bytes"], rel=0.05)
     config = json.loads((tmp_path / "two" / "config.json").read_text())
     for task in TASKS:
         inputs = torch.cat([inputs for inputs, _ in parity.batches(trained, task, "train", 256)])
@@ -230,8 +230,8 @@ def test_fewer_experts_are_the_most_used_ones_and_computed_exactly(run, result, 
             routing = trained.models[task](inputs, task).routing
         for block, kept in config["tasks"][task]["experts"].items():
             assert kept == sorted(routing[int(block)].importance.argsort(descending=True)[:2].tolist())
-        numbers = told["tasks"][task]
-        assert numbers["parity"]["decided_otherwise"] == 0  # against the model with these experts alone
+        numbers = info["tasks"][task]
+        assert numbers["parity"]["decided_otherwise"] == 0  # compared with the model that has only these experts
         assert {key: numbers["whole"][key] for key in ("n", "top1")} == {
             key: result["tasks"][task][key] for key in ("n", "top1")
         }
@@ -240,7 +240,7 @@ def test_fewer_experts_are_the_most_used_ones_and_computed_exactly(run, result, 
 
 
 @pytest.mark.parametrize(("count", "allowed"), [(1, "2 .each token"), (5, ".* to 4 ")])
-def test_too_few_experts_and_too_many_are_refused(run, tmp_path, count, allowed):
+def test_too_few_or_too_many_experts_are_refused(run, tmp_path, count, allowed):
     with pytest.raises(ConfigError, match=f"experts = {count}: {allowed}"):
         export(loaded(run), tmp_path / "out", experts=count)
     assert not list(tmp_path.iterdir())
@@ -252,11 +252,11 @@ def test_models_of_single_tasks_share_their_frozen_blocks(tmp_path):
     )
     moe_bsr.train(config, tmp_path / "run", callbacks=[])
     trained = loaded(tmp_path / "run")
-    told = export(trained)
-    bundle = Bundle(told["bundle"])
-    assert told["files"]["shapes.data"] > told["files"]["weights.data"] > 10_000
+    info = export(trained)
+    bundle = Bundle(info["bundle"])
+    assert info["files"]["shapes.data"] > info["files"]["weights.data"] > 10_000
     kinds = [
-        node.op_type for node in onnx.load(Path(told["bundle"]) / "all_tasks.onnx", load_external_data=False).graph.node
+        node.op_type for node in onnx.load(Path(info["bundle"]) / "all_tasks.onnx", load_external_data=False).graph.node
     ]
     assert kinds.count("Conv") == 1
     for task in TASKS:
@@ -265,12 +265,12 @@ def test_models_of_single_tasks_share_their_frozen_blocks(tmp_path):
 
 
 @pytest.mark.parametrize("alone", [True, False], ids=["a task's graph", "the graph of all"])
-def test_a_graph_that_computes_something_else_is_not_written(run, tmp_path, monkeypatch, alone):
+def test_a_graph_with_other_logits_than_the_run_is_not_written(run, tmp_path, monkeypatch, alone):
     write = bundles.write
 
     def wrong(graph, part, images):
         logits = write(graph, part, images)
-        again = len(graph.outputs) > 0  # of fractals in the graph of all, where shapes came before
+        again = len(graph.outputs) > 0  # fractals in the graph of all tasks, where shapes come first
         return graph.op("Mul", logits, graph.constant(1.001, np.float32)) if alone or again else logits
 
     monkeypatch.setattr(bundles, "write", wrong)
@@ -296,22 +296,22 @@ def test_a_run_on_another_device_is_refused(run, tmp_path):
         export(trained, tmp_path / "out")
 
 
-def test_a_folder_that_exists_is_left_alone(run, folder):
+def test_an_existing_folder_is_not_replaced(run, folder):
     with pytest.raises(ConfigError, match="export exists; remove it, or name another folder"):
         export(loaded(run))
 
 
-def test_awkward_class_names_stay_one_a_line(run, tmp_path, capsys):
+def test_unusual_class_names_are_written_one_per_line(run, tmp_path, capsys):
     trained = loaded(run, tasks=["shapes"])
     names = list(AWKWARD.values())[8:18]
     trained.class_names["shapes"] = names
-    told = export(trained, tmp_path / "out")
+    info = export(trained, tmp_path / "out")
     assert len((tmp_path / "out" / "shapes.txt").read_text().split("\n")) == 11
-    bundle = Bundle(told["bundle"])
+    bundle = Bundle(info["bundle"])
     assert {answer["name"] for answer in bundle.predict(picture(1), top=10)["shapes"]} == set(names)
 
 
-def test_drawn_images_are_the_same_everywhere():
+def test_check_images_are_deterministic():
     images = check_images(32)
     assert images.shape == (8, 3, 32, 32) and images.dtype == np.uint8 and images.std() > 40
     assert np.array_equal(check_images(32), images) and len({image.tobytes() for image in images}) == 8

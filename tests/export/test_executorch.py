@@ -1,4 +1,4 @@
-"""ExecuTorch programs answer as the run does; without the package there is nothing to test."""
+"""Test that ExecuTorch programs give the same results as the run. Skipped without the package."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("bare")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """With two drops, of which the second has the fused token of the first, and experts."""
+    """Train a run with experts and two token drops, of which the second also ranks the fused token of the first."""
     folder = tmp_path_factory.mktemp("run")
     backbone = {"backbone__name": "vit_pico_patch8_64", "backbone__image_size": None}
     blocks = {"plan__train_blocks": [3, 5], "plan__moe_blocks": [5], "moe__mlp_ratio": 1}
@@ -45,7 +45,7 @@ def folder(result) -> Path:
     return Path(result["bundle"])
 
 
-def test_programs_answer_as_the_run_does_in_float32(run, folder, result):
+def test_programs_give_the_float32_logits_of_the_run(run, folder, result):
     trained, together = moe_bsr.load(run, device="cpu"), Bundle(folder)
     for task in TASKS:
         inputs = torch.cat([inputs for inputs, _ in parity.batches(trained, task, "val", 100)])
@@ -55,12 +55,12 @@ def test_programs_answer_as_the_run_does_in_float32(run, folder, result):
         alone = Bundle(folder, [task]).logits(inputs.numpy())[task]
         assert np.abs(alone - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
         assert np.array_equal(together.logits(inputs.numpy(), [task])[task], alone)
-        told = result["tasks"][task]
-        assert told["n"] == told["parity"]["images"] == len(expected) == told["parity"]["equal"]
+        info = result["tasks"][task]
+        assert info["n"] == info["parity"]["images"] == len(expected) == info["parity"]["equal"]
         assert b"XnnpackBackend" in (folder / f"{task}.pte").read_bytes()
 
 
-def test_the_bundle_is_of_the_same_kind(folder):
+def test_the_bundle_has_the_same_form_as_an_onnx_bundle(folder):
     of_tasks = {f"{task}.{end}" for task in TASKS for end in ("pte", "txt")}
     others = {"config.json", "preprocessor_config.json", "parity.json", "README.md", "predict.py"}
     assert {file.name for file in folder.iterdir()} == of_tasks | others
@@ -70,8 +70,8 @@ def test_the_bundle_is_of_the_same_kind(folder):
     assert "pip install executorch torch numpy pillow" in text and "(1, 3, S, S)" in text and "OpenVINO" not in text
 
 
-def test_the_check_runs_with_executorch_alone(folder):
-    """In a fresh interpreter in which timm, this package and onnxruntime cannot be imported."""
+def test_the_check_needs_only_executorch(folder):
+    """Uses a new interpreter in which timm, this package and onnxruntime cannot be imported."""
     block = "import sys; sys.modules.update(dict.fromkeys(['timm', 'moe_bsr', 'onnx', 'onnxruntime']));"
     program = str(folder / "predict.py")
     start = f"{block} import runpy; sys.argv[0] = 'predict.py'; runpy.run_path({program!r}, run_name='__main__')"
@@ -88,7 +88,7 @@ def test_a_damaged_program_is_refused_by_name(folder, tmp_path):
         Bundle(copied, ["shapes"])
 
 
-def test_a_program_that_computes_something_else_is_not_written(run, folder, tmp_path, monkeypatch):
+def test_a_program_with_other_logits_than_the_run_is_not_written(run, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(executorch, "lowered", lambda part, size: (folder / f"{part.task}.pte").read_bytes())
     trained = moe_bsr.load(run, device="cpu")
     with torch.no_grad():

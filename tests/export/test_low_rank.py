@@ -1,4 +1,4 @@
-"""Graphs of low-rank experts and covering slices compute what the model computes, whatever the gate."""
+"""Test that exported graphs of low-rank experts and covering slices compute the same as the model, for each gate."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ IMAGES = normal(3, 3, 16, 16)
 
 
 def graph_of(model, part=lambda model, task: Part(model, task)) -> Graph:
-    """Both tasks in one graph, after each answered as its model."""
+    """Write both tasks into one graph, assert that its outputs are the models' logits, and return it."""
     graph = Graph(Weights())
     images = graph.input("images", ["batch", 3, 16, 16])
     parts = [part(model, task) for task in TASKS]
@@ -51,7 +51,7 @@ def test_low_rank_experts(gate):
 
 
 @pytest.mark.parametrize("options", [{"experts": "covering_slices"}, {"gate": "image"}], ids=["slices", "image"])
-def test_slices_and_choices_of_images(options):
+def test_covering_slices_and_image_gates(options):
     graph_of(decided(**{"num_experts": 4, "top_k": 2} | options))
 
 

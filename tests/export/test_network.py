@@ -1,4 +1,4 @@
-"""A graph computes what the model computes, whatever the plan: onnxruntime against the product's own forward."""
+"""Test that exported graphs in onnxruntime compute the same as the model's own forward pass, for many plans."""
 
 from functools import partial
 
@@ -36,7 +36,7 @@ def session_of(graph: Graph):
 
 
 def assert_same(model, batches=(3,), tolerance: float = 1e-4) -> Graph:
-    """A task's graph; where experts tell tasks apart, two tasks in one graph."""
+    """Assert that the exported graph gives the model's logits. With experts, both tasks are in one graph."""
     model.eval()
     scale_routers(model, 50.0)
     tasks = TASKS if model.balance.blocks else TASKS[1:]
@@ -53,8 +53,8 @@ def assert_same(model, batches=(3,), tolerance: float = 1e-4) -> Graph:
 
 
 @pytest.mark.parametrize("kind", ["class-token", "registers", "average-pool", "attention-pool", "qk-norm"])
-def test_merged_tokens(kind):
-    """In three blocks: some of the sources, all of them, and of an odd number."""
+def test_token_merging(kind):
+    """Three blocks merge tokens: some of the source tokens, all of them, and an odd number of tokens."""
     plan = {"train_blocks": "all", "drop_blocks": (0, 1, 2), "keep_rate": [0.9, 0.5, 0.7]}
     assert_same(make_model(kind, tokens=TokensConfig(reduce="merge"), **plan, **MOE))
 
@@ -100,7 +100,7 @@ def test_token_options(options):
 
 @pytest.mark.parametrize("options", [{"protect_fused": True, "fuse": "normalized"}, {"rank_by": "logits"}], ids=str)
 def test_token_options_without_a_class_token(options):
-    """Scores are the mean attention received."""
+    """Token scores are then the mean attention that a token receives."""
     assert_same(make_model("average-pool", tokens=TokensConfig(**options)))
 
 
@@ -119,8 +119,8 @@ def test_experts_and_routers(options):
     assert_same(make_model(**MOE, **options))
 
 
-def test_experts_that_no_token_chose_and_two_that_all_chose():
-    model = make_model("average-pool", **MOE)  # in its last block, too, all tokens are routed
+def test_experts_chosen_by_no_token_and_by_all_tokens():
+    model = make_model("average-pool", **MOE)  # its last block routes all tokens, too
     direction = normal(16)
     with torch.no_grad():
         for index in (1, 3):
@@ -135,7 +135,7 @@ def test_experts_that_no_token_chose_and_two_that_all_chose():
     assert all(set(experts.flatten().tolist()) == {0, 1} for experts in chosen)
 
 
-def test_adapters_are_merged_and_the_model_keeps_them():
+def test_adapters_are_merged_in_the_graph_and_kept_in_the_model():
     model = make_model(adapter={"kind": "lora", "rank": 2, "layers": ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -156,7 +156,7 @@ def test_an_adapter_beside_the_ffn_is_part_of_the_graph():
 
 @pytest.mark.parametrize("reduce", ["drop", "merge"])
 @pytest.mark.parametrize(("kind", "published"), [("class-token", False), ("average-pool", True)])
-def test_blocks_beside_blocks_are_part_of_the_graph(kind, published, reduce):
+def test_repnet_adapters_are_part_of_the_graph(kind, published, reduce):
     options = {"kind": "repnet", "published": published, "blocks": [1, 2, 3]}
     model = make_model(kind, train_blocks=(), adapter=[options], tokens=TokensConfig(reduce=reduce))
     for parameters in model.adapter_parameters.values():
@@ -187,7 +187,7 @@ def test_layers_of_other_backbones(options):
     assert_same(make_model(vit=vit))
 
 
-def test_a_layer_that_is_not_known_is_refused_by_its_place():
+def test_an_unknown_layer_is_refused_with_its_name():
     model = make_model()
     model.vit.blocks[2].mlp.act = nn.Mish()
     with pytest.raises(ConfigError, match="blocks.2.mlp.act is a Mish, which cannot be exported to ONNX"):
@@ -201,7 +201,7 @@ def test_a_router_that_is_not_linear_is_refused():
         graph_of([Part(model, "one")])
 
 
-def test_heads_read_class_tokens_of_blocks_before():
+def test_heads_may_read_class_tokens_of_earlier_blocks():
     model = make_model(train_blocks=(), drop_blocks=(1,))
     model.head_blocks = [0, 2]
     for task, classes in CLASSES.items():
@@ -209,12 +209,12 @@ def test_heads_read_class_tokens_of_blocks_before():
     assert_same(model)
 
 
-def test_tasks_of_one_graph_share_everything_before_the_first_router():
+def test_tasks_in_one_graph_share_everything_before_the_first_router():
     model = make_model(**MOE).eval()
     alone = [len(graph_of([Part(model, task)]).nodes) for task in TASKS]
     together = graph_of([Part(model, task) for task in TASKS])
     kinds = [node.op_type for node in together.nodes]
-    # Blocks 0 and 1 attend once, 2 and 3 once for each task; blocks 1 and 3 route once for each task.
+    # Blocks 0 and 1 attend once, 2 and 3 once for each task. Blocks 1 and 3 route once for each task.
     assert kinds.count("Conv") == 1 and kinds.count("Softmax") == 2 + 2 * 2 + 2 * 2
     assert len(together.nodes) < sum(alone)
     owners = together.weights.owners
@@ -225,7 +225,7 @@ def test_tasks_of_one_graph_share_everything_before_the_first_router():
     }
 
 
-def test_two_models_share_the_blocks_that_are_equal_and_no_others():
+def test_two_models_share_only_equal_blocks():
     first, second = make_model(), make_model()
     with torch.no_grad():
         second.vit.blocks[1].mlp.fc1.weight.add_(1.0)
@@ -239,7 +239,7 @@ def test_two_models_share_the_blocks_that_are_equal_and_no_others():
         graph_of([Part(first, "one"), Part(second, "two")])
 
 
-def test_a_graph_is_valid_onnx_of_the_default_domain_alone():
+def test_a_graph_is_valid_onnx_of_the_default_domain():
     model = graph_of([Part(make_model(**MOE).eval(), task) for task in TASKS]).finish().inside()
     onnx.checker.check_model(model, full_check=True)
     assert {node.domain for node in model.graph.node} == {""} and [each.domain for each in model.opset_import] == [""]

@@ -1,4 +1,4 @@
-"""A tiny run with evaluations and a moving average, for the tests of what a run is made of."""
+"""Provide a tiny finished run with evaluations and a moving average of the weights."""
 
 from pathlib import Path
 

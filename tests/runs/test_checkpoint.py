@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back whatever interrupts a write, and the newest two and the best are kept."""
+"""Test checkpoints: exact round trips, crashes at any point of a write, full disks and which checkpoints are kept."""
 
 import errno
 import itertools
@@ -21,7 +21,7 @@ from moe_bsr.runtime import files as disk
 # --- round trip ---
 
 
-def test_what_is_saved_comes_back_to_the_bit(tmp_path):
+def test_a_checkpoint_round_trip_is_exact(tmp_path):
     state = {"step": 7, "best_step": None, "seconds": 0.1 + 0.2, "callbacks": {"Jsonl": {"bytes": 12}}}
     folder = save(tmp_path, 7, tensors(), state)
     assert folder == tmp_path / "checkpoint" / "7" and steps(tmp_path) == [7]
@@ -33,7 +33,7 @@ def test_what_is_saved_comes_back_to_the_bit(tmp_path):
             assert loaded[name][key].dtype == value.dtype and torch.equal(loaded[name][key], value)
 
 
-def test_any_tensor_a_model_has_can_be_saved(tmp_path):
+def test_tensors_of_any_layout_and_dtype_can_be_saved(tmp_path):
     odd = {
         "transposed": torch.arange(6.0).view(2, 3).t(),
         "parameter": torch.nn.Parameter(torch.ones(2)),
@@ -54,7 +54,7 @@ def test_a_second_save_of_a_step_replaces_it(tmp_path):
     assert state["turn"] == 2 and loaded.keys() == {"weights"}
 
 
-def test_a_crash_between_the_two_renames_of_a_second_save_loses_nothing(tmp_path, monkeypatch):
+def test_recovery_after_a_crash_between_the_two_renames_of_a_second_save(tmp_path, monkeypatch):
     save(tmp_path, 3, tensors(1), {"best_step": 3, "turn": 1})
     rename = Path.rename
     monkeypatch.setattr(Path, "rename", lambda self, to: rename(self, to) if to.name.endswith(".tmp") else crash())
@@ -76,7 +76,7 @@ def test_a_half_written_checkpoint_is_not_recovered(tmp_path):
     assert steps(tmp_path) == []
 
 
-def test_the_manifest_names_every_file_and_nothing_is_a_pickle(tmp_path):
+def test_the_manifest_lists_every_file_and_no_file_is_a_pickle(tmp_path):
     folder = save(tmp_path, 1, tensors(), {})
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["step"] == 1
@@ -84,10 +84,10 @@ def test_the_manifest_names_every_file_and_nothing_is_a_pickle(tmp_path):
     assert {f.suffix for f in folder.iterdir()} == {".safetensors", ".json"}
 
 
-# --- written whole or not at all ---
+# --- interrupted writes ---
 
 
-def test_unfinished_checkpoints_are_ignored_and_swept_away(tmp_path):
+def test_unfinished_checkpoints_are_ignored_and_deleted_by_the_next_save(tmp_path):
     save_steps(tmp_path, None)
     unfinished = tmp_path / "checkpoint" / "2.tmp"
     shutil.copytree(tmp_path / "checkpoint" / "1", unfinished)
@@ -96,7 +96,7 @@ def test_unfinished_checkpoints_are_ignored_and_swept_away(tmp_path):
     assert not unfinished.exists() and steps(tmp_path) == [1, 3]
 
 
-def test_an_unfinished_write_of_the_same_step_is_no_obstacle(tmp_path):
+def test_an_unfinished_write_of_the_same_step_is_overwritten(tmp_path):
     unfinished = tmp_path / "checkpoint" / "1.tmp"
     unfinished.mkdir(parents=True)
     (unfinished / "weights.safetensors").write_bytes(b"half of it")
@@ -105,7 +105,7 @@ def test_an_unfinished_write_of_the_same_step_is_no_obstacle(tmp_path):
 
 
 def crash_at_sync(monkeypatch, number: int, write) -> bool:
-    """Call `write`, which crashes at the sync of that number; returns whether it has so many.
+    """Call `write` and crash it at its sync with this number. Returns whether it has that many syncs.
 
     Each sync ends one stage of a write.
     """
@@ -127,7 +127,7 @@ def crash_at_sync(monkeypatch, number: int, write) -> bool:
     return False
 
 
-def test_a_crash_at_any_moment_of_a_save_leaves_a_sound_checkpoint(tmp_path, monkeypatch):
+def test_a_crash_at_any_point_of_a_save_leaves_a_valid_checkpoint(tmp_path, monkeypatch):
     for number in itertools.count():
         run = tmp_path / str(number)
         save_steps(run, None, None)
@@ -140,7 +140,7 @@ def test_a_crash_at_any_moment_of_a_save_leaves_a_sound_checkpoint(tmp_path, mon
     assert number == 6  # two tensor files, the state, the manifest, both folders
 
 
-def test_a_crash_at_any_moment_of_a_new_state_leaves_a_sound_checkpoint_of_the_step(tmp_path, monkeypatch):
+def test_a_crash_at_any_point_of_save_state_leaves_a_valid_checkpoint_of_the_step(tmp_path, monkeypatch):
     for number in itertools.count():
         run = tmp_path / str(number)
         save(run, 2, tensors(2), {"step": 2, "best_step": None, "turn": 1})
@@ -154,7 +154,7 @@ def test_a_crash_at_any_moment_of_a_new_state_leaves_a_sound_checkpoint_of_the_s
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["hard links", "copies"])
-def test_a_new_state_leaves_the_tensors_as_they_are(tmp_path, monkeypatch, links):
+def test_save_state_leaves_the_tensor_files_unchanged(tmp_path, monkeypatch, links):
     folder = save(tmp_path, 2, tensors(2), {"step": 2, "best_step": None})
     before = (folder / "weights.safetensors").stat()
     if not links:
@@ -165,7 +165,7 @@ def test_a_new_state_leaves_the_tensors_as_they_are(tmp_path, monkeypatch, links
     assert (after.st_ino == before.st_ino) == links and after.st_mode == before.st_mode
 
 
-# --- no room ---
+# --- full disks ---
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_a_new_state_leaves_the_tensors_as_they_are(tmp_path, monkeypatch, links
     ],
     ids=["tensors", "sync", "folder"],
 )
-def test_a_full_disk_is_an_error_of_the_system_and_leaves_the_checkpoint_before(tmp_path, monkeypatch, failing):
+def test_a_full_disk_raises_oserror_and_leaves_the_previous_checkpoint(tmp_path, monkeypatch, failing):
     save_steps(tmp_path, None)
     before = content(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(OSError) as failure:
@@ -202,8 +202,8 @@ def content(run: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
-def test_safetensors_own_error_has_the_form_that_is_read(tmp_path):
-    """Of the real library, at a limit that is met on any disk."""
+def test_the_error_of_safetensors_for_a_failed_write_is_recognized(tmp_path):
+    """Uses the real library, with a file size limit that applies on any disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
     try:
@@ -215,20 +215,20 @@ def test_safetensors_own_error_has_the_form_that_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("free", [0, 2 * 2**20])
-def test_a_run_whose_checkpoints_have_no_room_is_refused_with_both_numbers(tmp_path, monkeypatch, free):
+def test_too_little_disk_space_is_refused_with_required_and_free_size(tmp_path, monkeypatch, free):
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda run: shutil._ntuple_diskusage(0, 0, free))
     with pytest.raises(ConfigError, match=f"3 of 1.0 MB each need 3.0 MB, {free / 2**20:.1f} MB are free; make room"):
         check_room(tmp_path, {"weights": 2**19, "optimizer": 2**19}, 3)
 
 
-def test_a_limit_of_a_files_size_is_seen_beforehand(tmp_path, monkeypatch):
+def test_a_file_size_limit_is_checked_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.resource, "getrlimit", lambda which: (2**20, 2**20))
     check_room(tmp_path, {"weights": 2**20, "optimizer": 2**19}, 3)
     with pytest.raises(ConfigError, match="optimizer.safetensors needs 2.0 MB, and a file may have at most 1.0 MB"):
         check_room(tmp_path, {"weights": 2**20, "optimizer": 2**21}, 3)
 
 
-# --- what is kept ---
+# --- retention ---
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_a_limit_of_a_files_size_is_seen_beforehand(tmp_path, monkeypatch):
         ([1, 1, 3, 3, 5, 5], [5, 6]),
     ],
 )
-def test_the_newest_two_and_the_best_of_each_are_kept(tmp_path, bests, kept):
+def test_the_newest_two_checkpoints_and_their_best_ones_are_kept(tmp_path, bests, kept):
     save_steps(tmp_path, *bests)
     assert steps(tmp_path) == kept
     assert all(damage(tmp_path / "checkpoint" / str(step)) is None for step in kept)

@@ -1,4 +1,4 @@
-"""Damaged checkpoints: found, refused by name, and replaced by the one before."""
+"""Test that damaged checkpoints are found, refused by name and replaced by the one before."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize("name, harm", DAMAGE)
-def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(tmp_path, name, harm):
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_previous_one_is_used(tmp_path, name, harm):
     save_steps(tmp_path, None, None)
     folder, warnings = tmp_path / "checkpoint" / "2", []
     harm(folder / name)
@@ -63,7 +63,7 @@ def test_a_flipped_bit_anywhere_in_the_weights_is_found(tmp_path):
     assert damage(folder) is None
 
 
-def test_without_a_sound_checkpoint_there_is_an_error(tmp_path):
+def test_latest_raises_if_every_checkpoint_is_damaged(tmp_path):
     with pytest.raises(CheckpointError, match="no usable checkpoint"):
         latest(tmp_path)
     save_steps(tmp_path, None, None)

@@ -1,4 +1,4 @@
-"""Checkpoints that were forged, hashes made to fit: refused in one line that names the file, to resume and to load."""
+"""Test that forged checkpoints with matching hashes are refused in one line that names the file."""
 
 import hashlib
 import itertools
@@ -45,7 +45,7 @@ def trainer(config, tmp_path_factory):
 
 @pytest.fixture
 def newest(trained, tmp_path) -> Path:
-    """The last checkpoint of a copy of the run, to be forged."""
+    """Copy the run and return the last checkpoint of the copy, which the test may forge."""
     shutil.copytree(trained, tmp_path / "run")
     return tmp_path / "run" / "checkpoint" / "2"
 
@@ -61,15 +61,15 @@ def make_hashes_fit(folder: Path) -> None:
 
 
 def refusals(trainer, newest: Path, whole: bool = True) -> list[str]:
-    """What resuming and (where it would be used) loading say."""
-    run, said = newest.parent.parent, []
+    """Return the error messages of resuming the run and, if `whole`, of loading it."""
+    run, lines = newest.parent.parent, []
     attempts = [lambda: trainer.state.resume(run, trainer.tasks, trainer.runtime)]
     for attempt in attempts + [lambda: moe_bsr.load(run, "last")] * whole:
         with pytest.raises(CheckpointError) as refusal:
             attempt()
-        said.append(str(refusal.value))
-    assert all(str(newest) in each and "\n" not in each and len(each) < 700 for each in said)
-    return said
+        lines.append(str(refusal.value))
+    assert all(str(newest) in each and "\n" not in each and len(each) < 700 for each in lines)
+    return lines
 
 
 def edited(**changes):
@@ -98,14 +98,14 @@ def test_a_state_that_no_trainer_wrote_is_refused(trainer, newest, edit):
     file = newest / "state.json"
     file.write_text(json.dumps(edit(json.loads(file.read_text()))))
     make_hashes_fit(newest)
-    assert all("state.json" in said for said in refusals(trainer, newest))
+    assert all("state.json" in line for line in refusals(trainer, newest))
 
 
 @pytest.mark.parametrize("text", ["", "{", "nan", "[" * 100_000, "\x00", '{"step": 1' + "0" * 5000 + "}"])
-def test_a_state_that_is_no_json_is_refused(trainer, newest, text):
+def test_a_state_that_is_not_valid_json_is_refused(trainer, newest, text):
     (newest / "state.json").write_text(text)
     make_hashes_fit(newest)
-    assert all("state.json" in said for said in refusals(trainer, newest))
+    assert all("state.json" in line for line in refusals(trainer, newest))
 
 
 def without(number: int):
@@ -113,7 +113,7 @@ def without(number: int):
 
 
 def first(change):
-    """One of the larger tensors is changed."""
+    """Change the largest tensor only."""
 
     def edit(tensors: dict) -> dict:
         name = max(tensors, key=lambda each: tensors[each].numel())
@@ -154,14 +154,14 @@ OTHERS = itertools.cycle(["average", "optimizer"])
 
 
 @pytest.mark.parametrize("name, harm", [*(("weights", harm) for harm in TENSORS), *zip(OTHERS, TENSORS, strict=False)])
-def test_tensors_that_are_not_the_runs_are_refused(trainer, newest, name, harm):
+def test_tensors_that_do_not_fit_the_run_are_refused(trainer, newest, name, harm):
     edit, file = TENSORS[harm], newest / f"{name}.safetensors"
     save_file({key: value.contiguous() for key, value in edit(load_file(file)).items()}, file)
     make_hashes_fit(newest)
     refusals(trainer, newest, whole=name != "optimizer")
 
 
-def test_every_tensor_of_one_parameter_missing_is_seen(trainer, newest):
+def test_a_parameter_without_optimizer_state_is_refused(trainer, newest):
     file = newest / "optimizer.safetensors"
     moments = load_file(file)
     parameter = next(iter(moments)).rpartition("/")[0]
@@ -171,14 +171,14 @@ def test_every_tensor_of_one_parameter_missing_is_seen(trainer, newest):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff" * 40, b"\x00" * 8, (2**60).to_bytes(8, "little") + b"{}"])
-def test_a_file_that_holds_no_tensors_is_refused(trainer, newest, content):
+def test_an_invalid_safetensors_file_is_refused(trainer, newest, content):
     (newest / "weights.safetensors").write_bytes(content)
     make_hashes_fit(newest)
-    assert all("weights.safetensors" in said for said in refusals(trainer, newest))
+    assert all("weights.safetensors" in line for line in refusals(trainer, newest))
 
 
 @pytest.mark.parametrize("name", ["average", "optimizer"])
-def test_a_file_taken_out_of_the_checkpoint_and_its_manifest_is_missed(trainer, newest, name):
+def test_a_file_removed_from_the_checkpoint_and_its_manifest_is_refused(trainer, newest, name):
     manifest = json.loads((newest / "manifest.json").read_text())
     del manifest["sha256"][f"{name}.safetensors"]
     (newest / "manifest.json").write_text(json.dumps(manifest))
@@ -186,7 +186,7 @@ def test_a_file_taken_out_of_the_checkpoint_and_its_manifest_is_missed(trainer, 
     refusals(trainer, newest, whole=name == "average")
 
 
-def test_a_step_after_the_last_is_refused(config, newest):
+def test_a_checkpoint_after_the_last_step_of_the_run_is_refused(config, newest):
     beyond = newest.rename(newest.with_name("30"))
     for name, key in (("state.json", "step"), ("manifest.json", "step")):
         content = json.loads((beyond / name).read_text())
@@ -197,7 +197,7 @@ def test_a_step_after_the_last_is_refused(config, newest):
         moe_bsr.train(config, beyond.parent.parent, resume=True, callbacks=[])
 
 
-def test_an_evaluation_forgotten_at_the_last_step_is_made_up_for(config, newest):
+def test_a_missing_evaluation_of_the_last_step_is_run_on_resume(config, newest):
     state = json.loads((newest / "state.json").read_text())
     (newest / "state.json").write_text(
         json.dumps(state | {"best_step": None, "best_mean_top1": None, "best_scores": None, "untold_scores": None})
@@ -208,7 +208,7 @@ def test_an_evaluation_forgotten_at_the_last_step_is_made_up_for(config, newest)
     assert report["selected_step"] == 2 and report["mean_top1"] is not None
 
 
-def test_a_callbacks_forged_state_costs_the_callback_alone(config, trained, tmp_path):
+def test_an_invalid_callback_state_fails_only_that_callback(config, trained, tmp_path):
     class Counting(moe_bsr.training.callback.Callback):
         def restore(self, state) -> None:
             self.count = state["count"]
@@ -220,7 +220,7 @@ def test_a_callbacks_forged_state_costs_the_callback_alone(config, trained, tmp_
     assert report["status"] == "finished"
 
 
-def test_a_sound_checkpoint_is_not_refused(trainer, newest):
+def test_a_valid_checkpoint_is_accepted(trainer, newest):
     run = newest.parent.parent
     assert trainer.state.resume(run, trainer.tasks, trainer.runtime)[-1] == f"resumed from {newest}"
     assert moe_bsr.load(run, "last").step == 2 and checkpoint.damage(newest) is None

@@ -1,4 +1,4 @@
-"""A run records its images: it reports what changed, and no change alters its splits."""
+"""Test the record of a run's images: changes are reported, and none of them alters the run's splits."""
 
 import gzip
 import json
@@ -26,9 +26,9 @@ pytestmark = pytest.mark.usefixtures("bare")
 CLASSES = ("ant", "bee", "cat")
 
 
-def config_of(place: Path) -> Config:
+def config_of(folder: Path) -> Config:
     plan = {"plan__train_blocks": [5], "plan__drop_blocks": [], "plan__moe_blocks": []}
-    config = make_config(place, train__steps=4, train__checkpoint_every=2, train__eval_every=2, **plan)
+    config = make_config(folder, train__steps=4, train__checkpoint_every=2, train__eval_every=2, **plan)
     return replace_task(config, "bugs")
 
 
@@ -38,25 +38,25 @@ def train(config: Config, folder: Path, resume: bool = False) -> dict:
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory) -> Path:
-    """A folder to be copied, with data and a run that has a checkpoint at its second of four updates."""
-    place = tmp_path_factory.mktemp("template")
+    """Return a folder to copy, with data and a run whose last checkpoint is at the second of four updates."""
+    root = tmp_path_factory.mktemp("template")
     for k, kind in enumerate(CLASSES):
         for n in range(14):
             split = "train" if n < 12 else "test"
-            save(place / "data/bugs" / split / kind / f"{n:02d}.png", 100 * k + n)
-    (place / "tasks").mkdir()
-    (place / "tasks/bugs.yaml").write_text("title: Bugs\nsource: folder\npath: bugs\n")
+            save(root / "data/bugs" / split / kind / f"{n:02d}.png", 100 * k + n)
+    (root / "tasks").mkdir()
+    (root / "tasks/bugs.yaml").write_text("title: Bugs\nsource: folder\npath: bugs\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        train(config_of(place), place / "run")
-    (place / "run/report.json").unlink()
-    shutil.rmtree(place / "run/checkpoint/4")
-    return place
+        patch.chdir(root)
+        train(config_of(root), root / "run")
+    (root / "run/report.json").unlink()
+    shutil.rmtree(root / "run/checkpoint/4")
+    return root
 
 
 @pytest.fixture
-def place(template, tmp_path, monkeypatch) -> Path:
-    """A working directory with data/bugs: 36 training and 6 test images, and tasks/bugs.yaml."""
+def cwd(template, tmp_path, monkeypatch) -> Path:
+    """Change to a working directory with data/bugs (36 training and 6 test images) and tasks/bugs.yaml."""
     for name in ("data", "tasks"):
         shutil.copytree(template / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
@@ -64,30 +64,30 @@ def place(template, tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def config(place) -> Config:
-    return config_of(place)
+def config(cwd) -> Config:
+    return config_of(cwd)
 
 
 @pytest.fixture
-def stopped(template, place) -> Path:
-    """A copy of the run in this test's folder, stopped after its second of four updates."""
-    shutil.copytree(template / "run", place / "run")
-    file = place / "run/config.yaml"
+def stopped(template, cwd) -> Path:
+    """Copy the run into this test's folder. It was stopped after the second of four updates."""
+    shutil.copytree(template / "run", cwd / "run")
+    file = cwd / "run/config.yaml"
     before = file.read_text()
-    assert before.count(str(template)) == 1  # where the data lie
-    file.write_text(before.replace(str(template), str(place)))
-    return place / "run"
+    assert before.count(str(template)) == 1  # the data root
+    file.write_text(before.replace(str(template), str(cwd)))
+    return cwd / "run"
 
 
-def of(data, split):
+def names_in(data, split):
     part = getattr(data, split)
     return [part.source.names[i] for i in part.index]
 
 
 def first_of(split: str) -> Path:
-    """Return the file of the first training or validation image."""
+    """Return the file of the first image of a split."""
     data = load_task(load_spec("bugs"), root=Path("data"))
-    return Path("data/bugs/train") / of(data, split)[0]
+    return Path("data/bugs/train") / names_in(data, split)[0]
 
 
 def recolor(path: Path) -> None:
@@ -111,7 +111,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_image_bars_resume_and_is_named(config, stopped, change, split):
+def test_a_changed_image_prevents_resume_and_is_named(config, stopped, change, split):
     name = f"{first_of(split).parent.name}/{first_of(split).name}"
     CHANGES[change](split)
     before = (stopped / "config.yaml").read_bytes()
@@ -122,14 +122,14 @@ def test_a_changed_image_bars_resume_and_is_named(config, stopped, change, split
 
 
 @pytest.mark.parametrize("change", ["gone", "contents", "classes exchanged"])
-def test_changed_validation_images_bar_their_evaluation_but_not_the_test(stopped, change):
+def test_changed_validation_images_prevent_validation_but_not_testing(stopped, change):
     CHANGES[change]("val")
     with pytest.raises(ConfigError, match="val images of task bugs are not those of the run"):
         evaluate(stopped, "val")
     assert evaluate(stopped, "test")["data_changes"] == {}
 
 
-def test_added_images_change_neither_what_is_trained_on_nor_what_validates(config, stopped, capsys):
+def test_added_images_change_neither_the_training_nor_the_validation_split(config, stopped, capsys):
     whole = train(config, stopped.parent / "whole")
     shutil.copytree(stopped, stopped.parent / "untouched")
     before = evaluate(stopped)
@@ -140,52 +140,50 @@ def test_added_images_change_neither_what_is_trained_on_nor_what_validates(confi
     assert "new" in after["data_changes"]["bugs"] and before["data_changes"] == {}
     tasks, notes = open_tasks(config, stopped, resume=True)
     assert any("train images changed" in note and "_new.png" in note and "not used" in note for note in notes)
-    assert of(tasks["bugs"], "train") == of(moe_bsr.load(stopped).data("bugs"), "train")
+    assert names_in(tasks["bugs"], "train") == names_in(moe_bsr.load(stopped).data("bugs"), "train")
     resumed = train(config, stopped, resume=True)
     assert resumed["tasks"]["bugs"]["loss"] == whole["tasks"]["bugs"]["loss"]
     held = [checkpoint.read(folder / "checkpoint/4")[0]["weights"] for folder in (stopped, stopped.parent / "whole")]
     assert all((held[0][key] == held[1][key]).all() for key in held[1])
 
 
-def test_a_readable_copy_put_in_a_broken_image_s_place_is_taken(config, place):
+def test_a_readable_copy_in_place_of_a_broken_image_is_accepted(config, cwd):
     for split in ("train", "val"):
         name = first_of(split)
         name.write_bytes(b"broken")
         with pytest.raises(UnreadableImage, match="put a readable copy in its place"):
-            train(config, place / split)
+            train(config, cwd / split)
         recolor(name)
-        report = train(config, place / split, resume=True)
+        report = train(config, cwd / split, resume=True)
         assert report["status"] == "finished" and not report["tasks"]["bugs"].get("skipped", {}).get(split)
 
 
-def test_a_run_that_met_a_broken_image_goes_on_without_it(config, place):
-    """The other images keep their positions, so the rest of the run is what it would have been."""
+def test_a_run_stopped_by_a_broken_image_resumes_without_it(config, cwd):
+    """The other images keep their positions, so the rest of the run is unaffected by the removal."""
     name = first_of("train")
     name.write_bytes(b"broken")
     config = moe_bsr.config.replace(config, train__eval_every=None)
     with pytest.raises(UnreadableImage, match="put a readable copy in its place, or .* data.unreadable=skip"):
-        train(config, place / "broken")
-    shutil.copytree(place / "broken", place / "removed")
+        train(config, cwd / "broken")
+    shutil.copytree(cwd / "broken", cwd / "removed")
     skip = moe_bsr.config.replace(config, data__unreadable="skip")
     with pytest.warns(UserWarning, match="it is skipped"):
-        train(skip, place / "whole")
-    whole = checkpoint.read(place / "whole/checkpoint/4")[0]["weights"]
+        train(skip, cwd / "whole")
+    whole = checkpoint.read(cwd / "whole/checkpoint/4")[0]["weights"]
     for how in ("broken", "removed"):
         if how == "removed":
             name.unlink()
         with pytest.warns(UserWarning, match="it is skipped"):
-            report = train(skip, place / how, resume=True)
+            report = train(skip, cwd / how, resume=True)
         assert report["status"] == "finished" and report["step"] == 4
         assert len(report["tasks"]["bugs"]["skipped"]["train"]) == 1
-        assert (
-            "Images skipped because they could not be read: bugs 1 of train" in (place / how / "report.md").read_text()
-        )
-        weights = checkpoint.read(place / how / "checkpoint/4")[0]["weights"]
+        assert "Images skipped because they could not be read: bugs 1 of train" in (cwd / how / "report.md").read_text()
+        weights = checkpoint.read(cwd / how / "checkpoint/4")[0]["weights"]
         assert all((weights[key] == whole[key]).all() for key in whole)
 
 
 @pytest.mark.parametrize("change", ["gone", "added", "contents"])
-def test_changed_test_images_bar_nothing_and_are_told(config, stopped, change, capsys):
+def test_changed_test_images_are_reported_and_prevent_nothing(config, stopped, change, capsys):
     file = Path("data/bugs/test/bee/12.png")
     match change:
         case "gone":
@@ -206,7 +204,7 @@ def test_changed_test_images_bar_nothing_and_are_told(config, stopped, change, c
 
 
 @pytest.mark.parametrize("key, value", [("flip", False), ("crop_scale", [0.5, 0.6])])
-def test_another_task_file_bars_resume_by_its_key(config, stopped, key, value):
+def test_a_changed_key_of_a_task_file_prevents_resume(config, stopped, key, value):
     file = Path("tasks/bugs.yaml")
     file.write_text(file.read_text() + f"{key}: {json.dumps(value)}\n")
     with pytest.raises(ConfigError, match=rf"in the file of task bugs {key} was .*, now"):
@@ -215,7 +213,7 @@ def test_another_task_file_bars_resume_by_its_key(config, stopped, key, value):
     assert train(config, stopped, resume=True)["status"] == "finished"
 
 
-def test_a_run_is_evaluated_from_anywhere_on_its_own_specification(stopped, tmp_path_factory, monkeypatch):
+def test_evaluation_uses_the_recorded_task_specification_from_any_directory(stopped, tmp_path_factory, monkeypatch):
     expected = evaluate(stopped)
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     (stopped.parent / "tasks/bugs.yaml").write_text("title: Bugs\nsource: folder\npath: nowhere\n")
@@ -229,22 +227,22 @@ def test_a_run_is_evaluated_from_anywhere_on_its_own_specification(stopped, tmp_
     assert again["tasks"]["bugs"]["loss"] == expected["tasks"]["bugs"]["loss"]
 
 
-def test_data_before_the_first_checkpoint_may_change(config, place):
-    run = place / "early"
+def test_data_before_the_first_checkpoint_may_change(config, cwd):
+    run = cwd / "early"
     open_tasks(config, run)
     run.mkdir()
     first_of("train").unlink()
     assert train(config, run, resume=True)["status"] == "finished"
 
 
-def test_a_record_that_was_lost_or_altered_is_not_believed(stopped):
+def test_a_lost_or_altered_image_record_is_not_trusted(stopped):
     file = stopped / "images/bugs.json.gz"
     data = moe_bsr.load(stopped).data("bugs")
     listed = json.loads(gzip.decompress(file.read_bytes()))
-    assert listed["train"]["names"] == of(data, "train") and len(listed["test"]["names"]) == 6
-    assert listed["val"]["sizes"] == [os.stat(f"data/bugs/train/{name}").st_size for name in of(data, "val")]
+    assert listed["train"]["names"] == names_in(data, "train") and len(listed["test"]["names"]) == 6
+    assert listed["val"]["sizes"] == [os.stat(f"data/bugs/train/{name}").st_size for name in names_in(data, "val")]
     file.write_bytes(file.read_bytes()[:50])
-    assert evaluate(stopped)["data_changes"] == {}  # nothing has changed: the list is not needed
+    assert evaluate(stopped)["data_changes"] == {}  # nothing has changed, so the list is not read
     save(Path("data/bugs/train/ant/0_new.png"), 1)
     listed["val"]["names"], listed["train"]["names"] = listed["train"]["names"], listed["val"]["names"]
     for content in (None, b"", gzip.compress(json.dumps(listed).encode()), gzip.compress(b"[]")):
@@ -254,7 +252,7 @@ def test_a_record_that_was_lost_or_altered_is_not_believed(stopped):
         assert changed[1]["train"].other and changed[1]["train"].lost
 
 
-def test_a_run_that_recorded_no_images_is_tested_but_not_validated(stopped):
+def test_a_run_without_an_image_record_can_be_tested_but_not_validated(stopped):
     file = stopped / "config.yaml"
     tree = yaml.safe_load(file.read_text())
     about = tree["resolved"]["tasks"]["bugs"]
@@ -265,7 +263,7 @@ def test_a_run_that_recorded_no_images_is_tested_but_not_validated(stopped):
     assert evaluate(stopped, "test")["tasks"]["bugs"]["n"] == 6
 
 
-def test_other_classes_are_named(config, stopped):
+def test_changed_classes_are_named(config, stopped):
     Path("data/bugs/train/cat").rename("data/bugs/train/cow")
     Path("data/bugs/test/cat").rename("data/bugs/test/cow")
     for attempt in (lambda: train(config, stopped, resume=True), lambda: evaluate(stopped, "test")):

@@ -1,4 +1,4 @@
-"""The run folder: what a run writes down, and that a trained model comes back from it as it was scored."""
+"""Test the run folder: what a run writes into it, and that changed or damaged configurations are refused."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ ACCURACIES = ("top1", "top5", "chance", "mean_class_accuracy", "ece", "loss", "n
 
 @pytest.fixture(scope="module", autouse=True)
 def predicted_once():
-    """Runs of this file have the same cost, so only the first predicts it."""
+    """Predict the cost of a run only once, because all runs of this file have the same cost."""
     predict, known = api._predict, []
 
     def once(*arguments):
@@ -43,7 +43,7 @@ def report_of(folder: Path) -> dict:
 
 
 def scalars(folder: Path) -> dict[tuple[str, str], list[tuple[int, float]]]:
-    """Points by sub-run and tag."""
+    """Return the (step, value) points of each (sub-run, tag)."""
     runs = EventMultiplexer(size_guidance={"scalars": 0}).AddRunsFromDirectory(str(folder / "tensorboard")).Reload()
     return {
         (run, tag): [(e.step, e.value) for e in runs.Scalars(run, tag)]
@@ -55,7 +55,7 @@ def scalars(folder: Path) -> dict[tuple[str, str], list[tuple[int, float]]]:
 # --- the report ---
 
 
-def test_the_report_has_what_people_script_against(finished):
+def test_the_fields_of_the_json_report(finished):
     report = report_of(finished)
     assert report["status"] == "finished" and report["split"] == "test" and report["weights"] == "average"
     assert list(report["tasks"]) == list(TASKS)
@@ -79,7 +79,7 @@ def test_the_report_says_which_experts_each_task_used(finished):
         assert len(shares) == 4 and sum(shares) == pytest.approx(1, abs=1e-3)
 
 
-def test_the_report_for_people_has_a_row_for_each_task(finished):
+def test_the_text_report_has_a_row_for_each_task(finished):
     text, report = (finished / "report.md").read_text(), report_of(finished)
     for name, task in report["tasks"].items():
         assert f"| {name} | {task['top1']:.1f} |" in text
@@ -92,7 +92,7 @@ def test_the_report_for_people_has_a_row_for_each_task(finished):
     assert "finished" in text and "1 evaluation(s) of the test split" in text
 
 
-def test_without_a_test_the_report_is_of_validation(config, tmp_path):
+def test_without_a_test_evaluation_the_report_has_validation_scores(config, tmp_path):
     untested = moe_bsr.config.replace(config, train__evaluate_test=False, train__steps=2)
     report = train(untested, tmp_path / "run")
     assert report["split"] == "val" and report["test_evaluations"] == 0
@@ -116,7 +116,7 @@ def test_in_a_series_only_the_tasks_evaluated_on_test_data_are_counted(config, t
     assert [run.test_evaluations(folder / task) for task in TASKS] == [4, 2]
 
 
-def test_the_resolved_configuration_is_written_down(finished, config):
+def test_the_resolved_configuration_is_saved(finished, config):
     written, resolved = run.read_config(finished)
     assert written == config
     assert resolved["precision"] == "fp32" and resolved["threads"] == 1 and resolved["device"] == "cpu"
@@ -130,7 +130,7 @@ def test_the_resolved_configuration_is_written_down(finished, config):
 
 
 def edited(run: Path, folder: Path, change) -> Path:
-    """A copy of a run whose config.yaml went through `change`."""
+    """Copy a run and apply `change` to the contents of its config.yaml."""
     shutil.copytree(run, folder)
     tree = yaml.safe_load((folder / "config.yaml").read_text())
     change(tree)
@@ -139,7 +139,7 @@ def edited(run: Path, folder: Path, change) -> Path:
 
 
 @pytest.mark.parametrize("section", ["train", "sampler", "runtime"])
-def test_keys_of_another_version_that_only_say_how_to_train_are_left_out(finished, config, tmp_path, section):
+def test_unknown_keys_in_training_sections_are_ignored_by_load(finished, config, tmp_path, section):
     folder = edited(finished, tmp_path / "run", lambda tree: tree[section].update(invented=3))
     with pytest.warns(UserWarning, match=rf"written by another version of moe_bsr .* {section}.invented"):
         moe_bsr.load(folder)
@@ -149,7 +149,7 @@ def test_keys_of_another_version_that_only_say_how_to_train_are_left_out(finishe
 
 
 @pytest.mark.parametrize("section", [None, "plan", "moe", "backbone", "data", "tokens"])
-def test_keys_of_another_version_that_shape_the_model_are_refused(finished, tmp_path, section):
+def test_unknown_keys_in_model_sections_are_refused(finished, tmp_path, section):
     folder = edited(finished, tmp_path / "run", lambda tree: (tree[section] if section else tree).update(invented=3))
     with pytest.raises(ConfigError, match="another version of moe_bsr .*invented"):
         moe_bsr.load(folder)
@@ -172,7 +172,7 @@ def test_keys_of_another_version_that_shape_the_model_are_refused(finished, tmp_
         lambda tree: tree.update(tasks=3),
     ],
 )
-def test_a_damaged_configuration_of_a_run_is_called_so(finished, tmp_path, change):
+def test_a_damaged_run_configuration_is_refused(finished, tmp_path, change):
     folder = edited(finished, tmp_path / "run", change)
     with pytest.raises(ConfigError, match="config.yaml: cut or damaged"):
         moe_bsr.load(folder)
@@ -181,7 +181,7 @@ def test_a_damaged_configuration_of_a_run_is_called_so(finished, tmp_path, chang
 # --- metrics and events ---
 
 
-def test_metrics_are_one_object_a_line(finished):
+def test_metrics_have_one_json_object_per_line(finished):
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "split" not in line]
     assert [line["step"] for line in steps] == list(range(1, 9))
@@ -190,7 +190,7 @@ def test_metrics_are_one_object_a_line(finished):
     assert all(numbers <= line.keys() for line in steps)
     scores = [(line["step"], line["split"], line["task"]) for line in lines if "split" in line]
     report = report_of(finished)
-    selected = report["selected_step"]  # the weights that were tested
+    selected = report["selected_step"]  # the step of the weights that were tested
     evaluations = ((3, "val"), (6, "val"), (8, "val"), (selected, "test"))
     assert scores == [(step, split, task) for step, split in evaluations for task in TASKS]
     for line, (name, task) in zip(lines[-2:], report["tasks"].items(), strict=True):
@@ -199,16 +199,16 @@ def test_metrics_are_one_object_a_line(finished):
         }
 
 
-def test_another_run_is_the_same_to_the_byte(config, finished, tmp_path):
-    """metrics.jsonl holds nothing that a clock measured, and preparing batches ahead changes nothing."""
+def test_a_second_run_writes_identical_files(config, finished, tmp_path):
+    """metrics.jsonl contains no measured times, and preparing batches ahead changes nothing."""
     train(moe_bsr.config.replace(config, data__prefetch=3), tmp_path / "again")
-    places = ["metrics.jsonl", *(f"checkpoint/8/{name}.safetensors" for name in ("weights", "optimizer", "average"))]
-    for place in places:
-        assert (tmp_path / "again" / place).read_bytes() == (finished / place).read_bytes(), place
+    names = ["metrics.jsonl", *(f"checkpoint/8/{name}.safetensors" for name in ("weights", "optimizer", "average"))]
+    for name in names:
+        assert (tmp_path / "again" / name).read_bytes() == (finished / name).read_bytes(), name
 
 
-def test_tensorboard_has_the_numbers_of_the_metrics(finished):
-    """But those of the test: what stands in a chart is what one chooses by."""
+def test_tensorboard_has_the_values_of_the_metrics_file(finished):
+    """Test scores are left out, because charts are used to choose between runs."""
     events = scalars(finished)
     for line in map(json.loads, (finished / "metrics.jsonl").read_text().splitlines()):
         if (split := line.get("split", "train")) != "test":
@@ -222,7 +222,7 @@ def test_tensorboard_is_cut_back_to_the_checkpoint(config, finished, tmp_path, m
     with monkeypatch.context() as patch, pytest.raises(Crash):
         act_at(patch, 5, crash)
         train(config, tmp_path / "run")
-    with monkeypatch.context() as patch, pytest.raises(Crash):  # updates 4 to 6 in a file to be forgotten
+    with monkeypatch.context() as patch, pytest.raises(Crash):  # writes an event file of updates 4 to 6, to be removed
         patch.setattr(checkpoint, "save", lambda *_: crash())
         train(config, tmp_path / "run", resume=True)
     train(config, tmp_path / "run", resume=True)

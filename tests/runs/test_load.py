@@ -1,4 +1,4 @@
-"""A trained model comes back from its run as it was scored, or is refused with what to do."""
+"""Test loading a trained run: the model scores as it did in the report, or the error says what to do."""
 
 import shutil
 from pathlib import Path
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("bare")
 
 
 @pytest.mark.parametrize("ema", [None, 0.7])
-def test_a_loaded_run_scores_exactly_what_its_report_says(config, tmp_path, ema):
+def test_a_loaded_run_scores_exactly_as_in_its_report(config, tmp_path, ema):
     report = train(moe_bsr.config.replace(config, train__ema_decay=ema, train__eval_every=None), tmp_path / "run")
     loaded = moe_bsr.load(tmp_path / "run")
     assert loaded.weights == ("live" if ema is None else "average") and loaded.step == 8
@@ -55,12 +55,12 @@ def test_tasks_of_a_run_can_be_chosen(finished):
         moe_bsr.load(finished, tasks=["shape"])
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
+def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="not a run folder"):
         moe_bsr.load(tmp_path)
 
 
-def test_what_training_changed_is_saved_or_everything(config, tmp_path):
+def test_train_save_selects_trainable_or_all_weights(config, tmp_path):
     saved, models = {}, {}
     for save in ("trainable", "all"):
         folder = tmp_path / save
@@ -77,7 +77,7 @@ def test_what_training_changed_is_saved_or_everything(config, tmp_path):
 
 @pytest.fixture
 def own_backbone(config, tmp_path) -> tuple[Config, Path]:
-    """The configuration over a weights file of one's own, and that file."""
+    """Return the configuration with a backbone loaded from a weights file, and that file."""
     file = tmp_path / "backbone.safetensors"
     save_file(load_backbone(config.backbone, seed=5).state_dict(), file)
     return moe_bsr.config.replace(config, backbone__weights=str(file), train__ema_decay=None), file
@@ -89,7 +89,7 @@ def replace_backbone(config: Config, file: Path) -> None:
     )
 
 
-def test_a_run_over_another_backbone_is_refused(own_backbone, tmp_path):
+def test_loading_with_another_backbone_is_refused(own_backbone, tmp_path):
     config, file = own_backbone
     train(config, tmp_path / "run")
     replace_backbone(config, file)
@@ -97,7 +97,7 @@ def test_a_run_over_another_backbone_is_refused(own_backbone, tmp_path):
         moe_bsr.load(tmp_path / "run")
 
 
-def test_weights_that_were_moved_are_named_by_an_option(own_backbone, tmp_path):
+def test_the_weights_option_names_a_backbone_file_that_was_moved(own_backbone, tmp_path):
     config, file = own_backbone
     train(moe_bsr.config.replace(config, train__steps=2), tmp_path / "run")
     before = state_of(moe_bsr.load(tmp_path / "run").models["shapes"])
@@ -111,7 +111,7 @@ def test_weights_that_were_moved_are_named_by_an_option(own_backbone, tmp_path):
         moe_bsr.load(tmp_path / "run", weights=str(moved))
 
 
-def test_a_run_of_a_device_that_is_not_here_is_computed_on_another(finished, tmp_path):
+def test_the_device_option_replaces_a_missing_device(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     file = tmp_path / "run" / "config.yaml"
     file.write_text(file.read_text().replace("  device: cpu\n", "  device: cuda:99\n"))
@@ -121,7 +121,7 @@ def test_a_run_of_a_device_that_is_not_here_is_computed_on_another(finished, tmp
     assert here.runtime.device.type == "cpu" and here.runtime.precision == "fp32"
 
 
-def test_a_resume_over_another_backbone_is_refused(own_backbone, tmp_path, monkeypatch):
+def test_resuming_with_another_backbone_is_refused(own_backbone, tmp_path, monkeypatch):
     config, file = own_backbone
     with monkeypatch.context() as patch, pytest.raises(Crash):
         act_at(patch, 5, crash)
@@ -131,7 +131,7 @@ def test_a_resume_over_another_backbone_is_refused(own_backbone, tmp_path, monke
         train(config, tmp_path / "run", resume=True)
 
 
-def test_a_checkpoint_of_everything_stands_alone(own_backbone, tmp_path):
+def test_a_checkpoint_of_all_weights_needs_no_backbone_file(own_backbone, tmp_path):
     config, file = own_backbone
     train(moe_bsr.config.replace(config, train__save="all", train__steps=2), tmp_path / "run")
     file.unlink()

@@ -1,4 +1,4 @@
-"""One trainer at a time in a run folder; what a dead one leaves bars nobody."""
+"""Test that a run folder has one trainer at a time, and that the lock of a dead process blocks nobody."""
 
 import json
 import os
@@ -31,34 +31,34 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """The run of one trainer alone."""
+    """Return the run of a trainer without competitors."""
     folder = tmp_path_factory.mktemp("whole")
     moe_bsr.train(config_of(folder), folder / "run", callbacks=[])
     return folder / "run"
 
 
 @pytest.mark.parametrize(("step", "resume"), [(1, False), (1, True), (3, True)])
-def test_a_second_trainer_is_refused_and_the_first_notices_nothing(config, whole, tmp_path, monkeypatch, step, resume):
-    folder, said = tmp_path / "run", []
+def test_a_second_trainer_is_refused_and_does_not_disturb_the_first(config, whole, tmp_path, monkeypatch, step, resume):
+    folder, errors = tmp_path / "run", []
 
     def second() -> None:
         before = content(folder)
         with pytest.raises(ConfigError) as refusal:
             moe_bsr.train(config, folder, resume=resume, callbacks=[])
         assert content(folder) == before
-        said.append(str(refusal.value))
+        errors.append(str(refusal.value))
 
     with monkeypatch.context() as patch:
         act_at(patch, step, second)
         moe_bsr.train(config, folder, callbacks=[])
-    (line,) = said
+    (line,) = errors
     assert f"{folder} is being trained in by process {os.getpid()} on " in line and " since 20" in line
     for name in ("metrics.jsonl", "checkpoint/4/weights.safetensors"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
     assert not (folder / "lock").exists()
 
 
-def test_another_process_is_named(tmp_path):
+def test_the_process_that_has_the_lock_is_named(tmp_path):
     code = (
         "import sys, pathlib\nfrom moe_bsr.runs.lock import locked\n"
         "with locked(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
@@ -72,14 +72,14 @@ def test_another_process_is_named(tmp_path):
             pass
         first.kill()
         first.wait()
-    assert json.loads((tmp_path / "run" / "lock").read_text())["pid"] == first.pid  # it is left, and bars nobody
+    assert json.loads((tmp_path / "run" / "lock").read_text())["pid"] == first.pid  # a stale lock file blocks nobody
     with locked(tmp_path / "run"):
         assert json.loads((tmp_path / "run" / "lock").read_text())["pid"] == os.getpid()
     assert not (tmp_path / "run" / "lock").exists()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": "x"}', '{"pid": 1}', "\x00" * 10_000])
-def test_a_lock_file_that_says_nothing_still_locks(tmp_path, text):
+def test_a_lock_file_with_invalid_content_still_locks(tmp_path, text):
     with locked(tmp_path / "run"):
         (tmp_path / "run" / "lock").write_text(text)
         with pytest.raises(ConfigError, match="is being trained in; wait for its end"), locked(tmp_path / "run"):
@@ -87,7 +87,7 @@ def test_a_lock_file_that_says_nothing_still_locks(tmp_path, text):
 
 
 @pytest.mark.parametrize("ends", [Crash, SystemExit])
-def test_however_training_ends_the_lock_goes(config, tmp_path, monkeypatch, ends):
+def test_the_lock_is_released_when_training_raises(config, tmp_path, monkeypatch, ends):
     def end() -> None:
         raise ends
 
@@ -97,7 +97,7 @@ def test_however_training_ends_the_lock_goes(config, tmp_path, monkeypatch, ends
     assert moe_bsr.train(config, tmp_path / "run", resume=True, callbacks=[])["status"] == "finished"
 
 
-def test_a_refused_run_leaves_no_folder_behind(config, tmp_path):
+def test_a_refused_run_creates_no_folder(config, tmp_path):
     missing = replace(config, tasks=[str(tmp_path / "missing.yaml")])
     (tmp_path / "missing.yaml").write_text("title: Missing\nsource: folder\npath: nowhere\n")
     with pytest.raises((ConfigError, OSError, ValueError)):
@@ -105,15 +105,15 @@ def test_a_refused_run_leaves_no_folder_behind(config, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_series_is_locked_with_all_its_parts(config, tmp_path, monkeypatch):
+def test_a_series_locks_the_runs_of_all_its_tasks(config, tmp_path, monkeypatch):
     series = replace(config, mode="single_task", train__steps=1)
     refused = []
 
     def others() -> None:
-        for place, changed in (("run", series), ("run/shapes", config), ("run/fractals", config)):
+        for name, changed in (("run", series), ("run/shapes", config), ("run/fractals", config)):
             with pytest.raises(ConfigError, match="is being trained in"):
-                moe_bsr.train(changed, tmp_path / place, callbacks=[])
-            refused.append(place)
+                moe_bsr.train(changed, tmp_path / name, callbacks=[])
+            refused.append(name)
 
     with monkeypatch.context() as patch:
         act_at(patch, 1, lambda: refused or others())
@@ -121,7 +121,7 @@ def test_a_series_is_locked_with_all_its_parts(config, tmp_path, monkeypatch):
     assert refused == ["run", "run/shapes", "run/fractals"] and not list((tmp_path / "run").rglob("lock"))
 
 
-def test_a_part_in_training_bars_the_series(config, tmp_path):
+def test_a_series_is_refused_while_one_of_its_tasks_is_training(config, tmp_path):
     with locked(tmp_path / "run" / "fractals"):
         with pytest.raises(ConfigError, match="fractals is being trained in"):
             moe_bsr.train(replace(config, mode="single_task"), tmp_path / "run", callbacks=[])

@@ -1,4 +1,4 @@
-"""A run folder from anybody: nothing is written, deleted or read through what is no file, and nothing waits."""
+"""Test that links, pipes and devices in an untrusted run folder are refused, never followed and never waited for."""
 
 import json
 import os
@@ -24,7 +24,7 @@ EVENTS = "tensorboard/events.out.tfevents.1.host.1.0"
 
 @pytest.fixture(autouse=True)
 def no_waiting():
-    """What would wait for ever ends the test."""
+    """Fail the test after 60 seconds instead of waiting forever."""
     signal.alarm(60)
     yield
     signal.alarm(0)
@@ -44,40 +44,40 @@ def finished(config, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(finished, tmp_path) -> Path:
-    """A copy of a run that was stopped before its report."""
+    """Return a copy of a run that was stopped before it wrote its report."""
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "report.json").unlink()
     (tmp_path / "run" / "tensorboard").mkdir()
     return tmp_path / "run"
 
 
-def link(place: Path) -> None:
-    target = elsewhere(place)
+def link(path: Path) -> None:
+    target = elsewhere(path)
     target.write_text(CANARY)
-    place.symlink_to(target)
+    path.symlink_to(target)
 
 
-def elsewhere(place: Path) -> Path:
-    """A file beside the run folder."""
-    while place.name != "run":
-        place = place.parent
-    return place.parent / "elsewhere"
+def elsewhere(path: Path) -> Path:
+    """Return a file beside the run folder."""
+    while path.name != "run":
+        path = path.parent
+    return path.parent / "elsewhere"
 
 
-def dangling(place: Path) -> None:
-    place.symlink_to(elsewhere(place))
+def dangling(path: Path) -> None:
+    path.symlink_to(elsewhere(path))
 
 
-def zero(place: Path) -> None:
-    place.symlink_to("/dev/zero")
+def zero(path: Path) -> None:
+    path.symlink_to("/dev/zero")
 
 
-def bound(place: Path) -> None:
+def bound(path: Path) -> None:
     here = os.getcwd()
-    os.chdir(place.parent)  # a socket's path has a limit
+    os.chdir(path.parent)  # a socket's path has a length limit
     try:
         with socket.socket(socket.AF_UNIX) as server:
-            server.bind(place.name)
+            server.bind(path.name)
     finally:
         os.chdir(here)
 
@@ -88,19 +88,19 @@ STRANGE = {
     "zero": zero,
     "pipe": os.mkfifo,
     "socket": bound,
-    "folder": lambda place: (place.mkdir(), (place / "file").write_text(CANARY)),
+    "folder": lambda path: (path.mkdir(), (path / "file").write_text(CANARY)),
 }
 
 
-def put(place: Path, strange: str) -> None:
-    place.unlink(missing_ok=True)
-    STRANGE[strange](place)
+def put(path: Path, strange: str) -> None:
+    path.unlink(missing_ok=True)
+    STRANGE[strange](path)
 
 
 def untouched(folder: Path) -> bool:
-    """Whatever lies beside the run folder is as it was."""
-    place = folder.parent / "elsewhere"
-    return not place.is_file() or place.read_text() == CANARY
+    """Return whether the file beside the run folder is unchanged."""
+    path = folder.parent / "elsewhere"
+    return not path.is_file() or path.read_text() == CANARY
 
 
 FILES = ("config.yaml", "metrics.jsonl", "report.json", "report.md", "test_evaluations.log", "lock", EVENTS)
@@ -108,7 +108,7 @@ FILES = ("config.yaml", "metrics.jsonl", "report.json", "report.md", "test_evalu
 
 @pytest.mark.parametrize("strange", STRANGE)
 @pytest.mark.parametrize("name", FILES)
-def test_what_is_no_file_where_one_belongs_is_refused_by_name(config, folder, name, strange):
+def test_anything_but_a_regular_file_is_refused_by_name(config, folder, name, strange):
     put(folder / name, strange)
     for attempt in (
         lambda: moe_bsr.train(config, folder, resume=True, callbacks=[]),
@@ -121,7 +121,7 @@ def test_what_is_no_file_where_one_belongs_is_refused_by_name(config, folder, na
 
 
 @pytest.mark.parametrize("strange", sorted(STRANGE.keys() - {"folder"}))
-def test_temporary_names_that_are_taken_are_in_nobodys_way(config, folder, strange):
+def test_existing_entries_at_temporary_names_do_not_disturb_training(config, folder, strange):
     names = ("config.yaml.tmp", "report.json.tmp", "report.md.tmp", "checkpoint/2.tmp", "checkpoint/notes.tmp")
     for name in names:
         put(folder / name, strange)
@@ -133,25 +133,25 @@ def test_temporary_names_that_are_taken_are_in_nobodys_way(config, folder, stran
 
 @pytest.mark.parametrize("name", ["checkpoint", "tensorboard", "views"])
 @pytest.mark.parametrize("as_file", [True, False], ids=["file", "link"])
-def test_what_is_no_folder_where_one_belongs_is_refused_by_name(config, folder, name, as_file):
-    place, other = folder / name, folder.parent / "other"
+def test_anything_but_a_regular_folder_is_refused_by_name(config, folder, name, as_file):
+    path, other = folder / name, folder.parent / "other"
     shutil.copytree(folder / "checkpoint", other)
     (other / "5.tmp").mkdir()
-    if place.exists():
-        shutil.rmtree(place)
-    place.write_text(CANARY) if as_file else place.symlink_to(other)
+    if path.exists():
+        shutil.rmtree(path)
+    path.write_text(CANARY) if as_file else path.symlink_to(other)
     before = sorted(path.relative_to(other) for path in other.rglob("*"))
     for resume in (False, True):
         with pytest.raises(ConfigError, match="where a folder of the run belongs"):
             moe_bsr.train(config, folder, resume=resume, callbacks=[])
-    with pytest.raises(ConfigError, match=str(place)):
+    with pytest.raises(ConfigError, match=str(path)):
         moe_bsr.load(folder)
     assert sorted(path.relative_to(other) for path in other.rglob("*")) == before
 
 
 @pytest.mark.parametrize("strange", STRANGE)
 @pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
-def test_in_a_checkpoint_it_spoils_that_checkpoint_alone(folder, name, strange):
+def test_an_irregular_file_in_a_checkpoint_invalidates_only_that_checkpoint(folder, name, strange):
     newest = folder / "checkpoint" / "2"
     put(newest / name, strange)
     warnings: list[str] = []
@@ -162,7 +162,7 @@ def test_in_a_checkpoint_it_spoils_that_checkpoint_alone(folder, name, strange):
 
 
 @pytest.mark.parametrize("strange", sorted(STRANGE.keys() - {"folder"}))
-def test_a_checkpoint_that_is_no_folder_is_named_and_never_followed(config, folder, strange):
+def test_a_checkpoint_that_is_not_a_folder_is_named_and_never_followed(config, folder, strange):
     newest = folder / "checkpoint" / "2"
     shutil.rmtree(newest)
     put(newest, strange)
@@ -197,12 +197,12 @@ def add(name: str):
 
 
 UNLISTED = {
-    "one more": lambda place: shutil.copy(place / "weights.safetensors", place / "average.safetensors"),
-    "one no longer": lambda place: edit_manifest(place, lambda m: m["sha256"].pop("optimizer.safetensors")),
-    "no weights": lambda place: edit_manifest(place, lambda m: m["sha256"].pop("weights.safetensors")),
-    "no state": lambda place: edit_manifest(place, lambda m: m["sha256"].pop("state.json")),
+    "one more": lambda path: shutil.copy(path / "weights.safetensors", path / "average.safetensors"),
+    "one no longer": lambda path: edit_manifest(path, lambda m: m["sha256"].pop("optimizer.safetensors")),
+    "no weights": lambda path: edit_manifest(path, lambda m: m["sha256"].pop("weights.safetensors")),
+    "no state": lambda path: edit_manifest(path, lambda m: m["sha256"].pop("state.json")),
     **{
-        name: lambda place, name=name: edit_manifest(place, add(name))
+        name: lambda path, name=name: edit_manifest(path, add(name))
         for name in (
             "../1/weights.safetensors",
             "/etc/passwd",
@@ -215,16 +215,16 @@ UNLISTED = {
         )
     },
     **{
-        f"step {step!r}": lambda place, step=step: edit_manifest(place, lambda m: m.update(step=step))
+        f"step {step!r}": lambda path, step=step: edit_manifest(path, lambda m: m.update(step=step))
         for step in (1, "2", None, 2.0, True)
     },
-    "a list": lambda place: (place / "manifest.json").write_text("[]"),
-    "brackets": lambda place: (place / "manifest.json").write_text("[" * 100_000),
+    "a list": lambda path: (path / "manifest.json").write_text("[]"),
+    "brackets": lambda path: (path / "manifest.json").write_text("[" * 100_000),
 }
 
 
 @pytest.mark.parametrize("change", UNLISTED.values(), ids=UNLISTED)
-def test_a_manifest_that_does_not_fit_its_folder_spoils_the_checkpoint(folder, change):
+def test_a_manifest_that_does_not_match_its_folder_invalidates_the_checkpoint(folder, change):
     newest = folder / "checkpoint" / "2"
     change(newest)
     with pytest.warns(UserWarning, match="checkpoint refused") as refused:
@@ -234,7 +234,7 @@ def test_a_manifest_that_does_not_fit_its_folder_spoils_the_checkpoint(folder, c
         checkpoint.read(newest)
 
 
-def test_what_is_no_tensors_beside_a_checkpoints_files_is_nobodys(folder):
+def test_unrelated_files_and_folders_among_checkpoints_are_ignored(folder):
     for name in (".DS_Store", "Thumbs.db", "notes.txt"):
         (folder / "checkpoint" / "2" / name).write_text(CANARY)
     (folder / "checkpoint" / "02").mkdir()
@@ -243,7 +243,7 @@ def test_what_is_no_tensors_beside_a_checkpoints_files_is_nobodys(folder):
 
 
 @pytest.mark.parametrize("name", ["../../elsewhere", "..", "2/../1", "02", "", "-1", "two"])
-def test_a_checkpoint_is_named_by_its_step_alone(finished, name):
+def test_a_checkpoint_is_named_only_by_its_step(finished, name):
     with pytest.raises(CheckpointError, match="no checkpoint .* there are best, last and 1, 2"):
         moe_bsr.load(finished, name)
 
@@ -251,7 +251,7 @@ def test_a_checkpoint_is_named_by_its_step_alone(finished, name):
 # --- whole runs ---
 
 
-def test_a_run_folder_may_be_a_link_itself(config, tmp_path):
+def test_the_run_folder_itself_may_be_a_link(config, tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "run").symlink_to(tmp_path / "disk")
     moe_bsr.train(config, tmp_path / "run", callbacks=[])
@@ -259,7 +259,7 @@ def test_a_run_folder_may_be_a_link_itself(config, tmp_path):
 
 
 @pytest.mark.parametrize("strange", sorted(STRANGE.keys() - {"folder"}))
-def test_what_is_no_folder_is_no_run(config, tmp_path, strange):
+def test_a_run_folder_that_is_not_a_folder_is_refused(config, tmp_path, strange):
     put(tmp_path / "run", strange)
     with pytest.raises(ConfigError, match="is not a folder"):
         moe_bsr.train(config, tmp_path / "run", callbacks=[])
@@ -267,7 +267,7 @@ def test_what_is_no_folder_is_no_run(config, tmp_path, strange):
         moe_bsr.load(tmp_path / "run")
 
 
-def test_a_part_of_a_series_is_no_link(config, tmp_path):
+def test_a_link_to_a_run_of_a_series_is_refused(config, tmp_path):
     series = moe_bsr.config.replace(config, mode="single_task")
     moe_bsr.train(series, tmp_path / "run", callbacks=[])
     (tmp_path / "run" / "shapes").rename(tmp_path / "other")
@@ -291,7 +291,7 @@ def test_files_have_usual_permissions(config, tmp_path):
     assert modes == {0o640}
 
 
-def test_reports_and_counts_are_read_from_files_alone(finished, tmp_path):
+def test_reports_and_counts_are_not_read_through_links(finished, tmp_path):
     for name in ("report.json", "test_evaluations.log"):
         shutil.copy(finished / name, tmp_path / f"my {name}")
         (tmp_path / name).symlink_to(tmp_path / f"my {name}")

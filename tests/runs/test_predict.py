@@ -1,4 +1,4 @@
-"""`TrainedRun.predict`: whatever an image comes as, the answers are those of the whole forward pass."""
+"""Test `TrainedRun.predict`: the predictions are those of the full forward pass for every form of input image."""
 
 import json
 from pathlib import Path
@@ -29,8 +29,8 @@ def arrays() -> list[np.ndarray]:
 @pytest.fixture
 def folder(tmp_path, arrays) -> Path:
     (tmp_path / "images" / "below").mkdir(parents=True)
-    for place, array in zip(("a.png", "b.PNG", "below/c.png"), arrays, strict=True):
-        Image.fromarray(array).save(tmp_path / "images" / place)
+    for name, array in zip(("a.png", "b.PNG", "below/c.png"), arrays, strict=True):
+        Image.fromarray(array).save(tmp_path / "images" / name)
     (tmp_path / "images" / "notes.txt").write_text("no image")
     (tmp_path / "images" / ".hidden.png").write_text("no image")
     return tmp_path / "images"
@@ -40,7 +40,7 @@ def answers(found: dict) -> list[dict]:
     return [image["tasks"] for image in found["images"]]
 
 
-def test_predictions_are_those_of_the_whole_forward_pass_in_plain_data(run, arrays):
+def test_predictions_are_json_data_from_the_full_forward_pass(run, arrays):
     found = run.predict(arrays, top=5)
     assert json.loads(json.dumps(found)) == found
     assert (found["run"], found["step"], found["skipped"]) == ("runs/mine", 12, [])
@@ -56,7 +56,7 @@ def test_predictions_are_those_of_the_whole_forward_pass_in_plain_data(run, arra
             assert [answer["probability"] for answer in image[task]] == pytest.approx(row[best].tolist())
 
 
-def test_files_folders_pil_images_and_arrays_give_the_same(run, arrays, folder):
+def test_files_folders_pil_images_and_arrays_give_the_same_predictions(run, arrays, folder):
     expected = answers(run.predict(arrays))
     files = [folder / "a.png", folder / "b.PNG", folder / "below" / "c.png"]
     pictures = [Image.fromarray(array) for array in arrays]
@@ -69,7 +69,7 @@ def test_files_folders_pil_images_and_arrays_give_the_same(run, arrays, folder):
     assert mixed[-1]["image"] == 3 and mixed[-1]["tasks"] == expected[0]
 
 
-def test_more_images_than_a_batch_holds_keep_their_order(run, arrays, monkeypatch):
+def test_images_of_several_batches_keep_their_order(run, arrays, monkeypatch):
     whole = run.predict(arrays)
     monkeypatch.setattr("moe_bsr.runs.predict.BATCH", 2)
     split = run.predict(iter(arrays))
@@ -90,7 +90,7 @@ def test_the_frozen_blocks_run_once_for_all_tasks_that_share_them(run, arrays, m
         {"tasks": ["many"], "blocks": 4, "shared_blocks": 0},
         {"tasks": ["few"], "blocks": 2, "shared_blocks": 0},
     ]
-    torch.manual_seed(0)  # a model of its own over the same frozen blocks
+    torch.manual_seed(0)  # another model with the same frozen blocks
     plan = {"train_blocks": [1, 3], "drop_blocks": [0, 2], "moe_blocks": [1, 3]}
     run.models["few"] = network({"few": 3}, depth=4, **plan).eval()
     assert run.predict(arrays)["groups"] == found["groups"]
@@ -118,7 +118,7 @@ def test_an_unreadable_image_is_named_and_left_out(run, arrays, tmp_path, conten
     assert run.predict(bad)["images"] == []
 
 
-def test_an_opened_image_that_turns_out_to_be_cut_is_left_out_too(run, tmp_path):
+def test_an_open_image_that_is_truncated_is_left_out(run, tmp_path):
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "cut.png")
     whole = (tmp_path / "cut.png").read_bytes()
@@ -138,7 +138,7 @@ def test_an_opened_image_that_turns_out_to_be_cut_is_left_out_too(run, tmp_path)
         None,
     ],
 )
-def test_what_is_no_image_is_refused(run, image):
+def test_invalid_image_objects_are_refused(run, image):
     with pytest.raises(ValueError, match="^image 0 is a"):
         run.predict([image])
 
@@ -148,7 +148,7 @@ def test_a_folder_without_images_is_refused(run, tmp_path):
         run.predict(tmp_path)
 
 
-def test_broken_weights_are_no_answer(run, arrays):
+def test_non_finite_logits_raise_an_error(run, arrays):
     with torch.no_grad():
         run.models["few"].heads["few"].bias.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="task few"):

@@ -1,4 +1,4 @@
-"""A run learns what belongs to none of its tasks, and says so as long as it has the same weights."""
+"""Test out-of-task detection: a run learns to reject images of no task, and the detectors are tied to its weights."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("bare")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, bare):
-    """One model for both tasks, that has learned to reject; and a model for each."""
+    """Return one multitask run and one run with a model per task, both with fitted detectors."""
     folder = tmp_path_factory.mktemp("rejection")
     config = make_config(folder, **LATE, train__steps=3, train__evaluate_test=False)
     moe_bsr.train(config, folder / "one", callbacks=[])
@@ -35,41 +35,41 @@ def copy(runs, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["one", "each"])
-def test_what_predict_says_is_what_was_measured(runs, kind):
+def test_predict_agrees_with_the_measured_rejection_rates(runs, kind):
     folder, found = runs[kind]
     trained, tasks = moe_bsr.load(folder), ["shapes", "fractals"]
-    says = {}
-    for of in tasks:
-        data = trained.data(of)
+    predicted = {}
+    for name in tasks:
+        data = trained.data(name)
         images = [data.val.source.image(data.val.place(i)) for i in range(len(data.val))]
-        says[of] = trained.predict(images)["images"]
-        assert found["tasks"][of]["val_images"] == len(images)
+        predicted[name] = trained.predict(images)["images"]
+        assert found["tasks"][name]["val_images"] == len(images)
     for task, other in (tasks, tasks[::-1]):
-        own, others = ([image["margins"][task] for image in says[of]] for of in (task, other))
+        own, others = ([image["margins"][task] for image in predicted[name]] for name in (task, other))
         about = found["tasks"][task]
         assert np.mean(np.array(own) >= -1e-3) >= scores.ACCEPTED
         pairs = [(a > b + 1e-4) + (abs(a - b) <= 1e-4) / 2 for a in own for b in others]
         assert about["auroc"] == pytest.approx(np.mean(pairs), abs=0.02)
         assert about["rejected"] == pytest.approx(np.mean(np.array(others) < 0), abs=1e-6)
-        for image in says[task]:
+        for image in predicted[task]:
             best = max(image["margins"], key=image["margins"].get)
             assert image["belongs_to"] == (best if image["margins"][best] >= 0 else None)
-        foreign = np.mean([image["margins"][other] < 0 for image in says[task]])
+        foreign = np.mean([image["margins"][other] < 0 for image in predicted[task]])
         assert about["foreign"] == pytest.approx(foreign, abs=1e-6)
 
 
-def test_the_score_is_the_one_that_tells_tasks_apart_best_and_stands_in_the_report(runs):
+def test_the_score_with_the_highest_auroc_is_chosen_and_reported(runs):
     folder, found = runs["one"]
     assert found["score"] == max(found["mean_auroc"], key=found["mean_auroc"].get)
     assert set(found["mean_auroc"]) == set(scores.SCORES)
     written = json.loads((folder / "report.json").read_text())["rejection"]
     assert {"run": str(folder), "step": found["step"], **written} == json.loads(json.dumps(found))
     assert "AUROC against other tasks" in (folder / "report.md").read_text()
-    report = moe_bsr.evaluate(folder)  # a run with the file is still a run
+    report = moe_bsr.evaluate(folder)  # a run with the detector file can still be evaluated
     assert report["tasks"].keys() == {"shapes", "fractals"}
 
 
-def test_class_statistics_are_of_the_training_images(runs):
+def test_class_statistics_are_computed_from_the_training_images(runs):
     folder, found = runs["one"]
     trained = moe_bsr.load(folder)
     data, model = trained.data("fractals"), trained.models["fractals"]
@@ -84,7 +84,7 @@ def test_class_statistics_are_of_the_training_images(runs):
     assert found["tasks"]["fractals"]["train_images"] == len(data.train)
 
 
-def test_other_weights_make_it_stale(copy):
+def test_detectors_of_other_weights_are_refused(copy):
     trained = moe_bsr.load(copy)
     with torch.no_grad():
         trained.models["shapes"].heads["shapes"].bias[0] += 1
@@ -121,17 +121,17 @@ def test_a_damaged_file_is_refused_in_one_line(copy, harm):
     assert "\n" not in str(refused.value) and str(copy) in str(refused.value)
 
 
-def test_the_commands_say_it(copy, capsys, tmp_path, monkeypatch):
+def test_the_reject_and_predict_commands(copy, capsys, tmp_path, monkeypatch):
     assert main(["reject", str(copy), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     monkeypatch.setattr(moe_bsr, "reject", lambda trained, **options: found)
     assert main(["reject", str(copy)]) == 0
-    told = capsys.readouterr().out
-    assert f"score: {found['score']}" in told and "others rejected" in told
+    text = capsys.readouterr().out
+    assert f"score: {found['score']}" in text and "others rejected" in text
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "black.png")
     assert main(["predict", str(copy), str(tmp_path / "black.png"), "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)["images"][0]
+    image = json.loads(capsys.readouterr().out)["images"][0]
     assert main(["predict", str(copy), str(tmp_path / "black.png")]) == 0
     text = capsys.readouterr().out
-    assert ("none of these tasks" in text) == (said["belongs_to"] is None)
-    assert ("* " in text) == (said["belongs_to"] is not None)
+    assert ("none of these tasks" in text) == (image["belongs_to"] is None)
+    assert ("* " in text) == (image["belongs_to"] is not None)

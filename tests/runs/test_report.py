@@ -1,4 +1,4 @@
-"""The report: a result that speaks for itself, for programs and for people."""
+"""Test the report of a run, as JSON and as text."""
 
 import re
 import sys
@@ -45,7 +45,7 @@ def make(tmp_path, **changes) -> dict:
     return report.make(**values | changes)
 
 
-def test_a_report_holds_its_configuration_machine_code_and_command(tmp_path, monkeypatch):
+def test_a_report_has_configuration_environment_commit_and_command(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "orig_argv", ["python", "/somewhere/bin/moe-bsr", "train", "my config.yaml"])
     config = make_config(tmp_path, **LATE, train__steps=2)
     moe_bsr.train(config, tmp_path / "run")
@@ -59,7 +59,7 @@ def test_a_report_holds_its_configuration_machine_code_and_command(tmp_path, mon
     assert written["command"] == "moe-bsr train 'my config.yaml'"
 
 
-def test_so_does_the_report_of_one_model_per_task(tmp_path):
+def test_a_single_task_report_has_configuration_environment_commit_and_command(tmp_path):
     config = make_config(tmp_path, **LATE, mode="single_task", train__steps=2)
     whole = moe_bsr.train(config, tmp_path / "run")
     assert configuration.from_dict(whole["config"]) == config
@@ -70,7 +70,7 @@ def test_so_does_the_report_of_one_model_per_task(tmp_path):
     assert list(part["config"]["tasks"]) != list(whole["config"]["tasks"])
 
 
-def test_the_text_says_what_each_peak_counts(tmp_path):
+def test_the_text_says_what_each_peak_includes(tmp_path):
     known = make(tmp_path)
     text = report.markdown(known)
     assert "Predicted peak of a step's tensors: 34 MB" in text
@@ -93,7 +93,7 @@ def test_a_damaged_report_is_refused_with_what_to_do(tmp_path, content):
         report.read(tmp_path)
 
 
-def test_the_machine_is_named_by_its_gpu_where_there_is_one(monkeypatch):
+def test_the_processor_of_a_gpu_run_is_the_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
     assert environment(Runtime(torch.device("cuda"), "fp32", 2, ""))["processor"] == "some GPU"
 
@@ -110,20 +110,20 @@ def test_the_text_names_the_selected_step_and_why(tmp_path, changes, words):
     assert words in report.markdown(make(tmp_path, **changes))
 
 
-def test_so_it_does_where_the_last_step_is_asked_for(tmp_path):
+def test_the_text_names_the_last_step_if_the_configuration_selects_it(tmp_path):
     config = make_config(tmp_path, train__checkpoint_selection="last")
     text = report.markdown(make(tmp_path, config=config, best=(50.0, 8), step=8))
     assert "those of step 8 of 8, the last (train.checkpoint_selection)" in text and "50.00 %" in text
 
 
-def test_one_model_per_task_has_a_step_for_each(tmp_path):
+def test_a_single_task_report_has_a_step_for_each_task(tmp_path):
     config = make_config(tmp_path, **LATE, mode="single_task", train__steps=2, train__evaluate_test=False)
     text = report.markdown(moe_bsr.train(config, tmp_path / "run"))
     assert "each with the weights of its own step: shapes 2, fractals 2" in text
 
 
 @pytest.mark.parametrize("name", AWKWARD.values(), ids=AWKWARD)
-def test_the_largest_confusions_are_told_with_names_as_they_are(tmp_path, name):
+def test_the_largest_confusions_are_listed_with_escaped_class_names(tmp_path, name):
     known = make(tmp_path, best=(1.0, 8), step=8)
     known["tasks"]["shapes"]["confusions"] = [{"true": name, "predicted": "b", "count": 3, "share": 0.5}]
     (line,) = [line for line in report.markdown(known).splitlines() if line.startswith("* shapes: ")]

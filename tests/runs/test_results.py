@@ -1,4 +1,4 @@
-"""The index of results: nothing in it is typed by hand, and it is up to date."""
+"""Test the index of results: it is generated from the result files and up to date."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_the_readme_of_the_results_is_up_to_date():
     assert (RESULTS / "README.md").read_text() == readme(RESULTS), "write it anew: moe-bsr results"
 
 
-def test_a_run_stands_with_its_figures_and_where_they_came_from(tmp_path):
+def test_a_run_has_a_row_with_figures_environment_commit_and_command(tmp_path):
     about = {"environment": ENVIRONMENT, "commit": "0123456789abcdef-dirty", "command": "moe-bsr train x.yaml"}
     put(tmp_path, "mine/report.json", RUN | about)
     put(tmp_path, "cut/report.json", RUN | {"status": "interrupted", "mean_top1": None})
@@ -42,11 +42,11 @@ def test_a_run_stands_with_its_figures_and_where_they_came_from(tmp_path):
         "`moe-bsr train x.yaml` |"
     )
     assert "interrupted of 2 tasks" in old and old.endswith("| - | - | - |")
-    put(tmp_path, "mine/report.json", RUN | {"gflops_per_image": None})  # its cost could not be predicted
+    put(tmp_path, "mine/report.json", RUN | {"gflops_per_image": None})  # as if the cost could not be predicted
     assert "peak 987 MB | - |" in readme(tmp_path)
 
 
-def test_each_kind_is_told_by_its_keys(tmp_path):
+def test_the_kind_of_a_result_is_detected_from_its_keys(tmp_path):
     asked = {"arguments": {"backbone": "vit", "batch": 8}, **ENVIRONMENT}
     target = {"what": "faster", "value": 2.5, "reached": True}
     put(tmp_path, "a.json", asked | {"groups": {"g": {"one": 1, "two": 2}}, "targets": [target]})
@@ -84,7 +84,7 @@ def test_each_kind_is_told_by_its_keys(tmp_path):
     ("content", "words"),
     [('{"a": 1', "cut or damaged"), ("[]", "not an object"), ('{"odd": 1}', "no known kind, it has odd")],
 )
-def test_what_is_no_result_is_refused_by_name(tmp_path, content, words):
+def test_an_invalid_result_file_is_refused_by_name(tmp_path, content, words):
     put(tmp_path, "x.json", content)
     with pytest.raises(ValueError, match=rf"x\.json: .*{words}"):
         readme(tmp_path)

@@ -1,14 +1,11 @@
-"""A run given away: it computes the same, tells nothing of the machine it comes from, and is read safely."""
+"""Test shared runs: they compute the same as the run, contain nothing about the machine and are read safely."""
 
-import base64
 import json
 import re
 import shutil
 import stat
 import struct
-import threading
 import zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -25,7 +22,7 @@ from moe_bsr.model.backbones.vit import load
 from moe_bsr.runs import archive, shared_form
 from moe_bsr.runs.checkpoint import CheckpointError
 from moe_bsr.runs.config_file import read_config
-from moe_bsr.runs.share import push, share
+from moe_bsr.runs.share import share
 from moe_bsr.runs.timm_folder import beyond_timm, write_timm
 from moe_bsr.runs.warm_start import build_from
 from moe_bsr.training.added_task import added_task_config
@@ -37,7 +34,7 @@ PLAIN = {"plan__moe_blocks": [], "plan__drop_blocks": []}
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """With experts, an average, and a backbone from a file that only this machine has."""
+    """Train a run with experts, a moving average and a backbone from a file that only this machine has."""
     folder = tmp_path_factory.mktemp("private_place")
     file = folder / "secret_backbone.safetensors"
     vit = timm.create_model("test_vit", num_classes=0, img_size=32)
@@ -69,8 +66,8 @@ def backbone_file(run: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def place(trained, tmp_path_factory) -> Path:
-    """Where the run lies as a folder and as a zip file: given, given.zip."""
+def shared(trained, tmp_path_factory) -> Path:
+    """Return a folder with the shared run as a folder and as a zip file: given, given.zip."""
     folder = tmp_path_factory.mktemp("given")
     for name in ("given", "given.zip"):
         share(trained, folder / name)
@@ -78,24 +75,24 @@ def place(trained, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["given", "given.zip"])
-def test_it_computes_what_the_run_does(trained, place, name):
-    loaded = [moe_bsr.load(run, weights=str(backbone_file(trained))) for run in (trained, place / name)]
+def test_a_shared_run_computes_the_same_as_the_run(trained, shared, name):
+    loaded = [moe_bsr.load(run, weights=str(backbone_file(trained))) for run in (trained, shared / name)]
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         for task in loaded[0].models:
             assert torch.equal(*(run.models[task](images, task).logits for run in loaded))
     image = torch.zeros(20, 30, 3, dtype=torch.uint8).numpy()
     found = [run.predict(image) for run in loaded]
-    assert found[0]["images"] == found[1]["images"] and found[1]["run"] == str(place / name)
+    assert found[0]["images"] == found[1]["images"] and found[1]["run"] == str(shared / name)
 
 
-def test_frozen_weights_are_not_in_it(trained, place):
+def test_a_shared_run_does_not_contain_frozen_weights(trained, shared):
     backbone = sum(tensor.nbytes for tensor in load_file(backbone_file(trained)).values())
     every = sum(p.numel() * 4 for p in moe_bsr.load(trained).models["shapes"].parameters())
-    assert (place / "given/model.safetensors").stat().st_size < every - backbone / 4
+    assert (shared / "given/model.safetensors").stat().st_size < every - backbone / 4
 
 
-def test_with_the_backbone_nothing_else_is_needed(trained, tmp_path):
+def test_a_run_shared_with_its_backbone_needs_no_other_file(trained, tmp_path):
     elsewhere = shutil.copytree(trained.parent, tmp_path / "place")
     share(elsewhere / "run", tmp_path / "given.zip", with_backbone=True, weights=str(backbone_file(elsewhere / "run")))
     expected = logits(trained)
@@ -110,66 +107,66 @@ def test_with_the_backbone_nothing_else_is_needed(trained, tmp_path):
     assert config.train.save == "all" and config.backbone.weights == "random"
 
 
-def test_without_it_the_user_is_told_what_is_missing(trained, place, tmp_path):
+def test_a_missing_or_wrong_backbone_file_is_named(trained, shared, tmp_path):
     with pytest.raises(ConfigError, match=r"given.zip: .*secret_backbone.safetensors.*weights=FILE says where"):
-        moe_bsr.load(place / "given.zip")
+        moe_bsr.load(shared / "given.zip")
     other = tmp_path / "other.safetensors"
     save_file({n: v + 1 for n, v in load_file(backbone_file(trained)).items()}, other)
     with pytest.raises(
         CheckpointError,
         match="given.zip holds only the weights that training changed, and needs the backbone with sha256",
     ):
-        moe_bsr.load(place / "given.zip", weights=str(other))
+        moe_bsr.load(shared / "given.zip", weights=str(other))
 
 
-def test_nothing_of_this_machine_is_in_it(trained, place):
-    for file in (place / "given").iterdir():
+def test_a_shared_run_contains_no_private_paths_or_commands(trained, shared):
+    for file in (shared / "given").iterdir():
         assert stat.S_IMODE(file.stat().st_mode) == 0o644, file
         content = file.read_bytes()
-        for private in ("private_place", str(place.parent), "pytest", "python "):
+        for private in ("private_place", str(shared.parent), "pytest", "python "):
             assert private.encode() not in content, (file, private)
-    assert {file.name for file in (place / "given").iterdir()} == set(shared_form.FILES)
-    tree = json.loads((place / "given/config.json").read_text())
+    assert {file.name for file in (shared / "given").iterdir()} == set(shared_form.FILES)
+    tree = json.loads((shared / "given/config.json").read_text())
     assert tree["architecture"] == "test_vit" and tree["run"]["data"]["root"] == "data"
 
 
-def test_the_card_is_one_that_hubs_read(trained, place):
-    text = (place / "given/README.md").read_text()
+def test_the_model_card_has_valid_metadata(trained, shared):
+    text = (shared / "given/README.md").read_text()
     head = yaml.safe_load(text.split("---")[1])
     assert head["library_name"] == "moe_bsr" and "license" not in head, "nobody knows the license of a file"
     score = json.loads((trained / "report.json").read_text())["tasks"]["fractals"]
     assert f"| fractals | 12 | {score['top1']:.1f} |" in text and "weights=" in text
-    assert json.loads((place / "given/config.json").read_text())["run"]["resolved"]["backbone_sha256"] in text
+    assert json.loads((shared / "given/config.json").read_text())["run"]["resolved"]["backbone_sha256"] in text
 
 
-def test_it_is_read_wherever_a_run_is(trained, place):
+def test_a_shared_run_is_accepted_in_place_of_a_run_folder(trained, shared):
     weights = {"weights": str(backbone_file(trained))}
-    found = moe_bsr.evaluate(place / "given", "test", **weights)
+    found = moe_bsr.evaluate(shared / "given", "test", **weights)
     assert found["mean_top1"] == json.loads((trained / "report.json").read_text())["mean_top1"]
     assert found["test_evaluations"] == 1
     with pytest.raises(ConfigError, match="counted in a folder; unpack it first: python -m zipfile -e"):
-        moe_bsr.evaluate(place / "given.zip", "test", **weights)
+        moe_bsr.evaluate(shared / "given.zip", "test", **weights)
     with pytest.raises(CheckpointError, match="no checkpoint 7 in .*given.zip: this shared run has only step 2"):
-        moe_bsr.load(place / "given.zip", 7, **weights)
+        moe_bsr.load(shared / "given.zip", 7, **weights)
     with pytest.raises(ConfigError, match="cannot be trained further"):
-        moe_bsr.config.load(place / "given")
+        moe_bsr.config.load(shared / "given")
     classes = {task: about["classes"] for task, about in read_config(trained)[1]["tasks"].items()}
     config = make_config(trained.parent, backbone__weights=str(backbone_file(trained)))
-    model, told = build_from(str(place / "given.zip"), config, classes)
-    assert told[0] == f"weights from {place / 'given.zip'}, step 2"
+    model, notes = build_from(str(shared / "given.zip"), config, classes)
+    assert notes[0] == f"weights from {shared / 'given.zip'}, step 2"
     with torch.inference_mode():
         images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         assert torch.equal(model.eval()(images, "shapes").logits, logits(trained)["shapes"])
 
 
-def test_nothing_is_replaced(trained, place):
+def test_existing_files_are_not_replaced(trained, shared):
     for name in ("given", "given.zip"):
         with pytest.raises(ConfigError, match=f"{name} exists already"):
-            share(trained, place / name)
-    assert sorted(path.name for path in place.iterdir()) == ["given", "given.zip"], "nothing half-written is left"
+            share(trained, shared / name)
+    assert sorted(path.name for path in shared.iterdir()) == ["given", "given.zip"], "nothing half-written is left"
 
 
-# --- from strangers ---
+# --- untrusted files ---
 
 
 @pytest.fixture(scope="module")
@@ -219,14 +216,14 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_a_zip_file_that_is_no_such_run_is_refused(given, tmp_path, case):
+def test_an_invalid_zip_file_is_refused(given, tmp_path, case):
     change, message = HOSTILE[case]
     with pytest.raises((ConfigError, CheckpointError), match=message) as refused:
         moe_bsr.load(zipped(tmp_path / "x.zip", change(members_of(given))))
     assert "x.zip" in str(refused.value) and "/moe_bsr_" not in str(refused.value)
 
 
-def test_names_lead_nowhere_and_other_files_stay_inside(given, tmp_path):
+def test_member_paths_cannot_escape_and_other_members_are_not_unpacked(given, tmp_path):
     members = members_of(given)
     hostile = {"../../escaped": b"x", "/tmp/moe_bsr_escaped": b"x", "a/b/config.json": b"{}", "run.py": b"raise"}
     file = zipped(tmp_path / "x.zip", members | hostile)
@@ -236,7 +233,7 @@ def test_names_lead_nowhere_and_other_files_stay_inside(given, tmp_path):
     assert same(logits(file), logits(given))
 
 
-def test_a_bomb_is_not_unpacked(given, tmp_path):
+def test_a_zip_bomb_is_not_unpacked(given, tmp_path):
     members = members_of(given)
     for name in ("config.json", "model.safetensors"):
         file = tmp_path / f"{name}.zip"
@@ -251,7 +248,7 @@ def test_a_bomb_is_not_unpacked(given, tmp_path):
             moe_bsr.load(file)
 
 
-def test_a_file_larger_than_it_says_is_not_unpacked(given, tmp_path):
+def test_a_member_larger_than_declared_is_not_unpacked(given, tmp_path):
     file = tmp_path / "x.zip"
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as out:
         for name, content in members_of(given).items():
@@ -262,7 +259,7 @@ def test_a_file_larger_than_it_says_is_not_unpacked(given, tmp_path):
         moe_bsr.load(file)
 
 
-def test_what_is_neither_a_folder_nor_a_zip_file_is_called_so(tmp_path):
+def test_a_path_that_is_neither_a_folder_nor_a_zip_file_is_refused(tmp_path):
     (tmp_path / "x.zip").write_bytes(b"hello")
     with pytest.raises(ConfigError, match="x.zip is neither a run folder nor a zip file of one"):
         moe_bsr.load(tmp_path / "x.zip")
@@ -277,91 +274,26 @@ def test_a_link_in_a_shared_folder_is_not_followed(given, tmp_path):
         moe_bsr.load(tmp_path / "x")
 
 
-# --- the hub ---
-
-
-class Hub(BaseHTTPRequestHandler):
-    """As much of a hub as an upload asks for."""
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.asked.append((self.path, body, self.headers.get("Authorization")))
-        if self.path == "/api/repos/create":
-            answer = {"url": f"{self.server.address}/me/photos", "name": "me/photos", "id": "1"}
-        elif self.path.endswith("/preupload/main"):
-            files = json.loads(body)["files"]
-            answer = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
-        elif "/commit/" in self.path:
-            answer = {"commitUrl": f"{self.server.address}/me/photos/commit/1", "commitOid": "1", "success": True}
-        else:
-            answer = {"warnings": [], "errors": []}
-        self.answer(200, answer)
-
-    def do_GET(self):
-        self.answer(404, {"error": "nothing"})
-
-    def answer(self, code: int, content: dict) -> None:
-        raw = json.dumps(content).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(raw)))
-        self.end_headers()
-        self.wfile.write(raw)
-
-    def log_message(self, *arguments):
-        pass
-
-
-def test_it_is_pushed_as_it_is(plain, tmp_path, monkeypatch):
-    pytest.importorskip("huggingface_hub")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.asked, server.address = [], f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", server.address)
-    monkeypatch.setenv("HF_TOKEN", "hf_test")
-    share(plain, tmp_path / "photos")
-    try:
-        assert push(tmp_path / "photos", "me/photos", private=True) == f"{server.address}/me/photos"
-        with pytest.raises(ConfigError, match="no/such/name: could not be pushed"):
-            push(tmp_path / "photos", "no/such/name")
-    finally:
-        server.shutdown()
-        server.server_close()
-    made = json.loads(next(body for path, body, _ in server.asked if path == "/api/repos/create"))
-    assert made["name"] == "photos" and "private" in (
-        made.get("visibility"),
-        *[k for k, v in made.items() if v is True],
-    )
-    commit, token = next((body, token) for path, body, token in server.asked if "/commit/" in path)
-    pushed = {
-        line["value"]["path"]: base64.b64decode(line["value"]["content"])
-        for line in map(json.loads, commit.splitlines())
-        if line["key"] == "file"
-    }
-    assert pushed == {file.name: file.read_bytes() for file in (tmp_path / "photos").iterdir()}
-    assert token == "Bearer hf_test"
-
-
 # --- timm ---
 
 
 def test_timm_computes_the_same(plain, tmp_path):
     task = "fractals"
-    told = write_timm(plain, tmp_path / "folder", task)
+    notes = write_timm(plain, tmp_path / "folder", task)
     model = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        # Ours computes the class token alone in the last block: sums of another shape.
+        # Our last block computes only the class token, so its sums have another shape.
         torch.testing.assert_close(model(images), logits(plain)[task], rtol=1e-5, atol=1e-5)
     loaded, cfg = moe_bsr.load(plain), timm.data.resolve_model_data_config(model)
-    assert told["difference"] < 1e-5 and tuple(cfg["mean"]) == tuple(loaded.transforms.mean)
+    assert notes["difference"] < 1e-5 and tuple(cfg["mean"]) == tuple(loaded.transforms.mean)
     assert cfg["input_size"] == (3, 32, 32) and cfg["crop_pct"] == loaded.transforms.crop_pct
     assert json.loads((tmp_path / "folder/config.json").read_text())["label_names"] == loaded.class_names[task]
     assert stat.S_IMODE((tmp_path / "folder/model.safetensors").stat().st_mode) == 0o644
     assert "library_name: timm" in (tmp_path / "folder/README.md").read_text()
 
 
-def test_the_bundled_backbone_is_one_that_timm_creates(tmp_path):
+def test_the_bundled_backbone_equals_a_timm_model(tmp_path):
     config = BackboneConfig(image_size=32)
     name, arguments = in_timm(config)
     ours, theirs = load(config), timm.create_model(name, num_classes=0, **arguments)
@@ -371,7 +303,7 @@ def test_the_bundled_backbone_is_one_that_timm_creates(tmp_path):
         assert torch.equal(ours.eval()(images), theirs.eval()(images))
 
 
-def test_what_timm_does_not_compute_is_refused(trained, plain, tmp_path):
+def test_runs_that_timm_cannot_represent_are_refused(trained, plain, tmp_path):
     with pytest.raises(ConfigError, match=r"blocks \[3, 5\] have experts"):
         write_timm(trained, tmp_path / "x", "shapes")
     with pytest.raises(ConfigError, match="has the tasks shapes, fractals, and a timm network has one head"):

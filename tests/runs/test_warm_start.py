@@ -1,4 +1,4 @@
-"""A run that starts from another's weights: what fits is taken to the bit, experts are copies of the trained FFN."""
+"""Test warm starts: matching weights are copied exactly, and experts start as copies of the trained FFN."""
 
 import functools
 import shutil
@@ -27,18 +27,18 @@ SHORT = {"train__steps": 2, "train__evaluate_test": False, "train__lr": 0.03}
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Train the run of a plan (once) for two updates; returns its configuration and folder."""
+    """Return a function that trains a plan once, for two updates, and returns its configuration and folder."""
     made: dict[str, tuple] = {}
     folder = tmp_path_factory.mktemp("sources")
 
     def make(**changes):
         if (name := repr(changes)) not in made:
-            config, place = make_config(folder, **SHORT, **changes), folder / f"run{len(made)}"
-            moe_bsr.train(config, place, callbacks=[])
+            config, target = make_config(folder, **SHORT, **changes), folder / f"run{len(made)}"
+            moe_bsr.train(config, target, callbacks=[])
             if config.mode == "multitask":
-                fresh = build(config, {task: len(names) for task, names in names_of(place).items()})
-                assert not torch.allclose(logits(fresh), logits(loaded(place)), atol=1e-3), "training moves nothing"
-            made[name] = config, place
+                fresh = build(config, {task: len(names) for task, names in names_of(target).items()})
+                assert not torch.allclose(logits(fresh), logits(loaded(target)), atol=1e-3), "training moves nothing"
+            made[name] = config, target
         return made[name]
 
     return make
@@ -87,69 +87,69 @@ def started(config, source: Path, classes=None):
     ids=["heads to bsr", "dense", "dense to moe", "to other routers", "moe", "conditioned", "average", "other blocks"]
     + ["lora", "beside", "lora to dense", "lora to moe", "dense to lora", "all saved"],
 )
-def test_a_plan_that_can_computes_what_the_run_did(trained, before, after, tolerance):
+def test_a_warm_start_with_a_compatible_plan_computes_the_same_logits(trained, before, after, tolerance):
     _, source = trained(**before)
     model, _ = started(make_config(source.parent, **SHORT, **after), source)
     for task in CLASSES:
         torch.testing.assert_close(logits(model, task), logits(loaded(source), task), rtol=tolerance, atol=tolerance)
 
 
-def test_experts_start_as_copies_of_the_ffn_as_it_was_trained(trained):
+def test_experts_start_as_copies_of_the_trained_ffn(trained):
     _, source = trained(**DENSE)
-    model, told = started(make_config(source.parent), source)
+    model, notes = started(make_config(source.parent), source)
     ffn = loaded(source).vit.blocks[3].mlp
     for expert in model.vit.blocks[3].mlp.experts.fc1_weight:
         assert torch.equal(expert, ffn.fc1.weight)
-    assert any("experts of blocks 3, 5, copies of the FFN, routers of blocks 3, 5" in line for line in told)
+    assert any("experts of blocks 3, 5, copies of the FFN, routers of blocks 3, 5" in line for line in notes)
 
 
-def test_experts_that_do_not_fit_are_left_and_said(trained):
+def test_experts_that_do_not_fit_are_left_out_and_reported(trained):
     _, source = trained()
-    model, told = started(make_config(source.parent, moe__num_experts=8), source)
-    assert "left: experts of blocks 3, 5" in told and any("new: experts of blocks 3, 5" in line for line in told)
-    model, told = started(make_config(source.parent, **DENSE), source)
-    assert "left: experts of blocks 3, 5" in told
+    model, notes = started(make_config(source.parent, moe__num_experts=8), source)
+    assert "left: experts of blocks 3, 5" in notes and any("new: experts of blocks 3, 5" in line for line in notes)
+    model, notes = started(make_config(source.parent, **DENSE), source)
+    assert "left: experts of blocks 3, 5" in notes
 
 
 # --- classes and tasks by name ---
 
 
 @pytest.mark.parametrize("router", ["per_task", "task_conditioned"])
-def test_tasks_and_classes_are_matched_by_name_and_the_rest_is_said(trained, router):
+def test_tasks_and_classes_are_matched_by_name_and_the_rest_is_reported(trained, router):
     _, source = trained(moe__router=router)
     theirs, names = loaded(source), names_of(source)["shapes"]
     classes = {"novel": ["x", "y"], "shapes": ["brand new", *reversed(names[1:])]}
     config = make_config(source.parent, moe__router=router)
     config = replace(config, tasks=[str(source.parent / "novel.yaml"), config.tasks[0]])
-    model, told = started(config, source, classes)
+    model, notes = started(config, source, classes)
     for row, name in enumerate(classes["shapes"][1:], 1):
         assert torch.equal(model.heads["shapes"].weight[row], theirs.heads["shapes"].weight[names.index(name)])
     kept = [classes["shapes"].index(name) for name in names[1:]]
     torch.testing.assert_close(logits(model)[:, kept], logits(theirs)[:, 1:], rtol=1e-5, atol=1e-5)
-    said = "\n".join(told)
-    assert "head of shapes (9 of 10 classes)" in said and "classes of shapes (brand new)" in said
-    assert "new: head of novel" in said and f"left: head of fractals, classes of shapes ({names[0]})" in said
+    text = "\n".join(notes)
+    assert "head of shapes (9 of 10 classes)" in text and "classes of shapes (brand new)" in text
+    assert "new: head of novel" in text and f"left: head of fractals, classes of shapes ({names[0]})" in text
 
 
-def test_models_for_single_tasks_give_their_heads_or_one_of_them_all(trained):
+def test_single_task_models_provide_all_heads_or_one_whole_model(trained):
     _, source = trained(mode="single_task", **DENSE)
     config = make_config(source.parent, **DENSE)
     classes = names_of(source / "shapes") | names_of(source / "fractals")
-    model, told = started(config, source, classes)
+    model, notes = started(config, source, classes)
     theirs = moe_bsr.load(source).models
     for task in classes:
         assert torch.equal(model.heads[task].weight, theirs[task].heads[task].weight)
-    assert not any("blocks 1" in line for line in told)
+    assert not any("blocks 1" in line for line in notes)
     alone, _ = started(replace_task(config, config.tasks[0]), source, {"shapes": classes["shapes"]})
     assert torch.equal(logits(alone), logits(theirs["shapes"]))
 
 
-# --- a run of it ---
+# --- runs after a warm start ---
 
 
 @pytest.mark.parametrize("adapter, base", [(None, ""), ("lora", ".base")])
-def test_a_run_records_its_source_and_goes_on_without_it(trained, tmp_path, adapter, base):
-    """Its frozen blocks have weights that the backbone's file has not: they are in its own checkpoints."""
+def test_a_run_records_its_source_and_resumes_without_it(trained, tmp_path, adapter, base):
+    """The run's checkpoints contain its frozen blocks too, because their weights differ from the backbone's file."""
     _, first = trained(**DENSE)
     source = shutil.copytree(first, tmp_path / "source")
     config = make_config(tmp_path, train__steps=3, train__checkpoint_every=1, train__init_from=str(source), **HEADS)
@@ -174,23 +174,23 @@ def test_a_run_records_its_source_and_goes_on_without_it(trained, tmp_path, adap
     assert run.read_config(stopped)[1]["init_from"] == record
 
 
-def test_gates_that_are_told_are_those_of_the_configuration(trained):
+def test_fixed_gates_come_from_the_configuration_and_not_from_the_source(trained):
     low_rank = {"moe__experts": "low_rank", "moe__rank": 2}
     config, source = trained(**low_rank, moe__gate="constant")
-    model, told = started(replace(config, moe__gate="task"), source)
+    model, notes = started(replace(config, moe__gate="task"), source)
     for task, gates in {"shapes": [0.5, 0.5, 0, 0], "fractals": [0, 0, 0.5, 0.5]}.items():
         assert model.vit.blocks[3].mlp.router.weight[task].tolist() == gates
-    assert "experts of blocks 3, 5" in told[1] and "routers" not in told[1]
+    assert "experts of blocks 3, 5" in notes[1] and "routers" not in notes[1]
 
 
 @pytest.mark.parametrize("case", ["missing", "no run", "another backbone", "another depth"])
-def test_what_cannot_be_started_from_is_refused_by_the_key(trained, tmp_path, case):
+def test_an_invalid_source_is_refused_with_its_key(trained, tmp_path, case):
     _, source = trained(**DENSE)
     config = make_config(
         tmp_path, train__init_from=str({"missing": tmp_path / "gone", "no run": tmp_path}.get(case, source))
     )
     if case == "another backbone":
-        config = replace(config, seed=5)  # of other random weights
+        config = replace(config, seed=5)  # other random weights
     if case == "another depth":
         config = replace(config, backbone={"name": "vit_pico_patch8_64"}, adapter="lora", **DENSE)
     with pytest.raises(ConfigError, match=r"train\.init_from = .*(is not a run folder|of one backbone)"):
