@@ -1,4 +1,4 @@
-"""What tests of something else leave out of a run, because it takes longer than the rest of a small run."""
+"""Context managers that skip slow parts of a run (pictures, cost prediction, fsync) in tests of other parts."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ _drawn: dict = {}  # images of generated tasks, by stream, index and number of i
 
 @contextlib.contextmanager
 def undrawn() -> Iterator[None]:
-    """Within, runs draw no pictures."""
+    """Context in which runs draw no pictures."""
     from moe_bsr.callbacks import expert_views, mistakes
 
     with pytest.MonkeyPatch.context() as patch:
@@ -22,14 +22,14 @@ def undrawn() -> Iterator[None]:
 
 @contextlib.contextmanager
 def light() -> Iterator[None]:
-    """Within, runs neither predict their cost nor wait for the disk, and draw each image of a generated task once."""
+    """Context in which runs predict no cost, skip fsync and draw each image of a generated task only once."""
     from moe_bsr import api
     from moe_bsr.data.generated import Generated
 
     draw = Generated.image
 
     def drawn_once(source: Generated, index: int):
-        """Return an image, which is a function of its stream (family or suite, split, seed) and its position."""
+        """Return a cached image. It depends only on its stream (family or suite, split, seed) and its position."""
         key = source._stream, index, len(source)
         if key not in _drawn:
             _drawn[key] = draw(source, index)

@@ -1,7 +1,7 @@
-"""FLOPs in closed form, as a paper would state them: an oracle for the tracer. A multiply-add is two.
+"""Closed-form FLOPs, as a paper would state them: a reference for the tracer. A multiply-add counts as two FLOPs.
 
-Attention, routers and experts are counted; the backward of y = x W costs as much again for dx, where the gradient
-path goes on, and once more for dW, where W trains. Elementwise work (norms, softmax, activations) is not counted.
+Attention, routers and experts are counted. The backward pass of y = x W costs as much again for dx, if x is on the
+gradient path, and once more for dW, if W trains. Elementwise work (norms, softmax, activations) is not counted.
 """
 
 from timm.layers import AttentionPoolLatent
@@ -15,7 +15,7 @@ from moe_bsr.model.plan import BlockPlan
 
 
 def forward_flops(model: MultitaskViT, task: str) -> int:
-    """Of one image's forward pass to the logits of a task."""
+    """Return the FLOPs of one image's forward pass to the logits of a task."""
     vit = model.vit
     blocks = sum(
         macs(b, p, n, m, vit.has_class_token, q)
@@ -25,7 +25,7 @@ def forward_flops(model: MultitaskViT, task: str) -> int:
 
 
 def step_flops(model: MultitaskViT, task: str) -> int:
-    """Of one image in a training step: forward, backward where it must run, recomputation if any.
+    """Return the FLOPs of one image in a training step: forward, backward where needed, and recomputation if any.
 
     Pooling by attention is left out.
     """
@@ -45,13 +45,13 @@ def step_flops(model: MultitaskViT, task: str) -> int:
 
 
 def counts(model: MultitaskViT) -> list[tuple[int, int]]:
-    """(tokens in attention, tokens in FFN) of each block."""
+    """Return (tokens in attention, tokens in FFN) of each block."""
     alone = [context.class_token_alone for context in model.contexts]
     return [(n, 1 if one else m) for (n, m), one in zip(summary.counts(model), alone, strict=True)]
 
 
 def queries(model: MultitaskViT) -> list[int | None]:
-    """Of each block's attention; None: of every token."""
+    """Return the number of queries in each block's attention, None if every token is a query."""
     return [1 if context.class_token_alone else None for context in model.contexts]
 
 
@@ -63,7 +63,7 @@ def macs(
     has_class_token: bool,
     queries: int | None = None,
 ) -> int:
-    """Multiply-adds of one image's forward pass: 4 D^2 n + 2 D n^2 for the attention, the scores, the FFN."""
+    """Return the multiply-adds of one image's forward pass: attention (4 D^2 n + 2 D n^2), scores and FFN."""
     n, layer = attention_tokens, block.attn
     q = n if queries is None else queries
     total = (2 * n + q) * layer.qkv.weight.numel() // 3 + q * layer.proj.weight.numel() + 2 * q * n * _inner(block)
@@ -85,18 +85,18 @@ def backward_macs(
     attached: bool,
     queries: int | None = None,
 ) -> tuple[int, int]:
-    """Multiply-adds of one image's backward pass: (for the inputs, for the weights that train).
+    """Return the multiply-adds of one image's backward pass: (for input gradients, for weight gradients).
 
-    The two products of attention have two operands each, and the map is computed once more. Of a single query the
-    gradients of keys and values are outer products, made element by element.
+    Attention's two products have two operand gradients each, and the map is computed once more. With a single query
+    the gradients of keys and values are outer products, which are elementwise and not counted.
 
     Args:
-        attached: whether the scores have a gradient (their product has two operands as well).
+        attached: whether the scores have a gradient (their product then has two operand gradients as well).
     """
     n = attention_tokens
     maps, scores = (n if queries is None else queries) * n * _inner(block), _scores(block, plan, n, has_class_token)
     of_matrices = macs(block, plan, n, ffn_tokens, has_class_token, queries) - 2 * maps - scores
-    again = 0 if has_class_token else scores  # a whole map, computed once more as well
+    again = 0 if has_class_token else scores  # the whole score map is computed once more as well
     inputs = of_matrices + (5 if queries is None else 3) * maps + (2 * scores + again if attached else 0)
     if not plan.trainable:
         return inputs, 0
@@ -105,7 +105,7 @@ def backward_macs(
 
 
 def skipped_macs(block: Block, ffn_tokens: int) -> int:
-    """Of one image: what a block leaves out when it is run again for its graph: the FFN's last product."""
+    """Return the multiply-adds of one image that a block skips in recomputation: the FFN's last product."""
     if any(p.requires_grad for p in block.ls2.parameters()) or type(block.mlp) not in (Mlp, MoE):
         return 0
     if isinstance(block.mlp, MoE):
@@ -119,9 +119,9 @@ def router_macs(moe: MoE, tokens: int) -> int:
 
 
 def pooling_macs(model: MultitaskViT) -> int:
-    """Of one image's pooling by attention, if there is one: a learned query looks at all tokens, an FFN follows.
+    """Return the multiply-adds of one image's attention pooling: a learned query attends to all tokens, then an FFN.
 
-    Pooling without parameters (timm's PRR) lets all tokens look at one another.
+    It is 0 without such pooling. In pooling without parameters (timm's PRR) all tokens attend to one another.
     """
     vit, pool = model.vit, model.vit.attn_pool
     if pool is None:
@@ -139,10 +139,10 @@ def _embedding(model: MultitaskViT) -> int:
 
 
 def _inner(block: Block) -> int:
-    """Width of all heads together."""
+    """Return the total width of all heads."""
     return block.attn.num_heads * block.attn.head_dim
 
 
 def _scores(block: Block, plan: BlockPlan, tokens: int, has_class_token: bool) -> int:
-    """Multiply-adds of the scores, if tokens are dropped: the class token's row, or without one the whole map."""
+    """Return the multiply-adds of the scores for dropping: the class token's row, or the whole map without one."""
     return 0 if plan.keep_rate == 1 else (1 if has_class_token else tokens) * tokens * _inner(block)

@@ -1,4 +1,4 @@
-"""How far apart colors are for different eyes, and the search that found the experts' colors.
+"""Color distances for normal and deficient color vision, and the search that chose the experts' colors.
 
 python tests/color_vision.py        prints the palette of moe_bsr/visualize/theme.py
 """
@@ -7,7 +7,7 @@ import numpy as np
 
 FIRST = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")  # Okabe and Ito, without black
 COUNT = 64
-# What protanopes and deuteranopes see of linear RGB (Machado, Oliveira and Fernandes 2009, severity 1).
+# Simulation of protanopia and deuteranopia in linear RGB (Machado, Oliveira and Fernandes 2009, severity 1).
 DEFICIENT = (
     [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
     [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
@@ -30,14 +30,14 @@ OKLAB = np.array(
 
 
 def search() -> np.ndarray:
-    """(64, 3): `FIRST`, then always the candidate farthest from all before, for all three kinds of eyes."""
+    """Return (64, 3) colors: `FIRST`, then repeatedly the candidate farthest from all colors chosen so far."""
     steps = np.linspace(0, 1, 18)
     candidates = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, 3)
     lightness, *tint = oklab(candidates)[0].T
-    # Apart from text and background, and none so saturated that it draws the eye from the others.
+    # Different in lightness from text and background, and not so saturated that one color stands out.
     candidates = candidates[(lightness > 0.42) & (lightness < 0.9) & (np.hypot(*tint) < 0.17)]
     chosen = np.array([rgb(text) for text in FIRST])
-    grays = np.array([[0.85] * 3, [0.95] * 3])  # of dropped patches
+    grays = np.array([[0.85] * 3, [0.95] * 3])  # the colors of dropped patches
     nearest = np.min([distance(candidates, color) for color in [*chosen, *grays]], 0)
     while len(chosen) < COUNT:
         chosen = np.vstack([chosen, candidates[nearest.argmax()]])
@@ -46,20 +46,20 @@ def search() -> np.ndarray:
 
 
 def distance(colors: np.ndarray, one: np.ndarray) -> np.ndarray:
-    """(N, 3), (3,) -> (N,) distance in Oklab, for the eye that tells the two apart worst."""
+    """Return the (N,) Oklab distances of (N, 3) colors from a (3,) color, the least of the three kinds of vision."""
     pairs = zip(oklab(colors), oklab(one[None]), strict=True)
     return np.min([np.linalg.norm(a - b, axis=1) for a, b in pairs], 0)
 
 
 def oklab(colors: np.ndarray) -> list[np.ndarray]:
-    """(N, 3) RGB -> (N, 3) Oklab, for normal, protanopic and deuteranopic eyes."""
+    """Convert (N, 3) RGB to (N, 3) Oklab for normal, protanopic and deuteranopic vision."""
     light = linear(colors)
     eyes = (np.eye(3), *map(np.array, DEFICIENT))
     return [np.cbrt(np.clip(light @ eye.T, 0, 1) @ CONES) @ OKLAB for eye in eyes]
 
 
 def lightness(colors: np.ndarray) -> np.ndarray:
-    """(..., 3) RGB -> (...) relative luminance."""
+    """Convert (..., 3) RGB to (...) relative luminance."""
     return linear(colors) @ (0.2126, 0.7152, 0.0722)
 
 

@@ -1,6 +1,6 @@
-"""Tests compute in one thread: their tensors are tiny, and threads that wait actively would slow everything down.
+"""Fixtures and test order. torch uses one thread: the tensors are tiny, and busy-waiting threads slow all tests down.
 
-Nothing that takes long is imported here, because the process that starts the workers of pytest-xdist reads this file.
+This module imports nothing slow, because the controller of pytest-xdist reads it too.
 """
 
 import gc
@@ -8,8 +8,8 @@ import gc
 import cheap
 import pytest
 
-# The files that take most CPU time, longest first. They start first: a long file at the end would keep one worker busy
-# while the others have nothing left.
+# The test files that take the most CPU time, longest first. They start first, so that no worker runs a long file at the
+# end while the others are idle.
 LONG = (
     "predict registries campaigns fit cost_check plans expert_views interrupt cost network warm_start feature_cache "
     "browser bundle folder resume trainer added_task views contents data_record probe_trainer several_processes tables "
@@ -22,13 +22,13 @@ def pytest_collection_modifyitems(items):
     import torch
 
     torch.set_num_threads(1)
-    order = {f"test_{name}": place for place, name in enumerate(LONG)}
+    order = {f"test_{name}": rank for rank, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection():
-    """Keep the 400,000 objects that imports create out of all garbage collections."""
+    """Exclude the 400,000 objects that imports create from all garbage collections."""
     gc.disable()
     try:
         return (yield)
@@ -65,4 +65,4 @@ def light():
 
 @pytest.fixture(scope="module")
 def bare(undrawn, light):
-    """Both, for tests of anything else."""
+    """Combine `undrawn` and `light`, for tests of other parts."""

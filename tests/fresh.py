@@ -1,9 +1,9 @@
-"""Run code in a process of its own, for tests that need separate streams, signals and an exit status.
+"""Run code in a separate process, for tests that need their own streams, signals and exit status.
 
-One interpreter imports everything and forks all these processes, because starting each of them anew takes longer than
-what they do. The workers of pytest-xdist share it. (torch cannot train in a fork of a process that has run a backward
-pass, so a test process cannot be the parent.) These processes do not show what a command imports at its start, nor that
-it sets up its process.
+One interpreter imports everything and forks all these processes, because a new interpreter takes longer to start than
+the code takes to run. All workers of pytest-xdist share it. (torch cannot train in a fork of a process that has run a
+backward pass, so a test process cannot be the parent.) Tests with these processes do not cover what a command imports
+at startup, nor its process setup.
 """
 
 import array
@@ -60,14 +60,14 @@ def run(code: str, *arguments: str | Path, **environment: str) -> subprocess.Com
 
 
 def in_shell(redirected: str, code: str, *arguments: str | Path) -> subprocess.CompletedProcess:
-    """Do the same with the redirections of a shell. The exit status is the last line of `stdout`."""
+    """Do what `run` does, with shell redirections. The exit status is the last line of `stdout`."""
     client = [sys.executable, "-I", "-S", __file__, _server(), code, *arguments]
     line = f'exec 3>&1; ( "$@" 3>&- ; echo $? >&3 ) {redirected}'
     return subprocess.run(["bash", "-c", line, "bash", *client], capture_output=True, text=True, check=False)
 
 
 class Process:
-    """A process that has been started, with its `pid` and what it has written so far."""
+    """Started process: its `pid`, its output so far and its exit status."""
 
     def __init__(self, code: str, *arguments: str | Path, **environment: str) -> None:
         self._streams = [tempfile.TemporaryFile() for _ in range(3)]
@@ -76,11 +76,11 @@ class Process:
         self.pid = json.loads(self._ended.readline())
 
     def output(self, number: int = 1) -> str:
-        """Return what it has written to stdout (1) or stderr (2)."""
+        """Return what the process has written to stdout (1) or stderr (2)."""
         return os.pread(self._streams[number].fileno(), 2**24, 0).decode()
 
     def wait(self) -> int:
-        """Wait for its end; returns its exit status, or minus the number of the signal that ended it."""
+        """Wait until the process ends. Returns its exit status, or minus the number of the signal that ended it."""
         return json.loads(self._ended.readline())
 
     def __enter__(self) -> "Process":
@@ -91,13 +91,13 @@ class Process:
             stream.close()
 
 
-_users: dict[int, int] = {}  # by process: its end of the pipe that keeps the server alive
+_users: dict[int, int] = {}  # process id -> its end of the pipe that keeps the server alive
 
 
 def _server() -> str:
-    """Return the socket of the interpreter that the workers share, which the first of them starts.
+    """Return the socket of the server that all workers share. The first worker starts it.
 
-    It ends when every process that has asked for it has ended.
+    The server ends when every process that has called this function has ended.
     """
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID", f"{os.getpid()}")
     folder = Path(tempfile.gettempdir(), f"fresh-{os.getuid()}-{run}")  # a socket's path has to be short
@@ -113,11 +113,11 @@ def _server() -> str:
 
 
 def _start(folder: Path) -> int:
-    """Start a server; returns an end of the pipe `users`, which it reads until all other ends are closed."""
+    """Start a server, which runs until all write ends of its pipe `users` are closed. Returns one such end."""
     for name in ("socket", "users"):
         (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / "users")
-    both = os.open(folder / "users", os.O_RDWR)  # or opening one end would wait for the other
+    both = os.open(folder / "users", os.O_RDWR)  # opening one end alone would block
     with open(folder / "users", "rb") as users, socket.socket(socket.AF_UNIX) as listening:
         own = os.open(folder / "users", os.O_WRONLY)
         os.close(both)
@@ -132,7 +132,7 @@ def _start(folder: Path) -> int:
 
 
 def _ask(path: str, code: str, arguments: Any, files: dict[int, int], environment: Any) -> Any:
-    """Ask the server for a process; the two lines that come back are its id and its exit status."""
+    """Ask the server for a process. Returns a stream of two lines: its id and, once it ends, its exit status."""
     asked = {"code": code, "arguments": list(map(str, arguments)), "cwd": os.getcwd(), "files": list(files)}
     asking = socket.socket(socket.AF_UNIX)
     asking.connect(path)
@@ -144,13 +144,13 @@ def _ask(path: str, code: str, arguments: Any, files: dict[int, int], environmen
 
 
 def _serve(listening: socket.socket) -> tuple[str, list[str]]:
-    """Fork a process for each request; returns only in these processes, with their code and arguments."""
+    """Fork a process for each request. Returns only in these processes, with their code and arguments."""
     while True:
-        if sys.stdin in select.select([listening, sys.stdin], [], [])[0]:  # at its end: all workers are gone
+        if sys.stdin in select.select([listening, sys.stdin], [], [])[0]:  # end of file: all workers have ended
             shutil.rmtree(sys.argv[2])
             sys.exit()
         connection, _ = listening.accept()
-        if os.fork() == 0:  # the fork waits for the process that it starts
+        if os.fork() == 0:  # this fork starts the process and waits for it
             break
         connection.close()
     listening.close()
@@ -168,7 +168,7 @@ def _serve(listening: socket.socket) -> tuple[str, list[str]]:
 
 
 def _become(asked: dict[str, Any], files: dict[int, int]) -> None:
-    """Set up directory, environment and streams, as an interpreter does at its start."""
+    """Set up directory, environment and streams, as an interpreter does at startup."""
     os.chdir(asked["cwd"])
     os.environ.clear()
     os.environ.update(asked["environment"])
@@ -201,7 +201,7 @@ def _client(path: str, code: str, *arguments: str) -> int:
 if __name__ == "__main__":
     if not sys.argv[1].isdigit():
         sys.exit(_client(*sys.argv[1:]))
-    gc.disable()  # garbage collections take a third of the time of the imports, and find nothing
+    gc.disable()  # collections would take a third of the import time and find nothing
     import torch
     import torch._dynamo  # the first optimizer would import it
 
@@ -215,8 +215,8 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     gc.enable()
-    gc.freeze()  # or a collection in a fork would write to every page of the parent, and so copy it
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # this process waits for no child
+    gc.freeze()  # otherwise a collection in a fork would write to, and so copy, all pages of the parent
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are reaped without waiting
     code, arguments = _serve(socket.socket(fileno=int(sys.argv[1])))
     sys.argv = ["-c", *arguments]
     exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})

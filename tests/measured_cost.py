@@ -1,4 +1,4 @@
-"""Compare the predicted cost of a tiny run with the measured one."""
+"""Compare the predicted cost of a tiny run with the measured cost."""
 
 import pytest
 import torch
@@ -12,12 +12,12 @@ from moe_bsr.training.update import training_step
 
 
 def assert_predicted_is_measured(config: Config) -> None:
-    """All but the peak, which `benchmark/test_cost_check.py` compares on models where kernels' scratch is small."""
+    """Compare all but the peak. `benchmark/test_cost_check.py` does that where kernels need little scratch memory."""
     classes = dict.fromkeys(config.task_names(), 10)
     model, task = build(config, classes), config.task_names()[0]
     predicted = predict(model, config, batch=8, precision="fp32", task=task)
     step = training_step(model, config, prepare(config.runtime), batch=8, task=task)
-    step.run()  # the optimizer's state exists from here on
+    step.run()  # creates the optimizer's state
     state = [value for values in step.optimizer.state.values() for value in values.values()]
     assert predicted.parameters == held([*model.parameters(), *model.buffers()])
     assert predicted.gradients == sum(p.numel() * p.element_size() for p in step.trained)

@@ -1,7 +1,7 @@
-"""Groups of processes that train together, as torchrun starts them.
+"""Start groups of processes that train together, as torchrun does.
 
-A fresh process (`fresh.py`) forks them all. The stores by which they find each other are in the test process, as
-torchrun's store is in torchrun: a store outlives its group, and no port has to be guessed.
+A fresh process (`fresh.py`) forks them all. The rendezvous stores are in the test process, as torchrun's store is in
+torchrun. So a store outlives its group, and no port has to be guessed.
 """
 
 import importlib.util
@@ -22,12 +22,12 @@ LIMIT = 500  # seconds after which a group that hangs is killed
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended.
+    """Outcome of one process.
 
     Attributes:
         status: as `os.waitstatus_to_exitcode` returns it.
-        said: what it wrote to stdout and stderr.
-        result: what its function returned, None if it did not return.
+        said: its output to stdout and stderr.
+        result: the return value of its function, None if it raised an error.
     """
 
     status: int
@@ -45,7 +45,7 @@ def run_groups(file: str, folder: Path, groups: dict[str, int]) -> dict[str, lis
 
     stores = {name: dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for name in groups}
     plan = [(name, world, stores[name].port) for name, world in groups.items()]
-    # The GPUs are counted without CUDA, which a fork could not use any more.
+    # Count GPUs through NVML: once CUDA is initialized, a fork cannot use it.
     done = fresh.run(CODE, file, folder, json.dumps(plan), PYTORCH_NVML_BASED_CUDA_CHECK="1")
     assert done.returncode == 0, done.stderr
     return {
@@ -64,7 +64,7 @@ def start(file: str, folder: Path, plan: list[tuple[str, int, int]]) -> None:
     expert_views.drawing_due = lambda *arguments: False
     mistakes.MistakeViews.on_end = lambda self, report: None
     api._predict = lambda *arguments: None
-    api.check = lambda config: None  # the test process has made the same checks
+    api.check = lambda config: None  # the test process has already checked it
     spec = importlib.util.spec_from_file_location("functions", file)
     functions = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(functions)
@@ -89,9 +89,9 @@ def _start(functions: Any, name: str, rank: int, world: int, port: int, folder: 
         said = os.open(folder / f"{name}.{rank}.said", os.O_WRONLY | os.O_CREAT)
         os.dup2(said, 1)
         os.dup2(said, 2)
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": 0}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
-        os.environ.update({key: str(value) for key, value in place.items()})
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": 0}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
+        os.environ.update({key: str(value) for key, value in variables.items()})
         result = getattr(functions, name)(folder, rank)
         (folder / f"{name}.{rank}.result").write_text(json.dumps(result))
         status = 0
@@ -106,7 +106,7 @@ def _start(functions: Any, name: str, rank: int, world: int, port: int, folder: 
 
 
 def _wait(children: list[int]) -> dict[int, int]:
-    """Return the exit status of each, and kill those that take too long."""
+    """Return the exit status of each child. Children that exceed `LIMIT` are killed."""
     statuses: dict[int, int] = {}
     until = time.monotonic() + LIMIT
     while len(statuses) < len(children):

@@ -1,4 +1,4 @@
-"""What autograd saves, as its own hooks see it: another way to measure what our meter measures."""
+"""Record what autograd saves, through its own hooks: a check of the meter in `moe_bsr.benchmark.measure`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ def saved_storages(run: Callable[[], Any], exclude: list[Tensor]) -> list[Tensor
     """Return the tensors that reach autograd's saved-tensor hooks while `run` runs, one per storage.
 
     Args:
-        exclude: tensors whose storages are held anyway (parameters, buffers, the images).
+        exclude: tensors whose storages are in memory anyway (parameters, buffers, the images).
     """
     saved: dict[int, Tensor] = {}
     known = {t.untyped_storage().data_ptr() for t in exclude}
@@ -24,5 +24,5 @@ def saved_storages(run: Callable[[], Any], exclude: list[Tensor]) -> list[Tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = run()
-    del result  # held until here, so that no address was reused
+    del result  # kept alive until here, so that no address is reused
     return list(saved.values())

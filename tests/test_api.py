@@ -1,4 +1,4 @@
-"""The library's front: callbacks handed in, values they add to the report, evaluation of a run."""
+"""The public API: custom callbacks, the values they add to the report, and the evaluation of a run."""
 
 import json
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("light")
 
 
 class Recorder(Callback):
-    """Notes what it is told, and adds to the report."""
+    """Records its events, and adds values to the report."""
 
     def __init__(self, name: str, **values) -> None:
         self.name, self.values = name, values
@@ -41,26 +41,26 @@ class Recorder(Callback):
         self.events.append("close")
 
 
-def test_callbacks_are_handed_in_and_metrics_are_written_all_the_same(tmp_path, capsys):
+def test_custom_callbacks_are_called_and_metrics_are_still_written(tmp_path, capsys):
     recorder = Recorder("mine", answer=42, status="overwritten?")
     report = moe_bsr.train(make_config(tmp_path, **LATE, train__steps=2), tmp_path / "run", callbacks=[recorder])
     assert recorder.events == ["start", "step", "step", "val", "test", "end", "close"]
-    assert report["answer"] == 42 and report["status"] == "finished"  # nothing of the trainer's is overwritten
+    assert report["answer"] == 42 and report["status"] == "finished"  # the trainer's own values stay
     assert report == json.loads((tmp_path / "run" / "report.json").read_text())
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 2 + 2 * len(TASKS)
     assert not (tmp_path / "run" / "tensorboard").exists() and capsys.readouterr().out == ""
 
 
-def test_what_callbacks_add_does_not_depend_on_their_order(tmp_path):
-    for place, order in enumerate(([0, 1], [1, 0])):
+def test_values_added_by_callbacks_do_not_depend_on_their_order(tmp_path):
+    for number, order in enumerate(([0, 1], [1, 0])):
         callbacks = [Recorder("a"), Recorder("b")]
         config = make_config(tmp_path, **LATE, train__steps=1, train__evaluate_test=False)
-        report = moe_bsr.train(config, tmp_path / str(place), callbacks=[callbacks[i] for i in order])
+        report = moe_bsr.train(config, tmp_path / str(number), callbacks=[callbacks[i] for i in order])
         assert report["a saw"] == report["b saw"]
         assert "a saw" not in report["b saw"] and "mean_top1" in report["a saw"]
 
 
-def test_callbacks_follow_one_task_after_the_other(tmp_path):
+def test_callbacks_run_once_per_task_in_single_task_mode(tmp_path):
     recorder = Recorder("mine")
     config = make_config(tmp_path, **LATE, mode="single_task", train__steps=1, train__evaluate_test=False)
     moe_bsr.train(config, tmp_path / "run", callbacks=[recorder])
@@ -76,18 +76,18 @@ def test_a_run_checks_its_model_once_and_before_weights_are_read(tmp_path, monke
     assert built == ["meta", "weights"]
 
 
-def test_the_default_callbacks_have_names_of_their_own(tmp_path):
+def test_default_callbacks_have_distinct_names(tmp_path):
     names = [callback.name for callback in default_callbacks(tmp_path)]
     assert names == ["console", "jsonl", "tensorboard", "expert_views", "mistakes"]
 
 
 @pytest.mark.parametrize("mode", ["multitask", "single_task"])
-def test_a_run_is_evaluated_as_the_trainer_evaluated_it(tmp_path, mode):
+def test_evaluate_agrees_with_the_trainers_evaluation(tmp_path, mode):
     report = moe_bsr.train(make_config(tmp_path, **LATE, mode=mode, train__steps=2), tmp_path / "run", callbacks=[])
-    told = []
-    result = moe_bsr.evaluate(tmp_path / "run", "test", on_task=lambda *event: told.append(event))
+    events = []
+    result = moe_bsr.evaluate(tmp_path / "run", "test", on_task=lambda *event: events.append(event))
     assert result["mean_top1"] == pytest.approx(report["mean_top1"]) and result["test_evaluations"] == 2
-    assert told == [("shapes", 10), ("fractals", 12)] and list(result["tasks"]) == list(TASKS)
+    assert events == [("shapes", 10), ("fractals", 12)] and list(result["tasks"]) == list(TASKS)
     loaded = moe_bsr.load(tmp_path / "run")
     one = moe_bsr.evaluate(loaded, tasks=["fractals"])
     assert list(one["tasks"]) == ["fractals"] and "test_evaluations" not in one

@@ -1,4 +1,4 @@
-"""The documentation: relative links lead to files and headings that exist, and lines are short enough to read."""
+"""The documentation: relative links point to existing files and headings, and the README's lines are short."""
 
 import re
 from functools import cache
@@ -35,7 +35,7 @@ def links(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_relative_links_lead_somewhere(page):
+def test_relative_links_have_targets(page):
     wrong = []
     for link in links(page):
         path, _, anchor = link.partition("#")

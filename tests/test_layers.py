@@ -1,4 +1,4 @@
-"""The layers of the architecture: imports go downwards only, and each package keeps to its own responsibility.
+"""The layers of the architecture: imports go downwards only, and only some packages may print or use private names.
 
 The tests parse the source with `ast` and import nothing from it. An import inside a function counts too.
 """
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "moe_bsr"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# Top layer first. A package may import from the layers below its own, and not from packages of its own layer.
+# Top layer first. A package may import from lower layers, but not from other packages of its own layer.
 LAYERS = [
     {"cli"},
     {"selftest", "study"},
@@ -40,7 +40,7 @@ LEVEL = {package: len(LAYERS) - depth for depth, packages in enumerate(LAYERS) f
 NOT_IMPORTED = {"model": {"data"}, "ops": {"data"}, "export": {"training", "cost", "visualize", "callbacks"}}
 IMPORTED_BY = {"paper": {"cli"}, "benchmark": {"cli"}}
 
-# Where private names of torch and timm may be used: the fast kernels, timm's ViT, and what measures or traces torch.
+# Where private names of torch and timm may be used: fast kernels, timm's ViT, and code that measures or traces torch.
 PRIVATE_NAMES_ALLOWED = ("ops/", "model/backbones/vit.py", "benchmark/", "cost/")
 
 # (file, name) -> why this exception is allowed.
@@ -242,7 +242,7 @@ def below_the_command_line() -> list[Path]:
     return [file for file in FILES if package_of(file) not in ("", "cli")]
 
 
-def test_nothing_below_the_command_line_prints_or_parses():
+def test_nothing_below_the_command_line_prints_or_parses_arguments():
     found = set()
     for file in below_the_command_line():
         if {"argparse"} & {module.split(".")[0] for module, _ in imports(file)}:
@@ -271,7 +271,7 @@ def test_nothing_below_the_command_line_names_flags():
     report(found, FLAGS_ELSEWHERE, "flags")
 
 
-def test_no_file_is_too_long_to_read():
+def test_no_file_is_too_long():
     found = {(name(file), "lines") for file in FILES if len(file.read_text(encoding="utf-8").splitlines()) > MAX_LINES}
     report(found, {(file, "lines"): why for file, why in LONGER.items()}, f"more than {MAX_LINES} lines")
 
@@ -280,9 +280,9 @@ def test_no_file_is_too_long_to_read():
     "dependency",
     [("ops/linear.py", "model"), ("model/moe.py", "data"), ("training/x.py", "cost"), ("runs/x.py", "paper")],
 )
-def test_a_forbidden_import_is_found(dependency):
+def test_a_forbidden_import_is_reported(dependency):
     assert is_forbidden(*dependency)
 
 
-def test_an_allowed_import_is_not():
+def test_an_allowed_import_is_not_reported():
     assert not is_forbidden("training/trainer.py", "model") and not is_forbidden("cli/train.py", "paper")

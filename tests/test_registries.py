@@ -1,7 +1,7 @@
-"""One sweep over everything that is registered, as timm tests its models: a new entry is tested at once.
+"""Test all registered entries in the same way, as timm tests its models. New entries are included automatically.
 
-A tiny run of two tasks chooses the entry, takes one update, and is saved and loaded again. Only those parameters move
-that plan and entry declare as trained. The predicted cost of the entry is compared with the measured one.
+A tiny run of two tasks uses the entry, takes one update, and is saved and loaded. The update may change only the
+parameters that plan and entry declare as trained. The predicted cost of the entry is compared with the measured cost.
 """
 
 from pathlib import Path
@@ -24,12 +24,12 @@ from moe_bsr.model.storage import STORAGES
 
 pytestmark = pytest.mark.usefixtures("light")
 
-# A small network of each family of backbones: name and input side in pixels.
+# A small network of each backbone family: (name, image size in pixels).
 SMALLEST = {"resnet": ("resnet10t", 32), "vit": ("test_vit", 32)}
 PLAN = {"plan__train_blocks": [3, 5], "plan__drop_blocks": [3], "plan__moe_blocks": [5]}
 MAPS = {"plan__train_blocks": [1], "plan__drop_blocks": [], "plan__moe_blocks": []}  # for backbones without tokens
 
-# Changes of a configuration that choose an entry, as a function of the entry's name.
+# Registry -> (its entries, function from an entry's name to the changes of a configuration that select it).
 CHOICES = {
     "storage": (STORAGES, lambda kind: {"storage": kind}),
     "router": (ROUTERS, lambda kind: {"moe__router": kind}),
@@ -47,7 +47,7 @@ CHOICES = {
             | ({} if BACKBONES[kind].of_tokens else MAPS)
         ),
     ),
-    "source": (SOURCES, lambda kind: {}),  # the task file says it: `configuration`
+    "source": (SOURCES, lambda kind: {}),  # `configuration` selects it by the task file
 }
 ENTRIES = [(registry, kind) for registry, (entries, _) in CHOICES.items() for kind in entries]
 IN_THE_MODEL = [entry for entry in ENTRIES if entry[0] not in ("sampler", "source")]
@@ -64,18 +64,18 @@ def configuration(registry: str, kind: str, folder: Path, **changes) -> Config:
 
 
 def belongs_to(name: str, tasks: set[str]) -> bool:
-    """Return whether a parameter belongs to one of these tasks alone, by a part of its name."""
+    """Return whether a parameter belongs only to one of these tasks: a part of its name is the task's name."""
     return bool(tasks & set(name.split(".")))
 
 
 def declared(model: MultitaskViT, visited: list[str]) -> set[str]:
-    """Return what an update for these tasks may move: trained parameters except other tasks' heads and routers."""
+    """Return what an update for these tasks may change: trained parameters except other tasks' heads and routers."""
     others = set(model.tasks) - set(visited)
     return {name for name, p in model.named_parameters() if p.requires_grad and not belongs_to(name, others)}
 
 
 @pytest.mark.parametrize(("registry", "kind"), ENTRIES)
-def test_an_update_moves_what_was_declared_and_the_checkpoint_gives_it_back(registry, kind, tmp_path):
+def test_an_update_changes_the_declared_parameters_and_a_checkpoint_restores_them(registry, kind, tmp_path):
     config = configuration(registry, kind, tmp_path)
     trainer = make_trainer(config, tmp_path / "run")
     before = state_of(trainer.model)
@@ -85,7 +85,7 @@ def test_an_update_moves_what_was_declared_and_the_checkpoint_gives_it_back(regi
     after = state_of(trainer.model)
     assert after.keys() == before.keys()
     moved = {name for name in parameters if not torch.equal(before[name], after[name])}
-    # Parameters behind zeros have no gradient yet, and biases do not decay.
+    # Parameters followed by zero-initialized ones have no gradient yet, and biases have no weight decay.
     behind_zeros = ("beside_ffn.down.", "beside_block.", "ladder.side.", "ladder.norm.", "vit.blocks.1.bn1.")
     still = {name for name, p in parameters.items() if p.ndim < 2 and any(each in name for each in behind_zeros)}
     assert moved | still == declared(trainer.model, trainer.sampler.tasks(0))
@@ -99,23 +99,23 @@ def test_an_update_moves_what_was_declared_and_the_checkpoint_gives_it_back(regi
 
 
 @pytest.mark.parametrize(("registry", "kind"), IN_THE_MODEL)
-def test_the_cost_predicted_is_the_cost_measured(registry, kind, tmp_path):
+def test_predicted_cost_equals_measured_cost(registry, kind, tmp_path):
     config = configuration(registry, kind, tmp_path)
     assert_predicted_is_measured(config)
 
 
 class AnotherTasksRouter(ROUTERS["per_task"]):
-    """A wrong router: it routes a task's tokens by another task's weights."""
+    """Faulty router: it routes a task's tokens with another task's weights."""
 
     def forward(self, x, task):
         return super().forward(x, next(name for name in self.weight if name != task))
 
 
-def test_an_entry_that_moves_what_it_should_not_is_caught(tmp_path, monkeypatch):
+def test_a_faulty_entry_fails_the_sweep(tmp_path, monkeypatch):
     monkeypatch.setattr(ROUTERS, "_entries", dict(ROUTERS._entries))
     ROUTERS.register("wrong")(AnotherTasksRouter)
     with pytest.raises(AssertionError, match="router"):
-        test_an_update_moves_what_was_declared_and_the_checkpoint_gives_it_back("router", "wrong", tmp_path)
+        test_an_update_changes_the_declared_parameters_and_a_checkpoint_restores_them("router", "wrong", tmp_path)
 
 
 def test_every_registry_is_swept():

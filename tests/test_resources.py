@@ -1,4 +1,4 @@
-"""What `moe_bsr.train` says before training about memory and disk space that may not suffice."""
+"""Warnings and errors of `moe_bsr.train` about too little memory or disk space, before training starts."""
 
 import shutil
 
@@ -11,7 +11,7 @@ from moe_bsr.runs import checkpoint
 from moe_bsr.runtime import memory
 
 
-def test_a_run_that_may_not_fit_is_warned_of_and_one_that_does_is_not(tmp_path, monkeypatch, recwarn):
+def test_only_a_run_that_may_not_fit_into_memory_gets_a_warning(tmp_path, monkeypatch, recwarn):
     config = make_config(tmp_path, train__steps=1, train__evaluate_test=False)
     moe_bsr.train(config, tmp_path / "fits", callbacks=[])
     assert not [each for each in recwarn if "memory" in str(each.message)]
@@ -29,18 +29,18 @@ def test_a_model_whose_parameters_do_not_fit_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_checkpoints_without_room_are_refused_before_the_first_update(tmp_path, monkeypatch):
+def test_too_little_disk_space_for_checkpoints_is_an_error_before_the_first_update(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda run: shutil._ntuple_diskusage(0, 0, 2**20))
     with pytest.raises(ConfigError, match="no room for the run's checkpoints: 3 of 3.2 MB each need 9.5 MB, 1.0 MB"):
         moe_bsr.train(make_config(tmp_path), tmp_path / "run", callbacks=[])
     assert not (tmp_path / "run").exists()
 
 
-def test_the_size_of_a_checkpoint_is_foreseen(tmp_path):
+def test_checkpoint_sizes_are_predicted(tmp_path):
     config = make_config(tmp_path, train__steps=2, train__ema_decay=0.5, train__evaluate_test=False)
     trainer = make_trainer(config, tmp_path / "run")
-    foreseen = trainer.state.sizes()
+    predicted = trainer.state.sizes()
     trainer.fit()
-    for name, size in foreseen.items():
+    for name, size in predicted.items():
         written = (tmp_path / "run" / "checkpoint" / "2" / f"{name}.safetensors").stat().st_size
         assert size == pytest.approx(written, rel=0.03)

@@ -16,6 +16,6 @@ def tensors(step: int = 0) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def save_steps(run: Path, *bests: int | None) -> None:
-    """Checkpoints 1, 2, ... with the best step known at each."""
+    """Save checkpoints 1, 2, ..., each with the best step so far."""
     for step, best in enumerate(bests, 1):
         save(run, step, tensors(step), {"step": step, "best_step": best})

@@ -1,4 +1,4 @@
-"""A few small images in the layout of every source."""
+"""Write a few small images in the layout of each data source."""
 
 import hashlib
 import io
@@ -36,7 +36,7 @@ def save(path: Path, seed: int, **options) -> None:
 
 
 def fake_cifar(root: Path, dataset, monkeypatch) -> None:
-    """Write twenty images in the official files, and a matching list of checksums."""
+    """Write four images into each of the official files, and patch the checksums to match."""
     fine = dataset is torchvision.datasets.CIFAR100
     folder, rng = root / dataset.base_folder, np.random.default_rng(0)
     folder.mkdir()
@@ -165,7 +165,7 @@ def generated_task(root: Path) -> Path:
     return file
 
 
-# By source: writes a few images below the data root and returns their task file.
+# Source -> function that writes a few images below the data root and returns their task file.
 TASK_FILES: dict[str, Callable[[Path], Path]] = {
     "torchvision": torchvision_task,
     "folder": folder_task,

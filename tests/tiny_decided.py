@@ -1,4 +1,4 @@
-"""A model whose routers have decided, and noise for it to be right or wrong about."""
+"""A model whose routers have clear preferences, and noise images to evaluate it on."""
 
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ PIPELINE = ImageTransforms(size=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), c
 
 
 class Noise:
-    """Sixteen pixels square of seeded noise per index."""
+    """Noise images of 16 x 16 pixels, seeded by their index."""
 
     names = sizes = None
 
@@ -29,7 +29,7 @@ def make_data(task: str, count: int):
 
 
 def decided(kind: str = "class-token", **options):
-    """A model whose experts differ and whose routers decide, so that masking changes answers."""
+    """Return a model with different experts and clear router preferences, so that masking changes answers."""
     model = make_model(kind, **{"init_noise": 2.0} | options)
     scale_routers(model, 60.0)
     return model.eval()

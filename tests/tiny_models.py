@@ -34,7 +34,7 @@ KINDS = {
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Standard normal numbers that depend on shape and seed alone."""
+    """Return standard normal numbers that depend only on shape and seed."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -46,7 +46,7 @@ def make_mlp(hidden: int = 4 * WIDTH, bias: bool = True, seed: int = 0) -> Mlp:
 
 
 def make_moe(bias: bool = True, distinct: bool = True, scale: float = 50.0, **options) -> MoE:
-    """Experts that differ from one another unless told otherwise, and a decided router."""
+    """Return a layer whose router has clear preferences, and whose experts differ if `distinct`."""
     config = MoEConfig(**{"num_experts": 6, "top_k": 2, "init_noise": float(distinct)} | options)
     moe = MoE(make_mlp(bias=bias), config, TASKS, (0, 3))
     with torch.no_grad():
@@ -56,7 +56,7 @@ def make_moe(bias: bool = True, distinct: bool = True, scale: float = 50.0, **op
 
 
 def make_vit(kind: str = "class-token", num_classes: int = 0) -> VisionTransformer:
-    """Four blocks, 16 patches, and no parameter at a value that could hide a mistake."""
+    """Return a network of four blocks and 16 patches, without parameters of 0 or 1, which could hide mistakes."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1)
         vit = VisionTransformer(
@@ -82,7 +82,7 @@ def make_model(
     tokens=None,
     **moe,
 ) -> MultitaskViT:
-    """A model of `CLASSES`: blocks 1 and 3 train, 1 and 2 drop, unless told otherwise."""
+    """Return a model for the tasks of `CLASSES`. By default blocks 1 and 3 train, and 1 and 2 drop tokens."""
     plan = PlanConfig(
         train_blocks=train_blocks if train_blocks == "all" else list(train_blocks),
         drop_blocks=list(drop_blocks),
@@ -115,7 +115,7 @@ def gradients(model: MultitaskViT) -> dict[str, torch.Tensor]:
 
 
 def saved_for_backward(run) -> list[torch.Tensor]:
-    """The tensors autograd keeps while `run()` runs."""
+    """Return the tensors that autograd saves while `run()` runs."""
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         run()
@@ -124,7 +124,7 @@ def saved_for_backward(run) -> list[torch.Tensor]:
 
 @contextmanager
 def plain_autograd():
-    """Within, `exact` leaves all to autograd, whose saved tensors other hooks may then see."""
+    """Context in which `exact` leaves saving to autograd, so that other saved-tensor hooks see all tensors."""
     with pytest.MonkeyPatch.context() as patch:
         plain = Storage(lambda forward, tokens, parameters, options: forward(tokens))
         patch.setitem(STORAGES._entries, "exact", (plain, NoOptions))
@@ -132,7 +132,7 @@ def plain_autograd():
 
 
 class Unsafe:
-    """Runs code when it is unpickled without care."""
+    """Object that runs code when it is unpickled without restrictions."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker

@@ -1,4 +1,4 @@
-"""Class names as people and scripts make them: formulas, commands, other scripts, bytes of another encoding."""
+"""Awkward class names: formulas, terminal commands, other scripts, bytes in another encoding."""
 
 AWKWARD = {
     "dollars": "$$",

@@ -1,4 +1,4 @@
-"""Routing records with a known answer, for statistics and pictures."""
+"""Routing records with known properties, for tests of statistics and pictures."""
 
 import torch
 
@@ -6,7 +6,7 @@ from moe_bsr.model.moe import Routing
 
 
 def by_logits(logits: torch.Tensor, k: int) -> Routing:
-    """(B, N, E) logits, routed as a layer would: the best k with renormalized gates."""
+    """Route by (B, N, E) logits as a layer would: the top k experts with renormalized gates."""
     probabilities = logits.softmax(-1)
     gates, experts = probabilities.topk(k)
     gates = gates / gates.sum(-1, keepdim=True)
@@ -15,14 +15,14 @@ def by_logits(logits: torch.Tensor, k: int) -> Routing:
 
 
 def to(experts: int, chosen: list[int], tokens: int = 60) -> Routing:
-    """Every token goes to the same `chosen` experts, and the router is sure of them."""
+    """Route every token to the same `chosen` experts, with equal probability and none for the others."""
     logits = torch.full((1, tokens, experts), -100.0)
     logits[..., chosen] = 0.0
     return by_logits(logits, len(chosen))
 
 
 def spread(experts: int, chosen: list[int], rounds: int = 20) -> Routing:
-    """Single experts, each of `chosen` in turn, for `rounds` tokens each."""
+    """Route `rounds` tokens to each of the `chosen` experts in turn, one expert per token."""
     parts = [to(experts, [expert], rounds) for expert in chosen]
     return Routing(
         *(torch.cat([getattr(p, name) for p in parts], 1) for name in ("experts", "gates", "probabilities")),

@@ -1,4 +1,4 @@
-"""Runs that take about a second: two generated tasks of unequal size and a backbone of six narrow blocks."""
+"""Runs of about a second: two generated tasks of unequal size and a backbone of six narrow blocks."""
 
 from pathlib import Path
 
@@ -19,14 +19,14 @@ from moe_bsr.training.callback import Callback, StepEvent
 from moe_bsr.training.trainer import Trainer
 
 TASKS = {"shapes": (10, 30), "fractals": (12, 60)}  # classes, images before some are held out for validation
-SIZES = {"shapes": 23, "fractals": 51}  # training images left
-# Only the last block trains, and it alone has experts: cheap updates, for tests of anything but the model.
+SIZES = {"shapes": 23, "fractals": 51}  # training images without those for validation
+# Only the last block trains and has experts. Updates are then cheap, for tests of other parts than the model.
 LATE = {"plan__train_blocks": [5], "plan__drop_blocks": [3], "plan__moe_blocks": [5]}
 TASK = "{{title: {0}, source: generated, family: {0}, classes: {1}, train: {2}, test: {1}, license: none}}\n"
 
 
 def make_config(folder: Path, **changes) -> Config:
-    """Return a run of eight updates of eight images with experts and token dropping; changes as `train__steps=4`."""
+    """Return a run of eight updates of eight images, with experts, token dropping and changes (`train__steps=4`)."""
     paths = []
     for name, (classes, count) in TASKS.items():
         paths.append(folder / f"{name}.yaml")
@@ -45,7 +45,7 @@ def make_config(folder: Path, **changes) -> Config:
 
 
 def replace_task(config: Config, task: str) -> Config:
-    """Return the same run of one other task."""
+    """Return the same configuration with another task instead of both."""
     return configuration.replace(config, tasks=[task])
 
 
@@ -61,7 +61,7 @@ def state_of(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 class Snapshots(Callback):
-    """Keeps the model's whole state after every update, and the task of the update."""
+    """Records the model's state and the task after every update."""
 
     def __init__(self) -> None:
         self.trainer: Trainer | None = None
@@ -74,7 +74,7 @@ class Snapshots(Callback):
 
 
 def watch(config: Config, folder: Path, *callbacks: Callback) -> tuple[Trainer, Snapshots]:
-    """Return a trainer whose states are kept, the first of them from before any update."""
+    """Return a trainer and its snapshots. The first snapshot is the initial state."""
     snapshots = Snapshots()
     snapshots.trainer = make_trainer(config, folder, [snapshots, *callbacks])
     snapshots.states.append(state_of(snapshots.trainer.model))
@@ -82,7 +82,7 @@ def watch(config: Config, folder: Path, *callbacks: Callback) -> tuple[Trainer, 
 
 
 def script_scores(monkeypatch, means: list[float]) -> list[tuple[str, Tensor]]:
-    """Replace validation top-1 by `means` in turn and test top-1 by 50; returns (split, scored head) of each."""
+    """Replace validation top-1 by `means` in turn and test top-1 by 50. Returns a list of (split, head weight)."""
     seen, turns = [], iter(means)
 
     def scripted(model, data, split, *arguments):
@@ -96,11 +96,11 @@ def script_scores(monkeypatch, means: list[float]) -> list[tuple[str, Tensor]]:
 
 
 class Crash(Exception):
-    """Stands for anything that ends a process in the middle."""
+    """Stand-in for whatever ends a process in the middle of a run."""
 
 
 def act_at(monkeypatch, step: int, action) -> None:
-    """Call `action` when update `step` has been written to metrics.jsonl."""
+    """Call `action` after update `step` has been written to metrics.jsonl."""
     write = Jsonl.on_step
 
     def on_step(self, record: StepEvent) -> None:
@@ -134,7 +134,7 @@ def finished(config: Config, folder: Path) -> Trainer:
 
 
 def assert_resumed_is_whole(monkeypatch, whole: Trainer, folder: Path) -> Trainer:
-    """Crash and resume the run of `whole`; assert that all weights and optimizer states are the same."""
+    """Crash and resume the run of `whole`, and assert that all weights and optimizer states are the same."""
     resumed = crashed_and_resumed(monkeypatch, whole.config, folder)
     for group in ("weights", "optimizer"):
         ours, theirs = resumed.state.state_dict()[group], whole.state.state_dict()[group]

@@ -1,4 +1,4 @@
-"""Tar shards in WebDataset's layout, and a server for them that can refuse byte ranges, send errors and stop."""
+"""Tar shards in WebDataset's layout, and a server that can refuse byte ranges, return errors and stop answering."""
 
 import contextlib
 import http.server

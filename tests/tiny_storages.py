@@ -12,7 +12,7 @@ from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.runtime.device import prepare
 from moe_bsr.training.update import TrainingStep, training_step
 
-# Arguments of `make_model`, by what is special about the blocks.
+# Special property of the blocks -> arguments of `make_model`.
 MODELS = {
     "dense": {},
     "experts": {"moe_blocks": (1, 3), "init_noise": 0.1},
@@ -30,7 +30,7 @@ def forward(model: MultitaskViT, images: int, bf16: bool = False) -> tuple[torch
 
 
 def predicted_and_step(storage, images: int, train_blocks="all") -> tuple[Cost, TrainingStep]:
-    """Return the predicted cost of a step without experts and drops, and the step."""
+    """Return the predicted cost and the step of a model without experts and token dropping."""
     config = configuration.replace(
         Config(),
         storage=storage,
@@ -51,5 +51,5 @@ def kept_by_block(cost: Cost) -> dict[str, int]:
 
 
 def kept_by(step: TrainingStep) -> int:
-    """Return the bytes that a step really keeps for its backward pass."""
+    """Return the bytes that a step actually keeps for its backward pass."""
     return sum(allocation.bytes for allocation in kept_for_backward(step)[0])

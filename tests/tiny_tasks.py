@@ -1,4 +1,4 @@
-"""Two tasks of noise images, and models that answer them decidedly, for evaluations and predictions."""
+"""Two tasks of noise images, and models with confident answers, for tests of evaluations and predictions."""
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ class Noise:
 
 
 def task_data(name: str, labels=None) -> TaskData:
-    """23 images, the same ones for each split."""
+    """Return a task of 23 images, the same ones for each split."""
     classes = CLASSES[name]
     source = Noise(np.arange(23) % classes if labels is None else labels, classes, classes)
     split = Split(source, np.arange(len(source)), source.labels)
@@ -57,7 +57,7 @@ def network(classes: dict[str, int], depth: int, **plan) -> MultitaskViT:
 
 
 def decided_network() -> MultitaskViT:
-    """Four blocks: 1 and 3 train and have experts, 0 and 2 drop. Its answers are far from uniform."""
+    """Return a network whose answers are far from uniform. Blocks 1 and 3 have experts, 0 and 2 drop tokens."""
     torch.manual_seed(0)
     model = network(CLASSES, depth=4, train_blocks=[1, 3], drop_blocks=[0, 2], moe_blocks=[1, 3])
     for head in model.heads.values():

@@ -1,4 +1,4 @@
-"""A training step traced in one piece: the slow and obvious way, with which `predict` must agree."""
+"""Trace a training step in one piece: the slow and simple reference for `predict`."""
 
 import contextlib
 from collections import Counter, defaultdict
@@ -39,7 +39,7 @@ class Whole:
 def trace_whole(
     model: MultitaskViT, config: Config, *, batch: int, precision: str, task: str, share: float, device: str = "cpu"
 ) -> Whole:
-    """Run the step that is measured on fake tensors twice: for what the graph keeps, and for everything else."""
+    """Run the measured step on fake tensors twice: first for what the graph keeps, then for everything else."""
     place = torch.device(device)
     runtime = Runtime(place, precision, torch.get_num_threads(), "")
     with (
@@ -55,7 +55,7 @@ def trace_whole(
         average = None if config.train.ema_decay is None else MovingAverage(model, config.train.ema_decay)
         tracer = Tracer(place, kernel_scratch.on(place, torch.get_num_threads()), parameters.values())
         sections.append(tracer)
-        commit, step._commit = step._commit, None  # it reads the output, which no longer exists then
+        commit, step._commit = step._commit, None  # it would read the output, which is deleted below
         with tracer:
             step.forward()
             step.output = None
@@ -63,7 +63,7 @@ def trace_whole(
             for allocation in tracer.alive:
                 kept[allocation.section][allocation.maker] += allocation.bytes
             step.backward()
-            step.step()  # the optimizer's state exists from here on
+            step.step()  # creates the optimizer's state
             step.clear()
         step._commit = commit
         sections.pop()
@@ -102,7 +102,7 @@ def bytes_of(tensors) -> int:
 
 @contextlib.contextmanager
 def marked_sections(model: nn.Module):
-    """Name the section of each allocation in a forward pass; yields a list, whose last tracer is used."""
+    """Set the section of each allocation in a forward pass. Yields a list, whose last tracer is the active one."""
     tracers: list[Tracer] = []
     features, block = model.forward_features, model.run_block
 

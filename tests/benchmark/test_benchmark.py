@@ -1,4 +1,4 @@
-"""The benchmark: the products it counts, its baseline, the targets it judges."""
+"""The benchmark: counted matrix products, the explicit baseline, and the judgment of targets."""
 
 import multiprocessing
 import os
@@ -29,7 +29,7 @@ def layer_step(layer: nn.Module, x: torch.Tensor, gradient: torch.Tensor) -> Lay
     return LayerStep(layer, runtime, x, gradient, lambda: layer(x))
 
 
-def test_the_public_form_is_bsr_in_value_and_gradient():
+def test_the_explicit_form_has_the_values_and_gradients_of_bsr():
     plain = ExplicitBSR(make_vit(num_classes=3), PLAN)
     ours = MultitaskViT(make_vit(), Config(plan=PLAN), CLASSES)
     ours.vit.load_state_dict({n: v for n, v in plain.vit.state_dict().items() if not n.startswith("head.")})
@@ -47,14 +47,14 @@ def test_the_public_form_is_bsr_in_value_and_gradient():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-4, msg=name)
 
 
-def test_a_linear_layers_three_products_are_counted():
+def test_the_three_products_of_a_linear_layer_are_counted():
     x = normal(6, 5).requires_grad_()
     counted = step_products(layer_step(nn.Linear(5, 7), x, normal(6, 7)))
     assert counted == {
         Product(1, 6, 5, 7, "float32"): 1,  # the output
         Product(1, 6, 7, 5, "float32"): 1,  # the input's gradient
         Product(1, 7, 6, 5, "float32"): 1,
-    }  # the weight's
+    }  # the weight's gradient
     assert sum(p.flops * n for p, n in counted.items()) == 3 * 2 * 6 * 5 * 7
 
 
@@ -68,8 +68,8 @@ def test_fused_attention_counts_the_products_it_replaces():
     assert counted == {Product(6, 11, 8, 11, "float32"): 4, Product(6, 11, 11, 8, "float32"): 3}
 
 
-def test_fused_attention_is_counted_whatever_the_device():
-    """In every kernel of torch the queries are the first argument forward and the second backward."""
+def test_fused_attention_is_counted_on_every_device():
+    """In every kernel of torch the queries are the first argument of the forward and the second of the backward."""
     names = [name.removeprefix("aten::") for name in SHAPES if "attention" in name]
     assert len(names) == 8
     for name in names:
@@ -86,7 +86,7 @@ def test_products_are_timed():
 
 
 @pytest.mark.parametrize("subject", ["timm", "explicit", "full", "moe_bsr", "moe_ffn", "dense_ffn"])
-def test_every_subject_takes_a_step_that_leaves_no_gradient_behind(subject):
+def test_every_subject_takes_a_step_and_clears_its_gradients(subject):
     step = make(Case(subject=subject, **SMALL))
     before = [p.detach().clone() for p in step.model.parameters()]
     step.run()
@@ -95,7 +95,7 @@ def test_every_subject_takes_a_step_that_leaves_no_gradient_behind(subject):
     assert all(p.grad is None for p in step.model.parameters())
 
 
-def test_the_dense_layer_multiplies_as_much_as_the_experts():
+def test_the_dense_layer_has_the_flops_of_the_experts():
     flops = {}
     for subject in ("moe_ffn", "dense_ffn"):
         counted = step_products(make(Case(subject=subject, **SMALL)))
@@ -104,7 +104,7 @@ def test_the_dense_layer_multiplies_as_much_as_the_experts():
     assert 0 <= flops["moe_ffn"] - flops["dense_ffn"] - router < 0.02 * flops["dense_ffn"]
 
 
-def test_a_stock_case_differs_from_a_tuned_one_in_the_allocator_alone():
+def test_only_timm_and_the_explicit_form_have_untuned_cases():
     cases = {c.name: c for group in suite(**SMALL).values() for c in group}
     stock, tuned = cases["timm fp32 stock"], cases["timm fp32 tuned"]
     assert (stock.tuned, tuned.tuned) == (False, True)
@@ -135,7 +135,7 @@ def rows(results: targets.Results) -> dict[str, dict]:
     return {row["what"].split(",")[0].split(":")[0]: row for row in targets.judge(results)}
 
 
-def test_targets_are_judged_by_medians_and_absent_cases_leave_their_rows_out():
+def test_targets_are_judged_and_rows_of_absent_cases_are_left_out():
     judged = rows(made_up(stock=3.0, fast=0.19, lean=0.24))
     row = judged["BSR step bf16 against stock timm full fine-tuning fp32"]
     assert row["value"] == pytest.approx(3 / 0.19) and row["reached"]
@@ -154,11 +154,11 @@ def test_the_leanest_storage_counts_only_if_it_is_fast_enough():
 
 
 class InThread(threading.Thread):
-    """Stands for a worker's process, which takes seconds to start. `cli/test_benchmark.py` starts one."""
+    """Replaces a worker's process, which takes seconds to start. `cli/test_benchmark.py` starts a real one."""
 
     def __init__(self, target, args, daemon) -> None:
         pipe, *rest = args
-        own = Connection(os.dup(pipe.fileno()))  # as a process has its own, which stays open
+        own = Connection(os.dup(pipe.fileno()))  # a process has its own copy, which stays open
         super().__init__(target=target, args=(own, *rest), daemon=daemon)
 
 
@@ -168,13 +168,13 @@ def workers_are_threads(monkeypatch):
     monkeypatch.setattr(multiprocessing, "get_context", lambda kind: context)
 
 
-def test_a_case_that_cannot_be_made_is_named(workers_are_threads):
+def test_an_invalid_case_is_named_in_the_error(workers_are_threads):
     with pytest.raises(RuntimeError, match="^bsr fp32: ConfigError: plan.train_blocks"):
         with workers([Case(subject="bsr", **SMALL | {"backbone": "test_vit"})]):
             pass
 
 
-def test_scaling_keeps_every_time_and_memory_grows_with_the_batch_but_not_with_tasks(
+def test_scaling_records_all_times_and_memory_grows_with_the_batch_but_not_with_tasks(
     workers_are_threads, monkeypatch, tmp_path
 ):
     monkeypatch.setattr(scaling, "SWEEPS", {name: ([2, 4], scaling.SWEEPS[name][1]) for name in ("batch", "tasks")})

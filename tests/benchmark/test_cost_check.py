@@ -1,4 +1,4 @@
-"""Predicted cost against measured cost, on this machine."""
+"""Compare the predicted with the measured cost on the machine that runs the tests."""
 
 import pytest
 from tiny_models import KINDS, make_vit
@@ -15,8 +15,8 @@ CLASSES = {"shapes": 10, "fractals": 12}
 
 
 @pytest.mark.parametrize(("batch", "noise", "storage"), [(1, 0.0, "exact"), (16, 1.0, "recompute")])
-def test_every_row_of_experts_and_the_noise_they_decided_by_is_counted(tmp_path, batch, noise, storage):
-    """The rows of one image do not divide by the number of experts. Noise is kept for the recomputation."""
+def test_all_rows_of_experts_and_the_gate_noise_are_counted(tmp_path, batch, noise, storage):
+    """One image's rows are not divisible by the number of experts. Recomputation keeps the gate noise."""
     config = make_config(
         tmp_path,
         storage=storage,
@@ -37,7 +37,7 @@ def test_every_row_of_experts_and_the_noise_they_decided_by_is_counted(tmp_path,
     ],
     ids=["accumulated", "joint", "recomputed"],
 )
-def test_the_peak_of_a_run_counts_its_average_and_what_earlier_micro_batches_left(tmp_path, changes):
+def test_the_peak_includes_the_moving_average_and_memory_left_by_earlier_micro_batches(tmp_path, changes):
     config = make_config(tmp_path, train__batch_size=20, train__ema_decay=0.9, **changes)
     trainer = make_trainer(config, tmp_path / "run")
     batches = trainer.inputs.batches(trainer.sampler.batches(0))
@@ -61,9 +61,9 @@ def test_the_peak_of_a_run_counts_its_average_and_what_earlier_micro_batches_lef
 
 
 @pytest.mark.parametrize("storage", ["exact", "recompute"])
-def test_a_drop_of_one_token_that_is_fused_is_counted(tmp_path, monkeypatch, storage):
-    """A drop that leaves as many tokens as it found, because it fuses the one it drops."""
-    monkeypatch.setattr(cpu, "mkl_is_slow", lambda: False)  # oneDNN takes some scratch memory, which shows here
+def test_dropping_and_fusing_a_single_token_is_counted(tmp_path, monkeypatch, storage):
+    """The number of tokens stays the same, because the only dropped token is replaced by the fused token."""
+    monkeypatch.setattr(cpu, "mkl_is_slow", lambda: False)  # oneDNN's scratch memory would matter here
     config = make_config(tmp_path, storage=storage, plan__keep_rate=0.7, plan__moe_blocks=[])  # 3 of 4 patches, fused 1
     compared = cost_check.compare(*cost_check.run(config, CLASSES, batch=40))
     assert abs(compared["kept"]["difference"]) < 1e-3 and abs(compared["peak"]["difference"]) < 5e-3
@@ -76,7 +76,7 @@ def assert_predicted(config, **backbone) -> None:
 
 
 BSR = {"plan__train_blocks": [1, 3], "plan__drop_blocks": [1, 2], "plan__moe_blocks": []}
-# Kinds of backbones, several in one where they can be; the others are tested everywhere else.
+# Kinds of backbones, combined where possible. The remaining kinds are covered by other tests.
 COMBINED = [
     ["registers", "pre-norm"],
     ["average-pool", "qk-norm"],
@@ -88,13 +88,13 @@ COMBINED = [
 
 @pytest.mark.parametrize("place, kinds", list(enumerate(COMBINED)))
 def test_predictions_hold_for_every_kind_of_backbone(tmp_path, monkeypatch, place, kinds):
-    """Registers, average and attention pooling, norms of queries and keys: no code states what they cost."""
+    """No code states the cost of registers, of average and attention pooling, or of norms of queries and keys."""
     monkeypatch.setitem(KINDS, "these", {key: value for kind in kinds for key, value in KINDS[kind].items()})
     precision, storage = (("fp32", "exact"), ("bf16", "int8"))[place % 2]
     assert_predicted(make_config(tmp_path, storage=storage, runtime__precision=precision, **BSR), vit=make_vit("these"))
 
 
-def test_every_kind_of_backbone_is_among_them():
+def test_every_kind_of_backbone_is_covered():
     tested = {kind for kinds in COMBINED for kind in kinds} | {"layer-scale"}
     assert tested == KINDS.keys() - {"class-token", "no-bias", "dynamic-size"}
 
@@ -104,7 +104,7 @@ def test_every_kind_of_backbone_is_among_them():
     [("bsr", "fp32", "recompute"), ("bsr", "bf16", "exact"), ("full", "bf16", "int8")],
 )
 def test_predictions_hold_with_layer_scale(tmp_path, plan, precision, storage):
-    """In bf16 they would not hold if the float32 factors made the residual stream float32."""
+    """In bf16 they would fail if the float32 scale factors turned the residual stream into float32."""
     keys = {f"plan__{k}": v for k, v in cost_check.plans(4)["full"].items()} if plan == "full" else BSR
     config = make_config(tmp_path, storage=storage, runtime__precision=precision, **keys)
     assert_predicted(config, vit=make_vit("layer-scale"))
@@ -123,7 +123,7 @@ def test_predictions_hold_for_every_plan(tmp_path, monkeypatch, batch, storage, 
     grid = {"backbones": ["test_vit"], "batches": [batch], "storages": [storage], "precisions": [precision]}
     records = list(cost_check.sweep(make_config(tmp_path), CLASSES, image_size=64, **grid))
     assert [record["plan"] for record in records] == plans
-    # With experts in bf16 the number of padding rows depends on values, and kernels' scratch on the CPU.
+    # For experts in bf16, padding rows depend on the values, and the kernels' scratch memory on the CPU.
     loose = [r for r in records if r["precision"] == "bf16" and r["plan"].startswith("moe")]
     for group, factor in ((loose, 2), ([r for r in records if r not in loose], 1)):
         for quantity, tolerance in cost_check.TOLERANCES.items() if group else ():

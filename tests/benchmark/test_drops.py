@@ -1,4 +1,4 @@
-"""The study of dropping: each setting's features and FLOPs are those of the model that is configured so."""
+"""The study of token dropping: features and FLOPs of a setting equal those of a model configured with it."""
 
 import pytest
 import torch
@@ -43,13 +43,13 @@ def config(tmp_path_factory):
 
 
 def configured(config, setting):
-    """The configuration that sets a setting's own overrides."""
+    """Return the probe configuration with the overrides of a setting."""
     text = dict(each.split("=", 1) for each in setting.overrides())
     values = {key.replace(".", "__"): yaml.safe_load(value) for key, value in text.items()}
     return configuration.replace(probe_config(config), **values)
 
 
-def test_the_features_are_those_of_a_model_configured_so(config):
+def test_features_equal_those_of_a_model_with_that_configuration(config):
     images = torch.randn(3, 3, 32, 32)
     model = build(drops.frozen(config), {"shapes": 10}).eval()
     with torch.inference_mode():
@@ -57,20 +57,20 @@ def test_the_features_are_those_of_a_model_configured_so(config):
         for setting in SETTINGS:
             alone = build(configured(config, setting), {"shapes": 10}).eval()
             assert torch.equal(found[setting], alone.features(alone.forward_features(images)[0])), str(setting)
-    assert not torch.equal(found[SETTINGS[1]], found[SETTINGS[4]])  # or the ways to drop would be told apart by nothing
+    assert not torch.equal(found[SETTINGS[1]], found[SETTINGS[4]])  # otherwise the comparison would show nothing
 
 
 def test_shared_blocks_run_once(config, monkeypatch):
     model, forward, ran = build(drops.frozen(config), {"shapes": 10}).eval(), block.forward, []
-    index = {id(layer): place for place, layer in enumerate(model.vit.blocks)}
+    index = {id(layer): number for number, layer in enumerate(model.vit.blocks)}
     monkeypatch.setattr(block, "forward", lambda layer, *rest: ran.append(index[id(layer)]) or forward(layer, *rest))
     with torch.inference_mode():
         features_of_settings(model, torch.randn(1, 3, 32, 32), SETTINGS[:4])
-    assert [ran.count(place) for place in range(6)] == [1, 2, 2, 4, 4, 4]
+    assert [ran.count(number) for number in range(6)] == [1, 2, 2, 4, 4, 4]
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_the_flops_are_those_that_are_traced(config, setting):
+def test_relative_flops_equal_traced_flops(config, setting):
     def traced(each):
         model = build_on_meta(configured(config, each), {"shapes": 10})
         return predict(model, configured(config, each), batch=1, precision="fp32").forward_flops
@@ -78,19 +78,19 @@ def test_the_flops_are_those_that_are_traced(config, setting):
     model = build_on_meta(drops.frozen(config), {"shapes": 10})
     edges = 2 * (
         16 * 3 * 64 * model.vit.embed_dim + 10 * model.vit.embed_dim
-    )  # patches and head, which no drop changes
+    )  # patch embedding and head, which dropping does not change
     whole = traced(DropSetting()) - edges
     assert relative_flops(model, setting) == pytest.approx((traced(setting) - edges) / whole, rel=0.01)
 
 
-def test_the_rate_found_has_the_flops_asked_for(config):
+def test_equal_flops_finds_the_keep_rate_for_given_flops(config):
     model = build_on_meta(drops.frozen(config), {"shapes": 10})
     found = equal_flops(model, 0.8, lambda rate: DropSetting(((2, rate),)))
-    assert 0.8 - 0.05 < relative_flops(model, found) <= 0.8  # a token of sixteen is a step of 0.03
+    assert 0.8 - 0.05 < relative_flops(model, found) <= 0.8  # one of sixteen tokens changes it by about 0.03
     assert equal_flops(model, 0.3, lambda rate: DropSetting(((4, rate),))) is None
 
 
-def test_candidates_cost_what_the_setting_itself_does_or_are_named_milder(config):
+def test_at_most_four_candidates_cost_more_than_the_configured_setting(config):
     model, own = build_on_meta(drops.frozen(config), {"shapes": 10}), setting_of(config)
     found = candidates(model, own)
     assert found[:2] == [DropSetting(), own] and len(set(map(str, found))) == len(found)
@@ -100,11 +100,11 @@ def test_candidates_cost_what_the_setting_itself_does_or_are_named_milder(config
         assert setting_of(configured(config, each)) == each
 
 
-def test_the_study_finds_what_a_probe_of_each_finds(config, monkeypatch):
+def test_the_study_reports_flops_and_lost_accuracy_of_each_setting(config, monkeypatch):
     frozen, settings = drops.frozen(config), SETTINGS[:2]
-    told = []
-    rows = drops.study(frozen, prepare(frozen.runtime), settings, 40, lambda *given: told.append(given))
-    assert told == [("shapes", 23, 7), ("fractals", 40, 9)]
+    reported = []
+    rows = drops.study(frozen, prepare(frozen.runtime), settings, 40, lambda *given: reported.append(given))
+    assert reported == [("shapes", 23, 7), ("fractals", 40, 9)]
     assert [row.setting for row in rows] == settings and rows[0].flops == 1 and rows[0].lost == rows[0].error == 0
     assert rows[1].lost == pytest.approx(sum(rows[0].top1[t] - rows[1].top1[t] for t in rows[0].top1) / 2)
 
@@ -113,7 +113,7 @@ def row(name, flops, lost):
     return drops.Row(DropSetting(((name, 0.5),)), flops, {"a": 50 - lost}, lost, 1.0)
 
 
-def test_the_best_is_the_one_that_loses_least_at_no_more_flops():
+def test_the_best_setting_loses_least_at_no_more_flops():
     rows = [row(0, 1.0, 0.0), row(1, 0.5, 9.0), row(2, 0.503, 4.0), row(3, 0.6, 2.0), row(4, 0.4, 5.0)]
     assert drops.cheapest_loss(rows, rows[1].setting) == rows[2]
     assert drops.on_the_front(rows) == [rows[0], rows[2], rows[3], rows[4]]

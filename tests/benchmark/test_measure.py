@@ -1,4 +1,4 @@
-"""The meter against toys whose allocations are known to the byte, and against itself."""
+"""The memory meter on small functions whose allocations are known to the byte, and its consistency."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ SIZE = 4 * ROWS * WIDTH  # bytes of one float32 activation
 
 @pytest.fixture
 def chain() -> nn.Sequential:
-    """Three linear layers with a GELU after each: autograd keeps each layer's and each GELU's input."""
+    """Return three linear layers with GELUs. Autograd saves the input of each layer and of each GELU."""
     return nn.Sequential(*[layer for _ in range(3) for layer in (nn.Linear(WIDTH, WIDTH), nn.GELU())])
 
 
@@ -31,7 +31,7 @@ def alive_after(run) -> int:
     return sum(a.bytes for a in trace({"run": lambda: kept.append(run())}, CPU).alive["run"])
 
 
-def test_a_chain_keeps_what_autograd_saves_and_its_result(chain):
+def test_a_chain_keeps_saved_tensors_and_its_result(chain):
     x = normal(ROWS, WIDTH)
     assert alive_after(lambda: chain(x)) == 6 * SIZE  # 3 GELU inputs, 2 linear inputs, the result
 
@@ -54,20 +54,20 @@ def test_a_tensor_saved_twice_counts_once():
     assert held(saved_storages(run, [x])) == SIZE
 
 
-def test_hooks_leave_out_what_others_hold(chain):
+def test_saved_storages_leave_out_excluded_tensors(chain):
     x = normal(ROWS, WIDTH)
     assert held(saved_storages(lambda: chain(x), [x, *chain.parameters()])) == 5 * SIZE
 
 
-def test_scratch_that_is_gone_before_the_phase_ends_is_in_its_peak():
+def test_memory_freed_within_a_phase_counts_in_its_peak():
     x = normal(ROWS, WIDTH)
     seen = trace({"scratch": lambda: x.exp().sum(), "nothing": lambda: None, "less": lambda: x[:8].exp()}, CPU)
-    assert seen.peak("scratch") == SIZE + 4  # the sum is made while its input lives
+    assert seen.peak("scratch") == SIZE + 4  # the sum is computed while its input is alive
     assert (seen.alive["scratch"], seen.peak("nothing"), seen.peak("less")) == ([], 0, SIZE // 8)
     assert seen.peak() == SIZE + 4
 
 
-def test_what_one_phase_leaves_counts_in_the_next():
+def test_memory_left_by_one_phase_counts_in_the_next():
     left = []
     x = normal(ROWS, WIDTH)
     seen = trace({"make": lambda: left.append(x.exp()), "free": left.clear, "after": lambda: x.exp()}, CPU)
@@ -75,14 +75,14 @@ def test_what_one_phase_leaves_counts_in_the_next():
     assert seen.alive["free"] == []
 
 
-def test_gradients_can_be_left_out_even_where_their_memory_was_used_before():
+def test_gradients_can_be_excluded_even_if_their_memory_was_used_before():
     layer = nn.Linear(WIDTH, WIDTH, bias=False)
     x = normal(ROWS, WIDTH)
     weight = 4 * WIDTH * WIDTH
     kept = []
 
     def forward():
-        torch.empty(WIDTH, WIDTH)  # an allocator may well give the gradient this place
+        torch.empty(WIDTH, WIDTH)  # an allocator may reuse this memory for the gradient
         kept.append(layer(x).sum())
 
     seen = trace({"forward": forward, "backward": lambda: kept.pop().backward()}, CPU)
@@ -107,7 +107,7 @@ def test_sections_and_operators_are_named():
 
 @pytest.fixture(params=["exact", "recompute"])
 def measured(request):
-    """A tiny model with dropping and experts, its configuration, and what a step of 6 images took."""
+    """Return a tiny model with dropping and experts, its configuration, and the measured step of 6 images."""
     config = Config(storage=request.param, plan=PlanConfig(train_blocks=[1, 3], drop_blocks=[1, 2], moe_blocks=[3]))
     config = configuration.replace(
         config,
@@ -122,7 +122,7 @@ def measured(request):
     return model, config, measure(training_step(model, config, prepare(config.runtime), batch=6))
 
 
-def test_a_steps_parts_are_counted_to_the_byte(measured):
+def test_parameters_gradients_and_optimizer_state_are_counted_to_the_byte(measured):
     model, _, seen = measured
     heads = sum(p.numel() for name, head in model.heads.items() if name != "one" for p in head.parameters())
     routers = sum(
@@ -133,13 +133,13 @@ def test_a_steps_parts_are_counted_to_the_byte(measured):
         if name != "one"
     )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) - heads - routers
-    tensors = sum(1 for p in model.parameters() if p.requires_grad) - 4 - 2  # others' heads and routers
+    tensors = sum(1 for p in model.parameters() if p.requires_grad) - 4 - 2  # other tasks' heads and routers
     assert seen.parameters == 4 * sum(p.numel() for p in model.parameters())
     assert seen.gradients == 4 * trained
     assert seen.optimizer == 4 * (2 * trained + tensors)  # AdamW: two moments and a step count each
 
 
-def test_what_a_block_keeps_adds_up_and_frozen_blocks_before_the_path_keep_nothing(measured):
+def test_kept_bytes_of_blocks_add_up_and_blocks_before_the_path_keep_only_its_input(measured):
     _, _, seen = measured
     assert sum(seen.kept_by_block.values()) == seen.kept
     path_input = 4 * 6 * 17 * 16
@@ -148,8 +148,8 @@ def test_what_a_block_keeps_adds_up_and_frozen_blocks_before_the_path_keep_nothi
     assert all(0 <= seen.peaks[phase] - seen.transients[phase] <= seen.gradients for phase in seen.peaks)
 
 
-def test_the_allocator_and_the_hooks_agree_where_no_storage_hides_anything():
-    """Beyond what is saved only the result, the loss and what its graph scales by are alive."""
+def test_the_allocator_and_the_hooks_agree_under_plain_autograd():
+    """Besides saved tensors, only the result, the loss and the scale factors in its graph are alive."""
     config = configuration.replace(
         Config(),
         plan__train_blocks=[1, 3],
@@ -170,7 +170,7 @@ def test_the_allocator_and_the_hooks_agree_where_no_storage_hides_anything():
     assert hooks == pytest.approx(seen.kept, abs=64 + 6 * 8)
 
 
-def test_recomputation_shows_in_what_is_kept():
+def test_recomputation_keeps_less():
     kept = {}
     for storage in ("exact", "recompute"):
         config = configuration.replace(

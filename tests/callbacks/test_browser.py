@@ -1,4 +1,4 @@
-"""TensorBoard on a run as a person sees it: a real server, a real browser, the pages opened."""
+"""TensorBoard on a run, with a real server and a real browser that opens the pages."""
 
 import json
 import os
@@ -25,7 +25,7 @@ OPTIONS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
     "--disable-background-networking --disable-component-update --window-size=1400,1000"
 ).split()
-# TensorBoard hides its cards in shadow roots, which no selector sees into.
+# TensorBoard's cards are in shadow roots, which selectors cannot search.
 EVERYTHING = """
 const all = [];
 const walk = root => root.querySelectorAll('*').forEach(
@@ -46,7 +46,7 @@ def run(light, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(run, tmp_path_factory):
-    """Of the TensorBoard that the tool starts, once it has read the events."""
+    """Return the address of the TensorBoard that the tool starts, once it has read the events."""
     log = tmp_path_factory.mktemp("log") / "log"
     with log.open("w") as stream:
         tool = subprocess.Popen(
@@ -65,7 +65,7 @@ def address(run, tmp_path_factory):
 
 
 def wait(what, tool: subprocess.Popen, log: Path, seconds: float = 60):
-    """What `what()` returns once it is true."""
+    """Return the value of `what()` once it is true."""
     until = time.monotonic() + seconds
     while not (found := what()):
         assert tool.poll() is None and time.monotonic() < until, log.read_text()
@@ -74,7 +74,7 @@ def wait(what, tool: subprocess.Popen, log: Path, seconds: float = 60):
 
 
 def get(url: str, path: str):
-    """JSON of one of TensorBoard's plugins, of our only run."""
+    """Return the JSON data of one of TensorBoard's plugins."""
     with urllib.request.urlopen(f"{url}/data/plugin/{path}") as answer:
         return json.load(answer)
 
@@ -91,8 +91,8 @@ def browser(tmp_path_factory):
 
 
 def look(browser, url: str, enough, seconds: float = 20) -> tuple[list, list[str]]:
-    """The pictures (source, width) and the words of a page, once `enough(pictures, words)`."""
-    browser.get("about:blank")  # or a change after the # alone would not load the page
+    """Return a page's pictures (source, width) and words once `enough(pictures, words)`, or after `seconds`."""
+    browser.get("about:blank")  # otherwise a change only after the # would not load the page
     browser.get(url)
     until = time.monotonic() + seconds
     while True:
@@ -113,7 +113,7 @@ def test_the_images_tab_opens_on_mistakes(address, browser):
     assert any(word.startswith("what is most wrong/") for word in words)
 
 
-def test_the_first_charts_set_training_against_validation_and_name_both(address, browser):
+def test_the_first_charts_compare_training_with_validation(address, browser):
     sections = ["accuracy", "loss", "train", "val", "which experts work"]
     wanted = {*sections, "tensorboard/in training", "tensorboard/on validation"}
     _, words = look(browser, f"{address}/#timeseries", lambda _, words: wanted <= set(words))
@@ -127,7 +127,7 @@ def test_a_chart_has_a_run_for_each_task_and_their_mean(address):
     assert with_top1 == {f"tensorboard/{name}" for name in (*TASKS, "mean of tasks", "selected step")}
 
 
-def test_the_run_has_its_row_of_choices_and_results(address, browser):
+def test_the_hparams_tab_has_the_settings_and_results_of_the_run(address, browser):
     _, words = look(browser, f"{address}/#hparams", lambda _, words: "test_vit (random)" in words)
     assert {"backbone", "drop keeps", "expert blocks", "1, 3", "3, 5", "mean val top-1 %"} <= set(words)
 

@@ -1,4 +1,4 @@
-"""What a person reads while a run trains."""
+"""The console output of a run."""
 
 import io
 import re
@@ -12,7 +12,7 @@ from moe_bsr.training.callback import EvalEvent, StepEvent
 
 
 def follow(tasks: list[str], steps: int, order=None, about=(), first: int = 0) -> None:
-    """A run told to the console: at update s the loss is 2 s and the accuracy s / 1000; one evaluation at the end."""
+    """Pass a run to the console: loss 2 s and accuracy s / 1000 at update s, and one evaluation at the end."""
     console = Console()
     console.restore({})
     config = SimpleNamespace(train=SimpleNamespace(steps=steps))
@@ -31,8 +31,8 @@ def rows(text: str, steps: int) -> list[list[str]]:
     return [line.split() for line in text.splitlines() if re.match(rf"\s*\d+/{steps} ", line)]
 
 
-def test_every_row_has_every_tasks_mean_though_turns_divide_the_interval(capsys):
-    follow(["pets", "food", "flowers"], 120)  # rows every 6 updates: the same task's turn comes at each
+def test_every_row_has_the_mean_of_every_task_although_each_ends_with_the_same_task(capsys):
+    follow(["pets", "food", "flowers"], 120)  # rows every 6 updates: each row ends with the same task
     printed = capsys.readouterr().out
     *training, evaluated = rows(printed, 120)
     assert len(training) == 20
@@ -45,7 +45,7 @@ def test_every_row_has_every_tasks_mean_though_turns_divide_the_interval(capsys)
     assert [name in printed for name in ("pets", "food", "flowers")] == [True] * 3
 
 
-def test_columns_stand_below_one_another(capsys):
+def test_columns_are_aligned(capsys):
     follow(["a", "a_name_that_is_long"], 40)
     lines = capsys.readouterr().out.splitlines()
     header, units, *others = lines
@@ -56,13 +56,13 @@ def test_columns_stand_below_one_another(capsys):
 
 
 @pytest.mark.parametrize("joint", [True, False])
-def test_a_row_has_all_tasks_of_its_last_update_and_a_dash_for_one_without_a_turn(capsys, joint):
+def test_a_row_has_a_dash_for_a_task_without_updates(capsys, joint):
     follow(["a", "b"], 20, order=lambda step: ["a", "b"] if joint else ["b"])
     first = rows(capsys.readouterr().out, 20)[0]
     assert first[1:3] == (["2.00", "0%"] if joint else ["-", "2.00"])
 
 
-def test_many_tasks_are_summed_up_by_their_mean_the_worst_and_the_best(capsys):
+def test_many_tasks_are_summarized_by_mean_worst_and_best(capsys):
     tasks = [f"task{i}" for i in range(12)]
     follow(tasks, 240)
     printed = capsys.readouterr().out
@@ -72,12 +72,12 @@ def test_many_tasks_are_summed_up_by_their_mean_the_worst_and_the_best(capsys):
     assert max(map(len, printed.splitlines())) < 130
 
 
-def test_a_resumed_run_goes_on_with_its_rows(capsys):
+def test_a_resumed_run_continues_its_rows(capsys):
     follow(["a"], 40, first=29)
     assert [row[0] for row in rows(capsys.readouterr().out, 40)[:2]] == ["30/40", "32/40"]
 
 
-def test_a_terminal_without_a_letter_and_a_name_with_commands_end_nothing(monkeypatch):
+def test_letters_missing_in_the_encoding_and_control_characters_are_escaped(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
     follow(["a"], 2, about=["in été/\x1b]0;x\x07\udce9"])

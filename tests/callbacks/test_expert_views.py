@@ -1,4 +1,4 @@
-"""What a run writes about its experts, read back from its events."""
+"""Curves, tables and pictures of a run's experts, read back from its event files."""
 
 import io
 import json
@@ -37,7 +37,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def no_mistakes():
-    """Runs draw no mistakes, which take as long as the pictures tested here."""
+    """Skip the pictures of mistakes, which take as long as the pictures tested here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mistakes.MistakeViews, "on_end", lambda self, report: None)
         yield
@@ -55,11 +55,11 @@ def events(run) -> EventAccumulator:
 
 
 def curves(run) -> dict[tuple[str, str], list[tuple[int, float]]]:
-    """Of experts, by sub-run and name."""
+    """Return the curves about experts by (sub-run, name)."""
     runs = EventMultiplexer(size_guidance={"scalars": 0}).AddRunsFromDirectory(str(run / "tensorboard")).Reload()
     return {
-        (place, tag.removeprefix(f"{EXPERTS}/")): [(e.step, e.value) for e in runs.Scalars(place, tag)]
-        for place, tags in runs.Runs().items()
+        (subrun, tag.removeprefix(f"{EXPERTS}/")): [(e.step, e.value) for e in runs.Scalars(subrun, tag)]
+        for subrun, tags in runs.Runs().items()
         for tag in tags["scalars"]
         if tag.startswith(EXPERTS)
     }
@@ -75,7 +75,7 @@ def pictures(run) -> dict[str, list[tuple[int, bytes]]]:
 
 
 class Recorded(ExpertViews):
-    """Keeps every routing record, to be counted slowly afterwards."""
+    """Also records all routing, for slow reference counts afterwards."""
 
     def __init__(self, writer: Writer) -> None:
         super().__init__(writer)
@@ -91,7 +91,7 @@ class Recorded(ExpertViews):
         self.seen.append((step.step, step.task, routing, step.metrics["auxiliary_loss"]))
 
 
-def test_the_curves_are_those_of_the_window_counted_slowly(config, tmp_path):
+def test_curves_equal_slow_counts_over_each_window(config, tmp_path):
     writer = Writer(tmp_path / "tensorboard")
     recorder = Recorded(writer)
     report = make_trainer(replace(config, train__pictures=False), tmp_path, [recorder, TensorBoard(writer)]).fit()
@@ -155,7 +155,7 @@ def test_pictures_can_be_switched_off_and_the_numbers_stay(config, finished, tmp
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
 
 
-def test_a_resumed_run_tells_the_same(config, finished, tmp_path, monkeypatch):
+def test_a_resumed_run_writes_the_same_views(config, finished, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Crash):
         act_at(patch, 7, crash)
         train(config, tmp_path / "run")
@@ -167,7 +167,7 @@ def test_a_resumed_run_tells_the_same(config, finished, tmp_path, monkeypatch):
     assert report["views"]["recording_seconds"] > 0
 
 
-def test_watching_changes_nothing(config, tmp_path):
+def test_the_callbacks_do_not_change_training(config, tmp_path):
     config = replace(config, train__steps=4)
     writer = Writer(tmp_path / "seen" / "tensorboard")
     watched = make_trainer(config, tmp_path / "seen", [TensorBoard(writer), ExpertViews(writer)])
@@ -183,7 +183,7 @@ def test_watching_changes_nothing(config, tmp_path):
 
 
 def feed(folder, trainer, routing: dict[str, object]) -> ExpertViews:
-    """A callback that was shown this routing of each task, one update each, and then an evaluation."""
+    """Return a callback that received one update per task with the given routing, and then an evaluation."""
     writer = Writer(folder / "tensorboard")
     callback = ExpertViews(writer)
     callbacks = [TensorBoard(writer), callback]
@@ -238,7 +238,7 @@ def feed(folder, trainer, routing: dict[str, object]) -> ExpertViews:
     ],
     ids=["collapse", "specialization"],
 )
-def test_a_known_routing_reads_as_what_it_is(config, tmp_path, routing, expected):
+def test_collapse_and_specialization_are_recognized(config, tmp_path, routing, expected):
     feed(tmp_path, make_trainer(config, tmp_path), routing)
     words = expected.pop("words")
     for block in MOE:
@@ -248,7 +248,7 @@ def test_a_known_routing_reads_as_what_it_is(config, tmp_path, routing, expected
     assert words in texts(tmp_path, EXPERTS)[0]
 
 
-def test_pictures_end_at_the_budget_and_that_is_said_once(config, tmp_path, monkeypatch):
+def test_pictures_stop_at_the_budget_with_one_message(config, tmp_path, monkeypatch):
     monkeypatch.setattr(writer_module, "BUDGET", 150_000)
     train(config, tmp_path)
     found = pictures(tmp_path)
@@ -268,7 +268,7 @@ def test_a_dense_run_says_why_it_has_no_expert_views(config, tmp_path, drop):
     assert not curves(tmp_path) and report["expert_use"] == {}
 
 
-def test_stability_is_one_where_nothing_moved(config, tmp_path):
+def test_stability_is_one_for_unchanged_routers_and_zero_for_inverted_ones(config, tmp_path):
     trainer = make_trainer(config, tmp_path)
     callback = feed(tmp_path, trainer, {"shapes": to(4, [2])})
     seen = {
@@ -283,4 +283,4 @@ def test_stability_is_one_where_nothing_moved(config, tmp_path):
         task: probe.run_probe(trainer.model, data, trainer.transforms, trainer.runtime)
         for task, data in callback.probes.items()
     }
-    assert callback._stability(seen)[3] == 0.0  # the best two of four have become the worst two
+    assert callback._stability(seen)[3] == 0.0  # the top two of four experts are now the bottom two

@@ -1,4 +1,4 @@
-"""CSV, Weights & Biases and MLflow get every number once, go on in the same run, and are refused where they are not."""
+"""CSV, Weights & Biases and MLflow: each value is logged once, resumed runs continue, missing packages are errors."""
 
 import csv
 import sys
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("bare")
 
 
 class FakeWandB(types.ModuleType):
-    """As much of wandb as is used; keeps what it was told."""
+    """Replaces the used part of wandb, and records the calls."""
 
     def __init__(self) -> None:
         super().__init__("wandb")
@@ -68,7 +68,7 @@ def fakes(monkeypatch):
     return types.SimpleNamespace(**found)
 
 
-def test_an_interrupted_run_and_its_resumption_are_one_in_all_of_them(tmp_path, fakes, monkeypatch):
+def test_a_resumed_run_continues_the_same_run_in_every_logger(tmp_path, fakes, monkeypatch):
     config = make_config(
         tmp_path, **LATE, train__steps=4, train__checkpoint_every=1, train__log_to=["csv", "wandb", "mlflow"]
     )
@@ -91,7 +91,7 @@ def test_an_interrupted_run_and_its_resumption_are_one_in_all_of_them(tmp_path, 
     assert (first["project"], first["name"], first["config"]["train"]["steps"]) == ("moe_bsr", "mine", 4)
     assert (second["id"], second["resume"]) == ("run0", "allow") and log.ended == 2
     steps = [entry["update"] for entry in log.logged if any(key.startswith("train/") for key in entry)]
-    assert steps == [1, 2, 3, 4]  # the third was told before the crash in another callback, or after
+    assert steps == [1, 2, 3, 4]  # the third was logged only once, before or after the crash in another callback
     top1 = [entry["val/mean/top1"] for entry in log.logged if "val/mean/top1" in entry]
     assert top1 == [report["selected_mean_val_top1"]]
     assert log.summary["result/mean_top1"] == report["mean_top1"]
@@ -105,7 +105,7 @@ def test_an_interrupted_run_and_its_resumption_are_one_in_all_of_them(tmp_path, 
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
-def test_what_is_not_installed_is_refused_before_anything_is_done(tmp_path, monkeypatch, name):
+def test_a_missing_package_is_an_error_before_training(tmp_path, monkeypatch, name):
     monkeypatch.setattr(trackers, "find_spec", lambda package: None)
     with pytest.raises(ConfigError, match=f"{name} is not installed: pip install {name}"):
         moe_bsr.train(make_config(tmp_path, train__log_to=[name]), tmp_path / "run")
@@ -114,7 +114,7 @@ def test_what_is_not_installed_is_refused_before_anything_is_done(tmp_path, monk
         {"wandb": WandB, "mlflow": MLflow}[name]()
 
 
-def test_a_tracker_that_fails_costs_a_warning(tmp_path, fakes, monkeypatch):
+def test_a_failing_tracker_causes_only_a_warning(tmp_path, fakes, monkeypatch):
     monkeypatch.setattr(fakes.wandb, "init", lambda **given: 1 / 0)
     config = make_config(tmp_path, **LATE, train__steps=1, train__evaluate_test=False)
     seen = []
@@ -124,7 +124,7 @@ def test_a_tracker_that_fails_costs_a_warning(tmp_path, fakes, monkeypatch):
     assert report["status"] == "finished" and seen == [1]
 
 
-def test_log_to_takes_one_name(tmp_path):
+def test_log_to_accepts_one_name_and_rejects_unknown_ones(tmp_path):
     assert make_config(tmp_path, train__log_to="csv").train.log_to == ["csv"]
     with pytest.raises(ConfigError, match=r"train\.log_to.*one of csv, wandb, mlflow; did you mean 'wandb'"):
         make_config(tmp_path, train__log_to=["wand"])

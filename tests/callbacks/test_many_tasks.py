@@ -1,4 +1,4 @@
-"""Sixty tasks with a folder of images each: they train, resume, take one more, and can be looked at."""
+"""Sixty tasks with one image folder each: training, resuming, adding a task, and the views of the results."""
 
 import json
 import re
@@ -66,7 +66,7 @@ def config(photos) -> Config:
 
 @pytest.fixture(scope="module")
 def run(config, tmp_path_factory, bare):
-    """A run that crashed in the fifth of six updates and was resumed."""
+    """Return the folder of a run that crashed in the fifth of six updates and was resumed."""
     folder, run_probe = tmp_path_factory.mktemp("many") / "run", probe.run_probe
     with pytest.MonkeyPatch.context() as patch:
         act_at(patch, 5, crash)
@@ -95,25 +95,25 @@ def lines(run, split=None):
     return [line for line in each if line.get("split") == split]
 
 
-def curve(events, place, tag):
-    return {point.step: point.value for point in events.Scalars(place, tag)}
+def curve(events, subrun, tag):
+    return {point.step: point.value for point in events.Scalars(subrun, tag)}
 
 
-def test_a_pattern_is_every_folder_and_task_file_it_finds(photos, config):
+def test_a_pattern_expands_to_all_matching_folders_and_task_files(photos, config):
     assert config.task_names() == NAMES and config.tasks[0] == f"{photos}/t000/"
     assert load_spec(config.tasks[3]).path == str(photos / "t003")
     (photos / "one.yaml").write_text("title: One\nsource: folder\npath: nowhere\n")
     both = from_dict({"tasks": [f"{photos}/*ne*", "pets"]})
-    assert both.task_names() == ["novel_one", "one", "pets"]  # notes.txt is no task
+    assert both.task_names() == ["novel_one", "one", "pets"]  # notes.txt is not a task
     with pytest.raises(ConfigError, match=r"tasks: '.*nothing\*' matches no folder and no .yaml file"):
         from_dict({"tasks": f"{photos}/nothing*"})
     with pytest.raises(FileNotFoundError, match="task folder .*/absent does not exist"):
         load_spec(f"{photos}/absent/")
 
 
-def test_a_folder_added_meanwhile_is_named_alone(config, photos):
-    told = config_diff(config, replace(config, tasks=[*config.tasks[1:], f"{photos}/new/"]))
-    assert told == [f"tasks: {photos}/new/ added, {photos}/t000/ gone since (add-task adds one)"]
+def test_the_config_diff_names_only_added_and_removed_tasks(config, photos):
+    found = config_diff(config, replace(config, tasks=[*config.tasks[1:], f"{photos}/new/"]))
+    assert found == [f"tasks: {photos}/new/ added, {photos}/t000/ gone since (add-task adds one)"]
 
 
 def test_all_tasks_are_in_the_files(run, report):
@@ -123,18 +123,18 @@ def test_all_tasks_are_in_the_files(run, report):
     assert {line["task"] for line in lines(run, "val")} == set(NAMES)
 
 
-def test_tensorboard_has_curves_over_all_tasks_and_none_of_its_own_for_each(run, events):
+def test_tensorboard_has_curves_over_all_tasks_instead_of_one_per_task(run, events):
     assert set(events.Runs()) == {".", *RUNS, SELECTED, TRAINING, VALIDATION, "block 5"}
     for name, large_is_bad in (("top1", False), ("loss", True)):
         values = sorted((line[name] for line in lines(run, "val")), reverse=large_is_bad)
         expected = [fmean(values), fmean(values[:WORST]), *np.percentile(values, (25, 50, 75))]
-        told = [curve(events, place, f"val/{name}")[STEPS] for place in RUNS]
-        assert told == pytest.approx(expected, rel=1e-5)
+        found = [curve(events, subrun, f"val/{name}")[STEPS] for subrun in RUNS]
+        assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_resumed_run_has_one_point_of_training_for_each_stretch(run, events):
+def test_a_resumed_run_has_one_training_point_per_interval(run, events):
     losses = {line["step"]: line["loss"] for line in lines(run)}
-    assert curve(events, ".", "train/loss") == pytest.approx(losses, rel=1e-5)  # of a short run each update
+    assert curve(events, ".", "train/loss") == pytest.approx(losses, rel=1e-5)  # a short run has a point per update
 
 
 def test_points_are_means_over_the_updates_since_the_last(run, tmp_path, monkeypatch, config):
@@ -151,7 +151,7 @@ def test_points_are_means_over_the_updates_since_the_last(run, tmp_path, monkeyp
     of = curves.Curves(Kept(), {})
     for step, loss in enumerate((1.0, 2.0, 6.0, 4.0, 5.0), 1):
         event = type("Event", (), {"step": step, "metrics": {"loss": loss}, "images_per_second": 1.0})
-        of = curves.Curves(of.writer, json.loads(json.dumps(of.state())))  # as through a checkpoint
+        of = curves.Curves(of.writer, json.loads(json.dumps(of.state())))  # as if saved to a checkpoint
         of.on_step(event, 6)
     assert Kept.points["train/loss"] == {3: 3.0}
     of._point(5)
@@ -164,14 +164,14 @@ def test_each_task_has_one_chart_that_the_page_filters_by_name(events):
     assert [tag for tag in tags if tag.startswith("loss/")] == [f"loss/{ALL}"]
 
 
-def test_what_fell_most_is_listed():
+def test_tasks_that_fell_most_are_listed():
     before = dict.fromkeys(NAMES, 50.0)
-    told = worst_list(before | {"t001": 40.0, "t002": 45.0, "t003": 60.0}, before)
-    fell = told.partition("What fell most")[2]
+    found = worst_list(before | {"t001": 40.0, "t002": 45.0, "t003": 60.0}, before)
+    fell = found.partition("What fell most")[2]
     assert re.findall(r"\| (t\d+) \| ([\d.]+) \| (\S+) ", fell) == [("t001", "40.0", "-10.0"), ("t002", "45.0", "-5.0")]
 
 
-def test_the_worst_are_listed_at_each_evaluation_and_results_of_tasks_fill_no_column(run, events):
+def test_the_worst_tasks_are_listed_and_tasks_have_no_hparams_columns(run, events):
     (point,) = events.Tensors(".", "tasks/text_summary")
     words = point.tensor_proto.string_val[0].decode()
     top1 = {line["task"]: line["top1"] for line in lines(run, "val")}
@@ -181,19 +181,19 @@ def test_the_worst_are_listed_at_each_evaluation_and_results_of_tasks_fill_no_co
 
 def test_probes_are_run_on_a_few_tasks(run, report):
     assert probed == NAMES[:8]
-    assert report["expert_use"]["5"].keys() == set(NAMES[:STEPS])  # of all that trained it is counted
+    assert report["expert_use"]["5"].keys() == set(NAMES[:STEPS])  # expert use is counted for all trained tasks
 
 
-def test_one_task_more(photos, run, tmp_path, report):
+def test_a_task_can_be_added(photos, run, tmp_path, report):
     config = added_task_config(run, f"{photos}/novel one/")
     done = moe_bsr.train(replace(config, train__penalty=1e-2), tmp_path / "more")
     assert list(done["tasks"]) == [*NAMES, "novel_one"]
     assert done["tasks"]["t007"]["val_top1" if "val_top1" in report["tasks"]["t007"] else "top1"] is not None
 
 
-def test_the_console_has_a_top_list(report):
-    told, names = markdown(report, whole=False), {f"t{n:03d}" for n in range(TASKS)}
-    rows = [line.split("|")[1].strip() for line in told.splitlines() if line.startswith("| ")]
+def test_the_short_report_lists_the_worst_and_best_tasks(report):
+    found, names = markdown(report, whole=False), {f"t{n:03d}" for n in range(TASKS)}
+    rows = [line.split("|")[1].strip() for line in found.splitlines() if line.startswith("| ")]
     listed = [row for row in rows if row in names]
     assert len(listed) == WORST + BEST and f"({TASKS - WORST - BEST} more tasks in report.md)" in rows
     assert {"lower quartile", "mean of the worst 10", "mean"} <= set(rows)
@@ -208,15 +208,15 @@ def scores(top1: dict[str, float]) -> dict[str, dict]:
     }
 
 
-def test_a_table_of_an_evaluation_has_the_worst_and_the_best():
-    told = table(scores({name: float(number) for number, name in enumerate(NAMES)}))
-    listed = re.findall(r"^(t\d+)", told, re.M)
+def test_the_evaluation_table_lists_the_worst_and_best_tasks():
+    found = table(scores({name: float(number) for number, name in enumerate(NAMES)}))
+    listed = re.findall(r"^(t\d+)", found, re.M)
     assert listed == [*NAMES[:WORST], *NAMES[: -BEST - 1 : -1]]
-    assert re.findall(r"a of (t\d+)", told) == NAMES[:WORST] and f"({TASKS - WORST - BEST} between)" in told
+    assert re.findall(r"a of (t\d+)", found) == NAMES[:WORST] and f"({TASKS - WORST - BEST} between)" in found
     assert "median" not in table(scores(dict.fromkeys(NAMES[:MANY], 1.0)))
 
 
-def test_runs_are_compared_by_their_spread_and_what_changed_most(report):
+def test_runs_are_compared_by_spread_and_by_the_tasks_that_changed_most(report):
     later = json.loads(json.dumps(report))
     for name, points in (("t003", -7.0), ("t030", 9.0), ("t050", 2.0)):
         later["tasks"][name]["top1"] += points
@@ -234,7 +234,7 @@ def test_the_page_lists_the_extremes_and_folds_the_whole_table():
     assert len(accuracy.section(dict.fromkeys(NAMES[:MANY], (1, 2))).tables) == 1
 
 
-# --- the picture, and what is chosen ---
+# --- the heatmap, and which tasks are shown ---
 
 
 def routing(tasks: int, experts: int = 4) -> RoutingStatistics:
@@ -247,7 +247,7 @@ def routing(tasks: int, experts: int = 4) -> RoutingStatistics:
     return statistics
 
 
-def test_lines_are_sorted_by_the_expert_used_most_and_those_without_data_come_last():
+def test_rows_are_sorted_by_the_most_used_expert_and_rows_without_data_come_last():
     shares = routing(30).shares("count")
     order = many_tasks.sorted_rows(shares).tolist()
     slow = sorted((row for row in range(30) if row != 3), key=lambda row: (shares[row].argmax(), -shares[row].max()))
@@ -257,7 +257,7 @@ def test_lines_are_sorted_by_the_expert_used_most_and_those_without_data_come_la
     assert all((shares[order[i]].argmax() == label) for label, i, j in found[:-1] for i in range(i, j))
 
 
-def test_what_routes_least_like_the_others_is_named():
+def test_tasks_with_the_most_unusual_routing_are_named():
     statistics = routing(30)
     rows = many_tasks.outstanding(statistics.shares("count"))
     assert rows[0] == 5 and len(rows) == WORST and 3 not in rows
@@ -267,7 +267,7 @@ def test_what_routes_least_like_the_others_is_named():
     assert max(figure.get_size_inches()) * 72 < 1400  # pixels
 
 
-def test_up_to_twelve_tasks_every_one_is_shown():
+def test_up_to_twelve_tasks_are_all_shown():
     few = {f"t{n}": float(n) for n in range(MANY)}
     assert not are_many(few) and shown(few) == list(few) and MANY == 12
     figure = many_tasks.heatmap(routing(MANY), 7, "validation")
@@ -276,7 +276,7 @@ def test_up_to_twelve_tasks_every_one_is_shown():
     assert condensed(notes, list(few)) == notes
 
 
-def test_no_task_is_among_the_worst_and_the_best_at_once():
+def test_no_task_is_among_both_the_worst_and_the_best():
     for count in (1, 11, 14, 40):
         values = {f"t{n}": -float(n) for n in range(count)}
         worst, best = worst_and_best(values)
@@ -284,6 +284,6 @@ def test_no_task_is_among_the_worst_and_the_best_at_once():
         assert best == list(values)[: max(0, min(BEST, count - WORST))]
 
 
-def test_notes_that_differ_in_name_and_numbers_alone_are_one():
+def test_notes_that_differ_only_in_task_and_numbers_are_merged():
     notes = [f"t{n:03d}: {n + 2} of 10.5 % images" for n in range(3)] + ["t009: broken link at a.jpg"]
     assert condensed(notes, NAMES) == [f"{notes[0]} (and 2 more tasks likewise)", notes[3]]

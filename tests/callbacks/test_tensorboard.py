@@ -1,4 +1,4 @@
-"""TensorBoard's page: what stands in which chart, and in which order."""
+"""TensorBoard's page: the curves in each chart, and the order of the charts."""
 
 import json
 from statistics import fmean
@@ -32,7 +32,7 @@ def read(folder) -> EventMultiplexer:
 
 
 def chart(folder, tag: str) -> dict[str, dict[int, float]]:
-    """The curves of a chart, by the name in its legend."""
+    """Return the curves of a chart by their names in the legend."""
     runs = read(folder)
     return {
         run: {e.step: e.value for e in runs.Scalars(run, tag)}
@@ -45,7 +45,7 @@ def metrics(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_tasks_and_their_mean_share_a_chart_and_the_selected_step_is_a_dot_in_it(finished):
+def test_tasks_their_mean_and_the_selected_step_share_a_chart(finished):
     shown, report = chart(finished, "val/top1"), json.loads((finished / "report.json").read_text())
     assert shown.keys() == {*TASKS, MEAN, SELECTED}
     for step, mean in shown[MEAN].items():
@@ -56,7 +56,7 @@ def test_tasks_and_their_mean_share_a_chart_and_the_selected_step_is_a_dot_in_it
 
 
 @pytest.mark.parametrize(("name", "of_training", "of_validation"), [("accuracy", "accuracy", "top1"), ("loss",) * 3])
-def test_training_stands_against_validation_in_one_chart(finished, name, of_training, of_validation):
+def test_training_and_validation_share_a_chart(finished, name, of_training, of_validation):
     scale = 100 if name == "accuracy" else 1
     means = {}
     for task in TASKS:
@@ -76,7 +76,7 @@ def test_training_stands_against_validation_in_one_chart(finished, name, of_trai
     assert chart(finished, f"{name}/{ALL}")[TRAINING] == pytest.approx({s: fmean(v) for s, v in means.items()})
 
 
-def test_sections_about_tasks_come_before_those_about_experts_and_none_is_of_the_test(finished):
+def test_sections_about_tasks_come_before_experts_and_none_shows_the_test_split(finished):
     runs = read(finished)
     sections = sorted({tag.split("/")[0] for tags in runs.Runs().values() for tag in tags["scalars"]})
     assert sections == ["accuracy", "loss", "train", "val", "which experts work", "with what result"]
@@ -87,7 +87,7 @@ def test_a_run_of_one_task_has_no_mean(config, tmp_path):
     assert chart(tmp_path, "val/top1").keys() == {"shapes", SELECTED} and not chart(tmp_path, f"loss/{ALL}")
 
 
-def test_the_selected_step_is_named_with_the_reason(finished):
+def test_the_selected_step_is_stated_with_the_reason(finished):
     runs, report = read(finished), json.loads((finished / "report.json").read_text())
     (said,) = runs.Tensors(".", "selected step/text_summary")
     words = said.tensor_proto.string_val[0].decode()
@@ -110,7 +110,7 @@ def test_runs_are_ranked_by_validation_in_the_hparams_tab(finished):
         assert point.value == pytest.approx(at_best[task][report["selected_step"]])
 
 
-def test_a_long_run_has_points_enough_and_no_more(config, tmp_path, monkeypatch):
+def test_the_number_of_points_is_limited(config, tmp_path, monkeypatch):
     monkeypatch.setattr(tensorboard_module, "MAX_POINTS", 4)
     train(replace(config, plan__moe_blocks=[], plan__drop_blocks=[], train__eval_every=None), tmp_path)
     for task, curve in chart(tmp_path, "train/loss").items():  # every second visit of the task

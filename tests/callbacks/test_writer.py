@@ -1,4 +1,4 @@
-"""Event files: cut back on resume, never twice, one for each sub-run, and nothing but files."""
+"""Event files: one per sub-run, truncated on resume, limited in size, and never written through links."""
 
 import contextlib
 import errno
@@ -33,8 +33,8 @@ def test_a_resumed_run_has_every_point_once_and_the_same_files(tmp_path):
     first.restore({})
     write(first, range(1, 4))
     state = first.state()
-    write(first, range(4, 7))  # lost: after the checkpoint
-    first.scalar("loss", 4.0, 4, "later")  # so is a sub-run that began after it
+    write(first, range(4, 7))  # lost, because it is after the checkpoint
+    first.scalar("loss", 4.0, 4, "later")  # also lost: a sub-run that began after the checkpoint
     first.flush()
     for _ in range(2):
         again = Writer(tmp_path)
@@ -47,8 +47,8 @@ def test_a_resumed_run_has_every_point_once_and_the_same_files(tmp_path):
     )
 
 
-def test_what_is_written_again_takes_the_same_bytes(tmp_path):
-    """So a TensorBoard that had read further goes on reading at the border of a record."""
+def test_events_written_again_take_the_same_bytes(tmp_path):
+    """A TensorBoard that has already read further then continues at the start of a record."""
     sizes = []
     for folder in ("whole", "resumed"):
         writer = Writer(tmp_path / folder)
@@ -64,7 +64,7 @@ def test_what_is_written_again_takes_the_same_bytes(tmp_path):
     assert sizes[0] == sizes[1]
 
 
-def test_many_sub_runs_hold_no_file_open(tmp_path):
+def test_many_sub_runs_keep_no_files_open(tmp_path):
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     writer = Writer(tmp_path)
     for task in range(200):
@@ -73,8 +73,8 @@ def test_many_sub_runs_hold_no_file_open(tmp_path):
     assert not before or len(os.listdir("/proc/self/fd")) == before
 
 
-def test_sub_runs_come_in_the_order_in_which_they_were_begun(tmp_path):
-    """TensorBoard gives out its colors by the time of the first event."""
+def test_sub_runs_are_ordered_by_their_start(tmp_path):
+    """TensorBoard assigns colors by the time of the first event."""
     writer = Writer(tmp_path)
     writer.begin(["pets", "food", "mean of tasks", ""])
     runs = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload()
@@ -82,22 +82,22 @@ def test_sub_runs_come_in_the_order_in_which_they_were_begun(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["link", "link to a folder", "folder", "fifo"])
-def test_nothing_is_written_through_a_link_or_into_what_is_no_file(tmp_path, kind):
-    outside, place = tmp_path / "outside", tmp_path / "run" / "pets"
-    place.parent.mkdir()
+def test_nothing_is_written_through_a_link_or_to_a_special_file(tmp_path, kind):
+    outside, run_folder = tmp_path / "outside", tmp_path / "run" / "pets"
+    run_folder.parent.mkdir()
     if kind == "link to a folder":
         outside.mkdir()
         (outside / FILE).write_bytes(b"kept")
-        place.symlink_to(outside)
+        run_folder.symlink_to(outside)
     else:
-        place.mkdir()
+        run_folder.mkdir()
         outside.write_bytes(b"kept")
         if kind == "link":
-            (place / FILE).symlink_to(outside)
+            (run_folder / FILE).symlink_to(outside)
         elif kind == "folder":
-            (place / FILE).mkdir()
+            (run_folder / FILE).mkdir()
         else:
-            os.mkfifo(place / FILE)
+            os.mkfifo(run_folder / FILE)
     writer = Writer(tmp_path / "run")
     writer.restore({"bytes": {f"pets/{FILE}": 0}})
     for step in (1, 2):  # one warning, then silence
@@ -109,7 +109,7 @@ def test_nothing_is_written_through_a_link_or_into_what_is_no_file(tmp_path, kin
     assert (outside / FILE if outside.is_dir() else outside).read_bytes() == b"kept"
 
 
-def test_a_full_disk_leaves_whole_records_and_one_warning(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_complete_records_and_one_warning(tmp_path, monkeypatch):
     writer = Writer(tmp_path)
     write(writer, range(1, 3))
     before = writer.state()["bytes"]
@@ -134,18 +134,18 @@ def texts(folder, tag: str) -> list[str]:
     return [e.tensor_proto.string_val[0].decode() for e in events.Tensors(f"{tag}/text_summary")]
 
 
-def test_the_budget_grows_with_the_hours_of_training(tmp_path, monkeypatch):
-    """An hour and a second in, what was written before a resume counts, and so does its time."""
+def test_the_picture_budget_grows_with_the_hours_of_training(tmp_path, monkeypatch):
+    """After an hour and a second the budget is doubled. Bytes and time from before a resume count."""
     monkeypatch.setattr(writer_module, "BUDGET", 100_000)
     writer = Writer(tmp_path / "tensorboard")
     writer.restore({"seconds": 3601.0})
     png = io.BytesIO()
-    Image.effect_noise((100, 100), 100).save(png, "png")  # which nothing compresses
+    Image.effect_noise((100, 100), 100).save(png, "png")  # incompressible
     for step in range(40):
         writer.picture("noise", png.getvalue(), step)
     writer.flush()
     size = len(png.getvalue())
     assert 5 * size < 100_000 < 40 * size
     written = writer.size()
-    assert 2 * 100_000 - 2 * size < written < 2 * 100_000 + 1000  # the text that says so comes on top
+    assert 2 * 100_000 - 2 * size < written < 2 * 100_000 + 1000  # the message about it is added
     assert len(texts(tmp_path / "tensorboard", "pictures")) == 1

@@ -31,7 +31,7 @@ def test_a_kind_is_chosen_by_name_or_with_options(registry):
     chosen = registry.choose({"kind": "topk", "keep": 0.5})
     assert chosen.options == Options(keep=0.5) and str(chosen) == "topk(keep=0.5, name=top)"
     assert registry[chosen.kind] == "the one with options" and list(registry) == ["plain", "topk"]
-    assert len({registry.choose("topk"), registry.choose({"kind": "topk", "keep": 0.1})}) == 1  # they hash alike
+    assert len({registry.choose("topk"), registry.choose({"kind": "topk", "keep": 0.1})}) == 1  # equal hashes
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_a_kind_is_chosen_by_name_or_with_options(registry):
         (3, "thing = 3: one of plain, topk"),
     ],
 )
-def test_what_cannot_be_is_refused(registry, value, message):
+def test_an_invalid_choice_is_refused(registry, value, message):
     with pytest.raises(ConfigError) as error:
         registry.choose(value)
     assert message in str(error.value)

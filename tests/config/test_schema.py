@@ -1,4 +1,4 @@
-"""Configuration: what is read, what is refused, and that errors name the key, the value and what is allowed."""
+"""Configuration: reading, validation, and errors that name the key, the value and what is allowed."""
 
 from pathlib import Path
 
@@ -55,12 +55,12 @@ def test_numbers_written_with_an_exponent_are_numbers(tmp_path, text):
     assert load(write(tmp_path, "e.yaml", ""), [f"train.lr={text}"]).train.lr == 0.001
 
 
-def test_whole_numbers_become_numbers_where_a_number_is_asked():
+def test_whole_numbers_are_accepted_as_floats():
     keep = from_dict({"plan": {"keep_rate": 1}}).plan.keep_rate
     assert keep == 1.0 and type(keep) is float
 
 
-def test_overrides_reach_into_sections_and_are_typed(tmp_path):
+def test_overrides_set_nested_keys_and_are_typed(tmp_path):
     path = write(tmp_path, "c.yaml", "train: {steps: 5, lr: 0.5}")
     config = load(
         path,
@@ -89,14 +89,14 @@ def test_overrides_reach_into_sections_and_are_typed(tmp_path):
         ("plan.drop_blocks=[1", ["plan.drop_blocks", "YAML"]),
     ],
 )
-def test_a_wrong_override_is_refused_by_its_key(tmp_path, override, words):
+def test_a_wrong_override_is_refused_with_its_key(tmp_path, override, words):
     path = write(tmp_path, "c.yaml", "train: {steps: 5}")
     with pytest.raises(ConfigError) as error:
         load(path, [override])
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_replace_checks_again_and_leaves_the_original():
+def test_replace_validates_and_leaves_the_original_unchanged():
     config = Config()
     changed = replace(config, train__steps=3, seed=4)
     assert (changed.train.steps, changed.seed) == (3, 4)
@@ -108,7 +108,7 @@ def test_replace_checks_again_and_leaves_the_original():
 # --- extends ---
 
 
-def test_a_file_holds_only_its_differences(tmp_path):
+def test_a_file_inherits_from_the_file_that_it_extends(tmp_path):
     write(tmp_path, "base.yaml", "seed: 1\ntrain: {steps: 5, lr: 0.5, task_weights: {shapes: 2}}")
     (tmp_path / "more").mkdir()
     write(tmp_path / "more", "middle.yaml", "extends: ../base.yaml\ntrain: {steps: 6}\nplan: {drop_blocks: [1]}")
@@ -119,7 +119,7 @@ def test_a_file_holds_only_its_differences(tmp_path):
     assert config.train.task_weights == {"shapes": 2.0}
 
 
-def test_a_circle_of_extends_is_refused(tmp_path):
+def test_circular_extends_is_refused(tmp_path):
     write(tmp_path, "a.yaml", "extends: b.yaml")
     write(tmp_path, "b.yaml", "extends: c.yaml")
     write(tmp_path, "c.yaml", "extends: a.yaml")
@@ -129,13 +129,13 @@ def test_a_circle_of_extends_is_refused(tmp_path):
         load(write(tmp_path, "self.yaml", "extends: self.yaml"))
 
 
-def test_the_same_parent_twice_is_no_circle(tmp_path):
+def test_loading_a_parent_again_is_not_circular(tmp_path):
     write(tmp_path, "base.yaml", "seed: 1")
     write(tmp_path, "one.yaml", "extends: base.yaml")
     assert load(tmp_path / "one.yaml") == load(tmp_path / "base.yaml")
 
 
-def test_an_absent_file_is_named_with_the_nearest(tmp_path):
+def test_a_missing_file_is_reported_with_the_nearest_name(tmp_path):
     write(tmp_path, "quickstart.yaml", "")
     with pytest.raises(ConfigError, match=r"quikstart\.yaml; did you mean quickstart\.yaml"):
         load(tmp_path / "quikstart.yaml")
@@ -154,7 +154,7 @@ def test_an_absent_file_is_named_with_the_nearest(tmp_path):
         ("a: !!python/object:os.system {}", "not valid YAML"),
     ],
 )
-def test_a_file_that_is_no_configuration_is_refused(tmp_path, text, words):
+def test_a_file_that_is_not_a_configuration_is_refused(tmp_path, text, words):
     with pytest.raises(ConfigError, match=words):
         load(write(tmp_path, "c.yaml", text))
 
@@ -317,7 +317,7 @@ def test_options_of_the_fused_token_need_a_fused_token(fused_option):
     assert message.startswith("tokens.fuse = 'none'") and f"tokens.{fused_option}" in message
 
 
-def test_what_a_probe_needs_is_given_as_it_is_written_in_a_file():
+def test_errors_state_the_settings_that_a_probe_needs():
     probe = {"train": {"optimizer": "lbfgs", "steps": 1}, "plan": {"train_blocks": [], "moe_blocks": []}}
     assert refusal(probe).startswith("data.augment = True: false with train.optimizer = lbfgs")
     probe |= {"data": {"augment": False}, "adapter": "lora"}
@@ -334,10 +334,10 @@ def test_top_k_is_checked_against_the_experts_of_the_same_file():
     assert "1 to moe.num_experts = 2" in refusal({"moe": {"num_experts": 2, "top_k": 4}})
 
 
-def test_a_task_given_as_a_file_is_named_by_it():
+def test_a_task_file_gives_the_task_its_name():
     assert from_dict({"tasks": ["a", "my/b.yaml", "c.yml"]}).task_names() == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("name", ["v1.5", "", "a/b"])
-def test_a_task_name_that_no_folder_can_carry_is_refused(name):
+def test_a_task_name_that_cannot_be_a_folder_name_is_refused(name):
     assert refusal({"tasks": [name]}).startswith("tasks")

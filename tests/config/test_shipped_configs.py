@@ -1,4 +1,4 @@
-"""The shipped configurations and tasks load, fit their backbones, and say how to run them."""
+"""The shipped configurations and tasks load, fit their backbones, and state how to run them."""
 
 from functools import cache
 from pathlib import Path
@@ -43,13 +43,13 @@ def test_a_configuration_loads_and_its_plan_fits_its_backbone(path):
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_an_experiment_holds_only_differences_and_says_how_to_run_it(path):
+def test_an_experiment_has_only_differences_and_states_how_to_run_it(path):
     assert len(path.read_text().splitlines()) < 30
     assert f"moe-bsr train configs/{path.name}" in header(path)
     assert "extends" in yaml.safe_load(path.read_text())
 
 
-def test_base_is_the_default_key_by_key_in_order():
+def test_base_yaml_lists_all_defaults_in_order():
     tree = yaml.safe_load((ROOT / "configs" / "base.yaml").read_text())
     default = to_dict(Config())
     assert keys(tree) == keys(default)
@@ -57,13 +57,13 @@ def test_base_is_the_default_key_by_key_in_order():
 
 
 @pytest.mark.parametrize("path", TASKS, ids=lambda path: path.stem)
-def test_a_task_loads_by_its_name_from_anywhere(path, tmp_path, monkeypatch):
+def test_a_task_loads_by_its_name_from_any_directory(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     spec = load_spec(path.stem)
     assert spec == load_spec(path) and spec.name == path.stem
     assert spec.title and spec.classes >= 2 and spec.license != "not stated"
 
 
-def test_the_default_tasks_and_the_five_datasets_are_here():
+def test_the_default_tasks_and_the_five_datasets_are_shipped():
     five = {"cifar10", "cifar100", "flowers102", "pets", "food101"}
     assert {path.stem for path in TASKS} >= five | set(Config().tasks)

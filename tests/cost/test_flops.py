@@ -1,5 +1,5 @@
-"""Traced FLOPs against the closed form, the closed form against fvcore, torch's counter (and what these two miss),
-and the trace against the shapes of all matrix products in a training step as the profiler saw them.
+"""Compare traced FLOPs with the closed form, the closed form with fvcore and torch's counter (and what these two miss),
+and the trace with all matrix products that the profiler records in a training step.
 """
 
 from dataclasses import replace
@@ -25,18 +25,18 @@ DEPTH, TOKENS = 4, PREFIX + PATCHES
 
 
 def closed_form(model) -> float:
-    """FLOPs of the forward pass of the batch."""
+    """Return the FLOPs of the batch's forward pass."""
     return IMAGES * forward_flops(model, "one")
 
 
 @pytest.fixture(autouse=True)
 def by_mkl(monkeypatch):
-    """In float32: torch's counter does not know oneDNN's products."""
+    """Use MKL in float32, because torch's counter does not know oneDNN's products."""
     monkeypatch.setattr(cpu, "mkl_is_slow", lambda: False)
 
 
 def torch_count(run) -> dict[str, int]:
-    """FLOPs by operator, as torch's counter sees them; before 2.15 it knew CPUs' fused attention not at all."""
+    """Return the FLOPs by operator of torch's counter. Before 2.15 it did not know fused attention on CPUs."""
     known = {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **options: (
             sdpa_flop_count(q, k, v)
@@ -48,14 +48,14 @@ def torch_count(run) -> dict[str, int]:
 
 
 def fvcore_count(module, images) -> tuple[float, dict[str, float]]:
-    """FLOPs (fvcore counts multiply-adds) and those by operator."""
+    """Return the FLOPs in total and by operator. fvcore itself counts multiply-adds."""
     analysis = FlopCountAnalysis(module, images).unsupported_ops_warnings(False)
     return 2 * analysis.total(), {name: 2 * count for name, count in analysis.by_operator().items()}
 
 
 @pytest.fixture
 def undropped():
-    """A dense model that drops nothing: timm's own network, which both counters can walk through."""
+    """Return a dense model without dropping: timm's own network, which both counters can trace."""
     model = make_model(drop_blocks=(), classes={"one": 3}).eval()
     model.contexts[-1] = replace(model.contexts[-1], class_token_alone=False)
     return model
@@ -66,7 +66,7 @@ def test_fvcore_agrees_where_attention_is_written_out(undropped):
     for block in vit.blocks:
         block.attn.fused_attn = False
     total, by_operator = fvcore_count(vit, normal(IMAGES, 3, 16, 16))
-    norms = by_operator["layer_norm"]  # no products: not in the closed form
+    norms = by_operator["layer_norm"]  # they have no products, so the closed form leaves them out
     assert total - norms == pytest.approx(closed_form(undropped), rel=1e-6)
 
 
@@ -84,24 +84,24 @@ def test_torchs_counter_agrees_on_a_dense_model(undropped):
 
 
 def test_torchs_counter_agrees_on_dropping_but_for_two_small_sums():
-    """The class token's row is no matrix product, so the counter misses it; the closed form leaves out the
-    fused token, a weighted sum of the dropped ones.
+    """The counter misses the class token's row of scores, which is not a matrix product. The closed form leaves out
+    the fused token, a weighted sum of the dropped tokens.
     """
     model = make_model(drop_blocks=(1, 2)).eval()
     counted = torch_count(lambda: model(normal(IMAGES, 3, 16, 16), "one"))
-    dropped = PATCHES // 2 + 4  # of 16 patches 8; of those and the fused one 4
+    dropped = PATCHES // 2 + 4  # drops 8 of 16 patches, then 4 of 9 (with the fused token)
     scored = TOKENS + (PREFIX + PATCHES // 2 + 1)
     fused, class_rows = (2 * IMAGES * tokens * WIDTH for tokens in (dropped, scored))
     assert sum(counted.values()) - fused == pytest.approx(closed_form(model) - class_rows, rel=1e-6)
 
 
 @pytest.mark.parametrize("engine", ["loop", "grouped"])
-def test_torchs_counter_agrees_on_experts_one_by_one_and_counts_grouped_products_as_none(engine):
+def test_torchs_counter_agrees_on_the_expert_loop_and_misses_grouped_products(engine):
     model = make_model(drop_blocks=(), moe_blocks=(1, 3), backend=engine).eval()
     counted = torch_count(lambda: model(normal(IMAGES, 3, 16, 16), "one"))
-    rows = IMAGES * TOKENS * 2  # two experts for each token
+    rows = IMAGES * TOKENS * 2  # two experts per token
     seen = sum(counted.values())
-    if engine == "grouped":  # and the gates' weighted sum is a product there, which the closed form leaves out
+    if engine == "grouped":  # the weighted sum by the gates is also a product there, not in the closed form
         experts, combine = 2 * 2 * rows * 2 * WIDTH * 4 * WIDTH, 2 * 2 * rows * WIDTH
         seen += experts - combine
     assert seen == pytest.approx(closed_form(model), rel=1e-6)
@@ -109,10 +109,10 @@ def test_torchs_counter_agrees_on_experts_one_by_one_and_counts_grouped_products
 
 @pytest.mark.parametrize(("kind", "drop"), [("average-pool", (1, 2)), ("attention-pool", ())])
 def test_torchs_counter_agrees_without_a_class_token(kind, drop):
-    """Tokens are then scored by the whole map, or pooled by attention."""
+    """Such models score tokens by the whole attention map, or pool them by attention."""
     model = make_model(kind, drop_blocks=drop).eval()
     counted = torch_count(lambda: model(normal(IMAGES, 3, 16, 16), "one"))
-    dropped = 8 + 4 if drop else 0  # of 16 patches 8; of those and the fused one 4
+    dropped = 8 + 4 if drop else 0  # drops 8 of 16 patches, then 4 of 9 (with the fused token)
     fused = 2 * IMAGES * dropped * WIDTH
     assert sum(counted.values()) - fused == pytest.approx(closed_form(model), abs=IMAGES)
 
@@ -128,7 +128,7 @@ PLANS = {
 
 
 def planned(plan: str, precision: str, storage: str, kind: str = "class-token", **changes):
-    """A model of one task and its configuration."""
+    """Return a model of one task and its configuration."""
     keys = {"train_blocks": [], "drop_blocks": [], "moe_blocks": []} | PLANS[plan]
     config = configuration.replace(
         Config(),
@@ -145,13 +145,13 @@ def planned(plan: str, precision: str, storage: str, kind: str = "class-token", 
 
 
 def traced(model, config) -> tuple[int, int]:
-    """Traced FLOPs of the forward pass and of the whole step."""
+    """Return the traced FLOPs of the forward pass and of the whole step."""
     cost = predict(model, config, batch=IMAGES, precision=config.runtime.precision)
     return cost.forward_flops, cost.step_flops
 
 
 def executed(model, config) -> int:
-    """FLOPs of all matrix products in a training step, as the profiler saw them."""
+    """Return the FLOPs of all matrix products that the profiler records in a training step."""
     runtime = prepare(config.runtime)
     counted = step_products(training_step(runtime.place(model), config, runtime, batch=IMAGES))
     return sum(product.flops * n for product, n in counted.items())
@@ -166,23 +166,23 @@ def test_a_dense_step_is_traced_exactly_as_the_closed_form_says(plan, precision,
 
 
 def test_dropping_is_traced_exactly_but_for_two_small_sums():
-    """The class token's row is no matrix product; the fused token is one, which the closed form leaves out."""
+    """The class token's row is not a matrix product. The fused token is one, but the closed form leaves it out."""
     model, config = planned("bsr", "fp32", "exact")
-    dropped = PATCHES // 2 + 4  # of 16 patches 8; of those and the fused one 4
+    dropped = PATCHES // 2 + 4  # drops 8 of 16 patches, then 4 of 9 (with the fused token)
     scored = TOKENS + (PREFIX + PATCHES // 2 + 1)
     assert traced(model, config)[0] == closed_form(model) + 2 * IMAGES * WIDTH * (dropped - scored)
 
 
 def test_experts_are_traced_exactly_forward():
-    """In float32 rows are not padded, and each row goes through one expert."""
+    """In float32 expert rows are not padded, and each row passes through one expert."""
     model, config = planned("moe", "fp32", "exact")
     assert traced(model, config)[0] == closed_form(model)
 
 
 @pytest.mark.parametrize("storage", ["exact", "recompute"])
 @pytest.mark.parametrize("plan", ["full", "bsr", "moe", "moe-bsr"])
-def test_every_product_that_is_executed_is_traced(plan, storage):
-    """But for those of one vector, of a gate's gradient: torch's counter, as ours, knows their operator not."""
+def test_every_executed_product_is_traced(plan, storage):
+    """Except matrix-vector products in a gate's gradient, whose operator neither torch's counter nor ours knows."""
     model, config = planned(plan, "fp32", storage)
     assert traced(model, config)[1] == pytest.approx(executed(model, config), rel=1e-3)
 
@@ -190,7 +190,7 @@ def test_every_product_that_is_executed_is_traced(plan, storage):
 @pytest.mark.parametrize("storage", ["exact", "recompute"])
 @pytest.mark.parametrize("plan", ["bsr", "moe", "moe-bsr"])
 def test_with_dropping_and_experts_only_weighted_sums_of_tokens_differ(plan, storage):
-    """The class token's row, the fused token and the gates' sum: below 1 % even at a width of 16."""
+    """These are the class token's row, the fused token and the sum by the gates: below 1 % even at width 16."""
     model, config = planned(plan, "fp32", storage)
     assert IMAGES * step_flops(model, "one") == pytest.approx(traced(model, config)[1], rel=0.01)
 
@@ -206,7 +206,7 @@ def test_pooling_by_attention_is_counted():
     assert traced(model, config)[0] == pytest.approx(closed_form(model), abs=IMAGES)
 
 
-def test_a_frozen_router_computes_no_gradient_of_its_weights():
+def test_a_frozen_router_has_no_flops_for_weight_gradients():
     (trained, config), (frozen, config_frozen) = (
         planned("moe", "fp32", "exact", moe__train_router=trains) for trains in (True, False)
     )

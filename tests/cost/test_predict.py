@@ -1,4 +1,4 @@
-"""The cost of a step summed over its sections equals that of the step traced in one piece, to the byte."""
+"""The predicted cost, a sum over sections, equals the cost of the step traced in one piece, to the byte."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def assert_equal(cost, whole) -> None:
     assert {k: v for k, v in cost.kept_by_block.items() if v} == whole.kept_by_block
 
 
-# What a backbone may be, several kinds in one where they can be.
+# Kinds of backbones, combined where possible.
 COMBINED = [
     ["class-token"],
     ["class-token-average-pool"],
@@ -63,17 +63,17 @@ COMBINED = [
         ("full", "fp32", "segments", COMBINED[4]),
         ("full", "bf16", "exact", COMBINED[0]),
         ("bsr", "fp32", "exact", COMBINED[5]),
-        ("last", "fp32", "exact", COMBINED[0]),  # stores nothing, in any way
+        ("last", "fp32", "exact", COMBINED[0]),  # saves no activations with any storage
     ],
     ids=lambda value: value if isinstance(value, str) else "+".join(value),
 )
 def test_sections_add_up_to_the_step(plan, precision, storage, kinds, monkeypatch):
-    """Every storage, and every kind of backbone with one or two of them."""
+    """Cover every storage, and every kind of backbone with one or two storages."""
     monkeypatch.setitem(KINDS, "these", {key: value for kind in kinds for key, value in KINDS[kind].items()})
     assert_equal(*both(make_config(plan, storage=storage, moe__num_experts=3), "these", precision))
 
 
-def test_every_kind_of_backbone_is_among_them():
+def test_every_kind_of_backbone_is_covered():
     assert {kind for kinds in COMBINED for kind in kinds} == KINDS.keys() and len(COMBINED) <= len(list(STORAGES))
 
 
@@ -114,12 +114,12 @@ IN_BACKWARD = {"train__step_in_backward": True, "train__grad_clip_norm": None}
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else value,
 )
-def test_sections_add_up_whatever_is_configured(precision, changes):
+def test_sections_add_up_for_other_settings(precision, changes):
     assert_equal(*both(make_config("moe-bsr", **changes, moe__num_experts=3), precision=precision))
 
 
 def kept(adapter, weights: str | None = None) -> int:
-    """Return the bytes that blocks 1 and 2 keep if adapters or some of their weights train; block 1 drops tokens."""
+    """Return the bytes that blocks 1 and 2 keep if adapters or some of their weights train. Block 1 drops tokens."""
     only = {"train_blocks": [] if weights is None else [0, 1, 2, 3], "drop_blocks": [1], "moe_blocks": []}
     changes = {f"plan__{key}": value for key, value in only.items()} | {"plan__train_weights": weights or "all"}
     config = configuration.replace(Config(), runtime__device="cpu", adapter=adapter, **changes)
@@ -127,8 +127,8 @@ def kept(adapter, weights: str | None = None) -> int:
     return sum(sum(makers.values()) for name, makers in cost.kept_by_block.items() if name in ("block 1", "block 2"))
 
 
-def test_adapters_and_chosen_weights_keep_little_beyond_the_path():
-    """They keep tokens x rank values more than blocks on the gradient path keep anyway."""
+def test_adapters_and_selected_weights_keep_little_beyond_the_gradient_path():
+    """They keep tokens x rank values in addition to what blocks on the gradient path keep anyway."""
     n, m, rank = 17 + 10, 10 + 10, 3
 
     def lora(*layers: str, freeze_a: bool = False) -> int:
@@ -154,10 +154,10 @@ def test_adapters_and_chosen_weights_keep_little_beyond_the_path():
     }
 
 
-def test_a_block_beside_another_keeps_nine_values_of_its_width_for_a_token():
-    """A Rep-Net block keeps ten values as any trained block does, statistics of its norms and log-sums, and shares its
-    input with the block beside it. The block beside the first one is off the gradient path: only its input and output
-    are kept, which count among those ten and for the next block."""
+def test_a_repnet_block_keeps_nine_values_of_its_width_per_token():
+    """A Rep-Net block keeps ten values like any trained block, plus norm statistics and log-sums, and shares its input
+    with the block beside it. The block beside the first Rep-Net block is off the gradient path. Only its input and
+    output are kept, which count among the ten values and for the next block."""
     width, heads, tokens = 16, 2, 5 * 10
     alone, second = ([{"kind": "repnet", "blocks": blocks}] for blocks in ([2], [1, 2]))
     assert kept(alone) == 4 * tokens * (11 * width + heads + 4)
@@ -173,7 +173,7 @@ def test_a_block_beside_another_keeps_nine_values_of_its_width_for_a_token():
     ],
 )
 def test_a_side_network_is_predicted_to_the_byte(changes, kind, precision):
-    """All of its cost counts for the head, where it runs. Traced in one piece, its inputs count for their blocks."""
+    """Its whole cost counts for the head, where it runs. The one-piece trace counts its inputs for their blocks."""
     adapter = [{"kind": "ladder", "reduction": 2, "blocks": [1, 2, 3]}]
     config = configuration.replace(make_config("last"), adapter=adapter, **changes)
     cost, whole = both(config, kind, precision)
@@ -182,8 +182,8 @@ def test_a_side_network_is_predicted_to_the_byte(changes, kind, precision):
     assert_equal(cost, whole)
 
 
-def test_a_side_block_keeps_twelve_values_of_its_width_for_a_token():
-    """It keeps ten as any trained block, the two inputs of its gate, statistics of the norms, log-sums and mu."""
+def test_a_side_block_keeps_twelve_values_of_its_width_per_token():
+    """It keeps ten values like any trained block, its gate's two inputs, norm statistics, log-sums and mu."""
     config, kept = make_config("last"), []
     for blocks in ([1, 3], [1, 2, 3]):
         changed = configuration.replace(config, adapter=[{"kind": "ladder", "reduction": 2, "blocks": blocks}])
@@ -208,8 +208,8 @@ def test_a_prediction_leaves_the_model_as_it_was():
     assert torch.equal(random, torch.random.get_rng_state())
 
 
-def test_it_does_not_matter_what_was_predicted_before():
-    """Equal sections are traced once. Whatever makes them differ is in their keys."""
+def test_predictions_do_not_depend_on_earlier_ones():
+    """Equal sections are traced once. Their cache keys contain everything that makes sections differ."""
     cases = [
         ("bsr", "exact", "adamw", "fp32"),
         ("moe-bsr", "exact", "adamw", "fp32"),
@@ -228,8 +228,8 @@ def test_it_does_not_matter_what_was_predicted_before():
         assert cost(*case) == expected
 
 
-def test_alike_blocks_are_traced_once():
-    """All but the last block, which computes only the class token."""
+def test_equal_blocks_are_traced_once():
+    """All blocks are equal except the last one, which computes only the class token."""
     config = make_config("full")
     sections_of_a_step._sections.clear()
     predict(MultitaskViT(make_vit(), config, CLASSES), config, batch=2, precision="fp32")
@@ -237,10 +237,10 @@ def test_alike_blocks_are_traced_once():
 
 
 def test_every_task_and_micro_batch_of_an_update_counts():
-    """Joint sampling takes gradients and states of all heads. Each micro-batch adds what its output holds."""
+    """Joint sampling needs gradients and states of all heads. Each micro-batch adds the memory of its output."""
     model = MultitaskViT(make_vit(), make_config("moe-bsr"), CLASSES)
     heads = [4 * sum(p.numel() for p in head.parameters()) for head in model.heads.values()]
-    routers = 4 * 2 * 4 * 16  # of each task: two layers, four experts, width 16
+    routers = 4 * 2 * 4 * 16  # per task: two layers, four experts, width 16
 
     def cost(**changes):
         return predict(model, make_config("moe-bsr", **changes), batch=4, precision="fp32", all_tasks=True)

@@ -1,4 +1,4 @@
-"""The tracer against toys whose allocations are known to the byte, and against the allocator's own events."""
+"""The tracer on functions whose allocations are known to the byte, and against the allocator's own events."""
 
 import pytest
 import torch
@@ -16,19 +16,19 @@ SIZE = 4 * ROWS * WIDTH  # bytes of one float32 activation
 
 
 def traced(run, *shapes: tuple[int, ...], device: str = "cpu", requires_grad: bool = True) -> Tracer:
-    """Trace `run(*tensors)`; its phase is "run"."""
-    place = torch.device(device)
+    """Trace `run(*tensors)` as the phase "run"."""
+    target = torch.device(device)
     with fake_tensors():
-        tensors = [torch.empty(shape, device=place, requires_grad=requires_grad) for shape in shapes]
-        with Tracer(place) as tracer:
+        tensors = [torch.empty(shape, device=target, requires_grad=requires_grad) for shape in shapes]
+        with Tracer(target) as tracer:
             tracer.phase = "run"
-            kept = run(*tensors)  # alive until the trace is taken
+            kept = run(*tensors)  # stays alive until the trace is taken
             tracer.left = sum(a.bytes for a in tracer.alive)
             del kept
     return tracer
 
 
-def test_what_autograd_saves_and_the_result_are_alive():
+def test_saved_tensors_and_the_result_stay_alive():
     chain = nn.Sequential(*[layer for _ in range(3) for layer in (nn.Linear(WIDTH, WIDTH), nn.GELU())])
 
     def run(x: Tensor) -> Tensor:
@@ -36,24 +36,24 @@ def test_what_autograd_saves_and_the_result_are_alive():
             x = x @ torch.empty(WIDTH, WIDTH) if isinstance(layer, nn.Linear) else layer(x)
         return x
 
-    # 3 GELU inputs, the result, and for the products' gradients the 3 matrices; of their inputs nothing.
+    # 3 GELU inputs, the result, and the products' 3 matrices. The products' own inputs are not saved.
     assert traced(run, (ROWS, WIDTH)).left == 4 * SIZE + 3 * 4 * WIDTH * WIDTH
 
 
-def test_what_is_freed_early_counts_in_the_peak_alone():
+def test_memory_freed_early_counts_only_in_the_peak():
     tracer = traced(lambda x: x.exp().sum(), (ROWS, WIDTH), requires_grad=False)
     assert (tracer.left, tracer.trace.peak("run"), tracer.trace.peak("other")) == (4, SIZE + 4, 0)
 
 
-def test_a_view_is_no_memory_and_holds_all_of_it():
+def test_a_view_takes_no_memory_but_keeps_its_whole_base_alive():
     assert traced(lambda x: x.exp()[:1].view(-1), (ROWS, WIDTH)).left == SIZE
 
 
-def test_a_gpu_hands_out_multiples_of_512_bytes():
+def test_gpu_allocations_are_multiples_of_512_bytes():
     assert traced(lambda x: x + 1, (3, 5), device="cuda").left == 512
 
 
-def test_what_the_host_keeps_is_no_memory_of_the_gpu():
+def test_host_tensors_do_not_count_as_gpu_memory():
     assert traced(lambda x: (x + 1).cpu(), (ROWS, WIDTH), device="cuda", requires_grad=False).left == 0
 
 
@@ -71,7 +71,7 @@ TOYS = {
 
 @pytest.mark.parametrize("name", TOYS)
 def test_forward_and_backward_agree_with_the_allocator(name):
-    """Peak and what is left, gradient included: where autograd adds two gradients, it does so in place."""
+    """Peak and remaining memory agree, gradients included: autograd adds two gradients in place."""
     run = TOYS[name]
 
     def step(x: Tensor) -> Tensor:
@@ -80,9 +80,9 @@ def test_forward_and_backward_agree_with_the_allocator(name):
         return x.grad
 
     x = normal(ROWS, WIDTH).requires_grad_()
-    seen = measure.trace({"run": lambda: step(x)}, CPU)
+    measured = measure.trace({"run": lambda: step(x)}, CPU)
     tracer = traced(step, (ROWS, WIDTH))
-    assert tracer.trace.peak("run") == pytest.approx(seen.peak("run"), abs=64)
+    assert tracer.trace.peak("run") == pytest.approx(measured.peak("run"), abs=64)
     assert tracer.left == SIZE
 
 
@@ -94,8 +94,8 @@ def test_flops_are_counted_by_phase():
     assert tracer.trace.phase_flops("run") == 3 * 2 * ROWS * WIDTH * WIDTH
 
 
-def test_fake_tensors_have_addresses_of_their_own():
-    """Packed storages know tensors by address."""
+def test_fake_tensors_have_distinct_addresses():
+    """Packed storages identify tensors by address."""
     with fake_tensors():
         a, b = torch.empty(4, 4), torch.empty(4, 4)
         assert len({a.data_ptr(), b.data_ptr(), a[1:].data_ptr()}) == 3
@@ -124,8 +124,8 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_rules_for_sizes_say_what_the_operators_do(name):
-    """The second call has other sizes, and is answered by what was learned from the first."""
+def test_size_rules_match_the_operators(name):
+    """The second call has other sizes, and uses the rule that was learned from the first."""
     run, *shapes = CALLS[name]
     for times in (1, 2):
         sizes = [tuple(times * n for n in shape) for shape in shapes]
@@ -139,7 +139,7 @@ def test_rules_for_sizes_say_what_the_operators_do(name):
 
 
 def test_joining_tensors_of_two_types_gives_the_wider_one():
-    """After a join of equal types, whose rule was learned."""
+    """It also does after a rule was learned from a join of equal types."""
     with fake_tensors():
         for size, other in ((4, torch.bfloat16), (6, torch.float32)):
             parts = [operators.empty((size, 3), dtype, CPU) for dtype in (torch.bfloat16, other)]
@@ -147,7 +147,7 @@ def test_joining_tensors_of_two_types_gives_the_wider_one():
             assert joined.dtype == other
 
 
-def test_a_rule_that_is_wrong_is_not_used(monkeypatch):
+def test_a_wrong_rule_is_not_used(monkeypatch):
     monkeypatch.setitem(rules.RULES, torch.ops.aten.relu.default, lambda x: [(1,)])
     monkeypatch.setattr(operators, "_kinds", {})
     monkeypatch.setattr(operators, "_effects", {})
@@ -155,7 +155,7 @@ def test_a_rule_that_is_wrong_is_not_used(monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_fake_tensor_is_made_as_torch_makes_one(device):
+def test_empty_makes_fake_tensors_as_torch_does(device):
     with fake_tensors():
         first, second = (operators.empty((2, 3), torch.bfloat16, torch.device(device)) for _ in range(2))
         with torch._C._DisableTorchDispatch():

@@ -14,7 +14,7 @@ from moe_bsr.visualize import theme
 
 
 def by_hand(model, data, index: int, expert: int) -> np.ndarray:
-    """Predictions of a whole forward pass, of all images, with a router that never says `expert`."""
+    """Return the predictions for all images from full forward passes whose router never selects `expert`."""
     router = model.vit.blocks[index].mlp.router
     route = router.forward
 
@@ -42,7 +42,7 @@ def by_hand(model, data, index: int, expert: int) -> np.ndarray:
     ],
     ids=["plain", "conditioned-raw", "registers-top1", "all-chosen", "every-block"],
 )
-def test_it_equals_whole_forward_passes_with_the_logit_masked(options):
+def test_ablation_equals_full_forward_passes_with_a_masked_logit(options):
     model = decided(**{"moe_blocks": [1, 3]} | options)
     datasets = {task: make_data(task, count) for task, count in (("one", 11), ("two", 7))}
     found = ablate(model, datasets, PIPELINE, MACHINE, batch_size=4)
@@ -60,7 +60,7 @@ def test_it_equals_whole_forward_passes_with_the_logit_masked(options):
                 assert result.lost[row, expert] == (right & ~still).sum()
                 assert result.gained[row, expert] == (~right & still).sum()
                 changed += (right != still).sum()
-    assert changed > 0  # or the comparison would have compared nothing
+    assert changed > 0  # otherwise the test would compare nothing
 
 
 def test_the_model_is_left_as_it_was():
@@ -83,13 +83,13 @@ def test_the_model_is_left_as_it_was():
     ],
     ids=["dense", "lone expert"],
 )
-def test_where_nothing_can_step_in_there_is_nothing_to_ablate(config):
+def test_ablation_is_empty_without_experts_or_with_a_single_expert(config):
     dense = {"plan": PlanConfig(train_blocks=[3], drop_blocks=[], moe_blocks=[])}
     model = MultitaskViT(make_vit(), Config(**dense | config), CLASSES).eval()
     assert ablate(model, {"one": make_data("one", 3)}, PIPELINE, MACHINE) == {}
 
 
-def test_points_and_what_is_beyond_chance():
+def test_lost_points_and_their_significance():
     found = Ablation(
         ["a", "b"],
         np.array([200, 50]),
@@ -98,11 +98,11 @@ def test_points_and_what_is_beyond_chance():
         gained=np.array([[2, 4, 3], [6, 0, 1]]),
     )
     assert found.points().tolist() == [[9, -2, 0], [-10, 0, 16]]
-    assert found.clear().tolist() == [[True, False, False], [False, False, True]]  # 4 coins of 4: p = 0.125
+    assert found.clear().tolist() == [[True, False, False], [False, False, True]]  # 4 of 4 coin tosses: p = 0.125
 
 
 @pytest.mark.parametrize("tasks, experts", [(1, 2), (3, 16), (20, 64)])
-def test_the_figure_has_a_cell_for_every_expert_and_numbers_while_they_fit(tasks, experts):
+def test_the_figure_has_a_cell_for_every_expert_and_numbers_if_they_fit(tasks, experts):
     lost = np.arange(tasks * experts).reshape(tasks, experts) % 7
     names, images = [f"task{i}" for i in range(tasks)], np.full(tasks, 100)
     result = Ablation(names, images, images // 2, lost, 0 * lost)

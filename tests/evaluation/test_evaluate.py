@@ -1,4 +1,4 @@
-"""Evaluation against a plain loop over images; what it leaves alone and what it refuses."""
+"""Evaluation against a plain loop over images, its lack of side effects, and invalid input."""
 
 import json
 
@@ -77,7 +77,7 @@ def test_the_mode_of_the_model_is_restored(model, training):
         model.heads["few"].bias.copy_(kept)
 
 
-def test_training_goes_on_after_an_evaluation(model):
+def test_training_works_after_an_evaluation(model):
     evaluate(model, task_data("few"), "val", TRANSFORMS, CPU)
     model.train()(torch.randn(2, 3, 16, 16), "few").logits.sum().backward()
     assert model.heads["few"].weight.grad is not None
@@ -96,7 +96,7 @@ def test_gate_noise_is_off_in_evaluation(model):
     assert noisy | {"images_per_second": 0} == reference | {"images_per_second": 0}
 
 
-def test_a_plain_network_keeps_all_and_has_no_experts():
+def test_a_plain_network_keeps_all_tokens_and_has_no_experts():
     plain = network({"few": 3}, depth=2, train_blocks=[], drop_blocks=[], moe_blocks=[])
     result = evaluate(plain, task_data("few"), "val", TRANSFORMS, CPU)
     assert (result["tokens_kept"], result["tokens_kept_after"]) == (1.0, {})
@@ -104,13 +104,13 @@ def test_a_plain_network_keeps_all_and_has_no_experts():
     assert "100.0 %" in table({"few": result}) and "mean" not in table({"few": result})
 
 
-def test_many_experts_evenly_used_all_count_as_used():
+def test_many_evenly_used_experts_all_count_as_used():
     usage = TokenAndExpertUsage("few")
     usage.add({5: Record(routing=spread(200, list(range(200)), rounds=1))})
     assert usage.summary()["experts_used"] == {"5": 200}
 
 
-def test_wrong_data_and_empty_splits_are_refused(model):
+def test_a_wrong_number_of_classes_and_empty_splits_are_refused(model):
     with pytest.raises(ValueError, match="few.*val split has no images"):
         evaluate(model, task_data("few", labels=[]), "val", TRANSFORMS, CPU)
     data = task_data("few")

@@ -1,4 +1,4 @@
-"""Features of a split: one row for each image, in the order of evaluation."""
+"""Features of a split: one row per image, in the order of evaluation."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from moe_bsr.evaluation.evaluate import predict
 from moe_bsr.evaluation.features import split_features
 
 
-def test_a_head_on_the_features_answers_as_the_model_does():
+def test_a_head_on_the_features_predicts_what_the_model_predicts():
     model, data = decided_network().eval(), task_data("many")
 
     def make(images):

@@ -1,4 +1,4 @@
-"""What taking the experts or the routers' choices away does, against models changed by hand."""
+"""Accuracy without the experts or the routers' choices, against models that are changed by hand."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def experts_of(model):
     return [model.vit.blocks[index].mlp.experts for index in model.balance.blocks]
 
 
-def test_merged_experts_are_their_mean():
+def test_merging_replaces_experts_by_their_mean():
     model = decided(moe_blocks=[1, 3])
     with changed(model, "merged"):
         merged = logits(model)
@@ -32,7 +32,7 @@ def test_merged_experts_are_their_mean():
     assert torch.allclose(logits(model), merged, atol=1e-4)
 
 
-def test_merged_slices_are_the_ffn_they_came_from():
+def test_merged_expert_slices_equal_the_original_ffn():
     model, dense = (make_model("class-token", moe_blocks=blocks, mlp_ratio=1).eval() for blocks in ([1, 3], []))
     assert not torch.allclose(logits(model), logits(dense), atol=1e-4)
     with changed(model, "merged"):
@@ -40,7 +40,7 @@ def test_merged_slices_are_the_ffn_they_came_from():
 
 
 @pytest.mark.parametrize("router", ["per_task", "task_conditioned"])
-def test_a_swapped_task_is_routed_as_the_next_one(router):
+def test_swapping_routes_a_task_like_the_next_one(router):
     model = decided(moe_blocks=[1, 3], router=router)
     following = list(CLASSES)[1]
     with changed(model, "swapped"):
@@ -51,7 +51,7 @@ def test_a_swapped_task_is_routed_as_the_next_one(router):
     assert torch.allclose(logits(model), swapped, atol=1e-5) and not torch.equal(swapped, logits(decided(), "one"))
 
 
-def test_shuffled_choices_are_the_same_choices_elsewhere():
+def test_shuffling_permutes_the_choices_among_tokens():
     model, seen = decided(moe_blocks=[3]), []
     layer = model.vit.blocks[3].mlp
     forward = layer.experts.forward
@@ -63,7 +63,7 @@ def test_shuffled_choices_are_the_same_choices_elsewhere():
     assert (before == after).all() and not torch.equal(*seen)
 
 
-def test_counts_are_those_of_whole_forward_passes_and_the_model_is_left_as_it_was():
+def test_counts_equal_full_forward_passes_and_the_model_is_unchanged():
     model, plain = decided(moe_blocks=[1, 3]), logits(decided(moe_blocks=[1, 3]))
     datasets = {"one": make_data("one", 11), "two": make_data("two", 7)}
     found = intervene(model, datasets, PIPELINE, MACHINE, batch_size=100)
@@ -82,7 +82,7 @@ def test_counts_are_those_of_whole_forward_passes_and_the_model_is_left_as_it_wa
 
 
 @pytest.mark.parametrize("options", [{"moe_blocks": []}, {"moe_blocks": [3], "num_experts": 1, "top_k": 1}])
-def test_without_a_choice_there_is_nothing_to_take_away(options):
+def test_there_is_no_result_without_a_choice_of_experts(options):
     model = make_model("class-token", **options).eval()
     assert intervene(model, {"one": make_data("one", 3)}, PIPELINE, MACHINE) is None
 
@@ -99,7 +99,7 @@ def result(lost, gained, tasks=2):
         ([[6, 8, 20], [5, 2, 9]], [[4, 6, 2], [4, 3, 1]], "The mixture acts as one FFN."),
     ],
 )
-def test_what_it_comes_to(lost, gained, verdict):
+def test_verdict_and_confidence_intervals(lost, gained, verdict):
     found = result(lost, gained)
     points, half = views.mean_points(found)
     pairs = zip(np.ravel(lost), np.ravel(gained), strict=True)
@@ -114,6 +114,6 @@ def test_what_it_comes_to(lost, gained, verdict):
     assert [row[0] for row in rows[1:]] == ["task0", "task1", "mean"] and len(rows[0]) == 6
 
 
-def test_one_task_has_no_other_router():
+def test_a_single_task_has_no_router_to_swap():
     found = result([[40, 0, 20]], [[4, 0, 2]], tasks=1)
     assert "router" not in views.claim(found).reasons and len(views.section(found).tables[0].rows[0]) == 5

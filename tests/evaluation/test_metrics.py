@@ -1,4 +1,4 @@
-"""Metrics: each number against a slow, obvious reference."""
+"""Metrics, each against a slow and simple reference."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from moe_bsr.evaluation.metrics import calibration_error, largest_confusions, sc
 
 def random_logits(n: int = 200, classes: int = 9, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
-    # Few distinct values, so that many rows hold ties at the top and at the fifth place.
+    # Few distinct values, so that many rows have ties at ranks 1 and 5.
     logits = torch.randint(-3, 4, (n, classes), generator=generator).float()
     return logits, torch.randint(0, classes, (n,), generator=generator)
 
@@ -23,7 +23,7 @@ def test_top_k_with_ties_equals_sorting_each_row():
         assert order[0] == predicted
 
 
-def test_all_logits_equal_is_not_a_success():
+def test_equal_logits_score_chance_level():
     predictions = score_batch(torch.zeros(10, 10), torch.arange(10))
     assert summarize(predictions, list("abcdefghij"))["top1"] == pytest.approx(10.0)
     assert summarize(predictions, list("abcdefghij"))["top5"] == pytest.approx(50.0)
@@ -57,7 +57,7 @@ def test_calibration_error_equals_a_loop_over_bins():
 
 @pytest.mark.parametrize("hits, n", [(0, 1), (1, 1), (0, 30), (30, 30), (7, 10), (912, 1000)])
 def test_wilson_interval_equals_scipy(hits, n):
-    from scipy.stats import binomtest  # a second that no other test needs
+    from scipy.stats import binomtest  # takes a second, and no other test needs it
 
     expected = binomtest(hits, n).proportion_ci(0.95, method="wilson")
     assert wilson_interval(hits, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
@@ -85,7 +85,7 @@ def test_classes_missing_in_the_split_do_not_count_as_wrong():
     assert result["chance"] == pytest.approx(75.0)
 
 
-def test_one_class_alone_is_certain():
+def test_a_single_class_has_perfect_scores():
     result = summarize(score_batch(torch.randn(5, 1), torch.zeros(5, dtype=torch.int64)), ["only"])
     assert (result["top1"], result["top5"], result["chance"], result["ece"]) == (100, 100, 100, 0)
     assert result["loss"] == 0.0 and result["confusions"] == []

@@ -11,7 +11,7 @@ from moe_bsr.evaluation.mistakes import find_mistakes
 
 
 def answers(model, data) -> list:
-    """(image, log-probabilities) of one validation image after the other."""
+    """Return (image, log-probabilities) of every validation image."""
     found = []
     for images, _ in TRANSFORMS.eval_batches(data, "val", 1):
         with torch.inference_mode():
@@ -38,7 +38,7 @@ def test_counts_and_the_worst_answers_equal_a_loop_over_images():
         assert np.array_equal(mistake.image, image)
 
 
-def test_where_nothing_is_wrong_there_are_no_worst_answers():
+def test_without_mistakes_there_are_no_worst_answers():
     model, data = decided_network().eval(), task_data("few")
     labels = np.array([int(scores.argmax()) for _, scores in answers(model, data)])
     named = dataclasses.replace(data, val=Split(data.val.source, data.val.index, labels))

@@ -1,4 +1,4 @@
-"""Probe images: always the same ones, seen as in an evaluation, with the experts of every patch."""
+"""Probe images: always the same images, processed as in evaluation, with the experts of every patch."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def test_probes_are_always_the_same_images_of_the_validation_split(config, tmp_p
     assert [labels[i] for i in more.val.index.tolist()] == more.val.labels.tolist()
 
 
-def test_a_look_is_an_evaluation_and_leaves_the_model_training(config, tmp_path):
+def test_a_probe_uses_evaluation_mode_and_restores_training_mode(config, tmp_path):
     trainer = make_trainer(config, tmp_path)
     trainer.model.train()
     data = probe.pick_probe_images(trainer.tasks["fractals"], 5)
@@ -46,7 +46,7 @@ def test_a_look_is_an_evaluation_and_leaves_the_model_training(config, tmp_path)
 
 
 @pytest.mark.parametrize(("kind", "prefix"), [("class-token", 1), ("registers", 4), ("average-pool", 0)])
-def test_routes_are_those_of_the_patches_that_are_left(kind, prefix):
+def test_the_expert_map_has_the_experts_of_the_remaining_patches(kind, prefix):
     model = make_model(kind, moe_blocks=[1, 3], drop_blocks=[1, 2]).eval()
     scale_routers(model, 50.0)
     with torch.inference_mode():
@@ -76,7 +76,7 @@ def test_all_patches_of_a_merged_token_have_its_experts():
         assert found[image, 4:].tolist() == [routing[image, 4 + token].tolist() for token in place]
 
 
-def test_overlap_counts_experts_kept_whatever_their_order():
+def test_overlap_counts_shared_experts_in_any_order():
     now = np.array([[[0, 1], [2, 3], [-1, -1], [4, 5]]], np.int16)
     before = np.array([[[1, 0], [3, 4], [0, 1], [-1, -1]]], np.int16)
     assert probe.expert_overlap(now, before) == pytest.approx((1 + 0.5) / 2)

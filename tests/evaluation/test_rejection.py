@@ -1,4 +1,4 @@
-"""Scores of how much an image looks like a task's, each against the formula written out."""
+"""Scores of how well an image fits a task, each against its formula."""
 
 import math
 
@@ -41,13 +41,13 @@ def by_hand(score: str) -> list[float]:
 
 
 @pytest.mark.parametrize("score", SCORES)
-def test_a_score_is_its_formula_and_needs_what_it_says(score):
+def test_a_score_equals_its_formula_and_needs_only_its_declared_statistics(score):
     needed = {name: KNOWN[name] for name in SCORES[score].needs}
     found = SCORES[score].of(needed, NEW, LOGITS)
     assert found.tolist() == pytest.approx(by_hand(score), rel=1e-3, abs=1e-3)
 
 
-def test_features_that_never_vary_do_no_harm():
+def test_constant_features_give_finite_scores():
     features = torch.cat([FEATURES, torch.full((60, 1), 3.0)], 1)
     known = statistics(features, LABELS)
     same = torch.cat([NEW, torch.full((7, 1), 3.0)], 1)

@@ -1,4 +1,4 @@
-"""Routing statistics against loops over single tokens, and on routing whose meaning is known."""
+"""Routing statistics against loops over single tokens, and on routing with known properties."""
 
 import json
 import math
@@ -17,7 +17,7 @@ def entropy(values) -> float:
 
 
 def test_counts_are_exact_within_autocast():
-    routing, statistics = to(4, [1, 2], 301), RoutingStatistics(["one"], 4)  # 301 is no bf16 number
+    routing, statistics = to(4, [1, 2], 301), RoutingStatistics(["one"], 4)  # 301 is not representable in bf16
     with torch.autocast("cpu", dtype=torch.bfloat16):
         statistics.add("one", routing)
     assert statistics.total("counts").tolist() == [[0, 301, 301, 0]]
@@ -36,9 +36,9 @@ def test_every_number_equals_a_loop_over_tokens(tasks, experts, k):
         for image in range(2):
             for token in range(3 + row):
                 chosen = routing.experts[image, token].tolist()
-                for place, expert in enumerate(chosen):
+                for slot, expert in enumerate(chosen):
                     counts[row, expert] += 1
-                    gates[row, expert] += routing.gates[image, token, place].item()
+                    gates[row, expert] += routing.gates[image, token, slot].item()
                 p = routing.probabilities[image, token].double()
                 mean += p.numpy()
                 nats -= sum(v * math.log(v) for v in p.tolist())
@@ -73,7 +73,7 @@ def test_every_number_equals_a_loop_over_tokens(tasks, experts, k):
         assert numbers["mutual_information"] == pytest.approx(bits / math.log2(min(tasks, experts)), abs=1e-9)
 
 
-def test_a_collapse_reads_as_collapsed():
+def test_collapse_to_one_expert_is_recognized():
     statistics = RoutingStatistics(["a", "b", "c"], 8)
     for task in "abc":
         statistics.add(task, to(8, [5]))
@@ -86,7 +86,7 @@ def test_a_collapse_reads_as_collapsed():
     assert statistics.reading().startswith("collapsed") and "share" in statistics.reading()
 
 
-def test_a_collapse_to_the_same_four_reads_as_collapsed_though_their_gates_differ():
+def test_collapse_to_four_of_sixteen_experts_is_recognized():
     statistics = RoutingStatistics(["a", "b"], 16)
     for task in "ab":
         statistics.add(task, to(16, [1, 2, 3, 9]))
@@ -96,19 +96,19 @@ def test_a_collapse_to_the_same_four_reads_as_collapsed_though_their_gates_diffe
 
 @pytest.mark.parametrize(("tasks", "experts"), [(4, 8), (2, 2), (4, 4), (8, 4)])
 def test_a_specialization_has_mutual_information_one(tasks, experts):
-    """Disjoint experts for each task; with more tasks than experts, one expert for each group of tasks."""
+    """Tasks have disjoint experts. With more tasks than experts, each group of tasks has one expert."""
     names = [f"task{i}" for i in range(tasks)]
     statistics, each = RoutingStatistics(names, experts), max(1, experts // tasks)
     for row, name in enumerate(names):
         first = row * each if experts >= tasks else row % experts
-        # Unequal token counts: every task counts alike all the same.
+        # Token counts are unequal, but all tasks have equal weight.
         statistics.add(name, spread(experts, list(range(first, first + each)), rounds=10 + 7 * row))
     assert statistics.mutual_information() == pytest.approx(1)
     assert statistics.distances()[0, 1] == pytest.approx(1)
     assert "different" in statistics.reading() and not statistics.reading().startswith("collapsed")
 
 
-def test_uniform_routing_shared_by_all_is_even_and_tells_nothing():
+def test_uniform_routing_is_even_and_has_no_mutual_information():
     statistics = RoutingStatistics(["a", "b"], 4)
     for task in "ab":
         statistics.add(task, spread(4, [0, 1, 2, 3]))
@@ -119,7 +119,7 @@ def test_uniform_routing_shared_by_all_is_even_and_tells_nothing():
     assert statistics.reading().startswith("even") and "share" in statistics.reading()
 
 
-def test_a_task_never_seen_has_no_row_and_changes_no_number():
+def test_a_task_without_tokens_has_nan_rows_and_changes_no_number():
     with_it, without = RoutingStatistics(["a", "never", "b"], 6), RoutingStatistics(["a", "b"], 6)
     for statistics in (with_it, without):
         for seed, task in enumerate("ab"):
@@ -133,7 +133,7 @@ def test_a_task_never_seen_has_no_row_and_changes_no_number():
     assert np.isnan(empty.load()).all() and empty.reading() == "no tokens yet"
 
 
-def test_a_lone_expert_has_no_entropy_to_speak_of():
+def test_entropies_of_a_single_expert_are_undefined():
     statistics = RoutingStatistics(["a", "b"], 1)
     for task in "ab":
         statistics.add(task, to(1, [0]))
@@ -142,7 +142,7 @@ def test_a_lone_expert_has_no_entropy_to_speak_of():
     assert all(np.isnan(numbers[name]) for name in ("mean_entropy", "token_entropy", "mutual_information"))
 
 
-def test_parts_merge_into_the_whole_and_survive_json():
+def test_statistics_can_be_merged_and_survive_json():
     parts = [RoutingStatistics(["a", "b"], 5) for _ in range(3)]
     for seed in range(6):
         routing = by_logits(normal(2, 4, 5, seed=seed), 2)
@@ -156,7 +156,7 @@ def test_parts_merge_into_the_whole_and_survive_json():
     assert back.state() == whole.state() and back.numbers() == whole.numbers()
 
 
-def test_adding_leaves_the_graph_and_the_record_alone():
+def test_adding_changes_neither_the_record_nor_its_graph():
     routing = by_logits(normal(2, 3, 4).requires_grad_(), 2)
     before = [routing.experts.clone(), routing.gates.detach().clone(), routing.probabilities.detach().clone()]
     statistics = RoutingStatistics(["a"], 4)

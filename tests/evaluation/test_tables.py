@@ -1,4 +1,4 @@
-"""The table of an evaluation for people."""
+"""The text table of an evaluation."""
 
 from tiny_tasks import CLASSES, CPU, TRANSFORMS, decided_network, task_data
 

@@ -1,4 +1,4 @@
-"""The ladder: rungs that begin where the last one ended, forms that fit into memory, and their report."""
+"""The ladder: rungs that continue earlier ones, settings that fit into memory, and the report."""
 
 import json
 import weakref
@@ -30,17 +30,17 @@ HUGE = Memory(2**40, 100 * 2**20, 0, "asked for")
 
 @pytest.fixture(scope="module")
 def climbed(tmp_path_factory):
-    """A ladder climbed in about a second: configuration, folder, result and messages."""
+    """Run a ladder in about a second. Returns configuration, folder, result and messages."""
     folder = tmp_path_factory.mktemp("fit")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ladder, "LEAST_TRIAL", -1e6)  # however little time is left
-        config, told = make_config(folder), []
-        found = Ladder(config, folder / "fit", Budget(0.02), told.append, callbacks=[]).climb()
-    return config, folder / "fit", found, told
+        config, messages = make_config(folder), []
+        found = Ladder(config, folder / "fit", Budget(0.02), messages.append, callbacks=[]).climb()
+    return config, folder / "fit", found, messages
 
 
 def test_every_rung_is_a_run_and_the_best_is_named(climbed):
-    _, folder, found, told = climbed
+    _, folder, found, messages = climbed
     names = [rung["name"] for rung in found["rungs"]]
     assert names[:5] == ["probe", "start", "trial_late", "trial_bsr", "trial_experts"] and len(names) == 8
     assert {path.name for path in folder.iterdir() if path.is_dir()} == set(names)
@@ -49,10 +49,10 @@ def test_every_rung_is_a_run_and_the_best_is_named(climbed):
     assert found["reason"].startswith(f"{best['name']} has the highest validation top-1")
     assert json.loads((folder / "fit.json").read_text()) == found
     assert moe_bsr.evaluate(folder / best["name"])["mean_top1"] == pytest.approx(best["val_top1"])
-    assert len(told) > 2 * len(names)
+    assert len(messages) > 2 * len(names)
 
 
-def test_the_last_rung_is_the_best_trial_going_on(climbed):
+def test_the_last_rung_continues_the_best_trial(climbed):
     _, folder, found, _ = climbed
     *before, last = found["rungs"]
     trials = [rung for rung in before if rung["name"].startswith("trial_")]
@@ -73,7 +73,7 @@ def test_no_rung_was_tested_and_all_have_the_same_validation_images(climbed):
     assert len(names) == 1
 
 
-def test_late_blocks_begin_exactly_where_the_probe_ended(climbed):
+def test_late_blocks_start_with_the_predictions_of_the_probe(climbed):
     config, folder, *_ = climbed
     trained = load(folder / "probe")
     late = rungs.late(config, 6, True)
@@ -87,14 +87,14 @@ def test_late_blocks_begin_exactly_where_the_probe_ended(climbed):
             assert torch.allclose(model.eval()(images, task).logits, expected, atol=1e-5)
 
 
-def test_a_short_budget_is_the_probe_alone_on_images_of_every_class(tmp_path):
+def test_a_short_budget_trains_only_the_probe(tmp_path):
     config = make_config(tmp_path)
     found = Ladder(config, tmp_path / "fit", Budget(0.02), callbacks=[]).climb()
     assert [rung["name"] for rung in found["rungs"]] == ["probe"]
     assert found["reason"] == "only probe fits into the time"
 
 
-def test_the_leanest_form_is_taken_only_where_it_must_be(tmp_path, monkeypatch):
+def test_leaner_settings_are_used_only_as_far_as_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(room, "MICRO_BATCHES", (1, 4))
     config = make_config(tmp_path, train__batch_size=64, data__image_cache_mb=0, plan__moe_blocks=[])
     config = rungs.bsr(config)
@@ -113,7 +113,7 @@ def test_the_leanest_form_is_taken_only_where_it_must_be(tmp_path, monkeypatch):
     assert len(forms) > 2 and forms == sorted(forms, key=lambda form: (room.STORAGES.index(form[0]), form[1]))
 
 
-def test_images_are_cached_in_half_of_what_is_left(tmp_path):
+def test_half_of_the_remaining_memory_caches_images(tmp_path):
     config = rungs.bsr(make_config(tmp_path, data__image_cache_mb=100))
     needed = fitted(replace(config, data__image_cache_mb=0), CLASSES, HUGE, "fp32", MANY).bytes
     form = fitted(config, CLASSES, Memory(needed + 60 * 10**6, HUGE.base, 0, "asked for"), "fp32", MANY)
@@ -123,7 +123,7 @@ def test_images_are_cached_in_half_of_what_is_left(tmp_path):
     assert (few.config.data.image_cache_mb, few.left) == (2, 58 * 10**6)
 
 
-def test_a_trial_that_diverges_is_out_and_the_climb_goes_on(tmp_path, monkeypatch):
+def test_a_diverging_trial_is_skipped_and_the_ladder_continues(tmp_path, monkeypatch):
     monkeypatch.setattr(ladder, "LEAST_TRIAL", -1e6)
     monkeypatch.setattr(ladder, "RATES", ())
     train = ladder.api.train
@@ -134,16 +134,16 @@ def test_a_trial_that_diverges_is_out_and_the_climb_goes_on(tmp_path, monkeypatc
         return train(config, folder, **keywords)
 
     monkeypatch.setattr(ladder.api, "train", diverging)
-    config, told = make_config(tmp_path, plan__moe_blocks=[]), []
-    found = Ladder(config, tmp_path / "fit", Budget(0.01), told.append, callbacks=[]).climb()
+    config, messages = make_config(tmp_path, plan__moe_blocks=[]), []
+    found = Ladder(config, tmp_path / "fit", Budget(0.01), messages.append, callbacks=[]).climb()
     assert [rung["name"] for rung in found["rungs"]] == ["probe", "start", "trial_late", "trial_bsr", "late"]
-    assert "trial_bsr: loss nan at step 1" in told and found["best"] != "trial_bsr"
+    assert "trial_bsr: loss nan at step 1" in messages and found["best"] != "trial_bsr"
 
 
 @pytest.mark.parametrize("room_for", ["exact", "int8", "nothing"])
-def test_features_are_kept_in_the_form_that_has_room(tmp_path, room_for):
+def test_the_feature_cache_has_the_format_that_fits(tmp_path, room_for):
     config = rungs.late(make_config(tmp_path, data__feature_cache_mb=1, data__augment=False), 6, True)
-    assert config.data.feature_cache_mb is None  # that was for the blocks of another plan
+    assert config.data.feature_cache_mb is None  # it was set for the blocks of another plan
     model = build_on_meta(config, CLASSES)
     tokens, width, images = 1 + model.vit.patch_embed.num_patches, model.vit.embed_dim, sum(SIZES.values())
     each = {"exact": 4 * tokens * width, "int8": tokens * width + 4 * width, "nothing": 0}[room_for]
@@ -153,19 +153,19 @@ def test_features_are_kept_in_the_form_that_has_room(tmp_path, room_for):
         assert kept == config
         return
     assert (kept.data.feature_cache, kept.data.augment) == (room_for, False)
-    cache = FeatureCache(build(config, CLASSES), SIZES, kept.data)  # refused if the megabytes do not suffice
+    cache = FeatureCache(build(config, CLASSES), SIZES, kept.data)  # raises an error if the megabytes do not suffice
     assert cache.bytes <= space
     plain, counted = (fitted(each, CLASSES, HUGE, "fp32", 0) for each in (config, kept))
     assert counted.bytes - plain.bytes == kept.data.feature_cache_mb * 10**6 > 0
 
 
 @pytest.mark.parametrize("key", ["data__erasing", "data__views", "train__mixup"])
-def test_augmentation_of_ones_own_is_not_given_up_for_a_cache(tmp_path, key):
+def test_configured_augmentation_is_not_given_up_for_a_feature_cache(tmp_path, key):
     config = rungs.late(make_config(tmp_path, **{key: 1}), 6, True)
     assert with_feature_cache(config, 10**12, 74, 17, 24, 4) == config
 
 
-def test_late_trains_on_what_was_kept_for_the_probe(climbed, tmp_path):
+def test_late_trains_on_the_cached_features_of_the_probe(climbed, tmp_path):
     config, folder, *_ = climbed
     rung = {name: load(folder / name).config for name in ("probe", "trial_late")}
     assert rung["probe"].data.feature_cache_mb == rung["trial_late"].data.feature_cache_mb > 0
@@ -178,9 +178,9 @@ def test_late_trains_on_what_was_kept_for_the_probe(climbed, tmp_path):
     assert torch.allclose(*heads, atol=1e-3) and all(seen.all() for seen in cache.seen.values())
 
 
-def test_what_else_trains_has_the_memory_of_kept_features_where_it_needs_it(tmp_path, monkeypatch):
-    config, told = make_config(tmp_path), []
-    climb = Ladder(config, tmp_path / "fit", Budget(1), told.append, callbacks=[])
+def test_other_plans_get_the_memory_of_the_feature_cache_if_they_need_it(tmp_path, monkeypatch):
+    config, messages = make_config(tmp_path), []
+    climb = Ladder(config, tmp_path / "fit", Budget(1), messages.append, callbacks=[])
     climb.speed, climb.shared = SimpleNamespace(classes=CLASSES, decoded=0), SimpleNamespace(bytes=50 * 2**20)
     own, late = rungs.bsr(config), rungs.late(config, 6, True)
     needed = fitted(own, CLASSES, HUGE, "fp32", 0).bytes
@@ -190,10 +190,10 @@ def test_what_else_trains_has_the_memory_of_kept_features_where_it_needs_it(tmp_
         climb.memory = Memory(needed + room_for, HUGE.base, 0, "asked for")
         assert climb._fitted(late, shares=True).bytes <= climb.memory.limit
         assert climb._fitted(own, shares=False).bytes == needed + (50 * 2**20 if kept else 0)
-        assert (climb.shared is not None) == kept == (not told)
+        assert (climb.shared is not None) == kept == (not messages)
 
 
-def test_kept_features_are_gone_when_another_plan_goes_on(tmp_path, monkeypatch):
+def test_cached_features_are_freed_when_another_plan_continues(tmp_path, monkeypatch):
     climb, seen = Ladder(make_config(tmp_path), tmp_path / "fit", Budget(10), callbacks=[]), []
 
     class Kept:
@@ -212,7 +212,7 @@ def test_kept_features_are_gone_when_another_plan_goes_on(tmp_path, monkeypatch)
     assert seen[0][0] == "start" and ("trial_late", True, True) in seen and seen[-1] == ("bsr", False, False)
 
 
-def test_a_plan_of_adapters_is_tried_beside_late_blocks_without_them(tmp_path):
+def test_a_plan_with_adapters_is_tried_in_addition_to_late_blocks_without_them(tmp_path):
     config = make_config(tmp_path, plan__train_blocks=[], plan__moe_blocks=[], adapter="lora")
     late = rungs.late(config, 6, True)
     assert late.adapter is None and build_on_meta(late, CLASSES).path_start == 4
@@ -221,13 +221,13 @@ def test_a_plan_of_adapters_is_tried_beside_late_blocks_without_them(tmp_path):
     assert rungs.late(projections, 6, True).plan.train_weights == "all"
 
 
-def test_a_batch_that_is_not_to_be_split_is_taken_whole(tmp_path):
+def test_a_batch_is_not_split_if_steps_are_taken_in_the_backward_pass(tmp_path):
     settings = {"train__step_in_backward": True, "train__grad_clip_norm": None}
     config = rungs.bsr(make_config(tmp_path, **settings))
     assert {form.train.grad_accumulation_steps for form in room._forms(config)} == {1}
 
 
-def test_as_many_images_train_as_are_seen_in_time(tmp_path):
+def test_the_number_of_training_images_fits_the_time(tmp_path):
     climb = Ladder(make_config(tmp_path), tmp_path / "fit", Budget(1), callbacks=[])
     climb.config = replace(climb.config, data__val_images=10)
     climb.speed = SimpleNamespace(images={"a": 30, "b": 100, "c": 500}, classes=dict.fromkeys("abc", 2), forward=0.5)
@@ -240,21 +240,21 @@ def test_as_many_images_train_as_are_seen_in_time(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"), [({"mode": "single_task"}, "mode = 'single_task'.*multitask"), ({}, "already exists")]
 )
-def test_refused(tmp_path, changes, says):
+def test_single_task_mode_and_a_folder_in_use_are_refused(tmp_path, changes, says):
     (tmp_path / "fit").mkdir()
     (tmp_path / "fit" / "mine.txt").write_text("")
     with pytest.raises(ConfigError, match=says):
         Ladder(make_config(tmp_path, **changes), tmp_path / "fit", Budget(1))
 
 
-def test_too_little_memory_names_what_is_needed_before_an_image_is_seen(tmp_path, monkeypatch):
+def test_too_little_memory_is_an_error_before_any_image_is_timed(tmp_path, monkeypatch):
     monkeypatch.setattr("moe_bsr.fit.measure._seconds", None)
     with pytest.raises(ConfigError, match=r"memory: 50 MB \(asked for\), but this run needs at least \d+ MB"):
         Ladder(make_config(tmp_path), tmp_path / "fit", Budget(0.1, 50 * 2**20)).climb()
 
 
-def test_what_does_not_fit_is_left_out_and_the_probe_stands(tmp_path, monkeypatch):
-    """There is time for all rungs, but no form of `late` or of another plan with trained blocks fits."""
+def test_rungs_that_do_not_fit_are_left_out(tmp_path, monkeypatch):
+    """There is time for all rungs, but no settings of `late` or another plan with trained blocks fit."""
     monkeypatch.setattr(ladder, "LEAST_TRIAL", -1e6)
     whole = room.fitted
 
@@ -264,14 +264,14 @@ def test_what_does_not_fit_is_left_out_and_the_probe_stands(tmp_path, monkeypatc
         return whole(config, *given)
 
     monkeypatch.setattr(room, "fitted", narrow)
-    told = []
-    found = Ladder(make_config(tmp_path), tmp_path / "fit", Budget(0.01), told.append, callbacks=[]).climb()
+    messages = []
+    found = Ladder(make_config(tmp_path), tmp_path / "fit", Budget(0.01), messages.append, callbacks=[]).climb()
     assert [rung["name"] for rung in found["rungs"]] == ["probe", "start"]
     assert found["best"] != "probe" or found["reason"] == "only probe fits into the memory"
-    assert all(f"trial_{name} is left out: memory: too little" in told for name in ("late", "bsr", "experts"))
+    assert all(f"trial_{name} is left out: memory: too little" in messages for name in ("late", "bsr", "experts"))
 
 
-def test_images_are_timed_for_a_share_of_a_short_budget(tmp_path, monkeypatch):
+def test_few_images_are_timed_in_a_short_budget(tmp_path, monkeypatch):
     """A few images of each task are timed, then as many as there is time for."""
     seen = []
 
@@ -286,14 +286,14 @@ def test_images_are_timed_for_a_share_of_a_short_budget(tmp_path, monkeypatch):
     assert speed.opening > 0
 
 
-def test_too_little_time_takes_an_image_of_each_class(tmp_path):
-    climb = Ladder(make_config(tmp_path), tmp_path / "fit", Budget(1), (told := []).append, callbacks=[])
+def test_too_little_time_leaves_one_image_per_class(tmp_path):
+    climb = Ladder(make_config(tmp_path), tmp_path / "fit", Budget(1), (messages := []).append, callbacks=[])
     climb.config = replace(climb.config, data__val_images=10)
     climb.speed = SimpleNamespace(images={"a": 30, "b": 90}, classes={"a": 2, "b": 7}, forward=0.5)
-    assert climb._with_fewer_images(climb.config, 1).data.train_images == 7 and "too short" in told[0]
+    assert climb._with_fewer_images(climb.config, 1).data.train_images == 7 and "too short" in messages[0]
 
 
-def test_tasks_or_a_configuration_are_told_apart():
+def test_task_names_and_configuration_files_are_distinguished():
     config, name = command.configuration(["shapes", "petals", "train.lr=0.5", "train.weight_decay=0"])
     assert (config.task_names(), config.train.lr, name) == (["shapes", "petals"], 0.5, "shapes_petals")
     config, name = command.configuration(["configs/quickstart.yaml", "seed=3"])

@@ -1,4 +1,4 @@
-"""Plans for a memory: each fits as predicted, none that is told is beaten, and its command line means the plan."""
+"""Plans for a memory limit: each fits as predicted, none is dominated, and its command line reproduces it."""
 
 import contextlib
 import itertools
@@ -35,7 +35,7 @@ def catalog_of(config, limit: int, timed: bool = False) -> Catalog:
 
 @pytest.fixture(scope="module", autouse=True)
 def few():
-    """Each plan that is looked at is traced: some tell of all, the first among them."""
+    """Use every fifth candidate, including the first, because each candidate is traced."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plans, "candidates", lambda *given: itertools.islice(candidates(*given), 0, None, 5))
         yield
@@ -47,15 +47,15 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def roomy(config):
+def ample(config):
     catalog = catalog_of(config, 2**40)
     return catalog, catalog.plans()
 
 
 @pytest.fixture(scope="module")
-def tight(config, roomy):
-    """Where the two largest plans no longer fit as they are."""
-    limit = sorted(plan.bytes for plan in roomy[1])[-2] - 1
+def tight(config, ample):
+    """Return a limit at which the two largest plans no longer fit as they are, and its plans."""
+    limit = sorted(plan.bytes for plan in ample[1])[-2] - 1
     catalog = catalog_of(config, limit)
     return limit, catalog.plans()
 
@@ -64,21 +64,21 @@ def changed(config, plan: Plan):
     return replace(config, **plan.changes)
 
 
-def test_with_room_every_plan_is_saved_exactly_in_one_batch(config, roomy):
-    _, found = roomy
+def test_with_enough_memory_every_plan_has_exact_storage_and_whole_batches(config, ample):
+    _, found = ample
     forms = {(p.changes["storage"], p.changes["train.grad_accumulation_steps"]) for p in found}
     assert forms == {("exact", 1)} and {p.changes["train.optimizer"] for p in found} == {"adamw"}
 
 
-def test_plans_differ_in_blocks_dropping_and_experts_and_the_own_one_comes_first(config, roomy):
-    found = list(candidates(config, roomy[0].vit))
+def test_plans_differ_in_blocks_dropping_and_experts_and_the_configured_one_is_first(config, ample):
+    found = list(candidates(config, ample[0].vit))
     trained = [plan["plan.train_blocks"] for plan in found]
     assert all(blocks in trained for blocks in ([], [4, 5], [1, 3, 5], "all"))
     assert {str(plan.get("moe.experts")) for plan in found} == {"full", "low_rank", "None"}
     assert {str(plan["plan.drop_blocks"]) for plan in found} == {"[]", "[0, 2, 3]", "[1, 3]"}
     assert len(found) == len({str(plan) for plan in found})
-    own = replace(config, plan__moe_blocks=[1, 3, 5], moe__mlp_ratio=4)  # one of those that are tried anyway
-    looked = list(candidates(own, roomy[0].vit))
+    own = replace(config, plan__moe_blocks=[1, 3, 5], moe__mlp_ratio=4)  # also one of the other candidates
+    looked = list(candidates(own, ample[0].vit))
     assert len(looked) == len({repr(changed(own, Plan(changes, 0, 0, None, 1, 1.0))) for changes in looked})
     first = found[0]
     assert {key: first[f"plan.{key}"] for key in ("train_blocks", "drop_blocks", "moe_blocks")} == {
@@ -88,8 +88,8 @@ def test_plans_differ_in_blocks_dropping_and_experts_and_the_own_one_comes_first
     }
 
 
-def test_what_is_told_of_a_plan_is_what_a_model_of_its_own_costs(config, tight):
-    """The catalog's models are shared among plans, and change theirs."""
+def test_the_costs_of_a_plan_equal_those_of_a_newly_built_model(config, tight):
+    """The catalog's plans share models, and each plan changes them."""
     limit, found = tight
     evaluated = predict(
         build_on_meta(replace(config, plan__train_blocks=[], plan__drop_blocks=[], plan__moe_blocks=[]), CLASSES),
@@ -110,15 +110,15 @@ def test_what_is_told_of_a_plan_is_what_a_model_of_its_own_costs(config, tight):
         assert own.data.image_cache_mb * 10**6 <= limit - plan.bytes
 
 
-def test_less_memory_means_leaner_forms_and_never_more_plans(roomy, tight):
+def test_less_memory_means_leaner_settings_and_never_more_plans(ample, tight):
     limit, found = tight
-    names = {str(plan_of(p)) for p in roomy[1]}
+    names = {str(plan_of(p)) for p in ample[1]}
     assert {str(plan_of(p)) for p in found} <= names
-    assert len(found) > len([p for p in roomy[1] if p.bytes <= limit])
+    assert len(found) > len([p for p in ample[1] if p.bytes <= limit])
     assert any(p.changes["train.grad_accumulation_steps"] > 1 for p in found)
 
 
-def test_what_cannot_be_split_into_micro_batches_is_told_in_a_leaner_storage(config):
+def test_a_plan_without_micro_batches_gets_a_leaner_storage(config):
     whole = replace(config, train__optimizer="sgd", train__step_in_backward=True, train__grad_clip_norm=None)
     catalog = catalog_of(whole, 2**40)
     own = next(candidates(whole, catalog.vit))
@@ -132,7 +132,7 @@ def plan_of(plan: Plan) -> dict:
     return {key: value for key, value in plan.changes.items() if key not in form}
 
 
-def test_only_plans_that_no_other_beats_are_told():
+def test_only_plans_that_no_other_dominates_are_listed():
     drawn = random.Random(0)
     found = [
         Plan({"seed": n}, drawn.randrange(1, 9), 1, drawn.randrange(1, 9) / 2, drawn.randrange(1, 9), drawn.random())
@@ -142,16 +142,16 @@ def test_only_plans_that_no_other_beats_are_told():
     def beats(one: Plan, other: Plan, near: float = 0.0) -> bool:
         return all(a <= (1 + near) * b for a, b in zip(one.costs, other.costs, strict=True))
 
-    told, near = front(found, most=60)
-    assert near == 0 and told == sorted(told, key=lambda plan: plan.costs)
+    listed, near = front(found, most=60)
+    assert near == 0 and listed == sorted(listed, key=lambda plan: plan.costs)
     for plan in found:
-        assert (plan in told) == (not any(beats(other, plan) and not beats(plan, other) for other in found))
+        assert (plan in listed) == (not any(beats(other, plan) and not beats(plan, other) for other in found))
     few, near = front(found, most=5)
     assert len(few) <= 5 and near > 0 and len(front(found, most=len(few))[0]) == len(few)
     assert all(any(beats(one, plan, near) for one in few) for plan in found)
 
 
-def test_moments_in_8_bits_are_traced_by_their_first_chunks(config, monkeypatch):
+def test_8_bit_moments_are_traced_on_their_first_chunks(config, monkeypatch):
     monkeypatch.setattr(adamw8, "CHUNK", 2)
     own = replace(config, train__optimizer="adamw8", plan__moe_blocks=[], plan__train_blocks=[5])
     seen = []
@@ -162,8 +162,8 @@ def test_moments_in_8_bits_are_traced_by_their_first_chunks(config, monkeypatch)
     assert seen[0] == seen[1]
 
 
-def test_alike_parameters_are_updated_once_and_counted_each(config, monkeypatch):
-    """Against the trace of every parameter's update, with all and with one task's state there."""
+def test_updates_of_equal_parameters_are_traced_once_and_counted_for_each(config, monkeypatch):
+    """Compare with the trace of every parameter's update, with the state of all tasks and of one."""
     own = replace(config, plan__train_blocks=[4, 5], plan__moe_blocks=[], train__optimizer="adamw8")
     for all_tasks in (True, False):
         costs = []
@@ -174,7 +174,7 @@ def test_alike_parameters_are_updated_once_and_counted_each(config, monkeypatch)
         assert costs[0] == costs[1] and costs[0].optimizer > 0
 
 
-def test_one_block_never_says_more_than_the_whole_step(config):
+def test_the_lower_bound_never_exceeds_the_whole_step(config):
     changes = {"plan__moe_blocks": [3, 5], "plan__train_blocks": [3, 5], "train__grad_accumulation_steps": 8}
     for storage in STORAGES:
         own = replace(config, storage=storage, **changes)
@@ -185,15 +185,15 @@ def test_one_block_never_says_more_than_the_whole_step(config):
         assert 0.5 * beside < least <= beside
 
 
-def test_what_a_lower_bound_rules_out_would_not_have_been_told(config, monkeypatch):
-    """The same forms and the same least memory where every form is predicted in full, down to where none fits."""
+def test_the_lower_bound_rules_out_only_settings_that_do_not_fit(config, monkeypatch):
+    """Settings and least memory stay the same if each setting is predicted in full, until none fits."""
 
     def tightest(model, config, batch, precision):
         cost = predict(model, config, batch=batch, precision=precision, all_tasks=True)
         return cost.peak - cost.parameters - cost.optimizer - cost.gradients
 
     monkeypatch.setattr(plans, "MICRO_BATCHES", (1, 2, 4))
-    dense, asked, told = replace(config, plan__moe_blocks=[], train__optimizer="sgd"), [], []
+    dense, asked, listed = replace(config, plan__moe_blocks=[], train__optimizer="sgd"), [], []
     for bound in (lambda *given, **named: asked.append(tightest(*given, **named)) or asked[-1], lambda *_, **__: 0):
         monkeypatch.setattr(plans, "least_beside_gradients", bound)
         catalog, forms = catalog_of(dense, 2**40), []
@@ -201,12 +201,12 @@ def test_what_a_lower_bound_rules_out_would_not_have_been_told(config, monkeypat
         while (form := catalog._fastest(own)) is not None:
             forms.append((form, catalog.least))
             catalog.limit = form.bytes - 1
-        told.append((forms, catalog.least))
-    assert told[0] == told[1] and len(told[0][0]) > 2 and len(asked) > 2
+        listed.append((forms, catalog.least))
+    assert listed[0] == listed[1] and len(listed[0][0]) > 2 and len(asked) > 2
 
 
-def test_seconds_are_the_sum_over_blocks_of_their_kinds(config, roomy, monkeypatch):
-    """With seconds that are given: each block by its gradients, experts and tokens, for as many images as there are."""
+def test_seconds_are_a_sum_over_blocks(config, ample, monkeypatch):
+    """Here a block's seconds are given as a function of its gradients, experts, tokens and number of images."""
 
     def given(self, key, timed):
         if key[0] == "ends":
@@ -218,7 +218,7 @@ def test_seconds_are_the_sum_over_blocks_of_their_kinds(config, roomy, monkeypat
         return kind * tokens * images
 
     monkeypatch.setattr(rates.Rates, "_once", given)
-    timed = rates.Rates(config, CLASSES, roomy[0].vit, prepare(config.runtime))
+    timed = rates.Rates(config, CLASSES, ample[0].vit, prepare(config.runtime))
     own = replace(config, plan__train_blocks=[3], plan__drop_blocks=[1], plan__keep_rate=0.5, plan__moe_blocks=[3])
     own = replace(own, train__grad_accumulation_steps=2)
     model = build_on_meta(own, CLASSES)
@@ -230,13 +230,13 @@ def test_seconds_are_the_sum_over_blocks_of_their_kinds(config, roomy, monkeypat
     assert timed.seconds(own, model) == pytest.approx(64 * per_image + 0.25 * trained)
 
 
-def test_kinds_of_blocks_are_timed_once_each_and_the_process_stays_as_it_was(config, roomy):
-    timed = rates.Rates(config, CLASSES, roomy[0].vit, prepare(config.runtime))
+def test_each_kind_of_block_is_timed_once_and_the_process_is_unchanged(config, ample):
+    timed = rates.Rates(config, CLASSES, ample[0].vit, prepare(config.runtime))
     threads = torch.get_num_threads()
     own = replace(config, plan__train_blocks="all", plan__drop_blocks=[], plan__moe_blocks=[])
     first = timed.seconds(own, build_on_meta(own, CLASSES))
     assert first > 0 and timed.seconds(own, build_on_meta(own, CLASSES)) == first
-    assert len(timed._known) == 4  # the ends, five alike blocks and the last, a weight
+    assert len(timed._known) == 4  # embedding and head, five equal blocks, the last block, a weight
     merging = replace(config, tokens__reduce="merge", storage="int8")
     assert timed.seconds(merging, build_on_meta(merging, CLASSES)) > 0
     for other in ({"train__optimizer": "mezo"}, {"train__step_in_backward": True, "train__grad_clip_norm": None}):
@@ -257,7 +257,7 @@ def ask(config, tmp_path, capsys, monkeypatch):
     return run
 
 
-def test_the_command_line_of_a_plan_is_the_plan(ask, config, tmp_path):
+def test_the_command_line_of_a_plan_reproduces_it(ask, config, tmp_path):
     status, out, _ = ask("--budget", "1GB", "--json")
     result = json.loads(out)
     assert status == 0 and 0 < sum(plan["listed"] for plan in result["plans"]) <= 15
@@ -270,7 +270,7 @@ def test_the_command_line_of_a_plan_is_the_plan(ask, config, tmp_path):
     assert all(plan["overrides"] in text for plan in result["plans"] if plan["listed"])
 
 
-def test_what_does_not_fit_or_was_not_asked_is_said_in_a_line(ask, capsys, monkeypatch):
+def test_a_budget_that_is_too_small_or_missing_is_an_error_of_one_line(ask, capsys, monkeypatch):
     monkeypatch.setattr(plans, "candidates", lambda *given: [next(candidates(*given))])
     status, out, _ = ask("--budget", "101MB")
     assert status == 1 and "fits into 101.0 MB: the leanest plan takes" in out and out.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The kernels on a CUDA device against their references there, and a whole step against the CPU's."""
+"""The kernels on a CUDA device against their references, and a whole step against the same step on the CPU."""
 
 import copy
 
@@ -13,7 +13,7 @@ from moe_bsr.model.storage import STORAGES
 from moe_bsr.ops.attention import attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the relative error, in the L2 norm
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # bounds on the relative error in the L2 norm
 
 
 def relative_error(have: torch.Tensor, want: torch.Tensor) -> float:
@@ -22,7 +22,7 @@ def relative_error(have: torch.Tensor, want: torch.Tensor) -> float:
 
 @pytest.fixture(autouse=True)
 def full_precision():
-    """float32 in float32: cuDNN would take TF32 for convolutions."""
+    """Compute convolutions in float32, for which cuDNN would otherwise use TF32."""
     with torch.backends.cudnn.flags(allow_tf32=False):
         yield
 
@@ -52,7 +52,7 @@ def step(model, device: str, dtype: torch.dtype = torch.float32):
 @pytest.mark.parametrize("kind", ["class-token", "registers", "average-pool", "layer-scale"])
 @pytest.mark.parametrize("moe_blocks", [(), (1, 3)], ids=["dense", "experts"])
 @pytest.mark.parametrize("reduce", ["drop", "merge"])
-def test_a_step_in_float32_is_the_cpus(kind, moe_blocks, reduce):
+def test_a_float32_step_equals_the_step_on_the_cpu(kind, moe_blocks, reduce):
     model = make_model(kind, moe_blocks=moe_blocks, init_noise=0.1, tokens=TokensConfig(reduce=reduce))
     scale_routers(model, 5.0)
     want_logits, want = step(copy.deepcopy(model), "cpu")
@@ -77,7 +77,7 @@ def test_storages_give_finite_gradients_that_point_the_same_way(storage, dtype):
             assert F.cosine_similarity(gradient.flatten(), want[name].flatten(), dim=0) > 0.98, name
 
 
-def test_grouped_experts_are_the_loops_and_the_same_bits_every_time():
+def test_grouped_experts_match_the_loop_and_are_deterministic():
     results = {}
     for backend in ("loop", "grouped", "grouped"):
         model = make_model(moe_blocks=(1, 3), init_noise=0.1, backend=backend)

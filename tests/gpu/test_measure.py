@@ -1,4 +1,4 @@
-"""The meter and the predicted cost on a CUDA device."""
+"""The memory meter and the predicted cost on a CUDA device."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 SIZE = 4 * 512 * 1024
 
 
-def test_releases_are_seen():
+def test_released_memory_is_recorded():
     x = torch.randn(512, 1024, device="cuda")
     kept = []
     seen = trace(
@@ -24,8 +24,8 @@ def test_releases_are_seen():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("plan", ["full", "last", "last-k", "bsr"])
-def test_predictions_hold(tmp_path, plan, precision):
-    """But for what cuBLAS takes for itself, and what the allocator leaves of a block it does not split: some MB."""
+def test_predicted_cost_matches_measured_cost(tmp_path, plan, precision):
+    """Some MB are not predicted: cuBLAS's workspace, and the rest of blocks that the allocator does not split."""
     config = make_config(
         tmp_path,
         runtime__device="cuda",

@@ -1,4 +1,4 @@
-"""Two processes with a GPU each, on NCCL, against one process with two micro-batches."""
+"""Two processes with one GPU each, on NCCL, against one process with two micro-batches."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The published rules against an estimator that walks over a real forward pass, and the paper's figures."""
+"""The published memory rules against an estimator with hooks on a real forward pass, and the paper's figures."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ T, A = 197 * 384 * 4, 6 * 197**2 * 4
 
 
 def as_timm_makes_it(model):
-    """The model with timm's own layers: the papers' code knows no other kernels."""
+    """Restore timm's own layer classes, because the papers' code has no other kernels."""
     theirs = {ours: layer for layer, ours in ADOPTED.items()}
     for module in model.modules():
         module.__class__ = theirs.get(type(module), type(module))
@@ -31,7 +31,7 @@ def as_timm_makes_it(model):
 
 
 def estimate_by_walking(model, images, head_only=False):
-    """Peak bytes by the paper's rule, counted while the network runs: one hook before each module."""
+    """Return the peak bytes by the paper's rule, counted by a hook before each module of a forward pass."""
     state = {"kept": 0, "peak": 0, "residual": 0}
     path = [b for i, b in enumerate(model.vit.blocks) if i >= model.path_start or head_only]
     on_path = {id(m) for b in path for m in b.modules()}
@@ -66,7 +66,7 @@ def estimate_by_walking(model, images, head_only=False):
 
 @pytest.mark.parametrize("trainable", ["all", (1, 3), (2,), ()])
 @pytest.mark.parametrize("kind", ["class-token", "registers", "pre-norm"])
-def test_the_papers_rule_is_what_walking_over_the_network_gives(kind, trainable):
+def test_the_papers_rule_equals_hooks_on_a_forward_pass(kind, trainable):
     model = make_model(kind, train_blocks=trainable, drop_blocks=())
     walked = estimate_by_walking(model, normal(1, 3, 16, 16), head_only=trainable == ())
     assert bsr_rule.memory(from_model(model)).peak == walked
@@ -92,7 +92,7 @@ def test_the_running_sum_equals_its_closed_form(trainable, drop):
     assert bsr_rule.memory(shape(whole)).peak == total
 
 
-def test_where_little_is_kept_the_peak_is_a_temporary():
+def test_the_peak_is_a_temporary_tensor_if_little_is_kept():
     few = bsr_rule.memory(shape(replace(DEIT, trainable=(10, 11), drop=(3, 6, 9))))
     assert few.peak == 5 * T > sum(few.kept.values())  # fc1 of a frozen block on 197 tokens
     last = shape(replace(DEIT, trainable=()))
@@ -100,7 +100,7 @@ def test_where_little_is_kept_the_peak_is_a_temporary():
     assert backrazor_rule.memory(last).peak == 6 * T
 
 
-def test_what_a_block_is_charged():
+def test_kept_bytes_of_single_blocks():
     kept = bsr_rule.memory(shape(replace(DEIT, trainable=(3, 11)))).kept
     assert (kept["block 2"], kept["block 3"], kept["block 4"]) == (0, 16 * T + A, 7 * T + A)
     theirs = backrazor_rule.memory(shape(replace(DEIT, trainable=(3, 11)))).kept
@@ -145,12 +145,12 @@ def test_experts_are_linear_layers_on_top_k_rows():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("experts", [(), (3,)])
-def test_every_kind_of_model_has_its_price(kind, experts):
+def test_memory_and_macs_are_known_for_every_kind_of_model(kind, experts):
     model = make_model(kind, moe_blocks=experts)
     whole = from_model(model)
     assert bsr_rule.memory(whole, 4).total > 0 and backrazor_rule.memory(whole, 4, prune=0.5).total > 0
     blocks = sum(
-        macs(b, replace(p, keep_rate=1.0), *n, model.vit.has_class_token)  # the row of scores is not the paper's
+        macs(b, replace(p, keep_rate=1.0), *n, model.vit.has_class_token)  # the paper does not count the row of scores
         for b, p, n in zip(model.vit.blocks, model.plan, counts(model), strict=True)
     )
     outside = whole.embedding + whole.head
@@ -160,7 +160,7 @@ def test_every_kind_of_model_has_its_price(kind, experts):
 
 
 def written_down(model, images):
-    """The published forward pass in plain PyTorch."""
+    """Run the published forward pass in plain PyTorch."""
     vit = as_timm_makes_it(model).vit
     x = vit._pos_embed(vit.patch_embed(images))
     for layer, plan in zip(vit.blocks, model.plan, strict=True):
@@ -200,10 +200,10 @@ def experts_written_down(moe: MoE, hidden):
     gates, chosen = nn.functional.linear(flat, moe.router.weight["one"]).softmax(-1).topk(moe.top_k)
     out, e = torch.zeros_like(flat), moe.experts
     for index in range(len(e.fc1_weight)):
-        token, place = torch.where(chosen == index)
+        token, slot = torch.where(chosen == index)
         rows = e.act(nn.functional.linear(flat[token], e.fc1_weight[index], e.fc1_bias[index]))
         rows = nn.functional.linear(rows, e.fc2_weight[index], e.fc2_bias[index])
-        out = out.index_add(0, token, rows * gates[token, place, None])
+        out = out.index_add(0, token, rows * gates[token, slot, None])
     return out.view_as(hidden)
 
 
@@ -220,7 +220,7 @@ def experts_written_down(moe: MoE, hidden):
         ("all", (), "raw", (1, 2)),
     ],
 )
-def test_what_plain_autograd_keeps_is_what_the_hooks_see(trainable, drop, fuse, experts):
+def test_the_autograd_rule_equals_what_saved_tensor_hooks_see(trainable, drop, fuse, experts):
     tokens = make_model().tokens_config
     model = make_model(
         train_blocks=trainable,
@@ -234,7 +234,7 @@ def test_what_plain_autograd_keeps_is_what_the_hooks_see(trainable, drop, fuse, 
     assert 2 * sum(autograd_rule.kept(from_model(model)).values()) == sum(t.untyped_storage().nbytes() for t in saved)
 
 
-def test_blocks_beside_frozen_ones_are_charged_as_their_shapes_say():
+def test_blocks_beside_frozen_ones_keep_what_their_shapes_imply():
     kept = bsr_rule.memory(shape(replace(DEIT, trainable=(), beside=(3, 7, 11)))).kept
     assert {name: size for name, size in kept.items() if name.startswith("beside")} == dict.fromkeys(
         (f"beside block {index}" for index in (3, 7, 11)), 16 * T + A
@@ -250,7 +250,7 @@ def test_blocks_beside_frozen_ones_are_charged_as_their_shapes_say():
     assert 2 * sum(autograd_rule.kept(from_model(model)).values()) == sum(t.untyped_storage().nbytes() for t in saved)
 
 
-def test_a_block_of_which_only_parts_train_keeps_what_the_hooks_see():
+def test_the_autograd_rule_for_partly_trained_blocks_equals_what_hooks_see():
     model = make_model(train_blocks=(2, 3), drop_blocks=())
     for parameter in [*model.vit.blocks[0].mlp.fc2.parameters(), *model.vit.blocks[1].norm2.parameters()]:
         parameter.requires_grad_(True)
@@ -284,7 +284,7 @@ def test_every_reproducible_figure_is_reproduced(results):
     assert max(abs(r.relative_difference) for r in train) < 0.003
 
 
-def test_published_by_substring_and_corrected_stand_side_by_side(results):
+def test_published_and_corrected_block_selections_are_both_listed(results):
     rows = {r.row: r for r in results if r.table == "7"}
     for blocks, wrong, right in (
         ("[2, 5, 8, 11]", 2809.04, 2088.64),
@@ -296,21 +296,21 @@ def test_published_by_substring_and_corrected_stand_side_by_side(results):
         assert rows[f"{blocks}, corrected"].ours == pytest.approx(right, abs=0.01)
 
 
-def test_what_cannot_be_reproduced_is_said_and_never_fails_the_tool(results):
+def test_figures_that_cannot_be_reproduced_are_marked(results):
     missed = {(r.table, r.row) for r in results if r.status == "not reproduced"}
     assert ("3", "FT-Last") in missed and ("5", "ResNet-50, Rep-Net") in missed
     assert all(r.status == "not reproduced" for r in results if "On-device" in r.column)
     assert all(r.ours is not None or r.note for r in results)
 
 
-def test_what_our_code_keeps_stands_beside_it(results):
+def test_results_include_what_our_code_keeps(results):
     bsr = next(r for r in results if (r.table, r.row) == ("3", "Ours"))
     assert bsr.kept_mb["our code"] < bsr.kept_mb["autograd, plain PyTorch"]
     wrong = next(r for r in results if r.row == "[2, 7, 11], as published")
     assert wrong.kept_mb["our code"] is None  # no configuration of ours trains such a selection
 
 
-def test_resnet_50_is_a_peak_before_what_trains_and_a_sum_where_all_does(results):
+def test_resnet_50_is_a_peak_in_frozen_layers_or_a_sum_if_all_layers_train(results):
     rows = {r.row: r for r in results if r.table == "5" and "Mem" in r.column and r.row.startswith("ResNet")}
     full, ours = rows["ResNet-50, FT-Full"], rows["ResNet-50, Ours"]
     assert abs(full.relative_difference) < 0.002 and abs(ours.relative_difference) < 0.002

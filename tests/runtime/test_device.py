@@ -1,4 +1,4 @@
-"""The runtime: choosing changes nothing, and what a run sets for its process it puts back."""
+"""The runtime: choosing one changes nothing, and a run restores the process settings that it changes."""
 
 import ctypes
 import sys
@@ -19,7 +19,7 @@ CUDA_BF16 = Runtime(torch.device("cuda"), "bf16", 1, "asked for")
 
 
 def process_state() -> tuple:
-    """What a library must leave as it found it."""
+    """Return the settings that a library must leave unchanged."""
     cudnn = torch.backends.cudnn
     return (
         torch.get_num_threads(),
@@ -91,7 +91,7 @@ def test_preparing_changes_nothing():
     assert process_state() == before
 
 
-def test_a_run_has_its_threads_and_float32_convolutions_for_as_long_as_it_lasts():
+def test_threads_and_float32_convolutions_are_set_only_during_a_run():
     before, convolutions = process_state(), torch.backends.cudnn.conv
     with pytest.raises(KeyError), Runtime(torch.device("cuda"), "fp32", 2, "").in_effect():
         assert torch.get_num_threads() == 2 and convolutions.fp32_precision == "ieee"
@@ -114,8 +114,8 @@ def test_a_patch_embedding_in_float32_is_exact_to_float32():
     assert error < 1e-5
 
 
-def test_narrow_norms_are_the_models_own():
-    """In bf16 on CUDA timm's norm layers must not widen the stream; other models of the program stay as they are."""
+def test_fast_norms_are_set_only_in_the_placed_model():
+    """With bf16 on CUDA, timm's norm layers must return bf16. Other models in the process stay unchanged."""
 
     class Model(nn.Sequential):
         def cast_frozen_(self, dtype: torch.dtype) -> None:
@@ -131,7 +131,7 @@ def test_narrow_norms_are_the_models_own():
     assert not model[0]._fast_norm
 
 
-def test_a_program_may_tune_its_process(monkeypatch):
+def test_tune_process_sets_the_allocator_and_threads(monkeypatch):
     calls, threads = [], torch.get_num_threads()
     monkeypatch.setattr(allocator, "keep_freed_memory", lambda: calls.append("malloc"))
     tune_process()
@@ -143,7 +143,7 @@ def test_a_program_may_tune_its_process(monkeypatch):
         torch.set_num_threads(threads)
 
 
-def test_a_system_without_glibc_is_left_alone(monkeypatch):
+def test_the_allocator_is_not_set_without_glibc(monkeypatch):
     def absent(name: str):
         raise OSError(name)
 
@@ -154,19 +154,19 @@ def test_a_system_without_glibc_is_left_alone(monkeypatch):
     allocator.keep_freed_memory()
 
 
-def test_a_device_that_is_not_there_is_refused():
+def test_a_missing_device_is_refused():
     with pytest.raises(ConfigError, match="runtime.device = 'cuda:99'"):
         prepare(RuntimeConfig(device="cuda:99"))
 
 
 @pytest.mark.parametrize("device", ["meta", "mkldnn", "hpu", "nothing", ""])
-def test_a_device_that_computes_nothing_is_refused(device):
+def test_an_unsupported_device_is_refused(device):
     with pytest.raises(ConfigError, match=f"runtime.device = '{device}'"):
         prepare(RuntimeConfig(device=device))
 
 
 @pytest.mark.parametrize("threads", [most_threads() + 1, 10_000, 10**13])
-def test_more_threads_than_make_sense_are_refused(threads):
+def test_too_many_threads_are_refused(threads):
     with pytest.raises(ConfigError, match=f"runtime.threads = {threads}: "):
         prepare(RuntimeConfig(device="cpu", threads=threads))
     assert prepare(RuntimeConfig(device="cpu", threads=most_threads())).threads == most_threads() >= 64

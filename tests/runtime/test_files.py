@@ -1,4 +1,4 @@
-"""Text files: the old text or the new one, whatever happens; and no way through a link."""
+"""Text files: a write is complete or has no effect, and links are not followed."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ from moe_bsr.runtime import files
 from moe_bsr.runtime.files import write_whole
 
 
-def test_a_text_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_text_file_is_replaced_completely_or_not_at_all(tmp_path, monkeypatch):
     file = tmp_path / "report.json"
     write_whole(file, "first")
     write_whole(file, "second")
@@ -41,7 +41,7 @@ def test_a_link_under_the_temporary_name_is_replaced_and_not_followed(tmp_path):
         (errno.EROFS, "Read-only file system; make it writable"),
     ],
 )
-def test_what_cannot_be_written_is_named_with_what_to_do_and_leaves_nothing(tmp_path, monkeypatch, number, words):
+def test_a_failed_write_says_what_to_do_and_leaves_no_temporary_file(tmp_path, monkeypatch, number, words):
     file = tmp_path / "report.json"
     write_whole(file, "first")
 
@@ -55,7 +55,7 @@ def test_what_cannot_be_written_is_named_with_what_to_do_and_leaves_nothing(tmp_
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_write_that_takes_a_part_is_gone_on_with():
+def test_partial_writes_are_continued():
     class Slow:
         written = b""
 

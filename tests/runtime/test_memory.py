@@ -1,4 +1,4 @@
-"""Too little memory is told apart from other errors, and what there is from what a limit leaves."""
+"""Out-of-memory errors are recognized, and available memory respects limits of the process and container."""
 
 import errno
 import resource
@@ -21,7 +21,7 @@ def too_much_numpy() -> None:
 
 
 @pytest.mark.parametrize("take", [too_much_torch, too_much_numpy, lambda: b"" * 1 + bytearray(2**60)])
-def test_real_allocators_are_understood(take):
+def test_errors_of_real_allocators_are_recognized(take):
     with pytest.raises((RuntimeError, MemoryError)) as failure:
         take()
     assert memory.is_short(failure.value)
@@ -43,11 +43,11 @@ def test_real_allocators_are_understood(take):
         (ValueError("out of memory"), False),
     ],
 )
-def test_other_errors_are_not(error, short):
+def test_only_errors_about_memory_are_recognized(error, short):
     assert memory.is_short(error) is short
 
 
-def test_what_is_available_is_less_than_the_machine_has():
+def test_available_memory_is_plausible():
     free, where = memory.available(CPU)
     assert 0 < free < 2**50 and where
     assert memory.available(torch.device("meta")) is None

@@ -1,4 +1,4 @@
-"""Names: printed as they are where that is harmless."""
+"""Names are printed unchanged if they are harmless, and escaped otherwise."""
 
 import unicodedata
 
@@ -9,7 +9,7 @@ from moe_bsr.runtime.names import columns, pad, printable, shorten
 
 
 @pytest.mark.parametrize("name", AWKWARD.values(), ids=AWKWARD)
-def test_a_printable_name_is_one_line_that_can_be_encoded_and_commands_nothing(name):
+def test_a_printable_name_is_one_encodable_line_without_control_characters(name):
     shown = printable(name)
     assert len(shown.splitlines()) <= 1 and shown.encode("utf-8").decode() == shown
     assert not [c for c in shown if unicodedata.category(c) in ("Cc", "Zl", "Zp", "Cs")]
@@ -17,11 +17,11 @@ def test_a_printable_name_is_one_line_that_can_be_encoded_and_commands_nothing(n
 
 
 @pytest.mark.parametrize("kind", ["dollars", "broken formula", "accent", "wide letters", "markup", "emoji", "long"])
-def test_what_is_harmless_stays(kind):
+def test_harmless_names_are_unchanged(kind):
     assert printable(AWKWARD[kind]) == AWKWARD[kind]
 
 
-def test_what_is_not_is_escaped_as_python_would():
+def test_other_characters_are_escaped_as_in_python():
     assert printable("\x1b]0;x\x07") == r"\x1b]0;x\x07"
     assert printable("a\nb\tc") == r"a\nb\tc" and printable("a\u202eb") == r"a\u202eb"
     assert printable(b"caf\xe9".decode("utf-8", "surrogateescape")) == "caf\ufffd"
@@ -34,7 +34,7 @@ def test_wide_letters_take_two_columns_and_marks_none():
 
 
 @pytest.mark.parametrize("name", AWKWARD.values(), ids=AWKWARD)
-def test_a_shortened_name_fits_and_begins_as_it_did(name):
+def test_a_shortened_name_fits_and_keeps_its_start(name):
     short = shorten(name, 5)
     assert columns(short) <= 5 and name.startswith(short.removesuffix("\u2026"))
     assert (short == name) == (columns(name) <= 5)

@@ -1,4 +1,4 @@
-"""Where a result came from: the command, the code, the machine."""
+"""Provenance of a result: the command, the code and the machine."""
 
 import shutil
 import subprocess
@@ -18,13 +18,13 @@ from moe_bsr.runtime import cpu_features, provenance
         (["python"], None),
     ],
 )
-def test_the_command_is_as_one_would_type_it(monkeypatch, started, typed):
+def test_the_command_is_given_as_typed(monkeypatch, started, typed):
     monkeypatch.setattr(sys, "orig_argv", started)
     assert provenance.command() == typed
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git")
-def test_the_commit_is_that_of_the_code_and_says_if_files_differ(tmp_path, monkeypatch):
+def test_the_commit_is_that_of_the_code_and_marked_if_files_differ(tmp_path, monkeypatch):
     def git(*words: str) -> str:
         who = ["-c", "user.name=me", "-c", "user.email=me@here"]
         return subprocess.run(
@@ -37,7 +37,7 @@ def test_the_commit_is_that_of_the_code_and_says_if_files_differ(tmp_path, monke
 
     monkeypatch.setattr(provenance, "CODE", tmp_path)
     monkeypatch.setattr(provenance.importlib.metadata, "version", lambda name: "9.9")
-    assert commit() == "9.9"  # no checkout: what is installed
+    assert commit() == "9.9"  # no checkout: the installed version
     git("init", "-q")
     (tmp_path / "code.py").write_text("1")
     git("add", "code.py")
@@ -46,7 +46,7 @@ def test_the_commit_is_that_of_the_code_and_says_if_files_differ(tmp_path, monke
     whole = git("rev-parse", "HEAD")
     assert commit() == whole
     (tmp_path / "code.py").write_text("2")
-    assert provenance.commit() == whole  # what was imported when the program began
+    assert provenance.commit() == whole  # cached: the code that was imported
     assert commit() == f"{whole}-dirty"
     monkeypatch.setattr(provenance.subprocess, "run", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError("git")))
     assert commit() == "9.9"
@@ -73,7 +73,7 @@ ARM = "processor : 0\nFeatures : fp asimd bf16\n"
         (None, [], None, False),
     ],
 )  # fmt: skip
-def test_the_cpu_is_read_from_what_linux_says(tmp_path, monkeypatch, text, flags, bf16, slow):
+def test_cpu_features_are_read_from_proc_cpuinfo(tmp_path, monkeypatch, text, flags, bf16, slow):
     file = tmp_path / "cpuinfo"
     if text is not None:
         file.write_text(text)

@@ -1,4 +1,4 @@
-"""Streams by name: their numbers are written down, because every run ever reported depends on them."""
+"""Random streams by name: their values are fixed here, because every reported run depends on them."""
 
 import torch
 
@@ -15,7 +15,7 @@ def test_the_numbers_of_a_name_never_change():
     assert torch.randint(0, 1000, (4,), generator=generator(0, "head", "shapes")).tolist() == OF_TORCH
 
 
-def test_names_and_counters_tell_streams_apart():
+def test_streams_differ_by_name_and_counter():
     names = [(1, "a"), (1, "b"), (2, "a"), ("a", 1)]
     assert len({key(*name) for name in names}) == len(names)
     draws = [stream(7, *counter).random() for counter in ((), (1,), (0, 1), (1, 1), (2,))]

@@ -14,7 +14,7 @@ def test_markdown_has_a_rule_under_the_header():
     assert as_markdown(ROWS).splitlines() == ["| task | top-1 |", "| --- | --- |", "| a | 9.5 |", "| longer | 100.0 |"]
 
 
-def test_names_command_no_terminal_and_break_no_column():
+def test_control_characters_are_escaped_and_columns_stay_aligned():
     rows = [["task", "n"], ["日本", "1"], ["a\x1b[2J\n", "2"], ["a|b", "3"]]
     assert as_text(rows).splitlines() == ["task        n", "日本        1", r"a\x1b[2J\n  2", "a|b         3"]
     assert as_markdown(rows).splitlines()[-1] == r"| a\|b | 3 |"

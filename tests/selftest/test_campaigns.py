@@ -11,14 +11,14 @@ from moe_bsr.cli.main import main
 from moe_bsr.selftest import damage, hostile, injuries, kills
 
 
-def test_killed_at_random_and_in_every_stage_of_a_checkpoint_write(tmp_path):
+def test_runs_survive_kills_at_random_and_during_a_checkpoint_write(tmp_path):
     # Operations 61 to 76 of the run are one checkpoint write, with the removal of an old one.
     result = in_fresh_process(tmp_path, "kills.campaign(folder, 1, 0, main, stages=[70])")
     assert (result["tried"], result["kills"], result["stages"]) == (2, 1, 1)
     assert result["failures"] == []
 
 
-def test_a_killed_run_that_comes_out_otherwise_is_noticed(tmp_path):
+def test_different_results_after_a_kill_are_reported(tmp_path):
     (tmp_path / "checkpoint/9").mkdir(parents=True)
     for name in ("checkpoint/9/weights.safetensors", "metrics.jsonl"):
         (tmp_path / name).write_bytes(b"a")
@@ -29,14 +29,14 @@ def test_a_killed_run_that_comes_out_otherwise_is_noticed(tmp_path):
     assert kills.differing(tmp_path, expected) == ["average.safetensors", "metrics.jsonl"]
 
 
-def test_damaged_runs(tmp_path):
+def test_damaged_runs_are_handled(tmp_path):
     result = in_fresh_process(tmp_path, "damage.campaign(folder, 2, 1, main)")
     assert result["tried"] == 2 == sum(kind["tried"] for kind in result["kinds"].values())
     assert result["failures"] == []
 
 
 @pytest.mark.parametrize("what", ["device", "FIFO", "nothing"])
-def test_two_injuries_never_read_what_has_no_end(tmp_path, what):
+def test_several_injuries_are_not_applied_to_devices_and_fifos(tmp_path, what):
     run, chance = tmp_path / "run", random.Random(0)
     (run / "checkpoint" / "3").mkdir(parents=True)
     for name in ("config.yaml", "metrics.jsonl", "checkpoint/3/weights.safetensors"):
@@ -48,14 +48,14 @@ def test_two_injuries_never_read_what_has_no_end(tmp_path, what):
     assert bool(injuries.KINDS["several"](run, tmp_path / "canary", chance)) == (what == "nothing")
 
 
-def test_hostile_files(tmp_path):
+def test_hostile_files_are_handled(tmp_path):
     result = in_fresh_process(tmp_path, "hostile.campaign(folder, 4, 1, main)")
     assert result["tried"] == 4 and result["failures"] == []
 
 
 @pytest.mark.parametrize("wrong", ["reads outside", "crashes", "prints control letters", "writes outside"])
-def test_a_product_that_gives_way_is_noticed(tmp_path, wrong):
-    def gives_way(arguments):
+def test_a_faulty_program_fails_the_campaign(tmp_path, wrong):
+    def faulty(arguments):
         if wrong == "crashes":
             raise KeyError(wrong)
         if wrong == "writes outside":
@@ -64,14 +64,14 @@ def test_a_product_that_gives_way_is_noticed(tmp_path, wrong):
             print("\x1b[31m")
         return {"reads outside": 3}.get(wrong, 0)
 
-    result = hostile.campaign(tmp_path, 1, 0, gives_way)
+    result = hostile.campaign(tmp_path, 1, 0, faulty)
     assert result["failed"] == 1
 
 
-def test_the_command_prints_json_and_fails_where_something_failed(monkeypatch, capsys):
+def test_the_command_prints_json_and_its_exit_status_reports_failures(monkeypatch, capsys):
     for failed in (0, 1):
         found = {"tried": 1, "failed": failed, "failures": ["x"] * failed}
         monkeypatch.setattr(damage, "campaign", lambda *arguments, found=found: dict(found))
         assert main(["selftest", "--damage", "1", "--json"]) == failed
-        told = json.loads(capsys.readouterr().out)
-        assert told["failed"] == failed and told["damage"]["tried"] == 1 and "kills" not in told
+        printed = json.loads(capsys.readouterr().out)
+        assert printed["failed"] == failed and printed["damage"]["tried"] == 1 and "kills" not in printed

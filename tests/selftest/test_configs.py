@@ -1,4 +1,4 @@
-"""The campaign of broken configurations: drawn from a seed, each really run, and judged as it ended."""
+"""The campaign of broken configurations: cases are drawn from a seed, run, and judged by how they end."""
 
 import pytest
 from fresh import in_fresh_process
@@ -9,7 +9,7 @@ from moe_bsr.selftest.sandbox import Outcome
 WHOLE = Mutant("nothing", {name: text.encode() for name, text in FILES.items()}, [])
 
 
-def test_the_same_seed_gives_the_same_mutants_and_a_longer_campaign_begins_alike():
+def test_the_same_seed_gives_the_same_mutants_in_campaigns_of_any_length():
     first = list(mutants(1, 30))
     assert first == list(mutants(1, 60))[:30] != list(mutants(2, 30))
     assert len({mutant.description for mutant in first}) == 30
@@ -17,14 +17,14 @@ def test_the_same_seed_gives_the_same_mutants_and_a_longer_campaign_begins_alike
     assert len(changed) >= 28, "now and then a change changes nothing"
 
 
-def test_what_mutants_are_made_of_is_a_right_run(tmp_path):
+def test_the_configuration_that_is_mutated_is_valid(tmp_path):
     whole = "configs.Mutant('nothing', {name: text.encode() for name, text in configs.FILES.items()}, [])"
     assert (
         in_fresh_process(tmp_path, f"configs.judge({whole}, configs.try_mutant({whole}, folder, main))") == "accepted"
     )
 
 
-def test_mutants_are_refused_clearly_or_are_right_runs(tmp_path):
+def test_mutants_are_refused_clearly_or_run(tmp_path):
     result = in_fresh_process(tmp_path, "configs.campaign(folder, 12, 100, main)")
     assert (result["tried"], result["failed"]) == (12, 0), result
 
@@ -52,6 +52,6 @@ def ended(err: str = "", status: int | None = 2) -> Outcome:
         (ended("lr", 3), "status 3"),
     ],
 )
-def test_a_case_is_judged_by_status_lines_length_and_words(outcome, kind):
+def test_a_case_is_judged_by_its_exit_status_and_message(outcome, kind):
     assert judge(WHOLE._replace(words=("lr",)), outcome) == kind
     assert (kind in GOOD) == (kind in ("refused", "stopped", "accepted"))

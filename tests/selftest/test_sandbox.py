@@ -1,4 +1,4 @@
-"""A command in a process of its own: its limits, what it printed, how it ended."""
+"""Commands in a separate process: limits, output and exit status."""
 
 import os
 import signal
@@ -29,24 +29,24 @@ def refuse() -> int:
         (lambda: bytearray(2**31) and None, 1, "MemoryError"),
     ],
 )
-def test_how_a_command_ends(command, status, words, tmp_path):
+def test_exit_status_and_errors_of_a_command(command, status, words, tmp_path):
     outcome = sandbox.run(command, folder=tmp_path, memory_mb=500)
     assert outcome.status == status and words in outcome.stderr
     assert (outcome.trouble is None) == (status >= 0 and "Error" not in outcome.stderr)
 
 
-def test_what_it_prints_and_where_it_runs(tmp_path):
+def test_output_and_working_directory_of_a_command(tmp_path):
     outcome = sandbox.run(lambda: print(os.getcwd()) or refuse(), folder=tmp_path)
     assert outcome.stdout.split("\n")[:2] == [str(tmp_path), "on stdout"] and "from below" in outcome.stdout
 
 
-def test_one_that_hangs_is_stopped_with_its_children():
+def test_a_hanging_command_is_stopped_with_its_children():
     began = time.monotonic()
     outcome = sandbox.run(lambda: os.fork() and time.sleep(60), seconds=0.3)
     assert outcome.status is None and "hung" in outcome.trouble and time.monotonic() - began < 20
 
 
-def test_memory_at_the_peak_is_measured():
+def test_peak_memory_is_measured():
     def eat() -> None:
         held = bytearray(100 * 2**20)
         held[::4096] = b"x" * len(held[::4096])
@@ -54,7 +54,7 @@ def test_memory_at_the_peak_is_measured():
     assert sandbox.run(eat).peak_mb > sandbox.run(lambda: None).peak_mb + 50
 
 
-def test_output_without_end_is_told_and_not_read_to_its_end(monkeypatch):
+def test_excessive_output_is_reported_and_cut(monkeypatch):
     monkeypatch.setattr(sandbox, "MOST_OUTPUT", 1000)
     outcome = sandbox.run(lambda: print("x" * 2**20))
     assert outcome.trouble == "printed 1 MiB" and len(outcome.stdout) == 1000

@@ -1,4 +1,4 @@
-"""Every method within a budget has the same splits, a test and a length of its own."""
+"""Methods at equal training time: all use the same splits, are tested, and fill their time."""
 
 import contextlib
 import math
@@ -24,10 +24,10 @@ def test_a_method_fills_its_budget_and_is_tested(tmp_path, method):
     assert found["mean_top1"] == pytest.approx(sum(found["tasks"].values()) / len(SIZES))
 
 
-def test_the_plain_network_learns_what_it_is_shown(tmp_path, monkeypatch):
+def test_a_plain_timm_network_follows_a_cosine_schedule_over_its_time(tmp_path, monkeypatch):
     config = make_config(tmp_path, data__augment=False)
     clock = iter(range(10**6))
-    monkeypatch.setattr(rivals.time, "monotonic", lambda: next(clock) / 60)  # sixty looks at the clock a second
+    monkeypatch.setattr(rivals.time, "monotonic", lambda: next(clock) / 60)  # sixty reads of the clock per second
     seen, cosine = [], math.cos
     monkeypatch.setattr(rivals.math, "cos", lambda x: seen.append(x) or cosine(x))
     runtime = budgets.prepare(config.runtime)
@@ -38,7 +38,7 @@ def test_the_plain_network_learns_what_it_is_shown(tmp_path, monkeypatch):
     assert not network.training and isinstance(heads, torch.nn.ModuleDict) and set(heads) == set(SIZES)
 
 
-def test_a_time_that_is_over_before_the_first_update_ends(tmp_path):
+def test_at_least_one_update_is_taken_if_the_time_is_already_over(tmp_path):
     config = make_config(tmp_path)
     tasks = {name: budgets.open_task(config, file) for name, file in config.task_files().items()}
     transforms = budgets.make_transforms(config, budgets.build(config, dict.fromkeys(tasks, 12)))
@@ -46,7 +46,7 @@ def test_a_time_that_is_over_before_the_first_update_ends(tmp_path):
         assert rivals.train("timm_full", config, tasks, transforms, budgets.prepare(config.runtime), seconds)[2] == 1
 
 
-def test_a_batch_has_every_image_once_an_epoch(tmp_path):
+def test_no_image_repeats_within_an_epoch(tmp_path):
     config = make_config(tmp_path)
     data = budgets.open_task(config, config.task_files()["shapes"])
     size = config.train.batch_size
@@ -63,7 +63,7 @@ def test_an_unknown_method_is_refused(tmp_path):
 
 @pytest.fixture
 def raced(monkeypatch):
-    """Which runs a race asks for, in their order; none is trained."""
+    """Record the runs that a race asks for, in order, instead of training them."""
     asked = []
 
     class InThisProcess:
@@ -83,7 +83,7 @@ def raced(monkeypatch):
     return asked
 
 
-def test_a_race_goes_on_where_it_was_stopped_and_takes_more_seeds(tmp_path, raced, monkeypatch):
+def test_a_race_resumes_where_it_stopped_and_accepts_more_seeds(tmp_path, raced, monkeypatch):
     def race(seeds, methods=("fit", "bsr"), folder=tmp_path / "race"):
         return budgets.race(config, folder, [1.0, 2.0], list(methods), seeds, lambda line: None)
 
@@ -93,28 +93,28 @@ def test_a_race_goes_on_where_it_was_stopped_and_takes_more_seeds(tmp_path, race
         race([0], ["fit", "stops", "bsr"])
     assert raced == [("fit", 1.0, 0), ("stops", 1.0, 0)]
     raced.clear()
-    race([0, 2, 2], ["fit", "bsr", "fit"])  # named twice is run once: it would count as two seeds that agree
+    race([0, 2, 2], ["fit", "bsr", "fit"])  # repeats run once, or they would count as seeds that agree
     first, second = [("fit", 1.0, 2), ("bsr", 1.0, 2)], [("fit", 2.0, 2), ("bsr", 2.0, 2)]
     assert raced == [("bsr", 1.0, 0), *first, ("fit", 2.0, 0), ("bsr", 2.0, 0), *second]
     raced.clear()
     result = race([0, 2])
     assert not raced and len(result["runs"]) == 8
     head, row, *_ = budgets.table(result)
-    # Student's interval of two values: 12.7 times half of their difference.
+    # Student's t interval of two values: 12.7 times half their difference.
     assert dict(zip(head, row, strict=True)) == {
         "test top-1 %": "fit", "minutes": "1", "shapes": "11.0", "petals": "50.0", "mean": "30.5 [24.1, 36.9]",
         "seeds": "2", "s": "60", "updates": "-", "MB": "7",
     }  # fmt: skip
 
 
-def test_minutes_of_another_machine_are_refused(tmp_path, raced, monkeypatch):
+def test_results_from_another_machine_are_refused(tmp_path, raced, monkeypatch):
     budgets.race(make_config(tmp_path), tmp_path, [1.0], ["fit"], [0], lambda line: None)
     monkeypatch.setattr(budgets, "environment", lambda runtime: {"threads": 64})
     with pytest.raises(ConfigError, match="budgets.json is from another machine"):
         budgets.race(make_config(tmp_path), tmp_path, [1.0], ["fit"], [1], lambda line: None)
 
 
-def test_the_picture_has_each_method_beside_its_last_point(tmp_path, raced, monkeypatch):
+def test_the_figure_labels_each_method_at_its_last_point(tmp_path, raced, monkeypatch):
     result = budgets.race(make_config(tmp_path), tmp_path, [1.0, 4.0], ["fit", "bsr"], [0, 1], lambda line: None)
     result["runs"] += [result["runs"][0] | {"method": "a_short_one", "minutes": 1.0}]
     drawn = []
@@ -126,7 +126,7 @@ def test_the_picture_has_each_method_beside_its_last_point(tmp_path, raced, monk
     assert (tmp_path / "minutes.png").stat().st_size > 5000
 
 
-def test_full_is_every_weight_of_every_block_whatever_else_the_plan_trains(tmp_path):
+def test_method_full_trains_every_weight_whatever_the_plan_says(tmp_path):
     config = make_config(tmp_path, adapter="lora", plan__moe_blocks=[], plan__train_weights="proj")
     model = build_on_meta(budgets._own("full", config), dict.fromkeys(SIZES, 2))
     assert all(parameter.requires_grad for parameter in model.parameters()) and not model.adapter_parameters

@@ -1,4 +1,4 @@
-"""Sweeps: which runs they make, what is kept, and the arithmetic of pairs."""
+"""Sweeps: the runs they start, the runs they reuse, and the statistics of paired differences."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ ARMS = {"shared": {"set": ["plan.moe_blocks=[]"]}, "apart": {"set": ["plan.moe_b
 
 @pytest.fixture
 def file(tmp_path):
-    """A sweep file of two arms on two tiny tasks."""
+    """Return a function that writes a sweep file of two arms on two tiny tasks."""
     (tmp_path / "tiny.yaml").write_text(configuration.dump(make_config(tmp_path, **LATE)))
 
     def write(**changes):
@@ -34,7 +34,7 @@ def file(tmp_path):
 
 
 @pytest.mark.parametrize("name", packaged.names("configs/sweeps"))
-def test_a_packaged_sweep_reads_and_each_arm_is_a_possible_run(name):
+def test_packaged_sweeps_load_and_each_arm_is_a_valid_run(name):
     asked = plan.read(name)
     asked = dataclasses.replace(asked, config=asked.config or "conflict_scene")
     for arm in asked.arms:
@@ -45,7 +45,7 @@ def test_a_packaged_sweep_reads_and_each_arm_is_a_possible_run(name):
 
 
 @pytest.mark.usefixtures("bare")
-def test_arms_are_trained_seed_by_seed_and_finished_runs_are_kept(file, tmp_path, capsys):
+def test_arms_are_trained_seed_by_seed_and_finished_runs_are_reused(file, tmp_path, capsys):
     out = tmp_path / "out"
     call = ["sweep", str(file()), "--run", str(out), "train.lr=1e-3"]
     assert main(call) == 0
@@ -67,11 +67,11 @@ def test_arms_are_trained_seed_by_seed_and_finished_runs_are_kept(file, tmp_path
 
 
 @pytest.mark.usefixtures("bare")
-def test_the_value_that_validates_best_is_taken_and_the_test_is_left_to_the_seeds(file, tmp_path, monkeypatch):
-    seen = []
+def test_tuning_takes_the_value_with_the_best_validation_and_only_final_runs_are_tested(file, tmp_path, monkeypatch):
+    started = []
 
     def train(config, folder, **options):
-        seen.append((folder.relative_to(tmp_path).as_posix(), config))
+        started.append((folder.relative_to(tmp_path).as_posix(), config))
         score = 50 - abs(math.log10(config.train.lr / 1e-3)) + config.seed
         tasks = {task: {"top1": score} for task in TASKS}
         numbers = dict.fromkeys(("train_seconds", "predicted_peak_mb", "gflops_per_image"), 1.0)
@@ -81,22 +81,22 @@ def test_the_value_that_validates_best_is_taken_and_the_test_is_left_to_the_seed
     monkeypatch.setattr(sweep.api, "train", train)
     tune = {"key": "train.lr", "values": [1e-4, 1e-3], "updates": 1}
     result = sweep.run(plan.read(file(tune=tune, split="test", seeds=[3])), tmp_path, [])
-    assert [name for name, _ in seen] == [
+    assert [name for name, _ in started] == [
         *(f"tune/{arm}_{rate}" for arm in ARMS for rate in ("0.0001", "0.001")),
         "shared/3",
         "apart/3",
     ]
-    assert [config.train.evaluate_test for _, config in seen] == [False] * 4 + [True] * 2
-    assert {config.seed for _, config in seen[:4]} == {100} and seen[4][1].train.lr == 1e-3
-    assert [config.train.steps for _, config in seen] == [2, 2, 1, 1, 4, 2]
+    assert [config.train.evaluate_test for _, config in started] == [False] * 4 + [True] * 2
+    assert {config.seed for _, config in started[:4]} == {100} and started[4][1].train.lr == 1e-3
+    assert [config.train.steps for _, config in started] == [2, 2, 1, 1, 4, 2]
     assert result["tuned"]["apart"]["set"] == "train.lr=0.001"
 
 
-def test_differences_are_students_over_pairs_of_equal_seeds():
-    def told(*values):
+def test_differences_have_students_interval_over_pairs_of_equal_seeds():
+    def runs(*values):
         return {str(seed): {"top1": {"a": value}, "mean_top1": value} for seed, value in enumerate(values)}
 
-    found = sweep.differences({"base": told(10, 20, 30), "arm": told(11, 24, 32), "alone": told(9)}, "base")
+    found = sweep.differences({"base": runs(10, 20, 30), "arm": runs(11, 24, 32), "alone": runs(9)}, "base")
     gains = [1, 4, 2]
     half = 4.303 * statistics.stdev(gains) / math.sqrt(3)
     mean = statistics.fmean(gains)
@@ -127,18 +127,18 @@ def test_differences_are_students_over_pairs_of_equal_seeds():
         ),
     ],
 )
-def test_what_cannot_be_is_refused_in_a_line(file, change, said):
+def test_an_invalid_sweep_is_refused(file, change, said):
     with pytest.raises(ConfigError, match=said):
         plan.config_of(plan.read(file(**change)), "shared", 0, [])
 
 
-def test_arms_of_other_tasks_are_refused_before_any_run(file, tmp_path):
+def test_arms_with_different_tasks_are_refused_before_any_run(file, tmp_path):
     arms = {"one": {"set": [f"tasks=[{tmp_path}/shapes.yaml]"]}, "both": {}}
     with pytest.raises(ConfigError, match="arms.both: tasks = .* those of one: shapes"):
         sweep.run(plan.read(file(arms=arms)), tmp_path / "out", [])
 
 
-def test_a_value_that_diverges_is_out(file, tmp_path, monkeypatch):
+def test_tuning_ignores_a_value_that_diverges(file, tmp_path, monkeypatch):
     def train(config, folder, **options):
         if config.train.lr == 1:
             raise NonFiniteLoss("diverged")
@@ -149,21 +149,21 @@ def test_a_value_that_diverges_is_out(file, tmp_path, monkeypatch):
     assert sweep._tuned(asked, "shared", tmp_path, [], print)["set"] == "train.lr=0.1"
 
 
-def test_a_sweep_stopped_before_its_baseline_is_shown_and_many_tasks_by_their_mean():
-    told = {"train_seconds": 5.0, "predicted_peak_mb": 1.0, "gflops_per_image": 0.5, "mean_top1": 3.0}
+def test_the_table_needs_no_baseline_and_shows_only_the_mean_of_many_tasks():
+    numbers = {"train_seconds": 5.0, "predicted_peak_mb": 1.0, "gflops_per_image": 0.5, "mean_top1": 3.0}
     for count, columns in ((2, ["t0", "t1", "mean"]), (13, ["mean"])):
-        run = told | {"top1": {f"t{i}": 3.0 for i in range(count)}}
+        run = numbers | {"top1": {f"t{i}": 3.0 for i in range(count)}}
         table = sweep.rows({"runs": {"arm": {"0": run}}, "baseline": "base", "differences": {}})
         assert table[0][1 : len(columns) + 1] == columns and {len(row) for row in table} == {len(columns) + 5}
 
 
-def test_a_kept_result_is_shown_as_markdown(tmp_path, capsys):
+def test_a_saved_result_is_shown_as_markdown(tmp_path, capsys):
     seeds = {
         str(seed): {"top1": {"a": 10.0 + seed}, "mean_top1": 10.0 + seed, "train_seconds": 5.0}
         | {"predicted_peak_mb": 100.0, "gflops_per_image": 0.5}
         for seed in range(2)
     }
-    runs = {"base": seeds, "arm": {seed: told | {"mean_top1": 12.0} for seed, told in seeds.items()}}
+    runs = {"base": seeds, "arm": {seed: numbers | {"mean_top1": 12.0} for seed, numbers in seeds.items()}}
     result = {"runs": runs, "baseline": "base", "differences": sweep.differences(runs, "base")}
     (tmp_path / "kept.json").write_text(json.dumps(result))
     assert main(["sweep", str(tmp_path / "kept.json"), "--show", "--markdown"]) == 0
@@ -173,7 +173,7 @@ def test_a_kept_result_is_shown_as_markdown(tmp_path, capsys):
     assert "none.json" in capsys.readouterr().err
 
 
-def test_an_arm_that_is_none_is_named(file, capsys):
+def test_an_unknown_arm_is_named_in_the_error(file, capsys):
     assert main(["sweep", str(file()), "--arms", "shard"]) == 2
     assert "shard" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""What a page says first, on numbers whose meaning is known."""
+"""The conclusions at the top of a page, for statistics with known properties."""
 
 from types import SimpleNamespace
 
@@ -25,7 +25,7 @@ APART = routed(a=spread(4, [0, 1]), b=spread(4, [2, 3]))
 COLLAPSED = routed(a=to(4, [2]), b=to(4, [2]))
 
 
-def test_even_and_shared_use_is_said_and_is_nothing_notable():
+def test_even_and_shared_use_is_stated_but_not_notable():
     load, tasks = conclusions.of_load({3: EVEN, 5: EVEN}), conclusions.of_tasks({3: EVEN, 5: EVEN})
     assert load.verdict == "Experts are used evenly." and "4.0 of 4 experts" in load.reasons and not load.notable
     assert tasks.verdict == "Tasks share the experts." and not tasks.notable
@@ -39,7 +39,7 @@ def test_collapse_and_separation_are_notable_and_their_blocks_named():
     assert "Farthest apart are a and b, at block 5 (distance 1.00" in tasks.reasons
 
 
-def test_of_one_task_nothing_is_said_about_sharing():
+def test_a_single_task_has_no_conclusion_about_sharing():
     assert conclusions.of_tasks({3: routed(a=spread(4, [0, 1]))}) is None
 
 
@@ -48,8 +48,8 @@ def masked(lost: list[list[int]]) -> Ablation:
     return Ablation([f"task{i}" for i in range(len(lost))], images, images // 2, np.array(lost), 0 * np.array(lost))
 
 
-def test_an_expert_matters_only_if_it_does_among_so_many():
-    nothing = conclusions.of_ablation({3: masked([[6, 0, 1], [0, 2, 3]])})  # 6 of 6 coins: p = 0.03, of 6 tests
+def test_an_expert_matters_only_after_correction_for_multiple_tests():
+    nothing = conclusions.of_ablation({3: masked([[6, 0, 1], [0, 2, 3]])})  # 6 of 6: p = 0.03, but in 6 tests
     assert not nothing.notable and nothing.verdict == "No expert matters by itself."
     assert "1 of the 6 cells below are bold" in nothing.reasons
     some = conclusions.of_ablation({3: masked([[6, 0, 1]]), 7: masked([[0, 40, 0]])})
@@ -57,7 +57,7 @@ def test_an_expert_matters_only_if_it_does_among_so_many():
 
 
 def dropping(*kept: int) -> dict:
-    """Records of one image of 4 x 4 patches of which these and a fused token are left after the last of two drops."""
+    """Return records of an image of 4 x 4 patches. After two drops, these patches and a fused token are left."""
     first, last = (
         SimpleNamespace(dropped=SimpleNamespace(origin=torch.tensor([o]))) for o in ([*range(16)], [*kept, -1])
     )
@@ -80,7 +80,7 @@ def test_the_part_that_the_drops_keep_is_named(kept, verdict, notable):
     assert claim.reasons.startswith(f"{100 * len(kept) / 16:.0f} % of the patches are left")
 
 
-def test_of_a_run_that_drops_nothing_or_has_no_middle_nothing_is_said():
+def test_there_is_no_conclusion_without_drops_or_for_tiny_grids():
     assert conclusions.of_drops({"a": KeptPatches((4, 4))}) is None
     small = KeptPatches((2, 2))
     small.add({1: SimpleNamespace(dropped=SimpleNamespace(origin=torch.tensor([[0]])))})

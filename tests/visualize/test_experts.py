@@ -1,4 +1,4 @@
-"""Expert figures: legible for any number of tasks and experts, and colored as they say."""
+"""Expert figures: legible for any number of tasks and experts, and colored by their values."""
 
 import io
 
@@ -28,11 +28,11 @@ def words(figure) -> list[str]:
     return [text.get_text() for text in figure.axes[0].texts] + theme.numbers(figure)
 
 
-SIZES = [(2, 2, 2), (10, 16, 4), (11, 16, 4), (3, 17, 4), (20, 64, 4), (1, 1, 1)]  # numbers, and one past them
+SIZES = [(2, 2, 2), (10, 16, 4), (11, 16, 4), (3, 17, 4), (20, 64, 4), (1, 1, 1)]  # with numbers, then without
 
 
 @pytest.mark.parametrize(("tasks", "experts", "k"), SIZES)
-def test_all_pictures_fit_their_paper_and_no_words_touch(tasks, experts, k):
+def test_all_texts_lie_within_the_figure_and_do_not_overlap(tasks, experts, k):
     statistics = make(tasks, experts, k, unseen=2 if tasks > 2 else None)
     for figure in (
         expert_figures.heatmap(statistics, 3, "training", 20),
@@ -52,10 +52,10 @@ def test_all_pictures_fit_their_paper_and_no_words_touch(tasks, experts, k):
             for other, second in boxes[index + 1 :]:
                 across = min(box.x1, second.x1) - max(box.x0, second.x0)
                 down = min(box.y1, second.y1) - max(box.y0, second.y0)
-                assert across <= 1 or down <= 4, (text, other)  # ascenders leave room within a box
+                assert across <= 1 or down <= 4, (text, other)  # boxes include space for ascenders
 
 
-def test_cells_carry_numbers_up_to_sixteen_experts_and_ten_tasks():
+def test_cells_have_numbers_up_to_sixteen_experts_and_ten_tasks():
     statistics = make(10, 16, 4)
     shown = words(expert_figures.heatmap(statistics, 3, "validation", 1200))
     assert shown[:2] == ["Block 3: experts used by each task", "validation, step 1,200"]
@@ -68,7 +68,7 @@ def test_cells_carry_numbers_up_to_sixteen_experts_and_ten_tasks():
         assert len(words(expert_figures.heatmap(make(tasks, experts, 4), 3, ""))) < 90
 
 
-def test_the_uniform_level_stands_where_its_color_is():
+def test_the_uniform_level_is_marked_at_its_color():
     statistics = RoutingStatistics(["a", "b"], 8)
     for task in statistics.tasks:
         statistics.add(task, spread(8, list(range(8))))
@@ -81,7 +81,7 @@ def test_the_uniform_level_stands_where_its_color_is():
     assert np.abs(np.asarray(cells.get_array()) - at_mark).max() < 0.02
 
 
-def test_a_task_without_data_says_so():
+def test_a_task_without_data_is_marked():
     shown = words(expert_figures.heatmap(make(4, 6, 2, unseen=1), 3, ""))
     assert shown.count("no data") == 2 and "nan" not in " ".join(shown)
     assert "nan" not in " ".join(words(expert_figures.distances(make(4, 6, 2, unseen=1), 3, "")))
@@ -93,7 +93,7 @@ def test_a_task_without_data_says_so():
 # --- theme ---
 
 
-def test_the_sequential_colors_can_be_read_in_gray_and_by_every_eye():
+def test_sequential_colors_darken_steadily_for_every_kind_of_color_vision():
     colors = theme.sequential(np.linspace(0, 1, 100))
     assert (np.diff(lightness(colors)) < 0).all()
     for eye in color_vision.oklab(colors):
@@ -104,7 +104,7 @@ def test_the_sequential_colors_can_be_read_in_gray_and_by_every_eye():
     assert np.allclose(both[2], 1) and np.abs(lightness(both) - lightness(both)[::-1]).max() < 0.06
 
 
-def test_experts_have_colors_of_their_own_for_every_eye():
+def test_expert_colors_are_distinct_for_every_kind_of_color_vision():
     for count, least in ((16, 0.07), (32, 0.05), (64, 0.03)):
         colors = theme.expert_colors(count)
         assert np.array_equal(colors, theme.expert_colors(64)[:count])
@@ -114,11 +114,11 @@ def test_experts_have_colors_of_their_own_for_every_eye():
     assert np.allclose(theme.expert_colors(64), color_vision.search())
 
 
-def test_words_are_readable_on_every_color():
+def test_text_is_readable_on_every_color():
     for color in [*theme.expert_colors(64), *theme.sequential(np.linspace(0, 1, 50))]:
         ink = 1.0 if theme.text_color_on(color) == "white" else lightness(color_vision.rgb(theme.INK))
         dark, light = sorted((float(lightness(color)), float(ink)))
-        assert (light + 0.05) / (dark + 0.05) > 3  # the contrast that WCAG asks of large letters
+        assert (light + 0.05) / (dark + 0.05) > 3  # the contrast that WCAG requires for large text
 
 
 def test_a_png_has_the_pixels_of_the_figure_and_fewer_colors_make_it_smaller():

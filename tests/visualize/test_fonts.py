@@ -1,4 +1,4 @@
-"""Names in pictures: drawn as they are, without formulas and without a word on stderr."""
+"""Names in figures are drawn literally, without formulas and without warnings."""
 
 import warnings
 
@@ -27,19 +27,19 @@ def test_any_name_is_drawn_without_a_warning(name):
     assert (pixels < 255).any() == bool(name)
 
 
-def test_dollars_are_letters_and_no_formula():
+def test_dollar_signs_do_not_start_formulas():
     both = drawn("a$b$c")
     assert not np.array_equal(both, drawn("abc")) and not np.array_equal(both, drawn("a b c"))
     assert (drawn("$$") < 255).sum() > 1.5 * (drawn("$") < 255).sum()
 
 
-def test_a_letter_of_no_font_is_a_box_and_one_of_another_font_names_its_family(monkeypatch):
+def test_letters_missing_in_the_font_use_another_font_or_a_box(monkeypatch):
     monkeypatch.setattr(fonts, "_family_with", {"日": "Some CJK"}.get)
     assert fonts.drawable("a日本") == ("a日" + fonts.BOX, [fonts.BASE, "Some CJK"])
     assert fonts.drawable("été") == ("été", [fonts.BASE])
 
 
-def test_a_font_of_the_machine_is_found_by_its_letters(monkeypatch):
+def test_an_installed_font_is_found_by_its_letters(monkeypatch):
     from matplotlib import font_manager
 
     base = font_manager.findfont(fonts.BASE)
@@ -51,6 +51,6 @@ def test_a_font_of_the_machine_is_found_by_its_letters(monkeypatch):
     fonts._family_with.cache_clear()
 
 
-def test_long_names_are_cut_by_their_width_on_paper():
+def test_long_names_are_cut_by_their_drawn_width():
     wide, narrow = theme.shorten("日" * 300, 24), theme.shorten("x" * 300, 24)
     assert len(wide) == 12 and len(narrow) == 24

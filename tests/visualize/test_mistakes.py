@@ -1,4 +1,4 @@
-"""Pictures of mistakes: legible for any number of classes and any names."""
+"""Figures of mistakes: legible for any number of classes and any names."""
 
 import warnings
 
@@ -21,7 +21,7 @@ def answers(classes: int, names: list[str] | None = None, worst: int = 8) -> Mis
 
 
 @pytest.mark.parametrize("classes", [1, 20, 21, 1000])
-def test_a_matrix_fits_its_paper_whatever_the_classes(classes):
+def test_a_confusion_matrix_fits_for_any_number_of_classes(classes):
     figure = mistakes.confusion("pets", answers(classes), "validation, 200 images")
     height, width, _ = theme.pixels(figure).shape
     assert width == theme.WIDTH and height < 1200
@@ -30,7 +30,7 @@ def test_a_matrix_fits_its_paper_whatever_the_classes(classes):
         assert box.x0 >= 0 and box.x1 <= width + 1 and box.y0 >= 0 and box.y1 <= height, text.get_text()
 
 
-def test_cells_are_counts_and_of_many_classes_the_most_mistaken_are_shown():
+def test_cells_are_counts_and_only_the_most_confused_of_many_classes_are_shown():
     found = answers(3)
     assert mistakes_numbers(found) == [str(n) for n in found.counts.ravel() if n]
     many = answers(40)
@@ -54,14 +54,14 @@ def test_right_answers_are_blue_and_mistakes_red():
 
 
 @pytest.mark.parametrize("worst", [1, 4, 5, 8, 20])
-def test_the_worst_answers_have_image_true_class_and_answer(worst):
+def test_the_worst_answers_show_image_true_class_and_prediction(worst):
     figure = mistakes.worst("pets", answers(3, worst=worst), "")
     shown = [t.get_text() for t in figure.axes[0].texts]
     count = min(worst, mistakes.WORST)
     assert len(figure.axes[0].images) == count == shown.count("class 0") == shown.count("class 2 80 %")
 
 
-def test_where_nothing_is_wrong_there_is_no_picture():
+def test_without_mistakes_there_is_no_figure():
     assert mistakes.worst("pets", answers(3, worst=0), "") is None
 
 

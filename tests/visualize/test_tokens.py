@@ -1,4 +1,4 @@
-"""Traces of images through drops and experts against loops over tokens, and strips of any shape."""
+"""Traces of patches through drops and experts against loops over tokens, and the strips that show them."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def run(options: dict):
 
 
 @pytest.mark.parametrize("options", PLANS.values(), ids=PLANS)
-def test_a_trace_says_where_every_patch_was(options):
+def test_a_trace_has_the_kept_patches_and_experts_of_every_block(options):
     model, records = run(options)
     prefix = model.vit.num_prefix_tokens
     for place in range(3):
@@ -74,7 +74,7 @@ def test_merged_patches_have_their_mean_color():
     shown = panels(view, 0)
     assert list(shown) == ["image", "after block 2"]
     picture, after = image.transpose(1, 2, 0), shown["after block 2"]
-    assert (after[:10, 10:] == picture[:10, 10:]).all()  # alone
+    assert (after[:10, 10:] == picture[:10, 10:]).all()  # not merged with others
     there = np.ones((20, 20), bool)
     there[:10, 10:] = False
     assert np.abs(after[there] - picture[there].mean(0)).max() <= 1
@@ -96,7 +96,7 @@ def test_a_strip_is_drawn_for_any_plan_and_number_of_images(options):
 
 
 def panels(view: View, experts: int) -> dict[str, np.ndarray]:
-    """The pixels of each panel of a strip of one image, by the words below it."""
+    """Return the pixels of each panel in the strip of one image, by the caption below it."""
     axes = strip("task", [view], experts).axes[0]
     words = {(round(t.get_position()[0]), round(t.get_position()[1])): t.get_text() for t in axes.texts}
     found = {}
@@ -107,7 +107,7 @@ def panels(view: View, experts: int) -> dict[str, np.ndarray]:
     return found
 
 
-def test_kept_patches_are_shown_as_they_are_and_dropped_ones_without_color():
+def test_kept_patches_are_unchanged_and_dropped_ones_are_gray():
     image = np.zeros((3, 20, 20), np.uint8)
     image[0] = 200  # pure red
     kept = np.array([True, False, False, True])
@@ -119,7 +119,7 @@ def test_kept_patches_are_shown_as_they_are_and_dropped_ones_without_color():
     faded = after[:10, 10:].reshape(-1, 3)
     assert (faded == faded[:, :1]).all() and (faded > 150).all()
     heat = shown["score, block 2"].mean(-1)
-    assert heat[0, 0] < heat[1, 1] < heat[0, 1] == heat[1, 0]  # darker is more
+    assert heat[0, 0] < heat[1, 1] < heat[0, 1] == heat[1, 0]  # darker means a higher score
 
 
 def test_patches_have_the_color_of_their_expert_on_grids_that_are_not_square():
@@ -135,7 +135,7 @@ def test_patches_have_the_color_of_their_expert_on_grids_that_are_not_square():
             assert len(set(part[0])) == 1
 
 
-def test_the_names_are_there_and_long_ones_are_cut():
+def test_class_names_are_shown_and_long_ones_are_cut():
     view = View(np.zeros((3, 8, 8), np.uint8), (2, 2), "x" * 90, "short", TokenTrace())
     texts = [t.get_text() for t in strip("pets", [view], note="step 7").axes[0].texts]
     assert texts[:2] == ["pets", "step 7"]
