@@ -229,6 +229,7 @@ def test_member_paths_cannot_escape_and_other_members_are_not_unpacked(given, tm
     file = zipped(tmp_path / "x.zip", members | hostile)
     with archive.opened(file) as folder:
         assert {path.name for path in folder.iterdir()} == set(shared_form.FILES)
+        assert not (folder / "../../escaped").resolve().exists()
     assert not folder.exists() and not Path("/tmp/moe_bsr_escaped").exists()
     assert same(logits(file), logits(given))
 
