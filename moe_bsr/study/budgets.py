@@ -18,6 +18,7 @@ from typing import Any
 from moe_bsr import api
 from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError
+from moe_bsr.config.methods import Method
 from moe_bsr.config.methods import read as read_methods
 from moe_bsr.evaluation.metrics import over_seeds
 from moe_bsr.fit import rungs
@@ -49,6 +50,7 @@ def race(
     methods: list[str],
     seeds: list[int],
     say: Callable[[str], None],
+    known: dict[str, Method] | None = None,
 ) -> dict[str, Any]:
     """Run every method, budget and seed that FOLDER/budgets.json lacks, and return the content of that file.
 
@@ -58,13 +60,14 @@ def race(
     Args:
         folder: a run is in FOLDER/METHOD_MINUTES_SEED.
         say: called with one line before and after each run.
+        known: methods that are configurations, by default those of the package.
     Raises:
         ConfigError: a method is unknown, or the file is from another machine.
         RuntimeError: a run failed.
     """
-    known = OTHERS | read_methods()
-    if unknown := [method for method in methods if method not in known]:
-        raise ConfigError(f"methods: {', '.join(unknown)} is none of {', '.join(known)}")
+    known = read_methods() if known is None else known
+    if unknown := [method for method in methods if method not in OTHERS | known]:
+        raise ConfigError(f"methods: {', '.join(unknown)} is none of {', '.join(OTHERS | known)}")
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "budgets.json"
     result = {"environment": environment(prepare(config.runtime)), "runs": []}
@@ -82,7 +85,7 @@ def race(
         place = folder / f"{method}_{budget:g}_{seed}"
         shutil.rmtree(place, ignore_errors=True)  # left by a run that was stopped: its budget begins again
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            found = pool.apply(run, (method, seeded, place, budget))
+            found = pool.apply(run, (method, seeded, place, budget, known))
         result["runs"].append(found | {"seed": seed})
         done.add((method, budget, seed))  # a method that is named twice runs once
         write_whole(file, json.dumps({"command": command(), "commit": commit(), **result}, indent=1))
@@ -113,7 +116,9 @@ def by_budget(result: dict[str, Any]) -> dict[tuple[float, str], list[dict[str, 
     return dict(sorted(found.items(), key=lambda pair: (pair[0][0], -fmean(r["mean_top1"] for r in pair[1]))))
 
 
-def run(method: str, config: Config, folder: Path, minutes: float) -> dict[str, Any]:
+def run(
+    method: str, config: Config, folder: Path, minutes: float, known: dict[str, Method] | None = None
+) -> dict[str, Any]:
     """Train one method within one budget, and score the test images."""
     began = time.monotonic()
     few = min(config.data.val_images or VALIDATION, VALIDATION)
@@ -126,17 +131,17 @@ def run(method: str, config: Config, folder: Path, minutes: float) -> dict[str, 
         found = Ladder(config, folder, Budget(minutes), callbacks=[]).climb()
         best, about = Path(found["run"]), {"rung": found["best"], "peak_mb": max(r["peak_mb"] for r in found["rungs"])}
     else:
-        report = api.train(_own(method, config), folder, callbacks=[])
+        report = api.train(_own(method, config, known), folder, callbacks=[])
         best, about = folder, {"updates": report["step"], "peak_mb": report["measured_peak_mb"]}
     seconds = time.monotonic() - began
     test = api.evaluate(best, "test")
     return _result(method, minutes, seconds, {task: told["top1"] for task, told in test["tasks"].items()}, **about)
 
 
-def _own(method: str, config: Config) -> Config:
+def _own(method: str, config: Config, known: dict[str, Method] | None = None) -> Config:
     """Return the configuration of a method of ours."""
     if method != "probe":
-        return read_methods(names=[method])[method].of(config)
+        return (read_methods(names=[method]) if known is None else known)[method].of(config)
     whole = configuration.replace(config, plan__drop_blocks=[], plan__keep_rate=1.0)
     probe = probe_config(whole, [])
     minutes = (1 - FOR_SOLVING) * config.train.minutes

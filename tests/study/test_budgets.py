@@ -71,7 +71,7 @@ def raced(monkeypatch):
             self.Pool = lambda processes: contextlib.nullcontext(self)
 
         def apply(self, work, arguments):
-            method, config, folder, minutes = arguments
+            method, config, folder, minutes, _ = arguments
             asked.append((method, minutes, config.seed))
             if method == "stops":
                 raise RuntimeError("stopped")
@@ -83,11 +83,11 @@ def raced(monkeypatch):
     return asked
 
 
-def test_a_race_resumes_where_it_stopped_and_accepts_more_seeds(tmp_path, raced, monkeypatch):
+def test_a_race_resumes_where_it_stopped_and_accepts_more_seeds(tmp_path, raced):
     def race(seeds, methods=("fit", "bsr"), folder=tmp_path / "race"):
-        return budgets.race(config, folder, [1.0, 2.0], list(methods), seeds, lambda line: None)
+        known = dict.fromkeys(("bsr", "stops"))
+        return budgets.race(config, folder, [1.0, 2.0], list(methods), seeds, lambda line: None, known)
 
-    monkeypatch.setattr(budgets, "read_methods", lambda: dict.fromkeys(("bsr", "stops")))
     config = make_config(tmp_path)
     with pytest.raises(RuntimeError, match="stopped"):
         race([0], ["fit", "stops", "bsr"])
