@@ -77,7 +77,7 @@ def rows(result: dict[str, Any]) -> list[list[str]]:
     titles += ["a task more, kB", "GFLOPs", "time"]
     trained = any("equal_updates" in row["train_info"] for row in result["methods"].values())
     table = [titles + trained * ["rate", "val top-1 %", "test top-1 %", "seeds", "updates"]]
-    for name, row in result["methods"].items():
+    for name, row in _ranked(result["methods"]):
         info = row["train_info"]
         cost, fidelity = info["cost"], info.get("gradient") or {}
         peak = cost["peak_bytes"]
@@ -96,6 +96,16 @@ def rows(result: dict[str, Any]) -> list[list[str]]:
         ]
         table.append(cells + trained * _accuracy(info))
     return table
+
+
+def _ranked(methods: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """Return (name, row) pairs from the best test accuracy to the worst; rows without one stay in their order, last."""
+
+    def key(pair: tuple[str, dict[str, Any]]) -> float:
+        info = pair[1]["train_info"]
+        return -test_accuracy(info)[0] if info.get("equal_seconds") else 0.0
+
+    return sorted(methods.items(), key=key)
 
 
 def _accuracy(info: dict[str, Any]) -> list[str]:

@@ -106,11 +106,13 @@ def _panel(axis: Any, title: str, below: str, side: str, points: list[Point], hi
 
 
 def _part_names(axis: Any) -> None:
-    """Remove names that overlap an earlier one or lie outside the panel."""
-    shown = []
+    """Move names that would leave the panel to the left of their point, and remove those that overlap earlier ones."""
+    right, shown = axis.get_window_extent().x1, []
     for text in list(axis.texts):
+        if text.get_window_extent().x1 > right:
+            text.set(horizontalalignment="right", position=(-4, 3))
         box = text.get_window_extent()
-        if box.x1 > axis.get_window_extent().x1 or any(box.overlaps(other) for other in shown):
+        if any(box.overlaps(other) for other in shown):
             text.remove()
         else:
             shown.append(box)
