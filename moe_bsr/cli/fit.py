@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     config, name = configuration(arguments.what)
     folder = arguments.run or Path("runs") / f"{name}_fit"
-    budget = Budget(arguments.minutes, arguments.memory and parse_bytes(arguments.memory))
+    budget = Budget(arguments.minutes, arguments.memory and parse_bytes(arguments.memory, "--memory", 2**20))
     ladder = Ladder(
         config, folder, budget, lambda line: say(line, error=arguments.json), [] if arguments.json else None
     )
