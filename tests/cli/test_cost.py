@@ -51,11 +51,6 @@ def test_what_is_no_size_is_refused(text):
         parse_bytes(text)
 
 
-def test_a_size_without_its_unit_is_refused_by_the_option(capsys):
-    assert main(["fit", "shapes", "--minutes", "1", "--memory", "900"]) == 2
-    assert "--memory = '900': a size of at least 1,048,576 bytes such as 600MB" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("limit", [0, 1, 2, 3, 7, 8, 9, 1000, 2**12, 2**20])
 @pytest.mark.parametrize("peak", [lambda n: 70 + 13 * n, lambda n: 10 * n + n % 3 + max(0, n - 500) ** 2])
 def test_the_largest_batch_is_found(limit, peak):
