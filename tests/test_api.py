@@ -95,3 +95,7 @@ def test_a_run_is_evaluated_as_the_trainer_evaluated_it(tmp_path, mode):
         moe_bsr.evaluate(loaded, tasks=["nothing"])
     with pytest.raises(ValueError, match="split: 'train'"):
         moe_bsr.evaluate(loaded, "train")
+
+
+def test_what_is_imported_late_is_listed():
+    assert set(moe_bsr.__all__) <= set(dir(moe_bsr))

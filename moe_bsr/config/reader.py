@@ -42,7 +42,8 @@ def read_tree(path: Path, seen: tuple[Path, ...] = (), asked: str = "") -> dict[
         raise ConfigError(f"extends: {path} extends itself through {[p.name for p in seen]}")
     if not is_file:
         beside = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise ConfigError(f"{asked}no configuration file {path}{nearest(path.name, beside, str)}")
+        near = "; name one before the overrides" if "=" in str(path) else nearest(path.name, beside, str)
+        raise ConfigError(f"{asked}no configuration file {path}{near}")
     tree = read_yaml(path, str(path), RESOLVED) or {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(tree).__name__}")

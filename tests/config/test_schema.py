@@ -341,3 +341,9 @@ def test_a_task_given_as_a_file_is_named_by_it():
 @pytest.mark.parametrize("name", ["v1.5", "", "a/b"])
 def test_a_task_name_that_no_folder_can_carry_is_refused(name):
     assert refusal({"tasks": [name]}).startswith("tasks")
+
+
+def test_a_folder_without_its_slash_and_a_forgotten_configuration_are_explained():
+    assert "write a folder as photos/birds/, with a slash at its end" in refusal({"tasks": ["photos/birds"]})
+    with pytest.raises(ConfigError, match="no configuration file tasks=photos/.*; name one before the overrides"):
+        load(Path("tasks=photos/*"))
