@@ -345,5 +345,5 @@ def test_a_task_name_that_no_folder_can_carry_is_refused(name):
 
 def test_a_folder_without_its_slash_and_a_forgotten_configuration_are_explained():
     assert "write a folder as photos/birds/, with a slash at its end" in refusal({"tasks": ["photos/birds"]})
-    with pytest.raises(ConfigError, match="no configuration file tasks=photos/.*; name one before the overrides"):
+    with pytest.raises(ConfigError, match="no configuration file tasks=...; name one before the overrides"):
         load(Path("tasks=photos/*"))
