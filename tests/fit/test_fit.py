@@ -91,7 +91,7 @@ def test_a_short_budget_is_the_probe_alone_on_images_of_every_class(tmp_path):
     config = make_config(tmp_path)
     found = Ladder(config, tmp_path / "fit", Budget(0.02), callbacks=[]).climb()
     assert [rung["name"] for rung in found["rungs"]] == ["probe"]
-    assert found["reason"] == "only probe fits into the time"
+    assert found["reason"] == "only probe fits into the time: training blocks needs 60 s after it"
 
 
 def test_the_leanest_form_is_taken_only_where_it_must_be(tmp_path, monkeypatch):
