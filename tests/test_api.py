@@ -95,3 +95,7 @@ def test_evaluate_agrees_with_the_trainers_evaluation(tmp_path, mode):
         moe_bsr.evaluate(loaded, tasks=["nothing"])
     with pytest.raises(ValueError, match="split: 'train'"):
         moe_bsr.evaluate(loaded, "train")
+
+
+def test_what_is_imported_late_is_listed():
+    assert set(moe_bsr.__all__) <= set(dir(moe_bsr))

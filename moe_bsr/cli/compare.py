@@ -5,7 +5,8 @@
 
 Columns: top-1 accuracy of each task in percent, the mean over tasks, images seen per task, training seconds, peak
 memory, and GFLOPs of a forward pass per image. --markdown adds 95 % intervals, which account for the finite test set
-and not for the randomness of training.
+and not for the randomness of training. Accuracies are those of the report: on the test split, or else on the split
+that stands after the run's name.
 
 For more than 12 tasks the table has mean and spread over tasks, and a second one lists the tasks on which the last run
 is worse and better than the first. --json has all tasks. A run is named by its folder, or by its path if two folders

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     target = arguments.dest if is_file else arguments.dest / source.name
     texts = with_what_it_extends(source, target)
     if not arguments.force and (there := [str(path) for path in texts if path.exists()]):
-        raise ConfigError(f"{', '.join(there)}: there already; --force replaces it, or name another DEST")
+        raise ConfigError(f"{', '.join(there)}: there already; --force overwrites, or name another DEST")
     for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

@@ -23,6 +23,7 @@ Exit status: 0 done, 1 the budget does not suffice or a sweep is out of toleranc
 
 import argparse
 import json
+import shlex
 from typing import TYPE_CHECKING
 
 from moe_bsr.cli.run_arguments import CONFIG, at_least
@@ -103,7 +104,8 @@ def run(arguments: argparse.Namespace) -> int:
         require(not other, "--plans", " ".join(other), "none of these: it answers about many configurations")
         from moe_bsr.cli import cost_plans
 
-        result, lines, status = cost_plans.answer(config, classes, arguments.budget, file, not arguments.no_measure)
+        given = shlex.join([str(file), *overrides])
+        result, lines, status = cost_plans.answer(config, classes, arguments.budget, given, not arguments.no_measure)
     else:
         from moe_bsr.cli import cost_answers
 

@@ -17,14 +17,14 @@ MB = 2**20
 
 
 def answer(
-    config: Config, classes: dict[str, int], budget: str, file: str, timed: bool
+    config: Config, classes: dict[str, int], budget: str, given: str, timed: bool
 ) -> tuple[dict[str, Any], list[str], int]:
     """List the plans that fit into `budget`.
 
     Args:
         classes: number of classes by task.
         budget: memory of the whole process, such as "900MB".
-        file: name of the configuration, for the command that is printed.
+        given: the configuration and the overrides that were given, for the command that is printed.
         timed: whether blocks are timed on this machine.
     Returns:
         JSON values of all plans that fit, lines of text of those on the Pareto front, and the exit status: 1 if no plan
@@ -53,10 +53,10 @@ def answer(
     if not plans:
         least = f"the leanest plan takes {catalog.least / MB:.1f} MB, {catalog.base / MB:.0f} of them for libraries"
         return result, [f"nothing of {config.backbone.name} fits into {limit / MB:.1f} MB: {least}"], 1
-    return result, lines(config, plans, result, file), 0
+    return result, lines(config, plans, result, given), 0
 
 
-def lines(config: Config, plans: list[Plan], result: dict[str, Any], file: str) -> list[str]:
+def lines(config: Config, plans: list[Plan], result: dict[str, Any], given: str) -> list[str]:
     """Format the plans, one per line."""
     timed = plans[0].seconds is not None
     alike = f" (alike within {result['alike_within']:.0%})" if result["alike_within"] else ""
@@ -72,7 +72,7 @@ def lines(config: Config, plans: list[Plan], result: dict[str, Any], file: str) 
         "for libraries.",
         f"The fastest first; plans that another one equals or beats in all four columns are left out{alike}.",
         *(f"{row}  {cell[-1]}" for row, cell in zip(table, cells, strict=True)),
-        f"Run one: {program('train')} {file} KEY=VALUE ...",
+        f"Run one: {program('train')} {given} KEY=VALUE ...",
     ]
 
 

@@ -99,11 +99,11 @@ def table(rows: "list[Row]", front: "list[Row]") -> str:
 
 
 def conclusion(rows: "list[Row]", best: "Row", own: "DropSetting") -> str:
-    """Say which setting loses least at the FLOPs of the configuration's own, and how to set it."""
+    """Say which setting loses least at no more FLOPs than the configuration's own, and how to set it."""
     mine = next(row for row in rows if row.setting == own)
     if best.setting == own:
         return f"At {mine.flops:.1%} of the FLOPs no setting loses less than that of the configuration, {own}."
     return (
         f"The setting of the configuration, {own}, loses {mine.lost:.1f} points at {mine.flops:.1%} of the FLOPs. At "
-        f"as many FLOPs {best.setting} loses least: {best.lost:.1f}. Set it with {' '.join(best.setting.overrides())}"
+        f"no more FLOPs {best.setting} loses least: {best.lost:.1f}. Set it with {' '.join(best.setting.overrides())}"
     )

@@ -62,10 +62,11 @@ def run(arguments: argparse.Namespace) -> int:
     from moe_bsr import api
     from moe_bsr.cost.planner import parse_bytes
     from moe_bsr.fit import Budget, Ladder
+    from moe_bsr.runtime.files import write_whole
 
     config, name = configuration(arguments.what)
     folder = arguments.run or Path("runs") / f"{name}_fit"
-    budget = Budget(arguments.minutes, arguments.memory and parse_bytes(arguments.memory))
+    budget = Budget(arguments.minutes, arguments.memory and parse_bytes(arguments.memory, "--memory", 2**20))
     ladder = Ladder(
         config, folder, budget, lambda line: say(line, error=arguments.json), [] if arguments.json else None
     )
@@ -76,6 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.no_test:
         say("testing the best run once", error=True)
         result["test"] = api.evaluate(Path(result["run"]), "test")
+        write_whole(folder / "fit.json", json.dumps(result, indent=1))
     if arguments.json:
         print(json.dumps(result, indent=1))
         return 0

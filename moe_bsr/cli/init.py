@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
         eval_every=steps(datasets) // 5,
     )
     if not arguments.force and (there := [str(path) for path in files if path.exists()]):
-        raise ConfigError(f"{', '.join(there)}: there already; --force replaces it, --out FOLDER writes elsewhere")
+        raise ConfigError(f"{', '.join(there)}: there already; --force overwrites, --out FOLDER writes elsewhere")
     for path, text in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
@@ -109,6 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     say("written: " + ", ".join(map(str, files)))
     say(f"next:\n  {command} --dry-run    opens every dataset, prints the plan block by block\n  {command}")
+    say(f"  {program('fit')} {config} --minutes 10    finds the best model for the time")
     return 0
 
 

@@ -42,6 +42,9 @@ def read_tree(path: Path, seen: tuple[Path, ...] = (), asked: str = "") -> dict[
         raise ConfigError(f"extends: {path} extends itself through {[p.name for p in seen]}")
     if not is_file:
         beside = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        key, is_override, _ = str(path).partition("=")
+        if is_override:
+            raise ConfigError(f"{asked}no configuration file {key}=...; name one before the overrides")
         raise ConfigError(f"{asked}no configuration file {path}{nearest(path.name, beside, str)}")
     tree = read_yaml(path, str(path), RESOLVED) or {}
     if not isinstance(tree, dict):

@@ -251,7 +251,7 @@ class Config:
                 "tasks",
                 name,
                 "a task's name has at most 100 letters, digits, _ and - (folders, heads and tags are named after it); "
-                "write several tasks as [a, b]",
+                + (f"write a folder as {name}/, with a slash at its end" if "/" in name else "write several as [a, b]"),
             )
         require(len(set(names)) == len(names), "tasks", self.tasks, "each task once")
         require_whole_blocks(self)

@@ -60,9 +60,12 @@ class BudgetReport:
     changes: list[Change]
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, option: str = "--budget", least: int = 1) -> int:
     """Parse "600MB", "1.5GB" or a number of bytes. MB = 2^20 bytes.
 
+    Args:
+        option: the option that errors name.
+        least: the smallest size that is accepted.
     Raises:
         ConfigError: the text is anything else.
     """
@@ -72,7 +75,9 @@ def parse_bytes(text: str) -> int:
         value = float(number.removesuffix(unit)) * UNITS.get(unit, 1)
     except ValueError:
         value = 0.0
-    require(0 < value < 2**60, "--budget", text, "a size above 0 such as 600MB, 1.5GB or 4000000 (bytes)")
+    bound = "above 0" if least == 1 else f"of at least {least:,} bytes"
+    examples = "such as 600MB, 1.5GB or 4000000 (bytes)"
+    require(0 < value < 2**60 and value >= least, option, text, f"a size {bound} {examples}")
     return int(value)
 
 

@@ -121,7 +121,7 @@ def load_task(
             fraction = TEST_FRACTION if spec.test_fraction is None else spec.test_fraction
             rest, chosen = _hold_out(train, rest, fraction, split_seed, "test")
             test = Split(train, chosen, train.labels[chosen])
-            notes.append(f"no test split: {len(chosen)} images ({fraction:.0%}) are set aside for it")
+            notes.append(f"no test split: {len(chosen)} of {len(train)} images are set aside for it")
         else:
             test = Split(images.test, np.arange(len(images.test)), images.test.labels)
         if images.val is None:

@@ -329,7 +329,8 @@ class Ladder:
         """Return a sentence that says why this rung was chosen."""
         others = sorted((r for r in self.rungs if r is not best and r.name != "start"), key=lambda r: -r.val_top1)
         if not others:
-            return f"only {best.name} " + ("fits into the memory" if self.left_out else "fits into the time")
+            time = f"fits into the time: training blocks needs {3 * LEAST_TRIAL:.0f} s after it"
+            return f"only {best.name} " + ("fits into the memory" if self.left_out else time)
         second = others[0]
         ahead = best.val_top1 - second.val_top1
         sure = "outside" if ahead > math.hypot(best.interval, second.interval) else "within"

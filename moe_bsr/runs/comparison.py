@@ -8,7 +8,8 @@ from moe_bsr.runtime.top_list import WORST, are_many, spread, worst_and_best
 def comparison(reports: dict[str, dict[str, Any]], intervals: bool) -> list[list[str]]:
     """Return the rows of a table: a header, a row of chance accuracies, then one row per run.
 
-    If there are many tasks, columns of statistics over all tasks replace the column of each task.
+    If there are many tasks, columns of statistics over all tasks replace the column of each task. A run that was not
+    scored on the test split has the split in its name.
 
     Args:
         reports: by run.
@@ -40,7 +41,7 @@ def comparison(reports: dict[str, dict[str, Any]], intervals: bool) -> list[list
         mean = report["mean_top1"]
         rows.append(
             [
-                run,
+                _named(run, report),
                 *cells,
                 "-" if mean is None else f"{mean:.2f}",
                 str(images[0]) if len(images) == 1 else f"{images[0]}-{images[-1]}",
@@ -52,12 +53,19 @@ def comparison(reports: dict[str, dict[str, Any]], intervals: bool) -> list[list
     return rows
 
 
+def _named(run: str, report: dict[str, Any]) -> str:
+    split = report.get("split", "test")
+    return run if split == "test" else f"{run} ({split} split)"
+
+
 def _spreads(reports: dict[str, dict[str, Any]]) -> list[list[str]]:
     rows = []
     for run, report in reports.items():
         known = [task["top1"] for task in report["tasks"].values() if "top1" in task]
         numbers = {name: f"{value:.2f}" for name, value in spread(known or [float("nan")]).items()}
-        rows.append([run, str(len(report["tasks"])), *numbers.values(), f"{report['train_seconds']:.0f}"])
+        rows.append(
+            [_named(run, report), str(len(report["tasks"])), *numbers.values(), f"{report['train_seconds']:.0f}"]
+        )
     return [["top-1 %", "tasks", *numbers, "train s"], *rows]
 
 

@@ -37,7 +37,9 @@ def read_config(run: Path, *, exact: bool = False) -> tuple[Config, dict[str, An
     """
     file = run / (shared_form.CONFIG if shared_form.is_shared(run) else "config.yaml")
     if not file.is_file():
-        raise ConfigError(f"{run} is not a run folder: it has no config.yaml")
+        inside = sorted(str(found.parent) for found in run.glob("*/config.yaml"))
+        runs = f"; runs in it: {', '.join(inside[:8])}{', ...' if len(inside) > 8 else ''}" if inside else ""
+        raise ConfigError(f"{run} is not a run folder: it has no config.yaml{runs}")
     try:
         tree = shared_form.read(run)["run"] if file.name == shared_form.CONFIG else yaml.load(file.read_text(), _Loader)
         if not isinstance(tree, dict):

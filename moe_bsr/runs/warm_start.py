@@ -271,7 +271,8 @@ def _describe(
     moe = [index for index, plan in enumerate(model.plan) if plan.moe]
     new = [f"head of {task}" for task in classes if task not in heads]
     if model.trained_tasks is not model.tasks and moe and new:
-        new.append("their routers, each the mean over the other tasks")
+        its = "its routers" if len(new) == 1 else "their routers"
+        new.append(f"{its}, each the mean over the other tasks")
     for task in heads:
         if names := [name for name in classes[task] if name not in source.classes[task]]:
             new.append(f"classes of {task} ({_listed(names)})")

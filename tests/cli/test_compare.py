@@ -18,3 +18,14 @@ def test_json_has_the_reports_under_the_names_of_the_table(tmp_path, capsys):
 def test_a_folder_without_a_report_is_refused(tmp_path, capsys):
     assert main(["compare", str(tmp_path)]) == 2
     assert "has no report.json: not a finished run" in capsys.readouterr().err
+
+
+def test_a_run_without_test_accuracies_says_so(tmp_path, capsys):
+    for name, split in (("tested", "test"), ("probe", "val")):
+        (tmp_path / name).mkdir()
+        numbers = {"mean_top1": 50.0, "train_seconds": 1.0, "measured_peak_mb": 1.0, "gflops_per_image": None}
+        report = {"split": split, "tasks": {"a": {"top1": 50.0, "images": 3}}, **numbers}
+        (tmp_path / name / "report.json").write_text(json.dumps(report))
+    assert main(["compare", str(tmp_path / "tested"), str(tmp_path / "probe")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("tested  ") and lines[3].startswith("probe (val split)  50.0")

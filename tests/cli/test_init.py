@@ -101,6 +101,7 @@ def test_nothing_is_overwritten_without_force(tmp_path, capsys):
     assert "set.yaml: there already; --force" in capsys.readouterr().err
     assert [path.name for path in Path().iterdir()] == ["set.yaml"] and Path("set.yaml").read_text() == "mine"
     assert main(["init", str(tmp_path / "set"), "--force"]) == 0
+    assert "fit set.yaml --minutes 10 " in capsys.readouterr().out
     assert load("set.yaml").task_names() == ["set"]
 
 

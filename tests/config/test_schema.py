@@ -341,3 +341,9 @@ def test_a_task_file_gives_the_task_its_name():
 @pytest.mark.parametrize("name", ["v1.5", "", "a/b"])
 def test_a_task_name_that_cannot_be_a_folder_name_is_refused(name):
     assert refusal({"tasks": [name]}).startswith("tasks")
+
+
+def test_a_folder_without_its_slash_and_a_forgotten_configuration_are_explained():
+    assert "write a folder as photos/birds/, with a slash at its end" in refusal({"tasks": ["photos/birds"]})
+    with pytest.raises(ConfigError, match="no configuration file tasks=...; name one before the overrides"):
+        load(Path("tasks=photos/*"))

@@ -91,7 +91,7 @@ def test_a_short_budget_trains_only_the_probe(tmp_path):
     config = make_config(tmp_path)
     found = Ladder(config, tmp_path / "fit", Budget(0.02), callbacks=[]).climb()
     assert [rung["name"] for rung in found["rungs"]] == ["probe"]
-    assert found["reason"] == "only probe fits into the time"
+    assert found["reason"] == "only probe fits into the time: training blocks needs 60 s after it"
 
 
 def test_leaner_settings_are_used_only_as_far_as_needed(tmp_path, monkeypatch):

@@ -265,7 +265,8 @@ def test_the_command_line_of_a_plan_reproduces_it(ask, config, tmp_path):
         own = configuration.load(tmp_path / "tiny.yaml", plan["overrides"].split())
         keys = {key.replace(".", "__"): value for key, value in plan["changes"].items()}
         assert own == replace(config, **keys)
-    text = ask("--budget", "1GB")[1]
+    text = ask("--budget", "1GB", "seed=1")[1]
+    assert text.endswith(f"{tmp_path / 'tiny.yaml'} seed=1 KEY=VALUE ...\n")
     assert f"{len(result['plans'])} plans fit into 1024 MB" in text
     assert all(plan["overrides"] in text for plan in result["plans"] if plan["listed"])
 

@@ -234,6 +234,14 @@ def test_tensorboard_is_cut_back_to_the_checkpoint(config, finished, tmp_path, m
     assert resumed == whole
 
 
+def test_a_folder_of_runs_names_them(tmp_path):
+    for name in ("probe", "late"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").touch()
+    with pytest.raises(ConfigError, match="it has no config.yaml; runs in it: .*/late, .*/probe$"):
+        run.read_config(tmp_path)
+
+
 @pytest.mark.parametrize("first_lost", ["mode:", "ode:", "seed:", "weights:", "resolved:", "images:", "python:"])
 def test_a_damaged_configuration_is_refused_by_name(finished, tmp_path, first_lost):
     text = (finished / "config.yaml").read_text()
