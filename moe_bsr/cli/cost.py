@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help = f"{CONFIG}; key=value changes a value of it, such as train.batch_size=8"
     parser.add_argument("what", nargs="*", metavar="CONFIG|key=value", help=help)
     parser.add_argument("--mode", choices=["exact", "paper", "backrazor"], default="exact", help="(default: exact)")
-    parser.add_argument("--classes", type=int, metavar="N", help="classes of tasks whose file does not say")
+    parser.add_argument(
+        "--classes", type=int, metavar="N", help="classes of tasks whose file does not say (default: those of its data)"
+    )
     parser.add_argument("--measure", action="store_true", help="run a step, and compare prediction and measurement")
     parser.add_argument("--budget", metavar="SIZE", help="such as 600MB: does it fit, and what would help?")
     parser.add_argument("--plans", action="store_true", help="with --budget: list the plans that fit")
@@ -115,10 +117,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def classes_of(config: "Config", given: int | None) -> dict[str, int]:
-    """Return the number of classes of each task. No data is opened.
+    """Return the number of classes of each task: as its file says, else as given, else as its data has.
 
     Args:
-        given: classes of a task whose file does not say; None if unknown.
+        given: classes of a task whose file does not say; None to look at its data.
     Raises:
         ConfigError: a task's number is unknown.
     """
@@ -127,11 +129,22 @@ def classes_of(config: "Config", given: int | None) -> dict[str, int]:
 
     classes = {}
     for name, file in config.task_files().items():
-        classes[name] = load_spec(file).classes or given
+        classes[name] = load_spec(file).classes or given or _counted(config, file)
         require(
             classes[name] is not None,
             "tasks",
             file,
-            "its file does not say how many classes it has: give --classes N, or add `classes: N` to the file",
+            "its file does not say how many classes it has, and its data cannot be opened: give --classes N, or add "
+            "`classes: N` to the file",
         )
     return classes
+
+
+def _counted(config: "Config", file: str) -> int | None:
+    """Return the number of classes in a task's data, or None if the data cannot be opened."""
+    from moe_bsr.runs.folder import open_task
+
+    try:
+        return len(open_task(config, file).class_names)
+    except (ValueError, OSError):
+        return None

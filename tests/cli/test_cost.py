@@ -5,6 +5,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 from tiny_runs import make_config, make_trainer
 
 from moe_bsr import config as configuration
@@ -187,12 +188,17 @@ def test_single_task_mode_shows_the_cost_of_the_largest_model(ask):
     assert "this is the model of fractals" in ask("mode=single_task")[1]
 
 
-def test_a_task_without_a_number_of_classes_needs_one(ask, tmp_path):
+def test_classes_come_from_the_task_file_or_the_data_or_must_be_given(ask, tmp_path):
     (tmp_path / "mine.yaml").write_text("{title: Mine, source: folder, path: mine}\n")
-    task = f"tasks=[{tmp_path / 'mine.yaml'}]"
-    status, _, error = ask(task)
+    task, root = f"tasks=[{tmp_path / 'mine.yaml'}]", f"data.root={tmp_path}"
+    status, _, error = ask(task, root)
     assert status == 2 and "--classes" in error
-    assert ask(task, "--classes", "7")[0] == 0
+    given = json.loads(ask(task, root, "--classes", "3", "--json")[1])
+    for name in "abc":
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (8, 8)).save(tmp_path / "mine" / name / f"{number}.png")
+    assert json.loads(ask(task, root, "--json")[1]) == given
 
 
 @pytest.mark.parametrize(
