@@ -251,7 +251,7 @@ def test_the_predicted_peak_is_that_of_the_costliest_draw(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"plan__train_blocks": [1, 2]}, "plan.train_blocks = [1, 2]: all with train.alast.blocks = 2: an"),
+        ({"plan__train_blocks": [1, 2]}, "plan.train_blocks = [1, 2]: all with train.alast.blocks = 2: each"),
         ({"plan__train_weights": "bias"}, "plan.train_weights = 'bias': all with"),
         ({"plan__drop_blocks": [1]}, "plan.drop_blocks = [1]: [] with"),
         ({"plan__moe_blocks": [1]}, "plan.moe_blocks = [1]: [] with"),

@@ -106,7 +106,7 @@ def test_commands_that_need_tokens_refuse_with_a_one_line_error(finished, comman
     places = {"RUN": str(run), "CONFIG": str(file), "OUT": str(tmp_path / "out")}
     assert main([places.get(word, word) for word in command.split()]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and "resnet10t" in lines[0] and "no Vision Transformer" in lines[0], lines
+    assert len(lines) == 1 and "resnet10t" in lines[0] and "not a Vision Transformer" in lines[0], lines
 
 
 @pytest.mark.skipif(kernel_scratch.cpu_kind() != kernel_scratch.AVX2, reason="kernels measured on Zen 3 alone")

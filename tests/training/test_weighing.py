@@ -220,7 +220,7 @@ def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(tmp_path, monkey
         ({"data__color_jitter": 2.0}, "data.color_jitter = 2.0: null or 0 to 1"),
         ({"train__cutmix": 1.0, "train__batch_size": 6, "train__grad_accumulation_steps": 2}, "even number of images"),
         ({"train__task_weighting": "pcgrad"}, "needs sampler.kind = joint"),
-        ({"train__task_weighting": "uncertainty", "mode": "single_task"}, "fixed with mode: single_task"),
+        ({"train__task_weighting": "uncertainty", "mode": "single_task"}, "fixed with mode = single_task"),
         ({"train__task_weighting": "uncertainty", "train__task_weights": {"shapes": 2.0}}, "which learns them"),
     ],
 )

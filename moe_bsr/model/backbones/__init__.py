@@ -77,7 +77,7 @@ def require_tokens(config: BackboneConfig, what: str) -> None:
         ConfigError: the backbone has no tokens.
     """
     of_tokens = family_of(config).of_tokens
-    require(of_tokens, "backbone.name", config.name, f"is no Vision Transformer, and {what} works only with these")
+    require(of_tokens, "backbone.name", config.name, f"is not a Vision Transformer, and {what} works only with these")
 
 
 _KINDS = ("resnet", "vit")  # files whose import registers what they define
