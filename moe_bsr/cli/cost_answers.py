@@ -218,14 +218,14 @@ def measured_table(measured: dict[str, Any], device: str) -> list[str]:
 
 def budget_lines(report: budget.BudgetReport, batch: int) -> list[str]:
     verdict = "fits" if report.fits else "does not fit"
-    room = (
+    largest = (
         f"at most {report.largest_batch} images fit"
         if report.largest_batch
         else f"not even one image fits, which takes {budget.digits(report.least)}"
     )
     lines = [
         f"budget {budget.digits(report.budget)}: a micro-batch of {batch} takes {budget.digits(report.peak)} and "
-        f"{verdict}; {room}",
+        f"{verdict}; {largest}",
         f"{'single changes, the best first':<42}  saved MB  extra GFLOPs  fits  key=value",
     ]
     lines += [

@@ -18,7 +18,7 @@ from moe_bsr import api
 from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError
 from moe_bsr.evaluation.metrics import half_width
-from moe_bsr.fit import room, rungs
+from moe_bsr.fit import memory_limit, rungs
 from moe_bsr.fit.measure import measure
 from moe_bsr.model.backbones import require_tokens
 from moe_bsr.model.multitask import build
@@ -234,11 +234,11 @@ class Ladder:
         self.say(f"{name}: {mean:.2f} % validation top-1, {took:.0f} s in total, {self.left():.0f} s left")
         return True
 
-    def _fitted(self, config: Config, shares: bool) -> room.Fitted:
+    def _fitted(self, config: Config, shares: bool) -> memory_limit.Fitted:
         """Return the form in which the run fits. If needed, the shared feature cache is given up for it."""
 
-        def within(memory: room.Memory) -> room.Fitted:
-            return room.fitted(config, self.speed.classes, memory, self.runtime.precision, self.speed.decoded)
+        def within(memory: memory_limit.Memory) -> memory_limit.Fitted:
+            return memory_limit.fitted(config, self.speed.classes, memory, self.runtime.precision, self.speed.decoded)
 
         if self.shared is not None and not shares:
             try:
@@ -298,7 +298,7 @@ class Ladder:
             left, speed = self._fitted(late, shares=True).left, self.speed
         except ConfigError:  # reported when the rung is run
             return late
-        kept = room.with_feature_cache(late, left, sum(sizes.values()), speed.tokens, speed.width, itemsize)
+        kept = memory_limit.with_feature_cache(late, left, sum(sizes.values()), speed.tokens, speed.width, itemsize)
         if kept.data.feature_cache_mb:
             with self.runtime.in_effect(), self.runtime.autocast():
                 model = self.runtime.place(build(kept, speed.classes))

@@ -11,7 +11,7 @@ from moe_bsr.cost.predict import predict
 from moe_bsr.data import ImageTransforms, TaskData
 from moe_bsr.evaluation.features import split_features
 from moe_bsr.fit import rungs
-from moe_bsr.fit.room import SPARE, Memory, fitted
+from moe_bsr.fit.memory_limit import SPARE, Memory, fitted
 from moe_bsr.model.multitask import MultitaskViT, build
 from moe_bsr.runs import folder as run
 from moe_bsr.runtime import memory

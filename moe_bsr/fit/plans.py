@@ -17,8 +17,8 @@ from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError, require
 from moe_bsr.cost.least import least_beside_gradients
 from moe_bsr.cost.predict import Cost, predict
+from moe_bsr.fit.memory_limit import MICRO_BATCHES, SPARE, STORAGES
 from moe_bsr.fit.rates import Rates
-from moe_bsr.fit.room import MICRO_BATCHES, SPARE, STORAGES
 from moe_bsr.model.backbones import family_of, require_tokens
 from moe_bsr.model.block import contexts
 from moe_bsr.model.multitask import MultitaskViT

@@ -11,9 +11,9 @@ from tiny_runs import SIZES, make_config
 import moe_bsr
 from moe_bsr.cli import fit as command
 from moe_bsr.config import ConfigError, replace
-from moe_bsr.fit import Budget, Ladder, ladder, room, rungs
+from moe_bsr.fit import Budget, Ladder, ladder, memory_limit, rungs
 from moe_bsr.fit.measure import measure
-from moe_bsr.fit.room import Memory, fitted, with_feature_cache
+from moe_bsr.fit.memory_limit import Memory, fitted, with_feature_cache
 from moe_bsr.model.multitask import build, build_on_meta
 from moe_bsr.runs import warm_start
 from moe_bsr.runs.load import load
@@ -95,7 +95,7 @@ def test_a_short_budget_trains_only_the_probe(tmp_path):
 
 
 def test_leaner_settings_are_used_only_as_far_as_needed(tmp_path, monkeypatch):
-    monkeypatch.setattr(room, "MICRO_BATCHES", (1, 4))
+    monkeypatch.setattr(memory_limit, "MICRO_BATCHES", (1, 4))
     config = make_config(tmp_path, train__batch_size=64, data__image_cache_mb=0, plan__moe_blocks=[])
     config = rungs.bsr(config)
     whole = fitted(config, CLASSES, HUGE, "fp32", MANY)
@@ -110,7 +110,7 @@ def test_leaner_settings_are_used_only_as_far_as_needed(tmp_path, monkeypatch):
         assert form.bytes <= limits[-1] < limits[0] + 1
         forms.append((form.config.storage, form.config.train.grad_accumulation_steps))
         limits.append(form.bytes - 1)
-    assert len(forms) > 2 and forms == sorted(forms, key=lambda form: (room.STORAGES.index(form[0]), form[1]))
+    assert len(forms) > 2 and forms == sorted(forms, key=lambda form: (memory_limit.STORAGES.index(form[0]), form[1]))
 
 
 def test_half_of_the_remaining_memory_caches_images(tmp_path):
@@ -185,8 +185,8 @@ def test_other_plans_get_the_memory_of_the_feature_cache_if_they_need_it(tmp_pat
     own, late = rungs.bsr(config), rungs.late(config, 6, True)
     needed = fitted(own, CLASSES, HUGE, "fp32", 0).bytes
     for room_for, kept in ((60 * 2**20, True), (40 * 2**20, False)):
-        monkeypatch.setattr(room, "STORAGES", ("exact",))
-        monkeypatch.setattr(room, "MICRO_BATCHES", (1,))
+        monkeypatch.setattr(memory_limit, "STORAGES", ("exact",))
+        monkeypatch.setattr(memory_limit, "MICRO_BATCHES", (1,))
         climb.memory = Memory(needed + room_for, HUGE.base, 0, "asked for")
         assert climb._fitted(late, shares=True).bytes <= climb.memory.limit
         assert climb._fitted(own, shares=False).bytes == needed + (50 * 2**20 if kept else 0)
@@ -224,7 +224,7 @@ def test_a_plan_with_adapters_is_tried_in_addition_to_late_blocks_without_them(t
 def test_a_batch_is_not_split_if_steps_are_taken_in_the_backward_pass(tmp_path):
     settings = {"train__step_in_backward": True, "train__grad_clip_norm": None}
     config = rungs.bsr(make_config(tmp_path, **settings))
-    assert {form.train.grad_accumulation_steps for form in room._forms(config)} == {1}
+    assert {form.train.grad_accumulation_steps for form in memory_limit._forms(config)} == {1}
 
 
 def test_the_number_of_training_images_fits_the_time(tmp_path):
@@ -256,14 +256,14 @@ def test_too_little_memory_is_an_error_before_any_image_is_timed(tmp_path, monke
 def test_rungs_that_do_not_fit_are_left_out(tmp_path, monkeypatch):
     """There is time for all rungs, but no settings of `late` or another plan with trained blocks fit."""
     monkeypatch.setattr(ladder, "LEAST_TRIAL", -1e6)
-    whole = room.fitted
+    whole = memory_limit.fitted
 
     def narrow(config, *given):
         if config.train.optimizer != "lbfgs":
             raise ConfigError("memory: too little")
         return whole(config, *given)
 
-    monkeypatch.setattr(room, "fitted", narrow)
+    monkeypatch.setattr(memory_limit, "fitted", narrow)
     messages = []
     found = Ladder(make_config(tmp_path), tmp_path / "fit", Budget(0.01), messages.append, callbacks=[]).climb()
     assert [rung["name"] for rung in found["rungs"]] == ["probe", "start"]

@@ -16,8 +16,8 @@ from moe_bsr.cost import update_section
 from moe_bsr.cost.least import least_beside_gradients
 from moe_bsr.cost.predict import predict
 from moe_bsr.fit import plans, rates
+from moe_bsr.fit.memory_limit import STORAGES
 from moe_bsr.fit.plans import Catalog, Plan, candidates, front
-from moe_bsr.fit.room import STORAGES
 from moe_bsr.model.multitask import build_on_meta
 from moe_bsr.model.summary import counts
 from moe_bsr.runtime.device import prepare
