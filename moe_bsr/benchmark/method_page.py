@@ -131,12 +131,13 @@ def _about_accuracy(result: dict[str, Any]) -> str:
     trained = [row["train_info"] for row in result["methods"].values() if row["train_info"].get("equal_seconds")]
     if not trained:
         return ""
-    tasks, data = list(next(iter(trained[0]["equal_seconds"].values()))["tasks"]), result["base"]["data"]
+    run, data = next(iter(trained[0]["equal_seconds"].values())), result["base"]["data"]
+    *tasks, last = run["tasks"]
     about = ACCURACY.format(
-        tasks=" and ".join([", ".join(tasks[:-1]), tasks[-1]]) if len(tasks) > 1 else tasks[0],
+        tasks=f"{', '.join(tasks)} and {last}" if tasks else last,
         updates=trained[0]["equal_updates"]["updates"],
         val="all" if data["val_images"] is None else data["val_images"],
-        minutes=next(iter(trained[0]["equal_seconds"].values()))["minutes"],
+        minutes=run["minutes"],
     )
     return f"\n\n{about.strip()}"
 
