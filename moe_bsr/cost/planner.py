@@ -175,9 +175,10 @@ def _alternatives(
     if config.train.optimizer == "adamw":
         options.append(("keep moments in 8 bits", {"train.optimizer": "adamw8"}))
     if not config.train.step_in_backward:
-        options.append(
-            ("step in the backward pass, unclipped", {"train.step_in_backward": True, "train.grad_clip_norm": None})
-        )
+        step: tuple[str, dict[str, Any]] = ("step in the backward pass", {"train.step_in_backward": True})
+        if config.train.grad_clip_norm is not None and config.train.grad_clip_per == "model":
+            step = (f"{step[0]}, clip per block", step[1] | {"train.grad_clip_per": "block"})
+        options.append(step)
     if precision == "fp32":
         options.append(("compute in bf16", {"runtime.precision": "bf16"}))
     if plan.moe_blocks and config.moe.experts == "low_rank" and config.moe.rank > 1:

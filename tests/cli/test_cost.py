@@ -135,6 +135,18 @@ def test_suggested_changes_have_the_described_overrides(tmp_path, monkeypatch):
     assert "leave the embedding and block 0 frozen" in changes
 
 
+@pytest.mark.parametrize(
+    ("norm", "per", "added"),
+    [(1.0, "model", ", clip per block"), (1.0, "parameter", ""), (None, "model", "")],
+)
+def test_a_suggested_step_in_the_backward_pass_keeps_clipping(norm, per, added, tmp_path, monkeypatch):
+    """Clipping by the norm of the whole gradient is impossible then, so it becomes clipping of each block."""
+    monkeypatch.setattr(planner, "predict", lambda *_, **__: SimpleNamespace(written=0))
+    changes = suggested(tmp_path, train__grad_clip_norm=norm, train__grad_clip_per=per)
+    overrides = "train.step_in_backward=true" + (" train.grad_clip_per=block" if added else "")
+    assert changes[f"step in the backward pass{added}"] == overrides
+
+
 @pytest.mark.usefixtures("one_image_at_most", "one_change")
 def test_a_budget_missed_by_one_byte_does_not_fit(ask):
     """The exit status says whether the configuration fits the budget."""
