@@ -175,15 +175,15 @@ def make_trainer(
     transforms = run.make_transforms(config, model, runtime.ranks.local)
     inputs = make_inputs(config, model, tasks, transforms, runtime, features)
     predicted = _predict(config, model, runtime) if runtime.ranks.first else None
-    if predicted is not None:
+    steps = config.train.optimizer != "lbfgs"  # lbfgs computes features once: there is no training step
+    gflops = predicted and predicted.forward_flops / _micro_batch(config) / 1e9
+    prediction = f"predicted: {gflops:.2f} GFLOPs an image" if predicted else "no predicted cost for part of this model"
+    if predicted is not None and steps:
         _warn_of_memory(config, inputs, predicted)
-    prediction = predicted.summary(_micro_batch(config)) if predicted else "no predicted cost for a part of this model"
+        prediction = predicted.summary(_micro_batch(config))
     lines = about(config, model, tasks, runtime, run_dir, prediction) + inputs.summary()
-    costs = {
-        "predicted_peak_mb": predicted and predicted.peak / 2**20,
-        "gflops_per_image": predicted and predicted.forward_flops / _micro_batch(config) / 1e9,
-    }
-    trainer = ProbeTrainer if config.train.optimizer == "lbfgs" else Trainer
+    costs = {"predicted_peak_mb": predicted.peak / 2**20 if predicted and steps else None, "gflops_per_image": gflops}
+    trainer = Trainer if steps else ProbeTrainer
     return trainer(config, model, inputs, runtime, run_dir, callbacks=callbacks, about=lines, costs=costs)
 
 

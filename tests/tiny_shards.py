@@ -46,19 +46,21 @@ class Server:
         ranges: whether it supports byte ranges.
         alive: whether it answers at all.
         busy: number of requests that it first answers with status 503.
-        asked: (path, range) of each request.
+        asked: (path, range) of each request. credentials: the values of their Authorization header.
         sent: total bytes of the bodies.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.ranges, self.alive, self.busy = folder, True, True, 0
         self.asked: list[tuple[str, str | None]] = []
+        self.credentials: set[str | None] = set()
         self.sent = 0
         self.url = ""
 
     def answer(self, request: http.server.BaseHTTPRequestHandler) -> None:
         wanted = request.headers.get("Range")
         self.asked.append((request.path, wanted))
+        self.credentials.add(request.headers.get("Authorization"))
         if not self.alive:
             request.close_connection = True
             return

@@ -10,7 +10,8 @@ of the configuration) or full (every block trains, nothing is dropped).
 
 The runs follow one another, each in a process of its own whose schedule fits the budget. A budget covers everything
 from opening the images, except the final test, which is scored once. No method is tuned: all use the learning rates of
-the configuration, LoRA twice these. Leave the machine otherwise idle.
+the configuration, LoRA twice these. timm_full and timm_lora clip the norm of the whole gradient, whatever
+train.grad_clip_per is. Leave the machine otherwise idle.
 
 Writes RUN/budgets.json with all results. Finished runs are kept: repeat the command to continue after an interruption,
 or with more budgets, methods or seeds.

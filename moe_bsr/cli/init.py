@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from moe_bsr.config import ConfigError, load
+    from moe_bsr.config import ConfigError, load, packaged
     from moe_bsr.config.task_folders import folder_name
 
     folder, out = arguments.folder.resolve(), arguments.out
@@ -96,8 +96,14 @@ def run(arguments: argparse.Namespace) -> int:
         steps=steps(datasets),
         eval_every=steps(datasets) // 5,
     )
-    if not arguments.force and (there := [str(path) for path in files if path.exists()]):
-        raise ConfigError(f"{', '.join(there)}: there already; --force overwrites, --out FOLDER writes elsewhere")
+    if not arguments.force and (there := [path for path in files if path.exists()]):
+        ours = any(path.resolve().parent == packaged.folder("tasks") for path in there)
+        names = ", ".join(map(str, there))
+        raise ConfigError(
+            f"{names}: there already, and this folder has the tasks of the package; --out FOLDER writes elsewhere"
+            if ours
+            else f"{names}: there already; --force overwrites, --out FOLDER writes elsewhere"
+        )
     for path, text in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

@@ -34,6 +34,7 @@ from moe_bsr.runtime.names import printable
 if TYPE_CHECKING:
     from moe_bsr.config import Config
     from moe_bsr.data import TaskData
+    from moe_bsr.runtime.distributed import Alone
 
 
 def add_arguments(parser: argparse.ArgumentParser, folder: str = "runs/NAME, or CONFIG if a run folder") -> None:
@@ -98,7 +99,21 @@ def train(arguments: argparse.Namespace, config: "Config", command: str = "train
 
 
 def dry_run(config: "Config", folder: Path, resume: bool, decode: bool) -> int:
-    """Open every dataset (if `decode`, every image) and the backbone, and print the plan. Write nothing."""
+    """Open every dataset (if `decode`, every image) and the backbone, and print the plan. Write nothing.
+
+    Of several processes only the first does this, after all have checked that they can train together.
+    """
+    from moe_bsr.runtime.device import find_device
+    from moe_bsr.runtime.distributed import joined
+    from moe_bsr.training.sharing import check_sharing
+
+    with joined(find_device(config.runtime.device)) as ranks:
+        check_sharing(config, ranks)
+        return ranks.by_first(lambda: print_plan(config, folder, resume, decode, ranks))
+
+
+def print_plan(config: "Config", folder: Path, resume: bool, decode: bool, ranks: "Alone") -> int:
+    """Do the work of `dry_run` in one process, and return the exit status."""
     from moe_bsr.api import build_model, check
     from moe_bsr.model import summary
     from moe_bsr.runs.folder import check_folder, open_tasks
@@ -106,7 +121,7 @@ def dry_run(config: "Config", folder: Path, resume: bool, decode: bool) -> int:
     from moe_bsr.training.doubts import doubts
     from moe_bsr.training.feature_cache import FeatureCache
 
-    runtime = prepare(config.runtime)
+    runtime = prepare(config.runtime, ranks)
     check(config)  # raises for an impossible configuration before anything is downloaded
     tasks, notes = open_tasks(config, folder, resume)
     for name, data in tasks.items():

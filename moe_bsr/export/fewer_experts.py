@@ -41,6 +41,7 @@ def most_used(model: MultitaskViT, task: str, images: Iterable[Tensor], count: i
     Raises:
         ConfigError: `count` is smaller than top-k or larger than the number of experts, or the model has no experts
             or needs all of them.
+        ValueError: no training image can be read.
     """
     layers = moe_blocks(model)
     require(bool(layers), "experts", count, "leave it out: this run has no experts")
@@ -53,6 +54,8 @@ def most_used(model: MultitaskViT, task: str, images: Iterable[Tensor], count: i
     for batch in images:
         for index, routing in model(batch, task).routing.items():
             sums[index] = sums.get(index, 0) + routing.importance
+    if not sums:
+        raise ValueError(f"task {task}: no training image can be read, so the use of its experts cannot be counted")
     return {
         index: sorted(total.argsort(descending=True, stable=True)[:count].tolist()) for index, total in sums.items()
     }

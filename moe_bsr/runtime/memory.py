@@ -5,6 +5,7 @@ import errno
 import re
 import resource
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ REMEDY = (
 )
 
 CGROUP = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
 
 # Allocators and oneDNN raise a plain RuntimeError when memory runs out. It is recognized by its text.
 WORDS = re.compile(
@@ -46,7 +48,7 @@ def available(device: torch.device) -> tuple[int, str] | None:
         return torch.cuda.mem_get_info(device)[0] + unused, str(device)
     if device.type != "cpu":
         return None
-    limits = [limit for limit in (_of_machine(), _of_cgroup(), _of_process()) if limit is not None]
+    limits = [limit for limit in (_of_machine(), *_of_cgroups(), _of_process()) if limit is not None]
     return min(limits) if limits else None
 
 
@@ -58,18 +60,32 @@ def _of_machine() -> tuple[int, str] | None:
     return None
 
 
-def _of_cgroup() -> tuple[int, str] | None:
-    """Read the limit of the cgroup (version 2 or 1). Inactive page cache counts as free, since it can be reclaimed."""
-    for limit, used, cached in (
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        with contextlib.suppress(OSError, ValueError):  # "max": no limit
-            free = int((CGROUP / limit).read_text()) - int((CGROUP / used).read_text())
-            statistics = dict(
-                line.split() for line in (CGROUP / used).with_name("memory.stat").read_text().splitlines()
-            )
-            return max(0, free + int(statistics.get(cached, 0))), "this container"
+def _of_cgroups() -> Iterator[tuple[int, str]]:
+    """Yield what the limits of this process's cgroup and of its parents leave free (versions 2 and 1).
+
+    In a container without a cgroup namespace, only the root is visible, and it is the container's cgroup.
+    """
+    with contextlib.suppress(OSError):
+        for line in MEMBERSHIP.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            root = CGROUP / "memory" if controllers else CGROUP
+            for part in (Path(path), *Path(path).parents):
+                if (free := _of_cgroup(root / part.relative_to("/"), version=1 if controllers else 2)) is not None:
+                    yield free, f"the cgroup {part}" if part.name else "this container"
+
+
+def _of_cgroup(folder: Path, version: int) -> int | None:
+    """Return the free bytes of one cgroup. Inactive page cache counts as free, since it can be reclaimed."""
+    limit, used, cached = {
+        2: ("memory.max", "memory.current", "inactive_file"),
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    }[version]
+    with contextlib.suppress(OSError, ValueError):  # "max": no limit
+        free = int((folder / limit).read_text()) - int((folder / used).read_text())
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return max(0, free + int(statistics.get(cached, 0)))
     return None
 
 

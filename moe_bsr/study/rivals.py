@@ -1,7 +1,8 @@
 """Baselines without this package: timm's network, one head per task, AdamW and a cosine schedule.
 
 Either the whole network trains, or LoRA adapters from peft do. Images, splits and crops are the same as in our runs.
-The rest is a plain training loop that takes the tasks in turn, without our kernels, storages and caches.
+The rest is a plain training loop that takes the tasks in turn, without our kernels, storages and caches. It clips the
+norm of the whole gradient, whatever `train.grad_clip_per` is.
 """
 
 import itertools

@@ -5,6 +5,7 @@ import torch
 import yaml
 from tiny_runs import make_config
 
+import moe_bsr
 from moe_bsr import config as configuration
 from moe_bsr.benchmark import drops
 from moe_bsr.benchmark.drop_settings import (
@@ -107,6 +108,18 @@ def test_the_study_reports_flops_and_lost_accuracy_of_each_setting(config, monke
     assert reported == [("shapes", 23, 7), ("fractals", 40, 9)]
     assert [row.setting for row in rows] == settings and rows[0].flops == 1 and rows[0].lost == rows[0].error == 0
     assert rows[1].lost == pytest.approx(sum(rows[0].top1[t] - rows[1].top1[t] for t in rows[0].top1) / 2)
+
+
+def test_the_accuracy_of_each_setting_is_that_of_a_probe_run(config, tmp_path):
+    """More images are allowed than there are, so that both use all."""
+    frozen = drops.frozen(config)
+    settings = [DropSetting(), DropSetting(((0, 0.2), (1, 0.2)), TokensConfig(fuse="none"))]
+    rows = drops.study(frozen, prepare(frozen.runtime), settings, 200)
+    assert rows[0].top1 != rows[1].top1  # otherwise the comparison would not tell them apart
+    for number, row in enumerate(rows):
+        alone = configuration.replace(configured(config, row.setting), train__evaluate_test=False)
+        report = moe_bsr.train(alone, tmp_path / str(number), callbacks=[])
+        assert row.top1 == pytest.approx({task: scores["top1"] for task, scores in report["tasks"].items()})
 
 
 def row(name, flops, lost):

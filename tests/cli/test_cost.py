@@ -17,6 +17,7 @@ from moe_bsr.cost.planner import answer, largest, parse_bytes
 from moe_bsr.cost.predict import predict
 from moe_bsr.model.multitask import build_on_meta
 from moe_bsr.model.storage import STORAGES
+from moe_bsr.training.probe_trainer import probe_config
 
 CLASSES = {"shapes": 10, "fractals": 12}
 
@@ -172,6 +173,17 @@ def test_the_predicted_peak_is_that_of_a_training_run(ask, tmp_path):
     assert json.loads(ask("--json", "train.ema_decay=0.9")[1])["peak"] / 2**20 == trainer.costs["predicted_peak_mb"]
     assert "weights' average" in ask("train.ema_decay=0.9")[1]
     assert "10 MB (10^6 bytes) of cached features" in ask("data.augment=false", "data.feature_cache_mb=10")[1]
+
+
+def test_only_a_run_with_training_steps_has_a_predicted_step(tmp_path):
+    """With `lbfgs` (probe, add-task) no step is taken, and nothing is kept for a backward pass."""
+    config = config_of(tmp_path)
+    steps, solver = (make_trainer(each, tmp_path / "run") for each in (config, probe_config(config)))
+    (line,) = (line for line in steps.about if line.startswith("predicted"))
+    assert "MB kept for backward" in line and steps.costs["predicted_peak_mb"] > 0
+    (line,) = (line for line in solver.about if line.startswith("predicted"))
+    assert line == f"predicted: {solver.costs['gflops_per_image']:.2f} GFLOPs an image"
+    assert solver.costs["predicted_peak_mb"] is None
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from moe_bsr.cli.main import main
-from moe_bsr.config import load
+from moe_bsr.config import load, packaged
 from moe_bsr.data import load_spec, load_task
 
 pytestmark = pytest.mark.usefixtures("bare")
@@ -103,6 +103,20 @@ def test_nothing_is_overwritten_without_force(tmp_path, capsys):
     assert main(["init", str(tmp_path / "set"), "--force"]) == 0
     assert "fit set.yaml --minutes 10 " in capsys.readouterr().out
     assert load("set.yaml").task_names() == ["set"]
+
+
+def test_overwriting_a_task_of_the_package_is_not_suggested(tmp_path, here, capsys, monkeypatch):
+    """The current folder is a clone here, with the task cifar10."""
+    monkeypatch.setattr(packaged, "PACKAGE", here / "moe_bsr")
+    Path("tasks").mkdir()
+    Path("tasks/cifar10.yaml").write_text("source: torchvision")
+    write(tmp_path / "cifar10", 5, 5)
+    assert main(["init", str(tmp_path / "cifar10")]) == 2
+    error = capsys.readouterr().err
+    assert "tasks/cifar10.yaml: there already, and this folder has the tasks of the package; --out FOLDER" in error
+    assert "--force" not in error and error.count("\n") == 1
+    assert main(["init", str(tmp_path / "cifar10"), "--out", "mine"]) == 0
+    assert load("mine/cifar10.yaml").task_names() == ["cifar10"]
 
 
 @pytest.mark.parametrize("fraction", ["0", "1", "-0.5"])

@@ -40,6 +40,7 @@ def impatient(monkeypatch, request):
     if "server" in request.fixturenames:
         server = request.getfixturevalue("server")
         server.ranges, server.alive, server.asked, server.sent, server.busy = True, True, [], 0, 0
+        server.credentials.clear()
 
 
 def task(train="shards/train-{000..004}.tar", **keys) -> TarTask:
@@ -213,6 +214,11 @@ def test_a_shard_of_the_hub_is_resolved_to_its_url(root, server, monkeypatch, tm
     spec = task("hf://datasets/owner/name@main/shards/train-000.tar", cache=str(tmp_path))
     source = spec.open(root).train
     assert len(source) == 7 and source._shards[0].address == "hf://datasets/owner/name@main/shards/train-000.tar"
+    source.image(0)
+    assert server.credentials == {"Bearer secret"}
+    server.credentials.clear()
+    task(f"{server.url}/shards/train-000.tar", cache=str(tmp_path / "plain")).open(root).train.image(0)
+    assert server.credentials == {None}
 
 
 def test_a_full_disk_stops_only_the_caching(root, server, tmp_path, monkeypatch):

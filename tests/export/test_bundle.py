@@ -246,6 +246,13 @@ def test_too_few_or_too_many_experts_are_refused(run, tmp_path, count, allowed):
     assert not list(tmp_path.iterdir())
 
 
+def test_fewer_experts_without_a_readable_training_image_are_refused(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(parity, "batches", lambda run, task, split, most: iter(()))  # data.unreadable: skip
+    with pytest.raises(ValueError, match="task shapes: no training image can be read, so the use of its experts"):
+        export(loaded(run), tmp_path / "out", experts=2)
+    assert not list(tmp_path.iterdir())
+
+
 def test_models_of_single_tasks_share_their_frozen_blocks(tmp_path):
     config = make_config(
         tmp_path, mode="single_task", train__steps=1, train__evaluate_test=False, plan__train_blocks=[3, 5]

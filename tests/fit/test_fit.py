@@ -265,9 +265,13 @@ def test_rungs_that_do_not_fit_are_left_out(tmp_path, monkeypatch):
 
     monkeypatch.setattr(memory_limit, "fitted", narrow)
     messages = []
-    found = Ladder(make_config(tmp_path), tmp_path / "fit", Budget(0.01), messages.append, callbacks=[]).climb()
+    climb = Ladder(make_config(tmp_path), tmp_path / "fit", Budget(0.01), messages.append, callbacks=[])
+    found = climb.climb()
     assert [rung["name"] for rung in found["rungs"]] == ["probe", "start"]
-    assert found["best"] != "probe" or found["reason"] == "only probe fits into the memory"
+    probe, start = climb.rungs
+    for best, reason in ((probe, "only probe fits into the memory"), (start, "start has the highest validation top-1")):
+        assert climb._reason(best).startswith(reason)
+    assert found["reason"] == climb._reason(max(climb.rungs, key=lambda rung: rung.val_top1))
     assert all(f"trial_{name} is left out: memory: too little" in messages for name in ("late", "bsr", "experts"))
 
 

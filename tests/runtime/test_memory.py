@@ -58,10 +58,44 @@ def test_a_limit_of_the_process_counts(monkeypatch):
     assert memory.available(CPU) == (0, "this process (ulimit -v)")
 
 
-def test_a_limit_of_the_container_counts(monkeypatch, tmp_path):
-    for name, text in (("max", "1000000"), ("current", "900000"), ("stat", "anon 5\ninactive_file 50000\n")):
-        (tmp_path / f"memory.{name}").write_text(text)
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
-    assert memory.available(CPU) == (150_000, "this container")
-    (tmp_path / "memory.max").write_text("max")
-    assert memory.available(CPU)[1] != "this container"
+V2 = ("memory.max", "memory.current", "inactive_file")
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+@pytest.fixture
+def cgroups(tmp_path, monkeypatch):
+    """Return a function that writes /proc/self/cgroup and the folders of cgroups, each as (limit, used, cached)."""
+    monkeypatch.setattr(memory, "CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "MEMBERSHIP", tmp_path / "membership")
+
+    def write(membership: str, names: tuple[str, str, str], folders: dict[str, tuple]) -> None:
+        (tmp_path / "membership").write_text(membership)
+        for folder, (limit, used, cached) in folders.items():
+            place = tmp_path / "cgroup" / folder.lstrip("/")
+            place.mkdir(parents=True, exist_ok=True)
+            (place / names[0]).write_text(f"{limit}\n")
+            (place / names[1]).write_text(f"{used}\n")
+            (place / "memory.stat").write_text(f"anon 5\n{names[2]} {cached}\n")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("membership", "names", "root"),
+    [("0::{}\n", V2, ""), ("12:cpu,cpuacct:/x\n9:memory:{}\n1:name=systemd:/y\n", V1, "memory")],
+    ids=["version 2", "version 1"],
+)
+def test_the_smallest_limit_of_the_own_cgroup_and_its_parents_counts(membership, names, root, cgroups):
+    none = "max" if names is V2 else 2**63 - 4096
+    own, parent = f"{root}/job/step", f"{root}/job"
+    cgroups(membership.format("/job/step"), names, {
+        root: (500_000, 100_000, 0), parent: (1_000_000, 900_000, 50_000), own: (none, 3, 0),
+        f"{root}/other": (9, 8, 0), "x": (9, 8, 0),
+    })  # fmt: skip
+    assert memory.available(CPU) == (150_000, "the cgroup /job")
+    cgroups(membership.format("/job/step"), names, {own: (1000, 990, 0)})
+    assert memory.available(CPU) == (10, "the cgroup /job/step")
+    cgroups(membership.format("/docker/not/visible/here"), names, {})
+    assert memory.available(CPU) == (400_000, "this container")
+    cgroups(membership.format("/"), names, {root: (none, 3, 0)})
+    assert memory.available(CPU)[1] == "this machine"

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from tiny_runs import make_config, make_trainer
 
 from moe_bsr.api import train
-from moe_bsr.config import Config, ConfigError
+from moe_bsr.cli.main import main
+from moe_bsr.config import Config, ConfigError, dump
 from moe_bsr.cost import scaling
 from moe_bsr.data import UnreadableImage
 from moe_bsr.model.multitask import build_on_meta
@@ -159,6 +160,15 @@ def four(folder: Path, rank: int) -> dict:
     return report["tasks"]
 
 
+def dry(folder: Path, rank: int) -> list[int]:
+    """Make a dry run that is possible, and one whose micro-batches cannot be divided. Return the exit statuses."""
+    file = folder / f"dry{rank}.yaml"
+    file.write_text(dump(config_of(folder)))
+    call = ["train", str(file), "--dry-run", "--run", str(folder / "dry")]
+    with joined(torch.device("cpu")):  # an existing process group for both
+        return [main(call), main([*call, "train.grad_accumulation_steps=1"])]
+
+
 def failing(folder: Path, rank: int) -> str:
     """Fail in one process while the others wait for it."""
     with pytest.raises((RankLost, UnreadableImage)) as caught, joined(torch.device("cpu")) as ranks:
@@ -184,7 +194,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def ended(folder) -> dict[str, list]:
-    return run_groups(__file__, folder, {"two": 2, "killed": 2, "four": 4, "failing": 2})
+    return run_groups(__file__, folder, {"two": 2, "killed": 2, "four": 4, "dry": 2, "failing": 2})
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +260,14 @@ def test_incompatible_settings_are_refused(folder, results):
         assert "rank 1 (process" in seeds and "another configuration than rank 0" in seeds
         assert "another set of gradients" in unequal
     assert not (folder / "no").exists()
+
+
+def test_a_dry_run_is_printed_by_the_first_process(folder, ended):
+    first, other = ended["dry"]
+    assert first.result == other.result == [0, 2], first.said + other.said
+    assert first.said.count("shapes: 10 classes, train 23") == 1 and "train.grad_accumulation_steps = 1" in first.said
+    assert other.said == ""
+    assert not (folder / "dry").exists()
 
 
 def test_the_exchange_is_exact_in_fp32_and_half_as_large_in_bf16(results):
