@@ -115,7 +115,7 @@ def measure(arguments: argparse.Namespace) -> dict:
 
 def compare(groups: "dict[str, list[Case]]", arguments: argparse.Namespace) -> dict:
     """Measure time and memory of every case of every group, and compare the figures with the targets."""
-    from moe_bsr.benchmark.targets import judge
+    from moe_bsr.benchmark.targets import TARGETS, judge
     from moe_bsr.config import require
 
     results: dict[str, dict[str, dict]] = {}
@@ -127,7 +127,7 @@ def compare(groups: "dict[str, list[Case]]", arguments: argparse.Namespace) -> d
             note(f"{name}: left out: {error}")
             results[name] = {}
     require(any(results.values()), "--cases", arguments.cases, "no group of cases could be run, see above")
-    return {"groups": results, "targets": judge(results)}
+    return {"groups": results, "targets": judge(TARGETS, results)}
 
 
 def run_group(cases: "list[Case]", arguments: argparse.Namespace) -> dict[str, dict]:
@@ -148,8 +148,8 @@ def run_group(cases: "list[Case]", arguments: argparse.Namespace) -> dict[str, d
 
 def tables(result: dict, markdown: bool) -> str:
     """Format a result of this command as tables."""
-    from moe_bsr.benchmark.tables import of_cases, of_scaling, of_targets
-    from moe_bsr.benchmark.targets import judge
+    from moe_bsr.benchmark import targets
+    from moe_bsr.benchmark.tables import of_cases, of_scaling
     from moe_bsr.runtime.text_tables import as_markdown, as_text
 
     draw = as_markdown if markdown else as_text
@@ -163,8 +163,8 @@ def tables(result: dict, markdown: bool) -> str:
             draw([[name, "ms a step", "calls"], *([operator, f"{ms:.1f}", str(calls)] for operator, ms, calls in rows)])
             for name, rows in spots.items()
         ]
-    if judged := judge(groups):
-        blocks.append(as_markdown(of_targets(judged)) if markdown else "\n".join(target_table(judged)))
+    if judged := targets.judge(targets.TARGETS, groups):
+        blocks.append(as_markdown(targets.table(judged)) if markdown else "\n".join(target_table(judged)))
     return "\n\n".join(blocks)
 
 
@@ -174,7 +174,7 @@ def target_table(rows: list[dict]) -> list[str]:
         known = ", ".join(f"{key} {row[key]}" for key in ("published", "bound") if row[key])
         verdict = "reached" if row["reached"] else "missed"
         lines += [
-            f"{verdict:<7}  {row['value']:>7.2f}x  {row['target']:<8}  {row['what']}"
+            f"{verdict:<7}  {row['value']:>7.2f}{row['unit']}  {row['target']:<8}  {row['what']}"
             + (f" ({known})" if known else ""),
             f"{'':<29}{row['detail']}",
         ]
