@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", default="deit_small_patch16_224", help="a timm VisionTransformer")
     parser.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the images (default: the backbone's)")
-    parser.add_argument(
-        "--batch", "--batch-size", type=int, default=32, metavar="N", help="images per step, at least 2 (default: 32)"
-    )
+    parser.add_argument("--batch", type=int, default=32, metavar="N", help="images per step, at least 2 (default: 32)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto (default: cpu)")
     parser.add_argument("--threads", type=int, metavar="N", help="compute threads (default: torch's choice)")
     parser.add_argument(
@@ -46,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--storages", nargs="+", metavar="NAME", help="storages of the BSR cases (default: all)")
     parser.add_argument(
         "--cases",
-        "--only",
         nargs="+",
         metavar="SUBJECT",
         help="only these: timm, explicit, full, bsr, moe_full, moe_bsr, moe_ffn, dense_ffn. A target that needs "
@@ -58,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--picture", type=Path, default=Path("scaling.png"), metavar="FILE", help=help)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     help = "measure nothing, and show the output of an earlier --json"
-    parser.add_argument("--from-json", "--read", type=Path, metavar="FILE", help=help)
+    parser.add_argument("--from-json", type=Path, metavar="FILE", help=help)
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
 
 
