@@ -3,7 +3,7 @@
 from statistics import fmean
 from typing import Any
 
-from moe_bsr.benchmark.method_targets import judge
+from moe_bsr.benchmark import method_targets, targets
 from moe_bsr.evaluation.metrics import over_seeds
 from moe_bsr.runtime.text_tables import as_markdown as markdown_table
 from moe_bsr.runtime.text_tables import as_text as text_table
@@ -53,8 +53,8 @@ accuracies of that backbone and task are on file.
 
 def as_text(results: Results) -> str:
     parts = [f"{heading(result)}\n{text_table(rows(result))}" for result in results.values()]
-    if targets := judge(results):
-        parts.append(text_table(targets))
+    if judged := _judged(results):
+        parts.append(text_table(targets.table(judged)))
     return "\n\n".join(parts)
 
 
@@ -64,11 +64,15 @@ def as_markdown(results: Results) -> str:
         made = _made(name, result) + _about_accuracy(result)
         parts.append(f"## {heading(result)}\n\n{made}\n\n{markdown_table(rows(result))}\n")
         parts.append(_legend(result))
-    if targets := judge(results):
+    if judged := _judged(results):
         about = "DeiT-S, 224 px, 32 images, measured. Methods are compared with figures in fp32, also those in bf16."
-        parts.append(f"## Targets\n\n{about}\n\n{markdown_table(targets)}\n")
+        parts.append(f"## Targets\n\n{about}\n\n{markdown_table(targets.table(judged))}\n")
     parts.append(f"{PUBLISHED.strip()}\n\n{markdown_table(_published(results))}")
     return "\n".join(parts)
+
+
+def _judged(results: Results) -> list[dict[str, Any]]:
+    return targets.judge(method_targets.TARGETS, method_targets.measured(results))
 
 
 def rows(result: dict[str, Any]) -> list[list[str]]:

@@ -1,80 +1,72 @@
-"""Targets for the memory of an update on DeiT-S with 32 images, and whether measured methods reach them."""
+"""Targets for the memory of an update on DeiT-S with 32 images, judged on results of compare-methods."""
 
+import re
 from collections.abc import Callable
 from typing import Any
+
+from moe_bsr.benchmark.targets import Measurement, Target
 
 MIB = 2**20
 SLOWEST = 1.25  # largest time over the reference of a method that counts
 NEAR = 0.99  # smallest cosine of gradients of a method that counts
 BACKBONE, BATCH = "deit_small_patch16_224", 32
+Methods = dict[str, dict[str, dict[str, Any]]]  # train_info by precision and method
 
 
-def judge(results: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """Return one row per target and precision whose methods were measured, below a row of titles; empty without any.
-
-    What a method is compared with was always measured in fp32.
-    """
-    methods: dict[str, dict[str, dict[str, Any]]] = {"fp32": {}}  # train_info by precision and method
+def measured(results: dict[str, dict[str, Any]]) -> Methods:
+    """Collect the methods measured on this backbone with this batch size from results by file name."""
+    methods: Methods = {}
     for result in results.values():
         base, precision = result["base"], result["environment"]["precision"]
         if base["backbone"]["name"].partition(".")[0] == BACKBONE and base["train"]["batch_size"] == BATCH:
-            of_precision = methods.setdefault(precision, {})
-            of_precision |= {name: row["train_info"] for name, row in result["methods"].items()}
-    rows = [
-        [what, precision, *row]
-        for what, *target in TARGETS
-        for precision, measured in methods.items()
-        # In bf16 the kept bytes also contain copies of weights, whatever the number of images.
-        if (precision == "fp32" or "peak_bytes" in target)
-        and (row := _row(measured, methods["fp32"], *target)) is not None
-    ]
-    titles = ["what", "in", "beside", "must reach", "reaches", "by", "predicted", "time", "reached"]
-    return [titles, *rows] if rows else []
+            named = {name: row["train_info"] for name, row in result["methods"].items()}
+            methods.setdefault(precision, {}).update(named)
+    return methods
 
 
-def _row(
-    methods: dict[str, dict[str, Any]],
-    anchors: dict[str, dict[str, Any]],
-    anchor: str | None,
-    ours: Callable[[str], bool],
-    of: str,
-    limit: float,
-    slowest: float | None,
-) -> list[str] | None:
-    fast = [name for name in methods if ours(name) and _counts(methods[name], slowest)]
-    if not fast or anchor is not None and anchor not in anchors:
-        return None
-    best = min(fast, key=lambda name: methods[name]["cost"][of]["measured"])
-    sizes, time = methods[best]["cost"][of], methods[best].get("time")
-    off = f"{100 * (sizes['predicted'] / sizes['measured'] - 1):+.2f} %"
-    if anchor is None:
-        value, reached = f"{sizes['measured'] / MIB:.2f} MiB", sizes["measured"] <= limit * MIB
-        asked = f"at most {limit:g} MiB"
-    else:
-        ratio = anchors[anchor]["cost"][of]["measured"] / sizes["measured"]
-        value, reached, asked = f"{ratio:.1f}x", ratio >= limit, f"{limit:g}x less"
-    told = f"{time['ratio']:.2f}" if time else "-"
-    return [anchor or "-", asked, value, best, off, told, "yes" if reached else "no"]
+def least(
+    of: str, names: str, precision: str, anchor: str | None = None, slowest: float | None = None
+) -> Callable[[Methods], Measurement]:
+    """Return a function that finds the method with the least memory.
+
+    Args:
+        of: quantity. names: regular expression for the methods that count. slowest: most time over the reference.
+        anchor: method in fp32 whose memory is divided by the least. Without one the value is the least, in MiB.
+    """
+
+    def value(methods: Methods) -> Measurement:
+        found = {
+            name: info
+            for name, info in methods[precision].items()
+            if re.fullmatch(names, name) and _is_good(info, slowest)
+        }
+        best = min(found, key=lambda name: found[name]["cost"][of]["measured"])
+        sizes, time = found[best]["cost"][of], found[best].get("time")
+        off = 100 * (sizes["predicted"] / sizes["measured"] - 1)
+        detail = f"{best}, predicted {off:+.2f} %" + (f", time {time['ratio']:.2f}" if time else "")
+        if anchor is None:
+            return Measurement(sizes["measured"] / MIB, detail)
+        return Measurement(methods["fp32"][anchor]["cost"][of]["measured"] / sizes["measured"], f"{anchor} / {detail}")
+
+    return value
 
 
-def _counts(info: dict[str, Any], slowest: float | None) -> bool:
+def _is_good(info: dict[str, Any], slowest: float | None) -> bool:
     near = (info.get("gradient") or {"cosine": 1.0})["cosine"] >= NEAR
     return near and (slowest is None or "time" not in info or info["time"]["ratio"] <= slowest)
 
 
-def _bsr(name: str) -> bool:
-    return name.startswith("bsr")
-
-
-def _moe(name: str) -> bool:
-    return name.startswith("moe_bsr") and "low_rank" not in name
-
-
-# what, anchor, which methods count, quantity, must reach, slowest step that counts
-TARGETS: list[tuple[str, str | None, Callable[[str], bool], str, float, float | None]] = [
-    ("peak of an update, BSR", "timm_full", _bsr, "peak_bytes", 12.0, SLOWEST),
-    ("peak of an update, MoE-BSR", "moe_full", _moe, "peak_bytes", 5.0, None),
-    ("the same with low-rank experts", "moe_full", lambda name: "low_rank" in name, "peak_bytes", 12.0, None),
-    ("kept of an image, BSR", "timm_full", _bsr, "kept_bytes", 400.0, None),
-    ("kept of an image, BSR, exact", None, lambda name: name == "bsr", "kept_bytes", 9.4, None),
+TARGETS = [
+    *(
+        Target(f"{what}, {precision}", limit, least("peak_bytes", names, precision, anchor, slowest))
+        for what, limit, names, anchor, slowest in (
+            ("peak of an update, BSR", 12, "bsr.*", "timm_full", SLOWEST),
+            ("peak of an update, MoE-BSR", 5, "moe_bsr(?!.*low_rank).*", "moe_full", None),
+            ("the same with low-rank experts", 12, ".*low_rank.*", "moe_full", None),
+        )
+        for precision in ("fp32", "bf16")
+    ),
+    # Only fp32: in bf16 the kept bytes also contain copies of weights, whatever the number of images.
+    Target("kept of an image, BSR", 400, least("kept_bytes", "bsr.*", "fp32", "timm_full")),
+    Target("kept of an image, BSR, exact", 9.4, least("kept_bytes", "bsr", "fp32"), at_least=False, unit=" MiB"),
 ]

@@ -27,23 +27,6 @@ def of_cases(results: Results, group: str, batch: int) -> list[list[str]]:
     return rows
 
 
-def of_targets(judged: list[dict[str, Any]]) -> list[list[str]]:
-    rows = [["what", "published", "bound", "must reach", "measured", "reached", "detail"]]
-    for row in judged:
-        rows.append(
-            [
-                row["what"],
-                row["published"],
-                row["bound"],
-                row["target"],
-                f"{row['value']:.2f}x",
-                "yes" if row["reached"] else "no",
-                row["detail"],
-            ]
-        )
-    return rows
-
-
 def of_scaling(points: list[dict[str, Any]], name: str) -> list[list[str]]:
     """Return one row per point of a sweep: median, fastest and slowest step, peak, and bytes kept for backward."""
     rows = [[name, "step ms", "fastest", "slowest", "peak MiB", "kept MiB"]]

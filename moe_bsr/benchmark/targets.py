@@ -1,8 +1,8 @@
-"""Targets of the benchmark: for each ratio the published value, the bound, and the limit that ours must reach."""
+"""Targets: limits that measured figures must reach, with published values and bounds. Those of the benchmark."""
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 FAST = 12  # speed-up over stock timm from which a storage counts in `memory_gain`
@@ -11,16 +11,16 @@ Results = dict[str, dict[str, dict[str, Any]]]  # group -> case -> {"seconds": .
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """A measured ratio.
+    """A measured figure.
 
     Attributes:
-        detail: the cases that are compared, for the table. others: the same ratio for all other cases, by name.
+        detail: the cases that are compared, for the table. others: the same figure for all other cases, by name.
         holds: whether the target's other conditions are met.
     """
 
     value: float
     detail: str
-    others: dict[str, float]
+    others: dict[str, float] = field(default_factory=dict)
     holds: bool = True
 
 
@@ -29,18 +29,60 @@ class Target:
     """One target, a row of the table.
 
     Attributes:
-        what: title. published: value from the literature, or "".
-        bound: limit that no implementation can pass, or "".
-        limit: the goal. at_least: True if the ratio must not be below it (a gain), False if not above it (a cost).
-        value: computes the measurement from the results of a benchmark run.
+        what: title. limit: the goal, in `unit`.
+        value: computes the measurement from the results. Raises KeyError or ValueError if its cases were left out.
+        at_least: True if the figure must not be below the limit (a gain), False if not above it (a cost).
+        published: value from the literature, or "". bound: limit that no implementation can pass, or "".
     """
 
     what: str
-    published: str
-    bound: str
     limit: float
-    at_least: bool
-    value: Callable[[Results], Measurement]
+    value: Callable[[Any], Measurement]
+    at_least: bool = True
+    published: str = ""
+    bound: str = ""
+    unit: str = "x"
+
+
+def judge(targets: list[Target], results: Any) -> list[dict[str, Any]]:
+    """Return a row for each target whose cases were run."""
+    rows = []
+    for target in targets:
+        try:
+            measured = target.value(results)
+        except (KeyError, ValueError):  # its cases were left out
+            continue
+        within = measured.value >= target.limit if target.at_least else measured.value <= target.limit
+        rows.append(
+            {
+                "what": target.what,
+                "published": target.published,
+                "bound": target.bound,
+                "target": f"{'>=' if target.at_least else '<='} {target.limit:g}{target.unit}",
+                "value": measured.value,
+                "unit": target.unit,
+                "reached": measured.holds and within,
+                "detail": measured.detail,
+                "others": measured.others,
+            }
+        )
+    return rows
+
+
+def table(judged: list[dict[str, Any]]) -> list[list[str]]:
+    """Return the rows of `judge` as text, below a row of titles. Empty columns are left out."""
+    titles = ["what", "published", "bound", "must reach", "measured", "reached", "detail"]
+    texts = [
+        [
+            *(row[key] for key in ("what", "published", "bound", "target")),
+            f"{row['value']:.2f}{row['unit']}",
+            "yes" if row["reached"] else "no",
+            row["detail"],
+        ]
+        for row in judged
+    ]
+    filled = [i for i in range(len(titles)) if any(row[i] for row in texts)]
+    return [[row[i] for i in filled] for row in (titles, *texts)]
 
 
 def step_seconds(results: Results, group: str, case: str) -> float:
@@ -113,7 +155,7 @@ def products_share(case: str) -> Callable[[Results], Measurement]:
     def value(results: Results) -> Measurement:
         products = results["fp32"][case]["products"]
         share = products["seconds"] / step_seconds(results, "fp32", case)
-        return Measurement(share, f"{case}: {products['flops'] / 1e9:.0f} GFLOPs in products a step", {})
+        return Measurement(share, f"{case}: {products['flops'] / 1e9:.0f} GFLOPs in products a step")
 
     return value
 
@@ -121,100 +163,70 @@ def products_share(case: str) -> Callable[[Results], Measurement]:
 TARGETS = [
     Target(
         "BSR step bf16 against stock timm full fine-tuning fp32",
-        "2.43x (GPU)",
-        "",
         15,
-        True,
         gain("fp32", "timm fp32 stock", "bsr bf16"),
+        published="2.43x (GPU)",
     ),
-    Target("both bf16, against stock timm", "", "", 6, True, gain("bf16", "timm bf16 stock", "bsr bf16")),
-    Target("both fp32, against stock timm", "", "", 4.8, True, gain("fp32", "timm fp32 stock", "bsr fp32")),
+    Target("both bf16, against stock timm", 6, gain("bf16", "timm bf16 stock", "bsr bf16")),
+    Target("both fp32, against stock timm", 4.8, gain("fp32", "timm fp32 stock", "bsr fp32")),
     Target(
         "the method's own gain: BSR against our full fine-tuning, bf16",
-        "",
-        "3.64x by FLOPs",
         3.4,
-        True,
         gain("bf16", "full bf16", "bsr bf16"),
+        bound="3.64x by FLOPs",
     ),
-    Target("the same in fp32", "", "3.64x by FLOPs", 3.4, True, gain("fp32", "full fp32", "bsr fp32")),
+    Target("the same in fp32", 3.4, gain("fp32", "full fp32", "bsr fp32"), bound="3.64x by FLOPs"),
     Target(
         "MoE-BSR against our MoE baseline, bf16",
-        "2.3x by FLOPs",
-        "3.52x by FLOPs",
         3.2,
-        True,
         gain("experts bf16", "moe_full bf16", "moe_bsr bf16"),
+        published="2.3x by FLOPs",
+        bound="3.52x by FLOPs",
     ),
     Target(
         "the same in fp32",
-        "2.3x by FLOPs",
-        "3.52x by FLOPs",
         3.2,
-        True,
         gain("experts fp32", "moe_full fp32", "moe_bsr fp32"),
+        published="2.3x by FLOPs",
+        bound="3.52x by FLOPs",
     ),
     Target(
         "MoE FFN forward + backward against a dense one of equal products, bf16",
-        "1.2-2.2x",
-        "1",
         1.25,
-        False,
         gain("experts bf16", "moe_ffn bf16", "dense_ffn bf16"),
+        at_least=False,
+        published="1.2-2.2x",
+        bound="1",
     ),
-    Target("the same in fp32", "1.2-2.2x", "1", 1.25, False, gain("experts fp32", "moe_ffn fp32", "dense_ffn fp32")),
+    Target(
+        "the same in fp32",
+        1.25,
+        gain("experts fp32", "moe_ffn fp32", "dense_ffn fp32"),
+        at_least=False,
+        published="1.2-2.2x",
+        bound="1",
+    ),
     Target(
         "activation bytes kept per image: stock timm fp32 against ours, step >= 12x faster",
-        "62x (WASI)",
-        "",
         100,
-        True,
         memory_gain,
+        published="62x (WASI)",
     ),
     Target(
         "peak of a BSR training step against a no_grad forward, weights in both",
-        "",
-        "1",
         1.25,
-        False,
         peak_ratio("fp32", "bsr bf16"),
+        at_least=False,
+        bound="1",
     ),
-    Target("the same in fp32", "", "1", 1.25, False, peak_ratio("fp32", "bsr fp32")),
-    Target("the same for MoE-BSR, bf16", "", "1", 1.5, False, peak_ratio("experts bf16", "moe_bsr bf16")),
-    Target("the same for MoE-BSR, fp32", "", "1", 1.5, False, peak_ratio("experts fp32", "moe_bsr fp32")),
+    Target("the same in fp32", 1.25, peak_ratio("fp32", "bsr fp32"), at_least=False, bound="1"),
+    Target("the same for MoE-BSR, bf16", 1.5, peak_ratio("experts bf16", "moe_bsr bf16"), at_least=False, bound="1"),
+    Target("the same for MoE-BSR, fp32", 1.5, peak_ratio("experts fp32", "moe_bsr fp32"), at_least=False, bound="1"),
     Target(
         "best isolated times of the step's own products / step time, BSR bf16",
-        "",
-        "1",
         0.7,
-        True,
         products_share("bsr bf16"),
+        bound="1",
     ),
-    Target("the same in fp32", "", "1", 0.7, True, products_share("bsr fp32")),
+    Target("the same in fp32", 0.7, products_share("bsr fp32"), bound="1"),
 ]
-
-
-def judge(results: Results) -> list[dict[str, Any]]:
-    """Return a row for each target whose cases were run."""
-    rows = []
-    for target in TARGETS:
-        try:
-            measured = target.value(results)
-        except (KeyError, ValueError):  # its cases were left out
-            continue
-        reached = measured.holds and (
-            measured.value >= target.limit if target.at_least else measured.value <= target.limit
-        )
-        rows.append(
-            {
-                "what": target.what,
-                "published": target.published,
-                "bound": target.bound,
-                "target": f"{'>=' if target.at_least else '<='} {target.limit:g}x",
-                "value": measured.value,
-                "reached": reached,
-                "detail": measured.detail,
-                "others": measured.others,
-            }
-        )
-    return rows

@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", default="deit_small_patch16_224", help="a timm VisionTransformer")
     parser.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the images (default: the backbone's)")
-    parser.add_argument(
-        "--batch", "--batch-size", type=int, default=32, metavar="N", help="images per step, at least 2 (default: 32)"
-    )
+    parser.add_argument("--batch", type=int, default=32, metavar="N", help="images per step, at least 2 (default: 32)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto (default: cpu)")
     parser.add_argument("--threads", type=int, metavar="N", help="compute threads (default: torch's choice)")
     parser.add_argument(
@@ -46,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--storages", nargs="+", metavar="NAME", help="storages of the BSR cases (default: all)")
     parser.add_argument(
         "--cases",
-        "--only",
         nargs="+",
         metavar="SUBJECT",
         help="only these: timm, explicit, full, bsr, moe_full, moe_bsr, moe_ffn, dense_ffn. A target that needs "
@@ -58,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--picture", type=Path, default=Path("scaling.png"), metavar="FILE", help=help)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     help = "measure nothing, and show the output of an earlier --json"
-    parser.add_argument("--from-json", "--read", type=Path, metavar="FILE", help=help)
+    parser.add_argument("--from-json", type=Path, metavar="FILE", help=help)
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
 
 
@@ -115,7 +112,7 @@ def measure(arguments: argparse.Namespace) -> dict:
 
 def compare(groups: "dict[str, list[Case]]", arguments: argparse.Namespace) -> dict:
     """Measure time and memory of every case of every group, and compare the figures with the targets."""
-    from moe_bsr.benchmark.targets import judge
+    from moe_bsr.benchmark.targets import TARGETS, judge
     from moe_bsr.config import require
 
     results: dict[str, dict[str, dict]] = {}
@@ -127,7 +124,7 @@ def compare(groups: "dict[str, list[Case]]", arguments: argparse.Namespace) -> d
             note(f"{name}: left out: {error}")
             results[name] = {}
     require(any(results.values()), "--cases", arguments.cases, "no group of cases could be run, see above")
-    return {"groups": results, "targets": judge(results)}
+    return {"groups": results, "targets": judge(TARGETS, results)}
 
 
 def run_group(cases: "list[Case]", arguments: argparse.Namespace) -> dict[str, dict]:
@@ -148,8 +145,8 @@ def run_group(cases: "list[Case]", arguments: argparse.Namespace) -> dict[str, d
 
 def tables(result: dict, markdown: bool) -> str:
     """Format a result of this command as tables."""
-    from moe_bsr.benchmark.tables import of_cases, of_scaling, of_targets
-    from moe_bsr.benchmark.targets import judge
+    from moe_bsr.benchmark import targets
+    from moe_bsr.benchmark.tables import of_cases, of_scaling
     from moe_bsr.runtime.text_tables import as_markdown, as_text
 
     draw = as_markdown if markdown else as_text
@@ -163,8 +160,8 @@ def tables(result: dict, markdown: bool) -> str:
             draw([[name, "ms a step", "calls"], *([operator, f"{ms:.1f}", str(calls)] for operator, ms, calls in rows)])
             for name, rows in spots.items()
         ]
-    if judged := judge(groups):
-        blocks.append(as_markdown(of_targets(judged)) if markdown else "\n".join(target_table(judged)))
+    if judged := targets.judge(targets.TARGETS, groups):
+        blocks.append(as_markdown(targets.table(judged)) if markdown else "\n".join(target_table(judged)))
     return "\n\n".join(blocks)
 
 
@@ -174,7 +171,7 @@ def target_table(rows: list[dict]) -> list[str]:
         known = ", ".join(f"{key} {row[key]}" for key in ("published", "bound") if row[key])
         verdict = "reached" if row["reached"] else "missed"
         lines += [
-            f"{verdict:<7}  {row['value']:>7.2f}x  {row['target']:<8}  {row['what']}"
+            f"{verdict:<7}  {row['value']:>7.2f}{row['unit']}  {row['target']:<8}  {row['what']}"
             + (f" ({known})" if known else ""),
             f"{'':<29}{row['detail']}",
         ]

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="NAME", help=help)
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="(default: the configuration's)")
     help = "folder for the runs (default: runs/NAME_budgets)"
-    parser.add_argument("--run", "--run-dir", type=Path, metavar="DIR", help=help)
+    parser.add_argument("--run", type=Path, metavar="DIR", help=help)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON instead of the table")
     form.add_argument("--markdown", action="store_true", help="print a Markdown table")

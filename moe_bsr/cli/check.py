@@ -29,7 +29,7 @@ EXAMPLES = 5
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("tasks", metavar="TASK", nargs="+", help="name of a task (see moe-bsr tasks), or a task file")
     help = "folder of the datasets (default: data)"
-    parser.add_argument("--root", "--data-root", type=Path, default=Path("data"), metavar="DIR", help=help)
+    parser.add_argument("--root", type=Path, default=Path("data"), metavar="DIR", help=help)
     parser.add_argument("--json", action="store_true", help="print a list of JSON objects instead of text")
 
 

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help = "memory of the whole process, such as 900MB or 2GB (default: nine tenths of what is free)"
     parser.add_argument("--memory", metavar="SIZE", help=help)
     help = "new folder for the runs (default: runs/NAME_fit)"
-    parser.add_argument("--run", "--run-dir", type=Path, metavar="DIR", help=help)
+    parser.add_argument("--run", type=Path, metavar="DIR", help=help)
     parser.add_argument("--no-test", action="store_true", help="do not score the test split")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
 

@@ -30,7 +30,7 @@ IMAGES_AT_ONCE = 256  # encoded images that are in memory at a time
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("task", metavar="TASK", help="name of a task (see moe-bsr tasks), or a task file")
     help = "folder of the datasets (default: data)"
-    parser.add_argument("--root", "--data-root", type=Path, default=Path("data"), metavar="DIR", help=help)
+    parser.add_argument("--root", type=Path, default=Path("data"), metavar="DIR", help=help)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write to (default: the data root)")
     help = "resize images whose shorter side is longer than this (default: 256)"
     parser.add_argument("--short-side", type=at_least(1), default=256, metavar="PIXELS", help=help)

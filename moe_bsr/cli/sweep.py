@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=help)
     parser.add_argument("--config", metavar="FILE", help="configuration of the arms that do not name one")
     help = "folder for the runs (default: runs/NAME_sweep)"
-    parser.add_argument("--run", "--run-dir", type=Path, metavar="DIR", help=help)
+    parser.add_argument("--run", type=Path, metavar="DIR", help=help)
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="(default: those of the file)")
     parser.add_argument("--arms", nargs="+", metavar="NAME", help="only these, with the baseline (default: all)")
     updates = "updates of each task (default: those of the file)"

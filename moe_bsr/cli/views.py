@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help = "images per task whose patches are drawn (default: 4)"
     parser.add_argument("--images", type=at_least(1), default=4, metavar="N", help=help)
     help = "images per task for masking experts; 0 leaves this out (default: 256)"
-    parser.add_argument("--ablation-images", "--ablate", type=at_least(0), default=256, metavar="N", help=help)
+    parser.add_argument("--ablation-images", type=at_least(0), default=256, metavar="N", help=help)
     parser.add_argument("--port", default="default", help="port of TensorBoard (default: 6006 or the next free one)")
 
 

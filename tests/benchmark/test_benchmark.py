@@ -132,7 +132,7 @@ def made_up(**seconds: float) -> targets.Results:
 
 
 def rows(results: targets.Results) -> dict[str, dict]:
-    return {row["what"].split(",")[0].split(":")[0]: row for row in targets.judge(results)}
+    return {row["what"].split(",")[0].split(":")[0]: row for row in targets.judge(targets.TARGETS, results)}
 
 
 def test_targets_are_judged_and_rows_of_absent_cases_are_left_out():

@@ -50,7 +50,7 @@ def address(run, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "log"
     with log.open("w") as stream:
         tool = subprocess.Popen(
-            [sys.executable, TOOL, run, *"--images 1 --ablate 4 --port 0".split()],
+            [sys.executable, TOOL, run, *"--images 1 --ablation-images 4 --port 0".split()],
             stdout=stream,
             stderr=stream,
             start_new_session=True,

@@ -21,7 +21,7 @@ def test_json_has_the_step_times_of_every_round_and_tables_are_printed_from_it(c
 
 
 def test_what_cannot_be_measured_is_refused(capsys, tmp_path):
-    assert main(["benchmark", "--read", str(tmp_path / "absent.json")]) == 2
-    assert main(["benchmark", *TINY, "--only", "nothing"]) == 2
+    assert main(["benchmark", "--from-json", str(tmp_path / "absent.json")]) == 2
+    assert main(["benchmark", *TINY, "--cases", "nothing"]) == 2
     assert main(["benchmark", "--batch", "1"]) == 2
     assert "--batch = 1: at least 2" in capsys.readouterr().err

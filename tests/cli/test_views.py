@@ -33,7 +33,7 @@ SHORT = {"train__steps": 2, "train__evaluate_test": False, "train__pictures": Fa
 
 
 def draw(run: Path, *arguments: str) -> None:
-    assert main(["views", str(run), "--no-serve", "--images", "2", "--ablate", "8", *arguments]) == 0
+    assert main(["views", str(run), "--no-serve", "--images", "2", "--ablation-images", "8", *arguments]) == 0
 
 
 @pytest.fixture(scope="module", params=KINDS)
