@@ -18,7 +18,7 @@ import numpy as np
 
 from moe_bsr.config import ConfigError
 from moe_bsr.data import Split, TaskData, TaskSpec
-from moe_bsr.data.spec import ImageSource, spec_from
+from moe_bsr.data.spec import ImageSource
 from moe_bsr.data.splits import SPLITS, image_key
 from moe_bsr.runs import checkpoint
 from moe_bsr.runtime import files
@@ -86,9 +86,7 @@ def write(run: Path, data: TaskData) -> dict[str, Any]:
 
 def problem(about: dict[str, Any]) -> str | None:
     """Check the form of a task's entry that `write` made, read from a file. Return what is wrong with it, or None."""
-    if "splits" not in about:
-        return None  # written by an older version
-    splits = about["splits"]
+    splits = about.get("splits")
     for name in SPLITS:
         split = splits.get(name) if isinstance(splits, dict) else None
         if not isinstance(split, dict) or not isinstance(split.get("images"), int) or "sha256" not in split:
@@ -96,17 +94,12 @@ def problem(about: dict[str, Any]) -> str | None:
     return None if isinstance(about.get("spec"), dict) else "spec holds no keys and values"
 
 
-def recorded_spec(task: str, about: dict[str, Any]) -> TaskSpec | None:
-    """Return a task's specification from its entry that `write` made. None for a run of an older version."""
-    return spec_from(task, about["spec"]) if "spec" in about else None
-
-
 def check_spec(run: Path, spec: TaskSpec, about: dict[str, Any]) -> None:
     """Raise ConfigError if a task's file has changed since the run began.
 
     Keys that tell where the images are may change (`may_change`), since the images themselves are compared.
     """
-    then, now = about.get("spec", {}), _keys(spec)
+    then, now = about["spec"], _keys(spec)
     for key in sorted(now.keys() - set(spec.may_change)):
         if key in then and then[key] != now[key]:
             raise ConfigError(
@@ -136,9 +129,6 @@ def follow(run: Path, data: TaskData, about: dict[str, Any]) -> tuple[TaskData, 
             f"task {data.name}: its data now have other classes than the run was trained on: "
             f"{what or 'in another order'} ({data.origin})"
         )
-    if "splits" not in about:
-        unknown = Changes(other="unknown, since the run's older version did not record its images")
-        return data, dict.fromkeys(SPLITS, unknown)
     current = {name: _listed(split) for name, split in _splits(data).items()}
     moved = [name for name in SPLITS if _sha256(current[name]) != about["splits"][name]["sha256"]]
     if not moved:

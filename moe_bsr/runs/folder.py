@@ -20,6 +20,7 @@ from moe_bsr.config import Config, ConfigError
 from moe_bsr.config.schema import AUGMENT_KEYS
 from moe_bsr.config.train import LENGTHS
 from moe_bsr.data import ImageTransforms, TaskData, TaskSpec, load_spec, load_task
+from moe_bsr.data.spec import spec_from
 from moe_bsr.model.backbones import family_of
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.runs import checkpoint, data_record, kept_tasks, ordinary, report
@@ -164,9 +165,9 @@ def _spec(name: str, file: str, before: dict[str, dict[str, Any]]) -> TaskSpec:
     try:
         return load_spec(file)
     except FileNotFoundError:
-        if (spec := data_record.recorded_spec(name, before.get(name, {}))) is None:
+        if name not in before:
             raise
-        return spec
+        return spec_from(name, before[name]["spec"])
 
 
 def _data_root(config: Config, recorded: dict[str, Any]) -> str:

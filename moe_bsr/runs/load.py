@@ -18,6 +18,7 @@ from torch import Tensor
 from moe_bsr.config import Config, ConfigError
 from moe_bsr.config.reader import nearest
 from moe_bsr.data import ImageTransforms, TaskData
+from moe_bsr.data.spec import spec_from
 from moe_bsr.model.multitask import MultitaskViT, build, build_on_meta
 from moe_bsr.runs import archive, checkpoint, contents, data_record, ordinary, rejection, shared_form
 from moe_bsr.runs.config_file import read_config
@@ -65,7 +66,7 @@ class TrainedRun:
         """
         if task not in self._data:
             about = self.recorded[task]
-            spec = data_record.recorded_spec(task, about) or self.config.task_files()[task]
+            spec = spec_from(task, about["spec"])
             own = about.get("data_root", "")  # only for a task that was trained in another run
             data = open_task(self.config, spec, own if Path(own).is_dir() and own else self.data_root)
             folder = self.run / task if self.config.mode == "single_task" else self.run

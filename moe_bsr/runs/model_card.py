@@ -97,7 +97,7 @@ def _row(about: dict[str, Any], scores: dict[str, Any]) -> list[str]:
         str(scores["n"]) if known else "-",
         f"{scores['val_top1']:.1f}" if "val_top1" in scores else "-",
         f"{scores['chance']:.1f}" if known else "-",
-        _plain(str(about.get("spec", {}).get("license") or "not stated")),
+        _plain(str(about["spec"].get("license") or "not stated")),
     ]
 
 

@@ -158,8 +158,6 @@ def public(config: Config, resolved: dict[str, Any]) -> tuple[Config, dict[str, 
 
 def _public_task(about: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in about.items() if key in ("classes", "splits", "added")}
-    if "spec" not in about:
-        return kept
     spec = {key: Path(value).name if _is_place(value) else value for key, value in about["spec"].items()}
     return kept | {"origin": spec["source"], "spec": spec}
 

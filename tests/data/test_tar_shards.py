@@ -12,6 +12,7 @@ from moe_bsr.data import ImageTransforms, Loader, LostData, UnreadableImage, add
 from moe_bsr.data.check import check_task
 from moe_bsr.data.sources.folder import FolderTask
 from moe_bsr.data.sources.tar import TarTask
+from moe_bsr.data.spec import spec_from
 from moe_bsr.runs import data_record
 
 TRANSFORMS = ImageTransforms(size=16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), crop_pct=1.0)
@@ -235,4 +236,4 @@ def test_a_run_follows_its_images_when_they_move_from_files_to_a_server(root, se
     data_record.check_spec(tmp_path, there.spec, about)
     _, changes = data_record.follow(tmp_path, there, about)
     assert not any(changes.values())
-    assert data_record.recorded_spec("pictures", about) == here.spec
+    assert spec_from("pictures", about["spec"]) == here.spec

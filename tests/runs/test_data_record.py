@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 from tiny_data import save
 from tiny_runs import make_config, replace_task
@@ -250,17 +249,6 @@ def test_a_lost_or_altered_image_record_is_not_trusted(stopped):
         tasks = moe_bsr.load(stopped)
         changed = data_record.follow(stopped, load_task(load_spec("bugs"), root=Path("data")), tasks.recorded["bugs"])
         assert changed[1]["train"].other and changed[1]["train"].lost
-
-
-def test_a_run_without_an_image_record_can_be_tested_but_not_validated(stopped):
-    file = stopped / "config.yaml"
-    tree = yaml.safe_load(file.read_text())
-    about = tree["resolved"]["tasks"]["bugs"]
-    del about["splits"], about["spec"]
-    file.write_text(yaml.safe_dump(tree))
-    with pytest.raises(ConfigError, match="older version"):
-        evaluate(stopped)
-    assert evaluate(stopped, "test")["tasks"]["bugs"]["n"] == 6
 
 
 def test_changed_classes_are_named(config, stopped):
