@@ -94,14 +94,18 @@ def fake_food(root: Path) -> None:
             save(folder / "images" / f"{name}.jpg", number)
 
 
+def _task_file(root: Path, name: str, text: str) -> Path:
+    file = root / f"{name}.yaml"
+    file.write_text(f"{text}\n")
+    return file
+
+
 def folder_task(root: Path, classes=("ant", "bee", "cat"), each=10) -> Path:
     for split, count in (("train", each), ("test", 2)):
         for k, name in enumerate(classes):
             for n in range(count):
                 save(root / "pictures" / split / name / f"{n}.png", 1000 * k + n)
-    file = root / "pictures.yaml"
-    file.write_text("title: Pictures\nsource: folder\npath: pictures\n")
-    return file
+    return _task_file(root, "pictures", "title: Pictures\nsource: folder\npath: pictures")
 
 
 def packed_task(root: Path) -> Path:
@@ -114,9 +118,7 @@ def packed_task(root: Path) -> Path:
         with PackWriter(pack / f"{split}.npz") as writer:
             for i, label in enumerate(source.labels.tolist()):
                 writer.add(encode(source, i, 64, 90), label)
-    file = root / "pack.yaml"
-    file.write_text("title: Pack\nsource: packed\npath: pack\n")
-    return file
+    return _task_file(root, "pack", "title: Pack\nsource: packed\npath: pack")
 
 
 def csv_task(root: Path) -> Path:
@@ -126,9 +128,7 @@ def csv_task(root: Path) -> Path:
             save(root / "photos" / f"{name}{n}.png", 1000 * k + n)
             lines.append(f"photos/{name}{n}.png,{name}")
     (root / "labels.csv").write_text("\n".join(lines))
-    file = root / "table.yaml"
-    file.write_text("title: Table\nsource: csv\npath: labels.csv\n")
-    return file
+    return _task_file(root, "table", "title: Table\nsource: csv\npath: labels.csv")
 
 
 def huggingface_task(root: Path) -> Path:
@@ -136,16 +136,12 @@ def huggingface_task(root: Path) -> Path:
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee"])})
     rows = {"image": [picture(n) for n in range(24)], "label": [n % 2 for n in range(24)]}
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(root / "saved"))
-    file = root / "hub.yaml"
-    file.write_text("title: Hub\nsource: huggingface\npath: saved\n")
-    return file
+    return _task_file(root, "hub", "title: Hub\nsource: huggingface\npath: saved")
 
 
 def torchvision_task(root: Path) -> Path:
     fake_food(root)
-    file = root / "food.yaml"
-    file.write_text("title: Food\nsource: torchvision\ndataset: Food101\n")
-    return file
+    return _task_file(root, "food", "title: Food\nsource: torchvision\ndataset: Food101")
 
 
 def tar_task(root: Path) -> Path:
@@ -154,15 +150,13 @@ def tar_task(root: Path) -> Path:
     ]
     for shard in range(2):
         write_shard(root / f"bugs-{shard}.tar", members[24 * shard : 24 * (shard + 1)])
-    file = root / "bugs.yaml"
-    file.write_text("title: Bugs\nsource: tar\ntrain: bugs-{0..1}.tar\n")
-    return file
+    return _task_file(root, "bugs", "title: Bugs\nsource: tar\ntrain: bugs-{0..1}.tar")
 
 
 def generated_task(root: Path) -> Path:
-    file = root / "petals.yaml"
-    file.write_text("title: Petals\nsource: generated\nfamily: petals\nclasses: 24\ntrain: 60\ntest: 24\n")
-    return file
+    return _task_file(
+        root, "petals", "title: Petals\nsource: generated\nfamily: petals\nclasses: 24\ntrain: 60\ntest: 24"
+    )
 
 
 # Source -> function that writes a few images below the data root and returns their task file.

@@ -3,14 +3,11 @@
 from types import SimpleNamespace
 
 import numpy as np
-import torch
 from tiny_models import CLASSES, make_model, scale_routers
 
 from moe_bsr.data import ImageTransforms
 from moe_bsr.data.task import Split
-from moe_bsr.runtime.device import Runtime
 
-MACHINE = Runtime(torch.device("cpu"), "fp32", 1, "asked for")
 PIPELINE = ImageTransforms(size=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), cache_mb=1)
 
 

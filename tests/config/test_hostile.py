@@ -5,22 +5,15 @@ import typing
 from pathlib import Path
 
 import pytest
+from refusals import refusal
 
-from moe_bsr.config import Config, ConfigError, from_dict, load
+from moe_bsr.config import Config, from_dict, load
 from moe_bsr.config.reader import LARGEST, convert
 from moe_bsr.data import load_spec
 from moe_bsr.data.spec import SOURCES
 from moe_bsr.model.adapters import ADAPTERS
 from moe_bsr.model.routers import ROUTERS
 from moe_bsr.model.storage import STORAGES
-
-
-def refusal(act, *arguments) -> str:
-    with pytest.raises(ConfigError) as error:
-        act(*arguments)
-    message = str(error.value)
-    assert len(message) <= 700 and "\n" not in message and message.isprintable(), message
-    return message
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from refusals import refusal
 
 from moe_bsr.config import Config, ConfigError, dump, from_dict, load, replace, to_dict
 
@@ -14,12 +15,6 @@ def write(folder: Path, name: str, text: str) -> Path:
     path = folder / name
     path.write_text(text)
     return path
-
-
-def refusal(tree: dict) -> str:
-    with pytest.raises(ConfigError) as error:
-        from_dict(tree)
-    return str(error.value)
 
 
 def nested(key: str, value) -> dict:
@@ -189,7 +184,7 @@ def test_a_key_written_twice_is_refused(tmp_path):
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_spelling(tree, words):
-    message = refusal(tree)
+    message = refusal(from_dict, tree)
     assert all(word in message for word in words), message
 
 
@@ -230,7 +225,7 @@ def test_a_wrong_type_is_refused_with_key_value_and_expectation(key, value, expe
         tree = {"tasks": ["a", value]}
     else:
         tree = nested(plain, [value] if "[" in key else value)
-    message = refusal(tree)
+    message = refusal(from_dict, tree)
     assert message.startswith(f"{key} = {value!r}: ") and expected in message, message
 
 
@@ -293,7 +288,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("key, value, allowed", REFUSED)
 def test_an_impossible_value_is_refused_with_what_is_allowed(key, value, allowed):
-    message = refusal(nested(key, value))
+    message = refusal(from_dict, nested(key, value))
     assert message.startswith(f"{key} = ") and allowed in message, message
 
 
@@ -309,20 +304,20 @@ def test_an_impossible_value_is_refused_with_what_is_allowed(key, value, allowed
     ],
 )
 def test_a_value_that_would_fail_late_is_refused_early(key, value):
-    assert refusal(nested(key, value)).startswith(f"{key} = {value!r}")
+    assert refusal(from_dict, nested(key, value)).startswith(f"{key} = {value!r}")
 
 
 @pytest.mark.parametrize("fused_option", ["detach_fusion_weights", "protect_fused"])
 def test_options_of_the_fused_token_need_a_fused_token(fused_option):
-    message = refusal({"tokens": {"fuse": "none", fused_option: True}})
+    message = refusal(from_dict, {"tokens": {"fuse": "none", fused_option: True}})
     assert message.startswith("tokens.fuse = 'none'") and f"tokens.{fused_option}" in message
 
 
 def test_errors_state_the_settings_that_a_probe_needs():
     probe = {"train": {"optimizer": "lbfgs", "steps": 1}, "plan": {"train_blocks": [], "moe_blocks": []}}
-    assert refusal(probe).startswith("data.augment = True: false with train.optimizer = lbfgs")
+    assert refusal(from_dict, probe).startswith("data.augment = True: false with train.optimizer = lbfgs")
     probe |= {"data": {"augment": False}, "adapter": "lora"}
-    assert refusal(probe).startswith("adapter = 'lora': null with train.optimizer = lbfgs")
+    assert refusal(from_dict, probe).startswith("adapter = 'lora': null with train.optimizer = lbfgs")
 
 
 def test_experts_need_no_list_of_trainable_blocks_when_all_train():
@@ -332,7 +327,7 @@ def test_experts_need_no_list_of_trainable_blocks_when_all_train():
 
 def test_top_k_is_checked_against_the_experts_of_the_same_file():
     assert from_dict({"moe": {"num_experts": 2, "top_k": 2}}).moe.top_k == 2
-    assert "1 to moe.num_experts = 2" in refusal({"moe": {"num_experts": 2, "top_k": 4}})
+    assert "1 to moe.num_experts = 2" in refusal(from_dict, {"moe": {"num_experts": 2, "top_k": 4}})
 
 
 def test_a_task_file_gives_the_task_its_name():
@@ -341,10 +336,10 @@ def test_a_task_file_gives_the_task_its_name():
 
 @pytest.mark.parametrize("name", ["v1.5", "", "a/b"])
 def test_a_task_name_that_cannot_be_a_folder_name_is_refused(name):
-    assert refusal({"tasks": [name]}).startswith("tasks")
+    assert refusal(from_dict, {"tasks": [name]}).startswith("tasks")
 
 
 def test_a_folder_without_its_slash_and_a_forgotten_configuration_are_explained():
-    assert "write a folder as photos/birds/, with a slash at its end" in refusal({"tasks": ["photos/birds"]})
+    assert "write a folder as photos/birds/, with a slash at its end" in refusal(from_dict, {"tasks": ["photos/birds"]})
     with pytest.raises(ConfigError, match="no configuration file tasks=...; name one before the overrides"):
         load(Path("tasks=photos/*"))

@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 from tiny_data import encoded, folder_task
 from tiny_shards import served, shards_of, write_shard
+from tiny_tasks import TRANSFORMS
 
-from moe_bsr.data import ImageTransforms, Loader, LostData, UnreadableImage, addresses, fetching, load_task
+from moe_bsr.data import Loader, LostData, UnreadableImage, addresses, fetching, load_task
 from moe_bsr.data.check import check_task
 from moe_bsr.data.sources.folder import FolderTask
 from moe_bsr.data.sources.tar import TarTask
 from moe_bsr.data.spec import spec_from
 from moe_bsr.runs import data_record
-
-TRANSFORMS = ImageTransforms(size=16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), crop_pct=1.0)
 
 
 @pytest.fixture(scope="module")

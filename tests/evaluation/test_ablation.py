@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from tiny_decided import MACHINE, PIPELINE, decided, make_data
+from tiny_decided import PIPELINE, decided, make_data
 from tiny_models import CLASSES, make_vit, normal
+from tiny_tasks import CPU
 
 from moe_bsr.config import Config, MoEConfig, PlanConfig
 from moe_bsr.evaluation.ablation import Ablation, ablate
@@ -45,7 +46,7 @@ def by_hand(model, data, index: int, expert: int) -> np.ndarray:
 def test_ablation_equals_full_forward_passes_with_a_masked_logit(options):
     model = decided(**{"moe_blocks": [1, 3]} | options)
     datasets = {task: make_data(task, count) for task, count in (("one", 11), ("two", 7))}
-    found = ablate(model, datasets, PIPELINE, MACHINE, batch_size=4)
+    found = ablate(model, datasets, PIPELINE, CPU, batch_size=4)
     assert list(found) == model.balance.blocks
     changed = 0
     for row, (task, data) in enumerate(datasets.items()):
@@ -68,7 +69,7 @@ def test_the_model_is_left_as_it_was():
     images = normal(2, 3, 16, 16)
     with torch.inference_mode():
         before = model(images, "one").logits
-        ablate(model, {"one": data}, PIPELINE, MACHINE)
+        ablate(model, {"one": data}, PIPELINE, CPU)
         assert torch.equal(model(images, "one").logits, before)
 
 
@@ -86,7 +87,7 @@ def test_the_model_is_left_as_it_was():
 def test_ablation_is_empty_without_experts_or_with_a_single_expert(config):
     dense = {"plan": PlanConfig(train_blocks=[3], drop_blocks=[], moe_blocks=[])}
     model = MultitaskViT(make_vit(), Config(**dense | config), CLASSES).eval()
-    assert ablate(model, {"one": make_data("one", 3)}, PIPELINE, MACHINE) == {}
+    assert ablate(model, {"one": make_data("one", 3)}, PIPELINE, CPU) == {}
 
 
 def test_lost_points_and_their_significance():

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from tiny_decided import MACHINE, PIPELINE, decided, make_data
+from tiny_decided import PIPELINE, decided, make_data
 from tiny_models import CLASSES, make_model, normal
+from tiny_tasks import CPU
 
 from moe_bsr.evaluation.ablation import Ablation
 from moe_bsr.evaluation.interventions import KINDS, changed, intervene
@@ -66,7 +67,7 @@ def test_shuffling_permutes_the_choices_among_tokens():
 def test_counts_equal_full_forward_passes_and_the_model_is_unchanged():
     model, plain = decided(moe_blocks=[1, 3]), logits(decided(moe_blocks=[1, 3]))
     datasets = {"one": make_data("one", 11), "two": make_data("two", 7)}
-    found = intervene(model, datasets, PIPELINE, MACHINE, batch_size=100)
+    found = intervene(model, datasets, PIPELINE, CPU, batch_size=100)
     assert torch.equal(logits(model), plain)
     for row, (task, data) in enumerate(datasets.items()):
         images = PIPELINE.normalize(next(PIPELINE.eval_batches(data, "val", 100))[0])
@@ -84,7 +85,7 @@ def test_counts_equal_full_forward_passes_and_the_model_is_unchanged():
 @pytest.mark.parametrize("options", [{"moe_blocks": []}, {"moe_blocks": [3], "num_experts": 1, "top_k": 1}])
 def test_there_is_no_result_without_a_choice_of_experts(options):
     model = make_model("class-token", **options).eval()
-    assert intervene(model, {"one": make_data("one", 3)}, PIPELINE, MACHINE) is None
+    assert intervene(model, {"one": make_data("one", 3)}, PIPELINE, CPU) is None
 
 
 def result(lost, gained, tasks=2):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from refusals import refusal
 from timm.layers import SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
 
@@ -11,12 +12,6 @@ from moe_bsr.model.backbones import vit as vit_family
 from moe_bsr.model.backbones.vit import create_on_meta
 
 CLASSES = {"one": 3}
-
-
-def refusal(config: BackboneConfig, act) -> str:
-    with pytest.raises(ConfigError) as error:
-        act(config)
-    return str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +32,7 @@ def refusal(config: BackboneConfig, act) -> str:
     ids=lambda value: value.name if isinstance(value, BackboneConfig) else "",
 )
 def test_an_unsupported_backbone_is_refused_before_it_is_built(config, words):
-    message = refusal(config, create_on_meta)
+    message = refusal(create_on_meta, config)
     assert all(word in message for word in words), message
 
 
@@ -51,17 +46,17 @@ def test_an_unsupported_backbone_is_refused_before_it_is_built(config, words):
     ],
 )
 def test_a_wrong_tag_or_image_size_is_refused_by_its_key(config):
-    message = refusal(config, create_on_meta)
+    message = refusal(create_on_meta, config)
     assert message.startswith("backbone.name" if "." in config.name else "backbone.image_size")
 
 
 def test_a_hybrid_is_refused():
-    assert "hybrid" in refusal(BackboneConfig(name="vit_base_resnet26d_224"), create_on_meta)
+    assert "hybrid" in refusal(create_on_meta, BackboneConfig(name="vit_base_resnet26d_224"))
 
 
 def test_a_swiglu_backbone_works_without_experts():
     name = "vit_giant_patch14_dinov2"
-    message = refusal(BackboneConfig(name=name), lambda c: multitask.MultitaskViT(create_on_meta(c), Config(), CLASSES))
+    message = refusal(lambda c: multitask.MultitaskViT(create_on_meta(c), Config(), CLASSES), BackboneConfig(name=name))
     assert "plan.moe_blocks = 'GluMlp'" in message and "leave plan.moe_blocks empty" in message
     vit = VisionTransformer(
         img_size=8, patch_size=4, embed_dim=8, depth=3, num_heads=2, num_classes=0, mlp_layer=SwiGLUPacked

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from refusals import refusal
 from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from tiny_models import Unsafe
 
-from moe_bsr.config import BackboneConfig, Config, ConfigError, PlanConfig
+from moe_bsr.config import BackboneConfig, Config, PlanConfig
 from moe_bsr.model import multitask
 from moe_bsr.model.backbones import pretrained
 from moe_bsr.model.backbones.pretrained import digest
@@ -42,12 +43,6 @@ def saved(state: dict, path: Path, **metadata: str) -> Path:
     else:
         torch.save(state, path)
     return path
-
-
-def refusal(config: BackboneConfig, act=load) -> str:
-    with pytest.raises(ConfigError) as error:
-        act(config)
-    return str(error.value)
 
 
 # --- weights from files ---
@@ -132,7 +127,7 @@ def test_an_npz_of_the_original_release_loads(tmp_path, state):
 
     del layout["Transformer/encoderblock_3/LayerNorm_2/scale"]
     np.savez(tmp_path / "short.npz", **layout)
-    message = refusal(BackboneConfig(name=NAME, weights=str(tmp_path / "short.npz")))
+    message = refusal(load, BackboneConfig(name=NAME, weights=str(tmp_path / "short.npz")))
     assert "does not fit test_vit" in message and "encoderblock_3/LayerNorm_2/scale" in message
 
 
@@ -224,12 +219,12 @@ def test_a_bundled_file_holds_its_architecture_and_settings(bundled):
 
 
 def test_bundled_weights_are_refused_for_a_backbone_that_is_not_bundled(bundled):
-    message = refusal(BackboneConfig(name=NAME, weights="bundled"))
+    message = refusal(load, BackboneConfig(name=NAME, weights="bundled"))
     assert "backbone.weights = 'bundled'" in message and "our_vit" in message and NAME in message
 
 
 def test_a_bundled_backbone_is_not_on_the_hub(bundled):
-    assert "hub" in refusal(BackboneConfig(name="our_vit", weights="hub"))
+    assert "hub" in refusal(load, BackboneConfig(name="our_vit", weights="hub"))
 
 
 def test_the_packaged_backbone_loads():
@@ -243,7 +238,7 @@ def test_the_packaged_backbone_loads():
 
 
 def test_a_missing_file_is_refused_with_the_allowed_values(tmp_path):
-    message = refusal(BackboneConfig(name=NAME, weights=str(tmp_path / "no.safetensors")))
+    message = refusal(load, BackboneConfig(name=NAME, weights=str(tmp_path / "no.safetensors")))
     assert "no.safetensors" in message and "hub, bundled, random" in message
 
 
@@ -253,7 +248,7 @@ def test_weights_that_do_not_fit_are_refused_with_keys_and_shapes(tmp_path, stat
     wrong["blocks.9.norm1.weight"] = torch.zeros(64)
     wrong["norm.bias"] = torch.zeros(3)
     path = str(saved(wrong, tmp_path / "w.safetensors"))
-    message = refusal(BackboneConfig(name=NAME, weights=path))
+    message = refusal(load, BackboneConfig(name=NAME, weights=path))
     for words in (
         f"backbone.weights = '{path}'",
         f"does not fit {NAME}",
@@ -266,7 +261,7 @@ def test_weights_that_do_not_fit_are_refused_with_keys_and_shapes(tmp_path, stat
 
 def test_weights_whose_prefix_tokens_differ_are_refused_with_shapes(tmp_path, state):
     path = str(saved(dict(state) | {"pos_embed": torch.zeros(1, 11, 64)}, tmp_path / "w.safetensors"))
-    message = refusal(BackboneConfig(name=NAME, weights=path))
+    message = refusal(load, BackboneConfig(name=NAME, weights=path))
     assert "pos_embed is (1, 11, 64), expected" in message
 
 
@@ -274,18 +269,18 @@ def test_other_entries_beside_tensors_are_ignored_and_an_unknown_wrapper_is_repo
     torch.save(dict(state) | {"epoch": 3}, tmp_path / "w.pth")
     load(BackboneConfig(name=NAME, weights=str(tmp_path / "w.pth")))
     torch.save({"mine": dict(state), "yours": dict(state), "epoch": 3}, tmp_path / "w.pth")
-    assert "mine, yours, epoch" in refusal(BackboneConfig(name=NAME, weights=str(tmp_path / "w.pth")))
+    assert "mine, yours, epoch" in refusal(load, BackboneConfig(name=NAME, weights=str(tmp_path / "w.pth")))
 
 
 def test_mismatches_beyond_the_first_three_are_counted(tmp_path, state):
     path = str(saved({"blocks.0.norm1.weight": torch.zeros(64)}, tmp_path / "w.safetensors"))
-    message = refusal(BackboneConfig(name=NAME, weights=path))
+    message = refusal(load, BackboneConfig(name=NAME, weights=path))
     assert f"and {len(without_head(state)) - 1 - 3} more" in message
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path, state):
     path = str(saved(state, tmp_path / "w.safetensors"))
-    message = refusal(BackboneConfig(name="vit_tiny_patch16_224", weights=path))
+    message = refusal(load, BackboneConfig(name="vit_tiny_patch16_224", weights=path))
     assert "does not fit vit_tiny_patch16_224" in message
     assert "missing blocks.6." in message and "expected (" in message  # deeper and wider
 
@@ -300,7 +295,7 @@ def test_a_pickle_that_runs_code_does_not_run_it(tmp_path, state):
 @pytest.mark.parametrize("file", ["w.pth", "w.safetensors", "w.npz"])
 def test_a_damaged_file_is_refused_by_its_name(tmp_path, file):
     (tmp_path / file).write_bytes(b"not weights at all")
-    assert file in refusal(BackboneConfig(name=NAME, weights=str(tmp_path / file)))
+    assert file in refusal(load, BackboneConfig(name=NAME, weights=str(tmp_path / file)))
 
 
 # --- identity of weights ---

@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny_models import make_model, normal
 from tiny_runs import crashed_and_resumed, make_config, make_trainer, watch
+from tiny_tasks import CPU
 
 from moe_bsr.config import ConfigError, TrainConfig, replace
 from moe_bsr.data.loader import Batch
-from moe_bsr.runtime.device import Runtime
 from moe_bsr.training.class_weights import balanced
 from moe_bsr.training.mixing import Mixing
 from moe_bsr.training.optim import learning_rate, make_optimizer
@@ -18,7 +18,6 @@ from moe_bsr.training.pcgrad import PCGrad, projected
 from moe_bsr.training.update import accumulate, multitask_update
 
 pytestmark = pytest.mark.usefixtures("bare")
-RUNTIME = Runtime(torch.device("cpu"), "fp32", 1, "asked for")
 IMAGES = normal(8, 3, 16, 16)
 LABELS = torch.tensor([0, 2, 1, 1, 0, 2, 2, 1])
 
@@ -66,7 +65,7 @@ def test_mixing_depends_only_on_its_key():
 def test_the_loss_is_the_weighted_smoothed_cross_entropy_of_mixed_labels(micro_batches):
     settings = TrainConfig(label_smoothing=0.1, mixup=0.5)
     weights, model = torch.tensor([0.5, 3.0, 1.25]), make_model()
-    update = multitask_update(model, settings, RUNTIME, make_optimizer(model, settings), None, {"one": weights})
+    update = multitask_update(model, settings, CPU, make_optimizer(model, settings), None, {"one": weights})
     mix, mixed_parts = Mixing(settings, {"one": 3}), []
 
     def recording_mix(part, key):
