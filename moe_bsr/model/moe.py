@@ -29,7 +29,8 @@ class Routing:
 
     Attributes:
         experts: (B, N, K) int64 chosen experts, best first.
-        gates: (B, N, K) float32 combine weights, in the graph; 0 for experts that a fixed gate leaves out.
+        gates: (B, N, K) float32 combine weights; 0 for experts that a fixed gate leaves out. In the graph, except with
+            the storages that recompute the whole block.
         probabilities: (B, N, E) float32 softmax over all experts, detached.
         importance: (E,) sum of the kept gates, in the graph (V-MoE, Riquelme et al. 2021, eq. 7).
         load: (E,) number of tokens; in the graph and smooth if there is gate noise, a count otherwise.

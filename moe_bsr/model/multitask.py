@@ -137,7 +137,9 @@ class MultitaskViT(nn.Module):
     def forward_features(
         self, images: Tensor, task: str = "", upto: int | None = None
     ) -> tuple[Tokens, dict[int, Record]]:
-        """Run the embedding and the blocks before the gradient path. There is no graph unless the embedding trains.
+        """Run the embedding and the blocks before the gradient path, without a graph.
+
+        There is a graph if the embedding trains, or if the images require a gradient, as for a saliency map.
 
         The result serves every task: `for task in tasks: model.forward_from(tokens, task)`.
 
@@ -151,7 +153,7 @@ class MultitaskViT(nn.Module):
             raise TypeError(f"images are {images.dtype}: normalize them first, as by run.transforms.normalize")
         if torch.is_grad_enabled() and not self.embedding_trains:
             require_frozen(self, self._stages[: self.path_start + 1])
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.embedding_trains):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (self.embedding_trains or images.requires_grad)):
             tokens = self.family.embed(self.vit, images)
             records: dict[int, Record] = {}
             read = []

@@ -219,6 +219,17 @@ def test_a_trainable_embedding_gets_its_gradient_through_frozen_blocks():
     assert vit.pos_embed.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("storage", ["exact", "recompute"])
+def test_images_get_a_gradient_through_frozen_blocks(storage):
+    found = []
+    for trained in ((), "all"):
+        images = normal(2, 3, 16, 16).requires_grad_()
+        model = make_model(train_blocks=trained, storage=storage)
+        model(images, "one").logits.square().sum().backward()
+        found.append(images.grad)
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("name", ["pos_embed", "blocks.0.norm1.weight"])
 def test_parameters_unfrozen_before_the_gradient_path_are_refused(name):
     model, images = make_model(train_blocks=(1, 3)), normal(2, 3, 16, 16)
