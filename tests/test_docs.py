@@ -1,10 +1,11 @@
-"""The documentation: relative links point to existing files and headings, and the README's lines are short."""
+"""The documentation: relative links have targets, the README's lines are short, and the training loop runs."""
 
 import re
 from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
@@ -48,3 +49,13 @@ def test_relative_links_have_targets(page):
 def test_lines_of_the_readme_are_short():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert not [line for line in lines if len(line) > MAX_COLUMNS and not line.startswith("|")]
+
+
+def test_the_training_loop_of_the_architecture_page_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    (code,) = [each for each in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE) if "loss" in each]
+    images = torch.full((2, 3, 64, 64), 128, dtype=torch.uint8)
+    used = {"batches": [(task, images, torch.tensor([0, 1])) for task in ("petals", "birds")]}
+    exec(code, used)
+    assert all(head.weight in used["optimizer"].state for head in used["model"].heads.values())

@@ -7,13 +7,14 @@ otherwise. No token is dropped for lack of capacity. Shapes:
     T tokens of the micro-batch (images x tokens), D width, E experts, K = top_k
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from timm import layers as timm_layers
 from torch import Tensor, nn
 
-from moe_bsr.config import MoEConfig, require
+from moe_bsr.config import Config, MoEConfig, require
 from moe_bsr.model.experts import Experts
 from moe_bsr.model.layers import Mlp, feed_forward
 from moe_bsr.model.low_rank import LowRankExperts
@@ -28,7 +29,8 @@ class Routing:
 
     Attributes:
         experts: (B, N, K) int64 chosen experts, best first.
-        gates: (B, N, K) float32 combine weights, in the graph; 0 for experts that a fixed gate leaves out.
+        gates: (B, N, K) float32 combine weights; 0 for experts that a fixed gate leaves out. In the graph, except with
+            the storages that recompute the whole block.
         probabilities: (B, N, E) float32 softmax over all experts, detached.
         importance: (E,) sum of the kept gates, in the graph (V-MoE, Riquelme et al. 2021, eq. 7).
         load: (E,) number of tokens; in the graph and smooth if there is gate noise, a count otherwise.
@@ -175,6 +177,18 @@ def smooth_load(clean: Tensor, noisy: Tensor, chosen: Tensor, std: float) -> Ten
     inside = torch.zeros_like(clean, dtype=torch.bool).scatter(1, chosen, True)
     threshold = torch.where(inside, best[:, k:], best[:, k - 1 : k])
     return torch.special.ndtr((clean - threshold) / std).sum(0)
+
+
+def upcycle(blocks: Sequence[nn.Module], config: Config, tasks: list[str]) -> dict[int, float]:
+    """Replace the FFNs of `plan.moe_blocks` by experts. Return each block's `upcycling_error`, none on meta."""
+    errors = {}
+    for index in config.plan.moe_blocks:
+        mlp = blocks[index].mlp
+        moe = MoE(mlp, config.moe, tasks, seed=(config.seed, "block", index))
+        if not mlp.fc1.weight.is_meta:
+            errors[index] = upcycling_error(moe, mlp, blocks[index].norm2, tasks[0])
+        blocks[index].mlp = moe
+    return errors
 
 
 @torch.no_grad()

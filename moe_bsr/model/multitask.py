@@ -21,8 +21,8 @@ from moe_bsr.model.block import Record
 from moe_bsr.model.ladder import make_ladder
 from moe_bsr.model.layers import Linear, adopt
 from moe_bsr.model.merging import spread
-from moe_bsr.model.moe import MoE, Routing, upcycling_error
-from moe_bsr.model.plan import embedding_trains, freeze, gradient_path_start, make_plan
+from moe_bsr.model.moe import MoE, Routing, upcycle
+from moe_bsr.model.plan import embedding_parameters, freeze, gradient_path_start, make_plan, require_frozen
 from moe_bsr.model.replay import replay_of
 from moe_bsr.model.storage import STORAGES
 from moe_bsr.model.tokens import Tokens
@@ -75,9 +75,8 @@ class MultitaskViT(nn.Module):
         self.vit = vit
         self.family = family_of(config.backbone)
         self.image_size = self.family.image_side(vit)
-        has_values = next(vit.parameters()).device.type != "meta"
         if backbone_sha256 is None:
-            backbone_sha256 = digest(vit.state_dict()) if has_values else ""
+            backbone_sha256 = "" if next(vit.parameters()).is_meta else digest(vit.state_dict())
         self.backbone_sha256 = backbone_sha256
         self.replaced: set[str] = set()
         self.init_from: dict[str, Any] | None = None
@@ -89,13 +88,7 @@ class MultitaskViT(nn.Module):
         require(not reserved, "tasks", reserved, "attributes of torch modules cannot name a task: rename its file")
         for layer in vit.blocks:
             adopt(layer)
-        self.upcycling_errors: dict[int, float] = {}
-        for index in config.plan.moe_blocks:
-            mlp = vit.blocks[index].mlp
-            moe = MoE(mlp, config.moe, self.tasks, seed=(config.seed, "block", index))
-            if has_values:
-                self.upcycling_errors[index] = upcycling_error(moe, mlp, vit.blocks[index].norm2, self.tasks[0])
-            vit.blocks[index].mlp = moe
+        self.upcycling_errors = upcycle(vit.blocks, config, self.tasks)
         freeze(vit, config.plan)
         if not config.moe.learns_routers:
             for index in config.plan.moe_blocks:
@@ -122,7 +115,8 @@ class MultitaskViT(nn.Module):
         self.trained_tasks = self.tasks if config.train.only is None else config.train.only
         if config.train.only is not None:
             self._train_only(config.train.only)
-        self.embedding_trains = embedding_trains(vit)
+        self._stages = [embedding_parameters(vit), *(list(layer.parameters()) for layer in vit.blocks)]
+        self.embedding_trains = any(p.requires_grad for p in self._stages[0])
         # Experts depend on the task, and the blocks before the path must not.
         self.path_start = min([gradient_path_start(vit), *config.plan.moe_blocks])
         require(
@@ -143,7 +137,9 @@ class MultitaskViT(nn.Module):
     def forward_features(
         self, images: Tensor, task: str = "", upto: int | None = None
     ) -> tuple[Tokens, dict[int, Record]]:
-        """Run the embedding and the blocks before the gradient path. There is no graph unless the embedding trains.
+        """Run the embedding and the blocks before the gradient path, without a graph.
+
+        There is a graph if the embedding trains, or if the images require a gradient, as for a saliency map.
 
         The result serves every task: `for task in tasks: model.forward_from(tokens, task)`.
 
@@ -155,7 +151,9 @@ class MultitaskViT(nn.Module):
         """
         if not images.is_floating_point():
             raise TypeError(f"images are {images.dtype}: normalize them first, as by run.transforms.normalize")
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.embedding_trains):
+        if torch.is_grad_enabled() and not self.embedding_trains:
+            require_frozen(self, self._stages[: self.path_start + 1])
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (self.embedding_trains or images.requires_grad)):
             tokens = self.family.embed(self.vit, images)
             records: dict[int, Record] = {}
             read = []
@@ -189,6 +187,8 @@ class MultitaskViT(nn.Module):
         # The tokens come in a list that is emptied here. As a plain argument, the caller's frame would keep them alive
         # until the end of the pass.
         tokens, records = start.pop()
+        if task not in self.heads:
+            raise ValueError(f"no task {task!r}: this model has {', '.join(self.tasks)}")
         for index in range(self.path_start, len(self.plan)):
             key = None if noise_key is None else (*noise_key, index)
             tokens = self.run_block(index, tokens, task, key, records)

@@ -158,11 +158,32 @@ def _chosen(module: nn.Module, which: str) -> list[nn.Parameter]:
     return [parameter for each in owned for name, parameter in each if name == "bias"]
 
 
-def embedding_trains(vit: nn.Module) -> bool:
-    """Return whether any parameter before the first block requires a gradient."""
+def embedding_parameters(vit: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters before the first block."""
     later = [vit.blocks, vit.norm, vit.fc_norm, vit.head, vit.attn_pool]
     known = {id(p) for module in later if module is not None for p in module.parameters()}
-    return any(p.requires_grad for p in vit.parameters() if id(p) not in known)
+    return [p for p in vit.parameters() if id(p) not in known]
+
+
+def embedding_trains(vit: nn.Module) -> bool:
+    """Return whether any parameter before the first block requires a gradient."""
+    return any(p.requires_grad for p in embedding_parameters(vit))
+
+
+def require_frozen(model: nn.Module, stages: list[list[nn.Parameter]]) -> None:
+    """Refuse parameters before the gradient path that require a gradient, because they would silently get none.
+
+    Args:
+        stages: parameters of the embedding and of each block before the path.
+    Raises:
+        RuntimeError: `requires_grad` was set after the model was built.
+    """
+    if (trained := next((p for stage in stages for p in stage if p.requires_grad), None)) is not None:
+        name = next(name for name, parameter in model.named_parameters() if parameter is trained)
+        raise RuntimeError(
+            f"{name} requires a gradient, but is before the gradient path, which was decided when the model was built: "
+            "choose what trains with plan.train_blocks instead of requires_grad"
+        )
 
 
 def gradient_path_start(vit: nn.Module) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moe_bsr import ops
@@ -137,6 +138,7 @@ class _Attention(torch.autograd.Function):
         return y, probabilities, logits
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor | None, grad_probabilities: Tensor | None, _: None):
         qkv, column, *fused = ctx.saved_tensors
         bias = None if column is None else column.squeeze(2)

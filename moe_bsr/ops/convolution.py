@@ -8,6 +8,7 @@ trained norm saves nothing either.
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moe_bsr import ops
@@ -80,7 +81,7 @@ class _NormedConvolution(torch.autograd.Function):
         return _convolution(x, _folded(weight, scale, x.dtype), shift.to(x.dtype), conv)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight, scale = ctx.saved_tensors
         needs_x, needs_weight, needs_scale, needs_shift, _ = ctx.needs_input_grad
@@ -120,7 +121,7 @@ class _ReLU(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         (bits,) = ctx.saved_tensors
         return grad * unpack_bits(bits, grad.shape)

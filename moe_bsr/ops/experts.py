@@ -13,6 +13,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moe_bsr import ops
@@ -177,6 +178,7 @@ class _ExpertLoop(torch.autograd.Function):
         return empty_output(x_TD, x_TD.shape[1]) if y_TD is None else y_TD.to(dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_TD: Tensor):
         x_TD, gates_TK1, row_of_assignment, token_of_row, *rest = ctx.saved_tensors
         weights, hidden, gates_TK = rest[:4], rest[4:], gates_TK1.squeeze(2)
@@ -279,6 +281,7 @@ class _BiasOfRows(torch.autograd.Function):
         return bias_EF.to(dtype).index_select(0, expert_R)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_RF: Tensor):
         (expert_R,) = ctx.saved_tensors
         marks_RE = F.one_hot(expert_R, ctx.experts).to(grad_RF.dtype)
@@ -299,6 +302,7 @@ class _Dispatch(torch.autograd.Function):
         return x_TD[token_of_row]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_RD: Tensor):
         (row_of_assignment,) = ctx.saved_tensors
         return grad_RD[row_of_assignment].view(ctx.tokens, -1, grad_RD.shape[1]).sum(1), None, None
@@ -314,6 +318,7 @@ class _Combine(torch.autograd.Function):
         return (gates_TK.to(y_RD.dtype).unsqueeze(1) @ y_TKD).squeeze(1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_TD: Tensor):
         y_RD, gates_TK, row_of_assignment = ctx.saved_tensors
         grad_TD = grad_TD.to(y_RD.dtype)

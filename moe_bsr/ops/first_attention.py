@@ -8,6 +8,7 @@ again in the backward pass.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moe_bsr import ops
@@ -61,6 +62,7 @@ class _FirstAttention(torch.autograd.Function):
         return join_heads(_row(_by_head(q, heads), k, scale, bias) @ v)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         q, kv, column = ctx.saved_tensors
         q, grad = _by_head(q, ctx.heads), _by_head(grad, ctx.heads)

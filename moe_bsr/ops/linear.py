@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moe_bsr import ops
@@ -122,6 +123,7 @@ class _Linear(torch.autograd.Function):
         return product_derived(y, x, partial(_product_again, weight, bias))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         (x, weight), cast = ctx.saved_tensors, ctx.cast
         ctx.cast = None
@@ -145,6 +147,7 @@ class _ActivatedLinear(torch.autograd.Function):
         return product(act(x), weight.to(x.dtype), None if bias is None else bias.to(x.dtype), repeats=True)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
         grad_rows = _rows(grad)
@@ -164,6 +167,7 @@ class _Float32Linear(torch.autograd.Function):
         return F.linear(x.float(), weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
         grad_x = (grad @ weight).to(ctx.dtype) if ctx.needs_input_grad[0] else None

@@ -9,6 +9,7 @@ experts, this is cheaper than sorting tokens by expert: a gather would move more
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from moe_bsr import ops
 from moe_bsr.ops.keep import ACTIVATION_INPUTS, keep
@@ -56,6 +57,7 @@ class _GatedLinear(torch.autograd.Function):
         return product(_gated(act(h), gates), _in_one(weight.to(h.dtype)), repeats=True)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         h, column, weight = ctx.saved_tensors
         gates, activated = column.squeeze(-1), ctx.act(h)

@@ -9,6 +9,7 @@ Bipartite soft matching, written from the description in Bolya et al. 2023, "Tok
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moe_bsr import ops
@@ -92,6 +93,7 @@ class _MergeTokens(torch.autograd.Function):
         return merged
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         place, weights = ctx.saved_tensors
         of_candidates = take(grad[:, ctx.prefix :], place).mul_(weights.to(grad.dtype))

@@ -6,6 +6,7 @@ C = N - P candidates, K kept
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moe_bsr import ops
 from moe_bsr.ops.keep import QUERIES_KEYS_VALUES, keep
@@ -104,6 +105,7 @@ class _ReduceTokens(torch.autograd.Function):
         return torch.cat(parts, 1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         kept, dropped, weights, dropped_x = ctx.saved_tensors
         batch, prefix = len(grad), ctx.prefix
@@ -135,6 +137,7 @@ class _ReceivedAttention(torch.autograd.Function):
         return probabilities / q.shape[2], logits
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor, _: Tensor):
         q, k = ctx.saved_tensors
         keys = k.float()

@@ -58,8 +58,16 @@ class Backbone:
     check: Callable[[Config, list[Any]], None] = lambda config, plan: None
     of_tokens: bool = True
 
+    def __reduce__(self) -> tuple:
+        # By name, so that models can be pickled although families contain lambdas.
+        return _registered, (next(kind for kind in BACKBONES if BACKBONES[kind] is self),)
+
 
 BACKBONES: Registry[Backbone] = Registry("backbone.name")
+
+
+def _registered(kind: str) -> Backbone:
+    return BACKBONES[kind]
 
 
 def family_of(config: BackboneConfig) -> Backbone:

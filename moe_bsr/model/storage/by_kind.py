@@ -41,12 +41,21 @@ class Table:
 
 
 class AsItIs:
-    """A tensor saved as it is, but detached: an operation's own output would otherwise keep its graph alive forever."""
+    """A tensor saved as it is, but detached: an operation's own output would otherwise keep its graph alive forever.
+
+    Autograd does not check tensors that are saved by hooks, so `restore` makes its check for changes in place.
+    """
 
     def __init__(self, x: Tensor) -> None:
         self.kept = x if isinstance(x, nn.Parameter) else x.detach()
+        self.version = x._version
 
     def restore(self) -> Tensor:
+        if self.kept._version != self.version:
+            raise RuntimeError(
+                f"a tensor of shape {tuple(self.kept.shape)} that the backward pass needs was changed in place after "
+                "the forward pass, for example by optimizer.step(): run the forward pass again after the change"
+            )
         return self.kept
 
 

@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
 from moe_bsr.model.storage import STORAGES, Storage
@@ -41,6 +42,7 @@ class Recompute(torch.autograd.Function):
         return tuple(_differentiable(after, record))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads: Tensor):
         kept, *parameters = ctx.saved_tensors
         if kept is None and ctx.packed is None:

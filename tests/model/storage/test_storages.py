@@ -61,6 +61,27 @@ def test_a_second_backward_pass_gives_the_same_gradients_or_a_clear_error(storag
     assert {n: g.tolist() for n, g in gradients(model).items()} == {n: g.tolist() for n, g in first.items()}
 
 
+@pytest.mark.parametrize("storage", sorted(STORAGES))
+def test_weights_changed_between_forward_and_backward_pass_are_an_error(storage):
+    model = make_model(storage=storage, adapter="lora", train_blocks=(), drop_blocks=())
+    loss = model(normal(2, 3, 16, 16), "one").logits.square().sum()
+    with torch.no_grad():
+        for parameter in model.adapter_parameters[3]:
+            parameter.add_(1.0)
+    with pytest.raises(RuntimeError, match="in.?place"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("storage", sorted(STORAGES))
+def test_gradients_of_gradients_are_an_error(storage):
+    model = make_model(storage=storage)
+    loss = model(normal(2, 3, 16, 16), "one").logits.square().sum()
+    trained = [p for p in model.vit.blocks[1].parameters() if p.requires_grad]
+    penalty = sum(g.square().sum() for g in torch.autograd.grad(loss, trained, create_graph=True))
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (loss + penalty).backward()
+
+
 @pytest.mark.parametrize("kind", [BFloat16Packed, Int8Packed])
 def test_statistics_and_weights_of_tokens_are_not_rounded(kind, monkeypatch):
     """Also with many tokens and images. In float32, attention keeps one log-sum-exp per row as well."""
