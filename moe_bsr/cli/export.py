@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run_arguments.add_run(parser)
     run_arguments.add_tasks(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: RUN/export)")
-    parser.add_argument("--int8", action="store_true", help="weights in int8: a third of the size, nearly as accurate")
+    parser.add_argument("--int8", action="store_true", help="int8 weights: less than half the size, nearly as accurate")
     help = "keep only the N experts of each layer that a task uses most (default: all)"
     parser.add_argument("--experts", type=run_arguments.at_least(1), metavar="N", help=help)
     help = "compare graphs and run on at most N validation images of each task (default: 512)"

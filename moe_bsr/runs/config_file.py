@@ -39,7 +39,8 @@ def read_config(run: Path, *, exact: bool = False) -> tuple[Config, dict[str, An
     if not file.is_file():
         inside = sorted(str(found.parent) for found in run.glob("*/config.yaml"))
         runs = f"; runs in it: {', '.join(inside[:8])}{', ...' if len(inside) > 8 else ''}" if inside else ""
-        raise ConfigError(f"{run} is not a run folder: it has no config.yaml{runs}")
+        lacks = "it has no config.yaml" if run.exists() else "it does not exist"
+        raise ConfigError(f"{run} is not a run folder: {lacks}{runs}")
     try:
         tree = shared_form.read(run)["run"] if file.name == shared_form.CONFIG else yaml.load(file.read_text(), _Loader)
         if not isinstance(tree, dict):

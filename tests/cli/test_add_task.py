@@ -77,7 +77,7 @@ def test_add_task_accepts_a_configuration_of_one_task(tiny_run, petals, tmp_path
         (["add-task", "{run}", "shapes"], "has a task shapes already"),
         (["add-task", "nowhere", "pets"], "nowhere is not a run folder"),
         (["remove-task", "{run}", "pets"], "no task 'pets'"),
-        (["tasks", "nowhere"], "nowhere is not a run folder"),
+        (["tasks", "nowhere"], "nowhere is not a run folder: it does not exist"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(tiny_run, tmp_path, monkeypatch, capsys, words, message):
