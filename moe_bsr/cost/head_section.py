@@ -61,19 +61,20 @@ def trace_head(
         gradients, trained = traced.gradients()
         tracer.phase = "clear"
         update.clear()
-        x, *balance = border.left
-        left = [tracer.allocation(t) for t in (x, *balance) if t is not None]
+        passed = len(border.left) - sum(len(flags) for flags in routing)
+        left = [None if t is None else tracer.allocation(t) for t in border.left]
+        tokens, balance = ([a for a in part if a is not None] for part in (left[:passed], left[passed:]))
         section = summarize(
             tracer,
             border,
             gradients,
             [],
-            left,
+            [*tokens, *balance],
             [],
             inputs=inputs,
             trained=trained,
-            gradient_out=left[:1] if x is not None else [],
-            routing_in=left[x is not None :],
+            gradient_out=tokens,
+            routing_in=balance,
         )
         del held
     section.kept, section.kept_slots = kept, kept_slots
@@ -92,10 +93,8 @@ def _head_update(
 
     The model's output goes on holding these scores (None: a rung without).
     """
-    tokens, stream = bring_tokens(border, streams[-1]), streams[-1]
+    tokens = bring_tokens(border, streams[-1])
     tokens.rungs = empty_rungs(setting.model, streams, setting.runtime.device)
-    if width := setting.model.extra_features:
-        tokens.read = empty((setting.batch, width), stream.dtype, setting.runtime.device)
     experts = setting.config.moe.num_experts
     records = {
         index: Record(routing=Routing(None, None, None, *(border.bring((experts,), torch.float32, f) for f in flags)))

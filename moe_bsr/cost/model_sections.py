@@ -154,7 +154,7 @@ def trace_block(
         tracer = traced.tracer
         border = Border(tracer)
         tokens = bring_tokens(border, stream)
-        inputs = [tracer.allocation(t) for t in (tokens.x, tokens.origin, tokens.place) if t is not None]
+        inputs = [tracer.allocation(t) for t in crossing(tokens)]
         records: dict[int, Record] = {}
         tracer.phase = "forward"
         with torch.set_grad_enabled(on_path), setting.runtime.autocast():
@@ -168,14 +168,20 @@ def trace_block(
         return section
 
 
+def crossing(tokens: Tokens) -> list[Tensor]:
+    """Return the tensors of tokens that blocks hand on, besides those for a side network."""
+    return [t for t in (tokens.x, tokens.origin, tokens.place, tokens.read) if t is not None]
+
+
 def bring_tokens(border: Border, stream: Stream) -> Tokens:
-    """Make the tokens that enter a section."""
+    """Make the tokens that enter a section. Their tensors are imported in the order of `crossing`."""
     x = border.bring(stream.shape, stream.dtype, stream.requires_grad)
     found = []
     for layout in (stream.origin, stream.place):
         found.append(None if layout is None else torch.empty_strided(*layout, dtype=torch.int64, device=x.device))
         border.imported += [] if layout is None else [border.tracer.allocation(found[-1])]
-    return Tokens(x, found[0], stream.fused, found[1])
+    read = None if stream.read is None else border.bring(*stream.read)
+    return Tokens(x, found[0], stream.fused, found[1], read)
 
 
 def _finish_block(
@@ -193,10 +199,11 @@ def _finish_block(
     """
     tracer, record, tokens = traced.tracer, end.pop(), end.pop()
     routing = None if record is None else record.routing
-    x, origin, place = tokens.x, tokens.origin, tokens.place
-    traces = [None if t is None else (tuple(t.shape), t.stride()) for t in (origin, place)]
-    stream = Stream(tuple(x.shape), x.dtype, x.requires_grad, traces[0], tokens.fused, traces[1])
-    outputs = [tracer.allocation(t) for t in (x, origin, place) if t is not None]
+    x, read = tokens.x, tokens.read
+    traces = [None if t is None else (tuple(t.shape), t.stride()) for t in (tokens.origin, tokens.place)]
+    reads = None if read is None else (tuple(read.shape), read.dtype, read.requires_grad)
+    stream = Stream(tuple(x.shape), x.dtype, x.requires_grad, traces[0], tokens.fused, traces[1], reads)
+    outputs = [tracer.allocation(t) for t in crossing(tokens)]
     reported = [a for t in tensors_of(record) if (a := tracer.allocation(t)) is not None]
     balanced = [] if routing is None else [routing.importance, routing.load]
     about: dict[str, Any] = {
@@ -204,10 +211,11 @@ def _finish_block(
         "routing": tuple(t.requires_grad for t in balanced),
         "reports": [tracer.allocation(t) for t in balanced],
     }
-    wanted = [t for t in (x, *(balanced if balances else ())) if t.requires_grad]
-    result = border.take(wanted) if x.requires_grad else None
+    passed = [t for t in (x, read) if t is not None and t.requires_grad]
+    wanted = [*passed, *(t for t in (balanced if balances else ()) if t.requires_grad)]
+    result, gradients_in = border.take(wanted) if x.requires_grad else None, len(passed)
     tracer.phase = "handover"
-    del tokens, x, origin, place, record, routing, balanced, wanted
+    del tokens, x, read, record, routing, balanced, passed, wanted
     kept, gradients = list(tracer.alive) if result is not None else [], []
     if result is not None:
         tracer.phase = "backward"
@@ -215,7 +223,7 @@ def _finish_block(
         tracer.phase = "after"
         del result
         gradients, about["trained"] = traced.gradients()
-        about["gradient_in"], about["routing_in"] = border.arrived[:1], border.arrived[1:]
+        about["gradient_in"], about["routing_in"] = border.arrived[:gradients_in], border.arrived[gradients_in:]
     left = [tracer.allocation(t) for t in border.left if t is not None]
     return summarize(
         tracer,

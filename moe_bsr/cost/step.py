@@ -104,6 +104,7 @@ class Step:
                 model.vit.has_class_token,
                 model.contexts[index].class_token_alone,
                 model.ladder is not None and (index - model.ladder.first, model.ladder.reads(index)),
+                index in model.head_blocks,
             )
             section = self._section(
                 "block",

@@ -66,7 +66,8 @@ def fitted(config: Config, classes: dict[str, int], memory: Memory, precision: s
         model = build_on_meta(candidate, classes)
         micro_batch = candidate.train.batch_size // candidate.train.grad_accumulation_steps
         cost = predict(model, candidate, batch=micro_batch, precision=precision, all_tasks=True)
-        needed = memory.base + max(cost.peak, cost.parameters + memory.evaluation)
+        always = cost.parameters + cost.optimizer + cost.average  # an evaluation runs beside them
+        needed = memory.base + max(cost.peak, always + memory.evaluation)
         if config.data.feature_cache_dir is None:
             needed += (config.data.feature_cache_mb or 0) * 10**6
         wanted = min(config.data.image_cache_mb, ceil(decoded / 1e6))

@@ -26,6 +26,7 @@ from moe_bsr.model.plan import embedding_parameters, freeze, gradient_path_start
 from moe_bsr.model.replay import replay_of
 from moe_bsr.model.storage import STORAGES
 from moe_bsr.model.tokens import Tokens
+from moe_bsr.ops.tokens import read_first
 from moe_bsr.runtime.rng import generator
 
 HEAD_STD = 0.01
@@ -119,12 +120,6 @@ class MultitaskViT(nn.Module):
         self.embedding_trains = any(p.requires_grad for p in self._stages[0])
         # Experts depend on the task, and the blocks before the path must not.
         self.path_start = min([gradient_path_start(vit), *config.plan.moe_blocks])
-        require(
-            all(index < self.path_start for index in self.head_blocks),
-            "plan.head_blocks",
-            self.head_blocks,
-            f"must be before block {self.path_start}, the first that trains or has experts: heads read frozen blocks",
-        )
 
     def forward(self, images: Tensor, task: str, noise_key: tuple[int, ...] | None = None) -> Output:
         """Compute logits for (B, 3, S, S) normalized images of one task.
@@ -156,13 +151,8 @@ class MultitaskViT(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and (self.embedding_trains or images.requires_grad)):
             tokens = self.family.embed(self.vit, images)
             records: dict[int, Record] = {}
-            read = []
             for index in range(self.path_start if upto is None else upto):
                 tokens = self.run_block(index, tokens, task, None, records)
-                if index in self.head_blocks:
-                    read.append(tokens.x[:, 0])
-            if read:
-                tokens.read = torch.cat(read, 1)
         return tokens, records
 
     def forward_from(
@@ -221,6 +211,9 @@ class MultitaskViT(nn.Module):
         else:
             tokens, record = run(tokens)
         tokens.read = before.read
+        if index in self.head_blocks:
+            tokens.x, read = read_first(tokens.x)
+            tokens.read = read if before.read is None else torch.cat([before.read, read], 1)
         if self.ladder is not None:
             tokens = self.ladder.pass_by(index, before, tokens, record.dropped, replay)
         if records is not None and (record.dropped is not None or record.routing is not None):
@@ -251,7 +244,8 @@ class MultitaskViT(nn.Module):
         before, own = self.plan[:upto], upto > self.path_start or self.embedding_trains or self.replaced
         if own or any(block.trainable or block.adapter for block in before):
             return (id(self),)
-        return self.backbone_sha256, upto, repr(([b.keep_rate for b in before], self.head_blocks, self.tokens_config))
+        read = [index for index in self.head_blocks if index < upto]
+        return self.backbone_sha256, upto, repr(([b.keep_rate for b in before], read, self.tokens_config))
 
     def cast_frozen_(self, dtype: torch.dtype) -> None:
         """Convert frozen weight matrices to the compute dtype, which gives the values that autocast would compute with.

@@ -67,6 +67,13 @@ def reduce_tokens_reference(x: Tensor, kept: Tensor, dropped: Tensor, weights: T
     return torch.cat(parts, 1)
 
 
+def read_first(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x (B, N, D) and a copy (B, D) of its first token, for heads that read the class token of a block."""
+    if ops.is_reference() or not x.requires_grad:
+        return x, x[:, 0].clone()
+    return _ReadFirst.apply(x)
+
+
 def received_attention(q: Tensor, k: Tensor, scale: float, chunk: int = 64) -> tuple[Tensor, Tensor]:
     """Return the mean attention that each token receives: the scores of a network without a class token.
 
@@ -117,6 +124,21 @@ class _ReduceTokens(torch.autograd.Function):
         grad_x[images, prefix + dropped] = 0.0 if weights is None else weights * grad_fused
         grad_weights = None if dropped_x is None else dropped_x @ grad_fused.transpose(1, 2)
         return grad_x, None, None, grad_weights, None
+
+
+class _ReadFirst(torch.autograd.Function):
+    """Saves nothing. Its backward pass needs one (B, N, D) tensor; that of indexing needs one for zeros and the sum."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.view_as(x), x[:, 0].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, grad_read: Tensor) -> Tensor:
+        grad = grad.clone()
+        grad[:, 0] += grad_read
+        return grad
 
 
 class _ReceivedAttention(torch.autograd.Function):

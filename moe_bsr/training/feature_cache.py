@@ -66,6 +66,7 @@ class FeatureCache:
         self.traced = tokens.origin is not None
         self.dtype, self.fused, self.merged = tokens.x.dtype, tokens.fused, tokens.place is not None
         self.reports = {index: list(_reported(records[index])) for index in sorted(records)}
+        self.reads = tokens.read is not None
         self.rungs = [(rung.read is not None, rung.kept is not None) for rung in tokens.rungs]
         parts = self._parts(tokens, records)
         images = sum(sizes.values())
@@ -127,7 +128,7 @@ class FeatureCache:
         x = next(parts).to(self.dtype)
         if self.kind == "int8":
             x = (x * next(parts)).to(self.dtype)
-        read = next(parts) if self.model.head_blocks else None
+        read = next(parts) if self.reads else None
         origin = next(parts) if self.traced else None
         tokens = Tokens(x, origin, self.fused, next(parts) if self.merged else None, read)
         reports = {index: {name: next(parts) for name in names} for index, names in self.reports.items()}

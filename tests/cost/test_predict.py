@@ -110,7 +110,9 @@ IN_BACKWARD = {"train__step_in_backward": True, "train__grad_clip_norm": None}
         ("fp32", IN_BACKWARD | {"train__optimizer": "adamw8", "storage": "int8"}),
         *(("fp32", {"train__step_in_backward": True, "train__grad_clip_per": per}) for per in ("block", "parameter")),
         ("bf16", {"tokens__reduce": "merge", "storage": "recompute"}),
-        ("fp32", {"tokens__reduce": "merge"}),
+        ("fp32", {"tokens__reduce": "merge", "plan__head_blocks": [1]}),
+        ("bf16", {"plan__head_blocks": [0, 1, 2, 3]}),
+        ("fp32", {"plan__head_blocks": [0, 2], "plan__train_blocks": [2, 3], "plan__moe_blocks": [3]}),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else value,
 )

@@ -113,6 +113,14 @@ def test_leaner_settings_are_used_only_as_far_as_needed(tmp_path, monkeypatch):
     assert len(forms) > 2 and forms == sorted(forms, key=lambda form: (memory_limit.STORAGES.index(form[0]), form[1]))
 
 
+def test_an_evaluation_runs_beside_the_optimizer_state(tmp_path):
+    config = rungs.bsr(make_config(tmp_path, data__image_cache_mb=0, train__ema_decay=0.9))
+    cost = predict(build_on_meta(config, CLASSES), config, batch=config.train.batch_size, precision="fp32")
+    evaluation = 2 * cost.peak
+    form = fitted(config, CLASSES, Memory(HUGE.limit, HUGE.base, evaluation, "asked for"), "fp32", 0)
+    assert form.bytes == HUGE.base + cost.parameters + cost.optimizer + cost.average + evaluation
+
+
 def test_half_of_the_remaining_memory_caches_images(tmp_path):
     config = rungs.bsr(make_config(tmp_path, data__image_cache_mb=100))
     needed = fitted(replace(config, data__image_cache_mb=0), CLASSES, HUGE, "fp32", MANY).bytes

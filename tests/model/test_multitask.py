@@ -314,9 +314,10 @@ def test_task_names_that_are_attributes_of_torch_modules_are_refused():
         make_model(classes={"half": 2, "fine": 3, "train": 2})
 
 
-def test_heads_that_read_frozen_blocks_read_them_on_every_path_to_the_logits():
+@pytest.mark.parametrize("head_blocks", [[0, 1], [0, 2], [2, 3]], ids=str)
+def test_class_tokens_that_heads_read_are_read_on_every_path_to_the_logits(head_blocks):
     """In the whole forward pass, per task from the tokens of frozen blocks, and in the ablation of one expert."""
-    plan = PlanConfig(train_blocks=[2, 3], drop_blocks=[], moe_blocks=[3], head_blocks=[0, 1])
+    plan = PlanConfig(train_blocks=[2, 3], drop_blocks=[], moe_blocks=[3], head_blocks=head_blocks)
     model = MultitaskViT(make_vit(), Config(plan=plan, moe=MoEConfig(num_experts=4, top_k=2)), CLASSES).eval()
     images = normal(3, 3, 16, 16)
     with torch.no_grad():
@@ -325,3 +326,25 @@ def test_heads_that_read_frozen_blocks_read_them_on_every_path_to_the_logits():
         assert torch.equal(model.classify(model.features_from(tokens, "two"), "two"), expected)
         assert torch.equal(model.forward_from(tokens, "two").logits, expected)
         assert torch.equal(_first_pass(model, images, "two")[1], expected)
+
+
+@pytest.mark.parametrize("storage", ["exact", "segments", "recompute"])
+def test_heads_that_read_blocks_of_the_gradient_path_send_gradients_into_them(storage):
+    """The logits and all gradients equal those of a plain loop over the blocks, with autograd's own indexing."""
+    plan = PlanConfig(train_blocks=[1, 3], drop_blocks=[2], moe_blocks=[3], head_blocks=[0, 1, 2, 3])
+    moe = MoEConfig(num_experts=4, top_k=2, balance_loss="none")
+    config, images = Config(plan=plan, moe=moe, storage=storage), normal(3, 3, 16, 16)
+    model, slow = (MultitaskViT(make_vit(), config, CLASSES) for _ in range(2))
+    logits = model(images, "two").logits
+    with ops.reference():
+        tokens, read = slow.forward_features(images, upto=0)[0], []
+        for index in range(4):
+            tokens = slow.run_block(index, tokens, "two")
+            read.append(tokens.x[:, 0])
+        expected = slow.heads["two"](torch.cat([slow.vit.norm(tokens.x)[:, 0], *read], 1))
+    assert torch.allclose(logits, expected, atol=1e-5)
+    for result in (logits, expected):
+        (result * normal(*logits.shape, seed=1)).sum().backward()
+    got, expected = gradients(model), gradients(slow)
+    assert got.keys() == expected.keys() and {name.split(".")[2] for name in got if "blocks" in name} == {"1", "3"}
+    assert all(torch.allclose(got[name], expected[name], atol=1e-4) for name in got)
