@@ -1,4 +1,4 @@
-"""Add a task to a finished run: train one head, and one router per layer of experts. All other weights stay frozen.
+"""Add a task to a finished run: a head, and a router for each layer of experts. All other weights stay frozen.
 
     moe-bsr add-task runs/photos birds                         # writes runs/photos_birds
     moe-bsr add-task runs/photos tasks/birds.yaml --out runs/more --data-root data

@@ -129,11 +129,10 @@ class Ladder:
         self.overhead = self.speed.opening  # an estimate until a run has finished
         self._limit_validation()
         speed, config = self.speed, self.config
-        shape = (speed.depth, speed.has_class_token)
         seconds = FOR_PROBE * self.left()
         few = self._with_fewer_images(config, FOR_FEATURES * (seconds - self.overhead))
-        late = self._share_features(rungs.late(few, *shape))
-        probe = rungs.with_features_of(rungs.probe(few, *shape), late)
+        late = self._share_features(rungs.late(few, speed.depth, speed.head_blocks))
+        probe = rungs.with_features_of(rungs.probe(few, speed.head_blocks), late)
         if self._go("probe", probe, seconds, shares=True) and self.left() >= 3 * LEAST_TRIAL:
             self._train_the_best(late)
         return self._conclude()
@@ -146,11 +145,11 @@ class Ladder:
         """Try each plan briefly, then other learning rates for the best plan, then train it for the remaining time."""
         rest = self.left()
         trial = FOR_TRIAL * rest
-        arms, own = {"late": (late, "probe", True)}, rungs.own_rungs(self.config)
+        arms, own = {"late": (late, "probe", True)}, rungs.own_rungs(self.config, self.speed.head_blocks)
         if trial < LEAST_TRIAL or not own:
             self._go("late", late, self.left(), "probe", shares=True)
             return
-        if not self._go("start", rungs.start(self.config), FOR_START * rest):
+        if not self._go("start", rungs.start(self.config, self.speed.head_blocks), FOR_START * rest):
             return
         if self._of("start"):
             arms |= {name: (config, "start", False) for name, config in own.items()}

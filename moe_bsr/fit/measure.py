@@ -33,6 +33,7 @@ class Speed:
         images, classes: numbers of training images and classes by task.
         decoded: bytes of all decoded images for training and validation.
         tokens, width, depth: of the backbone, prefix tokens included.
+        head_blocks: the blocks whose class tokens the heads of every rung read.
     """
 
     forward: float
@@ -43,7 +44,7 @@ class Speed:
     tokens: int
     width: int
     depth: int
-    has_class_token: bool
+    head_blocks: list[int]
 
 
 def measure(config: Config, runtime: Runtime, limit: int | None, seconds: float) -> tuple[Speed, Memory]:
@@ -74,7 +75,8 @@ def measure(config: Config, runtime: Runtime, limit: int | None, seconds: float)
         reason = f"nine tenths of what {free[1]} has free" if free else "no limit is known"
     base = max(0, resident - parameters) + (0 if runtime.device.type == "cuda" else SPARE)
     there = Memory(limit, base, evaluation, reason)
-    probe = rungs.probe(config, len(model.plan), model.vit.has_class_token)
+    head_blocks = rungs.head_blocks(len(model.plan), model.vit.has_class_token)
+    probe = rungs.probe(config, head_blocks)
     # Raises before anything slow if not even the probe fits.
     fitted(probe, classes, there, runtime.precision, 0)
     most = max(1, IMAGES // len(tasks))
@@ -100,7 +102,7 @@ def measure(config: Config, runtime: Runtime, limit: int | None, seconds: float)
         vit.num_prefix_tokens + vit.patch_embed.num_patches,
         vit.embed_dim,
         len(model.plan),
-        vit.has_class_token,
+        head_blocks,
     )
     return speed, there
 

@@ -1,16 +1,18 @@
 """Derive the rungs of the ladder from one configuration: its variants from a linear probe to the plan with experts.
 
-    probe     trains only the heads, on all tokens and on the class tokens of the upper frozen blocks too
+    probe     trains only the heads, on all tokens
     late      continues from the probe and also trains the last two blocks
     start     trains only the heads, with a mild penalty, under the configuration's token dropping; bsr and experts
               continue from it
     bsr       the configuration's plan without experts
     experts   the configuration's plan with its experts
 
-Heads that were solved to their optimum train at the blocks' learning rate. Only untrained heads need a rate that is
-`train.head_lr_scale` times as high.
+The heads of every rung read the class tokens of the upper blocks too (`head_blocks`). Heads that were solved to their
+optimum train at the blocks' learning rate, and all rungs that continue from them at `RATE` of the configured one: a
+higher rate undoes what the heads have. Only untrained heads need a rate that is `train.head_lr_scale` times as high.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from moe_bsr import config as configuration
@@ -18,13 +20,21 @@ from moe_bsr.config import Config
 from moe_bsr.training.probe_trainer import probe_config
 
 LATE = 2  # number of blocks that train in `late`
-LATE_RATE = 0.2  # factor on the learning rate in `late`: a higher rate undoes heads that are already solved
+RATE = 0.2  # factor on the learning rate of all rungs that train blocks
 
 
-def probe(config: Config, depth: int, has_class_token: bool) -> Config:
-    """Return the linear probe. `late` can start from its weights."""
-    blocks = list(range(depth // 2, max(depth // 2, depth - LATE))) if has_class_token else []
-    return probe_config(configuration.replace(config, plan__drop_blocks=[], plan__keep_rate=1.0), blocks)
+def head_blocks(depth: int, has_class_token: bool) -> list[int]:
+    """Return the blocks whose class tokens heads read besides the output: the upper half, without those of `late`."""
+    return list(range(depth // 2, max(depth // 2, depth - LATE))) if has_class_token else []
+
+
+def probe(config: Config, heads: Iterable[int]) -> Config:
+    """Return the linear probe.
+
+    Args:
+        heads: the blocks whose class tokens the heads read, in this function and all others.
+    """
+    return probe_config(configuration.replace(config, plan__drop_blocks=[], plan__keep_rate=1.0), heads)
 
 
 def with_features_of(probe: Config, late: Config) -> Config:
@@ -33,46 +43,39 @@ def with_features_of(probe: Config, late: Config) -> Config:
     return replace(probe, data=replace(probe.data, **data))
 
 
-def late(config: Config, depth: int, has_class_token: bool) -> Config:
+def late(config: Config, depth: int, heads: Iterable[int]) -> Config:
     """Return the run that trains the last blocks. It starts exactly where `probe` ends."""
-    heads = probe(config, depth, has_class_token).plan.head_blocks
-    trained, rate = list(range(max(1, depth - LATE), depth)), LATE_RATE * config.train.lr
-    return _from_heads(
+    return _continued(
         config,
+        heads,
         adapter=None,
-        train__lr=rate,
-        train__min_lr=min(config.train.min_lr, rate),
-        plan__train_blocks=trained,
+        plan__train_blocks=list(range(max(1, depth - LATE), depth)),
         plan__train_weights="all",
         plan__drop_blocks=[],
         plan__keep_rate=1.0,
         plan__moe_blocks=[],
-        plan__head_blocks=heads,
         data__feature_cache_mb=None,  # the configured cache belongs to other frozen blocks; `Ladder` sets a new one
         data__feature_cache="exact",
         data__feature_cache_dir=None,
     )
 
 
-def start(config: Config) -> Config:
+def start(config: Config, heads: Iterable[int] = ()) -> Config:
     """Return the run that trains the heads with which the configuration's own plan starts."""
-    return configuration.replace(probe_config(config, []), train__penalty="mild")
+    return configuration.replace(probe_config(config, heads), train__penalty="mild")
 
 
-def bsr(config: Config) -> Config:
-    return _from_heads(config, plan__moe_blocks=[], plan__head_blocks=[])
-
-
-def experts(config: Config) -> Config:
-    return _from_heads(config, plan__head_blocks=[])
-
-
-def own_rungs(config: Config) -> dict[str, Config]:
+def own_rungs(config: Config, heads: Iterable[int]) -> dict[str, Config]:
     """Return the rungs of the configuration's own plan: none if only heads train, one if it has no experts."""
     if config.plan.train_blocks == [] and config.adapter is None:
         return {}
-    return {"bsr": bsr(config)} | ({"experts": experts(config)} if config.plan.moe_blocks else {})
+    experts = {"experts": _continued(config, heads)} if config.plan.moe_blocks else {}
+    return {"bsr": _continued(config, heads, plan__moe_blocks=[])} | experts
 
 
-def _from_heads(config: Config, **changes: object) -> Config:
-    return configuration.replace(config, train__head_lr_scale=1.0, **changes)
+def _continued(config: Config, heads: Iterable[int], **changes: object) -> Config:
+    """Return the configuration of a run that continues from solved heads."""
+    rate = RATE * config.train.lr
+    settings = {"head_lr_scale": 1.0, "lr": rate, "min_lr": min(config.train.min_lr, rate)}
+    own = {f"train__{key}": value for key, value in settings.items()} | {"plan__head_blocks": list(heads)}
+    return configuration.replace(config, **own | changes)

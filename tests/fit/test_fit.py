@@ -11,6 +11,7 @@ from tiny_runs import SIZES, make_config
 import moe_bsr
 from moe_bsr.cli import fit as command
 from moe_bsr.config import ConfigError, replace
+from moe_bsr.cost.predict import predict
 from moe_bsr.fit import Budget, Ladder, ladder, memory_limit, rungs
 from moe_bsr.fit.measure import measure
 from moe_bsr.fit.memory_limit import Memory, fitted, with_feature_cache
@@ -76,7 +77,7 @@ def test_no_rung_was_tested_and_all_have_the_same_validation_images(climbed):
 def test_late_blocks_start_with_the_predictions_of_the_probe(climbed):
     config, folder, *_ = climbed
     trained = load(folder / "probe")
-    late = rungs.late(config, 6, True)
+    late = rungs.late(config, 6, [3])
     classes = {task: list(trained.data(task, "val").class_names) for task in SIZES}
     model, _ = warm_start.build_from(str(folder / "probe"), late, classes)
     assert late.plan.head_blocks == [3] and model.path_start == 4
@@ -97,7 +98,7 @@ def test_a_short_budget_trains_only_the_probe(tmp_path):
 def test_leaner_settings_are_used_only_as_far_as_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(memory_limit, "MICRO_BATCHES", (1, 4))
     config = make_config(tmp_path, train__batch_size=64, data__image_cache_mb=0, plan__moe_blocks=[])
-    config = rungs.bsr(config)
+    config = rungs.own_rungs(config, [3])["bsr"]
     whole = fitted(config, CLASSES, HUGE, "fp32", MANY)
     assert (whole.config.storage, whole.config.train.grad_accumulation_steps) == ("exact", 1)
     limits, forms = [whole.bytes - 1], [("exact", 1)]
@@ -114,15 +115,16 @@ def test_leaner_settings_are_used_only_as_far_as_needed(tmp_path, monkeypatch):
 
 
 def test_an_evaluation_runs_beside_the_optimizer_state(tmp_path):
-    config = rungs.bsr(make_config(tmp_path, data__image_cache_mb=0, train__ema_decay=0.9))
-    cost = predict(build_on_meta(config, CLASSES), config, batch=config.train.batch_size, precision="fp32")
+    config = rungs.own_rungs(make_config(tmp_path, data__image_cache_mb=0, train__ema_decay=0.9), [3])["bsr"]
+    model, batch = build_on_meta(config, CLASSES), config.train.batch_size
+    cost = predict(model, config, batch=batch, precision="fp32", all_tasks=True)
     evaluation = 2 * cost.peak
     form = fitted(config, CLASSES, Memory(HUGE.limit, HUGE.base, evaluation, "asked for"), "fp32", 0)
     assert form.bytes == HUGE.base + cost.parameters + cost.optimizer + cost.average + evaluation
 
 
 def test_half_of_the_remaining_memory_caches_images(tmp_path):
-    config = rungs.bsr(make_config(tmp_path, data__image_cache_mb=100))
+    config = rungs.own_rungs(make_config(tmp_path, data__image_cache_mb=100), [3])["bsr"]
     needed = fitted(replace(config, data__image_cache_mb=0), CLASSES, HUGE, "fp32", MANY).bytes
     form = fitted(config, CLASSES, Memory(needed + 60 * 10**6, HUGE.base, 0, "asked for"), "fp32", MANY)
     assert (form.config.data.image_cache_mb, form.config.storage) == (30, "exact")
@@ -150,7 +152,7 @@ def test_a_diverging_trial_is_skipped_and_the_ladder_continues(tmp_path, monkeyp
 
 @pytest.mark.parametrize("room_for", ["exact", "int8", "nothing"])
 def test_the_feature_cache_has_the_format_that_fits(tmp_path, room_for):
-    config = rungs.late(make_config(tmp_path, data__feature_cache_mb=1, data__augment=False), 6, True)
+    config = rungs.late(make_config(tmp_path, data__feature_cache_mb=1, data__augment=False), 6, [3])
     assert config.data.feature_cache_mb is None  # it was set for the blocks of another plan
     model = build_on_meta(config, CLASSES)
     tokens, width, images = 1 + model.vit.patch_embed.num_patches, model.vit.embed_dim, sum(SIZES.values())
@@ -169,7 +171,7 @@ def test_the_feature_cache_has_the_format_that_fits(tmp_path, room_for):
 
 @pytest.mark.parametrize("key", ["data__erasing", "data__views", "train__mixup"])
 def test_configured_augmentation_is_not_given_up_for_a_feature_cache(tmp_path, key):
-    config = rungs.late(make_config(tmp_path, **{key: 1}), 6, True)
+    config = rungs.late(make_config(tmp_path, **{key: 1}), 6, [3])
     assert with_feature_cache(config, 10**12, 74, 17, 24, 4) == config
 
 
@@ -177,9 +179,9 @@ def test_late_trains_on_the_cached_features_of_the_probe(climbed, tmp_path):
     config, folder, *_ = climbed
     rung = {name: load(folder / name).config for name in ("probe", "trial_late")}
     assert rung["probe"].data.feature_cache_mb == rung["trial_late"].data.feature_cache_mb > 0
-    late = replace(rungs.late(config, 6, True), data__augment=False, data__feature_cache_mb=100)
+    late = replace(rungs.late(config, 6, [3]), data__augment=False, data__feature_cache_mb=100)
     cache = FeatureCache(build(late, CLASSES), SIZES, late.data)
-    alone = replace(rungs.probe(config, 6, True), train__penalty=0.5)
+    alone = replace(rungs.probe(config, [3]), train__penalty=0.5)
     moe_bsr.train(alone, tmp_path / "alone", callbacks=[])
     moe_bsr.train(rungs.with_features_of(alone, late), tmp_path / "kept", callbacks=[], features=cache)
     heads = [load(tmp_path / name).models["shapes"].heads["shapes"].weight for name in ("alone", "kept")]
@@ -190,7 +192,7 @@ def test_other_plans_get_the_memory_of_the_feature_cache_if_they_need_it(tmp_pat
     config, messages = make_config(tmp_path), []
     climb = Ladder(config, tmp_path / "fit", Budget(1), messages.append, callbacks=[])
     climb.speed, climb.shared = SimpleNamespace(classes=CLASSES, decoded=0), SimpleNamespace(bytes=50 * 2**20)
-    own, late = rungs.bsr(config), rungs.late(config, 6, True)
+    own, late = rungs.own_rungs(config, [3])["bsr"], rungs.late(config, 6, [3])
     needed = fitted(own, CLASSES, HUGE, "fp32", 0).bytes
     for room_for, kept in ((60 * 2**20, True), (40 * 2**20, False)):
         monkeypatch.setattr(memory_limit, "STORAGES", ("exact",))
@@ -213,25 +215,26 @@ def test_cached_features_are_freed_when_another_plan_continues(tmp_path, monkeyp
         seen.append((name, shares, kept() is not None))
         return True
 
-    climb.shared = Kept()
+    climb.speed, climb.shared = SimpleNamespace(head_blocks=[3]), Kept()
     kept = weakref.ref(climb.shared)
     monkeypatch.setattr(climb, "_go", go)
-    climb._train_the_best(rungs.late(climb.config, 6, True))
+    climb._train_the_best(rungs.late(climb.config, 6, [3]))
     assert seen[0][0] == "start" and ("trial_late", True, True) in seen and seen[-1] == ("bsr", False, False)
 
 
 def test_a_plan_with_adapters_is_tried_in_addition_to_late_blocks_without_them(tmp_path):
     config = make_config(tmp_path, plan__train_blocks=[], plan__moe_blocks=[], adapter="lora")
-    late = rungs.late(config, 6, True)
+    late = rungs.late(config, 6, [3])
     assert late.adapter is None and build_on_meta(late, CLASSES).path_start == 4
-    assert rungs.own_rungs(config)["bsr"].adapter == "lora" and not rungs.own_rungs(replace(config, adapter=None))
+    assert rungs.own_rungs(config, [3])["bsr"].adapter == "lora"
+    assert not rungs.own_rungs(replace(config, adapter=None), [3])
     projections = replace(config, adapter=None, plan__train_blocks="all", plan__train_weights="proj")
-    assert rungs.late(projections, 6, True).plan.train_weights == "all"
+    assert rungs.late(projections, 6, [3]).plan.train_weights == "all"
 
 
 def test_a_batch_is_not_split_if_steps_are_taken_in_the_backward_pass(tmp_path):
     settings = {"train__step_in_backward": True, "train__grad_clip_norm": None}
-    config = rungs.bsr(make_config(tmp_path, **settings))
+    config = rungs.own_rungs(make_config(tmp_path, **settings), [3])["bsr"]
     assert {form.train.grad_accumulation_steps for form in memory_limit._forms(config)} == {1}
 
 
