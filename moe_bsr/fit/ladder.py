@@ -34,8 +34,7 @@ FOR_VALIDATION = 0.03  # share of the budget for one evaluation of all tasks
 LEAST_VALIDATION = 20  # images per task
 FOR_PROBE = 0.85  # largest share of the budget: new images bring more than training blocks on those seen
 FOR_FEATURES = 0.75  # share of the probe's time for computing features. The rest is for solving.
-FOR_START = 0.1  # share of the time left after the probe
-FOR_TRIAL = 0.08  # the same, for each trial
+FOR_TRIAL = 0.08  # share of the time left after the probe, for each trial
 RATES = (1 / 3, 3.0)  # factors on the best trial's learning rate that are tried as well
 LEAST_TRIAL = 20.0  # seconds. The result of a shorter trial would be meaningless.
 
@@ -145,26 +144,23 @@ class Ladder:
         """Try each plan briefly, then other learning rates for the best plan, then train it for the remaining time."""
         rest = self.left()
         trial = FOR_TRIAL * rest
-        arms, own = {"late": (late, "probe", True)}, rungs.own_rungs(self.config, self.speed.head_blocks)
+        own = rungs.own_rungs(self.config, self.speed.head_blocks)
         if trial < LEAST_TRIAL or not own:
             self._go("late", late, self.left(), "probe", shares=True)
             return
-        if not self._go("start", rungs.start(self.config, self.speed.head_blocks), FOR_START * rest):
-            return
-        if self._of("start"):
-            arms |= {name: (config, "start", False) for name, config in own.items()}
-        for name, (config, start, shares) in arms.items():
-            if not self._go(f"trial_{name}", config, trial, start, shares):
+        arms = {"late": late} | own
+        for name, config in arms.items():
+            if not self._go(f"trial_{name}", config, trial, "probe", shares=name == "late"):
                 return
         tried = {name: rung.val_top1 for name in arms if (rung := self._of(f"trial_{name}"))}
         if not tried:
             return
         chosen = max(tried, key=tried.__getitem__)
-        config, start, shares = arms[chosen]
+        config, shares = arms[chosen], chosen == "late"
         rate, best, most = config.train.lr, f"trial_{chosen}", tried[chosen]
         for factor in RATES:
             name = f"trial_{chosen}_{rate * factor:.0e}"
-            if not self._go(name, _at(config, rate * factor), trial, start, shares):
+            if not self._go(name, _at(config, rate * factor), trial, "probe", shares):
                 return
             if (rung := self._of(name)) and rung.val_top1 > most:
                 best, most, config = name, rung.val_top1, _at(config, rate * factor)
@@ -326,11 +322,10 @@ class Ladder:
 
     def _reason(self, best: Rung) -> str:
         """Return a sentence that says why this rung was chosen."""
-        others = sorted((r for r in self.rungs if r is not best and r.name != "start"), key=lambda r: -r.val_top1)
-        if not others:
+        second = max((r for r in self.rungs if r is not best), key=lambda r: r.val_top1, default=None)
+        if second is None:
             time = f"fits into the time: training blocks needs {3 * LEAST_TRIAL:.0f} s after it"
             return f"only {best.name} " + ("fits into the memory" if self.left_out else time)
-        second = others[0]
         ahead = best.val_top1 - second.val_top1
         sure = "outside" if ahead > math.hypot(best.interval, second.interval) else "within"
         return (

@@ -16,6 +16,7 @@ from moe_bsr.model.multitask import MultitaskViT, build
 from moe_bsr.runs import folder as run
 from moe_bsr.runtime import memory
 from moe_bsr.runtime.device import Runtime
+from moe_bsr.training.probe_trainer import probe_config
 
 IMAGES = 128  # the most images to measure the speed with, over all tasks
 FOR_IMAGES = 0.03  # share of the budget for this measurement
@@ -60,7 +61,7 @@ def measure(config: Config, runtime: Runtime, limit: int | None, seconds: float)
     began = time.monotonic()
     tasks = {name: run.open_task(config, file) for name, file in config.task_files().items()}
     classes = {name: len(data.class_names) for name, data in tasks.items()}
-    heads = rungs.start(config)
+    heads = probe_config(config, [])
     model = runtime.place(build(heads, classes)).eval()
     transforms = run.make_transforms(config, model)
     opening = time.monotonic() - began

@@ -1,15 +1,14 @@
 """Derive the rungs of the ladder from one configuration: its variants from a linear probe to the plan with experts.
 
     probe     trains only the heads, on all tokens
-    late      continues from the probe and also trains the last two blocks
-    start     trains only the heads, with a mild penalty, under the configuration's token dropping; bsr and experts
-              continue from it
+    late      also trains the last two blocks
     bsr       the configuration's plan without experts
     experts   the configuration's plan with its experts
 
-The heads of every rung read the class tokens of the upper blocks too (`head_blocks`). Heads that were solved to their
-optimum train at the blocks' learning rate, and all rungs that continue from them at `RATE` of the configured one: a
-higher rate undoes what the heads have. Only untrained heads need a rate that is `train.head_lr_scale` times as high.
+All others continue from the probe. Heads read the class tokens of the upper blocks too (`head_blocks`), so little is
+lost when a plan starts to drop tokens. Heads that were solved to their optimum train at the blocks' learning rate, and
+that is `RATE` of the configured one: a higher rate undoes what the heads have. Only untrained heads need a rate that is
+`train.head_lr_scale` times as high.
 """
 
 from collections.abc import Iterable
@@ -44,7 +43,7 @@ def with_features_of(probe: Config, late: Config) -> Config:
 
 
 def late(config: Config, depth: int, heads: Iterable[int]) -> Config:
-    """Return the run that trains the last blocks. It starts exactly where `probe` ends."""
+    """Return the run that trains the last blocks. It begins with the predictions of `probe`."""
     return _continued(
         config,
         heads,
@@ -60,11 +59,6 @@ def late(config: Config, depth: int, heads: Iterable[int]) -> Config:
     )
 
 
-def start(config: Config, heads: Iterable[int] = ()) -> Config:
-    """Return the run that trains the heads with which the configuration's own plan starts."""
-    return configuration.replace(probe_config(config, heads), train__penalty="mild")
-
-
 def own_rungs(config: Config, heads: Iterable[int]) -> dict[str, Config]:
     """Return the rungs of the configuration's own plan: none if only heads train, one if it has no experts."""
     if config.plan.train_blocks == [] and config.adapter is None:
@@ -74,7 +68,7 @@ def own_rungs(config: Config, heads: Iterable[int]) -> dict[str, Config]:
 
 
 def _continued(config: Config, heads: Iterable[int], **changes: object) -> Config:
-    """Return the configuration of a run that continues from solved heads."""
+    """Return the configuration of a run that continues from the probe."""
     rate = RATE * config.train.lr
     settings = {"head_lr_scale": 1.0, "lr": rate, "min_lr": min(config.train.min_lr, rate)}
     own = {f"train__{key}": value for key, value in settings.items()} | {"plan__head_blocks": list(heads)}

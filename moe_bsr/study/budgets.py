@@ -21,7 +21,6 @@ from moe_bsr.config import Config, ConfigError
 from moe_bsr.config.methods import Method
 from moe_bsr.config.methods import read as read_methods
 from moe_bsr.evaluation.metrics import over_seeds
-from moe_bsr.fit import rungs
 from moe_bsr.fit.ladder import Budget, Ladder
 from moe_bsr.model.multitask import build
 from moe_bsr.runs.folder import make_transforms, open_task
@@ -154,7 +153,7 @@ def _rival(method: str, config: Config, minutes: float, began: float) -> dict[st
         runtime.reset_peak()
         tasks = {name: open_task(config, file) for name, file in config.task_files().items()}
         counts = {name: len(data.class_names) for name, data in tasks.items()}
-        transforms = make_transforms(config, build(rungs.start(config), counts))
+        transforms = make_transforms(config, build(probe_config(config, []), counts))
         left = 60 * minutes - (time.monotonic() - began)
         network, heads, updates = rivals.train(method, config, tasks, transforms, runtime, left)
         seconds, peak = time.monotonic() - began, runtime.peak_mb()

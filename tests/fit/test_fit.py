@@ -43,7 +43,7 @@ def climbed(tmp_path_factory):
 def test_every_rung_is_a_run_and_the_best_is_named(climbed):
     _, folder, found, messages = climbed
     names = [rung["name"] for rung in found["rungs"]]
-    assert names[:5] == ["probe", "start", "trial_late", "trial_bsr", "trial_experts"] and len(names) == 8
+    assert names[:4] == ["probe", "trial_late", "trial_bsr", "trial_experts"] and len(names) == 7
     assert {path.name for path in folder.iterdir() if path.is_dir()} == set(names)
     best = max(found["rungs"], key=lambda rung: rung["val_top1"])
     assert found["best"] == best["name"] and found["run"] == str(folder / best["name"])
@@ -146,7 +146,7 @@ def test_a_diverging_trial_is_skipped_and_the_ladder_continues(tmp_path, monkeyp
     monkeypatch.setattr(ladder.api, "train", diverging)
     config, messages = make_config(tmp_path, plan__moe_blocks=[]), []
     found = Ladder(config, tmp_path / "fit", Budget(0.01), messages.append, callbacks=[]).climb()
-    assert [rung["name"] for rung in found["rungs"]] == ["probe", "start", "trial_late", "trial_bsr", "late"]
+    assert [rung["name"] for rung in found["rungs"]] == ["probe", "trial_late", "trial_bsr", "late"]
     assert "trial_bsr: loss nan at step 1" in messages and found["best"] != "trial_bsr"
 
 
@@ -219,7 +219,7 @@ def test_cached_features_are_freed_when_another_plan_continues(tmp_path, monkeyp
     kept = weakref.ref(climb.shared)
     monkeypatch.setattr(climb, "_go", go)
     climb._train_the_best(rungs.late(climb.config, 6, [3]))
-    assert seen[0][0] == "start" and ("trial_late", True, True) in seen and seen[-1] == ("bsr", False, False)
+    assert seen[0] == ("trial_late", True, True) and seen[-1] == ("bsr", False, False)
 
 
 def test_a_plan_with_adapters_is_tried_in_addition_to_late_blocks_without_them(tmp_path):
@@ -278,11 +278,8 @@ def test_rungs_that_do_not_fit_are_left_out(tmp_path, monkeypatch):
     messages = []
     climb = Ladder(make_config(tmp_path), tmp_path / "fit", Budget(0.01), messages.append, callbacks=[])
     found = climb.climb()
-    assert [rung["name"] for rung in found["rungs"]] == ["probe", "start"]
-    probe, start = climb.rungs
-    for best, reason in ((probe, "only probe fits into the memory"), (start, "start has the highest validation top-1")):
-        assert climb._reason(best).startswith(reason)
-    assert found["reason"] == climb._reason(max(climb.rungs, key=lambda rung: rung.val_top1))
+    assert [rung["name"] for rung in found["rungs"]] == ["probe"]
+    assert found["reason"] == "only probe fits into the memory"
     assert all(f"trial_{name} is left out: memory: too little" in messages for name in ("late", "bsr", "experts"))
 
 
