@@ -8,11 +8,11 @@ Give it a configuration, or names or files of tasks; with tasks, the configurati
 speed of the backbone on this machine, and trains as many of these models as the time allows:
 
     probe         only the heads, on frozen features of several blocks, solved to their optimum
-    late          the last two blocks, starting from that probe
+    late          the last two blocks
     bsr, experts  the blocks and token dropping of the configuration, without and with experts
 
-If there is time, late, bsr and experts are each tried for a while, the best of them also at other learning rates. It
-then gets the remaining time, and continues from the weights of its trial. Each run is trained in a form that fits into
+If there is time, late, bsr and experts each continue from the probe for a while, the best of them also at other
+learning rates. It then gets the remaining time, and continues from the weights of its trial. Each run is trained in a form that fits into
 --memory. The run with the highest validation accuracy is named, with the reason, and tested once. --minutes cover
 everything from opening the images, except this test.
 

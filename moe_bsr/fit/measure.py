@@ -76,7 +76,7 @@ def measure(config: Config, runtime: Runtime, limit: int | None, seconds: float)
         reason = f"nine tenths of what {free[1]} has free" if free else "no limit is known"
     base = max(0, resident - parameters) + (0 if runtime.device.type == "cuda" else SPARE)
     there = Memory(limit, base, evaluation, reason)
-    head_blocks = rungs.head_blocks(len(model.plan), model.vit.has_class_token)
+    head_blocks = rungs.head_blocks(config, len(model.plan), model.vit.has_class_token)
     probe = rungs.probe(config, head_blocks)
     # Raises before anything slow if not even the probe fits.
     fitted(probe, classes, there, runtime.precision, 0)

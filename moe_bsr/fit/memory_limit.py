@@ -99,10 +99,11 @@ def with_feature_cache(config: Config, available: int, images: int, tokens: int,
     augmentations, which a cache would disable.
 
     Args:
-        available: bytes for the cache. images: training images of all tasks.
+        config: trains a list of blocks. available: bytes for the cache. images: training images of all tasks.
         tokens, width: size of the features where the first block trains. itemsize: bytes of one value.
     """
-    each = tokens * 8 + len(config.plan.head_blocks) * width * itemsize  # origins, and class tokens for the heads
+    read = sum(index < min(config.plan.train_blocks) for index in config.plan.head_blocks)
+    each = tokens * 8 + read * width * itemsize  # origins, and class tokens for the heads
     sizes = {"exact": tokens * width * itemsize + each, "int8": tokens * width + 4 * width + each}
     fits = [kind for kind, size in sizes.items() if 1.02 * images * size <= available]
     own = any(getattr(config.data, key) != default for key, default in PLAIN.items())

@@ -22,9 +22,10 @@ LATE = 2  # number of blocks that train in `late`
 RATE = 0.2  # factor on the learning rate of all rungs that train blocks
 
 
-def head_blocks(depth: int, has_class_token: bool) -> list[int]:
-    """Return the blocks whose class tokens heads read besides the output: the upper half, without those of `late`."""
-    return list(range(depth // 2, max(depth // 2, depth - LATE))) if has_class_token else []
+def head_blocks(config: Config, depth: int, has_class_token: bool) -> list[int]:
+    """Return the blocks whose class tokens heads read besides the output: those of the configuration, or else the upper
+    half of the network."""
+    return config.plan.head_blocks or (list(range(depth // 2, depth - 1)) if has_class_token else [])
 
 
 def probe(config: Config, heads: Iterable[int]) -> Config:

@@ -74,13 +74,19 @@ def test_no_rung_was_tested_and_all_have_the_same_validation_images(climbed):
     assert len(names) == 1
 
 
+def test_heads_read_the_configured_blocks_or_the_upper_half(tmp_path):
+    config = make_config(tmp_path)
+    assert rungs.head_blocks(config, 6, True) == [3, 4] and rungs.head_blocks(config, 6, False) == []
+    assert rungs.head_blocks(replace(config, plan__head_blocks=[1, 5]), 6, True) == [1, 5]
+
+
 def test_late_blocks_start_with_the_predictions_of_the_probe(climbed):
     config, folder, *_ = climbed
     trained = load(folder / "probe")
-    late = rungs.late(config, 6, [3])
+    late = rungs.late(config, 6, rungs.head_blocks(config, 6, True))
     classes = {task: list(trained.data(task, "val").class_names) for task in SIZES}
     model, _ = warm_start.build_from(str(folder / "probe"), late, classes)
-    assert late.plan.head_blocks == [3] and model.path_start == 4
+    assert late.plan.head_blocks == [3, 4] and model.path_start == 4
     images = torch.randn(5, 3, 32, 32)
     with torch.no_grad():
         for task in SIZES:
