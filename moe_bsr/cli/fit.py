@@ -12,9 +12,9 @@ speed of the backbone on this machine, and trains as many of these models as the
     bsr, experts  the blocks and token dropping of the configuration, without and with experts
 
 If there is time, late, bsr and experts each continue from the probe for a while, the best of them also at other
-learning rates. It then gets the remaining time, and continues from the weights of its trial. Each run is trained in a form that fits into
---memory. The run with the highest validation accuracy is named, with the reason, and tested once. --minutes cover
-everything from opening the images, except this test.
+learning rates. It then gets the remaining time, and continues from the weights of its trial. Each run is trained in a
+form that fits into --memory. The run with the highest validation accuracy is named, with the reason, and tested once.
+--minutes cover everything from opening the images, except this test.
 
 Writes one run folder per model in --run, for `predict`, `evaluate`, `views` and `train --resume`, and the table of all
 in fit.json.
