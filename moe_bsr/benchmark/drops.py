@@ -60,7 +60,7 @@ class Row:
 def frozen(config: Config) -> Config:
     """Return the configuration of the shared backbone: nothing trains and nothing is dropped."""
     probe = probe_config(config)
-    return replace(probe, plan=replace(probe.plan, drop_blocks=[], keep_rate=1.0, head_blocks=[]))
+    return replace(probe, plan=replace(probe.plan, drop_blocks=[], keep_rate=1.0))
 
 
 def study(

@@ -7,8 +7,8 @@ The dropping of CONFIG is compared with none, with milder dropping, with the oth
 merging (where keep rates are 0.5 or more), and with other blocks at the same FLOPs. With --at only these
 BLOCKS:KEEP_RATES are tried, beside none and the dropping of CONFIG; with tokens.reduce=merge they merge tokens instead.
 
-All settings are scored on the same validation images. No test image is opened, and nothing is written. Blocks that
-several settings share are computed once.
+Probes read the class tokens of plan.head_blocks too. All settings are scored on the same validation images. No test
+image is opened, and nothing is written. Blocks that several settings share are computed once.
 
 Exit status: 0 done, 2 invalid arguments or input.
 """

@@ -210,15 +210,19 @@ class MultitaskViT(nn.Module):
             tokens, record = STORAGES[storage.kind].run(run, tokens, list(layer.parameters()), storage.options)
         else:
             tokens, record = run(tokens)
-        tokens.read = before.read
-        if index in self.head_blocks:
-            tokens.x, read = read_first(tokens.x)
-            tokens.read = read if before.read is None else torch.cat([before.read, read], 1)
+        self.read(index, before, tokens)
         if self.ladder is not None:
             tokens = self.ladder.pass_by(index, before, tokens, record.dropped, replay)
         if records is not None and (record.dropped is not None or record.routing is not None):
             records[index] = record
         return tokens
+
+    def read(self, index: int, before: Tokens, after: Tokens) -> None:
+        """Set `after.read`: that of the tokens before block `index`, and its class tokens if the heads read them."""
+        after.read = before.read
+        if index in self.head_blocks:
+            after.x, read = read_first(after.x)
+            after.read = read if before.read is None else torch.cat([before.read, read], 1)
 
     def logits(self, tokens: Tokens, task: str) -> Tensor:
         """Apply the head of `task` to the last block's tokens: (B, classes) float32."""

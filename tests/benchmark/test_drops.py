@@ -50,8 +50,9 @@ def configured(config, setting):
     return configuration.replace(probe_config(config), **values)
 
 
-def test_features_equal_those_of_a_model_with_that_configuration(config):
-    images = torch.randn(3, 3, 32, 32)
+@pytest.mark.parametrize("head_blocks", [[], [1, 4]], ids=str)
+def test_features_equal_those_of_a_model_with_that_configuration(head_blocks, config):
+    config, images = configuration.replace(config, plan__head_blocks=head_blocks), torch.randn(3, 3, 32, 32)
     model = build(drops.frozen(config), {"shapes": 10}).eval()
     with torch.inference_mode():
         found = features_of_settings(model, images, SETTINGS)
