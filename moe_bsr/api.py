@@ -96,6 +96,8 @@ def _train(
     if resume and (done := ranks.by_first(lambda: report.complete(run_dir, config))) is not None:
         return done
     if config.mode == "single_task":
+        if features is not None:
+            raise ValueError("features belong to one model, and mode single_task trains one for each task")
         return _train_each_task(config, run_dir, resume, callbacks, runtime)
     tasks, notes = run.open_tasks(config, run_dir, resume)
     chosen = default_callbacks(run_dir) if callbacks is None else [Jsonl(run_dir), *callbacks]

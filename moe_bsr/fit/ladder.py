@@ -16,7 +16,7 @@ from typing import Any
 
 from moe_bsr import api
 from moe_bsr import config as configuration
-from moe_bsr.config import Config, ConfigError
+from moe_bsr.config import Config, ConfigError, require
 from moe_bsr.evaluation.metrics import half_width
 from moe_bsr.fit import memory_limit, rungs
 from moe_bsr.fit.measure import measure
@@ -100,15 +100,19 @@ class Ladder:
             say: called with a line for each decision. callbacks: for every run, as in `api.train`.
 
         Raises:
-            ConfigError: the folder is not empty, or the configuration has a model for each task.
+            ConfigError: the folder is not empty, or the configuration has a model for each task or trains only heads.
         """
         require_tokens(config.backbone, "fit")
         if config.mode != "multitask":
             raise ConfigError(f"mode = {config.mode!r}: multitask, because fit trains one model for all tasks")
+        why = "because fit decides itself what trains"
+        require(config.train.optimizer != "lbfgs", "train.optimizer", "lbfgs", f"adamw, adamw8, sgd or mezo, {why}")
+        require(config.train.only is None, "train.only", config.train.only, f"null, {why}")
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"{folder} already exists; name another folder for the runs")
-        settings = {"evaluate_test": False, "pictures": False, "eval_every": None, "patience": None, "init_from": None}
-        train = dataclasses.replace(config.train, **settings, steps=1000, epochs=None, minutes=None)
+        ignored = ("eval_every", "patience", "init_from", "epochs", "minutes", "warmup_steps")
+        settings = {"evaluate_test": False, "pictures": False, "steps": 1000} | dict.fromkeys(ignored)
+        train = dataclasses.replace(config.train, **settings)
         self.config = dataclasses.replace(config, train=train)
         self.folder, self.budget, self.say, self.callbacks = folder, budget, say, callbacks
         self.runtime = prepare(config.runtime)
@@ -182,21 +186,20 @@ class Ladder:
         train = dataclasses.replace(config.train, steps=None, minutes=minutes, init_from=origin)
         try:
             fitted = self._fitted(dataclasses.replace(config, train=train), shares)
+            config, form = fitted.config, f"storage {fitted.config.storage}"
+            if not solved:
+                form += f", micro-batches of {config.train.batch_size // config.train.grad_accumulation_steps}"
+            length = f"{minutes:.1f} minutes" if minutes >= 1 else f"{60 * minutes:.0f} seconds"
+            self.say(f"{name}: {length}, {form}, {fitted.bytes / 2**20:.0f} MB predicted for the process")
+            report = api.train(
+                config, self.folder / name, callbacks=self.callbacks, features=self.shared if shares else None
+            )
         except ConfigError as error:
             if not self.rungs:
                 raise
             self.say(f"{name} is left out: {error}")
             self.left_out = True
             return True
-        config, form = fitted.config, f"storage {fitted.config.storage}"
-        if not solved:
-            form += f", micro-batches of {config.train.batch_size // config.train.grad_accumulation_steps}"
-        length = f"{minutes:.1f} minutes" if minutes >= 1 else f"{60 * minutes:.0f} seconds"
-        self.say(f"{name}: {length}, {form}, {fitted.bytes / 2**20:.0f} MB predicted for the process")
-        try:
-            report = api.train(
-                config, self.folder / name, callbacks=self.callbacks, features=self.shared if shares else None
-            )
         except NonFiniteLoss as error:  # the learning rate is too high: the rung counts with an accuracy of 0
             self.say(f"{name}: {error}")
             self.rungs.append(self._diverged(name, time.monotonic() - began, minutes, config))
@@ -267,7 +270,7 @@ class Ladder:
 
     def _with_fewer_images(self, config: Config, seconds: float) -> Config:
         """Set `data.train_images` so that the backbone can process training and validation images in `seconds`."""
-        speed, asked = self.speed, config.data.train_images
+        speed = self.speed
         validation = config.data.val_images * len(speed.classes)
         affordable = max(len(speed.classes), int(seconds / speed.forward) - validation)
         count, sizes = 0, sorted(speed.images.values())
@@ -276,7 +279,7 @@ class Ladder:
             if count <= size:
                 break
         least = max(speed.classes.values())
-        if max(count, least) >= sizes[-1] or (asked is not None and asked <= count):
+        if max(count, least) >= sizes[-1]:
             return config
         if count < least:
             self.say(f"the time is too short for one image per class; {least} images per task are used nevertheless")

@@ -36,7 +36,6 @@ EXPERTS = ({"moe.experts": "low_rank"}, FULL | {"moe.mlp_ratio": 4}, FULL | {"mo
 MOST_WITH_EXPERTS = 3  # largest number of trained blocks for which variants with experts are tried
 PLAIN = {
     "plan.moe_blocks": [],
-    "plan.head_blocks": [],
     "data.feature_cache_mb": None,  # the configured cache belongs to another plan's frozen blocks
     "data.feature_cache": "exact",
     "data.feature_cache_dir": None,

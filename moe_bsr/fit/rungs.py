@@ -49,6 +49,7 @@ def late(config: Config, depth: int, heads: Iterable[int]) -> Config:
         config,
         heads,
         adapter=None,
+        train__alast__blocks=None,  # ALaST draws from all blocks
         plan__train_blocks=list(range(max(1, depth - LATE), depth)),
         plan__train_weights="all",
         plan__drop_blocks=[],

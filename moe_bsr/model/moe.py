@@ -33,7 +33,8 @@ class Routing:
             the storages that recompute the whole block.
         probabilities: (B, N, E) float32 softmax over all experts, detached.
         importance: (E,) sum of the kept gates, in the graph (V-MoE, Riquelme et al. 2021, eq. 7).
-        load: (E,) number of tokens; in the graph and smooth if there is gate noise, a count otherwise.
+        load: (E,) number of tokens; in the graph and smooth if there is gate noise, a count otherwise and with
+            covering slices.
     """
 
     experts: Tensor

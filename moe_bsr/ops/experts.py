@@ -185,7 +185,8 @@ class _ExpertLoop(torch.autograd.Function):
         act, dtype = ctx.act, x_TD.dtype
         grad_TD = grad_TD.to(dtype)
         gate_R1 = _gate_of_rows(gates_TK, row_of_assignment, token_of_row)
-        grads = [None if w is None else torch.empty_like(w) for w in weights]
+        needed = ctx.needs_input_grad[8:]  # frozen experts pass gradients on to their input and gates
+        grads = [torch.empty_like(w) if needs else None for w, needs in zip(weights, needed, strict=True)]
         grad_x_TD, grad_gate_R1 = _float32_zeros(x_TD), torch.empty_like(gate_R1)
         for expert, count in enumerate(ctx.rows):
             if not count:
@@ -203,7 +204,8 @@ class _ExpertLoop(torch.autograd.Function):
             grad_act_rF = grad_out_rD @ w2.to(dtype)
             grad_gate_r1 = 0.0 if b2 is None else grad_out_rD @ b2.to(dtype).unsqueeze(1)
             grad_out_rD.mul_(gate_r1)
-            _product_into(grad_w2, grad_out_rD.t(), act_rF)
+            if grad_w2 is not None:
+                _product_into(grad_w2, grad_out_rD.t(), act_rF)
             if grad_b2 is not None:
                 grad_b2.copy_(grad_out_rD.sum(0))
             del grad_out_rD
@@ -214,7 +216,8 @@ class _ExpertLoop(torch.autograd.Function):
             del act_rF, by_unit_rF
             # First layer.
             grad_h_rF = activation_backward(act, h_rF, grad_act_rF)
-            _product_into(grad_w1, grad_h_rF.t(), x_TD.index_select(0, token_r).mul_(gate_r1))
+            if grad_w1 is not None:
+                _product_into(grad_w1, grad_h_rF.t(), x_TD.index_select(0, token_r).mul_(gate_r1))
             if grad_b1 is not None:
                 grad_b1.copy_((gate_r1.t().to(dtype) @ grad_h_rF).squeeze(0))
             grad_x_TD.index_add_(0, token_r, gate_r1 * (grad_h_rF @ w1.to(dtype)))

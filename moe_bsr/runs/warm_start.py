@@ -135,6 +135,7 @@ def _require_same(config: Config, plan: list[BlockPlan], source: Source) -> None
     for section, keys in COMPUTES.items():
         mine, theirs = getattr(config, section), getattr(source.config, section)
         pairs |= {f"{section}.{key}": (getattr(mine, key), getattr(theirs, key)) for key in keys}
+    pairs["plan.head_blocks"] = tuple(map(sorted, pairs["plan.head_blocks"]))  # their order does not count
     for key, (here, there) in pairs.items():
         if here != there and (config.plan.moe_blocks or not key.startswith("moe.")):
             raise ConfigError(
@@ -238,14 +239,30 @@ def _put_tasks(model: MultitaskViT, source: Source) -> None:
 
 @torch.no_grad()
 def _put_head(model: MultitaskViT, source: Source, task: str, classes: list[str]) -> int:
-    """Copy the rows of the classes that both heads have. Return their number."""
+    """Copy the rows of the classes that both heads have, and return their number.
+
+    Only weights of features that both heads read are copied. Those of the others are set to zero.
+    """
     rows = {name: row for row, name in reversed(list(enumerate(source.classes[task])))}
     pairs = [(row, rows[name]) for row, name in enumerate(classes) if name in rows]
     if pairs:
         mine, theirs = map(list, zip(*pairs, strict=True))
-        for name in ("weight", "bias"):
-            getattr(model.heads[task], name)[mine] = source.weights[f"heads.{task}.{name}"][theirs]
+        head, weight = model.heads[task], source.weights[f"heads.{task}.weight"]
+        head.bias[mine] = source.weights[f"heads.{task}.bias"][theirs]
+        head.weight[mine] = 0.0
+        its = _columns(model, source.config.plan.head_blocks)
+        for block, columns in _columns(model, model.head_blocks).items():
+            if block in its:
+                head.weight[mine, columns] = weight[theirs, its[block]]
     return len(pairs)
+
+
+def _columns(model: MultitaskViT, head_blocks: list[int]) -> dict[int | None, slice]:
+    """Return the columns of a head's weight by the block whose class token they read; None: the last block's output."""
+    start, width = model.vit.num_features, model.vit.embed_dim
+    ends = range(start + width, start + width * len(head_blocks) + 1, width)
+    read = {block: slice(end - width, end) for block, end in zip(sorted(head_blocks), ends, strict=True)}
+    return {None: slice(0, start)} | read
 
 
 # --- in words ---
@@ -276,6 +293,9 @@ def _describe(
     for task in heads:
         if names := [name for name in classes[task] if name not in source.classes[task]]:
             new.append(f"classes of {task} ({_listed(names)})")
+    its, mine = set(source.config.plan.head_blocks), set(model.head_blocks)
+    if heads and mine - its:
+        new.append(f"heads' weights for class tokens of blocks {_listed(sorted(mine - its))}, from zero")
     if copied := [index for index in moe if index not in parts["experts"]]:
         low_rank = any(getattr(model.vit.blocks[i].mlp, "shared", None) is not None for i in copied)
         how = "low-rank experts of blocks {}, from zero" if low_rank else "experts of blocks {}, copies of the FFN"
@@ -286,6 +306,8 @@ def _describe(
     for task in heads:
         if names := [name for name in source.classes[task] if name not in classes[task]]:
             left.append(f"classes of {task} ({_listed(names)})")
+    if heads and its - mine:
+        left.append(f"heads' weights for class tokens of blocks {_listed(sorted(its - mine))}")
     theirs = {_block(name) for name in source.weights if ".mlp.experts." in name}
     if unused := sorted(theirs - set(parts["experts"])):
         left.append(f"experts of blocks {_listed(unused)}")

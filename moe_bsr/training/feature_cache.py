@@ -24,6 +24,7 @@ from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.model.tokens import Dropped, Rung, Tokens
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.training.inputs import Inputs
+from moe_bsr.training.sharing import split_digest
 
 Features = tuple[Tokens, dict[int, Record]]
 TINY = 1e-30  # the scale of a channel of zeros
@@ -56,6 +57,7 @@ class FeatureCache:
             "null (off): the embedding trains under this plan, so no features stay the same",
         )
         self.model, self.views = model, (settings.views or 1) if settings.augment else 1
+        self.images: dict[str, str] = {}  # digests of the training images by task, set by the first run
         self.start = model.path_start
         # A frozen last block returns only the class token if the head reads nothing else.
         self.class_token_only = self.start == len(model.plan) and model.vit.global_pool == "token"
@@ -70,13 +72,14 @@ class FeatureCache:
         self.rungs = [(rung.read is not None, rung.kept is not None) for rung in tokens.rungs]
         parts = self._parts(tokens, records)
         images = sum(sizes.values())
-        self.bytes = images * self.views * sum(p[0].numel() * p.element_size() for p in parts)
+        each = sum(p[0].numel() * p.element_size() for p in parts)
+        self.bytes = images * self.views * each
         of_views = f" in {self.views} views" if self.views > 1 else ""
         require(
             self.bytes <= megabytes * 1e6,
             "data.feature_cache_mb",
             megabytes,
-            f"at least {ceil(self.bytes / 1e6)}, for {images} images{of_views} of {tokens.x[0].numel():,} values "
+            f"at least {ceil(self.bytes / 1e6)}, for {images} images{of_views} of {each:,} bytes "
             f"({self.kind}); or data.feature_cache=int8, fewer data.views, or null to run the frozen blocks every time",
         )
         folder = settings.feature_cache_dir
@@ -86,19 +89,21 @@ class FeatureCache:
         self.kept = {task: [_rows(count * self.views, part, folder) for part in parts] for task, count in sizes.items()}
         self.seen = {task: torch.zeros(self.views, count, dtype=torch.bool) for task, count in sizes.items()}
 
-    def take_over(self, model: MultitaskViT, sizes: dict[str, int]) -> None:
-        """Use this cache for another model on the same device, with the same frozen blocks before `start`.
+    def take_over(self, model: MultitaskViT, tasks: dict[str, TaskData]) -> None:
+        """Use this cache for a model on the same device, with the same frozen blocks before `start`.
 
-        Args:
-            sizes: training images by task.
         Raises:
-            ValueError: the blocks or the numbers of images differ.
+            ValueError: the blocks or the training images differ from those of an earlier run.
         """
         if self.model.features_key(self.start) != model.features_key(self.start):
             raise ValueError(f"blocks 0 to {self.start - 1} of this model are not those whose features are cached")
+        sizes = {name: len(data.train) for name, data in tasks.items()}
         if sizes != (kept := {task: seen.shape[1] for task, seen in self.seen.items()}):
             raise ValueError(f"features are cached for {kept} training images, and these are {sizes}")
-        self.model = model
+        images = {name: split_digest(data, "train") for name, data in tasks.items()}
+        if other := [name for name in images if images[name] != self.images.get(name, images[name])]:
+            raise ValueError(f"the cached features of {', '.join(other)} are those of other training images")
+        self.model, self.images = model, images
 
     def compute(self, images: Tensor, task: str) -> Features:
         return self.model.forward_features(images, task, upto=self.start)
@@ -243,10 +248,10 @@ def make_inputs(
         features: a cache to share with earlier runs; None: make one if the configuration asks for it.
     """
     inputs = Inputs(tasks, transforms, runtime, config.data.prefetch)
-    sizes = {name: len(data.train) for name, data in tasks.items()}
-    if features is not None:
-        features.take_over(model, sizes)
-    elif config.data.feature_cache_mb:
+    if features is None and config.data.feature_cache_mb:
         with runtime.autocast():
-            features = FeatureCache(model, sizes, config.data)
-    return inputs if features is None else CachedInputs(inputs, features)
+            features = FeatureCache(model, {name: len(data.train) for name, data in tasks.items()}, config.data)
+    if features is None:
+        return inputs
+    features.take_over(model, tasks)
+    return CachedInputs(inputs, features)

@@ -43,7 +43,6 @@ def curve(trainer: Trainer, rates: list[float]) -> list[Point]:
     try:
         for step, rate in enumerate(rates):
             results, _ = trainer.take(batches, step, rate)
-            trainer.state.step = step + 1
             tasks = trainer.sampler.tasks(step)
             value = relative.add({task: result.loss for task, result in zip(tasks, results, strict=True)})
             points.append(Point(rate, fmean(result.loss for result in results), value))
@@ -53,7 +52,6 @@ def curve(trainer: Trainer, rates: list[float]) -> list[Point]:
         pass
     finally:
         batches.close()
-        trainer.state.step = 0
     return points
 
 

@@ -67,11 +67,12 @@ def require_alike(ranks: Alone, model: MultitaskViT, tasks: dict[str, TaskData])
         values = {"backbone": model.backbone_sha256}
         for name, data in tasks.items():
             for split in SPLITS:
-                values[f"{split} split of task {name}"] = _split(data, split)
+                values[f"{split} split of task {name}"] = split_digest(data, split)
         ranks.require_same(values)
 
 
-def _split(data: TaskData, split: str) -> str:
+def split_digest(data: TaskData, split: str) -> str:
+    """Return the number of images of a split, and a digest of which images these are and of their labels."""
     part = getattr(data, split)
     names = part.source.names
     named = b"" if names is None else "\n".join(str(names[i]) for i in part.index if 0 <= i < len(names)).encode()

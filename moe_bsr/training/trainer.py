@@ -248,7 +248,7 @@ class Trainer:
             group["lr"] = rate * group["lr_scale"] * (step >= group["hold"])
         drawn = [next(batches) for _ in self.sampler.tasks(step)]  # all before the update: one may be unreadable
         try:
-            return self.updates.take(drawn, self.state.step)
+            return self.updates.take(drawn, step)
         except NotFinite as error:
             raise NonFiniteLoss(
                 f"{error}; {last_good(self.folder)}; in a new run folder lower train.lr, set train.grad_clip_norm, or "

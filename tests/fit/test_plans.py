@@ -77,6 +77,7 @@ def test_plans_differ_in_blocks_dropping_and_experts_and_the_configured_one_is_f
     assert {str(plan.get("moe.experts")) for plan in found} == {"full", "low_rank", "None"}
     assert {str(plan["plan.drop_blocks"]) for plan in found} == {"[]", "[0, 2, 3]", "[1, 3]"}
     assert len(found) == len({str(plan) for plan in found})
+    assert not any("plan.head_blocks" in plan for plan in found)  # all plans read what the configuration reads
     own = replace(config, plan__moe_blocks=[1, 3, 5], moe__mlp_ratio=4)  # also one of the other candidates
     looked = list(candidates(own, ample[0].vit))
     assert len(looked) == len({repr(changed(own, Plan(changes, 0, 0, None, 1, 1.0))) for changes in looked})

@@ -13,6 +13,7 @@ from moe_bsr.config import ConfigError, MoEConfig
 from moe_bsr.model.experts import Experts
 from moe_bsr.model.moe import MoE, upcycling_error
 from moe_bsr.model.replay import Replay
+from moe_bsr.ops import experts
 from moe_bsr.ops.experts import sort_by_expert
 
 ROUTERS = ["per_task", "task_conditioned"]
@@ -94,6 +95,23 @@ def test_backends_equal_the_dense_reference(kernels, engine, bias, shape, option
     assert fast_parameters.keys() == slow_parameters.keys()
     for name, gradient in fast_parameters.items():
         torch.testing.assert_close(gradient, slow_parameters[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_frozen_experts_pass_gradients_on_and_compute_none_of_their_own(engine, monkeypatch):
+    """As in `add-task` with a gradient optimizer: routers train behind and in front of frozen experts."""
+    found = []
+    for frozen in (False, True):
+        moe, x = make_moe(backend=engine), normal(2, 6, WIDTH).requires_grad_()
+        moe.experts.requires_grad_(not frozen)
+        if frozen and engine == "loop":
+            monkeypatch.setattr(experts, "_product_into", None)  # it computes the weights' gradients
+        y, _ = moe(x, TASKS[0], Replay())
+        (y * normal(*y.shape, seed=1)).sum().backward()
+        router = [p.grad for p in moe.router.parameters() if p.grad is not None]
+        found.append([x.grad, *router])
+        assert all((p.grad is None) == frozen for p in moe.experts.parameters())
+    assert len(found[0]) > 1 and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("engine", ENGINES)

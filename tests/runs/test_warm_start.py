@@ -94,6 +94,21 @@ def test_a_warm_start_with_a_compatible_plan_computes_the_same_logits(trained, b
         torch.testing.assert_close(logits(model, task), logits(loaded(source), task), rtol=tolerance, atol=tolerance)
 
 
+def test_heads_take_only_the_weights_of_features_that_both_read(trained):
+    _, source = trained(**HEADS, plan__head_blocks=[2, 4])
+    saved, width = loaded(source).heads["shapes"].weight, loaded(source).vit.embed_dim
+    parts = {None: saved[:, :width], 2: saved[:, width : 2 * width], 4: saved[:, 2 * width :]}
+    for blocks in ([], [4, 2], [0, 4], [1]):
+        model, notes = started(make_config(source.parent, **DENSE, plan__head_blocks=blocks), source)
+        expected = [parts.get(block, torch.zeros_like(parts[2])) for block in (None, *sorted(blocks))]
+        assert torch.equal(model.heads["shapes"].weight, torch.cat(expected, 1)), blocks
+        assert model.heads["shapes"].bias.equal(loaded(source).heads["shapes"].bias)
+        new, left = sorted({*blocks} - {2, 4}), sorted({2, 4} - {*blocks})
+        for kind, found in (("new", new), ("left", left)):
+            words = f"heads' weights for class tokens of blocks {', '.join(map(str, found))}"
+            assert any(line.startswith(kind) and words in line for line in notes) == bool(found)
+
+
 def test_experts_start_as_copies_of_the_trained_ffn(trained):
     _, source = trained(**DENSE)
     model, notes = started(make_config(source.parent), source)

@@ -180,6 +180,17 @@ def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(whole, tmp_path,
     assert resumed.updates.schedule.state() == trainer.updates.schedule.state()
 
 
+def test_updates_that_are_only_timed_draw_blocks_anew(whole, tmp_path, monkeypatch):
+    trainer, drawn = make_trainer(whole[0], tmp_path / "run"), []
+    alast, batches = trainer.updates.schedule, trainer.batches()
+    draw = type(alast).draw
+    monkeypatch.setattr(type(alast), "draw", lambda self, step, task: drawn.append(step) or draw(self, step, task))
+    for step in range(3):
+        trainer.take(batches, step, 0.0)
+    batches.close()
+    assert sorted(set(drawn)) == [0, 1, 2]
+
+
 def test_a_trial_update_leaves_the_budgets_and_an_invalid_state_is_refused(whole, tmp_path):
     trainer = make_trainer(whole[0], tmp_path / "run")
     alast, batches = trainer.updates.schedule, trainer.batches()

@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from tiny_runs import SIZES, make_config, make_trainer, state_of
@@ -158,13 +159,16 @@ def test_a_cache_can_be_used_by_another_run_with_the_same_frozen_blocks(tmp_path
     cache = first.inputs.cache
     plan = {"plan__drop_blocks": [], "plan__moe_blocks": []}
     other = make_trainer(make_config(tmp_path, plan__train_blocks=[], **plan), tmp_path)
-    cache.take_over(other.model, SIZES)
+    cache.take_over(other.model, other.tasks)
     assert cache.model is other.model and cache.start == 5
     for changes in ({"plan__train_blocks": [4]}, {"plan__drop_blocks": [2]}, {"plan__train_blocks": [5], "seed": 1}):
         with pytest.raises(ValueError, match="blocks 0 to 4 of this model are not those"):
-            cache.take_over(make_trainer(make_config(tmp_path, **plan | changes), tmp_path).model, SIZES)
+            cache.take_over(make_trainer(make_config(tmp_path, **plan | changes), tmp_path).model, other.tasks)
     with pytest.raises(ValueError, match="features are cached for .*'shapes': 23"):
-        cache.take_over(other.model, SIZES | {"shapes": 22})
+        cache.take_over(other.model, other.tasks | {"shapes": other.tasks["shapes"].select("train", np.arange(22))})
+    with pytest.raises(ValueError, match="cached features of shapes are those of other training images"):
+        reverse = other.tasks["shapes"].select("train", np.arange(SIZES["shapes"])[::-1])
+        cache.take_over(other.model, other.tasks | {"shapes": reverse})
 
 
 def test_a_cache_can_be_used_by_a_model_with_more_frozen_blocks(tmp_path):
