@@ -92,7 +92,7 @@ def _walk(
         context = model.contexts[index]
         context = replace(context, plan=replace(context.plan, keep_rate=rate), tokens=how)
         after, _ = block.forward(model.vit.blocks[index], tokens, context, "", Replay())
-        model.read(index, tokens, after)
+        model.collect_class_token(index, tokens, after)
         yield from _walk(model, after, index + 1, members)
 
 

@@ -170,7 +170,7 @@ def trace_block(
 
 def crossing(tokens: Tokens) -> list[Tensor]:
     """Return the tensors of tokens that blocks hand on, besides those for a side network."""
-    return [t for t in (tokens.x, tokens.origin, tokens.place, tokens.read) if t is not None]
+    return [t for t in (tokens.x, tokens.origin, tokens.place, tokens.class_tokens) if t is not None]
 
 
 def bring_tokens(border: Border, stream: Stream) -> Tokens:
@@ -180,8 +180,8 @@ def bring_tokens(border: Border, stream: Stream) -> Tokens:
     for layout in (stream.origin, stream.place):
         found.append(None if layout is None else torch.empty_strided(*layout, dtype=torch.int64, device=x.device))
         border.imported += [] if layout is None else [border.tracer.allocation(found[-1])]
-    read = None if stream.read is None else border.bring(*stream.read)
-    return Tokens(x, found[0], stream.fused, found[1], read)
+    class_tokens = None if stream.class_tokens is None else border.bring(*stream.class_tokens)
+    return Tokens(x, found[0], stream.fused, found[1], class_tokens)
 
 
 def _finish_block(
@@ -199,7 +199,7 @@ def _finish_block(
     """
     tracer, record, tokens = traced.tracer, end.pop(), end.pop()
     routing = None if record is None else record.routing
-    x, read = tokens.x, tokens.read
+    x, read = tokens.x, tokens.class_tokens
     traces = [None if t is None else (tuple(t.shape), t.stride()) for t in (tokens.origin, tokens.place)]
     reads = None if read is None else (tuple(read.shape), read.dtype, read.requires_grad)
     stream = Stream(tuple(x.shape), x.dtype, x.requires_grad, traces[0], tokens.fused, traces[1], reads)

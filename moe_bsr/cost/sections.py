@@ -73,8 +73,7 @@ class Stream:
         origin: shape and strides of `Tokens.origin`, the original patch indices; None for maps.
         fused: whether the last token is a fused one.
         place: shape and strides of `Tokens.place`, the token that each patch was merged into; None without merging.
-        read: shape and dtype of `Tokens.read`, the class tokens for the heads, and whether it requires a gradient; None
-            if no block was read.
+        class_tokens: shape and dtype of `Tokens.class_tokens`, and whether they require a gradient; None without.
     """
 
     shape: tuple[int, ...]
@@ -83,7 +82,7 @@ class Stream:
     origin: tuple[tuple[int, ...], tuple[int, ...]] | None
     fused: bool
     place: tuple[tuple[int, ...], tuple[int, ...]] | None = None
-    read: tuple[tuple[int, ...], torch.dtype, bool] | None = None
+    class_tokens: tuple[tuple[int, ...], torch.dtype, bool] | None = None
 
 
 @dataclass(slots=True)
@@ -95,9 +94,9 @@ class Section:
         kept: by maker, bytes that only the graph holds after the forward pass, without slots.
         kept_slots: slots that the graph holds after the forward pass.
         gradients: bytes of the parameters' gradients that are allocated here.
-        inputs, outputs: slots of the tokens (features, origin, place, read) that enter and leave.
+        inputs, outputs: slots of the tokens (features, origin, place, class tokens) that enter and leave.
         reports: slots of importance and load, from which the head computes the balance loss.
-        gradient_in, gradient_out: slots of the gradients (of features, read) that arrive and that are passed on.
+        gradient_in, gradient_out: slots of the gradients (of features, class tokens) that arrive and are passed on.
         routing_in: slots of the balance loss's gradients that arrive. In the head: of those it sends to each block
             that routes.
         stream: the tokens that leave.

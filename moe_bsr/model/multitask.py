@@ -102,8 +102,7 @@ class MultitaskViT(nn.Module):
         self.head_blocks = sorted(config.plan.head_blocks)
         why = f"must be []: {config.backbone.name} has no class token that heads could read"
         require(vit.has_class_token or not self.head_blocks, "plan.head_blocks", self.head_blocks, why)
-        self.extra_features = len(self.head_blocks) * vit.embed_dim
-        width = vit.num_features + self.extra_features
+        width = vit.num_features + len(self.head_blocks) * vit.embed_dim
         self.heads = nn.ModuleDict({task: nn.Linear(width, n) for task, n in classes.items()})
         for task, head in self.heads.items():
             noise = torch.randn(head.weight.shape, generator=generator(config.seed, "head", task))
@@ -210,19 +209,22 @@ class MultitaskViT(nn.Module):
             tokens, record = STORAGES[storage.kind].run(run, tokens, list(layer.parameters()), storage.options)
         else:
             tokens, record = run(tokens)
-        self.read(index, before, tokens)
+        self.collect_class_token(index, before, tokens)
         if self.ladder is not None:
             tokens = self.ladder.pass_by(index, before, tokens, record.dropped, replay)
         if records is not None and (record.dropped is not None or record.routing is not None):
             records[index] = record
         return tokens
 
-    def read(self, index: int, before: Tokens, after: Tokens) -> None:
-        """Set `after.read`: that of the tokens before block `index`, and its class tokens if the heads read them."""
-        after.read = before.read
+    def collect_class_token(self, index: int, before: Tokens, after: Tokens) -> None:
+        """Pass on the class tokens collected so far, and append block `index`'s if heads read it.
+
+        `after.x` is replaced then, so that the gradients of its two uses meet in one tensor.
+        """
+        after.class_tokens = before.class_tokens
         if index in self.head_blocks:
-            after.x, read = read_first(after.x)
-            after.read = read if before.read is None else torch.cat([before.read, read], 1)
+            after.x, own = read_first(after.x)
+            after.class_tokens = own if before.class_tokens is None else torch.cat([before.class_tokens, own], 1)
 
     def logits(self, tokens: Tokens, task: str) -> Tensor:
         """Apply the head of `task` to the last block's tokens: (B, classes) float32."""
@@ -240,7 +242,7 @@ class MultitaskViT(nn.Module):
         if self.ladder is not None:
             x = self.ladder(tokens, [each.plan.storage for each in self.contexts])
         features = self.family.pool(self.vit, x).float()
-        return features if tokens.read is None else torch.cat([features, tokens.read.float()], 1)
+        return features if tokens.class_tokens is None else torch.cat([features, tokens.class_tokens.float()], 1)
 
     def features_key(self, upto: int | None = None) -> tuple:
         """Return a key of the frozen blocks before `upto`. Models with equal keys can share `forward_features`."""

@@ -33,7 +33,7 @@ class Tokens:
         fused: whether the last token is a fused one.
         place: (B, patches) int64, for each patch of the image the token after the prefix that contains it; None before
             any merge.
-        read: (B, n D) class tokens of n earlier blocks, for heads that read them; `run_block` adds to them.
+        class_tokens: (B, n D) of n earlier blocks, for heads that read them; `run_block` adds to them.
         rungs: outputs of earlier blocks for a side network (`ladder.py`); `run_block` adds to them.
     """
 
@@ -41,7 +41,7 @@ class Tokens:
     origin: Tensor | None
     fused: bool = False
     place: Tensor | None = None
-    read: Tensor | None = None
+    class_tokens: Tensor | None = None
     rungs: "tuple[Rung, ...]" = ()
 
     @property

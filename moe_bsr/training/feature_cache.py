@@ -68,7 +68,7 @@ class FeatureCache:
         self.traced = tokens.origin is not None
         self.dtype, self.fused, self.merged = tokens.x.dtype, tokens.fused, tokens.place is not None
         self.reports = {index: list(_reported(records[index])) for index in sorted(records)}
-        self.reads = tokens.read is not None
+        self.reads = tokens.class_tokens is not None
         self.rungs = [(rung.read is not None, rung.kept is not None) for rung in tokens.rungs]
         parts = self._parts(tokens, records)
         images = sum(sizes.values())
@@ -168,8 +168,8 @@ class FeatureCache:
             parts = [(x / scale).round_().to(torch.int8), scale]
         else:
             parts = [x.bfloat16() if self.kind == "bf16" else x]
-        if tokens.read is not None:
-            parts.append(tokens.read)
+        if tokens.class_tokens is not None:
+            parts.append(tokens.class_tokens)
         parts += [part for part in (tokens.origin, tokens.place) if part is not None]
         for index in self.reports:
             parts += _reported(records[index]).values()
