@@ -150,6 +150,9 @@ class Ladder:
         trial = FOR_TRIAL * rest
         own = rungs.own_rungs(self.config, self.speed.head_blocks)
         if trial < LEAST_TRIAL or not own:
+            if own:
+                left = f"{', '.join(own)} would need a trial of {LEAST_TRIAL:.0f} s, and there are {trial:.0f}"
+                self.say(f"{left}: late gets the remaining time")
             self._go("late", late, self.left(), "probe", shares=True)
             return
         arms = {"late": late} | own

@@ -60,6 +60,8 @@ def summary(model: MultitaskViT, config: Config) -> list[str]:
             f"ALaST: each update trains {blocks} of {len(model.plan)} blocks and some of their tokens, drawn by "
             "budgets; the predicted cost is the highest that an update can have"
         )
+    if model.head_blocks:
+        lines.append(f"heads also read the class tokens of blocks {', '.join(map(str, model.head_blocks))}")
     if config.train.only is not None:
         parts = [f"{task} ({_own(model, task)})" for task in config.train.only]
         lines.append(f"only these tasks' own parameters train: {', '.join(parts)}")

@@ -8,6 +8,7 @@ classes that both runs have are copied. Everything else is initialized as in any
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -131,11 +132,13 @@ def _read_parts(run: Path, known: list[str], wanted: list[str]) -> Source:
 
 def _require_same(config: Config, plan: list[BlockPlan], source: Source) -> None:
     """Refuse train.only if this configuration computes something else than the source with the same weights."""
-    pairs = {"adapter": ([block.adapter for block in plan], [block.adapter for block in source.plan])}
+    pairs: dict[str, tuple[Any, Any]] = {}
+    pairs["adapter"] = [block.adapter for block in plan], [block.adapter for block in source.plan]
     for section, keys in COMPUTES.items():
         mine, theirs = getattr(config, section), getattr(source.config, section)
         pairs |= {f"{section}.{key}": (getattr(mine, key), getattr(theirs, key)) for key in keys}
-    pairs["plan.head_blocks"] = tuple(map(sorted, pairs["plan.head_blocks"]))  # their order does not count
+    here, there = pairs["plan.head_blocks"]
+    pairs["plan.head_blocks"] = sorted(here), sorted(there)
     for key, (here, there) in pairs.items():
         if here != there and (config.plan.moe_blocks or not key.startswith("moe.")):
             raise ConfigError(
@@ -247,13 +250,13 @@ def _put_head(model: MultitaskViT, source: Source, task: str, classes: list[str]
     pairs = [(row, rows[name]) for row, name in enumerate(classes) if name in rows]
     if pairs:
         mine, theirs = map(list, zip(*pairs, strict=True))
-        head, weight = model.heads[task], source.weights[f"heads.{task}.weight"]
-        head.bias[mine] = source.weights[f"heads.{task}.bias"][theirs]
-        head.weight[mine] = 0.0
+        parameters, weight = dict(model.heads[task].named_parameters()), source.weights[f"heads.{task}.weight"]
+        parameters["bias"][mine] = source.weights[f"heads.{task}.bias"][theirs]
+        parameters["weight"][mine] = 0.0
         its = _columns(model, source.config.plan.head_blocks)
         for block, columns in _columns(model, model.head_blocks).items():
             if block in its:
-                head.weight[mine, columns] = weight[theirs, its[block]]
+                parameters["weight"][mine, columns] = weight[theirs, its[block]]
     return len(pairs)
 
 
@@ -293,9 +296,9 @@ def _describe(
     for task in heads:
         if names := [name for name in classes[task] if name not in source.classes[task]]:
             new.append(f"classes of {task} ({_listed(names)})")
-    its, mine = set(source.config.plan.head_blocks), set(model.head_blocks)
-    if heads and mine - its:
-        new.append(f"heads' weights for class tokens of blocks {_listed(sorted(mine - its))}, from zero")
+    read, source_read = set(model.head_blocks), set(source.config.plan.head_blocks)
+    if heads and read - source_read:
+        new.append(f"heads' weights for class tokens of blocks {_listed(sorted(read - source_read))}, from zero")
     if copied := [index for index in moe if index not in parts["experts"]]:
         low_rank = any(getattr(model.vit.blocks[i].mlp, "shared", None) is not None for i in copied)
         how = "low-rank experts of blocks {}, from zero" if low_rank else "experts of blocks {}, copies of the FFN"
@@ -306,8 +309,8 @@ def _describe(
     for task in heads:
         if names := [name for name in source.classes[task] if name not in classes[task]]:
             left.append(f"classes of {task} ({_listed(names)})")
-    if heads and its - mine:
-        left.append(f"heads' weights for class tokens of blocks {_listed(sorted(its - mine))}")
+    if heads and source_read - read:
+        left.append(f"heads' weights for class tokens of blocks {_listed(sorted(source_read - read))}")
     theirs = {_block(name) for name in source.weights if ".mlp.experts." in name}
     if unused := sorted(theirs - set(parts["experts"])):
         left.append(f"experts of blocks {_listed(unused)}")
