@@ -164,9 +164,9 @@ class MultitaskViT(nn.Module):
         """Run the gradient path and the head of `task` on the tokens that `forward_features` returned."""
         return self._forward_path([(tokens, dict(records or {}))], task, noise_key)
 
-    def features_from(self, tokens: Tokens, task: str) -> Tensor:
-        """Return the features that the head of `task` reads, (B, D) float32, for the tokens of `forward_features`."""
-        for index in range(self.path_start, len(self.plan)):
+    def features_from(self, tokens: Tokens, task: str, start: int | None = None) -> Tensor:
+        """Return what the head of `task` reads, (B, D) float32, for the tokens of `forward_features(upto=start)`."""
+        for index in range(self.path_start if start is None else start, len(self.plan)):
             tokens = self.run_block(index, tokens, task)
         return self.features(tokens)
 

@@ -86,6 +86,16 @@ class TrainedRun:
             groups.setdefault(self.models[task].features_key(), []).append(task)
         return list(groups.values())
 
+    def shared_blocks(self, group: list[str]) -> int:
+        """Return how many of the first blocks compute the same for all tasks of a group (see `grouped`).
+
+        In one model these are all blocks before the first with experts, also those that were trained.
+        """
+        first = self.models[group[0]]
+        if any(self.models[task] is not first for task in group):
+            return first.path_start
+        return min(first.balance.blocks, default=len(first.plan))
+
     def outputs(self, images: Tensor, groups: list[list[str]]) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Yield for each task its name, the inputs of its head (B, D) and its logits (B, classes).
 
@@ -93,9 +103,10 @@ class TrainedRun:
             images: (B, 3, S, S), normalized. groups: see `grouped`.
         """
         for tasks in groups:
-            tokens, _ = self.models[tasks[0]].forward_features(images)
+            shared = self.shared_blocks(tasks)
+            tokens, _ = self.models[tasks[0]].forward_features(images, upto=shared)
             for task in tasks:
-                features = self.models[task].features_from(tokens, task)
+                features = self.models[task].features_from(tokens, task, shared)
                 yield task, features, self.models[task].classify(features, task)
 
     def predict(

@@ -67,7 +67,7 @@ def predict_images(
             {
                 "tasks": members,
                 "blocks": len(run.models[members[0]].plan),
-                "shared_blocks": run.models[members[0]].path_start if len(members) > 1 else 0,
+                "shared_blocks": run.shared_blocks(members) if len(members) > 1 else 0,
             }
             for members in groups
         ],

@@ -78,10 +78,23 @@ def test_images_of_several_batches_keep_their_order(run, arrays, monkeypatch):
             assert [a["name"] for a in one[task]] == [a["name"] for a in other[task]]
 
 
+@pytest.mark.parametrize("moe_blocks", [[], [3]], ids=str)
+def test_blocks_before_the_first_with_experts_run_once_for_all_tasks_also_if_they_trained(moe_blocks, run, arrays):
+    plan = {"train_blocks": [1, 3], "drop_blocks": [0, 2], "moe_blocks": moe_blocks, "head_blocks": [2]}
+    model = network(CLASSES, depth=4, **plan).eval()
+    run.models = dict.fromkeys(CLASSES, model)
+    pixels = torch.stack([TRANSFORMS.eval_image(Image.fromarray(array)) for array in arrays])
+    images = TRANSFORMS.normalize(pixels)
+    with torch.no_grad():
+        for task, _, logits in run.outputs(images, run.grouped(CLASSES)):
+            assert torch.equal(logits, model(images, task).logits)
+    assert run.predict(arrays)["groups"][0]["shared_blocks"] == (3 if moe_blocks else 4)
+
+
 def test_the_frozen_blocks_run_once_for_all_tasks_that_share_them(run, arrays, monkeypatch):
     passes, model = [], run.models["many"]
     whole = model.forward_features
-    monkeypatch.setattr(model, "forward_features", lambda *a: passes.append(1) or whole(*a))
+    monkeypatch.setattr(model, "forward_features", lambda *a, **k: passes.append(1) or whole(*a, **k))
     found = run.predict(arrays)
     assert len(passes) == 1
     assert found["groups"] == [{"tasks": ["many", "few"], "blocks": 4, "shared_blocks": 1}]
