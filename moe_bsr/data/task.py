@@ -4,6 +4,7 @@ Splits that the source has are used as they are. Missing ones are taken from the
 selected by test images. `splits.py` chooses these images.
 """
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,6 +52,13 @@ class Split:
         if (index := int(self.index[position])) < 0:
             raise UnreadableImage(f"{self.gone.get(position, f'image {position}')}: gone since the run began")
         return index
+
+    def digest(self) -> str:
+        """Return the number of images, and a hash of which images these are and of their labels."""
+        names = self.source.names
+        named = b"" if names is None else "\n".join(str(names[i]) for i in self.index if 0 <= i < len(names)).encode()
+        parts = (np.ascontiguousarray(self.index).tobytes(), np.ascontiguousarray(self.labels).tobytes(), named)
+        return f"{len(self)} images, {hashlib.sha256(b'|'.join(parts)).hexdigest()[:12]}"
 
     def select(self, positions: np.ndarray) -> "Split":
         """Return the images at these positions, int64 (M,), in this order."""

@@ -82,7 +82,7 @@ class Ladder:
     Attributes:
         rungs: results of the finished runs, in order.
         overhead: seconds that a run takes besides training.
-        interrupted: number of the signal that ended a run, or 0. left_out: whether a rung did not fit.
+        interrupted: number of the signal that ended a run, or 0. left_out: whether a rung did not fit or was refused.
     """
 
     def __init__(
@@ -331,7 +331,7 @@ class Ladder:
         second = max((r for r in self.rungs if r is not best), key=lambda r: r.val_top1, default=None)
         if second is None:
             time = f"fits into the time: training blocks needs {3 * LEAST_TRIAL:.0f} s after it"
-            return f"only {best.name} " + ("fits into the memory" if self.left_out else time)
+            return f"only {best.name} " + ("could be trained" if self.left_out else time)
         ahead = best.val_top1 - second.val_top1
         sure = "outside" if ahead > math.hypot(best.interval, second.interval) else "within"
         return (

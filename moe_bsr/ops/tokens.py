@@ -127,7 +127,8 @@ class _ReduceTokens(torch.autograd.Function):
 
 
 class _ReadFirst(torch.autograd.Function):
-    """Saves nothing. Its backward pass needs one (B, N, D) tensor; that of indexing needs one for zeros and the sum."""
+    """The backward pass allocates one (B, N, D) tensor. Indexing would allocate two: zeros around the gradient of the
+    token, and their sum with the gradient of x."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:

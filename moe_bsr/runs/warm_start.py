@@ -263,9 +263,8 @@ def _put_head(model: MultitaskViT, source: Source, task: str, classes: list[str]
 def _columns(model: MultitaskViT, head_blocks: list[int]) -> dict[int | None, slice]:
     """Return the columns of a head's weight by the block whose class token they read; None: the last block's output."""
     start, width = model.vit.num_features, model.vit.embed_dim
-    ends = range(start + width, start + width * len(head_blocks) + 1, width)
-    read = {block: slice(end - width, end) for block, end in zip(sorted(head_blocks), ends, strict=True)}
-    return {None: slice(0, start)} | read
+    read = enumerate(sorted(head_blocks))
+    return {None: slice(0, start)} | {block: slice(start + i * width, start + (i + 1) * width) for i, block in read}
 
 
 # --- in words ---

@@ -24,7 +24,6 @@ from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.model.tokens import Dropped, Rung, Tokens
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.training.inputs import Inputs
-from moe_bsr.training.sharing import split_digest
 
 Features = tuple[Tokens, dict[int, Record]]
 TINY = 1e-30  # the scale of a channel of zeros
@@ -100,7 +99,7 @@ class FeatureCache:
         sizes = {name: len(data.train) for name, data in tasks.items()}
         if sizes != (kept := {task: seen.shape[1] for task, seen in self.seen.items()}):
             raise ValueError(f"features are cached for {kept} training images, and these are {sizes}")
-        images = {name: split_digest(data, "train") for name, data in tasks.items()}
+        images = {name: data.train.digest() for name, data in tasks.items()}
         if other := [name for name in images if images[name] != self.images.get(name, images[name])]:
             raise ValueError(f"the cached features of {', '.join(other)} are those of other training images")
         self.model, self.images = model, images

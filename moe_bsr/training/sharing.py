@@ -2,8 +2,6 @@
 
 import hashlib
 
-import numpy as np
-
 from moe_bsr.config import Config, TrainConfig, dump, require
 from moe_bsr.data import TaskData
 from moe_bsr.data.splits import SPLITS
@@ -67,17 +65,8 @@ def require_alike(ranks: Alone, model: MultitaskViT, tasks: dict[str, TaskData])
         values = {"backbone": model.backbone_sha256}
         for name, data in tasks.items():
             for split in SPLITS:
-                values[f"{split} split of task {name}"] = split_digest(data, split)
+                values[f"{split} split of task {name}"] = getattr(data, split).digest()
         ranks.require_same(values)
-
-
-def split_digest(data: TaskData, split: str) -> str:
-    """Return the number of images of a split, and a digest of which images these are and of their labels."""
-    part = getattr(data, split)
-    names = part.source.names
-    named = b"" if names is None else "\n".join(str(names[i]) for i in part.index if 0 <= i < len(names)).encode()
-    parts = (np.ascontiguousarray(part.index).tobytes(), np.ascontiguousarray(part.labels).tobytes(), named)
-    return f"{len(part)} images, {_digest(b'|'.join(parts))}"
 
 
 def _digest(data: bytes) -> str:
