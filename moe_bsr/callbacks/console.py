@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from moe_bsr.runtime.names import pad, printable, shorten
 from moe_bsr.runtime.top_list import worst_and_best
-from moe_bsr.training.callback import Callback, EvalEvent, StartEvent, StepEvent
+from moe_bsr.training.callback import Callback, EvalEvent, PlanEvent, StartEvent, StepEvent
 
 ROWS = 20  # training rows over a run
 MANY = 8  # up to this many tasks have a column each
@@ -56,6 +56,15 @@ class Console(Callback):
             )
         else:
             self._row(evaluation.step, [cells.get(task, "") for task in self.tasks], {}, mean)
+
+    def on_plan(self, plan: PlanEvent) -> None:
+        self.steps = plan.steps
+        if self.bar is not None:
+            self.bar.total = plan.steps
+        self._say(
+            f"the machine is slower than at the start: {plan.steps} updates instead of {plan.before}, to keep "
+            "train.minutes"
+        )
 
     def close(self) -> None:
         if self.bar is not None:

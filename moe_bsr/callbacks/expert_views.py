@@ -15,7 +15,7 @@ from moe_bsr.callbacks.writer import Writer
 from moe_bsr.evaluation import probe
 from moe_bsr.evaluation.routing import RoutingStatistics
 from moe_bsr.runtime.top_list import are_many
-from moe_bsr.training.callback import Callback, EvalEvent, StartEvent, StepEvent
+from moe_bsr.training.callback import Callback, EvalEvent, PlanEvent, StartEvent, StepEvent
 from moe_bsr.visualize import routing_log, theme
 from moe_bsr.visualize.tokens import make_views, strip
 
@@ -42,7 +42,7 @@ class ExpertViews(Callback):
         self.writer = writer
 
     def on_start(self, start: StartEvent) -> None:
-        self.start, self.tasks = start, start.tasks
+        self.start, self.tasks, self.steps = start, start.tasks, start.config.train.steps
         self.blocks = start.model.balance.blocks
         self.drops = any(plan.keep_rate < 1 for plan in start.model.plan)
         self.probes = {task: probe.pick_probe_images(data, IMAGES) for task, data in start.data.items()}
@@ -61,7 +61,7 @@ class ExpertViews(Callback):
         if evaluation.split != "val" or not (self.blocks or self.drops):
             return
         began, step, start = time.perf_counter(), evaluation.step, self.start
-        draws = start.config.train.pictures and drawing_due(self.since, step, start.config.train.steps)
+        draws = start.config.train.pictures and drawing_due(self.since, step, self.steps)
         first = dict(list(self.probes.items())[:TASKS])
         seen = (first if are_many(self.tasks) else self.probes) if self.blocks else first if draws else {}
         probed = {
@@ -74,6 +74,9 @@ class ExpertViews(Callback):
         self.whole, self.window = self._whole_run(), {}
         self.since, self.balance = step, [0.0, 0]
         self.drawing += time.perf_counter() - began
+
+    def on_plan(self, plan: PlanEvent) -> None:
+        self.steps = plan.steps
 
     def on_end(self, report: Mapping[str, Any]) -> dict[str, Any]:
         return {

@@ -26,7 +26,7 @@ from moe_bsr.callbacks.writer import Writer
 from moe_bsr.runs.report import markdown, selection
 from moe_bsr.runtime.names import printable
 from moe_bsr.runtime.top_list import MEAN, are_many
-from moe_bsr.training.callback import Callback, EvalEvent, StartEvent, StepEvent
+from moe_bsr.training.callback import Callback, EvalEvent, PlanEvent, StartEvent, StepEvent
 
 MAX_POINTS = 2000  # training points per task and number; TensorBoard itself shows 1000
 
@@ -50,7 +50,7 @@ class TensorBoard(Callback):
         self.many = many_tasks.Curves(self.writer, state.get("many", {}))
 
     def on_start(self, start: StartEvent) -> None:
-        self.config, self.are_many = start.config, are_many(start.tasks)
+        self.config, self.steps, self.are_many = start.config, start.config.train.steps, are_many(start.tasks)
         self.every = math.ceil(start.config.train.steps / MAX_POINTS)
         if start.step == 0:
             blocks = [f"block {block}" for block in start.model.balance.blocks]
@@ -64,13 +64,16 @@ class TensorBoard(Callback):
         loss, accuracy = step.metrics["loss"], 100 * step.metrics["accuracy"]
         self.window[step.task] = [sums[0] + loss, sums[1] + accuracy, sums[2] + 1]
         if self.are_many:
-            self.many.on_step(step, self.config.train.steps)
+            self.many.on_step(step, self.steps)
             return
         if step.progress[step.task]["updates"] % self.every:
             return
         for name, value in step.metrics.items():
             self.writer.scalar(f"train/{name}", value, step.step, "" if name == "lr" else step.task)
         self.writer.scalar("train/images_per_second", step.images_per_second, step.step)
+
+    def on_plan(self, plan: PlanEvent) -> None:
+        self.steps = plan.steps
 
     def on_evaluate(self, evaluation: EvalEvent) -> None:
         if evaluation.split != "val":

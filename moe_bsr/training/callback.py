@@ -70,6 +70,19 @@ class EvalEvent:
     scores: dict[str, dict[str, Any]]
 
 
+@dataclass(slots=True)
+class PlanEvent:
+    """The planned number of updates was lowered, because the run would have exceeded its `train.minutes`.
+
+    Attributes:
+        step: number of updates done. steps: planned from now on. before: planned until now.
+    """
+
+    step: int
+    steps: int
+    before: int
+
+
 class Callback:
     """Base class of all callbacks; its hooks do nothing.
 
@@ -89,6 +102,9 @@ class Callback:
 
     def on_evaluate(self, evaluation: EvalEvent) -> None:
         """Called after each evaluation."""
+
+    def on_plan(self, plan: PlanEvent) -> None:
+        """Called when the number of updates is lowered during the run."""
 
     def on_end(self, report: Mapping[str, Any]) -> dict[str, Any] | None:
         """Called after the last event. Returns JSON values by name to add to the report, or None."""
@@ -144,7 +160,7 @@ class Callbacks:
         self._muted: set[str] = set()
         self._states: dict[str, dict[str, Any]] = {}  # the last state of each, failed callbacks included
 
-    def tell(self, hook: str, event: StartEvent | StepEvent | EvalEvent) -> None:
+    def tell(self, hook: str, event: StartEvent | StepEvent | EvalEvent | PlanEvent) -> None:
         """Call the named hook of every callback with this event."""
         for name, callback in self._listening():
             with self._guard(name, hook):

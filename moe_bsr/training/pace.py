@@ -4,9 +4,13 @@ The timed updates have a learning rate of 0. They run once with new images and o
 are cached by then. They leave no trace in the model, but their time counts as training time. So a run of
 `train.minutes` has the same bits as a run of that many `train.steps`. The minutes cover the updates; evaluations and
 the start of the run come on top.
+
+If the machine becomes slower in the middle of a run, `Deadline` lowers the number, and the schedule of the learning
+rate with it. The bits are then those of a run whose `train.steps` was lowered at that update.
 """
 
 import math
+import statistics
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -20,6 +24,8 @@ if TYPE_CHECKING:
 
 MEASURED = 20  # most updates that are timed, in each of the two passes
 SHARE = 0.02  # share of the minutes that each pass may take
+CHECKS = 20  # times per run that the number of updates may be lowered
+OVERRUN = 1.1  # a run is not shortened if it is expected to take at most this factor of its minutes
 
 
 def updates_decided(trainer: "Trainer") -> tuple[int, list[str]]:
@@ -59,10 +65,39 @@ def updates_within(seconds: float, trainer: "Trainer") -> int:
         value.copy_(buffers[name])
     if state.average is not None:
         state.average.updates = 0
+    new, left = _with_new_images(trainer), max(0.0, seconds - state.seconds)
+    return trainer.ranks.share(_within(left, new, _mean(first), min(_mean(first), _mean(again))))
+
+
+class Deadline:
+    """Lowers the number of updates of a run that would exceed its `train.minutes` by more than a tenth."""
+
+    def __init__(self, trainer: "Trainer") -> None:
+        self.trainer, self.times = trainer, []  # seconds of each update since the last check
+        self.new = _with_new_images(trainer)
+        self.every = max(1, trainer.planned.train.steps // CHECKS)
+
+    def steps(self, seconds: float) -> int:
+        """Count the seconds of the last update as the run's, and return how many updates the run has from now on."""
+        state, planned, minutes = self.trainer.state, self.trainer.planned.train, self.trainer.config.train.minutes
+        state.seconds += seconds
+        self.times.append(seconds)
+        if minutes is None or state.step % self.every or state.step >= planned.steps:
+            return planned.steps
+        typical, self.times = statistics.median(self.times), []
+        # Updates after those with new images may be faster, as images or features are cached by then.
+        until = self.new if state.step < self.new < planned.steps else planned.steps
+        steps = planned.steps
+        if state.seconds + typical * (until - state.step) > OVERRUN * 60 * minutes:
+            fitting = int(max(0.0, 60 * minutes - state.seconds) / typical)
+            steps = min(steps, max(state.step + fitting, state.step + 1, planned.warmup_steps or 0))
+        return self.trainer.ranks.share(steps)
+
+
+def _with_new_images(trainer: "Trainer") -> int:
+    """Return how many updates of a run see images for the first time that are cached later."""
     images = trainer.inputs.new_epochs() * sum(trainer.sizes.values())
-    new = math.ceil(images / images_per_update(trainer.config, trainer.sizes))
-    steps = _within(max(0.0, seconds - state.seconds), new, _mean(first), min(_mean(first), _mean(again)))
-    return trainer.ranks.share(steps)
+    return math.ceil(images / images_per_update(trainer.config, trainer.sizes))
 
 
 def _within(seconds: float, new: int, first: float, later: float) -> int:

@@ -27,6 +27,7 @@ from moe_bsr.runtime.rng import key, stream
 from moe_bsr.training.callback import Callback, StepEvent
 from moe_bsr.training.feature_cache import CachedInputs
 from moe_bsr.training.linear_probe import Probe, fit
+from moe_bsr.training.pace import Deadline
 from moe_bsr.training.trainer import Trainer
 
 # Keys of `data` that set how training images are augmented, and what is cached of them.
@@ -121,6 +122,7 @@ class ProbeTrainer(Trainer):
         """Plan a single update, whatever `train.minutes` is."""
         self.state.plan(1, self.config.train.minutes)
         self._plan(1)
+        self.deadline = Deadline(self)
         return []
 
     def _solve_all(self) -> dict[str, Probe]:

@@ -23,11 +23,11 @@ from moe_bsr.runs import folder as run
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.runtime.interrupt import Interrupted, RankLost, StopSignals
 from moe_bsr.training import length, prototypes
-from moe_bsr.training.callback import Callback, EvalEvent, StartEvent, StepEvent
+from moe_bsr.training.callback import Callback, EvalEvent, PlanEvent, StartEvent, StepEvent
 from moe_bsr.training.failures import NonFiniteLoss, TrainingFailed, explained, last_good, lost
 from moe_bsr.training.inputs import Inputs
 from moe_bsr.training.optim import MovingAverage, learning_rate, make_optimizer
-from moe_bsr.training.pace import updates_decided
+from moe_bsr.training.pace import Deadline, updates_decided
 from moe_bsr.training.state import TrainState
 from moe_bsr.training.task_updates import NotFinite, TaskUpdates
 from moe_bsr.training.update import BatchResult
@@ -149,6 +149,7 @@ class Trainer:
         steps, notes = updates_decided(self)
         self.state.plan(steps, self.config.train.minutes)
         self._plan(steps)
+        self.deadline = Deadline(self)
         return notes
 
     def _check_room(self) -> None:
@@ -164,17 +165,8 @@ class Trainer:
         return self.config.train.checkpoint_every or max(1, self.planned.train.steps // 10)
 
     def _start(self) -> None:
-        start = StartEvent(
-            self.folder,
-            self.planned,
-            list(self.tasks),
-            self.state.step,
-            self.about,
-            self.model,
-            self.tasks,
-            self.transforms,
-            self.runtime,
-        )
+        shown = (self.about, self.model, self.tasks, self.transforms, self.runtime)
+        start = StartEvent(self.folder, self.planned, list(self.tasks), self.state.step, *shown)
         self.callbacks.tell("on_start", start)
 
     def _loop(self) -> None:
@@ -186,7 +178,10 @@ class Trainer:
         batches = self.batches(state.step)
         while not self._is_over() and not self.ranks.signal:
             self._update(batches)
-            state.seconds += time.monotonic() - clock
+            if (steps := self.deadline.steps(time.monotonic() - clock)) < settings.steps:
+                batches.close()
+                self._lower(steps)
+                batches, settings = self.batches(state.step), self.planned.train
             due = state.step == settings.steps or (settings.eval_every and state.step % settings.eval_every == 0)
             if self.callbacks.failed is not None:
                 state.pending_evaluation = bool(due)
@@ -200,6 +195,13 @@ class Trainer:
         batches.close()
         if state.saved_step != state.step:
             self._save()
+
+    def _lower(self, steps: int) -> None:
+        """Lower the number of updates."""
+        event = PlanEvent(self.state.step, steps, self.planned.train.steps)
+        self.state.plan(steps, self.config.train.minutes)
+        self._plan(steps)
+        self.callbacks.tell("on_plan", event)
 
     def batches(self, step: int = 0) -> Iterator[Batch]:
         """Return this process's shares of all batches from update `step` on. Close the iterator when done."""

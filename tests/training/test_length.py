@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_runs import LATE, SIZES, act_at, make_config, make_trainer, script_scores
@@ -12,9 +13,10 @@ from moe_bsr.api import train
 from moe_bsr.config import Config, ConfigError, SamplerConfig, TrainConfig, from_dict, load, replace
 from moe_bsr.data.sampler import MultitaskSampler
 from moe_bsr.runs import report
+from moe_bsr.runtime.distributed import Alone
 from moe_bsr.selftest import kills
 from moe_bsr.training import pace
-from moe_bsr.training.length import Length, described, updates_of
+from moe_bsr.training.length import Length, described, in_updates, updates_of
 from moe_bsr.training.optim import learning_rate
 
 pytestmark = pytest.mark.usefixtures("bare")
@@ -205,6 +207,63 @@ def test_the_estimate_uses_the_faster_speed_after_the_first_epoch(seconds, updat
 def test_the_mean_time_leaves_out_the_first_and_the_slowest_update():
     first_has_more_to_do = [9.0, 1.0, 50.0, 1.2]
     assert pace._mean(first_has_more_to_do) == pytest.approx(1.1)
+
+
+def test_a_run_that_would_exceed_its_minutes_has_fewer_updates_and_their_schedule(tmp_path, monkeypatch, capsys):
+    config = make_config(tmp_path, **QUIET, train__minutes=3, sampler__kind="temperature")
+    monkeypatch.setattr(pace, "updates_within", lambda *arguments: 12)
+
+    def steps(deadline: pace.Deadline, seconds: float) -> int:
+        return 7 if deadline.trainer.state.step >= 4 else 12
+
+    monkeypatch.setattr(pace.Deadline, "steps", steps)
+    done = train(config, tmp_path / "whole")
+    assert "7 updates instead of 12" in capsys.readouterr().out
+    assert (done["status"], done["step"], done["planned_steps"]) == ("finished", 7, 7)
+    planned = [in_updates(config, number).train for number in (12, 7)]
+    rates = [row["lr"] for row in rows(tmp_path / "whole")]
+    assert rates == pytest.approx([learning_rate(planned[step >= 4], step) for step in range(7)])
+    stop_at(monkeypatch, 5, config, tmp_path / "stopped")
+    train(config, tmp_path / "stopped", resume=True, callbacks=[])
+    assert not kills.differing(tmp_path / "stopped", kills.outcome(tmp_path / "whole"))
+
+
+def deadline(minutes: float | None, spent: float, new: int = 0, warmup: int | None = None) -> pace.Deadline:
+    """Return the deadline of a run of 40 updates after 19 of them, which took `spent` seconds."""
+    train = SimpleNamespace(steps=40, warmup_steps=warmup, minutes=minutes)
+    made = object.__new__(pace.Deadline)
+    made.trainer = SimpleNamespace(
+        state=SimpleNamespace(step=20, seconds=spent),
+        planned=SimpleNamespace(train=train),
+        config=SimpleNamespace(train=train),
+        ranks=Alone(),
+    )
+    made.times, made.every, made.new = [3.0, 3.0, 3.0], 2, new
+    return made
+
+
+@pytest.mark.parametrize(
+    "case, updates",
+    [
+        ({"minutes": 2, "spent": 57.0}, 40),  # at 3 s each, 120 s in all
+        ({"minutes": 2, "spent": 67.0}, 40),  # 130 s: less than a tenth too long
+        ({"minutes": 2, "spent": 87.0}, 30),  # 150 s. 10 updates fit into the remaining 30 s
+        ({"minutes": 2, "spent": 400.0}, 21),
+        ({"minutes": 2, "spent": 400.0, "warmup": 25}, 25),  # a shorter run could not have this warm-up
+        ({"minutes": 2, "spent": 87.0, "new": 30}, 40),  # later updates may be fast enough
+        ({"minutes": 2, "spent": 120.0, "new": 30}, 21),  # the updates with new images alone take too long
+        ({"minutes": None, "spent": 400.0}, 40),
+    ],
+)
+def test_the_number_of_updates_is_lowered_to_what_fits_at_the_present_speed(case, updates):
+    assert deadline(**case).steps(3.0) == updates
+
+
+def test_one_stall_does_not_shorten_a_run_and_checks_are_rare():
+    stalled = deadline(2, 57.0)
+    assert stalled.steps(8.0) == 40 and stalled.times == []
+    stalled.trainer.state.step = 21
+    assert stalled.steps(500.0) == 40  # between two checks
 
 
 # --- patience ---
