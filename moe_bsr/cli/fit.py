@@ -61,16 +61,16 @@ _minutes.__name__ = "number"
 def run(arguments: argparse.Namespace) -> int:
     from moe_bsr import api
     from moe_bsr.cost.planner import parse_bytes
-    from moe_bsr.fit import Budget, Ladder
+    from moe_bsr.fit import Budget, Search
     from moe_bsr.runtime.files import write_whole
 
     config, name = configuration(arguments.what)
     folder = arguments.run or Path("runs") / f"{name}_fit"
     budget = Budget(arguments.minutes, arguments.memory and parse_bytes(arguments.memory, "--memory", 2**20))
-    ladder = Ladder(
+    search = Search(
         config, folder, budget, lambda line: say(line, error=arguments.json), [] if arguments.json else None
     )
-    result = ladder.climb()
+    result = search.run()
     if result["signal"]:
         say(f"interrupted; the runs are in {folder}", error=True)
         return 128 + result["signal"]
@@ -99,25 +99,43 @@ def configuration(what: list[str]) -> "tuple[Config, str]":
     named = [item for item in what if "=" not in item]
     if not named:
         raise ConfigError("name a configuration, or at least one task (moe-bsr tasks lists them)")
-    try:
-        tasks = [load_spec(item).name for item in named]
-    except (FileNotFoundError, ValueError):
-        if len(named) > 1:
-            raise
+    if len(named) == 1 and is_configuration(named[0]):
         return load(named[0], overrides), Path(named[0]).stem
+    tasks = [load_spec(item).name for item in named]
     listed = f"tasks=[{', '.join(json.dumps(item) for item in named)}]"
     return load(BASE, [listed, *overrides]), "_".join(tasks[:3])
+
+
+def is_configuration(name: str) -> bool:
+    """Return whether an argument means a configuration: a file with a section of one, or something that is no task."""
+    from moe_bsr.config import Config, packaged
+    from moe_bsr.config.yaml_text import read_yaml
+    from moe_bsr.data import load_spec
+
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        try:
+            load_spec(name)
+        except FileNotFoundError:
+            return True
+        except ValueError:  # reported when it is loaded
+            pass
+        return False
+    path = path if path.is_file() else packaged.find("configs", path) or path
+    entries = read_yaml(path, str(path)) if path.is_file() else {}
+    sections = {"extends", *Config.__dataclass_fields__}
+    return not isinstance(entries, dict) or not entries or not sections.isdisjoint(entries)
 
 
 def table(result: dict[str, Any]) -> str:
     """Format the models in the order of training. A star marks the best."""
     from moe_bsr.runtime.text_tables import as_text
 
-    tasks = list(result["rungs"][0]["tasks"]) if result["rungs"] else []
+    tasks = list(result["candidates"][0]["tasks"]) if result["candidates"] else []
     cells = [["validation top-1 %", *tasks, "mean", "+-", "updates", "s in all", "training", "planned", "MB", ""]]
-    for rung in result["rungs"]:
-        numbers = [*rung["tasks"].values(), rung["val_top1"], rung["interval"]]
-        limits = [f"{rung[key]:.0f}" for key in ("updates", "seconds", "training", "planned", "peak_mb")]
-        star = "*" if rung["name"] == result["best"] else ""
-        cells.append([rung["name"], *(f"{number:.1f}" for number in numbers), *limits, star])
+    for candidate in result["candidates"]:
+        numbers = [*candidate["tasks"].values(), candidate["val_top1"], candidate["interval"]]
+        limits = [f"{candidate[key]:.0f}" for key in ("updates", "seconds", "training", "planned", "peak_mb")]
+        star = "*" if candidate["name"] == result["best"] else ""
+        cells.append([candidate["name"], *(f"{number:.1f}" for number in numbers), *limits, star])
     return as_text(cells)

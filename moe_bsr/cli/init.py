@@ -33,9 +33,8 @@ CONFIG = """\
 # Made by {made_by}. Fine-tunes the bundled backbone (64 x 64 pixels) in blocks 3, 7 and 11, with a mixture
 # of experts, and drops three tenths of the patches at blocks 6 and 9. moe-bsr copy base writes a file with all keys.
 #
-# To see first what training only the heads reaches, in less time, add to the command
-#   plan.train_blocks=[] plan.drop_blocks=[] plan.moe_blocks=[] train.lr=2e-2 train.head_lr_scale=1
-#   --run runs/{name}_heads
+# To see first what heads alone reach, on frozen features and in less time:
+#   {probe} plan.drop_blocks=[] --blocks 6 7 8 9 10
 # A backbone pretrained on photographs is much more accurate on photographs (23 MB, downloaded once; slower):
 #   backbone.name=deit_tiny_patch16_224.fb_in1k backbone.weights=hub train.lr=5e-4
 tasks: {tasks}
@@ -90,8 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
     files = {path: task_file(data) for path, data in zip(paths, datasets, strict=True)}
     files[config] = CONFIG.format(
         command=command,
+        probe=f"{program('probe')} {config}",
         made_by=f"moe-bsr init {arguments.folder}",
-        name=name,
         tasks=json.dumps([str(path.resolve()) for path in paths]),
         steps=steps(datasets),
         eval_every=steps(datasets) // 5,

@@ -44,7 +44,9 @@ def list_tasks_of(run: Path, as_json: bool) -> int:
         scores = ["-" if task[key] is None else f"{task[key]:.1f}" for key in ("val_top1", "test_top1")]
         images = "/".join(map(str, task["images"].values())) or "-"
         added = (task["added"] or "-")[:10]
-        rows.append([task["name"], str(task["classes"]), images, added, (task["data_sha256"] or "-")[:12], *scores])
+        rows.append(
+            [task["name"], str(task["classes"] or "-"), images, added, (task["data_sha256"] or "-")[:12], *scores]
+        )
     say(as_text(rows, right=False))
     return 0
 

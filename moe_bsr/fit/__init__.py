@@ -1,5 +1,5 @@
-"""Find the best model for a time and a memory, by a ladder of ordinary training runs."""
+"""Find the best model for a time and a memory, by a search over ordinary training runs."""
 
-from moe_bsr.fit.ladder import Budget, Ladder
+from moe_bsr.fit.search import Budget, Search
 
-__all__ = ["Budget", "Ladder"]
+__all__ = ["Budget", "Search"]

@@ -10,7 +10,7 @@ from moe_bsr.config import Config
 from moe_bsr.cost.predict import predict
 from moe_bsr.data import ImageTransforms, TaskData
 from moe_bsr.evaluation.features import split_features
-from moe_bsr.fit import rungs
+from moe_bsr.fit import candidates
 from moe_bsr.fit.memory_limit import SPARE, Memory, fitted
 from moe_bsr.model.multitask import MultitaskViT, build
 from moe_bsr.runs import folder as run
@@ -34,7 +34,7 @@ class Speed:
         images, classes: numbers of training images and classes by task.
         decoded: bytes of all decoded images for training and validation.
         tokens, width, depth: of the backbone, prefix tokens included.
-        head_blocks: the blocks whose class tokens the heads of every rung read.
+        head_blocks: the blocks whose class tokens the heads of every candidate read.
     """
 
     forward: float
@@ -76,8 +76,8 @@ def measure(config: Config, runtime: Runtime, limit: int | None, seconds: float)
         reason = f"nine tenths of what {free[1]} has free" if free else "no limit is known"
     base = max(0, resident - parameters) + (0 if runtime.device.type == "cuda" else SPARE)
     there = Memory(limit, base, evaluation, reason)
-    head_blocks = rungs.head_blocks(config, len(model.plan), model.vit.has_class_token)
-    probe = rungs.probe(config, head_blocks)
+    head_blocks = candidates.head_blocks(config, len(model.plan), model.vit.has_class_token)
+    probe = candidates.probe(config, head_blocks)
     # Raises before anything slow if not even the probe fits.
     fitted(probe, classes, there, runtime.precision, 0)
     most = max(1, IMAGES // len(tasks))

@@ -22,7 +22,7 @@ from moe_bsr.model.ladder import make_ladder
 from moe_bsr.model.layers import Linear, adopt
 from moe_bsr.model.merging import spread
 from moe_bsr.model.moe import MoE, Routing, upcycle
-from moe_bsr.model.plan import embedding_parameters, freeze, gradient_path_start, make_plan, require_frozen
+from moe_bsr.model.plan import freeze, gradient_path, make_plan, require_frozen, stages
 from moe_bsr.model.replay import replay_of
 from moe_bsr.model.storage import STORAGES
 from moe_bsr.model.tokens import Tokens
@@ -115,10 +115,10 @@ class MultitaskViT(nn.Module):
         self.trained_tasks = self.tasks if config.train.only is None else config.train.only
         if config.train.only is not None:
             self._train_only(config.train.only)
-        self._stages = [embedding_parameters(vit), *(list(layer.parameters()) for layer in vit.blocks)]
-        self.embedding_trains = any(p.requires_grad for p in self._stages[0])
+        self._stages = stages(vit)
+        self.embedding_trains, first = gradient_path(self._stages)
         # Experts depend on the task, and the blocks before the path must not.
-        self.path_start = min([gradient_path_start(vit), *config.plan.moe_blocks])
+        self.path_start = min([first, *config.plan.moe_blocks])
 
     def forward(self, images: Tensor, task: str, noise_key: tuple[int, ...] | None = None) -> Output:
         """Compute logits for (B, 3, S, S) normalized images of one task.

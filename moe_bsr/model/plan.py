@@ -158,16 +158,11 @@ def _chosen(module: nn.Module, which: str) -> list[nn.Parameter]:
     return [parameter for each in owned for name, parameter in each if name == "bias"]
 
 
-def embedding_parameters(vit: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters before the first block."""
+def stages(vit: nn.Module) -> list[list[nn.Parameter]]:
+    """Return the parameters before the first block, and then those of each block."""
     later = [vit.blocks, vit.norm, vit.fc_norm, vit.head, vit.attn_pool]
     known = {id(p) for module in later if module is not None for p in module.parameters()}
-    return [p for p in vit.parameters() if id(p) not in known]
-
-
-def embedding_trains(vit: nn.Module) -> bool:
-    """Return whether any parameter before the first block requires a gradient."""
-    return any(p.requires_grad for p in embedding_parameters(vit))
+    return [[p for p in vit.parameters() if id(p) not in known], *(list(layer.parameters()) for layer in vit.blocks)]
 
 
 def require_frozen(model: nn.Module, stages: list[list[nn.Parameter]]) -> None:
@@ -186,16 +181,17 @@ def require_frozen(model: nn.Module, stages: list[list[nn.Parameter]]) -> None:
         )
 
 
-def gradient_path_start(vit: nn.Module) -> int:
-    """Return the index of the first block whose backward pass must run; the number of blocks if there is none.
+def gradient_path(stages: list[list[nn.Parameter]]) -> tuple[bool, int]:
+    """Return whether the embedding trains, and the first block whose backward pass must run (or the number of blocks).
 
-    It is computed from the parameters that require a gradient after the plan was applied, not from the first trainable
+    Both follow from the parameters that require a gradient after the plan was applied, not from the first trainable
     block: a trainable embedding puts every block on the gradient path.
+
+    Args:
+        stages: parameters of the embedding and of each block, as `stages` returns them.
     """
-    if embedding_trains(vit):
-        return 0
-    trains = [any(p.requires_grad for p in block.parameters()) for block in vit.blocks]
-    return trains.index(True) if True in trains else len(trains)
+    embedding, *blocks = (any(p.requires_grad for p in stage) for stage in stages)
+    return embedding, 0 if embedding else blocks.index(True) if True in blocks else len(blocks)
 
 
 def token_counts(plan: list[BlockPlan], tokens: int, prefix: int, fuse: bool, protect: bool) -> list[tuple[int, int]]:

@@ -244,7 +244,8 @@ def _lost(lost: dict[str, Any], place: str) -> str:
 def selection(report: dict[str, Any]) -> str:
     """Return a sentence that says which weights were selected and why."""
     if "parts" in report:
-        steps = ", ".join(f"{task} {step}" for task, step in report.get("selected_steps", {}).items())
+        selected = report.get("selected_steps", {}).items()
+        steps = ", ".join(f"{task} {'not evaluated yet' if step is None else step}" for task, step in selected)
         return f"One model per task, each with the weights of its own step: {steps}."
     step, mean = report.get("selected_step"), report.get("selected_mean_val_top1")
     if step is None:

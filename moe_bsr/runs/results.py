@@ -139,11 +139,11 @@ def _export(result: dict[str, Any]) -> str:
 
 
 def _fit(result: dict[str, Any]) -> str:
-    rungs = ", ".join(f"{rung['name']} {rung['val_top1']:.1f}" for rung in result["rungs"])
+    candidates = ", ".join(f"{each['name']} {each['val_top1']:.1f}" for each in result["candidates"])
     tested = f"; test {result['test']['mean_top1']:.1f} %" if "test" in result else ""
     return (
         f"{result['minutes']:g} minutes, {result['memory_bytes'] / 2**20:,.0f} MB: {result['best']}{tested} "
-        f"(validation top-1 %: {rungs})"
+        f"(validation top-1 %: {candidates})"
     )
 
 
@@ -176,7 +176,7 @@ KINDS: list[tuple[str, set[str], Callable[[dict[str, Any]], str]]] = [
     ("Trained runs", {"tasks", "mean_top1", "status"}, _run),
     ("Arms compared", {"sweep", "runs", "differences"}, _arms),
     ("Storages compared", {"top1", "seeds", "config"}, _storages),
-    ("The best model for some minutes", {"rungs", "best", "minutes"}, _fit),
+    ("The best model for some minutes", {"candidates", "best", "minutes"}, _fit),
     ("Accuracy after so many minutes", {"runs", "environment"}, _budgets),
     ("Methods side by side", {"base", "reference", "methods"}, _methods),
     ("Dropping before training", {"settings", "own", "best"}, _drops),

@@ -21,7 +21,7 @@ from moe_bsr.config import Config, ConfigError
 from moe_bsr.config.methods import Method
 from moe_bsr.config.methods import read as read_methods
 from moe_bsr.evaluation.metrics import over_seeds
-from moe_bsr.fit.ladder import Budget, Ladder
+from moe_bsr.fit.search import Budget, Search
 from moe_bsr.model.multitask import build
 from moe_bsr.runs.folder import make_transforms, open_task
 from moe_bsr.runtime.device import prepare
@@ -127,8 +127,9 @@ def run(
     if method in rivals.RATES:
         return _rival(method, config, minutes, began)
     if method == "fit":
-        found = Ladder(config, folder, Budget(minutes), callbacks=[]).climb()
-        best, about = Path(found["run"]), {"rung": found["best"], "peak_mb": max(r["peak_mb"] for r in found["rungs"])}
+        found = Search(config, folder, Budget(minutes), callbacks=[]).run()
+        peak = max(each["peak_mb"] for each in found["candidates"])
+        best, about = Path(found["run"]), {"candidate": found["best"], "peak_mb": peak}
     else:
         report = api.train(_own(method, config, known), folder, callbacks=[])
         best, about = folder, {"updates": report["step"], "peak_mb": report["measured_peak_mb"]}

@@ -7,7 +7,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from moe_bsr.config import Config, ConfigError, PlanConfig, TokensConfig
-from moe_bsr.model.plan import BlockPlan, embedding_trains, freeze, gradient_path_start, make_plan, token_counts
+from moe_bsr.model.plan import BlockPlan, freeze, gradient_path, make_plan, stages, token_counts
 from moe_bsr.model.replay import Replay
 from moe_bsr.model.tokens import Tokens, drop
 
@@ -117,8 +117,7 @@ def test_freezing_again_replaces_the_previous_plan():
 def test_gradient_path_starts_at_the_first_block_that_trains(trainable, start):
     vit = make_vit()
     freeze(vit, plan_config(train_blocks=trainable))
-    assert gradient_path_start(vit) == start
-    assert embedding_trains(vit) == (trainable == "all")
+    assert gradient_path(stages(vit)) == (trainable == "all", start)
 
 
 @pytest.mark.parametrize("name", ["pos_embed", "cls_token", "reg_token", "patch_embed.proj.weight", "norm_pre.weight"])
@@ -126,21 +125,21 @@ def test_a_trainable_embedding_alone_puts_every_block_on_the_path(name):
     vit = make_vit(reg_tokens=1, pre_norm=True)
     freeze(vit, plan_config(train_blocks=[7]))
     vit.get_parameter(name).requires_grad_(True)
-    assert embedding_trains(vit) and gradient_path_start(vit) == 0
+    assert gradient_path(stages(vit)) == (True, 0)
 
 
 def test_any_trained_parameter_puts_its_block_on_the_path():
     vit = make_vit()
     freeze(vit, plan_config(train_blocks=[7]))
     vit.blocks[2].attn.adapter = torch.nn.Linear(8, 8)
-    assert gradient_path_start(vit) == 2 and not embedding_trains(vit)
+    assert gradient_path(stages(vit)) == (False, 2)
 
 
 def test_the_final_norm_alone_needs_no_block():
     vit = make_vit()
     freeze(vit, plan_config(train_blocks=[]))
     vit.norm.requires_grad_(True)
-    assert gradient_path_start(vit) == DEPTH and not embedding_trains(vit)
+    assert gradient_path(stages(vit)) == (False, DEPTH)
 
 
 # --- token counts of each block ---
@@ -204,7 +203,7 @@ def test_only_the_chosen_weights_of_a_block_train(which, indices):
     blocks = range(DEPTH) if indices == "all" else indices
     final = {"norm.bias"} if which == "bias" else {"norm.weight", "norm.bias"}
     assert trained(vit) == {f"blocks.{i}.{name}" for i in blocks for name in names} | final
-    assert gradient_path_start(vit) == blocks[0] and not embedding_trains(vit)
+    assert gradient_path(stages(vit)) == (False, blocks[0])
 
 
 def test_chosen_weights_of_no_block_train_nothing():

@@ -58,9 +58,15 @@ def test_the_kind_of_a_result_is_detected_from_its_keys(tmp_path):
     export = {"bundle": "out", "bytes": 15_600_000, "precision": "float32"}
     parity = {"difference": 2e-5, "tolerance": 1e-4}
     put(tmp_path, "e.json", export | {"tasks": {"a": {"top1": 50.0, "parity": parity}}})
-    rungs = [{"name": "probe", "val_top1": 70.0}, {"name": "late", "val_top1": 72.25}]
-    ladder = {"rungs": rungs, "best": "late", "minutes": 2.0, "memory_bytes": 2**30, "test": {"mean_top1": 71.0}}
-    put(tmp_path, "f.json", ladder)
+    candidates = [{"name": "probe", "val_top1": 70.0}, {"name": "late", "val_top1": 72.25}]
+    fitted = {
+        "candidates": candidates,
+        "best": "late",
+        "minutes": 2.0,
+        "memory_bytes": 2**30,
+        "test": {"mean_top1": 71.0},
+    }
+    put(tmp_path, "f.json", fitted)
     attack = {"failed": 1, "torch": "9.9", "commit": "0123", "damage": {"tried": 1500, "failed": 1}}
     put(tmp_path, "g.json", attack)
     race = [{"method": name, "minutes": 2.0, "mean_top1": mean} for name, mean in (("fit", 60.0), ("probe", 58.25))]

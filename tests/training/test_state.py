@@ -1,12 +1,15 @@
 """The state of a run is saved and restored completely, and scores of lost weights are not reported."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
-from tiny_runs import LATE, make_config, make_trainer, script_scores, state_of
+from tiny_runs import LATE, act_at, make_config, make_trainer, script_scores, state_of
 
 from moe_bsr.api import train
+from moe_bsr.cli.main import main
 from moe_bsr.runs import checkpoint
 from moe_bsr.training import trainer as trainer_module
 from moe_bsr.training.callback import Callback, by_name
@@ -133,3 +136,13 @@ def test_each_model_of_a_series_has_its_own_step(tmp_path, monkeypatch):
     text = (tmp_path / "run" / "report.md").read_text()
     assert "its own step: shapes 1, fractals 2." in text
     assert "Images seen, epochs and updates are counted up to step 2 (shapes), 2 (fractals)." in text
+
+
+def test_a_series_stopped_before_any_evaluation_says_so_instead_of_none(tmp_path, monkeypatch, capsys):
+    config = make_config(tmp_path, mode="single_task", train__steps=3, train__evaluate_test=False)
+    act_at(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert train(config, tmp_path / "run", callbacks=[])["status"] == "interrupted"
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert "shapes not evaluated yet" in text and "None" not in text
+    assert main(["tasks", str(tmp_path / "run")]) == 0
+    assert "None" not in capsys.readouterr().out

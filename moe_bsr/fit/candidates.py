@@ -1,4 +1,4 @@
-"""Derive the rungs of the ladder from one configuration: its variants from a linear probe to the plan with experts.
+"""Derive the candidates of `fit` from one configuration: its variants from a linear probe to the plan with experts.
 
     probe     trains only the heads, on all tokens
     late      also trains the last two blocks
@@ -19,7 +19,7 @@ from moe_bsr.config import Config
 from moe_bsr.training.probe_trainer import probe_config
 
 LATE = 2  # number of blocks that train in `late`
-RATE = 0.2  # factor on the learning rate of all rungs that train blocks
+RATE = 0.2  # factor on the learning rate of all candidates that train blocks
 
 
 def head_blocks(config: Config, depth: int, has_class_token: bool) -> list[int]:
@@ -55,14 +55,14 @@ def late(config: Config, depth: int, heads: Iterable[int]) -> Config:
         plan__drop_blocks=[],
         plan__keep_rate=1.0,
         plan__moe_blocks=[],
-        data__feature_cache_mb=None,  # the configured cache belongs to other frozen blocks; `Ladder` sets a new one
+        data__feature_cache_mb=None,  # the configured cache belongs to other frozen blocks; `Search` sets a new one
         data__feature_cache="exact",
         data__feature_cache_dir=None,
     )
 
 
-def own_rungs(config: Config, heads: Iterable[int]) -> dict[str, Config]:
-    """Return the rungs of the configuration's own plan: none if only heads train, one if it has no experts."""
+def own_candidates(config: Config, heads: Iterable[int]) -> dict[str, Config]:
+    """Return the candidates of the configuration's own plan: none if only heads train, one if it has no experts."""
     if config.plan.train_blocks == [] and config.adapter is None:
         return {}
     experts = {"experts": _continued(config, heads)} if config.plan.moe_blocks else {}

@@ -1,8 +1,8 @@
-"""Run the ladder: a linear probe, then short trials of plans that train blocks, then the best trial for the rest.
+"""Search for the best model: a linear probe, short trials of plans that train blocks, and the best trial for the rest.
 
-Every rung is a training run in a folder of its own, and may start from the weights of an earlier rung. All rungs have
-the same data splits, so their validation accuracies are comparable. The time budget starts when the images are opened
-and covers everything except the single test at the end.
+Every candidate is a training run in a folder of its own, and may start from the weights of an earlier one. All have the
+same data splits, so their validation accuracies are comparable. The time budget starts when the images are opened and
+covers everything except the single test at the end.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from moe_bsr import api
 from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError, require
 from moe_bsr.evaluation.metrics import half_width
-from moe_bsr.fit import memory_limit, rungs
+from moe_bsr.fit import candidates, memory_limit
 from moe_bsr.fit.measure import measure
 from moe_bsr.model.backbones import require_tokens
 from moe_bsr.model.multitask import build
@@ -52,8 +52,8 @@ class Budget:
 
 
 @dataclass(slots=True)
-class Rung:
-    """Result of a rung.
+class Candidate:
+    """Result of a candidate.
 
     Attributes:
         run: its folder.
@@ -76,13 +76,14 @@ class Rung:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-class Ladder:
+class Search:
     """The runs of one `fit`.
 
     Attributes:
-        rungs: results of the finished runs, in order.
+        candidates: results of the finished runs, in order.
         overhead: seconds that a run takes besides training.
-        interrupted: number of the signal that ended a run, or 0. left_out: whether a rung did not fit or was refused.
+        interrupted: number of the signal that ended a run, or 0.
+        left_out: whether a candidate did not fit or was refused.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Ladder:
         say: Callable[[str], None] = lambda line: None,
         callbacks: list[Callback] | None = None,
     ) -> None:
-        """Make a ladder.
+        """Make a search.
 
         Args:
             config: tasks, backbone and plan. Its training length is ignored. folder: for the runs, empty or new.
@@ -117,11 +118,11 @@ class Ladder:
         self.folder, self.budget, self.say, self.callbacks = folder, budget, say, callbacks
         self.runtime = prepare(config.runtime)
         self.shared: FeatureCache | None = None  # shared by probe and late
-        self.began, self.rungs, self.overhead = time.monotonic(), [], 0.0
+        self.began, self.candidates, self.overhead = time.monotonic(), [], 0.0
         self.interrupted, self.left_out = 0, False
 
-    def climb(self) -> dict[str, Any]:
-        """Run the rungs, write `fit.json`, and return its content.
+    def run(self) -> dict[str, Any]:
+        """Run the candidates, write `fit.json`, and return its content.
 
         Raises:
             ConfigError: nothing fits into the memory. Other errors are those of `api.train`.
@@ -134,8 +135,8 @@ class Ladder:
         speed, config = self.speed, self.config
         seconds = FOR_PROBE * self.left()
         few = self._with_fewer_images(config, FOR_FEATURES * (seconds - self.overhead))
-        late = self._share_features(rungs.late(few, speed.depth, speed.head_blocks))
-        probe = rungs.with_features_of(rungs.probe(few, speed.head_blocks), late)
+        late = self._share_features(candidates.late(few, speed.depth, speed.head_blocks))
+        probe = candidates.with_features_of(candidates.probe(few, speed.head_blocks), late)
         if self._go("probe", probe, seconds, shares=True) and self.left() >= 3 * LEAST_TRIAL:
             self._train_the_best(late)
         return self._conclude()
@@ -148,7 +149,7 @@ class Ladder:
         """Try each plan briefly, then other learning rates for the best plan, then train it for the remaining time."""
         rest = self.left()
         trial = FOR_TRIAL * rest
-        own = rungs.own_rungs(self.config, self.speed.head_blocks)
+        own = candidates.own_candidates(self.config, self.speed.head_blocks)
         if trial < LEAST_TRIAL or not own:
             if own:
                 left = f"{', '.join(own)} would need a trial of {LEAST_TRIAL:.0f} s, and there are {trial:.0f}"
@@ -159,7 +160,7 @@ class Ladder:
         for name, config in arms.items():
             if not self._go(f"trial_{name}", config, trial, "probe", shares=name == "late"):
                 return
-        tried = {name: rung.val_top1 for name in arms if (rung := self._of(f"trial_{name}"))}
+        tried = {name: candidate.val_top1 for name in arms if (candidate := self._of(f"trial_{name}"))}
         if not tried:
             return
         chosen = max(tried, key=tried.__getitem__)
@@ -169,18 +170,18 @@ class Ladder:
             name = f"trial_{chosen}_{rate * factor:.0e}"
             if not self._go(name, _at(config, rate * factor), trial, "probe", shares):
                 return
-            if (rung := self._of(name)) and rung.val_top1 > most:
-                best, most, config = name, rung.val_top1, _at(config, rate * factor)
+            if (candidate := self._of(name)) and candidate.val_top1 > most:
+                best, most, config = name, candidate.val_top1, _at(config, rate * factor)
         self.say(f"{chosen} did best in the trials; it continues from {best} for the remaining time")
         if not shares:
             self.shared = None  # frees its memory
         self._go(chosen, config, self.left(), best, shares)
 
     def _go(self, name: str, config: Config, seconds: float, start: str | None = None, shares: bool = False) -> bool:
-        """Run a rung if it fits, and add its result to `rungs`. Return False if a signal interrupted it.
+        """Run a candidate if it fits, and add its result to `candidates`. Return False if a signal interrupted it.
 
         Args:
-            seconds: limit for the whole run. start: the rung whose weights it starts from.
+            seconds: limit for the whole run. start: the candidate whose weights it starts from.
             shares: whether it reads the shared feature cache.
         """
         began, solved = time.monotonic(), config.train.optimizer == "lbfgs"
@@ -198,14 +199,14 @@ class Ladder:
                 config, self.folder / name, callbacks=self.callbacks, features=self.shared if shares else None
             )
         except ConfigError as error:
-            if not self.rungs:
+            if not self.candidates:
                 raise
             self.say(f"{name} is left out: {error}")
             self.left_out = True
             return True
-        except NonFiniteLoss as error:  # the learning rate is too high: the rung counts with an accuracy of 0
+        except NonFiniteLoss as error:  # the learning rate is too high: the candidate counts with an accuracy of 0
             self.say(f"{name}: {error}")
-            self.rungs.append(self._diverged(name, time.monotonic() - began, minutes, config))
+            self.candidates.append(self._diverged(name, time.monotonic() - began, minutes, config))
             return True
         took = time.monotonic() - began
         if report["status"] != "finished":
@@ -216,8 +217,8 @@ class Ladder:
         tasks = {task: about["top1"] for task, about in report["tasks"].items()}
         counts = {task: about["n"] for task, about in report["tasks"].items()}
         mean = report["selected_mean_val_top1"]
-        self.rungs.append(
-            Rung(
+        self.candidates.append(
+            Candidate(
                 name,
                 str(self.folder / name),
                 mean,
@@ -249,14 +250,16 @@ class Ladder:
                 self.shared = None
         return within(self.memory)
 
-    def _diverged(self, name: str, took: float, minutes: float, config: Config) -> Rung:
+    def _diverged(self, name: str, took: float, minutes: float, config: Config) -> Candidate:
         zero, place = dict.fromkeys(self.speed.classes, 0.0), str(self.folder / name)
         settings = {"lr": config.train.lr, "storage": config.storage, "init_from": config.train.init_from}
-        return Rung(name, place, 0.0, 0.0, zero, took, took, 60 * minutes, 0, self.runtime.peak_mb(), 0.0, settings)
+        return Candidate(
+            name, place, 0.0, 0.0, zero, took, took, 60 * minutes, 0, self.runtime.peak_mb(), 0.0, settings
+        )
 
-    def _of(self, name: str) -> Rung | None:
-        """Return the rung's result; None if it was left out."""
-        return next((rung for rung in self.rungs if rung.name == name), None)
+    def _of(self, name: str) -> Candidate | None:
+        """Return the candidate's result; None if it was left out."""
+        return next((candidate for candidate in self.candidates if candidate.name == name), None)
 
     def _limit_validation(self) -> None:
         """Set `data.val_images` so that one evaluation takes at most its share of the budget."""
@@ -297,7 +300,7 @@ class Ladder:
         itemsize = 2 if self.runtime.precision == "bf16" else 4
         try:
             left, speed = self._fitted(late, shares=True).left, self.speed
-        except ConfigError:  # reported when the rung is run
+        except ConfigError:  # reported when the candidate is run
             return late
         kept = memory_limit.with_feature_cache(late, left, sum(sizes.values()), speed.tokens, speed.width, itemsize)
         if kept.data.feature_cache_mb:
@@ -307,7 +310,7 @@ class Ladder:
         return kept
 
     def _conclude(self) -> dict[str, Any]:
-        best = max(self.rungs, key=lambda rung: rung.val_top1, default=None)
+        best = max(self.candidates, key=lambda candidate: candidate.val_top1, default=None)
         result = {
             **made_by(self.runtime),
             "minutes": self.budget.minutes,
@@ -321,14 +324,14 @@ class Ladder:
             "run": best and best.run,
             "reason": best and self._reason(best),
             "signal": self.interrupted,
-            "rungs": [dataclasses.asdict(rung) for rung in self.rungs],
+            "candidates": [dataclasses.asdict(candidate) for candidate in self.candidates],
         }
         write_whole(self.folder / "fit.json", json.dumps(result, indent=1))
         return result
 
-    def _reason(self, best: Rung) -> str:
-        """Return a sentence that says why this rung was chosen."""
-        second = max((r for r in self.rungs if r is not best), key=lambda r: r.val_top1, default=None)
+    def _reason(self, best: Candidate) -> str:
+        """Return a sentence that says why this candidate was chosen."""
+        second = max((r for r in self.candidates if r is not best), key=lambda r: r.val_top1, default=None)
         if second is None:
             time = f"fits into the time: training blocks needs {3 * LEAST_TRIAL:.0f} s after it"
             return f"only {best.name} " + ("could be trained" if self.left_out else time)
