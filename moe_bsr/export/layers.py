@@ -20,7 +20,7 @@ from moe_bsr.config import ConfigError
 from moe_bsr.export.graph import Graph
 from moe_bsr.model import layers as own_layers
 from moe_bsr.model.adapters.adaptformer import AdaptFormer
-from moe_bsr.model.adapters.lora import LoRALinear
+from moe_bsr.model.adapters.wrapped import Wrapped
 
 INACTIVE = (nn.Identity, nn.Dropout, timm_layers.DropPath, timm_layers.PatchDropout)  # in evaluation
 
@@ -56,7 +56,7 @@ def linear(g: Graph, layer: nn.Module, x: str, names: Names) -> str:
 
 def merged(layer: nn.Module, names: Names) -> tuple[Tensor, Tensor | None]:
     """Return weight (out, in) and bias of a linear layer, with its adapter's update merged into them."""
-    if isinstance(layer, LoRALinear):
+    if isinstance(layer, Wrapped):
         layer = copy.deepcopy(layer).merged()
     if type(layer) not in (nn.Linear, own_layers.Linear):
         raise unknown(layer, names)

@@ -42,7 +42,7 @@ class Part:
     experts: dict[int, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        allowed = "lora, adaptformer, repnet or null can be exported, a side network cannot"
+        allowed = "a side network cannot be exported, other adapters can"
         require(self.model.ladder is None, "adapter", "ladder", f"{allowed}; `moe-bsr share` shares the run itself")
 
     def owner(self, block: int) -> str:

@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from moe_bsr.config import Config, ConfigError
+from moe_bsr.model.adapters import ADAPTERS
 from moe_bsr.model.backbones.pretrained import digest
 from moe_bsr.model.multitask import MultitaskViT, build, build_on_meta
 from moe_bsr.model.plan import BlockPlan
@@ -151,7 +152,8 @@ def _require_same(config: Config, plan: list[BlockPlan], source: Source) -> None
 def _dense(source: Source, vit: dict[str, Tensor], adapters: set[int]) -> dict[str, Tensor]:
     """Return the source's dense weights that differ from the backbone's, by name in the plain backbone.
 
-    LoRA updates are merged into them, except in the blocks `adapters`, where the new model has the same adapter.
+    LoRA updates and factors are merged into them, except in the blocks `adapters`, where the new model has the same
+    adapter.
 
     Args:
         vit: state dict of the backbone.
@@ -161,12 +163,14 @@ def _dense(source: Source, vit: dict[str, Tensor], adapters: set[int]) -> dict[s
         plain = name.removeprefix("vit.").replace(".base.", ".").replace(".mlp.shared.", ".mlp.")
         if name.startswith("vit.") and plain in vit and not torch.equal(vit[plain].to(value.dtype), value):
             dense[plain] = value.float()
-    for name, a in source.weights.items():
-        if name.endswith(".lora_a") and _block(name) not in adapters:
-            layer = name.removeprefix("vit.").removesuffix(".lora_a")
-            options = source.plan[_block(name)].adapter.options  # type: ignore[union-attr]
-            update = options.alpha / options.rank * source.weights[name.removesuffix("a") + "b"] @ a
-            dense[f"{layer}.weight"] = dense.get(f"{layer}.weight", vit[f"{layer}.weight"]) + update
+    for index, plan in enumerate(source.plan):
+        if plan.adapter is None or (merge := ADAPTERS[plan.adapter.kind].merged_weight) is None or index in adapters:
+            continue
+        for layer in plan.adapter.options.layers:
+            place, name = f"vit.blocks.{index}.{layer}.", f"blocks.{index}.{layer}.weight"
+            saved = {key.removeprefix(place): w for key, w in source.weights.items() if key.startswith(place)}
+            if saved:  # none in a run of which only the heads are taken
+                dense[name] = merge(plan.adapter.options, dense.get(name, vit[name]).float(), saved)
     return dense
 
 
@@ -313,8 +317,9 @@ def _describe(
     theirs = {_block(name) for name in source.weights if ".mlp.experts." in name}
     if unused := sorted(theirs - set(parts["experts"])):
         left.append(f"experts of blocks {_listed(unused)}")
-    added = {i for i, block in enumerate(source.plan) if block.adapter is not None and block.adapter.kind != "lora"}
-    if unused := sorted(added - set(parts["adapters"])):  # only LoRA can be merged into weights
+    chosen = {i: ADAPTERS[block.adapter.kind] for i, block in enumerate(source.plan) if block.adapter is not None}
+    added = {i for i, kind in chosen.items() if kind.merged_weight is None}
+    if unused := sorted(added - set(parts["adapters"])):  # the others were merged into weights
         left.append(f"adapters of blocks {_listed(unused)}")
     kinds = {"taken": taken or ["nothing"], "new": new, "left": left}
     return [f"{kind}: {', '.join(each)}" for kind, each in kinds.items() if each]

@@ -105,6 +105,7 @@ IN_BACKWARD = {"train__step_in_backward": True, "train__grad_clip_norm": None}
         ),
         ("bf16", {"adapter": {"kind": "adaptformer", "width": 4}, "moe__balance_loss": "none", "storage": "int8"}),
         ("fp32", {"adapter": "repnet", "storage": "recompute", "moe__gate_noise": 1.0}),
+        ("fp32", {"adapter": [{"kind": "factored", "rank": 0.5, "blocks": [0, 2]}], "storage": "segments"}),
         ("bf16", {"adapter": {"kind": "repnet", "published": True}, "tokens__reduce": "merge"}),
         ("fp32", IN_BACKWARD | {"train__optimizer": "sgd", "storage": "recompute"}),
         ("fp32", IN_BACKWARD | {"train__optimizer": "adamw8", "storage": "int8"}),

@@ -135,15 +135,16 @@ def test_experts_chosen_by_no_token_and_by_all_tokens():
     assert all(set(experts.flatten().tolist()) == {0, 1} for experts in chosen)
 
 
-def test_adapters_are_merged_in_the_graph_and_kept_in_the_model():
-    model = make_model(adapter={"kind": "lora", "rank": 2, "layers": ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]})
+@pytest.mark.parametrize("options, names", [({"kind": "lora", "rank": 2}, "lora"), ({"kind": "factored"}, "left")])
+def test_adapters_are_merged_in_the_graph_and_kept_in_the_model(options, names):
+    model = make_model(adapter=options | {"layers": ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_b" in name:
+            if "lora_b" in name or "left" in name:
                 parameter.copy_(normal(*parameter.shape))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     graph = assert_same(model)
-    assert not any("lora" in name for name in graph.used)
+    assert any(names in name for name in before) and not any(names in name for name in graph.used)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

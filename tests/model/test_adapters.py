@@ -7,6 +7,7 @@ from torch import nn
 
 from moe_bsr.config import ConfigError
 from moe_bsr.model.adapters.adaptformer import AdaptFormer
+from moe_bsr.model.adapters.factored import FactoredLinear
 from moe_bsr.model.adapters.lora import LoRALinear
 
 EVERYWHERE = {"kind": "lora", "rank": 2, "layers": ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]}
@@ -145,10 +146,73 @@ def test_a_merged_lora_layer_gives_the_same_output():
     torch.testing.assert_close(layer.merged()(x), before)
 
 
+# --- factored weights ---
+
+
+def factored(**options) -> dict:
+    return {"kind": "factored", "layers": ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"], **options}
+
+
+def test_factors_of_full_rank_compute_the_pretrained_network():
+    images = normal(2, 3, 16, 16)
+    plain, model = make_model(), make_model(adapter=factored(rank=1.0))
+    torch.testing.assert_close(model(images, "one").logits, plain(images, "one").logits, rtol=1e-4, atol=1e-5)
+    assert sum(isinstance(layer, FactoredLinear) for layer in model.modules()) == 16
+
+
+@pytest.mark.parametrize("freeze_right", [False, True])
+def test_factored_weights_equal_their_formula(freeze_right):
+    plain = make_model(train_blocks=()).vit.blocks[1].mlp
+    options = factored(rank=0.3, layers=["mlp.fc1", "mlp.fc2"], freeze_right=freeze_right)
+    mlp = make_model(train_blocks=(), adapter=options).vit.blocks[1].mlp
+    x = normal(2, 5, 16).requires_grad_()
+    factors, expected = {}, x
+    for name, activation in (("fc1", torch.nn.functional.gelu), ("fc2", nn.Identity())):
+        layer, weight = mlp.get_submodule(name), plain.get_submodule(name).weight.detach()
+        u, s, v = torch.linalg.svd(weight.double())
+        best = (u[:, :5] * s[:5] @ v[:5]).float()  # rank: 0.3 x 16, rounded up
+        torch.testing.assert_close(layer.left @ layer.right, best, rtol=1e-4, atol=1e-5)
+        factors[name] = [part.detach().clone().requires_grad_() for part in (layer.left, layer.right)]
+        left, right = factors[name]
+        expected = activation(expected @ (left @ right).t() + layer.bias)
+    torch.testing.assert_close(mlp(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mlp.fc2(mlp.act(mlp.fc1(x))), expected, rtol=1e-4, atol=1e-5)
+    mlp(x).square().sum().backward()
+    found = x.grad
+    want = torch.autograd.grad(expected.square().sum(), [x, *(p for pair in factors.values() for p in pair)])
+    torch.testing.assert_close(found, want[0], rtol=1e-3, atol=1e-4)
+    layers = [mlp.get_submodule(name) for name in factors]
+    for parameter, expected in zip((p for layer in layers for p in layer.new), want[1:], strict=True):
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, expected, rtol=1e-3, atol=1e-4)
+    assert [layer.right.requires_grad for layer in layers] == [not freeze_right] * 2
+
+
+def test_only_the_factors_train_in_a_frozen_block_and_the_weight_is_gone():
+    model = make_model(train_blocks=(), adapter=[factored(rank=0.5, blocks=[1])])
+    layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    assert {name for name, p in model.vit.named_parameters() if p.requires_grad} == {
+        f"blocks.1.{layer}.{part}" for layer in layers for part in ("left", "right")
+    }
+    assert not any(f"blocks.1.{layer}.weight" in name for layer in layers for name, _ in model.named_parameters())
+    assert not any(part in name for part in ("left", "right") for name in model.unchanged_backbone_names())
+
+
+def test_merged_factors_give_the_same_output():
+    layer = make_model(adapter=factored(rank=0.4)).vit.blocks[0].attn.qkv
+    x = normal(2, 5, 16)
+    torch.testing.assert_close(layer.merged()(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+# --- what is refused, and layers of others ---
+
+
 @pytest.mark.parametrize(
     "adapter, message",
     [
-        ("lorra", "adapter = 'lorra': one of lora, adaptformer, repnet, ladder; did you mean 'lora'?"),
+        ({"kind": "factored", "rank": 0.0}, "adapter.rank = 0.0: a share of the smaller side"),
+        ({"kind": "factored", "rank": 64}, "adapter.rank = 64"),
+        ("lorra", "adapter = 'lorra': one of lora, adaptformer, repnet, ladder, factored; did you mean 'lora'?"),
         ({"kind": "lora", "rank": 0}, "adapter.rank = 0: at least 1"),
         ({"kind": "adaptformer", "width": 0}, "adapter.width = 0: at least 1"),
         ({"kind": "adaptformer", "scale": 0.0}, "adapter.scale = 0.0: above 0"),

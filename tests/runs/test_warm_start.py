@@ -21,6 +21,9 @@ HEADS = {"plan__train_blocks": [], "plan__drop_blocks": [], "plan__moe_blocks": 
 DENSE = {"plan__moe_blocks": []}
 LORA = DENSE | {"adapter": {"kind": "lora", "layers": ["attn.qkv", "mlp.fc1"], "blocks": [1, 3]}}
 LORA["adapter"] = [LORA["adapter"]]
+FACTORED = DENSE | {
+    "adapter": [{"kind": "factored", "rank": 0.5, "layers": ["attn.proj", "mlp.fc1"], "blocks": [1, 3]}]
+}
 BESIDE = DENSE | {"adapter": {"kind": "adaptformer", "width": 4}}
 SHORT = {"train__steps": 2, "train__evaluate_test": False, "train__lr": 0.03}
 
@@ -82,10 +85,14 @@ def started(config, source: Path, classes=None):
         (LORA, DENSE, 1e-5),
         (LORA, {}, 1e-5),
         (DENSE, LORA, 1e-6),
+        (FACTORED, FACTORED, 0),
+        (FACTORED, DENSE, 1e-5),
+        (FACTORED, {}, 1e-5),
         (DENSE | {"train__save": "all"}, DENSE, 0),
     ],
     ids=["heads to bsr", "dense", "dense to moe", "to other routers", "moe", "conditioned", "average", "other blocks"]
-    + ["lora", "beside", "lora to dense", "lora to moe", "dense to lora", "all saved"],
+    + ["lora", "beside", "lora to dense", "lora to moe", "dense to lora"]
+    + ["factored", "factored to dense", "factored to moe", "all saved"],
 )
 def test_a_warm_start_with_a_compatible_plan_computes_the_same_logits(trained, before, after, tolerance):
     _, source = trained(**before)

@@ -1,9 +1,10 @@
 """Adapters: new layers that are added to a pretrained block. Each adapter is one file.
 
 An adapter is a function `attach(block, options, seed) -> parameters`. It changes a timm block in place, so that the
-block at first computes the same as before, and returns the new parameters. It can add its layers in three ways:
+block at first computes the same as before, and returns the new parameters. (`factored` computes only nearly the same.)
+It can add its layers in three ways:
 
-* A wrapper replaces a layer of the block, for example `attn.qkv`. The block's forward calls it like the layer.
+* A wrapper (`wrapped.py`) replaces a linear layer of the block, for example `attn.qkv`, and is called like it.
 * A module named `BESIDE_FFN` gets the tokens before the FFN's norm, (B, N, D) -> (B, N, D). Its output is added to
   the output of the FFN.
 * A module named `BESIDE_BLOCK` gets the input tokens of the block, without those that the block dropped. Its output
@@ -13,11 +14,11 @@ To add an adapter, write a file here that registers it, and add the file's name 
 """
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from moe_bsr.config.registry import Choice, Registry
 
@@ -29,9 +30,12 @@ class Adapter:
     Attributes:
         attach: (block, options, seed) -> the new parameters. None for a side network that reads the outputs of several
             blocks and changes none of them (`model/ladder.py`).
+        merged_weight: (options, weight of the plain layer, tensors of the wrapper by name) -> weight of a plain layer
+            that computes the same as the wrapper. None if the adapter does not wrap linear layers.
     """
 
     attach: Callable[[nn.Module, Any, tuple], list[nn.Parameter]] | None
+    merged_weight: Callable[[Any, Tensor, Mapping[str, Tensor]], Tensor] | None = None
 
 
 ADAPTERS: Registry[Adapter] = Registry("adapter")
@@ -39,7 +43,7 @@ ADAPTERS: Registry[Adapter] = Registry("adapter")
 BESIDE_FFN = "beside_ffn"
 BESIDE_BLOCK = "beside_block"
 
-_KINDS = ("lora", "adaptformer", "repnet", "ladder")  # files whose import registers what they define
+_KINDS = ("lora", "adaptformer", "repnet", "ladder", "factored")  # files whose import registers what they define
 for _name in _KINDS:
     importlib.import_module(f"{__name__}.{_name}")
 

@@ -5,6 +5,7 @@ not be saved for it. The input of `attn.proj` (in float32) and that of `mlp.fc2`
 by the activation. There LoRA saves only another tokens x rank values.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -12,11 +13,10 @@ from torch import Tensor, nn
 
 from moe_bsr.config import require
 from moe_bsr.model.adapters import ADAPTERS, Adapter
+from moe_bsr.model.adapters.wrapped import Wrapped, checked, wrap
 from moe_bsr.model.layers import Linear, takes_activation
 from moe_bsr.ops.linear import activated_linear, linear
 from moe_bsr.runtime.rng import generator
-
-LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
 @dataclass(frozen=True)
@@ -38,21 +38,24 @@ class LoRAOptions:
         require(1 <= self.rank <= 4096, "adapter.rank", self.rank, "at least 1, at most 4,096")
         allowed = "above 0, at most 10,000; at 0 the adapter has no effect and learns nothing"
         require(0 < self.alpha <= 10_000, "adapter.alpha", self.alpha, allowed)
-        unknown = sorted(set(self.layers) - set(LAYERS))
-        require(bool(self.layers) and not unknown, "adapter.layers", self.layers, f"some of {', '.join(LAYERS)}")
-        object.__setattr__(self, "layers", tuple(self.layers))  # hashable: plans are compared
+        object.__setattr__(self, "layers", checked(self.layers))
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(Wrapped):
     """base(x) + alpha / rank * x A^T B^T. At the start A (rank, in) is random and B (out, rank) is zero."""
 
     def __init__(self, base: nn.Linear, options: LoRAOptions, seed: tuple) -> None:
         super().__init__()
-        self.base, self.scale = base, options.alpha / options.rank
+        self.base, self.scale = base, options.scale
         device, (outputs, inputs) = base.weight.device, base.weight.shape
         draws = torch.randn(options.rank, inputs, generator=generator(*seed)) * inputs**-0.5
         self.lora_a = nn.Parameter(draws.to(device), requires_grad=not options.freeze_a)
         self.lora_b = nn.Parameter(torch.zeros(outputs, options.rank, device=device))
+        self.new = [self.lora_a, self.lora_b]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + self.scale * linear(linear(x, self.lora_a, None), self.lora_b, None)
@@ -72,21 +75,11 @@ class LoRALinear(nn.Module):
 
 
 def attach(block: nn.Module, options: LoRAOptions, seed: tuple) -> list[nn.Parameter]:
-    """Wrap the chosen linear layers of a block.
-
-    Raises:
-        ConfigError: the block has no such layer, for example because its FFN is a mixture of experts.
-    """
-    parameters = []
-    for path in options.layers:
-        parent, _, name = path.rpartition(".")
-        owner = block.get_submodule(parent)
-        base = getattr(owner, name, None)
-        require(isinstance(base, nn.Linear), "adapter.layers", path, "this block has no such linear layer")
-        wrapped = LoRALinear(base, options, (*seed, path))
-        setattr(owner, name, wrapped)
-        parameters += [wrapped.lora_a, wrapped.lora_b]
-    return parameters
+    return wrap(block, options.layers, lambda base, path: LoRALinear(base, options, (*seed, path)))
 
 
-ADAPTERS.register("lora", LoRAOptions)(Adapter(attach))
+def merged_weight(options: LoRAOptions, weight: Tensor, saved: Mapping[str, Tensor]) -> Tensor:
+    return weight + options.scale * saved["lora_b"] @ saved["lora_a"]
+
+
+ADAPTERS.register("lora", LoRAOptions)(Adapter(attach, merged_weight))
