@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moe_bsr.benchmark.drop_settings import DropSetting, features_of_settings, relative_flops
 from moe_bsr.config import Config
+from moe_bsr.config.probe import probe_config
 from moe_bsr.data import TaskData
 from moe_bsr.evaluation.features import Features, split_features
 from moe_bsr.evaluation.metrics import NORMAL_975
@@ -23,7 +24,6 @@ from moe_bsr.runs import folder as run
 from moe_bsr.runtime.device import Runtime
 from moe_bsr.runtime.rng import key, stream
 from moe_bsr.training.linear_probe import fit
-from moe_bsr.training.probe_trainer import probe_config
 
 SAME = 1.01  # largest ratio of FLOPs that counts as equal
 

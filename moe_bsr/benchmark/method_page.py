@@ -33,6 +33,8 @@ moe-bsr compare-methods CONFIG data.root=DIR --out methods.json --train   # accu
   task would add all trained weights, at four bytes each.
 * **GFLOPs**: forward and backward pass of one image. A multiply-add counts as two.
 * **time**: time of an update divided by that of the reference, both measured in turns.
+* A **probe** has no updates. Its peak is that of computing the features of 1,000 images and solving for the heads, its
+  kept bytes are the features of an image, and its penalty is chosen on validation images, in place of a learning rate.
 """
 
 ACCURACY = """\
@@ -96,7 +98,7 @@ def rows(result: dict[str, Any]) -> list[list[str]]:
             f"{cost['optimizer_bytes'] / MIB:.1f}",
             f"{cost['task_bytes'] / 1000:.0f}",
             f"{cost['step_flops'] / 1e9:.2f}",
-            f"{info['time']['ratio']:.2f}" if "time" in info else "-",
+            f"{info['time']['ratio']:.2f}" if info.get("time") else "-",
         ]
         table.append(cells + trained * _accuracy(info))
     return table
@@ -139,7 +141,7 @@ def _about_accuracy(result: dict[str, Any]) -> str:
     *tasks, last = run["tasks"]
     about = ACCURACY.format(
         tasks=f"{', '.join(tasks)} and {last}" if tasks else last,
-        updates=trained[0]["equal_updates"]["updates"],
+        updates=next(info["equal_updates"]["updates"] for info in trained if info["equal_updates"]),
         val="all" if data["val_images"] is None else data["val_images"],
         minutes=run["minutes"],
     )

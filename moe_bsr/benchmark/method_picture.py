@@ -52,7 +52,7 @@ def _panels(result: dict[str, Any]) -> list[tuple[str, str, list[Point], bool]]:
     flops = {name: info["cost"]["step_flops"] / 1e9 for name, info in methods.items()}
     memory, work = "peak of an update, MB", "GFLOPs an image, forward and backward"
     if not any("equal_updates" in info for info in methods.values()):
-        time = {name: info["time"]["ratio"] for name, info in methods.items() if "time" in info}
+        time = {name: info["time"]["ratio"] for name, info in methods.items() if info.get("time")}
         kept = {name: info["cost"]["kept_bytes"]["measured"] / MIB for name, info in methods.items()}
         error = {n: max(i["gradient"]["error"], EXACT) for n, i in methods.items() if i.get("gradient")}
         error_label = f"relative error of the gradients ({EXACT:g}: none)"
@@ -61,11 +61,10 @@ def _panels(result: dict[str, Any]) -> list[tuple[str, str, list[Point], bool]]:
             (memory, work, _points(peak, flops), False),
             ("kept for backward, MiB an image", error_label, _points(kept, error), False),
         ]
-    val = {name: info["equal_updates"]["val_top1"] for name, info in methods.items() if "equal_updates" in info}
+    val = {name: info["equal_updates"]["val_top1"] for name, info in methods.items() if info.get("equal_updates")}
     test = {name: test_accuracy(info)[0] for name, info in methods.items() if info.get("equal_seconds")}
-    updates = (
-        f"val top-1 %, {next(i['equal_updates']['updates'] for i in methods.values() if 'equal_updates' in i)} updates"
-    )
+    count = next(i["equal_updates"]["updates"] for i in methods.values() if i.get("equal_updates"))
+    updates = f"val top-1 %, {count} updates"
     panels = [(memory, updates, _points(peak, val), True), (work, updates, _points(flops, val), True)]
     if test:
         run = next(run for info in methods.values() for run in info.get("equal_seconds", {}).values())

@@ -13,16 +13,19 @@ import torch
 from moe_bsr.benchmark import cost_check, gradients
 from moe_bsr.benchmark.cases import plain_step
 from moe_bsr.benchmark.matmuls import step_products
-from moe_bsr.benchmark.measure import Measured, measure
+from moe_bsr.benchmark.measure import Measured, measure, trace
 from moe_bsr.config import Config, replace
 from moe_bsr.config.methods import Method
 from moe_bsr.config.registry import Choice
-from moe_bsr.cost.predict import Cost
+from moe_bsr.cost.predict import Cost, predict
+from moe_bsr.evaluation.features import Features
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.model.storage import STORAGES
 from moe_bsr.runtime.device import prepare
-from moe_bsr.training.update import TrainingStep, training_step
+from moe_bsr.training import linear_probe
+from moe_bsr.training.update import TrainingStep, random_batch, training_step
 
+SOLVED = 1000  # images whose features a probe is solved on, to measure its memory
 Sizes = dict[str, dict[str, float | None]]
 
 
@@ -40,6 +43,8 @@ def cost(method: Method, base: Config, classes: int) -> dict[str, Any]:
     if method.code == "timm":
         return _plain_cost(base, classes)
     config, task = _of_one_task(method.of(base))
+    if method.code == "probe":
+        return _probe_cost(config, task, classes)
     parts = config.train.grad_accumulation_steps
     batch = config.train.batch_size // parts
     predicted, seen = cost_check.run(config, {task: classes}, batch=batch, micro_batches=parts)
@@ -65,6 +70,42 @@ def _sizes(predicted: Cost | None, seen: Measured, batch: int) -> Sizes:
     }
 
 
+def _probe_cost(config: Config, task: str, classes: int) -> dict[str, Any]:
+    """Cost of computing the features of `SOLVED` images and solving for a head."""
+    runtime, batch = prepare(config.runtime), config.train.batch_size
+    model = runtime.place(MultitaskViT(cost_check.random_backbone(config), config, {task: classes})).eval()
+    images, _ = random_batch(batch, model.image_size, classes, runtime.device)
+    labels, made = torch.arange(SOLVED) % classes, []
+
+    def compute() -> None:
+        with torch.inference_mode(), runtime.autocast():
+            for _ in range(0, SOLVED, batch):
+                tokens, _ = model.forward_features(images, task, upto=len(model.plan))
+                made.append(model.features(tokens).cpu())
+
+    def solve() -> None:
+        x = torch.cat(made)[:SOLVED]
+        made.clear()
+        linear_probe.fit(Features(x, labels), Features(x[:1], labels[:1]), classes, penalty=1.0)
+
+    with runtime.in_effect():
+        peak = trace({"features": compute, "solve": solve}, runtime.device).peak()
+    updates = replace(config, train__optimizer="adamw")  # its forward pass, and a backward pass of the head alone
+    head = model.heads[task]
+    held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    features = {"predicted": None, "measured": 4.0 * head.in_features}
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained_parameters": sum(p.numel() for p in head.parameters()),
+        "gradient_bytes": 0,
+        "optimizer_bytes": 0,
+        "task_bytes": sum(p.numel() * p.element_size() for p in head.parameters()),
+        "step_flops": predict(model, updates, batch=batch, precision=runtime.precision, task=task).step_flops / batch,
+        "kept_bytes": features,
+        "peak_bytes": {"predicted": None, "measured": held + peak},
+    }
+
+
 def _plain_cost(base: Config, classes: int) -> dict[str, Any]:
     step, batch = _plain_step(base, classes), base.train.batch_size
     seen, every = measure(step), sum(p.numel() for p in step.model.parameters())
@@ -87,8 +128,13 @@ def _plain_step(base: Config, classes: int) -> TrainingStep:
     return plain_step(model, runtime, base.train.batch_size, model.patch_embed.img_size[0], classes)
 
 
-def times(method: Method, reference: Method, base: Config, classes: int, rounds: int) -> dict[str, float]:
-    """Return the median seconds of a whole update of the method and of the reference, timed in turn."""
+def times(method: Method, reference: Method, base: Config, classes: int, rounds: int) -> dict[str, float] | None:
+    """Return the median seconds of a whole update of the method and of the reference, timed in turn.
+
+    None for a probe, which has no updates.
+    """
+    if method.code == "probe":
+        return None
     steps = [_timed_step(each, base, classes) for each in (method, reference)]
     runtime = prepare(base.runtime)
     seconds: list[list[float]] = [[], []]
@@ -128,10 +174,10 @@ def fidelity(method: Method, base: Config) -> dict[str, float] | None:
 
     Returns:
         cosine, error and norm as in `gradients.Row`. None for plain code, for storages that differ by block, and for
-        methods without gradients.
+        probes and other methods without gradients.
     """
     config, _ = _of_one_task(method.of(base))
-    if method.code == "timm" or isinstance(config.storage, list) or not config.train.differentiates:
+    if method.code != "ours" or isinstance(config.storage, list) or not config.train.differentiates:
         return None
     storage = STORAGES.choose(config.storage)
     if storage.kind == "exact":

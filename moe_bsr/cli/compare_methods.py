@@ -147,7 +147,7 @@ def measure(arguments: argparse.Namespace) -> None:
                     *a,
                     arguments.run,
                     arguments.minutes,
-                    result["methods"][n]["train_info"]["equal_updates"]["factor"],
+                    (result["methods"][n]["train_info"]["equal_updates"] or {"factor": 1.0})["factor"],
                     s,
                 )
         fill(result, name, method, base, stages, arguments.out)
@@ -171,7 +171,7 @@ def same_lengths(result: dict[str, Any], arguments: argparse.Namespace) -> None:
     for name, row in result["methods"].items():
         info = row["train_info"]
         trained = [
-            ("updates", info.get("equal_updates")),
+            ("updates", info.get("equal_updates")),  # None for a solved probe
             *(("minutes", r) for r in info.get("equal_seconds", {}).values()),
         ]
         for length, run in trained:

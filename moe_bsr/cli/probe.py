@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from moe_bsr.config import load
-    from moe_bsr.training.probe_trainer import probe_config
+    from moe_bsr.config.probe import probe_config
 
     config = probe_config(load(arguments.config, arguments.overrides), arguments.blocks)
     return train.train(arguments, config, "probe", ending="_probe")

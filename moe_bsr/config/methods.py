@@ -11,6 +11,7 @@ from typing import Any, Literal
 from moe_bsr.config import packaged
 from moe_bsr.config.errors import ConfigError, nearest, require
 from moe_bsr.config.files import replace
+from moe_bsr.config.probe import probe_config
 from moe_bsr.config.reader import convert_section
 from moe_bsr.config.schema import Config
 from moe_bsr.config.yaml_text import read_yaml
@@ -33,7 +34,8 @@ class Method:
 
     Attributes:
         source: paper and section.
-        code: "timm" is plain timm code without this package's, which no configuration describes.
+        code: "timm" is plain timm code without this package's, which no configuration describes. "probe" is the linear
+            probe of the changed configuration, solved to its optimum.
         changes: keys and values that replace those of the base configuration.
         lr_scale: factor on the base's train.lr.
         published: results of papers, for comparison.
@@ -41,14 +43,14 @@ class Method:
 
     title: str
     source: str = ""
-    code: Literal["ours", "timm"] = "ours"
+    code: Literal["ours", "timm", "probe"] = "ours"
     changes: dict = field(default_factory=dict)
     lr_scale: float = 1.0
     published: list[Published] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         require(self.lr_scale > 0, "lr_scale", self.lr_scale, "above 0")
-        require(self.code == "ours" or not self.changes, "changes", self.changes, "none with code: timm")
+        require(self.code != "timm" or not self.changes, "changes", self.changes, "none with code: timm")
 
     def of(self, base: Config) -> Config:
         """Return `base` with this method's changes. In sections single keys are replaced, other values as a whole.
@@ -60,7 +62,8 @@ class Method:
         for key, value in self.changes.items():
             is_section = isinstance(value, dict) and dataclasses.is_dataclass(getattr(base, key, None))
             values |= {f"{key}__{inner}": each for inner, each in value.items()} if is_section else {key: value}
-        return replace(base, **values)
+        config = replace(base, **values)
+        return probe_config(config) if self.code == "probe" else config
 
 
 def read(file: str | Path | None = None, names: list[str] | None = None) -> dict[str, Method]:

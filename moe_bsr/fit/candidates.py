@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from moe_bsr import config as configuration
 from moe_bsr.config import Config
-from moe_bsr.training.probe_trainer import probe_config
+from moe_bsr.config.probe import probe_config
 
 LATE = 2  # number of blocks that train in `late`
 RATE = 0.2  # factor on the learning rate of all candidates that train blocks

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from moe_bsr.config import Config
+from moe_bsr.config.probe import probe_config
 from moe_bsr.cost.predict import predict
 from moe_bsr.data import ImageTransforms, TaskData
 from moe_bsr.evaluation.features import split_features
@@ -16,7 +17,6 @@ from moe_bsr.model.multitask import MultitaskViT, build
 from moe_bsr.runs import folder as run
 from moe_bsr.runtime import memory
 from moe_bsr.runtime.device import Runtime
-from moe_bsr.training.probe_trainer import probe_config
 
 IMAGES = 128  # the most images to measure the speed with, over all tasks
 FOR_IMAGES = 0.03  # share of the budget for this measurement

@@ -20,6 +20,7 @@ from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError
 from moe_bsr.config.methods import Method
 from moe_bsr.config.methods import read as read_methods
+from moe_bsr.config.probe import probe_config
 from moe_bsr.evaluation.metrics import over_seeds
 from moe_bsr.fit.search import Budget, Search
 from moe_bsr.model.multitask import build
@@ -28,12 +29,10 @@ from moe_bsr.runtime.device import prepare
 from moe_bsr.runtime.files import write_whole
 from moe_bsr.runtime.provenance import command, commit, environment
 from moe_bsr.study import rivals
-from moe_bsr.training.probe_trainer import probe_config
 
 # Methods in addition to those of a methods file, which are configurations.
 OTHERS = {
     "fit": "moe-bsr fit",
-    "probe": "the heads alone, solved to their optimum on the class token of the last block",
     "timm_full": "full fine-tuning of timm's network with a head for each task, plain code",
     "timm_lora": "timm's network with LoRA of rank 8 on all linear layers (peft), plain code",
 }
@@ -140,12 +139,10 @@ def run(
 
 def _own(method: str, config: Config, known: dict[str, Method] | None = None) -> Config:
     """Return the configuration of a method of ours."""
-    if method != "probe":
-        return (read_methods(names=[method]) if known is None else known)[method].of(config)
-    whole = configuration.replace(config, plan__drop_blocks=[], plan__keep_rate=1.0)
-    probe = probe_config(whole, [])
-    minutes = (1 - FOR_SOLVING) * config.train.minutes
-    return dataclasses.replace(probe, train=dataclasses.replace(probe.train, minutes=minutes))
+    own = (read_methods(names=[method]) if known is None else known)[method].of(config)
+    if own.train.optimizer == "lbfgs":  # its minutes limit the features
+        own = configuration.replace(own, train__minutes=(1 - FOR_SOLVING) * own.train.minutes)
+    return own
 
 
 def _rival(method: str, config: Config, minutes: float, began: float) -> dict[str, Any]:

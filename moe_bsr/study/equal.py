@@ -22,8 +22,8 @@ FACTORS = (1 / 3, 1.0, 3.0)  # multiples of the method's own learning rate
 PLAIN = "timm_full"  # name of the plain timm code in `budgets`
 
 
-def at_equal_updates(name: str, method: Method, base: Config, folder: Path, updates: int) -> dict[str, Any]:
-    """Train with three learning rates and return the best mean validation accuracy.
+def at_equal_updates(name: str, method: Method, base: Config, folder: Path, updates: int) -> dict[str, Any] | None:
+    """Train with three learning rates and return the best mean validation accuracy; None for a solved probe.
 
     Args:
         folder: for the runs. A finished run in it is not trained again.
@@ -37,6 +37,8 @@ def at_equal_updates(name: str, method: Method, base: Config, folder: Path, upda
     Raises:
         sweep.Interrupted: a signal stopped a run.
     """
+    if method.code == "probe":
+        return None
     quiet = {"train__eval_every": None, "train__evaluate_test": False, "train__pictures": False}
     length = {"train__epochs": None, "train__minutes": None, "train__steps": updates}
     found = {}

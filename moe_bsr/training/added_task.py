@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from moe_bsr.config import Config, ConfigError, SamplerConfig, load
+from moe_bsr.config.probe import unaugmented
 from moe_bsr.config.train import TrainConfig
 from moe_bsr.config.yaml_text import read_yaml
 from moe_bsr.runs import archive
 from moe_bsr.runs.config_file import read_config
-from moe_bsr.training.probe_trainer import unaugmented
 
 
 def added_task_config(run: Path, task: str) -> Config:

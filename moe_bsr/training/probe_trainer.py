@@ -9,16 +9,13 @@ import contextlib
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from moe_bsr.config import Config, DataConfig, SamplerConfig
-from moe_bsr.config.alast import AlastConfig
-from moe_bsr.config.schema import AUGMENT_KEYS
 from moe_bsr.data import TaskData
 from moe_bsr.data.loader import Batch
 from moe_bsr.data.splits import class_by_class
@@ -29,52 +26,6 @@ from moe_bsr.training.feature_cache import CachedInputs
 from moe_bsr.training.linear_probe import Probe, fit
 from moe_bsr.training.pace import Deadline
 from moe_bsr.training.trainer import Trainer
-
-# Keys of `data` that set how training images are augmented, and what is cached of them.
-FORM_KEYS = ("views", "crop_scale", "hflip", "feature_cache_mb", "feature_cache", "feature_cache_dir", *AUGMENT_KEYS)
-
-
-def probe_config(config: Config, head_blocks: Iterable[int] | None = None) -> Config:
-    """Return the linear probe of a configuration: same backbone, tasks and dropping, but no trained blocks or experts.
-
-    Args:
-        head_blocks: replaces the configuration's `plan.head_blocks`.
-    """
-    blocks = config.plan.head_blocks if head_blocks is None else list(head_blocks)
-    return replace(
-        config,
-        mode="multitask",  # heads are independent, so one model for all tasks is equivalent
-        storage="exact",
-        adapter=None,
-        plan=replace(config.plan, train_blocks=[], moe_blocks=[], head_blocks=blocks),
-        sampler=SamplerConfig(),
-        data=unaugmented(config.data),
-        train=replace(
-            config.train,
-            optimizer="lbfgs",
-            step_in_backward=False,
-            alast=AlastConfig(),
-            steps=1 if config.train.minutes is None else None,
-            epochs=None,
-            patience=None,
-            only=None,
-            init_from=None,
-            warmup_steps=None,
-            eval_every=None,
-            ema_decay=None,
-            mixup=0.0,
-            cutmix=0.0,
-            class_weights="none",
-            task_weighting="fixed",
-            grad_accumulation_steps=1,
-        ),
-    )
-
-
-def unaugmented(data: DataConfig) -> DataConfig:
-    """Return the data settings with evaluation transforms for training images, and without a feature cache."""
-    changes = {key: field.default for key, field in DataConfig.__dataclass_fields__.items() if key in FORM_KEYS}
-    return replace(data, **changes | {"augment": False})
 
 
 class ProbeTrainer(Trainer):

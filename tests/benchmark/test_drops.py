@@ -17,11 +17,11 @@ from moe_bsr.benchmark.drop_settings import (
     setting_of,
 )
 from moe_bsr.config import TokensConfig
+from moe_bsr.config.probe import probe_config
 from moe_bsr.cost.predict import predict
 from moe_bsr.model import block
 from moe_bsr.model.multitask import build, build_on_meta
 from moe_bsr.runtime.device import prepare
-from moe_bsr.training.probe_trainer import probe_config
 
 pytestmark = pytest.mark.usefixtures("light")
 

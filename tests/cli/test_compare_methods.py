@@ -33,6 +33,11 @@ FEW = {
         },
         "published": [{"backbone": "DeiT-S", "task": "shapes", "top1": 50, "memory_mb": 7, "rule": "theirs"}],
     },
+    "solved": {
+        "title": "heads",
+        "code": "probe",
+        "changes": {"plan": {"drop_blocks": [], "keep_rate": 1.0, "head_blocks": [2, 4]}, "train": {"batch_size": 4}},
+    },
 }
 
 
@@ -70,8 +75,21 @@ def test_each_method_has_its_predicted_and_measured_costs(result):
     assert plain["trained_parameters"] == plain["parameters"] > bsr["trained_parameters"] > 0
     assert bsr["task_bytes"] == plain["task_bytes"] == 4 * 10 * 65
     assert rows["bsr"]["gradient"] == {"cosine": 1.0, "error": 0.0, "norm": 1.0} and rows["plain"]["gradient"] is None
-    assert 0 < rows["lean"]["gradient"]["error"] < 0.1 and all(row["time"]["ratio"] > 0 for row in rows.values())
+    assert 0 < rows["lean"]["gradient"]["error"] < 0.1
+    assert rows.pop("solved")["time"] is None and all(row["time"]["ratio"] > 0 for row in rows.values())
     assert result["methods"]["lean"]["meta_info"]["cost"]["torch"]
+
+
+def test_a_probe_needs_its_weights_one_batch_and_the_features_of_its_images(result):
+    about = result["methods"]["solved"]["train_info"]
+    cost, bsr = about["cost"], result["methods"]["bsr"]["train_info"]["cost"]
+    width = 3 * 64  # class tokens of the output and of two blocks
+    features, head = 4 * 1000 * width, 4 * 10 * (width + 1)
+    assert cost["kept_bytes"] == {"predicted": None, "measured": 4.0 * width} and cost["task_bytes"] == head
+    weights = 4 * cost["parameters"]
+    # The features are joined while all parts still exist, and standardized features are copies.
+    assert weights + 2 * features < cost["peak_bytes"]["measured"] < weights + 5 * features
+    assert about["gradient"] is None and bsr["step_flops"] > 0 < cost["step_flops"]
 
 
 def test_only_missing_stages_of_a_method_are_computed(root, command, result, monkeypatch, capsys):
@@ -85,7 +103,7 @@ def test_only_missing_stages_of_a_method_are_computed(root, command, result, mon
     monkeypatch.setattr(budgets, "race", race)
     monkeypatch.setattr(cost, "cost", lambda *_: asked.append("cost"))
     assert main([*command, str(root / "all.json")]) == 0 and not asked
-    train = f"--train --updates 1 --minutes 0.02 --run {root / 'runs'} --methods bsr plain --seeds 3".split()
+    train = f"--train --updates 1 --minutes 0.02 --run {root / 'runs'} --methods bsr plain solved --seeds 3".split()
     capsys.readouterr()
     assert main([*command, str(root / "all.json"), *train]) == 0 and not asked
     rows = json.loads((root / "all.json").read_text())["methods"]
@@ -93,6 +111,8 @@ def test_only_missing_stages_of_a_method_are_computed(root, command, result, mon
         updates, raced = rows[name]["train_info"]["equal_updates"], rows[name]["train_info"]["equal_seconds"]["3"]
         assert updates["val_top1"] == max(updates["rates"].values()) and len(updates["rates"]) == 2
         assert raced["updates"] >= 1 and 0 <= raced["half_width"] < 50
+    assert rows["solved"]["train_info"]["equal_updates"] is None
+    assert rows["solved"]["train_info"]["equal_seconds"]["3"]["mean_top1"] > 0
     assert "equal_updates" not in rows["lean"]["train_info"] and "val top-1" in capsys.readouterr().out
     assert main([*command, str(root / "all.json"), *train, "--updates", "2"]) == 2
     assert "plain has 1 updates, not 2" in capsys.readouterr().err
@@ -109,7 +129,7 @@ def test_only_missing_stages_of_a_method_are_computed(root, command, result, mon
     mean = sum(run["mean_top1"] for run in runs.values()) / 2
     assert "1\nupdates each" in page and f"| {mean:.1f} ± " in page
     assert [(y, [name for name, *_ in points]) for _, y, points, _ in panels] == [
-        ("test top-1 %, 0.02 minutes", ["plain", "bsr"]),
+        ("test top-1 %, 0.02 minutes", ["plain", "bsr", "solved"]),
         ("val top-1 %, 1 updates", ["plain", "bsr"]),
         ("val top-1 %, 1 updates", ["plain", "bsr"]),
     ]

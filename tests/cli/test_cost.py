@@ -12,12 +12,12 @@ from moe_bsr import config as configuration
 from moe_bsr.benchmark import cost_check
 from moe_bsr.cli.main import main
 from moe_bsr.config import Config, ConfigError
+from moe_bsr.config.probe import probe_config
 from moe_bsr.cost import planner
 from moe_bsr.cost.planner import answer, largest, parse_bytes
 from moe_bsr.cost.predict import predict
 from moe_bsr.model.multitask import build_on_meta
 from moe_bsr.model.storage import STORAGES
-from moe_bsr.training.probe_trainer import probe_config
 
 CLASSES = {"shapes": 10, "fractals": 12}
 

@@ -57,7 +57,7 @@ def test_no_image_repeats_within_an_epoch(tmp_path):
 
 
 def test_an_unknown_method_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="methods: magic is none of fit, probe"):
+    with pytest.raises(ConfigError, match="methods: magic is none of fit, timm_full"):
         budgets.race(make_config(tmp_path), tmp_path, [1.0], ["fit", "magic"], [0], print)
 
 

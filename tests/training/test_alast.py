@@ -15,12 +15,12 @@ from tiny_runs import crashed_and_resumed, make_config, make_trainer
 from moe_bsr import config as configuration
 from moe_bsr.benchmark.measure import measure
 from moe_bsr.config import Config, ConfigError
+from moe_bsr.config.probe import probe_config
 from moe_bsr.cost import predict as prediction
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.runtime.device import prepare
 from moe_bsr.training import alast, drawn_blocks
 from moe_bsr.training.callback import Callback
-from moe_bsr.training.probe_trainer import probe_config
 from moe_bsr.training.update import training_step
 
 pytestmark = pytest.mark.usefixtures("bare")

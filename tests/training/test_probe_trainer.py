@@ -10,13 +10,14 @@ from tiny_runs import SIZES, Crash, act_at, crash, make_config, make_trainer
 
 import moe_bsr
 from moe_bsr.config import ConfigError, load, replace
+from moe_bsr.config.probe import probe_config
 from moe_bsr.cost.predict import predict
 from moe_bsr.data import UnreadableImage
 from moe_bsr.data.cache import DecodedCache
 from moe_bsr.runs import checkpoint
 from moe_bsr.training import probe_trainer
 from moe_bsr.training.linear_probe import PENALTIES
-from moe_bsr.training.probe_trainer import ProbeTrainer, probe_config
+from moe_bsr.training.probe_trainer import ProbeTrainer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 pytestmark = pytest.mark.usefixtures("bare")

@@ -18,6 +18,7 @@ from tiny_runs import make_config, make_trainer
 from moe_bsr.api import train
 from moe_bsr.cli.main import main
 from moe_bsr.config import Config, ConfigError, dump
+from moe_bsr.config.probe import probe_config
 from moe_bsr.cost import scaling
 from moe_bsr.data import UnreadableImage
 from moe_bsr.model.multitask import build_on_meta
@@ -30,7 +31,6 @@ from moe_bsr.training import prototypes
 from moe_bsr.training import trainer as trainer_module
 from moe_bsr.training.callback import Callback
 from moe_bsr.training.pace import updates_within
-from moe_bsr.training.probe_trainer import probe_config
 from moe_bsr.training.task_updates import TaskUpdates
 from moe_bsr.training.trainer import TrainingFailed
 
