@@ -1,13 +1,14 @@
 """Draw the results of compare-methods: memory, FLOPs, time or accuracy of every method, with Pareto fronts.
 
 Without accuracies the panels are peak against time, peak against FLOPs, and kept bytes against the error of the
-gradients. With them: test accuracy after equal time against peak, and validation accuracy after equal updates against
-peak and FLOPs. Empty panels are left out, and results with a single panel. Names that would overlap are not drawn;
-those on the front come first. Published points are hollow: each counts memory by a rule of its own.
+gradients. With them: test accuracy after equal time against peak, with 95 % intervals, and validation accuracy after
+equal updates against peak and FLOPs. Empty panels are left out, and results with a single panel. Names that would
+overlap are not drawn; those on the front come first. Published points are hollow: each counts memory by a rule of its
+own.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_bsr.benchmark.method_page import heading, test_accuracy
 
@@ -42,7 +43,13 @@ def draw(results: list[dict[str, Any]], file: Path) -> None:
     figure.savefig(file, dpi=80, metadata={"Software": None})
 
 
-Point = tuple[str, float, float]
+class Point(NamedTuple):
+    """half_width: of the 95 % interval of y; 0 if it is not drawn."""
+
+    name: str
+    x: float
+    y: float
+    half_width: float = 0.0
 
 
 def _panels(result: dict[str, Any]) -> list[tuple[str, str, list[Point], bool]]:
@@ -62,27 +69,28 @@ def _panels(result: dict[str, Any]) -> list[tuple[str, str, list[Point], bool]]:
             ("kept for backward, MiB an image", error_label, _points(kept, error), False),
         ]
     val = {name: info["equal_updates"]["val_top1"] for name, info in methods.items() if info.get("equal_updates")}
-    test = {name: test_accuracy(info)[0] for name, info in methods.items() if info.get("equal_seconds")}
+    test = {name: test_accuracy(info) for name, info in methods.items() if info.get("equal_seconds")}
     count = next(i["equal_updates"]["updates"] for i in methods.values() if i.get("equal_updates"))
     updates = f"val top-1 %, {count} updates"
     panels = [(memory, updates, _points(peak, val), True), (work, updates, _points(flops, val), True)]
     if test:
         run = next(run for info in methods.values() for run in info.get("equal_seconds", {}).values())
-        panels.insert(0, (memory, f"test top-1 %, {run['minutes']:g} minutes", _points(peak, test), True))
+        points = [Point(name, peak[name], *found) for name, found in test.items()]
+        panels.insert(0, (memory, f"test top-1 %, {run['minutes']:g} minutes", points, True))
     return panels
 
 
 def _points(x: dict[str, float], y: dict[str, float]) -> list[Point]:
-    return [(name, x[name], y[name]) for name in x if name in y]
+    return [Point(name, x[name], y[name]) for name in x if name in y]
 
 
 def front(points: list[Point], high_is_good: bool) -> list[Point]:
     """Return the Pareto front, sorted by x: no other point is at least as good in x and y and better in one."""
     best, found = None, []
-    for point in sorted(points, key=lambda p: (p[1], -p[2] if high_is_good else p[2])):
-        if best is None or (point[2] > best if high_is_good else point[2] < best):
+    for point in sorted(points, key=lambda p: (p.x, -p.y if high_is_good else p.y)):
+        if best is None or (point.y > best if high_is_good else point.y < best):
             found.append(point)
-            best = point[2]
+            best = point.y
     return found
 
 
@@ -91,10 +99,12 @@ def _panel(axis: Any, title: str, below: str, side: str, points: list[Point], hi
 
     axis.set(title=title, xlabel=below, ylabel=side)
     edge = front(points, high_is_good)
-    for name, x, y in [*edge, *(point for point in points if point not in edge)]:
+    for name, x, y, half_width in [*edge, *(point for point in points if point not in edge)]:
+        if half_width:
+            axis.errorbar(x, y, half_width, color=_color(name), linewidth=0.8, alpha=0.5)
         axis.plot(x, y, "o", color=_color(name), markersize=5)
         axis.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=8)
-    axis.step([p[1] for p in edge], [p[2] for p in edge], where="post", color="#595959", linewidth=0.8, linestyle="--")
+    axis.step([p.x for p in edge], [p.y for p in edge], where="post", color="#595959", linewidth=0.8, linestyle="--")
     axis.set(xscale="log", yscale="linear" if high_is_good else "log")
     for line in [axis.xaxis] if high_is_good else [axis.xaxis, axis.yaxis]:
         least, most = line.get_view_interval()

@@ -11,7 +11,7 @@ from moe_bsr import api
 from moe_bsr import config as configuration
 from moe_bsr.benchmark import methods as cost
 from moe_bsr.benchmark.method_page import as_markdown
-from moe_bsr.benchmark.method_picture import _panels, front
+from moe_bsr.benchmark.method_picture import Point, _panels, front
 from moe_bsr.cli.main import main
 from moe_bsr.config import ConfigError, methods, packaged
 from moe_bsr.config.methods import Method
@@ -180,7 +180,7 @@ def test_the_page_is_up_to_date():
 
 
 def test_the_front_holds_the_points_that_no_other_point_dominates():
-    points = [("a", 1, 5), ("b", 2, 5), ("c", 2, 7), ("d", 3, 6), ("e", 4, 8)]
+    points = [Point(*each) for each in [("a", 1, 5), ("b", 2, 5), ("c", 2, 7), ("d", 3, 6), ("e", 4, 8)]]
     assert [name for name, *_ in front(points, True)] == ["a", "c", "e"]
     assert [name for name, *_ in front(points, False)] == ["a"]
 
