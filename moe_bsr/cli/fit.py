@@ -93,6 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
 def configuration(what: list[str]) -> "tuple[Config, str]":
     """Return the configuration that the arguments mean, and a name for its runs."""
     from moe_bsr.config import ConfigError, load
+    from moe_bsr.config.yaml_text import json_text
     from moe_bsr.data import load_spec
 
     overrides = [item for item in what if "=" in item]
@@ -102,7 +103,7 @@ def configuration(what: list[str]) -> "tuple[Config, str]":
     if len(named) == 1 and is_configuration(named[0]):
         return load(named[0], overrides), Path(named[0]).stem
     tasks = [load_spec(item).name for item in named]
-    listed = f"tasks=[{', '.join(json.dumps(item) for item in named)}]"
+    listed = f"tasks={json_text(named)}"
     return load(BASE, [listed, *overrides]), "_".join(tasks[:3])
 
 

@@ -18,7 +18,6 @@ Exit status: 0 written, 2 no dataset found, or a file exists (nothing is written
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from moe_bsr.config import ConfigError, load, packaged
     from moe_bsr.config.task_folders import folder_name
+    from moe_bsr.config.yaml_text import json_text
 
     folder, out = arguments.folder.resolve(), arguments.out
     if not folder.is_dir():
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
         command=command,
         probe=f"{program('probe')} {config}",
         made_by=f"moe-bsr init {arguments.folder}",
-        tasks=json.dumps([str(path.resolve()) for path in paths]),
+        tasks=json_text([str(path.resolve()) for path in paths]),
         steps=steps(datasets),
         eval_every=steps(datasets) // 5,
     )
@@ -181,14 +181,16 @@ def has_images(folder: Path) -> bool:
 
 
 def task_file(data: "TaskData") -> str:
+    from moe_bsr.config.yaml_text import json_text
+
     fraction = data.spec.test_fraction
     return TASK.format(
         train=len(data.train),
         val=len(data.val),
         test=len(data.test),
         classes=len(data.class_names),
-        title=json.dumps(data.title),
-        path=json.dumps(data.spec.path),
+        title=json_text(data.title),
+        path=json_text(data.spec.path),
         test_fraction="" if fraction is None else f"\ntest_fraction: {fraction}",
     )
 

@@ -1,7 +1,6 @@
 """Read a configuration from a YAML file and `a.b=value` overrides, check it, and write it as YAML."""
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from moe_bsr.config.errors import ConfigError, show
 from moe_bsr.config.reader import convert, make_way, read_tree, set_dotted
 from moe_bsr.config.schema import Config
 from moe_bsr.config.task_folders import expanded
-from moe_bsr.config.yaml_text import parse_value
+from moe_bsr.config.yaml_text import json_text, parse_value
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -72,7 +71,7 @@ def dump(config: Config) -> str:
 
 def as_overrides(values: Mapping[str, Any]) -> list[str]:
     """Return the values of dotted keys as `a.b=value` overrides, in the form that `load` accepts."""
-    texts = {key: v if isinstance(v, str) else json.dumps(v, separators=(",", ":")) for key, v in values.items()}
+    texts = {k: v if isinstance(v, str) else json_text(v, separators=(",", ":")) for k, v in values.items()}
     return [f"{key}={text}" for key, text in texts.items()]
 
 

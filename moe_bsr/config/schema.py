@@ -253,7 +253,9 @@ class Config:
                 "a task's name has at most 100 letters, digits, _ and - (folders, heads and tags are named after it); "
                 + (f"write a folder as {name}/, with a slash at its end" if "/" in name else "write several as [a, b]"),
             )
-        require(len(set(names)) == len(names), "tasks", self.tasks, "each task once")
+        twice = [task for task, name in zip(self.tasks, names, strict=True) if names.count(name) > 1]
+        alike = f": {' and '.join(twice[:2])} have the name {name_of(twice[0])}, rename one" if twice else ""
+        require(not twice, "tasks", self.tasks, f"each task once{alike}")
         require_whole_blocks(self)
         if self.train.optimizer == "lbfgs":
             self._require_probe()

@@ -5,6 +5,7 @@ would also convert octal (010), base 60 (12:30) and hexadecimal numbers, digits 
 text here, and are refused where a number is expected.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,15 @@ NUMBER = re.compile(rf"({WHOLE}(\.[0-9]*)?|[-+]?\.[0-9]+){EXPONENT}")
 
 _TAG = "tag:yaml.org,2002:"
 _REPLACED = {_TAG + kind for kind in ("int", "float", "timestamp")}
+
+
+def json_text(value: Any, **options: Any) -> str:
+    """Format a value as JSON that YAML reads as the same value. JSON's escapes of letters beyond U+FFFF are not YAML.
+
+    Args:
+        options: of `json.dumps`.
+    """
+    return json.dumps(value, ensure_ascii=False, **options)
 
 
 def read_yaml(path: Path, what: str, until: str = "") -> Any:

@@ -23,7 +23,7 @@ from moe_bsr.config import ConfigError, is_crop_range, require
 from moe_bsr.config.errors import nearest
 from moe_bsr.config.reader import convert_section
 from moe_bsr.config.registry import Registry
-from moe_bsr.config.task_folders import folder_name, is_folder, title_of
+from moe_bsr.config.task_folders import is_folder, name_of, title_of
 from moe_bsr.config.yaml_text import read_yaml
 
 
@@ -144,7 +144,7 @@ def load_spec(name_or_path: str | Path) -> TaskSpec:
     """
     path = Path(name_or_path).expanduser()
     if is_folder(str(name_or_path)):
-        return _of_folder(path.resolve())
+        return _of_folder(path.resolve(), name_of(str(name_or_path)))
     if path.suffix not in (".yaml", ".yml"):
         path = _find(str(name_or_path))
     elif not path.is_file():
@@ -176,11 +176,10 @@ def spec_from(name: str, entries: dict) -> TaskSpec:
     return convert_section({key: value for key, value in entries.items() if key != "source"}, cls, "", name=name)
 
 
-def _of_folder(folder: Path) -> TaskSpec:
+def _of_folder(folder: Path, name: str) -> TaskSpec:
     """Return the task that `moe-bsr init` would write for a folder."""
     if not folder.is_dir():
         raise FileNotFoundError(f"task folder {folder} does not exist")
-    name = folder_name(folder)
     return spec_from(name, {"title": title_of(name), "source": "folder", "path": str(folder)})
 
 

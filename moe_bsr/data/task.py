@@ -56,7 +56,8 @@ class Split:
     def digest(self) -> str:
         """Return the number of images, and a hash of which images these are and of their labels."""
         names = self.source.names
-        named = b"" if names is None else "\n".join(str(names[i]) for i in self.index if 0 <= i < len(names)).encode()
+        listed = [] if names is None else [str(names[i]) for i in self.index if 0 <= i < len(names)]
+        named = "\n".join(listed).encode("utf-8", "surrogateescape")
         parts = (np.ascontiguousarray(self.index).tobytes(), np.ascontiguousarray(self.labels).tobytes(), named)
         return f"{len(self)} images, {hashlib.sha256(b'|'.join(parts)).hexdigest()[:12]}"
 
@@ -176,9 +177,16 @@ def open_images(spec: TaskSpec, *, root: Path, download: bool = False, use_pack:
     names, origin = list(images.train.class_names), images.origin
     if len(names) < 2:
         raise ValueError(f"task {spec.name}: {len(names)} class, but at least two are needed ({origin})")
-    for split, source in (("val", images.val), ("test", images.test)):
+    if unwritable := [name for name in names if _is_undecodable(name)]:
+        raise ValueError(
+            f"task {spec.name}: the class {unwritable[0]!a} is not UTF-8 text, and could not be written into a run: "
+            f"rename its folder or label ({origin})"
+        )
+    for split, source in (("train", images.train), ("val", images.val), ("test", images.test)):
         if source is not None and list(source.class_names) != names:
             raise ValueError(f"task {spec.name}: the classes of train and {split} differ ({origin})")
+        if source is not None and not len(source):
+            raise ValueError(f"task {spec.name}: its {split} split has no images with labels ({origin})")
     if spec.classes not in (None, len(names)):
         raise ValueError(
             f"task {spec.name}: classes: {spec.classes} in its file, but {len(names)} in the data ({origin})"
@@ -189,6 +197,11 @@ def open_images(spec: TaskSpec, *, root: Path, download: bool = False, use_pack:
             "remove the key to use that split"
         )
     return images
+
+
+def _is_undecodable(name: str) -> bool:
+    """Return whether a name has bytes that are not UTF-8, which Python represents as lone surrogates."""
+    return any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def _hold_out(

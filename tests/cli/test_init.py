@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from moe_bsr.cli.fit import configuration
 from moe_bsr.cli.main import main
 from moe_bsr.config import load, packaged
 from moe_bsr.data import load_spec, load_task
@@ -127,3 +128,11 @@ def test_invalid_folders_and_test_fractions_are_refused(tmp_path, capsys, fracti
     assert main(["init", str(tmp_path / "set"), f"--test-fraction={fraction}"]) == 2
     assert "above 0 and below 1" in capsys.readouterr().err
     assert not list(Path().iterdir())
+
+
+def test_folders_with_letters_beyond_the_basic_plane_can_be_trained(tmp_path, here):
+    write(tmp_path / "pic\U0001f600" / "birds", 10, 10)
+    assert main(["init", str(tmp_path / "pic\U0001f600")]) == 0
+    assert sizes("tasks/birds.yaml")[0] == 2 and load("pic.yaml").task_names() == ["birds"]
+    config, _ = configuration([f"{tmp_path}/pic\U0001f600/birds/"])
+    assert config.tasks == [f"{tmp_path}/pic\U0001f600/birds/"]

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from tiny_data import save
 
-from moe_bsr.data import load_task
+from moe_bsr.config import Config, ConfigError
+from moe_bsr.data import load_spec, load_task
 from moe_bsr.data.formats import EXTENSIONS
 from moe_bsr.data.sources.folder import FolderTask
 
@@ -205,3 +206,30 @@ def test_opening_a_folder_reads_no_metadata_of_images(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "stat", lambda path, **keys: paths.append(str(path)) or stat(path, **keys))
     opened(tmp_path)
     assert not [path for path in paths if path.endswith(".png")]
+
+
+def test_a_task_is_named_after_the_folder_as_written_also_if_that_is_a_link(tmp_path):
+    write(tmp_path / "birds", "a", "b")
+    (tmp_path / "mine").symlink_to(tmp_path / "birds")
+    for written in (tmp_path / "mine", tmp_path / "birds"):
+        entry = f"{written}/"
+        (name,) = Config(tasks=[entry]).task_names()
+        spec = load_spec(entry)
+        assert load_task(spec, root=tmp_path).name == spec.name == name == written.name
+        assert Path(spec.path) == tmp_path / "birds"
+
+
+def test_folders_that_give_one_name_are_named_in_the_error(tmp_path):
+    with pytest.raises(ConfigError, match="each task once: photos/дом/ and photos/кот/ have the name images, rename"):
+        Config(tasks=["photos/дом/", "photos/кот/"])
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    """An image may have such a name. A class may not, because a run's files hold the names of the classes."""
+    write(tmp_path, "a", "b", images=20)
+    os.rename(os.fsencode(tmp_path / "a" / "0.png"), os.fsencode(tmp_path / "a") + b"/caf\xe9.png")
+    data = load_task(FolderTask(name="mine", title="Mine", path=str(tmp_path)), root=tmp_path)
+    assert {split.digest()[:3] for split in (data.train, data.val, data.test)} and len(data.train) > 20
+    os.rename(os.fsencode(tmp_path / "b"), os.fsencode(tmp_path) + b"/caf\xe9")
+    with pytest.raises(ValueError, match=r"the class 'caf\\udce9' is not UTF-8 text.*rename"):
+        load_task(FolderTask(name="mine", title="Mine", path=str(tmp_path)), root=tmp_path)

@@ -189,6 +189,22 @@ def test_a_directory_saved_by_datasets(tmp_path):
     assert any("1 split of unknown name, such as odd" in note for note in data.notes)
 
 
+def test_a_split_without_labels_is_absent(tmp_path):
+    """As test splits on the Hugging Face hub often are: every label is -1."""
+    datasets = pytest.importorskip("datasets")
+    load_task(load_spec(huggingface_task(tmp_path)), root=tmp_path)
+    whole = datasets.load_from_disk(str(tmp_path / "saved"))
+    hidden = whole.select(range(6)).map(lambda row: row | {"label": -1}, features=whole.features)
+    for name, splits in (("part", {"train": whole, "test": hidden}), ("none", {"train": hidden})):
+        datasets.DatasetDict(splits).save_to_disk(str(tmp_path / name))
+        (tmp_path / f"{name}.yaml").write_text(f"title: Dict\nsource: huggingface\npath: {name}\n")
+    data = load_task(load_spec(tmp_path / "part.yaml"), root=tmp_path)
+    assert len(data.test) > 0 and any("are set aside" in note for note in data.notes)
+    assert any("6 rows without an image or a label" in note for note in data.notes)
+    with pytest.raises(ValueError, match="its train split has no images with labels"):
+        load_task(load_spec(tmp_path / "none.yaml"), root=tmp_path)
+
+
 @pytest.mark.parametrize("labels", [["x", "y"], [7, 10]])
 def test_huggingface_labels_may_be_text_numbers_or_missing(labels, tmp_path):
     datasets = pytest.importorskip("datasets")

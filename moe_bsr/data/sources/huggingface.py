@@ -55,8 +55,8 @@ class HuggingFaceTask(TaskSpec):
                 )
         return TaskImages(
             train=sources["train"],
-            val=sources.get("val"),
-            test=sources.get("test"),
+            val=sources.get("val") or None,  # splits without labels, as many test splits are, are absent
+            test=sources.get("test") or None,
             origin=f"Hugging Face dataset {folder}",
             unused=[*unused.lines(), *look_alikes(sources["train"].class_names)],
         )
