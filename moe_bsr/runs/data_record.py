@@ -49,10 +49,14 @@ class Changes:
     def __bool__(self) -> bool:
         return bool(self.gone or self.altered or self.added or self.replaced or self.other)
 
-    @property
-    def lost(self) -> bool:
-        """Whether an image that the run began with is missing or altered."""
-        return bool(self.gone or self.altered or self.other)
+    def lost(self, unreadable: str) -> bool:
+        """Whether an image that the run began with is altered, or missing and `unreadable` is "stop"."""
+        return bool(self.altered or self.other or (self.gone and unreadable == "stop"))
+
+    def doubtful(self, split: Split) -> list[int]:
+        """Return the positions in the split of images that are missing or altered."""
+        altered, names = set(self.altered), split.source.names or []
+        return [p for p, i in enumerate(split.index) if p in split.gone or (altered and names[i] in altered)]
 
     def __str__(self) -> str:
         parts = [

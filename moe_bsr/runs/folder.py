@@ -145,8 +145,7 @@ def open_tasks(config: Config, run: Path, resume: bool = False) -> tuple[dict[st
     for name, about in before.items():
         tasks[name], changes = data_record.follow(run, tasks[name], about)
         for split, change in changes.items():
-            skippable = config.data.unreadable == "skip" and not change.altered and not change.other
-            if change.lost and split != "test" and not skippable:
+            if split != "test" and change.lost(config.data.unreadable):
                 raise ConfigError(
                     f"cannot resume {run}: the {split} images of task {name} changed ({tasks[name].origin}): {change}; "
                     "put them back, or begin in another folder"
