@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -298,3 +299,20 @@ def test_a_missing_validation_image_is_left_out_when_asked_and_an_altered_one_ne
     with pytest.raises(ConfigError, match="are not those of the run") as refusal:
         evaluate(stopped, skip_unreadable=True)
     assert "skip_unreadable" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("form", ["NFD", "NFC"])
+def test_the_unicode_form_of_names_may_change(config, cwd, form):
+    """Disks of macOS and of other systems store the same name in other bytes."""
+    other = {"NFD": "NFC", "NFC": "NFD"}[form]
+    for file in sorted(Path("data/bugs").rglob("*.png")):
+        file.rename(file.with_name(unicodedata.normalize(other, f"\u00e4{file.name}")))
+    first = moe_bsr.config.replace(config, train__steps=2)
+    train(first, cwd / "run")
+    before = {split: evaluate(cwd / "run", split)["tasks"]["bugs"]["loss"] for split in ("val", "test")}
+    for file in sorted(Path("data/bugs").rglob("*.png")):
+        file.rename(file.with_name(unicodedata.normalize(form, file.name)))
+    for split, loss in before.items():
+        found = evaluate(cwd / "run", split)
+        assert found["data_changes"] == {} and found["tasks"]["bugs"]["loss"] == pytest.approx(loss)
+    assert train(config, cwd / "run", resume=True)["step"] == 4
