@@ -26,6 +26,7 @@ from moe_bsr.evaluation import evaluate as evaluation
 from moe_bsr.model.multitask import MultitaskViT, build, build_on_meta
 from moe_bsr.runs import checkpoint, kept_tasks, rejection, report, warm_start
 from moe_bsr.runs import folder as run
+from moe_bsr.runs.config_file import chosen_tasks
 from moe_bsr.runs.load import TrainedRun, load
 from moe_bsr.runs.lock import locked
 from moe_bsr.runtime import memory
@@ -283,22 +284,24 @@ def evaluate(
     Args:
         run_dir: a run folder, or what `load` returned.
         split: "val" or "test". The run counts its test evaluations.
-        tasks: evaluate only these tasks.
+        tasks: evaluate only these tasks, in this order; by default, and for an empty list, all.
         on_task: called before each task with its name and number of images.
-        options: arguments of `load` for a folder: checkpoint_name, data_root, device, weights.
+        options: arguments of `load` for a folder, such as data_root or skip_unreadable.
     Returns:
         run, step, split, mean_top1, tasks ({name: numbers}), data_changes ({name: how its images of this split differ
         from those at the start of the run}, only tasks that differ) and, for the test split, test_evaluations.
     Raises:
         ValueError: the split or a task does not exist.
         ConfigError: not a run folder, or validation images differ from those at the start of the run.
+        UnreadableImage: an image cannot be read. The evaluation is not counted if a missing or changed image was one.
         CheckpointError: a missing or damaged checkpoint.
         FloatingPointError: logits are not finite.
     """
     if split not in ("val", "test"):
         raise ValueError(f"split: {split!r} is neither 'val' nor 'test'")
     if isinstance(run_dir, TrainedRun):
-        trained = run_dir if tasks is None else dataclasses.replace(run_dir, models=_chosen(run_dir, tasks))
+        chosen = chosen_tasks(tasks, list(run_dir.models))
+        trained = dataclasses.replace(run_dir, models={task: run_dir.models[task] for task in chosen})
     else:
         trained = load(run_dir, tasks=tasks, **options)
     data = {task: trained.data(task, split) for task in trained.models}  # may fail: not counted yet
@@ -329,7 +332,7 @@ def reject(
     Args:
         run_dir: a run folder, or what `load` returned.
         on_task: called before each task with its name and number of images.
-        options: arguments of `load` for a folder: checkpoint_name, data_root, device, weights.
+        options: arguments of `load` for a folder, such as data_root or skip_unreadable.
     Returns:
         run, step, score (its name), accepted (the share), mean_auroc {score: number}, tasks {name: train_images,
         val_images and, in a run of several tasks, auroc, rejected, named, foreign (`runs.rejection`)}. The run's report
@@ -341,9 +344,3 @@ def reject(
     """
     trained = run_dir if isinstance(run_dir, TrainedRun) else load(run_dir, **options)
     return rejection.learn(trained, batch_size, on_task)
-
-
-def _chosen(trained: TrainedRun, tasks: list[str]) -> dict[str, MultitaskViT]:
-    if unknown := [task for task in tasks if task not in trained.models]:
-        raise ValueError(f"tasks: {unknown[0]!r} is not a task of the run: {', '.join(trained.models)}")
-    return {task: trained.models[task] for task in trained.models if task in tasks}

@@ -91,7 +91,10 @@ def test_evaluate_agrees_with_the_trainers_evaluation(tmp_path, mode):
     loaded = moe_bsr.load(tmp_path / "run")
     one = moe_bsr.evaluate(loaded, tasks=["fractals"])
     assert list(one["tasks"]) == ["fractals"] and "test_evaluations" not in one
-    with pytest.raises(ValueError, match="nothing"):
+    for tasks, order in (([], list(TASKS)), (["fractals", "shapes"], ["fractals", "shapes"])):
+        for run in (loaded, tmp_path / "run"):
+            assert list(moe_bsr.evaluate(run, tasks=tasks)["tasks"]) == order
+    with pytest.raises(ValueError, match="no task 'nothing': this run has shapes, fractals"):
         moe_bsr.evaluate(loaded, tasks=["nothing"])
     with pytest.raises(ValueError, match="split: 'train'"):
         moe_bsr.evaluate(loaded, "train")

@@ -8,7 +8,7 @@
 `moe-bsr configs` and `moe-bsr tasks` list the names. The files that a configuration extends are copied beside it,
 except base.yaml, whose values are the defaults anyway. Existing files are replaced only with --force.
 
-Exit status: 0 copied, 2 no such name, or a file exists (nothing is written).
+Exit status: 0 copied, 2 no such name, a file exists, or DEST is a file that the copy extends (nothing is written).
 """
 
 import argparse
@@ -55,11 +55,22 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def with_what_it_extends(source: Path, target: Path) -> dict[Path, str]:
-    """Return the text of each file to write: the target, and beside it the files that the source extends."""
+    """Return the text of each file to write: the target, and beside it the files that the source extends.
+
+    Raises:
+        ConfigError: two of them have the same place.
+    """
+    from moe_bsr.config import ConfigError
+
     text = source.read_text(encoding="utf-8")
     extended = re.search(r"^extends: *(\S+).*\n", text, re.MULTILINE)
     if extended is None:
         return {target: text}
     if extended[1] == "base.yaml":
         return {target: text.replace(extended[0], "")}
-    return {target: text} | with_what_it_extends(source.parent / extended[1], target.parent / extended[1])
+    beside = with_what_it_extends(source.parent / extended[1], target.parent / extended[1])
+    if target in beside:
+        raise ConfigError(
+            f"{target}: {source.name} extends {target.name}, which is copied beside it; name another DEST"
+        )
+    return {target: text} | beside

@@ -33,7 +33,13 @@ def run(arguments: argparse.Namespace) -> int:
     from moe_bsr.runtime.top_list import are_many
 
     trained = moe_bsr.load(
-        arguments.run, arguments.checkpoint, arguments.data_root, arguments.device, arguments.weights, arguments.task
+        arguments.run,
+        arguments.checkpoint,
+        arguments.data_root,
+        arguments.device,
+        arguments.weights,
+        arguments.task,
+        arguments.skip_unreadable,
     )
     with trained.runtime.in_effect():
         report = moe_bsr.evaluate(trained, arguments.split, batch_size=arguments.batch_size, on_task=announce)

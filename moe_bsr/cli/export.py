@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--experts", type=run_arguments.at_least(1), metavar="N", help=help)
     help = "compare graphs and run on at most N validation images of each task (default: 512)"
     parser.add_argument("--images", type=run_arguments.at_least(1), default=512, metavar="N", help=help)
-    parser.add_argument("--data-root", metavar="DIR", help="folder of the datasets (default: the run's data.root)")
+    run_arguments.add_images(parser)
     parser.add_argument("--format", choices=FORMATS, default="onnx", help="kind of the graphs (default: onnx)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
@@ -47,7 +47,15 @@ def run(arguments: argparse.Namespace) -> int:
     from moe_bsr.runs.load import load
     from moe_bsr.runtime.provenance import made_by
 
-    trained = load(arguments.run, arguments.checkpoint, arguments.data_root, "cpu", arguments.weights, arguments.task)
+    trained = load(
+        arguments.run,
+        arguments.checkpoint,
+        arguments.data_root,
+        "cpu",
+        arguments.weights,
+        arguments.task,
+        arguments.skip_unreadable,
+    )
     result = export(
         trained,
         arguments.out,

@@ -134,7 +134,9 @@ def program(command: str) -> str:
 
 def in_flags(message: str) -> str:
     """Rewrite the Python arguments in a message of the library, such as `resume=True`, as command-line flags."""
-    message = message.replace("resume=True", "--resume").replace("checkpoint_name='last'", "--checkpoint last")
+    for said, flag in (("resume=True", "--resume"), ("skip_unreadable=True", "--skip-unreadable")):
+        message = message.replace(said, flag)
+    message = message.replace("checkpoint_name='last'", "--checkpoint last")
     message = re.sub(
         r"(?<![\w.])(weights|device|data_root)='?([^\s',;]+)'?", lambda m: f"--{m[1].replace('_', '-')} {m[2]}", message
     )

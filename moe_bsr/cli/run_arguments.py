@@ -25,11 +25,18 @@ def add_tasks(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
-    """Add --data-root and --batch-size."""
-    parser.add_argument("--data-root", metavar="DIR", help="folder of the datasets (default: the run's data.root)")
+    """Add --data-root, --skip-unreadable and --batch-size."""
+    add_images(parser)
     parser.add_argument(
         "--batch-size", type=at_least(1), default=64, metavar="N", help="images per batch (default: 64)"
     )
+
+
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """Add --data-root and --skip-unreadable."""
+    parser.add_argument("--data-root", metavar="DIR", help="folder of the datasets (default: the run's data.root)")
+    help = "leave out images that are missing or cannot be read (default: as the run's data.unreadable says)"
+    parser.add_argument("--skip-unreadable", action="store_true", help=help)
 
 
 CONFIG = "configuration: a YAML file, or a run folder. configs/NAME.yaml is also looked up in the package"

@@ -42,7 +42,13 @@ def run(arguments: argparse.Namespace) -> int:
     from moe_bsr.visualize import expert_report
 
     loaded = load(
-        arguments.run, arguments.checkpoint, arguments.data_root, arguments.device, arguments.weights, arguments.task
+        arguments.run,
+        arguments.checkpoint,
+        arguments.data_root,
+        arguments.device,
+        arguments.weights,
+        arguments.task,
+        arguments.skip_unreadable,
     )
     require_tokens(loaded.config.backbone, "views")
     with loaded.runtime.in_effect():

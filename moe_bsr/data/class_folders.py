@@ -4,6 +4,7 @@ Sub-folders are searched at any depth. Symbolic links are followed, except those
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from moe_bsr.data.formats import EXTENSIONS, advice
@@ -40,8 +41,22 @@ def entries(folder: str, unused: Unused) -> tuple[list[os.DirEntry], list[os.Dir
     return sorted(files, key=_name), sorted(folders, key=_name)
 
 
-def images_below(folder: str, unused: Unused) -> list[str]:
-    """Return the paths of all images in a folder and its sub-folders, sorted part by part."""
+def is_image(name: str) -> bool:
+    """Return whether the ending of a file name is one of `EXTENSIONS`."""
+    return _ending(name) in EXTENSIONS
+
+
+def is_picture(name: str) -> bool:
+    """Return whether the ending of a file name is that of an image format, also of one that cannot be read here."""
+    return is_image(name) or advice(_ending(name)) is not None
+
+
+def images_below(folder: str, unused: Unused, wanted: Callable[[str], bool] = is_image) -> list[str]:
+    """Return the paths of all images in a folder and its sub-folders, sorted part by part.
+
+    Args:
+        wanted: decides by a file's name whether it is an image. Other files are added to `unused`.
+    """
     found: list[str] = []
     waiting = [(folder, frozenset[tuple[int, int]]())]
     while waiting:
@@ -57,7 +72,7 @@ def images_below(folder: str, unused: Unused) -> list[str]:
             continue
         files, folders = entries(place, unused)
         for entry in files:
-            if is_image(entry.name):
+            if wanted(entry.name):
                 found.append(entry.path)
             else:
                 count_no_image(entry.path, unused)
@@ -68,11 +83,6 @@ def images_below(folder: str, unused: Unused) -> list[str]:
 def is_litter(name: str) -> bool:
     """Return whether a file or folder of this name is hidden or was created by a program such as a file manager."""
     return name[:1] == "." or name.lower() in _LITTER
-
-
-def is_image(name: str) -> bool:
-    """Return whether the ending of a file name is one of `EXTENSIONS`."""
-    return _ending(name) in EXTENSIONS
 
 
 def count_no_image(path: str, unused: Unused) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
@@ -47,6 +47,7 @@ class ImageTransforms:
         cache_mb: limit of the decoded images in memory, in 10**6 bytes.
         unreadable: "stop": an unreadable image raises UnreadableImage. "skip": in training the next readable image of
             the split replaces it, and evaluation leaves it out. A warning names it once.
+        remedy: how the user can skip unreadable images, for the error of "stop".
         skipped: the unreadable images so far, by task and split: name -> reason.
     Raises:
         ValueError: a value is invalid. The message names the field.
@@ -69,6 +70,7 @@ class ImageTransforms:
     seed: int = 0
     cache_mb: float = 1000
     unreadable: str = "stop"
+    remedy: str = "continue with data.unreadable=skip and resume=True"
     skipped: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -140,8 +142,7 @@ class ImageTransforms:
         if self.unreadable == "stop":
             return positions
         taken, split = np.array(positions), data.train
-        for position in split.gone:
-            self._image(data, "train", position)  # warns, the first time
+        self.check(data, "train", split.gone)  # warns, the first time
         lost = [GONE, *self._unreadable.get((data.name, "train"), ())]
         for _ in range(len(split)):
             if not (unreadable := np.isin(split.index[taken], lost)).any():
@@ -179,6 +180,15 @@ class ImageTransforms:
             if labels:
                 yield _as_images(pixels[: len(labels)]), torch.from_numpy(np.array(labels))
 
+    def check(self, data: TaskData, split_name: str, positions: Iterable[int]) -> None:
+        """Read the images at these positions of a split, to find early which cannot be read.
+
+        Raises:
+            UnreadableImage: one cannot be read, and `unreadable` is "stop".
+        """
+        for position in positions:
+            self._image(data, split_name, position)
+
     def expect(self, split: Split, positions: Sequence[int] | np.ndarray) -> None:
         """Announce that the images at these positions of a split are needed soon."""
         places = split.index[np.asarray(positions, dtype=np.int64)].tolist()
@@ -206,9 +216,7 @@ class ImageTransforms:
         except UnreadableImage as error:
             self.skipped.setdefault(data.name, {}).setdefault(split_name, {})[name] = str(error)
             if self.unreadable == "stop":
-                raise UnreadableImage(
-                    f"{error}; put a readable copy in its place, or continue with data.unreadable=skip and resume=True"
-                ) from error
+                raise UnreadableImage(f"{error}; put a readable copy in its place, or {self.remedy}") from error
             if index != GONE:
                 unreadable.add(index)
             if (place := (data.name, split_name, name)) not in self._warned:

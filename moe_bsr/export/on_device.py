@@ -277,8 +277,9 @@ def files_of(images: list[str]) -> list[Path]:
     """Return the named files, and the image files in and below the named folders."""
     files = []
     for name in map(Path, images):
-        below = sorted(each for each in name.rglob("*") if each.suffix.lower() in PICTURES) if name.is_dir() else [name]
-        if not below:
+        every = sorted(each for each in name.rglob("*") if each.suffix.lower() in PICTURES) if name.is_dir() else [name]
+        hidden = {f for f in every for p in f.relative_to(name).parts if p[0] == "." or p in ("@eaDir", "__MACOSX")}
+        if not (below := [file for file in every if file not in hidden]):
             raise Refused(f"{name}: no images below it")
         files += below
     return files

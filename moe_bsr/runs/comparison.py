@@ -19,18 +19,8 @@ def comparison(reports: dict[str, dict[str, Any]], intervals: bool) -> list[list
     if are_many(names):
         return _spreads(reports)
     rows = [["top-1 %", *names, "mean", "images/task", "train s", "peak MB", "GFLOPs"]]
-    first = next(iter(reports.values()))["tasks"]
-    rows.append(
-        [
-            "chance",
-            *(f"{first[n]['chance']:.1f}" if "chance" in first.get(n, {}) else "-" for n in names),
-            "",
-            "",
-            "",
-            "",
-            "",
-        ]
-    )
+    chance = _chance(list(reports.values()))
+    rows.append(["chance", *(f"{chance[name]:.1f}" if name in chance else "-" for name in names), *[""] * 5])
     for run, report in reports.items():
         cells = []
         for name in names:
@@ -53,8 +43,18 @@ def comparison(reports: dict[str, dict[str, Any]], intervals: bool) -> list[list
     return rows
 
 
+def _chance(reports: list[dict[str, Any]]) -> dict[str, float]:
+    """Return each task's chance accuracy on the split of the first run, from the first run that has it."""
+    same = [report["tasks"] for report in reports if _split(report) == _split(reports[0])]
+    return {name: task["chance"] for tasks in same[::-1] for name, task in tasks.items() if "chance" in task}
+
+
+def _split(report: dict[str, Any]) -> str:
+    return report.get("split", "test")
+
+
 def _named(run: str, report: dict[str, Any]) -> str:
-    split = report.get("split", "test")
+    split = _split(report)
     return run if split == "test" else f"{run} ({split} split)"
 
 

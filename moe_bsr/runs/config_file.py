@@ -12,6 +12,7 @@ import yaml
 
 from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError
+from moe_bsr.config.reader import nearest
 from moe_bsr.runs import data_record, shared_form
 from moe_bsr.runtime.version import __version__
 
@@ -58,6 +59,18 @@ def read_config(run: Path, *, exact: bool = False) -> tuple[Config, dict[str, An
             "train again in another folder"
         ) from error
     return config, resolved
+
+
+def chosen_tasks(asked: list[str] | None, known: list[str]) -> list[str]:
+    """Return the tasks in `asked`, each once, or all known tasks if there are none.
+
+    Raises:
+        ValueError: a task is unknown. The message has the known ones and the most similar name.
+    """
+    for task in asked or []:
+        if task not in known:
+            raise ValueError(f"no task {task!r}: this run has {', '.join(known)}{nearest(task, known, str)}")
+    return list(dict.fromkeys(asked or known))
 
 
 class OtherVersion(ConfigError):

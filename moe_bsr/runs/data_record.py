@@ -18,6 +18,7 @@ import numpy as np
 
 from moe_bsr.config import ConfigError
 from moe_bsr.data import Split, TaskData, TaskSpec
+from moe_bsr.data.class_names import composed
 from moe_bsr.data.spec import ImageSource
 from moe_bsr.data.splits import SPLITS, image_key
 from moe_bsr.runs import checkpoint
@@ -49,10 +50,14 @@ class Changes:
     def __bool__(self) -> bool:
         return bool(self.gone or self.altered or self.added or self.replaced or self.other)
 
-    @property
-    def lost(self) -> bool:
-        """Whether an image that the run began with is missing or altered."""
-        return bool(self.gone or self.altered or self.other)
+    def lost(self, unreadable: str) -> bool:
+        """Whether an image that the run began with is altered, or missing and `unreadable` is "stop"."""
+        return bool(self.altered or self.other or (self.gone and unreadable == "stop"))
+
+    def doubtful(self, split: Split) -> list[int]:
+        """Return the positions in the split of images that are missing or altered."""
+        altered, names = set(map(composed, self.altered)), split.source.names or []
+        return [p for p, i in enumerate(split.index) if p in split.gone or (altered and composed(names[i]) in altered)]
 
     def __str__(self) -> str:
         parts = [
@@ -142,14 +147,14 @@ def follow(run: Path, data: TaskData, about: dict[str, Any]) -> tuple[TaskData, 
                 "other images or labels" if count[0] == count[1] else "{} images, now {}".format(*count)
             )
         return data, changes
-    known = {image for split in images.values() for image in split["names"]}
-    met = checkpoint.unreadable_images(run, data.name)
+    known = {composed(image) for split in images.values() for image in split["names"]}
+    met = {composed(image) for image in checkpoint.unreadable_images(run, data.name)}
     splits: dict[str, Split] = {}
     for name, split in _splits(data).items():
         splits[name], changes[name] = _followed(split, images[name])
-        changes[name].replaced = [image for image in changes[name].altered if image in met]
-        changes[name].altered = [image for image in changes[name].altered if image not in met]
-        changes[name].added = sorted(set(current[name]["names"]) - known)
+        changes[name].replaced = [image for image in changes[name].altered if composed(image) in met]
+        changes[name].altered = [image for image in changes[name].altered if composed(image) not in met]
+        changes[name].added = sorted({image for image in current[name]["names"] if composed(image) not in known})
         if name == "test" and split.source is not data.train.source:
             splits[name] = split
     return dataclasses.replace(data, train=splits["train"], val=splits["val"], test=splits["test"]), changes
@@ -159,8 +164,9 @@ def _followed(split: Split, then: dict[str, Any]) -> tuple[Split, Changes]:
     """Find the recorded images of a split in its source. Return the restored split and what has changed."""
     source = split.source
     assert source.names is not None and source.sizes is not None
-    place = {image: i for i, image in enumerate(source.names)}
-    index = np.array([place.get(image, -1) for image in then["names"]], dtype=np.int64)
+    place = {composed(image): i for i, image in enumerate(source.names)}  # disks differ in the Unicode form of names
+    place |= {image: i for i, image in enumerate(source.names)}  # if both forms are there, each is an image of its own
+    index = np.array([place.get(image, place.get(composed(image), -1)) for image in then["names"]], dtype=np.int64)
     labels, sizes = np.array(then["labels"], dtype=np.int64), np.array(then["sizes"], dtype=np.int64)
     there = index >= 0
     same = (source.labels[index] == labels) & (source.sizes[index] == sizes)

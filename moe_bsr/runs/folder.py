@@ -145,8 +145,7 @@ def open_tasks(config: Config, run: Path, resume: bool = False) -> tuple[dict[st
     for name, about in before.items():
         tasks[name], changes = data_record.follow(run, tasks[name], about)
         for split, change in changes.items():
-            skippable = config.data.unreadable == "skip" and not change.altered and not change.other
-            if change.lost and split != "test" and not skippable:
+            if split != "test" and change.lost(config.data.unreadable):
                 raise ConfigError(
                     f"cannot resume {run}: the {split} images of task {name} changed ({tasks[name].origin}): {change}; "
                     "put them back, or begin in another folder"
@@ -265,7 +264,8 @@ def check_names(model: MultitaskViT, weights: dict[str, torch.Tensor], folder: P
 def count_test_evaluation(run: Path, tasks: Iterable[str] = ()) -> int:
     """Count one more evaluation on the test split and return the total. The report has the count too.
 
-    Call it before the evaluation, since one that fails half-way has seen test data too.
+    Call it before the evaluation, since one that fails half-way has seen test data too. Several processes may call it
+    for the same run.
 
     Args:
         tasks: tasks to be evaluated, by default all. In a run with one model per task, each is counted in its own
@@ -276,19 +276,21 @@ def count_test_evaluation(run: Path, tasks: Iterable[str] = ()) -> int:
     if files.kind(run) == "a file":
         unpack = f"python -m zipfile -e {run} {run.stem}"
         raise ConfigError(f"{run}: evaluations of the test split are counted in a folder; unpack it first: {unpack}")
-    known = report.read(run) or {}
+    report.read(run)  # if it is damaged, nothing is counted
     config, _ = read_config(run)
     if config.mode == "single_task":
+        counted = [run / task for task in config.task_names()]
         for task in tasks or config.task_names():
             count_test_evaluation(run / task)
-        count = max(test_evaluations(run / task) for task in config.task_names())
     else:
+        counted = [run]
         with files.open_file(run / "test_evaluations.log", "ab") as stream:
             stream.write(f"{datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')}\n".encode())
-        count = test_evaluations(run)
-    if known:
+    while True:  # again if another process has counted, or written its report, in the meantime
+        count, known = max(map(test_evaluations, counted)), report.read(run)
+        if known is None or known.get("test_evaluations") == count:
+            return count
         report.write(run, known | {"test_evaluations": count})
-    return count
 
 
 def test_evaluations(run: Path) -> int:

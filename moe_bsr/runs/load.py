@@ -16,15 +16,16 @@ from typing import Any
 from torch import Tensor
 
 from moe_bsr.config import Config, ConfigError
-from moe_bsr.config.reader import nearest
 from moe_bsr.data import ImageTransforms, TaskData
 from moe_bsr.data.spec import spec_from
 from moe_bsr.model.multitask import MultitaskViT, build, build_on_meta
 from moe_bsr.runs import archive, checkpoint, contents, data_record, ordinary, rejection, shared_form
-from moe_bsr.runs.config_file import read_config
+from moe_bsr.runs.config_file import chosen_tasks, read_config
 from moe_bsr.runs.folder import make_transforms, open_task, restore_weights
 from moe_bsr.runs.predict import Images, predict_images
 from moe_bsr.runtime.device import Runtime, most_threads, prepare
+
+SKIP = "leave out what cannot be read (skip_unreadable=True)"
 
 
 @dataclass(slots=True)
@@ -59,10 +60,11 @@ class TrainedRun:
         """Return the task's dataset with the splits that the run began with. It is opened at the first call.
 
         Args:
-            split: split that will be used. Changed images in it are refused. Those of the test split are only
-                recorded in `changes`.
+            split: split that will be used. Altered images in it are refused, those of the test split only recorded in
+                `changes`. Missing ones are refused unless data.unreadable is skip.
         Raises:
             ConfigError: the data have other classes than the run was trained on, or images of this split have changed.
+            UnreadableImage: an image of the test split is missing, or has changed and cannot be read.
         """
         if task not in self._data:
             about = self.recorded[task]
@@ -71,13 +73,16 @@ class TrainedRun:
             data = open_task(self.config, spec, own if Path(own).is_dir() and own else self.data_root)
             folder = self.run / task if self.config.mode == "single_task" else self.run
             self._data[task], self.changes[task] = data_record.follow(folder, data, about)
-        changed = self.changes[task][split]
-        if changed.lost and split != "test":
+        data, changed = self._data[task], self.changes[task][split]
+        if split == "test":
+            self.transforms.check(data, split, changed.doubtful(data.test))
+        elif changed.lost(self.config.data.unreadable):
+            skip = "" if changed.lost("skip") else f"{SKIP}, "
             raise ConfigError(
-                f"{self.run}: the {split} images of task {task} are not those of the run "
-                f"({self._data[task].origin}): {changed}; put them back, or evaluate the test split"
+                f"{self.run}: the {split} images of task {task} are not those of the run ({data.origin}): {changed}; "
+                f"put them back, {skip}or evaluate the test split"
             )
-        return self._data[task]
+        return data
 
     def grouped(self, tasks: Iterable[str]) -> list[list[str]]:
         """Group tasks whose models have the same frozen blocks. Such blocks run once for the group, see `outputs`."""
@@ -162,6 +167,7 @@ def load(
     device: str | None = None,
     weights: str | None = None,
     tasks: list[str] | None = None,
+    skip_unreadable: bool = False,
 ) -> TrainedRun:
     """Load the model of a run in evaluation mode, with its transforms and class names.
 
@@ -172,13 +178,16 @@ def load(
         device: device to compute on, if it is not the run's. The precision stays the run's.
         weights: the backbone's weights, if they have moved: a file, or "hub".
         tasks: tasks to load, by default all. In a single-task run the models of the others need not exist yet.
+        skip_unreadable: leave out images that are missing or cannot be read, whatever the run's data.unreadable says.
     Raises:
         ConfigError: this is not a run folder. CheckpointError: the checkpoint is missing or damaged.
         ValueError: the run does not have one of the tasks.
     """
     with archive.opened(Path(run)) as folder:
         loaded = _load(folder, checkpoint_name, data_root, device, weights, tasks)
-    loaded.run = Path(run)
+    loaded.run, loaded.transforms.remedy = Path(run), SKIP
+    if skip_unreadable:
+        loaded.config.data.unreadable = loaded.transforms.unreadable = "skip"
     return loaded
 
 
@@ -245,18 +254,6 @@ def _load(
         },
         data_root or _data_root(config, resolved),
     )
-
-
-def chosen_tasks(asked: list[str] | None, known: list[str]) -> list[str]:
-    """Return the tasks in `asked`, each once, or all known tasks if there are none.
-
-    Raises:
-        ValueError: a task is unknown. The message has the known ones and the most similar name.
-    """
-    for task in asked or []:
-        if task not in known:
-            raise ValueError(f"no task {task!r}: this run has {', '.join(known)}{nearest(task, known, str)}")
-    return list(dict.fromkeys(asked or known))
 
 
 def _require_trained(run: Path, chosen: list[str], known: list[str]) -> None:

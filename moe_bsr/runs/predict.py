@@ -18,8 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from moe_bsr.data import UnreadableImage
+from moe_bsr.data.class_folders import images_below, is_picture
 from moe_bsr.data.formats import EXTENSIONS, advice
 from moe_bsr.data.image_files import decode
+from moe_bsr.data.unused import Unused
 
 if TYPE_CHECKING:
     from moe_bsr.runs.load import TrainedRun
@@ -94,15 +96,13 @@ def _named(images: Images | Iterable[Images]) -> Iterator[tuple[str | int, Path 
 
 
 def _files_below(folder: Path) -> list[Path]:
-    files = sorted(p for p in folder.rglob("*") if _is_picture(p) and p.name[0] != "." and p.is_file())
+    """List images as training does, and those in formats that cannot be read, which are then listed as skipped."""
+    unused = Unused()
+    files = images_below(str(folder), unused, is_picture)
     if not files:
-        raise ValueError(f"{folder}: no images below it ({', '.join(sorted(EXTENSIONS))})")
-    return files
-
-
-def _is_picture(path: Path) -> bool:
-    """Decide by the file's ending. Formats that cannot be read count too, so that they are listed as skipped."""
-    return path.suffix.lower() in EXTENSIONS or advice(path.suffix.lower()) is not None
+        found = "; ".join(unused.found()) or "nothing"
+        raise ValueError(f"{folder}: no images below it ({', '.join(sorted(EXTENSIONS))}); found: {found}")
+    return [Path(file) for file in files]
 
 
 def _bits(run: TrainedRun, tasks: list[str]) -> int | None:

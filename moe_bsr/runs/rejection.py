@@ -21,6 +21,7 @@ from torch import Tensor
 
 from moe_bsr.config import ConfigError
 from moe_bsr.data import TaskData
+from moe_bsr.data.splits import class_by_class
 from moe_bsr.evaluation import rejection
 from moe_bsr.evaluation.features import split_features
 from moe_bsr.evaluation.rejection import SCORES
@@ -153,11 +154,9 @@ def _features_and_logits(
 
 
 def _thinned(data: TaskData, count: int) -> TaskData:
-    """Restrict a task to about `count` training images, equally many of each class. The choice is deterministic."""
-    each, labels = -(-count // len(data.class_names)), data.train.labels
-    order = stream(key(data.name, "rejection")).permutation(len(labels))
-    chosen = np.sort(np.concatenate([order[labels[order] == label][:each] for label in np.unique(labels)]))
-    return data.select("train", chosen)
+    """Restrict a task to `count` training images, equally many of each class as far as it has them."""
+    order = stream(key(data.name, "rejection")).permutation(len(data.train))
+    return data.select("train", np.sort(class_by_class(data.train.labels, np.argsort(order))[:count]))
 
 
 def _detectors(

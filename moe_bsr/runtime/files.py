@@ -6,9 +6,12 @@ place of a file, it is refused by name and never opened, written or truncated.
 
 import contextlib
 import errno
+import glob
 import os
+import secrets
 import shutil
 import stat
+import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,6 +33,8 @@ REMEDIES = {
     errno.EACCES: "make it writable",
     errno.EPERM: "make it writable",
 }
+
+LEFT_OVER = 3600  # seconds after which a temporary file belongs to no running process
 
 
 class NotOrdinary(OSError):
@@ -107,14 +112,18 @@ def write_all(stream: IO[bytes], content: bytes) -> None:
 def write_whole(file: Path, content: str | bytes) -> None:
     """Replace a file atomically by a rename: a reader sees the old or the new content, also after a crash.
 
+    Several processes may do this with the same file. A temporary file that a killed process left is deleted later.
+
     Raises:
         OSError: the file cannot be written. The message names it and says what to do.
     """
-    temporary = file.with_name(file.name + ".tmp")
+    temporary = file.with_name(f"{file.name}.{secrets.token_hex(4)}.tmp")
     try:
         require(file, "a file")
-        if kind(temporary) != "a folder":
-            remove(temporary)  # left by a crash, or a link that somebody put there
+        for old in file.parent.glob(f"{glob.escape(file.name)}.*.tmp"):
+            with contextlib.suppress(OSError):  # another process may delete it too
+                if time.time() - old.lstat().st_mtime > LEFT_OVER:
+                    old.unlink()
         write_new(temporary, content)
         temporary.rename(file)
     except NotOrdinary:

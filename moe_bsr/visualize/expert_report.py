@@ -95,7 +95,7 @@ def observe(trained: TrainedRun, batch_size: int, say: Callable[[str], None]) ->
     if many:
         say(f"{len(trained.models)} tasks: {sum(len(trained.data(t).val) for t in trained.models)} validation images")
     for task, model in trained.models.items():
-        data, right = trained.data(task), 0
+        data, right, read = trained.data(task), 0, 0
         kept = seen.kept[task] = conclusions.KeptPatches(model.vit.patch_embed.grid_size)
         if not many:
             say(f"{task}: {len(data.val)} validation images")
@@ -103,13 +103,14 @@ def observe(trained: TrainedRun, batch_size: int, say: Callable[[str], None]) ->
             for images, labels in trained.transforms.eval_batches(data, "val", batch_size):
                 output = model(trained.transforms.normalize(images, device=trained.runtime.device), task)
                 right += int((output.logits.argmax(1).cpu() == labels).sum())
+                read += len(labels)
                 if not trained.config.tokens.merges:  # merging keeps all patches, each in some token
                     kept.add(output.records)
                 for block, routing in output.routing.items():
                     if block not in seen.statistics:
                         seen.statistics[block] = RoutingStatistics(list(trained.models), len(routing.importance))
                     seen.statistics[block].add(task, routing)
-        seen.scores[task] = right, len(data.val)
+        seen.scores[task] = right, read
     return seen
 
 

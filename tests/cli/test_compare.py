@@ -29,3 +29,18 @@ def test_a_run_without_test_accuracies_says_so(tmp_path, capsys):
     assert main(["compare", str(tmp_path / "tested"), str(tmp_path / "probe")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("tested  ") and lines[3].startswith("probe (val split)  50.0")
+
+
+def test_chance_is_that_of_the_first_run_with_the_task_and_the_same_split(tmp_path, capsys):
+    runs = {
+        "one": ("test", {"a": 10.0}),
+        "val": ("val", {"b": 60.0, "c": 30.0}),
+        "two": ("test", {"a": 11.0, "b": 20.0}),
+    }
+    for name, (split, chance) in runs.items():
+        (tmp_path / name).mkdir()
+        tasks = {task: {"top1": 50.0, "images": 3, "chance": value} for task, value in chance.items()}
+        numbers = {"mean_top1": 50.0, "train_seconds": 1.0, "measured_peak_mb": 1.0, "gflops_per_image": None}
+        (tmp_path / name / "report.json").write_text(json.dumps({"split": split, "tasks": tasks, **numbers}))
+    assert main(["compare", *(str(tmp_path / name) for name in runs)]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ["chance", "10.0", "20.0", "-"]

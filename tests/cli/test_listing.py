@@ -83,6 +83,13 @@ def test_copy_also_writes_the_configuration_that_the_copy_extends(tmp_path, caps
     assert load("inner/mine.yaml").plan.train_blocks == []
 
 
+def test_a_copy_does_not_take_the_place_of_what_it_extends(tmp_path, capsys):
+    for force in ([], ["--force"]):
+        assert main(["copy", "quickstart_low_rank", "quickstart.yaml", *force]) == 2
+        assert "quickstart_low_rank.yaml extends quickstart.yaml" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_copied_task_equals_the_packaged_one(tmp_path, capsys):
     assert main(["copy", "pets", "tasks"]) == 0
     assert (tmp_path / "tasks" / "pets.yaml").read_text() == packaged.find("tasks", "pets").read_text()

@@ -86,6 +86,7 @@ def test_a_refusal_is_one_line_with_the_commands_name(command, tmp_path, capsys)
             "backbone.weights=FILE to resume, weights=FILE to load",
             "backbone.weights=FILE to resume, --weights FILE to load",
         ),
+        ("leave out what cannot be read (skip_unreadable=True)", "leave out what cannot be read (--skip-unreadable)"),
         ("on it; device='cpu' computes without it", "on it; --device cpu computes without it"),
         ("those that are trained: tasks=['a', 'b-c']", "those that are trained: --task a b-c"),
         ("tasks = ['a']: each task once", "tasks = ['a']: each task once"),

@@ -3,6 +3,7 @@
 import base64
 import re
 import warnings
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -112,6 +113,18 @@ def test_drawing_again_replaces_and_leaves_training_events_alone(drawn):
     draw(run, "--images", "1")
     assert sorted(path.relative_to(run) for path in run.rglob("*")) == names
     assert {path: path.read_bytes() for path in run.rglob("*tfevents*")} == before
+
+
+@pytest.mark.parametrize("drawn", ["stl"], indirect=True)
+def test_the_accuracy_counts_only_images_that_can_be_read(drawn):
+    loaded = moe_bsr.load(drawn[1], skip_unreadable=True)
+    task = next(iter(loaded.models))
+    data = loaded.data(task)
+    index = np.array([-1, *data.val.index[1:]])
+    loaded._data[task] = replace(data, val=replace(data.val, index=index))
+    with pytest.warns(UserWarning, match="it is skipped"):
+        seen = gallery.observe(loaded, 7, lambda line: None)
+    assert seen.scores[task][1] == len(index) - 1
 
 
 def test_statistics_and_accuracy_are_those_of_the_whole_validation_split(drawn):

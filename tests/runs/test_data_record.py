@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from moe_bsr.cli.main import main
 from moe_bsr.config import Config, ConfigError
 from moe_bsr.data import UnreadableImage, load_spec, load_task
 from moe_bsr.runs import checkpoint, data_record
+from moe_bsr.runs import folder as run_folder
+from moe_bsr.runs.config_file import read_config
 from moe_bsr.runs.folder import open_tasks
 
 pytestmark = pytest.mark.usefixtures("bare")
@@ -248,7 +251,7 @@ def test_a_lost_or_altered_image_record_is_not_trusted(stopped):
         file.unlink() if content is None else file.write_bytes(content)
         tasks = moe_bsr.load(stopped)
         changed = data_record.follow(stopped, load_task(load_spec("bugs"), root=Path("data")), tasks.recorded["bugs"])
-        assert changed[1]["train"].other and changed[1]["train"].lost
+        assert changed[1]["train"].other and changed[1]["train"].lost("skip")
 
 
 def test_changed_classes_are_named(config, stopped):
@@ -257,3 +260,59 @@ def test_changed_classes_are_named(config, stopped):
     for attempt in (lambda: train(config, stopped, resume=True), lambda: evaluate(stopped, "test")):
         with pytest.raises(ConfigError, match="'cat' is gone, 'cow' is new"):
             attempt()
+
+
+@pytest.fixture
+def set_aside(config, cwd) -> Path:
+    """Return a finished run whose test split was set aside from the data: they have no test folder."""
+    shutil.rmtree("data/bugs/test")
+    train(config, cwd / "set_aside")
+    return cwd / "set_aside"
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b"broken")], ids=["gone", "broken"])
+def test_a_lost_image_of_a_set_aside_test_split_is_left_out_when_asked(set_aside, capsys, damage):
+    name = first_of("test")
+    damage(name)
+    assert main(["evaluate", str(set_aside), "--split", "test"]) == 2
+    told = capsys.readouterr().err
+    assert name.name in told and "--skip-unreadable" in told and "--resume" not in told
+    assert run_folder.test_evaluations(set_aside) == 1
+    with pytest.warns(UserWarning, match="it is skipped"):
+        assert main(["evaluate", str(set_aside), "--split", "test", "--skip-unreadable", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    images = read_config(set_aside)[1]["tasks"]["bugs"]["splits"]["test"]["images"]
+    assert found["tasks"]["bugs"]["n"] == images - 1 and name.name in found["data_changes"]["bugs"]
+    assert run_folder.test_evaluations(set_aside) == 2
+
+
+def test_a_missing_validation_image_is_left_out_when_asked_and_an_altered_one_never_is(stopped):
+    name, content = first_of("val"), first_of("val").read_bytes()
+    whole = evaluate(stopped)["tasks"]["bugs"]["n"]
+    name.unlink()
+    with pytest.raises(ConfigError, match="skip_unreadable=True"):
+        evaluate(stopped)
+    with pytest.warns(UserWarning, match="it is skipped"):
+        found = evaluate(stopped, skip_unreadable=True)
+    assert found["tasks"]["bugs"]["n"] == whole - 1 and name.name in found["data_changes"]["bugs"]
+    name.write_bytes(content[:-20])
+    with pytest.raises(ConfigError, match="are not those of the run") as refusal:
+        evaluate(stopped, skip_unreadable=True)
+    assert "skip_unreadable" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("form", ["NFD", "NFC"])
+def test_the_unicode_form_of_names_may_change(config, cwd, form):
+    """Disks of macOS and of other systems store the same name in other bytes."""
+    other = {"NFD": "NFC", "NFC": "NFD"}[form]
+    for file in sorted(Path("data/bugs").rglob("*.png")):
+        file.rename(file.with_name(unicodedata.normalize(other, f"\u00e4{file.name}")))
+    first = moe_bsr.config.replace(config, train__steps=2)
+    train(first, cwd / "run")
+    before = {split: evaluate(cwd / "run", split)["tasks"]["bugs"]["loss"] for split in ("val", "test")}
+    for file in sorted(Path("data/bugs").rglob("*.png")):
+        file.rename(file.with_name(unicodedata.normalize(form, file.name)))
+    for split, loss in before.items():
+        found = evaluate(cwd / "run", split)
+        assert found["data_changes"] == {} and found["tasks"]["bugs"]["loss"] == pytest.approx(loss)
+    assert train(config, cwd / "run", resume=True)["step"] == 4

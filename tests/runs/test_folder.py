@@ -16,6 +16,7 @@ from moe_bsr.callbacks import hparams
 from moe_bsr.config import ConfigError
 from moe_bsr.runs import checkpoint
 from moe_bsr.runs import folder as run
+from moe_bsr.runs import report as report_module
 from moe_bsr.runs.report import markdown
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -99,14 +100,30 @@ def test_without_a_test_evaluation_the_report_has_validation_scores(config, tmp_
     assert {name: task["n"] for name, task in report["tasks"].items()} == {"shapes": 7, "fractals": 9}
 
 
-def test_every_evaluation_on_test_data_is_counted(config, tmp_path):
+def count_during_another_count(folder, monkeypatch) -> None:
+    """Count twice, the second time when the first one is about to write the report."""
+    write = report_module.write
+
+    def late(place: Path, content: dict) -> None:
+        monkeypatch.setattr(report_module, "write", write)
+        run.count_test_evaluation(folder)
+        write(place, content)
+
+    monkeypatch.setattr(report_module, "write", late)
+    run.count_test_evaluation(folder)
+
+
+def test_every_evaluation_on_test_data_is_counted(config, tmp_path, monkeypatch):
     train(moe_bsr.config.replace(config, train__steps=2), tmp_path / "run")
     assert [run.count_test_evaluation(tmp_path / "run") for _ in range(2)] == [2, 3]
     assert report_of(tmp_path / "run")["test_evaluations"] == 3
     assert "3 evaluation(s) of the test split" in (tmp_path / "run" / "report.md").read_text()
+    count_during_another_count(tmp_path / "run", monkeypatch)
+    assert report_of(tmp_path / "run")["test_evaluations"] == 5
+    assert "5 evaluation(s) of the test split" in (tmp_path / "run" / "report.md").read_text()
 
 
-def test_in_a_series_only_the_tasks_evaluated_on_test_data_are_counted(config, tmp_path):
+def test_in_a_series_only_the_tasks_evaluated_on_test_data_are_counted(config, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     train(moe_bsr.config.replace(config, mode="single_task", train__steps=2), folder)
     assert [run.count_test_evaluation(folder, ["shapes"]) for _ in range(2)] == [2, 3]
@@ -114,6 +131,8 @@ def test_in_a_series_only_the_tasks_evaluated_on_test_data_are_counted(config, t
     assert report_of(folder)["test_evaluations"] == report_of(folder / "shapes")["test_evaluations"] == 3
     assert run.count_test_evaluation(folder) == 4
     assert [run.test_evaluations(folder / task) for task in TASKS] == [4, 2]
+    count_during_another_count(folder, monkeypatch)
+    assert report_of(folder)["test_evaluations"] == report_of(folder / "shapes")["test_evaluations"] == 6
 
 
 def test_the_resolved_configuration_is_saved(finished, config):

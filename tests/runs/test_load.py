@@ -15,7 +15,7 @@ from moe_bsr.evaluation.evaluate import evaluate
 from moe_bsr.model.backbones.vit import load as load_backbone
 from moe_bsr.runs import checkpoint
 from moe_bsr.runs.checkpoint import CheckpointError
-from moe_bsr.runs.load import chosen_tasks
+from moe_bsr.runs.config_file import chosen_tasks
 
 pytestmark = pytest.mark.usefixtures("bare")
 

@@ -10,6 +10,7 @@ from PIL import Image
 from tiny_tasks import CLASSES, CPU, TRANSFORMS, decided_network, network, task_data
 
 from moe_bsr.config import Config
+from moe_bsr.export.on_device import files_of
 from moe_bsr.runs.load import TrainedRun
 
 NAMES = {name: task_data(name).class_names for name in CLASSES}
@@ -157,8 +158,25 @@ def test_invalid_image_objects_are_refused(run, image):
 
 
 def test_a_folder_without_images_is_refused(run, tmp_path):
-    with pytest.raises(ValueError, match="no images below it"):
+    with pytest.raises(ValueError, match="no images below it .*found: nothing"):
         run.predict(tmp_path)
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(ValueError, match="found: 1 file that is not an image, such as .*notes.txt"):
+        run.predict(tmp_path)
+
+
+def test_folders_are_searched_as_training_searches_them(run, folder, tmp_path):
+    """What programs leave there is ignored silently, and links are followed."""
+    expected = [image["image"] for image in run.predict(folder)["images"]]
+    for place in (".thumbs/a.png", "@eaDir/a.png/small.jpg", "__MACOSX/._a.png", "below/._c.png"):
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / place).write_text("no image")
+    found = run.predict(folder)
+    assert [image["image"] for image in found["images"]] == expected and not found["skipped"]
+    assert list(map(str, files_of([str(folder)]))) == expected  # the program of an exported bundle
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "images").symlink_to(folder)
+    assert len(run.predict(tmp_path / "linked")["images"]) == len(expected)
 
 
 def test_non_finite_logits_raise_an_error(run, arrays):

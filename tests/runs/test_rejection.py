@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_runs import LATE, make_config
+from tiny_tasks import task_data
 
 import moe_bsr
 from moe_bsr.cli.main import main
@@ -135,3 +136,10 @@ def test_the_reject_and_predict_commands(copy, capsys, tmp_path, monkeypatch):
     text = capsys.readouterr().out
     assert ("none of these tasks" in text) == (image["belongs_to"] is None)
     assert ("* " in text) == (image["belongs_to"] is not None)
+
+
+def test_at_most_the_stated_number_of_training_images_is_used():
+    data = task_data("few", labels=[0] * 14 + [1] * 8 + [2])
+    chosen = rejection._thinned(data, 11).train
+    assert np.bincount(chosen.labels).tolist() == [5, 5, 1] and len(set(chosen.index)) == 11
+    assert len(rejection._thinned(data, 23).train) == 23

@@ -25,12 +25,30 @@ def test_a_text_file_is_replaced_completely_or_not_at_all(tmp_path, monkeypatch)
     assert file.read_text() == "second"
 
 
-def test_a_link_under_the_temporary_name_is_replaced_and_not_followed(tmp_path):
-    other = tmp_path / "other"
+def test_temporary_files_of_killed_processes_are_deleted_and_not_those_of_others(tmp_path):
+    other, file = tmp_path / "other", tmp_path / "report.json"
     other.write_text("other")
-    (tmp_path / "report.json.tmp").symlink_to(other)
-    write_whole(tmp_path / "report.json", "text")
-    assert other.read_text() == "other" and not (tmp_path / "report.json").is_symlink()
+    old, link, new = (tmp_path / f"report.json.{name}.tmp" for name in ("0123abcd", "link", "4567cdef"))
+    old.write_text("old")
+    link.symlink_to(other)
+    for left in (old, link):
+        os.utime(left, (0, 0), follow_symlinks=False)
+    new.write_text("new")
+    write_whole(file, "text")
+    assert other.read_text() == "other" and sorted(tmp_path.iterdir()) == [other, file, new]
+
+
+def test_a_file_that_another_process_writes_at_the_same_time_is_written(tmp_path, monkeypatch):
+    file, write_new = tmp_path / "report.json", files.write_new
+
+    def second(path, content) -> None:
+        write_new(path, content)
+        monkeypatch.setattr(files, "write_new", write_new)
+        write_whole(file, "second")
+
+    monkeypatch.setattr(files, "write_new", second)
+    write_whole(file, "first")
+    assert file.read_text() == "first" and list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize(
