@@ -294,6 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="compare this machine with the exported run")
     parser.add_argument("--time", action="store_true", help="measure milliseconds per image and memory")
     given = parser.parse_intermixed_args(arguments)
+    sys.stdout.reconfigure(errors="backslashreplace")  # stderr does so by default
     try:
         if not (given.images or given.check or given.time):
             raise Refused("name an image or a folder; --check and --time need none")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -308,7 +309,7 @@ def test_an_existing_folder_is_not_replaced(run, folder):
         export(loaded(run))
 
 
-def test_unusual_class_names_are_written_one_per_line(run, tmp_path, capsys):
+def test_unusual_class_names_are_written_one_per_line_and_printed_on_any_terminal(run, tmp_path):
     trained = loaded(run, tasks=["shapes"])
     names = list(AWKWARD.values())[8:18]
     trained.class_names["shapes"] = names
@@ -316,6 +317,11 @@ def test_unusual_class_names_are_written_one_per_line(run, tmp_path, capsys):
     assert len((tmp_path / "out" / "shapes.txt").read_text().split("\n")) == 11
     bundle = Bundle(info["bundle"])
     assert {answer["name"] for answer in bundle.predict(picture(1), top=10)["shapes"]} == set(names)
+    picture(1).save(tmp_path / "a.png")
+    call = [sys.executable, str(tmp_path / "out" / "predict.py"), str(tmp_path / "a.png"), "--top", "10"]
+    ascii = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(call, capture_output=True, text=True, check=False, env=ascii)
+    assert done.returncode == 0 and "\\u" in done.stdout, done.stderr
 
 
 def test_check_images_are_deterministic():
