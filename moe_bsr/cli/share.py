@@ -7,7 +7,8 @@
 
 Writes the weights that training changed (for a linear probe some kilobytes), a description of the run, its report, and
 a model card. The state of the optimizer, names of images, and paths and commands of this machine are left out.
-moe_bsr.load, `moe-bsr predict` and `moe-bsr evaluate` accept the folder or the zip file in place of a run folder.
+moe_bsr.load and the commands predict, evaluate, compare and export accept the folder or the zip file in place of a run
+folder.
 Existing files are never replaced.
 
 Exit status: 0 written, 2 invalid arguments or input.

@@ -26,6 +26,7 @@ from moe_bsr.export import bundle as bundles  # noqa: E402
 from moe_bsr.export import parity  # noqa: E402
 from moe_bsr.export.bundle import export  # noqa: E402
 from moe_bsr.export.on_device import Bundle, Refused, check_images, sha256  # noqa: E402
+from moe_bsr.runs.share import share  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("bare")
 
@@ -302,6 +303,30 @@ def test_a_run_on_another_device_is_refused(run, tmp_path):
     trained.runtime = dataclasses.replace(trained.runtime, device=torch.device("cuda"))
     with pytest.raises(ConfigError, match="device = 'cuda': cpu: load the run with device='cpu'"):
         export(trained, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["given", "given.zip"])
+def test_a_shared_run_is_exported_with_the_words_of_its_own_card(run, tmp_path, name):
+    share(run, tmp_path / name)
+    export(loaded(tmp_path / name, tasks=["shapes"]), tmp_path / "out", images=5)
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "test_vit, random weights" in text and "Test accuracy of the run" in text
+    assert Bundle(tmp_path / "out").check()["ok"]
+
+
+def test_the_folder_must_be_named_for_a_zip_file(run, tmp_path):
+    share(run, tmp_path / "given.zip")
+    with pytest.raises(ConfigError, match="given.zip is a zip file: name the folder to write"):
+        export(loaded(tmp_path / "given.zip", tasks=["shapes"]))
+
+
+def test_a_damaged_report_is_refused_before_the_work(run, tmp_path):
+    broken = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
+    (broken / "report.json").write_text("{")
+    steps = []
+    with pytest.raises(ConfigError, match="report.json: cut or damaged"):
+        export(loaded(broken), on_step=steps.append)
+    assert steps == []
 
 
 def test_an_existing_folder_is_not_replaced(run, folder):

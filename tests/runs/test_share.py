@@ -146,6 +146,8 @@ def test_a_shared_run_is_accepted_in_place_of_a_run_folder(trained, shared):
     assert found["test_evaluations"] == 1
     with pytest.raises(ConfigError, match="counted in a folder; unpack it first: python -m zipfile -e"):
         moe_bsr.evaluate(shared / "given.zip", "test", **weights)
+    with pytest.raises(ConfigError, match="rejection.safetensors is written into the folder of the run; unpack it"):
+        moe_bsr.reject(shared / "given.zip", on_task=pytest.fail, **weights)
     with pytest.raises(CheckpointError, match="no checkpoint 7 in .*given.zip: this shared run has only step 2"):
         moe_bsr.load(shared / "given.zip", 7, **weights)
     with pytest.raises(ConfigError, match="cannot be trained further"):
