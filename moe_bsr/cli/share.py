@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         result = {"run": str(arguments.run)}
         with tempfile.TemporaryDirectory(prefix="moe_bsr_") as place:
-            wanted = arguments.out or (None if arguments.push else arguments.run.with_name(f"{arguments.run.name}.zip"))
+            wanted = arguments.out or (None if arguments.push else run_arguments.beside(arguments.run, ".zip"))
             sizes: dict[str, int] = {}
             if wanted is not None:
                 sizes = share(arguments.run, wanted, arguments.with_backbone, arguments.weights)
