@@ -35,8 +35,9 @@ RESOLVED = (
 )
 
 USE = """
+Install moe_bsr from a clone of its repository: `pip install .` there. Then:
+
 ```
-pip install moe_bsr
 moe-bsr predict {name} photo.jpg
 ```
 
@@ -45,11 +46,12 @@ import moe_bsr
 
 run = moe_bsr.load("{name}")
 run.predict("photo.jpg")
-moe_bsr.evaluate("{name}", "test", data_root="DATA")  # DATA has the images in the same subfolders
-```
+{test}```
 
 `moe-bsr add-task {name} TASK` adds a task to it.
 """
+# Not for a zip file, in which test evaluations cannot be counted.
+TEST = 'moe_bsr.evaluate("{name}", "test", data_root="DATA")  # DATA has the images in the same subfolders\n'
 
 
 def share(run: Path, out: Path, with_backbone: bool = False, weights: str | None = None) -> dict[str, int]:
@@ -130,7 +132,8 @@ def _fill(finished: Finished, folder: Path, name: str, with_backbone: bool, weig
     if shared_report is not None:
         report.write(folder, shared_report)
     sizes = {each: (folder / each).stat().st_size for each in shared_form.FILES if (folder / each).is_file()}
-    title, use = f"{Path(name).stem}: {', '.join(config.tasks)}", USE.format(name=name)
+    title = f"{Path(name).stem}: {', '.join(config.tasks)}"
+    use = USE.format(name=name, test="" if name.endswith(".zip") else TEST.format(name=name))
     text = card(title=title, resolved=resolved, report=shared_report, use=use, files=sizes)
     files.write_new(folder / "README.md", text)
 

@@ -139,6 +139,14 @@ def test_the_model_card_has_valid_metadata(trained, shared):
     assert json.loads((shared / "given/config.json").read_text())["run"]["resolved"]["backbone_sha256"] in text
 
 
+def test_the_model_card_shows_only_commands_that_work(shared):
+    folder = (shared / "given/README.md").read_text()
+    zipped = members_of(shared / "given.zip")["README.md"].decode()
+    assert 'moe_bsr.evaluate("given", "test"' in folder and "moe_bsr.evaluate" not in zipped
+    for text in (folder, zipped):
+        assert "from a clone of its repository: `pip install .`" in text and "pip install moe_bsr" not in text
+
+
 def test_a_shared_run_is_accepted_in_place_of_a_run_folder(trained, shared):
     weights = {"weights": str(backbone_file(trained))}
     found = moe_bsr.evaluate(shared / "given", "test", **weights)
