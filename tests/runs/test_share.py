@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import make_config
 
 import moe_bsr
+from moe_bsr import config as configuration
+from moe_bsr.cli.compare_methods import portable
 from moe_bsr.config import BackboneConfig, ConfigError, replace
 from moe_bsr.model.backbones.pretrained import in_timm
 from moe_bsr.model.backbones.vit import load
@@ -128,6 +130,57 @@ def test_a_shared_run_contains_no_private_paths_or_commands(trained, shared):
     assert {file.name for file in (shared / "given").iterdir()} == set(shared_form.FILES)
     tree = json.loads((shared / "given/config.json").read_text())
     assert tree["architecture"] == "test_vit" and tree["run"]["data"]["root"] == "data"
+
+
+def shared_of(run: Path, place: Path, specs: dict[str, dict], changes: dict[str, dict] | None = None) -> dict:
+    """Share a copy of a run whose config.yaml has other task specifications and sections, and return config.json."""
+    shutil.copytree(run, place)
+    tree = yaml.safe_load((place / "config.yaml").read_text())
+    for task, spec in specs.items():
+        tree["resolved"]["tasks"][task]["spec"] = spec
+    for key, value in (changes or {}).items():
+        tree[key] = tree[key] | value if key == "data" else value
+    (place / "config.yaml").write_text(yaml.safe_dump(tree))
+    share(place, place.parent / "given")
+    return json.loads((place.parent / "given/config.json").read_text())["run"]
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_no_folder_of_this_machine_is_shared(plain, tmp_path, listed):
+    home = "/home/alice"
+    tar = {
+        "source": "tar",
+        "train": [f"{home}/p/a.tar", "~/b.tar", f"{home}/q/a.tar", "below/c.tar"],
+        "val": f"{{{home}/c,{home}/d}}.tar",
+        "test": [f"file://{home}/e.tar", "https://host/f.tar"],
+        "class_names": ["/m/01", "/m/02"],
+        "cache": f"{home}/cache",
+    }
+    storage = {"kind": "offload", "folder": f"{home}/scratch"}
+    data = {"augment": False, "feature_cache_mb": 1, "feature_cache_dir": f"{home}/features"}
+    changes = {"storage": [storage | {"blocks": [1]}] if listed else storage, "data": data}
+    tree = shared_of(plain, tmp_path / "run", {"shapes": tar}, changes)
+    for file in (tmp_path / "given").iterdir():
+        content = file.read_bytes()
+        for place in (home, "alice", "~/b.tar", str(tmp_path), str(plain.parent)):
+            assert place.encode() not in content, (file, place)
+    spec = tree["resolved"]["tasks"]["shapes"]["spec"]
+    assert spec["train"] == ["a.tar", "b.tar", "shapes/a.tar", "below/c.tar"], "each has its own name"
+    assert spec["test"] == ["e.tar", "https://host/f.tar"] and spec["class_names"] == tar["class_names"]
+    assert tree["storage"] == ([{"kind": "offload", "blocks": [1]}] if listed else {"kind": "offload"})
+    base = configuration.to_dict(make_config(tmp_path, storage=changes["storage"]))
+    assert portable(base)["storage"] == tree["storage"], "the file of compare-methods"
+
+
+def test_files_of_two_tasks_keep_different_names(plain, tmp_path):
+    tables = {
+        "shapes": {"source": "csv", "path": "/x/p/labels.csv", "images": "/x/images"},
+        "fractals": {"source": "csv", "path": "/x/q/labels.csv", "images": "/x/images"},
+    }
+    tree = shared_of(plain, tmp_path / "run", tables)
+    specs = {task: about["spec"] for task, about in tree["resolved"]["tasks"].items()}
+    assert [spec["path"] for spec in specs.values()] == ["labels.csv", "fractals/labels.csv"]
+    assert [spec["images"] for spec in specs.values()] == ["images", "images"]
 
 
 def test_the_model_card_has_valid_metadata(trained, shared):
