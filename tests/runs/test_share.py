@@ -13,6 +13,7 @@ import timm
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from tiny_data import picture
 from tiny_runs import make_config
 
 import moe_bsr
@@ -355,6 +356,22 @@ def test_timm_computes_the_same(plain, tmp_path):
     assert json.loads((tmp_path / "folder/config.json").read_text())["label_names"] == loaded.class_names[task]
     assert stat.S_IMODE((tmp_path / "folder/model.safetensors").stat().st_mode) == 0o644
     assert "library_name: timm" in (tmp_path / "folder/README.md").read_text()
+
+
+@pytest.mark.parametrize("resize", ["timm", "squash"])
+def test_timm_gives_nearly_the_same_pixels(plain, tmp_path, resize):
+    shared_of(plain, tmp_path / "run", {}, {"data": {"resize": resize}})
+    write_timm(tmp_path / "run", tmp_path / "folder", "shapes")
+    cfg = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path / 'folder'}"))
+    run = moe_bsr.load(tmp_path / "run")
+    for size in ((90, 70), (70, 90), (80, 80)):
+        image = picture(1, size)
+        theirs = timm.data.create_transform(**cfg)(image)
+        apart = 255 * (theirs - run.transforms.normalize(run.transforms.eval_image(image)[None])[0]).abs()
+        assert apart.mean() < 2, "Pillow and torch round differently"
+    text, crop = (tmp_path / "folder/README.md").read_text(), run.transforms.crop_pct
+    assert ("squashed to the square, without a crop" in text) == (resize == "squash")
+    assert ("Square images of up to 64 px" in text) == (resize == "timm" and crop < 1)
 
 
 def test_the_bundled_backbone_equals_a_timm_model(tmp_path):
