@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,8 @@ def export(
     require(format == "onnx" or not quantize, "int8", quantize, "leave it out: only the format onnx has int8")
     _check_names(list(run.models))
     origin = card.origin(run)
+    for sentence in card.deep_images(run):
+        warnings.warn(sentence, stacklevel=2)
     run = dataclasses.replace(run, runtime=dataclasses.replace(run.runtime, precision="fp32"))
     for model in {id(model): model for model in run.models.values()}.values():
         model.float()  # a bf16 run has frozen matrices in bfloat16

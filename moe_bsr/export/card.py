@@ -50,6 +50,17 @@ def origin(run: TrainedRun) -> Origin:
         return Origin(read_config(folder)[0].backbone.weights, reports.read(folder))
 
 
+def deep_images(run: TrainedRun) -> list[str]:
+    """Return a sentence for each task with 16-bit images (`bits` in its file), which a bundle does not read."""
+    said = {task: run.recorded.get(task, {}).get("spec", {}).get("bits") for task in run.models}
+    return [
+        f"{task}: its images may have 16 bits (bits: {bits} in its task file), and predict.py reads images of 8 bits "
+        f"only: convert each gray value as the run does, to value * 255 // {2**bits - 1}."
+        for task, bits in said.items()
+        if bits is not None
+    ]
+
+
 def text(run: TrainedRun, origin: Origin, config: dict[str, Any], result: dict[str, Any], place: Path) -> str:
     """Return README.md of the bundle at `place`. All other files must have been written."""
     license, weights = _backbone(run, origin.weights)
@@ -81,6 +92,7 @@ def text(run: TrainedRun, origin: Origin, config: dict[str, Any], result: dict[s
             "",
             how + " `config.json` has size, mean and std, `<task>.txt` the class names.",
             "",
+            *(line for sentence in deep_images(run) for line in (sentence, "")),
             "## Accuracy",
             "",
             *_accuracy(run, result, origin.report),

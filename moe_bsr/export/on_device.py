@@ -228,7 +228,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """Convert an image to RGB as a viewer shows it: rotated by its EXIF tag, transparent parts on white."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
-        raise Refused("its pixels have more than 8 bits: convert it to 8")
+        raise Refused("its pixels have more than 8 bits: convert it to 8 (README.md says how, if a task needs it)")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

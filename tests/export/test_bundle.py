@@ -349,6 +349,16 @@ def test_unusual_class_names_are_written_one_per_line_and_printed_on_any_termina
     assert done.returncode == 0 and "\\u" in done.stdout, done.stderr
 
 
+def test_the_export_says_that_images_of_16_bits_are_not_read(run, tmp_path):
+    trained = loaded(run, tasks=["shapes"])
+    trained.recorded["shapes"]["spec"]["bits"] = 12
+    with pytest.warns(UserWarning, match=r"shapes: .*reads images of 8 bits only: .* value \* 255 // 4095"):
+        export(trained, tmp_path / "out", images=5)
+    assert "to value * 255 // 4095." in (tmp_path / "out/README.md").read_text()
+    with pytest.raises(Refused, match="more than 8 bits: convert it to 8 .README.md says how"):
+        Bundle(tmp_path / "out").predict(Image.fromarray(np.zeros((9, 9), np.uint16)))
+
+
 def test_check_images_are_deterministic():
     images = check_images(32)
     assert images.shape == (8, 3, 32, 32) and images.dtype == np.uint8 and images.std() > 40
