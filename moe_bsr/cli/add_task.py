@@ -18,7 +18,7 @@ Exit status: as of `moe-bsr train`.
 import argparse
 from pathlib import Path
 
-from moe_bsr.cli import train
+from moe_bsr.cli import run_arguments, train
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,5 +43,5 @@ def run(arguments: argparse.Namespace) -> int:
     places = {"data__root": arguments.data_root, "backbone__weights": arguments.weights}
     config = replace(added_task_config(source, arguments.task), **{k: v for k, v in places.items() if v is not None})
     config = override(config, arguments.overrides)
-    arguments.run = arguments.run or source.with_name(f"{source.stem}_{config.task_names()[-1]}")
+    arguments.run = arguments.run or run_arguments.beside(source, f"_{config.task_names()[-1]}")
     return train.train(arguments, config, "add-task")

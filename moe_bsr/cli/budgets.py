@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         result = run_arguments.read_result(Path(arguments.config), {"environment", "runs"}, "budgets.json")
     else:
         config = load(arguments.config, arguments.overrides)
-        folder = arguments.run or Path("runs") / f"{Path(arguments.config).stem}_budgets"
+        folder = arguments.run or Path("runs") / f"{run_arguments.named(arguments.config).stem}_budgets"
         seeds = arguments.seeds or [config.seed]
         progress = lambda line: say(line, error=True)  # noqa: E731
         result = budgets.race(config, folder, arguments.minutes, arguments.methods, seeds, progress)

@@ -10,7 +10,7 @@ that stands after the run's name.
 
 For more than 12 tasks the table has mean and spread over tasks, and a second one lists the tasks on which the last run
 is worse and better than the first. --json has all tasks. A run is named by its folder, or by its path if two folders
-have the same name.
+have the same name. The zip file of a shared run is accepted too.
 
 Exit status: 0 done, 2 a run has no valid report.
 """
@@ -24,7 +24,7 @@ from moe_bsr.cli.terminal import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder with a report.json")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, or zip file of a shared run")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="print a Markdown table, with intervals in its cells")
     form.add_argument("--json", action="store_true", help="print the reports by run, as one JSON object")
@@ -54,13 +54,14 @@ def read_reports(paths: list[Path]) -> dict[str, dict[str, Any]]:
         ConfigError: a report is missing, cut or damaged.
     """
     from moe_bsr.config import ConfigError
-    from moe_bsr.runs import report
+    from moe_bsr.runs import archive, report
 
     folder_names = [path.name for path in set(paths)]
     reports = {}
     for path in paths:
         name = path.name if path.name and folder_names.count(path.name) == 1 else str(path)
-        reports[name] = report.read(path)
+        with archive.opened(path) as folder:
+            reports[name] = report.read(folder)
         if reports[name] is None:
             raise ConfigError(f"{path} has no report.json: not a finished run")
     return reports

@@ -183,9 +183,13 @@ def same_lengths(result: dict[str, Any], arguments: argparse.Namespace) -> None:
 
 
 def portable(base: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration's values with paths reduced to their last part."""
+    """Return the configuration's values without folders of this machine, and other paths reduced to their last part."""
+    from moe_bsr.runs.share import without_folder
+
     base["data"]["root"] = Path(base["data"]["root"]).name
     base["backbone"]["weights"] = Path(base["backbone"]["weights"]).name
+    base["storage"] = without_folder(base["storage"])
+    base["data"]["feature_cache_dir"] = None
     return base
 
 

@@ -27,6 +27,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_bsr.cli import run_arguments
 from moe_bsr.cli.main import program
 from moe_bsr.cli.terminal import say
 
@@ -101,7 +102,7 @@ def configuration(what: list[str]) -> "tuple[Config, str]":
     if not named:
         raise ConfigError("name a configuration, or at least one task (moe-bsr tasks lists them)")
     if len(named) == 1 and is_configuration(named[0]):
-        return load(named[0], overrides), Path(named[0]).stem
+        return load(named[0], overrides), run_arguments.named(named[0]).stem
     tasks = [load_spec(item).name for item in named]
     listed = f"tasks={json_text(named)}"
     return load(BASE, [listed, *overrides]), "_".join(tasks[:3])

@@ -14,6 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
+from moe_bsr.cli import run_arguments
 from moe_bsr.cli.terminal import say
 
 
@@ -28,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     from moe_bsr.runs.finished import read_finished, write_run
 
     source = arguments.run
-    out = arguments.out or source.with_name(f"{source.stem}_without_{'_'.join(arguments.tasks)}")
+    out = arguments.out or run_arguments.beside(source, f"_without_{'_'.join(arguments.tasks)}")
     finished = read_finished(source, arguments.tasks)
     write_run(finished, source, out)
     tasks = finished.config.task_names()

@@ -15,6 +15,18 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, ... (default: the run's runtime.device)")
 
 
+def named(path: str | Path) -> Path:
+    """Return the path with a name at its end: `.` and `..` are resolved, others stay as they are."""
+    path = Path(path)
+    return path.resolve() if path.name in ("", "..") else path
+
+
+def beside(run: Path, ending: str) -> Path:
+    """Return the default place of what is made of a run: beside it, with `ending` after its name without .zip."""
+    run = named(run)
+    return run.with_name(run.name.removesuffix(".zip") + ending)
+
+
 def add_weights(parser: argparse.ArgumentParser) -> None:
     help = "weights of the backbone (default: the run's backbone.weights)"
     parser.add_argument("--weights", metavar="FILE", help=help)

@@ -7,7 +7,8 @@
 
 Writes the weights that training changed (for a linear probe some kilobytes), a description of the run, its report, and
 a model card. The state of the optimizer, names of images, and paths and commands of this machine are left out.
-moe_bsr.load, `moe-bsr predict` and `moe-bsr evaluate` accept the folder or the zip file in place of a run folder.
+moe_bsr.load and the commands predict, evaluate, compare and export accept the folder or the zip file in place of a run
+folder.
 Existing files are never replaced.
 
 Exit status: 0 written, 2 invalid arguments or input.
@@ -57,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         result = {"run": str(arguments.run)}
         with tempfile.TemporaryDirectory(prefix="moe_bsr_") as place:
-            wanted = arguments.out or (None if arguments.push else arguments.run.with_name(f"{arguments.run.name}.zip"))
+            wanted = arguments.out or (None if arguments.push else run_arguments.beside(arguments.run, ".zip"))
             sizes: dict[str, int] = {}
             if wanted is not None:
                 sizes = share(arguments.run, wanted, arguments.with_backbone, arguments.weights)

@@ -71,9 +71,9 @@ def train(arguments: argparse.Namespace, config: "Config", command: str = "train
     from moe_bsr.runs.report import markdown
     from moe_bsr.training.trainer import TrainingFailed
 
-    named = Path(arguments.config)
-    is_run = (named / "config.yaml").is_file()
-    folder = arguments.run or (named if is_run and not ending else Path("runs") / f"{named.stem}{ending}")
+    given = Path(arguments.config)
+    new = Path("runs") / f"{run_arguments.named(given).stem}{ending}"
+    folder = arguments.run or (given if (given / "config.yaml").is_file() and not ending else new)
     if arguments.decode and not arguments.dry_run:
         raise ConfigError("--decode goes with --dry-run: it reads every image and trains nothing")
     if arguments.dry_run:

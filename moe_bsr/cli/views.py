@@ -38,9 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from moe_bsr.model.backbones import require_tokens
+    from moe_bsr.runs import archive
     from moe_bsr.runs.load import load
     from moe_bsr.visualize import expert_report
 
+    archive.require_folder(arguments.run, "pictures are written into the folder of the run")
     loaded = load(
         arguments.run,
         arguments.checkpoint,

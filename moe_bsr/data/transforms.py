@@ -234,10 +234,14 @@ class ImageTransforms:
                 return place, image
         raise UnreadableImage(f"task {data.name}: not one of its {len(data.train)} training images can be read")
 
-    def eval_image(self, image: Image.Image) -> torch.Tensor:
-        """Apply the evaluation transform to a PIL image of any mode: uint8 (3, S, S)."""
+    def eval_image(self, image: Image.Image, bits: int | None = None) -> torch.Tensor:
+        """Apply the evaluation transform to a PIL image of any mode: uint8 (3, S, S).
+
+        Args:
+            bits: bit depth of the values in 16-bit images, see `TaskSpec.bits`.
+        """
         pixels = self._empty(1)
-        pixels[0] = self.eval_transform(rgb_pixels(image))
+        pixels[0] = self.eval_transform(rgb_pixels(image, bits))
         return _as_images(pixels)[0]
 
     def train_transform(

@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,6 @@ from moe_bsr.export.graph import SHARED_FILE, Graph, Model, Weights, data_file
 from moe_bsr.export.network import Part, write
 from moe_bsr.export.on_device import Bundle, sha256
 from moe_bsr.model.backbones import require_tokens
-from moe_bsr.model.experts import Experts
 from moe_bsr.runs.load import TrainedRun
 from moe_bsr.runtime import files
 from moe_bsr.runtime.names import printable
@@ -61,7 +61,7 @@ def export(
 
     Args:
         run: a run on the CPU. Its models are converted to float32.
-        out: folder to write, which must not exist. By default `export` in the run's folder.
+        out: folder to write, which must not exist. By default `export` in the run's folder; a zip file has none.
         format: "onnx", or "executorch", which needs the package of that name.
         quantize: whether to round weights to int8 (ONNX only).
         experts: number of experts to keep in each layer, those that a task uses most. None keeps all.
@@ -75,6 +75,8 @@ def export(
         ConfigError: the run is not on the CPU, the folder exists, or the model or an option cannot be exported.
         NotEqual: a graph does not compute the same as the run.
     """
+    if out is None and run.run.is_file():
+        raise ConfigError(f"{run.run} is a zip file: name the folder to write, out=DIR")
     out = Path(out) if out is not None else run.run / "export"
     if os.path.lexists(out):
         raise ConfigError(f"{out} exists; remove it, or name another folder")
@@ -84,6 +86,9 @@ def export(
     require(format in SUFFIXES, "format", format, " or ".join(SUFFIXES))
     require(format == "onnx" or not quantize, "int8", quantize, "leave it out: only the format onnx has int8")
     _check_names(list(run.models))
+    origin = card.origin(run)
+    for sentence in card.deep_images(run):
+        warnings.warn(sentence, stacklevel=2)
     run = dataclasses.replace(run, runtime=dataclasses.replace(run.runtime, precision="fp32"))
     for model in {id(model): model for model in run.models.values()}.values():
         model.float()  # a bf16 run has frozen matrices in bfloat16
@@ -92,7 +97,7 @@ def export(
         out.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         try:
-            place, result = _fill(run, parts, stage, SUFFIXES[format], quantize, images, on_step)
+            place, result = _fill(run, origin, parts, stage, SUFFIXES[format], quantize, images, on_step)
             for file in place.iterdir():
                 files.sync(file)
             place.rename(out)
@@ -130,6 +135,7 @@ def _parts(run: TrainedRun, experts: int | None, on_step: Callable[[str], None])
 
 def _fill(
     run: TrainedRun,
+    origin: card.Origin,
     parts: dict[str, Part],
     stage: Path,
     suffix: str,
@@ -176,11 +182,12 @@ def _fill(
     result = {"run": str(run.run), "step": run.step, "precision": config["precision"], "tasks": found}
     for task, numbers in found.items():
         config["tasks"][task]["val_top1"] = round(numbers["top1"], 2)
-    files.write_new(place / "README.md", card.text(run, config, result, place))
+    files.write_new(place / "README.md", card.text(run, origin, config, result, place))
     _write_config(place, config)
     result["files"] = {file.name: file.stat().st_size for file in sorted(place.iterdir())}
     result["bytes"] = sum(result["files"].values())
-    result["whole_bytes"] = result["bytes"] + _left_out(run, parts, config["precision"])
+    kept = {task: part.experts for task, part in parts.items()}
+    result["whole_bytes"] = result["bytes"] + fewer_experts.left_out(run.models, kept, config["precision"])
     return place, result
 
 
@@ -334,16 +341,3 @@ def _preprocessor(images: dict[str, Any]) -> dict[str, Any]:
         "image_mean": images["mean"],
         "image_std": images["std"],
     }
-
-
-def _left_out(run: TrainedRun, parts: dict[str, Part], precision: str) -> int:
-    """Return the size in bytes of the experts that no task of the bundle keeps. For int8 their scales are left out."""
-    kept: dict[Experts, set[int]] = {}
-    for task, part in parts.items():
-        for index, ids in part.experts.items():
-            kept.setdefault(run.models[task].vit.blocks[index].mlp.experts, set()).update(ids)
-    each = 1 if precision == "int8" else 4
-    return sum(
-        each * sum(parameter[0].numel() * (len(parameter) - len(ids)) for parameter in experts.parameters())
-        for experts, ids in kept.items()
-    )

@@ -1,9 +1,11 @@
 """Write the model card of a bundle: what it is, its accuracy and cost, where it comes from, how to run it."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moe_bsr.export.on_device import Bundle, measure
+from moe_bsr.runs import archive
 from moe_bsr.runs import report as reports
 from moe_bsr.runs.config_file import read_config
 from moe_bsr.runs.load import TrainedRun
@@ -30,9 +32,38 @@ RUNTIMES = {  # by suffix of a graph's file: its tag, the packages that run it, 
 }
 
 
-def text(run: TrainedRun, config: dict[str, Any], result: dict[str, Any], place: Path) -> str:
+@dataclass(slots=True)
+class Origin:
+    """What a card says that is not in a loaded run: `backbone.weights`, which loading may change, and the report."""
+
+    weights: str
+    report: dict[str, Any] | None
+
+
+def origin(run: TrainedRun) -> Origin:
+    """Read the origin of a run from its folder or zip file.
+
+    Raises:
+        ConfigError: the report is damaged.
+    """
+    with archive.opened(run.run) as folder:
+        return Origin(read_config(folder)[0].backbone.weights, reports.read(folder))
+
+
+def deep_images(run: TrainedRun) -> list[str]:
+    """Return a sentence for each task with 16-bit images (`bits` in its file), which a bundle does not read."""
+    said = {task: run.recorded.get(task, {}).get("spec", {}).get("bits") for task in run.models}
+    return [
+        f"{task}: its images may have 16 bits (bits: {bits} in its task file), and predict.py reads images of 8 bits "
+        f"only: convert each gray value as the run does, to value * 255 // {2**bits - 1}."
+        for task, bits in said.items()
+        if bits is not None
+    ]
+
+
+def text(run: TrainedRun, origin: Origin, config: dict[str, Any], result: dict[str, Any], place: Path) -> str:
     """Return README.md of the bundle at `place`. All other files must have been written."""
-    license, weights = _backbone(run)
+    license, weights = _backbone(run, origin.weights)
     runtime, package, how = RUNTIMES[Path(next(iter(config["tasks"].values()))["graph"]).suffix]
     name = printable(run.run.resolve().name)
     return "\n".join(
@@ -61,9 +92,10 @@ def text(run: TrainedRun, config: dict[str, Any], result: dict[str, Any], place:
             "",
             how + " `config.json` has size, mean and std, `<task>.txt` the class names.",
             "",
+            *(line for sentence in deep_images(run) for line in (sentence, "")),
             "## Accuracy",
             "",
-            *_accuracy(run, result),
+            *_accuracy(run, result, origin.report),
             "",
             "## Comparison with the run",
             "",
@@ -71,7 +103,7 @@ def text(run: TrainedRun, config: dict[str, Any], result: dict[str, Any], place:
             "",
             "## Cost",
             "",
-            *_cost(run, place),
+            *_cost(place, origin.report),
             "",
             "## Where it comes from",
             "",
@@ -84,9 +116,8 @@ def text(run: TrainedRun, config: dict[str, Any], result: dict[str, Any], place:
     )
 
 
-def _backbone(run: TrainedRun) -> tuple[str, str]:
+def _backbone(run: TrainedRun, weights: str) -> tuple[str, str]:
     """Return a license identifier, and the origin of the pretrained weights in words."""
-    weights = read_config(run.run)[0].backbone.weights  # from the file, since loading may have changed run.config
     if weights == "bundled":
         return "mit", "the weights that come with moe_bsr (trained on drawn images; MIT)"
     if weights == "random":
@@ -104,7 +135,7 @@ def _data(run: TrainedRun, task: str) -> str:
     return printable(f"{spec.get('title', task)}{home}; license of the images: {spec.get('license') or 'not stated'}")
 
 
-def _accuracy(run: TrainedRun, result: dict[str, Any]) -> list[str]:
+def _accuracy(run: TrainedRun, result: dict[str, Any], report: dict[str, Any] | None) -> list[str]:
     rows = [["task", "classes", "top-1 %, validation", "95 % interval", "images"]]
     for task, scores in result["tasks"].items():
         interval = f"{scores['top1_low']:.1f} - {scores['top1_high']:.1f}"
@@ -115,7 +146,6 @@ def _accuracy(run: TrainedRun, result: dict[str, Any]) -> list[str]:
         "",
         as_markdown(rows),
     ]
-    report = reports.read(run.run)
     scored = {} if report is None or report["split"] != "test" else report["tasks"]
     of_this = {t: s for t, s in scored.items() if t in result["tasks"] and _is_of_loaded(run, s)}
     if of_this:
@@ -151,7 +181,7 @@ def _parity(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _cost(run: TrainedRun, place: Path) -> list[str]:
+def _cost(place: Path, report: dict[str, Any] | None) -> list[str]:
     size = sum(file.stat().st_size for file in place.iterdir()) / 2**20
     bundle = Bundle(place, threads=1)
     measured = measure(bundle, repeats=10)
@@ -160,7 +190,6 @@ def _cost(run: TrainedRun, place: Path) -> list[str]:
         f"* {measured['cpu_ms']:.1f} ms of CPU per image for {len(bundle.tasks)} task(s), batch 1, on "
         f"{cpu_features.name()}, measured at export. Other programs may have run at the same time."
     )
-    report = reports.read(run.run)
     if report is not None and report.get("gflops_per_image"):
         each.append(f"* {report['gflops_per_image']:.2f} GFLOPs per image for one task.")
     return each

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from moe_bsr.config import require
 from moe_bsr.export.mixture import affine
+from moe_bsr.model.experts import Experts
 from moe_bsr.model.moe import MoE
 from moe_bsr.model.multitask import MultitaskViT
 
@@ -72,3 +73,20 @@ def reduced(model: MultitaskViT, task: str, kept: dict[int, list[int]]) -> Multi
         for name, parameter in list(moe.experts.named_parameters(recurse=False)):
             moe.experts.register_parameter(name, nn.Parameter(parameter[kept[index]]))
     return smaller
+
+
+def left_out(models: dict[str, MultitaskViT], kept: dict[str, dict[int, list[int]]], precision: str) -> int:
+    """Return the size in bytes of the experts that no task keeps. For int8 their scales are left out.
+
+    Args:
+        kept: by task and block, the indices of the kept experts. Blocks that keep all may be absent.
+    """
+    used: dict[Experts, set[int]] = {}
+    for task, blocks in kept.items():
+        for index, ids in blocks.items():
+            used.setdefault(models[task].vit.blocks[index].mlp.experts, set()).update(ids)
+    each = 1 if precision == "int8" else 4
+    return sum(
+        each * sum(parameter[0].numel() * (len(parameter) - len(ids)) for parameter in experts.parameters())
+        for experts, ids in used.items()
+    )

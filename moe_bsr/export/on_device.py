@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -84,12 +85,11 @@ class Bundle:
     def pixels(self, image: Image.Image) -> np.ndarray:
         """Turn an image into uint8 (3, S, S): upright, on white, resized and cropped as in the run's evaluation."""
         image = upright_rgb(image)
-        about = self.config["pretrained_cfg"]
-        size = about["input_size"][-1]
+        about, size = self.config["pretrained_cfg"], self.config["pretrained_cfg"]["input_size"][-1]
         how = Image.Resampling.BICUBIC if about["interpolation"] == "bicubic" else Image.Resampling.BILINEAR
         width, height = image.size
         if about["resize"] == "squash" or height == width <= SMALL_IMAGE_SIDE:
-            return planes(image.resize((size, size), how))
+            return np.asarray(image.resize((size, size), how), np.uint8).transpose(2, 0, 1)
         side = math.floor(size / about["crop_pct"])
         if about["crop_mode"] == "squash":
             width = height = side
@@ -107,7 +107,7 @@ class Bundle:
             square.paste(image, ((square.width - width) // 2, (square.height - height) // 2))
             image = square
         left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-        return planes(image.crop((left, top, left + size, top + size)))
+        return np.asarray(image.crop((left, top, left + size, top + size)), np.uint8).transpose(2, 0, 1)
 
     def normalize(self, pixels: np.ndarray) -> np.ndarray:
         """Turn uint8 (B, 3, S, S) into the graph's inputs, float32."""
@@ -228,15 +228,11 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """Convert an image to RGB as a viewer shows it: rotated by its EXIF tag, transparent parts on white."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
-        raise Refused("its pixels have more than 8 bits: convert it to 8")
+        raise Refused("its pixels have more than 8 bits: convert it to 8 (README.md says how, if a task needs it)")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def planes(image: Image.Image) -> np.ndarray:
-    return np.asarray(image, np.uint8).transpose(2, 0, 1)
 
 
 def sha256(path: Path) -> str:
@@ -277,9 +273,12 @@ def files_of(images: list[str]) -> list[Path]:
     """Return the named files, and the image files in and below the named folders."""
     files = []
     for name in map(Path, images):
-        every = sorted(each for each in name.rglob("*") if each.suffix.lower() in PICTURES) if name.is_dir() else [name]
-        hidden = {f for f in every for p in f.relative_to(name).parts if p[0] == "." or p in ("@eaDir", "__MACOSX")}
-        if not (below := [file for file in every if file not in hidden]):
+        below = [name]
+        if name.is_dir():
+            litter = re.compile(r"(^|/)(\.|@eaDir/|__MACOSX/)")
+            found = (f for f in name.rglob("*") if not litter.search(f.relative_to(name).as_posix()))
+            below = sorted(file for file in found if file.suffix.lower() in PICTURES)
+        if not below:
             raise Refused(f"{name}: no images below it")
         files += below
     return files
@@ -295,6 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="compare this machine with the exported run")
     parser.add_argument("--time", action="store_true", help="measure milliseconds per image and memory")
     given = parser.parse_intermixed_args(arguments)
+    sys.stdout.reconfigure(errors="backslashreplace")  # stderr does so by default
     try:
         if not (given.images or given.check or given.time):
             raise Refused("name an image or a folder; --check and --time need none")
@@ -304,8 +304,8 @@ def main(arguments: list[str] | None = None) -> int:
         if given.time:
             measured = measure(bundle)
             text = f"{measured['ms']:.1f} ms per image ({measured['cpu_ms']:.1f} of CPU), {', '.join(bundle.tasks)}"
-            memory = "" if measured["memory_mb"] is None else f"; the process takes {measured['memory_mb']:.0f} MB"
-            print(json.dumps(measured) if given.json else text + memory)
+            text += "" if measured["memory_mb"] is None else f"; the process takes {measured['memory_mb']:.0f} MB"
+            print(json.dumps(measured) if given.json else text)
             return 0
         return tell_names(bundle, given)
     except (Refused, ModuleNotFoundError) as error:
@@ -339,8 +339,8 @@ def tell_names(bundle: Bundle, given: argparse.Namespace) -> int:
         if not given.json:
             print(harmless(file))
             for task, best in names.items():
-                named = ", ".join(f"{harmless(n['name'])} {100 * n['probability']:.0f} %" for n in best)
-                print(f"  {harmless(task)}  {named}")
+                found = (f"{harmless(name['name'])} {100 * name['probability']:.0f} %" for name in best)
+                print(f"  {harmless(task)}  {', '.join(found)}")
     if given.json:
         print(json.dumps(answers, indent=1))
     return 1 if unread else 0

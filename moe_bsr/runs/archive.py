@@ -45,6 +45,19 @@ def opened(run: Path) -> Iterator[Path]:
             raise type(error)(str(error).replace(name, str(run))) from error
 
 
+def require_folder(run: Path, reason: str) -> None:
+    """Raise ConfigError if a run is a zip file, with how to unpack it.
+
+    Args:
+        reason: why a folder is needed.
+    """
+    if files.kind(run) == "a file":
+        raise ConfigError(
+            f"{run}: {reason}; unpack it first: python -m zipfile -e {run} {run.stem} (the run is the folder in "
+            f"{run.stem} that has a {CONFIG})"
+        )
+
+
 def write(folder: Path, file: Path) -> None:
     """Pack the files of a shared run. In the archive they are in a folder with the zip file's name.
 

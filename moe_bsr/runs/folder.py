@@ -23,7 +23,7 @@ from moe_bsr.data import ImageTransforms, TaskData, TaskSpec, load_spec, load_ta
 from moe_bsr.data.spec import spec_from
 from moe_bsr.model.backbones import family_of
 from moe_bsr.model.multitask import MultitaskViT
-from moe_bsr.runs import checkpoint, data_record, kept_tasks, ordinary, report
+from moe_bsr.runs import archive, checkpoint, data_record, kept_tasks, ordinary, report
 from moe_bsr.runs.config_file import read_config
 from moe_bsr.runtime import files
 from moe_bsr.runtime.device import Runtime
@@ -273,9 +273,7 @@ def count_test_evaluation(run: Path, tasks: Iterable[str] = ()) -> int:
     Raises:
         ConfigError: the run is a zip file.
     """
-    if files.kind(run) == "a file":
-        unpack = f"python -m zipfile -e {run} {run.stem}"
-        raise ConfigError(f"{run}: evaluations of the test split are counted in a folder; unpack it first: {unpack}")
+    archive.require_folder(run, "evaluations of the test split are counted in a folder")
     report.read(run)  # if it is damaged, nothing is counted
     config, _ = read_config(run)
     if config.mode == "single_task":

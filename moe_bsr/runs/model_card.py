@@ -121,9 +121,11 @@ def _model_facts(config: Config, resolved: dict[str, Any], report: dict[str, Any
     if report is not None and report.get("gflops_per_image"):
         lines.append(f"* {report['gflops_per_image']:.2f} GFLOPs per image.")
     images = resolved["images"]
+    crop = f"crop {images['crop_pct']:g} ({images['crop_mode']})"
+    crop = "squashed to the square, without a crop" if config.data.resize == "squash" else crop
     lines.append(
         f"* Images: {images['size']} px, mean {_listed(images['mean'])}, std {_listed(images['std'])}, "
-        f"{images['interpolation']}, crop {images['crop_pct']:g}."
+        f"{images['interpolation']}, {crop}."
     )
     return lines
 

@@ -123,7 +123,7 @@ def _as_input(run: TrainedRun, name: str | int, image: Path | Image.Image | np.n
         return run.transforms.eval_image(Image.fromarray(decode(image, str(name), bits)))
     if isinstance(image, Image.Image):
         try:
-            return run.transforms.eval_image(image)
+            return run.transforms.eval_image(image, bits)
         except (OSError, ValueError, SyntaxError) as error:  # Pillow reads an opened file only here
             raise UnreadableImage(f"image {name}: not a readable image ({error})") from error
     if not isinstance(image, np.ndarray):

@@ -27,7 +27,7 @@ from moe_bsr.evaluation.features import split_features
 from moe_bsr.evaluation.rejection import SCORES
 from moe_bsr.model.backbones.pretrained import digest
 from moe_bsr.model.multitask import MultitaskViT
-from moe_bsr.runs import report
+from moe_bsr.runs import archive, report
 from moe_bsr.runs.contents import is_number
 from moe_bsr.runtime import files
 from moe_bsr.runtime.rng import key, stream
@@ -76,8 +76,10 @@ def learn(trained: TrainedRun, batch_size: int, on_task: Callable[[str, int], No
     Returns:
         The measured results: score, accepted, mean_auroc by score, and tasks (see `_measured`).
     Raises:
-        ConfigError: training or validation images are not those of the run. ValueError: not all tasks are loaded.
+        ConfigError: training or validation images are not those of the run, or the run is a zip file.
+        ValueError: not all tasks are loaded.
     """
+    archive.require_folder(trained.run, f"{FILE} is written into the folder of the run")
     tasks = list(trained.models)
     if tasks != trained.config.task_names():
         raise ValueError(f"{trained.run}: load all tasks of the run together: {trained.config.task_names()}")

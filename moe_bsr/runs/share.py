@@ -5,8 +5,10 @@ Left out are the optimizer's state, the metrics, the images' names, and all path
 
 import contextlib
 import functools
+import itertools
 import json
 import os
+import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -35,8 +37,9 @@ RESOLVED = (
 )
 
 USE = """
+Install moe_bsr from a clone of its repository: `pip install .` there. Then:
+
 ```
-pip install moe_bsr
 moe-bsr predict {name} photo.jpg
 ```
 
@@ -45,11 +48,12 @@ import moe_bsr
 
 run = moe_bsr.load("{name}")
 run.predict("photo.jpg")
-moe_bsr.evaluate("{name}", "test", data_root="DATA")  # DATA has the images in the same subfolders
-```
+{test}```
 
 `moe-bsr add-task {name} TASK` adds a task to it.
 """
+# Not for a zip file, in which test evaluations cannot be counted.
+TEST = 'moe_bsr.evaluate("{name}", "test", data_root="DATA")  # DATA has the images in the same subfolders\n'
 
 
 def share(run: Path, out: Path, with_backbone: bool = False, weights: str | None = None) -> dict[str, int]:
@@ -130,7 +134,8 @@ def _fill(finished: Finished, folder: Path, name: str, with_backbone: bool, weig
     if shared_report is not None:
         report.write(folder, shared_report)
     sizes = {each: (folder / each).stat().st_size for each in shared_form.FILES if (folder / each).is_file()}
-    title, use = f"{Path(name).stem}: {', '.join(config.tasks)}", USE.format(name=name)
+    title = f"{Path(name).stem}: {', '.join(config.tasks)}"
+    use = USE.format(name=name, test="" if name.endswith(".zip") else TEST.format(name=name))
     text = card(title=title, resolved=resolved, report=shared_report, use=use, files=sizes)
     files.write_new(folder / "README.md", text)
 
@@ -149,22 +154,62 @@ def _backbone_note(config: Config, included: bool) -> str:
 
 def public(config: Config, resolved: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
     """Return a configuration and what it resolved to, without paths of this machine and names of images."""
-    backbone = replace(config.backbone, weights=Path(config.backbone.weights).name)
-    data = replace(config.data, root="data")
-    tasks = {task: _public_task(about) for task, about in resolved["tasks"].items()}
-    kept = {key: resolved[key] for key in RESOLVED if key in resolved}
-    return replace(config, tasks=config.task_names(), backbone=backbone, data=data), kept | {"tasks": tasks}
+    public_config = replace(
+        config,
+        tasks=config.task_names(),
+        storage=without_folder(config.storage),
+        backbone=replace(config.backbone, weights=Path(config.backbone.weights).name),
+        data=replace(config.data, root="data", feature_cache_dir=None),
+    )
+    specs = _public_specs({task: about["spec"] for task, about in resolved["tasks"].items()})
+    tasks = {
+        task: {key: value for key, value in about.items() if key in ("classes", "splits", "added")}
+        | {"origin": specs[task]["source"], "spec": specs[task]}
+        for task, about in resolved["tasks"].items()
+    }
+    return public_config, {key: resolved[key] for key in RESOLVED if key in resolved} | {"tasks": tasks}
 
 
-def _public_task(about: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in about.items() if key in ("classes", "splits", "added")}
-    spec = {key: Path(value).name if _is_place(value) else value for key, value in about["spec"].items()}
-    return kept | {"origin": spec["source"], "spec": spec}
+def without_folder(storage: Any) -> Any:
+    """Return a value of the key `storage`, in any of its forms, without the folder of `offload`."""
+    if isinstance(storage, list):
+        return [without_folder(each) for each in storage]
+    return {k: v for k, v in storage.items() if k != "folder"} if isinstance(storage, dict) else storage
+
+
+def _public_specs(specs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return task specifications in which each path that leads outside the data root is its last part.
+
+    If another path has that name already, the name of the task comes before it, and a number if that is taken too.
+    """
+    inside = {
+        text for spec in specs.values() for value in spec.values() for text in _texts(value) if not _is_place(text)
+    }
+    taken = {text: text for text in inside}
+
+    def named(task: str, key: str, value: Any) -> Any:
+        if isinstance(value, list) and key != "class_names":
+            return [named(task, key, each) for each in value]
+        if not _is_place(value):
+            return value
+        parts = [part for part in Path(value).parts if part not in ("/", "..") and part[0] != "~"]
+        name = parts[-1] if parts else task
+        folders = itertools.chain([""], [f"{task}/"], (f"{task}_{number}/" for number in itertools.count(2)))
+        return next(folder + name for folder in folders if taken.setdefault(folder + name, value) == value)
+
+    return {task: {key: named(task, key, value) for key, value in spec.items()} for task, spec in specs.items()}
+
+
+def _texts(value: Any) -> list[str]:
+    """Return a value of a task file that is a text, or the texts of a list."""
+    return [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str)]
 
 
 def _is_place(value: Any) -> bool:
-    """Return whether a value is a path that leads outside the data root."""
-    return isinstance(value, str) and (value.startswith(("/", "~")) or ".." in Path(value).parts)
+    """Return whether a value is a path that leads outside the data root, or a pattern of such paths ({/a,/b}.tar)."""
+    if not isinstance(value, str):
+        return False
+    return re.search(r"(^|[{,])[/~]|file://", value) is not None or ".." in Path(value).parts
 
 
 def _public_report(full_report: dict[str, Any], config: Config) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from moe_bsr.config import Config, ConfigError
+from moe_bsr.data.transforms import SMALL_IMAGE_SIDE
 from moe_bsr.model.backbones import family_of
 from moe_bsr.model.backbones.pretrained import in_timm
 from moe_bsr.model.multitask import MultitaskViT, build
@@ -33,6 +34,10 @@ model = timm.create_model("local-dir:{name}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 ```
 """
+SMALL = (
+    f"Square images of up to {SMALL_IMAGE_SIDE} px per side were resized as a whole for the accuracies here. timm's "
+    "transform crops them like all others."
+)
 
 
 def write_timm(run: Path, out: Path, task: str | None = None, weights: str | None = None) -> dict[str, Any]:
@@ -68,6 +73,9 @@ def write_timm(run: Path, out: Path, task: str | None = None, weights: str | Non
         plain = _plain(model, config, task)
         size = images["size"]
         settings = {key: images[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
+        if config.data.resize == "squash":
+            settings |= {"crop_pct": 1.0, "crop_mode": "squash"}
+        notes = [SMALL] if settings["crop_pct"] < 1 else []
         save_for_hf(
             plain,
             str(folder),
@@ -79,7 +87,7 @@ def write_timm(run: Path, out: Path, task: str | None = None, weights: str | Non
         sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
         shown, resolved = public(config, finished.resolved | {"tasks": {task: about}})
         title = f"{out.name}: {task}"
-        card = model_card(title, shown, resolved, finished.report, USE.format(name=out.name), sizes)
+        card = model_card(title, shown, resolved, finished.report, USE.format(name=out.name), sizes, notes)
         files.write_new(folder / "README.md", card.replace("library_name: moe_bsr", "library_name: timm", 1))
         difference = _difference(model, folder, task, size)
     return {"task": task, "architecture": in_timm(config.backbone)[0], "files": sizes, "difference": difference}

@@ -1,12 +1,14 @@
 """Test the command line of moe-bsr add-task, remove-task, share and tasks RUN."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from tiny_runs import TASK
 
 import moe_bsr
+from moe_bsr.cli import run_arguments
 from moe_bsr.cli.main import main
 
 pytestmark = pytest.mark.usefixtures("bare")
@@ -53,6 +55,18 @@ def test_outputs_are_written_beside_the_run_by_default(tiny_run, petals, tmp_pat
     assert (tmp_path / "here_without_shapes/config.yaml").is_file()
     assert main(["share", str(tmp_path / "here")]) == 0
     assert (tmp_path / "here.zip").is_file() and "predict" in capsys.readouterr().out
+    assert run_arguments.beside(tmp_path / "here.zip", "_petals") == tmp_path / "here_petals"
+
+
+@pytest.mark.parametrize("name", [".", "checkpoint/.."])
+def test_the_current_folder_can_be_the_run(tiny_run, petals, tmp_path, capsys, monkeypatch, name):
+    run = shutil.copytree(tiny_run, tmp_path / "here")
+    monkeypatch.chdir(run)
+    assert main(["share", name]) == 0 and (tmp_path / "here.zip").is_file()
+    assert main(["remove-task", name, "shapes"]) == 0 and (tmp_path / "here_without_shapes/config.yaml").is_file()
+    assert main(["add-task", name, petals, "--dry-run"]) == 0
+    assert f"run folder {tmp_path / 'here_petals'}" in capsys.readouterr().out
+    assert main(["probe", name, "--dry-run"]) == 0 and "run folder runs/here_probe" in capsys.readouterr().out
 
 
 def test_add_task_accepts_a_configuration_of_one_task(tiny_run, petals, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Test moe-bsr compare on made-up reports. test_train.py compares trained runs."""
 
 import json
+import zipfile
 
 from moe_bsr.cli.main import main
 
@@ -13,6 +14,14 @@ def test_json_has_the_reports_under_the_names_of_the_table(tmp_path, capsys):
     assert main(["compare", *paths, "--json"]) == 0
     reports = json.loads(capsys.readouterr().out)
     assert list(reports) == [*paths[:2], "c"] and reports["c"]["from"] == "c"
+
+
+def test_a_shared_zip_file_is_compared(tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a/config.json", "{}")
+        archive.writestr("a/report.json", json.dumps({"tasks": {}, "from": "a"}))
+    assert main(["compare", str(tmp_path / "a.zip"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"a.zip": {"tasks": {}, "from": "a"}}
 
 
 def test_a_folder_without_a_report_is_refused(tmp_path, capsys):

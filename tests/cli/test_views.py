@@ -37,6 +37,12 @@ def draw(run: Path, *arguments: str) -> None:
     assert main(["views", str(run), "--no-serve", "--images", "2", "--ablation-images", "8", *arguments]) == 0
 
 
+def test_a_zip_file_is_refused_before_it_is_loaded(tmp_path, capsys):
+    (tmp_path / "a.zip").write_bytes(b"")
+    assert main(["views", str(tmp_path / "a.zip"), "--no-serve"]) == 2
+    assert "pictures are written into the folder of the run; unpack it first" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module", params=KINDS)
 def drawn(request, tmp_path_factory):
     """Train a tiny run of each kind and draw its views. Returns (kind, run folder)."""

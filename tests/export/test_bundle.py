@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from moe_bsr.export import bundle as bundles  # noqa: E402
 from moe_bsr.export import parity  # noqa: E402
 from moe_bsr.export.bundle import export  # noqa: E402
 from moe_bsr.export.on_device import Bundle, Refused, check_images, sha256  # noqa: E402
+from moe_bsr.runs.share import share  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("bare")
 
@@ -303,12 +305,36 @@ def test_a_run_on_another_device_is_refused(run, tmp_path):
         export(trained, tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["given", "given.zip"])
+def test_a_shared_run_is_exported_with_the_words_of_its_own_card(run, tmp_path, name):
+    share(run, tmp_path / name)
+    export(loaded(tmp_path / name, tasks=["shapes"]), tmp_path / "out", images=5)
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "test_vit, random weights" in text and "Test accuracy of the run" in text
+    assert Bundle(tmp_path / "out").check()["ok"]
+
+
+def test_the_folder_must_be_named_for_a_zip_file(run, tmp_path):
+    share(run, tmp_path / "given.zip")
+    with pytest.raises(ConfigError, match="given.zip is a zip file: name the folder to write"):
+        export(loaded(tmp_path / "given.zip", tasks=["shapes"]))
+
+
+def test_a_damaged_report_is_refused_before_the_work(run, tmp_path):
+    broken = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
+    (broken / "report.json").write_text("{")
+    steps = []
+    with pytest.raises(ConfigError, match="report.json: cut or damaged"):
+        export(loaded(broken), on_step=steps.append)
+    assert steps == []
+
+
 def test_an_existing_folder_is_not_replaced(run, folder):
     with pytest.raises(ConfigError, match="export exists; remove it, or name another folder"):
         export(loaded(run))
 
 
-def test_unusual_class_names_are_written_one_per_line(run, tmp_path, capsys):
+def test_unusual_class_names_are_written_one_per_line_and_printed_on_any_terminal(run, tmp_path):
     trained = loaded(run, tasks=["shapes"])
     names = list(AWKWARD.values())[8:18]
     trained.class_names["shapes"] = names
@@ -316,6 +342,21 @@ def test_unusual_class_names_are_written_one_per_line(run, tmp_path, capsys):
     assert len((tmp_path / "out" / "shapes.txt").read_text().split("\n")) == 11
     bundle = Bundle(info["bundle"])
     assert {answer["name"] for answer in bundle.predict(picture(1), top=10)["shapes"]} == set(names)
+    picture(1).save(tmp_path / "a.png")
+    call = [sys.executable, str(tmp_path / "out" / "predict.py"), str(tmp_path / "a.png"), "--top", "10"]
+    ascii = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(call, capture_output=True, text=True, check=False, env=ascii)
+    assert done.returncode == 0 and "\\u" in done.stdout, done.stderr
+
+
+def test_the_export_says_that_images_of_16_bits_are_not_read(run, tmp_path):
+    trained = loaded(run, tasks=["shapes"])
+    trained.recorded["shapes"]["spec"]["bits"] = 12
+    with pytest.warns(UserWarning, match=r"shapes: .*reads images of 8 bits only: .* value \* 255 // 4095"):
+        export(trained, tmp_path / "out", images=5)
+    assert "to value * 255 // 4095." in (tmp_path / "out/README.md").read_text()
+    with pytest.raises(Refused, match="more than 8 bits: convert it to 8 .README.md says how"):
+        Bundle(tmp_path / "out").predict(Image.fromarray(np.zeros((9, 9), np.uint16)))
 
 
 def test_check_images_are_deterministic():

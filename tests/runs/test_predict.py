@@ -70,6 +70,17 @@ def test_files_folders_pil_images_and_arrays_give_the_same_predictions(run, arra
     assert mixed[-1]["image"] == 3 and mixed[-1]["tasks"] == expected[0]
 
 
+def test_16_bit_files_and_pil_images_are_read_with_the_bits_of_the_tasks(run, tmp_path):
+    values = np.random.default_rng(0).integers(0, 4096, (20, 20), dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "gray.png")
+    run.recorded = {task: {"spec": {"bits": 12}} for task in CLASSES}
+    gray = (values.astype(np.int64) * 255 // 4095).astype(np.uint8)
+    found = run.predict([tmp_path / "gray.png", Image.fromarray(values), np.stack([gray] * 3, 2)])
+    assert found["skipped"] == []
+    first, *others = answers(found)
+    assert others == [first, first]
+
+
 def test_images_of_several_batches_keep_their_order(run, arrays, monkeypatch):
     whole = run.predict(arrays)
     monkeypatch.setattr("moe_bsr.runs.predict.BATCH", 2)

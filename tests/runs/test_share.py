@@ -13,9 +13,12 @@ import timm
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from tiny_data import picture
 from tiny_runs import make_config
 
 import moe_bsr
+from moe_bsr import config as configuration
+from moe_bsr.cli.compare_methods import portable
 from moe_bsr.config import BackboneConfig, ConfigError, replace
 from moe_bsr.model.backbones.pretrained import in_timm
 from moe_bsr.model.backbones.vit import load
@@ -130,6 +133,57 @@ def test_a_shared_run_contains_no_private_paths_or_commands(trained, shared):
     assert tree["architecture"] == "test_vit" and tree["run"]["data"]["root"] == "data"
 
 
+def shared_of(run: Path, place: Path, specs: dict[str, dict], changes: dict[str, dict] | None = None) -> dict:
+    """Share a copy of a run whose config.yaml has other task specifications and sections, and return config.json."""
+    shutil.copytree(run, place)
+    tree = yaml.safe_load((place / "config.yaml").read_text())
+    for task, spec in specs.items():
+        tree["resolved"]["tasks"][task]["spec"] = spec
+    for key, value in (changes or {}).items():
+        tree[key] = tree[key] | value if key == "data" else value
+    (place / "config.yaml").write_text(yaml.safe_dump(tree))
+    share(place, place.parent / "given")
+    return json.loads((place.parent / "given/config.json").read_text())["run"]
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_no_folder_of_this_machine_is_shared(plain, tmp_path, listed):
+    home = "/home/alice"
+    tar = {
+        "source": "tar",
+        "train": [f"{home}/p/a.tar", "~/b.tar", f"{home}/q/a.tar", "below/c.tar"],
+        "val": f"{{{home}/c,{home}/d}}.tar",
+        "test": [f"file://{home}/e.tar", "https://host/f.tar"],
+        "class_names": ["/m/01", "/m/02"],
+        "cache": f"{home}/cache",
+    }
+    storage = {"kind": "offload", "folder": f"{home}/scratch"}
+    data = {"augment": False, "feature_cache_mb": 1, "feature_cache_dir": f"{home}/features"}
+    changes = {"storage": [storage | {"blocks": [1]}] if listed else storage, "data": data}
+    tree = shared_of(plain, tmp_path / "run", {"shapes": tar}, changes)
+    for file in (tmp_path / "given").iterdir():
+        content = file.read_bytes()
+        for place in (home, "alice", "~/b.tar", str(tmp_path), str(plain.parent)):
+            assert place.encode() not in content, (file, place)
+    spec = tree["resolved"]["tasks"]["shapes"]["spec"]
+    assert spec["train"] == ["a.tar", "b.tar", "shapes/a.tar", "below/c.tar"], "each has its own name"
+    assert spec["test"] == ["e.tar", "https://host/f.tar"] and spec["class_names"] == tar["class_names"]
+    assert tree["storage"] == ([{"kind": "offload", "blocks": [1]}] if listed else {"kind": "offload"})
+    base = configuration.to_dict(make_config(tmp_path, storage=changes["storage"]))
+    assert portable(base)["storage"] == tree["storage"], "the file of compare-methods"
+
+
+def test_files_of_two_tasks_keep_different_names(plain, tmp_path):
+    tables = {
+        "shapes": {"source": "csv", "path": "/x/p/labels.csv", "images": "/x/images"},
+        "fractals": {"source": "csv", "path": "/x/q/labels.csv", "images": "/x/images"},
+    }
+    tree = shared_of(plain, tmp_path / "run", tables)
+    specs = {task: about["spec"] for task, about in tree["resolved"]["tasks"].items()}
+    assert [spec["path"] for spec in specs.values()] == ["labels.csv", "fractals/labels.csv"]
+    assert [spec["images"] for spec in specs.values()] == ["images", "images"]
+
+
 def test_the_model_card_has_valid_metadata(trained, shared):
     text = (shared / "given/README.md").read_text()
     head = yaml.safe_load(text.split("---")[1])
@@ -139,6 +193,14 @@ def test_the_model_card_has_valid_metadata(trained, shared):
     assert json.loads((shared / "given/config.json").read_text())["run"]["resolved"]["backbone_sha256"] in text
 
 
+def test_the_model_card_shows_only_commands_that_work(shared):
+    folder = (shared / "given/README.md").read_text()
+    zipped = members_of(shared / "given.zip")["README.md"].decode()
+    assert 'moe_bsr.evaluate("given", "test"' in folder and "moe_bsr.evaluate" not in zipped
+    for text in (folder, zipped):
+        assert "from a clone of its repository: `pip install .`" in text and "pip install moe_bsr" not in text
+
+
 def test_a_shared_run_is_accepted_in_place_of_a_run_folder(trained, shared):
     weights = {"weights": str(backbone_file(trained))}
     found = moe_bsr.evaluate(shared / "given", "test", **weights)
@@ -146,6 +208,8 @@ def test_a_shared_run_is_accepted_in_place_of_a_run_folder(trained, shared):
     assert found["test_evaluations"] == 1
     with pytest.raises(ConfigError, match="counted in a folder; unpack it first: python -m zipfile -e"):
         moe_bsr.evaluate(shared / "given.zip", "test", **weights)
+    with pytest.raises(ConfigError, match="rejection.safetensors is written into the folder of the run; unpack it"):
+        moe_bsr.reject(shared / "given.zip", on_task=pytest.fail, **weights)
     with pytest.raises(CheckpointError, match="no checkpoint 7 in .*given.zip: this shared run has only step 2"):
         moe_bsr.load(shared / "given.zip", 7, **weights)
     with pytest.raises(ConfigError, match="cannot be trained further"):
@@ -292,6 +356,22 @@ def test_timm_computes_the_same(plain, tmp_path):
     assert json.loads((tmp_path / "folder/config.json").read_text())["label_names"] == loaded.class_names[task]
     assert stat.S_IMODE((tmp_path / "folder/model.safetensors").stat().st_mode) == 0o644
     assert "library_name: timm" in (tmp_path / "folder/README.md").read_text()
+
+
+@pytest.mark.parametrize("resize", ["timm", "squash"])
+def test_timm_gives_nearly_the_same_pixels(plain, tmp_path, resize):
+    shared_of(plain, tmp_path / "run", {}, {"data": {"resize": resize}})
+    write_timm(tmp_path / "run", tmp_path / "folder", "shapes")
+    cfg = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path / 'folder'}"))
+    run = moe_bsr.load(tmp_path / "run")
+    for size in ((90, 70), (70, 90), (80, 80)):
+        image = picture(1, size)
+        theirs = timm.data.create_transform(**cfg)(image)
+        apart = 255 * (theirs - run.transforms.normalize(run.transforms.eval_image(image)[None])[0]).abs()
+        assert apart.mean() < 2, "Pillow and torch round differently"
+    text, crop = (tmp_path / "folder/README.md").read_text(), run.transforms.crop_pct
+    assert ("squashed to the square, without a crop" in text) == (resize == "squash")
+    assert ("Square images of up to 64 px" in text) == (resize == "timm" and crop < 1)
 
 
 def test_the_bundled_backbone_equals_a_timm_model(tmp_path):
