@@ -4,12 +4,15 @@
 The network never computes anything, so a model on the meta device is enough.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moe_bsr.config import Config
+from moe_bsr.config import Config, replace
 from moe_bsr.cost.step import Step, as_trained, device_of
 from moe_bsr.cost.timeline import Placed, Timeline
 from moe_bsr.cost.trace import WEIGHT_COPY
+from moe_bsr.evaluation.evaluate import BATCH
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.training.drawn_blocks import costliest_update
 
@@ -126,3 +129,30 @@ def _predict(step: Step, config: Config, task: str | None, all_tasks: bool) -> C
         flops_by_block=flops,
         written=sum(place.section.written for place in places),
     )
+
+
+def evaluation_peak(model: MultitaskViT, config: Config, precision: str) -> int:
+    """Predict the peak of an evaluation, in bytes without weights and images: a forward pass of `BATCH` images.
+
+    Args:
+        model, precision: as in `predict`.
+    """
+    config = replace(config, train__alast__blocks=None)
+    with _without_training(model):
+        return predict(model, config, batch=BATCH, precision=precision).transients["forward"]
+
+
+@contextlib.contextmanager
+def _without_training(model: MultitaskViT) -> Iterator[None]:
+    """Context in which no block is on the gradient path, so that nothing is saved for a backward pass."""
+    trained = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("heads.")]
+    before = model.embedding_trains, model.path_start
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        model.embedding_trains, model.path_start = False, len(model.plan)
+        yield
+    finally:
+        model.embedding_trains, model.path_start = before
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from moe_bsr import config as configuration
 from moe_bsr.config import Config
 from moe_bsr.config.probe import probe_config
-from moe_bsr.cost.predict import predict
 from moe_bsr.data import ImageTransforms, TaskData
 from moe_bsr.evaluation.features import split_features
 from moe_bsr.fit import candidates
@@ -21,7 +21,6 @@ from moe_bsr.runtime.device import Runtime
 IMAGES = 128  # the most images to measure the speed with, over all tasks
 FOR_IMAGES = 0.03  # share of the budget for this measurement
 FIRST = 8  # images per task of a first measurement, which decides how many more the time allows
-EVALUATED = 64  # batch size of an evaluation
 
 
 @dataclass(slots=True)
@@ -61,21 +60,20 @@ def measure(config: Config, runtime: Runtime, limit: int | None, seconds: float)
     began = time.monotonic()
     tasks = {name: run.open_task(config, file) for name, file in config.task_files().items()}
     classes = {name: len(data.class_names) for name, data in tasks.items()}
-    heads = probe_config(config, [])
-    model = runtime.place(build(heads, classes)).eval()
+    whole = configuration.replace(config, plan__drop_blocks=[], plan__keep_rate=1.0)  # as probe and late
+    model = runtime.place(build(probe_config(whole, []), classes)).eval()
     transforms = run.make_transforms(config, model)
     opening = time.monotonic() - began
     resident = memory.resident()
     parameters = sum(parameter.nbytes for parameter in model.parameters())
     resident = parameters if runtime.device.type == "cuda" else resident
-    evaluation = predict(model, heads, batch=EVALUATED, precision=runtime.precision).transients["forward"]
     reason = "asked for"
     if limit is None:
         free = memory.available(runtime.device)
         limit = resident + int(0.9 * free[0]) if free else 2**62
         reason = f"nine tenths of what {free[1]} has free" if free else "no limit is known"
     base = max(0, resident - parameters) + (0 if runtime.device.type == "cuda" else SPARE)
-    there = Memory(limit, base, evaluation, reason)
+    there = Memory(limit, base, reason)
     head_blocks = candidates.head_blocks(config, len(model.plan), model.vit.has_class_token)
     probe = candidates.probe(config, head_blocks)
     # Raises before anything slow if not even the probe fits.

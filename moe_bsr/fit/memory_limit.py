@@ -8,7 +8,7 @@ from math import ceil
 from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError
 from moe_bsr.config.schema import AUGMENT_KEYS, DataConfig
-from moe_bsr.cost.predict import predict
+from moe_bsr.cost.predict import evaluation_peak, predict
 from moe_bsr.model.multitask import build_on_meta
 
 STORAGES = ("exact", "int8", "recompute", "recompute_int8")  # from the fastest to the leanest
@@ -26,13 +26,11 @@ class Memory:
 
     Attributes:
         limit: the most it may use. base: use without a model: libraries and data, on a CPU also `SPARE`.
-        evaluation: peak of an evaluation without the parameters.
         reason: where the limit comes from.
     """
 
     limit: int
     base: int
-    evaluation: int
     reason: str
 
 
@@ -61,13 +59,13 @@ def fitted(config: Config, classes: dict[str, int], memory: Memory, precision: s
     Raises:
         ConfigError: no form fits.
     """
-    least = None
+    least, evaluation = None, evaluation_peak(build_on_meta(config, classes), config, precision)
     for candidate in _forms(config):
         model = build_on_meta(candidate, classes)
         micro_batch = candidate.train.batch_size // candidate.train.grad_accumulation_steps
         cost = predict(model, candidate, batch=micro_batch, precision=precision, all_tasks=True)
         always = cost.parameters + cost.optimizer + cost.average  # an evaluation runs beside them
-        needed = memory.base + max(cost.peak, always + memory.evaluation)
+        needed = memory.base + max(cost.peak, always + evaluation)
         if config.data.feature_cache_dir is None:
             needed += (config.data.feature_cache_mb or 0) * 10**6
         wanted = min(config.data.image_cache_mb, ceil(decoded / 1e6))

@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from moe_bsr import config as configuration
 from moe_bsr.config import Config, ConfigError, require
 from moe_bsr.cost.least import least_beside_gradients
-from moe_bsr.cost.predict import Cost, predict
+from moe_bsr.cost.predict import Cost, evaluation_peak, predict
 from moe_bsr.fit.memory_limit import MICRO_BATCHES, SPARE, STORAGES
 from moe_bsr.fit.rates import Rates
 from moe_bsr.model.backbones import family_of, require_tokens
@@ -26,7 +26,6 @@ from moe_bsr.model.plan import make_plan
 from moe_bsr.model.summary import counts
 from moe_bsr.runtime import memory
 from moe_bsr.runtime.device import Runtime
-from moe_bsr.training.trainer import BATCH
 
 MOST = 15  # plans in the list
 NEARER = 0.05  # step by which the tolerance of the comparison grows while the front has more than `MOST` plans
@@ -90,13 +89,10 @@ class Catalog:
         self.vit = family_of(config.backbone).create_on_meta(config.backbone)
         self.rates = Rates(config, classes, self.vit, runtime) if timed else None
         self.least: int | None = None
-        self._evaluation = 0
         self._models: dict[str, MultitaskViT] = {}
 
     def plans(self) -> list[Plan]:
         """Return all plans that fit."""
-        heads = self._cost(*self._configured(PLAIN | {"plan.train_blocks": [], **_dropping([], 1.0)}), BATCH)
-        self._evaluation = heads.transients["forward"]  # peak of an evaluation without the parameters
         # Plans that train only heads come first. Once `least` is small, a lower bound suffices to reject most others.
         looked = sorted(candidates(self.config, self.vit), key=lambda changes: bool(changes["plan.train_blocks"]))
         forms = (self._fastest(changes) for changes in looked)
@@ -118,13 +114,15 @@ class Catalog:
 
     def _first_that_fits(self, changes: dict[str, Any]) -> Plan | None:
         """Return the first form that fits: storages from fastest to leanest, each in ever more micro-batches."""
-        batch, beside = self.config.train.batch_size, 0
+        batch, beside, evaluation = self.config.train.batch_size, 0, None
         for storage in STORAGES:
             parts = 1
             while parts in MICRO_BATCHES and batch % parts == 0 and (parts == 1 or batch // parts >= LEAST_IMAGES):
                 form = changes | {"storage": storage, "train.grad_accumulation_steps": parts}
                 try:
                     config, model = self._configured(form)
+                    if evaluation is None:
+                        evaluation = evaluation_peak(model, config, self.precision)
                     if parts > 1 and self._is_too_much(config, model, beside):
                         parts *= 2
                         continue
@@ -132,13 +130,13 @@ class Catalog:
                 except ConfigError:  # impossible for this backbone, or with this many micro-batches
                     break
                 always = self.base + cost.parameters + cost.optimizer + cost.average
-                needed = max(self.base + cost.peak, always + self._evaluation)
+                needed = max(self.base + cost.peak, always + evaluation)
                 self.least = min(needed, self.least or needed)
                 if needed <= self.limit:
                     return self._plan(form, config, model, cost, needed)
                 beside = always + cost.gradients
                 available = self.limit - beside
-                if available <= 0 or always + self._evaluation > self.limit:
+                if available <= 0 or always + evaluation > self.limit:
                     return None  # no form fits
                 wanted = parts * (needed - beside) / available  # a step's activations shrink with its images
                 parts *= 2

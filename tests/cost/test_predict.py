@@ -6,10 +6,12 @@ from tiny_models import CLASSES, KINDS, make_vit
 from whole_step import trace_whole
 
 from moe_bsr import config as configuration
+from moe_bsr.benchmark.measure import trace
 from moe_bsr.config import Config
 from moe_bsr.cost import step as sections_of_a_step
 from moe_bsr.cost.expert_rows import unequal_rows
-from moe_bsr.cost.predict import predict
+from moe_bsr.cost.predict import evaluation_peak, predict
+from moe_bsr.evaluation.evaluate import BATCH
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.model.storage import STORAGES
 
@@ -264,3 +266,28 @@ def test_rows_of_experts_hold_all_assignments(assignments, experts, multiple, sh
     assert (sum(rows) == assignments) or multiple > 1
     if multiple == 1:
         assert max(rows) == rows[0] == round(share * assignments / experts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tolerance"),
+    [
+        ({}, 0.01),
+        ({"plan__moe_blocks": [1, 3]}, 0.1),  # the largest expert's share of the tokens is an estimate
+        ({"plan__moe_blocks": [1, 3], "moe__experts": "low_rank", "moe__rank": 8}, 0.03),
+        ({"adapter": "repnet"}, 0.01),
+        ({"adapter": {"kind": "ladder", "reduction": 4}, "plan__train_blocks": []}, 0.01),
+    ],
+    ids=["dense", "experts", "low-rank experts", "repnet", "ladder"],
+)
+def test_the_peak_of_an_evaluation_is_that_of_a_forward_pass_that_saves_nothing(changes, tolerance):
+    config = make_config("bsr", plan__drop_blocks=[], **{"moe__mlp_ratio": 4, **changes})
+    model = MultitaskViT(make_vit("class-token"), config, CLASSES)
+    before = predict(model, config, batch=5, precision="fp32")
+    found = evaluation_peak(model, config, "fp32")
+    images = torch.randn(BATCH, 3, 16, 16)
+    model.eval()
+    with torch.inference_mode():
+        model(images, "two")  # the first pass also loads kernels
+        measured = trace({"forward": lambda: model(images, "two")}, images.device).peak()
+    assert measured == pytest.approx(found, rel=tolerance)
+    assert predict(model.train(), config, batch=5, precision="fp32") == before

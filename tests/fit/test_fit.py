@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("light")
 CLASSES = {"shapes": 10, "fractals": 12}
 HEADS_ONLY = {"plan__train_blocks": [], "plan__moe_blocks": [], "data__augment": False}
 MANY = 10**12  # bytes of decoded images
-HUGE = Memory(2**40, 100 * 2**20, 0, "asked for")
+HUGE = Memory(2**40, 100 * 2**20, "asked for")
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_other_plans_get_the_memory_of_the_feature_cache_if_they_need_it(tmp_pat
     for room_for, kept in ((60 * 2**20, True), (40 * 2**20, False)):
         monkeypatch.setattr(memory_limit, "STORAGES", ("exact",))
         monkeypatch.setattr(memory_limit, "MICRO_BATCHES", (1,))
-        fitting.memory = Memory(needed + room_for, HUGE.base, 0, "asked for")
+        fitting.memory = Memory(needed + room_for, HUGE.base, "asked for")
         assert fitting._fitted(late, shares=True).bytes <= fitting.memory.limit
         assert fitting._fitted(own, shares=False).bytes == needed + (50 * 2**20 if kept else 0)
         assert (fitting.shared is not None) == kept == (not messages)
@@ -256,6 +256,15 @@ def test_candidates_that_do_not_fit_are_left_out(tmp_path, monkeypatch):
     assert [candidate["name"] for candidate in found["candidates"]] == ["probe"]
     assert found["reason"] == "only probe could be trained"
     assert all(f"trial_{name} is left out: memory: too little" in messages for name in ("late", "bsr", "experts"))
+
+
+def test_the_timed_network_keeps_all_tokens_as_the_probe_does(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("moe_bsr.fit.measure._seconds", lambda model, *_: seen.append(model.plan) or 1e-3)
+    config = make_config(tmp_path)
+    assert config.plan.drop_blocks
+    measure(config, prepare(config.runtime), None, 1.0)
+    assert seen and all(block.keep_rate == 1 for plan in seen for block in plan)
 
 
 def test_few_images_are_timed_in_a_short_budget(tmp_path, monkeypatch):

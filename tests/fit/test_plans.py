@@ -14,7 +14,7 @@ from moe_bsr.cli.main import main
 from moe_bsr.config import replace
 from moe_bsr.cost import update_section
 from moe_bsr.cost.least import least_beside_gradients
-from moe_bsr.cost.predict import predict
+from moe_bsr.cost.predict import evaluation_peak, predict
 from moe_bsr.fit import plans, rates
 from moe_bsr.fit.memory_limit import STORAGES
 from moe_bsr.fit.plans import Catalog, Plan, candidates, front
@@ -92,19 +92,12 @@ def test_plans_differ_in_blocks_dropping_and_experts_and_the_configured_one_is_f
 def test_the_costs_of_a_plan_equal_those_of_a_newly_built_model(config, tight):
     """The catalog's plans share models, and each plan changes them."""
     limit, found = tight
-    evaluated = predict(
-        build_on_meta(replace(config, plan__train_blocks=[], plan__drop_blocks=[], plan__moe_blocks=[]), CLASSES),
-        replace(config, plan__train_blocks=[], plan__drop_blocks=[], plan__moe_blocks=[]),
-        batch=64,
-        precision="fp32",
-        all_tasks=True,
-    ).transients["forward"]
     for plan in found[::3]:
         own = changed(config, plan)
         parts = own.train.grad_accumulation_steps
         model = build_on_meta(own, CLASSES)
         cost = predict(model, own, batch=64 // parts, precision="fp32", all_tasks=True)
-        evaluation = cost.parameters + cost.optimizer + evaluated
+        evaluation = cost.parameters + cost.optimizer + evaluation_peak(model, own, "fp32")
         assert plan.bytes == 100 * MB + max(cost.peak, evaluation) <= limit
         assert plan.flops == parts * cost.step_flops == parts * sum(cost.flops_by_block.values())
         assert plan.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
