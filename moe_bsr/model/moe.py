@@ -20,6 +20,7 @@ from moe_bsr.model.layers import Mlp, feed_forward
 from moe_bsr.model.low_rank import LowRankExperts
 from moe_bsr.model.replay import Replay
 from moe_bsr.model.routers import ROUTERS, FixedGates
+from moe_bsr.ops.softmax import narrow_softmax
 from moe_bsr.runtime.rng import generator
 
 
@@ -132,7 +133,7 @@ class MoE(nn.Module):
             logits = clean + self.noise_std * noise
         if self.covers:
             return self._one_of_each_slice(logits, replay)
-        probabilities = logits.softmax(-1)
+        probabilities = narrow_softmax(logits)
         if isinstance(self.router, FixedGates):
             probabilities = probabilities.nan_to_num()  # NaN if an ablation masks all experts of a task
         chosen = replay.record("experts", lambda: logits.topk(self.top_k).indices)
@@ -177,7 +178,8 @@ def smooth_load(clean: Tensor, noisy: Tensor, chosen: Tensor, std: float) -> Ten
     best = noisy.topk(k + 1).values
     inside = torch.zeros_like(clean, dtype=torch.bool).scatter(1, chosen, True)
     threshold = torch.where(inside, best[:, k:], best[:, k - 1 : k])
-    return torch.special.ndtr((clean - threshold) / std).sum(0)
+    columns = ((clean - threshold) / std).unsqueeze(2)  # saved in this form, which no storage compresses
+    return torch.special.ndtr(columns).squeeze(2).sum(0)
 
 
 def upcycle(blocks: Sequence[nn.Module], config: Config, tasks: list[str]) -> dict[int, float]:

@@ -316,15 +316,15 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y_RD: Tensor, gates_TK: Tensor, row_of_assignment: Tensor) -> Tensor:
-        ctx.save_for_backward(y_RD, gates_TK, row_of_assignment)
+        ctx.save_for_backward(y_RD, gates_TK.unsqueeze(2), row_of_assignment)  # columns, which no storage compresses
         y_TKD = y_RD[row_of_assignment].view(*gates_TK.shape, -1)
         return (gates_TK.to(y_RD.dtype).unsqueeze(1) @ y_TKD).squeeze(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_TD: Tensor):
-        y_RD, gates_TK, row_of_assignment = ctx.saved_tensors
-        grad_TD = grad_TD.to(y_RD.dtype)
+        y_RD, gates_TK1, row_of_assignment = ctx.saved_tensors
+        grad_TD, gates_TK = grad_TD.to(y_RD.dtype), gates_TK1.squeeze(2)
         grad_RD = torch.zeros_like(y_RD)
         grad_RD[row_of_assignment] = (gates_TK.to(y_RD.dtype).unsqueeze(2) * grad_TD.unsqueeze(1)).flatten(0, 1)
         y_TKD = y_RD[row_of_assignment].view(*gates_TK.shape, -1)

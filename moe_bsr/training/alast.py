@@ -71,7 +71,7 @@ class Alast(Callback):
 
     def on_step(self, step: StepEvent) -> None:
         """Adapt the task's budgets to the update that was just taken."""
-        moved = [float(torch.stack(batches).mean()) for batches in self._seen]
+        moved = torch.stack([torch.stack(batches).mean() for batches in self._seen]).tolist()
         if (before := self.moved.get(step.task)) is not None:
             least = self.settings.min_budget
             self.budgets[step.task] = [

@@ -32,7 +32,8 @@ TINY = 1e-30  # the scale of a channel of zeros
 class FeatureCache:
     """Outputs of the frozen blocks before block `start` for each view of each training image of each task.
 
-    Successive runs with the same frozen blocks and images can share one cache (`api.train`).
+    Successive runs with the same frozen blocks and images can share one cache (`api.train`). The cache does not keep
+    their models alive.
 
     Attributes:
         start: index of the first block that is not run.
@@ -55,15 +56,17 @@ class FeatureCache:
             megabytes,
             "null (off): the embedding trains under this plan, so no features stay the same",
         )
-        self.model, self.views = model, (settings.views or 1) if settings.augment else 1
+        self.views = (settings.views or 1) if settings.augment else 1
         self.images: dict[str, str] = {}  # digests of the training images by task, set by the first run
-        self.start = model.path_start
+        self.start, self.key = model.path_start, model.features_key()
+        self._only = model if self.key == (id(model),) else None  # as long as it exists, no other model has its id
+        self._first_rung = 0 if model.ladder is None else model.ladder.first
         # A frozen last block returns only the class token if the head reads nothing else.
         self.class_token_only = self.start == len(model.plan) and model.vit.global_pool == "token"
         self.kind = "exact" if self.class_token_only else settings.feature_cache
         side, self.device = model.image_size, next(model.parameters()).device
         with torch.no_grad():
-            tokens, records = self.compute(torch.zeros(1, 3, side, side, device=self.device), "")
+            tokens, records = model.forward_features(torch.zeros(1, 3, side, side, device=self.device))
         self.traced = tokens.origin is not None
         self.dtype, self.fused, self.merged = tokens.x.dtype, tokens.fused, tokens.place is not None
         self.reports = {index: list(_reported(records[index])) for index in sorted(records)}
@@ -89,12 +92,12 @@ class FeatureCache:
         self.seen = {task: torch.zeros(self.views, count, dtype=torch.bool) for task, count in sizes.items()}
 
     def take_over(self, model: MultitaskViT, tasks: dict[str, TaskData]) -> None:
-        """Use this cache for a model on the same device, with the same frozen blocks before `start`.
+        """Prepare for a run of a model on the same device, with the same frozen blocks before `start`.
 
         Raises:
             ValueError: the blocks or the training images differ from those of an earlier run.
         """
-        if self.model.features_key(self.start) != model.features_key(self.start):
+        if self.key != model.features_key(self.start):
             raise ValueError(f"blocks 0 to {self.start - 1} of this model are not those whose features are cached")
         sizes = {name: len(data.train) for name, data in tasks.items()}
         if sizes != (kept := {task: seen.shape[1] for task, seen in self.seen.items()}):
@@ -102,10 +105,7 @@ class FeatureCache:
         images = {name: data.train.digest() for name, data in tasks.items()}
         if other := [name for name in images if images[name] != self.images.get(name, images[name])]:
             raise ValueError(f"the cached features of {', '.join(other)} are those of other training images")
-        self.model, self.images = model, images
-
-    def compute(self, images: Tensor, task: str) -> Features:
-        return self.model.forward_features(images, task, upto=self.start)
+        self.images = images
 
     def __str__(self) -> str:
         images, blocks = sum(seen.shape[1] for seen in self.seen.values()), self.start
@@ -138,7 +138,7 @@ class FeatureCache:
         reports = {index: {name: next(parts) for name in names} for index, names in self.reports.items()}
         records = {index: Record(dropped=Dropped(**report)) for index, report in reports.items()}
         rungs = [Rung(next(parts) if reads else None, next(parts) if drops else None) for reads, drops in self.rungs]
-        for index, rung in enumerate(rungs[1:], self.model.ladder.first if rungs else 0):
+        for index, rung in enumerate(rungs[1:], self._first_rung):
             if rung.kept is not None:
                 rung.scores = records[index].dropped.scores
         tokens.rungs = tuple(rungs)
@@ -200,9 +200,9 @@ def _rows(count: int, like: Tensor, folder: str | None) -> Tensor:
 class CachedInputs(Inputs):
     """Inputs that replace images by features from the cache, and add the features of new views to it."""
 
-    def __init__(self, inputs: Inputs, cache: FeatureCache) -> None:
+    def __init__(self, inputs: Inputs, cache: FeatureCache, model: MultitaskViT) -> None:
         super().__init__(inputs.tasks, inputs.transforms, inputs.runtime, inputs.prefetch)
-        self.cache = cache
+        self.cache, self.model = cache, model
 
     def batches(self, plan: Iterable[tuple[str, np.ndarray, np.ndarray]]) -> Iterator[Batch]:
         return iter(Loader(self.tasks, self.transforms, plan, self.prefetch, self.cache.contains))
@@ -213,11 +213,11 @@ class CachedInputs(Inputs):
         if not cache.contains(*place):
             images = super().prepare(batch).images
             with self.runtime.autocast():
-                cache.add(*place, cache.compute(images, task))
+                cache.add(*place, self.model.forward_features(images, task, upto=cache.start))
         tokens, records = cache.get(*place)
         with torch.no_grad(), self.runtime.autocast():
-            for index in range(cache.start, cache.model.path_start):  # if this model has more frozen blocks
-                tokens = cache.model.run_block(index, tokens, task, None, records)
+            for index in range(cache.start, self.model.path_start):  # if this model has more frozen blocks
+                tokens = self.model.run_block(index, tokens, task, None, records)
         return dataclasses.replace(batch, images=None, labels=labels, features=(tokens, records))
 
     def cached_bytes(self) -> int:
@@ -253,4 +253,4 @@ def make_inputs(
     if features is None:
         return inputs
     features.take_over(model, tasks)
-    return CachedInputs(inputs, features)
+    return CachedInputs(inputs, features, model)

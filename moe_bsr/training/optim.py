@@ -70,8 +70,9 @@ def _decay_towards_mean(model: MultitaskViT, config: TrainConfig, optimizer: tor
         for group in optimizer.param_groups:
             for p in group["params"]:
                 if p.grad is not None and id(p) in slices and id(p) not in undecayed:
-                    copies = p.unflatten(0, (-1, slices[id(p)]))
-                    copies.lerp_(copies.mean(0, keepdim=True).expand_as(copies), group["lr"] * config.weight_decay)
+                    for first in range(slices[id(p)]):  # experts of one slice; slices may have different numbers
+                        copies = p[first :: slices[id(p)]]
+                        copies.lerp_(copies.mean(0, keepdim=True).expand_as(copies), group["lr"] * config.weight_decay)
 
     optimizer.register_step_pre_hook(decay)
 
@@ -82,7 +83,8 @@ def _undecayed(model: MultitaskViT) -> set[int]:
     found = {id(p) for p in model.vit.parameters(recurse=False)}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim <= 1 or name.endswith("bias"):  # the experts' biases are stacked: (E, D)
+            of_tasks = isinstance(module, nn.ParameterDict)  # whose keys are names of tasks
+            if parameter.ndim <= 1 or (name.endswith("bias") and not of_tasks):  # biases of experts are stacked: (E, D)
                 found.add(id(parameter))
     return found
 

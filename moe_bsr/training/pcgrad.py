@@ -49,12 +49,14 @@ class PCGrad:
     def _products(self, shared: list[nn.Parameter]) -> Tensor:
         """Return the inner products of the tasks' gradients, (T, T) float64."""
         count = len(self._tasks)
-        products = torch.zeros(count, count, dtype=torch.float64)
+        device = shared[0].device if shared else None
+        products = torch.zeros(count, count, dtype=torch.float64, device=device)
         for parameter in shared:
             having = [k for k, task in enumerate(self._tasks) if parameter in task]
             rows = torch.stack([self._tasks[k][parameter].flatten().float() for k in having])
-            products[torch.tensor(having)[:, None], torch.tensor(having)] += (rows @ rows.T).double().cpu()
-        return products
+            places = torch.tensor(having, device=device)
+            products[places[:, None], places] += (rows @ rows.T).double()
+        return products.cpu()  # here, so that a GPU is waited for once
 
 
 def projected(products: Tensor, noise_key: tuple[int, ...]) -> list[float]:

@@ -68,7 +68,9 @@ def prototypes(tokens: Tensor, count: int, seed: tuple) -> Tensor:
         empty = torch.bincount(nearest, minlength=count) == 0
         centers = F.normalize(torch.where(empty[:, None], directions[start[round_]], sums), dim=1)
     logits = tokens.float() @ centers.t()
-    return centers * (SPREAD / logits.std(1).mean().clamp_min(1e-12))
+    spread = logits.std(1, correction=min(1, count - 1)).mean()
+    # One expert, or equal centers because all tokens are equal: there is nothing to choose, whatever the scale is.
+    return centers * torch.where(spread > 1e-6, SPREAD / spread, 1.0)
 
 
 @torch.no_grad()

@@ -67,7 +67,11 @@ def test_held_routers_move_only_after_the_hold(tmp_path):
     batches.close()
 
 
-@pytest.mark.parametrize("options", [{}, {"experts": "covering_slices", "num_experts": 4}], ids=["full", "slices"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"experts": "covering_slices", "num_experts": 4}, {"mlp_ratio": 1, "num_experts": 6}],
+    ids=["full", "slices", "two slices have more copies"],
+)
 def test_decay_towards_the_mean_uses_the_mean_of_copies_of_the_same_slice(options):
     model = make_model(moe_blocks=(1, 3), init_noise=0.5, **options)
     experts = model.vit.blocks[3].mlp.experts
@@ -93,6 +97,11 @@ def test_prototypes_are_the_scaled_directions_of_clusters():
     assert sorted(similar.argmax(1).tolist()) == [0, 1, 2] and (similar.max(1).values > 0.99).all()
     assert (tokens @ found.t()).std(1).mean() == pytest.approx(2.0)
     assert prototypes.prototypes(tokens[:2], 8, ("seed", 0)).isfinite().all()
+
+
+def test_prototypes_that_do_not_differ_keep_their_scale():
+    for tokens, count in ((normal(50, 12), 1), (torch.ones(50, 12), 3)):
+        assert torch.allclose(prototypes.prototypes(tokens, count, ("seed", 0)).norm(dim=1), torch.ones(count))
 
 
 # --- runs ---

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import tiny_models
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
@@ -122,6 +123,12 @@ def test_weight_decay_applies_only_to_weight_matrices(router):
     assert set(decay.values()) == {0.0, 0.3}
     stacked = model.vit.blocks[3].mlp.experts.fc1_bias
     assert stacked.ndim == 2 and decay["vit.blocks.3.mlp.experts.fc1_bias"] == 0
+
+
+def test_weight_decay_does_not_depend_on_the_names_of_tasks():
+    model = tiny_models.make_model(classes={"mybias": 3, "two": 4}, moe_blocks=(3,))
+    decay = by_name(model, "weight_decay", weight_decay=0.3)
+    assert decay["vit.blocks.3.mlp.router.weight.mybias"] == decay["vit.blocks.3.mlp.router.weight.two"] == 0.3
 
 
 @pytest.mark.parametrize("trainable, experts", [([3, 7, 11], [3, 7, 11]), ([], []), ("all", [])])

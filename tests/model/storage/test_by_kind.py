@@ -8,9 +8,11 @@ from torch import nn
 
 from moe_bsr.model.multitask import MultitaskViT
 from moe_bsr.model.storage.by_kind import Table, run_by_kind
+from moe_bsr.model.storage.codecs import Int8Packed
 from moe_bsr.ops import keep
 from moe_bsr.ops.linear import activated_linear, linear
 from moe_bsr.ops.norm import layer_norm
+from moe_bsr.ops.softmax import narrow_softmax
 
 IMAGES, SIDE, WIDTH, HEADS, TOKENS = 5, 16, 16, 2, 17
 T = IMAGES * TOKENS * WIDTH  # values of one activation of shape (images, tokens, width)
@@ -164,3 +166,15 @@ def test_an_output_changed_in_place_is_kept_with_its_new_values():
 
     expected = torch.autograd.grad(forward(x), weight)
     assert torch.equal(torch.autograd.grad(run_by_kind(Table(), forward, x, []), weight)[0], expected[0])
+
+
+def test_the_probabilities_of_a_router_are_not_compressed():
+    weights, found = normal(40, 32, seed=1), {}
+    for softmax in (narrow_softmax, lambda x: x.softmax(-1)):
+        x = (3 * normal(40, 32)).requires_grad_()
+        (softmax(x) * weights).sum().backward()
+        exact, x.grad = x.grad, None
+        y = run_by_kind(Table(other=Int8Packed), softmax, x, [])
+        (y * weights).sum().backward()
+        found[softmax] = torch.equal(x.grad, exact)
+    assert list(found.values()) == [True, False]
