@@ -19,7 +19,7 @@ from moe_bsr.config import Config
 from moe_bsr.config.probe import probe_config
 
 LATE = 2  # number of blocks that train in `late`
-RATE = 0.2  # factor on the learning rate of all candidates that train blocks
+RATE = 1 / 15  # factor on the learning rate of all candidates that train blocks
 
 
 def head_blocks(config: Config, depth: int, has_class_token: bool) -> list[int]:
