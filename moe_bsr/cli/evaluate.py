@@ -32,15 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     from moe_bsr.evaluation.tables import table
     from moe_bsr.runtime.top_list import are_many
 
-    trained = moe_bsr.load(
-        arguments.run,
-        arguments.checkpoint,
-        arguments.data_root,
-        arguments.device,
-        arguments.weights,
-        arguments.task,
-        arguments.skip_unreadable,
-    )
+    trained = run_arguments.loaded(arguments)
     with trained.runtime.in_effect():
         report = moe_bsr.evaluate(trained, arguments.split, batch_size=arguments.batch_size, on_task=announce)
     if arguments.json:

@@ -44,18 +44,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.device not in (None, "cpu"):
         raise ValueError(f"--device {arguments.device}: a run is exported on the CPU; leave it out")
     from moe_bsr.export.bundle import export
-    from moe_bsr.runs.load import load
     from moe_bsr.runtime.provenance import made_by
 
-    trained = load(
-        arguments.run,
-        arguments.checkpoint,
-        arguments.data_root,
-        "cpu",
-        arguments.weights,
-        arguments.task,
-        arguments.skip_unreadable,
-    )
+    trained = run_arguments.loaded(arguments, device="cpu")
     result = export(
         trained,
         arguments.out,

@@ -37,14 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     from moe_bsr.cli.evaluate import announce
     from moe_bsr.runtime.text_tables import as_text
 
-    trained = moe_bsr.load(
-        arguments.run,
-        arguments.checkpoint,
-        arguments.data_root,
-        arguments.device,
-        arguments.weights,
-        skip_unreadable=arguments.skip_unreadable,
-    )
+    trained = run_arguments.loaded(arguments)
     with trained.runtime.in_effect():
         found = moe_bsr.reject(trained, batch_size=arguments.batch_size, on_task=announce)
     if arguments.json:

@@ -4,7 +4,10 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_bsr.runs.load import TrainedRun
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +52,19 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-root", metavar="DIR", help="folder of the datasets (default: the run's data.root)")
     help = "leave out images that are missing or cannot be read (default: as the run's data.unreadable says)"
     parser.add_argument("--skip-unreadable", action="store_true", help=help)
+
+
+def loaded(arguments: argparse.Namespace, device: str | None = None) -> "TrainedRun":
+    """Load the run that the arguments of `add_run`, `add_images` and, if there are any, `add_tasks` mean.
+
+    Args:
+        device: in place of --device.
+    """
+    from moe_bsr.runs.load import load
+
+    tasks = getattr(arguments, "task", None)
+    places = arguments.data_root, device or arguments.device, arguments.weights
+    return load(arguments.run, arguments.checkpoint, *places, tasks, arguments.skip_unreadable)
 
 
 CONFIG = "configuration: a YAML file, or a run folder. configs/NAME.yaml is also looked up in the package"

@@ -39,19 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from moe_bsr.model.backbones import require_tokens
     from moe_bsr.runs import archive
-    from moe_bsr.runs.load import load
     from moe_bsr.visualize import expert_report
 
     archive.require_folder(arguments.run, "pictures are written into the folder of the run")
-    loaded = load(
-        arguments.run,
-        arguments.checkpoint,
-        arguments.data_root,
-        arguments.device,
-        arguments.weights,
-        arguments.task,
-        arguments.skip_unreadable,
-    )
+    loaded = run_arguments.loaded(arguments)
     require_tokens(loaded.config.backbone, "views")
     with loaded.runtime.in_effect():
         sections = expert_report.sections(

@@ -77,7 +77,7 @@ class Deadline:
         self.new = _with_new_images(trainer)
         self.every = max(1, trainer.planned.train.steps // CHECKS)
 
-    def steps(self, seconds: float) -> int:
+    def steps_after(self, seconds: float) -> int:
         """Count the seconds of the last update as the run's, and return how many updates the run has from now on."""
         state, planned, minutes = self.trainer.state, self.trainer.planned.train, self.trainer.config.train.minutes
         state.seconds += seconds

@@ -24,7 +24,6 @@ from moe_bsr.runtime.rng import key, stream
 from moe_bsr.training.callback import Callback, StepEvent
 from moe_bsr.training.feature_cache import CachedInputs
 from moe_bsr.training.linear_probe import Probe, fit
-from moe_bsr.training.pace import Deadline
 from moe_bsr.training.trainer import Trainer
 
 
@@ -73,7 +72,6 @@ class ProbeTrainer(Trainer):
         """Plan a single update, whatever `train.minutes` is."""
         self.state.plan(1, self.config.train.minutes)
         self._plan(1)
-        self.deadline = Deadline(self)
         return []
 
     def _solve_all(self) -> dict[str, Probe]:

@@ -149,7 +149,6 @@ class Trainer:
         steps, notes = updates_decided(self)
         self.state.plan(steps, self.config.train.minutes)
         self._plan(steps)
-        self.deadline = Deadline(self)
         return notes
 
     def _check_room(self) -> None:
@@ -171,14 +170,14 @@ class Trainer:
 
     def _loop(self) -> None:
         settings, state, clock = self.planned.train, self.state, time.monotonic()
-        checkpoint_every = self._checkpoint_every()
+        checkpoint_every, deadline = self._checkpoint_every(), Deadline(self)
         if state.pending_evaluation or (state.step == settings.steps and state.best is None):
             self._evaluate_and_save()
         self._tell_scores()
         batches = self.batches(state.step)
         while not self._is_over() and not self.ranks.signal:
             self._update(batches)
-            if (steps := self.deadline.steps(time.monotonic() - clock)) < settings.steps:
+            if (steps := deadline.steps_after(time.monotonic() - clock)) < settings.steps:
                 batches.close()
                 self._lower(steps)
                 batches, settings = self.batches(state.step), self.planned.train

@@ -216,7 +216,7 @@ def test_a_run_that_would_exceed_its_minutes_has_fewer_updates_and_their_schedul
     def steps(deadline: pace.Deadline, seconds: float) -> int:
         return 7 if deadline.trainer.state.step >= 4 else 12
 
-    monkeypatch.setattr(pace.Deadline, "steps", steps)
+    monkeypatch.setattr(pace.Deadline, "steps_after", steps)
     done = train(config, tmp_path / "whole")
     assert "7 updates instead of 12" in capsys.readouterr().out
     assert (done["status"], done["step"], done["planned_steps"]) == ("finished", 7, 7)
@@ -256,14 +256,14 @@ def deadline(minutes: float | None, spent: float, new: int = 0, warmup: int | No
     ],
 )
 def test_the_number_of_updates_is_lowered_to_what_fits_at_the_present_speed(case, updates):
-    assert deadline(**case).steps(3.0) == updates
+    assert deadline(**case).steps_after(3.0) == updates
 
 
 def test_one_stall_does_not_shorten_a_run_and_checks_are_rare():
     stalled = deadline(2, 57.0)
-    assert stalled.steps(8.0) == 40 and stalled.times == []
+    assert stalled.steps_after(8.0) == 40 and stalled.times == []
     stalled.trainer.state.step = 21
-    assert stalled.steps(500.0) == 40  # between two checks
+    assert stalled.steps_after(500.0) == 40  # between two checks
 
 
 # --- patience ---

@@ -5,9 +5,9 @@ its code stores W and its gradient in full and factors it anew in each forward p
 parameters: W, its gradient and its moments do not exist, and any optimizer, clipping and resuming work.
 
 Products cost less than those of W if rank < out x in / (out + in), which is 0.75 to 0.8 of the smaller side for most
-layers of a ViT and 0.5 for `attn.proj`. At such ranks the network is no longer the pretrained one; the model's summary
-and docs/log.md state what is lost. The two factors save `rank` values per token more than W. With `freeze_right` only L
-trains, and the layer's input need not be saved.
+layers of a ViT and 0.5 for `attn.proj`. At such ranks the network is no longer the pretrained one (docs/log.md). The
+two factors save `rank` values per token more than W. With `freeze_right` only L trains, and the layer's input need not
+be saved.
 """
 
 import math
